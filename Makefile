@@ -1,0 +1,44 @@
+# make demo and make test are all a newcomer needs: both set up .venv by themselves.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test serve lint bench pins clean
+
+demo: .venv/demo
+	$(BIN)/embedding-proxy demo
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+serve: .venv/demo
+	$(BIN)/embedding-proxy serve
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/test
+	$(BIN)/python bench/run.py
+
+# The checkout is installed as it stands (editable), at the pinned versions, hashes checked.
+.venv/demo: requirements/demo.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/demo.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/test: requirements/test.txt .venv/demo
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/test.txt
+	touch $@
+
+# Brings the pins up to date with pyproject.toml and the newest releases; needs uv.
+PIN = uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --upgrade \
+	--custom-compile-command "make pins" --quiet
+pins:
+	$(PIN) --extra all --extra test --extra lint --group build -o requirements/test.txt
+	$(PIN) --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
+
+clean:
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -1,0 +1,1 @@
+"""Never pays twice for one vector. Sees spaces and inputs, and knows no provider by name."""

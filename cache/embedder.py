@@ -1,0 +1,154 @@
+"""An Embedder that wraps another and never pays twice: look up, join, fill, reassemble in order.
+
+It counts each input exactly once: `inputs = duplicates + hits + joins + misses`.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from providers.base import (
+    Context,
+    DeadlineExceeded,
+    Embedded,
+    Embedder,
+    Input,
+    InputRefused,
+    Outcome,
+    Space,
+)
+
+from . import flight
+from .flight import Fill, Flights
+from .key import DEFAULT_NAMESPACE, Key, Namespace, keyring
+from .record import Entry
+from .tiers import Tiers
+
+
+class Filled(NamedTuple):
+    """What a fill gives to everyone who waits for it."""
+
+    entries: Mapping[Key, Entry]
+    bought: frozenset[Key]
+    """Keys that were asked from a provider; the others were found on the second look."""
+    providers: tuple[str, ...]
+
+
+class _Answer(NamedTuple):
+    """An entry for one distinct input of a request, and how it came."""
+
+    entry: Entry
+    outcome: Outcome
+
+
+class CachingEmbedder:
+    """The cache around an embedder. Tiers and flights are shared by the embedders of all models."""
+
+    def __init__(
+        self,
+        inner: Embedder,
+        tiers: Tiers,
+        flights: Flights[Filled],
+        namespace: Namespace = DEFAULT_NAMESPACE,
+    ) -> None:
+        self._inner = inner
+        self._tiers = tiers
+        self._flights = flights
+        self._namespace = namespace
+
+    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Return a vector for each input, asking the wrapped embedder only for unknown ones.
+
+        What was asked is on disk when this returns. Raises EmbeddingError.
+        """
+        key_of = keyring(space, self._namespace).key
+        keys = [key_of(item) for item in inputs]
+        distinct = dict(zip(keys, inputs, strict=True))
+        landed = self._flights.landed
+        found = await self._tiers.get_many(list(distinct), space.dimensions)
+        answers = {key: _Answer(entry, Outcome.HIT) for key, entry in found.items()}
+        providers: tuple[str, ...] = ()
+        if len(answers) < len(distinct):
+            missing = {key: item for key, item in distinct.items() if key not in answers}
+            try:
+                async with asyncio.timeout_at(context.deadline):
+                    bought, providers = await self._obtain(space, missing, context, landed)
+            except TimeoutError as error:
+                raise DeadlineExceeded("the time of the request was up") from error
+            answers.update(bought)
+        return _assemble(keys, answers, providers)
+
+    async def _obtain(
+        self, space: Space, missing: Mapping[Key, Input], context: Context, landed: int
+    ) -> tuple[dict[Key, _Answer], tuple[str, ...]]:
+        """Get what no tier had: wait for fills in progress, start one for the rest."""
+        joins, leads = self._flights.part(list(missing))
+        fills = set(joins.values())
+        own: Fill[Filled] | None = None
+        if leads:
+            # Between the look-up and here another fill may have ended, and have bought some of
+            # these: then it is neither among the fills nor among what was found. Look again.
+            again = landed != self._flights.landed
+            items = {key: missing[key] for key in leads}
+            own = self._flights.lead(leads, self._fill(space, items, context, look_again=again))
+            fills.add(own)
+        await flight.wait(fills)
+
+        answers: dict[Key, _Answer] = {}
+        providers: tuple[str, ...] = ()
+        if own is not None:
+            filled = own.task.result()
+            providers = filled.providers
+            for key in leads:
+                outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
+                answers[key] = _Answer(filled.entries[key], outcome)
+        refused: dict[Key, Input] = {}
+        for key, fill in joins.items():
+            try:
+                answers[key] = _Answer(fill.task.result().entries[key], Outcome.JOIN)
+            except InputRefused:
+                # What was refused may be another's input, that was bought along with this one.
+                if fill.keys <= missing.keys():
+                    raise
+                refused[key] = missing[key]
+        if refused:
+            more, their = await self._obtain(space, refused, context, self._flights.landed)
+            answers.update(more)
+            providers += tuple(name for name in their if name not in providers)
+        return answers, providers
+
+    async def _fill(
+        self, space: Space, items: Mapping[Key, Input], context: Context, *, look_again: bool
+    ) -> Filled:
+        """Ask, store, hand out. A failure stores nothing and is everyone's who waits."""
+        keys = list(items)
+        found = await self._tiers.get_many(keys, space.dimensions) if look_again else {}
+        wanted = [key for key in keys if key not in found]
+        if not wanted:
+            return Filled(found, frozenset(), ())
+        embedded = await self._inner.embed(space, [items[key] for key in wanted], context)
+        bought = {
+            key: Entry(vector, tokens, embedded.counted, key.digest)
+            for key, vector, tokens in zip(wanted, embedded.vectors, embedded.tokens, strict=True)
+        }
+        await self._tiers.put_many(bought)
+        return Filled({**found, **bought}, frozenset(bought), embedded.providers)
+
+
+def _assemble(
+    keys: Sequence[Key], answers: Mapping[Key, _Answer], providers: tuple[str, ...]
+) -> Embedded:
+    """Put the answers into the order of the inputs; the first of equal inputs carries the cost."""
+    seen: set[Key] = set()
+    outcomes: list[Outcome] = []
+    for key in keys:
+        outcomes.append(Outcome.DUPLICATE if key in seen else answers[key].outcome)
+        seen.add(key)
+    entries = [answers[key].entry for key in keys]
+    return Embedded(
+        vectors=[entry.vector for entry in entries],
+        tokens=[entry.tokens for entry in entries],
+        counted=all(entry.counted for entry in entries),
+        providers=providers,
+        outcomes=outcomes,
+    )

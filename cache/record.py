@@ -1,0 +1,64 @@
+"""The bytes kept under a key: header, check digest, vector, checksum. Pure.
+
+    offset  size  field
+         0     4  magic "EMBV"
+         4     1  record version
+         5     1  dtype: 1 = float32, little-endian
+         6     1  1 if the tokens are counted, 0 if apportioned from a batch's total
+         7     1  reserved, 0
+         8     4  dimensions
+        12     4  prompt tokens
+        16    16  check digest (see `key`)
+        32   4·d  vector
+     32+4d     8  XXH3-64 of all the above
+
+All integers are unsigned and little-endian. Changing a byte of this bumps `key.FORMAT`.
+"""
+
+import struct
+from typing import NamedTuple
+
+from providers.base import Vector
+
+from .key import FORMAT, checksum
+
+_HEADER = struct.Struct("<4sBBBBII16s")
+_MAGIC = b"EMBV"
+_FLOAT32 = 1
+_CHECKSUM = 8
+
+
+class Entry(NamedTuple):
+    """What a record says."""
+
+    vector: Vector
+    tokens: int
+    counted: bool
+    digest: bytes
+
+
+def encode(entry: Entry) -> bytes:
+    """Return the record of an entry."""
+    vector, tokens, counted, digest = entry
+    header = _HEADER.pack(
+        _MAGIC, FORMAT, _FLOAT32, counted, 0, len(vector) // 4, tokens, digest
+    )
+    body = header + vector
+    return body + checksum(body)
+
+
+def decode(record: bytes, digest: bytes, dimensions: int) -> Entry | None:
+    """Return the entry, or None if the record is damaged or is about something else.
+
+    `digest` is the check digest of what was asked for. A collision of addresses, a crossed reply of
+    a shared tier and a flipped bit all end here, as a miss.
+    """
+    end = len(record) - _CHECKSUM
+    if end != _HEADER.size + 4 * dimensions:
+        return None
+    magic, version, dtype, counted, _, width, tokens, found = _HEADER.unpack_from(record)
+    if (magic, version, dtype, width, found) != (_MAGIC, FORMAT, _FLOAT32, dimensions, digest):
+        return None
+    if checksum(record[:end]) != record[end:]:
+        return None
+    return Entry(record[_HEADER.size : end], tokens, bool(counted), digest)

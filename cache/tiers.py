@@ -1,0 +1,67 @@
+"""The tiers as one: memory before disk, every record verified on its way in.
+
+Failure licence: what cannot be read, or does not verify, is a miss; what cannot be written is kept
+as far as it can be. Neither raises.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from . import record
+from .key import Key
+from .memory import Memory
+from .record import Entry
+from .store import Store
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """Counts of distinct inputs since the start; look-ups = memory_hits + disk_hits + misses."""
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    mismatches: int = 0
+    """Records that were there but damaged, or about something else; each counts as a miss too."""
+
+
+class Tiers:
+    """Entries by key. For one thread: the event loop's."""
+
+    def __init__(self, memory: Memory, store: Store) -> None:
+        self._memory = memory
+        self._store = store
+        self.counters = TierCounters()
+
+    async def get_many(self, keys: Sequence[Key], dimensions: int) -> dict[Key, Entry]:
+        """Return the verified entries that are at hand; those from disk are kept in memory."""
+        found: dict[Key, Entry] = {}
+        missing: list[Key] = []
+        for key in keys:
+            entry = self._memory.get(key.address)
+            if entry is not None and entry.digest == key.digest:
+                found[key] = entry
+            else:
+                missing.append(key)
+        self.counters.memory_hits += len(found)
+        if missing:
+            records = await self._store.get_many([key.address for key in missing])
+            for key in missing:
+                found.update(self._verified(key, records.get(key.address), dimensions))
+        return found
+
+    def _verified(self, key: Key, raw: bytes | None, dimensions: int) -> dict[Key, Entry]:
+        entry = None if raw is None else record.decode(raw, key.digest, dimensions)
+        if entry is None:
+            self.counters.misses += 1
+            self.counters.mismatches += raw is not None
+            return {}
+        self.counters.disk_hits += 1
+        self._memory.put(key.address, entry)
+        return {key: entry}
+
+    async def put_many(self, entries: Mapping[Key, Entry]) -> None:
+        """Keep entries: on disk first, so that nothing is served that a restart would forget."""
+        await self._store.put_many({k.address: record.encode(e) for k, e in entries.items()})
+        for key, entry in entries.items():
+            self._memory.put(key.address, entry)

@@ -1,0 +1,161 @@
+"""Reads what an upstream sent back: vectors that passed every check, or an error of our tree.
+
+Pure: bytes in, values out. What is checked here is everything that stands between an upstream and
+the cache: nothing unchecked leaves this file.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import orjson
+
+from . import vector
+from .base import (
+    CredentialsRefused,
+    EmbeddingError,
+    InputRefused,
+    InvalidAnswer,
+    ModelNotFound,
+    OutOfCredit,
+    RateLimited,
+    Refusal,
+    Space,
+    UpstreamFault,
+    Vector,
+)
+
+_LONGEST_MESSAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The checked content of a reply: vectors in the order of the inputs, and the token total."""
+
+    vectors: list[Vector]
+    prompt_tokens: int | None
+
+
+def read(provider: str, space: Space, count: int, status: int, body: bytes) -> Answer:
+    """Take a reply apart and check it against what was asked for.
+
+    Raises InvalidAnswer unless it holds exactly `count` vectors, whose indices are a permutation,
+    each of the space's width, finite and not zero; the error that fits if the reply is one, also
+    inside a status of 200 (OpenRouter).
+    """
+    try:
+        reply = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidAnswer(provider, "the answer is not JSON") from error
+    if not isinstance(reply, dict):
+        raise InvalidAnswer(provider, "the answer is not a JSON object")
+    if reply.get("error"):
+        raise refusal(provider, status, {}, body)
+    items = reply.get("data")
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise InvalidAnswer(provider, "the answer holds no list of embeddings")
+    if len(items) != count:
+        raise InvalidAnswer(provider, f"{len(items)} embeddings for {count} inputs")
+    embeddings = [item.get("embedding") for item in _placed(provider, items)]
+    usage = reply.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return Answer(
+        vectors=[_vector(provider, space, i, e) for i, e in enumerate(embeddings)],
+        prompt_tokens=tokens if type(tokens) is int and tokens >= 0 else None,
+    )
+
+
+def _placed(provider: str, items: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the items by their index; the order in which they came proves nothing."""
+    placed: list[dict[str, object] | None] = [None] * len(items)
+    for item in items:
+        index = item.get("index")
+        if type(index) is not int or not 0 <= index < len(items) or placed[index] is not None:
+            raise InvalidAnswer(provider, "the indices of the embeddings are no permutation")
+        placed[index] = item
+    return [item for item in placed if item is not None]
+
+
+def _vector(provider: str, space: Space, index: int, embedding: object) -> Vector:
+    """Decode one embedding, whichever of the two forms the upstream chose, and check it."""
+    try:
+        if isinstance(embedding, str):
+            numbers = vector.from_base64(embedding)
+        elif isinstance(embedding, list):
+            numbers = vector.from_numbers(embedding)
+        else:
+            raise vector.VectorError("is missing")
+        vector.check(numbers, space.dimensions)
+    except vector.VectorError as error:
+        raise InvalidAnswer(provider, f"embedding {index}: {error}") from error
+    return numbers
+
+
+def refusal(
+    provider: str, status: int, headers: Mapping[str, str], body: bytes
+) -> EmbeddingError:
+    """Translate a refused call into the error tree.
+
+    An integer `code` inside the body counts as the status (OpenRouter, also inside a 200).
+    """
+    error = _error_object(body)
+    code = error.get("code")
+    if type(code) is int and 400 <= code <= 599:
+        status, code = code, None
+    kind = error.get("type")
+    message = error.get("message")
+    said = Refusal(
+        status=status,
+        message=message[:_LONGEST_MESSAGE] if isinstance(message, str) else f"status {status}",
+        kind=kind if isinstance(kind, str) else None,
+        code=code if isinstance(code, str) else None,
+        retry_after=retry_after(headers, datetime.now(UTC)),
+    )
+    if status in (400, 413, 422):
+        param = error.get("param")
+        return InputRefused(
+            said.message,
+            status=status,
+            kind=said.kind or "invalid_request_error",
+            param=param if isinstance(param, str) else None,
+            code=said.code,
+        )
+    if status == 402 or (status == 429 and "insufficient_quota" in (said.kind, said.code)):
+        return OutOfCredit(provider, said.message, said)
+    kinds = {401: CredentialsRefused, 403: CredentialsRefused, 404: ModelNotFound, 429: RateLimited}
+    return kinds.get(status, UpstreamFault)(provider, said.message, said)
+
+
+def _error_object(body: bytes) -> dict[str, object]:
+    """Return the `error` object of a reply; empty when there is none to be read."""
+    with contextlib.suppress(orjson.JSONDecodeError):
+        reply = orjson.loads(body)
+        error = reply.get("error") if isinstance(reply, dict) else None
+        if isinstance(error, dict):
+            return error
+        if isinstance(error, str):
+            return {"message": error}
+    return {}
+
+
+def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
+    """Return the seconds an upstream asks to wait, or None.
+
+    Reads `retry-after-ms` (OpenAI) and `Retry-After` as seconds, fractions or a date (RFC 9110).
+
+    >>> retry_after({"Retry-After": "1.5"}, datetime.now(UTC))
+    1.5
+    """
+    for name, scale in (("retry-after-ms", 1000.0), ("Retry-After", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        with contextlib.suppress(ValueError):
+            seconds = float(value) / scale
+            if 0 <= seconds < float("inf"):
+                return seconds
+        with contextlib.suppress(ValueError):
+            return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
+    return None

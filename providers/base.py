@@ -1,0 +1,227 @@
+"""The words every room shares: input, space, vector, what an embedder gives and how it fails.
+
+This file knows no provider, no cache and no wire format. Its errors form one tree::
+
+    EmbeddingError
+    ├── InputRefused         the request itself is wrong; no provider would take it
+    ├── NoRoute              no provider is configured that could answer
+    ├── DeadlineExceeded     the request's own time is up
+    └── ProviderError        one provider failed; another may do better
+        ├── CredentialsRefused   401, 403: the proxy's own key is not accepted
+        ├── OutOfCredit          402, or 429 with insufficient_quota: waiting will not help
+        ├── ModelNotFound        404: this provider does not serve the model
+        └── PassingFailure       the same call may succeed in a moment
+            ├── RateLimited      429
+            ├── UpstreamFault    408, 409, 5xx
+            ├── UpstreamTimeout  no whole answer within the limit of one attempt
+            ├── Unreachable      name resolution, connection, TLS or a cut connection
+            └── InvalidAnswer    an answer that fails a check: nothing of it is used
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeAlias
+from urllib.parse import quote
+
+import orjson
+
+Input: TypeAlias = str | tuple[int, ...]
+"""One thing to embed: a string, or a token array (cl100k ids)."""
+
+Vector: TypeAlias = bytes
+"""The numbers of one input: float32, little-endian, 4 bytes a dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Everything that decides the numbers of a vector. Vectors compare only within one space.
+
+    Two spaces are the same when `name` and `parameters` are; the other fields describe the model
+    and follow from its name. Neither the provider, nor an alias, nor the encoding is part of it,
+    nor `dimensions` of a request: narrower vectors are derived from the native one.
+    """
+
+    name: str
+    """The canonical model, whoever serves it: `openai/text-embedding-3-small`."""
+    dimensions: int
+    """The native width in numbers. An answer of another width is refused."""
+    matryoshka: bool = False
+    """Whether a prefix of the vector, renormalised, is a vector of the same model."""
+    tokenizer: str | None = None
+    """The encoding that counts this model's tokens exactly; None where it is not known."""
+    parameters: tuple[tuple[str, bytes], ...] = ()
+    """Forwarded request fields that change the numbers: (name, canonical JSON), sorted by name."""
+
+    def with_parameters(self, fields: Mapping[str, object]) -> "Space":
+        """Return the space of this model when called with the given extra request fields.
+
+        >>> Space("m", 8).with_parameters({"b": 1, "a": {"y": 2, "x": 1}}).parameters
+        (('a', b'{"x":1,"y":2}'), ('b', b'1'))
+        """
+        canonical = ((n, orjson.dumps(v, option=orjson.OPT_SORT_KEYS)) for n, v in fields.items())
+        return replace(self, parameters=tuple(sorted(canonical)))
+
+    @property
+    def label(self) -> str:
+        """The space in one printable word, fit for an HTTP header.
+
+        >>> Space("m", 8).with_parameters({"task": "a b"}).label
+        'm?task=%22a%20b%22'
+        """
+        if not self.parameters:
+            return self.name
+        query = "&".join(f"{quote(n, safe='')}={quote(v, safe='')}" for n, v in self.parameters)
+        return f"{self.name}?{query}"
+
+
+class Outcome(enum.StrEnum):
+    """How one input of a request was answered; exactly one holds for each."""
+
+    HIT = "hit"
+    """Found in a tier."""
+    JOIN = "join"
+    """Waited for another request that was already buying it."""
+    MISS = "miss"
+    """Asked from a provider now, for this request."""
+    DUPLICATE = "duplicate"
+    """Equal to an earlier input of the same request, and answered with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What an embedder gives for n inputs: n of everything, in the order of the inputs."""
+
+    vectors: Sequence[Vector]
+    tokens: Sequence[int]
+    """Prompt tokens of each input."""
+    counted: bool
+    """True when the token numbers are exact, False when a batch's total was apportioned."""
+    providers: tuple[str, ...] = ()
+    """Who computed what was computed now, by configured name; empty when all was at hand."""
+    outcomes: Sequence[Outcome] = ()
+
+    @property
+    def tokens_billed(self) -> int:
+        """Tokens that were bought for this request."""
+        return sum(
+            n for n, how in zip(self.tokens, self.outcomes, strict=True) if how is Outcome.MISS
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a request brings along that does not change its vectors."""
+
+    deadline: float | None = None
+    """Point on the event loop's clock, in seconds, after which no answer is of use."""
+    user: str | None = None
+    """OpenAI's `user` field, passed on to providers that know it."""
+
+
+class Embedder(Protocol):
+    """The one interface: a provider's route, the router, the cache around it, a fake in a test."""
+
+    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Return one vector of `space.dimensions` numbers for each of 1…N inputs, in their order.
+
+        Raises EmbeddingError and nothing else; then no vector of the call is to be used.
+        Cancelling the call never harms another caller.
+        """
+        ...
+
+
+class EmbeddingError(Exception):
+    """Base of all that can go wrong. The message is for people and holds no key and no input."""
+
+
+class InputRefused(EmbeddingError):
+    """The request itself is wrong: a provider said so, or no provider can take such an input.
+
+    `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 413 or 422.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+
+
+class NoRoute(EmbeddingError):
+    """No provider is configured that could answer; the message says what to set."""
+
+
+class DeadlineExceeded(EmbeddingError):
+    """The time of the request was up before an answer came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What an upstream said when it refused, as far as it may be shown to a client."""
+
+    status: int
+    message: str
+    kind: str | None = None
+    code: str | None = None
+    retry_after: float | None = field(default=None)
+    """Seconds the upstream asked to wait."""
+
+
+class ProviderError(EmbeddingError):
+    """One provider failed; the next route may do better."""
+
+    def __init__(self, provider: str, message: str, refusal: Refusal | None = None) -> None:
+        super().__init__(f"{provider}: {message}")
+        self.provider = provider
+        self.refusal = refusal
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds the provider asked to wait, or None."""
+        return self.refusal.retry_after if self.refusal else None
+
+
+class CredentialsRefused(ProviderError):
+    """401 or 403: the key that the proxy holds for this provider is not accepted."""
+
+
+class OutOfCredit(ProviderError):
+    """402, or 429 with insufficient_quota: asking again will not help."""
+
+
+class ModelNotFound(ProviderError):
+    """404: this provider does not serve the model, or not to this key."""
+
+
+class PassingFailure(ProviderError):
+    """The same call may succeed in a moment."""
+
+
+class RateLimited(PassingFailure):
+    """429: too many requests or tokens for now."""
+
+
+class UpstreamFault(PassingFailure):
+    """408, 409, 5xx and everything else that is the upstream's own fault."""
+
+
+class UpstreamTimeout(PassingFailure):
+    """No whole answer within the limit of one attempt."""
+
+
+class Unreachable(PassingFailure):
+    """Name resolution, connection or TLS failed, or the connection was cut."""
+
+
+class InvalidAnswer(PassingFailure):
+    """An answer with status 200 that fails a check; nothing of it is used."""

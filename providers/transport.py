@@ -1,0 +1,110 @@
+"""One attempt at one upstream over HTTP: a pooled session, time limits, a bounded reply.
+
+The only file that opens connections to providers. A transport is bound to one origin, and the key
+in its headers goes nowhere else: redirects are not followed, and headers come from a list.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import aiohttp
+
+from .base import Context, DeadlineExceeded, Unreachable, UpstreamFault, UpstreamTimeout
+
+CONNECTIONS = 64
+"""The most connections kept to one provider."""
+CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer of an upstream."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport:
+    """Sends JSON to one origin. Open it with `async with`; it may be used many times at once."""
+
+    def __init__(
+        self, provider: str, base_url: str, headers: Mapping[str, str], timeout_s: float
+    ) -> None:
+        self._provider = provider
+        self._base_url = base_url.rstrip("/")
+        self._headers = {**headers, "Content-Type": "application/json"}
+        self._timeout_s = timeout_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "Transport":
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ttl_dns_cache=60),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def post(self, path: str, payload: bytes, limit: int, context: Context) -> Reply:
+        """POST `payload` and return the whole reply, of at most `limit` bytes, any status.
+
+        Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
+        is, Unreachable when there is no connection or it was cut, UpstreamFault for a reply beyond
+        `limit` or a redirect.
+        """
+        if self._session is None:
+            raise RuntimeError("the transport is not open")
+        now = asyncio.get_running_loop().time()
+        left = None if context.deadline is None else context.deadline - now
+        if left is not None and left <= 0:
+            raise DeadlineExceeded("the time of the request was up before it could be sent")
+        total = self._timeout_s if left is None else min(self._timeout_s, left)
+        try:
+            async with self._session.post(
+                self._base_url + path,
+                data=payload,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=total, connect=min(CONNECT_SECONDS, total)),
+            ) as response:
+                if 300 <= response.status < 400:
+                    raise UpstreamFault(self._provider, "answered with a redirect; not followed")
+                body = await _read(response, limit)
+                if body is None:
+                    raise UpstreamFault(self._provider, "the answer is far larger than expected")
+                return Reply(response.status, response.headers, body)
+        except TimeoutError as error:
+            raise UpstreamTimeout(self._provider, f"no answer within {total:.1f} s") from error
+        except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
+            raise Unreachable(self._provider, _reason(error)) from error
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
+    """Return the body, or None as soon as it passes `limit` bytes, decompressed."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > limit:
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _reason(error: Exception) -> str:
+    """Say what kind of failure it was, without addresses or headers."""
+    match error:
+        case aiohttp.ClientConnectorDNSError():
+            return "the host name does not resolve"
+        case aiohttp.ClientSSLError() | ssl.SSLError():
+            return "the TLS connection failed"
+        case aiohttp.ClientConnectorError():
+            return "the connection was refused"
+        case _:
+            return "the connection was cut"

@@ -1,0 +1,101 @@
+"""The forms of a vector: float32 bytes, base64, JSON numbers, numpy arrays; cut and checked.
+
+The only file that knows how numbers are laid out. Native vectors pass through it as bytes; floating
+point is touched only to check what came in and to derive a narrower vector.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pybase64
+
+from .base import Vector
+
+Floats = npt.NDArray[np.float32]
+
+_FLOAT32 = np.dtype("<f4")
+
+
+class VectorError(ValueError):
+    """The numbers are not a usable vector; the message says what is wrong with them."""
+
+
+def from_base64(text: str) -> Vector:
+    """Decode base64 of little-endian float32, OpenAI's `encoding_format: base64`.
+
+    Raises VectorError if the text is not base64 or not a whole number of floats.
+    """
+    try:
+        vector: bytes = pybase64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise VectorError("not valid base64") from error
+    if len(vector) % 4:
+        raise VectorError(f"{len(vector)} bytes are no whole number of float32 values")
+    return vector
+
+
+def from_numbers(numbers: Sequence[object]) -> Vector:
+    """Convert a JSON array of numbers to float32, rounding to nearest.
+
+    Raises VectorError for anything but numbers. Overflow becomes an infinity, for `check` to find.
+    """
+    if not all(type(number) is float or type(number) is int for number in numbers):
+        raise VectorError("holds something that is not a number")
+    with np.errstate(over="ignore"):
+        try:
+            return np.array(numbers, dtype=np.float64).astype(_FLOAT32).tobytes()
+        except OverflowError as error:
+            raise VectorError("holds a number that is not finite") from error
+
+
+def check(vector: Vector, dimensions: int) -> None:
+    """Raise VectorError unless the vector has that width, is finite, and is not all zeros."""
+    if len(vector) != 4 * dimensions:
+        raise VectorError(f"{len(vector) // 4} dimensions instead of {dimensions}")
+    numbers = np.frombuffer(vector, dtype=_FLOAT32)
+    # One pass: the sum of squares is zero, finite or not exactly when the vector is.
+    # float64 keeps the squares of the largest and smallest float32 in range.
+    square = float(np.dot(wide := numbers.astype(np.float64), wide))
+    if not np.isfinite(square):
+        raise VectorError("holds a number that is not finite")
+    if square == 0.0:
+        raise VectorError("all numbers are zero")
+
+
+def stack(vectors: Sequence[Vector]) -> Floats:
+    """Return n vectors of equal width as one array of float32, shape (n, dimensions)."""
+    return np.frombuffer(b"".join(vectors), dtype=_FLOAT32).reshape(len(vectors), -1)
+
+
+def cut(vectors: Sequence[Vector], dimensions: int) -> Floats:
+    """Cut Matryoshka vectors to their first `dimensions` numbers and renormalise each to length 1.
+
+    Works in float64 and rounds once, as OpenAI's own shortening does to within 1e-6. Returns shape
+    (n, dimensions). Raises VectorError if a vector has nothing left.
+    """
+    heads = stack(vectors)[:, :dimensions].astype(np.float64)
+    lengths = np.linalg.norm(heads, axis=1, keepdims=True)
+    if not lengths.all():
+        raise VectorError(f"all of the first {dimensions} numbers are zero")
+    narrow: Floats = (heads / lengths).astype(_FLOAT32)
+    return narrow
+
+
+def derive(vectors: Sequence[Vector], dimensions: int) -> Sequence[Vector]:
+    """Return the vectors at the asked-for width: as they are if native, else cut."""
+    if not vectors or len(vectors[0]) == 4 * dimensions:
+        return vectors
+    return [row.tobytes() for row in cut(vectors, dimensions)]
+
+
+def to_base64(vector: Vector) -> bytes:
+    """Encode for `encoding_format: base64`; no number is touched."""
+    text: bytes = pybase64.b64encode(vector)
+    return text
+
+
+def to_json(vector: Vector) -> bytes:
+    """Render as a JSON array, each number in the shortest form that reads back to its float32."""
+    return orjson.dumps(np.frombuffer(vector, dtype=_FLOAT32), option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,31 @@
+"""embedding-proxy: the map of the house, and its words.
+
+Rooms, and who may call whom (never upward, no circles)::
+
+    proxy      the face: HTTP, command line, configuration
+      └─ cache       never pays twice for one vector
+           └─ providers   turns inputs into vectors by asking an upstream
+
+One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which model) ->
+`cache.embedder` (look up, join, fill) -> `providers.router` (routes, retries) -> a provider's
+`ask` -> `providers.answer` (checks) -> `cache.tiers` (disk, then memory) -> `wire` (render).
+A full hit never leaves `cache`.
+
+Words, one meaning each::
+
+    request     one client call, of 1…N inputs
+    input       a string or a token array
+    model       the name the client sends; upstream model: the name sent on
+    space       all that decides the numbers; vectors compare only within one
+    key         the address of (format version, namespace, space, input), and its check digest
+    vector      the float32 numbers of one input ("embedding" only for the wire object)
+    record      the bytes kept under a key; entry: what they say
+    tier        memory, disk
+    hit, join, miss   exclusive outcomes of a distinct input;
+                inputs = duplicates + hits + joins + misses
+    flight      a fill in progress; fill: ask, check, store, hand out
+    provider    an embedder that asks an upstream; route: provider + upstream model
+    batch       inputs sent in one upstream call; attempt: one try of it
+    usage       tokens, billed or saved
+    namespace   a tenant's part of the cache
+"""

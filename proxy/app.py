@@ -1,0 +1,120 @@
+"""build_app(settings): the only wiring of HTTP. One cleanup context a resource."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+from aiohttp import web
+
+from providers.base import EmbeddingError, InputRefused
+
+from . import errors, ops
+from .access import Access
+from .embeddings import Embeddings
+from .errors import Failure
+from .models import Models
+from .service import MIB, EmbeddingService
+from .settings import Server, Settings
+
+log = logging.getLogger("embedding_proxy.app")
+
+SERVICE = web.AppKey("service", EmbeddingService)
+REQUEST_ID = web.RequestKey("request_id", str)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build_app(settings: Settings, service: EmbeddingService | None = None) -> web.Application:
+    """Return the application; its service is opened at start-up and closed at the end.
+
+    `service` replaces the one that the settings name, which is how tests inject waits of zero.
+    """
+    service = service or EmbeddingService(settings)
+    server = settings.server
+    app = web.Application(
+        middlewares=[_guard(Access(server.keys))], client_max_size=int(server.max_body_mib * MIB)
+    )
+    app[SERVICE] = service
+
+    async def open_service(_: web.Application) -> AsyncIterator[None]:
+        async with service:
+            yield
+
+    app.cleanup_ctx.append(open_service)
+    app.on_response_prepare.append(_stamp)
+    _add_routes(app, service, server)
+    return app
+
+
+def _add_routes(app: web.Application, service: EmbeddingService, server: Server) -> None:
+    embeddings, models = Embeddings(service), Models(service)
+
+    async def post_embeddings(request: web.Request) -> web.StreamResponse:
+        return await embeddings.post(request, await _body(request, server.body_timeout_s))
+
+    for prefix in ("/v1", ""):
+        for slash in ("", "/"):
+            app.router.add_post(f"{prefix}/embeddings{slash}", post_embeddings)
+            app.router.add_get(f"{prefix}/models{slash}", models.list)
+        # The ids of OpenRouter's models hold slashes.
+        app.router.add_get(f"{prefix}/models/{{id:.+?}}{{slash:/?}}", models.get)
+    app.router.add_get("/livez", ops.live)
+    app.router.add_get("/readyz", ops.ready)
+
+
+async def _body(request: web.Request, timeout_s: float) -> bytes:
+    """Read a whole body. Raises InputRefused for one that is too large, too slow, or broken off."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        most = request.app._client_max_size // MIB  # noqa: SLF001 - what aiohttp compared with
+        raise InputRefused(
+            f"The request body is larger than {most} MiB (server.max_body_mib).", status=413
+        ) from error
+    except TimeoutError as error:
+        raise InputRefused(
+            f"The request body did not arrive within {timeout_s:g} s.", status=408
+        ) from error
+    except (aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError, OSError) as error:
+        raise InputRefused("The request body broke off or could not be decoded.") from error
+
+
+async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
+    """Give every response its request's id, streamed ones too."""
+    response.headers["x-request-id"] = request.get(REQUEST_ID, "")
+
+
+def _guard(access: Access) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    """Return the middleware around everything: keys first, and every error in OpenAI's shape."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request_id = request[REQUEST_ID] = f"req_{uuid.uuid4().hex}"
+        if request.path not in ops.OPEN_PATHS:
+            refused = access.refusal(request.headers.get("Authorization"))
+            if refused is not None:
+                return refused.response()
+        try:
+            return await handler(request)
+        except EmbeddingError as error:
+            return errors.failure(error).response()
+        except web.HTTPException as error:
+            return _unrouted(request, error).response()
+        except Exception:
+            # Whatever else it is, it is ours: the log gets the traceback, the client does not.
+            log.exception("request %s failed", request_id)
+            return errors.INTERNAL.response()
+
+    return guard
+
+
+def _unrouted(request: web.Request, error: web.HTTPException) -> Failure:
+    """Return the error for a request that no handler takes."""
+    what = f"({request.method} {request.path[:200]})"
+    if error.status == 405:
+        return Failure(405, f"Not allowed to do this here {what}.", "invalid_request_error")
+    if error.status == 404:
+        return Failure(404, f"Invalid URL {what}", "invalid_request_error", code="unknown_url")
+    return Failure(error.status, error.reason, "invalid_request_error")

@@ -1,0 +1,107 @@
+"""The command `embedding-proxy`. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration."""
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cache.store import StoreError
+
+from . import config
+from .config import ConfigError
+from .server import PortUnavailable
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
+]
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
+    if value:
+        typer.echo(f"embedding-proxy {version('embedding-proxy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    config_file: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
+) -> None:
+    """Run the proxy until it is told to stop."""
+    from .server import serve as run  # noqa: PLC0415 - keeps `--help` quick
+
+    _log_to_stderr()
+    given = {"host": host, "port": port, "workers": workers}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    settings = config.load(config_file, overrides=overrides)
+    if settings.passthrough:
+        logging.getLogger("embedding_proxy").warning(
+            "passthrough: this version passes nothing through; other /v1 calls get 404"
+        )
+    _run(run(settings, lambda url: typer.echo(f"export OPENAI_BASE_URL={url}")))
+
+
+@app.command()
+def demo() -> None:
+    """Embed real text on the local model, twice, and show what came from the cache."""
+    try:
+        from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
+    except ImportError as error:
+        _fail(str(error), 1)
+    try:
+        run()
+    except DemoFailed as error:
+        _fail(f"demo: {error}", 1)
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    try:
+        from uvloop import new_event_loop  # noqa: PLC0415 - not there on Windows
+    except ImportError:
+        new_event_loop = None
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(main)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+
+
+def main() -> None:
+    """Run the command line; every foreseeable failure is one line and an exit code."""
+    try:
+        app()
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except (StoreError, PortUnavailable) as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"embedding-proxy: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,105 @@
+"""One table: what went wrong -> status, OpenAI error body, and what the client should do next.
+
+Every error a client sees is made here, whoever's fault it was.
+"""
+
+from dataclasses import dataclass
+
+import orjson
+from aiohttp import web
+
+from providers.base import (
+    CredentialsRefused,
+    DeadlineExceeded,
+    EmbeddingError,
+    InputRefused,
+    InvalidAnswer,
+    ModelNotFound,
+    NoRoute,
+    OutOfCredit,
+    ProviderError,
+    RateLimited,
+    Unreachable,
+    UpstreamFault,
+    UpstreamTimeout,
+)
+
+RETRY_SECONDS = 1
+"""What `Retry-After` says of a passing failure when the upstream said nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as the client will see it."""
+
+    status: int
+    message: str
+    kind: str
+    param: str | None = None
+    code: str | None = None
+    retry_after: float | None = None
+    """Seconds until another try makes sense; None when it never will."""
+
+    def response(self) -> web.Response:
+        """Return the HTTP response; its headers tell OpenAI's clients whether to try again."""
+        headers = {}
+        if self.retry_after is None:
+            headers["x-should-retry"] = "false"
+        else:
+            # Whole seconds (RFC 9110), rounded up; the exact wait where clients know the header.
+            headers["Retry-After"] = str(int(-(-self.retry_after // 1)))
+            headers["retry-after-ms"] = str(round(self.retry_after * 1000))
+        return web.Response(
+            status=self.status,
+            body=body(self.message, self.kind, self.param, self.code),
+            content_type="application/json",
+            headers=headers,
+        )
+
+
+def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
+    """Return an error in OpenAI's shape: four keys, always."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return orjson.dumps({"error": error})
+
+
+# (status, type, code, whether another try may help) of each error that is not the client's own.
+# The first class that fits counts.
+_TABLE: tuple[tuple[type[EmbeddingError], int, str, str, bool], ...] = (
+    (NoRoute, 503, "server_error", "provider_not_configured", False),
+    (DeadlineExceeded, 504, "server_error", "timeout", True),
+    (CredentialsRefused, 502, "server_error", "upstream_auth", False),
+    (OutOfCredit, 429, "insufficient_quota", "insufficient_quota", False),
+    (ModelNotFound, 404, "invalid_request_error", "model_not_found", False),
+    (RateLimited, 429, "requests", "rate_limit_exceeded", True),
+    (UpstreamTimeout, 504, "server_error", "upstream_timeout", True),
+    (InvalidAnswer, 502, "server_error", "upstream_invalid_answer", True),
+    (Unreachable, 502, "server_error", "upstream_unreachable", True),
+    (UpstreamFault, 502, "server_error", "upstream_error", True),
+)
+
+
+def failure(error: EmbeddingError) -> Failure:
+    """Return what a client is told of an error."""
+    if isinstance(error, InputRefused):
+        return Failure(error.status, str(error), error.kind, error.param, error.code)
+    for kind, status, type_, code, again in _TABLE:
+        if isinstance(error, kind):
+            break
+    else:
+        return INTERNAL
+    said = error.refusal if isinstance(error, ProviderError) else None
+    if said is not None and isinstance(error, OutOfCredit | RateLimited | ModelNotFound):
+        # These are for the client to act on: it gets the upstream's own words and codes.
+        status, type_, code = said.status, said.kind or type_, said.code or code
+    elif said is not None and isinstance(error, UpstreamFault) and said.status in (503, 504):
+        status = said.status
+    wait = None
+    if again:
+        wait = said.retry_after if said and said.retry_after is not None else RETRY_SECONDS
+    return Failure(status, str(error), type_, None, code, wait)
+
+
+INTERNAL = Failure(
+    500, "The proxy failed to handle this request; its log says why.", "server_error"
+)

@@ -1,0 +1,37 @@
+"""GET /v1/models: the models that can be asked for, in OpenAI's shape."""
+
+import orjson
+from aiohttp import web
+
+from .service import EmbeddingService, Model, ModelUnknown
+
+# OpenAI's objects carry the time a model was made; ours were not made by us.
+_CREATED = 0
+
+
+class Models:
+    """Lists the models of a service: those for which a provider is configured."""
+
+    def __init__(self, service: EmbeddingService) -> None:
+        self._service = service
+
+    async def list(self, _: web.Request) -> web.Response:
+        """Answer with all usable models, by name."""
+        usable = [model for _, model in sorted(self._service.models.items()) if model.usable]
+        return _json({"object": "list", "data": [_wire(model) for model in usable]})
+
+    async def get(self, request: web.Request) -> web.Response:
+        """Answer with one model. Raises ModelUnknown."""
+        model = self._service.model(request.match_info["id"])
+        if not model.usable:
+            raise ModelUnknown(model.name)
+        return _json(_wire(model))
+
+
+def _wire(model: Model) -> dict[str, object]:
+    owner = model.space.name.partition("/")[0]
+    return {"id": model.name, "object": "model", "created": _CREATED, "owned_by": owner}
+
+
+def _json(content: object) -> web.Response:
+    return web.Response(body=orjson.dumps(content), content_type="application/json")

@@ -1,0 +1,16 @@
+"""What operators' tools ask: is the process alive, and may it be sent requests?"""
+
+from aiohttp import web
+
+OPEN_PATHS = frozenset({"/livez", "/readyz"})
+"""Answered without a key: probes have none."""
+
+
+async def live(_: web.Request) -> web.Response:
+    """Answer 200 as long as the event loop turns."""
+    return web.json_response({"status": "ok"})
+
+
+async def ready(_: web.Request) -> web.Response:
+    """Answer 200: the store was opened before the port was. It never depends on a provider."""
+    return web.json_response({"status": "ok"})

@@ -1,0 +1,223 @@
+"""What a configuration may say: its sections, keys, types and defaults.
+
+Settings objects stay in `proxy`; the rooms below take plain arguments.
+"""
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from providers.catalogue import CATALOGUE, ModelEntry
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")  # noqa: TRY004 - pydantic reports ValueErrors
+    return value
+
+
+def _http_url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value):
+        raise ValueError("expected an address like https://host/v1")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Name = Annotated[str, Field(min_length=1)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; knows its keys and refuses others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Server(Section):
+    """Where clients connect, and what they may send."""
+
+    host: Name = "127.0.0.1"
+    port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
+    workers: Annotated[Whole, Field(ge=1, le=1)] = 1
+    max_body_mib: Annotated[Number, Field(gt=0)] = 64
+    body_timeout_s: Annotated[Number, Field(gt=0)] = 30
+    request_timeout_s: Annotated[Number, Field(gt=0)] = 300
+    keys: Annotated[tuple[Name, ...], Field(repr=False)] = ()
+
+    @model_validator(mode="after")
+    def _open_only_at_home(self) -> "Server":
+        """Refuse to offer somebody's credit to a whole network without asking for a key."""
+        if not self.keys and not _is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached by others: set server.keys, or host 127.0.0.1"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _default_directory() -> Path:
+    home = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "share"
+    return base / "embedding-proxy"
+
+
+class Cache(Section):
+    """What is kept, where, and how much of it."""
+
+    directory: Path = Field(default_factory=_default_directory)
+    size_limit_gib: Annotated[Number, Field(gt=0)] = 50
+    memory_mib: Annotated[Number, Field(ge=0)] = 256
+    mode: Literal["normal"] = "normal"
+    shared: None = None
+
+    @field_validator("directory")
+    @classmethod
+    def _expand(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
+class Provider(Section):
+    """One upstream."""
+
+    kind: Literal["openai", "openrouter", "local"]
+    base_url: HttpUrl | None = None
+    api_key_env: Name | None = None
+    timeout_s: Annotated[Number, Field(gt=0)] = 60
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key_in_file(cls, value: object) -> object:
+        if isinstance(value, dict) and "api_key" in value:
+            raise ValueError("a key does not belong in the file: name its variable in api_key_env")
+        return value
+
+
+KINDS: tuple[str, ...] = get_args(Provider.model_fields["kind"].annotation)
+"""The kinds of provider; one that is named like its kind need not say so."""
+
+
+class Route(Section):
+    """Where a model can be bought, and under which name."""
+
+    provider: Name
+    model: Name
+
+
+class Model(Section):
+    """One embedding model."""
+
+    space: Name
+    dimensions: Annotated[Whole, Field(ge=1, le=65536)]
+    matryoshka: bool = False
+    dimensions_refused: bool = False
+    tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
+    price: Annotated[Number, Field(ge=0)] = 0
+    routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+
+
+class Index(Section):
+    """The vector store behind the proxy."""
+
+    qdrant: None = None
+
+
+class Settings(Section):
+    """A whole configuration, defaults filled in."""
+
+    server: Server = Server()
+    cache: Cache = Field(default_factory=Cache)
+    providers: Annotated[dict[Name, Provider | None], Field(validate_default=True)] = Field(
+        default_factory=lambda: {kind: {} for kind in KINDS}  # type: ignore[arg-type, return-value]
+    )
+    models: Annotated[dict[Name, Model], Field(validate_default=True)] = Field(default_factory=dict)
+    index: Index = Index()
+    passthrough: Name | None = None
+    """Accepted, and of no effect in this version."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, value: object) -> object:
+        """Take `server:` with nothing below it, say all commented out, for its defaults."""
+        if isinstance(value, dict):
+            return {key: entry for key, entry in value.items() if entry is not None}
+        return value
+
+    @field_validator("providers", mode="before")
+    @classmethod
+    def _named_like_their_kind(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: {"kind": name, **entry} if isinstance(entry, dict) and name in KINDS else entry
+            for name, entry in {"local": {}, **value}.items()
+        }
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _over_the_catalogue(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        known = {name: _as_mapping(entry) for name, entry in CATALOGUE.items()}
+        given = {
+            name: {**known.get(name, {}), **entry} if isinstance(entry, dict) else entry
+            for name, entry in value.items()
+        }
+        return {**known, **given}
+
+    @model_validator(mode="after")
+    def _routes_lead_somewhere(self) -> "Settings":
+        """Refuse a misspelt provider; one of the catalogue's that is not configured is no error."""
+        for name, model in self.models.items():
+            for i, route in enumerate(model.routes):
+                if route.provider not in self.providers and route.provider not in KINDS:
+                    raise ValueError(
+                        f"models.{name}.routes.{i}.provider: there is no provider"
+                        f" {route.provider!r}; known: {', '.join(sorted(self.providers))}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _one_model_a_space(self) -> "Settings":
+        """Refuse two descriptions of one space: they would disagree about the same records."""
+        first: dict[str, tuple[str, Model]] = {}
+        for name, model in self.models.items():
+            other, described = first.setdefault(model.space, (name, model))
+            for key in ("dimensions", "matryoshka"):
+                if getattr(described, key) != getattr(model, key):
+                    raise ValueError(
+                        f"models.{name}.{key}: {getattr(model, key)} here, but"
+                        f" {getattr(described, key)} in models.{other}, of the same space"
+                        f" {model.space}; make them equal, or give this model a space of its own"
+                    )
+        return self
+
+
+def _as_mapping(entry: ModelEntry) -> dict[str, object]:
+    return {
+        "space": entry.space,
+        "dimensions": entry.dimensions,
+        "matryoshka": entry.matryoshka,
+        "dimensions_refused": entry.dimensions_refused,
+        "tokenizer": entry.tokenizer,
+        "price": entry.price,
+        "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],
+    }
