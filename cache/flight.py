@@ -1,7 +1,8 @@
 """One fill a key: whoever asks for a key that is being bought waits for that purchase.
 
 A fill runs as a task of its own, and everyone, its leader too, only waits for it: a cancelled
-leader harms no joiner. It is cancelled when nobody waits any more. For one thread: the event loop's.
+leader harms no joiner. It is cancelled when nobody waits any more. For one thread: the event
+loop's.
 """
 
 import asyncio

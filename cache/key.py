@@ -74,10 +74,10 @@ def keyring(space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Keyring:
 
 
 def part(tag: bytes, data: bytes) -> bytes:
-    """Return one part: what it is (1 byte), how long it is (8 bytes), and itself.
+    r"""Return one part: what it is (1 byte), how long it is (8 bytes), and itself.
 
     >>> part(b"s", b"US")
-    b's\\x02\\x00\\x00\\x00\\x00\\x00\\x00\\x00US'
+    b's\x02\x00\x00\x00\x00\x00\x00\x00US'
     """
     return tag + len(data).to_bytes(8, "little") + data
 

@@ -40,9 +40,7 @@ class Entry(NamedTuple):
 def encode(entry: Entry) -> bytes:
     """Return the record of an entry."""
     vector, tokens, counted, digest = entry
-    header = _HEADER.pack(
-        _MAGIC, FORMAT, _FLOAT32, counted, 0, len(vector) // 4, tokens, digest
-    )
+    header = _HEADER.pack(_MAGIC, FORMAT, _FLOAT32, counted, 0, len(vector) // 4, tokens, digest)
     body = header + vector
     return body + checksum(body)
 

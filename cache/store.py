@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 import diskcache
 
@@ -57,7 +58,10 @@ class RawDisk(diskcache.Disk):  # type: ignore[misc]
         return _only_bytes(key)
 
     def store(
-        self, value: object, read: object, key: object = None  # noqa: ARG002 - diskcache's signature
+        self,
+        value: object,
+        read: object,  # noqa: ARG002 - diskcache's signature
+        key: object = None,  # noqa: ARG002
     ) -> tuple[int, int, None, memoryview]:
         """Return the columns (size, mode, filename, value) of a value; only bytes are values."""
         return 0, diskcache.core.MODE_RAW, None, sqlite3.Binary(_only_bytes(value))
@@ -89,7 +93,7 @@ class Store:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
 
-    async def __aenter__(self) -> "Store":
+    async def __aenter__(self) -> Self:
         """Open the file. Raises StoreError if the directory cannot be used."""
         loop = asyncio.get_running_loop()
         try:

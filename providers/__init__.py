@@ -1,1 +1,1 @@
-"""Turns inputs into vectors by asking an upstream. Knows nothing of caches, HTTP servers or config."""
+"""Turns inputs into vectors by asking an upstream. Knows no cache, HTTP server or configuration."""

@@ -81,21 +81,14 @@ def _placed(provider: str, items: Sequence[dict[str, object]]) -> list[dict[str,
 def _vector(provider: str, space: Space, index: int, embedding: object) -> Vector:
     """Decode one embedding, whichever of the two forms the upstream chose, and check it."""
     try:
-        if isinstance(embedding, str):
-            numbers = vector.from_base64(embedding)
-        elif isinstance(embedding, list):
-            numbers = vector.from_numbers(embedding)
-        else:
-            raise vector.VectorError("is missing")
+        numbers = vector.from_wire(embedding)
         vector.check(numbers, space.dimensions)
     except vector.VectorError as error:
         raise InvalidAnswer(provider, f"embedding {index}: {error}") from error
     return numbers
 
 
-def refusal(
-    provider: str, status: int, headers: Mapping[str, str], body: bytes
-) -> EmbeddingError:
+def refusal(provider: str, status: int, headers: Mapping[str, str], body: bytes) -> EmbeddingError:
     """Translate a refused call into the error tree.
 
     An integer `code` inside the body counts as the status (OpenRouter, also inside a 200).

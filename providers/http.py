@@ -30,9 +30,7 @@ class HttpProvider:
     accepts_tokens: ClassVar[bool] = True
     """Whether token arrays may be sent as they are."""
 
-    def __init__(
-        self, name: str, *, api_key: str, base_url: str, timeout_s: float = 60.0
-    ) -> None:
+    def __init__(self, name: str, *, api_key: str, base_url: str, timeout_s: float = 60.0) -> None:
         self.name = name
         headers = {"Authorization": f"Bearer {api_key}", **self.extra_headers()}
         self._transport = Transport(name, base_url, headers, timeout_s)

@@ -7,7 +7,7 @@ vocabulary (about 20 MB) is loaded at first use, which takes some 50 ms.
 from collections.abc import Sequence
 from functools import cache
 
-from splintr import Tokenizer
+from splintr import AnyTokenizer, Tokenizer
 
 from .base import Input
 
@@ -16,7 +16,7 @@ CL100K = "cl100k_base"
 
 
 @cache
-def _tokenizer(encoding: str) -> Tokenizer:
+def _tokenizer(encoding: str) -> AnyTokenizer:
     return Tokenizer.from_pretrained(encoding)
 
 

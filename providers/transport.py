@@ -8,6 +8,7 @@ import asyncio
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import aiohttp
 
@@ -39,7 +40,7 @@ class Transport:
         self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> "Transport":
+    async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=CONNECTIONS, ttl_dns_cache=60),
             cookie_jar=aiohttp.DummyCookieJar(),

@@ -22,6 +22,15 @@ class VectorError(ValueError):
     """The numbers are not a usable vector; the message says what is wrong with them."""
 
 
+def from_wire(embedding: object) -> Vector:
+    """Read an `embedding` as an upstream sent it, base64 or numbers. Raises VectorError."""
+    if isinstance(embedding, str):
+        return from_base64(embedding)
+    if isinstance(embedding, list):
+        return from_numbers(embedding)
+    raise VectorError("is missing")
+
+
 def from_base64(text: str) -> Vector:
     """Decode base64 of little-endian float32, OpenAI's `encoding_format: base64`.
 

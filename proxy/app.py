@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 import aiohttp
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from providers.base import EmbeddingError, InputRefused
 
@@ -22,7 +23,6 @@ log = logging.getLogger("embedding_proxy.app")
 
 SERVICE = web.AppKey("service", EmbeddingService)
 REQUEST_ID = web.RequestKey("request_id", str)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def build_app(settings: Settings, service: EmbeddingService | None = None) -> web.Application:
@@ -86,7 +86,7 @@ async def _stamp(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = request.get(REQUEST_ID, "")
 
 
-def _guard(access: Access) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def _guard(access: Access) -> Middleware:
     """Return the middleware around everything: keys first, and every error in OpenAI's shape."""
 
     @web.middleware

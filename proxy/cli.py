@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -36,6 +36,7 @@ def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
 
 @app.callback()
 def _root(
+    *,
     _: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
     ] = False,
@@ -78,12 +79,16 @@ def demo() -> None:
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         from uvloop import new_event_loop  # noqa: PLC0415 - not there on Windows
     except ImportError:
-        new_event_loop = None
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(main)
+        return None
+    return new_event_loop
 
 
 def _log_to_stderr() -> None:

@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is written twice", key_node.start_mark
@@ -130,9 +130,9 @@ _EXPECTED = {
 
 
 def _first_problem(error: ValidationError) -> str:
-    """Say what is wrong first, as `key: problem; remedy`. Values are not repeated: one may be a key."""
+    """Say what is wrong first, as `key: problem; remedy`; no value is repeated, it may be a key."""
     problem = error.errors(include_url=False, include_input=False)[0]
-    where = [str(part) for part in problem["loc"] if part not in ("[key]",)]
+    where = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(where)
     kind = problem["type"]
     if kind == "extra_forbidden":
@@ -160,7 +160,7 @@ def _known_keys(path: list[str]) -> Iterator[str]:
 
 
 def _section_of(annotation: Any) -> Any:  # noqa: ANN401 - any annotation
-    """Return the Section inside an annotation: `Server`, `dict[str, Provider | None]`, …"""
+    """Return the Section inside an annotation, as in `dict[str, Provider | None]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)

@@ -54,10 +54,8 @@ def _headers(result: Result) -> dict[str, str]:
     """Return what a reply says about the cache; the counts are of distinct inputs."""
     counts = Counter(result.outcomes)
     hits, joins, misses = (counts[how] for how in (Outcome.HIT, Outcome.JOIN, Outcome.MISS))
-    if not joins and not misses:
-        verdict = "hit"
-    else:
-        verdict = "partial" if hits else "miss"
+    bought = joins or misses
+    verdict = ("partial" if hits else "miss") if bought else "hit"
     headers = {
         "x-cache": verdict,
         "x-cache-hits": str(hits),

@@ -83,11 +83,10 @@ def failure(error: EmbeddingError) -> Failure:
     """Return what a client is told of an error."""
     if isinstance(error, InputRefused):
         return Failure(error.status, str(error), error.kind, error.param, error.code)
-    for kind, status, type_, code, again in _TABLE:
-        if isinstance(error, kind):
-            break
-    else:
+    row = next((row for row in _TABLE if isinstance(error, row[0])), None)
+    if row is None:
         return INTERNAL
+    _, status, type_, code, again = row
     said = error.refusal if isinstance(error, ProviderError) else None
     if said is not None and isinstance(error, OutOfCredit | RateLimited | ModelNotFound):
         # These are for the client to act on: it gets the upstream's own words and codes.

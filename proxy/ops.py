@@ -1,4 +1,4 @@
-"""What operators' tools ask: is the process alive, and may it be sent requests?"""
+"""What operators' tools ask: whether the process is alive, and whether it takes requests."""
 
 from aiohttp import web
 

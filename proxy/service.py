@@ -108,7 +108,7 @@ class EmbeddingService:
     def __init__(
         self, settings: Settings, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
-        """`sleep` waits between attempts at a provider, in seconds; tests inject one that does not."""
+        """`sleep` waits between attempts at a provider, in seconds; tests inject a wait of zero."""
         self.settings = settings
         self._sleep = sleep
         self.models: dict[str, Model] = {}
@@ -151,7 +151,7 @@ class EmbeddingService:
         except KeyError:
             raise ModelUnknown(name) from None
 
-    async def embed(  # noqa: PLR0913 - OpenAI's own parameters
+    async def embed(
         self,
         inputs: Sequence[Input],
         model: str,
@@ -256,9 +256,7 @@ def _width(model: Model, dimensions: int | None) -> int:
     if dimensions is None:
         return native
     if model.dimensions_refused or (not model.space.matryoshka and dimensions != native):
-        raise InputRefused(
-            "This model does not support specifying dimensions.", param="dimensions"
-        )
+        raise InputRefused("This model does not support specifying dimensions.", param="dimensions")
     if not 1 <= dimensions <= native:
         raise InputRefused(
             f"Invalid value for 'dimensions' = {dimensions}: must be at least 1 and at most"

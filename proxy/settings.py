@@ -146,7 +146,7 @@ class Settings(Section):
     server: Server = Server()
     cache: Cache = Field(default_factory=Cache)
     providers: Annotated[dict[Name, Provider | None], Field(validate_default=True)] = Field(
-        default_factory=lambda: {kind: {} for kind in KINDS}  # type: ignore[arg-type, return-value]
+        default_factory=lambda: {kind: {} for kind in KINDS}  # type: ignore[arg-type]
     )
     models: Annotated[dict[Name, Model], Field(validate_default=True)] = Field(default_factory=dict)
     index: Index = Index()

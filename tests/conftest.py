@@ -1,7 +1,7 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,14 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[FaultServer]:
-    """The first provider's upstream ("openai")."""
+    """Give the first provider's upstream ("openai")."""
     async with FaultServer() as server:
         yield server
 
 
 @pytest.fixture
 async def second() -> AsyncIterator[FaultServer]:
-    """The second provider's upstream ("openrouter")."""
+    """Give the second provider's upstream ("openrouter")."""
     async with FaultServer() as server:
         yield server
 
@@ -69,52 +69,50 @@ class Proxy:
             return response
 
 
-StartProxy = Callable[..., Awaitable[Proxy]]
+class StartProxy:
+    """Starts proxies that share a cache directory; `stop` and another start is a restart."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._directory = directory
+        self._monkeypatch = monkeypatch
+        self._stack = AsyncExitStack()
+
+    async def __call__(
+        self,
+        openai: FaultServer | None = None,
+        openrouter: FaultServer | None = None,
+        **sections: Any,
+    ) -> Proxy:
+        """Start a proxy with these upstreams, their keys set, and these sections of the config."""
+        servers = {"openai": openai, "openrouter": openrouter}
+        used = {name: server for name, server in servers.items() if server is not None}
+        for name in used:
+            self._monkeypatch.setenv(f"{name.upper()}_API_KEY", f"{name}-secret-key")
+        settings = Settings.model_validate(
+            {
+                "cache": {"directory": str(self._directory)},
+                "providers": {name: {"base_url": server.url} for name, server in used.items()},
+                **sections,
+            }
+        )
+        app = build_app(settings, EmbeddingService(settings, sleep=no_wait))
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        await runner.setup()
+        self._stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        session = await self._stack.enter_async_context(aiohttp.ClientSession())
+        proxy = Proxy(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", app, session)
+        self._stack.push_async_callback(proxy.client.close)
+        return proxy
+
+    async def stop(self) -> None:
+        """Stop all proxies that were started."""
+        await self._stack.aclose()
 
 
 @pytest.fixture
-async def start_proxy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[StartProxy]:
-    """Start proxies: `await start_proxy(openai=upstream, openrouter=second, server={…})`.
-
-    Keyword arguments `openai` and `openrouter` are fault servers, all others sections of the
-    configuration. Proxies of one test share a cache directory; `await start_proxy.stop()` is how
-    a test restarts: stop, then start another.
-    """
-    async with AsyncExitStack() as stack:
-
-        async def start(
-            openai: FaultServer | None = None,
-            openrouter: FaultServer | None = None,
-            **sections: Any,
-        ) -> Proxy:
-            servers = {"openai": openai, "openrouter": openrouter}
-            used = {name: server for name, server in servers.items() if server is not None}
-            for name in used:
-                monkeypatch.setenv(f"{name.upper()}_API_KEY", f"{name}-secret-key")
-            settings = Settings.model_validate(
-                {
-                    "cache": {"directory": str(tmp_path / "cache")},
-                    "providers": {
-                        name: {"base_url": server.url} for name, server in used.items()
-                    },
-                    **sections,
-                }
-            )
-            service = EmbeddingService(settings, sleep=no_wait)
-            app = build_app(settings, service)
-            runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            session = await stack.enter_async_context(aiohttp.ClientSession())
-            proxy = Proxy(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", app, session)
-            stack.push_async_callback(proxy.client.close)
-            return proxy
-
-        async def stop() -> None:
-            await stack.aclose()
-
-        start.stop = stop  # type: ignore[attr-defined]
-        yield start
+async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartProxy]:
+    """Give a function that starts proxies in front of fault servers."""
+    start = StartProxy(tmp_path / "cache", monkeypatch)
+    yield start
+    await start.stop()

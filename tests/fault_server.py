@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import orjson
@@ -77,7 +77,7 @@ class FaultServer:
         """All inputs of all calls: what would have been billed."""
         return [item for call in self.calls for item in call.inputs]
 
-    async def __aenter__(self) -> "FaultServer":
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
@@ -137,18 +137,14 @@ class FaultServer:
         return act
 
 
-def status(
-    code: int, body: object = None, headers: Mapping[str, str] | None = None
-) -> Act:
+def status(code: int, body: object = None, headers: Mapping[str, str] | None = None) -> Act:
     """Play an error in OpenAI's shape, or `body` if given (bytes as they are)."""
     if body is None:
         body = {"error": {"message": f"made-up {code}", "type": "t", "param": None, "code": None}}
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
 
     async def act(_request: web.Request, _payload: Payload) -> web.Response:
-        return web.Response(
-            status=code, body=raw, content_type="application/json", headers=headers
-        )
+        return web.Response(status=code, body=raw, content_type="application/json", headers=headers)
 
     return act
 
