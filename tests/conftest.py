@@ -88,13 +88,11 @@ class StartProxy:
         used = {name: server for name, server in servers.items() if server is not None}
         for name in used:
             self._monkeypatch.setenv(f"{name.upper()}_API_KEY", f"{name}-secret-key")
-        settings = Settings.model_validate(
-            {
-                "cache": {"directory": str(self._directory)},
-                "providers": {name: {"base_url": server.url} for name, server in used.items()},
-                **sections,
-            }
-        )
+        if used:
+            urls = {name: {"base_url": server.url} for name, server in used.items()}
+            sections = {"providers": urls, **sections}
+        sections = {"cache": {"directory": str(self._directory)}, **sections}
+        settings = Settings.model_validate(sections)
         app = build_app(settings, EmbeddingService(settings, sleep=no_wait))
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
         await runner.setup()

@@ -20,15 +20,22 @@ Payload = dict[str, Any]
 Act = Callable[[web.Request, Payload], Awaitable[web.StreamResponse]]
 
 
-def vector_of(model: str, item: object, dimensions: int = 1536) -> np.ndarray:
+def vector_of(
+    model: str, item: object, dimensions: int = 1536, parameters: Payload | None = None
+) -> np.ndarray:
     """Return the vector this upstream gives for an input: unit norm, float32.
 
     The upstream model's last path segment counts, so `openai/m` and `m` agree, as they should.
+    `parameters` are the request's further fields, which change the numbers as `input_type` does.
     """
     name = model.rpartition("/")[2]
-    seed = hashlib.blake2b(orjson.dumps([name, item]), digest_size=8).digest()
+    told = orjson.dumps([name, item, parameters or {}], option=orjson.OPT_SORT_KEYS)
+    seed = hashlib.blake2b(told, digest_size=8).digest()
     numbers = np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(dimensions)
     return (numbers / np.linalg.norm(numbers)).astype("<f4")
+
+
+_KNOWN_FIELDS = {"model", "input", "encoding_format", "dimensions", "user"}
 
 
 def tokens_of(item: object) -> int:
@@ -114,9 +121,10 @@ class FaultServer:
         inputs = Call("", {}, payload).inputs
         model = payload["model"]
         width = self.widths.get(model, 1536)
+        parameters = {name: v for name, v in payload.items() if name not in _KNOWN_FIELDS}
         data = []
         for i, item in enumerate(inputs):
-            vector = vector_of(model, item, width)
+            vector = vector_of(model, item, width, parameters)
             if payload.get("encoding_format") == "base64":
                 embedding: object = base64.b64encode(vector.tobytes()).decode()
             else:

@@ -1,0 +1,81 @@
+"""A reply is a promise: what it held is on disk, whatever happens to the process next."""
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import asynccontextmanager
+
+import openai
+
+MODEL = "text-embedding-3-small"
+
+
+@asynccontextmanager
+async def _process(tmp_path, upstream):
+    """Run the proxy as a process of its own; give the process and a client."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"cache: {{directory: {tmp_path / 'cache'}}}\n"
+        f"providers: {{openai: {{base_url: '{upstream.url}'}}}}\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "OPENAI_API_KEY": "k"},
+    )
+    try:
+        line = (await process.stdout.readline()).decode().strip()
+        url = line.removeprefix("export OPENAI_BASE_URL=")
+        async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as client:
+            yield process, client
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_killed_right_after_a_reply(tmp_path, upstream):
+    """A kill -9 right after a reply loses nothing: the same request is then a full hit."""
+    told = []
+    for i in range(5):
+        async with _process(tmp_path, upstream) as (process, client):
+            create = client.embeddings.with_raw_response.create
+            for asked, vectors in told:
+                again = await create(model=MODEL, input=asked)
+                assert again.headers["x-cache"] == "hit"
+                assert [item.embedding for item in again.parse().data] == vectors
+            inputs = [f"round {i}, input {n}" for n in range(200)]
+            reply = await create(model=MODEL, input=inputs)
+            process.send_signal(signal.SIGKILL)
+            assert reply.headers["x-cache"] == "miss"
+            told.append((inputs, [item.embedding for item in reply.parse().data]))
+    assert len(upstream.inputs) == 5 * 200
+
+
+async def test_killed_amid_purchases(tmp_path, upstream):
+    """A kill -9 while requests are in progress: each that was answered is a full hit afterwards."""
+    answered = []
+
+    async def ask(client, i):
+        reply = await client.embeddings.create(model=MODEL, input=[f"{i}.{n}" for n in range(20)])
+        answered.append((i, reply.data[0].embedding))
+        if len(answered) == 10:
+            enough.set()
+
+    enough = asyncio.Event()
+    async with _process(tmp_path, upstream) as (process, client):
+        tasks = [asyncio.create_task(ask(client, i)) for i in range(40)]
+        await enough.wait()
+        process.send_signal(signal.SIGKILL)
+        await asyncio.gather(*tasks, return_exceptions=True)
+    bought = len(upstream.calls)
+    async with _process(tmp_path, upstream) as (_, client):
+        for i, vector in answered:
+            reply = await client.embeddings.create(
+                model=MODEL, input=[f"{i}.{n}" for n in range(20)]
+            )
+            assert reply.data[0].embedding == vector
+    assert len(answered) >= 10
+    assert len(upstream.calls) == bought

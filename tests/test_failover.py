@@ -1,0 +1,139 @@
+"""The second route answers when the first cannot, and each provider's key stays with its origin."""
+
+import contextlib
+
+import numpy as np
+import openai
+import pytest
+from fault_server import cut, status, vector_of
+
+MODEL = "text-embedding-3-small"
+
+FAULTS = {
+    "answers 500": status(500),
+    "answers 503": status(503),
+    "has no credit left": status(429, {"error": {"code": "insufficient_quota", "message": "m"}}),
+    "does not accept the key": status(401),
+    "does not serve the model": status(404),
+    "answers HTML": status(200, b"<html>sorry</html>"),
+    "breaks off": cut(),
+    "answers an error with 200": status(200, {"error": {"code": 502, "message": "m"}}),
+    "redirects": status(302, headers={"Location": "/elsewhere"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_second_route_answers(fault, upstream, second, start_proxy):
+    """Whatever the first provider does, the client gets the right vectors and is told who."""
+    upstream.always = FAULTS[fault]
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    reply = await proxy.client.embeddings.with_raw_response.create(model=MODEL, input=["a", "b"])
+    assert reply.headers["x-embedding-provider"] == "openrouter"
+    assert reply.headers["x-embedding-space"] == "openai/text-embedding-3-small"
+    for item, text in zip(reply.parse().data, ("a", "b"), strict=True):
+        got = np.array(item.embedding, dtype=np.float32)
+        assert got.tobytes() == vector_of(MODEL, text).tobytes()
+    assert second.calls[0].payload["model"] == f"openai/{MODEL}"
+    assert upstream.calls, "the first route was asked first"
+
+
+async def test_refused_connection_goes_to_the_second_route(upstream, second, start_proxy):
+    """A provider that cannot be reached costs the client nothing, and what is bought is kept."""
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    await upstream.stop()
+    request = {"model": MODEL, "input": "a"}
+    first = await proxy.post(request)
+    assert (first.status, first.headers["x-embedding-provider"]) == (200, "openrouter")
+    await second.stop()
+    again = await proxy.post(request)
+    assert (again.status, again.headers["x-cache"]) == (200, "hit")
+    assert "x-embedding-provider" not in again.headers
+    assert await again.text() == await first.text()
+
+
+async def test_passing_fault_is_tried_again_at_the_same_provider(upstream, second, start_proxy):
+    """One hiccup of the first provider does not send the request elsewhere."""
+    upstream.script.append(status(500))
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    reply = await proxy.post({"model": MODEL, "input": "a"})
+    assert reply.headers["x-embedding-provider"] == "openai"
+    assert len(upstream.calls) == 2
+    assert not second.calls
+
+
+async def test_refused_input_ends_the_matter(upstream, second, start_proxy):
+    """A 400 is the client's to hear, in the upstream's own words; nobody else is asked."""
+    body = {"error": {"message": "too long", "type": "x", "param": "input", "code": "c"}}
+    upstream.always = status(400, body)
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await proxy.client.embeddings.create(model=MODEL, input="a")
+    assert caught.value.body == body["error"]
+    assert len(upstream.calls) == 1
+    assert not second.calls
+
+
+async def test_each_key_goes_to_its_own_origin(upstream, second, start_proxy):
+    """Each provider sees its own key, and neither the other's nor the client's."""
+    upstream.always = status(500)
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    await proxy.client.embeddings.create(model=MODEL, input="a", user="alice")
+    for server, own in ((upstream, "openai"), (second, "openrouter")):
+        assert server.calls
+        for call in server.calls:
+            assert call.headers["Authorization"] == f"Bearer {own}-secret-key"
+            everything = repr((call.headers, call.payload))
+            for other in {"openai-secret", "openrouter-secret", "client-key"} - {f"{own}-secret"}:
+                assert other not in everything
+
+
+async def test_one_wire_format_a_provider(upstream, second, start_proxy):
+    """OpenAI is asked for base64 and OpenRouter for floats, always at the native width."""
+    upstream.always = status(500)
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    for i, encoding in enumerate(("float", "base64")):
+        await proxy.client.embeddings.create(
+            model=MODEL, input=f"{i}", encoding_format=encoding, dimensions=256
+        )
+    assert {call.payload["encoding_format"] for call in upstream.calls} == {"base64"}
+    assert {call.payload["encoding_format"] for call in second.calls} == {"float"}
+    assert not any("dimensions" in call.payload for call in upstream.calls + second.calls)
+
+
+async def test_total_outage_is_the_upstreams_not_ours(upstream, second, start_proxy):
+    """With every provider down, known inputs are served and unknown ones get OpenAI's shape."""
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    await proxy.client.embeddings.create(model=MODEL, input="known")
+    await upstream.stop()
+    await second.stop()
+    hit = await proxy.post({"model": MODEL, "input": "known"})
+    assert (hit.status, hit.headers["x-cache"]) == (200, "hit")
+    missed = await proxy.post({"model": MODEL, "input": "unknown"})
+    error = (await missed.json())["error"]
+    assert missed.status == 502
+    assert set(error) == {"message", "type", "param", "code"}
+    assert missed.headers["Retry-After"]
+
+
+async def test_no_key_is_said_clearly(start_proxy):
+    """Without a key the error names the variable to set, and the local model works."""
+    proxy = await start_proxy()
+    with pytest.raises(openai.InternalServerError) as caught:
+        await proxy.client.embeddings.create(model=MODEL, input="a")
+    assert "OPENAI_API_KEY" in caught.value.body["message"]
+    assert caught.value.response.headers["x-should-retry"] == "false"
+    reply = await proxy.client.embeddings.create(model="wordllama-embed", input="a")
+    assert len(reply.data[0].embedding) == 256
+
+
+async def test_cached_vectors_need_no_key(upstream, start_proxy, monkeypatch):
+    """What was bought is served on, also by a proxy that has no key any more."""
+    proxy = await start_proxy(openai=upstream)
+    await proxy.client.embeddings.create(model=MODEL, input="a")
+    await start_proxy.stop()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    proxy = await start_proxy()
+    assert (await proxy.post({"model": MODEL, "input": "a"})).headers["x-cache"] == "hit"
+    with contextlib.suppress(openai.APIStatusError):
+        await proxy.client.embeddings.create(model=MODEL, input="b")
+    assert len(upstream.calls) == 1
