@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/embedding-proxy demo
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-fail-under=95
 
 serve: .venv/demo
 	$(BIN)/embedding-proxy serve

@@ -1,15 +1,17 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import aiohttp
 import openai
 import pytest
 from aiohttp import web
+from aioresponses import aioresponses
 from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
@@ -114,3 +116,18 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     start = StartProxy(tmp_path / "cache", monkeypatch)
     yield start
     await start.stop()
+
+
+class _Response(aiohttp.ClientResponse):
+    """What aiohttp 3.14 asks of a response and aioresponses 0.7.9 does not know: a writer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, stream_writer=Mock(output_size=0), **kwargs)
+
+
+@pytest.fixture
+def mocked_http(monkeypatch: pytest.MonkeyPatch) -> Iterator[aioresponses]:
+    """Answer aiohttp's requests without a socket: `mocked_http.post(url, payload=…)`."""
+    monkeypatch.setattr("aioresponses.core.ClientResponse", _Response)
+    with aioresponses() as mocked:
+        yield mocked
