@@ -89,6 +89,6 @@ def input_part(item: Input) -> bytes:
     return part(_TOKENS, struct.pack(f"<{len(item)}I", *item))
 
 
-def checksum(data: bytes) -> bytes:
+def checksum(data: bytes | memoryview) -> bytes:
     """Return XXH3-64 of `data`, 8 bytes: finds damage, not malice."""
     return xxhash.xxh3_64_digest(data)

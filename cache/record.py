@@ -57,6 +57,6 @@ def decode(record: bytes, digest: bytes, dimensions: int) -> Entry | None:
     magic, version, dtype, counted, _, width, tokens, found = _HEADER.unpack_from(record)
     if (magic, version, dtype, width, found) != (_MAGIC, FORMAT, _FLOAT32, dimensions, digest):
         return None
-    if checksum(record[:end]) != record[end:]:
+    if checksum(memoryview(record)[:end]) != record[end:]:
         return None
     return Entry(record[_HEADER.size : end], tokens, bool(counted), digest)

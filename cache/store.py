@@ -13,6 +13,7 @@ import contextlib
 import logging
 import math
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -33,6 +34,13 @@ BUSY_SECONDS = 5.0
 """The longest wait for another process's write; then the write is given up."""
 
 _ADDRESSES_A_SELECT = 512
+# Writes a record whether or not there is one; a row that was anything else becomes raw bytes.
+_PUT = """
+    INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VALUES (?, 1, ?, ?, 1, ?)
+    ON CONFLICT (key, raw) DO UPDATE SET
+        store_time = excluded.store_time, access_time = excluded.access_time,
+        expire_time = NULL, size = 0, mode = 1, filename = NULL, value = excluded.value
+"""
 _FAILURES = (sqlite3.Error, OSError, diskcache.Timeout)
 
 
@@ -167,10 +175,13 @@ class Store:
     def _put_many(self, records: Mapping[bytes, bytes]) -> bool:
         if self._cache is None:
             return False
+        now = time.time()
         try:
             with self._cache.transact():
-                for address, record in records.items():
-                    self._cache.set(address, record)
+                # diskcache sets one by one, at ten times the cost.
+                self._cache._con.executemany(  # noqa: SLF001
+                    _PUT, ((address, now, now, record) for address, record in records.items())
+                )
                 self._evict()
         except _FAILURES as error:
             log.warning("writing to the disk tier failed, %d not kept: %s", len(records), error)

@@ -56,10 +56,15 @@ class Space:
     def with_parameters(self, fields: Mapping[str, object]) -> "Space":
         """Return the space of this model when called with the given extra request fields.
 
+        Raises InputRefused for what JSON cannot hold, or holds too deep for us.
+
         >>> Space("m", 8).with_parameters({"b": 1, "a": {"y": 2, "x": 1}}).parameters
         (('a', b'{"x":1,"y":2}'), ('b', b'1'))
         """
-        canonical = ((n, orjson.dumps(v, option=orjson.OPT_SORT_KEYS)) for n, v in fields.items())
+        try:
+            canonical = [(n, orjson.dumps(fields[n], option=orjson.OPT_SORT_KEYS)) for n in fields]
+        except orjson.JSONEncodeError as error:
+            raise InputRefused(f"A field of the request cannot be sent on: {error}.") from error
         return replace(self, parameters=tuple(sorted(canonical)))
 
     @property

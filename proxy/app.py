@@ -5,7 +5,6 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 
-import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
@@ -32,9 +31,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     """
     service = service or EmbeddingService(settings)
     server = settings.server
-    app = web.Application(
-        middlewares=[_guard(Access(server.keys))], client_max_size=int(server.max_body_mib * MIB)
-    )
+    app = web.Application(middlewares=[_guard(Access(server.keys))])
     app[SERVICE] = service
 
     async def open_service(_: web.Application) -> AsyncIterator[None]:
@@ -49,9 +46,10 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
 
 def _add_routes(app: web.Application, service: EmbeddingService, server: Server) -> None:
     embeddings, models = Embeddings(service), Models(service)
+    most = int(server.max_body_mib * MIB)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
-        return await embeddings.post(request, await _body(request, server.body_timeout_s))
+        return await embeddings.post(request, await _body(request, most, server.body_timeout_s))
 
     for prefix in ("/v1", ""):
         for slash in ("", "/"):
@@ -63,22 +61,35 @@ def _add_routes(app: web.Application, service: EmbeddingService, server: Server)
     app.router.add_get("/readyz", ops.ready)
 
 
-async def _body(request: web.Request, timeout_s: float) -> bytes:
-    """Read a whole body. Raises InputRefused for one that is too large, too slow, or broken off."""
+async def _body(request: web.Request, most: int, patience_s: float) -> bytes:
+    """Read a whole body of at most `most` bytes, decompressed.
+
+    Raises InputRefused for one that is larger, that breaks off, or of which nothing more arrives
+    for `patience_s` seconds.
+    """
+    if (request.content_length or 0) > most:
+        raise _too_large(most)
+    chunks: list[bytes] = []
+    size = 0
     try:
-        async with asyncio.timeout(timeout_s):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        most = request.app._client_max_size // MIB  # noqa: SLF001 - what aiohttp compared with
-        raise InputRefused(
-            f"The request body is larger than {most} MiB (server.max_body_mib).", status=413
-        ) from error
+        while not request.content.at_eof():
+            async with asyncio.timeout(patience_s):
+                chunk = await request.content.readany()
+            size += len(chunk)
+            if size > most:
+                raise _too_large(most)
+            chunks.append(chunk)
     except TimeoutError as error:
-        raise InputRefused(
-            f"The request body did not arrive within {timeout_s:g} s.", status=408
-        ) from error
-    except (aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError, OSError) as error:
+        message = f"The request body stopped arriving; nothing came for {patience_s:g} s."
+        raise InputRefused(message, status=408) from error
+    except (web.RequestPayloadError, OSError) as error:
         raise InputRefused("The request body broke off or could not be decoded.") from error
+    return b"".join(chunks)
+
+
+def _too_large(most: int) -> InputRefused:
+    limit = f"{most / MIB:g} MiB (server.max_body_mib)"
+    return InputRefused(f"The request body is larger than {limit}.", status=413)
 
 
 async def _stamp(request: web.Request, response: web.StreamResponse) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from .app import build_app
+from .connection import Runner
 from .settings import Settings
 
 log = logging.getLogger("embedding_proxy.server")
@@ -27,7 +28,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     """
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
+    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
     await runner.setup()
     try:
         host, port = settings.server.host, settings.server.port

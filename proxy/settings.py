@@ -53,7 +53,7 @@ class Server(Section):
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     workers: Annotated[Whole, Field(ge=1, le=1)] = 1
     max_body_mib: Annotated[Number, Field(gt=0)] = 64
-    body_timeout_s: Annotated[Number, Field(gt=0)] = 30
+    body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     keys: Annotated[tuple[Name, ...], Field(repr=False)] = ()
 

@@ -15,6 +15,7 @@ from aioresponses import aioresponses
 from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
+from proxy.connection import Runner
 from proxy.service import EmbeddingService
 from proxy.settings import Settings
 
@@ -96,7 +97,7 @@ class StartProxy:
         sections = {"cache": {"directory": str(self._directory)}, **sections}
         settings = Settings.model_validate(sections)
         app = build_app(settings, EmbeddingService(settings, sleep=no_wait))
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        runner = Runner(app, access_log=None, shutdown_timeout=0)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()
