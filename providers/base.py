@@ -74,10 +74,11 @@ class Space:
         >>> Space("m", 8).with_parameters({"task": "a b"}).label
         'm?task=%22a%20b%22'
         """
+        name = quote(self.name, safe="/:@+")
         if not self.parameters:
-            return self.name
+            return name
         query = "&".join(f"{quote(n, safe='')}={quote(v, safe='')}" for n, v in self.parameters)
-        return f"{self.name}?{query}"
+        return f"{name}?{query}"
 
 
 class Outcome(enum.StrEnum):

@@ -113,6 +113,9 @@ def _guard(access: Access) -> Middleware:
             return errors.failure(error).response()
         except web.HTTPException as error:
             return _unrouted(request, error).response()
+        except ConnectionError:
+            # The client is gone, perhaps in the midst of a reply; nobody is left to tell.
+            raise
         except Exception:
             # Whatever else it is, it is ours: the log gets the traceback, the client does not.
             log.exception("request %s failed", request_id)

@@ -111,6 +111,7 @@ def _substituted(value: object, file: str, path: tuple[str, ...]) -> object:
 
 
 _EXPECTED = {
+    "string_pattern_mismatch": "a name of letters, digits and . _ -",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
     "dict_type": "keys with values below it",

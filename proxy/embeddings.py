@@ -20,15 +20,9 @@ class Embeddings:
     async def post(self, request: web.Request, body: bytes) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
         asked = wire.parse(body)
-        result = await self._service.embed(
-            asked.inputs,
-            asked.model,
-            dimensions=asked.dimensions,
-            parameters=asked.parameters,
-            user=asked.user,
-        )
+        result = await self._service.answer(asked)
         chunks = wire.render(
-            result.native,
+            result.embedded.vectors,
             dimensions=result.dimensions,
             encoding=asked.encoding,
             model=asked.model,

@@ -3,7 +3,8 @@
 import orjson
 from aiohttp import web
 
-from .service import EmbeddingService, Model, ModelUnknown
+from .opening import Model
+from .service import EmbeddingService, ModelUnknown
 
 # OpenAI's objects carry the time a model was made; ours were not made by us.
 _CREATED = 0

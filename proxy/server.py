@@ -44,6 +44,9 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
             loop.add_signal_handler(number, stop.set)
         announce(_url(runner, host))
         await stop.wait()
+        # A second signal ends the process at once.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
         log.info("stopping: requests in progress are finished first")
     finally:
         await runner.cleanup()

@@ -10,30 +10,23 @@ It knows which model is which space and where it can be bought; it knows no HTTP
 """
 
 import asyncio
-import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from cache.embedder import CachingEmbedder, Filled
-from cache.flight import Flights
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from providers import tokens, vector
-from providers.base import Context, Embedded, Embedder, Input, InputRefused, Outcome, Space, Vector
-from providers.kinds import HTTP_KINDS
-from providers.local import Local
-from providers.router import Provider, Route, Router
+from providers.base import Context, Embedded, Input, InputRefused, Outcome, Space
 
-from . import settings as sections
+from . import wire
 from .config import load
+from .opening import Model, make_models, open_providers
 from .settings import Settings
-
-log = logging.getLogger("embedding_proxy.service")
+from .wire import EmbeddingRequest
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -43,36 +36,20 @@ _DECODE_INLINE = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """A model that can be asked for."""
-
-    name: str
-    space: Space
-    price: float
-    """USD per million tokens."""
-    embedder: Embedder
-    usable: bool
-    """Whether a provider is configured; without one, what is cached is still served."""
-    dimensions_refused: bool = False
-    """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     """The answer to n inputs, in their order."""
 
     model: Model
     space: Space
-    native: Sequence[Vector]
-    """n vectors at the model's own width, as bytes."""
     dimensions: int
     """The width that was asked for."""
     embedded: Embedded
+    """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
 
     @property
     def vectors(self) -> vector.Floats:
         """The vectors as one array of float32, shape (n, dimensions)."""
-        return vector.stack(vector.derive(self.native, self.dimensions))
+        return vector.stack(vector.derive(self.embedded.vectors, self.dimensions))
 
     @property
     def outcomes(self) -> Sequence[Outcome]:
@@ -131,8 +108,8 @@ class EmbeddingService:
                 Store(cache.directory, int(cache.size_limit_gib * GIB))
             )
             self._tiers = Tiers(Memory(int(cache.memory_mib * MIB)), store)
-            providers = await _open_providers(self.settings, stack)
-            self.models = self._make_models(providers)
+            providers = await open_providers(self.settings, stack)
+            self.models = make_models(self.settings, providers, self._tiers, self._sleep)
             self._stack = stack.pop_all()
         return self
 
@@ -153,101 +130,48 @@ class EmbeddingService:
 
     async def embed(
         self,
-        inputs: Sequence[Input],
+        inputs: str | Sequence[str | Sequence[int]],
         model: str,
         *,
         dimensions: int | None = None,
         parameters: Mapping[str, object] | None = None,
         user: str | None = None,
     ) -> Result:
-        """Embed 1…N inputs and return their vectors, the usage, and how each was answered.
+        """Embed one text, or 1…2,048 texts or token arrays.
 
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
         Raises EmbeddingError.
         """
-        known = self.model(model)
-        width = _width(known, dimensions)
-        space = known.space.with_parameters(parameters) if parameters else known.space
-        items = await _as_texts(inputs)
+        if not isinstance(inputs, str):
+            inputs = [item if isinstance(item, str) else list(item) for item in inputs]
+        asked = EmbeddingRequest(
+            model=model,
+            inputs=wire.parse_input(inputs),
+            dimensions=dimensions,
+            encoding="base64",
+            user=user,
+            parameters=parameters or {},
+        )
+        return await self.answer(asked)
+
+    async def answer(self, asked: EmbeddingRequest) -> Result:
+        """Answer a well-formed request. Raises EmbeddingError."""
+        model = self.model(asked.model)
+        width = _width(model, asked.dimensions)
+        space = model.space
+        if asked.parameters:
+            space = space.with_parameters(asked.parameters)
         now = asyncio.get_running_loop().time()
-        context = Context(deadline=now + self.settings.server.request_timeout_s, user=user)
-        embedded = await known.embedder.embed(space, items, context)
-        return Result(known, space, embedded.vectors, width, embedded)
-
-    def _make_models(self, providers: Mapping[str, Provider]) -> dict[str, Model]:
-        flights: Flights[Filled] = Flights()
-        models = {}
-        for name, entry in self.settings.models.items():
-            routes = [
-                Route(providers[route.provider], route.model)
-                for route in entry.routes
-                if route.provider in providers
-            ]
-            router = Router(routes, unavailable=self._remedy(name, entry), sleep=self._sleep)
-            if self._tiers is None:
-                raise RuntimeError("the service is not open")
-            models[name] = Model(
-                name=name,
-                space=Space(
-                    name=entry.space,
-                    dimensions=entry.dimensions,
-                    matryoshka=entry.matryoshka,
-                    tokenizer=entry.tokenizer,
-                ),
-                price=entry.price,
-                embedder=CachingEmbedder(router, self._tiers, flights),
-                usable=bool(routes),
-                dimensions_refused=entry.dimensions_refused,
-            )
-        return models
-
-    def _remedy(self, name: str, entry: sections.Model) -> str:
-        """Say what to set so that the model can be asked for."""
-        variables = []
-        for route in entry.routes:
-            configured = self.settings.providers.get(route.provider)
-            if configured is not None and (variable := key_variable(configured)):
-                variables.append(variable)
-        if not variables:
-            wanted = " or ".join(route.provider for route in entry.routes)
-            return f"No provider for the model `{name}` is configured: add {wanted} to `providers`."
-        return (
-            f"No provider for the model `{name}` has a key:"
-            f" set {' or '.join(variables)} and start the proxy again."
-        )
-
-
-def key_variable(provider: sections.Provider) -> str | None:
-    """Return the name of the variable that holds a provider's key; None if it needs none."""
-    kind = HTTP_KINDS.get(provider.kind)
-    return (provider.api_key_env or kind.api_key_env) if kind else None
-
-
-async def _open_providers(settings: Settings, stack: AsyncExitStack) -> dict[str, Provider]:
-    """Open every provider that can be used; name the others in the log."""
-    opened: dict[str, Provider] = {}
-    for name, entry in settings.providers.items():
-        if entry is None:
-            continue
-        kind = HTTP_KINDS.get(entry.kind)
-        if kind is None:
-            opened[name] = await stack.enter_async_context(Local(name))
-            continue
-        variable = entry.api_key_env or kind.api_key_env
-        key = os.environ.get(variable, "").strip()
-        if not key:
-            log.warning("provider %s is skipped: %s is not set", name, variable)
-            continue
-        opened[name] = await stack.enter_async_context(
-            kind(
-                name,
-                api_key=key,
-                base_url=entry.base_url or kind.base_url,
-                timeout_s=entry.timeout_s,
-            )
-        )
-    return opened
+        context = Context(now + self.settings.server.request_timeout_s, asked.user)
+        try:
+            inputs = await _as_texts(asked.inputs)
+            embedded = await model.embedder.embed(space, inputs, context)
+        except UnicodeEncodeError as error:
+            raise InputRefused(
+                "A text holds half of a surrogate pair, which is no Unicode.", param="input"
+            ) from error
+        return Result(model, space, width, embedded)
 
 
 def _width(model: Model, dimensions: int | None) -> int:

@@ -37,6 +37,7 @@ def _http_url(value: str) -> str:
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Name = Annotated[str, Field(min_length=1)]
+ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 
@@ -145,7 +146,7 @@ class Settings(Section):
 
     server: Server = Server()
     cache: Cache = Field(default_factory=Cache)
-    providers: Annotated[dict[Name, Provider | None], Field(validate_default=True)] = Field(
+    providers: Annotated[dict[ProviderName, Provider | None], Field(validate_default=True)] = Field(
         default_factory=lambda: {kind: {} for kind in KINDS}  # type: ignore[arg-type]
     )
     models: Annotated[dict[Name, Model], Field(validate_default=True)] = Field(default_factory=dict)

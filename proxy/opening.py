@@ -1,0 +1,118 @@
+"""From settings to open providers, and to the models that can be asked for.
+
+Here the names in a configuration become objects: the only file that knows every kind of provider.
+"""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from cache.embedder import CachingEmbedder, Filled
+from cache.flight import Flights
+from cache.tiers import Tiers
+from providers.base import Embedder, Space
+from providers.kinds import HTTP_KINDS
+from providers.local import Local
+from providers.router import Provider, Route, Router
+
+from . import settings as sections
+from .config import ConfigError
+from .settings import Settings
+
+log = logging.getLogger("embedding_proxy.opening")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that can be asked for."""
+
+    name: str
+    space: Space
+    price: float
+    """USD per million tokens."""
+    embedder: Embedder
+    usable: bool
+    """Whether a provider is configured; without one, what is cached is still served."""
+    dimensions_refused: bool = False
+    """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
+
+
+def key_variable(provider: sections.Provider) -> str | None:
+    """Return the name of the variable that holds a provider's key; None if it needs none."""
+    kind = HTTP_KINDS.get(provider.kind)
+    return (provider.api_key_env or kind.api_key_env) if kind else None
+
+
+async def open_providers(settings: Settings, stack: AsyncExitStack) -> dict[str, Provider]:
+    """Open every provider that can be used; name the others in the log. Raises ConfigError."""
+    opened: dict[str, Provider] = {}
+    for name, entry in settings.providers.items():
+        if entry is None:
+            continue
+        kind = HTTP_KINDS.get(entry.kind)
+        if kind is None:
+            opened[name] = await stack.enter_async_context(Local(name))
+            continue
+        variable = entry.api_key_env or kind.api_key_env
+        key = os.environ.get(variable, "").strip()
+        if not key:
+            log.warning("provider %s is skipped: %s is not set", name, variable)
+            continue
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"{variable}: its value is no key: it holds a line break or the like")
+        opened[name] = await stack.enter_async_context(
+            kind(
+                name,
+                api_key=key,
+                base_url=entry.base_url or kind.base_url,
+                timeout_s=entry.timeout_s,
+            )
+        )
+    return opened
+
+
+def make_models(
+    settings: Settings,
+    providers: Mapping[str, Provider],
+    tiers: Tiers,
+    sleep: Callable[[float], Awaitable[None]],
+) -> dict[str, Model]:
+    """Return every configured model, by name; tiers and flights are shared by all of them."""
+    flights: Flights[Filled] = Flights()
+    models = {}
+    for name, entry in settings.models.items():
+        routes = [
+            Route(providers[route.provider], route.model)
+            for route in entry.routes
+            if route.provider in providers
+        ]
+        router = Router(routes, unavailable=_remedy(settings, name, entry), sleep=sleep)
+        models[name] = Model(
+            name=name,
+            space=Space(
+                name=entry.space,
+                dimensions=entry.dimensions,
+                matryoshka=entry.matryoshka,
+                tokenizer=entry.tokenizer,
+            ),
+            price=entry.price,
+            embedder=CachingEmbedder(router, tiers, flights),
+            usable=bool(routes),
+            dimensions_refused=entry.dimensions_refused,
+        )
+    return models
+
+
+def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:
+    """Say what to set so that the model can be asked for."""
+    configured = [settings.providers.get(route.provider) for route in entry.routes]
+    variables = [variable for one in configured if one and (variable := key_variable(one))]
+    if not variables:
+        wanted = " or ".join(route.provider for route in entry.routes)
+        return f"No provider for the model `{name}` is configured: add {wanted} to `providers`."
+    return (
+        f"No provider for the model `{name}` has a key:"
+        f" set {' or '.join(variables)} and start the proxy again."
+    )
