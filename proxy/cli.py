@@ -1,20 +1,26 @@
-"""The command `embedding-proxy`. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration."""
+"""The command `embedding-proxy`.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted.
+"""
 
 import asyncio
 import logging
+import signal
 import sys
 from collections.abc import Callable, Coroutine
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from cache.store import StoreError
 
-from . import config
+from . import config, server
 from .config import ConfigError
 from .server import PortUnavailable
+
+T = TypeVar("T")
 
 app = typer.Typer(
     add_completion=False,
@@ -30,15 +36,16 @@ ConfigOption = Annotated[
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
     if value:
-        typer.echo(f"embedding-proxy {version('embedding-proxy')}")
+        typer.echo(f"embedding-proxy {metadata.version('embedding-proxy')}")
         raise typer.Exit
 
 
 @app.callback()
 def _root(
     *,
-    _: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="And exit.")
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
     ] = False,
 ) -> None:
     pass
@@ -52,8 +59,6 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
 ) -> None:
     """Run the proxy until it is told to stop."""
-    from .server import serve as run  # noqa: PLC0415 - keeps `--help` quick
-
     _log_to_stderr()
     given = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in given.items() if value is not None}
@@ -62,7 +67,9 @@ def serve(
         logging.getLogger("embedding_proxy").warning(
             "passthrough: this version passes nothing through; other /v1 calls get 404"
         )
-    _run(run(settings, lambda url: typer.echo(f"export OPENAI_BASE_URL={url}")))
+    told = _run(server.serve(settings, lambda url: typer.echo(f"export OPENAI_BASE_URL={url}")))
+    if told is signal.SIGINT:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -78,9 +85,9 @@ def demo() -> None:
         _fail(f"demo: {error}", 1)
 
 
-def _run(main: Coroutine[Any, Any, None]) -> None:
+def _run(main: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(main)
+        return runner.run(main)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -21,10 +21,10 @@ class PortUnavailable(Exception):
     """The address cannot be listened on; the message says which and why."""
 
 
-async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM. `announce` gets the base URL once requests are answered.
+async def serve(settings: Settings, announce: Callable[[str], None]) -> signal.Signals:
+    """Serve until SIGINT or SIGTERM, and return which it was.
 
-    Raises PortUnavailable, StoreError.
+    `announce` gets the base URL once requests are answered. Raises PortUnavailable, StoreError.
     """
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
@@ -38,18 +38,26 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
         except OSError as error:
             reason = error.strerror or str(error)
             raise PortUnavailable(f"cannot listen on {host}:{port}: {reason}") from error
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
         announce(_url(runner, host))
-        await stop.wait()
-        # A second signal ends the process at once.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        told = await _told_to_stop()
         log.info("stopping: requests in progress are finished first")
+        return told
     finally:
         await runner.cleanup()
+
+
+async def _told_to_stop() -> signal.Signals:
+    """Wait for a signal to stop; a second one ends the process at once."""
+    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, told.put_nowait, number)
+    try:
+        return await told.get()
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 def _url(runner: web.AppRunner, host: str) -> str:
