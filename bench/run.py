@@ -1,8 +1,8 @@
 """Cache hits against the limit of the stack, as ratios of one run. `make bench`.
 
 Both servers run as processes of their own; rounds alternate between them, so that a change in the
-machine's speed falls on both; medians are compared. The load comes from raw sockets in this process,
-which competes for the same cores, for both alike.
+machine's speed falls on both; medians are compared. The load comes from raw sockets in this
+process, which competes for the same cores, for both alike.
 """
 
 import asyncio
@@ -63,8 +63,13 @@ def request_of(case: Case) -> bytes:
     texts = [f"input {i} of the bench" for i in range(case.inputs)]
     fields = {"model": MODEL, "input": texts, "encoding_format": case.encoding}
     body = json.dumps(fields).encode()
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: b\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = (
+        "POST /v1/embeddings HTTP/1.1",
+        "Host: bench",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 async def exchange(
