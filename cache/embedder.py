@@ -4,7 +4,7 @@ It counts each input exactly once: `inputs = duplicates + hits + joins + misses`
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from providers.base import (
@@ -12,10 +12,12 @@ from providers.base import (
     DeadlineExceeded,
     Embedded,
     Embedder,
+    EmbeddingError,
     Input,
     InputRefused,
     Outcome,
     Space,
+    UpstreamTimeout,
 )
 
 from . import flight
@@ -88,9 +90,10 @@ class CachingEmbedder:
         if leads:
             # Between the look-up and here another fill may have ended, and have bought some of
             # these: then it is neither among the fills nor among what was found. Look again.
-            again = landed != self._flights.landed
+            look_again = landed != self._flights.landed
             items = {key: missing[key] for key in leads}
-            own = self._flights.lead(leads, self._fill(space, items, context, look_again=again))
+            work = self._fill(space, items, context, look_again=look_again)
+            own = self._flights.lead(leads, work, context.deadline)
             fills.add(own)
         await flight.wait(fills)
 
@@ -102,17 +105,16 @@ class CachingEmbedder:
             for key in leads:
                 outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
                 answers[key] = _Answer(filled.entries[key], outcome)
-        refused: dict[Key, Input] = {}
+        again: dict[Key, Input] = {}
         for key, fill in joins.items():
             try:
                 answers[key] = _Answer(fill.task.result().entries[key], Outcome.JOIN)
-            except InputRefused:
-                # What was refused may be another's input, that was bought along with this one.
-                if fill.keys <= missing.keys():
+            except EmbeddingError as error:
+                if not _is_the_leaders_own(error, fill, missing):
                     raise
-                refused[key] = missing[key]
-        if refused:
-            more, their = await self._obtain(space, refused, context, self._flights.landed)
+                again[key] = missing[key]
+        if again:
+            more, their = await self._obtain(space, again, context, landed)
             answers.update(more)
             providers += tuple(name for name in their if name not in providers)
         return answers, providers
@@ -133,6 +135,19 @@ class CachingEmbedder:
         }
         await self._tiers.put_many(bought)
         return Filled({**found, **bought}, frozenset(bought), embedded.providers)
+
+
+def _is_the_leaders_own(error: EmbeddingError, fill: Fill[Filled], wanted: Collection[Key]) -> bool:
+    """Tell whether a fill failed for a reason that need not hold for one who joined it.
+
+    What was refused may be another's input that was bought along; or the leader's time was up.
+    """
+    if isinstance(error, InputRefused):
+        return not fill.keys <= set(wanted)
+    if isinstance(error, DeadlineExceeded | UpstreamTimeout):
+        now = asyncio.get_running_loop().time()
+        return fill.deadline is not None and fill.deadline <= now
+    return False
 
 
 def _assemble(

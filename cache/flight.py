@@ -17,8 +17,12 @@ R = TypeVar("R")
 class Fill(Generic[R]):
     """A purchase in progress, of one or more keys."""
 
-    def __init__(self, keys: Sequence[Key], work: Coroutine[Any, Any, R]) -> None:
+    def __init__(
+        self, keys: Sequence[Key], work: Coroutine[Any, Any, R], deadline: float | None
+    ) -> None:
         self.keys = frozenset(keys)
+        self.deadline = deadline
+        """The leader's, on the event loop's clock: a fill may fail by it, and joiners go on."""
         self.task = asyncio.create_task(work)
         self.waiting = 0
         self.abandoned = False
@@ -71,9 +75,11 @@ class Flights(Generic[R]):
                 joins[key] = fill
         return joins, leads
 
-    def lead(self, keys: Sequence[Key], work: Coroutine[Any, Any, R]) -> Fill[R]:
+    def lead(
+        self, keys: Sequence[Key], work: Coroutine[Any, Any, R], deadline: float | None = None
+    ) -> Fill[R]:
         """Start a fill of keys that `part` has just given as leads, before anyone else could."""
-        fill = Fill(keys, work)
+        fill = Fill(keys, work, deadline)
         self._fills.update(dict.fromkeys(keys, fill))
         fill.task.add_done_callback(lambda _: self._end(fill))
         return fill

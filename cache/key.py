@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from providers.base import Input, Space
+from providers.base import Input, InputRefused, Space
 
 FORMAT = 1
 """Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
@@ -83,10 +83,19 @@ def part(tag: bytes, data: bytes) -> bytes:
 
 
 def input_part(item: Input) -> bytes:
-    """Return the part for an input: a text's UTF-8 bytes, or token ids of 4 bytes each."""
-    if isinstance(item, str):
-        return part(_TEXT, item.encode())
-    return part(_TOKENS, struct.pack(f"<{len(item)}I", *item))
+    """Return the part for an input: a text's UTF-8 bytes, or token ids of 4 bytes each.
+
+    Raises InputRefused for what has no such bytes.
+    """
+    try:
+        if isinstance(item, str):
+            return part(_TEXT, item.encode())
+        return part(_TOKENS, struct.pack(f"<{len(item)}I", *item))
+    except UnicodeEncodeError as error:
+        message = "A text holds half of a surrogate pair, which is no Unicode."
+        raise InputRefused(message, param="input") from error
+    except struct.error as error:
+        raise InputRefused("A token is no token of any model.", param="input") from error
 
 
 def checksum(data: bytes | memoryview) -> bytes:

@@ -113,11 +113,11 @@ class Store:
 
     async def __aexit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
-        if self._cache is not None:
+        cache, self._cache = self._cache, None
+        if cache is not None:
             # Each thread has a connection of its own; the writer's goes last and checkpoints.
-            await loop.run_in_executor(self._reader, self._cache.close)
-            await loop.run_in_executor(self._writer, self._cache.close)
-            self._cache = None
+            await loop.run_in_executor(self._reader, cache.close)
+            await loop.run_in_executor(self._writer, cache.close)
         self._shut_down()
 
     def _shut_down(self) -> None:
@@ -126,18 +126,23 @@ class Store:
 
     async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, bytes]:
         """Return the records that are there, by address. Never raises."""
+        if self._cache is None:
+            return {}
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._reader, self._get_many, addresses)
+        return await loop.run_in_executor(self._reader, self._get_many, self._cache, addresses)
 
     async def put_many(self, records: Mapping[bytes, bytes]) -> bool:
         """Write all records in one transaction; return whether they are on disk. Never raises."""
+        if self._cache is None:
+            return False
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writer, self._put_many, records)
+        return await loop.run_in_executor(self._writer, self._put_many, self._cache, records)
 
     def _open(self) -> diskcache.Cache:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / diskcache.core.DBNAME
-        if not path.exists():
+        # A kill can leave an empty file, which has no page size yet.
+        if not path.exists() or not path.stat().st_size:
             # The page size holds only if it is set before diskcache sets the journal mode.
             with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
                 connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -155,14 +160,12 @@ class Store:
             sqlite_mmap_size=MMAP_BYTES,
         )
 
-    def _get_many(self, addresses: Sequence[bytes]) -> dict[bytes, bytes]:
-        if self._cache is None:
-            return {}
+    def _get_many(self, cache: diskcache.Cache, addresses: Sequence[bytes]) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
         try:
             for some in _chunks(addresses, _ADDRESSES_A_SELECT):
                 marks = ",".join("?" * len(some))
-                rows = self._cache._sql(  # noqa: SLF001 - diskcache has no get of many
+                rows = cache._sql(  # noqa: SLF001 - diskcache has no get of many
                     "SELECT key, value FROM Cache WHERE raw = 1 AND mode = ?"  # noqa: S608
                     f" AND key IN ({marks})",
                     (diskcache.core.MODE_RAW, *some),
@@ -172,29 +175,27 @@ class Store:
             log.warning("reading from the disk tier failed, taken as a miss: %s", error)
         return found
 
-    def _put_many(self, records: Mapping[bytes, bytes]) -> bool:
-        if self._cache is None:
-            return False
+    def _put_many(self, cache: diskcache.Cache, records: Mapping[bytes, bytes]) -> bool:
         now = time.time()
         try:
-            with self._cache.transact():
+            with cache.transact():
                 # diskcache sets one by one, at ten times the cost.
-                self._cache._con.executemany(  # noqa: SLF001
+                cache._con.executemany(  # noqa: SLF001
                     _PUT, ((address, now, now, record) for address, record in records.items())
                 )
-                self._evict()
+                self._evict(cache)
         except _FAILURES as error:
             log.warning("writing to the disk tier failed, %d not kept: %s", len(records), error)
             return False
         return True
 
-    def _evict(self) -> None:
-        """Delete the entries used longest ago, as many as bring the file back under its limit.
+    def _evict(self, cache: diskcache.Cache) -> None:
+        """Delete the entries written longest ago, as many as bring the file back under its limit.
 
         Freed pages are used again by later writes, so the file stays at its limit and its size is
         pages in use, not pages in the file.
         """
-        sql = self._cache._sql  # type: ignore[union-attr]  # noqa: SLF001
+        sql = cache._sql  # noqa: SLF001
         ((pages,),) = sql("PRAGMA page_count")
         ((free,),) = sql("PRAGMA freelist_count")
         used = (pages - free) * PAGE_BYTES

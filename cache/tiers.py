@@ -39,7 +39,7 @@ class Tiers:
         missing: list[Key] = []
         for key in keys:
             entry = self._memory.get(key.address)
-            if entry is not None and entry.digest == key.digest:
+            if entry is not None and _is_for(entry, key, dimensions):
                 found[key] = entry
             else:
                 missing.append(key)
@@ -65,3 +65,7 @@ class Tiers:
         await self._store.put_many({k.address: record.encode(e) for k, e in entries.items()})
         for key, entry in entries.items():
             self._memory.put(key.address, entry)
+
+
+def _is_for(entry: Entry, key: Key, dimensions: int) -> bool:
+    return entry.digest == key.digest and len(entry.vector) == 4 * dimensions

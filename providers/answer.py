@@ -28,6 +28,8 @@ from .base import (
 )
 
 _LONGEST_MESSAGE = 500
+_MOST_TOKENS = 1 << 31
+"""A total beyond it is no count; the answer is good without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def read(provider: str, space: Space, count: int, status: int, body: bytes) -> A
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return Answer(
         vectors=[_vector(provider, space, i, e) for i, e in enumerate(embeddings)],
-        prompt_tokens=tokens if type(tokens) is int and tokens >= 0 else None,
+        prompt_tokens=tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else None,
     )
 
 

@@ -164,13 +164,8 @@ class EmbeddingService:
             space = space.with_parameters(asked.parameters)
         now = asyncio.get_running_loop().time()
         context = Context(now + self.settings.server.request_timeout_s, asked.user)
-        try:
-            inputs = await _as_texts(asked.inputs)
-            embedded = await model.embedder.embed(space, inputs, context)
-        except UnicodeEncodeError as error:
-            raise InputRefused(
-                "A text holds half of a surrogate pair, which is no Unicode.", param="input"
-            ) from error
+        inputs = await _as_texts(asked.inputs)
+        embedded = await model.embedder.embed(space, inputs, context)
         return Result(model, space, width, embedded)
 
 

@@ -1,0 +1,128 @@
+"""Stand-ins for what the cache wraps, and the means to hold them at any point."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+from cache.key import DEFAULT_NAMESPACE, Key, Namespace, keyring
+from cache.record import Entry
+from providers.base import Context, Embedded, Input, Outcome, Space
+
+
+def key_of(item: Input, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Key:
+    """Return the key of an input."""
+    return keyring(space, namespace).key(item)
+
+
+def vector_of(item: Input, space: Space) -> bytes:
+    """Return the one right vector of an input in a space."""
+    seed = repr((space.name, space.parameters, item)).encode()
+    return hashlib.shake_256(seed).digest(4 * space.dimensions)
+
+
+def tokens_of(item: Input) -> int:
+    """Return what an input costs; seldom the same for two inputs."""
+    return 1 + hashlib.sha256(repr(item).encode()).digest()[0]
+
+
+def entry_of(item: Input, space: Space, *, tokens: int = 1) -> Entry:
+    """Return the entry that belongs under an input's key."""
+    return Entry(vector_of(item, space), tokens, counted=True, digest=key_of(item, space).digest)
+
+
+class Turnstile:
+    """Lets everyone through while open; holds who comes while shut, to be let go one by one."""
+
+    def __init__(self) -> None:
+        self.is_open = True
+        self.held: list[asyncio.Future[None]] = []
+
+    async def through(self) -> None:
+        """Pass, now or when let."""
+        if self.is_open:
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self.held.append(turn)
+        try:
+            await turn
+        finally:
+            if turn in self.held:
+                self.held.remove(turn)
+
+    def shut(self) -> None:
+        """Hold everyone who comes from now on."""
+        self.is_open = False
+
+    def let(self, which: int = 0) -> None:
+        """Let one of those held go on."""
+        turn = self.held.pop(which)
+        if not turn.done():
+            turn.set_result(None)
+
+    def open(self) -> None:
+        """Let everyone go on, and hold nobody any more."""
+        self.is_open = True
+        while self.held:
+            self.let()
+
+
+class FakeEmbedder:
+    """An Embedder that keeps what it was asked, and answers with `vector_of` and `tokens_of`."""
+
+    def __init__(self, gate: Turnstile | None = None) -> None:
+        self.gate = gate or Turnstile()
+        self.calls: list[tuple[Space, list[Input], Context]] = []
+        self.counted = True
+        self.failure: Callable[[Sequence[Input]], Exception | None] = lambda _: None
+        """Gives the error with which to answer a call for these inputs, if any."""
+
+    @property
+    def asked(self) -> list[Input]:
+        """All inputs that were asked for, in the order of the calls."""
+        return [item for _, inputs, _ in self.calls for item in inputs]
+
+    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        self.calls.append((space, list(inputs), context))
+        await self.gate.through()
+        failure = self.failure(inputs)
+        if failure is not None:
+            raise failure
+        return Embedded(
+            vectors=[vector_of(item, space) for item in inputs],
+            tokens=[tokens_of(item) for item in inputs],
+            counted=self.counted,
+            providers=("fake",),
+            outcomes=[Outcome.MISS] * len(inputs),
+        )
+
+
+class FakeStore:
+    """A Store in a dict: what it read may be old, and what it writes late, as with a real one."""
+
+    def __init__(self, gate: Turnstile | None = None) -> None:
+        self.reading = gate or Turnstile()
+        self.writing = gate or Turnstile()
+        self.records: dict[bytes, bytes] = {}
+        self.reads: list[list[bytes]] = []
+        self.broken = False
+        """Whether every read finds nothing and every write comes to nothing."""
+
+    async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, bytes]:
+        self.reads.append(list(addresses))
+        await self.reading.through()
+        found = {a: self.records[a] for a in addresses if a in self.records and not self.broken}
+        await self.reading.through()
+        return found
+
+    async def put_many(self, records: Mapping[bytes, bytes]) -> bool:
+        await self.writing.through()
+        if not self.broken:
+            self.records.update(records)
+        await self.writing.through()
+        return not self.broken
+
+
+async def settle() -> None:
+    """Give the loop as many turns as it takes until everyone waits for something held."""
+    for _ in range(20):
+        await asyncio.sleep(0)

@@ -1,0 +1,153 @@
+"""The memory tier against a model of it: bounded in bytes, least recently used out first."""
+
+import gc
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.memory import _OVERHEAD, Memory
+from cache.record import Entry
+
+ADDRESSES = [bytes([i]) * 16 for i in range(6)]
+ONE = 8 + _OVERHEAD
+"""What an entry of two numbers takes."""
+
+
+def _entry(size=8, tokens=1):
+    return Entry(bytes(size), tokens, counted=True, digest=bytes(16))
+
+
+class Model:
+    """What the tier should do, written without regard to speed: a list, the newest use last."""
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.entries = []
+
+    def size(self):
+        return sum(len(entry.vector) + _OVERHEAD for _, entry in self.entries)
+
+    def get(self, address):
+        for place, (known, entry) in enumerate(self.entries):
+            if known == address:
+                self.entries.append(self.entries.pop(place))
+                return entry
+        return None
+
+    def put(self, address, entry):
+        if len(entry.vector) + _OVERHEAD > self.limit:
+            return
+        self.entries = [(a, e) for a, e in self.entries if a != address] + [(address, entry)]
+        while self.size() > self.limit:
+            self.entries.pop(0)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(ADDRESSES),
+        st.none() | st.builds(_entry, st.sampled_from([0, 4, 8, 400, 1200]), st.integers(0, 9)),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 5 * ONE), STEPS)
+def test_any_sequence_agrees_with_the_model(limit, steps):
+    """After every get and put, size, number and content are the model's, and within the limit."""
+    memory, model = Memory(limit), Model(limit)
+    for address, entry in steps:
+        if entry is None:
+            assert memory.get(address) is model.get(address)
+        else:
+            memory.put(address, entry)
+            model.put(address, entry)
+        assert memory.size == model.size() <= limit
+        assert len(memory) == len(model.entries)
+    # Every get that hits counts as a use, so ask for each in the model's own order.
+    for address, entry in list(model.entries):
+        assert memory.get(address) is entry
+    assert sum(memory.get(address) is not None for address in ADDRESSES) == len(model.entries)
+
+
+def test_the_least_recently_used_goes_first():
+    """Neither the oldest nor the least often used entry goes, but the one not used the longest."""
+    memory = Memory(3 * ONE)
+    for address in ADDRESSES[:3]:
+        memory.put(address, _entry())
+    for address in (ADDRESSES[1], ADDRESSES[1], ADDRESSES[0], ADDRESSES[2], ADDRESSES[0]):
+        memory.get(address)
+    memory.put(ADDRESSES[3], _entry())
+    assert [address for address in ADDRESSES if memory.get(address)] == [
+        ADDRESSES[0],
+        ADDRESSES[2],
+        ADDRESSES[3],
+    ]
+
+
+def test_replacing_counts_as_use():
+    """An entry that was just written anew is not the next to go."""
+    memory = Memory(2 * ONE)
+    for address in (ADDRESSES[0], ADDRESSES[1], ADDRESSES[0], ADDRESSES[2]):
+        memory.put(address, _entry())
+    assert memory.get(ADDRESSES[0]) is not None
+    assert memory.get(ADDRESSES[1]) is None
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 12, 8 + ONE])
+def test_replacing_keeps_the_size_right(size):
+    """The size is that of what is there, whether the new entry is smaller, equal or larger."""
+    memory = Memory(3 * ONE)
+    memory.put(ADDRESSES[0], _entry())
+    memory.put(ADDRESSES[0], _entry(size, tokens=2))
+    assert memory.get(ADDRESSES[0]) == _entry(size, tokens=2)
+    assert memory.size == size + _OVERHEAD
+    assert len(memory) == 1
+
+
+def test_an_entry_larger_than_the_limit_drives_nobody_out():
+    """What can never fit is not kept, and what is there stays."""
+    memory = Memory(2 * ONE)
+    memory.put(ADDRESSES[0], _entry())
+    memory.put(ADDRESSES[1], _entry(8 + ONE + 1))
+    assert memory.get(ADDRESSES[1]) is None
+    assert memory.get(ADDRESSES[0]) == _entry()
+    assert memory.size == ONE
+
+
+def test_an_entry_of_exactly_the_limit_fits():
+    """The limit itself may be used, by one entry or by several."""
+    for count in (1, 2, 3):
+        memory = Memory(count * ONE)
+        for address in ADDRESSES[:count]:
+            memory.put(address, _entry())
+        assert (memory.size, len(memory)) == (count * ONE, count)
+
+
+def test_a_limit_of_zero_keeps_nothing():
+    """A memory of no bytes is no error; it always misses."""
+    memory = Memory(0)
+    memory.put(ADDRESSES[0], _entry(0))
+    assert memory.get(ADDRESSES[0]) is None
+    assert (memory.size, len(memory)) == (0, 0)
+
+
+@pytest.mark.parametrize("dimensions", [8, 256])
+def test_the_bytes_it_counts_are_the_bytes_it_takes(dimensions):
+    """What the interpreter allocates for the entries is never more than `size`, nor far below."""
+    count = 3000
+    tracemalloc.start()
+    try:
+        memory = Memory(1 << 40)
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        for i in range(count):
+            entry = Entry(bytes(4 * dimensions), 1000 + i, counted=True, digest=i.to_bytes(16))
+            memory.put(i.to_bytes(16), entry)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.8 * memory.size < after - before <= memory.size

@@ -1,0 +1,543 @@
+"""The disk tier: what was acknowledged is there, what is not ours is not read, nothing raises."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import pickle
+import sqlite3
+import sys
+import threading
+from pathlib import Path
+
+import diskcache
+import pytest
+
+from cache import store as store_module
+from cache.key import FORMAT
+from cache.store import PAGE_BYTES, RawDisk, Store, StoreError
+from tests.cache.fakes import settle
+
+GIB = 1 << 30
+RAW, BINARY_FILE, TEXT_FILE, PICKLE = 1, 2, 3, 4
+
+
+def _address(number):
+    return hashlib.blake2b(number.to_bytes(8, "big"), digest_size=16).digest()
+
+
+def _records(numbers, size=100):
+    return {_address(i): hashlib.shake_128(i.to_bytes(8, "big")).digest(size) for i in numbers}
+
+
+def _database(directory):
+    return directory / f"v{FORMAT}" / "cache.db"
+
+
+@contextlib.contextmanager
+def _foreign(directory):
+    """Give a connection to the store's file that is not the store's."""
+    with contextlib.closing(
+        sqlite3.connect(_database(directory), timeout=0, isolation_level=None)
+    ) as connection:
+        yield connection
+
+
+def _plant(directory, key, value, *, raw=1, mode=RAW, filename=None):
+    """Put a row into the store's file as someone else might."""
+    with _foreign(directory) as connection:
+        connection.execute(
+            "INSERT INTO Cache"
+            " (key, raw, store_time, expire_time, access_time, size, mode, filename, value)"
+            " VALUES (?, ?, 0, 1e12, 0, 7, ?, ?, ?)",
+            (key, raw, mode, filename, value),
+        )
+
+
+def _own_thread(store, call):
+    """Run `call` on diskcache's own interface and close the connection it opens here."""
+    try:
+        return call(store._cache)
+    finally:
+        store._cache.close()
+
+
+async def test_thousands_come_back_also_after_reopening(tmp_path):
+    """Many more records than fit one SELECT are all read back, by one who asks for others too."""
+    records = _records(range(3000))
+    strangers = list(_records(range(3000, 3100)))
+    addresses = [*records, *strangers]
+    async with Store(tmp_path, GIB) as store:
+        assert await store.get_many(addresses) == {}
+        assert await store.put_many(records)
+        assert await store.get_many(addresses) == records
+    async with Store(tmp_path, GIB) as store:
+        assert await store.get_many(addresses) == records
+        assert await store.get_many(strangers) == {}
+
+
+async def test_no_addresses_and_no_records_are_no_error(tmp_path):
+    """The empty look-up finds nothing and the empty write succeeds."""
+    async with Store(tmp_path, GIB) as store:
+        assert await store.get_many([]) == {}
+        assert await store.put_many({})
+
+
+async def test_a_record_is_replaced_whole(tmp_path):
+    """The newer record of an address is the one that is read, and the only one kept."""
+    address = _address(0)
+    async with Store(tmp_path, GIB) as store:
+        for record in (b"long" * 100, b"short", b""):
+            assert await store.put_many({address: record})
+            assert await store.get_many([address]) == {address: record}
+        with _foreign(tmp_path) as connection:
+            assert connection.execute("SELECT count(*) FROM Cache").fetchone() == (1,)
+
+
+async def test_large_records_stay_inside_the_database(tmp_path):
+    """No record becomes a file of its own, however large it is."""
+    records = _records(range(3), size=300_000)
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many(records)
+        assert await store.get_many(list(records)) == records
+        files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
+    assert files <= {"cache.db", "cache.db-wal", "cache.db-shm"}
+
+
+@pytest.mark.parametrize(
+    ("pragma", "value"),
+    [("page_size", PAGE_BYTES), ("journal_mode", "wal"), ("auto_vacuum", 0)],
+)
+async def test_the_file_is_laid_out_as_measured(tmp_path, pragma, value):
+    """Page size, journal and vacuum are as the measurements want them, also after reopening."""
+    for _ in range(2):
+        async with Store(tmp_path, GIB) as store:
+            await store.put_many(_records(range(10)))
+            with _foreign(tmp_path) as connection:
+                assert connection.execute(f"PRAGMA {pragma}").fetchone() == (value,)
+    assert PAGE_BYTES == 32_768
+
+
+async def test_another_versions_files_are_left_alone(tmp_path):
+    """A store keeps to the folder of its own format version, and lets nobody else look in."""
+    other = tmp_path / f"v{FORMAT + 1}"
+    other.mkdir()
+    (other / "cache.db").write_bytes(b"of another version")
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records(range(1)))
+        assert store.folder == tmp_path / f"v{FORMAT}"
+        assert store.folder.stat().st_mode & 0o077 == 0
+    assert [file.name for file in other.iterdir()] == ["cache.db"]
+    assert (other / "cache.db").read_bytes() == b"of another version"
+
+
+async def test_closing_leaves_one_file_and_no_thread(tmp_path):
+    """After closing, the write-ahead log is merged into the file and both threads have ended."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records(range(100)))
+        await store.get_many(list(_records(range(100))))
+    assert [file.name for file in store.folder.iterdir()] == ["cache.db"]
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("store-")]
+
+
+async def test_closing_waits_for_a_write_under_way(tmp_path):
+    """A write that was begun before the store closes is kept, and says so."""
+    records = _records(range(2000))
+    async with Store(tmp_path, GIB) as store:
+        writing = asyncio.create_task(store.put_many(records))
+    assert await writing
+    async with Store(tmp_path, GIB) as store:
+        assert await store.get_many(list(records)) == records
+
+
+async def test_a_store_that_was_never_opened_keeps_nothing(tmp_path):
+    """Before it is opened a store misses, and says of a write that it did not happen."""
+    store = Store(tmp_path, GIB)
+    assert await store.get_many([_address(0)]) == {}
+    assert await store.put_many(_records(range(1))) is False
+    await store.__aexit__()
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is not ours is not read.
+
+
+class Trap:
+    """Makes a directory when it is loaded from a pickle: loading runs code."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.directory),)
+
+
+@pytest.fixture
+def sprung(tmp_path):
+    """Give the directory that exists once the trap was loaded."""
+    return tmp_path / "sprung"
+
+
+@pytest.fixture
+def trap(sprung):
+    """Give a pickle that is a trap, and make sure that it is one."""
+    pickled = pickle.dumps(Trap(sprung))
+    pickle.loads(pickled)
+    assert sprung.is_dir()
+    sprung.rmdir()
+    return pickled
+
+
+PLANTED = {
+    "pickled value": PICKLE,
+    "pickle in a file": PICKLE,
+    "bytes in a file": BINARY_FILE,
+    "text in a file": TEXT_FILE,
+    "text for bytes": RAW,
+    "number for bytes": RAW,
+    "unknown mode": 0,
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+async def test_a_planted_value_is_refused(tmp_path, trap, sprung, kind):
+    """A row that holds no raw bytes is a miss, is refused by diskcache's own get, and is healed."""
+    good, bad = _records([1]), _address(2)
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(good)
+        in_file = kind.endswith("in a file")
+        if in_file:
+            (store.folder / "planted.val").write_bytes(trap)
+        value = {"text for bytes": "text", "number for bytes": 3}.get(kind, trap)
+        _plant(
+            tmp_path,
+            bad,
+            None if in_file else value,
+            mode=PLANTED[kind],
+            filename="planted.val" if in_file else None,
+        )
+        assert await store.get_many([*good, bad]) == good
+        with pytest.raises(ValueError, match="bytes"):
+            _own_thread(store, lambda cache: cache.get(bad))
+        with pytest.raises(ValueError, match="bytes"):
+            _own_thread(store, lambda cache: cache.get(bad, read=True))
+        assert await store.put_many({bad: b"healed"})
+        assert await store.get_many([bad]) == {bad: b"healed"}
+        with _foreign(tmp_path) as connection:
+            rows = connection.execute(
+                "SELECT DISTINCT raw, mode, size, filename, expire_time FROM Cache"
+            ).fetchall()
+        assert rows == [(1, RAW, 0, None, None)]
+    assert not sprung.exists()
+
+
+async def test_a_planted_file_name_deletes_no_file(tmp_path):
+    """Writing over a row that names a file outside the store leaves that file alone."""
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"not the cache's")
+    async with Store(tmp_path / "cache", GIB) as store:
+        _plant(tmp_path / "cache", _address(1), None, mode=BINARY_FILE, filename="../../precious")
+        assert (store.folder / "../../precious").exists()
+        assert await store.put_many(_records([1]))
+        assert await store.get_many([_address(1)]) == _records([1])
+    assert precious.read_bytes() == b"not the cache's"
+
+
+async def test_a_planted_key_is_refused(tmp_path, trap, sprung):
+    """A row whose key is a pickle is found by nobody, and not loaded by diskcache's own walks."""
+    good = _records([1])
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(good)
+        _plant(tmp_path, trap, b"record", raw=0)
+        assert await store.get_many([*good, trap]) == good
+        for walk in (list, lambda cache: list(cache.iterkeys()), diskcache.Cache.peekitem):
+            with pytest.raises(ValueError, match="pickled key"):
+                _own_thread(store, walk)
+    assert not sprung.exists()
+
+
+async def test_the_trap_would_catch_diskcache_itself(tmp_path, trap, sprung):
+    """The same planted row does run code where diskcache reads it with its own Disk."""
+    bad = _address(2)
+    async with Store(tmp_path, GIB):
+        _plant(tmp_path, bad, trap, mode=PICKLE)
+    with diskcache.Cache(str(_database(tmp_path).parent)) as cache:
+        cache.get(bad)
+    assert sprung.is_dir()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "text",
+        1,
+        1.5,
+        None,
+        True,
+        (1,),
+        bytearray(b"b"),
+        memoryview(b"m"),
+        type("B", (bytes,), {})(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_only_bytes_are_kept(tmp_path, value):
+    """Whatever is not bytes is refused as key and as value, and leaves no row behind."""
+    async with Store(tmp_path, GIB) as store:
+        with pytest.raises(ValueError, match="only bytes"):
+            _own_thread(store, lambda cache: cache.set(b"key", value))
+        with pytest.raises(ValueError, match="only bytes"):
+            _own_thread(store, lambda cache: cache.set(value, b"value"))
+        with _foreign(tmp_path) as connection:
+            assert connection.execute("SELECT count(*) FROM Cache").fetchone() == (0,)
+
+
+def test_a_raw_row_is_read_as_the_bytes_it_holds(tmp_path):
+    """What RawDisk writes of keys and values it reads again, and nothing of it is changed."""
+    disk = RawDisk(str(tmp_path))
+    for data in (b"", b"\x80\x04N.", bytes(range(256))):
+        key, raw = disk.put(data)
+        assert disk.get(bytes(key), raw) == data
+        size, mode, filename, value = disk.store(data, read=False)
+        assert (size, filename) == (0, None)
+        assert disk.fetch(mode, filename, bytes(value), read=False) == data
+
+
+# A failed read is a miss, a failed write is a line in the log.
+
+
+@contextlib.contextmanager
+def _refusing(directory, address):
+    """Make SQLite refuse one address for a while."""
+    with _foreign(directory) as connection:
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON Cache"
+            f" WHEN NEW.key = x'{address.hex()}' BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        )
+        yield
+        connection.execute("DROP TRIGGER refuse")
+
+
+@pytest.mark.parametrize("place", [0, 500, 999])
+async def test_a_write_of_many_is_all_or_nothing(tmp_path, caplog, place):
+    """One record that cannot be written keeps out all that came with it, and later ones go in."""
+    before, records = _records([10_000]), _records(range(1000))
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many(before)
+        with _refusing(tmp_path, _address(place)):
+            assert await store.put_many(records) is False
+        assert await store.get_many([*records, *before]) == before
+        assert [r.levelname for r in caplog.records] == ["WARNING"]
+        assert "1000 not kept: refused" in caplog.text
+        assert await store.put_many(records)
+        assert await store.get_many([*records, *before]) == records | before
+
+
+async def test_a_lock_held_by_another_fails_the_write_and_no_read(tmp_path, monkeypatch, caplog):
+    """While another process writes, reads go on and a write is given up after a bounded wait."""
+    monkeypatch.setattr(store_module, "BUSY_SECONDS", 0.01)
+    before, records = _records([1]), _records([2])
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many(before)
+        with _foreign(tmp_path) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            async with asyncio.timeout(2):
+                assert await store.put_many(records) is False
+            assert "1 not kept" in caplog.text
+            assert await store.get_many([*before, *records]) == before
+            connection.execute("ROLLBACK")
+        assert await store.put_many(records)
+        assert await store.get_many([*before, *records]) == before | records
+
+
+async def test_a_write_waits_for_a_lock_and_keeps_no_reader_waiting(tmp_path):
+    """A write that waits for another's lock holds up neither reads nor the loop, then succeeds."""
+    before, records = _records([1]), _records([2])
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many(before)
+        with _foreign(tmp_path) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            writing = asyncio.create_task(store.put_many(records))
+            await settle()
+            async with asyncio.timeout(2):
+                assert await store.get_many([*before, *records]) == before
+            assert not writing.done()
+            connection.execute("ROLLBACK")
+        assert await writing
+        assert await store.get_many([*before, *records]) == before | records
+
+
+def _fill_with_garbage(directory):
+    """Overwrite the store's file and its log, keeping their lengths."""
+    for path in (_database(directory), Path(f"{_database(directory)}-wal")):
+        with path.open("r+b") as file:
+            file.write(os.urandom(path.stat().st_size))
+
+
+async def test_garbage_in_the_file_is_a_miss_and_a_failed_write(tmp_path, caplog):
+    """A file that is overwritten under the open store makes reads misses and writes failures."""
+    records = _records(range(10))
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many(records)
+        with _foreign(tmp_path) as connection:
+            # Another's write makes the store's connections look at the file again.
+            connection.execute("INSERT INTO Settings VALUES ('foreign', 1)")
+            _fill_with_garbage(tmp_path)
+            assert await store.get_many(list(records)) == {}
+            assert "taken as a miss" in caplog.text
+            assert await store.put_many(records) is False
+            assert "10 not kept" in caplog.text
+
+
+def _directory_is_a_file(directory):
+    directory.write_bytes(b"")
+
+
+def _folder_is_a_file(directory):
+    directory.mkdir()
+    (directory / f"v{FORMAT}").write_bytes(b"")
+
+
+def _database_is_a_directory(directory):
+    _database(directory).mkdir(parents=True)
+
+
+def _database_is_garbage(directory):
+    _database(directory).parent.mkdir(parents=True)
+    _database(directory).write_bytes(b"no database at all " * 1000)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [_directory_is_a_file, _folder_is_a_file, _database_is_a_directory, _database_is_garbage],
+)
+async def test_a_directory_that_cannot_be_used_is_said_so(tmp_path, spoil):
+    """Opening raises StoreError that names the folder and the cause, and leaves no thread."""
+    spoil(tmp_path / "cache")
+    with pytest.raises(StoreError) as caught:
+        async with Store(tmp_path / "cache", GIB):
+            pytest.fail("the store opened")
+    assert str(caught.value).startswith(f"{tmp_path / 'cache' / f'v{FORMAT}'}: ")
+    assert str(caught.value.__cause__) in str(caught.value)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("store-")]
+
+
+# Eviction.
+
+
+@pytest.mark.parametrize("batch", [37, 400, 2500], ids=lambda n: f"{n} a write")
+async def test_the_file_stays_at_its_limit_and_the_oldest_go(tmp_path, batch):
+    """Past the limit every write drives out the oldest, and as many as it must, not more."""
+    limit, size, total = 6 << 20, 6184, 2500
+    async with Store(tmp_path, limit) as store, contextlib.AsyncExitStack() as stack:
+        connection = stack.enter_context(_foreign(tmp_path))
+        for start in range(0, total, batch):
+            end = min(start + batch, total)
+            assert await store.put_many(_records(range(start, end), size))
+            ((pages,),) = connection.execute("PRAGMA page_count")
+            ((free,),) = connection.execute("PRAGMA freelist_count")
+            # The few pages of schema and indexes are counted but not freed.
+            assert (pages - free) * PAGE_BYTES <= limit + 8 * PAGE_BYTES
+            kept = [key for (key,) in connection.execute("SELECT key FROM Cache")]
+            assert set(kept) == {_address(i) for i in range(end - len(kept), end)}
+            if end * size > limit:
+                assert len(kept) * size > 0.85 * limit
+        assert 0.85 * limit < len(kept) * size <= limit
+        survivors = _records(range(total - len(kept), total), size)
+        assert await store.get_many([_address(i) for i in range(total)]) == survivors
+    # Freed pages are used again: the file never grew by more than one write past the limit.
+    assert _database(tmp_path).stat().st_size <= 1.1 * (limit + batch * size)
+
+
+async def test_what_was_written_again_counts_as_new(tmp_path):
+    """A record that is written anew is not the next to be driven out."""
+    limit, size = 2 << 20, 6184
+    again = _records(range(20), size)
+    async with Store(tmp_path, limit) as store:
+        await store.put_many(again)
+        await store.put_many(_records(range(20, 250), size))
+        await store.put_many(again)
+        assert len(await store.get_many([_address(i) for i in range(250)])) == 250
+        await store.put_many(_records(range(250, 340), size))
+        assert await store.get_many(list(again)) == again
+        assert await store.get_many([_address(i) for i in range(20, 40)]) == {}
+
+
+async def test_below_the_limit_nothing_goes(tmp_path):
+    """No record is driven out while there is room."""
+    limit, size = 2 << 20, 6184
+    records = _records(range(250), size)
+    async with Store(tmp_path, limit) as store:
+        for address, record in records.items():
+            assert await store.put_many({address: record})
+        assert await store.get_many(list(records)) == records
+
+
+# What put_many has returned for is there after a kill.
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from cache.store import Store
+
+async def main(directory, start):
+    async with Store(Path(directory), 1 << 30) as store:
+        for batch in range(start, 1 << 30):
+            records = {
+                (50 * batch + i).to_bytes(16, "big"): b"%d " % batch * 1000 for i in range(50)
+            }
+            assert await store.put_many(records)
+            print(batch, flush=True)
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+"""
+
+
+async def test_what_was_acknowledged_survives_a_kill(tmp_path):
+    """A writer is killed right after its n-th batch, round after round: no batch is lost or cut."""
+    root = Path(store_module.__file__).parents[1]
+    acknowledged = -1
+    for enough in (1, 2, 3, 5, 8):
+        writer = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", WRITER, str(tmp_path), str(acknowledged + 1)),
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        for _ in range(enough):
+            acknowledged = int(await writer.stdout.readline())
+        writer.kill()
+        # What it said between the last line that was read and its end counts as well.
+        rest, _ = await writer.communicate()
+        acknowledged = max([acknowledged, *map(int, rest[: rest.rfind(b"\n") + 1].split())])
+        assert writer.returncode == -9
+
+        async with Store(tmp_path, GIB) as store:
+            batches = {
+                batch: [(50 * batch + i).to_bytes(16, "big") for i in range(50)]
+                for batch in range(acknowledged + 2)
+            }
+            for batch, addresses in batches.items():
+                kept = await store.get_many(addresses)
+                # The batch after the last acknowledged one may be there, but never in part.
+                assert len(kept) == 50 or (batch > acknowledged and not kept)
+                assert set(kept.values()) <= {b"%d " % batch * 1000}
+            with _foreign(tmp_path) as connection:
+                assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+async def test_a_closed_store_misses_and_keeps_nothing(tmp_path):
+    """After closing, a read is a miss and a write says that it did not happen."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records([1]))
+    assert await store.get_many([_address(1)]) == {}
+    assert await store.put_many(_records([2])) is False
+
+
+async def test_an_empty_file_left_by_a_kill_gets_the_page_size_too(tmp_path):
+    """A kill between creating the file and laying it out leaves no store of 4 KiB pages."""
+    _database(tmp_path).parent.mkdir(parents=True)
+    _database(tmp_path).touch()
+    async with Store(tmp_path, GIB):
+        with _foreign(tmp_path) as connection:
+            assert connection.execute("PRAGMA page_size").fetchone() == (PAGE_BYTES,)

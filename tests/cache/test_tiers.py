@@ -1,0 +1,173 @@
+"""The tiers together: memory before disk, and nothing that was not verified."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import record
+from cache.key import Key
+from cache.memory import Memory
+from cache.store import Store
+from cache.tiers import TierCounters, Tiers
+from providers.base import Space
+from tests.cache.fakes import FakeStore, entry_of, key_of
+
+SPACE = Space("m", 3)
+MIB = 1 << 20
+ITEMS = [f"input {i}" for i in range(6)]
+KEYS = {item: key_of(item, SPACE) for item in ITEMS}
+ENTRIES = {key: entry_of(item, SPACE) for item, key in KEYS.items()}
+KEY, OTHER = list(KEYS.values())[:2]
+ENTRY = ENTRIES[KEY]
+
+
+@pytest.fixture
+def store():
+    """Give a store in memory that notes what it is asked."""
+    return FakeStore()
+
+
+@pytest.fixture
+def tiers(store):
+    """Give tiers over that store with room enough in memory."""
+    return Tiers(Memory(MIB), store)
+
+
+def _collider(key):
+    """Return a key at the same address that is about something else."""
+    return Key(key.address, bytes(byte ^ 1 for byte in key.digest))
+
+
+async def test_memory_is_asked_before_disk(tiers, store):
+    """What was just kept is found without any read from disk."""
+    await tiers.put_many({KEY: ENTRY})
+    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+    assert store.reads == []
+    assert tiers.counters == TierCounters(memory_hits=1)
+
+
+async def test_disk_is_asked_once_for_all_that_memory_lacks(tiers, store):
+    """Many keys make one read, of exactly those that are not in memory."""
+    here, there = list(ENTRIES)[:2], list(ENTRIES)[2:]
+    store.records = {key.address: record.encode(ENTRIES[key]) for key in there[1:]}
+    await tiers.put_many({key: ENTRIES[key] for key in here})
+    found = await tiers.get_many([*there, *here], 3)
+    assert found == {key: ENTRIES[key] for key in [*here, *there[1:]]}
+    assert store.reads == [[key.address for key in there]]
+    assert tiers.counters == TierCounters(memory_hits=2, disk_hits=3, misses=1)
+
+
+async def test_a_hit_on_disk_is_kept_in_memory(tiers, store):
+    """The second look-up of what only the disk had does not go to disk."""
+    store.records = {KEY.address: record.encode(ENTRY)}
+    for _ in range(2):
+        assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+    assert len(store.reads) == 1
+    assert tiers.counters == TierCounters(memory_hits=1, disk_hits=1)
+
+
+async def test_without_memory_the_disk_serves(store):
+    """With no memory at all every look-up is a hit on disk."""
+    tiers = Tiers(Memory(0), store)
+    await tiers.put_many({KEY: ENTRY})
+    for _ in range(2):
+        assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+    assert tiers.counters == TierCounters(disk_hits=2)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda raw: raw[:-1], id="cut"),
+        pytest.param(lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], id="flipped bit"),
+        pytest.param(lambda _: b"", id="empty"),
+        pytest.param(lambda _: record.encode(ENTRIES[OTHER]), id="another's record"),
+        pytest.param(lambda _: record.encode(ENTRY._replace(vector=bytes(16))), id="other width"),
+    ],
+)
+async def test_a_record_that_does_not_verify_is_a_miss(tiers, store, spoil):
+    """Damage and strangers are counted, not served, not kept in memory, and written over."""
+    store.records = {KEY.address: spoil(record.encode(ENTRY))}
+    for _ in range(2):
+        assert await tiers.get_many([KEY], 3) == {}
+    assert tiers.counters == TierCounters(misses=2, mismatches=2)
+    await tiers.put_many({KEY: ENTRY})
+    assert store.records == {KEY.address: record.encode(ENTRY)}
+    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+
+
+async def test_a_collision_in_memory_is_a_miss(tiers, store):
+    """One who has the address but another digest gets nothing, and harms the rightful entry not."""
+    await tiers.put_many({KEY: ENTRY})
+    store.records.clear()
+    assert await tiers.get_many([_collider(KEY)], 3) == {}
+    assert tiers.counters == TierCounters(misses=1)
+    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+
+
+async def test_a_collision_on_disk_is_a_miss_and_counted(store):
+    """On disk too the digest decides, and a record about something else is a mismatch."""
+    store.records = {KEY.address: record.encode(ENTRY)}
+    tiers = Tiers(Memory(MIB), store)
+    assert await tiers.get_many([_collider(KEY)], 3) == {}
+    assert tiers.counters == TierCounters(misses=1, mismatches=1)
+    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+
+
+async def test_colliding_keys_in_one_look_up_are_kept_apart(tiers, store):
+    """Two keys of one address in the same call: only the one the record is about gets it."""
+    store.records = {KEY.address: record.encode(ENTRY)}
+    for _ in range(2):
+        assert await tiers.get_many([_collider(KEY), KEY], 3) == {KEY: ENTRY}
+
+
+async def test_what_the_disk_does_not_take_is_kept_in_memory(tiers, store):
+    """A write that fails is no error, and the entry is at hand until memory is full."""
+    store.broken = True
+    await tiers.put_many({KEY: ENTRY})
+    assert await tiers.get_many([KEY, OTHER], 3) == {KEY: ENTRY}
+    assert store.records == {}
+
+
+async def test_no_keys_ask_nobody(tiers, store):
+    """The empty look-up finds nothing and reads nothing."""
+    assert await tiers.get_many([], 3) == {}
+    assert store.reads == []
+    assert tiers.counters == TierCounters()
+
+
+async def test_entries_come_back_from_a_real_store(tmp_path):
+    """Through the real disk tier, reopened with an empty memory, entries are what they were."""
+    async with Store(tmp_path, 1 << 30) as disk:
+        await Tiers(Memory(0), disk).put_many(ENTRIES)
+    async with Store(tmp_path, 1 << 30) as disk:
+        assert await Tiers(Memory(0), disk).get_many(list(ENTRIES), 3) == ENTRIES
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.sets(st.sampled_from(list(ENTRIES)), min_size=1)), max_size=12
+    ),
+    st.sampled_from([0, 800, MIB]),
+    st.sets(st.sampled_from(list(ENTRIES))),
+)
+async def test_the_counters_add_up(steps, limit, damaged):
+    """Over any sequence, look-ups = memory hits + disk hits + misses, and hits are what was got."""
+    store = FakeStore()
+    store.records = {key.address: b"damage" for key in damaged}
+    tiers = Tiers(Memory(limit), store)
+    kept, asked, got = set(), 0, 0
+    for is_put, keys in steps:
+        if is_put:
+            await tiers.put_many({key: ENTRIES[key] for key in keys})
+            kept |= keys
+        else:
+            found = await tiers.get_many(list(keys), 3)
+            assert found == {key: ENTRIES[key] for key in keys & kept}
+            asked += len(keys)
+            got += len(found)
+    counters = tiers.counters
+    assert counters.memory_hits + counters.disk_hits + counters.misses == asked
+    assert counters.memory_hits + counters.disk_hits == got
+    assert counters.mismatches <= counters.misses
