@@ -145,6 +145,7 @@ async def test_closing_waits_for_a_write_under_way(tmp_path):
     records = _records(range(2000))
     async with Store(tmp_path, GIB) as store:
         writing = asyncio.create_task(store.put_many(records))
+        await asyncio.sleep(0)  # one turn of the loop: the write is under way
     assert await writing
     async with Store(tmp_path, GIB) as store:
         assert await store.get_many(list(records)) == records
