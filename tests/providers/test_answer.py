@@ -1,0 +1,442 @@
+"""Every check between an upstream's reply and the cache, each failed on purpose, one at a time."""
+
+import base64
+import json
+import math
+import struct
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from providers import answer
+from providers.base import (
+    CredentialsRefused,
+    EmbeddingError,
+    InputRefused,
+    InvalidAnswer,
+    ModelNotFound,
+    OutOfCredit,
+    PassingFailure,
+    ProviderError,
+    RateLimited,
+    Space,
+    UpstreamFault,
+)
+
+SPACE = Space("vendor/model", 3)
+NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+
+
+def numbers_of(index: int) -> list[float]:
+    """Return the right vector of the input at `index`: numbers that float32 holds exactly."""
+    return [index + 0.5, -1.0, 0.25]
+
+
+def packed(numbers: list[float]) -> bytes:
+    """Return float32 bytes, by the standard library."""
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+def base64_of(numbers: list[float]) -> str:
+    """Return a vector as `encoding_format: base64` has it."""
+    return base64.b64encode(packed(numbers)).decode()
+
+
+def item(index: object, embedding: object) -> dict[str, object]:
+    """Return one element of `data`."""
+    return {"object": "embedding", "index": index, "embedding": embedding}
+
+
+def items(count: int) -> list[dict[str, object]]:
+    """Return a right `data` for so many inputs."""
+    return [item(i, numbers_of(i)) for i in range(count)]
+
+
+def body_of(data: object, **fields: object) -> bytes:
+    """Return a reply; NaN and infinities are written as Python's json writes them."""
+    return json.dumps({"object": "list", "data": data, "model": "m", **fields}).encode()
+
+
+def read(body: bytes, count: int = 2, status: int = 200) -> answer.Answer:
+    """Read a reply to `count` inputs."""
+    return answer.read("acme", SPACE, count, status, body)
+
+
+@pytest.mark.parametrize("form", [list, base64_of], ids=["floats", "base64"])
+def test_a_right_answer_is_read_in_either_form(form):
+    """Floats and base64 give the same bytes, whichever was asked for."""
+    data = [item(i, form(numbers_of(i))) for i in range(3)]
+    checked = read(body_of(data, usage={"prompt_tokens": 7, "total_tokens": 7}), 3)
+    assert checked.vectors == [packed(numbers_of(i)) for i in range(3)]
+    assert checked.prompt_tokens == 7
+
+
+def test_forms_may_be_mixed_in_one_answer():
+    """Each embedding is read by the form it has."""
+    data = [item(0, numbers_of(0)), item(1, base64_of(numbers_of(1)))]
+    assert read(body_of(data)).vectors == [packed(numbers_of(0)), packed(numbers_of(1))]
+
+
+@given(st.integers(1, 12).flatmap(lambda n: st.permutations(range(n))))
+@settings(deadline=None)
+def test_vectors_are_placed_by_index(order):
+    """In whatever order the embeddings come, each input gets the one that bears its index."""
+    data = [item(i, numbers_of(i)) for i in order]
+    checked = read(body_of(data), len(order))
+    assert checked.vectors == [packed(numbers_of(i)) for i in range(len(order))]
+
+
+@given(st.lists(st.integers(-2, 5), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_indices_are_a_permutation_or_the_answer_is_refused(indices):
+    """Any other numbering, with gaps, doubles or numbers out of range, gives no vector at all."""
+    body = body_of([item(i, numbers_of(0)) for i in indices])
+    if sorted(indices) == list(range(len(indices))):
+        assert len(read(body, len(indices)).vectors) == len(indices)
+    else:
+        with pytest.raises(InvalidAnswer, match="permutation"):
+            read(body, len(indices))
+
+
+@pytest.mark.parametrize("index", [None, "1", 1.0, True, -1, 2, [1], 1 << 70])
+def test_an_index_is_a_whole_number_in_range(index):
+    """JSON's true is no 1 and "1" is no 1; nothing is guessed."""
+    with pytest.raises(InvalidAnswer, match="permutation"):
+        read(body_of([item(0, numbers_of(0)), item(index, numbers_of(1))]))
+
+
+def test_an_index_that_is_missing_is_not_made_up():
+    """An embedding without an index is not placed by its position."""
+    data = items(2)
+    del data[1]["index"]
+    with pytest.raises(InvalidAnswer, match="permutation"):
+        read(body_of(data))
+
+
+@pytest.mark.parametrize("sent", [0, 1, 3, 4])
+def test_the_number_of_vectors_is_the_number_of_inputs(sent):
+    """Too few, too many or no embeddings at all are refused, with both numbers."""
+    with pytest.raises(InvalidAnswer, match=f"{sent} embeddings for 2 inputs"):
+        read(body_of(items(sent)))
+
+
+GOOD = base64.b64encode(packed([1.0, 2.0, 3.0])).decode()
+
+
+@pytest.mark.parametrize(
+    ("embedding", "problem"),
+    [
+        ([1.0, 2.0], "2 dimensions instead of 3"),
+        ([1.0, 2.0, 3.0, 4.0], "4 dimensions instead of 3"),
+        ([], "0 dimensions instead of 3"),
+        ("", "0 dimensions instead of 3"),
+        (base64_of([1.0, 2.0]), "2 dimensions instead of 3"),
+        (base64_of([1.0] * 6), "6 dimensions instead of 3"),
+        (base64.b64encode(b"\0" * 11).decode(), "11 bytes"),
+        (GOOD[:-1], "not valid base64"),
+        (GOOD[:-1] + "!", "not valid base64"),
+        (f" {GOOD}", "not valid base64"),
+        (base64_of([1.0, math.nan, 3.0]), "not finite"),
+        (base64_of([1.0, 2.0, -math.inf]), "not finite"),
+        ([1.0, 1e39, 3.0], "not finite"),
+        ([1.0, None, 3.0], "not a number"),
+        ([1.0, "2.0", 3.0], "not a number"),
+        ([1.0, True, 3.0], "not a number"),
+        ([[1.0, 2.0, 3.0]], "not a number"),
+        ([0, 0.0, -0.0], "zero"),
+        ([1e-60, 0.0, 0.0], "zero"),
+        (base64_of([0.0] * 3), "zero"),
+        (None, "is missing"),
+        ({"values": [1.0, 2.0, 3.0]}, "is missing"),
+        (1.0, "is missing"),
+    ],
+)
+def test_one_bad_vector_spoils_the_answer_and_is_named(embedding, problem):
+    """Width, form, finiteness and zeros are checked for each; the error names the input."""
+    data = [item(0, numbers_of(0)), item(1, embedding), item(2, numbers_of(2))]
+    with pytest.raises(InvalidAnswer, match=rf"acme: embedding 1: .*{problem}"):
+        read(body_of(data), 3)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_json_are_refused(number):
+    """NaN and Infinity, as some servers write them, make the whole body unreadable."""
+    with pytest.raises(InvalidAnswer, match="not JSON"):
+        read(body_of([item(0, [1.0, number, 3.0]), item(1, numbers_of(1))]))
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"", "not JSON"),
+        (b"<html><body>Bad gateway</body></html>", "not JSON"),
+        (body_of(items(2))[:-20], "not JSON"),
+        (body_of(items(2)) + b"}", "not JSON"),
+        (b'{"data": "\xff"}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"null", "not a JSON object"),
+        (b"[]", "not a JSON object"),
+        (b'"data"', "not a JSON object"),
+        (b"{}", "no list of embeddings"),
+        (b'{"data": null}', "no list of embeddings"),
+        (b'{"data": {"0": []}}', "no list of embeddings"),
+        (body_of([numbers_of(0), numbers_of(1)]), "no list of embeddings"),
+        (body_of([items(1)[0], None]), "no list of embeddings"),
+    ],
+)
+def test_what_is_no_answer_at_all_is_refused(body, problem):
+    """HTML, cut JSON and JSON of another shape hold no vector, and say so in the error."""
+    with pytest.raises(InvalidAnswer, match=problem):
+        read(body)
+
+
+@pytest.mark.parametrize("error", [None, {}, "", False])
+def test_an_empty_error_is_no_error(error):
+    """Some upstreams send `"error": null` beside the vectors."""
+    assert len(read(body_of(items(2), error=error)).vectors) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"code": 429, "message": "slow"}, RateLimited),
+        ({"code": 402, "message": "pay"}, OutOfCredit),
+        ({"code": 404, "message": "who?"}, ModelNotFound),
+        ({"code": 400, "message": "no"}, InputRefused),
+        ({"code": 502, "message": "gone"}, UpstreamFault),
+        ({"code": 200, "message": "odd"}, UpstreamFault),
+        ({"code": 4290, "message": "odd"}, UpstreamFault),
+        ({"code": True, "message": "odd"}, UpstreamFault),
+        ({"code": "429", "message": "odd"}, UpstreamFault),
+        ({"message": "no code"}, UpstreamFault),
+        ("just a text", UpstreamFault),
+        (["a list"], UpstreamFault),
+        (17, UpstreamFault),
+    ],
+)
+def test_an_error_inside_a_200_counts_as_what_it_says(error, kind):
+    """A reply that holds an error is that error, even with vectors beside it."""
+    with pytest.raises(kind) as caught:
+        read(body_of(items(2), error=error))
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("usage", "total"),
+    [
+        ({"prompt_tokens": 7}, 7),
+        ({"prompt_tokens": 0}, 0),
+        ({"prompt_tokens": -1}, None),
+        ({"prompt_tokens": 7.0}, None),
+        ({"prompt_tokens": True}, None),
+        ({"prompt_tokens": "7"}, None),
+        ({"prompt_tokens": None, "total_tokens": 7}, None),
+        ({}, None),
+        (None, None),
+        ([7], None),
+        (7, None),
+    ],
+)
+def test_usage_is_taken_when_it_is_a_count(usage, total):
+    """A strange usage is no usage; the vectors beside it are good."""
+    checked = read(body_of(items(2), usage=usage))
+    assert checked.prompt_tokens == total
+    assert len(checked.vectors) == 2
+
+
+def test_usage_may_be_missing():
+    """OpenRouter's reply need not have one."""
+    assert read(body_of(items(2))).prompt_tokens is None
+
+
+def error_body(code: object = None, kind: str = "some_type", **fields: object) -> bytes:
+    """Return an error in OpenAI's shape."""
+    error = {"message": "made up", "type": kind, "param": None, "code": code, **fields}
+    return json.dumps({"error": error}).encode()
+
+
+STATUSES = [
+    (400, None, InputRefused),
+    (401, "invalid_api_key", CredentialsRefused),
+    (402, None, OutOfCredit),
+    (403, None, CredentialsRefused),
+    (404, "model_not_found", ModelNotFound),
+    (408, None, UpstreamFault),
+    (409, None, UpstreamFault),
+    (413, None, InputRefused),
+    (422, None, InputRefused),
+    (429, "rate_limit_exceeded", RateLimited),
+    (429, "insufficient_quota", OutOfCredit),
+    (500, None, UpstreamFault),
+    (502, None, UpstreamFault),
+    (503, None, UpstreamFault),
+    (504, None, UpstreamFault),
+    (524, None, UpstreamFault),
+    (529, None, UpstreamFault),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "kind"), STATUSES)
+def test_a_refusal_is_known_by_its_status(status, code, kind):
+    """Each status has one place in the tree; a quota that is used up is no passing limit."""
+    error = answer.refusal("acme", status, {}, error_body(code))
+    assert type(error) is kind
+    if isinstance(error, InputRefused):
+        said = (error.status, error.kind, error.code, str(error))
+        assert said == (status, "some_type", code, "made up")
+    else:
+        assert isinstance(error, ProviderError)
+        assert (error.provider, str(error)) == ("acme", "acme: made up")
+        said = error.refusal
+        assert (said.status, said.kind, said.code) == (status, "some_type", code)
+        assert said.message == "made up"
+
+
+@pytest.mark.parametrize(("status", "code", "kind"), STATUSES)
+def test_a_refusal_without_a_body_is_known_by_its_status_alone(status, code, kind):
+    """Where nothing can be read, the status decides, and the message says which it was."""
+    for body in (b"", b"<html>", b"[]", b'{"error": null}', b'{"error": 7}'):
+        error = answer.refusal("acme", status, {}, body)
+        assert type(error) is (RateLimited if status == 429 else kind)
+        assert str(error).endswith(f"status {status}")
+
+
+@pytest.mark.parametrize(("status", "code", "kind"), [row for row in STATUSES if row[0] != 429])
+def test_an_integer_code_in_the_body_is_the_status(status, code, kind):
+    """OpenRouter's `code` is the true status, and no code of OpenAI's kind."""
+    error = answer.refusal("acme", 200, {}, error_body(status))
+    assert type(error) is kind
+    said = error if isinstance(error, InputRefused) else error.refusal
+    assert (said.status, said.code) == (status, None)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(399, 503), (400, 400), (599, 599), (600, 503), (True, 503), (429.0, 503)]
+)
+def test_only_an_error_status_can_be_a_code(code, status):
+    """Other numbers of an upstream's own do not hide the status it answered with."""
+    error = answer.refusal("acme", 503, {}, error_body(code))
+    assert (error if isinstance(error, InputRefused) else error.refusal).status == status
+
+
+def test_a_quota_may_stand_in_the_type_alone():
+    """`insufficient_quota` counts as type and as code."""
+    body = error_body(None, kind="insufficient_quota")
+    assert type(answer.refusal("acme", 429, {}, body)) is OutOfCredit
+
+
+def test_a_refused_input_keeps_what_openai_said():
+    """Parameter, type and code of a refused request are the client's to read."""
+    body = error_body("max_tokens_per_request", "max_tokens_per_request", param="input")
+    error = answer.refusal("acme", 400, {}, body)
+    said = (error.param, error.kind, error.code)
+    assert said == ("input", "max_tokens_per_request", "max_tokens_per_request")
+
+
+def test_a_refused_input_has_openais_type_when_none_was_given():
+    """The four keys of OpenAI's error never lack a type."""
+    error = answer.refusal("acme", 422, {}, b'{"error": {"message": "no", "param": 3}}')
+    assert (error.kind, error.param, error.code) == ("invalid_request_error", None, None)
+
+
+def test_a_bare_string_is_a_message():
+    """`{"error": "text"}`, as Ollama sends it, is read."""
+    assert str(answer.refusal("acme", 503, {}, b'{"error": "loading"}')) == "acme: loading"
+
+
+def test_a_message_is_not_handed_on_at_any_length():
+    """An upstream that echoes a whole input in its error does not get it into log and reply."""
+    for status in (400, 500):
+        error = answer.refusal("acme", status, {}, error_body(message="x" * 100_000))
+        assert 400 < len(str(error)) < 600
+
+
+@pytest.mark.parametrize("status", [402, 403, 404, 429, 500, 503])
+def test_every_refusal_carries_the_wait(status):
+    """Whoever handles the failure finds how long the upstream asked to wait."""
+    error = answer.refusal("acme", status, {"Retry-After": "7"}, b"")
+    assert error.retry_after == 7
+
+
+def test_a_date_counts_from_now():
+    """A refusal with a date asks to wait from the moment it is read."""
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    wait = answer.refusal("acme", 429, {"Retry-After": later}, b"").retry_after
+    assert 60 < wait <= 90
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({}, None),
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "0"}, 0.0),
+        ({"Retry-After": "1.25"}, 1.25),
+        ({"Retry-After": " 3 "}, 3.0),
+        ({"Retry-After": "86400"}, 86400.0),
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after-ms": "0.5"}, 0.0005),
+        ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
+        ({"retry-after-ms": "soon", "Retry-After": "9"}, 9.0),
+        ({"retry-after-ms": "-1", "Retry-After": "9"}, 9.0),
+        ({"Retry-After": "Sun, 01 Mar 2026 12:00:30 GMT"}, 30.0),
+        ({"Retry-After": "Sun, 01 Mar 2026 13:00:30 +0100"}, 30.0),
+        ({"Retry-After": "Sunday, 01-Mar-26 12:00:30 GMT"}, 30.0),
+        ({"Retry-After": "Sun, 01 Mar 2026 11:59:59 GMT"}, 0.0),
+        ({"Retry-After": "Sat, 31 Feb 2026 12:00:00 GMT"}, None),
+        ({"Retry-After": "-1"}, None),
+        ({"Retry-After": "nan"}, None),
+        ({"Retry-After": "inf"}, None),
+        ({"Retry-After": "1e400"}, None),
+        ({"Retry-After": "6m0s"}, None),
+        ({"Retry-After": "tomorrow"}, None),
+        ({"Retry-After": ""}, None),
+        ({"x-ratelimit-reset-tokens": "9"}, None),
+    ],
+)
+def test_the_wait_an_upstream_asks_for(headers, wait):
+    """Seconds, fractions, milliseconds and dates are read; whatever else stands there is none."""
+    assert answer.retry_after(headers, NOW) == wait
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-600, 600) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["error", "code", "type", "message", "param", "data", "index", "embedding", "usage"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(JSON, st.sampled_from([200, 400, 401, 429, 500]))
+@settings(deadline=None)
+def test_whatever_json_comes_the_error_is_of_our_tree(value, status):
+    """No body, however strange, makes the reader fail in a way that nobody handles."""
+    body = json.dumps(value).encode()
+    assert isinstance(answer.refusal("acme", status, {}, body), EmbeddingError)
+    with pytest.raises(EmbeddingError):
+        read(body)
+
+
+@given(st.sampled_from(["object", "index", "embedding"]), st.integers(0, 1), JSON)
+@settings(deadline=None)
+def test_one_strange_value_never_becomes_another_vector(field, position, value):
+    """With one value of a right answer replaced, it is refused or the vectors are still right."""
+    assume(not isinstance(value, list) or len(value) != 3)  # that may be a vector
+    data = items(2)
+    data[position][field] = value
+    try:
+        vectors = read(body_of(data)).vectors
+    except PassingFailure:
+        return
+    assert vectors == [packed(numbers_of(0)), packed(numbers_of(1))]

@@ -1,0 +1,120 @@
+"""OpenRouter's adapter: floats asked, the application named, errors read inside a 200 too."""
+
+import orjson
+import pytest
+from fault_server import vector_of
+
+from providers.base import (
+    Context,
+    CredentialsRefused,
+    InputRefused,
+    InvalidAnswer,
+    ModelNotFound,
+    OutOfCredit,
+    RateLimited,
+    Space,
+    UpstreamFault,
+)
+from providers.openrouter import OpenRouter
+
+URL = "https://openrouter.ai/api/v1/embeddings"
+MODEL = "baai/bge-m3"
+SPACE = Space(MODEL, 1024)
+
+
+async def ask(inputs, space=SPACE):
+    """Ask OpenRouter once; no socket is opened."""
+    base_url = OpenRouter.base_url
+    async with OpenRouter("openrouter", api_key="sk-or-made-up", base_url=base_url) as provider:
+        return await provider.ask(MODEL, space, inputs, Context())
+
+
+def reply_to(*inputs):
+    """Return OpenRouter's answer: as OpenAI's, with fields of its own, usage optional."""
+    data = [
+        {"object": "embedding", "index": i, "embedding": vector_of(MODEL, item, 1024).tolist()}
+        for i, item in enumerate(inputs)
+    ]
+    return {"id": "gen-1", "object": "list", "data": data, "model": MODEL, "provider": "Acme"}
+
+
+async def test_the_request_is_openrouters(mocked_http):
+    """One POST with the key and our name; floats are asked, and extra fields go along."""
+    mocked_http.post(URL, payload=reply_to("a"))
+    await ask(["a"], SPACE.with_parameters({"provider": {"order": ["acme"]}}))
+    ((key, (call,)),) = mocked_http.requests.items()
+    assert (key[0], str(key[1])) == ("POST", URL)
+    assert orjson.loads(call.kwargs["data"]) == {
+        "model": MODEL,
+        "input": ["a"],
+        "encoding_format": "float",
+        "provider": {"order": ["acme"]},
+    }
+    assert call.kwargs["headers"] == {
+        "Authorization": "Bearer sk-or-made-up",
+        "Content-Type": "application/json",
+        "X-Title": "embedding-proxy",
+    }
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [({}, [1, 2]), ({"usage": {"prompt_tokens": 32, "cost": 1e-7}}, [10, 22])],
+)
+async def test_the_answer_needs_no_usage(usage, counts, mocked_http):
+    """Without a usage tokens are estimated, with one it is shared; neither is exact."""
+    mocked_http.post(URL, payload={**reply_to("hello", "hello world"), **usage})
+    got = await ask(["hello", "hello world"])
+    right = [vector_of(MODEL, item, 1024).tobytes() for item in ("hello", "hello world")]
+    assert list(got.vectors) == right
+    assert (list(got.tokens), got.counted, got.providers) == (counts, False, ("openrouter",))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["by status", "inside a 200"])
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (400, InputRefused),
+        (401, CredentialsRefused),
+        (402, OutOfCredit),
+        (403, CredentialsRefused),
+        (404, ModelNotFound),
+        (408, UpstreamFault),
+        (413, InputRefused),
+        (429, RateLimited),
+        (500, UpstreamFault),
+        (502, UpstreamFault),
+        (503, UpstreamFault),
+        (524, UpstreamFault),
+        (529, UpstreamFault),
+    ],
+)
+async def test_openrouters_errors_are_told_apart(code, error, inside, mocked_http):
+    """The integer code in the body decides, whether or not the status says the same."""
+    body = {"error": {"code": code, "message": "made up", "metadata": {"provider_name": "Acme"}}}
+    mocked_http.post(URL, status=200 if inside else code, payload=body)
+    with pytest.raises(error) as caught:
+        await ask(["a"])
+    assert type(caught.value) is error
+    said = caught.value if error is InputRefused else caught.value.refusal
+    assert (said.status, said.code) == (code, None)
+    assert str(caught.value).endswith("made up")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [[], [{"object": "embedding", "index": 0, "embedding": []}]],
+    ids=["no embedding", "an empty one"],
+)
+async def test_an_empty_answer_is_refused(data, mocked_http):
+    """A 200 without numbers is no answer."""
+    mocked_http.post(URL, payload={**reply_to("a"), "data": data})
+    with pytest.raises(InvalidAnswer):
+        await ask(["a"])
+
+
+async def test_a_width_that_was_not_asked_for_is_refused(mocked_http):
+    """OpenRouter drops what a model does not support in silence, so every width is checked."""
+    mocked_http.post(URL, payload=reply_to("a"))
+    with pytest.raises(InvalidAnswer, match="1024 dimensions instead of 768"):
+        await ask(["a"], Space(MODEL, 768))

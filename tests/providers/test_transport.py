@@ -1,0 +1,330 @@
+"""One attempt over real sockets: what arrives, what breaks, and how long it may take."""
+
+import asyncio
+import gzip
+import socket
+import tracemalloc
+
+import pytest
+from aiohttp import web
+from fault_server import FaultServer, cut, status
+
+from providers.base import (
+    Context,
+    DeadlineExceeded,
+    PassingFailure,
+    Unreachable,
+    UpstreamFault,
+    UpstreamTimeout,
+)
+from providers.transport import Transport
+
+PAYLOAD = b'{"model":"m","input":"a"}'
+KEY = "Bearer made-up-key"
+NO_LIMIT = 1 << 20
+TEN_SECONDS = 10.0
+
+
+def transport_to(url: str, timeout_s: float = TEN_SECONDS) -> Transport:
+    """Return a transport to an upstream; its limit is far away unless it is what is tested."""
+    return Transport("acme", url, {"Authorization": KEY}, timeout_s)
+
+
+async def post(transport, limit=NO_LIMIT, deadline=None):
+    """Send one request."""
+    return await transport.post("/embeddings", PAYLOAD, limit, Context(deadline=deadline))
+
+
+async def post_once(url, timeout_s=TEN_SECONDS, limit=NO_LIMIT, deadline=None):
+    """Send one request over a transport of its own."""
+    async with transport_to(url, timeout_s) as transport:
+        return await post(transport, limit, deadline)
+
+
+def now() -> float:
+    """Return the time on the clock that deadlines are on."""
+    return asyncio.get_running_loop().time()
+
+
+@pytest.mark.parametrize("code", [200, 201, 400, 401, 429, 500, 529])
+async def test_a_whole_reply_is_returned_whatever_its_status(code, upstream):
+    """Status, headers and body come back as they were sent; judging them is not done here."""
+    upstream.script.append(status(code, b'{"some": "body"}', {"Retry-After": "3"}))
+    reply = await post_once(upstream.url)
+    assert (reply.status, reply.body) == (code, b'{"some": "body"}')
+    assert reply.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+async def test_the_request_is_what_was_asked_and_nothing_else(slash, upstream):
+    """The payload goes to base URL and path; headers are the given ones and HTTP's own."""
+    await post_once(upstream.url + slash)
+    (call,) = upstream.calls
+    assert (call.path, call.payload) == ("/v1/embeddings", {"model": "m", "input": "a"})
+    assert call.headers["Authorization"] == KEY
+    assert call.headers["Content-Type"] == "application/json"
+    http = {"Host", "Accept", "Accept-Encoding", "User-Agent", "Content-Length"}
+    assert set(call.headers) == {"Authorization", "Content-Type"} | http
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_not_followed(code, upstream, second):
+    """Neither request nor key goes where an upstream points, be it another origin or its own."""
+    for target in (f"{second.url}/embeddings", f"{upstream.url}/elsewhere"):
+        upstream.calls.clear()
+        upstream.script.append(status(code, b"", {"Location": target}))
+        with pytest.raises(UpstreamFault, match="redirect"):
+            await post_once(upstream.url)
+        assert len(upstream.calls) == 1
+    assert second.calls == []
+
+
+async def test_the_environments_proxy_gets_no_key(upstream, second, monkeypatch):
+    """HTTP_PROXY of the machine is not obeyed: the key goes to the origin alone."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, second.url)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    await post_once(upstream.url)
+    assert len(upstream.calls) == 1
+    assert second.calls == []
+
+
+async def test_cookies_are_not_kept(upstream):
+    """What an upstream sets does not tie one client's request to another's."""
+    upstream.script.append(status(200, b"{}", {"Set-Cookie": "session=1; Path=/"}))
+    async with transport_to(upstream.url) as transport:
+        await post(transport)
+        await post(transport)
+    assert "Cookie" not in upstream.calls[1].headers
+
+
+async def test_requests_run_side_by_side(upstream):
+    """Three requests are under way at once: none is answered before all have arrived."""
+    together = asyncio.Barrier(3)
+
+    async def act(*_):
+        await together.wait()
+        return web.Response()
+
+    upstream.always = act
+    async with transport_to(upstream.url) as transport:
+        replies = await asyncio.gather(*(post(transport) for _ in range(3)))
+    assert [reply.status for reply in replies] == [200] * 3
+
+
+@pytest.mark.parametrize("late", [0.0, 1.0])
+async def test_nothing_is_sent_after_the_deadline(late, upstream):
+    """A request whose time is up, even just now, costs nothing."""
+    with pytest.raises(DeadlineExceeded):
+        await post_once(upstream.url, deadline=now() - late)
+    assert upstream.calls == []
+
+
+@pytest.fixture(params=["silence", "trickle"])
+async def stuck(request, upstream):
+    """Give an upstream that says nothing, or starts its answer and never ends it."""
+    over = asyncio.Event()
+
+    async def act(http_request, _):
+        response = web.StreamResponse()
+        if request.param == "trickle":
+            await response.prepare(http_request)
+            await response.write(b"{")
+        await over.wait()
+        return response
+
+    upstream.always = act
+    yield upstream
+    over.set()
+
+
+async def test_an_attempt_has_a_limit_of_its_own(stuck):
+    """Neither silence nor an answer without end lasts longer than one attempt may."""
+    with pytest.raises(UpstreamTimeout, match=r"acme: no answer within 0\.1 s"):
+        await post_once(stuck.url, timeout_s=0.1, deadline=now() + TEN_SECONDS)
+    assert len(stuck.calls) == 1
+
+
+async def test_an_attempt_ends_with_the_request(stuck):
+    """A deadline before the attempt's own limit is kept: an upstream gets what time is left."""
+    async with asyncio.timeout(TEN_SECONDS / 2):
+        with pytest.raises((DeadlineExceeded, UpstreamTimeout)):
+            await post_once(stuck.url, deadline=now() + 0.1)
+    assert len(stuck.calls) == 1
+
+
+async def test_a_server_that_does_not_accept_is_given_up_early(monkeypatch):
+    """Connecting has a limit of its own, far below that of an answer."""
+    monkeypatch.setattr("providers.transport.CONNECT_SECONDS", 0.1)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        with socket.create_connection(deaf.getsockname()):  # the only one that is let in
+            async with asyncio.timeout(TEN_SECONDS / 2):
+                with pytest.raises(PassingFailure):
+                    await post_once(url)
+
+
+def drop():
+    """Play an upstream that hangs up without a word."""
+
+    async def act(request, _):
+        request.transport.abort()
+        return web.Response()
+
+    return act
+
+
+async def _refused(upstream):
+    await upstream.stop()
+    return upstream.url
+
+
+async def _dropped(upstream):
+    upstream.script.append(drop())
+    return upstream.url
+
+
+async def _cut(upstream):
+    upstream.script.append(cut())
+    return upstream.url
+
+
+async def _garbled(upstream):
+    upstream.script.append(status(200, b"no gzip", {"Content-Encoding": "gzip"}))
+    return upstream.url
+
+
+async def _plain_text(upstream):
+    return upstream.url.replace("http:", "https:")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (_refused, "the connection was refused"),
+        (_dropped, "the connection was cut"),
+        (_cut, "the connection was cut"),
+        (_garbled, "acme: "),
+        (_plain_text, "the TLS connection failed"),
+    ],
+)
+async def test_a_broken_connection_is_a_passing_failure(prepare, reason, upstream):
+    """Each way to have no whole answer is named, without address or key, and may be retried."""
+    url = await prepare(upstream)
+    with pytest.raises(Unreachable, match=reason) as caught:
+        await post_once(url)
+    assert isinstance(caught.value, PassingFailure)
+    assert "127.0.0.1" not in str(caught.value)
+    assert "made-up-key" not in str(caught.value)
+
+
+async def test_a_name_that_does_not_resolve_is_said_to(monkeypatch):
+    """A wrong host name in the configuration is told from a server that is down."""
+
+    async def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
+    with pytest.raises(Unreachable, match="the host name does not resolve"):
+        await post_once("http://upstream.invalid/v1")
+
+
+async def test_the_transport_outlives_an_outage(upstream):
+    """After an upstream was down and is back, the same transport reaches it again."""
+    async with transport_to(upstream.url) as transport:
+        assert (await post(transport)).status == 200
+        await upstream.stop()
+        with pytest.raises(Unreachable):
+            await post(transport)
+        await upstream.start()
+        assert (await post(transport)).status == 200
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+async def test_a_reply_may_be_as_large_as_the_limit_and_no_larger(encoding, upstream):
+    """The last byte allowed is allowed and the next is not, counted after decompression."""
+    body = b"x" * 100_000
+    sent = gzip.compress(body) if encoding == "gzip" else body
+    upstream.always = status(200, sent, {"Content-Encoding": encoding})
+    assert (await post_once(upstream.url, limit=len(body))).body == body
+    with pytest.raises(UpstreamFault, match="larger than expected"):
+        await post_once(upstream.url, limit=len(body) - 1)
+
+
+async def test_a_compressed_bomb_is_not_unpacked(upstream):
+    """Of a reply that would unpack to 64 MiB only a small part is ever held."""
+    size = 64 << 20
+    bomb = gzip.compress(bytes(size), 1)
+    upstream.script.append(status(200, bomb, {"Content-Encoding": "gzip"}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UpstreamFault, match="larger than expected"):
+            await post_once(upstream.url, limit=1000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 8
+
+
+async def test_a_reply_without_end_is_cut_off(upstream):
+    """An upstream that never stops talking is hung up on as soon as it passes the limit."""
+    hung_up = asyncio.Event()
+
+    async def act(request, _):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"x" * 65_536)  # raises when nobody listens any more
+        finally:
+            hung_up.set()
+
+    upstream.script.append(act)
+    async with asyncio.timeout(TEN_SECONDS):
+        with pytest.raises(UpstreamFault, match="larger than expected"):
+            await post_once(upstream.url, limit=100_000)
+        await hung_up.wait()
+
+
+async def test_a_cancelled_request_is_cancelled(upstream):
+    """A caller that goes away is not told of a failure, and others can go on."""
+    arrived, over = asyncio.Event(), asyncio.Event()
+
+    async def act(*_):
+        arrived.set()
+        await over.wait()
+        return web.Response()
+
+    upstream.script.append(act)
+    async with transport_to(upstream.url) as transport:
+        task = asyncio.create_task(post(transport))
+        await arrived.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await post(transport)).status == 200
+    over.set()
+
+
+async def test_a_transport_is_open_between_enter_and_exit(upstream):
+    """Outside of `async with` nothing can be sent; closing twice does no harm."""
+    transport = transport_to(upstream.url)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not open"):
+            await post(transport)
+        async with transport:
+            assert (await post(transport)).status == 200
+    await transport.__aexit__(None, None, None)
+
+
+async def test_two_transports_keep_their_keys_apart(upstream, second):
+    """Each origin sees its own key and never the other's."""
+    servers: dict[str, FaultServer] = {"one": upstream, "two": second}
+    for key, server in servers.items():
+        async with Transport("acme", server.url, {"Authorization": key}, TEN_SECONDS) as transport:
+            await post(transport)
+    for key, server in servers.items():
+        assert [call.headers["Authorization"] for call in server.calls] == [key]

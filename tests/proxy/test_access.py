@@ -1,0 +1,71 @@
+"""Who is let in: the keys that clients send against those that are configured."""
+
+import pytest
+
+from proxy.access import Access
+
+ACCESS = Access(["first-key", "zweiter-schlüssel"])
+
+MISSING = "You didn't provide an API key"
+WRONG = "Incorrect API key provided"
+
+
+@pytest.mark.parametrize("authorization", [None, "", "Bearer anything", "nonsense"])
+def test_without_keys_everyone_comes_in(authorization):
+    """A proxy with no keys asks for none."""
+    assert Access([]).refusal(authorization) is None
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        "Bearer first-key",
+        "Bearer zweiter-schlüssel",
+        "bearer first-key",
+        "BEARER first-key",
+        "Bearer   first-key ",
+    ],
+)
+def test_any_of_the_keys_opens(authorization):
+    """Each key opens, whatever the case of the scheme and the white space around."""
+    assert ACCESS.refusal(authorization) is None
+
+
+@pytest.mark.parametrize(
+    ("authorization", "message"),
+    [
+        (None, MISSING),
+        ("", MISSING),
+        ("Bearer", MISSING),
+        ("Bearer ", MISSING),
+        ("Bearer \t ", MISSING),
+        ("first-key", MISSING),
+        ("Basic first-key", MISSING),
+        ("Token first-key", MISSING),
+        (" Bearer first-key", MISSING),
+        ("Bearer first-keyx", WRONG),
+        ("Bearer first-ke", WRONG),
+        ("Bearer First-key", WRONG),
+        ("Bearer first-key zweiter-schlüssel", WRONG),
+        ("Bearer first-key,zweiter-schlüssel", WRONG),
+        ("Bearer Bearer first-key", WRONG),
+        ("Bearer zweiter-schl\udcfcssel", WRONG),
+        ("Bearer \udcff\udcfe", WRONG),
+        ("Bearer 鍵", WRONG),
+        ("Bearer \x00", WRONG),
+    ],
+)
+def test_everything_else_is_a_401_that_repeats_no_key(authorization, message):
+    """A missing, wrong or odd header gets OpenAI's 401, which does not show what was sent."""
+    refusal = ACCESS.refusal(authorization)
+    assert refusal.message.startswith(message)
+    assert (refusal.status, refusal.kind) == (401, "invalid_request_error")
+    assert (refusal.param, refusal.code) == (None, "invalid_api_key")
+    assert refusal.retry_after is None
+    assert "first" not in refusal.message
+
+
+def test_keys_are_not_kept():
+    """What is kept of a key is a digest, so that no dump of the process shows it."""
+    assert b"first-key" not in repr(vars(ACCESS)).encode()
+    assert len(ACCESS._digests) == 2

@@ -1,0 +1,289 @@
+"""The command: what it prints, and with which code it exits."""
+
+import asyncio
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from cache.store import StoreError
+from proxy import cli
+from proxy.demo import DemoFailed
+from proxy.server import PortUnavailable
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "proxy", "serve"]
+GOOD = {"model": "text-embedding-3-small", "input": "a"}
+# Without providers that want keys, nothing is said about keys that are absent.
+QUIET = "providers: {openai: null, openrouter: null}"
+
+
+def _environment(home: Path, **more: str) -> dict[str, str]:
+    """Return all that a subprocess gets to know of this machine."""
+    kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
+    return {**kept, "HOME": str(home), "XDG_DATA_HOME": str(home / "data"), **more}
+
+
+@asynccontextmanager
+async def _served(tmp_path, upstream):
+    """Run `serve` as a process in front of the upstream; give it and the URL it announced."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"providers: {{openai: {{base_url: '{upstream.url}'}}}}")
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND,
+        *("--port", "0", "--config", str(config)),
+        cwd=ROOT,
+        env=_environment(tmp_path, OPENAI_API_KEY="k"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(30):
+            line = (await process.stdout.readline()).decode()
+            found = re.fullmatch(r"export OPENAI_BASE_URL=(http://127\.0\.0\.1:\d+/v1)\n", line)
+            assert found, line
+            yield process, found[1]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@asynccontextmanager
+async def _told_while_busy(number, tmp_path, upstream):
+    """Send a signal amid a request; give the process, the request, and what lets it go on."""
+    arrived, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(_, payload) -> web.Response:
+        arrived.set()
+        await release.wait()
+        return web.json_response(upstream.reply(payload))
+
+    async with _served(tmp_path, upstream) as (process, url), aiohttp.ClientSession() as session:
+        async with session.post(f"{url}/embeddings", json=GOOD) as response:
+            assert (response.status, response.headers["x-cache"]) == (200, "miss")
+        upstream.script.append(hold)
+        more = {**GOOD, "input": ["a", "b"]}
+        request = asyncio.create_task(session.post(f"{url}/embeddings", json=more))
+        await arrived.wait()
+        process.send_signal(number)
+        while b"stopping" not in await process.stderr.readline():
+            assert not process.stderr.at_eof()
+        yield process, request, release
+        # However it went, the upstream is not left waiting.
+        release.set()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+async def test_serve_announces_answers_and_ends_in_good_order(number, code, tmp_path, upstream):
+    """The process prints the line to paste, answers, and at a signal finishes what it began."""
+    async with _told_while_busy(number, tmp_path, upstream) as (process, request, release):
+        release.set()
+        async with await request as response:
+            assert (response.status, response.headers["x-cache"]) == (200, "partial")
+            assert len((await response.json())["data"]) == 2
+        out, err = await process.communicate()
+    assert (process.returncode, out) == (code, b"")
+    assert b"Traceback" not in err
+
+
+async def test_a_second_signal_ends_it_at_once(tmp_path, upstream):
+    """Told twice, the process does not wait for the request in progress."""
+    async with _told_while_busy(signal.SIGTERM, tmp_path, upstream) as (process, request, _):
+        process.terminate()
+        assert await process.wait() == -signal.SIGTERM
+        with pytest.raises(aiohttp.ClientError):
+            await request
+
+
+FAILED_STARTS = {
+    "unknown key": (f"{QUIET}\nserver: {{prot: 1}}", 2, "config.yaml: server.prot: unknown key"),
+    "cache in a file": (f"{QUIET}\ncache: {{directory: config.yaml}}", 1, "config.yaml/v1: "),
+    "port in use": (QUIET, 1, "cannot listen on 127.0.0.1:"),
+    "no key in the variable": ("", 2, "OPENAI_API_KEY: its value is no key"),
+}
+
+
+@pytest.mark.parametrize(("text", "code", "message"), FAILED_STARTS.values(), ids=FAILED_STARTS)
+def test_a_start_that_fails_is_one_line_and_an_exit_code(text, code, message, tmp_path):
+    """Each foreseeable failure of a start is one line on stderr, no traceback, and its code."""
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        done = subprocess.run(
+            [*COMMAND, "--config", str(config), "--port", str(other.getsockname()[1])],
+            cwd=tmp_path,
+            env=_environment(tmp_path, PYTHONPATH=str(ROOT), OPENAI_API_KEY="sk-a\nsk-b"),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(r"embedding-proxy: [^\n]+\n", done.stderr)
+    assert message in done.stderr
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Give a function that runs the command in this process: its code, stdout and stderr."""
+    # Wide enough that no message is broken into lines.
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["embedding-proxy", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return run_command
+
+
+def test_version(run):
+    """--version prints the name and the version that is installed, and nothing else."""
+    assert run("--version") == (0, f"embedding-proxy {version('embedding-proxy')}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["serve", "demo", "--version"]),
+        (["serve", "--help"], ["--config", "--host", "--port", "--workers"]),
+    ],
+)
+def test_help(arguments, words, run):
+    """--help names the commands and their options, and is no failure."""
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert all(word in out for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Usage"),
+        (["--nope"], "No such option: --nope"),
+        (["nope"], "No such command 'nope'"),
+        (["serve", "--nope"], "No such option: --nope"),
+        (["serve", "--port", "x"], "Invalid value for '--port'"),
+        (["serve", "--port", "-1"], "server.port: expected"),
+        (["serve", "--workers", "2"], "server.workers: expected"),
+        (["serve", "--host", "0.0.0.0"], "set server.keys, or host 127.0.0.1"),
+        (["serve", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments, message, run):
+    """Unknown options and commands, and values that no configuration may have, are code 2."""
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert message in out + err
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """Put a server that only notes its settings in place of the real one; end it as told."""
+    noted = []
+
+    def end_with(outcome: signal.Signals | Exception) -> list:
+        async def serve(settings, announce):
+            noted.append(settings)
+            if isinstance(outcome, Exception):
+                raise outcome
+            announce("http://h:1/v1")
+            return outcome
+
+        monkeypatch.setattr("proxy.server.serve", serve)
+        return noted
+
+    return end_with
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_options_stand_in_for_keys_of_the_configuration(number, run, serving, tmp_path):
+    """What is given as an option counts more than the file; the rest is the file's."""
+    noted = serving(number)
+    config = tmp_path / "config.yaml"
+    config.write_text("server: {host: 127.0.0.9, port: 1, max_body_mib: 2}")
+    options = ("--port", "7", "--host", "localhost", "--workers", "1")
+    code, out, _ = run("serve", "--config", str(config), *options)
+    assert (code, out) == (
+        130 if number is signal.SIGINT else 0,
+        "export OPENAI_BASE_URL=http://h:1/v1\n",
+    )
+    server = noted[0].server
+    assert (server.port, server.host, server.max_body_mib) == (7, "localhost", 2)
+
+
+@pytest.mark.parametrize("error", [StoreError("d: full"), PortUnavailable("cannot listen on x")])
+def test_what_fails_later_is_exit_code_1(error, run, serving):
+    """A cache or a port that cannot be had is one line, and code 1."""
+    serving(error)
+    assert run("serve") == (1, "", f"embedding-proxy: {error}\n")
+
+
+@pytest.mark.parametrize("passthrough", ["openai", None])
+def test_a_passthrough_without_effect_is_said(passthrough, run, serving, tmp_path, caplog):
+    """Who configures a passthrough is told that this version has none; others are not."""
+    serving(signal.SIGTERM)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"passthrough: {passthrough or 'null'}")
+    assert run("serve", "--config", str(config))[0] == 0
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert [text.partition(":")[0] for text in warned] == ["passthrough"] * bool(passthrough)
+
+
+@pytest.mark.parametrize("module", ["uvloop", "nothing"])
+def test_it_runs_with_and_without_uvloop(module, monkeypatch):
+    """Where uvloop is not installed the standard event loop is used."""
+    monkeypatch.setitem(sys.modules, module, None)
+
+    async def loop_module() -> str:
+        return type(asyncio.get_running_loop()).__module__.partition(".")[0]
+
+    assert cli._run(loop_module()) == ("asyncio" if module == "uvloop" else "uvloop")
+
+
+def _raised(error: BaseException):
+    def run() -> None:
+        raise error
+
+    return run
+
+
+def test_the_demo_succeeds_quietly(run, monkeypatch):
+    """A demo that shows what it promises is code 0."""
+    monkeypatch.setattr("proxy.demo.run", lambda: None)
+    assert run("demo") == (0, "", "")
+
+
+def test_a_demo_that_fails_is_exit_code_1(run, monkeypatch):
+    """A demo that does not show what it promises says what is missing."""
+    monkeypatch.setattr("proxy.demo.run", _raised(DemoFailed("no hits")))
+    assert run("demo") == (1, "", "embedding-proxy: demo: no hits\n")
+
+
+def test_an_interrupted_demo_is_exit_code_130(run, monkeypatch):
+    """Ctrl-C is code 130, without a traceback."""
+    monkeypatch.setattr("proxy.demo.run", _raised(KeyboardInterrupt()))
+    code, out, err = run("demo")
+    assert code == 130
+    assert "Traceback" not in out + err
+
+
+def test_a_demo_without_its_extra_says_how_to_install_it(run, monkeypatch):
+    """Without the demo's packages the command says which extra brings them."""
+    monkeypatch.delitem(sys.modules, "proxy.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    code, _, err = run("demo")
+    assert code == 1
+    assert err == ("embedding-proxy: the demo needs more: pip install 'embedding-proxy[demo]'\n")

@@ -1,0 +1,90 @@
+"""Running on a port: the address that is announced, and an end that drops no request."""
+
+import asyncio
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+
+from cache.store import StoreError
+from proxy import server
+from proxy.server import PortUnavailable, serve
+from proxy.settings import Settings
+
+GOOD = {"model": "text-embedding-3-small", "input": "a"}
+
+
+@pytest.fixture
+def settings(tmp_path, upstream, monkeypatch) -> Settings:
+    """Give the settings of a proxy on any free port, in front of the upstream."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    return _settings(tmp_path, upstream)
+
+
+def _settings(tmp_path, upstream, **keys) -> Settings:
+    return Settings.model_validate(
+        {
+            "server": {"port": 0, **keys},
+            "cache": {"directory": str(tmp_path / "cache")},
+            "providers": {"openai": {"base_url": upstream.url}},
+        }
+    )
+
+
+async def _started(settings: Settings) -> tuple[asyncio.Task[signal.Signals], str]:
+    """Return the task that serves, and the URL it announced."""
+    announced: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve(settings, announced.set_result))
+    return task, await announced
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_in_good_order(number, settings):
+    """Told to stop, it says what told it; then the port is free, and the cache can be reopened."""
+    for outcome in ("miss", "hit"):
+        task, url = await _started(settings)
+        async with aiohttp.ClientSession() as session:
+            async with session.post(f"{url}/embeddings", json=GOOD) as response:
+                assert response.headers["x-cache"] == outcome
+            os.kill(os.getpid(), number)
+            assert await task is number
+            with pytest.raises(aiohttp.ClientConnectorError):
+                await session.get(f"{url}/models")
+
+
+async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
+    """A port that another process listens on is an error with host, port and reason."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        taken = _settings(tmp_path, upstream, port=port)
+        with pytest.raises(
+            PortUnavailable, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"
+        ):
+            await serve(taken, pytest.fail)
+    task, url = await _started(taken)
+    assert url == f"http://127.0.0.1:{port}/v1"
+    os.kill(os.getpid(), signal.SIGTERM)
+    await task
+
+
+async def test_a_cache_that_cannot_be_opened_comes_before_the_port(settings, tmp_path):
+    """Where the cache cannot be opened nothing is announced."""
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(StoreError, match="cache"):
+        await serve(settings, pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "url"),
+    [
+        ("127.0.0.1", ("127.0.0.1", 8080), "http://127.0.0.1:8080/v1"),
+        ("localhost", ("127.0.0.1", 1234), "http://localhost:1234/v1"),
+        ("::1", ("::1", 8080, 0, 0), "http://[::1]:8080/v1"),
+    ],
+)
+def test_the_url_holds_the_host_as_configured_and_the_real_port(host, address, url):
+    """The URL is fit to be pasted: brackets around IPv6, and the port that was taken."""
+    assert server._url(SimpleNamespace(addresses=[address]), host) == url

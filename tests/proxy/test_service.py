@@ -1,0 +1,232 @@
+"""EmbeddingService: what a configuration names, opened, and embedding without HTTP."""
+
+import json
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from conftest import no_wait
+from fault_server import FaultServer, vector_of
+
+from cache.store import StoreError
+from providers.base import InputRefused, Outcome
+from proxy.service import EmbeddingService, ModelUnknown
+from proxy.settings import Settings
+
+SMALL = "text-embedding-3-small"
+ADA = "text-embedding-ada-002"
+
+
+@pytest.fixture
+def opened(tmp_path, upstream, monkeypatch):
+    """Give a function that opens a service in front of the upstream; the cache is kept."""
+    monkeypatch.setenv("OPENAI_API_KEY", "openai-key")
+
+    def settings(**sections) -> Settings:
+        base = {"cache": {"directory": str(tmp_path)}, "providers": {"openai": _at(upstream)}}
+        return Settings.model_validate(base | sections)
+
+    @asynccontextmanager
+    async def open_service(**sections):
+        async with EmbeddingService(settings(**sections), sleep=no_wait) as service:
+            yield service
+
+    return open_service
+
+
+def _at(server: FaultServer, **keys) -> dict[str, object]:
+    return {"kind": "openai", "base_url": server.url, **keys}
+
+
+async def test_a_configuration_file_is_all_it_takes(tmp_path, upstream, monkeypatch):
+    """From a file to float32 vectors, in the order of the inputs, with usage and outcomes."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        json.dumps({"cache": {"directory": str(tmp_path)}, "providers": {"openai": _at(upstream)}})
+    )
+    async with EmbeddingService.from_config(str(file)) as service:
+        result = await service.embed(["one two", "three", "one two"], model=SMALL)
+        again = await service.embed(["four", "three"], model=SMALL)
+    right = np.stack([vector_of(SMALL, text) for text in ("one two", "three", "one two")])
+    assert result.vectors.dtype == np.float32
+    assert np.array_equal(result.vectors, right)
+    assert result.outcomes == [Outcome.MISS, Outcome.MISS, Outcome.DUPLICATE]
+    assert (result.tokens, result.tokens_billed) == (5, 3)
+    assert (result.model.name, result.space.name) == (SMALL, f"openai/{SMALL}")
+    assert again.outcomes == [Outcome.MISS, Outcome.HIT]
+    assert np.array_equal(again.vectors[1], right[1])
+
+
+def test_without_a_file_the_built_in_configuration_is_opened():
+    """No path means the built-in configuration."""
+    settings = EmbeddingService.from_config().settings
+    assert settings.server.port == 8080
+    assert settings.providers.keys() == {"openai", "openrouter", "local"}
+
+
+async def test_a_service_that_is_not_open_knows_nothing():
+    """Before it is opened a service has no models and has counted nothing."""
+    service = EmbeddingService(Settings())
+    assert service.counters.misses == 0
+    with pytest.raises(ModelUnknown):
+        await service.embed(["a"], model=SMALL)
+
+
+async def test_counters_say_what_the_tiers_saw(opened):
+    """The service counts hits by tier, and misses, of distinct inputs."""
+    async with opened() as service:
+        await service.embed(["a", "b", "a"], model=SMALL)
+        await service.embed(["a"], model=SMALL)
+    async with opened() as service:
+        await service.embed(["b", "c"], model=SMALL)
+        counters = service.counters
+    assert (counters.disk_hits, counters.misses, counters.mismatches) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["nope", "", "TEXT-EMBEDDING-3-SMALL", "x" * 300])
+async def test_an_unknown_model_is_refused_by_name(name, opened, upstream):
+    """A model that is not there is a 404 that names it, cut to a bearable length."""
+    async with opened() as service:
+        with pytest.raises(ModelUnknown) as caught:
+            await service.embed(["a"], model=name)
+    error = caught.value
+    assert (error.status, error.param, error.code) == (404, "model", "model_not_found")
+    assert f"`{name[:200]}`" in str(error)
+    assert not upstream.calls
+
+
+@pytest.mark.parametrize(
+    ("model", "dimensions"),
+    [(SMALL, None), (SMALL, 1), (SMALL, 256), (SMALL, 1535), (SMALL, 1536), (ADA, None)],
+)
+async def test_widths_a_model_can_give(model, dimensions, opened):
+    """A Matryoshka model gives any width up to its own: cut and of length 1."""
+    async with opened() as service:
+        result = await service.embed(["a"], model=model, dimensions=dimensions)
+    head = vector_of(model, "a")[:dimensions].astype(np.float64)
+    assert result.vectors.shape == (1, dimensions or 1536)
+    assert np.abs(result.vectors[0] - head / np.linalg.norm(head)).max() < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("model", "dimensions", "message"),
+    [
+        (SMALL, 0, "at least 1 and at most 1536"),
+        (SMALL, -1, "at least 1 and at most 1536"),
+        (SMALL, 1537, "'dimensions' = 1537"),
+        (ADA, 256, "This model does not support specifying dimensions."),
+        (ADA, 1536, "This model does not support specifying dimensions."),
+        ("fixed", 7, "This model does not support specifying dimensions."),
+    ],
+)
+async def test_widths_a_model_cannot_give(model, dimensions, message, opened, upstream):
+    """An impossible width is refused before anyone is asked."""
+    fixed = {"space": "x", "dimensions": 8, "routes": [{"provider": "openai", "model": "x"}]}
+    async with opened(models={"fixed": fixed}) as service:
+        with pytest.raises(InputRefused, match=message) as caught:
+            await service.embed(["a"], model=model, dimensions=dimensions)
+    assert (caught.value.status, caught.value.param) == (400, "dimensions")
+    assert not upstream.calls
+
+
+async def test_the_native_width_of_a_fixed_model_may_be_said(opened, upstream):
+    """Asking a model that cannot be cut for its own width is no mistake."""
+    upstream.widths["x"] = 8
+    fixed = {"space": "x", "dimensions": 8, "routes": [{"provider": "openai", "model": "x"}]}
+    async with opened(models={"fixed": fixed}) as service:
+        result = await service.embed(["a"], model="fixed", dimensions=8)
+    assert np.array_equal(result.vectors, [vector_of("x", "a", 8)])
+
+
+async def test_parameters_make_a_space_of_their_own(opened, upstream):
+    """Further fields are sent on and kept apart; their order and the user do not count."""
+    async with opened() as service:
+        asked = [
+            await service.embed(["a"], model=SMALL, parameters=parameters, user=user)
+            for parameters, user in [
+                (None, "u"),
+                ({"task": "q", "n": 1}, None),
+                ({"task": "d", "n": 1}, None),
+                ({"n": 1, "task": "q"}, "v"),
+                ({}, None),
+            ]
+        ]
+    outcomes = [result.outcomes[0] for result in asked]
+    assert outcomes == [Outcome.MISS, Outcome.MISS, Outcome.MISS, Outcome.HIT, Outcome.HIT]
+    assert asked[1].space.label == f"openai/{SMALL}?n=1&task=%22q%22"
+    sent = [{k: call.payload.get(k) for k in ("user", "task", "n")} for call in upstream.calls]
+    assert sent == [
+        {"user": "u", "task": None, "n": None},
+        {"user": None, "task": "q", "n": 1},
+        {"user": None, "task": "d", "n": 1},
+    ]
+
+
+async def test_both_names_of_a_model_share_what_was_bought(opened):
+    """A model under OpenAI's name and under OpenRouter's is one space."""
+    async with opened() as service:
+        await service.embed(["a"], model=SMALL)
+        result = await service.embed(["a"], model=f"openai/{SMALL}")
+    assert result.outcomes == [Outcome.HIT]
+    assert result.model.name == f"openai/{SMALL}"
+
+
+@pytest.mark.parametrize("repeats", [1, 9000])
+async def test_token_arrays_become_the_text_they_stand_for(repeats, opened, upstream):
+    """Few or many ids, an array that stands for a text is that text, and hits its entry."""
+    hello_world = (15339,) + (1917,) * repeats
+    text = "hello" + " world" * repeats
+    async with opened() as service:
+        result = await service.embed([hello_world, (100257,)], model=SMALL)
+        again = await service.embed([text], model=SMALL)
+    assert upstream.inputs == [text, [100257]]
+    assert result.outcomes == [Outcome.MISS] * 2
+    assert again.outcomes == [Outcome.HIT]
+
+
+@pytest.mark.parametrize("inputs", ["a", ["a"], ("a",), [(64,)], [[64]]])
+async def test_inputs_come_in_any_sequence(inputs, opened, upstream):
+    """One text, or texts and token arrays in lists or tuples: the same entry each time."""
+    async with opened() as service:
+        result = await service.embed(inputs, model=SMALL)
+    assert np.array_equal(result.vectors, [vector_of(SMALL, "a")])
+    assert upstream.inputs == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"inputs": []}, "must not be an empty array"),
+        ({"inputs": ""}, "must not be an empty string"),
+        ({"inputs": ["a"] * 2049}, "at most 2048 items"),
+        ({"inputs": ["a", (1,)]}, r"'\$.input\[1\]' is invalid"),
+        ({"inputs": [(1.5,)]}, "must be an integer token"),
+        ({"inputs": ["a", "\ud800"]}, "half of a surrogate pair"),
+        ({"inputs": "a", "parameters": {"task": object()}}, "cannot be sent on"),
+    ],
+)
+async def test_python_gets_the_same_refusals_as_http(asked, message, opened, upstream):
+    """What could not come over HTTP is refused just so when it comes from Python."""
+    async with opened() as service:
+        with pytest.raises(InputRefused, match=message):
+            await service.embed(model=SMALL, **asked)
+    assert not upstream.calls
+
+
+async def test_what_was_bought_is_served_without_a_provider(opened):
+    """A vector in the cache outlives the key that bought it."""
+    async with opened() as service:
+        bought = await service.embed(["a"], model=SMALL)
+    async with opened(providers={"openai": None}) as service:
+        kept = await service.embed(["a"], model=SMALL)
+    assert kept.outcomes == [Outcome.HIT]
+    assert np.array_equal(kept.vectors, bought.vectors)
+
+
+async def test_a_directory_that_cannot_be_used_is_a_store_error(opened, tmp_path):
+    """Where a file is in the way the service does not open, and says where."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file"):
+        async with opened(cache={"directory": str(tmp_path / "file")}):
+            pass

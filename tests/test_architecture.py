@@ -1,0 +1,144 @@
+"""The laws of the house, read from the source: who imports whom, through which door, how long."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each package may import those after it, never one before.
+PACKAGES = ("proxy", "cache", "providers")
+MOST_LINES = 250
+
+SEEN_BY_CACHE = {"providers.base", "providers.vector", "providers.tokens"}
+
+# A library, and the only files that may import it.
+DOORS = {
+    "xxhash": {"cache/key.py"},
+    "diskcache": {"cache/store.py"},
+    "tenacity": {"providers/router.py"},
+    "yaml": {"proxy/config.py"},
+    "splintr": {"providers/tokens.py"},
+    "wordllama": {"providers/local.py"},
+    "numpy": {"providers/vector.py", "providers/local.py", "proxy/demo.py"},
+    "pydantic": {"proxy/settings.py", "proxy/config.py"},
+}
+
+FILES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+NAMES = [file.relative_to(ROOT).as_posix() for file in FILES]
+
+
+def imported(source: str, module: str) -> set[str]:
+    """Return the full names of all that a module imports, anywhere in it.
+
+    `from a import b` counts as `a.b`, for b may be a module; who needs a module looks at the
+    beginning. `module` is the dotted name of the file, and of `__init__.py` ends in `__init__`.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".py").replace("/", ".")
+
+
+MODULES = {_module(name): name for name in NAMES}
+IMPORTS = {
+    name: imported(file.read_text(encoding="utf-8"), _module(name))
+    for name, file in zip(NAMES, FILES, strict=True)
+}
+
+
+def _ours(names: set[str]) -> set[str]:
+    """Return the modules of the house among imported names, the package's own file included."""
+    found = set()
+    for name in names:
+        first = name.partition(".")[0]
+        if first in PACKAGES:
+            parents = [name, name.rpartition(".")[0], f"{first}.__init__"]
+            found.add(next(module for module in parents if module in MODULES))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import a.b, c", {"a.b", "c"}),
+        ("import a.b as c", {"a.b"}),
+        ("from a.b import c, d", {"a.b.c", "a.b.d"}),
+        ("from . import x", {"proxy.x"}),
+        ("from .x import y", {"proxy.x.y"}),
+        ("from .. import cache", {"cache"}),
+        ("def f():\n    import a", {"a"}),
+        ("if TYPE_CHECKING:\n    from a import b", {"a.b"}),
+        ("try:\n    import a\nexcept ImportError:\n    import b", {"a", "b"}),
+        ("'import a'  # import b", set()),
+    ],
+)
+def test_imports_are_seen_wherever_they_stand(source, names):
+    """The reader of imports sees every form and place of them, and nothing else."""
+    assert {name.removeprefix(".") for name in imported(source, "proxy.m")} == names
+
+
+def test_there_is_something_to_look_at():
+    """The house is where it is looked for, so that no law holds for want of files."""
+    assert {name.partition("/")[0] for name in NAMES} == set(PACKAGES)
+    assert all(f"{package}/__init__.py" in NAMES for package in PACKAGES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_package_imports_one_above_it(name):
+    """The arrows go proxy -> cache -> providers, and never back."""
+    above = PACKAGES[: PACKAGES.index(name.partition("/")[0])]
+    assert not [module for module in _ours(IMPORTS[name]) if module.partition(".")[0] in above]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cache/")])
+def test_the_cache_knows_no_provider(name):
+    """The cache sees the words of `providers`, its vectors and its tokens; no provider by name."""
+    seen = {module for module in _ours(IMPORTS[name]) if module.startswith("providers.")}
+    assert seen <= SEEN_BY_CACHE
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_of_a_package_form_no_circle(package):
+    """Inside a package too, modules import one another in one direction only."""
+    inside = [name for name in NAMES if name.startswith(f"{package}/")]
+    graph = {
+        name: {MODULES[module] for module in _ours(IMPORTS[name])} & set(inside) for name in inside
+    }
+    order = tuple(graphlib.TopologicalSorter(graph).static_order())
+    assert len(order) == len(inside)
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_each_library_has_its_door(library):
+    """A library that is behind a door is imported there, and nowhere else."""
+    users = {
+        name
+        for name, names in IMPORTS.items()
+        if any(other.partition(".")[0] == library for other in names)
+    }
+    assert users == DOORS[library]
+
+
+def test_the_wire_knows_no_http_library():
+    """What is pure stays so: `wire` turns bytes into values and knows no HTTP."""
+    http = {"aiohttp", "httpx", "http", "socket", "asyncio"}
+    assert not {name.partition(".")[0] for name in IMPORTS["proxy/wire.py"]} & http
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_short_and_says_what_it_is(name):
+    """No file passes 250 lines, and each begins with a docstring."""
+    source = (ROOT / name).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_LINES
+    assert ast.get_docstring(ast.parse(source))

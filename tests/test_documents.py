@@ -1,0 +1,128 @@
+"""What is written for people against what is: config.yaml and README.md hide and invent nothing."""
+
+from pathlib import Path
+from typing import Any, get_origin
+
+import pytest
+import yaml
+from fault_server import status
+
+from providers.kinds import HTTP_KINDS
+from proxy.config import load
+from proxy.settings import KINDS, Model, Provider, Route, Section, Settings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+# Names that are the operator's to choose, and what stands below each.
+NAMED = {"providers": Provider, "models": Model}
+
+
+def _section(annotation: object) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _plain_keys(section: type[Section], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the paths of all keys whose names are fixed."""
+    paths = []
+    for name, field in section.model_fields.items():
+        below = _section(field.annotation)
+        if below is not None:
+            paths += _plain_keys(below, (*path, name))
+        elif name not in NAMED:
+            paths.append((*path, name))
+    return paths
+
+
+def _at(tree: object, path: tuple[str, ...]) -> object:
+    for part in path:
+        tree = tree[part] if isinstance(tree, dict) else getattr(tree, part)
+    return tree
+
+
+def test_all_sections_are_known_to_this_test():
+    """Every section of the settings is either walked into or one of those with free names."""
+    fields = Settings.model_fields.items()
+    free = {name for name, field in fields if get_origin(field.annotation) is dict}
+    assert free == NAMED.keys()
+
+
+def test_the_file_loads_as_it_stands():
+    """config.yaml is a configuration that the proxy takes."""
+    assert load(ROOT / "config.yaml").server.port == Settings().server.port
+
+
+def test_the_file_holds_no_more_and_no_less_than_the_sections():
+    """The sections of config.yaml are those of the settings."""
+    assert SHOWN.keys() == Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize("path", _plain_keys(Settings), ids=".".join)
+def test_every_key_is_shown_with_its_default(path, monkeypatch):
+    """Each key stands in config.yaml, and what it says there is what applies without it."""
+    monkeypatch.delenv("XDG_DATA_HOME")
+    default, shown = _at(Settings(), path), _at(SHOWN, path)
+    if isinstance(default, Path):
+        shown = Path(str(shown)).expanduser()
+    assert shown == (list(default) if isinstance(default, tuple) else default)
+
+
+def test_the_providers_shown_are_all_kinds_with_their_defaults():
+    """Each kind is shown under its own name; its keys have the values that apply without them."""
+    defaults = Provider(kind="local")
+    assert tuple(SHOWN["providers"]) == KINDS
+    for name, entry in SHOWN["providers"].items():
+        kind = HTTP_KINDS.get(name)
+        wanted = {"kind": name}
+        if kind is not None:
+            wanted |= {"base_url": kind.base_url, "api_key_env": kind.api_key_env}
+            wanted |= {"timeout_s": defaults.timeout_s}
+        assert entry == wanted
+    shown = {key for entry in SHOWN["providers"].values() for key in entry}
+    assert shown == Provider.model_fields.keys()
+
+
+def test_the_models_shown_are_what_the_catalogue_says():
+    """The example shows every key of a model and of a route, and changes nothing."""
+    assert SHOWN["models"]
+    for name, entry in SHOWN["models"].items():
+        assert entry.keys() == Model.model_fields.keys()
+        assert all(route.keys() == Route.model_fields.keys() for route in entry["routes"])
+        assert Model.model_validate(entry) == Settings().models[name]
+
+
+def test_every_model_with_a_plain_name_is_in_the_readme():
+    """The README names the models under the names that clients know them by."""
+    plain = [name for name in Settings().models if "/" not in name]
+    assert plain
+    assert not [name for name in plain if f"`{name}`" not in README]
+
+
+async def test_every_route_is_in_the_readme(start_proxy):
+    """Each method and path stands in the README; aliases without /v1 or with a slash are told."""
+    proxy = await start_proxy()
+    routes = set()
+    for route in proxy.app.router.routes():
+        path = route.resource.canonical.replace("{slash}", "").rstrip("/")
+        path = path if path in ("/livez", "/readyz") else "/v1" + path.removeprefix("/v1")
+        # A GET route answers HEAD too, which goes without saying.
+        routes |= {f"{route.method} {path}"} - {f"HEAD {path}"}
+    assert len(routes) > 4
+    assert not [route for route in sorted(routes) if f"`{route}`" not in README]
+
+
+async def test_every_header_of_ours_is_in_the_readme(upstream, start_proxy):
+    """Whatever header a reply has beyond HTTP's common ones, the README says what it means."""
+    common = {"content-type", "content-length", "transfer-encoding", "date", "server"}
+    proxy = await start_proxy(openai=upstream)
+    asked = {"model": "text-embedding-3-small", "input": "a"}
+    seen = set()
+    replies = [await proxy.post(asked), await proxy.post(asked), await proxy.post({})]
+    upstream.always = status(429)
+    replies.append(await proxy.post({**asked, "input": "b"}))
+    assert [reply.status for reply in replies] == [200, 200, 400, 429]
+    for reply in replies:
+        seen |= {name.lower() for name in reply.headers} - common
+    assert {"x-cache", "x-request-id", "x-should-retry", "retry-after"} <= seen
+    assert not [name for name in sorted(seen) if name not in README.lower()]
