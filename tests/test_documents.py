@@ -1,5 +1,6 @@
 """What is written for people against what is: config.yaml and README.md hide and invent nothing."""
 
+import struct
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from fault_server import status
 
+from cache.record import Entry, encode
 from providers.kinds import HTTP_KINDS
 from proxy.config import load
 from proxy.settings import KINDS, Model, Provider, Route, Section, Settings
@@ -126,3 +128,14 @@ async def test_every_header_of_ours_is_in_the_readme(upstream, start_proxy):
         seen |= {name.lower() for name in reply.headers} - common
     assert {"x-cache", "x-request-id", "x-should-retry", "retry-after"} <= seen
     assert not [name for name in sorted(seen) if name not in README.lower()]
+
+
+def test_the_decoder_in_the_documentation_reads_a_record():
+    """The five lines in docs/storage.md give back the numbers that were stored."""
+    text = (ROOT / "docs" / "storage.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    namespace = {}
+    exec(code, namespace)
+    vector = struct.pack("<3f", 0.5, -1.25, 3.0)
+    record = encode(Entry(vector, tokens=7, counted=True, digest=bytes(16)))
+    assert namespace["decode"](record) == (0.5, -1.25, 3.0)

@@ -325,7 +325,8 @@ async def test_a_request_does_not_wait_longer_than_its_time(upstream, start_prox
     """A provider that hangs costs the client the configured time, and then a 504."""
     upstream.gate = asyncio.Event()
     proxy = await start_proxy(openai=upstream, server={"request_timeout_s": 0.05})
-    response, error = await _send(proxy, GOOD)
+    async with asyncio.timeout(2):
+        response, error = await _send(proxy, GOOD)
     upstream.gate.set()
     assert (response.status, error["type"]) == (504, "server_error")
     assert response.headers["Retry-After"] == "1"

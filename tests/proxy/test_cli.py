@@ -77,11 +77,13 @@ async def _told_while_busy(number, tmp_path, upstream):
         request = asyncio.create_task(session.post(f"{url}/embeddings", json=more))
         await arrived.wait()
         process.send_signal(number)
-        while b"stopping" not in await process.stderr.readline():
-            assert not process.stderr.at_eof()
-        yield process, request, release
-        # However it went, the upstream is not left waiting.
-        release.set()
+        try:
+            while b"stopping" not in await process.stderr.readline():
+                assert not process.stderr.at_eof()
+            yield process, request, release
+        finally:
+            # However it went, the upstream is not left waiting.
+            release.set()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

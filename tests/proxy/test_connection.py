@@ -121,6 +121,16 @@ async def test_half_a_body_and_silence_is_a_408(upstream, start_proxy):
     assert upstream.inputs == ["a"]
 
 
+async def test_too_large_a_body_is_refused_before_it_is_sent(upstream, start_proxy):
+    """A length over the limit is a 413 at once; nobody waits for the body."""
+    proxy = await start_proxy(openai=upstream)
+    async with Talk(proxy.url, _request(b"", length=1 << 40)) as talk:
+        code, _, content = await talk.response()
+        talk.reset()
+    assert _refused(code, content, "larger than 64 MiB")
+    assert code == 413
+
+
 async def test_requests_in_a_row_are_each_answered(upstream, start_proxy):
     """Requests sent without waiting are answered in turn, on one connection."""
     proxy = await start_proxy(openai=upstream)

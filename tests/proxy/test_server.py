@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from cache.store import StoreError
 from proxy import server
@@ -53,6 +54,28 @@ async def test_a_signal_ends_it_in_good_order(number, settings):
             assert await task is number
             with pytest.raises(aiohttp.ClientConnectorError):
                 await session.get(f"{url}/models")
+
+
+async def test_a_request_that_outlasts_the_grace_is_dropped(settings, upstream, monkeypatch):
+    """A request in progress holds the end up for the time of grace, and no longer."""
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.01)
+    arrived, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(*_) -> web.Response:
+        arrived.set()
+        await release.wait()
+        return web.Response()
+
+    upstream.script.append(hold)
+    task, url = await _started(settings)
+    async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+        request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
+        await arrived.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task is signal.SIGTERM
+        with pytest.raises(aiohttp.ClientError):
+            await request
+    release.set()
 
 
 async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
