@@ -20,3 +20,9 @@ def test_a_key_travels_encrypted_and_to_one_place(kind):
     assert kind.base_url.startswith("https://")
     assert kind.base_url not in [other.base_url for other in others]
     assert kind.api_key_env not in [other.api_key_env for other in others]
+
+
+@pytest.mark.parametrize("kind", HTTP_KINDS.values(), ids=HTTP_KINDS)
+def test_ids_without_a_text_can_be_sent(kind):
+    """Both take token arrays as they are, which is where those go that stand for no text."""
+    assert kind.accepts_tokens is True

@@ -325,9 +325,11 @@ async def test_a_request_does_not_wait_longer_than_its_time(upstream, start_prox
     """A provider that hangs costs the client the configured time, and then a 504."""
     upstream.gate = asyncio.Event()
     proxy = await start_proxy(openai=upstream, server={"request_timeout_s": 0.05})
-    async with asyncio.timeout(2):
-        response, error = await _send(proxy, GOOD)
-    upstream.gate.set()
+    try:
+        async with asyncio.timeout(2):
+            response, error = await _send(proxy, GOOD)
+    finally:
+        upstream.gate.set()
     assert (response.status, error["type"]) == (504, "server_error")
     assert response.headers["Retry-After"] == "1"
 

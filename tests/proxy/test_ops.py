@@ -14,11 +14,9 @@ async def test_probes_need_no_key_and_no_provider(path, upstream, start_proxy):
         assert (response.status, await response.json()) == (200, {"status": "ok"})
 
 
-@pytest.mark.parametrize(
-    "path", ["/livez/", "/livez/x", "/readyz%2F", "/v1/livez", "//livez", "/v1/models", "/"]
-)
-async def test_nothing_else_is_open(path, start_proxy):
+async def test_nothing_else_is_open(start_proxy):
     """Paths that only resemble a probe's are behind the keys like all others."""
     proxy = await start_proxy(server={"keys": ["k"]})
-    async with proxy.http.get(proxy.url.removesuffix("/v1") + path) as response:
-        assert response.status == 401
+    for path in ("/livez/", "/livez/x", "/readyz%2F", "/v1/livez", "//livez", "/v1/models", "/"):
+        async with proxy.http.get(proxy.url.removesuffix("/v1") + path) as response:
+            assert response.status == 401, path

@@ -68,14 +68,16 @@ async def test_a_request_that_outlasts_the_grace_is_dropped(settings, upstream, 
 
     upstream.script.append(hold)
     task, url = await _started(settings)
-    async with aiohttp.ClientSession() as session, asyncio.timeout(5):
-        request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
-        await arrived.wait()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert await task is signal.SIGTERM
-        with pytest.raises(aiohttp.ClientError):
-            await request
-    release.set()
+    try:
+        async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+            request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
+            await arrived.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await task is signal.SIGTERM
+            with pytest.raises(aiohttp.ClientError):
+                await request
+    finally:
+        release.set()
 
 
 async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
