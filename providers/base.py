@@ -19,6 +19,7 @@ This file knows no provider, no cache and no wire format. Its errors form one tr
 """
 
 import enum
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
@@ -31,6 +32,10 @@ Input: TypeAlias = str | tuple[int, ...]
 
 Vector: TypeAlias = bytes
 """The numbers of one input: float32, little-endian, 4 bytes a dimension."""
+
+
+# Longer parameters are named by a digest: header lines have limits.
+_LONGEST_QUERY = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ class Space:
         if not self.parameters:
             return name
         query = "&".join(f"{quote(n, safe='')}={quote(v, safe='')}" for n, v in self.parameters)
+        if len(query) > _LONGEST_QUERY:
+            query = f"blake2b={hashlib.blake2b(query.encode(), digest_size=16).hexdigest()}"
         return f"{name}?{query}"
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 import orjson
 
 from . import answer, tokens
-from .base import Context, Embedded, Input, Outcome, Space
+from .base import Context, Embedded, Input, InputRefused, Outcome, Space
 from .transport import Transport
 
 # A JSON float takes at most 25 bytes; the rest of a reply is small.
@@ -53,7 +53,10 @@ class HttpProvider:
 
         Asks for the native width, whatever width the client wants. Raises EmbeddingError.
         """
-        payload = orjson.dumps(self._payload(model, space, inputs, context))
+        try:
+            payload = orjson.dumps(self._payload(model, space, inputs, context))
+        except orjson.JSONEncodeError as error:
+            raise InputRefused(f"The request cannot be sent on: {error}.") from error
         limit = _BYTES_A_REPLY + len(inputs) * space.dimensions * _BYTES_A_NUMBER
         reply = await self._transport.post("/embeddings", payload, limit, context)
         if reply.status != 200:

@@ -82,7 +82,7 @@ def cut(vectors: Sequence[Vector], dimensions: int) -> Floats:
     """Cut Matryoshka vectors to their first `dimensions` numbers and renormalise each to length 1.
 
     Works in float64 and rounds once, as OpenAI's own shortening does to within 1e-6. Returns shape
-    (n, dimensions). Raises VectorError if a vector has nothing left.
+    (n, dimensions). Raises VectorError if a vector has nothing left; `check_heads` finds out first.
     """
     heads = stack(vectors)[:, :dimensions].astype(np.float64)
     lengths = np.linalg.norm(heads, axis=1, keepdims=True)
@@ -90,6 +90,13 @@ def cut(vectors: Sequence[Vector], dimensions: int) -> Floats:
         raise VectorError(f"all of the first {dimensions} numbers are zero")
     narrow: Floats = (heads / lengths).astype(_FLOAT32)
     return narrow
+
+
+def check_heads(vectors: Sequence[Vector], dimensions: int) -> None:
+    """Raise VectorError unless every vector can be cut to `dimensions`: no head is all zeros."""
+    for vector in vectors:
+        if not np.frombuffer(vector, dtype=_FLOAT32, count=dimensions).any():
+            raise VectorError(f"all of the first {dimensions} numbers are zero")
 
 
 def derive(vectors: Sequence[Vector], dimensions: int) -> Sequence[Vector]:

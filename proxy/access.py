@@ -15,7 +15,7 @@ class Access:
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.strip()) for key in keys]
 
     def refusal(self, authorization: str | None) -> Failure | None:
         """Return the error for a request that may not come in; None lets it in."""

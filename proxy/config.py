@@ -21,6 +21,9 @@ BUILT_IN = "the built-in configuration"
 class ConfigError(Exception):
     """The configuration cannot be used; one line, with file, key and remedy."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
+
 
 def load(path: Path | None = None, *, overrides: Mapping[str, object] | None = None) -> Settings:
     """Read a configuration file, or the built-in one, and return its settings.
@@ -28,8 +31,26 @@ def load(path: Path | None = None, *, overrides: Mapping[str, object] | None = N
     `overrides` replaces keys of the `server` section (the command line's options). Raises
     ConfigError.
     """
-    source = _built_in_file() if path is None else path
     name = BUILT_IN if path is None else str(path)
+    content = _content(_built_in_file() if path is None else path, name)
+    if path is None:
+        # The file shows where the default leads; XDG_DATA_HOME may lead elsewhere.
+        content["cache"].pop("directory")
+    if overrides:
+        server = content.get("server") or {}
+        content["server"] = {**server, **overrides} if isinstance(server, dict) else server
+    try:
+        return Settings.model_validate(_substituted(content, name, ()))
+    except ValidationError as error:
+        if overrides and error.errors()[0]["loc"] in {("server", key) for key in overrides}:
+            name = "the command line"
+        raise ConfigError(f"{name}: {_first_problem(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: an anchor holds itself; write the values out") from error
+
+
+def _content(source: Path, name: str) -> dict[Any, Any]:
+    """Return what a file holds, not yet validated. Raises ConfigError."""
     try:
         text = source.read_text(encoding="utf-8")
     except OSError as error:
@@ -40,19 +61,14 @@ def load(path: Path | None = None, *, overrides: Mapping[str, object] | None = N
         content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: {_yaml_problem(error)}") from error
-    content = {} if content is None else content
+    except (ValueError, KeyError, RecursionError) as error:
+        # PyYAML's own way with values that look like a date, a number or a truth, and are none.
+        raise ConfigError(f"{name}: holds a value that YAML cannot read: {error}") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{name}: expected sections like `server:`, found something else")
-    if path is None:
-        # The file shows where the default leads; XDG_DATA_HOME may lead elsewhere.
-        content["cache"].pop("directory")
-    if overrides:
-        server = content.get("server") or {}
-        content["server"] = {**server, **overrides} if isinstance(server, dict) else server
-    try:
-        return Settings.model_validate(_substituted(content, name, ()))
-    except ValidationError as error:
-        raise ConfigError(f"{name}: {_first_problem(error)}") from error
+    return content
 
 
 def _built_in_file() -> Path:
@@ -67,6 +83,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         seen: set[object] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -111,7 +129,8 @@ def _substituted(value: object, file: str, path: tuple[str, ...]) -> object:
 
 
 _EXPECTED = {
-    "string_pattern_mismatch": "a name of letters, digits and . _ -",
+    "string_too_long": "a shorter string",
+    "string_pattern_mismatch": "a name of letters, digits and the like; no key and no address",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
     "dict_type": "keys with values below it",
@@ -132,7 +151,9 @@ _EXPECTED = {
 
 def _first_problem(error: ValidationError) -> str:
     """Say what is wrong first, as `key: problem; remedy`; no value is repeated, it may be a key."""
-    problem = error.errors(include_url=False, include_input=False)[0]
+    problems = error.errors(include_url=False, include_input=False)
+    # A misspelt key is unknown here and missing there; the first says more.
+    problem = min(problems, key=lambda one: one["type"] != "extra_forbidden")
     where = [str(part) for part in problem["loc"] if part != "[key]"]
     key = ".".join(where)
     kind = problem["type"]

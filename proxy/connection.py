@@ -13,7 +13,7 @@ from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpProcessingError, RawRequestMessage
 
-from .errors import Failure
+from .errors import Failure, new_request_id
 
 log = logging.getLogger("embedding_proxy.connection")
 
@@ -32,12 +32,15 @@ class Connection(web.RequestHandler):
         """Take note that the client sends no more; return True to keep the way back open."""
         # The body that is arriving is that of the newest request, taken up already or not.
         body = self._messages[-1][1] if self._messages else self.body
-        if body is None or body.is_eof():
+        # aiohttp waits for a request only when there is none in progress.
+        if body is None or (self._waiter is not None and not self._messages):
             return None
+        self.close()
+        if body.is_eof():
+            return True
         body.set_exception(web.RequestPayloadError("the body broke off"))
         # Nothing more is to be read, nor to be waited for after the reply.
         body.feed_eof()
-        self.close()
         return True
 
     def handle_error(
@@ -51,11 +54,12 @@ class Connection(web.RequestHandler):
         if status >= 500 or not isinstance(exc, HttpProcessingError):
             return super().handle_error(request, status, exc, message)
         # The beginning says what is wrong; the rest quotes what was sent.
-        problem = (message or "cannot be parsed").splitlines()[0].partition(":")[0]
+        problem = (message or "cannot be parsed").splitlines()[0].partition(": b")[0].rstrip(":")
         log.info("a request that is no HTTP was refused: %s", problem)
         response = Failure(
             status, f"The request is not valid HTTP: {problem}.", "invalid_request_error"
         ).response()
+        response.headers["x-request-id"] = new_request_id()
         response.force_close()
         return response
 

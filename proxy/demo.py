@@ -4,9 +4,11 @@ It starts the proxy as a process of its own with an empty cache, embeds the docs
 standard library on the local model, restarts the proxy, and asks again. Nothing leaves the machine.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +64,8 @@ def run() -> None:
     price = CATALOGUE[PAID_MODEL].price * sum(tokens.count(texts)) / 1e6
     with tempfile.TemporaryDirectory(prefix="embedding-proxy-demo-") as folder:
         config = Path(folder) / "config.yaml"
-        config.write_text(f"cache:\n  directory: {folder}\nproviders:\n  local: {{kind: local}}\n")
+        settings = {"cache": {"directory": folder}, "providers": {"local": {}}}
+        config.write_text(json.dumps(settings))  # JSON is YAML
         with _proxy(config) as client:
             first = _embed(client, "first pass", texts)
         # A new process: whatever is served now comes from disk.
@@ -83,21 +86,26 @@ def run() -> None:
 @contextmanager
 def _proxy(config: Path) -> Iterator[openai.OpenAI]:
     """Run `embedding-proxy serve` on a free port, and give a client that points at it."""
-    command = [sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
+    # -P: a proxy.py that happens to lie in the current folder is not ours.
+    command = [sys.executable, "-P", "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
     log = config.with_name("proxy.log")
     with (
         log.open("ab") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,  # noqa: S603
     ):
+        late = threading.Timer(_START_SECONDS, process.kill)
+        late.start()
         try:
             # The last line of a start is made to be pasted into a shell.
             line = process.stdout.readline() if process.stdout else ""
+            late.cancel()
             _, _, url = line.strip().partition("OPENAI_BASE_URL=")
             if not url:
                 raise DemoFailed(f"the proxy did not start: {log.read_text().strip()}")
             with openai.OpenAI(base_url=url, api_key="none-is-needed") as client:
                 yield client
         finally:
+            late.cancel()
             process.terminate()
 
 

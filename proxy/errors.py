@@ -3,6 +3,7 @@
 Every error a client sees is made here, whoever's fault it was.
 """
 
+import uuid
 from dataclasses import dataclass
 
 import orjson
@@ -55,6 +56,11 @@ class Failure:
             content_type="application/json",
             headers=headers,
         )
+
+
+def new_request_id() -> str:
+    """Return an id for a request, as the reply and the log will name it."""
+    return f"req_{uuid.uuid4().hex}"
 
 
 def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:

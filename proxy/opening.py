@@ -108,10 +108,11 @@ def make_models(
 def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:
     """Say what to set so that the model can be asked for."""
     configured = [settings.providers.get(route.provider) for route in entry.routes]
-    variables = [variable for one in configured if one and (variable := key_variable(one))]
+    wanted = [variable for one in configured if one and (variable := key_variable(one))]
+    variables = list(dict.fromkeys(wanted))
     if not variables:
-        wanted = " or ".join(route.provider for route in entry.routes)
-        return f"No provider for the model `{name}` is configured: add {wanted} to `providers`."
+        names = " or ".join(dict.fromkeys(route.provider for route in entry.routes))
+        return f"No provider for the model `{name}` is configured: add {names} to `providers`."
     return (
         f"No provider for the model `{name}` has a key:"
         f" set {' or '.join(variables)} and start the proxy again."

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from aiohttp import web
 
@@ -38,23 +39,25 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> signal.S
         except OSError as error:
             reason = error.strerror or str(error)
             raise PortUnavailable(f"cannot listen on {host}:{port}: {reason}") from error
-        announce(_url(runner, host))
-        told = await _told_to_stop()
+        with _signals() as told_to_stop:
+            announce(_url(runner, host))
+            told = await told_to_stop.get()
         log.info("stopping: requests in progress are finished first")
         return told
     finally:
         await runner.cleanup()
 
 
-async def _told_to_stop() -> signal.Signals:
-    """Wait for a signal to stop; a second one ends the process at once."""
+@contextmanager
+def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
+    """Give a queue of the signals to stop; after the first, a second ends the process at once."""
     told: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
     for number in numbers:
         loop.add_signal_handler(number, told.put_nowait, number)
     try:
-        return await told.get()
+        yield told
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)

@@ -20,7 +20,7 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from providers import tokens, vector
-from providers.base import Context, Embedded, Input, InputRefused, Outcome, Space
+from providers.base import Context, Embedded, Input, InputRefused, InvalidAnswer, Outcome, Space
 
 from . import wire
 from .config import load
@@ -130,21 +130,21 @@ class EmbeddingService:
 
     async def embed(
         self,
-        inputs: str | Sequence[str | Sequence[int]],
+        inputs: str | Sequence[str | int | Sequence[int]],
         model: str,
         *,
         dimensions: int | None = None,
         parameters: Mapping[str, object] | None = None,
         user: str | None = None,
     ) -> Result:
-        """Embed one text, or 1…2,048 texts or token arrays.
+        """Embed one text, one token array, or 1…2,048 texts or token arrays.
 
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
         Raises EmbeddingError.
         """
         if not isinstance(inputs, str):
-            inputs = [item if isinstance(item, str) else list(item) for item in inputs]
+            inputs = [item if isinstance(item, str | int) else list(item) for item in inputs]
         asked = EmbeddingRequest(
             model=model,
             inputs=wire.parse_input(inputs),
@@ -166,6 +166,11 @@ class EmbeddingService:
         context = Context(now + self.settings.server.request_timeout_s, asked.user)
         inputs = await _as_texts(asked.inputs)
         embedded = await model.embedder.embed(space, inputs, context)
+        if width < space.dimensions:
+            try:
+                vector.check_heads(embedded.vectors, width)
+            except vector.VectorError as error:
+                raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
         return Result(model, space, width, embedded)
 
 

@@ -38,6 +38,7 @@ Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Name = Annotated[str, Field(min_length=1)]
 ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 
@@ -53,7 +54,7 @@ class Server(Section):
     host: Name = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     workers: Annotated[Whole, Field(ge=1, le=1)] = 1
-    max_body_mib: Annotated[Number, Field(gt=0)] = 64
+    max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     keys: Annotated[tuple[Name, ...], Field(repr=False)] = ()
@@ -85,15 +86,20 @@ class Cache(Section):
     """What is kept, where, and how much of it."""
 
     directory: Path = Field(default_factory=_default_directory)
-    size_limit_gib: Annotated[Number, Field(gt=0)] = 50
-    memory_mib: Annotated[Number, Field(ge=0)] = 256
+    size_limit_gib: Annotated[Number, Field(gt=0, le=1e6)] = 50
+    memory_mib: Annotated[Number, Field(ge=0, le=1e7)] = 256
     mode: Literal["normal"] = "normal"
     shared: None = None
 
     @field_validator("directory")
     @classmethod
     def _expand(cls, value: Path) -> Path:
-        return value.expanduser()
+        if "\0" in str(value):
+            raise ValueError("holds a NUL character")
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"there is no such user: {value.parts[0]}") from error
 
 
 class Provider(Section):
@@ -101,7 +107,7 @@ class Provider(Section):
 
     kind: Literal["openai", "openrouter", "local"]
     base_url: HttpUrl | None = None
-    api_key_env: Name | None = None
+    api_key_env: VariableName | None = None
     timeout_s: Annotated[Number, Field(gt=0)] = 60
 
     @model_validator(mode="before")
@@ -126,7 +132,7 @@ class Route(Section):
 class Model(Section):
     """One embedding model."""
 
-    space: Name
+    space: Annotated[str, Field(min_length=1, max_length=200)]
     dimensions: Annotated[Whole, Field(ge=1, le=65536)]
     matryoshka: bool = False
     dimensions_refused: bool = False
@@ -183,6 +189,17 @@ class Settings(Section):
             for name, entry in value.items()
         }
         return {**known, **given}
+
+    @model_validator(mode="after")
+    def _keys_have_variables(self) -> "Settings":
+        """Refuse to send the key of one origin to another, for want of a name."""
+        for name, entry in self.providers.items():
+            if entry and entry.kind not in ("local", name) and entry.api_key_env is None:
+                raise ValueError(
+                    f"providers.{name}.api_key_env: is missing; name the variable that holds the"
+                    f" key of this provider (OpenAI's key is for the provider named openai)"
+                )
+        return self
 
     @model_validator(mode="after")
     def _routes_lead_somewhere(self) -> "Settings":

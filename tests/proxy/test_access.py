@@ -69,3 +69,8 @@ def test_keys_are_not_kept():
     """What is kept of a key is a digest, so that no dump of the process shows it."""
     assert b"first-key" not in repr(vars(ACCESS)).encode()
     assert len(ACCESS._digests) == 2
+
+
+def test_white_space_around_a_configured_key_does_not_count():
+    """A key read from a file often ends in a line break."""
+    assert Access([" secret\n"]).refusal("Bearer secret") is None

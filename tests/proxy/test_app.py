@@ -1,17 +1,20 @@
 """The application on a real port: every bad request gets its 4xx, and everyone OpenAI's shape."""
 
 import asyncio
+import base64
 import gzip
 import json
 import logging
 from types import SimpleNamespace
 
+import aiohttp
+import numpy as np
 import openai
 import pytest
 from aiohttp import web
 from fault_server import status
 
-from proxy.app import _unrouted
+from proxy.guard import _unrouted
 
 SMALL = "text-embedding-3-small"
 ADA = "text-embedding-ada-002"
@@ -357,7 +360,7 @@ async def test_an_unforeseen_error_is_logged_and_not_shown(
     assert (response.status, error["type"], error["code"]) == (500, "server_error", None)
     assert "sk-canary" not in error["message"]
     assert response.headers["x-should-retry"] == "false"
-    record = next(record for record in caplog.records if record.name == "embedding_proxy.app")
+    record = next(record for record in caplog.records if record.name == "embedding_proxy.guard")
     assert response.headers["x-request-id"] in record.getMessage()
     assert "sk-canary" in str(record.exc_info[1])
 
@@ -380,3 +383,61 @@ def test_any_http_error_of_aiohttps_becomes_one_of_openais(error):
     failure = _unrouted(SimpleNamespace(method="GET", path="/"), error)
     assert (failure.status, failure.message) == (error.status, error.reason)
     assert (failure.kind, failure.retry_after) == ("invalid_request_error", None)
+
+
+@pytest.mark.parametrize(("count", "bad"), [(1, 0), (64, 40)])
+async def test_a_vector_without_a_head_is_a_502(count, bad, upstream, start_proxy):
+    """What cannot be cut is refused before the reply begins, short or streamed."""
+
+    def behead(reply):
+        raw = np.eye(1, 1536, 1535, dtype="<f4").tobytes()
+        reply["data"][bad]["embedding"] = base64.b64encode(raw).decode()
+
+    upstream.always = upstream.altered(behead)
+    proxy = await start_proxy(openai=upstream)
+    inputs = [f"t{i}" for i in range(count)]
+    assert (await proxy.post({**GOOD, "input": inputs, "dimensions": 8})).status == 502
+
+
+async def test_a_failure_amid_a_reply_cuts_the_connection(upstream, start_proxy, monkeypatch):
+    """A reply that cannot be finished is neither closed as if whole nor followed by another."""
+    proxy = await start_proxy(openai=upstream)
+    body = {**GOOD, "input": [f"t{i}" for i in range(64)]}
+    assert (await proxy.post(body)).status == 200
+
+    def breaks(*_args, **_kwargs):
+        yield b'{"object":"list"'
+        raise RuntimeError("in the midst")
+
+    monkeypatch.setattr("proxy.wire.render", breaks)
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await proxy.post(body)
+
+
+async def test_a_long_field_leaves_the_reply_readable(upstream, start_proxy):
+    """A field that is sent on may be longer than a header line."""
+    proxy = await start_proxy(openai=upstream)
+    reply = await proxy.post({**GOOD, "instruction": "x" * 9000})
+    assert reply.status == 200
+    assert "?blake2b=" in reply.headers["x-embedding-space"]
+
+
+async def test_a_connection_that_will_close_says_so(upstream, start_proxy):
+    """After a body that could not be read, the client's next request takes a new connection."""
+    proxy = await start_proxy(openai=upstream)
+    assert (await proxy.post(b"no gzip", **{"Content-Encoding": "gzip"})).status == 400
+    assert (await proxy.post(GOOD)).status == 200
+
+
+async def test_an_unknown_expectation_is_ignored(upstream, start_proxy):
+    """RFC 9110 allows it; the official clients never send one."""
+    proxy = await start_proxy(openai=upstream)
+    assert (await proxy.post(GOOD, Expect="something")).status == 200
+    assert (await proxy.post(GOOD, Expect="100-continue")).status == 200
+
+
+async def test_a_405_names_what_is_allowed(start_proxy):
+    """RFC 9110 demands it."""
+    proxy = await start_proxy()
+    async with proxy.http.get(f"{proxy.url}/embeddings") as response:
+        assert response.headers["Allow"] == "POST"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from proxy import config
-from proxy.config import BUILT_IN, ConfigError, load
+from proxy.config import ConfigError, load
 
 CANARY = "sk-canary-0123456789"
 
@@ -104,7 +104,7 @@ MISTAKES = {
     "provider with a space in its name": (
         "providers: {my own: {kind: openai}}",
         "providers.my own",
-        "expected a name of letters, digits and . _ -",
+        "expected a name of letters, digits and the like",
     ),
     "unknown kind": ("providers: {a: {kind: azure}}", "providers.a.kind", "'openai', 'openrouter'"),
     "address of another scheme": (
@@ -296,7 +296,7 @@ def test_overrides_replace_keys_of_the_server(text, tmp_path):
 def test_overrides_are_checked_like_the_file(tmp_path):
     """An option out of range is refused, and so is a server section that holds no keys."""
     file = _written(tmp_path, "{}")
-    assert _refused(file, overrides={"port": -1}).startswith(f"{file}: server.port: expected")
+    assert _refused(file, overrides={"port": -1}).startswith("the command line: server.port: ")
     assert _refused(_written(tmp_path, "server: x"), overrides={"port": 1}).startswith(
         f"{file}: server: expected keys"
     )
@@ -309,7 +309,6 @@ def test_without_a_file_the_built_in_one_applies(monkeypatch, tmp_path):
     shipped = load(Path(config.__file__).parents[1] / "config.yaml")
     assert settings.cache.directory == tmp_path / "embedding-proxy"
     assert settings == shipped.model_copy(update={"cache": settings.cache})
-    assert _refused(None, overrides={"port": -1}).startswith(f"{BUILT_IN}: server.port: ")
 
 
 def test_an_installation_reads_the_copy_beside_the_package(monkeypatch, tmp_path):
@@ -321,3 +320,63 @@ def test_an_installation_reads_the_copy_beside_the_package(monkeypatch, tmp_path
     assert load().server.port == 1
     (package / "config.yaml").write_text("{cache: {directory: x}, server: {port: 2}}")
     assert load().server.port == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "server: {host: 2024-13-45}",
+        "server: {port: !!int abc}",
+        "server: {port: !!float abc}",
+        "server: {port: !!bool abc}",
+        "server: {port: 1" + "0" * 5000 + "}",
+        "server: &a {host: *a}",
+        "models: &a [*a]",
+        "server: " + "[" * 3000,
+        "cache: {directory: ~nobody-of-that-name/x}",
+        "server: {max_body_mib: 1e308}",
+        "cache: {size_limit_gib: 1e300}",
+        "cache: {memory_mib: 1e308}",
+        'cache: {directory: "a\\0b"}',
+        "providers: {openai: {api_key_env: sk-canary-0123456789}}",
+        "providers: {mine: {kind: openai, base_url: 'http://h'}}",
+        '"a\\nb": 1',
+        'models: {"a\\nb": {}}',
+        'providers: {"a\\nb": {}}',
+        'server: {host: "0.0.0.0\\nx"}',
+    ],
+    ids=lambda text: text[:40],
+)
+def test_even_odd_mistakes_are_one_line_and_show_no_key(text, tmp_path):
+    """Whatever YAML makes of it, and wherever a key was pasted, it is one line that hides it."""
+    message = _refused(_written(tmp_path, text))
+    assert "\n" not in message
+    assert "canary" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("providers: {mine: {knid: openai}}", "providers.mine.knid"),
+        (
+            "models: {m: {spce: s, dimensions: 3, routes: [{provider: local, model: m}]}}",
+            "models.m.spce",
+        ),
+        (
+            "models: {m: {space: s, dimensions: 3, routes: [{provder: local, model: m}]}}",
+            "models.m.routes.0.provder",
+        ),
+    ],
+)
+def test_a_misspelt_required_key_is_named(text, key, tmp_path):
+    """The key that is there and unknown says more than the one that is missing for it."""
+    assert f"{key}: unknown key; did you mean" in _refused(_written(tmp_path, text))
+
+
+def test_merge_keys_work(tmp_path):
+    """An entry may take over another's keys as YAML lets it."""
+    text = (
+        "models:\n  m: &m {space: s, dimensions: 3, routes: [{provider: local, model: m}]}\n"
+        "  n: {<<: *m, price: 2}\n"
+    )
+    assert load(_written(tmp_path, text)).models["n"].price == 2

@@ -203,3 +203,10 @@ async def test_a_bug_beyond_the_application_stays_aiohttps_500(caplog):
     assert head.startswith(b"HTTP/1.1 500 ")
     assert b"canary" not in head
     assert any(record.exc_info and record.levelno == logging.ERROR for record in caplog.records)
+
+
+async def test_a_request_and_an_end_is_answered(start_proxy):
+    """A client may close its side after a whole request; it still gets its reply."""
+    proxy = await start_proxy()
+    async with Talk(proxy.url, b"GET /v1/models HTTP/1.1\r\nHost: h\r\n\r\n", end=True) as talk:
+        assert (await talk.response())[0] == 200

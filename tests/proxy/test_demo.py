@@ -114,3 +114,12 @@ def test_an_input_is_shown_by_its_first_name_and_words():
     docs = [Docstring("a", "x"), Docstring("b", "long\n  text " * 20), Docstring("c", "x")]
     assert _shown(docs, "x") == "a: x"
     assert _shown(docs, docs[1].text) == f"b: {'long text ' * 7}"
+
+
+def test_the_demo_runs_its_own_proxy(tmp_path, monkeypatch):
+    """A proxy.py that lies in the current folder is not run instead."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "proxy.py").write_text("print('export OPENAI_BASE_URL=http://elsewhere')")
+    (tmp_path / "c.yaml").write_text(f"cache: {{directory: {tmp_path}}}")
+    with demo._proxy(tmp_path / "c.yaml") as client:
+        assert "elsewhere" not in str(client.base_url)

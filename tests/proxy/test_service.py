@@ -9,7 +9,7 @@ from conftest import no_wait
 from fault_server import FaultServer, vector_of
 
 from cache.store import StoreError
-from providers.base import InputRefused, Outcome
+from providers.base import InputRefused, NoRoute, Outcome
 from proxy.service import EmbeddingService, ModelUnknown
 from proxy.settings import Settings
 
@@ -230,3 +230,26 @@ async def test_a_directory_that_cannot_be_used_is_a_store_error(opened, tmp_path
     with pytest.raises(StoreError, match="file"):
         async with opened(cache={"directory": str(tmp_path / "file")}):
             pass
+
+
+async def test_a_flat_token_array_is_one_input(opened):
+    """Python takes all four forms that HTTP takes."""
+    async with opened() as service:
+        assert len((await service.embed([64, 65], SMALL)).vectors) == 1
+
+
+async def test_what_json_cannot_hold_is_refused(opened):
+    """Half a surrogate pair as the user is an EmbeddingError like all others."""
+    async with opened() as service:
+        with pytest.raises(InputRefused):
+            await service.embed("a", SMALL, user="\ud800")
+
+
+async def test_a_variable_is_named_once(opened, monkeypatch):
+    """Two routes over one provider need one key."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    routes = [{"provider": "openai", "model": name} for name in "ab"]
+    async with opened(models={SMALL: {"routes": routes}}) as service:
+        with pytest.raises(NoRoute) as caught:
+            await service.embed("a", SMALL)
+    assert str(caught.value).count("OPENAI_API_KEY") == 1

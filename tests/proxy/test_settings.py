@@ -34,7 +34,7 @@ def test_without_a_word_all_kinds_and_all_known_models_are_there():
     ("given", "names"),
     [
         ({"openai": {}}, {"openai", "local"}),
-        ({"mine": {"kind": "openai", "base_url": "http://h"}}, {"mine", "local"}),
+        ({"mine": {"kind": "openai", "api_key_env": "MINE"}}, {"mine", "local"}),
         ({"openai": {}, "local": None}, {"openai"}),
         ({"openai": None, "openrouter": None}, {"local"}),
         ({}, {"local"}),
@@ -48,8 +48,9 @@ def test_a_list_of_providers_replaces_the_default_but_for_the_local_model(given,
 
 def test_a_provider_named_like_its_kind_may_say_another():
     """The name gives the kind only where the entry does not."""
-    providers = _settings(providers={"openai": {"kind": "openrouter"}, "local": {}}).providers
-    assert providers == {"openai": Provider(kind="openrouter"), "local": Provider(kind="local")}
+    other = {"kind": "openrouter", "api_key_env": "OTHER"}
+    providers = _settings(providers={"openai": other, "local": {}}).providers
+    assert providers == {"openai": Provider(**other), "local": Provider(kind="local")}
 
 
 @pytest.mark.parametrize(

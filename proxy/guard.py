@@ -1,0 +1,76 @@
+"""What stands around every request: keys first, an id, and every error in OpenAI's shape."""
+
+import logging
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from providers.base import EmbeddingError
+
+from . import errors, ops
+from .access import Access
+from .body import BodyRefused
+from .errors import Failure
+
+log = logging.getLogger("embedding_proxy.guard")
+
+STARTED = web.RequestKey("started", bool)
+REQUEST_ID = web.RequestKey("request_id", str)
+
+
+async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+    """Give every response its request's id, streamed ones too."""
+    response.headers["x-request-id"] = request.get(REQUEST_ID) or errors.new_request_id()
+    request[STARTED] = True
+
+
+def guard(access: Access) -> Middleware:
+    """Return the middleware around everything: keys first, and every error in OpenAI's shape."""
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[REQUEST_ID] = errors.new_request_id()
+        if request.path not in ops.OPEN_PATHS:
+            refused = access.refusal(request.headers.get("Authorization"))
+            if refused is not None:
+                return refused.response()
+        try:
+            return await handler(request)
+        except ConnectionError:
+            # The client is gone, perhaps in the midst of a reply; nobody is left to tell.
+            raise
+        except Exception as error:
+            response = _explained(request, error)
+            if request.get(STARTED):
+                # Amid a reply there is no room for another; only a cut tells that it is not whole.
+                raise ConnectionAbortedError("the reply could not be finished") from error
+            return response
+
+    return guarded
+
+
+def _explained(request: web.Request, error: Exception) -> web.Response:
+    """Return the response that tells of an error."""
+    if isinstance(error, EmbeddingError):
+        response = errors.failure(error).response()
+        if isinstance(error, BodyRefused):
+            response.force_close()
+        return response
+    if isinstance(error, web.HTTPException):
+        response = _unrouted(request, error).response()
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    # Whatever else it is, it is ours: the log gets the traceback, the client does not.
+    log.error("request %s failed", request[REQUEST_ID], exc_info=error)
+    return errors.INTERNAL.response()
+
+
+def _unrouted(request: web.Request, error: web.HTTPException) -> Failure:
+    """Return the error for a request that no handler takes."""
+    what = f"({request.method} {request.path[:200]})"
+    if error.status == 405:
+        return Failure(405, f"Not allowed to do this here {what}.", "invalid_request_error")
+    if error.status == 404:
+        return Failure(404, f"Invalid URL {what}", "invalid_request_error", code="unknown_url")
+    return Failure(error.status, error.reason, "invalid_request_error")
