@@ -44,21 +44,28 @@ class Tiers:
             else:
                 missing.append(key)
         self.counters.memory_hits += len(found)
+        self._store.touch(key.address for key in found)
         if missing:
-            records = await self._store.get_many([key.address for key in missing])
-            for key in missing:
-                found.update(self._verified(key, records.get(key.address), dimensions))
+            found.update(await self._from_disk(missing, dimensions))
         return found
 
-    def _verified(self, key: Key, raw: bytes | None, dimensions: int) -> dict[Key, Entry]:
-        entry = None if raw is None else record.decode(raw, key.digest, dimensions)
-        if entry is None:
-            self.counters.misses += 1
-            self.counters.mismatches += raw is not None
-            return {}
-        self.counters.disk_hits += 1
-        self._memory.put(key.address, entry)
-        return {key: entry}
+    async def _from_disk(self, keys: Sequence[Key], dimensions: int) -> dict[Key, Entry]:
+        """Return the entries on disk that verify; delete the records that do not."""
+        records = await self._store.get_many([key.address for key in keys])
+        found: dict[Key, Entry] = {}
+        for key in keys:
+            raw = records.get(key.address)
+            entry = None if raw is None else record.decode(raw, key.digest, dimensions)
+            if entry is not None:
+                del records[key.address]
+                self._memory.put(key.address, entry)
+                found[key] = entry
+        self.counters.disk_hits += len(found)
+        self.counters.misses += len(keys) - len(found)
+        if records:
+            self.counters.mismatches += len(records)
+            await self._store.delete_many(records)
+        return found
 
     async def put_many(self, entries: Mapping[Key, Entry]) -> None:
         """Keep entries: on disk first, so that nothing is served that a restart would forget."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cache.key import DEFAULT_NAMESPACE, Key, Namespace, keyring
 from cache.record import Entry
@@ -104,6 +104,7 @@ class FakeStore:
         self.writing = gate or Turnstile()
         self.records: dict[bytes, bytes] = {}
         self.reads: list[list[bytes]] = []
+        self.touched: set[bytes] = set()
         self.broken = False
         """Whether every read finds nothing and every write comes to nothing."""
 
@@ -120,6 +121,15 @@ class FakeStore:
             self.records.update(records)
         await self.writing.through()
         return not self.broken
+
+    async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
+        for address, record in dead.items():
+            if self.records.get(address) == record and not self.broken:
+                del self.records[address]
+        return not self.broken
+
+    def touch(self, addresses: Iterable[bytes]) -> None:
+        self.touched.update(addresses)
 
 
 async def settle() -> None:

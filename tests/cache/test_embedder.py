@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import store as store_module
+from cache import database
 from cache.embedder import CachingEmbedder
 from cache.flight import Flights
 from cache.key import DEFAULT_NAMESPACE, Namespace
@@ -476,7 +476,7 @@ async def test_a_store_that_fails_fails_no_request(memory):
 
 async def test_a_locked_database_fails_no_request(tmp_path, monkeypatch):
     """While another process holds the real store's lock, requests are answered and not kept."""
-    monkeypatch.setattr(store_module, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
     async with Store(tmp_path, 1 << 30) as store:
         rig = Rig(store=store, memory=0)
         await rig.embed("old")

@@ -13,9 +13,11 @@ from pathlib import Path
 import diskcache
 import pytest
 
+from cache import database
 from cache import store as store_module
+from cache.database import PAGE_BYTES, RawDisk
 from cache.key import FORMAT
-from cache.store import PAGE_BYTES, RawDisk, Store, StoreError
+from cache.store import Store, StoreError
 from tests.cache.fakes import settle
 
 GIB = 1 << 30
@@ -57,9 +59,9 @@ def _plant(directory, key, value, *, raw=1, mode=RAW, filename=None):
 def _own_thread(store, call):
     """Run `call` on diskcache's own interface and close the connection it opens here."""
     try:
-        return call(store._cache)
+        return call(store._database.cache)
     finally:
-        store._cache.close()
+        store._database.cache.close()
 
 
 async def test_thousands_come_back_also_after_reopening(tmp_path):
@@ -101,7 +103,7 @@ async def test_large_records_stay_inside_the_database(tmp_path):
         assert await store.put_many(records)
         assert await store.get_many(list(records)) == records
         files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
-    assert files <= {"cache.db", "cache.db-wal", "cache.db-shm"}
+    assert files <= {"cache.db", "cache.db-wal", "cache.db-shm", "writer.lock"}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +338,7 @@ async def test_a_write_of_many_is_all_or_nothing(tmp_path, caplog, place):
 
 async def test_a_lock_held_by_another_fails_the_write_and_no_read(tmp_path, monkeypatch, caplog):
     """While another process writes, reads go on and a write is given up after a bounded wait."""
-    monkeypatch.setattr(store_module, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
     before, records = _records([1]), _records([2])
     async with Store(tmp_path, GIB) as store:
         assert await store.put_many(before)
@@ -375,8 +377,8 @@ def _fill_with_garbage(directory):
             file.write(os.urandom(path.stat().st_size))
 
 
-async def test_garbage_in_the_file_is_a_miss_and_a_failed_write(tmp_path, caplog):
-    """A file that is overwritten under the open store makes reads misses and writes failures."""
+async def test_garbage_in_the_file_is_a_miss_and_a_new_file(tmp_path, caplog):
+    """A file that is overwritten under the open store is moved aside, and the store goes on."""
     records = _records(range(10))
     async with Store(tmp_path, GIB) as store:
         assert await store.put_many(records)
@@ -385,9 +387,117 @@ async def test_garbage_in_the_file_is_a_miss_and_a_failed_write(tmp_path, caplog
             connection.execute("INSERT INTO Settings VALUES ('foreign', 1)")
             _fill_with_garbage(tmp_path)
             assert await store.get_many(list(records)) == {}
-            assert "taken as a miss" in caplog.text
-            assert await store.put_many(records) is False
-            assert "10 not kept" in caplog.text
+        assert "taken as a miss" in caplog.text
+        assert "a new one is begun" in caplog.text
+        assert await store.put_many(records)
+        assert await store.get_many(list(records)) == records
+    assert len(list(tmp_path.glob(f"v{FORMAT}.damaged-*/cache.db"))) == 1
+
+
+async def test_garbage_found_by_a_write_loses_no_write(tmp_path):
+    """The write that finds the damage goes into the new file."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records(range(10)))
+        with _foreign(tmp_path) as connection:
+            connection.execute("INSERT INTO Settings VALUES ('foreign', 1)")
+            _fill_with_garbage(tmp_path)
+            assert await store.put_many(_records([11]))
+        assert await store.get_many([_address(11)]) == _records([11])
+
+
+async def test_a_damaged_file_at_the_start_is_moved_aside(tmp_path, caplog):
+    """A file that does not open is kept for later, and the store begins anew."""
+    _database_is_garbage(tmp_path)
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many(_records([1]))
+        assert await store.get_many([_address(1)]) == _records([1])
+    (aside,) = tmp_path.glob(f"v{FORMAT}.damaged-*/cache.db")
+    assert aside.read_bytes().startswith(b"no database at all")
+    assert "moved to" in caplog.text
+
+
+@pytest.mark.parametrize("replace", [False, True])
+async def test_a_file_that_is_taken_away_is_let_go(tmp_path, replace):
+    """What is written after the file was deleted, or another put in its place, is not lost."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records([1]))
+        for path in store.folder.glob("cache.db*"):
+            path.unlink()
+        if replace:
+            async with Store(tmp_path, GIB) as other:
+                await other.put_many(_records([2]))
+        assert await store.put_many(_records([3]))
+    async with Store(tmp_path, GIB) as store:
+        found = await store.get_many([_address(i) for i in (1, 2, 3)])
+    assert found == _records([2, 3] if replace else [3])
+
+
+async def test_a_disk_that_is_nearly_full_is_spared(tmp_path, monkeypatch, caplog):
+    """With little room left nothing is written, hits go on, and it recovers by itself."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records([1]))
+        monkeypatch.setattr(database, "FREE_BYTES", 1 << 62)
+        assert await store.put_many(_records([2])) is False
+        assert "nearly full" in caplog.text
+        assert await store.get_many([_address(1)]) == _records([1])
+        monkeypatch.setattr(database, "FREE_BYTES", 0)
+        assert await store.put_many(_records([2]))
+
+
+async def test_writes_that_wait_become_one_transaction(tmp_path, monkeypatch):
+    """Whatever comes while the writer is busy is written together, and each is told."""
+    sizes = []
+    write = database.Database.write
+
+    def counting(self, changes):
+        sizes.append(len(changes.records))
+        write(self, changes)
+
+    monkeypatch.setattr(database.Database, "write", counting)
+    async with Store(tmp_path, GIB) as store:
+        told = await asyncio.gather(*(store.put_many(_records([i])) for i in range(50)))
+        assert all(told)
+        assert await store.get_many([_address(i) for i in range(50)]) == _records(range(50))
+    assert sum(sizes) == 50
+    assert len(sizes) <= 2
+
+
+async def test_what_keeps_failing_is_left_alone(tmp_path, monkeypatch):
+    """After three failed writes in a row the next is not even tried, for a while."""
+    tries = []
+
+    def failing(_self, _changes):
+        tries.append(1)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async with Store(tmp_path, GIB) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(database.Database, "write", failing)
+            told = [await store.put_many(_records([i])) for i in range(10)]
+        assert (any(told), len(tries)) == (False, 3)
+        store._writing._until = 0.0  # the rest is over
+        assert await store.put_many(_records([1]))
+
+
+async def test_only_the_record_that_was_bad_is_deleted(tmp_path):
+    """A record that was replaced since it was read stays."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many({_address(1): b"bad", _address(2): b"good"})
+        assert await store.delete_many({_address(1): b"bad", _address(2): b"bad"})
+        assert await store.get_many([_address(1), _address(2)]) == {_address(2): b"good"}
+
+
+async def test_what_is_read_often_is_not_driven_out(tmp_path, monkeypatch):
+    """Reading a record counts as use: what is asked for again and again survives."""
+    monkeypatch.setattr(database, "TOUCH_SECONDS", 0.0)
+    limit, size = 2 << 20, 6184
+    used = _records(range(20), size)
+    async with Store(tmp_path, limit) as store:
+        await store.put_many(used)
+        for start in range(20, 600, 20):
+            await store.put_many(_records(range(start, start + 20), size))
+            assert await store.get_many(list(used)) == used
+        assert await store.get_many(list(_records(range(20, 40)))) == {}
 
 
 def _directory_is_a_file(directory):
@@ -410,7 +520,7 @@ def _database_is_garbage(directory):
 
 @pytest.mark.parametrize(
     "spoil",
-    [_directory_is_a_file, _folder_is_a_file, _database_is_a_directory, _database_is_garbage],
+    [_directory_is_a_file, _folder_is_a_file, _database_is_a_directory],
 )
 async def test_a_directory_that_cannot_be_used_is_said_so(tmp_path, spoil):
     """Opening raises StoreError that names the folder and the cause, and leaves no thread."""

@@ -86,11 +86,12 @@ async def test_without_memory_the_disk_serves(store):
     ],
 )
 async def test_a_record_that_does_not_verify_is_a_miss(tiers, store, spoil):
-    """Damage and strangers are counted, not served, not kept in memory, and written over."""
+    """Damage and strangers are counted, not served, not kept in memory, and deleted."""
     store.records = {KEY.address: spoil(record.encode(ENTRY))}
     for _ in range(2):
         assert await tiers.get_many([KEY], 3) == {}
-    assert tiers.counters == TierCounters(misses=2, mismatches=2)
+    assert tiers.counters == TierCounters(misses=2, mismatches=1)
+    assert store.records == {}
     await tiers.put_many({KEY: ENTRY})
     assert store.records == {KEY.address: record.encode(ENTRY)}
     assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
@@ -111,7 +112,7 @@ async def test_a_collision_on_disk_is_a_miss_and_counted(store):
     tiers = Tiers(Memory(MIB), store)
     assert await tiers.get_many([_collider(KEY)], 3) == {}
     assert tiers.counters == TierCounters(misses=1, mismatches=1)
-    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+    assert store.records == {}
 
 
 async def test_colliding_keys_in_one_look_up_are_kept_apart(tiers, store):
@@ -171,3 +172,10 @@ async def test_the_counters_add_up(steps, limit, damaged):
     assert counters.memory_hits + counters.disk_hits + counters.misses == asked
     assert counters.memory_hits + counters.disk_hits == got
     assert counters.mismatches <= counters.misses
+
+
+async def test_a_use_is_told_to_the_disk(tiers, store):
+    """What memory serves counts as use on disk too, or it would be driven out there."""
+    await tiers.put_many({KEY: ENTRY})
+    await tiers.get_many([KEY], 3)
+    assert store.touched == {KEY.address}

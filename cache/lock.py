@@ -1,0 +1,57 @@
+"""One writer at a time, across processes: a lock on a file, waited for with a limit.
+
+SQLite before 3.51.3 can corrupt a write-ahead log when a write and a checkpoint of two connections
+overlap. Whoever holds this lock is the only one that does either.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+if sys.platform != "win32":
+    import fcntl
+
+_POLL_SECONDS = 0.001
+
+
+class WriterLock:
+    """A context manager for one thread of each process; not reentrant.
+
+    The kernel lets go of the lock when its holder dies, however it dies.
+    """
+
+    def __init__(self, path: Path, patience_s: float) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._patience_s = patience_s
+
+    def __enter__(self) -> None:
+        """Take the lock. Raises TimeoutError when another process keeps it for too long."""
+        deadline = time.monotonic() + self._patience_s
+        while not self._taken():
+            if time.monotonic() >= deadline:
+                raise TimeoutError("another process keeps writing to the store")
+            time.sleep(_POLL_SECONDS)
+
+    def _taken(self) -> bool:
+        if sys.platform == "win32":
+            return True  # one process only
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if sys.platform != "win32":
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Give the file back; the lock cannot be taken afterwards."""
+        os.close(self._file)

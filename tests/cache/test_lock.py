@@ -1,0 +1,50 @@
+"""One writer at a time, across processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache.lock import WriterLock
+
+ROOT = Path(__file__).parents[2]
+
+HOLD = """
+import sys
+from pathlib import Path
+from cache.lock import WriterLock
+with WriterLock(Path(sys.argv[1]), 1.0):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def _holder(path):
+    """Start a process that holds the lock until its standard input ends; return when it does."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_the_lock_is_one_process_at_a_time(tmp_path, end):
+    """It is waited for with a limit, and free again when its holder is gone, however it went."""
+    lock = WriterLock(tmp_path / "lock", patience_s=0.01)
+    with _holder(tmp_path / "lock") as process:
+        with pytest.raises(TimeoutError, match="another process"), lock:
+            pytest.fail("two hold it")
+        if end == "kill":
+            process.kill()
+        process.communicate()
+    with lock:
+        pass
+    with lock:
+        pass
+    lock.close()
