@@ -40,8 +40,10 @@ class Answer:
     prompt_tokens: int | None
 
 
-def read(provider: str, space: Space, count: int, status: int, body: bytes) -> Answer:
-    """Take a reply apart and check it against what was asked for.
+def read(
+    provider: str, space: Space, count: int, headers: Mapping[str, str], body: bytes
+) -> Answer:
+    """Take a reply of status 200 apart and check it against what was asked for.
 
     Raises InvalidAnswer unless it holds exactly `count` vectors, whose indices are a permutation,
     each of the space's width, finite and not zero; the error that fits if the reply is one, also
@@ -54,7 +56,7 @@ def read(provider: str, space: Space, count: int, status: int, body: bytes) -> A
     if not isinstance(reply, dict):
         raise InvalidAnswer(provider, "the answer is not a JSON object")
     if reply.get("error"):
-        raise refusal(provider, status, {}, body)
+        raise refusal(provider, 200, headers, body)
     items = reply.get("data")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise InvalidAnswer(provider, "the answer holds no list of embeddings")
@@ -151,6 +153,9 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
             seconds = float(value) / scale
             if 0 <= seconds < float("inf"):
                 return seconds
-        with contextlib.suppress(ValueError):
-            return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
+        # A date without a zone (asctime, `-0000`) is one of UTC.
+        with contextlib.suppress(ValueError, OverflowError):
+            date = parsedate_to_datetime(value)
+            date = date if date.tzinfo else date.replace(tzinfo=UTC)
+            return max(0.0, (date - now).total_seconds())
     return None

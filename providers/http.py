@@ -61,7 +61,7 @@ class HttpProvider:
         reply = await self._transport.post("/embeddings", payload, limit, context)
         if reply.status != 200:
             raise answer.refusal(self.name, reply.status, reply.headers, reply.body)
-        checked = answer.read(self.name, space, len(inputs), reply.status, reply.body)
+        checked = answer.read(self.name, space, len(inputs), reply.headers, reply.body)
         counts, exact = await _count(space, inputs, checked.prompt_tokens)
         return Embedded(
             vectors=checked.vectors,

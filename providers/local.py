@@ -87,6 +87,8 @@ class Local:
     def _compute(self, texts: list[str]) -> tuple[list[Vector], list[int]]:
         model = self._model = self._model or _load()
         for i, text in enumerate(texts):
+            if not text or not _encodable(text):
+                raise InputRefused(f"Input {i} is empty or no Unicode.", param="input")
             if len(text) > CONTEXT * _LONGEST_PIECE:
                 raise _too_long(i)
         vectors, counts = [], []
@@ -99,6 +101,14 @@ class Local:
                 vectors.append((mean / np.linalg.norm(mean)).astype("<f4").tobytes())
             counts.append(len(ids))
         return vectors, counts
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _too_long(index: int) -> InputRefused:

@@ -122,18 +122,19 @@ class Router:
     def _retrying(self, turns: int, context: Context) -> AsyncRetrying:
         jitter = wait_random_exponential(multiplier=0.2, max=4.0)
 
+        def left() -> float:
+            if context.deadline is None:
+                return LONGEST_WAIT
+            return min(context.deadline - asyncio.get_running_loop().time(), LONGEST_WAIT)
+
         def wait(state: RetryCallState) -> float:
             asked = _failure(state).retry_after
-            return jitter(state) if asked is None else asked
+            return min(jitter(state), max(left(), 0.0)) if asked is None else asked
 
         def worth_waiting(error: BaseException) -> bool:
             if not isinstance(error, PassingFailure) or isinstance(error, UpstreamTimeout):
                 return False
-            asked = error.retry_after or 0.0
-            if context.deadline is not None:
-                left = context.deadline - asyncio.get_running_loop().time()
-                return asked < min(left, LONGEST_WAIT)
-            return asked < LONGEST_WAIT
+            return (error.retry_after or 0.0) < left()
 
         return AsyncRetrying(
             stop=stop_after_attempt(turns),

@@ -58,6 +58,8 @@ def apportion(total: int, inputs: Sequence[Input]) -> list[int]:
     [1, 2, 7]
     """
     sizes = [len(item.encode()) if isinstance(item, str) else 4 * len(item) for item in inputs]
+    if not any(sizes):
+        sizes = [1] * len(sizes)
     whole = sum(sizes) or 1
     parts = [total * size // whole for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % whole))

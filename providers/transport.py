@@ -81,7 +81,10 @@ class Transport:
                     raise UpstreamFault(self._provider, "the answer is far larger than expected")
                 return Reply(response.status, response.headers, body)
         except TimeoutError as error:
-            raise UpstreamTimeout(self._provider, f"no answer within {total:.1f} s") from error
+            taken = asyncio.get_running_loop().time() - now
+            if left is not None and taken >= left:
+                raise DeadlineExceeded("the time of the request was up") from error
+            raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
             raise Unreachable(self._provider, _reason(error)) from error
 

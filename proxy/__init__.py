@@ -21,6 +21,7 @@ Words, one meaning each::
     vector      the float32 numbers of one input ("embedding" only for the wire object)
     record      the bytes kept under a key; entry: what they say
     tier        memory, disk
+    worker      a process that serves; several may share the port and the store
     hit, join, miss   exclusive outcomes of a distinct input;
                 inputs = duplicates + hits + joins + misses
     flight      a fill in progress; fill: ask, check, store, hand out

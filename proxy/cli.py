@@ -7,7 +7,8 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -17,8 +18,10 @@ import typer
 from cache.store import StoreError
 
 from . import config, server
+from . import workers as processes
 from .config import ConfigError
 from .server import PortUnavailable
+from .workers import WorkerFailed
 
 T = TypeVar("T")
 
@@ -67,7 +70,17 @@ def serve(
         logging.getLogger("embedding_proxy").warning(
             "passthrough: this version passes nothing through; other /v1 calls get 404"
         )
-    told = _run(server.serve(settings, lambda url: typer.echo(f"export OPENAI_BASE_URL={url}")))
+    with server.listen(settings) as listening:
+
+        def announce() -> None:
+            typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
+
+        def work(ready: Callable[[], None]) -> signal.Signals:
+            with _one_line():
+                return _run(server.serve(settings, listening, ready))
+
+        count = settings.server.workers
+        told = work(announce) if count == 1 else processes.run(count, work, announce)
     if told is signal.SIGINT:
         raise typer.Exit(130)
 
@@ -106,11 +119,18 @@ def _log_to_stderr() -> None:
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line and an exit code."""
-    try:
+    with _one_line():
         app()
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """End with one line and an exit code when something foreseeable goes wrong."""
+    try:
+        yield
     except ConfigError as error:
         _fail(str(error), 2)
-    except (StoreError, PortUnavailable) as error:
+    except (StoreError, PortUnavailable, WorkerFailed) as error:
         _fail(str(error), 1)
 
 

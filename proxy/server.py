@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,25 +24,39 @@ class PortUnavailable(Exception):
     """The address cannot be listened on; the message says which and why."""
 
 
-async def serve(settings: Settings, announce: Callable[[str], None]) -> signal.Signals:
+def listen(settings: Settings) -> socket.socket:
+    """Take the address. Raises PortUnavailable."""
+    host, port = settings.server.host, settings.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise PortUnavailable(f"cannot listen on {host}:{port}: {reason}") from error
+
+
+def base_url(listening: socket.socket) -> str:
+    """Return the base URL for clients, with the port that was really taken."""
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}/v1"
+
+
+async def serve(
+    settings: Settings, listening: socket.socket, announce: Callable[[], None]
+) -> signal.Signals:
     """Serve until SIGINT or SIGTERM, and return which it was.
 
-    `announce` gets the base URL once requests are answered. Raises PortUnavailable, StoreError.
+    `announce` is called once requests are answered. Raises StoreError, ConfigError.
     """
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
     runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
     await runner.setup()
     try:
-        host, port = settings.server.host, settings.server.port
-        site = web.TCPSite(runner, host, port, reuse_address=True)
-        try:
-            await site.start()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise PortUnavailable(f"cannot listen on {host}:{port}: {reason}") from error
+        await web.SockSite(runner, listening).start()
         with _signals() as told_to_stop:
-            announce(_url(runner, host))
+            announce()
             told = await told_to_stop.get()
         log.info("stopping: requests in progress are finished first")
         return told
@@ -61,10 +77,3 @@ def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
-
-
-def _url(runner: web.AppRunner, host: str) -> str:
-    """Return the base URL for clients, with the port that was really taken."""
-    port = runner.addresses[0][1]
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}/v1"

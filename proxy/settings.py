@@ -53,7 +53,7 @@ class Server(Section):
 
     host: Name = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
-    workers: Annotated[Whole, Field(ge=1, le=1)] = 1
+    workers: Annotated[Whole, Field(ge=1, le=64)] = 1
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300

@@ -107,7 +107,7 @@ class StartProxy:
         sections = {"cache": {"directory": str(self._directory)}, **sections}
         settings = Settings.model_validate(sections)
         app = build_app(settings, EmbeddingService(settings, sleep=no_wait))
-        runner = Runner(app, access_log=None, shutdown_timeout=0)
+        runner = Runner(app, access_log=None, shutdown_timeout=0.01)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -60,9 +60,9 @@ def body_of(data: object, **fields: object) -> bytes:
     return json.dumps({"object": "list", "data": data, "model": "m", **fields}).encode()
 
 
-def read(body: bytes, count: int = 2, status: int = 200) -> answer.Answer:
+def read(body: bytes, count: int = 2) -> answer.Answer:
     """Read a reply to `count` inputs."""
-    return answer.read("acme", SPACE, count, status, body)
+    return answer.read("acme", SPACE, count, {}, body)
 
 
 @pytest.mark.parametrize("form", [list, base64_of], ids=["floats", "base64"])
@@ -229,6 +229,9 @@ def test_an_error_inside_a_200_counts_as_what_it_says(error, kind):
     [
         ({"prompt_tokens": 7}, 7),
         ({"prompt_tokens": 0}, 0),
+        ({"prompt_tokens": 2**31}, 2**31),
+        ({"prompt_tokens": 2**31 + 1}, None),
+        ({"prompt_tokens": 10**30}, None),
         ({"prompt_tokens": -1}, None),
         ({"prompt_tokens": 7.0}, None),
         ({"prompt_tokens": True}, None),
@@ -440,3 +443,16 @@ def test_one_strange_value_never_becomes_another_vector(field, position, value):
     except PassingFailure:
         return
     assert vectors == [packed(numbers_of(0)), packed(numbers_of(1))]
+
+
+@pytest.mark.parametrize(
+    ("value", "wait"),
+    [
+        ("Sun Mar  1 12:00:30 2026", 30.0),
+        ("Sun, 01 Mar 2026 12:00:30 -0000", 30.0),
+        ("Sun, 01 Mar 2026 12:00:30 +99999999999999", None),
+    ],
+)
+def test_a_date_without_a_zone_is_utc(value, wait):
+    """The older forms of an HTTP date are read, and nonsense is no wait."""
+    assert answer.retry_after({"Retry-After": value}, NOW) == wait

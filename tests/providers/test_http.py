@@ -6,7 +6,15 @@ import pytest
 from fault_server import status, vector_of
 
 from providers import tokens
-from providers.base import Context, InvalidAnswer, Outcome, RateLimited, Space, UpstreamFault
+from providers.base import (
+    Context,
+    InputRefused,
+    InvalidAnswer,
+    Outcome,
+    RateLimited,
+    Space,
+    UpstreamFault,
+)
 from providers.http import HttpProvider
 
 CL100K = Space("openai/m", 1536, tokenizer="cl100k_base")
@@ -46,6 +54,14 @@ async def test_inputs_are_sent_as_they_are(inputs, sent, upstream):
     (call,) = upstream.calls
     assert call.path == "/v1/embeddings"
     assert call.payload == {"model": "m", "input": sent, "encoding_format": "float"}
+
+
+@pytest.mark.parametrize("item", ["\ud800", (1 << 70,)])
+async def test_an_input_that_is_no_json_is_refused_unsent(item, upstream):
+    """Half a surrogate pair or an endless number is the request's fault and costs nothing."""
+    with pytest.raises(InputRefused, match="cannot be sent on"):
+        await ask(upstream, ["a", item])
+    assert upstream.calls == []
 
 
 @pytest.mark.parametrize("user", [None, "", "someone"])
@@ -172,3 +188,12 @@ async def test_shuffled_answers_are_put_in_order(upstream):
     inputs = ["a", "b", "c"]
     got = await ask(upstream, inputs)
     assert list(got.vectors) == [vector_of("m", item).tobytes() for item in inputs]
+
+
+async def test_a_wait_inside_a_200_is_kept(upstream):
+    """Headers count for an error inside a 200 as well."""
+    body = {"error": {"code": 429, "message": "slow"}}
+    upstream.script.append(status(200, body, {"Retry-After": "3"}))
+    with pytest.raises(RateLimited) as caught:
+        await ask(upstream, ["a"])
+    assert caught.value.retry_after == 3

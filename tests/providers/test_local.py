@@ -236,3 +236,10 @@ assert (root.level, root.handlers) == before == (logging.WARNING, []), root.hand
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("text", ["", "\ud800"])
+async def test_a_text_without_tokens_is_the_clients_mistake(text, model):
+    """What has no vector is refused, and not retried."""
+    with pytest.raises(InputRefused):
+        await embed(model, [text])

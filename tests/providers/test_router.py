@@ -1,6 +1,7 @@
 """Which route is asked, how often, and how long is waited in between; nothing here really waits."""
 
 import asyncio
+import contextlib
 from itertools import pairwise
 
 import pytest
@@ -397,3 +398,11 @@ async def test_the_laws_of_trying(scripts):
             assert isinstance(outcome, PassingFailure)
             assert not isinstance(outcome, UpstreamTimeout)
             assert outcome.retry_after != 3600
+
+
+async def test_no_wait_outlasts_the_request():
+    """A wait drawn at random ends before the deadline too."""
+    stage = Stage(*[[limited(None)] * 3])
+    with contextlib.suppress(RateLimited):
+        await stage.embed(context=in_seconds(0.001))
+    assert all(wait <= 0.001 for wait in stage.waits)

@@ -135,3 +135,8 @@ def test_shares_of_a_total_add_up_to_it(total, inputs):
 def test_a_total_is_shared_by_size(total, inputs, shares):
     """Shares follow bytes, four for a token; what is left goes to the largest remainders first."""
     assert tokens.apportion(total, inputs) == shares
+
+
+def test_empty_inputs_share_a_total_too():
+    """A total is never lost, though there is no size to share it by."""
+    assert sum(tokens.apportion(10, ["", ""])) == 10

@@ -174,6 +174,22 @@ def test_a_head_of_zeros_cannot_be_cut():
         vector.cut([packed(1, 0, 0), packed(0, 0, 1)], 2)
 
 
+ROWS = st.lists(st.lists(st.sampled_from([0.0, -0.0, SMALLEST, 1.0]), min_size=3, max_size=3))
+
+
+@given(ROWS, st.integers(1, 3))
+@settings(deadline=None)
+def test_heads_pass_exactly_when_they_can_be_cut(rows, dimensions):
+    """The check before an answer refuses what the cut would refuse in the midst of it, no more."""
+    vectors = [packed(*row) for row in rows]
+    if all(any(row[:dimensions]) for row in rows):
+        vector.check_heads(vectors, dimensions)
+        vector.derive(vectors, dimensions)
+    else:
+        with pytest.raises(VectorError, match=f"first {dimensions} numbers"):
+            vector.check_heads(vectors, dimensions)
+
+
 def test_the_native_width_is_not_touched():
     """A vector of the asked-for width is handed on as it is, even when its length is not 1."""
     vectors = [packed(3, 4), packed(1e-30, 0)]

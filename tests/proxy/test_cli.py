@@ -1,6 +1,7 @@
 """The command: what it prints, and with which code it exits."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -122,8 +123,9 @@ def test_a_start_that_fails_is_one_line_and_an_exit_code(text, code, message, tm
     config = tmp_path / "config.yaml"
     config.write_text(text)
     with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1] if "cannot listen" in message else 0
         done = subprocess.run(
-            [*COMMAND, "--config", str(config), "--port", str(other.getsockname()[1])],
+            [*COMMAND, "--config", str(config), "--port", str(port)],
             cwd=tmp_path,
             env=_environment(tmp_path, PYTHONPATH=str(ROOT), OPENAI_API_KEY="sk-a\nsk-b"),
             capture_output=True,
@@ -179,7 +181,7 @@ def test_help(arguments, words, run):
         (["serve", "--nope"], "No such option: --nope"),
         (["serve", "--port", "x"], "Invalid value for '--port'"),
         (["serve", "--port", "-1"], "server.port: expected"),
-        (["serve", "--workers", "2"], "server.workers: expected"),
+        (["serve", "--workers", "0"], "server.workers: expected"),
         (["serve", "--host", "0.0.0.0"], "set server.keys, or host 127.0.0.1"),
         (["serve", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     ],
@@ -197,14 +199,16 @@ def serving(monkeypatch):
     noted = []
 
     def end_with(outcome: signal.Signals | Exception) -> list:
-        async def serve(settings, announce):
+        async def serve(settings, _listening, announce):
             noted.append(settings)
             if isinstance(outcome, Exception):
                 raise outcome
-            announce("http://h:1/v1")
+            announce()
             return outcome
 
         monkeypatch.setattr("proxy.server.serve", serve)
+        monkeypatch.setattr("proxy.server.listen", contextlib.nullcontext)
+        monkeypatch.setattr("proxy.server.base_url", lambda _: "http://h:1/v1")
         return noted
 
     return end_with

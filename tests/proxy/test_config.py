@@ -84,7 +84,7 @@ MISTAKES = {
     "too large": ("server: {port: 65536}", "server.port", "less than or equal to 65535"),
     "too small": ("cache: {memory_mib: -1}", "cache.memory_mib", "greater than or equal to 0"),
     "zero time": ("providers: {openai: {timeout_s: 0}}", "providers.openai.timeout_s", "than 0"),
-    "more workers than there are": ("server: {workers: 2}", "server.workers", "equal to 1"),
+    "more workers than there may be": ("server: {workers: 65}", "server.workers", "equal to 64"),
     "mode of a later version": ("cache: {mode: frozen}", "cache.mode", "expected 'normal'"),
     "feature of a later version": (
         "cache: {shared: 'redis://h'}",

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from cache.store import StoreError
 from proxy import server
-from proxy.server import PortUnavailable, serve
+from proxy.server import PortUnavailable, base_url, listen, serve
 from proxy.settings import Settings
 
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
@@ -37,9 +37,11 @@ def _settings(tmp_path, upstream, **keys) -> Settings:
 
 async def _started(settings: Settings) -> tuple[asyncio.Task[signal.Signals], str]:
     """Return the task that serves, and the URL it announced."""
-    announced: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(serve(settings, announced.set_result))
-    return task, await announced
+    listening = listen(settings)
+    ready = asyncio.Event()
+    task = asyncio.create_task(serve(settings, listening, ready.set))
+    await ready.wait()
+    return task, base_url(listening)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -88,7 +90,7 @@ async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
         with pytest.raises(
             PortUnavailable, match=rf"^cannot listen on 127\.0\.0\.1:{port}: .*in use"
         ):
-            await serve(taken, pytest.fail)
+            listen(taken)
     task, url = await _started(taken)
     assert url == f"http://127.0.0.1:{port}/v1"
     os.kill(os.getpid(), signal.SIGTERM)
@@ -98,18 +100,21 @@ async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
 async def test_a_cache_that_cannot_be_opened_comes_before_the_port(settings, tmp_path):
     """Where the cache cannot be opened nothing is announced."""
     (tmp_path / "cache").write_text("")
-    with pytest.raises(StoreError, match="cache"):
-        await serve(settings, pytest.fail)
+    with listen(settings) as listening, pytest.raises(StoreError, match="cache"):
+        await serve(settings, listening, pytest.fail)
 
 
 @pytest.mark.parametrize(
-    ("host", "address", "url"),
-    [
-        ("127.0.0.1", ("127.0.0.1", 8080), "http://127.0.0.1:8080/v1"),
-        ("localhost", ("127.0.0.1", 1234), "http://localhost:1234/v1"),
-        ("::1", ("::1", 8080, 0, 0), "http://[::1]:8080/v1"),
-    ],
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:{}/v1"), ("localhost", "http://127.0.0.1:{}/v1")],
 )
-def test_the_url_holds_the_host_as_configured_and_the_real_port(host, address, url):
-    """The URL is fit to be pasted: brackets around IPv6, and the port that was taken."""
-    assert server._url(SimpleNamespace(addresses=[address]), host) == url
+def test_the_url_holds_the_real_port(host, url, tmp_path, upstream):
+    """The URL is fit to be pasted: an address that was taken, and the port that was."""
+    with listen(_settings(tmp_path, upstream, host=host)) as listening:
+        assert server.base_url(listening) == url.format(listening.getsockname()[1])
+
+
+def test_the_url_of_an_ipv6_address_has_brackets():
+    """Brackets keep the address and the port apart."""
+    listening = SimpleNamespace(getsockname=lambda: ("::1", 8080, 0, 0))
+    assert server.base_url(listening) == "http://[::1]:8080/v1"
