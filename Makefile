@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench pins clean
+.PHONY: demo test serve lint bench torture pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -17,6 +17,12 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# kill -9 amid writes of two processes, ROUNDS times; the suite runs a few of them.
+ROUNDS ?= 2000
+SEED ?= 1
+torture: .venv/test
+	PYTHONPATH=. $(BIN)/python tests/torture.py $(ROUNDS) $(SEED)
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

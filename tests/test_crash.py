@@ -3,8 +3,10 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import openai
 
@@ -79,3 +81,18 @@ async def test_killed_amid_purchases(tmp_path, upstream):
             assert reply.data[0].embedding == vector
     assert len(answered) >= 10
     assert len(upstream.calls) == bought
+
+
+def test_killed_amid_writes_of_two_processes():
+    """A few rounds of `make torture`: nothing acknowledged is lost, wrong, or in a corrupt file."""
+    script = Path(__file__).with_name("torture.py")
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script), "10", "7"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 lost, 0 wrong," in done.stdout
