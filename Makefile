@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture pins clean
+.PHONY: demo test serve lint bench torture damage pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -23,6 +23,12 @@ ROUNDS ?= 2000
 SEED ?= 1
 torture: .venv/test
 	PYTHONPATH=. $(BIN)/python tests/torture.py $(ROUNDS) $(SEED)
+
+# Bits flipped and files cut, in copies of a small store.
+FLIPS ?= 10000
+CUTS ?= 1000
+damage: .venv/test
+	PYTHONPATH=. $(BIN)/python tests/damage.py $(FLIPS) $(CUTS) $(SEED)
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

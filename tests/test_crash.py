@@ -83,16 +83,21 @@ async def test_killed_amid_purchases(tmp_path, upstream):
     assert len(upstream.calls) == bought
 
 
+def _run_script(name, *arguments):
+    """Run one of the long trials beside this file, for a short time; return what it printed."""
+    script = Path(__file__).with_name(name)
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_killed_amid_writes_of_two_processes():
     """A few rounds of `make torture`: nothing acknowledged is lost, wrong, or in a corrupt file."""
-    script = Path(__file__).with_name("torture.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(
-        [sys.executable, str(script), "10", "7"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert ", 0 lost, 0 wrong," in done.stdout
+    assert ", 0 lost, 0 wrong," in _run_script("torture.py", "10", "7")
+
+
+def test_flipped_bits_and_cut_files():
+    """A few rounds of `make damage`: nothing wrong is served, and new writes are kept."""
+    assert ", 0 wrong, 0 not written," in _run_script("damage.py", "40", "20", "7")
