@@ -60,3 +60,11 @@ def decode(record: bytes, digest: bytes, dimensions: int) -> Entry | None:
     if checksum(memoryview(record)[:end]) != record[end:]:
         return None
     return Entry(record[_HEADER.size : end], tokens, bool(counted), digest)
+
+
+def width(record: bytes) -> int | None:
+    """Return the dimensions of a record that is whole, whatever it is about; None if it is not."""
+    if len(record) < _HEADER.size + _CHECKSUM:
+        return None
+    *_, dimensions, _, digest = _HEADER.unpack_from(record)
+    return None if decode(record, digest, dimensions) is None else int(dimensions)
