@@ -5,45 +5,35 @@ keys nor what is in a record: bytes in, bytes out.
 """
 
 import contextlib
-import math
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import diskcache
 
+from . import eviction, layout
+from .changes import Changes, Found, Use
+from .layout import PAGE_BYTES
 from .lock import WriterLock
 
-PAGE_BYTES = 32_768
-"""Five records of 1,536 dimensions a page: 1.07 bytes on disk a byte kept, 1.34 with 4 KiB."""
 MMAP_BYTES = 1 << 36
 """Reads go through the page cache without copies, up to 64 GiB of file."""
-BUSY_SECONDS = 5.0
+BUSY_SECONDS = 2.0
 """The longest wait for another process's write; then the write is given up."""
-TOUCH_SECONDS = 3600.0
-"""A use is noted only if the last one noted is older: moving a row costs a page."""
 FREE_BYTES = 64 << 20
 """Nothing is written when less than this would be left on the file system."""
+
+FILE_NAME: str = diskcache.core.DBNAME
 
 FAILURES = (sqlite3.Error, OSError, diskcache.Timeout)
 """What any call here may raise."""
 
-_ADDRESSES_A_SELECT = 512
+ADDRESSES_A_SELECT = 512
 _RAW: int = diskcache.core.MODE_RAW
-
-# Writes a record whether or not there is one; a row that was anything else becomes raw bytes.
-_PUT = """
-    INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VALUES (?, 1, ?, ?, 1, ?)
-    ON CONFLICT (key, raw) DO UPDATE SET
-        store_time = excluded.store_time, access_time = excluded.access_time,
-        expire_time = NULL, size = 0, mode = 1, filename = NULL, value = excluded.value
-"""
-_DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND value = ?"
-_TOUCH = "UPDATE Cache SET access_time = ? WHERE key = ? AND raw = 1 AND access_time < ?"
 
 
 class RawDisk(diskcache.Disk):  # type: ignore[misc]
@@ -89,54 +79,55 @@ class FileReplaced(OSError):
     """The file that is open is no longer the one at its path: what is written would be lost."""
 
 
-@dataclass(slots=True)
-class Changes:
-    """What one transaction does."""
-
-    records: dict[bytes, bytes] = field(default_factory=dict)
-    """Written, by address."""
-    dead: list[tuple[bytes, bytes]] = field(default_factory=list)
-    """Deleted: address and record, so that a newer record under the address stays."""
-    used: set[bytes] = field(default_factory=set)
-    """Addresses that were read since."""
-
-
 class Database:
     """The file in `folder`, of at most about `size_limit` bytes. Raises FAILURES.
 
-    `read_many` is for a reading thread, `write` for a writing one; each closes its own connection
-    in the end. Many processes may have the file open; `lock` is theirs in common.
+    Each thread that uses it closes its own connection in the end. Many processes may have the file
+    open; `lock` is theirs in common. Entries of namespaces in `pinned` are never evicted.
     """
 
-    def __init__(self, folder: Path, size_limit: int, lock: WriterLock) -> None:
+    def __init__(
+        self, folder: Path, size_limit: int, lock: WriterLock, pinned: Collection[str] = ()
+    ) -> None:
         self.folder = folder
-        self.path = folder / diskcache.core.DBNAME
-        self._size_limit = size_limit
+        self.path = folder / FILE_NAME
         self._lock = lock
+        self._pinned = pinned
+        limit = max(1, size_limit // PAGE_BYTES)
+        # A fiftieth, at most 32 MiB, is for the write-ahead log.
+        self._log_pages = min(max(limit // 50, 4), 1000)
+        self._most_pages = max(1, limit - self._log_pages)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with lock:
             self.cache = self._open()
         self._inode: int = self.path.stat().st_ino
 
     def _open(self) -> diskcache.Cache:
-        # A kill can leave an empty file, which has no page size yet.
-        if not self.path.exists() or not self.path.stat().st_size:
-            # The page size holds only if it is set before diskcache sets the journal mode.
-            with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
-                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-                connection.execute("VACUUM")
-        return diskcache.Cache(
+        layout.prepare(self.path)
+        layout.check_version(self.path)
+        cache = diskcache.Cache(
             str(self.folder),
             timeout=BUSY_SECONDS,
             disk=RawDisk,
-            # Eviction is ours (`_evict`): diskcache's counts pages that are already free.
+            # Eviction is ours: diskcache's counts pages that are already free.
             cull_limit=0,
-            eviction_policy="least-recently-used",
-            size_limit=self._size_limit,
-            sqlite_auto_vacuum=0,
+            eviction_policy="none",
+            sqlite_auto_vacuum=layout.INCREMENTAL,
             sqlite_cache_size=512,
+            sqlite_journal_size_limit=self._log_pages * PAGE_BYTES,
             sqlite_mmap_size=MMAP_BYTES,
+            sqlite_wal_autocheckpoint=self._log_pages,
         )
+        with cache.transact():
+            for statement in layout.missing_steps(cache._sql):  # noqa: SLF001 - see `sql`
+                cache._sql(statement)  # noqa: SLF001
+        return cache
+
+    @property
+    def sql(self) -> layout.Sql:
+        """The calling thread's way to run a statement; diskcache has no calls for many."""
+        run: layout.Sql = self.cache._sql  # noqa: SLF001
+        return run
 
     @property
     def replaced(self) -> bool:
@@ -159,58 +150,60 @@ class Database:
         with self._lock:
             return None if self.replaced else set_aside(self.folder)
 
-    def read_many(self, addresses: Sequence[bytes]) -> tuple[dict[bytes, bytes], list[bytes]]:
-        """Return the records that are there, by address, and the addresses to be noted as used."""
-        found: dict[bytes, bytes] = {}
-        used: list[bytes] = []
-        stale = time.time() - TOUCH_SECONDS
-        for some in _chunks(addresses, _ADDRESSES_A_SELECT):
+    def read_many(
+        self, addresses: Sequence[bytes], *, not_before: float = 0.0
+    ) -> dict[bytes, Found]:
+        """Return the records that are there, by address, but for those stored before a time."""
+        found: dict[bytes, Found] = {}
+        for some in _chunks(addresses, ADDRESSES_A_SELECT):
             marks = ",".join("?" * len(some))
-            rows = self.cache._sql(  # noqa: SLF001 - diskcache has no get of many
-                "SELECT key, value, access_time FROM Cache"  # noqa: S608
+            rows = self.sql(
+                "SELECT key, value, store_time FROM Cache"  # noqa: S608
                 f" WHERE raw = 1 AND mode = ? AND key IN ({marks})",
                 (_RAW, *some),
             )
-            for key, value, access_time in rows:
-                if type(key) is bytes and type(value) is bytes:
-                    found[key] = value
-                    if access_time < stale:
-                        used.append(key)
-        return found, used
+            for key, value, stored in rows:
+                if type(key) is bytes and type(value) is bytes and stored >= not_before:
+                    found[key] = Found(value, stored)
+        return found
 
-    def write(self, changes: Changes) -> None:
-        """Make all changes in one transaction, and evict what is then too much."""
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """Give the connection for changes that are made together, while nobody else writes."""
         if self.replaced:
             raise FileReplaced("the file was taken away")
+        with self._lock, self.cache.transact():
+            yield self.cache._con  # noqa: SLF001
+
+    def write(self, changes: Changes, recent: Mapping[bytes, Use] | None = None) -> None:
+        """Make all changes in one transaction, and room for them before.
+
+        `recent` has uses that are not written yet; for them, too, an entry is not evicted.
+        """
         if changes.records and shutil.disk_usage(self.folder).free < FREE_BYTES:
             raise OSError("the file system is nearly full; nothing is written")
-        now = time.time()
-        with self._lock, self.cache.transact():
-            many = self.cache._con.executemany  # noqa: SLF001 - ten times quicker than one by one
-            many(_DELETE, changes.dead)
-            many(_TOUCH, ((now, address, now - TOUCH_SECONDS) for address in changes.used))
-            many(_PUT, ((address, now, now, record) for address, record in changes.records.items()))
-            self._evict()
+        with self.transaction() as connection:
+            changes.delete_dead(connection)
+            lengths = [len(kept.record) for kept in changes.records.values()]
+            there_is_room = self._make_room(eviction.pages_for(lengths), changes, recent or {})
+            changes.put(connection)
+            if not there_is_room:
+                self._make_room(0, Changes(), {})
 
-    def _evict(self) -> None:
-        """Delete the entries used longest ago, as many as bring the file back under its limit.
+    def _make_room(self, wanted: int, changes: Changes, recent: Mapping[bytes, Use]) -> bool:
+        def used_at(address: bytes) -> int:
+            use = changes.used.get(address) or recent.get(address)
+            return use.at if use else 0
 
-        Freed pages are used again by later writes, so the file stays at its limit and its size is
-        pages in use, not pages in the file.
-        """
-        sql = self.cache._sql  # noqa: SLF001
-        ((pages,),) = sql("PRAGMA page_count")
-        ((free,),) = sql("PRAGMA freelist_count")
-        used = (pages - free) * PAGE_BYTES
-        if used <= self._size_limit:
-            return
-        ((entries,),) = sql("SELECT value FROM Settings WHERE key = 'count'")
-        share = (used - self._size_limit) / used
-        sql(
-            "DELETE FROM Cache WHERE rowid IN"
-            " (SELECT rowid FROM Cache ORDER BY access_time LIMIT ?)",
-            (math.ceil(entries * share),),
-        )
+        pinned = {
+            number
+            for number, namespace in self.sql("SELECT id, namespace FROM Partitions")
+            if namespace in self._pinned
+        }
+        room = eviction.make_room(self.sql, self._most_pages, wanted, used_at, pinned)
+        if not room and pinned and wanted < self._most_pages // 2:
+            raise OSError("the store is full of what is pinned; nothing is written")
+        return room
 
 
 def set_aside(folder: Path) -> Path:
@@ -225,9 +218,12 @@ def set_aside(folder: Path) -> Path:
 
 def is_damage(error: BaseException) -> bool:
     """Tell whether an error means that the file itself is unusable, now and later."""
-    # OperationalError is about the moment: locked, full, no such file.
+    if isinstance(error, sqlite3.OperationalError):
+        # Nearly all of these are about the moment: locked, full, no such file. But a damaged
+        # schema may lack what every store has.
+        return str(error).startswith(("no such table", "no such column", "malformed"))
     return isinstance(error, sqlite3.DatabaseError) and not isinstance(
-        error, sqlite3.OperationalError | sqlite3.IntegrityError | sqlite3.ProgrammingError
+        error, sqlite3.IntegrityError | sqlite3.ProgrammingError
     )
 
 

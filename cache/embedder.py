@@ -4,6 +4,7 @@ It counts each input exactly once: `inputs = duplicates + hits + joins + misses`
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ from providers.base import (
 
 from . import flight
 from .flight import Fill, Flights
-from .key import DEFAULT_NAMESPACE, Key, Namespace, keyring
+from .key import Key, Keyring, Namespace, keyring
 from .record import Entry
 from .tiers import Tiers
+from .usage import Usage
 
 
 class Filled(NamedTuple):
@@ -46,42 +48,37 @@ class _Answer(NamedTuple):
 class CachingEmbedder:
     """The cache around an embedder. Tiers and flights are shared by the embedders of all models."""
 
-    def __init__(
-        self,
-        inner: Embedder,
-        tiers: Tiers,
-        flights: Flights[Filled],
-        namespace: Namespace = DEFAULT_NAMESPACE,
-    ) -> None:
+    def __init__(self, inner: Embedder, tiers: Tiers, flights: Flights[Filled]) -> None:
         self._inner = inner
         self._tiers = tiers
         self._flights = flights
-        self._namespace = namespace
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return a vector for each input, asking the wrapped embedder only for unknown ones.
 
         What was asked is on disk when this returns. Raises EmbeddingError.
         """
-        key_of = keyring(space, self._namespace).key
-        keys = [key_of(item) for item in inputs]
+        ring = keyring(space, Namespace(context.namespace))
+        keys = [ring.key(item) for item in inputs]
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
-        found = await self._tiers.get_many(list(distinct), space.dimensions)
+        found = await self._tiers.get_many(list(distinct), ring.partition)
         answers = {key: _Answer(entry, Outcome.HIT) for key, entry in found.items()}
         providers: tuple[str, ...] = ()
         if len(answers) < len(distinct):
             missing = {key: item for key, item in distinct.items() if key not in answers}
             try:
                 async with asyncio.timeout_at(context.deadline):
-                    bought, providers = await self._obtain(space, missing, context, landed)
+                    bought, providers = await self._obtain(ring, missing, context, landed)
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
-        return _assemble(keys, answers, providers)
+        answer = _assemble(keys, answers, providers)
+        self._tiers.count(ring.partition, _not_bought(answer))
+        return answer
 
     async def _obtain(
-        self, space: Space, missing: Mapping[Key, Input], context: Context, landed: int
+        self, ring: Keyring, missing: Mapping[Key, Input], context: Context, landed: int
     ) -> tuple[dict[Key, _Answer], tuple[str, ...]]:
         """Get what no tier had: wait for fills in progress, start one for the rest."""
         joins, leads = self._flights.part(list(missing))
@@ -92,7 +89,7 @@ class CachingEmbedder:
             # these: then it is neither among the fills nor among what was found. Look again.
             look_again = landed != self._flights.landed
             items = {key: missing[key] for key in leads}
-            work = self._fill(space, items, context, look_again=look_again)
+            work = self._fill(ring, items, context, look_again=look_again)
             own = self._flights.lead(leads, work, context.deadline)
             fills.add(own)
         await flight.wait(fills)
@@ -114,27 +111,38 @@ class CachingEmbedder:
                     raise
                 again[key] = missing[key]
         if again:
-            more, their = await self._obtain(space, again, context, landed)
+            more, their = await self._obtain(ring, again, context, landed)
             answers.update(more)
             providers += tuple(name for name in their if name not in providers)
         return answers, providers
 
     async def _fill(
-        self, space: Space, items: Mapping[Key, Input], context: Context, *, look_again: bool
+        self, ring: Keyring, items: Mapping[Key, Input], context: Context, *, look_again: bool
     ) -> Filled:
         """Ask, store, hand out. A failure stores nothing and is everyone's who waits."""
         keys = list(items)
-        found = await self._tiers.get_many(keys, space.dimensions) if look_again else {}
+        found = await self._tiers.get_many(keys, ring.partition) if look_again else {}
         wanted = [key for key in keys if key not in found]
         if not wanted:
             return Filled(found, frozenset(), ())
-        embedded = await self._inner.embed(space, [items[key] for key in wanted], context)
+        embedded = await self._inner.embed(ring.space, [items[key] for key in wanted], context)
         bought = {
             key: Entry(vector, tokens, embedded.counted, key.digest)
             for key, vector, tokens in zip(wanted, embedded.vectors, embedded.tokens, strict=True)
         }
-        await self._tiers.put_many(bought)
+        await self._tiers.put_many(bought, ring.partition)
         return Filled({**found, **bought}, frozenset(bought), embedded.providers)
+
+
+def _not_bought(answer: Embedded) -> Usage:
+    """Return the sums of what an answer did not buy; purchases are summed where they are kept."""
+    counts = Counter(answer.outcomes)
+    return Usage(
+        hits=counts[Outcome.HIT],
+        joins=counts[Outcome.JOIN],
+        duplicates=counts[Outcome.DUPLICATE],
+        tokens_saved=sum(answer.tokens) - answer.tokens_billed,
+    )
 
 
 def _is_the_leaders_own(error: EmbeddingError, fill: Fill[Filled], wanted: Collection[Key]) -> bool:

@@ -18,6 +18,8 @@ import xxhash
 
 from providers.base import Input, InputRefused, Space
 
+from .row import Partition
+
 FORMAT = 1
 """Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
 
@@ -50,6 +52,9 @@ class Keyring:
     """Makes the keys of one namespace and one space; what they share is hashed once."""
 
     def __init__(self, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> None:
+        self.space = space
+        self.partition = Partition(namespace.name, space.label, space.dimensions)
+        """Where the entries belong: what is counted and purged together."""
         parts = [part(b"v", struct.pack("<I", FORMAT)), part(b"n", namespace.name.encode())]
         parts.append(part(b"m", space.name.encode()))
         for name, value in space.parameters:

@@ -1,12 +1,22 @@
 """The memory tier: entries by address, bounded in bytes, least recently used out first."""
 
+import math
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .record import Entry
 
-# What an entry takes besides its vector: a tuple, an address, a digest, two numbers, and its place
-# in the map. Measured with sys.getsizeof on CPython 3.11, 64 bit.
-_OVERHEAD = 360
+# What an entry takes besides its vector: two tuples, an address, a digest, three numbers, and its
+# place in the map. Measured with sys.getsizeof on CPython 3.11, 64 bit.
+_OVERHEAD = 440
+
+
+class _Kept(NamedTuple):
+    entry: Entry
+    until: float
+    """Seconds since 1970."""
 
 
 class Memory:
@@ -15,10 +25,15 @@ class Memory:
     It keeps entries whose record was verified; the caller compares the digest on every read.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(
+        self, limit: int, ttl_s: float | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`ttl_s` is how long after it was stored an entry may be served, in seconds."""
         self._limit = limit
+        self._ttl_s = ttl_s
+        self._clock = clock
         self._size = 0
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._entries: OrderedDict[bytes, _Kept] = OrderedDict()
 
     @property
     def size(self) -> int:
@@ -30,21 +45,37 @@ class Memory:
 
     def get(self, address: bytes) -> Entry | None:
         """Return an entry and note that it was used."""
-        entry = self._entries.get(address)
-        if entry is not None:
-            self._entries.move_to_end(address)
-        return entry
+        kept = self._entries.get(address)
+        if kept is None:
+            return None
+        if self._ttl_s is not None and kept.until <= self._clock():
+            self._drop(address)
+            return None
+        self._entries.move_to_end(address)
+        return kept.entry
 
-    def put(self, address: bytes, entry: Entry) -> None:
-        """Keep an entry, and drop the least recently used ones for it as needed."""
+    def put(self, address: bytes, entry: Entry, stored: float | None = None) -> None:
+        """Keep an entry, and drop the least recently used ones for it as needed.
+
+        `stored` is when it was bought, in seconds since 1970; None = now.
+        """
         size = len(entry.vector) + _OVERHEAD
         if size > self._limit:
             return
-        replaced = self._entries.pop(address, None)
-        if replaced is not None:
-            self._size -= len(replaced.vector) + _OVERHEAD
-        self._entries[address] = entry
+        if address in self._entries:
+            self._drop(address)
+        until = math.inf
+        if self._ttl_s is not None:
+            until = (self._clock() if stored is None else stored) + self._ttl_s
+        self._entries[address] = _Kept(entry, until)
         self._size += size
         while self._size > self._limit:
-            _, dropped = self._entries.popitem(last=False)
-            self._size -= len(dropped.vector) + _OVERHEAD
+            self._drop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._entries.clear()
+        self._size = 0
+
+    def _drop(self, address: bytes) -> None:
+        self._size -= len(self._entries.pop(address).entry.vector) + _OVERHEAD

@@ -5,198 +5,191 @@ One thread reads, one writes; all that waits for the writer goes into one transa
 Failure licence: a read that fails is a miss, a write that fails is a line in the log; neither
 raises. What `put_many` has returned True for is on disk: after a kill −9 it is there. A power cut
 may take the last transactions (SQLite's WAL with synchronous=NORMAL), never the file's consistency.
-A damaged file is moved aside and a fresh one opened; one that was deleted or replaced is let go.
-A tier that keeps failing is left alone for a while, so that nobody waits for it again and again.
+What could not be written is kept in memory and tried again. A damaged file is moved aside and a
+fresh one opened; one that was deleted or replaced is let go. A tier that keeps failing is left
+alone for a while, so that nobody waits for it again and again.
 """
 
 import asyncio
-import contextlib
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
-from . import database
-from .database import FAILURES, Changes, Database, FileReplaced, is_damage
-from .key import FORMAT
-from .lock import WriterLock
+from . import purge
+from .changes import Changes, Found, Kept, Use
+from .database import FAILURES, is_damage
+from .disk import Disk, StoreError
 from .rest import Rest
+from .row import Partition
+from .usage import Usage
+from .writer import Writer
 
 log = logging.getLogger("embedding_proxy.store")
 
-T = TypeVar("T")
+__all__ = ["Store", "StoreError"]
 
 READ_SECONDS = 5.0
 """The longest wait for a read. Generous: what is taken for a miss is paid for again."""
-MOST_USED = 100_000
-"""The most uses remembered between two writes; further ones are forgotten."""
-
-
-class StoreError(Exception):
-    """The directory cannot be used as a store; the message says why."""
+TICK_SECONDS = 1.0
+FLUSH_TICKS = 10
+"""What can wait is written every so many ticks."""
+EXPIRY_TICKS = 600
 
 
 class Store:
     """Records on disk, of at most about `size_limit` bytes. Open it with `async with`.
 
     `directory` gets a folder for this format version; another version's files are left alone.
+    Records older than `ttl_s` seconds are misses, and deleted in time. Those of namespaces in
+    `pinned` are never evicted. `on_purge` is called when another process has deleted entries.
     """
 
-    def __init__(self, directory: Path, size_limit: int) -> None:
-        self.folder = directory / f"v{FORMAT}"
-        self._size_limit = size_limit
-        self._database: Database | None = None
+    def __init__(
+        self,
+        directory: Path,
+        size_limit: int,
+        *,
+        ttl_s: float | None = None,
+        pinned: Collection[str] = (),
+        on_purge: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._disk = Disk(directory, size_limit, pinned)
+        self._ttl_s = ttl_s
+        self.on_purge = on_purge
         self._closing = False
-        self._lock: WriterLock | None = None
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
-        self._reading, self._writing = Rest(), Rest()
-        self._replacing = asyncio.Lock()
-        self._changes = Changes()
-        # What those will be told whose changes wait for the writer, and the task that writes.
-        self._landing: asyncio.Future[bool] | None = None
-        self._drain: asyncio.Task[None] | None = None
+        self._writer = Writer(self._disk)
+        self._pending = self._writer.pending
+        self._reading = Rest()
+        self._ticking: asyncio.Task[None] | None = None
+        self._purges = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the file lies."""
+        return self._disk.folder
 
     async def __aenter__(self) -> Self:
         """Open the file. Raises StoreError if the directory cannot be used."""
-        try:
-            self._database = await _in(self._writer, self._open)
-        except FAILURES as error:
-            self._shut_down()
-            raise StoreError(f"{self.folder}: {error}") from error
+        await self._disk.open()
+        self._purges = await self._purges_so_far() or 0
+        self._ticking = asyncio.create_task(self._tick_for_ever())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._closing = True
-        if self._drain is not None:
-            await self._drain
-        if self._database is not None:
-            await self._close(self._database)
-            self._database = None
-        self._shut_down()
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.wait([self._ticking])
+        await self._writer.finish()
+        await self._disk.close()
 
-    async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, bytes]:
+    async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
         """Return the records that are there, by address. Never raises."""
-        source = self._database
+        found = await self._read(addresses)
+        if self._pending.backlog and len(found) < len(addresses):
+            now = time.time()
+            for address in addresses:
+                kept = self._pending.backlog.get(address)
+                if kept is not None and address not in found:
+                    found[address] = Found(kept.record, kept.stored or now)
+        return found
+
+    async def _read(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
+        source = self._disk.file
         if source is None or self._closing or not addresses or self._reading.resting:
             return {}
+        not_before = time.time() - self._ttl_s if self._ttl_s else 0.0
         try:
             async with asyncio.timeout(READ_SECONDS):
-                found, used = await _in(self._reader, partial(source.read_many, addresses))
+                work = partial(source.read_many, addresses, not_before=not_before)
+                found = await self._disk.read(work)
         except FAILURES as error:
             self._reading.failed()
             log.warning("reading from the disk tier failed, taken as a miss: %s", error)
             if is_damage(error):
-                await self._replace(source)
+                await self._writer.replace(source)
             return {}
         self._reading.succeeded()
-        self.touch(used)
         return found
 
-    async def put_many(self, records: Mapping[bytes, bytes]) -> bool:
+    async def put_many(
+        self, records: Mapping[bytes, bytes], partition: Partition | None = None
+    ) -> bool:
         """Write records, all or none; return whether they are on disk. Never raises."""
-        if self._database is None or self._closing or self._writing.resting:
+        now = time.time()
+        kept = {a: Kept(record, partition, now) for a, record in records.items()}
+        if self._cannot_write:
+            if self._ticking is not None and not self._closing:
+                self._pending.failed(Changes(records=kept))
             return False
-        self._changes.records.update(records)
-        return await self._written()
+        self._pending.changes.records.update(kept)
+        return await self._writer.written()
 
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
         """Delete records that were found to be bad, unless they were replaced since."""
-        if self._database is None or self._closing or self._writing.resting:
+        if self._cannot_write:
             return False
-        self._changes.dead.extend(dead.items())
-        return await self._written()
+        self._pending.changes.dead.extend(dead.items())
+        return await self._writer.written()
 
-    def touch(self, addresses: Iterable[bytes]) -> None:
-        """Note that entries were used; it is written with the next change, not for its own sake."""
-        if len(self._changes.used) < MOST_USED:
-            self._changes.used.update(addresses)
+    def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
+        """Note that entries were used; it is written in a while, not for its own sake."""
+        self._pending.touch(addresses, Use(int(1000 * time.time()), partition))
 
-    async def _written(self) -> bool:
-        """Wait until all changes so far are on disk, or have failed to get there."""
-        if self._landing is None:
-            self._landing = asyncio.get_running_loop().create_future()
-        landing = self._landing
-        if self._drain is None:
-            self._drain = asyncio.create_task(self._write_out())
-        return await asyncio.shield(landing)
+    def count(self, partition: Partition, usage: Usage) -> None:
+        """Add to the sums of what was answered; written with the next change, or in a while."""
+        self._pending.changes.count(int(time.time() // 86_400), partition, usage)
 
-    async def _write_out(self) -> None:
-        while self._landing is not None:
-            changes, self._changes = self._changes, Changes()
-            landing, self._landing = self._landing, None
-            landed = False
+    @property
+    def _cannot_write(self) -> bool:
+        return self._closing or not self._writer.ready
+
+    async def _tick_for_ever(self) -> None:
+        for tick in itertools.count(1):
+            await asyncio.sleep(TICK_SECONDS)
             try:
-                landed = await self._write(changes)
-            finally:
-                landing.set_result(landed)
-        self._drain = None
+                await self._tick(tick)
+            except Exception:
+                # Nobody awaits this task: were it to end, nothing would be flushed any more.
+                log.exception("the disk tier's upkeep failed")
 
-    async def _write(self, changes: Changes) -> bool:
-        for last_try in (False, True):
-            target = self._database
-            if target is None:
-                return False
+    async def _tick(self, tick: int) -> None:
+        """Do what is to be done now and then: open, look for purges, write what could wait."""
+        if self._disk.file is None and not self._writer.rest.resting:
             try:
-                await _in(self._writer, partial(target.write, changes))
-            except FAILURES as error:
-                if not last_try and (is_damage(error) or isinstance(error, FileReplaced)):
-                    await self._replace(target)
-                    continue
-                self._writing.failed()
-                count = len(changes.records)
-                log.warning("writing to the disk tier failed, %d not kept: %s", count, error)
-                return False
-            else:
-                break
-        self._writing.succeeded()
-        return True
+                await self._disk.try_again()
+            except FAILURES:
+                self._writer.rest.failed()
+        purges = await self._purges_so_far()
+        if purges is not None and purges != self._purges:
+            self._purges = purges
+            self.on_purge()
+        if tick % FLUSH_TICKS == 0:
+            await self._writer.flush()
+        if self._ttl_s and tick % EXPIRY_TICKS == 1:
+            await self._expire(time.time() - self._ttl_s)
 
-    async def _replace(self, old: Database) -> None:
-        """Let go of a file that cannot be used any more, and open a fresh one."""
-        async with self._replacing:
-            if self._database is not old or self._closing:
-                return
-            await self._close(old)
-            try:
-                aside = await _in(self._writer, old.set_aside)
-                if aside is not None:
-                    log.error("%s is damaged: moved to %s, a new one is begun", old.path, aside)
-                else:
-                    log.warning("%s was taken away or replaced: opened anew", old.path)
-                self._database = await _in(self._writer, self._open)
-            except FAILURES as error:
-                self._writing.failed()
-                log.error("the disk tier cannot be opened anew: %s", error)  # noqa: TRY400 - a line
-
-    def _open(self) -> Database:
-        self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self._lock is None:
-            self._lock = WriterLock(self.folder.parent / "writer.lock", database.BUSY_SECONDS)
+    async def _purges_so_far(self) -> int | None:
+        source = self._disk.file
+        if source is None or self._reading.resting:
+            return None
         try:
-            return Database(self.folder, self._size_limit, self._lock)
+            return await self._disk.read(partial(purge.so_far, source))
+        except FAILURES:
+            # Whatever it is, the next reading of records finds it, and says so.
+            return None
+
+    async def _expire(self, before: float) -> None:
+        target = self._disk.file
+        if target is None or not self._writer.ready:
+            return
+        try:
+            steps = purge.delete(target, purge.Choice(stored_before=before))
+            while await self._disk.write(partial(next, steps, None)) is not None:
+                pass
         except FAILURES as error:
-            if not is_damage(error):
-                raise
-        with self._lock:
-            aside = database.set_aside(self.folder)
-        log.error("%s is damaged: moved to %s, a new one is begun", self.folder, aside)
-        return Database(self.folder, self._size_limit, self._lock)
-
-    async def _close(self, old: Database) -> None:
-        # Each thread has a connection of its own; the writer's goes last and checkpoints.
-        for thread in (self._reader, self._writer):
-            with contextlib.suppress(*FAILURES):
-                await _in(thread, old.close)
-
-    def _shut_down(self) -> None:
-        self._reader.shutdown()
-        self._writer.shutdown()
-        if self._lock is not None:
-            self._lock.close()
-
-
-async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, work)
+            log.warning("deleting expired entries failed: %s", error)

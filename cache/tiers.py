@@ -11,7 +11,9 @@ from . import record
 from .key import Key
 from .memory import Memory
 from .record import Entry
+from .row import Partition
 from .store import Store
+from .usage import Usage
 
 
 @dataclass(slots=True)
@@ -31,22 +33,26 @@ class Tiers:
     def __init__(self, memory: Memory, store: Store) -> None:
         self._memory = memory
         self._store = store
+        store.on_purge = memory.clear
         self.counters = TierCounters()
 
-    async def get_many(self, keys: Sequence[Key], dimensions: int) -> dict[Key, Entry]:
-        """Return the verified entries that are at hand; those from disk are kept in memory."""
+    async def get_many(self, keys: Sequence[Key], partition: Partition) -> dict[Key, Entry]:
+        """Return the verified entries that are at hand; those from disk are kept in memory.
+
+        The keys are of one partition.
+        """
         found: dict[Key, Entry] = {}
         missing: list[Key] = []
         for key in keys:
             entry = self._memory.get(key.address)
-            if entry is not None and _is_for(entry, key, dimensions):
+            if entry is not None and _is_for(entry, key, partition.dimensions):
                 found[key] = entry
             else:
                 missing.append(key)
         self.counters.memory_hits += len(found)
-        self._store.touch(key.address for key in found)
         if missing:
-            found.update(await self._from_disk(missing, dimensions))
+            found.update(await self._from_disk(missing, partition.dimensions))
+        self._store.touch([key.address for key in found], partition)
         return found
 
     async def _from_disk(self, keys: Sequence[Key], dimensions: int) -> dict[Key, Entry]:
@@ -55,23 +61,33 @@ class Tiers:
         found: dict[Key, Entry] = {}
         for key in keys:
             raw = records.get(key.address)
-            entry = None if raw is None else record.decode(raw, key.digest, dimensions)
-            if entry is not None:
+            entry = None if raw is None else record.decode(raw.record, key.digest, dimensions)
+            if raw is not None and entry is not None:
                 del records[key.address]
-                self._memory.put(key.address, entry)
+                self._memory.put(key.address, entry, raw.stored)
                 found[key] = entry
         self.counters.disk_hits += len(found)
         self.counters.misses += len(keys) - len(found)
         if records:
             self.counters.mismatches += len(records)
-            await self._store.delete_many(records)
+            await self._store.delete_many({a: bad.record for a, bad in records.items()})
         return found
 
-    async def put_many(self, entries: Mapping[Key, Entry]) -> None:
-        """Keep entries: on disk first, so that nothing is served that a restart would forget."""
-        await self._store.put_many({k.address: record.encode(e) for k, e in entries.items()})
+    async def put_many(self, entries: Mapping[Key, Entry], partition: Partition) -> None:
+        """Keep entries of one partition: on disk first, so that a restart forgets nothing served.
+
+        What they cost is summed in the same transaction.
+        """
+        billed = sum(entry.tokens for entry in entries.values())
+        self.count(partition, Usage(misses=len(entries), tokens_billed=billed))
+        records = {key.address: record.encode(entry) for key, entry in entries.items()}
+        await self._store.put_many(records, partition)
         for key, entry in entries.items():
             self._memory.put(key.address, entry)
+
+    def count(self, partition: Partition, usage: Usage) -> None:
+        """Add to the sums of what was answered."""
+        self._store.count(partition, usage)
 
 
 def _is_for(entry: Entry, key: Key, dimensions: int) -> bool:

@@ -130,6 +130,8 @@ class Context:
     """Point on the event loop's clock, in seconds, after which no answer is of use."""
     user: str | None = None
     """OpenAI's `user` field, passed on to providers that know it."""
+    namespace: str = ""
+    """The part of the cache that the client may see."""
 
 
 class Embedder(Protocol):

@@ -30,6 +30,7 @@ from .wire import EmbeddingRequest
 
 MIB = 1 << 20
 GIB = 1 << 30
+DAY = 86_400
 
 # Up to this many token ids, decoding is quicker than handing it to a thread.
 _DECODE_INLINE = 8192
@@ -104,10 +105,12 @@ class EmbeddingService:
         """Open the store and the providers. Raises StoreError if the directory cannot be used."""
         cache = self.settings.cache
         async with AsyncExitStack() as stack:
+            ttl_s = cache.ttl_days and cache.ttl_days * DAY
+            size_limit = int(cache.size_limit_gib * GIB)
             store = await stack.enter_async_context(
-                Store(cache.directory, int(cache.size_limit_gib * GIB))
+                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=cache.pinned)
             )
-            self._tiers = Tiers(Memory(int(cache.memory_mib * MIB)), store)
+            self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
             providers = await open_providers(self.settings, stack)
             self.models = make_models(self.settings, providers, self._tiers, self._sleep)
             self._stack = stack.pop_all()

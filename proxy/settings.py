@@ -88,6 +88,8 @@ class Cache(Section):
     directory: Path = Field(default_factory=_default_directory)
     size_limit_gib: Annotated[Number, Field(gt=0, le=1e6)] = 50
     memory_mib: Annotated[Number, Field(ge=0, le=1e7)] = 256
+    ttl_days: Annotated[Number, Field(gt=0)] | None = None
+    pinned: tuple[str, ...] = ()
     mode: Literal["normal"] = "normal"
     shared: None = None
 

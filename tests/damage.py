@@ -34,6 +34,7 @@ def entry_of(key: Key) -> Entry:
 
 
 KEYS = [keyring(SPACE).key(f"input {i}") for i in range(RECORDS)]
+PARTITION = keyring(SPACE).partition
 NEW = keyring(SPACE).key("something new")
 
 
@@ -42,11 +43,11 @@ async def prepare(folder: Path) -> Path:
     good = folder / "good"
     async with Store(folder / "made", SIZE_LIMIT) as store:
         tiers = Tiers(Memory(0), store)
-        await tiers.put_many({key: entry_of(key) for key in KEYS[: RECORDS // 2]})
+        await tiers.put_many({key: entry_of(key) for key in KEYS[: RECORDS // 2]}, PARTITION)
     async with Store(folder / "made", SIZE_LIMIT) as store:
         tiers = Tiers(Memory(0), store)
         for key in KEYS[RECORDS // 2 :]:
-            await tiers.put_many({key: entry_of(key)})
+            await tiers.put_many({key: entry_of(key)}, PARTITION)
         # As a kill would leave it: the log has not been merged.
         shutil.copytree(folder / "made", good)
     for shared in good.rglob("*-shm"):
@@ -73,11 +74,11 @@ async def use(directory: Path) -> Counter[str]:
     seen: Counter[str] = Counter()
     async with Store(directory, SIZE_LIMIT) as store:
         tiers = Tiers(Memory(0), store)
-        found = await tiers.get_many(KEYS, SPACE.dimensions)
+        found = await tiers.get_many(KEYS, PARTITION)
         seen["hits"] = len(found)
         seen["wrong"] = sum(entry != entry_of(key) for key, entry in found.items())
-        await tiers.put_many({NEW: entry_of(NEW)})
-        again = await tiers.get_many([NEW], SPACE.dimensions)
+        await tiers.put_many({NEW: entry_of(NEW)}, PARTITION)
+        again = await tiers.get_many([NEW], PARTITION)
         seen["not written"] = again != {NEW: entry_of(NEW)}
     return seen
 

@@ -69,7 +69,7 @@ async def check(directory: Path, acknowledged: list[bytes]) -> tuple[int, int]:
             some = acknowledged[start : start + 5000]
             found = await store.get_many(some)
             lost += len(some) - len(found)
-            wrong += sum(record != record_of(address) for address, record in found.items())
+            wrong += sum(kept.record != record_of(address) for address, kept in found.items())
     return lost, wrong
 
 

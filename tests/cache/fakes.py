@@ -4,8 +4,11 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from cache.changes import Found
 from cache.key import DEFAULT_NAMESPACE, Key, Namespace, keyring
 from cache.record import Entry
+from cache.row import Partition
+from cache.usage import Usage
 from providers.base import Context, Embedded, Input, Outcome, Space
 
 
@@ -105,17 +108,22 @@ class FakeStore:
         self.records: dict[bytes, bytes] = {}
         self.reads: list[list[bytes]] = []
         self.touched: set[bytes] = set()
+        self.usage = Usage()
+        self.on_purge = lambda: None
         self.broken = False
         """Whether every read finds nothing and every write comes to nothing."""
 
-    async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, bytes]:
+    async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
         self.reads.append(list(addresses))
         await self.reading.through()
-        found = {a: self.records[a] for a in addresses if a in self.records and not self.broken}
+        here = [a for a in addresses if a in self.records and not self.broken]
+        found = {a: Found(self.records[a], 0.0) for a in here}
         await self.reading.through()
         return found
 
-    async def put_many(self, records: Mapping[bytes, bytes]) -> bool:
+    async def put_many(
+        self, records: Mapping[bytes, bytes], partition: Partition | None = None
+    ) -> bool:
         await self.writing.through()
         if not self.broken:
             self.records.update(records)
@@ -128,8 +136,11 @@ class FakeStore:
                 del self.records[address]
         return not self.broken
 
-    def touch(self, addresses: Iterable[bytes]) -> None:
+    def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
         self.touched.update(addresses)
+
+    def count(self, partition: Partition, usage: Usage) -> None:
+        self.usage = self.usage.plus(usage)
 
 
 async def settle() -> None:

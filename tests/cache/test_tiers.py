@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import record
-from cache.key import Key
+from cache.key import Key, keyring
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
@@ -14,6 +14,7 @@ from tests.cache.fakes import FakeStore, entry_of, key_of
 
 SPACE = Space("m", 3)
 MIB = 1 << 20
+PARTITION = keyring(SPACE).partition
 ITEMS = [f"input {i}" for i in range(6)]
 KEYS = {item: key_of(item, SPACE) for item in ITEMS}
 ENTRIES = {key: entry_of(item, SPACE) for item, key in KEYS.items()}
@@ -40,8 +41,8 @@ def _collider(key):
 
 async def test_memory_is_asked_before_disk(tiers, store):
     """What was just kept is found without any read from disk."""
-    await tiers.put_many({KEY: ENTRY})
-    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+    await tiers.put_many({KEY: ENTRY}, PARTITION)
+    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
     assert store.reads == []
     assert tiers.counters == TierCounters(memory_hits=1)
 
@@ -50,8 +51,8 @@ async def test_disk_is_asked_once_for_all_that_memory_lacks(tiers, store):
     """Many keys make one read, of exactly those that are not in memory."""
     here, there = list(ENTRIES)[:2], list(ENTRIES)[2:]
     store.records = {key.address: record.encode(ENTRIES[key]) for key in there[1:]}
-    await tiers.put_many({key: ENTRIES[key] for key in here})
-    found = await tiers.get_many([*there, *here], 3)
+    await tiers.put_many({key: ENTRIES[key] for key in here}, PARTITION)
+    found = await tiers.get_many([*there, *here], PARTITION)
     assert found == {key: ENTRIES[key] for key in [*here, *there[1:]]}
     assert store.reads == [[key.address for key in there]]
     assert tiers.counters == TierCounters(memory_hits=2, disk_hits=3, misses=1)
@@ -61,7 +62,7 @@ async def test_a_hit_on_disk_is_kept_in_memory(tiers, store):
     """The second look-up of what only the disk had does not go to disk."""
     store.records = {KEY.address: record.encode(ENTRY)}
     for _ in range(2):
-        assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+        assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
     assert len(store.reads) == 1
     assert tiers.counters == TierCounters(memory_hits=1, disk_hits=1)
 
@@ -69,9 +70,9 @@ async def test_a_hit_on_disk_is_kept_in_memory(tiers, store):
 async def test_without_memory_the_disk_serves(store):
     """With no memory at all every look-up is a hit on disk."""
     tiers = Tiers(Memory(0), store)
-    await tiers.put_many({KEY: ENTRY})
+    await tiers.put_many({KEY: ENTRY}, PARTITION)
     for _ in range(2):
-        assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+        assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
     assert tiers.counters == TierCounters(disk_hits=2)
 
 
@@ -89,28 +90,28 @@ async def test_a_record_that_does_not_verify_is_a_miss(tiers, store, spoil):
     """Damage and strangers are counted, not served, not kept in memory, and deleted."""
     store.records = {KEY.address: spoil(record.encode(ENTRY))}
     for _ in range(2):
-        assert await tiers.get_many([KEY], 3) == {}
+        assert await tiers.get_many([KEY], PARTITION) == {}
     assert tiers.counters == TierCounters(misses=2, mismatches=1)
     assert store.records == {}
-    await tiers.put_many({KEY: ENTRY})
+    await tiers.put_many({KEY: ENTRY}, PARTITION)
     assert store.records == {KEY.address: record.encode(ENTRY)}
-    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
 
 
 async def test_a_collision_in_memory_is_a_miss(tiers, store):
     """One who has the address but another digest gets nothing, and harms the rightful entry not."""
-    await tiers.put_many({KEY: ENTRY})
+    await tiers.put_many({KEY: ENTRY}, PARTITION)
     store.records.clear()
-    assert await tiers.get_many([_collider(KEY)], 3) == {}
+    assert await tiers.get_many([_collider(KEY)], PARTITION) == {}
     assert tiers.counters == TierCounters(misses=1)
-    assert await tiers.get_many([KEY], 3) == {KEY: ENTRY}
+    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
 
 
 async def test_a_collision_on_disk_is_a_miss_and_counted(store):
     """On disk too the digest decides, and a record about something else is a mismatch."""
     store.records = {KEY.address: record.encode(ENTRY)}
     tiers = Tiers(Memory(MIB), store)
-    assert await tiers.get_many([_collider(KEY)], 3) == {}
+    assert await tiers.get_many([_collider(KEY)], PARTITION) == {}
     assert tiers.counters == TierCounters(misses=1, mismatches=1)
     assert store.records == {}
 
@@ -119,20 +120,20 @@ async def test_colliding_keys_in_one_look_up_are_kept_apart(tiers, store):
     """Two keys of one address in the same call: only the one the record is about gets it."""
     store.records = {KEY.address: record.encode(ENTRY)}
     for _ in range(2):
-        assert await tiers.get_many([_collider(KEY), KEY], 3) == {KEY: ENTRY}
+        assert await tiers.get_many([_collider(KEY), KEY], PARTITION) == {KEY: ENTRY}
 
 
 async def test_what_the_disk_does_not_take_is_kept_in_memory(tiers, store):
     """A write that fails is no error, and the entry is at hand until memory is full."""
     store.broken = True
-    await tiers.put_many({KEY: ENTRY})
-    assert await tiers.get_many([KEY, OTHER], 3) == {KEY: ENTRY}
+    await tiers.put_many({KEY: ENTRY}, PARTITION)
+    assert await tiers.get_many([KEY, OTHER], PARTITION) == {KEY: ENTRY}
     assert store.records == {}
 
 
 async def test_no_keys_ask_nobody(tiers, store):
     """The empty look-up finds nothing and reads nothing."""
-    assert await tiers.get_many([], 3) == {}
+    assert await tiers.get_many([], PARTITION) == {}
     assert store.reads == []
     assert tiers.counters == TierCounters()
 
@@ -140,9 +141,9 @@ async def test_no_keys_ask_nobody(tiers, store):
 async def test_entries_come_back_from_a_real_store(tmp_path):
     """Through the real disk tier, reopened with an empty memory, entries are what they were."""
     async with Store(tmp_path, 1 << 30) as disk:
-        await Tiers(Memory(0), disk).put_many(ENTRIES)
+        await Tiers(Memory(0), disk).put_many(ENTRIES, PARTITION)
     async with Store(tmp_path, 1 << 30) as disk:
-        assert await Tiers(Memory(0), disk).get_many(list(ENTRIES), 3) == ENTRIES
+        assert await Tiers(Memory(0), disk).get_many(list(ENTRIES), PARTITION) == ENTRIES
 
 
 @settings(deadline=None)
@@ -161,10 +162,10 @@ async def test_the_counters_add_up(steps, limit, damaged):
     kept, asked, got = set(), 0, 0
     for is_put, keys in steps:
         if is_put:
-            await tiers.put_many({key: ENTRIES[key] for key in keys})
+            await tiers.put_many({key: ENTRIES[key] for key in keys}, PARTITION)
             kept |= keys
         else:
-            found = await tiers.get_many(list(keys), 3)
+            found = await tiers.get_many(list(keys), PARTITION)
             assert found == {key: ENTRIES[key] for key in keys & kept}
             asked += len(keys)
             got += len(found)
@@ -176,6 +177,6 @@ async def test_the_counters_add_up(steps, limit, damaged):
 
 async def test_a_use_is_told_to_the_disk(tiers, store):
     """What memory serves counts as use on disk too, or it would be driven out there."""
-    await tiers.put_many({KEY: ENTRY})
-    await tiers.get_many([KEY], 3)
+    await tiers.put_many({KEY: ENTRY}, PARTITION)
+    await tiers.get_many([KEY], PARTITION)
     assert store.touched == {KEY.address}

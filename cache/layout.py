@@ -1,0 +1,85 @@
+"""The tables of a store's file beside diskcache's own, and the way from older layouts to this one.
+
+diskcache keeps the records: table `Cache`, some kB a row. What is counted, sorted and changed often
+stands in narrow rows of its own, so that noting a use does not rewrite a page of records.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+PAGE_BYTES = 32_768
+"""Five records of 1,536 dimensions a page: 1.07 bytes on disk a byte kept, 1.34 with 4 KiB."""
+LAYOUT = 1
+"""Kept in `PRAGMA user_version`; a file of an older layout is brought up to it when opened."""
+
+INCREMENTAL = 2
+"""`PRAGMA auto_vacuum`: freed pages can be given back, but nothing is moved at every commit."""
+
+Sql = Callable[..., Any]
+"""Runs one statement with its parameters, and returns the rows."""
+
+_FROM_NONE = (
+    """CREATE TABLE Partitions (
+        id INTEGER PRIMARY KEY, namespace TEXT NOT NULL, space TEXT NOT NULL,
+        dimensions INTEGER NOT NULL, UNIQUE (namespace, space, dimensions))""",
+    # One row a record, under its rowid; times in milliseconds since 1970.
+    """CREATE TABLE Entries (
+        id INTEGER PRIMARY KEY, partition INTEGER, stored INTEGER NOT NULL,
+        used INTEGER NOT NULL)""",
+    "CREATE INDEX Entries_used ON Entries (used)",
+    """CREATE TRIGGER Entries_delete AFTER DELETE ON Cache BEGIN
+        DELETE FROM Entries WHERE id = OLD.rowid; END""",
+    # What was answered, by day (since 1970, UTC) and partition.
+    """CREATE TABLE Usage (
+        day INTEGER NOT NULL, partition INTEGER NOT NULL, hits INTEGER NOT NULL,
+        joins INTEGER NOT NULL, misses INTEGER NOT NULL, duplicates INTEGER NOT NULL,
+        tokens_saved INTEGER NOT NULL, tokens_billed INTEGER NOT NULL,
+        PRIMARY KEY (day, partition)) WITHOUT ROWID""",
+    # What people deleted. Running proxies look here to learn that their memory is out of date.
+    "CREATE TABLE Purges (id INTEGER PRIMARY KEY, at INTEGER NOT NULL, entries INTEGER NOT NULL)",
+    # Of layout 0 the time of the last use is all that can be had without reading every record.
+    """INSERT INTO Entries (id, partition, stored, used)
+        SELECT rowid, NULL, CAST(1000 * access_time AS INTEGER),
+            CAST(1000 * access_time AS INTEGER) FROM Cache""",
+    "DROP INDEX IF EXISTS Cache_access_time",
+)
+_STEPS = {0: _FROM_NONE}
+"""From each older layout the statements that lead to the next."""
+
+
+class NewerLayout(OSError):
+    """The file was written by a newer version, and is left as it is."""
+
+
+def prepare(path: Path) -> None:
+    """Lay out a file that is not there yet, or still empty, as a kill can leave it."""
+    if path.exists() and path.stat().st_size:
+        return
+    # Both hold only if they are set before diskcache sets the journal mode.
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        connection.execute(f"PRAGMA auto_vacuum = {INCREMENTAL}")
+        connection.execute("VACUUM")
+
+
+def check_version(path: Path) -> None:
+    """Raise NewerLayout for a file of a layout that this version does not know."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        ((layout,),) = connection.execute("PRAGMA user_version")
+    if layout > LAYOUT:
+        raise NewerLayout(
+            f"{path} has layout {layout}, this version knows {LAYOUT}:"
+            " use a newer embedding-proxy, or another directory"
+        )
+
+
+def missing_steps(sql: Sql) -> Iterator[str]:
+    """Yield the statements that bring a file to this layout, to be run in one transaction."""
+    ((layout,),) = sql("PRAGMA user_version")
+    for version in range(layout, LAYOUT):
+        yield from _STEPS[version]
+    if layout != LAYOUT:
+        yield f"PRAGMA user_version = {LAYOUT}"

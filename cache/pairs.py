@@ -1,0 +1,92 @@
+"""What people already own: a text and its vector, read one by one from somewhere. Pure.
+
+Only the form is checked here: a text is text, a vector is numbers. Whether a vector is of the right
+width, finite and of this model is for whoever takes the pairs in.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from providers.base import Vector
+from providers.vector import VectorError, from_wire
+
+_MOST_NAMES = 12
+
+
+class Pair(NamedTuple):
+    """A text and its vector."""
+
+    text: str
+    vector: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What stands in place of a pair that cannot be used; the next one may be good."""
+
+    where: str
+    """`line 17`, `row 5`, `point 3`; lines and rows are counted from 1."""
+    why: str
+
+
+class SourceError(Exception):
+    """The source as a whole cannot be read, or not to its end. One line, with the remedy."""
+
+
+class Source(Protocol):
+    """Pairs that can be read again and again, each time from the start, never all in memory."""
+
+    @property
+    def name(self) -> str:
+        """What the source is called in messages."""
+        ...
+
+    def __iter__(self) -> Iterator[Pair | Refused]:
+        """Give one item for each thing read. Raises SourceError when reading cannot go on."""
+        ...
+
+
+def to_pair(where: str, text: object, vector: object) -> Pair | Refused:
+    r"""Make a pair of what was read; `vector` is a list of numbers, base64, or float32 bytes.
+
+    >>> to_pair("line 1", "a", [1, 2])
+    Pair(text='a', vector=b'\x00\x00\x80?\x00\x00\x00@')
+    >>> to_pair("line 2", "", [1, 2])
+    Refused(where='line 2', why='the text is empty')
+    """
+    text = to_text(where, text)
+    if isinstance(text, Refused):
+        return text
+    if isinstance(vector, bytes):
+        return Pair(text, vector)
+    try:
+        return Pair(text, from_wire(vector))
+    except VectorError as error:
+        return Refused(where, f"the vector: {error}")
+
+
+def to_text(where: str, text: object) -> str | Refused:
+    """Return the text if it is one."""
+    if text is None:
+        return Refused(where, "the text is missing")
+    if not isinstance(text, str):
+        return Refused(where, "the text is not a string")
+    if not text:
+        return Refused(where, "the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Refused(where, "the text holds half of a surrogate pair")
+    return text
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names for the end of a message: sorted, and not too many.
+
+    >>> listed({"b", "a"})
+    '`a`, `b`'
+    """
+    found = [f"`{name}`" for name in sorted(set(names))]
+    more = len(found) - _MOST_NAMES
+    return ", ".join(found[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

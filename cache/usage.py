@@ -1,0 +1,29 @@
+"""What was answered, and how: counts that are summed by day and partition."""
+
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """Sums over inputs: `inputs = duplicates + hits + joins + misses`."""
+
+    hits: int = 0
+    joins: int = 0
+    misses: int = 0
+    duplicates: int = 0
+    tokens_saved: int = 0
+    """Tokens of all that was not bought for the request that asked."""
+    tokens_billed: int = 0
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Return the sums of both."""
+        return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def inputs(self) -> int:
+        """All inputs."""
+        return self.hits + self.joins + self.misses + self.duplicates
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of inputs for which nothing was bought, 0…1; 0 without inputs."""
+        return 1 - self.misses / self.inputs if self.inputs else 0.0

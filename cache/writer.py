@@ -1,0 +1,102 @@
+"""The writing half of the disk tier: all that waits goes into one transaction, one at a time.
+
+What could not be written is kept in memory, as far as there is room, and tried again.
+"""
+
+import asyncio
+import logging
+from functools import partial
+
+from .changes import Changes
+from .database import FAILURES, Database, FileReplaced, is_damage
+from .disk import Disk
+from .pending import Pending
+from .rest import Rest
+
+log = logging.getLogger("embedding_proxy.store")
+
+
+class Writer:
+    """Writes what is pending. For one thread: the event loop's. Never raises."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self.rest = Rest()
+        self.pending = Pending()
+        # What those will be told whose changes wait, and the task that writes them.
+        self._landing: asyncio.Future[bool] | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a file, and it is not left alone."""
+        return self._disk.file is not None and not self.rest.resting
+
+    async def written(self) -> bool:
+        """Wait until all changes so far are on disk, or have failed to get there."""
+        if self._landing is None:
+            self._landing = asyncio.get_running_loop().create_future()
+        landing = self._landing
+        if self._drain is None:
+            self._drain = asyncio.create_task(self._write_out())
+        return await asyncio.shield(landing)
+
+    async def _write_out(self) -> None:
+        while self._landing is not None:
+            changes = self.pending.take()
+            landing, self._landing = self._landing, None
+            landed = False
+            try:
+                landed = await self._write(changes)
+            except Exception:
+                # Those who wait must hear of it, and those who come later need a writer.
+                log.exception("writing to the disk tier failed")
+            finally:
+                landing.set_result(landed)
+        self._drain = None
+
+    async def _write(self, changes: Changes) -> bool:
+        for last_try in (False, True):
+            target = self._disk.file
+            if target is None:
+                break
+            try:
+                await self._disk.write(partial(target.write, changes, self.pending.uses))
+            except FAILURES as error:
+                if not last_try and (is_damage(error) or isinstance(error, FileReplaced)):
+                    await self.replace(target)
+                    continue
+                self.rest.failed()
+                count = len(changes.records)
+                why = str(error) or "it is locked"
+                log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
+                break
+            else:
+                self.rest.succeeded()
+                self.pending.written(changes.records)
+                return True
+        self.pending.failed(changes)
+        return False
+
+    async def finish(self) -> None:
+        """Wait for what is being written, and write what could wait."""
+        if self._drain is not None:
+            await self._drain
+        await self.flush()
+        if self.pending.backlog:
+            log.error("%d records could not be kept on disk", len(self.pending.backlog))
+
+    async def flush(self) -> None:
+        """Write what could wait, some thousand rows a transaction."""
+        while self.ready:
+            changes = self.pending.take_what_can_wait()
+            if changes is None or not await self._write(changes):
+                return
+
+    async def replace(self, old: Database) -> None:
+        """Let go of a file that cannot be used any more, and open a fresh one."""
+        try:
+            await self._disk.replace(old)
+        except FAILURES as error:
+            self.rest.failed()
+            log.error("the disk tier cannot be opened anew: %s", error)  # noqa: TRY400 - a line

@@ -1,0 +1,132 @@
+"""Pairs from Parquet: a column of text, one of lists of numbers. The only importer of pyarrow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache.pairs import Pair, Refused, SourceError, listed, to_pair
+
+if TYPE_CHECKING:
+    from pyarrow import Array, DataType
+    from pyarrow.parquet import ParquetFile
+
+_ROWS = 256
+"""Rows held at a time: some megabytes, even of the widest vectors in float64."""
+_READ_AHEAD = 1 << 20
+"""Bytes read ahead of each column; without a limit, all of a row group is read at once."""
+
+
+class Parquet:
+    """A Parquet file. Numbers of any width are rounded to float32, as those of JSON are."""
+
+    def __init__(self, path: Path, text: str = "text", vector: str = "embedding") -> None:
+        self.name = str(path)
+        self._path = path
+        self._text = text
+        self._vector = vector
+        with self._file() as file:
+            kind = self._type(file, text)
+            if not _is_text(kind):
+                raise SourceError(f"{path}: column `{text}` holds {kind}, not text")
+            kind = self._type(file, vector)
+            if not _is_vector(kind):
+                raise SourceError(f"{path}: column `{vector}` holds {kind}, not lists of numbers")
+
+    def __iter__(self) -> Iterator[Pair | Refused]:
+        row = 0
+        with self._file() as file:
+            columns = [self._text, self._vector]
+            for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+                texts = _texts(batch.column(self._text))
+                vectors = _vectors(batch.column(self._vector))
+                for text, vector in zip(texts, vectors, strict=True):
+                    row += 1
+                    yield _pair(f"row {row}", text, vector)
+
+    def _type(self, file: "ParquetFile", name: str) -> "DataType":
+        names = file.schema_arrow.names
+        if name not in names:
+            raise SourceError(f"{self.name} has no column `{name}`; columns: {listed(names)}")
+        if names.count(name) > 1:
+            raise SourceError(f"{self.name} has more than one column `{name}`")
+        return file.schema_arrow.field(name).type
+
+    @contextmanager
+    def _file(self) -> Iterator["ParquetFile"]:
+        """Open the file; what the library raises meanwhile becomes a SourceError."""
+        try:
+            from pyarrow.lib import ArrowException  # noqa: PLC0415 - an extra, and slow to import
+            from pyarrow.parquet import ParquetFile  # noqa: PLC0415
+        except ImportError as error:
+            remedy = "pip install 'embedding-proxy[parquet]'"
+            raise SourceError(f"Parquet needs more: {remedy}") from error
+        try:
+            with ParquetFile(
+                self._path,
+                buffer_size=_READ_AHEAD,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            ) as file:
+                yield file
+        except (ArrowException, OSError) as error:
+            what = " ".join(str(error).split())
+            raise SourceError(f"{self.name} cannot be read as Parquet: {what}") from error
+
+
+def _is_text(kind: "DataType") -> bool:
+    from pyarrow import types  # noqa: PLC0415
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_vector(kind: "DataType") -> bool:
+    from pyarrow import types  # noqa: PLC0415
+
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(lists and (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)))
+
+
+def _texts(column: "Array") -> list[bytes | None]:
+    """Return the texts undecoded: Arrow does not promise that they are UTF-8."""
+    from pyarrow import large_binary, types  # noqa: PLC0415
+
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    texts: list[bytes | None] = column.cast(large_binary()).to_pylist()
+    return texts
+
+
+def _vectors(column: "Array") -> Iterator[bytes | str]:
+    """Give each list as float32 bytes, or say why it cannot be."""
+    from pyarrow import float32, types  # noqa: PLC0415
+
+    if types.is_fixed_size_list(column.type):
+        size, first = column.type.list_size, column.offset
+        ends = [size * row for row in range(first, first + len(column) + 1)]
+    else:
+        ends = column.offsets.to_pylist()
+    # Only the numbers of this batch: what lies under it may be longer.
+    numbers = column.values.slice(ends[0], ends[-1] - ends[0]).cast(float32(), safe=False)
+    data = memoryview(numbers.buffers()[1] or b"")[4 * numbers.offset :]
+    for there, begin, end in zip(column.is_valid().to_pylist(), ends, ends[1:], strict=False):
+        start, length = begin - ends[0], end - begin
+        if not there:
+            yield "the vector: is missing"
+        elif numbers.null_count and numbers.slice(start, length).null_count:
+            yield "the vector: holds something that is not a number"
+        else:
+            yield bytes(data[4 * start : 4 * (start + length)])
+
+
+def _pair(where: str, text: bytes | None, vector: bytes | str) -> Pair | Refused:
+    try:
+        words = None if text is None else text.decode()
+    except UnicodeDecodeError:
+        return Refused(where, "the text is not UTF-8")
+    pair = to_pair(where, words, b"" if isinstance(vector, str) else vector)
+    if isinstance(pair, Pair) and isinstance(vector, str):
+        return Refused(where, vector)
+    return pair
