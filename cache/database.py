@@ -158,7 +158,7 @@ class Database:
         for some in _chunks(addresses, ADDRESSES_A_SELECT):
             marks = ",".join("?" * len(some))
             rows = self.sql(
-                "SELECT key, value, store_time FROM Cache"  # noqa: S608
+                "SELECT key, value, store_time FROM Cache"
                 f" WHERE raw = 1 AND mode = ? AND key IN ({marks})",
                 (_RAW, *some),
             )

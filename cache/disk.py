@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +35,32 @@ def lock_of(directory: Path) -> WriterLock:
 def folder_of(directory: Path) -> Path:
     """Return the folder of this format version; another version's files are left alone."""
     return directory / f"v{FORMAT}"
+
+
+@contextlib.contextmanager
+def opened(
+    directory: Path, size_limit: int, pinned: Collection[str] = (), *, create: bool = False
+) -> Iterator[Database]:
+    """Give the file of a store for one thread's use, beside proxies that may be running.
+
+    Raises StoreError if there is none and it is not to be made, or for what fails in the body.
+    """
+    folder = folder_of(directory)
+    if not create and not _is_there(folder / database.FILE_NAME):
+        raise StoreError(f"{folder}: there is no store yet; the proxy makes it at its first start")
+    try:
+        with (
+            contextlib.closing(lock_of(directory)) as lock,
+            contextlib.closing(Database(folder, size_limit, lock, pinned)) as file,
+        ):
+            yield file
+    except FAILURES as error:
+        raise StoreError(f"{folder}: {str(error) or 'another process keeps it locked'}") from error
+
+
+def is_damaged(error: StoreError) -> bool:
+    """Tell whether the store cannot be used because its file is damaged."""
+    return error.__cause__ is not None and is_damage(error.__cause__)
 
 
 class Disk:

@@ -27,10 +27,10 @@ class Choice:
 
 def count(database: Database, choice: Choice) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
-    where, values = _where(choice)
+    condition, values = where(choice)
     ((entries, size),) = database.sql(
-        "SELECT count(*), coalesce(sum(40 + 4 * dimensions), 0) FROM Entries"  # noqa: S608
-        f" LEFT JOIN Partitions ON Partitions.id = partition WHERE {where}",
+        "SELECT count(*), coalesce(sum(40 + 4 * dimensions), 0) FROM Entries"
+        f" LEFT JOIN Partitions ON Partitions.id = partition WHERE {condition}",
         values,
     )
     return int(entries), int(size)
@@ -42,12 +42,12 @@ def delete(database: Database, choice: Choice) -> Iterator[int]:
     Those that are stored meanwhile may be left. In the end the pages that are free are given back.
     Raises FAILURES.
     """
-    where, values = _where(choice)
+    condition, values = where(choice)
     rows = [
         row
         for (row,) in database.sql(
-            "SELECT Entries.id FROM Entries"  # noqa: S608
-            f" LEFT JOIN Partitions ON Partitions.id = partition WHERE {where}",
+            "SELECT Entries.id FROM Entries"
+            f" LEFT JOIN Partitions ON Partitions.id = partition WHERE {condition}",
             values,
         )
     ]
@@ -86,7 +86,7 @@ def _give_back(database: Database) -> Iterator[int]:
         yield 0
 
 
-def _where(choice: Choice) -> tuple[str, dict[str, object]]:
+def where(choice: Choice) -> tuple[str, dict[str, object]]:
     """Return a condition on Entries and Partitions, and its values."""
     terms = {
         "namespace = :namespace": choice.namespace,

@@ -22,6 +22,8 @@ class ModelEntry:
     dimensions_refused: bool = False
     """Whether OpenAI refuses `dimensions` for it even at the native width."""
     tokenizer: str | None = None
+    unit_norm: bool = False
+    """Whether all vectors have length 1, so that any other length is a sign of something wrong."""
     context: int = 8192
     """The most tokens one input may have."""
 
@@ -35,6 +37,7 @@ def _openai(name: str, dimensions: int, price: float, *, matryoshka: bool) -> di
         matryoshka=matryoshka,
         dimensions_refused=not matryoshka,
         tokenizer=CL100K,
+        unit_norm=True,
     )
     # OpenRouter's clients say `openai/…` for the same model: one space, one price paid.
     return {name: entry, entry.space: entry}
@@ -64,5 +67,6 @@ CATALOGUE: dict[str, ModelEntry] = {
         price=0.0,
         routes=(("local", "l2_supercat_256"),),
         matryoshka=True,
+        unit_norm=True,
     ),
 }

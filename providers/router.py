@@ -88,13 +88,13 @@ class Router:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.routes = tuple(routes)
-        self._unavailable = unavailable
+        self.unavailable = unavailable
         self._sleep = sleep
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the first route's answer; raise the last route's error when none answers."""
         if not self.routes:
-            raise NoRoute(self._unavailable)
+            raise NoRoute(self.unavailable)
         routes = self.routes
         if any(not isinstance(item, str) for item in inputs):
             routes = tuple(route for route in routes if route.provider.accepts_tokens)

@@ -73,6 +73,17 @@ def check(vector: Vector, dimensions: int) -> None:
         raise VectorError("all numbers are zero")
 
 
+def length(vector: Vector) -> float:
+    """Return the Euclidean length of a vector, computed in float64."""
+    return float(np.linalg.norm(np.frombuffer(vector, dtype=_FLOAT32).astype(np.float64)))
+
+
+def cosine(one: Vector, other: Vector) -> float:
+    """Return the cosine between two vectors of equal width, -1…1, computed in float64."""
+    a, b = (np.frombuffer(v, dtype=_FLOAT32).astype(np.float64) for v in (one, other))
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
 def stack(vectors: Sequence[Vector]) -> Floats:
     """Return n vectors of equal width as one array of float32, shape (n, dimensions)."""
     return np.frombuffer(b"".join(vectors), dtype=_FLOAT32).reshape(len(vectors), -1)

@@ -7,21 +7,17 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from importlib import metadata
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cache.store import StoreError
-
 from . import config, server
 from . import workers as processes
-from .config import ConfigError
-from .server import PortUnavailable
-from .workers import WorkerFailed
+from .commands import cache as cache_commands
+from .commands import carry, verify
+from .commands.common import ConfigOption, fail, one_line
 
 T = TypeVar("T")
 
@@ -32,9 +28,9 @@ app = typer.Typer(
     help="A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
 )
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
-]
+# These add themselves to the group `cache`.
+_ = carry, verify
+app.add_typer(cache_commands.app, name="cache")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
@@ -76,7 +72,7 @@ def serve(
             typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
 
         def work(ready: Callable[[], None]) -> signal.Signals:
-            with _one_line():
+            with one_line():
                 return _run(server.serve(settings, listening, ready))
 
         count = settings.server.workers
@@ -91,11 +87,11 @@ def demo() -> None:
     try:
         from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
     except ImportError as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     try:
         run()
     except DemoFailed as error:
-        _fail(f"demo: {error}", 1)
+        fail(f"demo: {error}", 1)
 
 
 def _run(main: Coroutine[Any, Any, T]) -> T:
@@ -119,21 +115,5 @@ def _log_to_stderr() -> None:
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line and an exit code."""
-    with _one_line():
+    with one_line():
         app()
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """End with one line and an exit code when something foreseeable goes wrong."""
-    try:
-        yield
-    except ConfigError as error:
-        _fail(str(error), 2)
-    except (StoreError, PortUnavailable, WorkerFailed) as error:
-        _fail(str(error), 1)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"embedding-proxy: {message}", err=True)
-    sys.exit(code)

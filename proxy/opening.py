@@ -83,26 +83,32 @@ def make_models(
     flights: Flights[Filled] = Flights()
     models = {}
     for name, entry in settings.models.items():
-        routes = [
-            Route(providers[route.provider], route.model)
-            for route in entry.routes
-            if route.provider in providers
-        ]
-        router = Router(routes, unavailable=_remedy(settings, name, entry), sleep=sleep)
+        router = make_router(settings, name, providers, sleep)
         models[name] = Model(
             name=name,
-            space=Space(
-                name=entry.space,
-                dimensions=entry.dimensions,
-                matryoshka=entry.matryoshka,
-                tokenizer=entry.tokenizer,
-            ),
+            space=entry.as_space(),
             price=entry.price,
             embedder=CachingEmbedder(router, tiers, flights),
-            usable=bool(routes),
+            usable=bool(router.routes),
             dimensions_refused=entry.dimensions_refused,
         )
     return models
+
+
+def make_router(
+    settings: Settings,
+    name: str,
+    providers: Mapping[str, Provider],
+    sleep: Callable[[float], Awaitable[None]],
+) -> Router:
+    """Return the routes of a configured model, those whose provider can be used."""
+    entry = settings.models[name]
+    routes = [
+        Route(providers[route.provider], route.model)
+        for route in entry.routes
+        if route.provider in providers
+    ]
+    return Router(routes, unavailable=_remedy(settings, name, entry), sleep=sleep)
 
 
 def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:

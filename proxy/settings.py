@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from providers.base import Space
 from providers.catalogue import CATALOGUE, ModelEntry
 
 
@@ -139,8 +140,13 @@ class Model(Section):
     matryoshka: bool = False
     dimensions_refused: bool = False
     tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
+    unit_norm: bool = False
     price: Annotated[Number, Field(ge=0)] = 0
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+
+    def as_space(self) -> Space:
+        """Return the space of this model's vectors."""
+        return Space(self.space, self.dimensions, self.matryoshka, self.tokenizer)
 
 
 class Index(Section):
@@ -238,6 +244,7 @@ def _as_mapping(entry: ModelEntry) -> dict[str, object]:
         "matryoshka": entry.matryoshka,
         "dimensions_refused": entry.dimensions_refused,
         "tokenizer": entry.tokenizer,
+        "unit_norm": entry.unit_norm,
         "price": entry.price,
         "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],
     }

@@ -1,0 +1,1 @@
+"""The groups of commands that are more than a line or two."""

@@ -1,0 +1,117 @@
+"""What commands share: their options, what they print, and how they end."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import orjson
+import typer
+
+from cache.archive import ArchiveError
+from cache.disk import StoreError
+from cache.pairs import SourceError
+from providers.base import EmbeddingError
+from proxy.config import ConfigError
+from proxy.server import PortUnavailable
+from proxy.workers import WorkerFailed
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+LINE_SECONDS = 5.0
+"""How often long work says how far it is where there is no terminal."""
+
+
+class WorkFailed(Exception):
+    """The work of a command failed; the message is one line."""
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """End with one line and an exit code when something foreseeable goes wrong."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(str(error), 2)
+    except (
+        ArchiveError,
+        EmbeddingError,
+        PortUnavailable,
+        SourceError,
+        StoreError,
+        WorkerFailed,
+        WorkFailed,
+    ) as error:
+        fail(str(error), 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one line to stderr and exit."""
+    typer.echo(f"embedding-proxy: {message}", err=True)
+    sys.exit(code)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON of several lines."""
+    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+@contextmanager
+def progress(what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+    """Show how far long work is: a bar on a terminal, plain lines elsewhere; both on stderr.
+
+    Gives a function that is told how much is done so far, of `total`.
+    """
+    if not sys.stderr.isatty():
+        yield _lines(what, total)
+        return
+    from rich.console import Console  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(what, total=total)
+        yield lambda done: bars.update(task, completed=done)
+
+
+def _lines(what: str, total: float | None) -> Callable[[float], None]:
+    due = time.monotonic() + LINE_SECONDS
+
+    def tell(done: float) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + LINE_SECONDS
+            far = f"{done:,.0f}" if not total else f"{min(done / total, 1):.0%}"
+            typer.echo(f"{what}: {far}", err=True)
+
+    return tell
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> size(999), size(6_184_000)
+    ('999 B', '6.2 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def age(seconds: float) -> str:
+    """Return a span of time for people.
+
+    >>> age(30), age(3 * 3600), age(40 * 86_400)
+    ('30 s', '3 h', '40 d')
+    """
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
