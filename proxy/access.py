@@ -1,8 +1,11 @@
-"""Who may come in: the keys that clients must send. Asked before anything else is looked at."""
+"""Who may come in, and whose part of the cache it is: the keys that clients must send.
+
+Asked before anything else is looked at.
+"""
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from .errors import Failure
 
@@ -14,13 +17,14 @@ class Access:
     kept and compared as digests, in constant time.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key.strip()) for key in keys]
+    def __init__(self, keys: Mapping[str, str]) -> None:
+        """`keys` gives each key's namespace."""
+        self._namespaces = {_digest(key.strip()): name for key, name in keys.items()}
 
-    def refusal(self, authorization: str | None) -> Failure | None:
-        """Return the error for a request that may not come in; None lets it in."""
-        if not self._digests:
-            return None
+    def admit(self, authorization: str | None) -> str | Failure:
+        """Return the namespace of a request, or the error if it may not come in."""
+        if not self._namespaces:
+            return ""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             return Failure(
@@ -33,8 +37,9 @@ class Access:
             )
         given = _digest(key.strip())
         # All are compared, so that the time tells nothing.
-        if sum(hmac.compare_digest(given, digest) for digest in self._digests):
-            return None
+        known = [digest for digest in self._namespaces if hmac.compare_digest(given, digest)]
+        if known:
+            return self._namespaces[known[0]]
         return Failure(
             401,
             "Incorrect API key provided: it is none of this proxy's keys.",

@@ -7,7 +7,7 @@ from aiohttp import web
 from . import body, ops
 from .access import Access
 from .embeddings import Embeddings
-from .guard import guard, stamp
+from .guard import NAMESPACE, guard, stamp
 from .models import Models
 from .service import MIB, EmbeddingService
 from .settings import Server, Settings
@@ -22,7 +22,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     """
     service = service or EmbeddingService(settings)
     server = settings.server
-    app = web.Application(middlewares=[guard(Access(server.keys))])
+    app = web.Application(middlewares=[guard(Access(server.namespaces))])
     app[SERVICE] = service
 
     async def open_service(_: web.Application) -> AsyncIterator[None]:
@@ -40,7 +40,8 @@ def _add_routes(app: web.Application, service: EmbeddingService, server: Server)
     most = int(server.max_body_mib * MIB)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
-        return await embeddings.post(request, await body.read(request, most, server.body_timeout_s))
+        content = await body.read(request, most, server.body_timeout_s)
+        return await embeddings.post(request, content, request[NAMESPACE])
 
     for prefix in ("/v1", ""):
         for slash in ("", "/"):

@@ -17,10 +17,12 @@ class Embeddings:
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service
 
-    async def post(self, request: web.Request, body: bytes) -> web.StreamResponse:
-        """Answer one request. Raises EmbeddingError."""
+    async def post(
+        self, request: web.Request, body: bytes, namespace: str = ""
+    ) -> web.StreamResponse:
+        """Answer one request from a namespace's part of the cache. Raises EmbeddingError."""
         asked = wire.parse(body)
-        result = await self._service.answer(asked)
+        result = await self._service.answer(asked, namespace)
         chunks = wire.render(
             result.embedded.vectors,
             dimensions=result.dimensions,

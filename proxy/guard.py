@@ -15,6 +15,7 @@ from .errors import Failure
 log = logging.getLogger("embedding_proxy.guard")
 
 STARTED = web.RequestKey("started", bool)
+NAMESPACE = web.RequestKey("namespace", str)
 REQUEST_ID = web.RequestKey("request_id", str)
 
 
@@ -31,9 +32,10 @@ def guard(access: Access) -> Middleware:
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = errors.new_request_id()
         if request.path not in ops.OPEN_PATHS:
-            refused = access.refusal(request.headers.get("Authorization"))
-            if refused is not None:
-                return refused.response()
+            admitted = access.admit(request.headers.get("Authorization"))
+            if isinstance(admitted, Failure):
+                return admitted.response()
+            request[NAMESPACE] = admitted
         try:
             return await handler(request)
         except ConnectionError:

@@ -131,7 +131,7 @@ class EmbeddingService:
         except KeyError:
             raise ModelUnknown(name) from None
 
-    async def embed(
+    async def embed(  # noqa: PLR0913 - the parameters of a request
         self,
         inputs: str | Sequence[str | int | Sequence[int]],
         model: str,
@@ -139,11 +139,13 @@ class EmbeddingService:
         dimensions: int | None = None,
         parameters: Mapping[str, object] | None = None,
         user: str | None = None,
+        namespace: str = "",
     ) -> Result:
         """Embed one text, one token array, or 1…2,048 texts or token arrays.
 
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
+        `namespace` is the part of the cache to look in and to keep in.
         Raises EmbeddingError.
         """
         if not isinstance(inputs, str):
@@ -156,9 +158,9 @@ class EmbeddingService:
             user=user,
             parameters=parameters or {},
         )
-        return await self.answer(asked)
+        return await self.answer(asked, namespace)
 
-    async def answer(self, asked: EmbeddingRequest) -> Result:
+    async def answer(self, asked: EmbeddingRequest, namespace: str = "") -> Result:
         """Answer a well-formed request. Raises EmbeddingError."""
         model = self.model(asked.model)
         width = _width(model, asked.dimensions)
@@ -166,7 +168,7 @@ class EmbeddingService:
         if asked.parameters:
             space = space.with_parameters(asked.parameters)
         now = asyncio.get_running_loop().time()
-        context = Context(now + self.settings.server.request_timeout_s, asked.user)
+        context = Context(now + self.settings.server.request_timeout_s, asked.user, namespace)
         inputs = await _as_texts(asked.inputs)
         embedded = await model.embedder.embed(space, inputs, context)
         if width < space.dimensions:

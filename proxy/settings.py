@@ -49,6 +49,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class ClientKey(Section):
+    """A key that clients send, and the part of the cache that is theirs."""
+
+    key: Annotated[Name, Field(repr=False)]
+    namespace: str = ""
+
+
 class Server(Section):
     """Where clients connect, and what they may send."""
 
@@ -58,7 +65,20 @@ class Server(Section):
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
-    keys: Annotated[tuple[Name, ...], Field(repr=False)] = ()
+    keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _keys_alone(cls, value: object) -> object:
+        """Take a key that stands alone for one of the common namespace."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [entry if isinstance(entry, dict | ClientKey) else {"key": entry} for entry in value]
+
+    @property
+    def namespaces(self) -> dict[str, str]:
+        """The namespace of each key."""
+        return {entry.key: entry.namespace for entry in self.keys}
 
     @model_validator(mode="after")
     def _open_only_at_home(self) -> "Server":

@@ -352,7 +352,7 @@ async def test_an_unforeseen_error_is_logged_and_not_shown(
     """A bug is a 500 without details; the log has them, under the id that the client was given."""
     proxy = await start_proxy(openai=upstream)
 
-    async def broken(_) -> None:
+    async def broken(*_) -> None:
         raise RuntimeError("sk-canary")
 
     monkeypatch.setattr(proxy.service, "answer", broken)
@@ -441,3 +441,15 @@ async def test_a_405_names_what_is_allowed(start_proxy):
     proxy = await start_proxy()
     async with proxy.http.get(f"{proxy.url}/embeddings") as response:
         assert response.headers["Allow"] == "POST"
+
+
+async def test_a_key_opens_its_own_part_of_the_cache(upstream, start_proxy):
+    """Clients of two namespaces buy for themselves; those of one share, whichever key they have."""
+    keys = ["open", {"key": "a1", "namespace": "a"}, {"key": "a2", "namespace": "a"}]
+    proxy = await start_proxy(openai=upstream, server={"keys": keys})
+    seen = [
+        (await proxy.post(GOOD, Authorization=f"Bearer {key}")).headers["x-cache"]
+        for key in ("open", "a1", "a2", "open")
+    ]
+    assert seen == ["miss", "miss", "hit", "hit"]
+    assert len(upstream.inputs) == 2
