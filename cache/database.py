@@ -8,14 +8,13 @@ import contextlib
 import shutil
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diskcache
 
-from . import eviction, layout
+from . import eviction, layout, reading
 from .changes import Changes, Found, Use
 from .layout import PAGE_BYTES
 from .lock import WriterLock
@@ -32,7 +31,6 @@ FILE_NAME: str = diskcache.core.DBNAME
 FAILURES = (sqlite3.Error, OSError, diskcache.Timeout)
 """What any call here may raise."""
 
-ADDRESSES_A_SELECT = 512
 _RAW: int = diskcache.core.MODE_RAW
 
 
@@ -154,18 +152,7 @@ class Database:
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, Found]:
         """Return the records that are there, by address, but for those stored before a time."""
-        found: dict[bytes, Found] = {}
-        for some in _chunks(addresses, ADDRESSES_A_SELECT):
-            marks = ",".join("?" * len(some))
-            rows = self.sql(
-                "SELECT key, value, store_time FROM Cache"
-                f" WHERE raw = 1 AND mode = ? AND key IN ({marks})",
-                (_RAW, *some),
-            )
-            for key, value, stored in rows:
-                if type(key) is bytes and type(value) is bytes and stored >= not_before:
-                    found[key] = Found(value, stored)
-        return found
+        return reading.read_many(self.sql, addresses, not_before)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Any]:
@@ -225,9 +212,3 @@ def is_damage(error: BaseException) -> bool:
     return isinstance(error, sqlite3.DatabaseError) and not isinstance(
         error, sqlite3.IntegrityError | sqlite3.ProgrammingError
     )
-
-
-def _chunks(items: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

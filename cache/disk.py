@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from .database import FAILURES, Database, is_damage
 from .key import FORMAT
 from .layout import NewerLayout
 from .lock import WriterLock
+from .reading import ReadOnlyFile
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -64,13 +66,17 @@ def is_damaged(error: StoreError) -> bool:
 
 
 class Disk:
-    """One thread reads, one writes. `file` is None while no file can be opened."""
+    """One thread reads, one writes. `file` is None while no file can be opened for writing.
+
+    Then `read_only` may hold one that can be read.
+    """
 
     def __init__(self, directory: Path, size_limit: int, pinned: Collection[str]) -> None:
         self.folder = folder_of(directory)
         self._size_limit = size_limit
         self._pinned = pinned
         self.file: Database | None = None
+        self.read_only: ReadOnlyFile | None = None
         self._lock: WriterLock | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
@@ -89,13 +95,18 @@ class Disk:
                 self.shut_down()
                 raise StoreError(f"{self.folder}: {error}") from error
             log.error("the disk tier cannot be opened, nothing is kept: %s", error)  # noqa: TRY400 - a line
+            with contextlib.suppress(*FAILURES):
+                work = partial(ReadOnlyFile, self.folder / database.FILE_NAME)
+                self.read_only = await self.read(work)
+                log.warning("the disk tier is read and not written")
 
     async def try_again(self) -> None:
         """Open the file if none is open. Raises FAILURES."""
         async with self._opening:
             if self.file is None:
                 self.file = await self._in(self._writer, self._open)
-                log.info("the disk tier is open again")
+                await self._close_read_only()
+                log.warning("the disk tier is open again")
 
     async def read(self, work: Callable[[], T]) -> T:
         """Return what `work` on the file returns, in the reading thread."""
@@ -125,6 +136,7 @@ class Disk:
             if self.file is not None:
                 await self._close(self.file)
                 self.file = None
+            await self._close_read_only()
         self.shut_down()
 
     def _open(self) -> Database:
@@ -145,6 +157,11 @@ class Disk:
         for thread in (self._reader, self._writer):
             with contextlib.suppress(*FAILURES):
                 await self._in(thread, old.close)
+
+    async def _close_read_only(self) -> None:
+        if self.read_only is not None:
+            await self.read(self.read_only.close)
+            self.read_only = None
 
     def shut_down(self) -> None:
         """End the threads."""

@@ -96,7 +96,8 @@ class _Carver:
         heads = ((i, _read(log, 24, i - 24)) for i in range(56, self._ends[1], 24 + self._size))
         self._frames = {_int(h[:4]): (log, i) for i, h in heads if h[8:16] == salts}
         self._noted: defaultdict[int, array[int]] = defaultdict(lambda: array("q", bytes(2048)))
-        self._said: defaultdict[tuple[str, int], set[Partition]] = defaultdict(set)
+        # By id, what the table of partitions and its index say.
+        self._said: defaultdict[int, set[Partition]] = defaultdict(set)
         self._bytes_read, self._future = 0, time.time() + 86_400
 
     def rows(self) -> Iterator[Row]:
@@ -139,9 +140,9 @@ class _Carver:
                     case [bytes() as address, 1, int() as owner] if len(address) == 16:
                         self._note(owner, _WITNESS, hash(address))
                     case [None, str() as name, str() as space, int() as dimensions]:
-                        self._said["table", cell.rowid].add(Partition(name, space, dimensions))
+                        self._said[cell.rowid].add(Partition(name, space, dimensions))
                     case [str() as name, str() as space, int() as dimensions, int() as number]:
-                        self._said["index", number].add(Partition(name, space, dimensions))
+                        self._said[number].add(Partition(name, space, dimensions))
                     case [None, None | int() as number, int() as stored, int()]:
                         noted, at = self._of(cell.rowid)
                         self._note(cell.rowid, _PARTITION, number or noted[at + _PARTITION])
@@ -190,9 +191,8 @@ class _Carver:
         return cell.value(page, 1), record, float(own) if 0 < own < self._future else 0.0
 
     def _partition(self, number: int, dimensions: int) -> Partition | None:
-        table, index = self._said["table", number], self._said["index", number]
-        said = [*(table & index if table and index else table | index)]
-        return said[0] if number and len(said) == 1 and said[0].dimensions == dimensions else None
+        said = list(self._said[number] if number else ())
+        return said[0] if len(said) == 1 and said[0].dimensions == dimensions else None
 
     def _cells(self, page: bytes, start: int, *kinds: int) -> Iterator[_Cell | None]:
         """Yield the cells of a page of one of these kinds (1.6), and None for an unreadable one."""

@@ -21,7 +21,7 @@ from typing import Self
 
 from . import purge
 from .changes import Changes, Found, Kept, Use
-from .database import FAILURES, is_damage
+from .database import FAILURES, Database, is_damage
 from .disk import Disk, StoreError
 from .rest import Rest
 from .row import Partition
@@ -99,7 +99,7 @@ class Store:
         return found
 
     async def _read(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
-        source = self._disk.file
+        source = self._disk.file or self._disk.read_only
         if source is None or self._closing or not addresses or self._reading.resting:
             return {}
         not_before = time.time() - self._ttl_s if self._ttl_s else 0.0
@@ -110,7 +110,7 @@ class Store:
         except FAILURES as error:
             self._reading.failed()
             log.warning("reading from the disk tier failed, taken as a miss: %s", error)
-            if is_damage(error):
+            if is_damage(error) and isinstance(source, Database):
                 await self._writer.replace(source)
             return {}
         self._reading.succeeded()
