@@ -3,8 +3,9 @@
 Rooms, and who may call whom (never upward, no circles)::
 
     proxy      the face: HTTP, command line, configuration
-      └─ cache       never pays twice for one vector
-           └─ providers   turns inputs into vectors by asking an upstream
+      └─ index       the Qdrant side
+           └─ cache       never pays twice for one vector
+                └─ providers   turns inputs into vectors by asking an upstream
 
 One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which model) ->
 `cache.embedder` (look up, join, fill) -> `providers.router` (routes, retries) -> a provider's
@@ -20,6 +21,9 @@ Words, one meaning each::
     key         the address of (format version, namespace, space, input), and its check digest
     vector      the float32 numbers of one input ("embedding" only for the wire object)
     record      the bytes kept under a key; entry: what they say
+    row         an entry outside the process: address, record, and where it belongs
+    partition   the entries of one namespace in one space: counted and purged together
+    pair        a text and its vector that somebody already owns
     tier        memory, disk
     worker      a process that serves; several may share the port and the store
     hit, join, miss   exclusive outcomes of a distinct input;
