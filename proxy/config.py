@@ -13,7 +13,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from .settings import Section, Settings
+from .section import Section
+from .settings import Settings
 
 BUILT_IN = "the built-in configuration"
 

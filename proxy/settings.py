@@ -5,48 +5,15 @@ Settings objects stay in `proxy`; the rooms below take plain arguments.
 
 import ipaddress
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from providers.base import Space
 from providers.catalogue import CATALOGUE, ModelEntry
 
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")  # noqa: TRY004 - pydantic reports ValueErrors
-    return value
-
-
-def _http_url(value: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value):
-        raise ValueError("expected an address like https://host/v1")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-Name = Annotated[str, Field(min_length=1)]
-ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-HttpUrl = Annotated[str, AfterValidator(_http_url)]
-
-
-class Section(BaseModel):
-    """A part of the configuration; knows its keys and refuses others."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from .section import HttpUrl, Name, Number, ProviderName, Section, VariableName, Whole
 
 
 class ClientKey(Section):

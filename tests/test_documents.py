@@ -11,7 +11,8 @@ from fault_server import status
 from cache.record import Entry, encode
 from providers.kinds import HTTP_KINDS
 from proxy.config import load
-from proxy.settings import KINDS, Model, Provider, Route, Section, Settings
+from proxy.section import Section
+from proxy.settings import KINDS, Model, Provider, Route, Settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
