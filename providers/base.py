@@ -132,6 +132,16 @@ class Context:
     """OpenAI's `user` field, passed on to providers that know it."""
     namespace: str = ""
     """The part of the cache that the client may see."""
+    on_part: "OnPart | None" = None
+    """Told of each part of a request that is answered before the rest, so that it can be kept."""
+
+
+class OnPart(Protocol):
+    """Takes a part of an answer as soon as it is there."""
+
+    async def __call__(self, places: Sequence[int], part: Embedded) -> None:
+        """Keep the answer to the inputs at these places of the call. Never raises."""
+        ...
 
 
 class Embedder(Protocol):
@@ -153,7 +163,8 @@ class EmbeddingError(Exception):
 class InputRefused(EmbeddingError):
     """The request itself is wrong: a provider said so, or no provider can take such an input.
 
-    `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 413 or 422.
+    `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 413 or 422. `index` is
+    the place of the one input that is to blame, in the call that raises; None if it is not known.
     """
 
     def __init__(
@@ -164,8 +175,10 @@ class InputRefused(EmbeddingError):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        index: int | None = None,
     ) -> None:
         super().__init__(message)
+        self.index = index
         self.status = status
         self.kind = kind
         self.param = param
