@@ -1,25 +1,28 @@
-"""Cache hits against the limit of the stack, as ratios of one run. `make bench`.
+"""The figures of this machine against their targets, as ratios of one run. `make bench`.
 
-Both servers run as processes of their own; rounds alternate between them, so that a change in the
+python bench/run.py [--only hits|store] [--entries N] [--json]
+
+Here: cache hits against the limit of the stack; `store` has what depends on the store's size. Both
+servers run as processes of their own; rounds alternate between them, so that a change in the
 machine's speed falls on both; medians are compared. The load comes from raw sockets in this
 process, which competes for the same cores, for both alike.
 """
 
+import argparse
 import asyncio
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import store
 import uvloop
+from common import PROC, Row, print_table, processors, proxy, request, server
 
 MODEL = "wordllama-embed"
 ROUNDS = 7
@@ -35,41 +38,22 @@ class Case:
     encoding: str
     requests: int
     connections: int
+    target: str
+    most: float
+    """Times the bare server's time."""
 
 
 CASES = (
-    Case("1 input, memory hit", 1, "base64", 4000, 16),
-    Case("2,000 inputs, base64", 2000, "base64", 10, 1),
-    Case("2,000 inputs, floats", 2000, "float", 5, 1),
+    Case("1 input, memory hit", 1, "base64", 4000, 16, "T1", 1.0),
+    Case("2,000 inputs, base64", 2000, "base64", 10, 1, "T3", 1.0),
+    Case("2,000 inputs, floats", 2000, "float", 5, 1, "T4", 1.8),
 )
-
-
-@contextmanager
-def server(command: list[str], prefix: str) -> Iterator[int]:
-    """Run a server and give its port, which it prints behind `prefix`."""
-    environment = {**os.environ, "OPENAI_API_KEY": "", "OPENROUTER_API_KEY": ""}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
-        line = process.stdout.readline().strip()
-        try:
-            yield int(line.removeprefix(prefix).removesuffix("/v1"))
-        finally:
-            process.terminate()
 
 
 def request_of(case: Case) -> bytes:
     """Return the whole HTTP request of a case."""
     texts = [f"input {i} of the bench" for i in range(case.inputs)]
-    fields = {"model": MODEL, "input": texts, "encoding_format": case.encoding}
-    body = json.dumps(fields).encode()
-    head = (
-        "POST /v1/embeddings HTTP/1.1",
-        "Host: bench",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-    )
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+    return request(MODEL, texts, case.encoding)
 
 
 async def exchange(
@@ -115,42 +99,60 @@ async def size_of(port: int, case: Case) -> int:
     return size
 
 
-async def measure(case: Case, port: int) -> dict[str, object]:
-    """Return the medians of both servers and their ratio."""
+async def measure(case: Case, port: int) -> Row:
+    """Return the ratio of the medians of both servers."""
     size = await size_of(port, case)
     with server([sys.executable, str(BENCH / "bare.py"), str(size)], "") as bare:
-        times: dict[int, list[float]] = {port: [], bare: []}
+        times: dict[int, list[float]] = {port: [], bare.port: []}
         for target in times:
             await load(target, case, case.connections)
         for _ in range(ROUNDS):
             for target, taken in times.items():
                 taken.append(await load(target, case, case.requests))
-    ours, limit = statistics.median(times[port]), statistics.median(times[bare])
-    return {
-        "case": case.name,
-        "reply_bytes": size,
+    ours, limit = (statistics.median(taken) for taken in times.values())
+    figures = {
         "proxy_ms": round(ours * 1e3, 4),
         "bare_ms": round(limit * 1e3, 4),
-        "time_ratio": round(ours / limit, 2),
+        "reply_bytes": size,
     }
+    return Row(case.name, ours / limit, "×", figures, case.target, case.most)
+
+
+def hits() -> list[Row]:
+    """Run all cases."""
+    with tempfile.TemporaryDirectory() as folder, proxy(Path(folder) / "hits") as running:
+        return [uvloop.run(measure(case, running.port)) for case in CASES]
 
 
 def main() -> None:
-    """Run all cases; print a table, or JSON with --json."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        config = folder / "config.yaml"
-        config.write_text(f"cache: {{directory: {folder}}}\n")
-        command = [sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
-        port = stack.enter_context(server(command, "export OPENAI_BASE_URL=http://127.0.0.1:"))
-        rows = [uvloop.run(measure(case, port)) for case in CASES]
-    if "--json" in sys.argv:
-        print(json.dumps({"python": platform.python_version(), "rows": rows}, indent=2))
+    """Run what was asked for; print a table, or JSON with --json."""
+    parser = argparse.ArgumentParser(description="The figures of this machine, and their targets.")
+    parser.add_argument("--only", choices=("hits", "store"), help="half of it")
+    parser.add_argument(
+        "--entries", type=int, default=store.LARGE, help="of the large store (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    asked = parser.parse_args()
+    if asked.entries < store.FEWEST:
+        parser.error(f"--entries: at least {store.FEWEST}")
+    if asked.only != "hits" and not PROC.exists():
+        parser.error("the store's half needs Linux's /proc: --only hits")
+    before, load_before = processors(), os.getloadavg()[0]
+    rows = [] if asked.only == "store" else hits()
+    rows += [] if asked.only == "hits" else store.rows(asked.entries)
+    passed, busy, own = (b - a for a, b in zip(before, processors(), strict=True))
+    machine = {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "seconds": round(passed),
+        "load_before": round(load_before, 2),
+        "cores_used_by_others": round(max(0, busy - own) / passed, 2),
+    }
+    if asked.json:
+        print(json.dumps({**machine, "rows": [row.as_json() for row in rows]}, indent=2))
         return
-    print(f"{'case':24} {'proxy':>12} {'bare':>12} {'time ratio':>11}")
-    for row in rows:
-        proxy, bare = (f"{row[key]:.3f} ms" for key in ("proxy_ms", "bare_ms"))
-        print(f"{row['case']:24} {proxy:>12} {bare:>12} {row['time_ratio']:>10} ×")
+    print("  ".join(f"{name} {value}" for name, value in machine.items()))
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ class InputRefused(EmbeddingError):
     the place of the one input that is to blame, in the call that raises; None if it is not known.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the fields of OpenAI's error object
         self,
         message: str,
         *,
