@@ -76,8 +76,7 @@ class Stage:
         ]
         self.router = Router(
             [Route(player, f"{player.name}-model") for player in self.players],
-            sleep=self._wait,
-            **options,
+            **{"sleep": self._wait, **options},
         )
 
     async def _wait(self, seconds):
