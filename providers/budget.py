@@ -18,11 +18,12 @@ and the second has not been asked for an hour, nobody can know which case it is.
 - who cannot be paid for waits for the news of a scout, and then goes for nothing, or asks again;
 - when there is no scout, one may go though nothing is left. That one place a provider is what keeps
   the first promise on an empty budget. What it may cost beyond the budget is bounded by the
-  provider's breaker: five failures in a row, and then a probe after 1, 2, 4 … seconds.
+  provider's breaker: five failures in a row, and then a probe after 1, 2, 4 … seconds. A refusal
+  that does not count there, such as a rate limit, speaks for all who wait, for a second.
 
-A burst of 50 after a cold start into two dead providers is thus 50 calls, up to 10 scouts, and no
-more, since their failures open the breakers; into a dead and a living one it is 50 calls, up to 10
-scouts, and 40 or more who go on when the first of these has answered.
+A burst of 50 after a cold start into two dead providers is thus 50 calls, up to 10 second tries and
+scouts, and no more, since their failures open the breakers; into a dead and a living one it is 50
+calls, up to 10 scouts, and 40 or more who go on when the first of these has answered.
 """
 
 from collections import deque

@@ -21,6 +21,8 @@ PROOF = 10.0
 """Seconds for which a good answer proves a provider well."""
 PROBE_REST = 1.0
 """Seconds of rest after a probe that met a rate limit without a time: it proved nothing."""
+DECLINED = 1.0
+"""Seconds for which one refusal that does not count speaks for all who would go on."""
 
 
 class Snapshot(TypedDict):
@@ -49,12 +51,18 @@ class Health:
         """Calls under way of requests that went on to this provider without a proof."""
         self._clock = clock
         self._proof: float | None = None
+        self._declined: float | None = None
         self._news = asyncio.Event()
 
     @property
     def proved(self) -> bool:
         """Whether it answered well a moment ago, and has not failed since."""
         return self._proof is not None and self._clock() - self._proof <= PROOF
+
+    @property
+    def declined(self) -> bool:
+        """Whether it has just refused in a way that says nothing of it, such as a rate limit."""
+        return self._declined is not None and self._clock() - self._declined < DECLINED
 
     async def news(self) -> None:
         """Wait until the next call of this provider ends, in whatever way."""
@@ -71,7 +79,7 @@ class Health:
         """Note a good answer."""
         if permit.probe:
             log.warning("%s: is well again", self.name)
-        self._proof = self._clock()
+        self._proof, self._declined = self._clock(), None
         self._leave(permit, Verdict.GOOD)
 
     def failed(self, permit: Permit, error: ProviderError) -> None:
@@ -81,6 +89,8 @@ class Health:
         opened = self.breaker.opened
         if rule.verdict is Verdict.BAD:
             self._proof = None
+        elif rule.verdict is Verdict.NONE:
+            self._declined = self._clock()
         if rule.trips is not None:
             self.breaker.trip(permit, rule.trips, faults.name(error))
         elif isinstance(error, RateLimited):

@@ -119,10 +119,12 @@ class Turn:
         while self._health.breaker.ready():
             if self._health.proved:
                 return
-            if not self._health.scouts or self._budget.affords():
+            if not (self._health.scouts or self._health.declined) or self._budget.affords():
                 self._pay()
                 self._scouting = True
                 return
+            if self._health.declined:
+                raise Shut
             async with asyncio.timeout(self.time_left()):
                 await self._health.news()
         raise Shut

@@ -308,7 +308,7 @@ async def test_a_cancelled_probe_frees_its_place():
 
 async def test_a_burst_into_a_dead_and_a_living_provider_fails_nobody():
     """Fifty at once after a cold start, the first provider dead: each is answered by the second."""
-    world = World(lambda: error(Unreachable))
+    world = World(lambda: error(UpstreamTimeout))
     world.a.gate = asyncio.Event()
     crowd = asyncio.gather(*(world.ask() for _ in range(50)))
     await turn()
@@ -319,7 +319,7 @@ async def test_a_burst_into_a_dead_and_a_living_provider_fails_nobody():
 
 async def test_a_burst_into_two_dead_providers_is_bounded():
     """Fifty at once after a cold start, all dead: at most a fifth of the calls is added."""
-    world = World(lambda: error(Unreachable), lambda: error(UpstreamFault))
+    world = World(lambda: error(UpstreamTimeout), lambda: error(UpstreamFault))
     world.a.gate, world.b.gate = asyncio.Event(), asyncio.Event()
     crowd = asyncio.gather(*(world.ask() for _ in range(50)))
     await turn()
@@ -332,11 +332,30 @@ async def test_a_burst_into_two_dead_providers_is_bounded():
     assert world.calls == (50, FLOOR)
 
 
+@pytest.mark.parametrize("first", [Unreachable, UpstreamFault, UpstreamTimeout, RateLimited])
+@pytest.mark.parametrize(
+    "second", [Unreachable, UpstreamFault, UpstreamTimeout, RateLimited, ModelNotFound, OutOfCredit]
+)
+@pytest.mark.parametrize("size", [50, 200])
+async def test_whatever_the_fault_a_burst_adds_no_more_than_a_fifth(first, second, size):
+    """Second tries at the same provider and scouts are paid for from one purse."""
+    world = World(lambda: error(first), lambda: error(second))
+    world.a.gate = asyncio.Event()
+    crowd = asyncio.gather(*(world.ask() for _ in range(size)))
+    await turn()
+    world.a.gate.set()
+    await crowd
+    # One scout at a time may go on an empty budget, until the second provider's breaker is open.
+    assert sum(world.calls) <= 1.2 * size + 5
+
+
 async def test_the_rest_of_a_burst_goes_on_when_a_scout_is_back():
     """Who cannot be paid for waits for one who was, and then all go; scouts are refunded."""
-    world = World(lambda: error(Unreachable))
-    world.b.gate = asyncio.Event()
+    world = World(lambda: error(UpstreamTimeout))
+    world.a.gate, world.b.gate = asyncio.Event(), asyncio.Event()
     crowd = asyncio.gather(*(world.ask() for _ in range(50)))
+    await turn()
+    world.a.gate.set()
     await turn()
     assert world.b.calls == FLOOR
     world.b.gate.set()
@@ -346,11 +365,13 @@ async def test_the_rest_of_a_burst_goes_on_when_a_scout_is_back():
 
 async def test_on_an_empty_budget_one_scout_may_still_go():
     """However much was spent, a living second provider is found, and everyone is answered."""
-    world = World(lambda: error(Unreachable))
+    world = World(lambda: error(UpstreamTimeout))
     for _ in range(100):
         world.upstreams.budget.spend()
-    world.b.gate = asyncio.Event()
+    world.a.gate, world.b.gate = asyncio.Event(), asyncio.Event()
     crowd = asyncio.gather(*(world.ask() for _ in range(50)))
+    await turn()
+    world.a.gate.set()
     await turn()
     assert world.b.calls == 1
     world.b.gate.set()
@@ -359,7 +380,7 @@ async def test_on_an_empty_budget_one_scout_may_still_go():
 
 async def test_a_cancelled_scout_is_followed_by_another():
     """The client whose request was the scout goes away: the next one takes its place."""
-    world = World(lambda: error(Unreachable))
+    world = World(lambda: error(UpstreamTimeout))
     for _ in range(100):
         world.upstreams.budget.spend()
     world.b.gate = asyncio.Event()
@@ -509,3 +530,131 @@ def test_an_error_nobody_foresaw_counts_and_is_not_repeated(kind):
     """A class without a row of its own has the careful one."""
     found = rule(kind("acme", "made up"))
     assert (found.again, found.verdict.value, found.trips) == (0, "bad", None)
+
+
+class Hedged(World):
+    """A world whose router hedges after a time that is over when the test says so."""
+
+    def __init__(self, a=None, b=None, **options):
+        self.hour = asyncio.Event()
+        super().__init__(a, b, hedge_after_s=0.5, **options)
+        self.a.gate = asyncio.Event()
+
+    async def sleep(self, seconds):
+        self.waits.append(seconds)
+        if seconds == 0.5:
+            await self.hour.wait()
+
+    async def started(self):
+        """Start a request, and let its hedge go."""
+        task = asyncio.create_task(self.ask())
+        await turn()
+        self.hour.set()
+        await turn()
+        return task
+
+
+async def test_a_slow_route_is_hedged():
+    """The second route's answer wins; the first is cancelled, which counts neither way."""
+    world = Hedged()
+    task = await world.started()
+    assert await task == "b"
+    assert (world.calls, world.a.ended, world.router.counts.hedges) == ((1, 1), 1, 1)
+    assert world.upstreams.budget.extras == 1
+    assert world.upstreams.of("a").breaker.in_a_row == 0
+    assert not world.upstreams.of("a").failures
+
+
+async def test_a_quick_route_is_not_hedged():
+    """An answer before the time cancels the hedge before it costs anything."""
+    world = Hedged()
+    task = asyncio.create_task(world.ask())
+    await turn()
+    world.a.gate.set()
+    assert await task == "a"
+    assert (world.calls, world.upstreams.budget.extras) == ((1, 0), 0)
+
+
+async def test_the_first_route_may_still_win():
+    """A hedge that is slower, or fails, is no loss but its price; its failure is the breaker's."""
+    world = Hedged(b=error(UpstreamFault))
+    task = await world.started()
+    assert world.calls == (1, 1)
+    world.a.gate.set()
+    assert await task == "a"
+    assert world.upstreams.of("b").breaker.in_a_row == 1
+
+
+async def test_a_first_route_that_fails_leaves_the_matter_to_its_hedge():
+    """A route that is being asked as a hedge is not asked once more as the next route."""
+    world = Hedged(lambda: error(ModelNotFound))
+    world.b.gate = asyncio.Event()
+    task = await world.started()
+    world.a.gate.set()
+    await turn()
+    world.b.gate.set()
+    assert await task == "b"
+    assert world.calls == (1, 1)
+
+
+async def test_both_may_fail():
+    """Then the request fails with what says most, after no more attempts than there are."""
+    world = Hedged(lambda: error(UpstreamFault), error(ModelNotFound))
+    task = await world.started()
+    world.a.gate.set()
+    assert isinstance(await task, UpstreamFault)
+    assert world.calls == (2, 1)
+
+
+async def test_a_refused_input_ends_a_race():
+    """What the hedge hears of the input is the answer; the first route is not waited for."""
+    world = Hedged(b=InputRefused("too long"))
+    assert isinstance(await (await world.started()), InputRefused)
+    assert world.a.ended == 1
+
+
+async def test_a_hedge_must_be_affordable():
+    """Without budget nothing is asked twice at a time."""
+    world = Hedged()
+    for _ in range(20):
+        world.upstreams.budget.spend()
+    task = await world.started()
+    assert world.calls == (1, 0)
+    world.a.gate.set()
+    assert await task == "a"
+
+
+async def test_a_first_route_that_fails_before_the_hedge_goes_on_as_ever():
+    """Failover needs no hedge, and is not held up by the time of one."""
+    world = Hedged(error(ModelNotFound))
+    world.a.gate.set()
+    assert await world.ask() == "b"
+    assert (world.calls, world.router.counts.hedges) == ((1, 1), 0)
+    world.b.does = error(ModelNotFound)
+    assert isinstance(await world.ask(), ModelNotFound)
+
+
+async def test_a_hedge_goes_only_where_token_arrays_are_taken():
+    """A route that cannot take the inputs is none to hedge with."""
+    world = Hedged()
+    world.b.accepts_tokens = False
+    world.hour.set()
+    task = asyncio.create_task(world.ask(inputs=[(1, 2)]))
+    await turn()
+    world.a.gate.set()
+    assert await task == "a"
+    assert world.calls == (1, 0)
+
+
+async def test_a_cancelled_request_cancels_both_attempts():
+    """Nothing is left running, and neither provider is blamed."""
+    world = Hedged()
+    world.b.gate = asyncio.Event()
+    task = await world.started()
+    assert (world.calls, world.a.ended, world.b.ended) == ((1, 1), 0, 0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert (world.a.ended, world.b.ended) == (1, 1)
+    assert not world.upstreams.of("a").failures
+    assert not world.upstreams.of("b").failures
