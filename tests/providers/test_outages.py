@@ -658,3 +658,28 @@ async def test_a_cancelled_request_cancels_both_attempts():
     assert (world.a.ended, world.b.ended) == (1, 1)
     assert not world.upstreams.of("a").failures
     assert not world.upstreams.of("b").failures
+
+
+async def test_a_probe_that_meets_a_rate_limit_proves_nothing():
+    """The breaker neither closes nor opens for longer; the next probe comes after a second."""
+    world = World(lambda: error(UpstreamFault))
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    world.clock.now += 1
+    world.a.does, calls = error(RateLimited), world.a.calls
+    for _ in range(5):
+        assert await world.ask() == "b"
+    assert world.a.calls == calls + 1
+    assert world.state("a") is State.RESTING
+    world.clock.now += 1
+    world.a.does = None
+    assert await world.ask() == "a"
+    assert world.state("a") is State.CLOSED
+
+
+async def test_a_shared_provider_answers_for_two_routes():
+    """Two names of a model at one provider are two routes behind one breaker."""
+    world = World(lambda: error(ModelNotFound))
+    router = world.make([Route(world.a, "old"), Route(world.a, "new")])
+    assert isinstance(await world.ask(router), ModelNotFound)
+    assert world.a.calls == 2
