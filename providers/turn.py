@@ -183,7 +183,7 @@ class Turn:
         if not isinstance(error, ProviderError):
             return False
         self._receipt, self._scouting = None, False
-        self._rested = isinstance(error, RateLimited)
+        self._rested = isinstance(error, RateLimited) and error.retry_after is not None
         wait = error.retry_after or 0.0
         again = (
             self._made < self._most
