@@ -183,7 +183,8 @@ class Turn:
         if not isinstance(error, ProviderError):
             return False
         self._receipt, self._scouting = None, False
-        self._rested = isinstance(error, RateLimited) and error.retry_after is not None
+        # Who was told a time, and waits for it, has done its part of the provider's rest.
+        self._rested |= isinstance(error, RateLimited) and error.retry_after is not None
         wait = error.retry_after or 0.0
         again = (
             self._made < self._most
