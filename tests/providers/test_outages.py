@@ -428,6 +428,12 @@ async def test_a_free_failover_that_fails_is_charged():
     world.b.does = error(UpstreamTimeout)
     await world.ask()
     assert world.upstreams.budget.extras == 1
+    world.b.gate = asyncio.Event()
+    task = asyncio.create_task(world.ask())
+    await turn()
+    assert (world.upstreams.of("b").scouts, world.upstreams.budget.extras) == (1, 2)
+    world.b.gate.set()
+    await task
 
 
 async def test_a_proof_grows_old():
