@@ -79,7 +79,7 @@ class Health:
         """Note a good answer."""
         if permit.probe:
             log.warning("%s: is well again", self.name)
-        self._proof, self._declined = self._clock(), None
+        self._proof = self._clock()
         self._leave(permit, Verdict.GOOD)
 
     def failed(self, permit: Permit, error: ProviderError) -> None:
