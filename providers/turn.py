@@ -139,9 +139,8 @@ class Turn:
     async def ask(self) -> Embedded:
         """Make one attempt. Raises Shut when the provider may not be asked any more."""
         journey, health = self._journey, self._health
-        # A hedge may have taken the last attempt, or this very route.
-        taken = journey.left <= 0 or (not self._made and self._route in journey.asked)
-        permit = None if taken else health.enter(rested=self._rested)
+        # A hedge may have taken the last attempt.
+        permit = health.enter(rested=self._rested) if journey.left > 0 else None
         if permit is None:
             self._refund()
             raise Shut

@@ -436,6 +436,33 @@ async def test_a_free_failover_that_fails_is_charged():
     await task
 
 
+async def test_a_proved_provider_is_open_to_all_at_once():
+    """What is proved well takes everyone who goes on, though nothing is left to spend."""
+    world = World(error(ModelNotFound))
+    await world.ask()
+    for _ in range(100):
+        world.upstreams.budget.spend()
+    world.b.gate, before = asyncio.Event(), world.b.calls
+    crowd = asyncio.gather(*(world.ask() for _ in range(20)))
+    await turn()
+    assert world.b.calls == before + 20
+    world.b.gate.set()
+    assert await crowd == ["b"] * 20
+
+
+async def test_a_second_try_that_is_not_made_is_not_charged():
+    """The breaker that opens during the wait gives the budget back what the wait had reserved."""
+    world = World(lambda: error(RateLimited))
+
+    async def sleep(seconds):
+        breaker = world.upstreams.of("a").breaker
+        breaker.trip(breaker.enter(), 1, "others failed")
+
+    alone = world.make([Route(world.a, "m")], sleep=sleep)
+    assert isinstance(await world.ask(alone), RateLimited)
+    assert (world.a.calls, world.upstreams.budget.extras) == (1, 0)
+
+
 async def test_a_proof_grows_old():
     """What answered well a minute ago is asked by a scout first."""
     world = World(error(ModelNotFound))
