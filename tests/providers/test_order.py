@@ -113,3 +113,16 @@ def test_only_one_of_several_is_tried_at_a_time():
         tried.append(first.name)
         latencies.asked(first)
     assert "".join(tried) == "bcd"
+
+
+def test_the_most_neglected_route_is_tried_first():
+    """Of several that were not asked for long, it is the one asked longest ago."""
+    clock = Clock()
+    latencies = Latencies(clock)
+    a, b, c = three = routes(a=None, b=None, c=None)
+    for route, seconds in ((c, 3.0), (b, 2.0), (a, 1.0)):
+        measured(latencies, route, seconds)
+        clock.now += 1
+    clock.now += TRY_EVERY
+    latencies.asked(a)
+    assert names(latencies.arrange(three)) == "cab"

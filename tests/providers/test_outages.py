@@ -537,6 +537,17 @@ async def test_the_preferred_route_is_the_fastest():
     assert [await world.ask(router) for _ in range(3)] == ["a"] * 3
 
 
+async def test_a_provider_that_is_down_takes_no_ones_trial():
+    """`fastest` tries what may be asked; a route held back is not put first in its stead."""
+    world = World()
+    c = Fake("c")
+    router = world.make([Route(f, "m") for f in (world.a, world.b, c)], order="fastest")
+    assert await world.ask(router) == "a"
+    breaker = world.upstreams.of("b").breaker
+    breaker.trip(breaker.enter(), 300, "others failed")
+    assert [await world.ask(router) for _ in range(2)] == ["c", "a"]
+
+
 async def test_what_happened_can_be_read():
     """Counters of the router, and of each provider its state, why, and until when."""
     world = World(lambda: error(UpstreamFault))
