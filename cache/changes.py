@@ -17,11 +17,17 @@ _PUT = """
         store_time = excluded.store_time, access_time = excluded.access_time,
         expire_time = NULL, size = 0, mode = 1, filename = NULL, value = excluded.value
 """
+# The same, but for those where there is a record.
+_PUT_NEW = f"{_PUT} WHERE Cache.mode != 1 OR typeof(Cache.value) != 'blob'"
 _ENTER = """
     INSERT INTO Entries (id, partition, stored, used)
     SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
     ON CONFLICT (id) DO UPDATE SET
         partition = excluded.partition, stored = excluded.stored, used = excluded.used
+"""
+_ENTER_NEW = """
+    INSERT OR IGNORE INTO Entries (id, partition, stored, used)
+    SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
 """
 _DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND value = ?"
 # An entry of an early version learns here which partition it belongs to.
@@ -72,6 +78,8 @@ class Changes:
     """Written, by address."""
     dead: list[tuple[bytes, bytes]] = field(default_factory=list)
     """Deleted: address and record, so that a newer record under the address stays."""
+    only_new: bool = False
+    """Whether records that are there stay; else they are replaced."""
     used: dict[bytes, Use] = field(default_factory=dict)
     """Uses noted, by address."""
     usage: dict[tuple[int, Partition], Usage] = field(default_factory=dict)
@@ -93,10 +101,11 @@ class Changes:
         now = time.time()
         times = {a: now if kept.stored is None else kept.stored for a, kept in self.records.items()}
         connection.executemany(
-            _PUT, ((a, times[a], now, kept.record) for a, kept in self.records.items())
+            _PUT_NEW if self.only_new else _PUT,
+            ((a, times[a], now, kept.record) for a, kept in self.records.items()),
         )
         connection.executemany(
-            _ENTER,
+            _ENTER_NEW if self.only_new else _ENTER,
             (
                 (ids[kept.partition], int(1000 * times[a]), int(1000 * now), a)
                 for a, kept in self.records.items()

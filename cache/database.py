@@ -30,7 +30,8 @@ FREE_BYTES = 64 << 20
 
 FILE_NAME: str = diskcache.core.DBNAME
 
-FAILURES = (sqlite3.Error, OSError, diskcache.Timeout)
+STORE_FAILURES = (sqlite3.Error, diskcache.Timeout)
+FAILURES = (*STORE_FAILURES, OSError)
 """What any call here may raise."""
 
 _RAW: int = diskcache.core.MODE_RAW
@@ -99,7 +100,11 @@ class Database:
         self._most_pages = max(1, limit - self._log_pages)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with lock:
-            self.cache = self._open()
+            try:
+                self.cache = self._open()
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                # What diskcache, or sqlite3 itself, makes of a settings table that is damaged.
+                raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
         self._inode: int = self.path.stat().st_ino
 
     def _open(self) -> diskcache.Cache:
@@ -197,6 +202,9 @@ class Database:
         return room
 
 
+_DAMAGE = ("no such table", "no such column", "malformed", "Could not decode")
+
+
 def set_aside(folder: Path) -> Path:
     """Move a damaged store out of the way and return where it lies now; nothing is deleted."""
     stamp = time.strftime("%Y%m%dT%H%M%S")
@@ -212,7 +220,7 @@ def is_damage(error: BaseException) -> bool:
     if isinstance(error, sqlite3.OperationalError):
         # Nearly all of these are about the moment: locked, full, no such file. But a damaged
         # schema may lack what every store has.
-        return str(error).startswith(("no such table", "no such column", "malformed"))
+        return str(error).startswith(_DAMAGE)
     return isinstance(error, sqlite3.DatabaseError) and not isinstance(
         error, sqlite3.IntegrityError | sqlite3.ProgrammingError
     )

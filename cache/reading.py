@@ -19,8 +19,8 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
         some = addresses[start : start + ADDRESSES_A_SELECT]
         marks = ",".join("?" * len(some))
         rows = sql(
-            "SELECT key, value, store_time FROM Cache"
-            f" WHERE raw = 1 AND mode = ? AND key IN ({marks})",
+            "SELECT key, value, coalesce(CAST(store_time AS REAL), 0) FROM Cache"
+            f" WHERE raw = 1 AND mode = ? AND typeof(value) = 'blob' AND key IN ({marks})",
             (_RAW, *some),
         )
         for key, value, stored in rows:

@@ -113,6 +113,10 @@ class Store:
             if is_damage(error) and isinstance(source, Database):
                 await self._writer.replace(source)
             return {}
+        except Exception:
+            self._reading.failed()
+            log.exception("reading from the disk tier failed, taken as a miss")
+            return {}
         self._reading.succeeded()
         return found
 

@@ -152,7 +152,8 @@ def test_what_is_there_and_damaged_is_replaced(opened):
         database.sql("UPDATE Cache SET value = x'00' WHERE key = ?", (ROWS[0].address,))
         database.sql("UPDATE Cache SET mode = 4 WHERE key = ?", (ROWS[1].address,))
         assert _put(database, ROWS[:2]) == transfer.Written(stored=2)
-        assert _read(database) == (ROWS[:2], 0)
+        rows, damaged = _read(database)
+        assert (sorted(rows), damaged) == (sorted(ROWS[:2]), 0)
 
 
 def test_a_row_that_does_not_verify_is_refused(opened):

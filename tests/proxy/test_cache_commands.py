@@ -336,7 +336,7 @@ def test_many_entries_go_and_the_file_shrinks(run, fill, monkeypatch):
     [
         ([], ["say what to delete", "--all"]),
         (["--dry-run"], ["say what to delete"]),
-        (["--model", "small"], ["say what to delete"]),
+        (["--model", "small"], ["--model", "--space"]),
         (["--older-than", "old"], ["--older-than", "as in 90d"]),
         (["--older-than", "-5d"], ["--older-than", "as in 90d"]),
         (["--unused-for", ""], ["--unused-for", "as in 90d"]),
@@ -484,6 +484,7 @@ def test_a_sound_store_verifies(run, fill):
         "records": 500,
         "damaged": 0,
         "lost_sight_of": 0,
+        "orphans": 0,
         "broken": None,
         "mended": False,
         "salvaged": None,
@@ -498,7 +499,14 @@ async def test_damaged_records_are_reported_and_mended(damage, run, fill, start_
     assert len(changed) == 5
     _sql(path, "DELETE FROM Entries WHERE id = 20")
     done = await asyncio.to_thread(run, "verify", "--json")
-    found = {"records": 495, "damaged": 5, "lost_sight_of": 1, "broken": None, "salvaged": None}
+    found = {
+        "records": 495,
+        "damaged": 5,
+        "lost_sight_of": 1,
+        "orphans": 0,
+        "broken": None,
+        "salvaged": None,
+    }
     assert (done.code, done.json, done.err) == (1, {**found, "mended": False}, "")
     done = await asyncio.to_thread(run, "verify")
     assert done == (

@@ -375,7 +375,7 @@ def test_a_target_that_cannot_be_written_is_named(run, fill, tmp_path):
     fill(*ROWS)
     (tmp_path / "folder").mkdir()
     for target, why in (
-        (tmp_path / "folder", "Is a directory"),
+        (tmp_path / "folder", "is a directory"),
         (tmp_path / "nowhere" / "a", "No such file or directory"),
     ):
         _failed(run("export", target), 1, f"{target}: {why}")

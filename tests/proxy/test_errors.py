@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from providers import base
+from providers import failures
 from providers.base import EmbeddingError, InputRefused, ProviderError, Refusal
 from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
@@ -56,7 +56,7 @@ TABLE = [
 @pytest.mark.parametrize(("name", "said", "status", "kind", "code", "wait"), TABLE)
 def test_each_error_has_its_status_and_codes(*, name, said, status, kind, code, wait):
     """Each error becomes its status, type and code, and says when another try makes sense."""
-    error = _made(getattr(base, name), said)
+    error = _made(getattr(failures, name), said)
     assert failure(error) == Failure(status, str(error), kind, None, code, wait)
 
 
