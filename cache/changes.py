@@ -1,7 +1,8 @@
 """What one transaction on the disk tier does, and the statements that do it."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .row import Partition
@@ -23,7 +24,8 @@ _ENTER = """
     INSERT INTO Entries (id, partition, stored, used)
     SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
     ON CONFLICT (id) DO UPDATE SET
-        partition = excluded.partition, stored = excluded.stored, used = excluded.used
+        partition = coalesce(excluded.partition, partition),
+        stored = excluded.stored, used = excluded.used
 """
 _ENTER_NEW = """
     INSERT OR IGNORE INTO Entries (id, partition, stored, used)
@@ -70,7 +72,7 @@ class Use(NamedTuple):
     partition: Partition | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Changes:
     """What one transaction does."""
 
@@ -84,6 +86,17 @@ class Changes:
     """Uses noted, by address."""
     usage: dict[tuple[int, Partition], Usage] = field(default_factory=dict)
     """Added to the sums, by day (since 1970, UTC) and partition."""
+
+    def parts(self, most_bytes: int) -> "Iterator[Changes]":
+        """Yield changes that are the same together, of at most about so many bytes each."""
+        part, size = replace(self, records={}), 0
+        for address, kept in self.records.items():
+            if size and size + len(kept.record) > most_bytes:
+                yield part
+                part, size = Changes(only_new=self.only_new), 0
+            part.records[address] = kept
+            size += len(kept.record)
+        yield part
 
     def count(self, day: int, partition: Partition, usage: Usage) -> None:
         """Add to the sums of a day."""

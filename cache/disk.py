@@ -147,6 +147,9 @@ class Disk:
         self.shut_down()
 
     def _open(self) -> Database:
+        if self._lock is not None and self._lock.stale:
+            self._lock.close()
+            self._lock = None
         if self._lock is None:
             self._lock = lock_of(self.folder.parent)
         try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .database import Database
+from .layout import give_back
 
 ROWS_A_TRANSACTION = 1000
 PAGES_A_STEP = 512
@@ -47,6 +48,7 @@ def delete(database: Database, choice: Choice) -> Iterator[int]:
     condition, values = where(choice)
     last, deleted = 0, ROWS_A_TRANSACTION
     while deleted == ROWS_A_TRANSACTION:
+        began = time.monotonic()
         # Looked for anew each time: others move rows to the end of the file meanwhile.
         with database.transaction() as connection:
             connection.execute("PRAGMA secure_delete = 1")
@@ -59,6 +61,7 @@ def delete(database: Database, choice: Choice) -> Iterator[int]:
             connection.executemany("DELETE FROM Entries WHERE id = ?", some)
         deleted = len(some)
         last = some[-1][0] if some else last
+        _let_others(began)
         yield deleted
     yield from _give_back(database)
 
@@ -78,15 +81,18 @@ def so_far(database: Database) -> int:
 
 
 def _give_back(database: Database) -> Iterator[int]:
-    free = True
-    while free:
-        with database.transaction() as connection:
-            ((before,),) = connection.execute("PRAGMA freelist_count")
-            connection.execute(f"PRAGMA incremental_vacuum({PAGES_A_STEP})").fetchall()
-            ((left,),) = connection.execute("PRAGMA freelist_count")
-        # Files of an early layout cannot give pages back; they use them again.
-        free = 0 < left < before
+    given = PAGES_A_STEP
+    while given == PAGES_A_STEP:
+        began = time.monotonic()
+        with database.transaction():
+            given = give_back(database.sql, PAGES_A_STEP)
+        _let_others(began)
         yield 0
+
+
+def _let_others(began: float) -> None:
+    """Leave as much time to other writers as was taken: the lock goes to whoever asks first."""
+    time.sleep(max(0.002, time.monotonic() - began))
 
 
 def _tables(choice: Choice) -> tuple[str, str]:

@@ -282,7 +282,8 @@ def test_any_sequence_agrees_with_a_model(tmp_path_factory, steps):
                         del model[address]
                 for address, kept in records.items():
                     stored = NOW if kept.stored is None else kept.stored
-                    model[address] = [kept.record, kept.partition, stored, now]
+                    before = model[address][1] if address in model else None
+                    model[address] = [kept.record, kept.partition or before, stored, now]
                 for address, use in used.items():
                     row = model.get(address)
                     if row and (row[1] is None or row[3] < use.at - TOUCH_MS):

@@ -31,6 +31,7 @@ class FakeFile:
         self.hits = 0
         self.sizes = []
         self.failure = lambda _: None
+        self.most_bytes = 1 << 30
 
     def write(self, changes, _):
         self.sizes.append(len(changes.records))

@@ -11,7 +11,7 @@ from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
 def _leaves(cls: type) -> list[type]:
     """Return the classes of the error tree that are raised: those without subclasses there."""
-    below = [child for child in cls.__subclasses__() if child.__module__ == base.__name__]
+    below = [child for child in cls.__subclasses__() if child.__module__ == failures.__name__]
     return [leaf for child in below for leaf in _leaves(child)] if below else [cls]
 
 
