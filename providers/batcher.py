@@ -5,14 +5,13 @@ halves, so that what is good is bought and what is bad is named.
 """
 
 import asyncio
-import re
 from collections.abc import Sequence
-from typing import TypeGuard
 
 from . import split
 from .base import Context, Embedded, Embedder, Input, InputRefused, Space
 from .calls import Calls
 from .limits import Limits
+from .refused import is_about_a_field, is_about_an_input, is_about_size
 
 
 class Batcher:
@@ -97,32 +96,8 @@ class _Halver:
         """Note a failure; a refusal of one input with its place."""
         if isinstance(failure, InputRefused):
             within = failure.index
-            if within is None and proved and len(places) == 1 and not _is_about_a_field(failure):
+            if within is None and proved and len(places) == 1 and not is_about_a_field(failure):
                 within = 0
             if within is not None:
                 failure = failure.at(places[within])
         self._calls.failures.append(failure)
-
-
-_INPUT = re.compile(r"(\$\.)?input($|[.\[])")
-
-
-def is_about_size(failure: Exception) -> TypeGuard[InputRefused]:
-    """Tell whether a call was refused as too large, which its parts may not be."""
-    if not isinstance(failure, InputRefused):
-        return False
-    return failure.status == 413 or "max_tokens_per_request" in (failure.kind, failure.code)
-
-
-def is_about_an_input(failure: Exception) -> TypeGuard[InputRefused]:
-    """Tell whether a call was refused for one of its inputs, and it is not said which."""
-    if not isinstance(failure, InputRefused) or is_about_size(failure):
-        return False
-    return failure.index is None and not _is_about_a_field(failure)
-
-
-def _is_about_a_field(failure: InputRefused) -> bool:
-    """Tell whether what is refused is not the input: then it is refused with every input."""
-    if failure.status not in (400, 413, 422):
-        return True
-    return failure.param is not None and not _INPUT.match(failure.param)
