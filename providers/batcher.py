@@ -59,13 +59,19 @@ class _Halver:
             async with self._searching:
                 if any(isinstance(known, InputRefused) for known in self._calls.failures):
                     return
-                await self._search(places, failure)
+                left_out = await self._search(places, failure)
+            for part in left_out:
+                await self.get(part)
         else:
             self._fail(failure, places)
 
-    async def _search(self, places: range, refusal: InputRefused) -> None:
-        """Find the input for which a part was refused; buy the halves that it is not in."""
+    async def _search(self, places: range, refusal: InputRefused) -> list[range]:
+        """Find the input for which a part was refused; buy the halves that it is not in.
+
+        If there is none, return the halves that were refused on the way, and not looked into.
+        """
         proved = False
+        left_out: list[range] = []
         while is_about_an_input(refusal) and len(places) > 1:
             both = split.halves(places)
             async with asyncio.TaskGroup() as group:
@@ -83,14 +89,16 @@ class _Halver:
             ]
             if not refused:
                 # If both were answered, they were only too much together.
-                return
+                return left_out
             # Only where others are taken is it the input that is refused.
             proved = proved or None in results
-            places, refusal = refused[0]
+            (places, refusal), *others = refused
+            left_out += [half for half, _ in others]
             if not proved and self._calls.space.parameters and len(set(map(str, results))) == 1:
                 # It is a field that the client sent along; to go on would cost calls for nothing.
                 break
         self._fail(refusal, places, proved=proved)
+        return []
 
     def _fail(self, failure: Exception, places: range, *, proved: bool = True) -> None:
         """Note a failure; a refusal of one input with its place."""

@@ -71,6 +71,9 @@ class Calls:
             raise DeadlineExceeded("the time of the request was up") from error
         if self.failures:
             raise min(self.failures, key=_weight)
+        answered = sum(len(places) for places, _ in self._parts)
+        if answered != len(self._inputs):
+            raise RuntimeError(f"{answered} inputs answered of {len(self._inputs)}")
         return assembled(self._parts)
 
 
