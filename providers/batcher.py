@@ -21,9 +21,11 @@ class Batcher:
     to find that place: two for each halving of one part, so at most 2 × log2 of its inputs.
     """
 
-    def __init__(self, inner: Embedder, limits: Limits) -> None:
+    def __init__(self, inner: Embedder, limits: Limits, least: int = split.LEAST) -> None:
+        """`least` inputs are in a part that is made for speed alone."""
         self._inner = inner
         self._limits = limits
+        self._least = least
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the answers of all parts in order. A failure is raised when all in the air ended.
@@ -31,7 +33,7 @@ class Batcher:
         Parts that were answered were told to `context.on_part`, also when others failed.
         """
         sizes = await split.sizes(space, inputs, self._limits.tokens)
-        limits = split.side_by_side(len(inputs), self._limits)
+        limits = split.side_by_side(len(inputs), self._limits, self._least)
         parts = split.split(len(inputs), limits, sizes)
         calls = Calls(self._inner.embed, space, inputs, context, limits.concurrency)
         halver = _Halver(calls)
@@ -104,6 +106,7 @@ class _Halver:
         """Note a failure; a refusal of one input with its place."""
         if isinstance(failure, InputRefused):
             within = failure.index
+            proved = proved or self._calls.answered
             if within is None and proved and len(places) == 1 and not is_about_a_field(failure):
                 within = 0
             if within is not None:

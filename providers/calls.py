@@ -29,6 +29,11 @@ class Calls:
         self._turns = asyncio.Semaphore(concurrency)
         self._parts: list[tuple[range, Embedded]] = []
 
+    @property
+    def answered(self) -> bool:
+        """Whether any call was answered so far."""
+        return bool(self._parts)
+
     async def make(self, places: range, *, anyway: bool = False) -> Exception | None:
         """Make one call for the inputs at these places; return what it fails with, or None.
 

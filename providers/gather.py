@@ -13,12 +13,15 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from .base import Context, DeadlineExceeded, Embedded, Embedder, Input, InputRefused, Space
+from .batcher import Batcher
 from .calls import assembled
 from .limits import Limits
 from .refused import is_about_an_input
 
 SMALL = 64
 """Inputs; a larger request is a batch by itself."""
+LEAST = 256
+"""Inputs in a part of a gathered call: those who gather want few calls more than quick ones."""
 IN_THE_AIR = 4
 """Calls at a time of those who may ride together; the next ones gather until one has landed, so
 that calls grow with the load and not in number."""
@@ -36,13 +39,14 @@ class Line(NamedTuple):
 
 
 class Gatherer:
-    """An Embedder that holds small requests for up to `window_s` seconds, to make one of several.
+    """A batcher that holds small requests for up to `window_s` seconds, to make one of several.
 
     Everyone is answered as soon as its own part is there.
     """
 
     def __init__(self, inner: Embedder, limits: Limits, window_s: float) -> None:
-        self._inner = inner
+        self._alone = Batcher(inner, limits)
+        self._together = Batcher(inner, limits, LEAST)
         self._limits = limits
         self._window_s = window_s
         self._boarding: dict[Line, _Ride] = {}
@@ -54,11 +58,11 @@ class Gatherer:
         Raises EmbeddingError: the request's own, or one that is of all alike.
         """
         if len(inputs) > SMALL:
-            return await self._inner.embed(space, inputs, context)
+            return await self._alone.embed(space, inputs, context)
         line = Line(space, context.user)
         ride = self._boarding.get(line)
         if ride is None:
-            ride = self._boarding[line] = _Ride(self._inner, line, self._limits)
+            ride = self._boarding[line] = _Ride(self._together, line, self._limits)
             ride.task = asyncio.create_task(self._drive(line, ride))
         rider = _Rider(inputs, context)
         ride.board(rider)

@@ -70,10 +70,10 @@ def split(count: int, limits: Limits, sizes: Sequence[int] | None = None) -> lis
     return parts
 
 
-def side_by_side(count: int, limits: Limits) -> Limits:
+def side_by_side(count: int, limits: Limits, least: int = LEAST) -> Limits:
     """Return limits that cut `count` inputs into as many parts as it pays to ask for at once.
 
-    That is as many as may be in the air, but none below `LEAST` inputs, and no more at once than
+    That is as many as may be in the air, but none below `least` inputs, and no more at once than
     the upstream's rate allows in a second.
 
     >>> side_by_side(2000, Limits(concurrency=8)).inputs
@@ -84,7 +84,7 @@ def side_by_side(count: int, limits: Limits) -> Limits:
     lanes = limits.concurrency
     if limits.requests_per_minute is not None:
         lanes = min(lanes, max(1, limits.requests_per_minute // 60))
-    share = max(LEAST, -(-count // lanes))
+    share = max(least, -(-count // lanes))
     return Limits(min(limits.inputs, share), limits.tokens, limits.concurrency)
 
 

@@ -102,9 +102,8 @@ def make_models(
 def _batched(router: Router, settings: Settings) -> Embedder:
     """Return what divides requests among calls of the routes, and gathers small ones if asked."""
     limits = limits_of(router.routes[0].provider) if router.routes else Limits()
-    batcher = Batcher(router, limits)
-    gather_ms = settings.server.gather_ms
-    return Gatherer(batcher, limits, gather_ms / 1000) if gather_ms else batcher
+    window_s = settings.server.gather_ms / 1000
+    return Gatherer(router, limits, window_s) if window_s else Batcher(router, limits)
 
 
 def make_router(
