@@ -88,8 +88,9 @@ async def test_a_full_call_does_not_wait_out_the_window():
     assert rig.upstream.calls == [["a0", "b0", "a1", "b1"]]
 
 
-async def test_while_calls_are_in_the_air_the_next_ones_gather():
+async def test_while_calls_are_in_the_air_the_next_ones_gather(monkeypatch):
     """Calls grow with the load: those who come while all turns are taken go in one."""
+    monkeypatch.setattr(gather, "LONGEST_WAIT", 60)
     rig = Rig()
     rig.upstream.hold()
     first = []
@@ -112,14 +113,17 @@ async def test_nobody_waits_long_for_a_turn(monkeypatch):
     monkeypatch.setattr(gather, "LONGEST_WAIT", 0.01)
     rig = Rig()
     rig.upstream.hold()
-    hanging = [rig.start(f"a{i}", user=None) for i in range(1)]
+    hanging = rig.start("hanging")
     await rig.called(1)
-    rig.gatherer._turns[gather.Line(SPACE, None)]._value = 0
+    turns = rig.gatherer._turns[gather.Line(SPACE, None)]
+    turns._value = 0
     late = rig.start("late")
     await rig.called(2)
     rig.upstream.let(1)
     check(await late, ["late"])
-    hanging[0].cancel()
+    await settle()
+    assert turns._value == 0, "it gives no turn back that it had not"
+    hanging.cancel()
 
 
 @settings(deadline=None, max_examples=60)
