@@ -8,12 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from providers.base import Context, DeadlineExceeded, InputRefused, RateLimited, Space
+from providers.base import (
+    Context,
+    DeadlineExceeded,
+    Embedded,
+    InputRefused,
+    RateLimited,
+    Space,
+)
 from providers.batcher import Batcher
+from providers.calls import assembled
 from providers.limits import Limits
 from providers.split import LEAST
 from providers.within import ask_within_limits, limits_of
-from tests.providers.fakes import Kept, Upstream, check, refusing, settle
+from tests.providers.fakes import Kept, Upstream, check, refusing, settle, tokens_of, vector_of
 
 SPACE = Space("m", 2)
 ANY_TIME = Context()
@@ -187,6 +195,30 @@ async def test_one_deadline_holds_for_all_parts():
         await batcher.embed(SPACE, texts(5), soon)
     assert (upstream.air, len(upstream.calls)) == (0, 2)
     assert {context.deadline for context in upstream.contexts} == {soon.deadline}
+
+
+@given(st.permutations(range(8)), st.integers(1, 7))
+def test_answers_are_put_in_order_however_they_are_mixed(places, cut):
+    """Parts of any places, in any order, make one answer in the order of the places."""
+    inputs = texts(8)
+    parts = [
+        (
+            some,
+            Embedded(
+                [vector_of(inputs[i]) for i in some],
+                [tokens_of(inputs[i]) for i in some],
+                counted=True,
+                providers=(f"p{min(some)}",),
+            ),
+        )
+        for some in (sorted(places[:cut]), sorted(places[cut:]))
+    ]
+    embedded = assembled(parts)
+    check(embedded, inputs)
+    assert embedded.providers[0] == "p0"
+    assert embedded.counted
+    parts[0] = (parts[0][0], replace(parts[0][1], counted=False))
+    assert not assembled(parts).counted
 
 
 # Refusals.

@@ -234,3 +234,26 @@ async def test_each_waits_until_its_own_deadline():
     rig.upstream.held = None
     await asyncio.gather(rig.start("a", deadline=now + 60), rig.start("b"))
     assert rig.upstream.contexts[-1].deadline is None
+
+
+async def test_a_refusal_that_names_nobody_sends_each_alone():
+    """When nothing tells whose input is refused, nobody is blamed for another's."""
+    rig = Rig(refusing("x", "y"))
+    results = await asyncio.gather(*map(rig.start, ["x", "y", "good"]), return_exceptions=True)
+    assert [type(result) for result in results[:2]] == [InputRefused] * 2
+    check(results[2], ["good"])
+    assert rig.upstream.bought == ["good"]
+
+
+async def test_who_is_asked_for_again_pays_only_for_what_is_missing():
+    """A request that came in two parts, of which one was refused for another's, buys that one."""
+    rig = Rig(limits=Limits(inputs=2, concurrency=1))
+    rig.upstream.failure = lambda call: (
+        InputRefused("no", index=call.index("bad")) if "bad" in call else None
+    )
+    tasks = [rig.start("a"), rig.start("b", "c"), rig.start("bad")]
+    check(await tasks[0], ["a"])
+    check(await tasks[1], ["b", "c"])
+    with pytest.raises(InputRefused):
+        await tasks[2]
+    assert rig.upstream.bought == ["a", "b", "c"]
