@@ -83,8 +83,9 @@ async def test_a_full_call_does_not_wait_out_the_window():
     """Once there are as many inputs as a call holds, it goes."""
     rig = Rig(limits=Limits(inputs=4), window=60)
     tasks = [rig.start(f"a{i}", f"b{i}") for i in range(2)]
-    for i, task in enumerate(tasks):
-        check(await task, [f"a{i}", f"b{i}"])
+    async with asyncio.timeout(20):
+        for i, task in enumerate(tasks):
+            check(await task, [f"a{i}", f"b{i}"])
     assert rig.upstream.calls == [["a0", "b0", "a1", "b1"]]
 
 
