@@ -22,7 +22,7 @@ SMALL = 64
 """Inputs; a larger request is a batch by itself."""
 LEAST = 256
 """Inputs in a part of a gathered call: those who gather want few calls more than quick ones."""
-IN_THE_AIR = 4
+IN_THE_AIR = 2
 """Calls at a time of those who may ride together; the next ones gather until one has landed, so
 that calls grow with the load and not in number."""
 LONGEST_WAIT = 1.0

@@ -170,10 +170,15 @@ async def test_each_client_is_told_its_own_place():
     assert [result.index for result in results] == [1, 0, 0]
 
 
-async def test_a_joiner_whose_own_inputs_are_good_is_not_refused():
+@pytest.mark.parametrize("named", [False, True])
+async def test_a_joiner_whose_own_inputs_are_good_is_not_refused(named):
     """All that a joiner wants was in a fill with another's bad input: it gets it, most for free."""
     rig = batched(Limits())
     rig.inner.failure = refused("bad")
+    if named:
+        rig.inner.failure = lambda call: (
+            InputRefused("bad", index=call.index("bad")) if "bad" in call else None
+        )
     rig.inner.gate.shut()
     leader = rig.start("a", "bad", "b", "c")
     await settle()
