@@ -49,6 +49,12 @@ class InputRefused(EmbeddingError):
         self.param = param
         self.code = code
 
+    def at(self, index: int, message: str | None = None) -> "InputRefused":
+        """Return the same refusal as it reads in another call, where the input has that place."""
+        other = InputRefused(message or str(self))
+        other.__dict__.update(self.__dict__, index=index)
+        return other
+
 
 class NoRoute(EmbeddingError):
     """No provider is configured that could answer; the message says what to set."""
