@@ -1,7 +1,9 @@
 """A copy of a store that is in use: whole, consistent, and itself a store's file."""
 
 import contextlib
+import os
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,9 @@ def copy(database: Database, target: Path, progress: Callable[[int, int], None])
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; it is not overwritten")
-    part = target.with_name(f"{target.name}.part")
+    handle, name = tempfile.mkstemp(".part", f"{target.name}-", target.parent)
+    os.close(handle)
+    part = Path(name)
     try:
         with (
             contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as source,
@@ -34,7 +38,7 @@ def copy(database: Database, target: Path, progress: Callable[[int, int], None])
                 sleep=0,
             )
             copied.execute("PRAGMA journal_mode = DELETE")
-        part.rename(target)
-    except BaseException:
+        # Not a renaming: that would replace what has appeared there meanwhile.
+        os.link(part, target)
+    finally:
         part.unlink(missing_ok=True)
-        raise

@@ -20,15 +20,21 @@ from .layout import PAGE_BYTES
 from .lock import WriterLock
 
 MMAP_BYTES = 1 << 36
-"""Reads go through the page cache without copies, up to 64 GiB of file."""
+"""Reads go through the page cache without copies; most builds of SQLite map at most 2 GiB."""
+CACHE_PAGES = 1024
+"""A connection's own cache, 32 MiB: beyond what is mapped it saves the index from being re-read."""
 BUSY_SECONDS = 2.0
 """The longest wait for another process's write; then the write is given up."""
 FREE_BYTES = 64 << 20
 """Nothing is written when less than this would be left on the file system."""
 
+FULL_SECONDS = 10.0
+"""How long a store that is full of what is pinned is not asked again."""
+
 FILE_NAME: str = diskcache.core.DBNAME
 
-FAILURES = (sqlite3.Error, OSError, diskcache.Timeout)
+STORE_FAILURES = (sqlite3.Error, diskcache.Timeout)
+FAILURES = (*STORE_FAILURES, OSError)
 """What any call here may raise."""
 
 _RAW: int = diskcache.core.MODE_RAW
@@ -95,14 +101,21 @@ class Database:
         # A fiftieth, at most 32 MiB, is for the write-ahead log.
         self._log_pages = min(max(limit // 50, 4), 1000)
         self._most_pages = max(1, limit - self._log_pages)
+        self.most_bytes = max(size_limit // 64, 1 << 20)
+        """What one transaction should write at most, so that log and file stay within the limit."""
+        self._full_until = 0.0
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with lock:
-            self.cache = self._open()
+            try:
+                self.cache = self._open()
+            except (ArithmeticError, LookupError, ValueError) as error:
+                # What diskcache, or sqlite3 itself, makes of a settings table that is damaged.
+                raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
         self._inode: int = self.path.stat().st_ino
 
     def _open(self) -> diskcache.Cache:
         layout.prepare(self.path)
-        layout.check_version(self.path)
+        layout.check(self.path, BUSY_SECONDS)
         cache = diskcache.Cache(
             str(self.folder),
             timeout=BUSY_SECONDS,
@@ -111,9 +124,11 @@ class Database:
             cull_limit=0,
             eviction_policy="none",
             sqlite_auto_vacuum=layout.INCREMENTAL,
-            sqlite_cache_size=512,
+            sqlite_cache_size=CACHE_PAGES,
             sqlite_journal_size_limit=self._log_pages * PAGE_BYTES,
             sqlite_mmap_size=MMAP_BYTES,
+            # What is evicted need not be overwritten; what is purged is (see `purge`).
+            sqlite_secure_delete=0,
             sqlite_wal_autocheckpoint=self._log_pages,
         )
         with cache.transact():
@@ -167,30 +182,49 @@ class Database:
 
         `recent` has uses that are not written yet; for them, too, an entry is not evicted.
         """
+        if self.replaced:
+            raise FileReplaced("the file was taken away")
         if changes.records and shutil.disk_usage(self.folder).free < FREE_BYTES:
             raise OSError("the file system is nearly full; nothing is written")
         with self.transaction() as connection:
             changes.delete_dead(connection)
             lengths = [len(kept.record) for kept in changes.records.values()]
-            there_is_room = self._make_room(eviction.pages_for(lengths), changes, recent or {})
+            wanted = eviction.pages_for(lengths)
+            there_is_room = self._make_room(wanted, wanted, changes, recent or {})
             changes.put(connection)
             if not there_is_room:
-                self._make_room(0, Changes(), {})
+                self._make_room(0, wanted, changes, recent or {})
 
-    def _make_room(self, wanted: int, changes: Changes, recent: Mapping[bytes, Use]) -> bool:
+    def _make_room(
+        self, wanted: int, effort: int, changes: Changes, recent: Mapping[bytes, Use]
+    ) -> bool:
         def used_at(address: bytes) -> int:
             use = changes.used.get(address) or recent.get(address)
             return use.at if use else 0
 
-        pinned = {
-            number
-            for number, namespace in self.sql("SELECT id, namespace FROM Partitions")
-            if namespace in self._pinned
-        }
-        room = eviction.make_room(self.sql, self._most_pages, wanted, used_at, pinned)
-        if not room and pinned and wanted < self._most_pages // 2:
-            raise OSError("the store is full of what is pinned; nothing is written")
-        return room
+        if wanted and time.monotonic() < self._full_until:
+            raise OSError(_FULL_OF_PINS)
+        pinned: set[int] = set()
+        if self._pinned:
+            rows = self.sql("SELECT id, namespace FROM Partitions")
+            pinned = {number for number, namespace in rows if namespace in self._pinned}
+        room = eviction.make_room(
+            self.sql,
+            limit=self._most_pages,
+            wanted=wanted,
+            used_at=used_at,
+            pinned=pinned,
+            effort=effort,
+        )
+        if room.lacking > 0 and pinned and not room.deleted and wanted:
+            # Found out at some cost, and not to change soon.
+            self._full_until = time.monotonic() + FULL_SECONDS
+            raise OSError(_FULL_OF_PINS)
+        return room.lacking <= 0
+
+
+_FULL_OF_PINS = "the store is full of what is pinned; nothing is written"
+_DAMAGE = ("no such table", "no such column", "malformed", "Could not decode")
 
 
 def set_aside(folder: Path) -> Path:
@@ -208,7 +242,7 @@ def is_damage(error: BaseException) -> bool:
     if isinstance(error, sqlite3.OperationalError):
         # Nearly all of these are about the moment: locked, full, no such file. But a damaged
         # schema may lack what every store has.
-        return str(error).startswith(("no such table", "no such column", "malformed"))
+        return str(error).startswith(_DAMAGE)
     return isinstance(error, sqlite3.DatabaseError) and not isinstance(
         error, sqlite3.IntegrityError | sqlite3.ProgrammingError
     )

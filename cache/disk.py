@@ -45,19 +45,26 @@ def opened(
 ) -> Iterator[Database]:
     """Give the file of a store for one thread's use, beside proxies that may be running.
 
-    Raises StoreError if there is none and it is not to be made, or for what fails in the body.
+    Raises StoreError if there is none and it is not to be made, or for what fails in it later.
     """
     folder = folder_of(directory)
     if not create and not _is_there(folder / database.FILE_NAME):
         raise StoreError(f"{folder}: there is no store yet; the proxy makes it at its first start")
-    try:
-        with (
-            contextlib.closing(lock_of(directory)) as lock,
-            contextlib.closing(Database(folder, size_limit, lock, pinned)) as file,
-        ):
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(contextlib.closing(lock_of(directory)))
+            file = Database(folder, size_limit, lock, pinned)
+        except FAILURES as error:
+            raise _explained(folder, error) from error
+        stack.callback(file.close)
+        try:
             yield file
-    except FAILURES as error:
-        raise StoreError(f"{folder}: {str(error) or 'another process keeps it locked'}") from error
+        except (*database.STORE_FAILURES, TimeoutError) as error:
+            raise _explained(folder, error) from error
+
+
+def _explained(folder: Path, error: BaseException) -> StoreError:
+    return StoreError(f"{folder}: {str(error) or 'another process keeps it locked'}")
 
 
 def is_damaged(error: StoreError) -> bool:
@@ -140,6 +147,9 @@ class Disk:
         self.shut_down()
 
     def _open(self) -> Database:
+        if self._lock is not None and self._lock.stale:
+            self._lock.close()
+            self._lock = None
         if self._lock is None:
             self._lock = lock_of(self.folder.parent)
         try:

@@ -6,6 +6,7 @@ It counts each input exactly once: `inputs = duplicates + hits + joins + misses`
 import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from providers.base import (
@@ -28,11 +29,13 @@ from .record import Entry
 from .tiers import Tiers
 from .usage import Usage
 
+# Timers may go off early by as much, in seconds: uvloop's count whole milliseconds.
+_TICK = 0.01
+
 
 class Filled(NamedTuple):
-    """What a fill gives to everyone who waits for it."""
+    """What a fill tells its leader at its end; the entries it has handed out before."""
 
-    entries: Mapping[Key, Entry]
     bought: frozenset[Key]
     """Keys that were asked from a provider; the others were found on the second look."""
     providers: tuple[str, ...]
@@ -43,6 +46,15 @@ class _Answer(NamedTuple):
 
     entry: Entry
     outcome: Outcome
+
+
+class _KeyRefused(InputRefused):
+    """One input of a fill is refused; by its key, each who waits knows whether it is its own."""
+
+    def __init__(self, refusal: InputRefused, key: Key) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+        self.key = key
 
 
 class CachingEmbedder:
@@ -56,7 +68,8 @@ class CachingEmbedder:
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return a vector for each input, asking the wrapped embedder only for unknown ones.
 
-        What was asked is on disk when this returns. Raises EmbeddingError.
+        What was asked is on disk when this returns; when it raises EmbeddingError, so is what was
+        bought before the failure. The index of a refused input is its first place in `inputs`.
         """
         ring = keyring(space, Namespace(context.namespace))
         keys = [ring.key(item) for item in inputs]
@@ -70,6 +83,8 @@ class CachingEmbedder:
             try:
                 async with asyncio.timeout_at(context.deadline):
                     bought, providers = await self._obtain(ring, missing, context, landed)
+            except _KeyRefused as error:
+                raise _named(error.refusal, keys.index(error.key), len(inputs)) from error
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
@@ -82,17 +97,18 @@ class CachingEmbedder:
     ) -> tuple[dict[Key, _Answer], tuple[str, ...]]:
         """Get what no tier had: wait for fills in progress, start one for the rest."""
         joins, leads = self._flights.part(list(missing))
-        fills = set(joins.values())
         own: Fill[Filled] | None = None
         if leads:
             # Between the look-up and here another fill may have ended, and have bought some of
             # these: then it is neither among the fills nor among what was found. Look again.
             look_again = landed != self._flights.landed
             items = {key: missing[key] for key in leads}
-            work = self._fill(ring, items, context, look_again=look_again)
-            own = self._flights.lead(leads, work, context.deadline)
-            fills.add(own)
-        await flight.wait(fills)
+            own = self._flights.lead(
+                leads,
+                lambda fill: self._fill(fill, ring, items, context, look_again=look_again),
+                context.deadline,
+            )
+        await flight.wait([own] if own else [], joins)
 
         answers: dict[Key, _Answer] = {}
         providers: tuple[str, ...] = ()
@@ -101,11 +117,14 @@ class CachingEmbedder:
             providers = filled.providers
             for key in leads:
                 outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
-                answers[key] = _Answer(filled.entries[key], outcome)
+                answers[key] = _Answer(own.there[key], outcome)
         again: dict[Key, Input] = {}
         for key, fill in joins.items():
             try:
-                answers[key] = _Answer(fill.task.result().entries[key], Outcome.JOIN)
+                # What it handed out before it failed is as good as any.
+                if key not in fill.there:
+                    fill.task.result()
+                answers[key] = _Answer(fill.there[key], Outcome.JOIN)
             except EmbeddingError as error:
                 if not _is_the_leaders_own(error, fill, missing):
                     raise
@@ -117,21 +136,56 @@ class CachingEmbedder:
         return answers, providers
 
     async def _fill(
-        self, ring: Keyring, items: Mapping[Key, Input], context: Context, *, look_again: bool
+        self,
+        fill: Fill[Filled],
+        ring: Keyring,
+        items: Mapping[Key, Input],
+        context: Context,
+        *,
+        look_again: bool,
     ) -> Filled:
-        """Ask, store, hand out. A failure stores nothing and is everyone's who waits."""
+        """Ask, store, hand out, each part as it comes. A failure keeps the parts before it."""
         keys = list(items)
         found = await self._tiers.get_many(keys, ring.partition) if look_again else {}
+        if found:
+            self._flights.give(fill, found)
         wanted = [key for key in keys if key not in found]
+        bought: set[Key] = set()
+
+        async def keep(places: Sequence[int], part: Embedded) -> None:
+            rows = zip(places, part.vectors, part.tokens, strict=True)
+            entries = {
+                key: Entry(vector, tokens, part.counted, key.digest)
+                for place, vector, tokens in rows
+                if (key := wanted[place]) not in bought
+            }
+            if not entries:
+                return
+            bought.update(entries)
+            await self._tiers.put_many(entries, ring.partition)
+            self._flights.give(fill, entries)
+
         if not wanted:
-            return Filled(found, frozenset(), ())
-        embedded = await self._inner.embed(ring.space, [items[key] for key in wanted], context)
-        bought = {
-            key: Entry(vector, tokens, embedded.counted, key.digest)
-            for key, vector, tokens in zip(wanted, embedded.vectors, embedded.tokens, strict=True)
-        }
-        await self._tiers.put_many(bought, ring.partition)
-        return Filled({**found, **bought}, frozenset(bought), embedded.providers)
+            return Filled(frozenset(), ())
+        inputs = [items[key] for key in wanted]
+        try:
+            embedded = await self._inner.embed(ring.space, inputs, replace(context, on_part=keep))
+        except InputRefused as error:
+            if error.index is None:
+                raise
+            raise _KeyRefused(error, wanted[error.index]) from error
+        if len(bought) < len(wanted):
+            await keep(range(len(wanted)), embedded)
+        return Filled(frozenset(bought), embedded.providers)
+
+
+def _named(refusal: InputRefused, place: int, inputs: int) -> InputRefused:
+    """Return a refusal that says which input of the client's it is about, if there are several."""
+    if inputs == 1:
+        return refusal.at(place)
+    named = refusal.at(place, f"{refusal} (input {place})")
+    named.param = named.param or "input"
+    return named
 
 
 def _not_bought(answer: Embedded) -> Usage:
@@ -150,11 +204,13 @@ def _is_the_leaders_own(error: EmbeddingError, fill: Fill[Filled], wanted: Colle
 
     What was refused may be another's input that was bought along; or the leader's time was up.
     """
+    if isinstance(error, _KeyRefused):
+        return error.key not in wanted
     if isinstance(error, InputRefused):
         return not fill.keys <= set(wanted)
     if isinstance(error, DeadlineExceeded | UpstreamTimeout):
         now = asyncio.get_running_loop().time()
-        return fill.deadline is not None and fill.deadline <= now
+        return fill.deadline is not None and fill.deadline <= now + _TICK
     return False
 
 

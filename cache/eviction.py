@@ -8,13 +8,14 @@ moved to the end, and their pages become free as a whole.
 
 import math
 from collections.abc import Callable, Collection
+from typing import NamedTuple
 
-from .layout import PAGE_BYTES, Sql
+from .layout import PAGE_BYTES, Sql, give_back
 
-ROUNDS = 8
-"""The most attempts of one transaction; the next one goes on where it ended."""
+PASSES = 8
+"""The most passes over the cold end that one round makes to find what may go."""
 MOST_PAGES = 512
-"""The most pages (16 MiB) that one round deletes or moves, so that no transaction takes long."""
+"""The most pages (16 MiB) that one transaction deletes or moves beside what it needs itself."""
 _ROW_BYTES = 64
 """What a row takes on its page beside the record, generously."""
 _SPARE_PAGES = 4
@@ -33,30 +34,50 @@ def pages_for(lengths: Collection[int]) -> int:
     )
 
 
-def make_room(
+class Room(NamedTuple):
+    """What came of making room."""
+
+    lacking: int
+    """Pages that are still lacking; 0 or less: there is room."""
+    deleted: int
+    """Entries that had to go."""
+
+
+def make_room(  # noqa: PLR0913 - by name
     sql: Sql,
+    *,
     limit: int,
     wanted: int,
     used_at: Callable[[bytes], int],
     pinned: Collection[int] = (),
-) -> bool:
-    """Make room for `wanted` pages in a file of at most `limit` pages; return whether there is.
+    effort: int = 0,
+) -> Room:
+    """Make room for `wanted` pages in a file of at most `limit` pages, as far as that is quick.
 
-    `used_at` tells, by address, of a use that is not in the file yet, in milliseconds, or 0; such
-    an entry is given that time instead of being deleted. So is one of a `pinned` partition.
+    What is left to do the next transaction does. `used_at` tells, by address, of a use that is not
+    in the file yet, in milliseconds, or 0; such an entry is given that time instead of being
+    deleted. So is one of a `pinned` partition. `effort` is how many pages the transaction writes
+    besides: a large one may as well delete and move more.
     """
-    for _ in range(ROUNDS):
-        before = _lacking(sql, limit, wanted)
-        if before <= 0:
+    budget = 2 * max(wanted, effort) + max(4 * _SPARE_PAGES, min(MOST_PAGES, limit // 32))
+    lacking, deleted = _lacking(sql, limit, wanted), 0
+    while lacking > 0 and budget > 0:
+        goal = min(lacking + _SPARE_PAGES, budget)
+        gone = _delete_coldest(sql, goal, used_at, pinned)
+        deleted += gone
+        budget -= goal
+        before, lacking = lacking, _lacking(sql, limit, wanted)
+        if 2 * lacking > min(before, goal) and budget > 0:
+            _move_first(sql, min(2 * lacking, budget))
+            budget -= 2 * lacking
+            lacking = _lacking(sql, limit, wanted)
+        if not gone and lacking >= before:
             break
-        _delete_coldest(sql, before + _SPARE_PAGES, used_at, pinned)
-        after = _lacking(sql, limit, wanted)
-        if 2 * after > min(before, MOST_PAGES):
-            _move_first(sql, 2 * after)
-    else:
-        return _lacking(sql, limit, wanted) <= 0
-    _give_back(sql, limit)
-    return True
+    ((pages,),) = sql("PRAGMA page_count")
+    if pages > limit:
+        # As after the limit was lowered.
+        give_back(sql, min(pages - limit, MOST_PAGES))
+    return Room(lacking, deleted)
 
 
 def _lacking(sql: Sql, limit: int, wanted: int) -> int:
@@ -70,17 +91,18 @@ def _rows_of(sql: Sql, pages: int) -> int:
     ((total,),) = sql("PRAGMA page_count")
     ((free,),) = sql("PRAGMA freelist_count")
     ((entries,),) = sql("SELECT value FROM Settings WHERE key = 'count'")
-    share: float = min(pages, MOST_PAGES) / max(1, total - free)
+    share: float = pages / max(1, total - free)
     return math.ceil(share * int(entries))
 
 
 def _delete_coldest(
     sql: Sql, pages: int, used_at: Callable[[bytes], int], pinned: Collection[int]
-) -> None:
-    """Delete as many of the entries used longest ago as fill so many pages."""
+) -> int:
+    """Delete as many of the entries used longest ago as fill so many pages; return how many."""
     wanted = _rows_of(sql, pages)
     ((newest,),) = sql("SELECT max(used) FROM Entries")
-    for _ in range(ROUNDS):
+    deleted = 0
+    for _ in range(PASSES):
         rows = sql(
             "SELECT id, used, partition, key FROM Entries LEFT JOIN Cache ON Cache.rowid = id"
             " ORDER BY used LIMIT ?",
@@ -95,9 +117,11 @@ def _delete_coldest(
             else:
                 sql("DELETE FROM Cache WHERE rowid = ?", (row,))
                 sql("DELETE FROM Entries WHERE id = ?", (row,))
+                deleted += 1
         if not kept or len(rows) < wanted:
-            return
+            break
         wanted = kept
+    return deleted
 
 
 def _move_first(sql: Sql, pages: int) -> None:
@@ -107,10 +131,3 @@ def _move_first(sql: Sql, pages: int) -> None:
     for row, (old,) in enumerate(rows, start=(last or 0) + 1):
         sql("UPDATE Cache SET rowid = ? WHERE rowid = ?", (row, old))
         sql("UPDATE Entries SET id = ? WHERE id = ?", (row, old))
-
-
-def _give_back(sql: Sql, limit: int) -> None:
-    """Cut free pages off a file that is longer than its limit, as after the limit was lowered."""
-    ((pages,),) = sql("PRAGMA page_count")
-    if pages > limit:
-        sql(f"PRAGMA incremental_vacuum({min(pages - limit, MOST_PAGES)})").fetchall()

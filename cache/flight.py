@@ -1,15 +1,17 @@
 """One fill a key: whoever asks for a key that is being bought waits for that purchase.
 
 A fill runs as a task of its own, and everyone, its leader too, only waits for it: a cancelled
-leader harms no joiner. It is cancelled when nobody waits any more. For one thread: the event
-loop's.
+leader harms no joiner. It is cancelled when nobody waits any more. What is there before the rest is
+given to joiners at once, and stays given when the rest fails. For one thread: the event loop's.
 """
 
 import asyncio
-from collections.abc import Collection, Coroutine, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from .key import Key
+from .record import Entry
 
 R = TypeVar("R")
 
@@ -17,16 +19,24 @@ R = TypeVar("R")
 class Fill(Generic[R]):
     """A purchase in progress, of one or more keys."""
 
-    def __init__(
-        self, keys: Sequence[Key], work: Coroutine[Any, Any, R], deadline: float | None
-    ) -> None:
+    def __init__(self, keys: Sequence[Key], work: "Work[R]", deadline: float | None) -> None:
         self.keys = frozenset(keys)
         self.deadline = deadline
         """The leader's, on the event loop's clock: a fill may fail by it, and joiners go on."""
-        self.task = asyncio.create_task(work)
+        self.there: dict[Key, Entry] = {}
+        """What has been got so far, and is kept."""
+        self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when more is there; then there is another."""
         self.waiting = 0
         self.abandoned = False
         """True once nobody waits any more: the fill is ending, and nobody may join it."""
+        self.task = asyncio.create_task(work(self))
+
+    def give(self, entries: Mapping[Key, Entry]) -> None:
+        """Note what is there, and wake those who wait."""
+        self.there.update(entries)
+        self.news.set_result(None)
+        self.news = asyncio.get_running_loop().create_future()
 
     def leave(self) -> None:
         """Note that one who waited no longer does; the last one out cancels the fill."""
@@ -36,19 +46,32 @@ class Fill(Generic[R]):
             self.task.cancel()
 
 
-async def wait(fills: Collection[Fill[Any]]) -> None:
-    """Return when all fills have ended, well or not; their tasks tell how.
+Work: TypeAlias = Callable[[Fill[R]], Coroutine[Any, Any, R]]
+"""What a fill does; it is given the fill, to hand out parts."""
 
+
+async def wait(
+    fills: Collection[Fill[Any]], joins: Mapping[Key, Fill[Any]] = MappingProxyType({})
+) -> None:
+    """Return when all `fills` have ended, well or not, and each key of `joins` is there.
+
+    A key that is not there then is one whose fill has ended without: its task tells why.
     A caller that is cancelled here leaves the fills to whoever else waits. It counts as waiting
     from the moment of the call, not from a later turn of the loop: a leader that is cancelled in
     between finds its joiners already there.
     """
-    for fill in fills:
+    everyone = {*fills, *joins.values()}
+    for fill in everyone:
         fill.waiting += 1
     try:
-        await asyncio.wait([fill.task for fill in fills])
+        if fills:
+            await asyncio.wait([fill.task for fill in fills])
+        for key, fill in joins.items():
+            while key not in fill.there and not fill.task.done():
+                both = (fill.task, fill.news)
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for fill in fills:
+        for fill in everyone:
             fill.leave()
 
 
@@ -58,7 +81,7 @@ class Flights(Generic[R]):
     def __init__(self) -> None:
         self._fills: dict[Key, Fill[R]] = {}
         self.landed = 0
-        """How many fills have ended; a change since a look-up means: look again."""
+        """How many fills, or parts of fills, have landed; a change since a look-up: look again."""
 
     def __len__(self) -> int:
         return len(self._fills)
@@ -75,14 +98,17 @@ class Flights(Generic[R]):
                 joins[key] = fill
         return joins, leads
 
-    def lead(
-        self, keys: Sequence[Key], work: Coroutine[Any, Any, R], deadline: float | None = None
-    ) -> Fill[R]:
+    def lead(self, keys: Sequence[Key], work: Work[R], deadline: float | None = None) -> Fill[R]:
         """Start a fill of keys that `part` has just given as leads, before anyone else could."""
         fill = Fill(keys, work, deadline)
         self._fills.update(dict.fromkeys(keys, fill))
         fill.task.add_done_callback(lambda _: self._end(fill))
         return fill
+
+    def give(self, fill: Fill[R], entries: Mapping[Key, Entry]) -> None:
+        """Hand out what a fill has got and kept, to those who wait for no more than that."""
+        self.landed += 1
+        fill.give(entries)
 
     def _end(self, fill: Fill[R]) -> None:
         # Read the failure: when nobody is left to hear of it, that is no news to report.

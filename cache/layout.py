@@ -22,26 +22,27 @@ Sql = Callable[..., Any]
 """Runs one statement with its parameters, and returns the rows."""
 
 _FROM_NONE = (
-    """CREATE TABLE Partitions (
+    """CREATE TABLE IF NOT EXISTS Partitions (
         id INTEGER PRIMARY KEY, namespace TEXT NOT NULL, space TEXT NOT NULL,
         dimensions INTEGER NOT NULL, UNIQUE (namespace, space, dimensions))""",
     # One row a record, under its rowid; times in milliseconds since 1970.
-    """CREATE TABLE Entries (
+    """CREATE TABLE IF NOT EXISTS Entries (
         id INTEGER PRIMARY KEY, partition INTEGER, stored INTEGER NOT NULL,
         used INTEGER NOT NULL)""",
-    "CREATE INDEX Entries_used ON Entries (used)",
-    """CREATE TRIGGER Entries_delete AFTER DELETE ON Cache BEGIN
+    "CREATE INDEX IF NOT EXISTS Entries_used ON Entries (used)",
+    """CREATE TRIGGER IF NOT EXISTS Entries_delete AFTER DELETE ON Cache BEGIN
         DELETE FROM Entries WHERE id = OLD.rowid; END""",
     # What was answered, by day (since 1970, UTC) and partition.
-    """CREATE TABLE Usage (
+    """CREATE TABLE IF NOT EXISTS Usage (
         day INTEGER NOT NULL, partition INTEGER NOT NULL, hits INTEGER NOT NULL,
         joins INTEGER NOT NULL, misses INTEGER NOT NULL, duplicates INTEGER NOT NULL,
         tokens_saved INTEGER NOT NULL, tokens_billed INTEGER NOT NULL,
         PRIMARY KEY (day, partition)) WITHOUT ROWID""",
     # What people deleted. Running proxies look here to learn that their memory is out of date.
-    "CREATE TABLE Purges (id INTEGER PRIMARY KEY, at INTEGER NOT NULL, entries INTEGER NOT NULL)",
+    """CREATE TABLE IF NOT EXISTS Purges (
+        id INTEGER PRIMARY KEY, at INTEGER NOT NULL, entries INTEGER NOT NULL)""",
     # Of layout 0 the time of the last use is all that can be had without reading every record.
-    """INSERT INTO Entries (id, partition, stored, used)
+    """INSERT OR IGNORE INTO Entries (id, partition, stored, used)
         SELECT rowid, NULL, CAST(1000 * access_time AS INTEGER),
             CAST(1000 * access_time AS INTEGER) FROM Cache""",
     "DROP INDEX IF EXISTS Cache_access_time",
@@ -58,6 +59,9 @@ def prepare(path: Path) -> None:
     """Lay out a file that is not there yet, or still empty, as a kill can leave it."""
     if path.exists() and path.stat().st_size:
         return
+    for rest in ("-wal", "-shm"):
+        # Of a file that was taken away.
+        path.with_name(path.name + rest).unlink(missing_ok=True)
     # Both hold only if they are set before diskcache sets the journal mode.
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -65,15 +69,36 @@ def prepare(path: Path) -> None:
         connection.execute("VACUUM")
 
 
-def check_version(path: Path) -> None:
-    """Raise NewerLayout for a file of a layout that this version does not know."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+def check(path: Path, patience_s: float) -> None:
+    """Raise NewerLayout for a file of a layout that this version does not know.
+
+    Raises sqlite3.OperationalError for one that somebody keeps locked: diskcache would wait for it
+    for a minute.
+    """
+    with contextlib.closing(
+        sqlite3.connect(path, timeout=patience_s, isolation_level=None)
+    ) as connection:
         ((layout,),) = connection.execute("PRAGMA user_version")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
     if layout > LAYOUT:
         raise NewerLayout(
             f"{path} has layout {layout}, this version knows {LAYOUT}:"
             " use a newer embedding-proxy, or another directory"
         )
+
+
+def give_back(sql: Sql, pages: int) -> int:
+    """Cut up to so many free pages off the end of the file; return how many.
+
+    Files of an early layout cannot; they use the pages again.
+    """
+    ((before,),) = sql("PRAGMA freelist_count")
+    for _ in range(min(pages, before)):
+        # Each call steps once, and each step is one page.
+        sql("PRAGMA incremental_vacuum(1)").fetchall()
+    ((after,),) = sql("PRAGMA freelist_count")
+    return int(before - after)
 
 
 def missing_steps(sql: Sql) -> Iterator[str]:

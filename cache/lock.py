@@ -23,8 +23,17 @@ class WriterLock:
     """
 
     def __init__(self, path: Path, patience_s: float) -> None:
+        self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._patience_s = patience_s
+
+    @property
+    def stale(self) -> bool:
+        """Whether the file was taken away, so that others lock another one."""
+        try:
+            return not os.path.samestat(os.fstat(self._file), self._path.stat())
+        except FileNotFoundError:
+            return True
 
     def __enter__(self) -> None:
         """Take the lock. Raises TimeoutError when another process keeps it for too long."""

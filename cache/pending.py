@@ -3,13 +3,14 @@
 Pure bookkeeping, for one thread: the event loop's.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from .changes import Changes, Kept, Use
 
-MOST_USES = 100_000
-"""The most uses remembered; further ones are forgotten."""
+MOST_USES = 50_000
+"""The most uses remembered; then those noted first are forgotten."""
 MOST_BACKLOG_BYTES = 64 << 20
 """The most of what could not be written that is kept for another try."""
 USES_A_WRITE = 5_000
@@ -21,8 +22,10 @@ class Pending:
 
     def __init__(self) -> None:
         self._changes = Changes()
-        self.uses: dict[bytes, Use] = {}
-        """Uses that are written when nothing else is to do, and prevent eviction until then."""
+        self.uses: OrderedDict[bytes, Use] = OrderedDict()
+        """The last uses, by address: while they are remembered they prevent eviction."""
+        self._unwritten: OrderedDict[bytes, Use] = OrderedDict()
+        self._most_records = RECORDS_A_WRITE
         self.backlog: dict[bytes, Kept] = {}
         """Records that were bought and answered with, and that the disk would not take."""
         self._backlog_bytes = 0
@@ -39,31 +42,49 @@ class Pending:
 
     def touch(self, addresses: Iterable[bytes], use: Use) -> None:
         """Note that entries were used."""
-        if len(self.uses) < MOST_USES:
-            self.uses.update(dict.fromkeys(addresses, use))
+        new = dict.fromkeys(addresses, use)
+        for noted in (self.uses, self._unwritten):
+            noted.update(new)
+            for address in new:
+                noted.move_to_end(address)
+            while len(noted) > MOST_USES:
+                noted.popitem(last=False)
 
     def failed(self, changes: Changes) -> None:
         """Keep what could not be written, as far as there is room."""
         for (day, partition), usage in changes.usage.items():
             self._changes.count(day, partition, usage)
+        if changes.records and changes.records.keys() <= self.backlog.keys():
+            # What was tried again and failed again goes behind the rest, and in smaller lots: one
+            # record that can never be written must not keep all others out.
+            self._most_records = max(1, self._most_records // 2)
         for address, kept in changes.records.items():
-            size = len(kept.record)
-            if address not in self.backlog and self._backlog_bytes + size <= MOST_BACKLOG_BYTES:
-                self.backlog[address] = kept
-                self._backlog_bytes += size
+            known = [self.backlog.pop(address)] if address in self.backlog else []
+            self._backlog_bytes -= sum(len(old.record) for old in known)
+            newer = max(*known, kept, key=lambda one: one.stored or 0.0) if known else kept
+            if self._backlog_bytes + len(newer.record) <= MOST_BACKLOG_BYTES:
+                self.backlog[address] = newer
+                self._backlog_bytes += len(newer.record)
+
+    def forget_backlog(self) -> None:
+        """Drop what could not be written: what was purged must not come back with it."""
+        self.backlog.clear()
+        self._backlog_bytes = 0
 
     def written(self, records: Mapping[bytes, Kept]) -> None:
         """Note that records are on disk: older ones of their addresses need no other try."""
+        if records:
+            self._most_records = RECORDS_A_WRITE
         for address in self.backlog.keys() & records.keys():
             self._backlog_bytes -= len(self.backlog.pop(address).record)
 
     def take_what_can_wait(self) -> Changes | None:
         """Return a transaction's worth of uses, sums and backlog; None if there is nothing."""
-        uses = dict(islice(self.uses.items(), USES_A_WRITE))
+        uses = dict(islice(self._unwritten.items(), USES_A_WRITE))
         if not (uses or self.backlog or self._changes.usage):
             return None
         for address in uses:
-            del self.uses[address]
+            del self._unwritten[address]
         usage, self._changes.usage = self._changes.usage, {}
-        records = dict(islice(self.backlog.items(), RECORDS_A_WRITE))
-        return Changes(records=records, used=uses, usage=usage)
+        records = dict(islice(self.backlog.items(), self._most_records))
+        return Changes(records=records, only_new=True, used=uses, usage=usage)

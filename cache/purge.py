@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .database import Database
+from .layout import give_back
 
 ROWS_A_TRANSACTION = 1000
 PAGES_A_STEP = 512
@@ -27,10 +28,11 @@ class Choice:
 
 def count(database: Database, choice: Choice) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
+    row, tables = _tables(choice)
     condition, values = where(choice)
     ((entries, size),) = database.sql(
-        "SELECT count(*), coalesce(sum(40 + 4 * dimensions), 0) FROM Entries"
-        f" LEFT JOIN Partitions ON Partitions.id = partition WHERE {condition}",
+        f"SELECT count({row}), coalesce(sum(40 + 4 * dimensions), 0) FROM {tables}"
+        f" WHERE {condition}",
         values,
     )
     return int(entries), int(size)
@@ -42,21 +44,25 @@ def delete(database: Database, choice: Choice) -> Iterator[int]:
     Those that are stored meanwhile may be left. In the end the pages that are free are given back.
     Raises FAILURES.
     """
+    row, tables = _tables(choice)
     condition, values = where(choice)
-    rows = [
-        row
-        for (row,) in database.sql(
-            "SELECT Entries.id FROM Entries"
-            f" LEFT JOIN Partitions ON Partitions.id = partition WHERE {condition}",
-            values,
-        )
-    ]
-    for start in range(0, len(rows), ROWS_A_TRANSACTION):
-        some = rows[start : start + ROWS_A_TRANSACTION]
+    last, deleted = 0, ROWS_A_TRANSACTION
+    while deleted == ROWS_A_TRANSACTION:
+        began = time.monotonic()
+        # Looked for anew each time: others move rows to the end of the file meanwhile.
         with database.transaction() as connection:
-            connection.executemany("DELETE FROM Cache WHERE rowid = ?", ((row,) for row in some))
-            connection.executemany("DELETE FROM Entries WHERE id = ?", ((row,) for row in some))
-        yield len(some)
+            connection.execute("PRAGMA secure_delete = 1")
+            some = connection.execute(
+                f"SELECT {row} FROM {tables} WHERE {row} > :last AND {condition}"
+                f" ORDER BY {row} LIMIT {ROWS_A_TRANSACTION}",
+                {**values, "last": last},
+            ).fetchall()
+            connection.executemany("DELETE FROM Cache WHERE rowid = ?", some)
+            connection.executemany("DELETE FROM Entries WHERE id = ?", some)
+        deleted = len(some)
+        last = some[-1][0] if some else last
+        _let_others(began)
+        yield deleted
     yield from _give_back(database)
 
 
@@ -75,25 +81,40 @@ def so_far(database: Database) -> int:
 
 
 def _give_back(database: Database) -> Iterator[int]:
-    free = True
-    while free:
-        with database.transaction() as connection:
-            ((before,),) = connection.execute("PRAGMA freelist_count")
-            connection.execute(f"PRAGMA incremental_vacuum({PAGES_A_STEP})").fetchall()
-            ((left,),) = connection.execute("PRAGMA freelist_count")
-        # Files of an early layout cannot give pages back; they use them again.
-        free = 0 < left < before
+    given = PAGES_A_STEP
+    while given == PAGES_A_STEP:
+        began = time.monotonic()
+        with database.transaction():
+            given = give_back(database.sql, PAGES_A_STEP)
+        _let_others(began)
         yield 0
 
 
+def _let_others(began: float) -> None:
+    """Leave as much time to other writers as was taken: the lock goes to whoever asks first."""
+    time.sleep(max(0.002, time.monotonic() - began))
+
+
+def _tables(choice: Choice) -> tuple[str, str]:
+    """Return which row numbers to choose, and from what: a scan of `Cache` only where it must be.
+
+    An address, or everything, also means rows of which nothing else is known.
+    """
+    partitions = "LEFT JOIN Partitions ON Partitions.id = partition"
+    if choice == Choice(address=choice.address) or choice.address is not None:
+        entries = "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
+        return "Cache.rowid", f"{entries} {partitions}"
+    return "Entries.id", f"Entries {partitions}"
+
+
 def where(choice: Choice) -> tuple[str, dict[str, object]]:
-    """Return a condition on Entries and Partitions, and its values."""
+    """Return a condition on Entries and Partitions, for an address on Cache, and its values."""
     terms = {
         "namespace = :namespace": choice.namespace,
         "(space = :space OR substr(space, 1, length(:space) + 1) = :space || '?')": choice.space,
         "stored < :stored": _ms(choice.stored_before),
         "used < :used": _ms(choice.used_before),
-        "Entries.id = (SELECT rowid FROM Cache WHERE key = :address AND raw = 1)": choice.address,
+        "Cache.key = :address AND Cache.raw = 1": choice.address,
     }
     given = {term: value for term, value in terms.items() if value is not None}
     values: dict[str, object] = {

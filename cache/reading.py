@@ -1,6 +1,5 @@
 """Reading records from a store's file, one that can be written or one that cannot."""
 
-import contextlib
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
         some = addresses[start : start + ADDRESSES_A_SELECT]
         marks = ",".join("?" * len(some))
         rows = sql(
-            "SELECT key, value, store_time FROM Cache"
-            f" WHERE raw = 1 AND mode = ? AND key IN ({marks})",
+            "SELECT key, value, coalesce(CAST(store_time AS REAL), 0) FROM Cache"
+            f" WHERE raw = 1 AND mode = ? AND typeof(value) = 'blob' AND key IN ({marks})",
             (_RAW, *some),
         )
         for key, value, stored in rows:
@@ -32,17 +31,14 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
 class ReadOnlyFile:
     """A store's file on a medium that takes no writes. For one thread. Raises sqlite3.Error.
 
-    Where there is no write-ahead log to be merged the file is taken for one that nobody changes,
-    which needs no lock beside it.
+    Where SQLite can make no lock beside it, the file is taken for one that nobody changes.
     """
 
     def __init__(self, path: Path) -> None:
-        log = path.with_name(f"{path.name}-wal")
-        with contextlib.suppress(OSError):
-            if log.stat().st_size:
-                self._connection = _connect(path, "mode=ro")
-                return
-        self._connection = _connect(path, "mode=ro&immutable=1")
+        try:
+            self._connection = _connect(path, "mode=ro")
+        except sqlite3.OperationalError:
+            self._connection = _connect(path, "mode=ro&immutable=1")
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0

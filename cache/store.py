@@ -11,6 +11,7 @@ alone for a while, so that nobody waits for it again and again.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -64,8 +65,9 @@ class Store:
         self._writer = Writer(self._disk)
         self._pending = self._writer.pending
         self._reading = Rest()
+        self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
-        self._purges = 0
+        self._purges, self._purged_file = 0, self._disk.file
 
     @property
     def folder(self) -> Path:
@@ -75,34 +77,36 @@ class Store:
     async def __aenter__(self) -> Self:
         """Open the file. Raises StoreError if the directory cannot be used."""
         await self._disk.open()
-        self._purges = await self._purges_so_far() or 0
+        await self._heed_purges()
         self._ticking = asyncio.create_task(self._tick_for_ever())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._closing = True
-        if self._ticking is not None:
-            self._ticking.cancel()
-            await asyncio.wait([self._ticking])
-        await self._writer.finish()
-        await self._disk.close()
+        self._stop.set()
+        try:
+            if self._ticking is not None:
+                await self._ticking
+            await self._writer.finish()
+        finally:
+            await self._disk.close()
 
     async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
         """Return the records that are there, by address. Never raises."""
-        found = await self._read(addresses)
+        not_before = time.time() - self._ttl_s if self._ttl_s else 0.0
+        found = await self._read(addresses, not_before)
         if self._pending.backlog and len(found) < len(addresses):
-            now = time.time()
             for address in addresses:
                 kept = self._pending.backlog.get(address)
-                if kept is not None and address not in found:
-                    found[address] = Found(kept.record, kept.stored or now)
+                stored = kept and kept.stored
+                if kept and address not in found and stored is not None and stored >= not_before:
+                    found[address] = Found(kept.record, stored)
         return found
 
-    async def _read(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
+    async def _read(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
         source = self._disk.file or self._disk.read_only
         if source is None or self._closing or not addresses or self._reading.resting:
             return {}
-        not_before = time.time() - self._ttl_s if self._ttl_s else 0.0
         try:
             async with asyncio.timeout(READ_SECONDS):
                 work = partial(source.read_many, addresses, not_before=not_before)
@@ -112,6 +116,10 @@ class Store:
             log.warning("reading from the disk tier failed, taken as a miss: %s", error)
             if is_damage(error) and isinstance(source, Database):
                 await self._writer.replace(source)
+            return {}
+        except Exception:
+            self._reading.failed()
+            log.exception("reading from the disk tier failed, taken as a miss")
             return {}
         self._reading.succeeded()
         return found
@@ -150,7 +158,11 @@ class Store:
 
     async def _tick_for_ever(self) -> None:
         for tick in itertools.count(1):
-            await asyncio.sleep(TICK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._stop.wait()
+            if self._stop.is_set():
+                return
             try:
                 await self._tick(tick)
             except Exception:
@@ -164,14 +176,22 @@ class Store:
                 await self._disk.try_again()
             except FAILURES:
                 self._writer.rest.failed()
-        purges = await self._purges_so_far()
-        if purges is not None and purges != self._purges:
-            self._purges = purges
-            self.on_purge()
+        await self._heed_purges()
         if tick % FLUSH_TICKS == 0:
             await self._writer.flush()
         if self._ttl_s and tick % EXPIRY_TICKS == 1:
             await self._expire(time.time() - self._ttl_s)
+
+    async def _heed_purges(self) -> None:
+        """Forget what another process has deleted, if it has."""
+        file, purges = self._disk.file, await self._purges_so_far()
+        if purges is None:
+            return
+        if purges != self._purges and file is self._purged_file:
+            self._pending.forget_backlog()
+            self.on_purge()
+        # A file that was opened anew counts from the start.
+        self._purges, self._purged_file = purges, file
 
     async def _purges_so_far(self) -> int | None:
         source = self._disk.file

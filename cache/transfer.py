@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from . import record
 from .changes import Changes, Kept
@@ -16,6 +15,11 @@ from .purge import Choice, where
 from .row import Partition, Row
 
 ROWS_A_BATCH = 500
+RECORD_COLUMNS = (
+    "CASE typeof(key) WHEN 'blob' THEN key END, raw, mode,"
+    " CASE typeof(value) WHEN 'blob' THEN value END"
+)
+"""A text that is none would stop the reading of all rows."""
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Written:
 
     stored: int = 0
     present: int = 0
-    """Those that were there already."""
+    """Those that were there already, or came twice."""
     refused: int = 0
     """Those whose record does not verify."""
 
@@ -43,7 +47,8 @@ def rows(database: Database, choice: Choice, report: Read) -> Iterator[Row]:
     last = 0
     while True:
         some = database.sql(
-            "SELECT Cache.rowid, key, raw, mode, value, coalesce(stored / 1000.0, store_time),"
+            f"SELECT Cache.rowid, {RECORD_COLUMNS},"
+            " coalesce(stored / 1000.0, CAST(store_time AS REAL), 0),"
             " namespace, space, dimensions FROM Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
             " LEFT JOIN Partitions ON Partitions.id = partition"
             f" WHERE Cache.rowid > :last AND {condition} ORDER BY Cache.rowid LIMIT {ROWS_A_BATCH}",
@@ -71,26 +76,48 @@ def put(database: Database, new: Iterable[Row], *, dry_run: bool = False) -> Ite
     Raises FAILURES, and what `new` raises.
     """
     sums = Written()
-    iterator = iter(new)
-    while batch := list(islice(iterator, ROWS_A_BATCH)):
+    for batch in _batches(new):
         now = time.time()
+        whole = 0
         wanted: dict[bytes, Kept] = {}
         for row in batch:
             width = record.width(row.record)
             if width is None:
                 sums.refused += 1
                 continue
+            whole += 1
             known = row.partition is not None and row.partition.dimensions == width
             stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
-            wanted[row.address] = Kept(row.record, row.partition if known else None, stored)
+            # Of two rows of one address the first is the better known (see `salvage`).
+            wanted.setdefault(
+                row.address, Kept(row.record, row.partition if known else None, stored)
+            )
         there = database.read_many(list(wanted))
-        missing = {
-            address: kept
-            for address, kept in wanted.items()
-            if address not in there or record.width(there[address].record) is None
+        bad = [
+            (a, found.record) for a, found in there.items() if record.width(found.record) is None
+        ]
+        missing = {a: kept for a, kept in wanted.items() if a not in there} | {
+            address: wanted[address] for address, _ in bad
         }
         if missing and not dry_run:
-            database.write(Changes(records=missing))
+            database.write(Changes(records=missing, dead=bad, only_new=True))
         sums.stored += len(missing)
-        sums.present += len(wanted) - len(missing)
+        sums.present += whole - len(missing)
         yield sums
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield all rows in batches; those before a failure come before it."""
+    batch: list[Row] = []
+    try:
+        for row in rows:
+            batch.append(row)
+            if len(batch) == ROWS_A_BATCH:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch

@@ -10,9 +10,15 @@ from dataclasses import dataclass, field
 
 from . import record
 from .database import Database, is_damage
-from .transfer import is_record
+from .transfer import RECORD_COLUMNS, is_record
 
 ROWS_A_BATCH = 500
+_ROW = (
+    f"SELECT Cache.rowid, {RECORD_COLUMNS}, Entries.id, dimensions FROM Cache"
+    " LEFT JOIN Entries ON Entries.id = Cache.rowid"
+    " LEFT JOIN Partitions ON Partitions.id = partition"
+)
+_ORPHANS = "id NOT IN (SELECT rowid FROM Cache)"
 
 
 @dataclass
@@ -25,13 +31,15 @@ class Findings:
     """Rows whose record does not verify, or that hold something else."""
     lost_sight_of: list[int] = field(default_factory=list)
     """Rows that no row of `Entries` knows: they would never be counted or evicted."""
+    orphans: int = 0
+    """Rows of `Entries` without a record."""
     broken: str | None = None
     """What SQLite says of the file itself, if it is not sound."""
 
     @property
     def sound(self) -> bool:
         """Whether there is nothing to mend."""
-        return not (self.damaged or self.lost_sight_of or self.broken)
+        return not (self.damaged or self.lost_sight_of or self.orphans or self.broken)
 
 
 def scan(database: Database, findings: Findings) -> Iterator[int]:
@@ -41,6 +49,8 @@ def scan(database: Database, findings: Findings) -> Iterator[int]:
     """
     try:
         yield from _scan_records(database, findings)
+        database.sql("SELECT namespace, space FROM Partitions").fetchall()
+        ((findings.orphans,),) = database.sql(f"SELECT count(*) FROM Entries WHERE {_ORPHANS}")
         # Of the file's structure; the records have been seen.
         ((verdict,),) = database.sql("PRAGMA quick_check(1)")
         if verdict != "ok":
@@ -55,15 +65,11 @@ def _scan_records(database: Database, findings: Findings) -> Iterator[int]:
     seen = last = 0
     while True:
         rows = database.sql(
-            "SELECT Cache.rowid, key, raw, mode, value, Entries.id, dimensions FROM Cache"
-            " LEFT JOIN Entries ON Entries.id = Cache.rowid"
-            " LEFT JOIN Partitions ON Partitions.id = partition"
-            f" WHERE Cache.rowid > ? ORDER BY Cache.rowid LIMIT {ROWS_A_BATCH}",
+            f"{_ROW} WHERE Cache.rowid > ? ORDER BY Cache.rowid LIMIT {ROWS_A_BATCH}",
             (last,),
         ).fetchall()
         for last, key, raw, mode, value, entry, dimensions in rows:
-            width = record.width(value) if is_record(key, raw, mode, value) else None
-            if width is None or dimensions not in (None, width):
+            if not _is_whole(key, raw, mode, value, dimensions):
                 findings.damaged.append(last)
                 continue
             findings.records += 1
@@ -78,11 +84,23 @@ def _scan_records(database: Database, findings: Findings) -> Iterator[int]:
 def mend(database: Database, findings: Findings) -> None:
     """Delete the damaged rows and enter the others again. Raises FAILURES."""
     with database.transaction() as connection:
+        for row in findings.damaged:
+            # Looked at again: a proxy may have put something good in its place.
+            for found in connection.execute(f"{_ROW} WHERE Cache.rowid = ?", (row,)).fetchall():
+                _, key, raw, mode, value, _, dimensions = found
+                if not _is_whole(key, raw, mode, value, dimensions):
+                    connection.execute("DELETE FROM Cache WHERE rowid = ?", (row,))
         connection.executemany(
-            "DELETE FROM Cache WHERE rowid = ?", ((row,) for row in findings.damaged)
-        )
-        connection.executemany(
-            "INSERT OR IGNORE INTO Entries SELECT rowid, NULL, CAST(1000 * store_time AS INTEGER),"
-            " CAST(1000 * access_time AS INTEGER) FROM Cache WHERE rowid = ?",
+            "INSERT OR IGNORE INTO Entries SELECT rowid, NULL,"
+            " CAST(1000 * coalesce(store_time, 0) AS INTEGER),"
+            " CAST(1000 * coalesce(access_time, 0) AS INTEGER) FROM Cache WHERE rowid = ?",
             ((row,) for row in findings.lost_sight_of),
         )
+        connection.execute(f"DELETE FROM Entries WHERE {_ORPHANS}")
+
+
+def _is_whole(key: object, raw: object, mode: object, value: object, dimensions: object) -> bool:
+    if not is_record(key, raw, mode, value):
+        return False
+    width = record.width(bytes(value))  # type: ignore[call-overload]
+    return width is not None and dimensions in (None, width)

@@ -56,10 +56,21 @@ class Writer:
         self._drain = None
 
     async def _write(self, changes: Changes) -> bool:
+        """Write changes; return whether all of them are on disk. Those that are not are kept."""
+        file = self._disk.file
+        parts = [changes] if file is None else list(changes.parts(file.most_bytes))
+        for place, part in enumerate(parts):
+            if not await self._write_part(part):
+                for left in parts[place:]:
+                    self.pending.failed(left)
+                return False
+        return True
+
+    async def _write_part(self, changes: Changes) -> bool:
         for last_try in (False, True):
             target = self._disk.file
             if target is None:
-                break
+                return False
             try:
                 await self._disk.write(partial(target.write, changes, self.pending.uses))
             except FAILURES as error:
@@ -70,18 +81,21 @@ class Writer:
                 count = len(changes.records)
                 why = str(error) or "it is locked"
                 log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
-                break
-            else:
-                self.rest.succeeded()
-                self.pending.written(changes.records)
-                return True
-        self.pending.failed(changes)
+                return False
+            except Exception:
+                self.rest.failed()
+                log.exception("writing to the disk tier failed")
+                return False
+            self.rest.succeeded()
+            self.pending.written(changes.records)
+            return True
         return False
 
     async def finish(self) -> None:
-        """Wait for what is being written, and write what could wait."""
+        """Wait for what is being written, and write what could wait, whatever failed before."""
         if self._drain is not None:
             await self._drain
+        self.rest.succeeded()
         await self.flush()
         if self.pending.backlog:
             log.error("%d records could not be kept on disk", len(self.pending.backlog))

@@ -88,7 +88,7 @@ class Local:
         model = self._model = self._model or _load()
         for i, text in enumerate(texts):
             if not text or not _encodable(text):
-                raise InputRefused(f"Input {i} is empty or no Unicode.", param="input")
+                raise InputRefused("An input is empty or no Unicode.", param="input", index=i)
             if len(text) > CONTEXT * _LONGEST_PIECE:
                 raise _too_long(i)
         vectors, counts = [], []
@@ -113,8 +113,9 @@ def _encodable(text: str) -> bool:
 
 def _too_long(index: int) -> InputRefused:
     return InputRefused(
-        f"This model's maximum context length is {CONTEXT} tokens; input {index} has more.",
+        f"This model's maximum context length is {CONTEXT} tokens; an input has more.",
         param="input",
+        index=index,
     )
 
 

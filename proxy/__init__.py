@@ -8,8 +8,9 @@ Rooms, and who may call whom (never upward, no circles)::
                 └─ providers   turns inputs into vectors by asking an upstream
 
 One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which model) ->
-`cache.embedder` (look up, join, fill) -> `providers.router` (routes, retries) -> a provider's
-`ask` -> `providers.answer` (checks) -> `cache.tiers` (disk, then memory) -> `wire` (render).
+`cache.embedder` (look up, join, fill) -> `providers.batcher` (parts side by side) ->
+`providers.router` (routes, retries) -> a provider's `ask` -> `providers.answer` (checks) ->
+`cache.tiers` (disk, then memory) -> `wire` (render).
 A full hit never leaves `cache`.
 
 Words, one meaning each::

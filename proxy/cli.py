@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 inter
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -16,7 +17,7 @@ import typer
 from . import config, server
 from . import workers as processes
 from .commands import cache as cache_commands
-from .commands import carry, verify
+from .commands import export, stats, take_in, verify
 from .commands.common import ConfigOption, fail, one_line
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 
 # These add themselves to the group `cache`.
-_ = carry, verify
+_ = export, stats, take_in, verify
 app.add_typer(cache_commands.app, name="cache")
 
 
@@ -42,12 +43,14 @@ def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
 @app.callback()
 def _root(
     *,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback does it
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
     ] = False,
 ) -> None:
-    pass
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.ERROR, format="%(asctime)s %(levelname)s %(message)s"
+    )
 
 
 @app.command()
@@ -58,7 +61,7 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
 ) -> None:
     """Run the proxy until it is told to stop."""
-    _log_to_stderr()
+    logging.getLogger().setLevel(logging.INFO)
     given = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in given.items() if value is not None}
     settings = config.load(config_file, overrides=overrides)
@@ -107,13 +110,10 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return new_event_loop
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-
-
 def main() -> None:
     """Run the command line; every foreseeable failure is one line and an exit code."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
     with one_line():
         app()

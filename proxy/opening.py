@@ -13,10 +13,14 @@ from cache.embedder import CachingEmbedder, Filled
 from cache.flight import Flights
 from cache.tiers import Tiers
 from providers.base import Embedder, Space
+from providers.batcher import Batcher
+from providers.gather import Gatherer
 from providers.health import Upstreams
 from providers.kinds import HTTP_KINDS
+from providers.limits import Limits
 from providers.local import Local
 from providers.router import Provider, Route, Router
+from providers.within import limits_of
 
 from . import settings as sections
 from .config import ConfigError
@@ -94,11 +98,18 @@ def make_models(
             name=name,
             space=entry.as_space(),
             price=entry.price,
-            embedder=CachingEmbedder(router, tiers, flights),
+            embedder=CachingEmbedder(_batched(router, settings), tiers, flights),
             usable=bool(router.routes),
             dimensions_refused=entry.dimensions_refused,
         )
     return models
+
+
+def _batched(router: Router, settings: Settings) -> Embedder:
+    """Return what divides requests among calls of the routes, and gathers small ones if asked."""
+    limits = limits_of(router.routes[0].provider) if router.routes else Limits()
+    window_s = settings.server.gather_ms / 1000
+    return Gatherer(router, limits, window_s) if window_s else Batcher(router, limits)
 
 
 def make_router(

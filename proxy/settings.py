@@ -32,6 +32,7 @@ class Server(Section):
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
+    gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
 
     @field_validator("keys", mode="before")

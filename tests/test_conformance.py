@@ -292,7 +292,7 @@ async def access_comes_first(bench: Bench) -> None:
 
 
 def access_is_not_asked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Access, "refusal", lambda _self, _header: None)
+    patch.setattr(Access, "admit", lambda _self, _header: "")
 
 
 Check = Callable[[Bench], Awaitable[None]]

@@ -1,5 +1,6 @@
 """What commands share: their options, what they print, and how they end."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,13 @@ def one_line() -> Iterator[None]:
         yield
     except ConfigError as error:
         fail(str(error), 2)
+    except BrokenPipeError:
+        # Whoever read our output has had enough; nothing more can be said to it.
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        fail(str(error), 1)
     except (
         ArchiveError,
         EmbeddingError,
@@ -52,8 +60,24 @@ def one_line() -> Iterator[None]:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print one line to stderr and exit."""
-    typer.echo(f"embedding-proxy: {message}", err=True)
+    line = r"\n".join(message.splitlines())
+    typer.echo(f"embedding-proxy: {line}", err=True)
     sys.exit(code)
+
+
+def plain(option: str | None) -> str | None:
+    """Return an option as it is; a callback. Raises ConfigError for what is not UTF-8."""
+    if option is not None and not option.isascii():
+        try:
+            option.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{option!r}: is not UTF-8") from error
+    return option
+
+
+def path_text(path: Path | str) -> str:
+    """Return a path as text that can be printed, whatever bytes it is made of."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def print_json(value: object) -> None:

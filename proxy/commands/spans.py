@@ -13,7 +13,7 @@ def seconds(text: str, option: str) -> float:
     >>> seconds("1.5h", "--older-than")
     5400.0
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip())
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]+)", text.strip())
     if not found or found[2] not in _SECONDS:
         raise ConfigError(f"{option}: expected a number and one of s, min, h, d, w, as in 90d")
     return float(found[1]) * _SECONDS[found[2]]
@@ -21,4 +21,4 @@ def seconds(text: str, option: str) -> float:
 
 def before(now: float, text: str | None, option: str) -> float | None:
     """Return the moment a span ago; None without one. Raises ConfigError."""
-    return None if text is None else now - seconds(text, option)
+    return None if text is None else max(0.0, now - seconds(text, option))

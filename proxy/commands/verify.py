@@ -1,5 +1,6 @@
 """`embedding-proxy cache verify`: every record read, what is damaged mended or salvaged."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +58,7 @@ def verify_store(
                 "records": findings.records,
                 "damaged": len(findings.damaged),
                 "lost_sight_of": len(findings.lost_sight_of),
+                "orphans": findings.orphans,
                 "broken": findings.broken,
                 "mended": mended,
                 "salvaged": None if saved is None else saved.stored,
@@ -91,6 +93,9 @@ def _tell(findings: Findings, *, mended: bool, saved: transfer.Written | None) -
     if findings.lost_sight_of:
         verb = "entered again" if mended else "not entered; --mend does it"
         typer.echo(f"{len(findings.lost_sight_of):,} records {verb}")
+    if findings.orphans:
+        verb = "deleted" if mended else "without a record; --mend deletes them"
+        typer.echo(f"{findings.orphans:,} rows of the list of entries {verb}")
     if findings.broken:
         typer.echo(f"the file is damaged: {findings.broken}")
         if saved is None:
@@ -102,8 +107,11 @@ def _tell(findings: Findings, *, mended: bool, saved: transfer.Written | None) -
 def _start_anew(settings: Settings) -> transfer.Written:
     """Move the damaged store aside, and what is whole in it into a fresh one."""
     directory = settings.cache.directory
-    with disk.lock_of(directory):
-        aside = set_aside(disk.folder_of(directory))
+    try:
+        with contextlib.closing(disk.lock_of(directory)) as lock, lock:
+            aside = set_aside(disk.folder_of(directory))
+    except OSError as error:
+        raise WorkFailed(f"{directory}: {error}") from error
     typer.echo(f"moved to {aside}", err=True)
     return _put(settings, aside / FILE_NAME)[0]
 
@@ -115,6 +123,8 @@ def _salvage(settings: Settings, path: Path, *, as_json: bool) -> None:
     if own.exists() and own.samefile(path):
         raise WorkFailed(f"{path} is the store itself: `cache verify --mend` mends it")
     sums, report = _put(settings, path)
+    if not report.records:
+        raise WorkFailed(f"{path}: there is no record in it that is whole")
     if as_json:
         print_json({"stored": sums.stored, "present": sums.present, "damaged": report.damaged})
     else:

@@ -3,18 +3,20 @@
 import asyncio
 import sqlite3
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import database
+from cache import database, purge
+from cache.disk import opened
 from cache.embedder import CachingEmbedder
 from cache.flight import Flights
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import Tiers
+from cache.usage import Usage
 from providers.base import (
     Context,
     DeadlineExceeded,
@@ -419,7 +421,8 @@ async def test_the_context_reaches_the_wrapped_embedder():
     rig = Rig()
     context = Context(deadline=asyncio.get_running_loop().time() + 60, user="someone")
     await rig.embed("a", "b", context=context)
-    assert rig.inner.calls == [(SPACE, ["a", "b"], context)]
+    ((space, inputs, theirs),) = rig.inner.calls
+    assert (space, inputs, replace(theirs, on_part=None)) == (SPACE, ["a", "b"], context)
 
 
 # What is kept.
@@ -618,3 +621,106 @@ async def test_what_has_no_bytes_is_refused_as_the_contract_says(item):
     """An input that cannot be written down is an EmbeddingError like every other failure."""
     with pytest.raises(InputRefused):
         await Rig().embedder.embed(SPACE, [item], ANY_TIME)
+
+
+# What is summed.
+
+
+async def test_each_answer_is_summed_by_how_it_came():
+    """Hits, joins, misses and duplicates of a request are in the sums, with their tokens."""
+    rig = Rig()
+    await rig.embed("old")
+    rig.inner.gate.shut()
+    other = rig.start("theirs")
+    await settle()
+    request = rig.start("new", "theirs", "old", "new", "old")
+    await settle()
+    rig.inner.gate.open()
+    await asyncio.gather(other, request)
+    assert rig.store.usage == Usage(
+        hits=1,
+        joins=1,
+        misses=3,
+        duplicates=2,
+        tokens_saved=tokens_of("theirs") + 2 * tokens_of("old") + tokens_of("new"),
+        tokens_billed=tokens_of("old") + tokens_of("theirs") + tokens_of("new"),
+    )
+
+
+async def test_a_purchase_is_summed_though_its_buyer_is_gone():
+    """What was bought for one who went away counts once as bought, and for the joiner as saved."""
+    rig = Rig()
+    rig.inner.gate.shut()
+    leader = rig.start("a", "b")
+    await settle()
+    joiner = rig.start("a")
+    await settle()
+    leader.cancel()
+    await settle()
+    rig.inner.gate.open()
+    await joiner
+    assert rig.store.usage == Usage(
+        joins=1,
+        misses=2,
+        tokens_saved=tokens_of("a"),
+        tokens_billed=tokens_of("a") + tokens_of("b"),
+    )
+
+
+async def test_a_request_that_fails_is_in_no_sum():
+    """Neither what failed nor what was at hand for it counts as answered."""
+    rig = Rig()
+    await rig.embed("old")
+    before = rig.store.usage
+    rig.inner.failure = lambda _: NoRoute("nowhere")
+    with pytest.raises(NoRoute):
+        await rig.embed("old", "new", "new")
+    assert rig.store.usage == before
+
+
+@settings(deadline=None)
+@given(REQUESTS, LIMITS, st.data())
+async def test_in_any_interleaving_the_sums_are_those_of_the_answers(requests, limit, draw):
+    """Whoever waits for whom: the sums are what was answered and billed, each input once."""
+    gate = Turnstile()
+    rig = Rig(FakeEmbedder(gate), FakeStore(gate), limit)
+    tasks, _ = await _interleave(draw, rig, gate, requests)
+    answers = [task.result() for task in tasks]
+    outcomes = Counter(outcome for answer in answers for outcome in answer.outcomes)
+    billed = sum(answer.tokens_billed for answer in answers)
+    assert rig.store.usage == Usage(
+        hits=outcomes[HIT],
+        joins=outcomes[JOIN],
+        misses=outcomes[MISS],
+        duplicates=outcomes[DUPLICATE],
+        tokens_saved=sum(sum(answer.tokens) for answer in answers) - billed,
+        tokens_billed=billed,
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(INPUTS, st.sampled_from(["", "a", "A", "a ", "b"])), max_size=12), LIMITS)
+async def test_in_any_order_namespaces_share_nothing(steps, limit):
+    """Each tenant buys each input once, whatever the others have, and is served its own."""
+    rig, bought = Rig(memory=limit), set()
+    for item, namespace in steps:
+        embedded = await rig.embed(item, context=Context(namespace=namespace))
+        assert embedded.outcomes == [HIT if (item, namespace) in bought else MISS]
+        bought.add((item, namespace))
+    assert len(rig.inner.asked) == len(bought)
+    assert len(rig.store.records) == len(bought)
+
+
+async def test_namespaces_are_partitions_on_disk(tmp_path):
+    """Tenants' entries lie in partitions of their own, so that one can be purged alone."""
+    async with Store(tmp_path, 1 << 30) as store:
+        rig = Rig(store=store, memory=0)
+        for name in ("", "a", "b"):
+            await rig.embed("x", "y", context=Context(namespace=name))
+        chosen = purge.Choice(namespace="a")
+        with opened(tmp_path, 1 << 30) as file:
+            assert purge.count(file, chosen)[0] == 2
+            assert sum(purge.delete(file, chosen)) == 2
+        for name in ("", "a", "b"):
+            embedded = await rig.embed("x", "y", context=Context(namespace=name))
+            assert embedded.outcomes == [MISS if name == "a" else HIT] * 2

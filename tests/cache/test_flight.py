@@ -24,7 +24,7 @@ class Work:
         self.runs = 0
         self.cancelled = False
 
-    async def run(self):
+    async def run(self, fill):
         self.runs += 1
         try:
             return await asyncio.shield(self.end)
@@ -38,7 +38,7 @@ async def _ask(flights, work, keys=(KEY,)):
     joins, leads = flights.part(list(keys))
     fills = set(joins.values())
     if leads:
-        fills.add(flights.lead(leads, work.run()))
+        fills.add(flights.lead(leads, work.run))
     await flight.wait(fills)
     return [fill.task.result() for fill in fills]
 
@@ -73,8 +73,8 @@ async def test_after_the_landing_a_key_is_led_again():
 async def test_keys_are_parted_by_what_is_under_way():
     """Of several keys, those being bought are joined, each in its own fill, and the rest led."""
     flights, first, second, third = Flights(), Work(), Work(), Work()
-    one = flights.lead(KEYS[:2], first.run())
-    two = flights.lead(KEYS[2:3], second.run())
+    one = flights.lead(KEYS[:2], first.run)
+    two = flights.lead(KEYS[2:3], second.run)
     joins, leads = flights.part(KEYS)
     assert joins == {KEYS[0]: one, KEYS[1]: one, KEYS[2]: two}
     assert leads == [KEYS[3]]
@@ -92,7 +92,7 @@ async def test_keys_are_parted_by_what_is_under_way():
 async def test_waiting_ends_when_all_fills_have_ended():
     """A fill that fails early does not end the wait for the others."""
     flights, bad, good = Flights(), Work(), Work()
-    fills = [flights.lead([KEYS[0]], bad.run()), flights.lead([KEYS[1]], good.run())]
+    fills = [flights.lead([KEYS[0]], bad.run), flights.lead([KEYS[1]], good.run)]
     waiting = asyncio.create_task(flight.wait(fills))
     await settle()
     bad.end.set_exception(LookupError("early"))
@@ -129,7 +129,7 @@ async def test_a_cancelled_leader_harms_no_joiner(joiners, turns, together):
 async def test_a_leader_cancelled_at_once_finds_its_joiner_waiting():
     """A joiner counts from the moment it asks, not from the loop's next turn."""
     flights, work = Flights(), Work()
-    fill = flights.lead([KEY], work.run())
+    fill = flights.lead([KEY], work.run)
     leader, joiner = flight.wait([fill]), flight.wait([fill])
     # Both run to where they wait, within this turn, as they do inside a request.
     leader.send(None)
@@ -172,13 +172,13 @@ async def test_an_abandoned_fill_is_replaced_and_not_joined():
     flights, door, new = Flights(), Turnstile(), Work()
     door.shut()
 
-    async def slow_to_end():
+    async def slow_to_end(_):
         try:
             await asyncio.Event().wait()
         finally:
             await door.through()
 
-    old = flights.lead([KEY], slow_to_end())
+    old = flights.lead([KEY], slow_to_end)
     waiting = asyncio.create_task(flight.wait([old]))
     await settle()
     waiting.cancel()
@@ -216,13 +216,13 @@ async def test_a_failure_nobody_is_left_to_hear_of_is_no_news(when):
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
     flights, end = Flights(), asyncio.get_running_loop().create_future()
 
-    async def fails():
+    async def fails(_):
         try:
             await end
         finally:
             raise LookupError(when)
 
-    fill = flights.lead([KEY], fails())
+    fill = flights.lead([KEY], fails)
     waiting = asyncio.create_task(flight.wait([fill]))
     await settle()
     if when == "just before":
@@ -249,9 +249,9 @@ async def test_any_coming_and_going_serves_all_who_stay(steps):
     flights, works, tasks, gone = Flights(), [], [], set()
 
     class Numbered(Work):
-        async def run(self):
+        async def run(self, fill):
             works.append(self)
-            return await super().run()
+            return await super().run(fill)
 
     for step in steps:
         staying = [task for task in tasks if task not in gone]

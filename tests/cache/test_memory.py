@@ -151,3 +151,56 @@ def test_the_bytes_it_counts_are_the_bytes_it_takes(dimensions):
     finally:
         tracemalloc.stop()
     assert 0.8 * memory.size < after - before <= memory.size
+
+
+class Clock:
+    """Seconds that pass only when told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("stored", [None, 1000.0, 997.0, 1005.0])
+def test_an_entry_is_served_until_it_is_too_old_and_not_after(stored):
+    """Age counts from when it was bought, to the tick of the clock, and a use adds nothing."""
+    clock = Clock()
+    memory = Memory(ONE, ttl_s=10, clock=clock)
+    memory.put(ADDRESSES[0], _entry(), stored)
+    end = (1000.0 if stored is None else stored) + 10
+    for clock.now in (1000.0, end - 1, end - 1e-6):
+        assert memory.get(ADDRESSES[0]) == _entry()
+    for clock.now in (end, end - 1):
+        assert memory.get(ADDRESSES[0]) is None
+        assert (memory.size, len(memory)) == (0, 0)
+
+
+def test_an_entry_that_is_bought_again_is_young_again():
+    """Writing an entry anew begins its time anew."""
+    clock = Clock()
+    memory = Memory(ONE, ttl_s=10, clock=clock)
+    for clock.now in (1000.0, 1009.0, 1018.0):
+        assert (memory.get(ADDRESSES[0]) is None) == (clock.now == 1000.0)
+        memory.put(ADDRESSES[0], _entry())
+
+
+def test_without_a_time_to_live_nothing_ages():
+    """By default no clock is looked at, and an entry of whatever age is served."""
+    memory = Memory(ONE, clock=lambda: pytest.fail("looked at the clock"))
+    memory.put(ADDRESSES[0], _entry(), 0.0)
+    assert memory.get(ADDRESSES[0]) == _entry()
+
+
+def test_clearing_leaves_nothing():
+    """After clearing nothing is there, and there is room for all again."""
+    memory = Memory(3 * ONE)
+    for address in ADDRESSES:
+        memory.put(address, _entry())
+    memory.clear()
+    assert (memory.size, len(memory)) == (0, 0)
+    assert not any(memory.get(address) for address in ADDRESSES)
+    for address in ADDRESSES[:3]:
+        memory.put(address, _entry())
+    assert all(memory.get(address) for address in ADDRESSES[:3])

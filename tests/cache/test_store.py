@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import diskcache
 import pytest
@@ -664,3 +665,145 @@ async def test_an_empty_file_left_by_a_kill_gets_the_page_size_too(tmp_path):
     async with Store(tmp_path, GIB):
         with _foreign(tmp_path) as connection:
             assert connection.execute("PRAGMA page_size").fetchone() == (PAGE_BYTES,)
+
+
+# What the disk refuses waits in memory.
+
+
+@contextlib.contextmanager
+def _locked(directory):
+    """Keep the store's file locked for a while, as another process can."""
+    with _foreign(directory) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+async def test_what_the_disk_refuses_is_read_and_written_later(tmp_path, monkeypatch):
+    """It is served from memory meanwhile, and is on disk after the next flush that succeeds."""
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+    records = _records(range(5))
+    async with Store(tmp_path, GIB) as store:
+        with _locked(tmp_path):
+            assert await store.put_many(records) is False
+            await store._tick(store_module.FLUSH_TICKS)
+            assert await _read(store, list(records)) == records
+        await store._tick(store_module.FLUSH_TICKS - 1)
+        assert _rows(tmp_path) == 0
+        await store._tick(store_module.FLUSH_TICKS)
+        assert _rows(tmp_path) == 5
+        assert store._pending.backlog == {}
+        assert await _read(store, list(records)) == records
+
+
+async def test_closing_writes_what_the_disk_refused(tmp_path, monkeypatch):
+    """What waits in memory is on disk after the store was closed, if the disk takes it by then."""
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+    records = _records(range(5))
+    async with Store(tmp_path, GIB) as store:
+        with _locked(tmp_path):
+            assert await store.put_many(records) is False
+    assert _rows(tmp_path) == 5
+
+
+async def test_a_resting_disk_gets_what_was_bought_meanwhile(tmp_path):
+    """While the disk is left alone records wait, are served, and go in when the rest is over."""
+    records = _records(range(5))
+    async with Store(tmp_path, GIB) as store:
+        for _ in range(3):
+            store._writer.rest.failed()
+        assert await store.put_many(records) is False
+        assert await _read(store, list(records)) == records
+        await store._tick(store_module.FLUSH_TICKS)
+        assert _rows(tmp_path) == 0
+        store._writer.rest._until = 0.0
+        await store._tick(store_module.FLUSH_TICKS)
+        assert _rows(tmp_path) == 5
+
+
+async def test_one_who_stops_waiting_leaves_the_write(tmp_path):
+    """A write that nobody waits for any more is made, and the next ones as well."""
+    held = threading.Event()
+    async with Store(tmp_path, GIB) as store:
+        holding = asyncio.create_task(store._disk.write(held.wait))
+        waiting = [asyncio.create_task(store.put_many(_records([i]))) for i in range(3)]
+        await settle()
+        for task in waiting[:2]:
+            task.cancel()
+        await settle()
+        held.set()
+        assert await waiting[2]
+        await holding
+        assert await store.put_many(_records([3]))
+        assert await _read(store, [_address(i) for i in range(4)]) == _records(range(4))
+
+
+async def test_uses_are_written_now_and_then_and_in_the_end(tmp_path):
+    """A use is in the file after the tenth tick, or when the store is closed."""
+    address = _address(0)
+
+    def used():
+        with _foreign(tmp_path) as connection:
+            return connection.execute("SELECT used FROM Entries").fetchone()[0]
+
+    def age():
+        with _foreign(tmp_path) as connection:
+            connection.execute("UPDATE Entries SET used = 0")
+
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records([0]))
+        age()
+        store.touch([address])
+        await store._tick(1)
+        assert used() == 0
+        await store._tick(store_module.FLUSH_TICKS)
+        assert used() > 0
+        age()
+        store.touch([address])
+    assert used() > 0
+
+
+# Time to live.
+
+
+@pytest.mark.parametrize("ttl", [1, 3600.5])
+async def test_a_record_is_read_until_it_is_too_old(tmp_path, monkeypatch, ttl):
+    """Age counts from when it was written, to the millisecond and less; reading adds nothing."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now))
+    async with Store(tmp_path, GIB, ttl_s=ttl) as store, Store(tmp_path, GIB) as ageless:
+        await store.put_many(_records([1]))
+        for age, there in ((0, True), (ttl / 2, True), (ttl - 1e-3, True), (ttl + 1e-3, False)):
+            now = 1_800_000_000.0 + age
+            assert bool(await _read(store, [_address(1)])) is there
+        assert await _read(ageless, [_address(1)]) == _records([1])
+        await store.put_many(_records([1]))
+        now += ttl / 2
+        assert await _read(store, [_address(1)]) == _records([1])
+
+
+async def test_what_is_too_old_is_deleted_in_time(tmp_path, monkeypatch):
+    """Now and then the old records go from the file, and no younger one with them."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr("cache.purge.ROWS_A_TRANSACTION", 10)
+    async with Store(tmp_path, GIB, ttl_s=100) as store:
+        await store.put_many(_records(range(25)))
+        now += 60
+        await store.put_many(_records(range(25, 30)))
+        now += 50
+        await store._tick(store_module.EXPIRY_TICKS)
+        assert _rows(tmp_path) == 30
+        await store._tick(store_module.EXPIRY_TICKS + 1)
+        assert _rows(tmp_path) == 5
+        assert await _read(store, [_address(i) for i in range(30)]) == _records(range(25, 30))
+
+
+async def test_without_a_time_to_live_nothing_is_deleted(tmp_path, monkeypatch):
+    """By default records are kept however old they are."""
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: 0.0))
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records([1]))
+        monkeypatch.undo()
+        await store._tick(store_module.EXPIRY_TICKS + 1)
+        assert await _read(store, [_address(1)]) == _records([1])

@@ -1,5 +1,8 @@
 """The tiers together: memory before disk, and nothing that was not verified."""
 
+import contextlib
+import sqlite3
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from cache.key import Key, keyring
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
+from cache.usage import Usage
 from providers.base import Space
 from tests.cache.fakes import FakeStore, entry_of, key_of
 
@@ -180,3 +184,55 @@ async def test_a_use_is_told_to_the_disk(tiers, store):
     await tiers.put_many({KEY: ENTRY}, PARTITION)
     await tiers.get_many([KEY], PARTITION)
     assert store.touched == {KEY.address}
+
+
+async def test_what_was_bought_is_summed_with_its_write(tiers, store):
+    """Each entry that is kept counts as a miss with its tokens, whether or not the disk took it."""
+    entries = {key: entry._replace(tokens=7) for key, entry in ENTRIES.items()}
+    await tiers.put_many(entries, PARTITION)
+    store.broken = True
+    await tiers.put_many({KEY: ENTRY._replace(tokens=5)}, PARTITION)
+    assert store.usage == Usage(misses=7, tokens_billed=6 * 7 + 5)
+
+
+async def test_other_sums_go_to_the_disk_as_they_are(tiers, store):
+    """What was answered without buying is added as it is told."""
+    tiers.count(PARTITION, Usage(hits=1, joins=2))
+    tiers.count(PARTITION, Usage(duplicates=3, tokens_saved=4))
+    assert store.usage == Usage(hits=1, joins=2, duplicates=3, tokens_saved=4)
+
+
+async def test_a_purge_empties_memory(tiers, store):
+    """When the store hears of a purge, nothing is served from memory any more."""
+    await tiers.put_many(ENTRIES, PARTITION)
+    store.records.clear()
+    store.on_purge()
+    assert await tiers.get_many(list(ENTRIES), PARTITION) == {}
+
+
+async def test_an_entry_from_disk_is_as_old_in_memory_as_it_is(store):
+    """Memory counts an entry's age from when it was bought, not from when it was read."""
+    now = 100.0
+    tiers = Tiers(Memory(MIB, ttl_s=150, clock=lambda: now), store)
+    store.records = {KEY.address: record.encode(ENTRY)}  # bought at 0
+    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+    now = 149.0
+    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+    assert len(store.reads) == 1
+    now = 150.0
+    store.records.clear()
+    assert await tiers.get_many([KEY], PARTITION) == {}
+
+
+async def test_sums_and_partition_are_in_a_real_store(tmp_path):
+    """Each entry is of the partition it was kept for, and so are its sums."""
+    async with Store(tmp_path, 1 << 30) as disk:
+        await Tiers(Memory(0), disk).put_many(ENTRIES, PARTITION)
+        connection = sqlite3.connect(disk.folder / "cache.db")
+        with contextlib.closing(connection):
+            rows = connection.execute(
+                "SELECT namespace, space, dimensions, count(*), misses, tokens_billed"
+                " FROM Entries JOIN Partitions ON Partitions.id = Entries.partition"
+                " JOIN Usage ON Usage.partition = Partitions.id GROUP BY Partitions.id"
+            ).fetchall()
+    assert rows == [(*PARTITION, len(ENTRIES), len(ENTRIES), len(ENTRIES))]

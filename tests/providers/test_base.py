@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from providers import base
+from providers import failures
 from providers.base import (
     Embedded,
     InputRefused,
@@ -130,14 +130,14 @@ def test_a_bill_needs_an_outcome_for_every_input():
 def test_the_tree_that_is_drawn_is_the_tree_that_is_built():
     """Each error stands in the module's docstring under the class it inherits from, and only so."""
     drawn, path = {}, {}
-    for line in base.__doc__.splitlines():
+    for line in failures.__doc__.splitlines():
         if match := re.match(r"    ([│├└─ ]*)(\w+)(?:  |$)", line):
             depth = len(match[1]) // 4
             path[depth] = match[2]
             drawn[match[2]] = path[depth - 1] if depth else "Exception"
     built = {
         name: kind.__mro__[1].__name__
-        for name, kind in vars(base).items()
+        for name, kind in vars(failures).items()
         if isinstance(kind, type) and issubclass(kind, Exception)
     }
     assert drawn == built

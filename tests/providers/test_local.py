@@ -135,9 +135,10 @@ async def test_the_context_is_8192_tokens(model):
     """The longest text that is taken has 8192 tokens; one more is refused, naming the input."""
     longest = "word" + " word" * (CONTEXT - 1)
     assert list((await embed(model, [longest])).tokens) == [8192]
-    with pytest.raises(InputRefused, match="8192 tokens; input 1 has more") as caught:
+    with pytest.raises(InputRefused, match="8192 tokens; an input has more") as caught:
         await embed(model, ["fine", f"{longest} word", "fine"])
-    assert (caught.value.status, caught.value.param) == (400, "input")
+    refused = caught.value
+    assert (refused.status, refused.param, refused.index) == (400, "input", 1)
 
 
 async def test_a_text_of_long_words_may_fill_the_context(model):
@@ -167,8 +168,9 @@ async def test_a_huge_text_is_refused_unread(length):
     """A text that cannot fit is refused by its length alone, so it costs no time."""
     async with Local() as provider:
         provider._model = SimpleNamespace(tokenizer=Unread())
-        with pytest.raises(InputRefused, match="input 1 has more"):
+        with pytest.raises(InputRefused, match="an input has more") as caught:
             await embed(provider, ["a", "x" * length])
+    assert caught.value.index == 1
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,31 @@ def test_vectors_stack_in_rows():
     array = vector.stack([packed(1, 2, 3), packed(4, 5, 6)])
     assert array.dtype == np.float32
     assert array.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+@given(VECTORS)
+@settings(deadline=None)
+def test_lengths_are_exact(numbers):
+    """The length agrees with the standard library's, for the largest and smallest numbers too."""
+    assert vector.length(packed(*numbers)) == pytest.approx(math.hypot(*numbers), rel=1e-12)
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_cosines_are_exact(data):
+    """The cosine agrees with the same sum by the standard library, whatever the lengths are."""
+    width = data.draw(st.integers(1, 24), "width")
+    one, other = (
+        data.draw(st.lists(FLOAT32, min_size=width, max_size=width).filter(any)) for _ in range(2)
+    )
+    a, b = ([x / math.hypot(*row) for x in row] for row in (one, other))
+    oracle = math.fsum(x * y for x, y in zip(a, b, strict=True))
+    assert vector.cosine(packed(*one), packed(*other)) == pytest.approx(oracle, abs=1e-9)
+
+
+def test_the_cosine_tells_directions_apart():
+    """Same, opposite and square directions are 1, −1 and 0, at any length."""
+    north, east = packed(0, 3), packed(LARGEST, 0)
+    assert vector.cosine(north, packed(0, SMALLEST)) == 1
+    assert vector.cosine(north, packed(0, -0.5)) == -1
+    assert vector.cosine(north, east) == 0

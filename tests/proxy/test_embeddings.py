@@ -59,11 +59,11 @@ async def test_a_request_that_waits_for_anothers_purchase_joins_it(
     upstream.gate = asyncio.Event()
     waiting = []
 
-    async def wait(fills) -> None:
+    async def wait(fills, joins) -> None:
         waiting.append(fills)
         if len(waiting) == 2:
             upstream.gate.set()
-        await real_wait(fills)
+        await real_wait(fills, joins)
 
     real_wait = flight.wait
     monkeypatch.setattr(flight, "wait", wait)

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from providers import base
+from providers import failures
 from providers.base import AllResting, EmbeddingError, InputRefused, ProviderError, Refusal
 from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
 
 def _leaves(cls: type) -> list[type]:
     """Return the classes of the error tree that are raised: those without subclasses there."""
-    below = [child for child in cls.__subclasses__() if child.__module__ == base.__name__]
+    below = [child for child in cls.__subclasses__() if child.__module__ == failures.__name__]
     return [leaf for child in below for leaf in _leaves(child)] if below else [cls]
 
 
@@ -58,7 +58,7 @@ TABLE = [
 @pytest.mark.parametrize(("name", "said", "status", "kind", "code", "wait"), TABLE)
 def test_each_error_has_its_status_and_codes(*, name, said, status, kind, code, wait):
     """Each error becomes its status, type and code, and says when another try makes sense."""
-    error = _made(getattr(base, name), said)
+    error = _made(getattr(failures, name), said)
     assert failure(error) == Failure(status, str(error), kind, None, code, wait)
 
 

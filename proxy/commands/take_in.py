@@ -1,12 +1,13 @@
-"""`embedding-proxy cache export` and `import`: a cache carried elsewhere, and what people own."""
+"""`embedding-proxy cache import`: an export is taken in, or vectors that people own already."""
 
 import asyncio
+import itertools
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, BinaryIO
 
 import typer
 
@@ -14,7 +15,6 @@ from cache import archive, transfer
 from cache.archive import ArchiveError
 from cache.key import Namespace, keyring
 from cache.pairs import Source
-from cache.purge import Choice, count
 from cache.row import Row
 from proxy import config
 from proxy.adopt import Adoption, SampleDiffers, Survey
@@ -22,61 +22,11 @@ from proxy.opening import make_router, open_providers
 from proxy.settings import Settings
 from proxy.sources import FORMATS, open_source
 
-from .cache import NamespaceOption, SpaceOption, app, opened
-from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
+from .cache import app, opened
+from .common import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
 
 _MAGIC = b"EMBA"
 _STREAM = "-"
-
-
-@app.command(name="export")
-def export(
-    target: Annotated[str, typer.Argument(metavar="FILE", help="- is standard output.")],
-    *,
-    config_file: ConfigOption = None,
-    namespace: NamespaceOption = None,
-    space: SpaceOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write entries to one file, to be carried elsewhere; such files can be joined with cat."""
-    settings = config.load(config_file)
-    choice = Choice(namespace=namespace, space=space)
-    report = transfer.Read()
-    with opened(settings) as database:
-        total, _ = count(database, choice)
-        with _written(target) as file, progress("exporting", total) as tell:
-            rows = _told(transfer.rows(database, choice, report), tell)
-            written = archive.write(file, rows)
-    left_out = f", {report.damaged} damaged ones left out" if report.damaged else ""
-    if as_json and target != _STREAM:
-        print_json({"file": target, "entries": written, "damaged": report.damaged})
-    else:
-        typer.echo(f"{target}: {written:,} entries{left_out}", err=target == _STREAM)
-
-
-@contextmanager
-def _written(target: str) -> Iterator[BinaryIO]:
-    """Give a file that is there under its name only once it is whole. Raises WorkFailed."""
-    if target == _STREAM:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    path = Path(target)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    except OSError as error:
-        raise WorkFailed(f"{target}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _told(rows: Iterator[Row], tell: Any) -> Iterator[Row]:  # noqa: ANN401 - a function
-    for number, row in enumerate(rows, start=1):
-        tell(number)
-        yield row
 
 
 @app.command(name="import")
@@ -94,7 +44,9 @@ def take_in(  # noqa: PLR0913 - one parameter an option
     model: Annotated[
         str | None, typer.Option(help="The model of the embeddings, if SOURCE is no export.")
     ] = None,
-    namespace: Annotated[str, typer.Option(help="Where they go, if SOURCE is no export.")] = "",
+    namespace: Annotated[
+        str, typer.Option(help="Where they go, if SOURCE is no export.", callback=plain)
+    ] = "",
     sample: Annotated[
         int,
         typer.Option(min=0, help="Embed so many texts anew to prove the model; 0 = trust SOURCE."),
@@ -115,12 +67,19 @@ def take_in(  # noqa: PLR0913 - one parameter an option
     """Take in entries of an export, or embeddings you already own; what is there stays."""
     settings = config.load(config_file)
     if _is_archive(source):
+        if namespace:
+            raise config.ConfigError(
+                f"{source} is an export, which says itself where its entries belong:"
+                " leave out --namespace"
+            )
         with _read(source) as file:
             _take_archive(settings, source, file, dry_run=dry_run, as_json=as_json)
         return
-    if model not in settings.models:
-        names = ", ".join(sorted(settings.models))
-        raise config.ConfigError(f"--model: name the model of the embeddings; known: {names}")
+    model = _known(settings, model)
+    if kind is not None and kind not in FORMATS:
+        raise config.ConfigError(f"--format: there is no {kind!r}; known: {', '.join(FORMATS)}")
+    if ":/" not in source and not Path(source).exists():
+        raise WorkFailed(f"{source}: No such file or directory")
     pairs = open_source(
         source, format=kind, text_field=text_field, vector_field=vector_field, texts=texts
     )
@@ -152,6 +111,13 @@ def take_in(  # noqa: PLR0913 - one parameter an option
             typer.echo(f"  {survey.refused:,} refused in all", err=True)
     if survey.refused:
         raise typer.Exit(1)
+
+
+def _known(settings: Settings, model: str | None) -> str:
+    if model not in settings.models:
+        names = ", ".join(sorted(settings.models))
+        raise config.ConfigError(f"--model: name the model of the embeddings; known: {names}")
+    return model
 
 
 def _is_archive(source: str) -> bool:
@@ -210,7 +176,9 @@ def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
 ) -> transfer.Written:
     sums = transfer.Written()
-    with opened(settings, create=True) as database, progress("importing", total) as tell:
+    # The first is looked at before a store is made for it.
+    rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
+    with opened(settings, create=not dry_run) as database, progress("importing", total) as tell:
         for sums in transfer.put(database, rows, dry_run=dry_run):
             tell(sums.stored + sums.present)
     return sums

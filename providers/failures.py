@@ -1,0 +1,140 @@
+"""How asking for embeddings fails: one tree of errors, whoever made them.
+
+It knows no provider, no cache and no wire format::
+
+    EmbeddingError
+    ├── InputRefused         the request itself is wrong; no provider would take it
+    ├── NoRoute              no provider is configured that could answer
+    ├── DeadlineExceeded     the request's own time is up
+    ├── AllResting           no provider may be asked just now: each has failed or asked for rest
+    └── ProviderError        one provider failed; another may do better
+        ├── CredentialsRefused   401, 403: the proxy's own key is not accepted
+        ├── OutOfCredit          402, or 429 with insufficient_quota: waiting will not help
+        ├── ModelNotFound        404: this provider does not serve the model
+        └── PassingFailure       the same call may succeed in a moment
+            ├── RateLimited      429
+            ├── UpstreamFault    408, 409, 5xx
+            ├── UpstreamTimeout  no whole answer within the limit of one attempt
+            ├── Unreachable      name resolution, connection, TLS or a cut connection
+            ├── Unreadable       an answer that is no JSON: a gateway's page, or cut off
+            └── InvalidAnswer    an answer that fails a check: nothing of it is used
+"""
+
+from dataclasses import dataclass, field
+
+
+class EmbeddingError(Exception):
+    """Base of all that can go wrong. The message is for people and holds no key and no input."""
+
+
+class InputRefused(EmbeddingError):
+    """The request itself is wrong: a provider said so, or no provider can take such an input.
+
+    `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 413 or 422. `index` is
+    the place of the one input that is to blame, in the call that raises; None if it is not known.
+    """
+
+    def __init__(  # noqa: PLR0913 - the fields of OpenAI's error object
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        index: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.index = index
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+
+    def at(self, index: int, message: str | None = None) -> "InputRefused":
+        """Return the same refusal as it reads in another call, where the input has that place."""
+        other = InputRefused(message or str(self))
+        other.__dict__.update(self.__dict__, index=index)
+        return other
+
+
+class NoRoute(EmbeddingError):
+    """No provider is configured that could answer; the message says what to set."""
+
+
+class DeadlineExceeded(EmbeddingError):
+    """The time of the request was up before an answer came."""
+
+
+class AllResting(EmbeddingError):
+    """No provider may be asked just now; the next one may in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What an upstream said when it refused, as far as it may be shown to a client."""
+
+    status: int
+    message: str
+    kind: str | None = None
+    code: str | None = None
+    retry_after: float | None = field(default=None)
+    """Seconds the upstream asked to wait."""
+
+
+class ProviderError(EmbeddingError):
+    """One provider failed; the next route may do better."""
+
+    def __init__(self, provider: str, message: str, refusal: Refusal | None = None) -> None:
+        super().__init__(f"{provider}: {message}")
+        self.provider = provider
+        self.refusal = refusal
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds the provider asked to wait, or None."""
+        return self.refusal.retry_after if self.refusal else None
+
+
+class CredentialsRefused(ProviderError):
+    """401 or 403: the key that the proxy holds for this provider is not accepted."""
+
+
+class OutOfCredit(ProviderError):
+    """402, or 429 with insufficient_quota: asking again will not help."""
+
+
+class ModelNotFound(ProviderError):
+    """404: this provider does not serve the model, or not to this key."""
+
+
+class PassingFailure(ProviderError):
+    """The same call may succeed in a moment."""
+
+
+class RateLimited(PassingFailure):
+    """429: too many requests or tokens for now."""
+
+
+class UpstreamFault(PassingFailure):
+    """408, 409, 5xx and everything else that is the upstream's own fault."""
+
+
+class UpstreamTimeout(PassingFailure):
+    """No whole answer within the limit of one attempt."""
+
+
+class Unreachable(PassingFailure):
+    """Name resolution, connection or TLS failed, or the connection was cut."""
+
+
+class Unreadable(PassingFailure):
+    """An answer with status 200 that is no JSON object: a gateway's page, or one cut off."""
+
+
+class InvalidAnswer(PassingFailure):
+    """An answer with status 200 that fails a check; nothing of it is used."""

@@ -1,0 +1,300 @@
+"""Deleting on purpose: what is chosen goes, what is not stays, and the proxies hear of it."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache import changes as changes_module
+from cache import purge
+from cache.changes import TOUCH_MS, Changes, Kept, Use
+from cache.database import Database
+from cache.disk import folder_of, lock_of
+from cache.memory import Memory
+from cache.purge import Choice
+from cache.record import encode
+from cache.row import Partition
+from cache.store import Store
+from cache.tiers import Tiers
+from providers.base import Space
+from tests.cache.fakes import entry_of, key_of
+
+GIB = 1 << 30
+NAMESPACES = ["", "a", "a%", "A", "a_", "ab", "a'b"]
+LABELS = ["m", "m2", "m?task=%22q%22", "m?task=%22p%22", "M", "_", "%", "m%", "m_?x=1", "m\\"]
+PARTITIONS = [Partition(n, label, 4) for n in NAMESPACES for label in LABELS]
+NOW = 1_800_000_000
+
+
+@contextlib.contextmanager
+def _opened(directory):
+    """Give the file of a store for this thread."""
+    with contextlib.closing(lock_of(directory)) as lock:
+        database = Database(folder_of(directory), GIB, lock)
+        try:
+            yield database
+        finally:
+            database.close()
+
+
+def _address(number):
+    return number.to_bytes(16)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """Give a file of one entry in each partition and one of unknown partition, and what is in it.
+
+    Entry i was stored at NOW + i, and used 10,000 seconds later, later ones first.
+    """
+    with _opened(tmp_path_factory.mktemp("full")) as full:
+        rows = {
+            i: (partition, NOW + i, NOW + 10_000 - i)
+            for i, partition in enumerate([*PARTITIONS, None])
+        }
+        records = {_address(i): Kept(bytes(56), p, stored) for i, (p, stored, _) in rows.items()}
+        used = {_address(i): Use(1000 * used, p) for i, (p, _, used) in rows.items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(changes_module, "time", SimpleNamespace(time=lambda: 0.0))
+            full.write(Changes(records=records, used=used))
+        yield full, rows
+
+
+def _delete_and_undo(database, choice):
+    """Return the numbers that a purge of the choice deletes, and undo it."""
+    database.sql("SAVEPOINT before")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(purge, "_give_back", lambda _: iter(()))
+        # No transactions of its own: all is in one that is undone.
+        patch.setattr(
+            Database, "transaction", lambda db: contextlib.nullcontext(db.cache._con), raising=True
+        )
+        before = {key for (key,) in database.sql("SELECT key FROM Cache")}
+        deleted = sum(purge.delete(database, choice))
+        after = {key for (key,) in database.sql("SELECT key FROM Cache")}
+        entries = database.sql("SELECT count(*) FROM Entries").fetchall()
+    database.sql("ROLLBACK TO before")
+    database.sql("RELEASE before")
+    assert entries == [(len(after),)]
+    assert len(before - after) == deleted
+    return {int.from_bytes(key) for key in before - after}
+
+
+CHOICES = st.builds(
+    Choice,
+    st.none() | st.sampled_from([*NAMESPACES, "%", "b"]),
+    st.none() | st.sampled_from([*LABELS, "m?", "m?task", "", "m%?x=1", "m_"]),
+    st.none() | st.floats(-5, len(PARTITIONS) + 5).map(lambda after: NOW + after),
+    st.none() | st.floats(-100, len(PARTITIONS) + 5).map(lambda after: NOW + 10_000 - after),
+    st.none() | st.integers(0, len(PARTITIONS) + 3).map(_address),
+)
+
+
+def _is_chosen(choice, number, partition, stored, used):
+    """Tell whether an entry is chosen; written without regard to SQL."""
+    namespace, label = ("nothing", "nothing") if partition is None else partition[:2]
+    return (
+        choice.namespace in (None, namespace)
+        and (choice.space is None or label == choice.space or label.startswith(f"{choice.space}?"))
+        and (choice.stored_before is None or 1000 * stored < int(1000 * choice.stored_before))
+        and (choice.used_before is None or 1000 * used < int(1000 * choice.used_before))
+        and choice.address in (None, _address(number))
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(CHOICES)
+def test_any_choice_deletes_what_it_counts_and_nothing_else(full, choice):
+    """All that is given must hold; names are compared as they are, no character is a pattern."""
+    database, rows = full
+    chosen = {i for i, row in rows.items() if _is_chosen(choice, i, *row)}
+    known = sum(rows[i][0] is not None for i in chosen)
+    assert purge.count(database, choice) == (len(chosen), 56 * known)
+    assert _delete_and_undo(database, choice) == chosen
+
+
+@pytest.mark.parametrize(
+    ("choice", "gone"),
+    [
+        (Choice(), len(PARTITIONS) + 1),
+        (Choice(namespace=""), len(LABELS)),
+        (Choice(namespace="a%"), len(LABELS)),
+        (Choice(space="m"), 3 * len(NAMESPACES)),
+        (Choice(space="m?task=%22q%22"), len(NAMESPACES)),
+        (Choice(space="_"), len(NAMESPACES)),
+        (Choice(space="m_"), len(NAMESPACES)),
+        (Choice(namespace="a", space="m"), 3),
+        (Choice(stored_before=NOW + 3), 3),
+        (Choice(used_before=NOW + 10_000), len(PARTITIONS)),
+        (Choice(address=_address(5)), 1),
+        (Choice(namespace="a", address=_address(5)), 0),
+        (Choice(address=b"no address at all"), 0),
+    ],
+    ids=str,
+)
+def test_a_choice_is_counted_as_it_is_meant(full, choice, gone):
+    """A space without parameters stands for those with parameters, too; nothing else widens."""
+    database, _ = full
+    assert purge.count(database, choice)[0] == gone
+    assert len(_delete_and_undo(database, choice)) == gone
+
+
+def test_a_later_use_saves_an_entry_from_a_purge_by_use(tmp_path):
+    """Age is the time of purchase and last use that of the last one written."""
+    with _opened(tmp_path) as database:
+        database.write(Changes(records={_address(i): Kept(b"x", None, 1.0) for i in range(2)}))
+        ((used,),) = database.sql("SELECT DISTINCT used FROM Entries")
+        later = used + 2 * TOUCH_MS
+        database.write(Changes(used={_address(0): Use(later, None)}))
+        assert sum(purge.delete(database, Choice(used_before=later / 1000))) == 1
+        assert list(database.read_many([_address(i) for i in range(2)])) == [_address(0)]
+        assert sum(purge.delete(database, Choice(stored_before=1.0))) == 0
+        assert sum(purge.delete(database, Choice(stored_before=1.5))) == 1
+
+
+def test_a_large_purge_goes_a_little_at_a_time(tmp_path, monkeypatch):
+    """Each step deletes some and ends its transaction: others can write, and read what is left."""
+    monkeypatch.setattr(purge, "ROWS_A_TRANSACTION", 100)
+    with _opened(tmp_path) as database, _opened(tmp_path) as other:
+        for part in (PARTITIONS[0], PARTITIONS[1]):
+            start = PARTITIONS.index(part) * 1000
+            records = {_address(start + i): Kept(bytes(100), part) for i in range(450)}
+            database.write(Changes(records=records))
+        steps, left = purge.delete(database, Choice(space="m")), 900
+        for deleted in (100, 100, 100, 100, 50):
+            assert next(steps) == deleted
+            left -= deleted
+            other.write(Changes(records={_address(5000): Kept(b"x", None)}))
+            assert other.sql("SELECT count(*) FROM Entries").fetchall() == [(left + 1,)]
+        assert set(steps) <= {0}
+        assert purge.count(other, Choice()) == (451, 450 * 56)
+
+
+@pytest.mark.parametrize("moved", [1, 200])
+def test_freed_pages_are_given_back(tmp_path, moved, monkeypatch):
+    """After a purge the file on the file system is as short as what is left in it."""
+    monkeypatch.setattr(purge, "PAGES_A_STEP", moved)
+    with _opened(tmp_path) as database:
+        for start in range(0, 1000, 100):
+            part = PARTITIONS[start // 100 % 2]
+            records = {_address(start + i): Kept(bytes(20_000), part) for i in range(100)}
+            database.write(Changes(records=records))
+        before = database.read_many([_address(i) for i in range(100, 200)])
+        ((pages,),) = database.sql("PRAGMA page_count")
+        assert sum(purge.delete(database, Choice(space="m"))) == 500
+        assert database.sql("PRAGMA freelist_count").fetchall() == [(0,)]
+        ((left,),) = database.sql("PRAGMA page_count")
+        assert left < 0.6 * pages
+        assert database.read_many(list(before)) == before
+        assert database.sql("PRAGMA integrity_check").fetchall() == [("ok",)]
+        database.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert database.path.stat().st_size == left * 32_768
+
+
+def test_a_file_that_gives_nothing_back_is_no_endless_work(tmp_path):
+    """An early file cannot be made shorter; a purge of it ends all the same."""
+    with _opened(tmp_path) as database:
+        database.write(Changes(records={_address(i): Kept(bytes(20_000), None) for i in range(50)}))
+        # VACUUM makes a file of another kind only where there is no write-ahead log.
+        for pragma in ("journal_mode = delete", "auto_vacuum = 0"):
+            database.sql(f"PRAGMA {pragma}").fetchall()
+        database.sql("VACUUM")
+        database.sql("PRAGMA journal_mode = wal").fetchall()
+        assert database.sql("PRAGMA auto_vacuum").fetchall() == [(0,)]
+        assert sum(purge.delete(database, Choice())) == 50
+        ((free,),) = database.sql("PRAGMA freelist_count")
+        assert free > 0
+
+
+def test_a_row_without_its_record_is_deleted_too(tmp_path):
+    """What is counted as an entry goes with a purge, also where someone took the record away."""
+    with _opened(tmp_path) as database:
+        database.write(Changes(records={_address(1): Kept(b"x", None)}))
+        database.sql("INSERT INTO Entries VALUES (1000000, NULL, 0, 0)")
+        assert sum(purge.delete(database, Choice(stored_before=1.0))) == 1
+        assert database.sql("SELECT count(*) FROM Entries").fetchall() == [(1,)]
+        assert database.read_many([_address(1)]).keys() == {_address(1)}
+
+
+def test_a_purge_of_nothing_deletes_nothing(tmp_path):
+    """On an empty store every choice is none."""
+    with _opened(tmp_path) as database:
+        assert purge.count(database, Choice()) == (0, 0)
+        assert sum(purge.delete(database, Choice())) == 0
+
+
+def test_purges_are_numbered(tmp_path):
+    """Each announcement is one more, and whoever looks sees the last."""
+    with _opened(tmp_path) as database, _opened(tmp_path) as other:
+        assert purge.so_far(other) == 0
+        for number in (1, 2, 3):
+            purge.announce(database, 10 * number)
+            assert purge.so_far(other) == number
+        rows = database.sql("SELECT entries FROM Purges ORDER BY id").fetchall()
+        assert rows == [(10,), (20,), (30,)]
+
+
+# What running proxies notice.
+
+
+async def test_another_proxy_hears_of_a_purge_at_its_next_tick(tmp_path):
+    """The announcement is heard once, by each proxy, and not by one that came later."""
+    heard = []
+    async with (
+        Store(tmp_path, GIB, on_purge=lambda: heard.append("one")) as one,
+        Store(tmp_path, GIB, on_purge=lambda: heard.append("two")) as two,
+    ):
+        await one._tick(1)
+        assert heard == []
+        with _opened(tmp_path) as database:
+            purge.announce(database, 1)
+        for store in (one, two, one, two):
+            await store._tick(1)
+        assert heard == ["one", "two"]
+        async with Store(tmp_path, GIB, on_purge=lambda: heard.append("late")) as late:
+            await late._tick(1)
+        with _opened(tmp_path) as database:
+            purge.announce(database, 1)
+            purge.announce(database, 1)
+        await one._tick(2)
+        assert heard == ["one", "two", "one"]
+
+
+async def test_after_a_purge_memory_serves_nothing_of_it(tmp_path):
+    """What was deleted on disk is not served from memory after the next tick."""
+    space = Space("m", 3)
+    key, entry = key_of("x", space), entry_of("x", space)
+    partition = Partition("", "m", 3)
+    async with Store(tmp_path, GIB) as store:
+        tiers = Tiers(Memory(1 << 20), store)
+        await tiers.put_many({key: entry}, partition)
+        with _opened(tmp_path) as database:
+            assert sum(purge.delete(database, Choice(space="m"))) == 1
+            assert await tiers.get_many([key], partition) == {key: entry}
+            purge.announce(database, 1)
+        await store._tick(1)
+        assert await tiers.get_many([key], partition) == {}
+        assert await store.get_many([key.address]) == {}
+        await tiers.put_many({key: entry}, partition)
+        assert await tiers.get_many([key], partition) == {key: entry}
+        found = await store.get_many([key.address])
+        assert found[key.address].record == encode(entry)
+
+
+async def test_a_listener_that_fails_is_told_again_of_the_next(tmp_path):
+    """A tick that fails in the listener ends no later one."""
+    heard = []
+
+    def failing():
+        heard.append(1)
+        raise ValueError("a defect")
+
+    async with Store(tmp_path, GIB, on_purge=failing) as store:
+        for _ in range(2):
+            with _opened(tmp_path) as database:
+                purge.announce(database, 1)
+            with pytest.raises(ValueError, match="a defect"):
+                await store._tick(1)
+        assert heard == [1, 1]

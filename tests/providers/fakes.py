@@ -1,0 +1,98 @@
+"""An upstream for what goes before the routes: it keeps its calls, and refuses what it is told."""
+
+import asyncio
+
+from providers.base import Embedded, InputRefused, Outcome
+
+
+def vector_of(item):
+    """Return the one right vector of an input, of two numbers."""
+    return repr(item).encode().ljust(8, b".")[-8:]
+
+
+def tokens_of(item):
+    """Return what an input costs."""
+    return 1 + len(item) % 7
+
+
+class Upstream:
+    """An Embedder that answers when it is let, and fails as `failure(inputs)` says."""
+
+    def __init__(self, failure=lambda _: None):
+        self.failure = failure
+        self.calls = []
+        self.contexts = []
+        self.bought = []
+        self.air = self.most = 0
+        self.held = None
+
+    def hold(self):
+        """Keep the calls from now on, to be let go by their inputs."""
+        self.held = {}
+
+    def let(self, call):
+        """Let the call of that number go on."""
+        self.held[call].set()
+
+    async def embed(self, space, inputs, context):
+        number = len(self.calls)
+        self.calls.append(list(inputs))
+        self.contexts.append(context)
+        self.air += 1
+        self.most = max(self.most, self.air)
+        try:
+            if self.held is not None:
+                self.held[number] = asyncio.Event()
+                await self.held[number].wait()
+            else:
+                await asyncio.sleep(0)
+            failure = self.failure(inputs)
+            if failure is not None:
+                raise failure
+        finally:
+            self.air -= 1
+        self.bought += inputs
+        return Embedded(
+            vectors=[vector_of(item) for item in inputs],
+            tokens=[tokens_of(item) for item in inputs],
+            counted=True,
+            providers=(f"p{len(inputs)}",),
+            outcomes=[Outcome.MISS] * len(inputs),
+        )
+
+
+def refusing(*bad, param="input"):
+    """Return a failure of calls that hold one of these inputs, which does not say which."""
+
+    def failure(inputs):
+        return InputRefused("bad input", param=param) if set(bad) & set(inputs) else None
+
+    return failure
+
+
+def check(embedded, inputs):
+    """Check what follows from the inputs alone."""
+    assert embedded.vectors == [vector_of(item) for item in inputs]
+    assert embedded.tokens == [tokens_of(item) for item in inputs]
+    assert len(embedded.outcomes) == len(inputs)
+
+
+class Kept:
+    """An `on_part` that keeps what it is told, by place."""
+
+    def __init__(self):
+        self.rows = {}
+
+    async def __call__(self, places, part):
+        for place, vector in zip(places, part.vectors, strict=True):
+            self.rows[place] = vector
+
+    def check(self, inputs):
+        """Check that each place has the vector of its input."""
+        assert self.rows == {place: vector_of(inputs[place]) for place in self.rows}
+
+
+async def settle():
+    """Let everyone come to where they wait."""
+    for _ in range(30):
+        await asyncio.sleep(0)

@@ -1,0 +1,724 @@
+"""`cache stats`, `purge`, `backup` and `verify`: what they print, what they leave, how they end."""
+
+import asyncio
+import base64
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from fault_server import vector_of
+
+from cache import backup, database, disk, purge, transfer, verify
+from cache.changes import Changes
+from cache.key import Namespace, keyring
+from cache.layout import PAGE_BYTES
+from cache.record import Entry, encode
+from cache.row import Row
+from cache.usage import Usage
+from providers.base import Space
+from proxy import cli
+
+ROOT = Path(__file__).parents[2]
+GIB = 1 << 30
+DAY = 86_400
+WIDTH = 64
+SPACE = Space("a/small", WIDTH)
+OTHER = Space("b/wide & round", 2 * WIDTH)
+MODELS = {
+    "small": {
+        "space": SPACE.name,
+        "dimensions": WIDTH,
+        "price": 2.0,
+        "unit_norm": True,
+        "routes": [{"provider": "openai", "model": "small"}],
+    },
+    "wide": {
+        "space": OTHER.name,
+        "dimensions": 2 * WIDTH,
+        "routes": [{"provider": "openai", "model": "wide"}],
+    },
+}
+TEXTS = [f"text {i}" for i in range(500)]
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Give a function that runs `cache …` on the store in `cache`, in this process."""
+    config = tmp_path / "config.yaml"
+    sections = {"cache": {"directory": str(tmp_path / "cache")}, "models": MODELS}
+    config.write_text(json.dumps(sections))
+    # Wide enough that no message is broken into lines.
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_command(*arguments: str) -> Done:
+        arguments = ["embedding-proxy", "cache", *arguments, "--config", str(config)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Done(caught.value.code or 0, *capsys.readouterr())
+
+    return run_command
+
+
+def _failed(done, code, *words):
+    """Check that a command ended with one line on stderr, which holds the words."""
+    assert (done.code, done.out) == (code, "")
+    assert re.fullmatch(r"embedding-proxy: [^\n]+\n", done.err)
+    assert all(word in done.err for word in words), done.err
+
+
+@cache
+def _vector(text, width):
+    return vector_of("small", text, width).tobytes()
+
+
+def _row(text, space=SPACE, namespace="", days=1.0):
+    ring = keyring(space, Namespace(namespace))
+    key = ring.key(text)
+    vector = _vector(text, space.dimensions)
+    record = encode(Entry(vector, len(text.split()), True, key.digest))  # noqa: FBT003
+    return Row(key.address, record, time.time() - days * DAY, ring.partition)
+
+
+@pytest.fixture
+def fill(tmp_path):
+    """Give a function that puts rows into the store in `cache` and returns the file's path."""
+
+    def put(*rows):
+        with disk.opened(tmp_path / "cache", GIB, create=True) as file:
+            list(transfer.put(file, rows))
+            return file.path
+
+    return put
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Give a function that returns what the store in `cache` holds."""
+
+    def read():
+        with disk.opened(tmp_path / "cache", GIB) as file:
+            return list(transfer.rows(file, purge.Choice(), transfer.Read()))
+
+    return read
+
+
+def _sql(path, statement, *values):
+    """Run a statement on the file as somebody else would."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return connection.execute(statement, values).fetchall()
+
+
+async def _texts_served(proxy, model="small", texts=TEXTS):
+    """Ask for texts; return how many came from the cache. Each has its right vector."""
+    response = await proxy.post({"model": model, "input": texts, "encoding_format": "base64"})
+    assert response.status == 200
+    got = [base64.b64decode(one["embedding"]) for one in (await response.json())["data"]]
+    if model == "small":
+        assert got == [_vector(text, WIDTH) for text in texts]
+    return int(response.headers["x-cache-hits"])
+
+
+# stats
+
+
+def test_without_a_store_there_is_nothing_to_do(run, tmp_path):
+    """Each command says that there is no store yet, and makes none."""
+    for command in (["stats"], ["verify"], ["purge", "--all"], ["backup", str(tmp_path / "b")]):
+        _failed(run(*command), 1, "there is no store yet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+def test_stats_as_json(run, fill, tmp_path):
+    """Entries, bytes, ages, hit rate and money, by partition and in all; nothing but JSON."""
+    task = SPACE.with_parameters({"task": "q"})
+    path = fill(
+        *(_row(text, days=3) for text in TEXTS[:3]),
+        _row("a", task),
+        _row("a", OTHER, "tenant %ü"),
+    )
+    small, tasked = keyring(SPACE).partition, keyring(task).partition
+    with disk.opened(tmp_path / "cache", GIB) as file:
+        usage = {
+            (20_000, small): Usage(5, 1, 3, 1, tokens_saved=1_500_000, tokens_billed=500_000),
+            (20_001, tasked): Usage(hits=1, tokens_saved=250_000),
+        }
+        file.write(Changes(usage=usage))
+    done = run("stats", "--json")
+    assert (done.code, done.err) == (0, "")
+    shown = done.json
+    partitions = {(one["namespace"], one["space"]): one for one in shown.pop("partitions")}
+    assert set(partitions) == {
+        ("", "a/small"),
+        ("", "a/small?task=%22q%22"),
+        ("tenant %ü", "b/wide%20%26%20round"),
+    }
+    one = partitions["", "a/small"]
+    now = time.time()
+    assert now - 3 * DAY - 60 < one.pop("oldest") <= one.pop("newest") <= now - 3 * DAY
+    assert now - 60 < one.pop("last_used") <= now
+    assert one == {
+        "namespace": "",
+        "space": "a/small",
+        "dimensions": WIDTH,
+        "entries": 3,
+        "bytes": 3 * (40 + 4 * WIDTH),
+        "hits": 5,
+        "joins": 1,
+        "misses": 3,
+        "duplicates": 1,
+        "tokens_saved": 1_500_000,
+        "tokens_billed": 500_000,
+        "hit_rate": 0.7,
+        "usd_saved": 3.0,
+        "usd_billed": 1.0,
+    }
+    # What was saved with parameters is worth the price of the model, too.
+    assert partitions["", "a/small?task=%22q%22"]["usd_saved"] == 0.5
+    assert shown.pop("file_bytes") >= path.stat().st_size
+    assert shown == {
+        "directory": str(tmp_path / "cache"),
+        "size_limit_bytes": 50 * GIB,
+        "entries": 5,
+        "counted_since": 20_000 * DAY,
+        "hits": 6,
+        "joins": 1,
+        "misses": 3,
+        "duplicates": 1,
+        "tokens_saved": 1_750_000,
+        "tokens_billed": 500_000,
+        "hit_rate": 0.7273,
+        "usd_saved": 3.5,
+        "usd_billed": 1.0,
+    }
+
+
+def test_stats_for_people(run, fill, tmp_path):
+    """A line for each partition, none of it cut or taken for markup, and a sum in words."""
+    fill(*(_row(text, days=3) for text in TEXTS), _row("a", OTHER, "[red]tenant %s"))
+    with disk.opened(tmp_path / "cache", GIB) as file:
+        usage = {(20_000, keyring(SPACE).partition): Usage(3, 0, 1, 0, 600_000, 200_000)}
+        file.write(Changes(usage=usage))
+    done = run("stats")
+    assert (done.code, done.err) == (0, "")
+    first, _, *lines, last = done.out.splitlines()
+    assert first.startswith(f"{tmp_path / 'cache'}: 501 entries, ")
+    small = r"-\s+a/small\s+64\s+500\s+148\.0 kB\s+3 d\s+\d s\s+75\.0%\s+600,000\s+\$1\.2000\s*"
+    assert any(re.fullmatch(small, line) for line in lines)
+    assert any(line.startswith("[red]tenant %s") for line in lines)
+    assert last == (
+        "4 inputs were asked for, 1 of them bought: hit rate 75.0%, $1.2000 saved, $0.4000 spent."
+    )
+
+
+async def test_stats_of_what_a_proxy_did(run, start_proxy, upstream):
+    """Hits, duplicates and purchases of real requests are told once the proxy has written them."""
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    for texts in (["a b", "c"], ["a b", "d d d", "a b"]):
+        await _texts_served(proxy, texts=texts)
+    await start_proxy.stop()
+    (one,) = (await asyncio.to_thread(run, "stats", "--json")).json["partitions"]
+    assert [one[name] for name in ("entries", "hits", "misses", "duplicates")] == [3, 1, 3, 1]
+    assert (one["tokens_billed"], one["tokens_saved"]) == (6, 4)
+    assert (one["usd_billed"], one["usd_saved"]) == (12e-6, 8e-6)
+
+
+# purge
+
+
+@pytest.fixture
+def mixed(fill):
+    """Fill the store with eight entries that differ in all that a purge can choose by."""
+    task = SPACE.with_parameters({"task": "q"})
+    path = fill(
+        _row("old", days=40),
+        _row("new"),
+        _row("old", task, days=40),
+        _row("new", task),
+        _row("old", SPACE, "tenant", days=40),
+        _row("new", SPACE, "tenant"),
+        _row("old", OTHER, "tenant", days=40),
+        _row("new", OTHER),
+    )
+    # Of each pair, the new one was used ten days ago and the old one now.
+    _sql(path, "UPDATE Entries SET used = used - 864000000 WHERE id % 2 = 0")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gone"),
+    [
+        (["--all"], {1, 2, 3, 4, 5, 6, 7, 8}),
+        (["--namespace", "tenant"], {5, 6, 7}),
+        (["--namespace", ""], {1, 2, 3, 4, 8}),
+        (["--namespace", "tenan_"], set()),
+        (["--namespace", "%"], set()),
+        (["--space", "a/small"], {1, 2, 3, 4, 5, 6}),
+        (["--space", "a/small?task=%22q%22"], {3, 4}),
+        (["--space", "b/wide%20%26%20round"], {7, 8}),
+        (["--space", "a/smal"], set()),
+        (["--space", ""], set()),
+        (["--older-than", "30d"], {1, 3, 5, 7}),
+        (["--older-than", "41d"], set()),
+        (["--older-than", "0s"], {1, 2, 3, 4, 5, 6, 7, 8}),
+        (["--unused-for", "1w"], {2, 4, 6, 8}),
+        (["--unused-for", "11d"], set()),
+        (["--older-than", "30d", "--unused-for", "1w"], set()),
+        (["--older-than", "12h", "--unused-for", "9.9d", "--space", "a/small"], {2, 4, 6}),
+        (["--namespace", "tenant", "--space", "a/small", "--older-than", "30d"], {5}),
+        (["--input", "new", "--model", "small"], {2}),
+        (["--input", "new", "--model", "small", "--namespace", "tenant"], {6}),
+        (["--input", "new", "--model", "wide"], {8}),
+        (["--input", "NEW", "--model", "small"], set()),
+        (["--input", "", "--model", "small"], set()),
+        (["--input", "' OR 1 --", "--model", "small"], set()),
+    ],
+)
+def test_exactly_the_chosen_entries_are_deleted(arguments, gone, run, mixed):
+    """A dry run counts them and deletes none; then they go, and a second run finds none."""
+    before = dict(_sql(mixed, "SELECT rowid, key FROM Cache"))
+    done = run("purge", *arguments, "--dry-run", "--json")
+    size = sum(40 + 4 * WIDTH * (1 + (number > 6)) for number in gone)
+    counts = {"chosen": len(gone), "bytes": size, "deleted": 0, "dry_run": True}
+    assert (done.code, done.json, done.err) == (0, counts, "")
+    assert dict(_sql(mixed, "SELECT rowid, key FROM Cache")) == before
+    done = run("purge", *arguments, "--json")
+    counts |= {"deleted": len(gone), "dry_run": False}
+    assert (done.code, done.json, done.err) == (0, counts, "")
+    left = {number: key for number, key in before.items() if number not in gone}
+    assert dict(_sql(mixed, "SELECT rowid, key FROM Cache")) == left
+    assert {number for (number,) in _sql(mixed, "SELECT id FROM Entries")} == set(left)
+    done = run("purge", *arguments)
+    assert (done.code, done.out, done.err) == (0, "0 entries deleted, 0 B\n", "")
+
+
+def test_purge_says_what_it_would_and_what_it_did(run, mixed):
+    """People are told the number and the bytes, before and after."""
+    assert run("purge", "--all", "--dry-run").out == "8 entries, 2.9 kB, would be deleted\n"
+    assert run("purge", "--all").out == "8 entries deleted, 2.9 kB\n"
+
+
+def test_many_entries_go_and_the_file_shrinks(run, fill, monkeypatch):
+    """They go some at a time, and what they took is given back to the file system."""
+    monkeypatch.setattr(purge, "ROWS_A_TRANSACTION", 100)
+    monkeypatch.setattr(purge, "PAGES_A_STEP", 1)
+    path = fill(*(_row(text) for text in TEXTS), _row("kept", OTHER))
+    size = path.stat().st_size
+    assert run("purge", "--space", "a/small", "--json").json["deleted"] == len(TEXTS)
+    assert path.stat().st_size <= size - 4 * PAGE_BYTES
+    assert len(_sql(path, "SELECT 1 FROM Cache")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["say what to delete", "--all"]),
+        (["--dry-run"], ["say what to delete"]),
+        (["--model", "small"], ["--model", "--space"]),
+        (["--older-than", "old"], ["--older-than", "as in 90d"]),
+        (["--older-than", "-5d"], ["--older-than", "as in 90d"]),
+        (["--unused-for", ""], ["--unused-for", "as in 90d"]),
+        (["--input", "a"], ["--model", "known: ", "small"]),
+        (["--input", "a", "--model", "smal"], ["--model", "known: ", "small"]),
+    ],
+)
+def test_a_purge_that_is_not_clear_is_wrong_usage(arguments, words, run, mixed):
+    """Nothing is deleted for want of a choice; the line names what was expected."""
+    _failed(run("purge", *arguments), 2, *words)
+    assert len(_sql(mixed, "SELECT 1 FROM Cache")) == 8
+
+
+async def test_a_running_proxy_forgets_what_was_purged(run, start_proxy, upstream):
+    """At its next look the proxy's memory is empty, too: purged texts are bought, others hit."""
+    upstream.widths = {"small": WIDTH, "wide": 2 * WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    store = proxy.service._tiers._store
+    for model in ("small", "wide"):
+        await _texts_served(proxy, model, ["a", "b"])
+    done = await asyncio.to_thread(run, "purge", "--input", "a", "--model", "small")
+    assert done.out == "1 entries deleted, 296 B\n"
+    await store._tick(1)
+    asked = len(upstream.calls)
+    assert await _texts_served(proxy, "wide", ["a", "b"]) == 2
+    assert await _texts_served(proxy, "small", ["a", "b"]) == 1
+    assert [call.inputs for call in upstream.calls[asked:]] == [["a"]]
+    await asyncio.to_thread(run, "purge", "--all")
+    await store._tick(1)
+    assert await _texts_served(proxy, "wide", ["a", "b"]) == 0
+
+
+async def test_a_dry_run_is_not_told_to_proxies(run, start_proxy, upstream):
+    """Where nothing was deleted the memory stays as it is."""
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    await _texts_served(proxy, texts=["a"])
+    await asyncio.to_thread(run, "purge", "--all", "--dry-run")
+    await proxy.service._tiers._store._tick(1)
+    assert len(proxy.service._tiers._memory) == 1
+    assert await _texts_served(proxy, texts=["a"]) == 1
+
+
+async def test_a_proxy_writes_while_a_purge_deletes(run, start_proxy, upstream, monkeypatch, fill):
+    """Requests amid a purge are answered, and what they bought is not purged with the rest."""
+    monkeypatch.setattr(purge, "ROWS_A_TRANSACTION", 25)
+    upstream.widths = {"small": WIDTH, "wide": 2 * WIDTH}
+    fill(*(_row(text) for text in TEXTS))
+    proxy = await start_proxy(upstream, models=MODELS)
+    purging = asyncio.create_task(asyncio.to_thread(run, "purge", "--space", "a/small", "--json"))
+    count = 0
+    while not purging.done():
+        assert await _texts_served(proxy, "wide", [f"new {count}"]) == 0
+        count += 1
+    assert purging.result().json["deleted"] == len(TEXTS)
+    await proxy.service._tiers._store._tick(1)
+    assert await _texts_served(proxy, "wide", [f"new {i}" for i in range(count)]) == count > 0
+
+
+# backup
+
+
+async def test_a_backup_of_a_busy_store_is_served_from(
+    run, start_proxy, upstream, tmp_path, monkeypatch
+):
+    """While requests come in the copy is made; in another directory all it holds are hits."""
+    monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    await _texts_served(proxy)
+    target = tmp_path / "copy %20 ü.db"
+    copying = asyncio.create_task(asyncio.to_thread(run, "backup", str(target)))
+    more = 0
+    while not copying.done():
+        assert await _texts_served(proxy, texts=[f"more {more}"]) == 0
+        more += 1
+    done = copying.result()
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"{target}: ")
+    await start_proxy.stop()
+    restored = tmp_path / "restored"
+    (restored / "v1").mkdir(parents=True)
+    target.rename(restored / "v1" / "cache.db")
+    asked = len(upstream.calls)
+    proxy = await start_proxy(upstream, models=MODELS, cache={"directory": str(restored)})
+    assert await _texts_served(proxy) == len(TEXTS)
+    assert (len(upstream.calls), more > 0) == (asked, True)
+
+
+def test_a_backup_as_json(run, fill, tmp_path):
+    """Scripts are told the file and its size."""
+    fill(_row("a"))
+    target = tmp_path / "b.db"
+    done = run("backup", str(target), "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json == {"file": str(target), "bytes": target.stat().st_size}
+
+
+def test_a_backup_overwrites_nothing(run, fill, tmp_path):
+    """A file or folder that is there is named, and stays as it is."""
+    fill(_row("a"))
+    (tmp_path / "b.db").write_bytes(b"mine")
+    _failed(run("backup", str(tmp_path / "b.db")), 1, "b.db exists")
+    _failed(run("backup", str(tmp_path)), 1, "exists")
+    assert (tmp_path / "b.db").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(("error", "code"), [(sqlite3.OperationalError("full"), 1), (None, 130)])
+def test_a_backup_that_ends_early_leaves_nothing(error, *, code, run, fill, tmp_path, monkeypatch):
+    """A failure is one line and code 1, Ctrl-C code 130; no part of a copy is left."""
+    fill(*(_row(text) for text in TEXTS))
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
+
+    def end(*_):
+        assert list(folder.iterdir())
+        assert not (folder / "b.db").exists()
+        raise error or KeyboardInterrupt
+
+    monkeypatch.setattr("proxy.commands.common._lines", lambda *_: end)
+    done = run("backup", str(folder / "b.db"))
+    assert (done.code, done.out) == (code, "")
+    assert "Traceback" not in done.err
+    assert list(folder.iterdir()) == []
+
+
+# verify
+
+DAMAGES = [
+    "value = zeroblob(length(value))",
+    "value = CAST(substr(value, 1, 100) || x'00' || substr(value, 102) AS BLOB)",
+    "value = x'80054e2e', mode = 4",
+    "mode = 3",
+    "raw = 0",
+]
+
+
+def test_a_sound_store_verifies(run, fill):
+    """Code 0, the number of records, and nothing on stderr."""
+    fill(*(_row(text) for text in TEXTS))
+    assert run("verify") == (0, "500 records are whole\n", "")
+    assert run("verify", "--mend").out == "500 records are whole\n"
+    assert run("verify", "--json").json == {
+        "records": 500,
+        "damaged": 0,
+        "lost_sight_of": 0,
+        "orphans": 0,
+        "broken": None,
+        "mended": False,
+        "salvaged": None,
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_damaged_records_are_reported_and_mended(damage, run, fill, start_proxy, upstream):
+    """Code 1 until they are mended; then the others hit, and only those are bought again."""
+    path = fill(*(_row(text) for text in TEXTS))
+    changed = _sql(path, f"UPDATE Cache SET {damage} WHERE rowid % 100 = 7 RETURNING rowid")
+    assert len(changed) == 5
+    _sql(path, "DELETE FROM Entries WHERE id = 20")
+    done = await asyncio.to_thread(run, "verify", "--json")
+    found = {
+        "records": 495,
+        "damaged": 5,
+        "lost_sight_of": 1,
+        "orphans": 0,
+        "broken": None,
+        "salvaged": None,
+    }
+    assert (done.code, done.json, done.err) == (1, {**found, "mended": False}, "")
+    done = await asyncio.to_thread(run, "verify")
+    assert done == (
+        1,
+        (
+            "495 records are whole\n5 records damaged; --mend deletes them\n"
+            "1 records not entered; --mend does it\n"
+        ),
+        "",
+    )
+    done = await asyncio.to_thread(run, "verify", "--mend")
+    lines = "495 records are whole\n5 records deleted\n1 records entered again\n"
+    assert done == (0, lines, "")
+    assert (await asyncio.to_thread(run, "verify")).code == 0
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    assert await _texts_served(proxy) == 495
+    assert len(upstream.inputs) == 5
+
+
+def _header_zeroed(path):
+    with path.open("r+b") as file:
+        file.write(bytes(100))
+
+
+def _page_zeroed(path):
+    data = path.read_bytes()
+    leaves = [i for i in range(1, len(data) // PAGE_BYTES) if data[i * PAGE_BYTES] == 0x0D]
+    with path.open("r+b") as file:
+        file.seek(leaves[len(leaves) // 2] * PAGE_BYTES)
+        file.write(bytes(PAGE_BYTES))
+
+
+def _cut(path):
+    os.truncate(path, path.stat().st_size - PAGE_BYTES - 5)
+
+
+def _schema_gone(path):
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(bytes(PAGE_BYTES - 100))
+
+
+# How many of the 500 texts are saved at least.
+BROKEN = {_header_zeroed: 500, _page_zeroed: 350, _cut: 300, _schema_gone: 500}
+
+
+@pytest.mark.parametrize(("harm", "least"), BROKEN.items(), ids=lambda v: getattr(v, "__name__", v))
+async def test_a_broken_file_is_moved_aside_and_what_is_whole_saved(
+    harm, *, least, run, fill, tmp_path, start_proxy, upstream
+):
+    """Code 1 and nothing touched without --mend; with it a sound store of all that was whole."""
+    path = fill(*(_row(text) for text in TEXTS))
+    harm(path)
+    done = await asyncio.to_thread(run, "verify")
+    assert (done.code, done.err) == (1, "")
+    assert "the file is damaged: " in done.out
+    assert "--mend moves it aside" in done.out
+    damaged = path.read_bytes()
+    assert not list((tmp_path / "cache").glob("v1.damaged-*"))
+    done = await asyncio.to_thread(run, "verify", "--mend", "--json")
+    (aside,) = (tmp_path / "cache").glob("v1.damaged-*")
+    assert (done.code, done.err) == (0, f"moved to {aside}\n")
+    assert (done.json["mended"], bool(done.json["broken"])) == (True, True)
+    assert least <= done.json["salvaged"] <= 500
+    assert (aside / "cache.db").stat().st_size == len(damaged)
+    assert (await asyncio.to_thread(run, "verify")).code == 0
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    assert await _texts_served(proxy) == done.json["salvaged"]
+
+
+def test_a_file_of_garbage_is_moved_aside(run, fill, tmp_path):
+    """Where nothing is left to save the store is new and empty."""
+    path = fill(_row("a"))
+    path.write_bytes(b"garbage" * 20_000)
+    done = run("verify")
+    assert (done.code, done.err) == (1, "")
+    assert "the file is damaged" in done.out
+    done = run("verify", "--mend")
+    assert done.code == 0
+    assert "it was moved aside; 0 records were saved out of it" in done.out
+    assert len(list((tmp_path / "cache").glob("v1.damaged-*"))) == 1
+    assert run("verify").out == "0 records are whole\n"
+
+
+def test_what_is_whole_is_taken_out_of_another_file(run, fill, tmp_path, rows):
+    """--salvage adds what the store lacks, with its partition; both files stay what they were."""
+    path = fill(*(_row(text) for text in TEXTS), _row("t", OTHER, "tenant"))
+    damaged = tmp_path / "damaged %s ü.db"
+    path.rename(damaged)
+    _header_zeroed(damaged)
+    before = damaged.read_bytes()
+    fill(*(_row(text) for text in TEXTS[:100]))
+    done = run("verify", "--salvage", str(damaged), "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json == {"stored": 401, "present": 100, "damaged": 0}
+    assert damaged.read_bytes() == before
+    assert {row.partition for row in rows()} == {
+        keyring(SPACE).partition,
+        keyring(OTHER, Namespace("tenant")).partition,
+    }
+    done = run("verify", "--salvage", str(damaged))
+    assert done.out == "0 records saved, 501 were there already, 0 are damaged\n"
+
+
+def test_salvage_needs_another_file(run, fill, tmp_path):
+    """The store itself, by whatever name, a folder and a missing file are refused."""
+    path = fill(_row("a"))
+    (tmp_path / "link.db").symlink_to(path)
+    for name in (str(path), str(tmp_path / "link.db")):
+        _failed(run("verify", "--salvage", name), 1, "is the store itself", "--mend")
+    for name in (str(tmp_path), str(tmp_path / "nowhere"), ""):
+        _failed(run("verify", "--salvage", name), 1, "there is no such file")
+
+
+async def test_no_request_fails_while_a_store_is_verified_and_mended(
+    run, start_proxy, upstream, tmp_path, monkeypatch
+):
+    """A proxy answers all the while, rightly; what was damaged is bought anew."""
+    monkeypatch.setattr(verify, "ROWS_A_BATCH", 5)
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(
+        upstream,
+        models=MODELS,
+        cache={
+            "directory": str(tmp_path / "cache"),
+            "memory_mib": 0,
+        },
+    )
+    await _texts_served(proxy)
+    path = tmp_path / "cache" / "v1" / "cache.db"
+    _sql(path, "UPDATE Cache SET value = x'00' WHERE rowid % 10 = 0")
+    working = asyncio.create_task(asyncio.to_thread(run, "verify", "--mend"))
+    asked = 0
+    while not working.done():
+        texts = [TEXTS[asked % 500], f"more {asked}"]
+        response = await proxy.post({"model": "small", "input": texts})
+        assert response.status == 200
+        got = np.float32([one["embedding"] for one in (await response.json())["data"]])
+        assert np.array_equal(got, [vector_of("small", text, WIDTH) for text in texts])
+        asked += 1
+    assert (working.result().code, asked > 0) == (0, True)
+    assert "records deleted" in working.result().out
+    assert await _texts_served(proxy) >= 450
+    assert await _texts_served(proxy) == 500
+    assert (await asyncio.to_thread(run, "verify")).code == 0
+
+
+# in all
+
+
+@pytest.mark.parametrize("command", ["stats", "purge", "backup", "export", "import", "verify"])
+def test_help_and_wrong_usage(command, run):
+    """--help tells the options; an option that there is not is code 2, without a traceback."""
+    done = run(command, "--help")
+    assert done.code == 0
+    assert "--config" in done.out
+    assert "--json" in done.out
+    done = run(command, "--nope")
+    assert (done.code, done.out) == (2, "")
+    assert "No such option" in done.err
+
+
+def test_a_configuration_that_cannot_be_read_is_code_2(run, tmp_path):
+    """Every command names the file and the key, in one line."""
+    (tmp_path / "config.yaml").write_text("cache: {directry: x}")
+    for command in (["stats"], ["purge", "--all"], ["verify"], ["backup", "x"], ["export", "x"]):
+        _failed(run(*command), 2, "config.yaml: cache.directry: unknown key")
+
+
+def test_a_newer_store_is_left_alone(run, fill, tmp_path):
+    """A file of a later layout is no damaged one: it is named, and neither read nor moved."""
+    path = fill(_row("a"))
+    _sql(path, "PRAGMA user_version = 99")
+    before = path.read_bytes()
+    for command in (["stats"], ["purge", "--all"], ["verify", "--mend"], ["backup", "x.db"]):
+        _failed(run(*command), 1, "has layout 99")
+    assert path.read_bytes() == before
+    assert not list((tmp_path / "cache").glob("v1.damaged-*"))
+
+
+def test_a_store_that_is_locked_is_one_line(run, fill, monkeypatch):
+    """Where another process does not let go, that is said, and nothing is moved aside."""
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+    path = fill(_row("a"))
+    with disk.lock_of(path.parents[1]):
+        for command in (["stats"], ["purge", "--all"], ["verify", "--mend"]):
+            _failed(run(*command), 1, "another process keeps writing")
+    assert run("verify").code == 0
+
+
+def test_the_command_as_a_process(fill, tmp_path):
+    """As a process of its own: JSON on standard output, one line on stderr, the code."""
+    path = fill(_row("a"))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"cache": {"directory": str(tmp_path / "cache")}}))
+
+    def process(*arguments):
+        command = [sys.executable, "-W", "error", "-m", "proxy", "cache", *arguments]
+        done = subprocess.run(
+            [*command, "--config", str(config)],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    done = process("stats", "--json")
+    assert (done.code, done.json["entries"], done.err) == (0, 1, "")
+    shutil.rmtree(path.parent)
+    _failed(process("verify"), 1, "there is no store yet")
