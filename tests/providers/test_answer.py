@@ -62,7 +62,7 @@ def body_of(data: object, **fields: object) -> bytes:
 
 def read(body: bytes, count: int = 2) -> answer.Answer:
     """Read a reply to `count` inputs."""
-    return answer.read("acme", SPACE, count, {}, body)
+    return answer.read("acme", SPACE, ["one text"] * count, {}, body)
 
 
 @pytest.mark.parametrize("form", [list, base64_of], ids=["floats", "base64"])

@@ -16,15 +16,17 @@ from providers.base import (
     UpstreamFault,
 )
 from providers.http import HttpProvider
+from providers.profile import Profile
 
 CL100K = Space("openai/m", 1536, tokenizer="cl100k_base")
 FOREIGN = Space("vendor/m", 1536)
 NOBODY = Context()
 
 
-async def ask(upstream, inputs, space=FOREIGN, context=NOBODY):
-    """Ask a provider in front of an upstream once."""
-    async with HttpProvider("acme", api_key="made-up-key", base_url=upstream.url) as provider:
+async def ask(upstream, inputs, space=FOREIGN, context=NOBODY, **declared):
+    """Ask a provider that declares this, in front of an upstream, once."""
+    profile = Profile(base_url=upstream.url, accepts_tokens=True, sends_user=True, **declared)
+    async with HttpProvider("acme", profile, api_key="made-up-key") as provider:
         return await provider.ask("m", space, inputs, context)
 
 

@@ -22,10 +22,9 @@ MODEL = "baai/bge-m3"
 SPACE = Space(MODEL, 1024)
 
 
-async def ask(inputs, space=SPACE):
+async def ask(inputs, space=SPACE, profile=OpenRouter.profile):
     """Ask OpenRouter once; no socket is opened."""
-    base_url = OpenRouter.base_url
-    async with OpenRouter("openrouter", api_key="sk-or-made-up", base_url=base_url) as provider:
+    async with OpenRouter("openrouter", profile, api_key="sk-or-made-up") as provider:
         return await provider.ask(MODEL, space, inputs, Context())
 
 

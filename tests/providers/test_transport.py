@@ -17,6 +17,7 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
+from providers.limits import Timeouts
 from providers.transport import Transport
 
 PAYLOAD = b'{"model":"m","input":"a"}'
@@ -25,9 +26,9 @@ NO_LIMIT = 1 << 20
 TEN_SECONDS = 10.0
 
 
-def transport_to(url: str, timeout_s: float = TEN_SECONDS) -> Transport:
+def transport_to(url: str, timeout_s: float = TEN_SECONDS, **timeouts) -> Transport:
     """Return a transport to an upstream; its limit is far away unless it is what is tested."""
-    return Transport("acme", url, {"Authorization": KEY}, timeout_s)
+    return Transport("acme", url, {"Authorization": KEY}, Timeouts(timeout_s, **timeouts))
 
 
 async def post(transport, limit=NO_LIMIT, deadline=None):
@@ -35,9 +36,9 @@ async def post(transport, limit=NO_LIMIT, deadline=None):
     return await transport.post("/embeddings", PAYLOAD, limit, Context(deadline=deadline))
 
 
-async def post_once(url, timeout_s=TEN_SECONDS, limit=NO_LIMIT, deadline=None):
+async def post_once(url, timeout_s=TEN_SECONDS, limit=NO_LIMIT, deadline=None, **timeouts):
     """Send one request over a transport of its own."""
-    async with transport_to(url, timeout_s) as transport:
+    async with transport_to(url, timeout_s, **timeouts) as transport:
         return await post(transport, limit, deadline)
 
 
@@ -155,9 +156,8 @@ async def test_an_attempt_ends_with_the_request(stuck):
     assert len(stuck.calls) == 1
 
 
-async def test_a_server_that_does_not_accept_is_given_up_early(monkeypatch):
+async def test_a_server_that_does_not_accept_is_given_up_early():
     """Connecting has a limit of its own, far below that of an answer."""
-    monkeypatch.setattr("providers.transport.CONNECT_SECONDS", 0.1)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
@@ -165,7 +165,7 @@ async def test_a_server_that_does_not_accept_is_given_up_early(monkeypatch):
         with socket.create_connection(deaf.getsockname()):  # the only one that is let in
             async with asyncio.timeout(TEN_SECONDS / 2):
                 with pytest.raises(PassingFailure):
-                    await post_once(url)
+                    await post_once(url, connect_s=0.1)
 
 
 def drop():
@@ -327,7 +327,7 @@ async def test_two_transports_keep_their_keys_apart(upstream, second):
     """Each origin sees its own key and never the other's."""
     servers: dict[str, FaultServer] = {"one": upstream, "two": second}
     for key, server in servers.items():
-        async with Transport("acme", server.url, {"Authorization": key}, TEN_SECONDS) as transport:
+        async with Transport("acme", server.url, {"Authorization": key}, Timeouts()) as transport:
             await post(transport)
     for key, server in servers.items():
         assert [call.headers["Authorization"] for call in server.calls] == [key]
