@@ -33,8 +33,8 @@ _BYTES_A_REPLY = 1 << 20
 # Below this many bytes of input, counting tokens is quicker than handing it to a thread.
 _COUNT_INLINE = 16_384
 
-# Replies up to this size may be errors, which may repeat the key.
-_LARGEST_ERROR = 1 << 16
+# A shorter key may be a part of any word.
+_SHORTEST_SECRET = 8
 
 
 class HttpProvider:
@@ -156,7 +156,8 @@ class HttpProvider:
 
     def _read(self, reply: Reply, space: Space, inputs: Sequence[Input]) -> answer.Answer:
         body = reply.body
-        if self._key and len(body) <= _LARGEST_ERROR:
+        if len(self._key) >= _SHORTEST_SECRET and b'"embedding"' not in body:
+            # Some upstreams repeat the key that they refuse.
             body = body.replace(self._key, b"***")
         if reply.status != 200:
             raise answer.refusal(self.name, reply.status, reply.headers, body)
