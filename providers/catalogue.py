@@ -51,8 +51,12 @@ def _openai(name: str, dimensions: int, price: float, *, matryoshka: bool) -> di
     return {name: entry, entry.space: entry}
 
 
-def _openrouter(name: str, dimensions: int, price: float, context: int) -> dict[str, ModelEntry]:
-    return {name: ModelEntry(name, dimensions, price, (("openrouter", name),), context=context)}
+def _openrouter(
+    name: str, dimensions: int, price: float, context: int, *, matryoshka: bool = False
+) -> dict[str, ModelEntry]:
+    routes = (("openrouter", name),)
+    entry = ModelEntry(name, dimensions, price, routes, matryoshka=matryoshka, context=context)
+    return {name: entry}
 
 
 def _own(  # noqa: PLR0913 - the facts of a model
@@ -89,10 +93,10 @@ CATALOGUE: dict[str, ModelEntry] = {
     **_openai("text-embedding-3-small", 1536, 0.02, matryoshka=True),
     **_openai("text-embedding-3-large", 3072, 0.13, matryoshka=True),
     **_openai("text-embedding-ada-002", 1536, 0.10, matryoshka=False),
-    **_openrouter("google/gemini-embedding-001", 3072, 0.15, 20_000),
-    **_openrouter("qwen/qwen3-embedding-8b", 4096, 0.01, 32_000),
-    **_openrouter("qwen/qwen3-embedding-4b", 2560, 0.02, 32_000),
-    **_openrouter("qwen/qwen3-embedding-0.6b", 1024, 0.01, 32_000),
+    **_openrouter("google/gemini-embedding-001", 3072, 0.15, 20_000, matryoshka=True),
+    **_openrouter("qwen/qwen3-embedding-8b", 4096, 0.01, 32_000, matryoshka=True),
+    **_openrouter("qwen/qwen3-embedding-4b", 2560, 0.02, 32_000, matryoshka=True),
+    **_openrouter("qwen/qwen3-embedding-0.6b", 1024, 0.01, 32_000, matryoshka=True),
     **_openrouter("mistralai/mistral-embed-2312", 1024, 0.10, 8_192),
     **_openrouter("baai/bge-m3", 1024, 0.01, 8_192),
     **_openrouter("baai/bge-large-en-v1.5", 1024, 0.01, 512),

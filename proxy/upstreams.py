@@ -1,6 +1,7 @@
 """What a configuration may say of one provider: which kind it is, and how it differs from it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -141,7 +142,13 @@ class Provider(Section):
             api_key_env=self.key_variable,
             limits=replace(profile.limits, **limits),
             timeouts=replace(profile.timeouts, **times),
-            headers={**profile.headers, **self.headers},
+            headers={**_without(profile.headers, self.headers), **self.headers},
             options={**profile.options, **self.options},
             **fields,
         )
+
+
+def _without(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that are not among the others, whatever their case."""
+    taken = {name.lower() for name in others}
+    return {name: value for name, value in headers.items() if name.lower() not in taken}

@@ -480,7 +480,7 @@ def test_a_length_is_1_where_it_is_promised(scale, good):
 
 
 def test_one_vector_for_two_texts_is_no_answer():
-    """The same numbers for different texts are refused, with their places; for one text they pass."""
+    """The same numbers for different texts are refused, with their places."""
     body = body_of([item(0, numbers_of(0)), item(1, numbers_of(1)), item(2, numbers_of(0))])
     assert len(answer.read("acme", SPACE, ["a", "b", "A"], {}, body).vectors) == 3
     with pytest.raises(InvalidAnswer, match="acme: embeddings 0 and 2 are one"):

@@ -111,7 +111,7 @@ class Bare: pass
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Give a function that installs a distribution with such entry points, by putting it on the path."""
+    """Give a function that puts a distribution with such entry points on the path."""
 
     def install(**points):
         (tmp_path / "acme_kinds.py").write_text(BROUGHT)

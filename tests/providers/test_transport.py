@@ -406,7 +406,7 @@ async def test_an_answer_must_begin_in_time(upstream):
 
 
 async def test_a_stale_connection_is_a_cut_one():
-    """A kept connection that is reset when it is used again fails as unreachable; a new one works."""
+    """A kept connection that is reset on its next use is unreachable; a new one works."""
     connections = []
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
