@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from .row import Partition
 from .usage import Usage
 
-TOUCH_MS = 60_000
-"""A use is written only if the last one written is older."""
+TOUCH_MS = 3_600_000
+"""A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
 
 # Writes a record whether or not there is one; a row that was anything else becomes raw bytes.
 _PUT = """

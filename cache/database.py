@@ -20,7 +20,9 @@ from .layout import PAGE_BYTES
 from .lock import WriterLock
 
 MMAP_BYTES = 1 << 36
-"""Reads go through the page cache without copies, up to 64 GiB of file."""
+"""Reads go through the page cache without copies; most builds of SQLite map at most 2 GiB."""
+CACHE_PAGES = 1024
+"""A connection's own cache, 32 MiB: beyond what is mapped it saves the index from being re-read."""
 BUSY_SECONDS = 2.0
 """The longest wait for another process's write; then the write is given up."""
 FREE_BYTES = 64 << 20
@@ -111,9 +113,11 @@ class Database:
             cull_limit=0,
             eviction_policy="none",
             sqlite_auto_vacuum=layout.INCREMENTAL,
-            sqlite_cache_size=512,
+            sqlite_cache_size=CACHE_PAGES,
             sqlite_journal_size_limit=self._log_pages * PAGE_BYTES,
             sqlite_mmap_size=MMAP_BYTES,
+            # What is evicted need not be overwritten; what is purged is (see `purge`).
+            sqlite_secure_delete=0,
             sqlite_wal_autocheckpoint=self._log_pages,
         )
         with cache.transact():

@@ -8,8 +8,8 @@ from itertools import islice
 
 from .changes import Changes, Kept, Use
 
-MOST_USES = 100_000
-"""The most uses remembered; further ones are forgotten."""
+MOST_USES = 50_000
+"""The most uses remembered; then those noted first are forgotten."""
 MOST_BACKLOG_BYTES = 64 << 20
 """The most of what could not be written that is kept for another try."""
 USES_A_WRITE = 5_000
@@ -22,7 +22,8 @@ class Pending:
     def __init__(self) -> None:
         self._changes = Changes()
         self.uses: dict[bytes, Use] = {}
-        """Uses that are written when nothing else is to do, and prevent eviction until then."""
+        """The last uses, by address: while they are remembered they prevent eviction."""
+        self._unwritten: dict[bytes, Use] = {}
         self.backlog: dict[bytes, Kept] = {}
         """Records that were bought and answered with, and that the disk would not take."""
         self._backlog_bytes = 0
@@ -39,8 +40,12 @@ class Pending:
 
     def touch(self, addresses: Iterable[bytes], use: Use) -> None:
         """Note that entries were used."""
-        if len(self.uses) < MOST_USES:
-            self.uses.update(dict.fromkeys(addresses, use))
+        new = dict.fromkeys(addresses, use)
+        self.uses.update(new)
+        self._unwritten.update(new)
+        for noted in (self.uses, self._unwritten):
+            for address in list(islice(noted, max(0, len(noted) - MOST_USES))):
+                del noted[address]
 
     def failed(self, changes: Changes) -> None:
         """Keep what could not be written, as far as there is room."""
@@ -59,11 +64,11 @@ class Pending:
 
     def take_what_can_wait(self) -> Changes | None:
         """Return a transaction's worth of uses, sums and backlog; None if there is nothing."""
-        uses = dict(islice(self.uses.items(), USES_A_WRITE))
+        uses = dict(islice(self._unwritten.items(), USES_A_WRITE))
         if not (uses or self.backlog or self._changes.usage):
             return None
         for address in uses:
-            del self.uses[address]
+            del self._unwritten[address]
         usage, self._changes.usage = self._changes.usage, {}
         records = dict(islice(self.backlog.items(), RECORDS_A_WRITE))
         return Changes(records=records, used=uses, usage=usage)

@@ -54,6 +54,7 @@ def delete(database: Database, choice: Choice) -> Iterator[int]:
     for start in range(0, len(rows), ROWS_A_TRANSACTION):
         some = rows[start : start + ROWS_A_TRANSACTION]
         with database.transaction() as connection:
+            connection.execute("PRAGMA secure_delete = 1")
             connection.executemany("DELETE FROM Cache WHERE rowid = ?", ((row,) for row in some))
             connection.executemany("DELETE FROM Entries WHERE id = ?", ((row,) for row in some))
         yield len(some)

@@ -1,8 +1,8 @@
 """A damaged SQLite file -> the rows that are still whole in it. It is carved, not opened.
 
-Nothing but the pages themselves is believed: neither the schema nor any tree above them. The rules
-are those of https://www.sqlite.org/fileformat2.html, cited below by section. Pages that SQLite has
-given up are carved too: old versions of entries come out, and deleted ones.
+Nothing but the pages themselves is believed (see `pages`): neither the schema nor any tree above
+them. Pages that SQLite has given up are carved too: old versions of entries come out, and deleted
+ones. Numbers in brackets are sections of https://www.sqlite.org/fileformat2.html.
 
 A record proves itself with its checksum. An address has a second copy in the index of `Cache`, and
 a partition in the index of `Partitions`; where the copies disagree neither is believed. A time, and
@@ -11,27 +11,21 @@ the number that says to which partition an entry belongs, stand in one place onl
 
 import contextlib
 import os
-import struct
 import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate, compress
+from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from .pages import ADDRESS, INDEX_INTERIOR, INDEX_LEAF, ONE, TABLE_LEAF, Cell, cells
 from .record import width
 from .row import Partition, Row
 
 PAGE_BYTES = 32_768  # Where the file does not tell.
 MOST_BYTES = 4 << 20  # Of a row that are looked for outside its page: a million dimensions.
-MOST_UNREADABLE = 256  # Cells; a page with more is noise, and is left.
 _SIZES = {1: 65_536} | {512 << i: 512 << i for i in range(8)}  # 1.3.2
-_INDEX_INTERIOR, _INDEX_LEAF, _TABLE_LEAF = 0x02, 0x0A, 0x0D  # 1.6
-_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # 2.1: of the serial types 0…9
-_ONE, _ADDRESS = 9, 12 + 2 * 16  # 2.1: the types of the number 1 and of a blob of 16 bytes
 _int = int.from_bytes  # All numbers are big-endian.
 # Noted of each row, 64 rows a block; 0 if nothing is known, -1 (no hash is) if copies disagree.
 _WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
@@ -49,26 +43,6 @@ class Report:
     damaged: int = 0  # Rows of table `Cache` that do not verify, and cells that cannot be read.
     pages: int = 0
     unreadable_pages: int = 0  # Those that the disk did not give.
-
-
-class _Cell(NamedTuple):
-    """One cell (1.6): where in the page its payload begins and ends, or goes on elsewhere."""
-
-    rowid: int
-    begin: int
-    end: int
-    missing: int
-    types: list[int]
-    starts: list[int]  # Of the columns in the payload; and where the last one ends.
-
-    def value(self, page: bytes, column: int) -> Any:  # noqa: ANN401 - of any type there is (2.1)
-        kind = self.types[column]
-        data = page[self.begin + self.starts[column] : self.begin + self.starts[column + 1]]
-        if kind >= 12:
-            return data.decode() if kind % 2 else data
-        if kind in (7, 8, 9):
-            return struct.unpack(">d", data)[0] if kind == 7 else kind - 8
-        return _int(data, signed=True) if kind else None
 
 
 def rows(database: Path, report: Report, progress: _Tell = lambda _: None) -> Iterator[Row]:
@@ -132,7 +106,7 @@ class _Carver:
 
     def _learn(self, place: _Place) -> None:
         page = self._page(*place[:2])
-        for cell in self._cells(page, place[2], _TABLE_LEAF, _INDEX_LEAF, _INDEX_INTERIOR):
+        for cell in cells(page, self._size, place[2], TABLE_LEAF, INDEX_LEAF, INDEX_INTERIOR):
             if cell is None or cell.missing or len(cell.types) not in (3, 4):
                 continue
             with contextlib.suppress(UnicodeDecodeError):
@@ -153,7 +127,7 @@ class _Carver:
         """Yield a page's rows that are certain, or `late` the others; return if it has others."""
         page, current, others = self._page(*place[:2]), place[3], False
         self._report.unreadable_pages += not page and not late
-        for cell in self._cells(page, place[2], _TABLE_LEAF):
+        for cell in cells(page, self._size, place[2], TABLE_LEAF):
             if cell is None or len(cell.types) != 12:
                 self._report.damaged += cell is None and current and not late
                 continue
@@ -174,10 +148,10 @@ class _Carver:
                 yield Row(address, record, when, self._partition(number, dimensions))
         return others
 
-    def _content(self, page: bytes, cell: _Cell) -> tuple[bytes, bytes, float]:
+    def _content(self, page: bytes, cell: Cell) -> tuple[bytes, bytes, float]:
         """Return a row's address, record and time; all empty if it holds no raw bytes."""
         types, start = cell.types, cell.begin + cell.starts[11]
-        sound = types[:3] == [0, _ADDRESS, _ONE] and types[9] == _ONE and types[11] % 2 == 0
+        sound = types[:3] == [0, ADDRESS, ONE] and types[9] == ONE and types[11] % 2 == 0
         if not sound or types[3] >= 12 or start > cell.end or cell.missing > MOST_BYTES:
             return b"", b"", 0
         # 1.6: each overflow page begins with the number of the next one.
@@ -193,54 +167,6 @@ class _Carver:
     def _partition(self, number: int, dimensions: int) -> Partition | None:
         said = list(self._said[number] if number else ())
         return said[0] if len(said) == 1 and said[0].dimensions == dimensions else None
-
-    def _cells(self, page: bytes, start: int, *kinds: int) -> Iterator[_Cell | None]:
-        """Yield the cells of a page of one of these kinds (1.6), and None for an unreadable one."""
-        if len(page) < start + 12 or page[start] not in kinds:
-            return
-        down, unreadable = 4 if page[start] == _INDEX_INTERIOR else 0, 0  # A pointer's length.
-        count = min(_int(page[start + 3 : start + 5]), (len(page) - start - 8 - down) // 2)
-        for at in dict.fromkeys(struct.unpack_from(f">{count}H", page, start + 8 + down)):
-            try:
-                yield self._cell(page, at + down, table=page[start] == _TABLE_LEAF)
-            except (IndexError, ValueError):
-                yield None
-                if (unreadable := unreadable + 1) > MOST_UNREADABLE:
-                    return
-
-    def _cell(self, page: bytes, at: int, *, table: bool) -> _Cell:
-        size, at = _varint(page, at)
-        rowid, at = _varint(page, at) if table else (0, at)
-        # 1.6, "cell payload overflow": X, M and K. An index cell that is long enough is of no use.
-        most, least = self._size - 35, (self._size - 12) * 32 // 255 - 23
-        local = least + (size - least) % (self._size - 4)
-        local = size if size <= most else local if local <= most else least
-        types, starts = _columns(page[at : at + page[at]])
-        if at + local + 4 * (local < size) > len(page) or starts[0] > local or starts[-1] != size:
-            raise ValueError("the lengths disagree")
-        return _Cell(rowid, at, at + local, size - local, types, starts)
-
-
-@lru_cache(maxsize=4096)
-def _columns(header: bytes) -> tuple[list[int], list[int]]:
-    """Return the columns' types, and where each begins and the last ends (2.1)."""
-    at, types = 1, []  # Behind the header's length: one byte in any table that is looked for.
-    while at < len(header):
-        kind, at = _varint(header, at)
-        types.append(kind)
-    lengths = ((kind - 12) // 2 if kind >= 12 else _LENGTHS[kind] for kind in types)
-    return types, list(accumulate(lengths, initial=at))
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number (1.6) and where it ends; raises IndexError at the end of the data."""
-    number = 0
-    for place in range(at, at + 8):
-        byte = data[place]
-        number = number << 7 | byte & 0x7F
-        if byte < 0x80:
-            return number, place + 1
-    return number << 8 | data[at + 8], at + 9
 
 
 def _read(file: int, size: int, offset: int) -> bytes:

@@ -82,7 +82,10 @@ def put(database: Database, new: Iterable[Row], *, dry_run: bool = False) -> Ite
                 continue
             known = row.partition is not None and row.partition.dimensions == width
             stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
-            wanted[row.address] = Kept(row.record, row.partition if known else None, stored)
+            # Of two rows of one address the first is the better known (see `salvage`).
+            wanted.setdefault(
+                row.address, Kept(row.record, row.partition if known else None, stored)
+            )
         there = database.read_many(list(wanted))
         missing = {
             address: kept

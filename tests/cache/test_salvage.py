@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache.pages import MOST_UNREADABLE
 from cache.record import Entry, encode
 from cache.row import Partition, Row
-from cache.salvage import MOST_UNREADABLE, Report, rows
+from cache.salvage import Report, rows
 
 PAGE = 32_768
 BEGAN = 1_700_000_000
