@@ -109,7 +109,9 @@ class HttpProvider:
         the calls at the same time, and for room within the limits per minute. Raises
         EmbeddingError.
         """
-        self._refuse_unknown_fields(space)
+        objection = self.objection(space)
+        if objection is not None:
+            raise objection
         try:
             payload = orjson.dumps(self._payload(model, space, inputs, context))
         except orjson.JSONEncodeError as error:
@@ -176,8 +178,11 @@ class HttpProvider:
             log.warning("%s: answers as %r when asked for %r", self.name, answered, asked)
         self.other_models[answered] += 1
 
-    def _refuse_unknown_fields(self, space: Space) -> None:
-        """Refuse what this upstream does not know, or what is not the client's to say."""
+    def objection(self, space: Space) -> InputRefused | None:
+        """Return why this upstream cannot be asked in that space, if it cannot.
+
+        A field of the request may be unknown to it, or not the client's to say.
+        """
         known = self._declared.extra_fields
         width = self._declared.dimensions_field
         fixed = self.fixed_fields()
@@ -190,7 +195,8 @@ class HttpProvider:
                 problem = f"Unrecognized request argument supplied: {name}"
             else:
                 continue
-            raise InputRefused(problem, param=name)
+            return InputRefused(problem, param=name)
+        return None
 
     def _payload(
         self, model: str, space: Space, inputs: Sequence[Input], context: Context

@@ -241,6 +241,14 @@ async def test_other_fields_are_refused_unsent(declared, problem, upstream):
     assert upstream.calls == []
 
 
+def test_whether_a_space_can_be_asked_is_known_beforehand():
+    """A router can find the route that knows a field without asking anybody."""
+    profile = Profile(base_url="http://h", extra_fields=frozenset({"task"}))
+    provider = HttpProvider("acme", profile)
+    assert provider.objection(FOREIGN.with_parameters({"task": 1})) is None
+    assert provider.objection(FOREIGN.with_parameters({"task": 1, "other": 1})).param == "other"
+
+
 @pytest.mark.parametrize(
     ("sent", "field", "payload"),
     [
