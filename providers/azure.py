@@ -28,7 +28,7 @@ class Azure(HttpProvider):
 
     def path(self, model: str) -> str:
         """Return the path of a deployment."""
-        version = self.options["api_version"]
+        version = self.options.get("api_version")
         if version is None:
             return "/embeddings"
         deployment = quote(model, safe="")

@@ -26,5 +26,5 @@ class OpenRouter(HttpProvider):
 
     def fixed_fields(self) -> Mapping[str, object]:
         """Send the routing preferences with every call."""
-        routing = self.options["provider"]
+        routing = self.options.get("provider")
         return {} if routing is None else {"provider": routing}

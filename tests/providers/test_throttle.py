@@ -246,6 +246,10 @@ async def test_calls_under_way_are_reckoned_with(clock):
         throttle.learn(told(10, 2, "8s"))
         await call(throttle)
     assert clock.slept == pytest.approx([1])
+    throttle.learn(told(10, 2, "8s"))  # all are back: what remains is all theirs who come now
+    await call(throttle)
+    await call(throttle)
+    assert clock.slept == pytest.approx([1])
 
 
 async def test_what_is_learned_does_not_lift_what_is_declared(clock):
