@@ -12,10 +12,11 @@ from email.utils import parsedate_to_datetime
 
 import orjson
 
-from . import ratelimit, vector
+from . import ratelimit, twins, vector
 from .base import (
     CredentialsRefused,
     EmbeddingError,
+    Input,
     InputRefused,
     InvalidAnswer,
     ModelNotFound,
@@ -39,16 +40,25 @@ class Answer:
 
     vectors: list[Vector]
     prompt_tokens: int | None
+    model: str | None
+    """Which model the upstream says it asked."""
 
 
-def read(
-    provider: str, space: Space, count: int, headers: Mapping[str, str], body: bytes
+def read(  # noqa: PLR0913 - who was asked what, and what came back
+    provider: str,
+    space: Space,
+    inputs: Sequence[Input],
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    unit_norm: bool = False,
 ) -> Answer:
     """Take a reply of status 200 apart and check it against what was asked for.
 
-    Raises Unreadable unless it is a JSON object; InvalidAnswer unless that holds exactly `count`
-    vectors, whose indices are a permutation, each of the space's width, finite and not zero; the
-    error that fits if the reply is one, also inside a status of 200 (OpenRouter).
+    Raises Unreadable unless it is a JSON object; InvalidAnswer unless that holds exactly one vector
+    an input, whose indices are a permutation, each of the space's width, finite and not zero, of
+    length 1 if `unit_norm`, and none for two different inputs; the error that fits if the reply is
+    one, also inside a status of 200 (OpenRouter).
     """
     try:
         reply = orjson.loads(body)
@@ -61,14 +71,21 @@ def read(
     items = reply.get("data")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise InvalidAnswer(provider, "the answer holds no list of embeddings")
-    if len(items) != count:
-        raise InvalidAnswer(provider, f"{len(items)} embeddings for {count} inputs")
+    if len(items) != len(inputs):
+        raise InvalidAnswer(provider, f"{len(items)} embeddings for {len(inputs)} inputs")
     embeddings = [item.get("embedding") for item in _placed(provider, items)]
+    vectors = [_vector(provider, space, i, e, unit_norm) for i, e in enumerate(embeddings)]
+    same = twins.find(inputs, vectors)
+    if same is not None:
+        i, j = same
+        raise InvalidAnswer(provider, f"embeddings {i} and {j} are one, of different inputs")
     usage = reply.get("usage")
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    model = reply.get("model")
     return Answer(
-        vectors=[_vector(provider, space, i, e) for i, e in enumerate(embeddings)],
+        vectors=vectors,
         prompt_tokens=tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else None,
+        model=model if isinstance(model, str) and model else None,
     )
 
 
@@ -83,11 +100,17 @@ def _placed(provider: str, items: Sequence[dict[str, object]]) -> list[dict[str,
     return [item for item in placed if item is not None]
 
 
-def _vector(provider: str, space: Space, index: int, embedding: object) -> Vector:
+def _vector(
+    provider: str,
+    space: Space,
+    index: int,
+    embedding: object,
+    unit_norm: bool,  # noqa: FBT001
+) -> Vector:
     """Decode one embedding, whichever of the two forms the upstream chose, and check it."""
     try:
         numbers = vector.from_wire(embedding)
-        vector.check(numbers, space.dimensions)
+        vector.check(numbers, space.dimensions, unit_norm=unit_norm)
     except vector.VectorError as error:
         raise InvalidAnswer(provider, f"embedding {index}: {error}") from error
     return numbers

@@ -90,6 +90,10 @@ class Space:
     """The encoding that counts this model's tokens exactly; None where it is not known."""
     parameters: tuple[tuple[str, bytes], ...] = ()
     """Forwarded request fields that change the numbers: (name, canonical JSON), sorted by name."""
+    unit_norm: bool = False
+    """Whether every vector has length 1. An answer of another length is refused."""
+    dimensions_sent: bool = False
+    """Whether an upstream gives the native width only when it is asked for it."""
 
     def with_parameters(self, fields: Mapping[str, object]) -> "Space":
         """Return the space of this model when called with the given extra request fields.

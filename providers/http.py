@@ -1,14 +1,30 @@
-"""A provider that speaks OpenAI's embeddings over HTTP; its subclasses say only how they differ."""
+"""A provider that speaks OpenAI's embeddings over HTTP; its profile says how it differs."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import ClassVar, Self
 
 import orjson
 
 from . import answer, tokens
-from .base import Context, Embedded, Input, InputRefused, Outcome, Space
-from .transport import Transport
+from .base import (
+    Context,
+    DeadlineExceeded,
+    Embedded,
+    Input,
+    InputRefused,
+    Outcome,
+    RateLimited,
+    Space,
+)
+from .profile import Profile
+from .throttle import Throttle, estimate
+from .transport import Reply, Transport
+
+log = logging.getLogger("embedding_proxy.provider")
 
 # A JSON float takes at most 25 bytes; the rest of a reply is small.
 _BYTES_A_NUMBER = 32
@@ -17,26 +33,64 @@ _BYTES_A_REPLY = 1 << 20
 # Below this many bytes of input, counting tokens is quicker than handing it to a thread.
 _COUNT_INLINE = 16_384
 
+# A shorter key may be a part of any word.
+_SHORTEST_SECRET = 8
+
 
 class HttpProvider:
-    """Asks one upstream for embeddings. Open it with `async with`."""
+    """Asks one upstream for embeddings. Open it with `async with`.
 
-    kind: ClassVar[str]
-    """The name by which a configuration chooses this provider."""
-    base_url: ClassVar[str]
-    api_key_env: ClassVar[str]
-    encoding_format: ClassVar[Literal["base64", "float"]] = "float"
-    """The one wire format ever asked of this upstream: two may differ in the last bits."""
-    accepts_tokens: ClassVar[bool] = True
-    """Whether token arrays may be sent as they are."""
+    An upstream that a profile cannot describe derives from it and replaces `path` or
+    `fixed_fields`. `sleep` takes seconds; tests inject one that does not wait.
+    """
 
-    def __init__(self, name: str, *, api_key: str, base_url: str, timeout_s: float = 60.0) -> None:
+    profile: ClassVar[Profile] = Profile()
+    """What this kind declares; what holds for one provider of it is given when it is made."""
+
+    def __init__(
+        self,
+        name: str,
+        profile: Profile,
+        *,
+        api_key: str | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        if profile.base_url is None:
+            raise ValueError(f"{name}: has no base URL")
         self.name = name
-        headers = {"Authorization": f"Bearer {api_key}", **self.extra_headers()}
-        self._transport = Transport(name, base_url, headers, timeout_s)
+        self.limits = profile.limits
+        self.options = profile.options
+        self.other_models: Counter[str] = Counter()
+        """Replies that named another model than was asked for, by that name."""
+        self._declared = profile
+        self._key = (api_key or "").encode()
+        headers = dict(profile.headers)
+        if api_key:
+            headers[profile.key_header] = profile.key_prefix + api_key
+        self._transport = Transport(
+            name, profile.base_url, headers, profile.timeouts, profile.limits.concurrency
+        )
+        self._slots = asyncio.Semaphore(profile.limits.concurrency)
+        self._sleep = sleep
+        self._throttle = Throttle(
+            name,
+            requests_per_minute=profile.limits.requests_per_minute,
+            tokens_per_minute=profile.limits.tokens_per_minute,
+            sleep=sleep,
+        )
+        self._throttles: dict[str, Throttle] = {}
 
-    def extra_headers(self) -> Mapping[str, str]:
-        """Return the headers this upstream wants besides the key."""
+    @property
+    def accepts_tokens(self) -> bool:
+        """Whether token arrays may be sent as they are."""
+        return self._declared.accepts_tokens
+
+    def path(self, model: str) -> str:  # noqa: ARG002 - for upstreams whose path names the model
+        """Return the path below the base URL at which a model is asked."""
+        return "/embeddings"
+
+    def fixed_fields(self) -> Mapping[str, object]:
+        """Return fields that every request body has by configuration; none may change a vector."""
         return {}
 
     async def __aenter__(self) -> Self:
@@ -51,17 +105,31 @@ class HttpProvider:
     ) -> Embedded:
         """Make one attempt at the upstream's `model`; vectors come back checked, in input order.
 
-        Asks for the native width, whatever width the client wants. Raises EmbeddingError.
+        Asks for the native width, whatever width the client wants. Waits for a free place among
+        the calls at the same time, and for room within the limits per minute. Raises
+        EmbeddingError.
         """
+        objection = self.objection(space)
+        if objection is not None:
+            raise objection
         try:
             payload = orjson.dumps(self._payload(model, space, inputs, context))
         except orjson.JSONEncodeError as error:
             raise InputRefused(f"The request cannot be sent on: {error}.") from error
         limit = _BYTES_A_REPLY + len(inputs) * space.dimensions * _BYTES_A_NUMBER
-        reply = await self._transport.post("/embeddings", payload, limit, context)
-        if reply.status != 200:
-            raise answer.refusal(self.name, reply.status, reply.headers, reply.body)
-        checked = answer.read(self.name, space, len(inputs), reply.headers, reply.body)
+        # Each model has limits of its own at the upstreams that tell them.
+        learned = self._throttles.setdefault(model, Throttle(self.name, sleep=self._sleep))
+        async with self._turn(learned, estimate(inputs), context.deadline):
+            reply = await self._transport.post(self.path(model), payload, limit, context)
+        if self.limits.learn:
+            learned.learn(reply.headers)
+        try:
+            checked = self._read(reply, space, inputs)
+        except RateLimited as error:
+            if error.retry_after is not None:
+                learned.hold(error.retry_after)
+            raise
+        self._compare(model, checked.model)
         counts, exact = await _count(space, inputs, checked.prompt_tokens)
         return Embedded(
             vectors=checked.vectors,
@@ -71,20 +139,80 @@ class HttpProvider:
             outcomes=[Outcome.MISS] * len(inputs),
         )
 
+    @asynccontextmanager
+    async def _turn(
+        self, learned: Throttle, size: int, deadline: float | None
+    ) -> AsyncIterator[None]:
+        """Hold a place among the calls at the same time, and within both sorts of limits."""
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await stack.enter_async_context(self._slots)
+                    await stack.enter_async_context(learned.turn(size, deadline))
+                    await stack.enter_async_context(self._throttle.turn(size, deadline))
+            except TimeoutError as error:
+                raise DeadlineExceeded(
+                    f"the time of the request was up while it waited its turn at {self.name}"
+                ) from error
+            yield
+
+    def _read(self, reply: Reply, space: Space, inputs: Sequence[Input]) -> answer.Answer:
+        body = reply.body
+        if len(self._key) >= _SHORTEST_SECRET and b'"embedding"' not in body:
+            # Some upstreams repeat the key that they refuse.
+            body = body.replace(self._key, b"***")
+        if reply.status != 200:
+            raise answer.refusal(self.name, reply.status, reply.headers, body)
+        unit_norm = space.unit_norm or self._declared.unit_norm
+        return answer.read(self.name, space, inputs, reply.headers, body, unit_norm=unit_norm)
+
+    def _compare(self, asked: str, answered: str | None) -> None:
+        """Count replies that name another model; a version of the same model is no other one."""
+        if answered is None or not self._declared.names_models:
+            return
+        one, other = (name.rpartition("/")[2].lower() for name in (asked, answered))
+        if one.startswith(other) or other.startswith(one):
+            return
+        answered = answered[:100]
+        if answered not in self.other_models and len(self.other_models) < 100:
+            log.warning("%s: answers as %r when asked for %r", self.name, answered, asked)
+        self.other_models[answered] += 1
+
+    def objection(self, space: Space) -> InputRefused | None:
+        """Return why this upstream cannot be asked in that space, if it cannot.
+
+        A field of the request may be unknown to it, or not the client's to say.
+        """
+        known = self._declared.extra_fields
+        width = self._declared.dimensions_field
+        fixed = self.fixed_fields()
+        for name, _ in space.parameters:
+            if name == width:
+                problem = f"The width of a vector is asked for by `dimensions`, not by `{name}`."
+            elif name in fixed:
+                problem = f"`{name}` is set by the configuration of the proxy."
+            elif known is not None and name not in known:
+                problem = f"Unrecognized request argument supplied: {name}"
+            else:
+                continue
+            return InputRefused(problem, param=name)
+        return None
+
     def _payload(
         self, model: str, space: Space, inputs: Sequence[Input], context: Context
     ) -> dict[str, object]:
         """Return the request body; what decides the numbers comes from the space alone."""
-        payload: dict[str, object] = {
-            "model": model,
-            "input": inputs,
-            "encoding_format": self.encoding_format,
-        }
-        if context.user is not None:
+        declared = self._declared
+        payload: dict[str, object] = {"model": model, "input": inputs}
+        if declared.encoding_format is not None:
+            payload["encoding_format"] = declared.encoding_format
+        if space.dimensions_sent and declared.dimensions_field is not None:
+            payload[declared.dimensions_field] = space.dimensions
+        if context.user is not None and declared.sends_user:
             payload["user"] = context.user
         for name, value in space.parameters:
             payload[name] = orjson.Fragment(value)
-        return payload
+        return {**payload, **self.fixed_fields()}
 
 
 async def _count(

@@ -1,4 +1,4 @@
-"""What an upstream takes in one call, and how many calls at a time."""
+"""What an upstream takes in one call, how many calls at a time, and how long one may last."""
 
 from dataclasses import dataclass
 
@@ -15,3 +15,19 @@ class Limits:
     """Calls at the same time."""
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    learn: bool = True
+    """Whether the limits that the upstream tells in its headers (`x-ratelimit-…`) are kept too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long one attempt may take, in seconds; the request's own deadline ends it earlier."""
+
+    total_s: float = 60.0
+    """From the first byte sent to the last received."""
+    connect_s: float = 10.0
+    first_byte_s: float | None = None
+    """Until the upstream begins to answer; None leaves it to the total."""
+    least_bytes_per_s: float = 100.0
+    """A reply that arrives slower than this, over a whole window, is given up."""
+    rate_window_s: float = 15.0

@@ -4,15 +4,27 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from .http import HttpProvider
+from .profile import Profile
 
 
 class OpenRouter(HttpProvider):
-    """openrouter.ai; it may answer floats although base64 was asked, so floats are asked."""
+    """openrouter.ai; it may answer floats although base64 was asked, so floats are asked.
 
-    kind: ClassVar[str] = "openrouter"
-    base_url: ClassVar[str] = "https://openrouter.ai/api/v1"
-    api_key_env: ClassVar[str] = "OPENROUTER_API_KEY"
+    Its option `provider` holds OpenRouter's routing preferences (order, only, data_collection, …).
+    """
 
-    def extra_headers(self) -> Mapping[str, str]:
-        """Name the application, as OpenRouter asks its callers to."""
-        return {"X-Title": "embedding-proxy"}
+    profile: ClassVar[Profile] = Profile(
+        base_url="https://openrouter.ai/api/v1",
+        api_key_env="OPENROUTER_API_KEY",
+        # OpenRouter asks its callers to name themselves; HTTP-Referer is the operator's to set.
+        headers={"X-Title": "embedding-proxy"},
+        accepts_tokens=True,
+        dimensions_field="dimensions",
+        sends_user=True,
+        options={"provider": None},
+    )
+
+    def fixed_fields(self) -> Mapping[str, object]:
+        """Send the routing preferences with every call."""
+        routing = self.options.get("provider")
+        return {} if routing is None else {"provider": routing}

@@ -7,16 +7,14 @@ in its headers goes nowhere else: redirects are not followed, and headers come f
 import asyncio
 import ssl
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Self
 
 import aiohttp
 
 from .base import Context, DeadlineExceeded, Unreachable, UpstreamFault, UpstreamTimeout
-
-CONNECTIONS = 64
-"""The most connections kept to one provider."""
-CONNECT_SECONDS = 10.0
+from .limits import Timeouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +30,23 @@ class Transport:
     """Sends JSON to one origin. Open it with `async with`; it may be used many times at once."""
 
     def __init__(
-        self, provider: str, base_url: str, headers: Mapping[str, str], timeout_s: float
+        self,
+        provider: str,
+        base_url: str,
+        headers: Mapping[str, str],
+        timeouts: Timeouts,
+        connections: int = 64,
     ) -> None:
         self._provider = provider
         self._base_url = base_url.rstrip("/")
         self._headers = {**headers, "Content-Type": "application/json"}
-        self._timeout_s = timeout_s
+        self._timeouts = timeouts
+        self._connections = connections
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=CONNECTIONS, ttl_dns_cache=60),
+            connector=aiohttp.TCPConnector(limit=self._connections, ttl_dns_cache=60),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
         )
@@ -57,8 +61,8 @@ class Transport:
         """POST `payload` and return the whole reply, of at most `limit` bytes, any status.
 
         Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
-        is, Unreachable when there is no connection or it was cut, UpstreamFault for a reply beyond
-        `limit` or a redirect.
+        is, or the reply does not begin in time or arrives too slowly, Unreachable when there is no
+        connection or it was cut, UpstreamFault for a reply beyond `limit` or a redirect.
         """
         if self._session is None:
             raise RuntimeError("the transport is not open")
@@ -66,19 +70,22 @@ class Transport:
         left = None if context.deadline is None else context.deadline - now
         if left is not None and left <= 0:
             raise DeadlineExceeded("the time of the request was up before it could be sent")
-        total = self._timeout_s if left is None else min(self._timeout_s, left)
+        total = self._timeouts.total_s if left is None else min(self._timeouts.total_s, left)
+        request = self._session.post(
+            self._base_url + path,
+            data=payload,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(
+                total=total, connect=min(self._timeouts.connect_s, total)
+            ),
+        )
         try:
-            async with self._session.post(
-                self._base_url + path,
-                data=payload,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=total, connect=min(CONNECT_SECONDS, total)),
-            ) as response:
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(self._timeouts.first_byte_s):
+                    response = await stack.enter_async_context(request)
                 if 300 <= response.status < 400:
                     raise UpstreamFault(self._provider, "answered with a redirect; not followed")
-                body = await _read(response, limit)
-                if body is None:
-                    raise UpstreamFault(self._provider, "the answer is far larger than expected")
+                body = await self._read(response, limit)
                 return Reply(response.status, response.headers, body)
         except TimeoutError as error:
             taken = asyncio.get_running_loop().time() - now
@@ -88,17 +95,31 @@ class Transport:
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
             raise Unreachable(self._provider, _reason(error)) from error
 
+    async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+        """Return the body, as long as it keeps coming; stop as soon as it passes `limit` bytes.
 
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
-    """Return the body, or None as soon as it passes `limit` bytes, decompressed."""
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > limit:
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks)
+        What counts is the decompressed size.
+        """
+        window = self._timeouts.rate_window_s
+        clock = asyncio.get_running_loop().time
+        chunks: list[bytes] = []
+        size = before = 0
+        end = clock() + window
+        while not response.content.at_eof():
+            try:
+                async with asyncio.timeout_at(end) as rest:
+                    chunks.append(await response.content.readany())
+                    size += len(chunks[-1])
+            except TimeoutError:
+                if not rest.expired():
+                    raise
+            if size > limit:
+                raise UpstreamFault(self._provider, "the answer is far larger than expected")
+            if clock() >= end:
+                if size - before < self._timeouts.least_bytes_per_s * window:
+                    raise UpstreamTimeout(self._provider, "the answer arrives too slowly")
+                before, end = size, clock() + window
+        return b"".join(chunks)
 
 
 def _reason(error: Exception) -> str:

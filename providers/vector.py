@@ -59,8 +59,15 @@ def from_numbers(numbers: Sequence[object]) -> Vector:
             raise VectorError("holds a number that is not finite") from error
 
 
-def check(vector: Vector, dimensions: int) -> None:
-    """Raise VectorError unless the vector has that width, is finite, and is not all zeros."""
+LENGTH_TOLERANCE = 0.01
+"""How far from 1 a length may be that is meant to be 1: some upstreams compute in 16 bits."""
+
+
+def check(vector: Vector, dimensions: int, *, unit_norm: bool = False) -> None:
+    """Raise VectorError unless the vector has that width, is finite, and is not all zeros.
+
+    With `unit_norm`, its length must be 1 too, to within LENGTH_TOLERANCE.
+    """
     if len(vector) != 4 * dimensions:
         raise VectorError(f"{len(vector) // 4} dimensions instead of {dimensions}")
     numbers = np.frombuffer(vector, dtype=_FLOAT32)
@@ -71,6 +78,8 @@ def check(vector: Vector, dimensions: int) -> None:
         raise VectorError("holds a number that is not finite")
     if square == 0.0:
         raise VectorError("all numbers are zero")
+    if unit_norm and abs(square**0.5 - 1.0) > LENGTH_TOLERANCE:
+        raise VectorError(f"length {square**0.5:.3g} where the model's vectors have length 1")
 
 
 def length(vector: Vector) -> float:

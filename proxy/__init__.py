@@ -31,6 +31,7 @@ Words, one meaning each::
                 inputs = duplicates + hits + joins + misses
     flight      a fill in progress; fill: ask, check, store, hand out
     provider    an embedder that asks an upstream; route: provider + upstream model
+    kind        a sort of provider; profile: what it declares of its upstream, as data
     batch       inputs sent in one upstream call; attempt: one try of it
     extra       an attempt beyond a request's first; a budget bounds them
     probe       the one call let through to a provider whose breaker is half-open

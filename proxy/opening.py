@@ -3,6 +3,7 @@
 Here the names in a configuration become objects: the only file that knows every kind of provider.
 """
 
+import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,11 +13,11 @@ from dataclasses import dataclass
 from cache.embedder import CachingEmbedder, Filled
 from cache.flight import Flights
 from cache.tiers import Tiers
+from providers import kinds
 from providers.base import Embedder, Space
 from providers.batcher import Batcher
 from providers.gather import Gatherer
 from providers.health import Upstreams
-from providers.kinds import HTTP_KINDS
 from providers.limits import Limits
 from providers.local import Local
 from providers.router import Provider, Route, Router
@@ -44,36 +45,29 @@ class Model:
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
 
 
-def key_variable(provider: sections.Provider) -> str | None:
-    """Return the name of the variable that holds a provider's key; None if it needs none."""
-    kind = HTTP_KINDS.get(provider.kind)
-    return (provider.api_key_env or kind.api_key_env) if kind else None
-
-
-async def open_providers(settings: Settings, stack: AsyncExitStack) -> dict[str, Provider]:
+async def open_providers(
+    settings: Settings,
+    stack: AsyncExitStack,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> dict[str, Provider]:
     """Open every provider that can be used; name the others in the log. Raises ConfigError."""
     opened: dict[str, Provider] = {}
     for name, entry in settings.providers.items():
         if entry is None:
             continue
-        kind = HTTP_KINDS.get(entry.kind)
-        if kind is None:
+        if entry.kind == kinds.LOCAL:
             opened[name] = await stack.enter_async_context(Local(name))
             continue
-        variable = entry.api_key_env or kind.api_key_env
-        key = os.environ.get(variable, "").strip()
-        if not key:
+        variable = entry.key_variable
+        key = os.environ.get(variable, "").strip() if variable else ""
+        if variable and not key:
             log.warning("provider %s is skipped: %s is not set", name, variable)
             continue
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{variable}: its value is no key: it holds a line break or the like")
+        adapter = kinds.find(entry.kind).adapter
         opened[name] = await stack.enter_async_context(
-            kind(
-                name,
-                api_key=key,
-                base_url=entry.base_url or kind.base_url,
-                timeout_s=entry.timeout_s,
-            )
+            adapter(name, entry.as_profile(), api_key=key or None, sleep=sleep)
         )
     return opened
 
@@ -133,7 +127,7 @@ def make_router(
 def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:
     """Say what to set so that the model can be asked for."""
     configured = [settings.providers.get(route.provider) for route in entry.routes]
-    wanted = [variable for one in configured if one and (variable := key_variable(one))]
+    wanted = [one.key_variable for one in configured if one and one.key_variable]
     variables = list(dict.fromkeys(wanted))
     if not variables:
         names = " or ".join(dict.fromkeys(route.provider for route in entry.routes))

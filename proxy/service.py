@@ -111,7 +111,7 @@ class EmbeddingService:
                 Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=cache.pinned)
             )
             self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
-            providers = await open_providers(self.settings, stack)
+            providers = await open_providers(self.settings, stack, self._sleep)
             self.models = make_models(self.settings, providers, self._tiers, self._sleep)
             self._stack = stack.pop_all()
         return self

@@ -6,14 +6,16 @@ Settings objects stay in `proxy`; the rooms below take plain arguments.
 import ipaddress
 import os
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from providers import kinds
 from providers.base import Space
 from providers.catalogue import CATALOGUE, ModelEntry
 
-from .section import HttpUrl, Name, Number, ProviderName, Section, VariableName, Whole
+from .section import Name, Number, ProviderName, Section, Whole
+from .upstreams import Provider
 
 
 class ClientKey(Section):
@@ -93,24 +95,10 @@ class Cache(Section):
             raise ValueError(f"there is no such user: {value.parts[0]}") from error
 
 
-class Provider(Section):
-    """One upstream."""
-
-    kind: Literal["openai", "openrouter", "local"]
-    base_url: HttpUrl | None = None
-    api_key_env: VariableName | None = None
-    timeout_s: Annotated[Number, Field(gt=0)] = 60
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_key_in_file(cls, value: object) -> object:
-        if isinstance(value, dict) and "api_key" in value:
-            raise ValueError("a key does not belong in the file: name its variable in api_key_env")
-        return value
-
-
-KINDS: tuple[str, ...] = get_args(Provider.model_fields["kind"].annotation)
-"""The kinds of provider; one that is named like its kind need not say so."""
+KINDS: tuple[str, ...] = (*kinds.KINDS, kinds.LOCAL)
+"""The built-in kinds of provider; one that is named like its kind need not say so."""
+DEFAULT_PROVIDERS = ("openai", "openrouter", "local")
+"""The kinds that are there when a configuration names none."""
 
 
 class Route(Section):
@@ -127,6 +115,7 @@ class Model(Section):
     dimensions: Annotated[Whole, Field(ge=1, le=65536)]
     matryoshka: bool = False
     dimensions_refused: bool = False
+    dimensions_sent: bool = False
     tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
     unit_norm: bool = False
     price: Annotated[Number, Field(ge=0)] = 0
@@ -134,7 +123,14 @@ class Model(Section):
 
     def as_space(self) -> Space:
         """Return the space of this model's vectors."""
-        return Space(self.space, self.dimensions, self.matryoshka, self.tokenizer)
+        return Space(
+            self.space,
+            self.dimensions,
+            self.matryoshka,
+            self.tokenizer,
+            unit_norm=self.unit_norm,
+            dimensions_sent=self.dimensions_sent,
+        )
 
 
 class Index(Section):
@@ -149,7 +145,7 @@ class Settings(Section):
     server: Server = Server()
     cache: Cache = Field(default_factory=Cache)
     providers: Annotated[dict[ProviderName, Provider | None], Field(validate_default=True)] = Field(
-        default_factory=lambda: {kind: {} for kind in KINDS}  # type: ignore[arg-type]
+        default_factory=lambda: {kind: {} for kind in DEFAULT_PROVIDERS}  # type: ignore[arg-type]
     )
     models: Annotated[dict[Name, Model], Field(validate_default=True)] = Field(default_factory=dict)
     index: Index = Index()
@@ -170,7 +166,7 @@ class Settings(Section):
         if not isinstance(value, dict):
             return value
         return {
-            name: {"kind": name, **entry} if isinstance(entry, dict) and name in KINDS else entry
+            name: {"kind": name, **entry} if isinstance(entry, dict) and _is_kind(name) else entry
             for name, entry in {"local": {}, **value}.items()
         }
 
@@ -190,7 +186,9 @@ class Settings(Section):
     def _keys_have_variables(self) -> "Settings":
         """Refuse to send the key of one origin to another, for want of a name."""
         for name, entry in self.providers.items():
-            if entry and entry.kind not in ("local", name) and entry.api_key_env is None:
+            if entry is None or entry.kind == name or entry.api_key_env is not None:
+                continue
+            if entry.key_variable is not None:
                 raise ValueError(
                     f"providers.{name}.api_key_env: is missing; name the variable that holds the"
                     f" key of this provider (OpenAI's key is for the provider named openai)"
@@ -225,12 +223,23 @@ class Settings(Section):
         return self
 
 
+def _is_kind(name: object) -> bool:
+    """Tell whether a provider of that name may leave out its kind."""
+    if name in KINDS:
+        return True
+    try:
+        return isinstance(name, str) and bool(kinds.find(name))
+    except kinds.UnknownKind:
+        return False
+
+
 def _as_mapping(entry: ModelEntry) -> dict[str, object]:
     return {
         "space": entry.space,
         "dimensions": entry.dimensions,
         "matryoshka": entry.matryoshka,
         "dimensions_refused": entry.dimensions_refused,
+        "dimensions_sent": entry.dimensions_sent,
         "tokenizer": entry.tokenizer,
         "unit_norm": entry.unit_norm,
         "price": entry.price,

@@ -9,10 +9,10 @@ import yaml
 from fault_server import status
 
 from cache.record import Entry, encode
-from providers.kinds import HTTP_KINDS
 from proxy.config import load
 from proxy.section import Section
-from proxy.settings import KINDS, Model, Provider, Route, Settings
+from proxy.settings import DEFAULT_PROVIDERS, Model, Provider, Route, Settings
+from proxy.upstreams import Limits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,19 +71,25 @@ def test_every_key_is_shown_with_its_default(path, monkeypatch):
     assert shown == (list(default) if isinstance(default, tuple) else default)
 
 
-def test_the_providers_shown_are_all_kinds_with_their_defaults():
-    """Each kind is shown under its own name; its keys have the values that apply without them."""
-    defaults = Provider(kind="local")
-    assert tuple(SHOWN["providers"]) == KINDS
+def test_the_providers_shown_are_the_default_ones():
+    """The default providers are shown under their own names, the first with every key it has."""
+    assert tuple(SHOWN["providers"]) == DEFAULT_PROVIDERS
     for name, entry in SHOWN["providers"].items():
-        kind = HTTP_KINDS.get(name)
-        wanted = {"kind": name}
-        if kind is not None:
-            wanted |= {"base_url": kind.base_url, "api_key_env": kind.api_key_env}
-            wanted |= {"timeout_s": defaults.timeout_s}
-        assert entry == wanted
-    shown = {key for entry in SHOWN["providers"].values() for key in entry}
-    assert shown == Provider.model_fields.keys()
+        shown, alone = Provider(**entry), Provider(kind=name)
+        assert entry["kind"] == name
+        if name != "local":
+            assert shown.as_profile() == alone.as_profile()
+            assert {"base_url", "api_key_env"} <= entry.keys()
+    first = SHOWN["providers"]["openai"]
+    assert first.keys() == Provider.model_fields.keys()
+    assert first["limits"].keys() == Limits.model_fields.keys()
+
+
+def test_the_defaults_of_a_providers_keys_are_openais():
+    """What a key's type says is its default is what config.yaml shows, and what OpenAI declares."""
+    shown = Provider(**SHOWN["providers"]["openai"])
+    bare = Provider(kind="openai", base_url=shown.base_url, api_key_env=shown.api_key_env)
+    assert shown == bare
 
 
 def test_the_models_shown_are_what_the_catalogue_says():
@@ -95,10 +101,15 @@ def test_the_models_shown_are_what_the_catalogue_says():
         assert Model.model_validate(entry) == Settings().models[name]
 
 
-def test_every_model_with_a_plain_name_is_in_the_readme():
-    """The README names the models under the names that clients know them by."""
-    plain = [name for name in Settings().models if "/" not in name]
-    assert plain
+def test_every_model_of_a_default_provider_is_in_the_readme():
+    """The README names the models that need no configuration, by the names clients know."""
+    models = Settings().models.items()
+    plain = [
+        name
+        for name, model in models
+        if "/" not in name and model.routes[0].provider in DEFAULT_PROVIDERS
+    ]
+    assert len(plain) == 4
     assert not [name for name in plain if f"`{name}`" not in README]
 
 

@@ -63,7 +63,7 @@ def body_of(data: object, **fields: object) -> bytes:
 
 def read(body: bytes, count: int = 2) -> answer.Answer:
     """Read a reply to `count` inputs."""
-    return answer.read("acme", SPACE, count, {}, body)
+    return answer.read("acme", SPACE, ["one text"] * count, {}, body)
 
 
 @pytest.mark.parametrize("form", [list, base64_of], ids=["floats", "base64"])
@@ -482,3 +482,38 @@ def test_one_strange_value_never_becomes_another_vector(field, position, value):
 def test_a_date_without_a_zone_is_utc(value, wait):
     """The older forms of an HTTP date are read, and nonsense is no wait."""
     assert answer.retry_after({"Retry-After": value}, NOW) == wait
+
+
+UNIT = [0.6, 0.8, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("scale", "good"), [(1.0, True), (1.009, True), (0.991, True), (1.02, False), (0.98, False)]
+)
+def test_a_length_is_1_where_it_is_promised(scale, good):
+    """A hundredth is what rounding to 16 bits may cost; more is another vector, and named."""
+    body = body_of([item(0, UNIT), item(1, [scale * number for number in UNIT])])
+
+    def checked(*, unit_norm):
+        return answer.read("acme", SPACE, ["a", "a"], {}, body, unit_norm=unit_norm)
+
+    assert len(checked(unit_norm=False).vectors) == 2
+    if good:
+        assert len(checked(unit_norm=True).vectors) == 2
+    else:
+        with pytest.raises(InvalidAnswer, match=r"acme: embedding 1: length \d"):
+            checked(unit_norm=True)
+
+
+def test_one_vector_for_two_texts_is_no_answer():
+    """The same numbers for different texts are refused, with their places."""
+    body = body_of([item(0, numbers_of(0)), item(1, numbers_of(1)), item(2, numbers_of(0))])
+    assert len(answer.read("acme", SPACE, ["a", "b", "A"], {}, body).vectors) == 3
+    with pytest.raises(InvalidAnswer, match="acme: embeddings 0 and 2 are one"):
+        answer.read("acme", SPACE, ["a", "b", "c"], {}, body)
+
+
+@pytest.mark.parametrize(("told", "model"), [("m", "m"), ("", None), (None, None), (7, None)])
+def test_the_model_is_told(told, model):
+    """What the upstream says it asked is handed on; a strange value is none."""
+    assert read(body_of(items(2), model=told)).model == model

@@ -1,6 +1,8 @@
 """What every HTTP provider sends, and how it counts what came back."""
 
+import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 from fault_server import status, vector_of
@@ -8,6 +10,8 @@ from fault_server import status, vector_of
 from providers import tokens
 from providers.base import (
     Context,
+    CredentialsRefused,
+    DeadlineExceeded,
     InputRefused,
     InvalidAnswer,
     Outcome,
@@ -16,15 +20,18 @@ from providers.base import (
     UpstreamFault,
 )
 from providers.http import HttpProvider
+from providers.limits import Limits
+from providers.profile import Profile
 
 CL100K = Space("openai/m", 1536, tokenizer="cl100k_base")
 FOREIGN = Space("vendor/m", 1536)
 NOBODY = Context()
 
 
-async def ask(upstream, inputs, space=FOREIGN, context=NOBODY):
-    """Ask a provider in front of an upstream once."""
-    async with HttpProvider("acme", api_key="made-up-key", base_url=upstream.url) as provider:
+async def ask(upstream, inputs, space=FOREIGN, context=NOBODY, **declared):
+    """Ask a provider that declares this, in front of an upstream, once."""
+    profile = Profile(base_url=upstream.url, accepts_tokens=True, sends_user=True, **declared)
+    async with HttpProvider("acme", profile, api_key="made-up-key") as provider:
         return await provider.ask("m", space, inputs, context)
 
 
@@ -197,3 +204,223 @@ async def test_a_wait_inside_a_200_is_kept(upstream):
     with pytest.raises(RateLimited) as caught:
         await ask(upstream, ["a"])
     assert caught.value.retry_after == 3
+
+
+@pytest.mark.parametrize(
+    ("declared", "fields"),
+    [
+        ({}, {"input_type": "query", "anything": 1}),
+        ({"extra_fields": frozenset({"task"})}, {"task": "x"}),
+    ],
+)
+async def test_fields_the_upstream_knows_are_sent(declared, fields, upstream):
+    """Without a list every field is passed on, with one those on it."""
+    await ask(upstream, ["a"], FOREIGN.with_parameters(fields), **declared)
+    payload = upstream.calls[0].payload
+    assert {name: payload[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("declared", "problem"),
+    [
+        ({"extra_fields": frozenset()}, "Unrecognized request argument supplied: width"),
+        ({"extra_fields": frozenset({"task"})}, "Unrecognized request argument supplied: width"),
+        ({"dimensions_field": "width"}, "asked for by `dimensions`, not by `width`"),
+        (
+            {"dimensions_field": "width", "extra_fields": frozenset({"width"})},
+            "asked for by `dimensions`",
+        ),
+    ],
+)
+async def test_other_fields_are_refused_unsent(declared, problem, upstream):
+    """A field that would be ignored, or is another's to say, is a 400 that names it."""
+    space = FOREIGN.with_parameters({"width": 3})
+    with pytest.raises(InputRefused, match=problem) as caught:
+        await ask(upstream, ["a"], space, **declared)
+    assert (caught.value.status, caught.value.param) == (400, "width")
+    assert upstream.calls == []
+
+
+def test_whether_a_space_can_be_asked_is_known_beforehand():
+    """A router can find the route that knows a field without asking anybody."""
+    profile = Profile(base_url="http://h", extra_fields=frozenset({"task"}))
+    provider = HttpProvider("acme", profile)
+    assert provider.objection(FOREIGN.with_parameters({"task": 1})) is None
+    assert provider.objection(FOREIGN.with_parameters({"task": 1, "other": 1})).param == "other"
+
+
+@pytest.mark.parametrize(
+    ("sent", "field", "payload"),
+    [
+        (True, "output_dimension", {"output_dimension": 1536}),
+        (True, None, {}),
+        (False, "output_dimension", {}),
+    ],
+)
+async def test_the_native_width_is_sent_only_where_it_must_be(sent, field, payload, upstream):
+    """A model that says so, at an upstream that has a word for it, is asked for its width."""
+    upstream.script.append(upstream.altered(lambda _: None))
+    space = replace(FOREIGN, dimensions_sent=sent)
+    await ask(upstream, ["a"], space, dimensions_field=field)
+    common = {"model": "m", "input": ["a"], "encoding_format": "float"}
+    assert upstream.calls[0].payload == {**common, **payload}
+
+
+async def test_the_user_is_dropped_where_it_is_not_known(upstream):
+    """`user` changes no number, so an upstream that refuses it is asked without."""
+    profile = Profile(base_url=upstream.url)
+    async with HttpProvider("acme", profile) as provider:
+        await provider.ask("m", FOREIGN, ["a"], Context(user="someone"))
+    assert "user" not in upstream.calls[0].payload
+
+
+async def test_without_a_key_none_is_sent(upstream):
+    """A server of one's own is asked without a header for a key."""
+    async with HttpProvider("acme", Profile(base_url=upstream.url)) as provider:
+        await provider.ask("m", FOREIGN, ["a"], NOBODY)
+    assert "Authorization" not in upstream.calls[0].headers
+
+
+@pytest.mark.parametrize("code", [200, 401])
+async def test_a_key_that_is_repeated_is_not_passed_on(code, upstream):
+    """Some upstreams quote the key they refuse; neither log nor client sees it."""
+    body = {"error": {"code": 401, "message": "no such key: made-up-key."}}
+    upstream.script.append(status(code, body))
+    with pytest.raises(CredentialsRefused, match=r"no such key: \*\*\*\.") as caught:
+        await ask(upstream, ["a"])
+    assert "made-up-key" not in repr(caught.value.refusal)
+
+
+@pytest.mark.parametrize("by", ["space", "profile"])
+async def test_a_length_that_is_promised_is_checked(by, upstream):
+    """Twice a vector is no vector of a model, or of an upstream, whose vectors have length 1."""
+
+    def double(reply):
+        item = reply["data"][0]
+        item["embedding"] = [2 * number for number in item["embedding"]]
+
+    upstream.always = upstream.altered(double)
+    await ask(upstream, ["a"])
+    space = replace(FOREIGN, unit_norm=by == "space")
+    with pytest.raises(InvalidAnswer, match="length 2 where"):
+        await ask(upstream, ["a"], space, unit_norm=by == "profile")
+
+
+async def test_one_vector_for_two_texts_is_refused(upstream):
+    """An upstream that answers every text alike is not believed."""
+
+    def alike(reply):
+        reply["data"][1]["embedding"] = reply["data"][0]["embedding"]
+
+    upstream.script.append(upstream.altered(alike))
+    with pytest.raises(InvalidAnswer, match="embeddings 0 and 1 are one"):
+        await ask(upstream, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("told", "lines"),
+    [
+        ("m", 0),
+        ("vendor/m", 0),
+        ("M-v2", 0),
+        ("other", 1),
+        (None, 0),
+        ("", 0),
+        (7, 0),
+    ],
+)
+async def test_another_model_in_the_reply_passes_with_one_line(told, lines, upstream, caplog):
+    """A reply that names another model is good, counted each time, and logged once."""
+    upstream.always = upstream.altered(lambda reply: reply.update(model=told))
+    async with HttpProvider("acme", Profile(base_url=upstream.url)) as provider:
+        for _ in range(3):
+            await provider.ask("m", FOREIGN, ["a"], NOBODY)
+    assert [r.message for r in caplog.records] == ["acme: answers as 'other' when asked for 'm'"][
+        :lines
+    ]
+    assert provider.other_models == ({"other": 3} if lines else {})
+
+
+async def test_no_more_calls_at_once_than_the_limit(upstream):
+    """Of five calls two are under way; the others wait, and each end lets one more go."""
+    upstream.gate = asyncio.Event()
+    profile = Profile(base_url=upstream.url, limits=Limits(concurrency=2))
+    async with HttpProvider("acme", profile) as provider:
+        tasks = [
+            asyncio.create_task(provider.ask("m", FOREIGN, [str(i)], NOBODY)) for i in range(5)
+        ]
+        while len(upstream.calls) < 2:
+            await asyncio.wait(tasks, timeout=0.01)
+        await asyncio.wait(tasks, timeout=0.05)
+        assert len(upstream.calls) == 2
+        upstream.gate.set()
+        await asyncio.gather(*tasks)
+    assert len(upstream.calls) == 5
+
+
+async def test_waiting_for_a_turn_counts(upstream):
+    """A call whose time is up while it waits is not sent, and takes nobody's place."""
+    upstream.gate = asyncio.Event()
+    profile = Profile(base_url=upstream.url, limits=Limits(concurrency=1))
+    async with HttpProvider("acme", profile) as provider:
+        first = asyncio.create_task(provider.ask("m", FOREIGN, ["a"], NOBODY))
+        while not upstream.calls:
+            await asyncio.wait([first], timeout=0.01)
+        now = asyncio.get_running_loop().time()
+        with pytest.raises(DeadlineExceeded, match="waited its turn at acme"):
+            await provider.ask("m", FOREIGN, ["b"], Context(deadline=now + 0.05))
+        upstream.gate.set()
+        await first
+        await provider.ask("m", FOREIGN, ["c"], NOBODY)
+    assert upstream.inputs == ["a", "c"]
+
+
+class Waits:
+    """Records how long it was told to sleep, and does not."""
+
+    def __init__(self):
+        self.seconds = []
+
+    async def __call__(self, seconds):
+        self.seconds.append(seconds)
+
+
+@pytest.mark.parametrize(("learn", "waits"), [(True, 1), (False, 0)])
+async def test_limits_in_headers_are_kept_for_their_model(learn, waits, upstream):
+    """What a reply tells of its model's limit delays the next call of that model, if wanted."""
+    headers = {
+        "x-ratelimit-limit-requests": "10",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "1m0s",
+    }
+    body = upstream.reply({"model": "m", "input": ["a"]})
+    upstream.script.append(status(200, body, headers))
+    sleep = Waits()
+    profile = Profile(base_url=upstream.url, limits=Limits(learn=learn))
+    async with HttpProvider("acme", profile, sleep=sleep) as provider:
+        await provider.ask("m", FOREIGN, ["a"], NOBODY)
+        await provider.ask("other", FOREIGN, ["a"], NOBODY)
+        assert sleep.seconds == []
+        await provider.ask("m", FOREIGN, ["a"], NOBODY)
+    assert sleep.seconds == pytest.approx([6] * waits, abs=0.5)
+
+
+async def test_declared_limits_hold_for_all_models(upstream):
+    """A limit of calls a minute is the provider's, whichever model is asked."""
+    sleep = Waits()
+    profile = Profile(base_url=upstream.url, limits=Limits(requests_per_minute=2))
+    async with HttpProvider("acme", profile, sleep=sleep) as provider:
+        for model in ("m", "n", "o"):
+            await provider.ask(model, FOREIGN, ["a"], NOBODY)
+    assert sleep.seconds == pytest.approx([30], abs=1)
+
+
+async def test_a_refusal_with_a_wait_holds_the_next_call_back(upstream):
+    """After a 429 that says 5 seconds nobody asks that model before."""
+    upstream.script.append(status(429, headers={"Retry-After": "5"}))
+    sleep = Waits()
+    async with HttpProvider("acme", Profile(base_url=upstream.url), sleep=sleep) as provider:
+        with pytest.raises(RateLimited):
+            await provider.ask("m", FOREIGN, ["a"], NOBODY)
+        await provider.ask("m", FOREIGN, ["a"], NOBODY)
+    assert sleep.seconds == pytest.approx([5], abs=0.5)

@@ -1,6 +1,7 @@
 """OpenAI's adapter: what it sends to api.openai.com, and how OpenAI's errors are read."""
 
 import base64
+from dataclasses import replace
 
 import orjson
 import pytest
@@ -24,9 +25,10 @@ SPACE = Space("openai/text-embedding-3-small", 1536, matryoshka=True, tokenizer=
 MODEL = "text-embedding-3-small"
 
 
-async def ask(inputs, base_url=OpenAI.base_url):
+async def ask(inputs, base_url=OpenAI.profile.base_url):
     """Ask OpenAI once; no socket is opened."""
-    async with OpenAI("openai", api_key="sk-made-up", base_url=base_url) as provider:
+    profile = replace(OpenAI.profile, base_url=base_url)
+    async with OpenAI("openai", profile, api_key="sk-made-up") as provider:
         return await provider.ask(MODEL, SPACE, inputs, Context(user="someone"))
 
 

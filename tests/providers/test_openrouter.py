@@ -1,5 +1,7 @@
 """OpenRouter's adapter: floats asked, the application named, errors read inside a 200 too."""
 
+from dataclasses import replace
+
 import orjson
 import pytest
 from fault_server import vector_of
@@ -22,10 +24,9 @@ MODEL = "baai/bge-m3"
 SPACE = Space(MODEL, 1024)
 
 
-async def ask(inputs, space=SPACE):
+async def ask(inputs, space=SPACE, profile=OpenRouter.profile):
     """Ask OpenRouter once; no socket is opened."""
-    base_url = OpenRouter.base_url
-    async with OpenRouter("openrouter", api_key="sk-or-made-up", base_url=base_url) as provider:
+    async with OpenRouter("openrouter", profile, api_key="sk-or-made-up") as provider:
         return await provider.ask(MODEL, space, inputs, Context())
 
 
@@ -118,3 +119,24 @@ async def test_a_width_that_was_not_asked_for_is_refused(mocked_http):
     mocked_http.post(URL, payload=reply_to("a"))
     with pytest.raises(InvalidAnswer, match="1024 dimensions instead of 768"):
         await ask(["a"], Space(MODEL, 768))
+
+
+ROUTING = {"order": ["openai"], "allow_fallbacks": False}
+
+
+async def test_the_configured_routing_is_sent(mocked_http):
+    """Routing preferences of the configuration go along; they are no part of the space."""
+    mocked_http.post(URL, payload=reply_to("a"))
+    await ask(["a"], profile=replace(OpenRouter.profile, options={"provider": ROUTING}))
+    ((_, (call,)),) = mocked_http.requests.items()
+    assert orjson.loads(call.kwargs["data"])["provider"] == ROUTING
+
+
+async def test_a_client_does_not_undo_the_configured_routing(mocked_http):
+    """Where the operator says who may compute, a client's own word is refused, not merged."""
+    profile = replace(OpenRouter.profile, options={"provider": ROUTING})
+    space = SPACE.with_parameters({"provider": {"order": ["acme"]}})
+    with pytest.raises(InputRefused, match="`provider` is set by the configuration") as caught:
+        await ask(["a"], space, profile)
+    assert caught.value.param == "provider"
+    assert not mocked_http.requests

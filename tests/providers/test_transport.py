@@ -1,6 +1,7 @@
 """One attempt over real sockets: what arrives, what breaks, and how long it may take."""
 
 import asyncio
+import contextlib
 import gzip
 import socket
 import tracemalloc
@@ -17,6 +18,7 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
+from providers.limits import Timeouts
 from providers.transport import Transport
 
 PAYLOAD = b'{"model":"m","input":"a"}'
@@ -25,9 +27,9 @@ NO_LIMIT = 1 << 20
 TEN_SECONDS = 10.0
 
 
-def transport_to(url: str, timeout_s: float = TEN_SECONDS) -> Transport:
+def transport_to(url: str, timeout_s: float = TEN_SECONDS, **timeouts) -> Transport:
     """Return a transport to an upstream; its limit is far away unless it is what is tested."""
-    return Transport("acme", url, {"Authorization": KEY}, timeout_s)
+    return Transport("acme", url, {"Authorization": KEY}, Timeouts(timeout_s, **timeouts))
 
 
 async def post(transport, limit=NO_LIMIT, deadline=None):
@@ -35,9 +37,9 @@ async def post(transport, limit=NO_LIMIT, deadline=None):
     return await transport.post("/embeddings", PAYLOAD, limit, Context(deadline=deadline))
 
 
-async def post_once(url, timeout_s=TEN_SECONDS, limit=NO_LIMIT, deadline=None):
+async def post_once(url, timeout_s=TEN_SECONDS, limit=NO_LIMIT, deadline=None, **timeouts):
     """Send one request over a transport of its own."""
-    async with transport_to(url, timeout_s) as transport:
+    async with transport_to(url, timeout_s, **timeouts) as transport:
         return await post(transport, limit, deadline)
 
 
@@ -155,9 +157,8 @@ async def test_an_attempt_ends_with_the_request(stuck):
     assert len(stuck.calls) == 1
 
 
-async def test_a_server_that_does_not_accept_is_given_up_early(monkeypatch):
+async def test_a_server_that_does_not_accept_is_given_up_early():
     """Connecting has a limit of its own, far below that of an answer."""
-    monkeypatch.setattr("providers.transport.CONNECT_SECONDS", 0.1)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
@@ -165,7 +166,7 @@ async def test_a_server_that_does_not_accept_is_given_up_early(monkeypatch):
         with socket.create_connection(deaf.getsockname()):  # the only one that is let in
             async with asyncio.timeout(TEN_SECONDS / 2):
                 with pytest.raises(PassingFailure):
-                    await post_once(url)
+                    await post_once(url, connect_s=0.1)
 
 
 def drop():
@@ -327,7 +328,122 @@ async def test_two_transports_keep_their_keys_apart(upstream, second):
     """Each origin sees its own key and never the other's."""
     servers: dict[str, FaultServer] = {"one": upstream, "two": second}
     for key, server in servers.items():
-        async with Transport("acme", server.url, {"Authorization": key}, TEN_SECONDS) as transport:
+        async with Transport("acme", server.url, {"Authorization": key}, Timeouts()) as transport:
             await post(transport)
     for key, server in servers.items():
         assert [call.headers["Authorization"] for call in server.calls] == [key]
+
+
+def dribble(pause: asyncio.Event, first: bytes = b""):
+    """Play an upstream that sends so much at once and then a byte whenever it is let."""
+
+    async def act(request, _):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(first or b"{")
+        while not pause.is_set():
+            await asyncio.sleep(0.005)
+            await response.write(b" ")
+        await response.write_eof()
+        return response
+
+    return act
+
+
+async def test_a_trickling_reply_is_given_up(upstream):
+    """A reply that keeps coming, but slower than the least rate, ends long before the total."""
+    over = asyncio.Event()
+    upstream.script.append(dribble(over))
+    try:
+        async with asyncio.timeout(TEN_SECONDS / 2):
+            with pytest.raises(UpstreamTimeout, match="acme: the answer arrives too slowly"):
+                await post_once(upstream.url, least_bytes_per_s=100_000, rate_window_s=0.1)
+    finally:
+        over.set()
+
+
+async def test_a_burst_does_not_make_up_for_a_trickle(upstream):
+    """The rate is that of each window: a fast beginning does not excuse what follows."""
+    over = asyncio.Event()
+    upstream.script.append(dribble(over, b"x" * 100_000))
+    try:
+        async with asyncio.timeout(TEN_SECONDS / 2):
+            with pytest.raises(UpstreamTimeout, match="too slowly"):
+                await post_once(upstream.url, least_bytes_per_s=100_000, rate_window_s=0.1)
+    finally:
+        over.set()
+
+
+async def test_silence_amid_a_reply_is_a_trickle_too(stuck):
+    """A reply that stops coming is given up after a window, not after the total."""
+    async with asyncio.timeout(TEN_SECONDS / 2):
+        with pytest.raises(UpstreamTimeout):
+            await post_once(stuck.url, first_byte_s=0.2, least_bytes_per_s=100, rate_window_s=0.1)
+
+
+async def test_a_reply_that_keeps_up_may_take_many_windows(upstream):
+    """As long as each window brings enough, a reply lasts as long as the total allows."""
+    over = asyncio.Event()
+    upstream.script.append(dribble(over))
+    asyncio.get_running_loop().call_later(0.3, over.set)
+    reply = await post_once(upstream.url, least_bytes_per_s=1, rate_window_s=0.05)
+    assert reply.body.startswith(b"{ ")
+
+
+async def test_a_quick_reply_need_not_be_long(upstream):
+    """A reply of two bytes that is whole within the window is no trickle."""
+    upstream.script.append(status(200, b"{}"))
+    assert (await post_once(upstream.url, least_bytes_per_s=1e9)).body == b"{}"
+
+
+async def test_an_answer_must_begin_in_time(upstream):
+    """An upstream that says nothing is given up at the limit of the first byte."""
+    upstream.gate = asyncio.Event()
+    async with asyncio.timeout(TEN_SECONDS / 2):
+        with pytest.raises(UpstreamTimeout, match=r"no answer within 0\.1 s"):
+            await post_once(upstream.url, first_byte_s=0.1)
+    upstream.gate.set()
+
+
+async def test_a_stale_connection_is_a_cut_one():
+    """A kept connection that is reset on its next use is unreachable; a new one works."""
+    connections = []
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+    async def serve(reader, writer):
+        connections.append(writer)
+        served = 0
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(len(PAYLOAD))
+                if served and len(connections) == 1:
+                    writer.transport.abort()
+                    return
+                served += 1
+                writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    async with server, transport_to(url) as transport:
+        assert (await post(transport)).body == b"{}"
+        with pytest.raises(Unreachable, match="the connection was cut"):
+            await post(transport)
+        assert (await post(transport)).body == b"{}"
+    assert len(connections) == 2
+
+
+async def test_connections_are_kept(upstream):
+    """Calls one after another share a connection."""
+    ports = set()
+
+    async def act(request, _):
+        ports.add(request.transport.get_extra_info("peername"))
+        return web.Response()
+
+    upstream.always = act
+    async with transport_to(upstream.url) as transport:
+        for _ in range(3):
+            await post(transport)
+    assert len(ports) == 1

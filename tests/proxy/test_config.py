@@ -106,7 +106,11 @@ MISTAKES = {
         "providers.my own",
         "expected a name of letters, digits and the like",
     ),
-    "unknown kind": ("providers: {a: {kind: azure}}", "providers.a.kind", "'openai', 'openrouter'"),
+    "unknown kind": (
+        "providers: {a: {kind: opnai}}",
+        "providers.a.kind",
+        "expected one of azure, cohere, dashscope",
+    ),
     "address of another scheme": (
         "providers: {openai: {base_url: 'ftp://h'}}",
         "providers.openai.base_url",
@@ -118,9 +122,9 @@ MISTAKES = {
         "name its variable in api_key_env",
     ),
     "route to nowhere": (
-        "models: {m: {space: x, dimensions: 3, routes: [{provider: azure, model: m}]}}",
+        "models: {m: {space: x, dimensions: 3, routes: [{provider: opnai, model: m}]}}",
         "models.m.routes.0.provider",
-        "no provider 'azure'; known: local, openai, openrouter",
+        "no provider 'opnai'; known: local, openai, openrouter",
     ),
     "two widths in one space": (
         TWO_WIDTHS,

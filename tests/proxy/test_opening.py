@@ -10,10 +10,9 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import Tiers
 from providers.base import Context, NoRoute
-from providers.openai import OpenAI
-from providers.openrouter import OpenRouter
+from providers.catalogue import CATALOGUE
 from proxy.config import ConfigError
-from proxy.opening import key_variable, make_models, open_providers
+from proxy.opening import make_models, open_providers
 from proxy.settings import Provider, Settings
 
 SMALL = "text-embedding-3-small"
@@ -44,28 +43,33 @@ async def _ask(model) -> None:
 @pytest.mark.parametrize(
     ("entry", "variable"),
     [
-        ({"kind": "openai"}, OpenAI.api_key_env),
-        ({"kind": "openrouter"}, OpenRouter.api_key_env),
+        ({"kind": "openai"}, "OPENAI_API_KEY"),
+        ({"kind": "openrouter"}, "OPENROUTER_API_KEY"),
         ({"kind": "openrouter", "api_key_env": "MINE"}, "MINE"),
         ({"kind": "local"}, None),
+        ({"kind": "ollama"}, None),
+        ({"kind": "ollama", "api_key_env": "MINE"}, "MINE"),
+        ({"kind": "mistral"}, "MISTRAL_API_KEY"),
     ],
 )
 def test_each_provider_has_its_key_variable(entry, variable):
     """The variable is the kind's unless the entry names one; the local model needs none."""
-    assert key_variable(Provider(**entry)) == variable
+    assert Provider(**entry).key_variable == variable
 
 
 async def test_all_kinds_are_opened_when_they_have_keys(opened, monkeypatch):
-    """With both keys set, every kind is there, and every model of the catalogue is usable."""
+    """With both keys set, every default provider is there, and every model that leads to one."""
     monkeypatch.setenv("OPENAI_API_KEY", "a")
     monkeypatch.setenv("OPENROUTER_API_KEY", "b")
     providers, models = await opened()
-    assert {name: type(provider).kind for name, provider in providers.items()} == {
-        "openai": "openai",
-        "openrouter": "openrouter",
-        "local": "local",
+    assert {name: type(provider).__name__ for name, provider in providers.items()} == {
+        "openai": "OpenAI",
+        "openrouter": "OpenRouter",
+        "local": "Local",
     }
-    assert all(model.usable for model in models.values())
+    assert {name for name, model in models.items() if model.usable} == {
+        name for name, entry in CATALOGUE.items() if {*dict(entry.routes)} & {*providers}
+    }
 
 
 async def test_a_model_has_what_its_settings_say(opened):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from providers.catalogue import CATALOGUE
-from proxy.settings import KINDS, Cache, Provider, Route, Settings
+from proxy.settings import DEFAULT_PROVIDERS, Cache, Provider, Route, Settings
 
 ROUTES = [{"provider": "openai", "model": "m"}]
 SMALL = "text-embedding-3-small"
@@ -16,11 +16,11 @@ def _settings(**sections) -> Settings:
     return Settings.model_validate(sections)
 
 
-def test_without_a_word_all_kinds_and_all_known_models_are_there():
-    """The defaults hold a provider of each kind, and the catalogue unchanged."""
+def test_without_a_word_the_default_providers_and_all_known_models_are_there():
+    """The defaults hold OpenAI, OpenRouter and the local model, and the catalogue unchanged."""
     settings = _settings()
     assert {name: entry.kind for name, entry in settings.providers.items()} == {
-        kind: kind for kind in KINDS
+        kind: kind for kind in DEFAULT_PROVIDERS
     }
     assert settings.models.keys() == CATALOGUE.keys()
     for name, entry in CATALOGUE.items():

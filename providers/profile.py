@@ -1,0 +1,41 @@
+"""What is to be known of an upstream before it is asked: a declaration, as data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .limits import Limits, Timeouts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """How one upstream differs from OpenAI. A configuration may override each field."""
+
+    base_url: str | None = None
+    """The address up to, and without, `/embeddings`; None where every operator has their own."""
+    api_key_env: str | None = None
+    """The variable that holds the key; None where none is needed."""
+    key_header: str = "Authorization"
+    key_prefix: str = "Bearer "
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with every call, beside the key."""
+    encoding_format: Literal["base64", "float"] | None = "float"
+    """The one wire format ever asked of it: two may differ in the last bits. None sends no such
+    field, for upstreams that refuse it."""
+    accepts_tokens: bool = False
+    """Whether token arrays may be sent as they are."""
+    dimensions_field: str | None = None
+    """What it calls the width of a vector; None where it cannot be told a width. Sent only for a
+    model whose native width must be asked for (`Space.dimensions_sent`)."""
+    sends_user: bool = False
+    """Whether the request's `user` is passed on; else it is dropped, since it changes no number."""
+    extra_fields: frozenset[str] | None = None
+    """The further request fields it knows; others are refused. None passes every field on."""
+    unit_norm: bool = False
+    """Whether all its vectors have length 1, whatever the model; one that has not is refused."""
+    names_models: bool = True
+    """Whether its replies name a model as it was asked for; otherwise they are not compared."""
+    limits: Limits = field(default_factory=Limits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    options: Mapping[str, object] = field(default_factory=dict)
+    """What else its adapter can be told, with defaults; the configuration may set these alone."""

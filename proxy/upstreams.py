@@ -1,0 +1,154 @@
+"""What a configuration may say of one provider: which kind it is, and how it differs from it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from providers import kinds
+from providers.profile import Profile
+
+from .section import HttpUrl, Name, Number, Section, VariableName, Whole
+
+_COUNT = Field(ge=1, le=10**9)
+
+# What the transport and HTTP itself say is not the operator's to change; the key has its own way.
+_OWN_HEADERS = {
+    "authorization",
+    "api-key",
+    "x-api-key",
+    "cookie",
+    "content-type",
+    "content-length",
+    "content-encoding",
+    "accept-encoding",
+    "transfer-encoding",
+    "connection",
+    "host",
+}
+
+# Keys of the configuration, and the fields of Timeouts they set.
+_TIMEOUTS = {
+    "timeout_s": "total_s",
+    "connect_timeout_s": "connect_s",
+    "first_byte_timeout_s": "first_byte_s",
+    "least_bytes_per_s": "least_bytes_per_s",
+    "rate_window_s": "rate_window_s",
+}
+# Keys that override the field of a profile of the same name, null included.
+_FIELDS = ("encoding_format", "accepts_tokens", "dimensions_field", "sends_user", "unit_norm")
+
+
+class Limits(Section):
+    """What a provider takes; what is not said is as its kind declares it."""
+
+    inputs: Annotated[Whole, _COUNT] = 2048
+    tokens: Annotated[Whole, _COUNT] | None = 300_000
+    concurrency: Annotated[Whole, Field(ge=1, le=10_000)] = 8
+    requests_per_minute: Annotated[Whole, _COUNT] | None = None
+    tokens_per_minute: Annotated[Whole, _COUNT] | None = None
+    learn: bool = True
+
+
+class Provider(Section):
+    """One upstream. The defaults shown here are OpenAI's; a key that is not given is its kind's."""
+
+    kind: Name
+    base_url: HttpUrl | None = None
+    api_key_env: VariableName | None = None
+    timeout_s: Annotated[Number, Field(gt=0)] = 60
+    connect_timeout_s: Annotated[Number, Field(gt=0)] = 10
+    first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
+    least_bytes_per_s: Annotated[Number, Field(ge=0)] = 100
+    rate_window_s: Annotated[Number, Field(gt=0)] = 15
+    limits: Limits = Limits()
+    encoding_format: Literal["base64", "float"] | None = "base64"
+    accepts_tokens: bool = True
+    dimensions_field: Name | None = "dimensions"
+    sends_user: bool = True
+    extra_fields: tuple[Name, ...] | None = None
+    unit_norm: bool = False
+    headers: Annotated[dict[str, str], Field(repr=False)] = Field(default_factory=dict)
+    options: dict[str, object] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key_in_file(cls, value: object) -> object:
+        if isinstance(value, dict) and "api_key" in value:
+            raise ValueError("a key does not belong in the file: name its variable in api_key_env")
+        return value
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != kinds.LOCAL:
+            try:
+                kinds.find(value)
+            except kinds.UnknownKind as error:
+                raise ValueError(str(error)) from error
+        return value
+
+    @field_validator("headers")
+    @classmethod
+    def _plain_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, content in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+                raise ValueError("holds something that is no name of a header")
+            if name.lower() in _OWN_HEADERS:
+                raise ValueError(f"{name} is not to be set here; a key goes into api_key_env")
+            if not (content.isascii() and content.isprintable()):
+                raise ValueError(f"{name}: its value holds a line break or the like")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "Provider":
+        """Refuse options that this kind does not know, and a kind without an address."""
+        if self.kind == kinds.LOCAL:
+            said = self.model_fields_set - {"kind"}
+            if said - {"timeout_s"}:
+                raise ValueError(f"the local model has no {', '.join(sorted(said))}")
+            return self
+        profile = kinds.find(self.kind).profile
+        for name in self.options:
+            if name not in profile.options:
+                known = ", ".join(sorted(profile.options)) or "none"
+                raise ValueError(f"options: unknown option; known to this kind: {known}")
+        if self.base_url is None and profile.base_url is None:
+            raise ValueError("base_url is missing; this kind has no address of its own")
+        return self
+
+    @property
+    def key_variable(self) -> str | None:
+        """The variable that holds this provider's key; None if it needs none."""
+        if self.kind == kinds.LOCAL:
+            return None
+        return self.api_key_env or kinds.find(self.kind).profile.api_key_env
+
+    def as_profile(self) -> Profile:
+        """Return what the kind declares, with what is said here in its place."""
+        profile = kinds.find(self.kind).profile
+        given = self.model_fields_set
+        fields = {name: getattr(self, name) for name in _FIELDS if name in given}
+        if "extra_fields" in given:
+            known = self.extra_fields
+            fields["extra_fields"] = None if known is None else frozenset(known)
+        limits = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
+        times = {field: getattr(self, key) for key, field in _TIMEOUTS.items() if key in given}
+        return replace(
+            profile,
+            base_url=self.base_url or profile.base_url,
+            api_key_env=self.key_variable,
+            limits=replace(profile.limits, **limits),
+            timeouts=replace(profile.timeouts, **times),
+            headers={**_without(profile.headers, self.headers), **self.headers},
+            options={**profile.options, **self.options},
+            **fields,
+        )
+
+
+def _without(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that are not among the others, whatever their case."""
+    taken = {name.lower() for name in others}
+    return {name: value for name, value in headers.items() if name.lower() not in taken}

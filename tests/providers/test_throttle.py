@@ -1,0 +1,327 @@
+"""Limits per minute: calls queue in order, nobody waits for nothing, and headers are believed."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from providers.base import RateLimited
+from providers.throttle import LONGEST_HOLD, LONGEST_PAUSE, Bucket, Throttle, duration, estimate
+
+
+class Clock:
+    """A clock that moves when somebody sleeps, and only then."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await asyncio.sleep(0)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock():
+    """Give a clock at 1000 seconds."""
+    return Clock()
+
+
+def throttle_on(clock, **limits) -> Throttle:
+    """Return a throttle on that clock."""
+    return Throttle("acme", clock=clock, sleep=clock.sleep, **limits)
+
+
+async def call(throttle, tokens=1, deadline=None) -> None:
+    """Make a call that takes no time."""
+    async with throttle.turn(tokens, deadline):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1s", 1.0),
+        ("6m0s", 360.0),
+        ("12ms", 0.012),
+        ("1h2m3.5s", 3723.5),
+        ("8m38.4s", 518.4),
+        ("250µs", 0.00025),
+        ("250us", 0.00025),
+        ("100ns", 1e-7),
+        ("59.88", 59.88),
+        ("0", 0.0),
+        (" 1s ", 1.0),
+        ("", None),
+        ("s", None),
+        ("1", 1.0),
+        ("1x", None),
+        ("-1s", None),
+        ("1s2", None),
+        ("1 s", None),
+        ("nan", None),
+        ("inf", None),
+        ("1e9", None),
+        ("2026-11-22T00:00:00Z", None),
+        ("٣s", None),
+        ("9" * 400, None),
+    ],
+)
+def test_resets_are_read_in_all_their_forms(text, seconds):
+    """Go's durations and bare seconds are read; anything else is no duration."""
+    assert duration(text) == (None if seconds is None else pytest.approx(seconds))
+
+
+@given(st.text(alphabet="0123456789.hmsuµn ", max_size=30))
+def test_no_reset_is_negative_or_endless(text):
+    """Whatever stands in the header, the wait is a number of seconds or none."""
+    seconds = duration(text)
+    assert seconds is None or 0 <= seconds < 1e14
+
+
+@given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59), st.integers(0, 999))
+def test_a_reset_is_the_sum_of_its_parts(hours, minutes, seconds, millis):
+    """Parts add up by their units; `m` is not taken for the `m` of `ms`."""
+    text = f"{hours}h{minutes}m{seconds}s{millis}ms"
+    assert duration(text) == pytest.approx(hours * 3600 + minutes * 60 + seconds + millis / 1000)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokens"), [(["abcdefgh"], 3), ([""], 1), ([(1, 2, 3)], 3), (["日本", "\ud800"], 3)]
+)
+def test_tokens_are_estimated(inputs, tokens):
+    """A token is taken for four bytes; ids are counted."""
+    assert estimate(inputs) == tokens
+
+
+async def test_calls_within_the_limit_do_not_wait(clock):
+    """A minute's worth of calls goes at once; the next waits for its share of a minute."""
+    throttle = throttle_on(clock, requests_per_minute=6)
+    for _ in range(6):
+        await call(throttle)
+    assert clock.slept == []
+    await call(throttle)
+    await call(throttle)
+    assert clock.slept == pytest.approx([10, 10])
+
+
+async def test_without_limits_nothing_waits(clock):
+    """No limit declared and none learned means no queue."""
+    throttle = throttle_on(clock)
+    for _ in range(1000):
+        await call(throttle, 10**9)
+    assert clock.slept == []
+
+
+async def test_tokens_have_a_limit_of_their_own(clock):
+    """Whichever of the two limits is the tighter decides."""
+    throttle = throttle_on(clock, requests_per_minute=60, tokens_per_minute=600)
+    await call(throttle, 600)
+    await call(throttle, 100)
+    assert clock.slept == pytest.approx([10])
+
+
+async def test_a_call_larger_than_the_limit_goes_alone_and_is_paid_for(clock):
+    """It waits until nothing is used, overdraws, and the next waits until that is made up for."""
+    throttle = throttle_on(clock, tokens_per_minute=60)
+    await call(throttle, 30)
+    await call(throttle, 180)
+    await call(throttle, 10)
+    assert clock.slept == pytest.approx([30, 130])
+
+
+async def test_an_unused_minute_is_not_saved_up(clock):
+    """However long nothing was asked, no more than a minute's worth goes at once."""
+    throttle = throttle_on(clock, requests_per_minute=2)
+    await call(throttle)
+    clock.now += 3600
+    for _ in range(3):
+        await call(throttle)
+    assert clock.slept == pytest.approx([30])
+
+
+async def test_first_come_first_served(clock):
+    """A small call does not overtake a large one that came before it."""
+    throttle = throttle_on(clock, tokens_per_minute=60)
+    await call(throttle, 60)
+    done = []
+
+    async def one(name, tokens):
+        await call(throttle, tokens)
+        done.append((name, clock.now))
+
+    await asyncio.gather(one("large", 50), one("small", 1), one("middle", 9))
+    assert done == [("large", 1050.0), ("small", 1051.0), ("middle", 1060.0)]
+
+
+async def test_who_gives_up_leaves_the_place_to_the_next(clock):
+    """Cancelled waiters, asleep or in line, take nothing: those behind them go that much sooner."""
+    throttle = throttle_on(clock, tokens_per_minute=60)
+    await call(throttle, 60)
+    never = asyncio.Event()
+    slept = asyncio.Event()
+
+    async def sleep(_):
+        slept.set()
+        await never.wait()
+
+    throttle._sleep = sleep
+    asleep = asyncio.create_task(call(throttle, 50))
+    await slept.wait()
+    in_line = asyncio.create_task(call(throttle, 50))
+    last = asyncio.create_task(call(throttle, 10))
+    await asyncio.sleep(0)
+    throttle._sleep = clock.sleep
+    in_line.cancel()
+    asleep.cancel()
+    await asyncio.gather(asleep, in_line, return_exceptions=True)
+    await last
+    assert clock.slept == pytest.approx([10])
+    await call(throttle, 5, deadline=clock.now + 6)  # nothing of theirs is still reckoned with
+    assert clock.slept == pytest.approx([10, 5])
+
+
+async def test_nobody_waits_for_what_comes_too_late(clock):
+    """Who cannot have a turn before the deadline is told at once, with the wait; others go on."""
+    throttle = throttle_on(clock, requests_per_minute=6)
+    for _ in range(6):
+        await call(throttle)
+    with pytest.raises(RateLimited, match=r"^acme: .* again in 10\.0 s") as caught:
+        await call(throttle, deadline=clock.now + 9)
+    said = caught.value.refusal
+    assert (said.status, said.code) == (429, "rate_limit_exceeded")
+    assert caught.value.retry_after == pytest.approx(10)
+    assert clock.slept == []
+    await call(throttle, deadline=clock.now + 11)
+    assert clock.slept == pytest.approx([10])
+
+
+async def test_those_ahead_are_reckoned_with(clock):
+    """The wait of a newcomer is that behind all who wait already."""
+    throttle = throttle_on(clock, requests_per_minute=6)
+    for _ in range(6):
+        await call(throttle)
+    waiting = [asyncio.create_task(call(throttle)) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(RateLimited) as caught:
+        await call(throttle, deadline=clock.now + 35)
+    assert caught.value.retry_after == pytest.approx(40)
+    await asyncio.gather(*waiting)
+
+
+def told(limit, remaining, reset, kind="requests") -> dict[str, str]:
+    """Return what an upstream tells of one limit."""
+    values = {"limit": limit, "remaining": remaining, "reset": reset}
+    return {f"x-ratelimit-{what}-{kind}": str(value) for what, value in values.items()}
+
+
+async def test_a_limit_is_learned(clock):
+    """Of 100 calls 40 remain and a minute makes up for 60: the 41st waits a second."""
+    throttle = throttle_on(clock)
+    throttle.learn(told(100, 40, "1m0s"))
+    for _ in range(40):
+        await call(throttle)
+    assert clock.slept == []
+    await call(throttle)
+    assert clock.slept == pytest.approx([1])
+
+
+async def test_a_limit_of_tokens_is_learned(clock):
+    """Tokens are learned like calls, in any period the upstream counts by."""
+    throttle = throttle_on(clock)
+    throttle.learn(told(1000, 0, "500ms", "tokens"))
+    await call(throttle, 100)
+    assert clock.slept == pytest.approx([0.05])
+
+
+async def test_calls_under_way_are_reckoned_with(clock):
+    """What remains by a reply is without the calls that are still out."""
+    throttle = throttle_on(clock)
+    async with throttle.turn(1, None), throttle.turn(1, None):
+        throttle.learn(told(10, 2, "8s"))
+        await call(throttle)
+    assert clock.slept == pytest.approx([1])
+    throttle.learn(told(10, 2, "8s"))  # all are back: what remains is all theirs who come now
+    await call(throttle)
+    await call(throttle)
+    assert clock.slept == pytest.approx([1])
+
+
+async def test_what_is_learned_does_not_lift_what_is_declared(clock):
+    """A limit told by the upstream takes the place of the declared one of its sort only."""
+    throttle = throttle_on(clock, tokens_per_minute=60)
+    await call(throttle, 60)
+    throttle.learn(told(100, 99, "1s"))
+    await call(throttle, 6)
+    assert clock.slept == pytest.approx([6])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        told("", "", ""),
+        told(0, 0, "1s"),
+        told(100, "x", "1s"),
+        told(100, 0, "soon"),
+        told(-5, 0, "1s"),
+        {"x-ratelimit-remaining-requests": "0"},
+    ],
+)
+async def test_half_a_limit_is_none(headers, clock):
+    """Limit, remaining and reset are needed, all three and readable."""
+    throttle = throttle_on(clock)
+    throttle.learn(headers)
+    await call(throttle)
+    assert clock.slept == []
+
+
+@pytest.mark.parametrize("reset", ["0s", "1s"])
+async def test_a_limit_of_which_nothing_is_used_grows_by_the_minute(reset, clock):
+    """Where use and reset tell no rate, the limit is one a minute; nothing is divided by zero."""
+    throttle = throttle_on(clock)
+    throttle.learn(told(2, 2 if reset == "1s" else 0, reset))
+    for _ in range(3):
+        await call(throttle)
+    assert clock.slept == pytest.approx([30] if reset == "1s" else [30, 30, 30])
+
+
+async def test_an_upstream_that_asks_for_a_pause_gets_it(clock):
+    """After a refusal with a wait nobody calls before it is over."""
+    throttle = throttle_on(clock)
+    throttle.hold(5)
+    throttle.hold(3)
+    await call(throttle)
+    await call(throttle)
+    assert clock.slept == pytest.approx([5])
+
+
+async def test_a_long_pause_is_not_waited_out(clock):
+    """A call is refused at once while the pause is long, but the upstream is tried in the end."""
+    throttle = throttle_on(clock)
+    throttle.hold(86_400)
+    with pytest.raises(RateLimited) as caught:
+        await call(throttle)
+    assert caught.value.retry_after == LONGEST_HOLD
+    clock.now += LONGEST_HOLD - LONGEST_PAUSE
+    await call(throttle)
+    assert clock.slept == pytest.approx([LONGEST_PAUSE])
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 50)), min_size=1, max_size=40))
+def test_no_window_holds_more_than_the_limit(calls):
+    """In any minute at most the allowance of two goes through: what was full, and what grew."""
+    bucket = Bucket(60, 60, 1, 0.0)
+    now, taken = 0.0, []
+    for pause, cost in calls:
+        now += pause
+        now += bucket.wait(cost, 0, now)
+        bucket.take(cost, now)
+        taken.append((now, cost))
+    for start, _ in taken:
+        assert sum(cost for at, cost in taken if start <= at < start + 60) <= 120 + 1e-6
