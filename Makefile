@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage pins clean
+.PHONY: demo test serve lint bench torture damage outage pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -29,6 +29,12 @@ FLIPS ?= 10000
 CUTS ?= 1000
 damage: .venv/test
 	PYTHONPATH=. $(BIN)/python tests/damage.py $(FLIPS) $(CUTS) $(SEED)
+
+# The first provider killed and revived KILLS times under load; then both dead, three ways.
+KILLS ?= 100
+outage: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/outage.py flap $(KILLS)
+	PYTHONPATH=.:tests $(BIN)/python tests/outage.py dead 15
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 
 import orjson
 
-from . import twins, vector
+from . import ratelimit, twins, vector
 from .base import (
     CredentialsRefused,
     EmbeddingError,
@@ -24,6 +24,7 @@ from .base import (
     RateLimited,
     Refusal,
     Space,
+    Unreadable,
     UpstreamFault,
     Vector,
 )
@@ -54,17 +55,17 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
 ) -> Answer:
     """Take a reply of status 200 apart and check it against what was asked for.
 
-    Raises InvalidAnswer unless it holds exactly one vector an input, whose indices are a
-    permutation, each of the space's width, finite and not zero, of length 1 if `unit_norm`, and
-    none for two different inputs; the error that fits if the reply is one, also inside a status of
-    200 (OpenRouter).
+    Raises Unreadable unless it is a JSON object; InvalidAnswer unless that holds exactly one vector
+    an input, whose indices are a permutation, each of the space's width, finite and not zero, of
+    length 1 if `unit_norm`, and none for two different inputs; the error that fits if the reply is
+    one, also inside a status of 200 (OpenRouter).
     """
     try:
         reply = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidAnswer(provider, "the answer is not JSON") from error
+        raise Unreadable(provider, "the answer is not JSON") from error
     if not isinstance(reply, dict):
-        raise InvalidAnswer(provider, "the answer is not a JSON object")
+        raise Unreadable(provider, "the answer is not a JSON object")
     if reply.get("error"):
         raise refusal(provider, 200, headers, body)
     items = reply.get("data")
@@ -126,12 +127,15 @@ def refusal(provider: str, status: int, headers: Mapping[str, str], body: bytes)
         status, code = code, None
     kind = error.get("type")
     message = error.get("message")
+    wait = retry_after(headers, datetime.now(UTC))
+    if wait is None and status == 429:
+        wait = ratelimit.reset_after(headers, kind)
     said = Refusal(
         status=status,
         message=message[:_LONGEST_MESSAGE] if isinstance(message, str) else f"status {status}",
         kind=kind if isinstance(kind, str) else None,
         code=code if isinstance(code, str) else None,
-        retry_after=retry_after(headers, datetime.now(UTC)),
+        retry_after=wait,
     )
     if status in (400, 413, 422):
         param = error.get("param")

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import orjson
 
 from .failures import (
+    AllResting,
     CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
@@ -26,11 +27,13 @@ from .failures import (
     RateLimited,
     Refusal,
     Unreachable,
+    Unreadable,
     UpstreamFault,
     UpstreamTimeout,
 )
 
 __all__ = [
+    "AllResting",
     "Context",
     "CredentialsRefused",
     "DeadlineExceeded",
@@ -51,6 +54,7 @@ __all__ = [
     "Refusal",
     "Space",
     "Unreachable",
+    "Unreadable",
     "UpstreamFault",
     "UpstreamTimeout",
     "Vector",

@@ -6,6 +6,7 @@ It knows no provider, no cache and no wire format::
     ├── InputRefused         the request itself is wrong; no provider would take it
     ├── NoRoute              no provider is configured that could answer
     ├── DeadlineExceeded     the request's own time is up
+    ├── AllResting           no provider may be asked just now: each has failed or asked for rest
     └── ProviderError        one provider failed; another may do better
         ├── CredentialsRefused   401, 403: the proxy's own key is not accepted
         ├── OutOfCredit          402, or 429 with insufficient_quota: waiting will not help
@@ -15,6 +16,7 @@ It knows no provider, no cache and no wire format::
             ├── UpstreamFault    408, 409, 5xx
             ├── UpstreamTimeout  no whole answer within the limit of one attempt
             ├── Unreachable      name resolution, connection, TLS or a cut connection
+            ├── Unreadable       an answer that is no JSON: a gateway's page, or cut off
             └── InvalidAnswer    an answer that fails a check: nothing of it is used
 """
 
@@ -62,6 +64,14 @@ class NoRoute(EmbeddingError):
 
 class DeadlineExceeded(EmbeddingError):
     """The time of the request was up before an answer came."""
+
+
+class AllResting(EmbeddingError):
+    """No provider may be asked just now; the next one may in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +130,10 @@ class UpstreamTimeout(PassingFailure):
 
 class Unreachable(PassingFailure):
     """Name resolution, connection or TLS failed, or the connection was cut."""
+
+
+class Unreadable(PassingFailure):
+    """An answer with status 200 that is no JSON object: a gateway's page, or one cut off."""
 
 
 class InvalidAnswer(PassingFailure):

@@ -1,153 +1,205 @@
-"""Tries the routes of one model in order until one answers. The only importer of tenacity.
+"""Tries the routes of one model until one answers. The only importer of tenacity.
 
 All routes of a model serve one space, so it does not matter for the numbers which one answers.
-Passing failures are tried again after a jittered wait, or after the wait the upstream asked for;
-everything else goes to the next route at once. A refusal of the input itself ends the matter: no
-other provider would take it.
+What follows from each failure is told in `faults`; how many attempts all requests together may add
+is told in `budget`. A refusal of the input itself ends the matter: no other provider would take it.
+
+Routes are asked in the order preferred, those left out that rest or whose breaker is open. A
+provider that is half-open keeps its place for the one call that is let through as its probe: were
+every other one asked before it, it would never be found well again. If the probe fails, that
+request goes on to the next route like any other.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    stop_after_attempt,
-    wait_random_exponential,
-)
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from .base import (
+    AllResting,
     Context,
     DeadlineExceeded,
     Embedded,
-    EmbeddingError,
     Input,
     InputRefused,
     NoRoute,
-    PassingFailure,
     ProviderError,
     Space,
-    UpstreamTimeout,
 )
+from .health import Upstreams
+from .order import Latencies, Order, cheapest
+from .route import Provider, Route
+from .turn import ATTEMPTS, ATTEMPTS_A_ROUTE, LONGEST_WAIT, Counts, Journey, Shut, Turn
 
-log = logging.getLogger("embedding_proxy.router")
+__all__ = ["ATTEMPTS", "ATTEMPTS_A_ROUTE", "LONGEST_WAIT", "Order", "Provider", "Route", "Router"]
 
-ATTEMPTS = 3
-"""The most attempts for one request, all routes together."""
-ATTEMPTS_A_ROUTE = 2
-"""The most attempts at one route while another is left."""
-LONGEST_WAIT = 20.0
-"""Seconds; an upstream that asks for more is left for the next route."""
-
-
-class Provider(Protocol):
-    """What a route needs of a provider: its name, and one attempt."""
-
-    name: str
-
-    @property
-    def accepts_tokens(self) -> bool:
-        """Whether token arrays may be sent as they are."""
-        ...
-
-    async def ask(
-        self, model: str, space: Space, inputs: Sequence[Input], context: Context
-    ) -> Embedded:
-        """Make one attempt at the upstream's `model`. Raises EmbeddingError."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A provider and the name by which it knows the model; an Embedder of a single attempt."""
-
-    provider: Provider
-    model: str
-
-    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        """Ask the provider once."""
-        return await self.provider.ask(self.model, space, inputs, context)
+_jitter = wait_random_exponential(multiplier=0.2, max=4.0)
 
 
 class Router:
-    """An Embedder over routes in order of preference.
+    """An Embedder over routes.
 
-    `unavailable` is what to tell the client when there are no routes. `sleep` takes seconds; tests
+    `unavailable` is what to tell the client when there are no routes. `upstreams` is what is known
+    of the providers, and is shared by the routers of all models. `order` says which route is
+    preferred: as listed, by price, or by measured speed. With `hedge_after_s`, a request that has
+    no answer after so many seconds is sent to the next route as well. `sleep` takes seconds; tests
     inject one that does not wait.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of a model, by name
         self,
         routes: Sequence[Route],
         *,
         unavailable: str = "no route is configured",
+        upstreams: Upstreams | None = None,
+        order: Order = "listed",
+        hedge_after_s: float | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.routes = tuple(routes)
         self.unavailable = unavailable
+        self.upstreams = upstreams or Upstreams()
+        self.counts = Counts()
+        self.latencies = Latencies(self.upstreams.clock)
+        self._order = order
+        self._hedge_after_s = hedge_after_s
         self._sleep = sleep
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        """Return the first route's answer; raise the last route's error when none answers."""
+        """Return the first good answer. Raises EmbeddingError, and then what says most.
+
+        When no provider may be asked, AllResting is raised without waiting for anything.
+        """
+        routes = self._preferred(self._able(space, inputs))
+        journey = Journey(space, inputs, context)
+        try:
+            if self._hedge_after_s is not None and len(routes) > 1:
+                return await self._race(routes, journey, self._hedge_after_s)
+            return await self._walk(routes, journey)
+        except Shut:
+            if journey.failure is not None:
+                raise journey.failure from None
+            self.counts.refused += 1
+            raise self._all_resting(routes) from None
+        except TimeoutError as error:
+            raise DeadlineExceeded("the time of the request was up") from error
+
+    def _able(self, space: Space, inputs: Sequence[Input]) -> Sequence[Route]:
+        """Return the routes that take such inputs. Raises NoRoute or InputRefused."""
         if not self.routes:
             raise NoRoute(self.unavailable)
-        routes = self.routes
-        if any(not isinstance(item, str) for item in inputs):
-            routes = tuple(route for route in routes if route.provider.accepts_tokens)
-            if not routes:
-                raise InputRefused(
-                    "No provider of this model takes token arrays, and these stand for no text.",
-                    param="input",
-                )
-        left = ATTEMPTS
-        failure: EmbeddingError | None = None
-        for later, route in zip(range(len(routes) - 1, -1, -1), routes, strict=True):
-            # Each later route keeps at least one attempt in reserve.
-            turns = max(1, min(ATTEMPTS_A_ROUTE if later else left, left - later))
-            retrying = self._retrying(turns, context)
-            try:
-                return await retrying(route.embed, space, inputs, context)
-            except ProviderError as error:
-                log.warning("%s", error)
-                failure = error
-            left -= retrying.statistics.get("attempt_number", 1)
-            if left <= 0:
+        objections = {route: route.objection(space) for route in self.routes}
+        routes = [route for route in self.routes if objections[route] is None]
+        if not routes:
+            raise next(objection for objection in objections.values() if objection)
+        if all(isinstance(item, str) for item in inputs):
+            return routes
+        routes = [route for route in routes if route.provider.accepts_tokens]
+        if not routes:
+            raise InputRefused(
+                "No provider of this model takes token arrays, and these stand for no text.",
+                param="input",
+            )
+        return routes
+
+    def _preferred(self, routes: Sequence[Route]) -> Sequence[Route]:
+        match self._order:
+            case "listed":
+                return routes
+            case "cheapest":
+                return cheapest(routes)
+            case "fastest":
+                ready = [route for route in routes if self._ready(route)]
+                rest = [route for route in routes if route not in ready]
+                return [*self.latencies.arrange(ready), *rest]
+
+    def _ready(self, route: Route) -> bool:
+        return self.upstreams.of(route.name).breaker.ready()
+
+    async def _walk(self, routes: Sequence[Route], journey: Journey) -> Embedded:
+        """Ask one route after the other. Raises Shut when none has answered."""
+        for place, route in enumerate(routes):
+            if journey.left <= 0:
                 break
-        raise failure or DeadlineExceeded("the time of the request was up")
+            if route in journey.asked or not self._ready(route):
+                continue
+            turn = self._turn(route, journey, routes[place + 1 :])
+            if journey.asked:
+                try:
+                    await turn.go_on()
+                except Shut:
+                    continue
+                self.counts.failovers += 1
+            try:
+                return await self._retrying(turn)(turn.ask)
+            except (ProviderError, Shut):
+                turn.give_up()
+        raise Shut
 
-    def _retrying(self, turns: int, context: Context) -> AsyncRetrying:
-        jitter = wait_random_exponential(multiplier=0.2, max=4.0)
+    async def _race(self, routes: Sequence[Route], journey: Journey, after: float) -> Embedded:
+        """Walk, and ask one more route beside if that takes long; the first good answer wins."""
+        walk = asyncio.create_task(self._walk(routes, journey))
+        hedge = asyncio.create_task(self._hedge(routes, journey, after))
+        pending = {walk, hedge}
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        return task.result()
+                    if not isinstance(error, Shut):
+                        raise error
+                if walk in done and not journey.hedged:
+                    break
+            raise Shut
+        finally:
+            walk.cancel()
+            hedge.cancel()
+            await asyncio.gather(walk, hedge, return_exceptions=True)
 
-        def left() -> float:
-            if context.deadline is None:
-                return LONGEST_WAIT
-            return min(context.deadline - asyncio.get_running_loop().time(), LONGEST_WAIT)
+    async def _hedge(self, routes: Sequence[Route], journey: Journey, after: float) -> Embedded:
+        """Ask the next route once when the time has come. Raises Shut when that gives nothing."""
+        await self._sleep(after)
+        for route in routes:
+            if route in journey.asked or not self._ready(route):
+                continue
+            turn = self._turn(route, journey, ())
+            if not turn.hedge():
+                break
+            journey.hedged = True
+            self.counts.hedges += 1
+            try:
+                return await turn.ask()
+            except ProviderError:
+                turn.give_up()
+                break
+        raise Shut
 
-        def wait(state: RetryCallState) -> float:
-            asked = _failure(state).retry_after
-            return min(jitter(state), max(left(), 0.0)) if asked is None else asked
-
-        def worth_waiting(error: BaseException) -> bool:
-            if not isinstance(error, PassingFailure) or isinstance(error, UpstreamTimeout):
-                return False
-            return (error.retry_after or 0.0) < left()
-
-        return AsyncRetrying(
-            stop=stop_after_attempt(turns),
-            wait=wait,
-            retry=retry_if_exception(worth_waiting),
-            sleep=self._sleep,
-            reraise=True,
+    def _turn(self, route: Route, journey: Journey, after: Sequence[Route]) -> Turn:
+        return Turn(
+            route,
+            journey,
+            sum(1 for other in after if other not in journey.asked and self._ready(other)),
+            upstreams=self.upstreams,
+            latencies=self.latencies,
+            counts=self.counts,
         )
 
+    def _retrying(self, turn: Turn) -> AsyncRetrying:
+        def wait(state: RetryCallState) -> float:
+            return turn.wait(_jitter(state))
 
-def _failure(state: RetryCallState) -> PassingFailure:
-    """Return the failure that is about to be waited for."""
-    error = state.outcome.exception() if state.outcome else None
-    if not isinstance(error, PassingFailure):
-        raise TypeError("only passing failures are waited for")
-    return error
+        return AsyncRetrying(
+            retry=retry_if_exception(turn.again), wait=wait, sleep=self._sleep, reraise=True
+        )
+
+    def _all_resting(self, routes: Sequence[Route]) -> AllResting:
+        """Say which providers may not be asked, why, and when the first of them may."""
+        breakers = {route.name: self.upstreams.of(route.name).breaker for route in routes}
+        reasons = "; ".join(
+            f"{name}: {breaker.why}, asked again in {breaker.wait:.1f} s"
+            for name, breaker in breakers.items()
+        )
+        wait = min(breaker.wait for breaker in breakers.values())
+        return AllResting(f"No provider can be asked just now ({reasons}).", wait)

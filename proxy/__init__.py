@@ -33,6 +33,9 @@ Words, one meaning each::
     provider    an embedder that asks an upstream; route: provider + upstream model
     kind        a sort of provider; profile: what it declares of its upstream, as data
     batch       inputs sent in one upstream call; attempt: one try of it
+    extra       an attempt beyond a request's first; a budget bounds them
+    probe       the one call let through to a provider whose breaker is half-open
+    scout       the first to go on to a provider of which nothing is known just now
     usage       tokens, billed or saved
     namespace   a tenant's part of the cache
 """

@@ -10,6 +10,7 @@ import orjson
 from aiohttp import web
 
 from providers.base import (
+    AllResting,
     CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
@@ -21,6 +22,7 @@ from providers.base import (
     ProviderError,
     RateLimited,
     Unreachable,
+    Unreadable,
     UpstreamFault,
     UpstreamTimeout,
 )
@@ -74,11 +76,13 @@ def body(message: str, kind: str, param: str | None = None, code: str | None = N
 _TABLE: tuple[tuple[type[EmbeddingError], int, str, str, bool], ...] = (
     (NoRoute, 503, "server_error", "provider_not_configured", False),
     (DeadlineExceeded, 504, "server_error", "timeout", True),
+    (AllResting, 503, "server_error", "upstream_unavailable", True),
     (CredentialsRefused, 502, "server_error", "upstream_auth", False),
     (OutOfCredit, 429, "insufficient_quota", "insufficient_quota", False),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found", False),
     (RateLimited, 429, "requests", "rate_limit_exceeded", True),
     (UpstreamTimeout, 504, "server_error", "upstream_timeout", True),
+    (Unreadable, 502, "server_error", "upstream_invalid_answer", True),
     (InvalidAnswer, 502, "server_error", "upstream_invalid_answer", True),
     (Unreachable, 502, "server_error", "upstream_unreachable", True),
     (UpstreamFault, 502, "server_error", "upstream_error", True),
@@ -101,7 +105,8 @@ def failure(error: EmbeddingError) -> Failure:
         status = said.status
     wait = None
     if again:
-        wait = said.retry_after if said and said.retry_after is not None else RETRY_SECONDS
+        asked = error.retry_after if isinstance(error, AllResting | ProviderError) else None
+        wait = RETRY_SECONDS if asked is None else asked
     return Failure(status, str(error), type_, None, code, wait)
 
 

@@ -17,6 +17,7 @@ from providers import kinds
 from providers.base import Embedder, Space
 from providers.batcher import Batcher
 from providers.gather import Gatherer
+from providers.health import Upstreams
 from providers.limits import Limits
 from providers.local import Local
 from providers.router import Provider, Route, Router
@@ -76,12 +77,17 @@ def make_models(
     providers: Mapping[str, Provider],
     tiers: Tiers,
     sleep: Callable[[float], Awaitable[None]],
+    upstreams: Upstreams | None = None,
 ) -> dict[str, Model]:
-    """Return every configured model, by name; tiers and flights are shared by all of them."""
+    """Return every configured model, by name.
+
+    Tiers, flights, and what is known of the providers are shared by all of them.
+    """
     flights: Flights[Filled] = Flights()
+    upstreams = upstreams or Upstreams()
     models = {}
     for name, entry in settings.models.items():
-        router = make_router(settings, name, providers, sleep)
+        router = make_router(settings, name, providers, sleep, upstreams)
         models[name] = Model(
             name=name,
             space=entry.as_space(),
@@ -105,15 +111,24 @@ def make_router(
     name: str,
     providers: Mapping[str, Provider],
     sleep: Callable[[float], Awaitable[None]],
+    upstreams: Upstreams | None = None,
 ) -> Router:
     """Return the routes of a configured model, those whose provider can be used."""
     entry = settings.models[name]
     routes = [
-        Route(providers[route.provider], route.model)
+        Route(providers[route.provider], route.model, route.price)
         for route in entry.routes
         if route.provider in providers
     ]
-    return Router(routes, unavailable=_remedy(settings, name, entry), sleep=sleep)
+    remedy = _remedy(settings, name, entry)
+    return Router(
+        routes,
+        unavailable=remedy,
+        upstreams=upstreams,
+        order=entry.order,
+        hedge_after_s=entry.hedge_after_s,
+        sleep=sleep,
+    )
 
 
 def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:

@@ -23,6 +23,7 @@ from providers.base import (
     ProviderError,
     RateLimited,
     Space,
+    Unreadable,
     UpstreamFault,
 )
 
@@ -164,7 +165,7 @@ def test_one_bad_vector_spoils_the_answer_and_is_named(embedding, problem):
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_json_are_refused(number):
     """NaN and Infinity, as some servers write them, make the whole body unreadable."""
-    with pytest.raises(InvalidAnswer, match="not JSON"):
+    with pytest.raises(Unreadable, match="not JSON"):
         read(body_of([item(0, [1.0, number, 3.0]), item(1, numbers_of(1))]))
 
 
@@ -180,6 +181,17 @@ def test_numbers_that_are_not_json_are_refused(number):
         (b"null", "not a JSON object"),
         (b"[]", "not a JSON object"),
         (b'"data"', "not a JSON object"),
+    ],
+)
+def test_what_is_no_json_object_is_a_gateways_or_cut(body, problem):
+    """HTML and cut JSON are no answer of the model at all, and another call may bring one."""
+    with pytest.raises(Unreadable, match=problem):
+        read(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
         (b"{}", "no list of embeddings"),
         (b'{"data": null}', "no list of embeddings"),
         (b'{"data": {"0": []}}', "no list of embeddings"),
@@ -188,7 +200,7 @@ def test_numbers_that_are_not_json_are_refused(number):
     ],
 )
 def test_what_is_no_answer_at_all_is_refused(body, problem):
-    """HTML, cut JSON and JSON of another shape hold no vector, and say so in the error."""
+    """JSON of another shape holds no vector, and the error says so."""
     with pytest.raises(InvalidAnswer, match=problem):
         read(body)
 
@@ -369,6 +381,20 @@ def test_a_date_counts_from_now():
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     wait = answer.refusal("acme", 429, {"Retry-After": later}, b"").retry_after
     assert 60 < wait <= 90
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "wait"),
+    [
+        (429, {"x-ratelimit-reset-requests": "6m0s"}, 360.0),
+        (429, {"x-ratelimit-reset-requests": "6m0s", "Retry-After": "2"}, 2.0),
+        (429, {"x-ratelimit-reset-requests": "6m0s", "Retry-After": "soon"}, 360.0),
+        (503, {"x-ratelimit-reset-requests": "6m0s"}, None),
+    ],
+)
+def test_a_rate_limit_says_when_it_ends_even_without_retry_after(status, headers, wait):
+    """OpenAI's reset headers stand in for Retry-After on a 429, and on nothing else."""
+    assert answer.refusal("acme", status, headers, b"").retry_after == wait
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from providers import failures
-from providers.base import EmbeddingError, InputRefused, ProviderError, Refusal
+from providers.base import AllResting, EmbeddingError, InputRefused, ProviderError, Refusal
 from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
 
@@ -21,7 +21,7 @@ LEAVES = _leaves(EmbeddingError)
 def _made(cls: type, refusal: Refusal | None = None) -> EmbeddingError:
     if issubclass(cls, ProviderError):
         return cls("acme", "said no", refusal)
-    return cls("said no")
+    return cls("said no", 2.5) if cls is AllResting else cls("said no")
 
 
 # Error, what the upstream said, then status, type, code, and the seconds to wait (None: never).
@@ -29,6 +29,7 @@ TABLE = [
     ("InputRefused", None, 400, "invalid_request_error", None, None),
     ("NoRoute", None, 503, "server_error", "provider_not_configured", None),
     ("DeadlineExceeded", None, 504, "server_error", "timeout", RETRY_SECONDS),
+    ("AllResting", None, 503, "server_error", "upstream_unavailable", 2.5),
     ("CredentialsRefused", None, 502, "server_error", "upstream_auth", None),
     ("CredentialsRefused", Refusal(401, "m", "t", "invalid_api_key"), 502, "server_error",
      "upstream_auth", None),
@@ -49,6 +50,7 @@ TABLE = [
     ("UpstreamFault", Refusal(418, "m"), 502, "server_error", "upstream_error", RETRY_SECONDS),
     ("UpstreamTimeout", None, 504, "server_error", "upstream_timeout", RETRY_SECONDS),
     ("Unreachable", None, 502, "server_error", "upstream_unreachable", RETRY_SECONDS),
+    ("Unreadable", None, 502, "server_error", "upstream_invalid_answer", RETRY_SECONDS),
     ("InvalidAnswer", None, 502, "server_error", "upstream_invalid_answer", RETRY_SECONDS),
 ]  # fmt: skip
 

@@ -1,0 +1,292 @@
+"""The breaker against a model of it, and each of its rules by example; the clock is ours."""
+
+import pytest
+from clock import Clock
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+)
+
+from providers.breaker import (
+    FEWEST,
+    FIRST_OPEN,
+    IN_A_ROW,
+    JITTER,
+    LONGEST_OPEN,
+    LONGEST_REST,
+    PROBE_WAIT,
+    WINDOW,
+    Breaker,
+    State,
+    Verdict,
+)
+
+
+def made(chance=0.0):
+    """Return a breaker and its clock; with chance 0 openings have their full length."""
+    clock = Clock()
+    return Breaker(clock, lambda: chance), clock
+
+
+def play(breaker, *verdicts):
+    """Make one call after another."""
+    for verdict in verdicts:
+        breaker.leave(breaker.enter(), verdict)
+
+
+GOOD, BAD, NONE = Verdict.GOOD, Verdict.BAD, Verdict.NONE
+
+
+def test_five_failures_in_a_row_open_it():
+    """Four do not, and a success in between begins the row anew."""
+    breaker, _ = made()
+    play(breaker, *[BAD] * (IN_A_ROW - 1), GOOD, *[BAD] * (IN_A_ROW - 1))
+    assert breaker.state is State.CLOSED
+    play(breaker, BAD)
+    assert (breaker.state, breaker.opened, breaker.wait) == (State.OPEN, 1, FIRST_OPEN)
+    assert breaker.enter() is None
+
+
+def test_calls_without_a_verdict_do_not_break_a_row():
+    """A cancelled call or a rate limit says nothing of the service, either way."""
+    breaker, _ = made()
+    play(breaker, BAD, BAD, NONE, NONE, BAD, BAD, NONE, BAD)
+    assert breaker.state is State.OPEN
+
+
+def test_half_of_ten_failures_open_it():
+    """Half of the calls is enough when there are ten of them, and no sooner."""
+    breaker, _ = made()
+    play(breaker, *[GOOD, BAD] * (FEWEST // 2 - 1), GOOD)
+    assert breaker.state is State.CLOSED
+    play(breaker, BAD)
+    assert breaker.state is State.OPEN
+    assert "5 of its last 10" in breaker.why
+
+
+def test_less_than_half_does_not_open_it():
+    """A provider that mostly answers is asked on."""
+    breaker, _ = made()
+    play(breaker, *[GOOD, GOOD, BAD] * 30)
+    assert breaker.state is State.CLOSED
+
+
+def test_old_calls_are_forgotten():
+    """What was more than thirty seconds ago counts neither for it nor against it."""
+    breaker, clock = made()
+    play(breaker, *[GOOD] * 9)
+    clock.now += WINDOW
+    play(breaker, *[BAD, BAD, GOOD] * 3)
+    assert breaker.state is State.CLOSED
+    play(breaker, BAD)
+    assert breaker.state is State.OPEN
+
+
+def test_each_failed_probe_opens_it_for_twice_as_long():
+    """1, 2, 4 … seconds, up to five minutes; a success begins again at one."""
+    breaker, clock = made()
+    play(breaker, *[BAD] * IN_A_ROW)
+    lengths = []
+    for _ in range(11):
+        lengths.append(breaker.wait)
+        clock.now += breaker.wait
+        assert breaker.state is State.HALF_OPEN
+        play(breaker, BAD)
+    assert lengths == [1, 2, 4, 8, 16, 32, 64, 128, 256, LONGEST_OPEN, LONGEST_OPEN]
+    clock.now += LONGEST_OPEN
+    play(breaker, GOOD)
+    assert (breaker.state, breaker.wait, breaker.why) == (State.CLOSED, 0, "")
+    play(breaker, *[BAD] * IN_A_ROW)
+    assert breaker.wait == FIRST_OPEN
+
+
+def test_chance_makes_an_opening_shorter_by_up_to_a_fifth():
+    """Many proxies do not probe at the same moment."""
+    breaker, _ = made(chance=0.5)
+    play(breaker, *[BAD] * IN_A_ROW)
+    assert breaker.wait == pytest.approx(FIRST_OPEN * (1 - JITTER / 2))
+
+
+def test_one_probe_at_a_time():
+    """While one call is the probe, no other goes through, and those who come are told to wait."""
+    breaker, clock = made()
+    play(breaker, *[BAD] * IN_A_ROW)
+    clock.now += FIRST_OPEN
+    probe = breaker.enter()
+    assert probe.probe
+    assert breaker.enter() is None
+    assert breaker.wait == PROBE_WAIT
+    breaker.leave(probe, GOOD)
+    assert breaker.state is State.CLOSED
+    assert not breaker.enter().probe
+
+
+def test_a_cancelled_probe_frees_its_place():
+    """The next call is the probe then; nothing is decided."""
+    breaker, clock = made()
+    play(breaker, *[BAD] * IN_A_ROW)
+    clock.now += FIRST_OPEN
+    play(breaker, NONE, NONE)
+    assert breaker.state is State.HALF_OPEN
+    assert breaker.enter().probe
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_who_began_before_it_opened_decides_nothing(verdict):
+    """Late failures of a crowd do not open it for longer, and late successes do not close it."""
+    breaker, clock = made()
+    late = [breaker.enter() for _ in range(20)]
+    play(breaker, *[BAD] * IN_A_ROW)
+    for permit in late[:10]:
+        breaker.leave(permit, verdict)
+    assert (breaker.state, breaker.opened, breaker.wait) == (State.OPEN, 1, FIRST_OPEN)
+    clock.now += FIRST_OPEN
+    probe = breaker.enter()
+    breaker.leave(late[10], verdict)
+    assert breaker.enter() is None
+    breaker.leave(probe, GOOD)
+    for permit in late[11:]:
+        breaker.leave(permit, verdict)
+    assert (breaker.state, breaker.in_a_row) == (State.CLOSED, 0)
+
+
+def test_a_rest_lets_nothing_through_and_needs_no_probe():
+    """After it everyone may call at once; a shorter rest does not cut a longer one."""
+    breaker, clock = made()
+    breaker.rest(7, "rate limited")
+    breaker.rest(3, "something else")
+    assert (breaker.state, breaker.wait, breaker.why) == (State.RESTING, 7, "rate limited")
+    assert breaker.enter() is None
+    assert breaker.enter(rested=True) is not None
+    clock.now += 7
+    assert [permit.probe for permit in (breaker.enter(), breaker.enter())] == [False, False]
+
+
+def test_no_rest_is_for_ever():
+    """An upstream that names next year is asked again within the hour."""
+    breaker, _ = made()
+    breaker.rest(1e9, "rate limited")
+    assert breaker.wait == LONGEST_REST
+
+
+def test_one_may_not_rest_past_an_open_breaker():
+    """To have waited for a rate limit gives no way through a breaker that opened since."""
+    breaker, _ = made()
+    breaker.rest(1, "rate limited")
+    breaker.leave(breaker.enter(rested=True), NONE)
+    for _ in range(IN_A_ROW):
+        breaker.leave(breaker.enter(rested=True), BAD)
+    assert breaker.enter(rested=True) is None
+
+
+def test_a_trip_is_proved_over_by_one_call():
+    """After a bill is paid, one call tells; of a crowd that was refused, the first one counts."""
+    breaker, clock = made()
+    crowd = [breaker.enter() for _ in range(5)]
+    for permit in crowd:
+        breaker.trip(permit, 300, "out of credit")
+        clock.now += 1
+    assert (breaker.state, breaker.opened, breaker.why) == (State.OPEN, 1, "out of credit")
+    assert breaker.wait == 295
+    clock.now += 295
+    assert breaker.enter().probe
+    assert breaker.enter() is None
+
+
+class Model(RuleBasedStateMachine):
+    """Calls that overlap at will, and time that goes on, against the rules told plainly."""
+
+    permits = Bundle("permits")
+
+    def __init__(self):
+        super().__init__()
+        self.breaker, self.clock = made()
+        self.open_until = None
+        self.length = 0.0
+        self.rest_until = 0.0
+        self.probe = None
+        self.current = set()
+        self.history = []
+
+    def may(self):
+        now = self.clock.now
+        if now < self.rest_until:
+            return False
+        return self.open_until is None or (now >= self.open_until and self.probe is None)
+
+    @rule(target=permits)
+    def enter(self):
+        permit = self.breaker.enter()
+        assert (permit is not None) == self.may()
+        if permit is None:
+            return None
+        assert permit.probe == (self.open_until is not None)
+        if permit.probe:
+            self.probe = permit
+        self.current.add(permit)
+        return permit
+
+    @rule(permit=consumes(permits), verdict=st.sampled_from(Verdict))
+    def leave(self, permit, verdict):
+        if permit is None:
+            return
+        self.breaker.leave(permit, verdict)
+        if permit not in self.current:
+            return
+        self.current.discard(permit)
+        was_probe, self.probe = permit is self.probe, None if permit is self.probe else self.probe
+        if verdict is NONE:
+            return
+        if was_probe:
+            self._move(opens=verdict is BAD)
+            return
+        self.history.append((self.clock.now, verdict))
+        recent = [v for t, v in self.history if t > self.clock.now - WINDOW]
+        row = [v for _, v in self.history][-IN_A_ROW:]
+        in_a_row = len(row) == IN_A_ROW and set(row) == {BAD}
+        half = len(recent) >= FEWEST and recent.count(BAD) * 2 >= len(recent)
+        if verdict is BAD and (in_a_row or half):
+            self._move(opens=True)
+
+    def _move(self, *, opens):
+        self.current.clear()
+        self.history.clear()
+        self.length = min(max(self.length * 2, FIRST_OPEN), LONGEST_OPEN) if opens else 0.0
+        self.open_until = self.clock.now + self.length if opens else None
+
+    @rule(seconds=st.sampled_from([0.25, 1.0, 7.0, WINDOW, LONGEST_OPEN]))
+    def time_goes_on(self, seconds):
+        self.clock.now += seconds
+
+    @precondition(lambda self: self.open_until is not None)
+    @rule()
+    def the_opening_ends(self):
+        self.clock.now = max(self.clock.now, self.open_until)
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 20.0, 2 * LONGEST_REST]))
+    def rest(self, seconds):
+        self.breaker.rest(seconds, "asked to")
+        self.rest_until = max(self.rest_until, self.clock.now + min(seconds, LONGEST_REST))
+
+    @invariant()
+    def they_agree(self):
+        now = self.clock.now
+        if self.open_until is not None and now < self.open_until:
+            expected = State.OPEN
+        elif now < self.rest_until:
+            expected = State.RESTING
+        else:
+            expected = State.CLOSED if self.open_until is None else State.HALF_OPEN
+        assert self.breaker.state is expected
+        assert self.breaker.ready() == self.may()
+        assert (self.breaker.wait == 0) == self.may()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(deadline=None, max_examples=300, stateful_step_count=60)

@@ -1,0 +1,729 @@
+"""Many requests and providers that are down: breakers, rests, budget, scouts; the clock is ours."""
+
+import asyncio
+import logging
+
+import pytest
+from clock import Clock
+
+from providers import base
+from providers.base import (
+    AllResting,
+    Context,
+    CredentialsRefused,
+    DeadlineExceeded,
+    Embedded,
+    InputRefused,
+    InvalidAnswer,
+    ModelNotFound,
+    OutOfCredit,
+    ProviderError,
+    RateLimited,
+    Refusal,
+    Space,
+    Unreachable,
+    Unreadable,
+    UpstreamFault,
+    UpstreamTimeout,
+)
+from providers.breaker import State
+from providers.budget import FLOOR
+from providers.faults import NO_CREDIT_REST, NO_KEY_REST, rule
+from providers.health import Upstreams
+from providers.router import Route, Router
+from providers.turn import PROBE_LIMIT
+
+SPACE = Space("vendor/model", 2)
+
+
+class Fake:
+    """A provider that does as it is told: raises `does`, or answers; at the gate, if it has one."""
+
+    def __init__(self, name, does=None, *, accepts_tokens=True):
+        self.name = name
+        self.does = does
+        self.accepts_tokens = accepts_tokens
+        self.gate = None
+        self.calls = 0
+        self.ended = 0
+
+    async def ask(self, model, space, inputs, context):
+        self.calls += 1
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            if self.does is not None:
+                raise self.does() if callable(self.does) else self.does
+        finally:
+            self.ended += 1
+        return Embedded([b"8 bytes!"], [1], counted=True, providers=(self.name,))
+
+
+def error(kind, *, wait=None, status=500, provider="acme"):
+    """Return an error as an upstream's refusal makes it."""
+    return kind(provider, "made up", Refusal(status, "made up", retry_after=wait))
+
+
+class World:
+    """Fake providers a and b behind a router of their own, and a clock that stands still."""
+
+    def __init__(self, a=None, b=None, **options):
+        self.clock = Clock()
+        self.waits = []
+        self.a, self.b = Fake("a", a), Fake("b", b)
+        self.upstreams = Upstreams(self.clock, lambda: 0.0)
+        self.router = self.make(**options)
+
+    def make(self, routes=None, **options):
+        """Return a router over these providers, that shares what is known of them."""
+        routes = routes or [Route(self.a, "m"), Route(self.b, "m")]
+        options = {"sleep": self.sleep, **options}
+        return Router(routes, upstreams=self.upstreams, **options)
+
+    async def sleep(self, seconds):
+        self.waits.append(seconds)
+        self.clock.now += seconds
+
+    async def ask(self, router=None, inputs=("text",), context=Context()):  # noqa: B008
+        """Embed and return who answered, or the error."""
+        try:
+            answer = await (router or self.router).embed(SPACE, inputs, context)
+        except base.EmbeddingError as failure:
+            return failure
+        return answer.providers[0]
+
+    @property
+    def calls(self):
+        return self.a.calls, self.b.calls
+
+    def state(self, name):
+        return self.upstreams.of(name).breaker.state
+
+
+async def turn():
+    """Let every task go as far as it can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+# The rows of the table of faults: the error, and how often one provider alone is asked.
+ROWS = {
+    "1 429, the wait fits": (lambda: error(RateLimited, wait=3.0), 3),
+    "1 429, the wait does not fit": (lambda: error(RateLimited, wait=30.0), 1),
+    "2 429 without": (lambda: error(RateLimited), 3),
+    "3 out of credit": (lambda: error(OutOfCredit), 1),
+    "4 the proxy's key": (lambda: error(CredentialsRefused), 1),
+    "7 404 model": (lambda: error(ModelNotFound), 1),
+    "8 5xx": (lambda: error(UpstreamFault), 3),
+    "8 503 with a wait": (lambda: error(UpstreamFault, wait=2.0), 3),
+    "10 HTML": (lambda: Unreadable("acme", "made up"), 3),
+    "11-16 invalid": (lambda: InvalidAnswer("acme", "made up"), 2),
+    "19-20 hang": (lambda: UpstreamTimeout("acme", "made up"), 1),
+    "21-22 unreachable": (lambda: Unreachable("acme", "made up"), 2),
+    "24 huge, redirect": (lambda: UpstreamFault("acme", "made up"), 1),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+async def test_one_provider_alone_is_asked_as_often_as_its_fault_allows(row):
+    """`no`, `once` and `yes` of the table, where there is no other route."""
+    make, attempts = ROWS[row]
+    world = World(make)
+    alone = world.make([Route(world.a, "m")])
+    assert type(await world.ask(alone)) is type(make())
+    assert world.a.calls == attempts
+
+
+@pytest.mark.parametrize("row", ROWS)
+async def test_the_second_provider_answers_after_the_first(row):
+    """Two attempts at most at the first, then the second answers, at once."""
+    make, attempts = ROWS[row]
+    world = World(make)
+    assert await world.ask() == "b"
+    assert world.calls == (min(attempts, 2), 1)
+
+
+@pytest.mark.parametrize("row", ROWS)
+async def test_the_second_provider_fails_after_the_first(row):
+    """Of three attempts the second provider has what is left, and its failure is told."""
+    make, attempts = ROWS[row]
+    first = error(ModelNotFound)
+    world = World(first, make)
+    failure = await world.ask()
+    assert type(failure) is type(make())
+    assert world.calls == (1, min(attempts, 2))
+
+
+async def test_a_refused_input_is_not_sent_elsewhere():
+    """Rows 5 and 6: no other provider would take it, and the breaker hears nothing of it."""
+    world = World(InputRefused("too long"))
+    for _ in range(20):
+        assert isinstance(await world.ask(), InputRefused)
+    assert world.calls == (20, 0)
+    assert world.state("a") is State.CLOSED
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (UpstreamFault, ModelNotFound, UpstreamFault),
+        (ModelNotFound, UpstreamFault, UpstreamFault),
+        (OutOfCredit, CredentialsRefused, CredentialsRefused),
+        (Unreachable, UpstreamFault, UpstreamFault),
+    ],
+)
+async def test_the_failure_that_may_pass_is_told(first, second, told):
+    """A client is told to come back if any provider may do better then."""
+    world = World(error(first), error(second))
+    assert type(await world.ask()) is told
+
+
+@pytest.mark.parametrize(
+    "kind", [UpstreamFault, Unreachable, UpstreamTimeout, InvalidAnswer, Unreadable]
+)
+async def test_a_provider_that_is_down_is_not_asked(kind):
+    """After five failures requests go to the second provider without a detour."""
+    world = World(lambda: error(kind))
+    while world.state("a") is State.CLOSED:
+        assert await world.ask() == "b"
+    assert world.a.calls == 5
+    for _ in range(20):
+        assert await world.ask() == "b"
+    assert world.a.calls == 5
+
+
+@pytest.mark.parametrize("kind", [RateLimited, ModelNotFound])
+async def test_what_is_not_the_services_fault_does_not_open_the_breaker(kind):
+    """Neither a limit without a time nor an unknown model keeps others away."""
+    world = World(lambda: error(kind))
+    for _ in range(20):
+        assert await world.ask() == "b"
+    assert world.state("a") is State.CLOSED
+    assert world.a.calls >= 20
+
+
+@pytest.mark.parametrize(
+    ("make", "seconds", "probed"),
+    [
+        (lambda: error(OutOfCredit), NO_CREDIT_REST, True),
+        (lambda: error(CredentialsRefused), NO_KEY_REST, True),
+        (lambda: error(RateLimited, wait=60.0), 60.0, False),
+    ],
+)
+async def test_a_provider_that_refuses_all_rests(make, seconds, probed):
+    """It is asked again after its time, by one request only if the trouble may be still there."""
+    world = World(make)
+    for _ in range(5):
+        assert await world.ask() == "b"
+        world.clock.now += seconds / 5 - 0.001
+    assert world.calls == (1, 5)
+    world.clock.now += 1
+    world.a.does, world.a.gate = None, asyncio.Event()
+    crowd = asyncio.gather(*(world.ask() for _ in range(9)))
+    await turn()
+    world.a.gate.set()
+    assert sorted(await crowd).count("a") == (1 if probed else 9)
+    assert world.state("a") is State.CLOSED
+
+
+async def test_a_refused_key_is_loud_in_the_log(caplog):
+    """The operator cannot overlook it, and reads which provider it was."""
+    world = World(error(CredentialsRefused, provider="a"))
+    await world.ask()
+    loud = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(loud) == 1
+    assert loud[0].startswith("a: THE PROXY'S OWN KEY")
+
+
+async def test_the_breaker_is_shared_by_all_models():
+    """What one model learnt of a provider, another need not learn again."""
+    world = World(lambda: error(UpstreamFault))
+    other = world.make()
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    calls = world.a.calls
+    assert await world.ask(other) == "b"
+    assert world.a.calls == calls
+
+
+async def test_nobody_left_to_ask_is_said_at_once():
+    """With every provider held back there is no call; the error says why, and for how long."""
+    world = World(lambda: error(UpstreamFault), error(OutOfCredit))
+    while not isinstance(failure := await world.ask(), AllResting):
+        pass
+    calls = world.calls
+    assert isinstance(await world.ask(), AllResting)
+    assert world.calls == calls
+    assert 0 < failure.retry_after <= 1
+    assert "a: it failed 5 times in a row" in str(failure)
+    assert "b: out of credit" in str(failure)
+    assert world.router.counts.refused == 2
+
+
+async def test_one_call_proves_a_provider_well_again():
+    """Half-open, one request of a crowd is let through, the rest is answered by the second."""
+    world = World(lambda: error(UpstreamFault))
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    world.clock.now += 1
+    world.a.does, world.a.gate, calls = None, asyncio.Event(), world.a.calls
+    crowd = asyncio.gather(*(world.ask() for _ in range(20)))
+    await turn()
+    assert world.a.calls == calls + 1
+    world.a.gate.set()
+    assert sorted(await crowd) == ["a", *["b"] * 19]
+    assert await world.ask() == "a"
+
+
+async def test_a_failed_probe_costs_no_client_its_answer():
+    """The request that was the probe goes on to the second provider."""
+    world = World(lambda: error(UpstreamFault))
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    calls = world.a.calls
+    world.clock.now += 1
+    assert await world.ask() == "b"
+    assert world.a.calls == calls + 1
+    assert world.upstreams.of("a").breaker.wait == 2
+
+
+async def test_a_cancelled_probe_frees_its_place():
+    """A client that goes away while its request is the probe leaves the place to the next."""
+    world = World(lambda: error(UpstreamFault))
+    alone = world.make([Route(world.a, "m")])
+    while world.state("a") is State.CLOSED:
+        await world.ask(alone)
+    world.clock.now += 1
+    world.a.does, world.a.gate = None, asyncio.Event()
+    gone = asyncio.create_task(world.ask(alone))
+    await turn()
+    assert isinstance(await world.ask(alone), AllResting)
+    gone.cancel()
+    await asyncio.wait([gone])
+    assert world.a.ended == world.a.calls
+    world.a.gate.set()
+    assert await world.ask(alone) == "a"
+    assert world.state("a") is State.CLOSED
+
+
+async def test_a_burst_into_a_dead_and_a_living_provider_fails_nobody():
+    """Fifty at once after a cold start, the first provider dead: each is answered by the second."""
+    world = World(lambda: error(UpstreamTimeout))
+    world.a.gate = asyncio.Event()
+    crowd = asyncio.gather(*(world.ask() for _ in range(50)))
+    await turn()
+    world.a.gate.set()
+    assert await crowd == ["b"] * 50
+    assert world.calls == (50, 50)
+
+
+async def test_a_burst_into_two_dead_providers_is_bounded():
+    """Fifty at once after a cold start, all dead: at most a fifth of the calls is added."""
+    world = World(lambda: error(UpstreamTimeout), lambda: error(UpstreamFault))
+    world.a.gate, world.b.gate = asyncio.Event(), asyncio.Event()
+    crowd = asyncio.gather(*(world.ask() for _ in range(50)))
+    await turn()
+    assert world.calls == (50, 0)
+    world.a.gate.set()
+    await turn()
+    assert world.calls == (50, FLOOR)
+    world.b.gate.set()
+    assert all(isinstance(failure, ProviderError) for failure in await crowd)
+    assert world.calls == (50, FLOOR)
+
+
+@pytest.mark.parametrize("first", [Unreachable, UpstreamFault, UpstreamTimeout, RateLimited])
+@pytest.mark.parametrize(
+    "second", [Unreachable, UpstreamFault, UpstreamTimeout, RateLimited, ModelNotFound, OutOfCredit]
+)
+@pytest.mark.parametrize("size", [50, 200])
+async def test_whatever_the_fault_a_burst_adds_no_more_than_a_fifth(first, second, size):
+    """Second tries at the same provider and scouts are paid for from one purse."""
+    world = World(lambda: error(first), lambda: error(second))
+    world.a.gate = asyncio.Event()
+    crowd = asyncio.gather(*(world.ask() for _ in range(size)))
+    await turn()
+    world.a.gate.set()
+    await crowd
+    # One scout at a time may go on an empty budget, until the second provider's breaker is open.
+    assert sum(world.calls) <= 1.2 * size + 5
+
+
+async def test_the_rest_of_a_burst_goes_on_when_a_scout_is_back():
+    """Who cannot be paid for waits for one who was, and then all go; scouts are refunded."""
+    world = World(lambda: error(UpstreamTimeout))
+    world.a.gate, world.b.gate = asyncio.Event(), asyncio.Event()
+    crowd = asyncio.gather(*(world.ask() for _ in range(50)))
+    await turn()
+    world.a.gate.set()
+    await turn()
+    assert world.b.calls == FLOOR
+    world.b.gate.set()
+    assert await crowd == ["b"] * 50
+    assert world.upstreams.budget.extras == 0
+
+
+async def test_on_an_empty_budget_one_scout_may_still_go():
+    """However much was spent, a living second provider is found, and everyone is answered."""
+    world = World(lambda: error(UpstreamTimeout))
+    for _ in range(100):
+        world.upstreams.budget.spend()
+    world.a.gate, world.b.gate = asyncio.Event(), asyncio.Event()
+    crowd = asyncio.gather(*(world.ask() for _ in range(50)))
+    await turn()
+    world.a.gate.set()
+    await turn()
+    assert world.b.calls == 1
+    world.b.gate.set()
+    assert await crowd == ["b"] * 50
+
+
+async def test_a_cancelled_scout_is_followed_by_another():
+    """The client whose request was the scout goes away: the next one takes its place."""
+    world = World(lambda: error(UpstreamTimeout))
+    for _ in range(100):
+        world.upstreams.budget.spend()
+    world.b.gate = asyncio.Event()
+    tasks = [asyncio.create_task(world.ask()) for _ in range(5)]
+    await turn()
+    assert world.b.calls == 1
+    tasks[0].cancel()
+    await turn()
+    assert world.b.calls == 2
+    world.b.gate.set()
+    assert await asyncio.gather(*tasks[1:]) == ["b"] * 4
+    assert world.upstreams.of("b").scouts == 0
+
+
+async def test_waiting_for_a_scout_ends_with_the_request():
+    """A request whose time is up while a scout is under way gets its 504."""
+    world = World(lambda: error(Unreachable))
+    for _ in range(100):
+        world.upstreams.budget.spend()
+    world.b.gate = asyncio.Event()
+    first = asyncio.create_task(world.ask())
+    await turn()
+    context = Context(deadline=world.clock.now + 0.001)
+    assert isinstance(await world.ask(context=context), DeadlineExceeded)
+    world.b.gate.set()
+    assert await first == "b"
+
+
+async def test_retries_of_all_models_share_one_budget():
+    """A fault that keeps coming is not tried again for everyone."""
+    world = World(lambda: error(RateLimited))
+    alone = [world.make([Route(world.a, f"m{i}")]) for i in range(30)]
+    for router in alone:
+        await world.ask(router, context=Context(deadline=world.clock.now))
+        await world.ask(router)
+    assert world.a.calls == 60 + 12
+
+
+async def test_a_free_failover_that_fails_is_charged():
+    """Going on to a provider just proved well costs nothing, unless it fails after all."""
+    world = World(error(ModelNotFound))
+    await world.ask()
+    assert await world.ask() == "b"
+    assert world.upstreams.budget.extras == 0
+    world.b.does = error(UpstreamTimeout)
+    await world.ask()
+    assert world.upstreams.budget.extras == 1
+    world.b.gate = asyncio.Event()
+    task = asyncio.create_task(world.ask())
+    await turn()
+    assert (world.upstreams.of("b").scouts, world.upstreams.budget.extras) == (1, 2)
+    world.b.gate.set()
+    await task
+
+
+async def test_a_proved_provider_is_open_to_all_at_once():
+    """What is proved well takes everyone who goes on, though nothing is left to spend."""
+    world = World(error(ModelNotFound))
+    await world.ask()
+    for _ in range(100):
+        world.upstreams.budget.spend()
+    world.b.gate, before = asyncio.Event(), world.b.calls
+    crowd = asyncio.gather(*(world.ask() for _ in range(20)))
+    await turn()
+    assert world.b.calls == before + 20
+    world.b.gate.set()
+    assert await crowd == ["b"] * 20
+
+
+async def test_a_second_try_that_is_not_made_is_not_charged():
+    """The breaker that opens during the wait gives the budget back what the wait had reserved."""
+    world = World(lambda: error(RateLimited))
+
+    async def sleep(seconds):
+        breaker = world.upstreams.of("a").breaker
+        breaker.trip(breaker.enter(), 1, "others failed")
+
+    alone = world.make([Route(world.a, "m")], sleep=sleep)
+    assert isinstance(await world.ask(alone), RateLimited)
+    assert (world.a.calls, world.upstreams.budget.extras) == (1, 0)
+
+
+async def test_a_proof_grows_old():
+    """What answered well a minute ago is asked by a scout first."""
+    world = World(error(ModelNotFound))
+    await world.ask()
+    world.clock.now += 60
+    world.b.gate = asyncio.Event()
+    task = asyncio.create_task(world.ask())
+    await turn()
+    assert (world.upstreams.of("b").scouts, world.upstreams.budget.extras) == (1, 1)
+    world.b.gate.set()
+    await task
+
+
+async def test_a_wait_that_was_kept_ends_the_rest_for_the_one_who_kept_it():
+    """Others may have been told to wait longer; who has waited as told asks once more."""
+    world = World(lambda: error(RateLimited, wait=2.0))
+    alone = world.make([Route(world.a, "m")])
+
+    async def sleep(seconds):
+        world.waits.append(seconds)
+        world.upstreams.of("a").breaker.rest(5.0, "rate limited")
+
+    waiting = world.make([Route(world.a, "m")], sleep=sleep)
+    assert isinstance(await world.ask(waiting), RateLimited)
+    assert (world.a.calls, world.waits) == (3, [2.0, 2.0])
+    assert isinstance(await world.ask(alone), AllResting)
+
+
+async def test_an_attempt_leaves_time_for_the_next_route():
+    """A provider that hangs gets its share of the request's time, not all of it."""
+    world = World()
+    world.a.gate = asyncio.Event()
+    deadline = asyncio.get_running_loop().time() + 0.05
+    world.upstreams.clock = asyncio.get_running_loop().time
+    assert await world.ask(context=Context(deadline=deadline)) == "b"
+    assert world.router.counts.failures == {"UpstreamTimeout": 1}
+
+
+async def test_a_probe_that_hangs_does_not_hold_up_its_request(monkeypatch):
+    """Where another route could answer, a probe gets seconds, whatever the provider's limit."""
+    assert PROBE_LIMIT <= 10
+    monkeypatch.setattr("providers.turn.PROBE_LIMIT", 0.001)
+    world = World(lambda: error(UpstreamFault))
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    world.clock.now += 1
+    world.a.gate = asyncio.Event()
+    assert await world.ask() == "b"
+    assert world.state("a") is State.OPEN
+
+
+async def test_the_preferred_route_is_the_cheapest():
+    """`cheapest` turns the list about, and a provider that is down is still passed over."""
+    world = World()
+    priced = [Route(world.a, "m", 0.2), Route(world.b, "m", 0.1)]
+    router = world.make(priced, order="cheapest")
+    assert await world.ask(router) == "b"
+    world.b.does = error(OutOfCredit)
+    assert await world.ask(router) == "a"
+    assert await world.ask(router) == "a"
+    assert world.b.calls == 2
+
+
+async def test_the_preferred_route_is_the_fastest():
+    """`fastest` measures, tries the other now and then, and passes over what is down."""
+    world = World()
+    router = world.make(order="fastest")
+    assert [await world.ask(router) for _ in range(3)] == ["a", "b", "a"]
+    router.latencies.answered(router.routes[0], 5.0, 1)
+    assert await world.ask(router) == "b"
+    world.b.does = error(OutOfCredit)
+    assert [await world.ask(router) for _ in range(3)] == ["a"] * 3
+
+
+async def test_a_provider_that_is_down_takes_no_ones_trial():
+    """`fastest` tries what may be asked; a route held back is not put first in its stead."""
+    world = World()
+    c = Fake("c")
+    router = world.make([Route(f, "m") for f in (world.a, world.b, c)], order="fastest")
+    assert await world.ask(router) == "a"
+    breaker = world.upstreams.of("b").breaker
+    breaker.trip(breaker.enter(), 300, "others failed")
+    assert [await world.ask(router) for _ in range(2)] == ["c", "a"]
+
+
+async def test_what_happened_can_be_read():
+    """Counters of the router, and of each provider its state, why, and until when."""
+    world = World(lambda: error(UpstreamFault))
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    counts = world.router.counts
+    assert (counts.attempts, counts.retries, counts.failovers) == (8, 2, 3)
+    assert counts.failures == {"UpstreamFault": 5}
+    shown = world.upstreams.snapshot()
+    assert shown["a"] == {
+        "state": "open",
+        "until_s": 1.0,
+        "why": "it failed 5 times in a row",
+        "failures_in_a_row": 5,
+        "opened": 1,
+        "attempts": 5,
+        "failures": {"UpstreamFault": 5},
+    }
+    assert (shown["b"]["state"], shown["b"]["why"], shown["b"]["attempts"]) == ("closed", "", 3)
+
+
+@pytest.mark.parametrize("kind", [k for k in ProviderError.__subclasses__() if k.__subclasses__()])
+def test_an_error_nobody_foresaw_counts_and_is_not_repeated(kind):
+    """A class without a row of its own has the careful one."""
+    found = rule(kind("acme", "made up"))
+    assert (found.again, found.verdict.value, found.trips) == (0, "bad", None)
+
+
+class Hedged(World):
+    """A world whose router hedges after a time that is over when the test says so."""
+
+    def __init__(self, a=None, b=None, **options):
+        self.hour = asyncio.Event()
+        super().__init__(a, b, hedge_after_s=0.5, **options)
+        self.a.gate = asyncio.Event()
+
+    async def sleep(self, seconds):
+        self.waits.append(seconds)
+        if seconds == 0.5:
+            await self.hour.wait()
+
+    async def started(self):
+        """Start a request, and let its hedge go."""
+        task = asyncio.create_task(self.ask())
+        await turn()
+        self.hour.set()
+        await turn()
+        return task
+
+
+async def test_a_slow_route_is_hedged():
+    """The second route's answer wins; the first is cancelled, which counts neither way."""
+    world = Hedged()
+    task = await world.started()
+    assert await task == "b"
+    assert (world.calls, world.a.ended, world.router.counts.hedges) == ((1, 1), 1, 1)
+    assert world.upstreams.budget.extras == 1
+    assert world.upstreams.of("a").breaker.in_a_row == 0
+    assert not world.upstreams.of("a").failures
+
+
+async def test_a_quick_route_is_not_hedged():
+    """An answer before the time cancels the hedge before it costs anything."""
+    world = Hedged()
+    task = asyncio.create_task(world.ask())
+    await turn()
+    world.a.gate.set()
+    assert await task == "a"
+    assert (world.calls, world.upstreams.budget.extras) == ((1, 0), 0)
+
+
+async def test_the_first_route_may_still_win():
+    """A hedge that is slower, or fails, is no loss but its price; its failure is the breaker's."""
+    world = Hedged(b=error(UpstreamFault))
+    task = await world.started()
+    assert world.calls == (1, 1)
+    world.a.gate.set()
+    assert await task == "a"
+    assert world.upstreams.of("b").breaker.in_a_row == 1
+
+
+async def test_a_first_route_that_fails_leaves_the_matter_to_its_hedge():
+    """A route that is being asked as a hedge is not asked once more as the next route."""
+    world = Hedged(lambda: error(ModelNotFound))
+    world.b.gate = asyncio.Event()
+    task = await world.started()
+    world.a.gate.set()
+    await turn()
+    world.b.gate.set()
+    assert await task == "b"
+    assert world.calls == (1, 1)
+
+
+async def test_both_may_fail():
+    """Then the request fails with what says most, after no more attempts than there are."""
+    world = Hedged(lambda: error(UpstreamFault), error(ModelNotFound))
+    task = await world.started()
+    world.a.gate.set()
+    assert isinstance(await task, UpstreamFault)
+    assert world.calls == (2, 1)
+
+
+async def test_a_refused_input_ends_a_race():
+    """What the hedge hears of the input is the answer; the first route is not waited for."""
+    world = Hedged(b=InputRefused("too long"))
+    assert isinstance(await (await world.started()), InputRefused)
+    assert world.a.ended == 1
+
+
+async def test_a_hedge_must_be_affordable():
+    """Without budget nothing is asked twice at a time."""
+    world = Hedged()
+    for _ in range(20):
+        world.upstreams.budget.spend()
+    task = await world.started()
+    assert world.calls == (1, 0)
+    world.a.gate.set()
+    assert await task == "a"
+
+
+async def test_a_first_route_that_fails_before_the_hedge_goes_on_as_ever():
+    """Failover needs no hedge, and is not held up by the time of one."""
+    world = Hedged(error(ModelNotFound))
+    world.a.gate.set()
+    assert await world.ask() == "b"
+    assert (world.calls, world.router.counts.hedges) == ((1, 1), 0)
+    world.b.does = error(ModelNotFound)
+    assert isinstance(await world.ask(), ModelNotFound)
+
+
+async def test_a_hedge_goes_only_where_token_arrays_are_taken():
+    """A route that cannot take the inputs is none to hedge with."""
+    world = Hedged()
+    world.b.accepts_tokens = False
+    world.hour.set()
+    task = asyncio.create_task(world.ask(inputs=[(1, 2)]))
+    await turn()
+    world.a.gate.set()
+    assert await task == "a"
+    assert world.calls == (1, 0)
+
+
+async def test_a_cancelled_request_cancels_both_attempts():
+    """Nothing is left running, and neither provider is blamed."""
+    world = Hedged()
+    world.b.gate = asyncio.Event()
+    task = await world.started()
+    assert (world.calls, world.a.ended, world.b.ended) == ((1, 1), 0, 0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert (world.a.ended, world.b.ended) == (1, 1)
+    assert not world.upstreams.of("a").failures
+    assert not world.upstreams.of("b").failures
+
+
+async def test_a_probe_that_meets_a_rate_limit_proves_nothing():
+    """The breaker neither closes nor opens for longer; the next probe comes after a second."""
+    world = World(lambda: error(UpstreamFault))
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    world.clock.now += 1
+    world.a.does, calls = error(RateLimited), world.a.calls
+    for _ in range(5):
+        assert await world.ask() == "b"
+    assert world.a.calls == calls + 1
+    assert world.state("a") is State.RESTING
+    world.clock.now += 1
+    world.a.does = None
+    assert await world.ask() == "a"
+    assert world.state("a") is State.CLOSED
+
+
+async def test_a_shared_provider_answers_for_two_routes():
+    """Two names of a model at one provider are two routes behind one breaker."""
+    world = World(lambda: error(ModelNotFound))
+    router = world.make([Route(world.a, "old"), Route(world.a, "new")])
+    assert isinstance(await world.ask(router), ModelNotFound)
+    assert world.a.calls == 2
