@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .base import Context, Embedded, Input, Space
+from .base import Context, Embedded, Input, InputRefused, Space
+from .within import ask_within_limits
 
 
 class Provider(Protocol):
@@ -38,6 +39,12 @@ class Route:
         """The name of the provider."""
         return self.provider.name
 
+    def objection(self, space: Space) -> InputRefused | None:
+        """Return why the provider cannot serve this space: a field that it does not take."""
+        objects = getattr(self.provider, "objection", None)
+        found: InputRefused | None = objects(space) if objects else None
+        return found
+
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        """Ask the provider once."""
-        return await self.provider.ask(self.model, space, inputs, context)
+        """Ask the provider once, or in several calls where it takes no more in one."""
+        return await ask_within_limits(self.provider, self.model, space, inputs, context)

@@ -70,7 +70,7 @@ class Router:
 
         When no provider may be asked, AllResting is raised without waiting for anything.
         """
-        routes = self._preferred(self._able(inputs))
+        routes = self._preferred(self._able(space, inputs))
         journey = Journey(space, inputs, context)
         try:
             if self._hedge_after_s is not None and len(routes) > 1:
@@ -84,13 +84,17 @@ class Router:
         except TimeoutError as error:
             raise DeadlineExceeded("the time of the request was up") from error
 
-    def _able(self, inputs: Sequence[Input]) -> Sequence[Route]:
+    def _able(self, space: Space, inputs: Sequence[Input]) -> Sequence[Route]:
         """Return the routes that take such inputs. Raises NoRoute or InputRefused."""
         if not self.routes:
             raise NoRoute(self.unavailable)
+        objections = {route: route.objection(space) for route in self.routes}
+        routes = [route for route in self.routes if objections[route] is None]
+        if not routes:
+            raise next(objection for objection in objections.values() if objection)
         if all(isinstance(item, str) for item in inputs):
-            return self.routes
-        routes = [route for route in self.routes if route.provider.accepts_tokens]
+            return routes
+        routes = [route for route in routes if route.provider.accepts_tokens]
         if not routes:
             raise InputRefused(
                 "No provider of this model takes token arrays, and these stand for no text.",

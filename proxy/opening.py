@@ -116,12 +116,19 @@ def make_router(
     """Return the routes of a configured model, those whose provider can be used."""
     entry = settings.models[name]
     routes = [
-        Route(providers[route.provider], route.model)
+        Route(providers[route.provider], route.model, route.price)
         for route in entry.routes
         if route.provider in providers
     ]
     remedy = _remedy(settings, name, entry)
-    return Router(routes, unavailable=remedy, upstreams=upstreams, sleep=sleep)
+    return Router(
+        routes,
+        unavailable=remedy,
+        upstreams=upstreams,
+        order=entry.order,
+        hedge_after_s=entry.hedge_after_s,
+        sleep=sleep,
+    )
 
 
 def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:

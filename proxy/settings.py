@@ -106,6 +106,7 @@ class Route(Section):
 
     provider: Name
     model: Name
+    price: Annotated[Number, Field(ge=0)] | None = None
 
 
 class Model(Section):
@@ -119,6 +120,8 @@ class Model(Section):
     tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
     unit_norm: bool = False
     price: Annotated[Number, Field(ge=0)] = 0
+    order: Literal["listed", "cheapest", "fastest"] = "listed"
+    hedge_after_s: Annotated[Number, Field(gt=0)] | None = None
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
 
     def as_space(self) -> Space:
