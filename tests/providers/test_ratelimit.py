@@ -4,7 +4,6 @@ import pytest
 
 from providers.ratelimit import reset_after
 
-
 REQUESTS, TOKENS = "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"
 
 
