@@ -20,25 +20,32 @@ def copy(database: Database, target: Path, progress: Callable[[int, int], None])
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; it is not overwritten")
-    handle, name = tempfile.mkstemp(".part", f"{target.name}-", target.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        with (
-            contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as source,
-            contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copied,
-        ):
-            # One transaction for all steps: what is written meanwhile does not begin it anew.
-            source.execute("BEGIN")
-            source.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
-            source.backup(
-                copied,
-                pages=PAGES_A_STEP,
-                progress=lambda _status, left, total: progress(total - left, total),
-                sleep=0,
-            )
-            copied.execute("PRAGMA journal_mode = DELETE")
-        # Not a renaming: that would replace what has appeared there meanwhile.
-        os.link(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    # A folder of its own, for SQLite makes files beside the one it writes.
+    with tempfile.TemporaryDirectory(".part", f"{target.name}-", target.parent) as folder:
+        part = Path(folder) / target.name
+        _copy(database, part, progress)
+        try:
+            # Not a renaming: that would replace what has appeared there meanwhile.
+            os.link(part, target)
+        except FileExistsError:
+            raise
+        except OSError:
+            # The file system knows no links.
+            part.rename(target)
+
+
+def _copy(database: Database, part: Path, progress: Callable[[int, int], None]) -> None:
+    with (
+        contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as source,
+        contextlib.closing(sqlite3.connect(part, isolation_level=None)) as copied,
+    ):
+        # One transaction for all steps: what is written meanwhile does not begin it anew.
+        source.execute("BEGIN")
+        source.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+        source.backup(
+            copied,
+            pages=PAGES_A_STEP,
+            progress=lambda _status, left, total: progress(total - left, total),
+            sleep=0,
+        )
+        copied.execute("PRAGMA journal_mode = DELETE")

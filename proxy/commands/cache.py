@@ -129,8 +129,13 @@ def back_up(
         raise WorkFailed(f"{target} exists; it is not overwritten")
     if not target.parent.is_dir():
         raise WorkFailed(f"{target}: there is no such folder")
-    with opened(config.load(config_file)) as file, progress("copying") as tell:
-        backup.copy(file, target, lambda done, _total: tell(done))
+    settings = config.load(config_file)
+    try:
+        with opened(settings) as file, progress("copying") as tell:
+            backup.copy(file, target, lambda done, _total: tell(done))
+    except disk.StoreError as error:
+        # SQLite does not say which of the two it means.
+        raise WorkFailed(f"{target}: not written: {error}") from error
     written = target.stat().st_size
     if as_json:
         print_json({"file": path_text(target), "bytes": written})

@@ -1,6 +1,8 @@
 """Backups: the store as it was at one moment, whole, or nothing at all."""
 
 import hashlib
+import os
+import resource
 import sqlite3
 import struct
 from contextlib import closing
@@ -9,6 +11,7 @@ import pytest
 
 from cache import backup, disk, transfer
 from cache.disk import StoreError
+from cache.layout import PAGE_BYTES
 from cache.purge import Choice
 from cache.record import Entry, encode
 from cache.row import Partition, Row
@@ -123,6 +126,29 @@ def test_a_copy_that_fails_leaves_nothing(error, database, target):
         backup.copy(database, target, fail)
     assert len(told) == 3
     assert list(target.parent.iterdir()) == []
+    backup.copy(database, target, lambda *_: None)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_disk_that_takes_no_more_is_left_as_it_was(database, target):
+    """Where the copy does not fit, not even what SQLite lays beside it stays."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * PAGE_BYTES, old[1]))
+    try:
+        with pytest.raises(sqlite3.OperationalError):
+            backup.copy(database, target, lambda *_: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_file_system_without_links_gets_a_copy_too(database, target, monkeypatch):
+    """Where no second name can be given to the copy, it is moved to its place."""
+
+    def no_links(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
     backup.copy(database, target, lambda *_: None)
     assert list(target.parent.iterdir()) == [target]
 
