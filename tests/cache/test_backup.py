@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import resource
 import sqlite3
 import struct
 from contextlib import closing
@@ -11,7 +10,6 @@ import pytest
 
 from cache import backup, disk, transfer
 from cache.disk import StoreError
-from cache.layout import PAGE_BYTES
 from cache.purge import Choice
 from cache.record import Entry, encode
 from cache.row import Partition, Row
@@ -130,15 +128,17 @@ def test_a_copy_that_fails_leaves_nothing(error, database, target):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_disk_that_takes_no_more_is_left_as_it_was(database, target):
-    """Where the copy does not fit, not even what SQLite lays beside it stays."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * PAGE_BYTES, old[1]))
-    try:
-        with pytest.raises(sqlite3.OperationalError):
-            backup.copy(database, target, lambda *_: None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+def test_what_sqlite_lays_beside_a_copy_goes_with_it(database, target):
+    """A journal that a full disk leaves beside half a copy stays no longer than the half."""
+
+    def fail(*_):
+        files = [path for path in target.parent.rglob("*") if path.is_file()]
+        part = min(files, key=lambda path: len(path.name))
+        part.with_name(f"{part.name}-left").touch()
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with pytest.raises(sqlite3.OperationalError):
+        backup.copy(database, target, fail)
     assert list(target.parent.iterdir()) == []
 
 
