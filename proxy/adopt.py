@@ -16,9 +16,8 @@ from cache.record import Entry
 from cache.row import Row
 from providers import tokens, vector
 from providers.base import Context, Embedder, Vector
+from providers.probe import SAME
 
-LEAST_COSINE = 0.999
-"""Between what is offered and what the model gives: less is another model, or another text."""
 MOST_OFF_NORM = 0.01
 _MOST_SHOWN = 5
 _BATCH = 500
@@ -91,11 +90,11 @@ class Adoption:
             vector.cosine(pair.vector, bought)
             for pair, bought in zip(sample, answer.vectors, strict=True)
         ]
-        off = sum(cosine < LEAST_COSINE for cosine in cosines)
+        off = sum(cosine < SAME for cosine in cosines)
         if off:
             raise SampleDiffers(
                 f"{off} of {len(cosines)} sampled texts have other vectors in this model"
-                f" (cosine {min(cosines):.3f}, wanted {LEAST_COSINE}); nothing was taken in"
+                f" (cosine {min(cosines):.3f}, wanted {SAME}); nothing was taken in"
             )
         return min(cosines)
 

@@ -38,11 +38,17 @@ class Model:
     space: Space
     price: float
     """USD per million tokens."""
+    router: Router
+    """The routes that can be used; it knows no cache."""
     embedder: Embedder
-    usable: bool
-    """Whether a provider is configured; without one, what is cached is still served."""
+    """What requests are asked of: the cache around the router."""
     dimensions_refused: bool = False
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether a provider is configured; without one, what is cached is still served."""
+        return bool(self.router.routes)
 
 
 async def open_providers(
@@ -76,30 +82,29 @@ def make_models(
     settings: Settings,
     providers: Mapping[str, Provider],
     tiers: Tiers,
+    upstreams: Upstreams,
     sleep: Callable[[float], Awaitable[None]],
-    upstreams: Upstreams | None = None,
 ) -> dict[str, Model]:
     """Return every configured model, by name.
 
     Tiers, flights, and what is known of the providers are shared by all of them.
     """
     flights: Flights[Filled] = Flights()
-    upstreams = upstreams or Upstreams()
     models = {}
     for name, entry in settings.models.items():
-        router = make_router(settings, name, providers, sleep, upstreams)
+        router = make_router(settings, name, providers, upstreams, sleep)
         models[name] = Model(
             name=name,
             space=entry.as_space(),
             price=entry.price,
-            embedder=CachingEmbedder(_batched(router, settings), tiers, flights),
-            usable=bool(router.routes),
+            router=router,
+            embedder=CachingEmbedder(batched(router, settings), tiers, flights),
             dimensions_refused=entry.dimensions_refused,
         )
     return models
 
 
-def _batched(router: Router, settings: Settings) -> Embedder:
+def batched(router: Router, settings: Settings) -> Embedder:
     """Return what divides requests among calls of the routes, and gathers small ones if asked."""
     limits = limits_of(router.routes[0].provider) if router.routes else Limits()
     window_s = settings.server.gather_ms / 1000
@@ -110,8 +115,8 @@ def make_router(
     settings: Settings,
     name: str,
     providers: Mapping[str, Provider],
+    upstreams: Upstreams,
     sleep: Callable[[float], Awaitable[None]],
-    upstreams: Upstreams | None = None,
 ) -> Router:
     """Return the routes of a configured model, those whose provider can be used."""
     entry = settings.models[name]

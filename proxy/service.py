@@ -21,6 +21,7 @@ from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from providers import tokens, vector
 from providers.base import Context, Embedded, Input, InputRefused, InvalidAnswer, Outcome, Space
+from providers.health import Upstreams
 
 from . import wire
 from .config import load
@@ -90,6 +91,8 @@ class EmbeddingService:
         self.settings = settings
         self._sleep = sleep
         self.models: dict[str, Model] = {}
+        self.upstreams = Upstreams()
+        """What is known of the providers: breakers, counters."""
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
 
@@ -112,7 +115,9 @@ class EmbeddingService:
             )
             self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
             providers = await open_providers(self.settings, stack, self._sleep)
-            self.models = make_models(self.settings, providers, self._tiers, self._sleep)
+            self.models = make_models(
+                self.settings, providers, self._tiers, self.upstreams, self._sleep
+            )
             self._stack = stack.pop_all()
         return self
 

@@ -16,9 +16,10 @@ from cache.archive import ArchiveError
 from cache.key import Namespace, keyring
 from cache.pairs import Source
 from cache.row import Row
+from providers.health import Upstreams
 from proxy import config
 from proxy.adopt import Adoption, SampleDiffers, Survey
-from proxy.opening import make_router, open_providers
+from proxy.opening import batched, make_router, open_providers
 from proxy.settings import Settings
 from proxy.sources import FORMATS, open_source
 
@@ -204,12 +205,12 @@ def _survey(adoption: Adoption, source: Source, sample: int) -> Survey:
 async def _compare(settings: Settings, model: str, adoption: Adoption, survey: Survey) -> float:
     async with AsyncExitStack() as stack:
         providers = await open_providers(settings, stack)
-        router = make_router(settings, model, providers, asyncio.sleep)
+        router = make_router(settings, model, providers, Upstreams(), asyncio.sleep)
         if not router.routes:
             raise WorkFailed(
                 f"{router.unavailable} Or trust the source without a sample: --sample 0"
             )
         try:
-            return await adoption.compare(survey.sample, router)
+            return await adoption.compare(survey.sample, batched(router, settings))
         except SampleDiffers as error:
             raise WorkFailed(str(error)) from error

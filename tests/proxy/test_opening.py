@@ -11,6 +11,7 @@ from cache.store import Store
 from cache.tiers import Tiers
 from providers.base import Context, NoRoute
 from providers.catalogue import CATALOGUE
+from providers.health import Upstreams
 from proxy.config import ConfigError
 from proxy.opening import make_models, open_providers
 from proxy.settings import Provider, Settings
@@ -27,7 +28,7 @@ async def opened(tmp_path):
         async def open_settings(**sections):
             settings = Settings.model_validate(sections)
             providers = await open_providers(settings, stack)
-            return providers, make_models(settings, providers, tiers, no_wait)
+            return providers, make_models(settings, providers, tiers, Upstreams(), no_wait)
 
         yield open_settings
 

@@ -1,0 +1,59 @@
+"""Known texts asked of one route, to learn whether it answers, how fast, and as others do.
+
+Two routes of one model must give the same numbers, whoever serves them; so must one route today and
+next month. The texts are few and short: asking costs about a hundred tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .base import Context, EmbeddingError, Space, Vector
+from .route import Route
+from .vector import cosine
+
+SAME = 0.999
+"""The least cosine of two answers of one model to one text.
+
+Equal models differ by less than 1e-5 from call to call and less than 1e-4 between providers; other
+models, and other versions of one, differ by far more.
+"""
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Wie viele Vektoren passen in einen Schrank, wenn niemand hinsieht?",
+    "SELECT name, COUNT(*) FROM visits GROUP BY name ORDER BY 2 DESC;",
+    "今日は朝から雨が降っているので、家で本を読みます。",
+)
+"""What is asked: prose, another language, code, another script. Changing one makes a new canary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What came of asking one route."""
+
+    route: Route
+    seconds: float
+    """Until the answer, or the failure."""
+    vectors: Sequence[Vector] = ()
+    """One for each of `TEXTS`, each `4 * space.dimensions` bytes; none after a failure."""
+    tokens: int = 0
+    """Prompt tokens that the provider charged."""
+    failure: EmbeddingError | None = None
+
+
+async def probe(route: Route, space: Space, context: Context, clock: Callable[[], float]) -> Probe:
+    """Ask a route once, past the cache and past what is known of its health. Never raises.
+
+    `clock` gives seconds, and is the one that the deadline of the context is on.
+    """
+    begun = clock()
+    try:
+        embedded = await route.embed(space, TEXTS, context)
+    except EmbeddingError as error:
+        return Probe(route, clock() - begun, failure=error)
+    return Probe(route, clock() - begun, embedded.vectors, sum(embedded.tokens))
+
+
+def agreement(one: Sequence[Vector], other: Sequence[Vector]) -> float:
+    """Return the smallest cosine between the answers to the same texts."""
+    return min(cosine(a, b) for a, b in zip(one, other, strict=True))
