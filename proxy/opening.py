@@ -23,9 +23,11 @@ from providers.local import Local
 from providers.router import Provider, Route, Router
 from providers.within import limits_of
 
-from . import settings as sections
+from . import model_entry
 from .config import ConfigError
+from .model_entry import Fallback
 from .settings import Settings
+from .widths import Policy
 
 log = logging.getLogger("embedding_proxy.opening")
 
@@ -44,6 +46,10 @@ class Model:
     """What requests are asked of: the cache around the router."""
     dimensions_refused: bool = False
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
+    width: Policy = "strict"
+    """What may be done for a width that the model does not have."""
+    fallbacks: tuple[Fallback, ...] = ()
+    """Models of other spaces that may stand in when no route answers, in this order."""
 
     @property
     def usable(self) -> bool:
@@ -100,6 +106,8 @@ def make_models(
             router=router,
             embedder=CachingEmbedder(batched(router, settings), tiers, flights),
             dimensions_refused=entry.dimensions_refused,
+            width=entry.width,
+            fallbacks=entry.fallback,
         )
     return models
 
@@ -136,7 +144,7 @@ def make_router(
     )
 
 
-def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:
+def _remedy(settings: Settings, name: str, entry: model_entry.Model) -> str:
     """Say what to set so that the model can be asked for."""
     configured = [settings.providers.get(route.provider) for route in entry.routes]
     wanted = [one.key_variable for one in configured if one and one.key_variable]

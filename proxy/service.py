@@ -23,10 +23,11 @@ from providers import tokens, vector
 from providers.base import Context, Embedded, Input, InputRefused, InvalidAnswer, Outcome, Space
 from providers.health import Upstreams
 
-from . import wire
+from . import fallback, wire
 from .config import load
 from .opening import Model, make_models, open_providers
 from .settings import Settings
+from .widths import WIDEST, can_give
 from .wire import EmbeddingRequest
 
 MIB = 1 << 20
@@ -42,11 +43,15 @@ class Result:
     """The answer to n inputs, in their order."""
 
     model: Model
+    """The one that was asked for."""
     space: Space
+    """Of the vectors: another than the model's only if `fallback` is true."""
     dimensions: int
     """The width that was asked for."""
     embedded: Embedded
     """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
+    fallback: bool = False
+    """Whether a model of another space stood in for the one that was asked for."""
 
     @property
     def vectors(self) -> vector.Floats:
@@ -166,38 +171,49 @@ class EmbeddingService:
         return await self.answer(asked, namespace)
 
     async def answer(self, asked: EmbeddingRequest, namespace: str = "") -> Result:
-        """Answer a well-formed request. Raises EmbeddingError."""
+        """Answer a well-formed request, by a model that stands in for its own if need be.
+
+        Raises EmbeddingError.
+        """
         model = self.model(asked.model)
         width = _width(model, asked.dimensions)
-        space = model.space
-        if asked.parameters:
-            space = space.with_parameters(asked.parameters)
-        now = asyncio.get_running_loop().time()
-        context = Context(now + self.settings.server.request_timeout_s, asked.user, namespace)
         inputs = await _as_texts(asked.inputs)
-        embedded = await model.embedder.embed(space, inputs, context)
-        if width < space.dimensions:
-            try:
-                vector.check_heads(embedded.vectors, width)
-            except vector.VectorError as error:
-                raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
-        return Result(model, space, width, embedded)
+        deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
+
+        async def ask(one: Model, by: float) -> Result:
+            context = Context(by, asked.user, namespace)
+            space = one.space
+            if asked.parameters:
+                space = space.with_parameters(asked.parameters)
+            embedded = await one.embedder.embed(space, inputs, context)
+            if width < space.dimensions:
+                try:
+                    vector.check_heads(embedded.vectors, width)
+                except vector.VectorError as error:
+                    raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
+            return Result(model, space, width, embedded, fallback=one is not model)
+
+        models = [model, *fallback.stand_ins(model, self.models, width)]
+        return await fallback.first_answer(ask, models, deadline)
 
 
 def _width(model: Model, dimensions: int | None) -> int:
     """Return the width to answer with. Raises InputRefused for one this model cannot give."""
-    native = model.space.dimensions
+    space = model.space
     if dimensions is None:
-        return native
-    if model.dimensions_refused or (not model.space.matryoshka and dimensions != native):
+        return space.dimensions
+    refused = model.dimensions_refused and model.width == "strict"
+    if not refused and can_give(space, dimensions, model.width):
+        return dimensions
+    if refused or not (space.matryoshka or model.width != "strict"):
         raise InputRefused("This model does not support specifying dimensions.", param="dimensions")
-    if not 1 <= dimensions <= native:
-        raise InputRefused(
-            f"Invalid value for 'dimensions' = {dimensions}: must be at least 1 and at most"
-            f" {native} for this model.",
-            param="dimensions",
-        )
-    return dimensions
+    least = 1 if can_give(space, 1, model.width) else space.dimensions
+    most = WIDEST if model.width == "pad" else space.dimensions
+    raise InputRefused(
+        f"Invalid value for 'dimensions' = {dimensions}: must be at least {least} and at most"
+        f" {most} for this model.",
+        param="dimensions",
+    )
 
 
 async def _as_texts(inputs: Sequence[Input]) -> list[Input]:
