@@ -23,11 +23,11 @@ from providers import tokens, vector
 from providers.base import Context, Embedded, Input, InputRefused, InvalidAnswer, Outcome, Space
 from providers.health import Upstreams
 
-from . import fallback, wire
+from . import canary, fallback, widths, wire
+from .canary import Canaries
 from .config import load
 from .opening import Model, make_models, open_providers
 from .settings import Settings
-from .widths import WIDEST, can_give
 from .wire import EmbeddingRequest
 
 MIB = 1 << 20
@@ -98,6 +98,7 @@ class EmbeddingService:
         self.models: dict[str, Model] = {}
         self.upstreams = Upstreams()
         """What is known of the providers: breakers, counters."""
+        self.canaries: Canaries | None = None
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
 
@@ -116,13 +117,27 @@ class EmbeddingService:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
             store = await stack.enter_async_context(
-                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=cache.pinned)
+                Store(
+                    cache.directory,
+                    size_limit,
+                    ttl_s=ttl_s,
+                    pinned=(*cache.pinned, canary.NAMESPACE),
+                )
             )
             self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
             providers = await open_providers(self.settings, stack, self._sleep)
             self.models = make_models(
                 self.settings, providers, self._tiers, self.upstreams, self._sleep
             )
+            if self.settings.server.canary_hours:
+                self.canaries = await stack.enter_async_context(
+                    Canaries(
+                        self.models,
+                        self.upstreams,
+                        store.folder / "canaries.json",
+                        hours=self.settings.server.canary_hours,
+                    )
+                )
             self._stack = stack.pop_all()
         return self
 
@@ -176,7 +191,9 @@ class EmbeddingService:
         Raises EmbeddingError.
         """
         model = self.model(asked.model)
-        width = _width(model, asked.dimensions)
+        width = widths.chosen(
+            model.space, asked.dimensions, model.width, refused=model.dimensions_refused
+        )
         inputs = await _as_texts(asked.inputs)
         deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
 
@@ -195,25 +212,6 @@ class EmbeddingService:
 
         models = [model, *fallback.stand_ins(model, self.models, width)]
         return await fallback.first_answer(ask, models, deadline)
-
-
-def _width(model: Model, dimensions: int | None) -> int:
-    """Return the width to answer with. Raises InputRefused for one this model cannot give."""
-    space = model.space
-    if dimensions is None:
-        return space.dimensions
-    refused = model.dimensions_refused and model.width == "strict"
-    if not refused and can_give(space, dimensions, model.width):
-        return dimensions
-    if refused or not (space.matryoshka or model.width != "strict"):
-        raise InputRefused("This model does not support specifying dimensions.", param="dimensions")
-    least = 1 if can_give(space, 1, model.width) else space.dimensions
-    most = WIDEST if model.width == "pad" else space.dimensions
-    raise InputRefused(
-        f"Invalid value for 'dimensions' = {dimensions}: must be at least {least} and at most"
-        f" {most} for this model.",
-        param="dimensions",
-    )
 
 
 async def _as_texts(inputs: Sequence[Input]) -> list[Input]:

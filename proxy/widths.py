@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias
 
-from providers.base import Space
+from providers.base import InputRefused, Space
 
 Policy: TypeAlias = Literal["strict", "truncate", "pad"]
 """What may be done for a width that a model does not have.
@@ -31,3 +31,25 @@ def can_give(space: Space, dimensions: int, policy: Policy) -> bool:
     if dimensions < native:
         return dimensions >= 1 and (space.matryoshka or policy == "truncate")
     return dimensions == native or (policy == "pad" and dimensions <= WIDEST)
+
+
+def chosen(space: Space, dimensions: int | None, policy: Policy, *, refused: bool = False) -> int:
+    """Return the width to answer with; the native one if none is asked for.
+
+    `refused` says that a strict model takes no `dimensions` at all, not even its own width. Raises
+    InputRefused, in OpenAI's words, for a width that cannot be given.
+    """
+    if dimensions is None:
+        return space.dimensions
+    refused = refused and policy == "strict"
+    if not refused and can_give(space, dimensions, policy):
+        return dimensions
+    if refused or (policy == "strict" and not space.matryoshka):
+        raise InputRefused("This model does not support specifying dimensions.", param="dimensions")
+    least = 1 if can_give(space, 1, policy) else space.dimensions
+    most = WIDEST if policy == "pad" else space.dimensions
+    raise InputRefused(
+        f"Invalid value for 'dimensions' = {dimensions}: must be at least {least} and at most"
+        f" {most} for this model.",
+        param="dimensions",
+    )
