@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypedDict
@@ -20,7 +21,7 @@ from providers.health import Upstreams
 from providers.probe import SAME, TEXTS, agreement, probe
 from providers.route import Route
 
-from .opening import Model
+from .registry import Model
 
 NAMESPACE = "embedding-proxy/canary"
 """Where the first answers are kept; never evicted."""
@@ -66,7 +67,7 @@ class Canaries:
         self._file = file
         self._hours = hours
         self._clock = clock
-        self._attempts = dict.fromkeys(models, 0)
+        self._attempts: Counter[str] = Counter()
         self._asked: dict[tuple[str, str, str], float] = {}
         self._looking: asyncio.Task[None] | None = None
 
@@ -108,8 +109,8 @@ class Canaries:
     async def look(self) -> list[Finding]:
         """Ask the routes that are due, one after the other, and return what was found."""
         found: list[Finding] = []
-        for name, model in self._models.items():
-            if model.router.counts.attempts > self._attempts[name]:
+        for name, model in list(self._models.items()):
+            if model.space.dimensions and model.router.counts.attempts > self._attempts[name]:
                 found += await self._ask(model, self._due(model))
                 self._attempts[name] = model.router.counts.attempts
         if found:

@@ -7,12 +7,12 @@ alone, so that the first model's vectors come back with the first model.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from providers.base import EmbeddingError, InputRefused
 
-from .opening import Model
+from .registry import Model
 from .widths import can_give
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.fallback")
 
 
-def stand_ins(model: Model, models: dict[str, Model], dimensions: int) -> list[Model]:
+def stand_ins(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
     """Return the models that may stand in for a model at that width, in the order preferred."""
     return [
         models[fallback.model]

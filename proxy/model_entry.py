@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal, Optional
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
+from providers import catalogue
 from providers.base import Space
 from providers.catalogue import ModelEntry
 
@@ -31,6 +32,8 @@ class Fallback(Section):
             return "there is no model of that name"
         if stand_in.space == first.space:
             return "has the same space; add its routes to `routes` instead"
+        if first.dimensions is None or stand_in.dimensions is None:
+            return "say the `dimensions` of both models, so that it is known whether they fit"
         if not can_give(stand_in.as_space(), first.dimensions, self.width):
             return (
                 f"gives {stand_in.dimensions} numbers where {first.dimensions} are asked for;"
@@ -44,7 +47,7 @@ class Model(Section):
     """One embedding model."""
 
     space: Annotated[str, Field(min_length=1, max_length=200)]
-    dimensions: Annotated[Whole, Field(ge=1, le=65536)]
+    dimensions: Annotated[Whole, Field(ge=1, le=65536)] | None = None
     matryoshka: bool = False
     dimensions_refused: bool = False
     dimensions_sent: bool = False
@@ -70,7 +73,7 @@ class Model(Section):
         """Return the space of this model's vectors."""
         return Space(
             self.space,
-            self.dimensions,
+            self.dimensions or 0,
             self.matryoshka,
             self.tokenizer,
             unit_norm=self.unit_norm,
@@ -82,7 +85,7 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
     """Return what the catalogue says of a model, as a configuration would say it."""
     return {
         "space": entry.space,
-        "dimensions": entry.dimensions,
+        "dimensions": entry.dimensions or None,
         "matryoshka": entry.matryoshka,
         "dimensions_refused": entry.dimensions_refused,
         "dimensions_sent": entry.dimensions_sent,
@@ -91,3 +94,11 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
         "price": entry.price,
         "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],
     }
+
+
+def by_name(name: str) -> Model | None:
+    """Return what can be said of a model that is not configured; None for what is no name."""
+    try:
+        return Model.model_validate(from_catalogue(catalogue.by_name(name)))
+    except ValidationError:
+        return None

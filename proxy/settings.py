@@ -35,6 +35,7 @@ class Server(Section):
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
+    unknown_models: Literal["ask", "refuse"] = "ask"
     canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
 

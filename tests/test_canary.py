@@ -160,3 +160,11 @@ async def test_they_can_be_switched_off(upstream, start_proxy):
     """`canary_hours: null` is never."""
     proxy = await start_proxy(openai=upstream, server={"canary_hours": None})
     assert proxy.service.canaries is None
+
+
+async def test_a_model_that_was_asked_for_by_name(upstream, start_proxy, clock):
+    """A model that no configuration names has its canaries too, once its width is known."""
+    proxy = await start_proxy(openai=upstream)
+    assert (await proxy.post({"model": "text-embedding-9", "input": "a"})).status == 200
+    (found,) = await proxy.service.canaries.look()
+    assert found["upstream_model"] == "text-embedding-9"
