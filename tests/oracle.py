@@ -186,12 +186,13 @@ async def proxy(folder: Path, upstreams: list[Upstream]):
     }
     (folder / "config.json").write_text(json.dumps(config))
     keys = {f"{name.upper()}_API_KEY": "k" for name in names}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy", "serve", "--config", str(folder / "config.json")),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=(folder / "log").open("wb"),
-        env={**os.environ, **keys, "PYTHONPATH": str(ROOT)},
-    )
+    with (folder / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", "serve", "--config", str(folder / "config.json")),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, **keys, "PYTHONPATH": str(ROOT)},
+        )
     try:
         line = (await process.stdout.readline()).decode().strip()
         yield line.removeprefix("export OPENAI_BASE_URL=")

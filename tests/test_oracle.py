@@ -1,16 +1,15 @@
 """Some hundred of the mixed requests that `make oracle` makes by the hundred thousand."""
 
-import numpy as np
 import oracle
 import pytest
 
 
 async def test_mixed_requests_get_the_right_vectors():
     """Every form, order, width and encoding, many at once: none wrong, none paid for twice."""
-    seen = await oracle.run(600, seed=7)
+    seen = await oracle.run(300, seed=7)
     oracle.check(seen)
-    assert seen.replies[200] == 600
-    assert len(seen.bought) > 500
+    assert seen.replies[200] == 300
+    assert len(seen.bought) > 300
 
 
 @pytest.mark.parametrize("spoil", ["index", "width", "vector", "order"])
@@ -33,7 +32,7 @@ def test_the_oracle_sees_what_is_wrong(spoil):
         case "width":
             rows[0]["embedding"].pop()
         case "vector":
-            rows[1]["embedding"] = list(np.array(rows[1]["embedding"]) + 1e-5)
+            rows[1]["embedding"] = [number + 1e-5 for number in rows[1]["embedding"]]
         case "order":
             rows[0]["embedding"], rows[1]["embedding"] = rows[1]["embedding"], rows[0]["embedding"]
     assert told()
