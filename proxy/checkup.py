@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
-from providers import kinds, local
+from providers import kinds, local, tokens
 from providers.base import (
     Context,
     CredentialsRefused,
@@ -20,7 +20,7 @@ from providers.base import (
     Space,
 )
 from providers.health import Upstreams
-from providers.probe import SAME, Probe, agreement, probe
+from providers.probe import SAME, TEXTS, Probe, agreement, probe
 from providers.route import Route
 from providers.router import Router
 
@@ -174,6 +174,9 @@ async def _ask(
     for one in findings:
         if one.route is not None:
             queues[one.provider].append((one, one.route))
+    for encoding in {one.space.tokenizer for one in findings if one.space.tokenizer}:
+        # To load a vocabulary takes 0.1 s, which are no provider's.
+        tokens.count(TEXTS, encoding)
     done = 0
 
     async def ask_in_turn(queue: Sequence[tuple[Finding, Route]]) -> None:

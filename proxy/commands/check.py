@@ -10,7 +10,8 @@ import typer
 from cache import place
 from cache.place import Inspection
 from proxy import config
-from proxy.checkup import Checkup, Choice, Finding, examine
+from proxy.checkup import Checkup, Finding, examine
+from proxy.choice import Choice
 from proxy.service import GIB
 from proxy.settings import Cache
 
@@ -46,7 +47,9 @@ def check(
     store = place.inspect(cache.directory, int(cache.size_limit_gib * GIB), cache.pinned)
     with progress("asking") as tell:
         found = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
-    problems = [*([f"cache: {store.problem}"] if store.problem else []), *found.problems]
+    problems = found.problems
+    if store.problem:
+        problems = [f"cache: {path_text(store.problem)}", *problems]
     if as_json:
         shown = {
             "config": None if config_file is None else path_text(config_file),
@@ -67,7 +70,7 @@ def check(
 
 def _printable(line: str) -> str:
     """Replace what moves a terminal's cursor: names and messages are made by others."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in line)
+    return "".join(sign if sign.isprintable() else "?" for sign in line)
 
 
 def _cache_dict(cache: Cache, store: Inspection) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def _cache_dict(cache: Cache, store: Inspection) -> dict[str, Any]:
         "file_system": store.place.file_system,
         "network": store.place.is_remote,
         "ok": not store.problem,
-        "error": store.problem or None,
+        "error": path_text(store.problem) or None,
     }
 
 
