@@ -238,8 +238,10 @@ async def test_an_upstream_that_hangs(times, reason, check, upstream, second):
     """It is given up when an attempt's time is up, or a request's; the others are not harmed."""
     keys, server = times
     upstream.always = hang()
-    done = await check(providers=_at(upstream, second, **keys), server=server, models={SMALL: {}})
-    assert (done.code, done.problems) == (1, [f"{SMALL} at openai ({SMALL}): {reason}"])
+    sections = {"providers": _at(upstream, second, **keys), "server": server}
+    done = await check("--json", **sections, models={SMALL: {}})
+    assert (done.code, done.json["problems"]) == (1, [f"{SMALL} at openai ({SMALL}): {reason}"])
+    assert 90 <= done.json["routes"][0]["latency_ms"] < 10_000
     assert len(second.calls) == 1
 
 
@@ -321,6 +323,8 @@ async def test_the_built_in_configuration_without_a_key(check):
     assert done.out.count("OPENAI_API_KEY is not set") == 2
     found = (await check("--json", "--offline", keys={})).json
     assert (found["config"], found["ok"]) == (None, True)
+    done = await check("--model", SMALL, "--offline", keys={})
+    assert (done.code, len(done.problems)) == (1, 1)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -331,7 +335,8 @@ async def test_without_the_local_model(named, check, monkeypatch):
     assert "skipped  local  The local model is not installed; `pip install " in done.out
     assert done.code == named
     if named:
-        assert [one.startswith("The local model is not installed") for one in done.problems]
+        (problem,) = done.problems
+        assert problem.startswith("The local model is not installed; ")
 
 
 async def test_a_provider_to_which_no_model_leads(check, upstream):
