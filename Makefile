@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage pins clean
+.PHONY: demo test serve lint bench torture damage outage oracle pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -35,6 +35,11 @@ KILLS ?= 100
 outage: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/outage.py flap $(KILLS)
 	PYTHONPATH=.:tests $(BIN)/python tests/outage.py dead 15
+
+# Mixed requests of every form by many clients at once, against an oracle.
+REQUESTS ?= 100000
+oracle: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/oracle.py $(REQUESTS) $(SEED)
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

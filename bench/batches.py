@@ -8,12 +8,15 @@ once. The upstream is a process of its own.
 import asyncio
 import base64
 import contextlib
+import math
 import os
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -27,19 +30,24 @@ ROUNDS = 5
 
 
 async def upstream() -> None:
-    """Serve until killed: 20 ms and 1 ms an input, the same vector for all; GET tells the calls."""
+    """Serve until killed: 20 ms and 1 ms an input, unlike vectors; GET tells the calls."""
     calls: list[int] = []
-    one = b"\x00\x00\x80\x3f" + bytes(4 * (WIDTH - 1))
+    # Three numbers are sixteen characters of base64, so only the first of them are made anew.
+    zeros = base64.b64encode(bytes(4 * (WIDTH - 3))).decode()
 
-    encoded = base64.b64encode(one).decode()
+    def encoded(text: str) -> str:
+        angle = zlib.crc32(text.encode()) / 2**30
+        head = struct.pack("<3f", math.cos(angle), math.sin(angle), 0.0)
+        return base64.b64encode(head).decode() + zeros
 
     async def embed(request: web.Request) -> web.Response:
         inputs = (await request.json())["input"]
+        inputs = [inputs] if isinstance(inputs, str) else inputs
         calls.append(len(inputs))
         await asyncio.sleep(0.020 + 0.001 * len(inputs))
         rows = ",".join(
-            f'{{"object":"embedding","index":{i},"embedding":"{encoded}"}}'
-            for i in range(len(inputs))
+            f'{{"object":"embedding","index":{i},"embedding":"{encoded(text)}"}}'
+            for i, text in enumerate(inputs)
         )
         usage = f'"usage":{{"prompt_tokens":{len(inputs)},"total_tokens":{len(inputs)}}}'
         text = f'{{"object":"list","model":"{MODEL}","data":[{rows}],{usage}}}'

@@ -20,12 +20,14 @@ from providers.base import (
     Outcome,
     Space,
     UpstreamTimeout,
+    Vector,
 )
 
 from . import flight
 from .flight import Fill, Flights
 from .key import Key, Keyring, Namespace, keyring
 from .record import Entry
+from .row import Partition
 from .tiers import Tiers
 from .usage import Usage
 
@@ -75,7 +77,9 @@ class CachingEmbedder:
         keys = [ring.key(item) for item in inputs]
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
-        found = await self._tiers.get_many(list(distinct), ring.partition)
+        # Of a space whose width is not known, nothing can be read; what is bought tells it.
+        known = list(distinct) if space.dimensions else []
+        found = await self._tiers.get_many(known, ring.partition)
         answers = {key: _Answer(entry, Outcome.HIT) for key, entry in found.items()}
         providers: tuple[str, ...] = ()
         if len(answers) < len(distinct):
@@ -89,7 +93,7 @@ class CachingEmbedder:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
         answer = _assemble(keys, answers, providers)
-        self._tiers.count(ring.partition, _not_bought(answer))
+        self._tiers.count(_partition(ring, answer.vectors[0]), _not_bought(answer))
         return answer
 
     async def _obtain(
@@ -146,6 +150,7 @@ class CachingEmbedder:
     ) -> Filled:
         """Ask, store, hand out, each part as it comes. A failure keeps the parts before it."""
         keys = list(items)
+        look_again = look_again and bool(ring.space.dimensions)
         found = await self._tiers.get_many(keys, ring.partition) if look_again else {}
         if found:
             self._flights.give(fill, found)
@@ -162,7 +167,7 @@ class CachingEmbedder:
             if not entries:
                 return
             bought.update(entries)
-            await self._tiers.put_many(entries, ring.partition)
+            await self._tiers.put_many(entries, _partition(ring, part.vectors[0]))
             self._flights.give(fill, entries)
 
         if not wanted:
@@ -177,6 +182,11 @@ class CachingEmbedder:
         if len(bought) < len(wanted):
             await keep(range(len(wanted)), embedded)
         return Filled(frozenset(bought), embedded.providers)
+
+
+def _partition(ring: Keyring, vector: Vector) -> Partition:
+    """Return where entries belong; the width is the vector's where the space has none yet."""
+    return ring.partition._replace(dimensions=ring.partition.dimensions or len(vector) // 4)
 
 
 def _named(refusal: InputRefused, place: int, inputs: int) -> InputRefused:

@@ -56,9 +56,9 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     """Take a reply of status 200 apart and check it against what was asked for.
 
     Raises Unreadable unless it is a JSON object; InvalidAnswer unless that holds exactly one vector
-    an input, whose indices are a permutation, each of the space's width, finite and not zero, of
-    length 1 if `unit_norm`, and none for two different inputs; the error that fits if the reply is
-    one, also inside a status of 200 (OpenRouter).
+    an input, whose indices are a permutation, each of the width of the space if known, finite and
+    not zero, of length 1 if `unit_norm`, and none for two different inputs; the error that fits if
+    the reply is one, also inside a status of 200 (OpenRouter).
     """
     try:
         reply = orjson.loads(body)
@@ -110,7 +110,7 @@ def _vector(
     """Decode one embedding, whichever of the two forms the upstream chose, and check it."""
     try:
         numbers = vector.from_wire(embedding)
-        vector.check(numbers, space.dimensions, unit_norm=unit_norm)
+        vector.check(numbers, space.dimensions or len(numbers) // 4, unit_norm=unit_norm)
     except vector.VectorError as error:
         raise InvalidAnswer(provider, f"embedding {index}: {error}") from error
     return numbers

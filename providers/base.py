@@ -83,7 +83,10 @@ class Space:
     name: str
     """The canonical model, whoever serves it: `openai/text-embedding-3-small`."""
     dimensions: int
-    """The native width in numbers. An answer of another width is refused."""
+    """The native width in numbers. An answer of another width is refused.
+
+    0 where it is not known yet: then one input is asked for, and its answer tells.
+    """
     matryoshka: bool = False
     """Whether a prefix of the vector, renormalised, is a vector of the same model."""
     tokenizer: str | None = None

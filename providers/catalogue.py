@@ -21,6 +21,7 @@ class ModelEntry:
 
     space: str
     dimensions: int
+    """The native width; 0 where it is not known."""
     price: float
     """USD per million tokens; 0 for what runs on one's own machine, or has no known price."""
     routes: tuple[tuple[str, str], ...]
@@ -87,6 +88,24 @@ def _own(  # noqa: PLR0913 - the facts of a model
 
 def _voyage(name: str, price: float) -> dict[str, ModelEntry]:
     return _own("voyage", name, 1024, price, 32_000, matryoshka=True, unit_norm=True)
+
+
+def by_name(name: str) -> ModelEntry:
+    """Return what can be said of a model from its name alone: where to ask for it.
+
+    A plain name is one of OpenAI's, which OpenRouter may have too; with a vendor before it, it is
+    one of OpenRouter's. Its width is 0: not known.
+
+    >>> by_name("text-embedding-9").routes
+    (('openai', 'text-embedding-9'), ('openrouter', 'openai/text-embedding-9'))
+    >>> by_name("vendor/model").routes
+    (('openrouter', 'vendor/model'),)
+    """
+    vendor, slash, plain = name.rpartition("/")
+    if not slash or vendor == "openai":
+        routes = (("openai", plain), ("openrouter", f"openai/{plain}"))
+        return ModelEntry(space=f"openai/{plain}", dimensions=0, price=0.0, routes=routes)
+    return ModelEntry(space=name, dimensions=0, price=0.0, routes=(("openrouter", name),))
 
 
 CATALOGUE: dict[str, ModelEntry] = {

@@ -29,6 +29,7 @@ log = logging.getLogger("embedding_proxy.provider")
 # A JSON float takes at most 25 bytes; the rest of a reply is small.
 _BYTES_A_NUMBER = 32
 _BYTES_A_REPLY = 1 << 20
+_WIDEST = 1 << 16
 
 # Below this many bytes of input, counting tokens is quicker than handing it to a thread.
 _COUNT_INLINE = 16_384
@@ -116,7 +117,8 @@ class HttpProvider:
             payload = orjson.dumps(self._payload(model, space, inputs, context))
         except orjson.JSONEncodeError as error:
             raise InputRefused(f"The request cannot be sent on: {error}.") from error
-        limit = _BYTES_A_REPLY + len(inputs) * space.dimensions * _BYTES_A_NUMBER
+        width = space.dimensions or _WIDEST
+        limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
         # Each model has limits of its own at the upstreams that tell them.
         learned = self._throttles.setdefault(model, Throttle(self.name, sleep=self._sleep))
         async with self._turn(learned, estimate(inputs), context.deadline):

@@ -120,9 +120,14 @@ def check_heads(vectors: Sequence[Vector], dimensions: int) -> None:
 
 
 def derive(vectors: Sequence[Vector], dimensions: int) -> Sequence[Vector]:
-    """Return the vectors at the asked-for width: as they are if native, else cut."""
+    """Return the vectors at the asked-for width: as they are if native, else cut or padded.
+
+    Padding appends zeros, and changes no other number.
+    """
     if not vectors or len(vectors[0]) == 4 * dimensions:
         return vectors
+    if len(vectors[0]) < 4 * dimensions:
+        return [vector.ljust(4 * dimensions, b"\0") for vector in vectors]
     return [row.tobytes() for row in cut(vectors, dimensions)]
 
 

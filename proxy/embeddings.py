@@ -61,6 +61,8 @@ def _headers(result: Result) -> dict[str, str]:
         "x-tokens-billed": str(result.tokens_billed),
         "x-tokens-saved": str(result.tokens - result.tokens_billed),
     }
+    if result.fallback:
+        headers["x-embedding-fallback"] = "true"
     if result.embedded.providers:
         headers["x-embedding-provider"] = ", ".join(result.embedded.providers)
     return headers

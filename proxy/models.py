@@ -3,8 +3,8 @@
 import orjson
 from aiohttp import web
 
-from .opening import Model
-from .service import EmbeddingService, ModelUnknown
+from .registry import Model, ModelUnknown
+from .service import EmbeddingService
 
 # OpenAI's objects carry the time a model was made; ours were not made by us.
 _CREATED = 0
@@ -23,9 +23,10 @@ class Models:
 
     async def get(self, request: web.Request) -> web.Response:
         """Answer with one model. Raises ModelUnknown."""
-        model = self._service.model(request.match_info["id"])
-        if not model.usable:
-            raise ModelUnknown(model.name)
+        name = request.match_info["id"]
+        model = self._service.models.get(name)
+        if model is None or not model.usable:
+            raise ModelUnknown(name)
         return _json(_wire(model))
 
 

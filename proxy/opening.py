@@ -1,4 +1,4 @@
-"""From settings to open providers, and to the models that can be asked for.
+"""From settings to open providers, and to the routers over them.
 
 Here the names in a configuration become objects: the only file that knows every kind of provider.
 """
@@ -8,13 +8,9 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 
-from cache.embedder import CachingEmbedder, Filled
-from cache.flight import Flights
-from cache.tiers import Tiers
 from providers import kinds
-from providers.base import Embedder, Space
+from providers.base import Embedder
 from providers.batcher import Batcher
 from providers.gather import Gatherer
 from providers.health import Upstreams
@@ -23,32 +19,11 @@ from providers.local import Local
 from providers.router import Provider, Route, Router
 from providers.within import limits_of
 
-from . import settings as sections
+from . import model_entry
 from .config import ConfigError
 from .settings import Settings
 
 log = logging.getLogger("embedding_proxy.opening")
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model that can be asked for."""
-
-    name: str
-    space: Space
-    price: float
-    """USD per million tokens."""
-    router: Router
-    """The routes that can be used; it knows no cache."""
-    embedder: Embedder
-    """What requests are asked of: the cache around the router."""
-    dimensions_refused: bool = False
-    """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether a provider is configured; without one, what is cached is still served."""
-        return bool(self.router.routes)
 
 
 async def open_providers(
@@ -78,32 +53,6 @@ async def open_providers(
     return opened
 
 
-def make_models(
-    settings: Settings,
-    providers: Mapping[str, Provider],
-    tiers: Tiers,
-    upstreams: Upstreams,
-    sleep: Callable[[float], Awaitable[None]],
-) -> dict[str, Model]:
-    """Return every configured model, by name.
-
-    Tiers, flights, and what is known of the providers are shared by all of them.
-    """
-    flights: Flights[Filled] = Flights()
-    models = {}
-    for name, entry in settings.models.items():
-        router = make_router(settings, name, providers, upstreams, sleep)
-        models[name] = Model(
-            name=name,
-            space=entry.as_space(),
-            price=entry.price,
-            router=router,
-            embedder=CachingEmbedder(batched(router, settings), tiers, flights),
-            dimensions_refused=entry.dimensions_refused,
-        )
-    return models
-
-
 def batched(router: Router, settings: Settings) -> Embedder:
     """Return what divides requests among calls of the routes, and gathers small ones if asked."""
     limits = limits_of(router.routes[0].provider) if router.routes else Limits()
@@ -111,15 +60,16 @@ def batched(router: Router, settings: Settings) -> Embedder:
     return Gatherer(router, limits, window_s) if window_s else Batcher(router, limits)
 
 
-def make_router(
+def make_router(  # noqa: PLR0913 - what a router is made of
     settings: Settings,
     name: str,
+    entry: model_entry.Model,
     providers: Mapping[str, Provider],
     upstreams: Upstreams,
-    sleep: Callable[[float], Awaitable[None]],
+    *,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Router:
-    """Return the routes of a configured model, those whose provider can be used."""
-    entry = settings.models[name]
+    """Return the routes of a model, those whose provider can be used."""
     routes = [
         Route(providers[route.provider], route.model, route.price)
         for route in entry.routes
@@ -136,7 +86,7 @@ def make_router(
     )
 
 
-def _remedy(settings: Settings, name: str, entry: sections.Model) -> str:
+def _remedy(settings: Settings, name: str, entry: model_entry.Model) -> str:
     """Say what to set so that the model can be asked for."""
     configured = [settings.providers.get(route.provider) for route in entry.routes]
     wanted = [one.key_variable for one in configured if one and one.key_variable]

@@ -20,12 +20,15 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from providers import tokens, vector
-from providers.base import Context, Embedded, Input, InputRefused, InvalidAnswer, Outcome, Space
+from providers.base import Context, Embedded, Input, InvalidAnswer, Outcome, Space
 from providers.health import Upstreams
 
-from . import wire
+from . import canary, fallback, widths, wire
+from .canary import Canaries
 from .config import load
-from .opening import Model, make_models, open_providers
+from .learned import Pins
+from .opening import open_providers
+from .registry import Model, Registry
 from .settings import Settings
 from .wire import EmbeddingRequest
 
@@ -42,11 +45,15 @@ class Result:
     """The answer to n inputs, in their order."""
 
     model: Model
+    """The one that was asked for."""
     space: Space
+    """Of the vectors: another than the model's only if `fallback` is true."""
     dimensions: int
     """The width that was asked for."""
     embedded: Embedded
     """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
+    fallback: bool = False
+    """Whether a model of another space stood in for the one that was asked for."""
 
     @property
     def vectors(self) -> vector.Floats:
@@ -69,18 +76,6 @@ class Result:
         return self.embedded.tokens_billed
 
 
-class ModelUnknown(InputRefused):
-    """No such model is configured or in the catalogue."""
-
-    def __init__(self, model: str) -> None:
-        super().__init__(
-            f"The model `{model[:200]}` does not exist or you do not have access to it.",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
-
-
 class EmbeddingService:
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
@@ -90,9 +85,10 @@ class EmbeddingService:
         """`sleep` waits between attempts at a provider, in seconds; tests inject a wait of zero."""
         self.settings = settings
         self._sleep = sleep
-        self.models: dict[str, Model] = {}
+        self._registry: Registry | None = None
         self.upstreams = Upstreams()
         """What is known of the providers: breakers, counters."""
+        self.canaries: Canaries | None = None
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
 
@@ -111,13 +107,32 @@ class EmbeddingService:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
             store = await stack.enter_async_context(
-                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=cache.pinned)
+                Store(
+                    cache.directory,
+                    size_limit,
+                    ttl_s=ttl_s,
+                    pinned=(*cache.pinned, canary.NAMESPACE),
+                )
             )
             self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
             providers = await open_providers(self.settings, stack, self._sleep)
-            self.models = make_models(
-                self.settings, providers, self._tiers, self.upstreams, self._sleep
+            self._registry = Registry(
+                self.settings,
+                providers,
+                self._tiers,
+                self.upstreams,
+                Pins(store.folder / "widths.json"),
+                sleep=self._sleep,
             )
+            if self.settings.server.canary_hours:
+                self.canaries = await stack.enter_async_context(
+                    Canaries(
+                        self._registry.models,
+                        self.upstreams,
+                        store.folder / "canaries.json",
+                        hours=self.settings.server.canary_hours,
+                    )
+                )
             self._stack = stack.pop_all()
         return self
 
@@ -129,12 +144,10 @@ class EmbeddingService:
         """What the tiers have seen since the start."""
         return self._tiers.counters if self._tiers else TierCounters()
 
-    def model(self, name: str) -> Model:
-        """Return a model by the name clients use. Raises ModelUnknown."""
-        try:
-            return self.models[name]
-        except KeyError:
-            raise ModelUnknown(name) from None
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The models that are configured, or have been asked for by name; none before opening."""
+        return self._registry.models if self._registry else {}
 
     async def embed(  # noqa: PLR0913 - the parameters of a request
         self,
@@ -166,38 +179,52 @@ class EmbeddingService:
         return await self.answer(asked, namespace)
 
     async def answer(self, asked: EmbeddingRequest, namespace: str = "") -> Result:
-        """Answer a well-formed request. Raises EmbeddingError."""
-        model = self.model(asked.model)
-        width = _width(model, asked.dimensions)
-        space = model.space
-        if asked.parameters:
-            space = space.with_parameters(asked.parameters)
-        now = asyncio.get_running_loop().time()
-        context = Context(now + self.settings.server.request_timeout_s, asked.user, namespace)
+        """Answer a well-formed request, by a model that stands in for its own if need be.
+
+        Raises EmbeddingError.
+        """
+        if self._registry is None:
+            raise RuntimeError("the service is not open")
+        model = self._registry.get(asked.model)
+        if model.by_name and asked.dimensions is not None:
+            model = model.at(asked.dimensions)
         inputs = await _as_texts(asked.inputs)
-        embedded = await model.embedder.embed(space, inputs, context)
-        if width < space.dimensions:
-            try:
-                vector.check_heads(embedded.vectors, width)
-            except vector.VectorError as error:
-                raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
-        return Result(model, space, width, embedded)
+        deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
+        if not model.space.dimensions:
+            context = Context(deadline, asked.user, namespace)
+            model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
+            space = model.space.with_parameters(asked.parameters)
+            return _result(model, space, _width(model, asked), embedded)
+        width = _width(model, asked)
+
+        async def ask(one: Model, by: float) -> Result:
+            space = one.space
+            if asked.parameters:
+                space = space.with_parameters(asked.parameters)
+            context = Context(by, asked.user, namespace)
+            embedded = await one.embedder.embed(space, inputs, context)
+            return _result(model, space, width, embedded, fallback=one is not model)
+
+        models = [model, *fallback.stand_ins(model, self.models, width)]
+        return await fallback.first_answer(ask, models, deadline)
 
 
-def _width(model: Model, dimensions: int | None) -> int:
-    """Return the width to answer with. Raises InputRefused for one this model cannot give."""
-    native = model.space.dimensions
-    if dimensions is None:
-        return native
-    if model.dimensions_refused or (not model.space.matryoshka and dimensions != native):
-        raise InputRefused("This model does not support specifying dimensions.", param="dimensions")
-    if not 1 <= dimensions <= native:
-        raise InputRefused(
-            f"Invalid value for 'dimensions' = {dimensions}: must be at least 1 and at most"
-            f" {native} for this model.",
-            param="dimensions",
-        )
-    return dimensions
+def _width(model: Model, asked: EmbeddingRequest) -> int:
+    """Return the width to answer with. Raises InputRefused."""
+    refused = model.dimensions_refused
+    return widths.chosen(model.space, asked.dimensions, model.width, refused=refused)
+
+
+def _result(
+    model: Model, space: Space, width: int, embedded: Embedded, *, fallback: bool = False
+) -> Result:
+    """Return an answer of which every vector can be brought to the width. Raises InvalidAnswer."""
+    if width < space.dimensions:
+        try:
+            vector.check_heads(embedded.vectors, width)
+        except vector.VectorError as error:
+            raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
+    return Result(model, space, width, embedded, fallback)
 
 
 async def _as_texts(inputs: Sequence[Input]) -> list[Input]:

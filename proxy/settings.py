@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from providers import kinds
-from providers.base import Space
-from providers.catalogue import CATALOGUE, ModelEntry
+from providers.catalogue import CATALOGUE
 
+from .model_entry import Model, from_catalogue
 from .section import Name, Number, ProviderName, Section, Whole
 from .upstreams import Provider
 
@@ -35,6 +35,8 @@ class Server(Section):
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
+    unknown_models: Literal["ask", "refuse"] = "ask"
+    canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
 
     @field_validator("keys", mode="before")
@@ -101,41 +103,6 @@ DEFAULT_PROVIDERS = ("openai", "openrouter", "local")
 """The kinds that are there when a configuration names none."""
 
 
-class Route(Section):
-    """Where a model can be bought, and under which name."""
-
-    provider: Name
-    model: Name
-    price: Annotated[Number, Field(ge=0)] | None = None
-
-
-class Model(Section):
-    """One embedding model."""
-
-    space: Annotated[str, Field(min_length=1, max_length=200)]
-    dimensions: Annotated[Whole, Field(ge=1, le=65536)]
-    matryoshka: bool = False
-    dimensions_refused: bool = False
-    dimensions_sent: bool = False
-    tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
-    unit_norm: bool = False
-    price: Annotated[Number, Field(ge=0)] = 0
-    order: Literal["listed", "cheapest", "fastest"] = "listed"
-    hedge_after_s: Annotated[Number, Field(gt=0)] | None = None
-    routes: Annotated[tuple[Route, ...], Field(min_length=1)]
-
-    def as_space(self) -> Space:
-        """Return the space of this model's vectors."""
-        return Space(
-            self.space,
-            self.dimensions,
-            self.matryoshka,
-            self.tokenizer,
-            unit_norm=self.unit_norm,
-            dimensions_sent=self.dimensions_sent,
-        )
-
-
 class Index(Section):
     """The vector store behind the proxy."""
 
@@ -178,7 +145,7 @@ class Settings(Section):
     def _over_the_catalogue(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        known = {name: _as_mapping(entry) for name, entry in CATALOGUE.items()}
+        known = {name: from_catalogue(entry) for name, entry in CATALOGUE.items()}
         given = {
             name: {**known.get(name, {}), **entry} if isinstance(entry, dict) else entry
             for name, entry in value.items()
@@ -211,6 +178,15 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _fallbacks_can_answer(self) -> "Settings":
+        for name, model in self.models.items():
+            for fallback in model.fallback:
+                problem = fallback.objection(model, self.models.get(fallback.model))
+                if problem is not None:
+                    raise ValueError(f"models.{name}.fallback: {fallback.model}: {problem}")
+        return self
+
+    @model_validator(mode="after")
     def _one_model_a_space(self) -> "Settings":
         """Refuse two descriptions of one space: they would disagree about the same records."""
         first: dict[str, tuple[str, Model]] = {}
@@ -234,17 +210,3 @@ def _is_kind(name: object) -> bool:
         return isinstance(name, str) and bool(kinds.find(name))
     except kinds.UnknownKind:
         return False
-
-
-def _as_mapping(entry: ModelEntry) -> dict[str, object]:
-    return {
-        "space": entry.space,
-        "dimensions": entry.dimensions,
-        "matryoshka": entry.matryoshka,
-        "dimensions_refused": entry.dimensions_refused,
-        "dimensions_sent": entry.dimensions_sent,
-        "tokenizer": entry.tokenizer,
-        "unit_norm": entry.unit_norm,
-        "price": entry.price,
-        "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],
-    }

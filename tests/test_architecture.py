@@ -26,6 +26,7 @@ DOORS = {
     "qdrant_client": {"index/points.py"},
     "pydantic": {
         "proxy/section.py",
+        "proxy/model_entry.py",
         "proxy/upstreams.py",
         "proxy/settings.py",
         "proxy/config.py",

@@ -162,7 +162,7 @@ def all_fields_are_in_the_key(patch: pytest.MonkeyPatch) -> None:
 async def addresses_may_collide(bench: Bench) -> None:
     proxy = await bench.start(openai=bench.upstream)
     made = Keyring.key
-    assert len(made(Keyring(proxy.service.model(MODEL).space), "x").address) == 16
+    assert len(made(Keyring(proxy.service.models[MODEL].space), "x").address) == 16
     bench.patch.setattr(Keyring, "key", lambda self, i: Key(bytes(16), made(self, i).digest))
     await _all_right(proxy, ["one", "two"])
 

@@ -10,8 +10,9 @@ from fault_server import status
 
 from cache.record import Entry, encode
 from proxy.config import load
+from proxy.model_entry import Model, Route
 from proxy.section import Section
-from proxy.settings import DEFAULT_PROVIDERS, Model, Provider, Route, Settings
+from proxy.settings import DEFAULT_PROVIDERS, Provider, Settings
 from proxy.upstreams import Limits
 
 ROOT = Path(__file__).parents[1]

@@ -205,7 +205,7 @@ def _survey(adoption: Adoption, source: Source, sample: int) -> Survey:
 async def _compare(settings: Settings, model: str, adoption: Adoption, survey: Survey) -> float:
     async with AsyncExitStack() as stack:
         providers = await open_providers(settings, stack)
-        router = make_router(settings, model, providers, Upstreams(), asyncio.sleep)
+        router = make_router(settings, model, settings.models[model], providers, Upstreams())
         if not router.routes:
             raise WorkFailed(
                 f"{router.unavailable} Or trust the source without a sample: --sample 0"

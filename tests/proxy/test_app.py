@@ -50,7 +50,7 @@ BAD = {
     "not UTF-8": (b'{"model":"m","input":"\xff"}', 400, None, "could not be parsed as JSON"),
     "not an object": (b'["a"]', 400, None, "must be a JSON object"),
     "no model": ({"input": "a"}, 400, "model", "provide a model"),
-    "unknown model": ({**GOOD, "model": "gpt-4"}, 404, "model", "The model `gpt-4` does not exist"),
+    "unknown model": ({**GOOD, "model": "a/gpt"}, 404, "model", "The model `a/gpt` does not exist"),
     "no input": ({"model": SMALL}, 400, "input", "'$.input' is invalid"),
     "null": ({**GOOD, "input": None}, 400, "input", "'$.input' is invalid"),
     "empty string": ({**GOOD, "input": ""}, 400, "input", "must not be an empty string"),

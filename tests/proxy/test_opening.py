@@ -13,7 +13,9 @@ from providers.base import Context, NoRoute
 from providers.catalogue import CATALOGUE
 from providers.health import Upstreams
 from proxy.config import ConfigError
-from proxy.opening import make_models, open_providers
+from proxy.learned import Pins
+from proxy.opening import open_providers
+from proxy.registry import Registry
 from proxy.settings import Provider, Settings
 
 SMALL = "text-embedding-3-small"
@@ -28,7 +30,9 @@ async def opened(tmp_path):
         async def open_settings(**sections):
             settings = Settings.model_validate(sections)
             providers = await open_providers(settings, stack)
-            return providers, make_models(settings, providers, tiers, Upstreams(), no_wait)
+            pins = Pins(tmp_path / "widths.json")
+            registry = Registry(settings, providers, tiers, Upstreams(), pins, sleep=no_wait)
+            return providers, registry.models
 
         yield open_settings
 

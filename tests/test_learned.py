@@ -1,0 +1,175 @@
+"""Models of which only the name is known: where they are asked for, and how wide they are."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from fault_server import status, vector_of
+
+NEW = "text-embedding-9"
+ROUTES = [{"provider": "openai", "model": "own"}]
+
+
+async def _embed(proxy, inputs, model=NEW, **fields):
+    reply = await proxy.post({"model": model, "input": inputs, **fields})
+    body = await reply.json()
+    return reply, [np.array(item["embedding"], np.float32) for item in body.get("data", [])]
+
+
+async def test_bought_once_whoever_asks_first(upstream, start_proxy):
+    """The first request tells the width; every input is bought once, in the order it was given."""
+    upstream.widths = {NEW: 40}
+    proxy = await start_proxy(openai=upstream)
+    texts = ["a", "b", "a", "c", "b"]
+    reply, got = await _embed(proxy, texts)
+    assert reply.headers["x-embedding-space"] == f"openai/{NEW}"
+    assert (reply.headers["x-cache"], reply.headers["x-cache-misses"]) == ("miss", "3")
+    for vector, text in zip(got, texts, strict=True):
+        assert np.array_equal(vector, vector_of(NEW, text, 40))
+    assert sorted(upstream.inputs) == ["a", "b", "c"]
+    again, _ = await _embed(proxy, texts)
+    assert again.headers["x-cache"] == "hit"
+    assert await again.text() == await reply.text()
+
+
+async def test_many_at_once_buy_each_input_once(upstream, start_proxy):
+    """Those who ask before the width is known join each other like anybody else."""
+    upstream.widths = {NEW: 40}
+    proxy = await start_proxy(openai=upstream)
+    some = [["a"], ["b", "a"], ["a", "c"], ["c", "b"]] * 5
+    for (_, got), texts in zip(
+        await asyncio.gather(*(_embed(proxy, texts) for texts in some)), some, strict=True
+    ):
+        for vector, text in zip(got, texts, strict=True):
+            assert np.array_equal(vector, vector_of(NEW, text, 40))
+    assert sorted(upstream.inputs) == ["a", "b", "c"]
+
+
+async def test_the_width_is_pinned(upstream, start_proxy):
+    """Another width later is an error, also after a restart; what is kept is still served."""
+    upstream.widths = {NEW: 40}
+    proxy = await start_proxy(openai=upstream)
+    await _embed(proxy, "a")
+    upstream.widths = {NEW: 41}
+    for _ in range(2):
+        reply, _ = await _embed(proxy, "b")
+        assert reply.status == 502
+        assert "41 dimensions instead of 40" in await reply.text()
+        reply, (got,) = await _embed(proxy, "a")
+        assert (reply.headers["x-cache"], got.shape) == ("hit", (40,))
+        await start_proxy.stop()
+        proxy = await start_proxy(openai=upstream)
+
+
+async def test_two_workers_learn_one_width(upstream, start_proxy):
+    """What one process has learned holds for the other, though it asked before."""
+    upstream.widths = {NEW: 40}
+    one, other = await start_proxy(openai=upstream), await start_proxy(openai=upstream)
+    await _embed(one, "a")
+    upstream.widths = {NEW: 41}
+    reply, _ = await _embed(other, "b")
+    assert reply.status == 502
+    reply, _ = await _embed(other, "a")
+    assert reply.headers["x-cache"] == "hit"
+
+
+async def test_a_width_that_is_asked_for_is_the_upstreams_to_give(upstream, start_proxy):
+    """Nobody knows whether such a model may be cut, so it is asked, and its answer checked."""
+    upstream.widths = {NEW: 40}
+    proxy = await start_proxy(openai=upstream)
+    reply, _ = await _embed(proxy, "a", dimensions=20)
+    assert reply.status == 502, "the width was dropped in silence"
+    assert upstream.calls[-1].payload["dimensions"] == 20
+    upstream.widths = {NEW: 20}
+    for verdict in ("miss", "hit"):
+        reply, (got,) = await _embed(proxy, "a", dimensions=20)
+        assert (reply.headers["x-cache"], got.shape) == (verdict, (20,))
+        assert reply.headers["x-embedding-space"] == f"openai/{NEW}@20"
+    upstream.widths = {NEW: 40}
+    reply, (got,) = await _embed(proxy, "a")
+    assert (reply.headers["x-cache"], got.shape) == ("miss", (40,))
+
+
+@pytest.mark.parametrize("dimensions", [65537, 1 << 40])
+async def test_no_width_beyond_all_bounds(dimensions, upstream, start_proxy):
+    """A width that no model has is refused before anybody is asked."""
+    proxy = await start_proxy(openai=upstream)
+    reply, _ = await _embed(proxy, "a", dimensions=dimensions)
+    assert (reply.status, len(upstream.calls)) == (400, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [(NEW, NEW), (f"openai/{NEW}", NEW), ("vendor/model", None), ("vendor/group/model", None)],
+)
+async def test_who_is_asked_for_a_name(name, first, upstream, second, start_proxy):
+    """A plain name is OpenAI's, and OpenRouter's with the vendor before it; others OpenRouter's."""
+    upstream.always = status(500)
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    reply, _ = await _embed(proxy, "a", name)
+    assert (reply.status, (await reply.json())["model"]) == (200, name)
+    assert {call.payload["model"] for call in upstream.calls} == ({first} if first else set())
+    other = name if "/" in name else f"openai/{name}"
+    assert [call.payload["model"] for call in second.calls] == [other]
+
+
+async def test_a_model_that_nobody_has(upstream, start_proxy):
+    """The provider's own 404 is told, nothing is learned, and nothing listed."""
+    upstream.always = status(404)
+    proxy = await start_proxy(openai=upstream)
+    reply, _ = await _embed(proxy, "a", "misspelt")
+    assert reply.status == 404
+    assert "misspelt" not in proxy.service.models
+
+
+@pytest.mark.parametrize(
+    ("name", "server"),
+    [("vendor/model", {}), ("x" * 300, {}), (NEW, {"unknown_models": "refuse"})],
+)
+async def test_a_name_that_leads_nowhere(name, server, upstream, start_proxy):
+    """Without a provider for such names, or with `unknown_models: refuse`, it is OpenAI's 404."""
+    proxy = await start_proxy(openai=upstream, server=server)
+    reply, _ = await _embed(proxy, "a", name)
+    assert (reply.status, len(upstream.calls)) == (404, 0)
+    assert (await reply.json())["error"]["code"] == "model_not_found"
+
+
+async def test_a_configured_model_without_a_width(upstream, start_proxy):
+    """`dimensions` may be left out; once learned, the model is like any other."""
+    upstream.widths = {"own": 40}
+    models = {"mine": {"space": "mine/own", "matryoshka": True, "routes": ROUTES}}
+    proxy = await start_proxy(openai=upstream, models=models)
+    reply, (got,) = await _embed(proxy, "a", "mine", dimensions=10)
+    head = vector_of("own", "a", 40)[:10].astype(np.float64)
+    assert np.allclose(got, head / np.linalg.norm(head), atol=1e-7)
+    reply, (got,) = await _embed(proxy, "a", "mine")
+    assert (reply.headers["x-cache"], got.shape) == ("hit", (40,))
+    reply, _ = await _embed(proxy, "a", "mine", dimensions=41)
+    assert reply.status == 400
+    assert len(upstream.inputs) == 1
+
+
+async def test_a_failure_teaches_nothing(upstream, start_proxy):
+    """An answer that fails a check, or none, leaves the width open; the next one tells it."""
+    proxy = await start_proxy(openai=upstream)
+    upstream.always = upstream.altered(lambda reply: reply["data"][0].update(embedding=[0.0] * 7))
+    reply, _ = await _embed(proxy, "a")
+    assert reply.status == 502
+    upstream.always, upstream.widths = None, {NEW: 40}
+    reply, (got,) = await _embed(proxy, "a")
+    assert (reply.status, got.shape) == (200, (40,))
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"[]", b'{"a": "b"}', b"{"])
+async def test_a_spoilt_file_is_learned_anew(spoilt, upstream, start_proxy):
+    """Without what was pinned, the first answer tells again, and what was kept is found again."""
+    upstream.widths = {NEW: 40}
+    proxy = await start_proxy(openai=upstream)
+    await _embed(proxy, "a")
+    await start_proxy.stop()
+    (file,) = proxy.service.settings.cache.directory.rglob("widths.json")
+    file.write_bytes(spoilt)
+    proxy = await start_proxy(openai=upstream)
+    await _embed(proxy, "b")
+    reply, _ = await _embed(proxy, "a")
+    assert reply.headers["x-cache"] == "hit"
