@@ -7,24 +7,29 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from cache import disk
 from providers import kinds, local, tokens
 from providers.base import (
     Context,
     CredentialsRefused,
     EmbeddingError,
+    InvalidAnswer,
     ModelNotFound,
     ProviderError,
     Space,
 )
 from providers.health import Upstreams
-from providers.probe import SAME, TEXTS, Probe, agreement, probe
+from providers.probe import SAME, TEXTS, Probe, probe
 from providers.route import Route
 from providers.router import Router
 
-from .choice import Choice, choose
+from .choice import Choice, choose, with_stand_ins
+from .finding import Comparison, Finding, compare
+from .learned import WIDTHS_FILE, Pins
+from .model_entry import Model
 from .opening import make_router, open_providers
 from .settings import Settings
 
@@ -41,43 +46,6 @@ class Standing:
     kind: str | None
     why: str = ""
     """Why it cannot, or is of no use."""
-
-
-@dataclass(slots=True)
-class Finding:
-    """A route in one space, the models that lead to it, and what came of asking it."""
-
-    models: list[str]
-    space: Space
-    provider: str
-    upstream_model: str
-    route: Route | None
-    """None where the provider cannot be used."""
-    why: str = "not asked"
-    """Why it was not asked, or failed; empty once it answered."""
-    probe: Probe | None = None
-
-    @property
-    def ok(self) -> bool | None:
-        """Whether it answered well; None if it was not asked."""
-        return None if self.probe is None else self.probe.failure is None
-
-    def __str__(self) -> str:
-        return f"{self.provider} ({self.upstream_model})"
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two routes of one space that answered, and the least cosine between their answers."""
-
-    one: Finding
-    other: Finding
-    cosine: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether they are one model."""
-        return self.cosine >= SAME
 
 
 @dataclass(slots=True)
@@ -98,16 +66,19 @@ async def examine(
 
     `tell` is told how many routes have been asked.
     """
+    choice = replace(choice, named=with_stand_ins(settings, choice.named))
     async with AsyncExitStack() as stack:
         opened = await open_providers(settings, stack)
         standings = {name: _standing(settings, name, opened) for name in settings.providers}
         usable = {name: one for name, one in opened.items() if standings[name].state == "usable"}
+        models = choose(settings, choice, usable)
         upstreams = Upstreams()
         routers = {
-            name: make_router(settings, name, usable, upstreams, asyncio.sleep)
-            for name in choose(settings, choice, usable)
+            name: make_router(settings, name, model, usable, upstreams)
+            for name, model in models.items()
         }
-        found = Checkup(standings, _findings(settings, routers, standings))
+        pins = Pins(disk.folder_of(settings.cache.directory) / WIDTHS_FILE)
+        found = Checkup(standings, _findings(models, routers, standings, pins))
         if not offline:
             await _ask(found.findings, settings.server.request_timeout_s, tell)
     for one in found.findings:
@@ -117,17 +88,6 @@ async def examine(
     found.comparisons = list(compare(found.findings))
     found.problems = list(_problems(choice, routers, found))
     return found
-
-
-def compare(findings: Sequence[Finding]) -> Iterator[Comparison]:
-    """Compare the answers of each space with the first of them; they are one model, or two."""
-    answered: defaultdict[str, list[tuple[Finding, Probe]]] = defaultdict(list)
-    for one in findings:
-        if one.probe is not None and one.ok:
-            answered[one.space.name].append((one, one.probe))
-    for (first, base), *others in answered.values():
-        for other, found in others:
-            yield Comparison(first, other, agreement(base.vectors, found.vectors))
 
 
 def _standing(settings: Settings, name: str, opened: Collection[str]) -> Standing:
@@ -144,15 +104,22 @@ def _standing(settings: Settings, name: str, opened: Collection[str]) -> Standin
 
 
 def _findings(
-    settings: Settings, routers: Mapping[str, Router], standings: Mapping[str, Standing]
+    models: Mapping[str, Model],
+    routers: Mapping[str, Router],
+    standings: Mapping[str, Standing],
+    pins: Pins,
 ) -> list[Finding]:
     """Return the routes of some models, those of one space together, each route once."""
-    spaces = {name: settings.models[name].as_space() for name in routers}
+    spaces = {}
+    for name, model in models.items():
+        space = model.as_space()
+        # A width that the proxy has learned holds from then on.
+        spaces[name] = replace(space, dimensions=space.dimensions or pins.width(space.name))
     order = list(dict.fromkeys(space.name for space in spaces.values()))
     found: dict[tuple[Space, str, str], Finding] = {}
     for name in sorted(routers, key=lambda name: order.index(spaces[name].name)):
         routes = {(route.name, route.model): route for route in routers[name].routes}
-        for entry in settings.models[name].routes:
+        for entry in models[name].routes:
             here = (entry.provider, entry.model)
             one = found.setdefault(
                 (spaces[name], *here), Finding([], spaces[name], *here, routes.get(here))
@@ -195,10 +162,15 @@ async def _ask(
 async def _probe(route: Route, space: Space, deadline: float, clock: Callable[[], float]) -> Probe:
     begun = clock()
     try:
-        return await probe(route, space, Context(deadline), clock)
+        found = await probe(route, space, Context(deadline), clock)
     except Exception as error:  # noqa: BLE001 - of a kind that somebody's package brings
         problem = f"its own code failed: {type(error).__name__}"
         return Probe(route, clock() - begun, failure=ProviderError(route.name, problem))
+    if len({len(vector) for vector in found.vectors}) > 1:
+        # Where a width is not known yet, nobody has compared it so far.
+        failure = InvalidAnswer(route.name, "its vectors are not of one width")
+        return replace(found, vectors=(), failure=failure)
+    return found
 
 
 def _why(settings: Settings, choice: Choice, one: Finding, failure: EmbeddingError) -> str:

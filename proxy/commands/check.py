@@ -10,8 +10,9 @@ import typer
 from cache import place
 from cache.place import Inspection
 from proxy import config
-from proxy.checkup import Checkup, Finding, examine
+from proxy.checkup import Checkup, examine
 from proxy.choice import Choice
+from proxy.finding import Finding
 from proxy.service import GIB
 from proxy.settings import Cache
 
@@ -137,7 +138,7 @@ def _route_dict(one: Finding) -> dict[str, Any]:
         "upstream_model": one.upstream_model,
         "ok": one.ok,
         "latency_ms": probe and round(1000 * probe.seconds, 1),
-        "dimensions": one.space.dimensions if one.ok else None,
+        "dimensions": one.width or None,
         "tokens": probe.tokens if probe and one.ok else None,
         "error": one.why or None,
     }
@@ -169,7 +170,7 @@ def _cells(one: Finding) -> tuple[str, ...]:
     time = f"{1000 * one.probe.seconds:.0f} ms"
     if not one.ok:
         return "FAILED", *where, time
-    return "ok", *where, time, f"width {one.space.dimensions}", f"{one.probe.tokens} tokens"
+    return "ok", *where, time, f"width {one.width}", f"{one.probe.tokens} tokens"
 
 
 def _aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -17,9 +17,9 @@ from providers.openai import OpenAI
 from providers.probe import TEXTS, Probe
 from providers.route import Route
 from proxy import checkup, cli
-from proxy.checkup import Finding
 from proxy.choice import Choice, choose
 from proxy.config import ConfigError
+from proxy.finding import Finding
 from proxy.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -371,7 +371,7 @@ def test_as_few_models_are_chosen_as_will_do(usable, named, also, models):
     mine["azure"]["matryoshka"] = True
     providers = {"ollama": {}, "azure": {"base_url": "http://a/v1"}}
     settings = Settings.model_validate({"providers": providers, "models": mine})
-    assert choose(settings, Choice(named, also=also), usable.split()) == models
+    assert list(choose(settings, Choice(named, also=also), usable.split())) == models
 
 
 def test_a_model_that_there_is_not_is_wrong_usage():
@@ -432,6 +432,52 @@ async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
     assert set(loaded) == {1}, "the time of a provider includes no loading of ours"
 
 
+async def test_a_model_known_by_its_name_alone(check, upstream, second):
+    """It is asked for as the proxy asks for it; routes of two widths are two models."""
+    sections = {"providers": _at(upstream, second)}
+    done = await check("--model", "m-9", **sections)
+    assert (done.code, done.problems if done.code else []) == (0, [])
+    assert "openai (m-9) and openrouter (openai/m-9) agree: cosine 1.000000\n" in done.out
+    upstream.widths = {"m-9": 8}
+    found = (await check("--model", "m-9", "--json", **sections)).json
+    assert [one["dimensions"] for one in found["routes"]] == [8, 1536]
+    assert [(pair["cosine"], pair["ok"]) for pair in found["pairs"]] == [(0.0, False)]
+
+
+async def test_a_width_that_the_proxy_has_learned_holds(check, upstream, start_proxy):
+    """What the proxy would refuse is a failure here, too."""
+    upstream.widths = {"m-9": 8}
+    proxy = await start_proxy(openai=upstream)
+    assert (await proxy.post({"model": "m-9", "input": "a"})).status == 200
+    upstream.widths = {"m-9": 16}
+    done = await check("--model", "m-9", providers=_at(upstream))
+    assert done.problems == ["m-9 at openai (m-9): embedding 0: 16 dimensions instead of 8"]
+
+
+async def test_an_answer_of_several_widths_is_none(check, upstream):
+    """Where no width is known, the vectors of one answer must still have the same."""
+
+    def shorten(reply):
+        reply["data"][1]["embedding"] = [1.0, 0.0]
+
+    upstream.always = upstream.altered(shorten)
+    done = await check("--model", "m-9", providers=_at(upstream))
+    assert done.problems == ["m-9 at openai (m-9): its vectors are not of one width"]
+
+
+async def test_what_stands_in_is_tried_too(check, upstream, second):
+    """The models that `fallback` names are models that the file names."""
+    models = {
+        "mine": {**_model("mine", openai="m"), "fallback": "other"},
+        "other": _model("other", mistral="o"),
+    }
+    done = await check("--model", "mine", providers=_at(upstream, second), models=models)
+    assert done.code == 1
+    assert done.problems == [
+        "No provider for the model `other` is configured: add mistral to `providers`."
+    ]
+
+
 # The cache, the configuration, and being told to stop
 
 
@@ -482,7 +528,8 @@ async def test_a_cache_on_a_network_or_a_small_disk_is_told(check, upstream, tmp
     ("arguments", "sections", "message"),
     [
         ((), {"cache": {"directry": "x"}}, "cache.directry: unknown key; did you mean directory?"),
-        (("--model", "nope-3"), {"models": {}}, "--model: there is no model 'nope-3'; "),
+        (("--model", "m-9"), {"server": {"unknown_models": "refuse"}}, "no model 'm-9'; add it"),
+        (("--model", "m-9"), {"providers": _at()}, "--model: there is no model 'm-9'; add it to"),
     ],
 )
 async def test_a_wrong_configuration_is_code_2(arguments, sections, message, check):
