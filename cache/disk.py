@@ -39,6 +39,11 @@ def folder_of(directory: Path) -> Path:
     return directory / f"v{FORMAT}"
 
 
+def exists(directory: Path) -> bool:
+    """Tell whether there is a store in `directory`."""
+    return _is_there(folder_of(directory) / database.FILE_NAME)
+
+
 @contextlib.contextmanager
 def opened(
     directory: Path, size_limit: int, pinned: Collection[str] = (), *, create: bool = False
@@ -48,7 +53,7 @@ def opened(
     Raises StoreError if there is none and it is not to be made, or for what fails in it later.
     """
     folder = folder_of(directory)
-    if not create and not _is_there(folder / database.FILE_NAME):
+    if not create and not exists(directory):
         raise StoreError(f"{folder}: there is no store yet; the proxy makes it at its first start")
     with contextlib.ExitStack() as stack:
         try:

@@ -177,7 +177,12 @@ class HttpProvider:
             return
         answered = answered[:100]
         if answered not in self.other_models and len(self.other_models) < 100:
-            log.warning("%s: answers as %r when asked for %r", self.name, answered, asked)
+            log.warning(
+                "%s: answers as %r when asked for %r; `embedding-proxy check` compares the routes",
+                self.name,
+                answered,
+                asked,
+            )
         self.other_models[answered] += 1
 
     def objection(self, space: Space) -> InputRefused | None:

@@ -18,6 +18,7 @@ from . import config, server
 from . import workers as processes
 from .commands import cache as cache_commands
 from .commands import export, stats, take_in, verify
+from .commands.check import check
 from .commands.common import ConfigOption, fail, one_line
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ app = typer.Typer(
 # These add themselves to the group `cache`.
 _ = export, stats, take_in, verify
 app.add_typer(cache_commands.app, name="cache")
+app.command()(check)
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature

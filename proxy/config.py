@@ -32,6 +32,16 @@ def load(path: Path | None = None, *, overrides: Mapping[str, object] | None = N
     `overrides` replaces keys of the `server` section (the command line's options). Raises
     ConfigError.
     """
+    return load_named(path, overrides=overrides)[0]
+
+
+def load_named(
+    path: Path | None = None, *, overrides: Mapping[str, object] | None = None
+) -> tuple[Settings, tuple[str, ...]]:
+    """Return the settings as `load` does, and the models that the file itself names.
+
+    The settings hold the whole catalogue and do not say which these are. Raises ConfigError.
+    """
     name = BUILT_IN if path is None else str(path)
     content = _content(_built_in_file() if path is None else path, name)
     if path is None:
@@ -41,13 +51,14 @@ def load(path: Path | None = None, *, overrides: Mapping[str, object] | None = N
         server = content.get("server") or {}
         content["server"] = {**server, **overrides} if isinstance(server, dict) else server
     try:
-        return Settings.model_validate(_substituted(content, name, ()))
+        settings = Settings.model_validate(_substituted(content, name, ()))
     except ValidationError as error:
         if overrides and error.errors()[0]["loc"] in {("server", key) for key in overrides}:
             name = "the command line"
         raise ConfigError(f"{name}: {_first_problem(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{name}: an anchor holds itself; write the values out") from error
+    return settings, tuple(content.get("models") or ())
 
 
 def _content(source: Path, name: str) -> dict[Any, Any]:

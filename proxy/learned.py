@@ -11,6 +11,9 @@ import orjson
 
 from providers.base import InvalidAnswer
 
+WIDTHS_FILE = "widths.json"
+"""The name of the file, in the folder of the store."""
+
 log = logging.getLogger("embedding_proxy.learned")
 
 

@@ -26,7 +26,7 @@ from providers.health import Upstreams
 from . import canary, fallback, widths, wire
 from .canary import Canaries
 from .config import load
-from .learned import Pins
+from .learned import WIDTHS_FILE, Pins
 from .opening import open_providers
 from .registry import Model, Registry
 from .settings import Settings
@@ -121,7 +121,7 @@ class EmbeddingService:
                 providers,
                 self._tiers,
                 self.upstreams,
-                Pins(store.folder / "widths.json"),
+                Pins(store.folder / WIDTHS_FILE),
                 sleep=self._sleep,
             )
             if self.settings.server.canary_hours:

@@ -161,7 +161,8 @@ def test_version(run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["serve", "demo", "--version"]),
+        (["--help"], ["serve", "demo", "check", "--version"]),
+        (["check", "--help"], ["--config", "--model", "--all", "--offline", "--json"]),
         (["serve", "--help"], ["--config", "--host", "--port", "--workers"]),
     ],
 )

@@ -1,0 +1,574 @@
+"""`check`: what it asks, what it finds, what it prints, and how it ends."""
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+from fault_server import hang, status
+
+from providers import tokens
+from providers.base import Space
+from providers.openai import OpenAI
+from providers.probe import TEXTS, Probe
+from providers.route import Route
+from proxy import checkup, cli
+from proxy.choice import Choice, choose
+from proxy.config import ConfigError
+from proxy.finding import Finding
+from proxy.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+SMALL = "text-embedding-3-small"
+SPACE = f"openai/{SMALL}"
+KEYS = {"openai": "sk-openai-secret-key", "openrouter": "sk-openrouter-secret-key"}
+TWO = {"openai": SMALL, "openrouter": f"openai/{SMALL}"}
+
+
+def _model(space=SPACE, width=1536, /, **routes):
+    return {
+        "space": space,
+        "dimensions": width,
+        "routes": [{"provider": name, "model": model} for name, model in routes.items()],
+    }
+
+
+def _at(openai=None, openrouter=None, /, **keys):
+    """Return the section `providers` for these upstreams, and no other provider."""
+    servers = {"openai": openai, "openrouter": openrouter}
+    urls = {name: one and {"base_url": one.url, **keys} for name, one in servers.items()}
+    return {**urls, "local": None}
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+    @property
+    def problems(self):
+        """What follows the last heading."""
+        head, _, tail = self.out.rpartition("problem")
+        assert head.rpartition("\n")[2].strip().isdigit(), self.out
+        return [line.strip() for line in tail.splitlines()[1:]]
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Give a function that runs `check` with these sections, both keys set unless `keys` are."""
+    config = tmp_path / "config.yaml"
+    monkeypatch.setenv("COLUMNS", "200")
+
+    async def run(*arguments, keys=KEYS, **sections) -> Done:
+        for name, key in keys.items():
+            monkeypatch.setenv(f"{name.upper()}_API_KEY", key)
+        if sections:
+            sections = {"cache": {"directory": str(tmp_path / "cache")}, **sections}
+            config.write_text(json.dumps(sections))
+            arguments = (*arguments, "--config", str(config))
+        monkeypatch.setattr(sys, "argv", ["embedding-proxy", "check", *arguments])
+
+        def in_thread() -> int:
+            with pytest.raises(SystemExit) as caught:
+                cli.main()
+            return caught.value.code or 0
+
+        done = Done(await asyncio.to_thread(in_thread), *capsys.readouterr())
+        assert not [key for key in KEYS.values() if key in done.out + done.err]
+        assert "Traceback" not in done.out + done.err
+        return done
+
+    return run
+
+
+# Routes that answer, and whether they give the same
+
+
+async def test_all_is_well(check, upstream, second, tmp_path):
+    """Each route is bought from once, told with its figures, and the two of one space agree."""
+    sections = {"providers": _at(upstream, second), "models": {SMALL: {}}}
+    done = await check(**sections)
+    assert (done.code, done.err) == (0, "")
+    assert [call.inputs for call in upstream.calls + second.calls] == [list(TEXTS)] * 2
+    for provider, model in TWO.items():
+        row = next(line for line in done.out.splitlines() if line.startswith(f"  ok  {provider} "))
+        assert f" {model} " in row
+        assert " ms " in row
+        assert row.endswith("width 1536  71 tokens")
+    assert f"configuration: {tmp_path / 'config.yaml'}\n" in done.out
+    assert f"cache: {tmp_path / 'cache'}: no store yet" in done.out
+    assert f"{SMALL}, {SPACE}: space {SPACE}\n" in done.out
+    assert f"openai ({SMALL}) and openrouter ({SPACE}) agree: cosine 1.000000\n" in done.out
+    assert done.out.endswith("\nNo problem found.\n")
+    assert not (tmp_path / "cache").exists()
+
+
+async def test_json_is_one_object(check, upstream, second, tmp_path):
+    """For scripts there is the whole report as one object, and nothing else."""
+    mine = {**_model("mine", 1536, **TWO)}
+    mine["routes"].append({"provider": "mistral", "model": "m"})
+    done = await check("--json", providers=_at(upstream, second), models={"mine": mine})
+    assert (done.code, done.err) == (0, "")
+    found = done.json
+    free, kind = (found["cache"].pop(key) for key in ("free_bytes", "file_system"))
+    assert free > 0
+    assert kind is None or isinstance(kind, str)
+    times = [one.pop("latency_ms") for one in found["routes"]]
+    assert [0 < time < 60_000 for time in times[:2]] == [True, True]
+    assert times[2] is None
+    page = (ROOT / "docs" / "providers.md").read_text(encoding="utf-8")
+    keys = {*found, *found["cache"], *found["providers"]["openai"], *found["pairs"][0]}
+    assert not [key for key in keys | {*found["routes"][0]} if f"`{key}`" not in page]
+    route = {"model": "mine", "also": [], "space": "mine"}
+    good = {"ok": True, "dimensions": 1536, "tokens": sum(len(t.split()) for t in TEXTS)}
+    unasked = {"ok": None, "dimensions": None, "tokens": None}
+    assert found == {
+        "config": str(tmp_path / "config.yaml"),
+        "cache": {
+            "directory": str(tmp_path / "cache"),
+            "exists": False,
+            "entries": None,
+            "file_bytes": None,
+            "size_limit_bytes": 50 << 30,
+            "network": False,
+            "ok": True,
+            "error": None,
+        },
+        "providers": {
+            "local": {"state": "disabled", "kind": None, "why": "null in the configuration"},
+            "openai": {"state": "usable", "kind": "openai", "why": None},
+            "openrouter": {"state": "usable", "kind": "openrouter", "why": None},
+        },
+        "routes": [
+            {**route, "provider": "openai", "upstream_model": SMALL, **good, "error": None},
+            {**route, "provider": "openrouter", "upstream_model": SPACE, **good, "error": None},
+            {
+                **route,
+                "provider": "mistral",
+                "upstream_model": "m",
+                **unasked,
+                "error": "the provider is not configured",
+            },
+        ],
+        "pairs": [
+            {
+                "space": "mine",
+                "one": f"openai ({SMALL})",
+                "other": f"openrouter ({SPACE})",
+                "cosine": 1.0,
+                "ok": True,
+            }
+        ],
+        "problems": [],
+        "ok": True,
+    }
+
+
+@pytest.mark.parametrize("aliases", [False, True], ids=["two routes", "two models"])
+async def test_routes_that_disagree_are_refused(aliases, check, upstream, second):
+    """Two models behind one space, as routes of one name or under two, are named."""
+    if aliases:
+        models = {"a": _model("s", openai="m"), "b": _model("s", openrouter="other")}
+    else:
+        models = {"a": _model("s", openai="m", openrouter="other")}
+    sections = {"providers": _at(upstream, second), "models": models}
+    done = await check(**sections)
+    assert done.code == 1
+    assert "openai (m) and openrouter (other) DISAGREE: cosine -0.0" in done.out
+    (problem,) = done.problems
+    assert problem.startswith("s: openai (m) and openrouter (other) are refused as one space")
+    for words in ("cosine", "0.999", "two spaces", "remove one of the routes", "space of its own"):
+        assert words in problem
+    found = (await check("--json", **sections)).json
+    assert [one["ok"] for one in found["routes"]] == [True, True]
+    assert [(pair["ok"], pair["cosine"] < 0.1) for pair in found["pairs"]] == [(False, True)]
+    assert (found["ok"], found["problems"]) == (False, [problem])
+
+
+async def test_each_route_is_compared_with_the_first(check, upstream, second):
+    """Of three routes the one that differs is named, beside the one it should agree with."""
+    models = {"a": _model("s", openai="m", openrouter="x/m"), "b": _model("s", openai="other")}
+    found = (await check("--json", providers=_at(upstream, second), models=models)).json
+    pairs = [(pair["one"], pair["other"], pair["ok"]) for pair in found["pairs"]]
+    assert pairs == [
+        ("openai (m)", "openrouter (x/m)", True),
+        ("openai (m)", "openai (other)", False),
+    ]
+
+
+# Routes that fail
+
+
+async def test_a_key_that_is_refused(check, upstream, second):
+    """The reason and the variable are told; the key is not, though the upstream repeats it."""
+    body = {"error": {"message": f"Incorrect API key: {KEYS['openai']}\n\x1b[2Kfine", "code": 401}}
+    upstream.always = status(401, body)
+    sections = {"providers": _at(upstream, second), "models": {SMALL: {}}}
+    done = await check(**sections)
+    assert done.code == 1
+    (problem,) = done.problems
+    assert problem.startswith(f"{SMALL} at openai ({SMALL}): Incorrect API key: ***")
+    assert problem.endswith("(its key is that in OPENAI_API_KEY)")
+    assert "\x1b" not in done.out
+    assert f"  FAILED  openai      {SMALL} " in done.out
+    assert "  ok      openrouter  " in done.out
+    assert "agree" not in done.out
+    first = (await check("--json", **sections)).json["routes"][0]
+    assert (first["ok"], first["tokens"], first["dimensions"]) == (False, None, None)
+    assert first["error"].startswith("Incorrect API key: ***")
+    assert first["latency_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("times", "reason"),
+    [
+        (({"timeout_s": 0.1}, {}), "no answer within 0.1 s"),
+        (({}, {"request_timeout_s": 0.1}), "the time of the request was up"),
+    ],
+)
+async def test_an_upstream_that_hangs(times, reason, check, upstream, second):
+    """It is given up when an attempt's time is up, or a request's; the others are not harmed."""
+    keys, server = times
+    upstream.always = hang()
+    sections = {"providers": _at(upstream, second, **keys), "server": server}
+    done = await check("--json", **sections, models={SMALL: {}})
+    assert (done.code, done.json["problems"]) == (1, [f"{SMALL} at openai ({SMALL}): {reason}"])
+    assert 90 <= done.json["routes"][0]["latency_ms"] < 10_000
+    assert len(second.calls) == 1
+
+
+async def test_a_width_that_is_not_what_the_model_says(check, upstream):
+    """A wrong `dimensions` is found by the check that every answer passes."""
+    models = {"mine": _model("s", 1024, openai="m")}
+    done = await check(providers=_at(upstream), models=models)
+    assert done.problems == ["mine at openai (m): embedding 0: 1536 dimensions instead of 1024"]
+
+
+async def test_code_of_a_package_that_fails(check, upstream, second, monkeypatch):
+    """What a kind of one's own raises is told by its name, for its text may hold anything."""
+
+    async def ask(*_):
+        raise LookupError(KEYS["openai"])
+
+    monkeypatch.setattr(OpenAI, "ask", ask)
+    done = await check(providers=_at(upstream, second), models={SMALL: {}})
+    problem = f"{SMALL} at openai ({SMALL}): its own code failed: LookupError"
+    assert (done.code, done.problems) == (1, [problem])
+    assert len(second.calls) == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_model_that_the_upstream_has_not(named, check, upstream):
+    """Where the model was chosen from the catalogue, it is said how to check another one."""
+    upstream.always = status(404)
+    models = {"mistral-embed": {}} if named else {}
+    providers = {"mistral": {"base_url": upstream.url, "api_key_env": "OPENAI_API_KEY"}}
+    done = await check(providers={**providers, "local": None}, models=models)
+    (problem,) = done.problems
+    assert "made-up 404" in problem
+    assert ("--model checks the one that you use" in problem) is not named
+
+
+# What cannot be asked
+
+
+async def test_offline_asks_nobody(check, upstream, second):
+    """With --offline no call is made; what is wrong with the rest is told all the same."""
+    sections = {"providers": _at(upstream, second), "models": {SMALL: {}}}
+    done = await check("--offline", **sections)
+    assert done.code == 0
+    assert done.out.endswith("\nNo problem found; no provider was asked.\n")
+    found = (await check("--offline", "--json", **sections)).json
+    assert [(one["ok"], one["error"]) for one in found["routes"]] == [(None, "not asked")] * 2
+    assert (found["pairs"], found["ok"]) == ([], True)
+    assert upstream.calls + second.calls == []
+    bad = {**sections, "cache": {"directory": str(Path(__file__) / "cache")}}
+    assert (await check("--offline", **bad)).code == 1
+
+
+async def test_one_key_of_two_is_enough(check, upstream, second):
+    """A provider without its key is said to be skipped, once, and is no failure."""
+    keys = {"openai": KEYS["openai"]}
+    done = await check(keys=keys, providers=_at(upstream, second), models={SMALL: {}})
+    assert (done.code, done.err, second.calls) == (0, "", [])
+    assert "skipped   openrouter  OPENROUTER_API_KEY is not set\n" in done.out
+    assert f"  -   openrouter  {SPACE}  OPENROUTER_API_KEY is not set\n" in done.out
+
+
+@pytest.mark.parametrize("how", ["in the file", "--model"])
+async def test_a_named_model_without_any_key(how, check, upstream, second):
+    """A model that somebody named and nobody can serve is a failure that says what to set."""
+    arguments, models = ((), {SMALL: {}}) if how == "in the file" else ((how, SMALL), {})
+    sections = {"providers": _at(upstream, second), "models": models}
+    done = await check(*arguments, keys={}, **sections)
+    assert done.code == 1
+    assert [f"`{SMALL}`" in one for one in done.problems] == [True]
+    assert "set OPENAI_API_KEY or OPENROUTER_API_KEY" in done.problems[0]
+
+
+async def test_the_built_in_configuration_without_a_key(check):
+    """Nothing is wrong with it: the local model works, the others are said to want keys."""
+    done = await check(keys={})
+    assert (done.code, done.err) == (0, "")
+    assert "configuration: built in\n" in done.out
+    assert "  ok  local       l2_supercat_256 " in done.out
+    assert done.out.count("OPENAI_API_KEY is not set") == 2
+    found = (await check("--json", "--offline", keys={})).json
+    assert (found["config"], found["ok"]) == (None, True)
+    done = await check("--model", SMALL, "--offline", keys={})
+    assert (done.code, len(done.problems)) == (1, 1)
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_without_the_local_model(named, check, monkeypatch):
+    """Whose extra is not installed is skipped, unless it is named: then it is a failure."""
+    monkeypatch.setitem(sys.modules, "wordllama", None)
+    done = await check(keys={}, providers={}, models={"wordllama-embed": {}} if named else {})
+    assert "skipped  local  The local model is not installed; `pip install " in done.out
+    assert done.code == named
+    if named:
+        (problem,) = done.problems
+        assert problem.startswith("The local model is not installed; ")
+
+
+async def test_a_provider_to_which_no_model_leads(check, upstream):
+    """It is usable and of no use, which is said."""
+    providers = {"gateway": {"kind": "openai_compatible", "base_url": upstream.url}}
+    done = await check(providers=providers)
+    assert done.code == 0
+    assert "usable  gateway  no model has a route to it; add one to `models`\n" in done.out
+
+
+# Which models are asked for
+
+
+@pytest.mark.parametrize(
+    ("usable", "named", "also", "models"),
+    [
+        # Two providers have a model in common; it is enough to ask for that.
+        ("openai openrouter", (), "each provider", [SMALL, SPACE]),
+        ("openrouter mistral", (), "each provider", [SMALL, "mistral-embed", SPACE]),
+        ("openai local", ("mine",), "each provider", ["mine", SMALL, "wordllama-embed", SPACE]),
+        ("openai", ("mine",), "nothing", ["mine"]),
+        ("", ("mine",), "each provider", ["mine"]),
+        ("", (), "all", []),
+        ("mistral", ("mine",), "all", ["mine", "mistral-embed", "codestral-embed"]),
+        # Who shares a space shares vectors, also with those that nobody named.
+        ("openai", ("azure",), "nothing", ["azure", SMALL, SPACE]),
+    ],
+)
+def test_as_few_models_are_chosen_as_will_do(usable, named, also, models):
+    """The named ones, those of the same space, and one of each provider that is left."""
+    mine = {"mine": _model("mine", 8, ollama="m"), "azure": _model(azure="m")}
+    mine["azure"]["matryoshka"] = True
+    providers = {"ollama": {}, "azure": {"base_url": "http://a/v1"}}
+    settings = Settings.model_validate({"providers": providers, "models": mine})
+    assert list(choose(settings, Choice(named, also=also), usable.split())) == models
+
+
+def test_a_model_that_there_is_not_is_wrong_usage():
+    """The nearest names are suggested."""
+    with pytest.raises(
+        ConfigError, match=r"--model: there is no model 'text-embeding-3-small'; did"
+    ):
+        choose(Settings(), Choice(["text-embeding-3-small"]), [])
+
+
+async def test_all_models_are_asked_for_once_each(check, upstream):
+    """--all asks for every model of the usable providers; two names of one route are one call."""
+    upstream.widths = {"text-embedding-3-large": 3072}
+    done = await check("--all", "--json", providers=_at(upstream))
+    assert done.code == 0
+    large, ada = "text-embedding-3-large", "text-embedding-ada-002"
+    assert [call.payload["model"] for call in upstream.calls] == [SMALL, large, ada]
+    asked = [one for one in done.json["routes"] if one["ok"]]
+    assert [one["also"] for one in asked] == [[f"openai/{one}"] for one in (SMALL, large, ada)]
+
+
+async def test_a_chosen_model_is_all_that_is_asked_for(check, upstream, second):
+    """--model may be given several times, and no other model is bought from."""
+    models = {"mine": _model("mine", openai="m"), "other": _model("other", openrouter="o")}
+    sections = {"providers": _at(upstream, second), "models": models}
+    assert (await check("--model", "mine", **sections)).code == 0
+    assert (len(upstream.calls), len(second.calls)) == (1, 0)
+    assert (await check("--model", "mine", "--model", "other", **sections)).code == 0
+    assert (len(upstream.calls), len(second.calls)) == (2, 1)
+
+
+async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
+    """As many providers as allowed are asked at once, and none for two models at a time."""
+    begun, loaded, gate = [], [], asyncio.Event()
+
+    async def probe(route, space, context, clock):
+        begun.append(route.name)
+        loaded.append(tokens._tokenizer.cache_info().currsize)
+        await gate.wait()
+        return Probe(route, 0.0)
+
+    monkeypatch.setattr(checkup, "probe", probe)
+    names = [f"p{i}" for i in range(checkup.AT_ONCE + 2)]
+    routes = [Route(SimpleNamespace(name=name), model) for model in "ab" for name in names]
+    space = Space("s", 8, tokenizer="cl100k_base")
+    findings = [Finding(["m"], space, one.name, one.model, one) for one in routes]
+    told = []
+    tokens._tokenizer.cache_clear()
+    task = asyncio.create_task(checkup._ask(findings, 1.0, told.append))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert begun == names[: checkup.AT_ONCE]
+    gate.set()
+    await task
+    assert sorted(begun) == sorted(2 * names)
+    assert told == [*range(1, len(routes) + 1)]
+    assert all(one.ok for one in findings)
+    assert set(loaded) == {1}, "the time of a provider includes no loading of ours"
+
+
+async def test_a_model_known_by_its_name_alone(check, upstream, second):
+    """It is asked for as the proxy asks for it; routes of two widths are two models."""
+    sections = {"providers": _at(upstream, second)}
+    done = await check("--model", "m-9", **sections)
+    assert (done.code, done.problems if done.code else []) == (0, [])
+    assert "openai (m-9) and openrouter (openai/m-9) agree: cosine 1.000000\n" in done.out
+    upstream.widths = {"m-9": 8}
+    found = (await check("--model", "m-9", "--json", **sections)).json
+    assert [one["dimensions"] for one in found["routes"]] == [8, 1536]
+    assert [(pair["cosine"], pair["ok"]) for pair in found["pairs"]] == [(0.0, False)]
+
+
+async def test_a_width_that_the_proxy_has_learned_holds(check, upstream, start_proxy):
+    """What the proxy would refuse is a failure here, too."""
+    upstream.widths = {"m-9": 8}
+    proxy = await start_proxy(openai=upstream)
+    assert (await proxy.post({"model": "m-9", "input": "a"})).status == 200
+    upstream.widths = {"m-9": 16}
+    done = await check("--model", "m-9", providers=_at(upstream))
+    assert done.problems == ["m-9 at openai (m-9): embedding 0: 16 dimensions instead of 8"]
+
+
+async def test_an_answer_of_several_widths_is_none(check, upstream):
+    """Where no width is known, the vectors of one answer must still have the same."""
+
+    def shorten(reply):
+        reply["data"][1]["embedding"] = [1.0, 0.0]
+
+    upstream.always = upstream.altered(shorten)
+    done = await check("--model", "m-9", providers=_at(upstream))
+    assert done.problems == ["m-9 at openai (m-9): its vectors are not of one width"]
+
+
+async def test_what_stands_in_is_tried_too(check, upstream, second):
+    """The models that `fallback` names are models that the file names."""
+    models = {
+        "mine": {**_model("mine", openai="m"), "fallback": "other"},
+        "other": _model("other", mistral="o"),
+    }
+    done = await check("--model", "mine", providers=_at(upstream, second), models=models)
+    assert done.code == 1
+    assert done.problems == [
+        "No provider for the model `other` is configured: add mistral to `providers`."
+    ]
+
+
+# The cache, the configuration, and being told to stop
+
+
+async def test_a_store_in_use_is_not_harmed(check, start_proxy, upstream, tmp_path):
+    """Beside a running proxy its entries are counted, and it goes on serving them."""
+    proxy = await start_proxy(openai=upstream)
+    asked = {"model": SMALL, "input": ["a", "b", "c"]}
+    assert (await proxy.post(asked)).headers["x-cache"] == "miss"
+    done = await check("--json", providers=_at(upstream))
+    assert (done.code, done.json["cache"]["entries"]) == (0, 3)
+    assert done.json["cache"]["file_bytes"] > 3 * 4 * 1536
+    assert (await proxy.post(asked)).headers["x-cache"] == "hit"
+    asked["input"].append("d")
+    assert (await proxy.post(asked)).headers["x-cache-misses"] == "1"
+    done = await check(providers=_at(upstream))
+    assert f"cache: {tmp_path / 'cache'}: 4 entries, " in done.out
+
+
+async def test_a_cache_that_cannot_be_used(check, upstream, tmp_path):
+    """It is a failure of its own, and the providers are asked all the same."""
+    (tmp_path / "cache").write_text("in the way")
+    done = await check(providers=_at(upstream))
+    assert (done.code, len(upstream.calls)) == (1, 1)
+    assert f"cache: {tmp_path / 'cache'}: cannot be used; " in done.out
+    assert done.problems == [
+        f"cache: {tmp_path / 'cache'} is no folder; name another cache.directory"
+    ]
+    found = (await check("--json", providers=_at(upstream))).json
+    assert (found["cache"]["ok"], found["ok"]) == (False, False)
+    assert found["problems"] == [f"cache: {found['cache']['error']}"]
+
+
+async def test_a_cache_on_a_network_or_a_small_disk_is_told(check, upstream, tmp_path, monkeypatch):
+    """Neither stops the proxy, so neither is a failure."""
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"host:/x {tmp_path} nfs4 rw 0 0\n")
+    monkeypatch.setattr("cache.place._MOUNTS", mounts)
+    cache = {"directory": str(tmp_path / "cache"), "size_limit_gib": 1e6}
+    done = await check(providers=_at(upstream), cache=cache)
+    assert done.code == 0
+    assert "  nfs4 is a network file system" in done.out
+    assert "  the disk is full 10" in done.out
+    done = await check("--json", providers=_at(upstream), cache=cache)
+    assert (done.json["cache"]["network"], done.json["cache"]["file_system"]) == (True, "nfs4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sections", "message"),
+    [
+        ((), {"cache": {"directry": "x"}}, "cache.directry: unknown key; did you mean directory?"),
+        (("--model", "m-9"), {"server": {"unknown_models": "refuse"}}, "no model 'm-9'; add it"),
+        (("--model", "m-9"), {"providers": _at()}, "--model: there is no model 'm-9'; add it to"),
+    ],
+)
+async def test_a_wrong_configuration_is_code_2(arguments, sections, message, check):
+    """As everywhere: one line on stderr, and nothing is tried."""
+    done = await check(*arguments, **sections)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+async def test_a_key_that_is_no_key_is_code_2(check, upstream):
+    """A variable that holds two lines is told by its name."""
+    done = await check(keys={"openai": "sk-a\nsk-b"}, providers=_at(upstream))
+    assert (done.code, done.out) == (2, "")
+    assert "OPENAI_API_KEY: its value is no key" in done.err
+    assert "sk-a" not in done.err
+
+
+async def test_an_interrupted_check_is_code_130(upstream, tmp_path):
+    """Ctrl-C amid a call ends it at once, without a traceback."""
+    arrived = asyncio.Event()
+
+    async def hold(*_):
+        arrived.set()
+        await asyncio.Event().wait()
+
+    upstream.always = hold
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"providers": _at(upstream)}))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", "check", "--config", str(config)),
+        cwd=ROOT,
+        env={"HOME": str(tmp_path), "OPENAI_API_KEY": KEYS["openai"]},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(30):
+        await arrived.wait()
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
