@@ -5,7 +5,7 @@ It counts each input exactly once: `inputs = duplicates + hits + joins + misses`
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from providers.base import (
     InputRefused,
     Outcome,
     Space,
-    UpstreamTimeout,
     Vector,
 )
 
@@ -27,12 +26,10 @@ from . import flight
 from .flight import Fill, Flights
 from .key import Key, Keyring, Namespace, keyring
 from .record import Entry
+from .refusal import KeyRefused, NotCached, is_the_leaders_own, named
 from .row import Partition
 from .tiers import Tiers
 from .usage import Usage
-
-# Timers may go off early by as much, in seconds: uvloop's count whole milliseconds.
-_TICK = 0.01
 
 
 class Filled(NamedTuple):
@@ -50,15 +47,6 @@ class _Answer(NamedTuple):
     outcome: Outcome
 
 
-class _KeyRefused(InputRefused):
-    """One input of a fill is refused; by its key, each who waits knows whether it is its own."""
-
-    def __init__(self, refusal: InputRefused, key: Key) -> None:
-        super().__init__(str(refusal))
-        self.refusal = refusal
-        self.key = key
-
-
 class CachingEmbedder:
     """The cache around an embedder. Tiers and flights are shared by the embedders of all models."""
 
@@ -72,6 +60,8 @@ class CachingEmbedder:
 
         What was asked is on disk when this returns; when it raises EmbeddingError, so is what was
         bought before the failure. The index of a refused input is its first place in `inputs`.
+        `context.terms` says what counts as known, whether a trace may stay, and if not even unknown
+        ones are bought: then NotCached is raised at once, whatever others are buying just now.
         """
         ring = keyring(space, Namespace(context.namespace))
         keys = [ring.key(item) for item in inputs]
@@ -79,16 +69,19 @@ class CachingEmbedder:
         landed = self._flights.landed
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
         known = list(distinct) if space.dimensions else []
-        found = await self._tiers.get_many(known, ring.partition)
+        found = await self._tiers.get_many(known, ring.partition, context.terms)
         answers = {key: _Answer(entry, Outcome.HIT) for key, entry in found.items()}
         providers: tuple[str, ...] = ()
         if len(answers) < len(distinct):
             missing = {key: item for key, item in distinct.items() if key not in answers}
+            if not context.terms.spend:
+                places = [place for place, key in enumerate(keys) if key in missing]
+                raise NotCached(context.terms, places, len(inputs))
             try:
                 async with asyncio.timeout_at(context.deadline):
                     bought, providers = await self._obtain(ring, missing, context, landed)
-            except _KeyRefused as error:
-                raise _named(error.refusal, keys.index(error.key), len(inputs)) from error
+            except KeyRefused as error:
+                raise named(error.refusal, keys.index(error.key), len(inputs)) from error
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
@@ -100,7 +93,7 @@ class CachingEmbedder:
         self, ring: Keyring, missing: Mapping[Key, Input], context: Context, landed: int
     ) -> tuple[dict[Key, _Answer], tuple[str, ...]]:
         """Get what no tier had: wait for fills in progress, start one for the rest."""
-        joins, leads = self._flights.part(list(missing))
+        joins, leads = self._flights.part(list(missing), context.terms)
         own: Fill[Filled] | None = None
         if leads:
             # Between the look-up and here another fill may have ended, and have bought some of
@@ -111,6 +104,7 @@ class CachingEmbedder:
                 leads,
                 lambda fill: self._fill(fill, ring, items, context, look_again=look_again),
                 context.deadline,
+                context.terms,
             )
         await flight.wait([own] if own else [], joins)
 
@@ -130,7 +124,7 @@ class CachingEmbedder:
                     fill.task.result()
                 answers[key] = _Answer(fill.there[key], Outcome.JOIN)
             except EmbeddingError as error:
-                if not _is_the_leaders_own(error, fill, missing):
+                if not is_the_leaders_own(error, fill, missing):
                     raise
                 again[key] = missing[key]
         if again:
@@ -150,8 +144,9 @@ class CachingEmbedder:
     ) -> Filled:
         """Ask, store, hand out, each part as it comes. A failure keeps the parts before it."""
         keys = list(items)
-        look_again = look_again and bool(ring.space.dimensions)
-        found = await self._tiers.get_many(keys, ring.partition) if look_again else {}
+        found: dict[Key, Entry] = {}
+        if look_again and ring.space.dimensions:
+            found = await self._tiers.get_many(keys, ring.partition, context.terms)
         if found:
             self._flights.give(fill, found)
         wanted = [key for key in keys if key not in found]
@@ -167,7 +162,8 @@ class CachingEmbedder:
             if not entries:
                 return
             bought.update(entries)
-            await self._tiers.put_many(entries, _partition(ring, part.vectors[0]))
+            partition = _partition(ring, part.vectors[0])
+            await self._tiers.put_many(entries, partition, context.terms)
             self._flights.give(fill, entries)
 
         if not wanted:
@@ -178,7 +174,7 @@ class CachingEmbedder:
         except InputRefused as error:
             if error.index is None:
                 raise
-            raise _KeyRefused(error, wanted[error.index]) from error
+            raise KeyRefused(error, wanted[error.index]) from error
         if len(bought) < len(wanted):
             await keep(range(len(wanted)), embedded)
         return Filled(frozenset(bought), embedded.providers)
@@ -187,15 +183,6 @@ class CachingEmbedder:
 def _partition(ring: Keyring, vector: Vector) -> Partition:
     """Return where entries belong; the width is the vector's where the space has none yet."""
     return ring.partition._replace(dimensions=ring.partition.dimensions or len(vector) // 4)
-
-
-def _named(refusal: InputRefused, place: int, inputs: int) -> InputRefused:
-    """Return a refusal that says which input of the client's it is about, if there are several."""
-    if inputs == 1:
-        return refusal.at(place)
-    named = refusal.at(place, f"{refusal} (input {place})")
-    named.param = named.param or "input"
-    return named
 
 
 def _not_bought(answer: Embedded) -> Usage:
@@ -207,21 +194,6 @@ def _not_bought(answer: Embedded) -> Usage:
         duplicates=counts[Outcome.DUPLICATE],
         tokens_saved=sum(answer.tokens) - answer.tokens_billed,
     )
-
-
-def _is_the_leaders_own(error: EmbeddingError, fill: Fill[Filled], wanted: Collection[Key]) -> bool:
-    """Tell whether a fill failed for a reason that need not hold for one who joined it.
-
-    What was refused may be another's input that was bought along; or the leader's time was up.
-    """
-    if isinstance(error, _KeyRefused):
-        return error.key not in wanted
-    if isinstance(error, InputRefused):
-        return not fill.keys <= set(wanted)
-    if isinstance(error, DeadlineExceeded | UpstreamTimeout):
-        now = asyncio.get_running_loop().time()
-        return fill.deadline is not None and fill.deadline <= now + _TICK
-    return False
 
 
 def _assemble(

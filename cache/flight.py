@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from providers.base import NORMAL, Terms
+
 from .key import Key
 from .record import Entry
 
@@ -19,8 +21,11 @@ R = TypeVar("R")
 class Fill(Generic[R]):
     """A purchase in progress, of one or more keys."""
 
-    def __init__(self, keys: Sequence[Key], work: "Work[R]", deadline: float | None) -> None:
+    def __init__(
+        self, keys: Sequence[Key], work: "Work[R]", deadline: float | None, terms: Terms
+    ) -> None:
         self.keys = frozenset(keys)
+        self._terms = terms
         self.deadline = deadline
         """The leader's, on the event loop's clock: a fill may fail by it, and joiners go on."""
         self.there: dict[Key, Entry] = {}
@@ -31,6 +36,17 @@ class Fill(Generic[R]):
         self.abandoned = False
         """True once nobody waits any more: the fill is ending, and nobody may join it."""
         self.task = asyncio.create_task(work(self))
+
+    def serves(self, terms: Terms) -> bool:
+        """Tell whether a request on these terms may wait for the fill.
+
+        One that leaves no trace shows nobody that it waits. One that takes no entry, however new,
+        takes no purchase that was begun before it came; and as a fill may find on its second look
+        what its leader takes, no request joins one of a leader that takes older entries.
+        """
+        if self.abandoned or not terms.write:
+            return False
+        return terms.max_age > 0 and self._terms.max_age <= terms.max_age
 
     def give(self, entries: Mapping[Key, Entry]) -> None:
         """Note what is there, and wake those who wait."""
@@ -86,22 +102,34 @@ class Flights(Generic[R]):
     def __len__(self) -> int:
         return len(self._fills)
 
-    def part(self, keys: Sequence[Key]) -> tuple[dict[Key, Fill[R]], list[Key]]:
+    def part(
+        self, keys: Sequence[Key], terms: Terms = NORMAL
+    ) -> tuple[dict[Key, Fill[R]], list[Key]]:
         """Part keys into joins, with the fill to wait for, and leads, which are nobody's yet."""
         joins: dict[Key, Fill[R]] = {}
         leads: list[Key] = []
         for key in keys:
             fill = self._fills.get(key)
-            if fill is None or fill.abandoned:
-                leads.append(key)
-            else:
+            if fill is not None and fill.serves(terms):
                 joins[key] = fill
+            else:
+                leads.append(key)
         return joins, leads
 
-    def lead(self, keys: Sequence[Key], work: Work[R], deadline: float | None = None) -> Fill[R]:
-        """Start a fill of keys that `part` has just given as leads, before anyone else could."""
-        fill = Fill(keys, work, deadline)
-        self._fills.update(dict.fromkeys(keys, fill))
+    def lead(
+        self,
+        keys: Sequence[Key],
+        work: Work[R],
+        deadline: float | None = None,
+        terms: Terms = NORMAL,
+    ) -> Fill[R]:
+        """Start a fill of keys that `part` has just given as leads, before anyone else could.
+
+        It takes the place of one that did not serve; that one goes on for those who wait for it.
+        """
+        fill = Fill(keys, work, deadline, terms)
+        if terms.write:
+            self._fills.update(dict.fromkeys(keys, fill))
         fill.task.add_done_callback(lambda _: self._end(fill))
         return fill
 
@@ -115,6 +143,6 @@ class Flights(Generic[R]):
         _ = fill.task.cancelled() or fill.task.exception()
         self.landed += 1
         for key in fill.keys:
-            # An abandoned fill may have been replaced by a newer one of the same key.
+            # It may have been replaced by a newer one of the same key.
             if self._fills.get(key) is fill:
                 del self._fills[key]

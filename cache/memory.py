@@ -15,8 +15,8 @@ _OVERHEAD = 440
 
 class _Kept(NamedTuple):
     entry: Entry
-    until: float
-    """Seconds since 1970."""
+    stored: float
+    """When it was bought, in seconds since 1970."""
 
 
 class Memory:
@@ -43,31 +43,40 @@ class Memory:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, address: bytes) -> Entry | None:
-        """Return an entry and note that it was used."""
+    def get(
+        self, address: bytes, *, not_before: float = -math.inf, note: bool = True
+    ) -> Entry | None:
+        """Return an entry, and note that it was used unless told not to.
+
+        One that was bought before `not_before`, in seconds since 1970, is passed over.
+        """
         kept = self._entries.get(address)
         if kept is None:
             return None
-        if self._ttl_s is not None and kept.until <= self._clock():
+        if self._ttl_s is not None and kept.stored + self._ttl_s <= self._clock():
             self._drop(address)
             return None
-        self._entries.move_to_end(address)
+        if kept.stored < not_before:
+            return None
+        if note:
+            self._entries.move_to_end(address)
         return kept.entry
 
     def put(self, address: bytes, entry: Entry, stored: float | None = None) -> None:
         """Keep an entry, and drop the least recently used ones for it as needed.
 
-        `stored` is when it was bought, in seconds since 1970; None = now.
+        `stored` is when it was bought, in seconds since 1970; None = now. One that was bought later
+        stays: it came while this one was being read.
         """
         size = len(entry.vector) + _OVERHEAD
         if size > self._limit:
             return
-        if address in self._entries:
+        known = self._entries.get(address)
+        if known is not None:
+            if stored is not None and stored < known.stored and entry.digest == known.entry.digest:
+                return
             self._drop(address)
-        until = math.inf
-        if self._ttl_s is not None:
-            until = (self._clock() if stored is None else stored) + self._ttl_s
-        self._entries[address] = _Kept(entry, until)
+        self._entries[address] = _Kept(entry, self._clock() if stored is None else stored)
         self._size += size
         while self._size > self._limit:
             self._drop(next(iter(self._entries)))

@@ -4,8 +4,11 @@ Failure licence: what cannot be read, or does not verify, is a miss; what cannot
 as far as it can be. Neither raises.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from providers.base import NORMAL, Terms
 
 from . import record
 from .key import Key
@@ -36,27 +39,37 @@ class Tiers:
         store.on_purge = memory.clear
         self.counters = TierCounters()
 
-    async def get_many(self, keys: Sequence[Key], partition: Partition) -> dict[Key, Entry]:
-        """Return the verified entries that are at hand; those from disk are kept in memory.
+    async def get_many(
+        self, keys: Sequence[Key], partition: Partition, terms: Terms = NORMAL
+    ) -> dict[Key, Entry]:
+        """Return the verified entries that are at hand and that the terms take.
 
+        Those from disk are kept in memory, and all are noted as used, if the terms allow a trace.
         The keys are of one partition.
         """
+        if terms.max_age <= 0:
+            return {}
+        not_before = time.time() - terms.max_age
         found: dict[Key, Entry] = {}
         missing: list[Key] = []
         for key in keys:
-            entry = self._memory.get(key.address)
+            entry = self._memory.get(key.address, not_before=not_before, note=terms.write)
             if entry is not None and _is_for(entry, key, partition.dimensions):
                 found[key] = entry
             else:
                 missing.append(key)
         self.counters.memory_hits += len(found)
         if missing:
-            found.update(await self._from_disk(missing, partition.dimensions))
-        self._store.touch([key.address for key in found], partition)
+            from_disk = await self._from_disk(missing, partition.dimensions, not_before, terms)
+            found.update(from_disk)
+        if terms.write:
+            self._store.touch([key.address for key in found], partition)
         return found
 
-    async def _from_disk(self, keys: Sequence[Key], dimensions: int) -> dict[Key, Entry]:
-        """Return the entries on disk that verify; delete the records that do not."""
+    async def _from_disk(
+        self, keys: Sequence[Key], dimensions: int, not_before: float, terms: Terms
+    ) -> dict[Key, Entry]:
+        """Return the entries on disk that verify and are new enough; delete the damaged records."""
         records = await self._store.get_many([key.address for key in keys])
         found: dict[Key, Entry] = {}
         for key in keys:
@@ -64,7 +77,10 @@ class Tiers:
             entry = None if raw is None else record.decode(raw.record, key.digest, dimensions)
             if raw is not None and entry is not None:
                 del records[key.address]
-                self._memory.put(key.address, entry, raw.stored)
+                if raw.stored < not_before:
+                    continue
+                if terms.write:
+                    self._memory.put(key.address, entry, raw.stored)
                 found[key] = entry
         self.counters.disk_hits += len(found)
         self.counters.misses += len(keys) - len(found)
@@ -73,13 +89,17 @@ class Tiers:
             await self._store.delete_many({a: bad.record for a, bad in records.items()})
         return found
 
-    async def put_many(self, entries: Mapping[Key, Entry], partition: Partition) -> None:
+    async def put_many(
+        self, entries: Mapping[Key, Entry], partition: Partition, terms: Terms = NORMAL
+    ) -> None:
         """Keep entries of one partition: on disk first, so that a restart forgets nothing served.
 
-        What they cost is summed in the same transaction.
+        What they cost is summed in the same transaction; also if the terms let nothing be kept.
         """
         billed = sum(entry.tokens for entry in entries.values())
         self.count(partition, Usage(misses=len(entries), tokens_billed=billed))
+        if not terms.write:
+            return
         records = {key.address: record.encode(entry) for key, entry in entries.items()}
         await self._store.put_many(records, partition)
         for key, entry in entries.items():

@@ -5,6 +5,7 @@ This file knows no provider, no cache and no wire format. How an embedder fails:
 
 import enum
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
@@ -33,6 +34,7 @@ from .failures import (
 )
 
 __all__ = [
+    "NORMAL",
     "AllResting",
     "Context",
     "CredentialsRefused",
@@ -53,6 +55,7 @@ __all__ = [
     "RateLimited",
     "Refusal",
     "Space",
+    "Terms",
     "Unreachable",
     "Unreadable",
     "UpstreamFault",
@@ -163,6 +166,28 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """How a request may be answered: from which entries, with which trace, at what cost."""
+
+    max_age: float = math.inf
+    """Seconds since its purchase for which an entry will do; 0 = none will, however new."""
+    write: bool = True
+    """Whether anything of the request may stay: entries, uses, a purchase that others join."""
+    frozen: bool = False
+    """Whether nothing is bought, for anyone."""
+    only_if_cached: bool = False
+    """Whether the client wants an error rather than a purchase."""
+
+    @property
+    def spend(self) -> bool:
+        """Whether what is missing may be bought."""
+        return not (self.frozen or self.only_if_cached)
+
+
+NORMAL = Terms()
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """What a request brings along that does not change its vectors."""
 
@@ -172,6 +197,7 @@ class Context:
     """OpenAI's `user` field, passed on to providers that know it."""
     namespace: str = ""
     """The part of the cache that the client may see."""
+    terms: Terms = NORMAL
     on_part: "OnPart | None" = None
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
 

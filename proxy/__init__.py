@@ -37,5 +37,6 @@ Words, one meaning each::
     probe       the one call let through to a provider whose breaker is half-open
     scout       the first to go on to a provider of which nothing is known just now
     usage       tokens, billed or saved
+    terms       how a request may be answered: from which entries, with which trace, at what cost
     namespace   a tenant's part of the cache
 """

@@ -16,6 +16,7 @@ import typer
 
 from . import config, server
 from . import workers as processes
+from .cache_control import MEANING
 from .commands import cache as cache_commands
 from .commands import export, stats, take_in, verify
 from .commands.check import check
@@ -70,6 +71,10 @@ def serve(
     if settings.passthrough:
         logging.getLogger("embedding_proxy").warning(
             "passthrough: this version passes nothing through; other /v1 calls get 404"
+        )
+    if settings.cache.mode != "normal":
+        logging.getLogger("embedding_proxy").warning(
+            "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
         )
     with server.listen(settings) as listening:
 

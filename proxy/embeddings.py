@@ -22,7 +22,8 @@ class Embeddings:
     ) -> web.StreamResponse:
         """Answer one request from a namespace's part of the cache. Raises EmbeddingError."""
         asked = wire.parse(body)
-        result = await self._service.answer(asked, namespace)
+        control = ", ".join(request.headers.getall("Cache-Control", ()))
+        result = await self._service.answer(asked, namespace, control)
         chunks = wire.render(
             result.embedded.vectors,
             dimensions=result.dimensions,

@@ -11,23 +11,30 @@ _CREATED = 0
 
 
 class Models:
-    """Lists the models of a service: those for which a provider is configured."""
+    """Lists the models of a service: those for which a provider is configured.
+
+    A frozen one has no providers, and whatever model it knows may be in its cache.
+    """
 
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service
 
     async def list(self, _: web.Request) -> web.Response:
         """Answer with all usable models, by name."""
-        usable = [model for _, model in sorted(self._service.models.items()) if model.usable]
+        models = sorted(self._service.models.items())
+        usable = [model for _, model in models if self._may_be_asked(model)]
         return _json({"object": "list", "data": [_wire(model) for model in usable]})
 
     async def get(self, request: web.Request) -> web.Response:
         """Answer with one model. Raises ModelUnknown."""
         name = request.match_info["id"]
         model = self._service.models.get(name)
-        if model is None or not model.usable:
+        if model is None or not self._may_be_asked(model):
             raise ModelUnknown(name)
         return _json(_wire(model))
+
+    def _may_be_asked(self, model: Model) -> bool:
+        return model.usable or self._service.settings.cache.mode == "frozen"
 
 
 def _wire(model: Model) -> dict[str, object]:

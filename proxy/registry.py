@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from cache.embedder import CachingEmbedder, Filled
 from cache.flight import Flights
+from cache.refusal import NotCached
 from cache.tiers import Tiers
 from providers import calls
 from providers.base import Context, Embedded, Embedder, Input, InputRefused, Space
@@ -128,6 +129,8 @@ class Registry:
         The first input is asked for alone, and its width pinned before anything else is bought.
         Raises EmbeddingError.
         """
+        if not context.terms.spend:
+            raise NotCached(context.terms, range(len(inputs)), len(inputs))
         first = [place for place, item in enumerate(inputs) if item == inputs[0]]
         space = model.space.with_parameters(parameters)
         begun = await model.embedder.embed(space, [inputs[place] for place in first], context)
@@ -150,7 +153,8 @@ class Registry:
         if entry is None:
             raise ModelUnknown(name)
         model = replace(self._make(name, entry), by_name=True)
-        if not model.usable:
+        # A frozen proxy has no providers; what it has bought before may be of any model.
+        if not model.usable and self._settings.cache.mode != "frozen":
             raise ModelUnknown(name)
         return model
 

@@ -5,11 +5,18 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from . import cache_control
+
 
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("expected a number")  # noqa: TRY004 - pydantic reports ValueErrors
     return value
+
+
+def _off(value: object) -> object:
+    """Take YAML's `off`, which is its word for false, for the word that was written."""
+    return "off" if value is False else value
 
 
 def _http_url(value: str) -> str:
@@ -18,6 +25,7 @@ def _http_url(value: str) -> str:
     return value
 
 
+CacheMode = Annotated[cache_control.Mode, BeforeValidator(_off)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Name = Annotated[str, Field(min_length=1)]

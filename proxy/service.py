@@ -12,7 +12,7 @@ It knows which model is which space and where it can be bought; it knows no HTTP
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +24,7 @@ from providers.base import Context, Embedded, Input, InvalidAnswer, Outcome, Spa
 from providers.health import Upstreams
 
 from . import canary, fallback, widths, wire
+from .cache_control import terms
 from .canary import Canaries
 from .config import load
 from .learned import WIDTHS_FILE, Pins
@@ -115,7 +116,10 @@ class EmbeddingService:
                 )
             )
             self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
-            providers = await open_providers(self.settings, stack, self._sleep)
+            # Frozen, whoever would ask a provider finds none that could be paid.
+            providers = {}
+            if cache.mode != "frozen":
+                providers = await open_providers(self.settings, stack, self._sleep)
             self._registry = Registry(
                 self.settings,
                 providers,
@@ -124,7 +128,7 @@ class EmbeddingService:
                 Pins(store.folder / WIDTHS_FILE),
                 sleep=self._sleep,
             )
-            if self.settings.server.canary_hours:
+            if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
                 self.canaries = await stack.enter_async_context(
                     Canaries(
                         self._registry.models,
@@ -158,12 +162,14 @@ class EmbeddingService:
         parameters: Mapping[str, object] | None = None,
         user: str | None = None,
         namespace: str = "",
+        cache_control: str = "",
     ) -> Result:
         """Embed one text, one token array, or 1…2,048 texts or token arrays.
 
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
         `namespace` is the part of the cache to look in and to keep in.
+        `cache_control` is what a client would say in the header of that name: "no-cache".
         Raises EmbeddingError.
         """
         if not isinstance(inputs, str):
@@ -176,12 +182,14 @@ class EmbeddingService:
             user=user,
             parameters=parameters or {},
         )
-        return await self.answer(asked, namespace)
+        return await self.answer(asked, namespace, cache_control)
 
-    async def answer(self, asked: EmbeddingRequest, namespace: str = "") -> Result:
+    async def answer(
+        self, asked: EmbeddingRequest, namespace: str = "", control: str = ""
+    ) -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.
 
-        Raises EmbeddingError.
+        `control` is its `Cache-Control`. Raises EmbeddingError.
         """
         if self._registry is None:
             raise RuntimeError("the service is not open")
@@ -190,8 +198,9 @@ class EmbeddingService:
             model = model.at(asked.dimensions)
         inputs = await _as_texts(asked.inputs)
         deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
+        allowed = terms(self.settings.cache.mode, control)
+        context = Context(deadline, asked.user, namespace, allowed)
         if not model.space.dimensions:
-            context = Context(deadline, asked.user, namespace)
             model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
             space = model.space.with_parameters(asked.parameters)
             return _result(model, space, _width(model, asked), embedded)
@@ -201,8 +210,7 @@ class EmbeddingService:
             space = one.space
             if asked.parameters:
                 space = space.with_parameters(asked.parameters)
-            context = Context(by, asked.user, namespace)
-            embedded = await one.embedder.embed(space, inputs, context)
+            embedded = await one.embedder.embed(space, inputs, replace(context, deadline=by))
             return _result(model, space, width, embedded, fallback=one is not model)
 
         models = [model, *fallback.stand_ins(model, self.models, width)]

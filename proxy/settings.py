@@ -14,7 +14,7 @@ from providers import kinds
 from providers.catalogue import CATALOGUE
 
 from .model_entry import Model, from_catalogue
-from .section import Name, Number, ProviderName, Section, Whole
+from .section import CacheMode, Name, Number, ProviderName, Section, Whole
 from .upstreams import Provider
 
 
@@ -83,7 +83,7 @@ class Cache(Section):
     memory_mib: Annotated[Number, Field(ge=0, le=1e7)] = 256
     ttl_days: Annotated[Number, Field(gt=0)] | None = None
     pinned: tuple[str, ...] = ()
-    mode: Literal["normal"] = "normal"
+    mode: CacheMode = "normal"
     shared: None = None
 
     @field_validator("directory")

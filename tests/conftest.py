@@ -104,7 +104,8 @@ class StartProxy:
         if used:
             urls = {name: {"base_url": server.url} for name, server in used.items()}
             sections = {"providers": urls, **sections}
-        sections = {"cache": {"directory": str(self._directory)}, **sections}
+        cache = {"directory": str(self._directory), **sections.get("cache", {})}
+        sections = {**sections, "cache": cache}
         settings = Settings.model_validate(sections)
         app = build_app(settings, EmbeddingService(settings, sleep=no_wait))
         runner = Runner(app, access_log=None, shutdown_timeout=0.01)

@@ -108,6 +108,8 @@ class FakeStore:
         self.records: dict[bytes, bytes] = {}
         self.reads: list[list[bytes]] = []
         self.touched: set[bytes] = set()
+        self.stored = 0.0
+        """When all that it holds was bought, in seconds since 1970."""
         self.usage = Usage()
         self.on_purge = lambda: None
         self.broken = False
@@ -117,7 +119,7 @@ class FakeStore:
         self.reads.append(list(addresses))
         await self.reading.through()
         here = [a for a in addresses if a in self.records and not self.broken]
-        found = {a: Found(self.records[a], 0.0) for a in here}
+        found = {a: Found(self.records[a], self.stored) for a in here}
         await self.reading.through()
         return found
 

@@ -186,6 +186,44 @@ def test_an_entry_that_is_bought_again_is_young_again():
         memory.put(ADDRESSES[0], _entry())
 
 
+def test_what_was_bought_too_early_is_passed_over_and_stays():
+    """One who takes only newer entries gets none; others get it as before."""
+    memory = Memory(ONE, clock=Clock())
+    memory.put(ADDRESSES[0], _entry())
+    assert memory.get(ADDRESSES[0], not_before=1000.5) is None
+    assert memory.get(ADDRESSES[0], not_before=1000.0) == _entry()
+    assert memory.get(ADDRESSES[0]) == _entry()
+
+
+def test_a_use_that_is_not_noted_does_not_keep_an_entry():
+    """What was read without a trace is still the first to go."""
+    memory = Memory(2 * ONE)
+    for address in ADDRESSES[:2]:
+        memory.put(address, _entry())
+    assert memory.get(ADDRESSES[0], note=False) == _entry()
+    memory.put(ADDRESSES[2], _entry())
+    assert memory.get(ADDRESSES[0]) is None
+    assert memory.get(ADDRESSES[1]) == _entry()
+
+
+def test_what_was_bought_later_stays():
+    """An older entry, read meanwhile, replaces no newer one; what is bought now replaces all."""
+    memory = Memory(ONE, clock=Clock())
+    steps = [(500.0, 1), (400.0, 1), (500.0, 3), (2000.0, 4), (1999.0, 4), (None, 6)]
+    for tokens, (stored, kept) in enumerate(steps, 1):
+        memory.put(ADDRESSES[0], _entry(tokens=tokens), stored)
+        assert memory.get(ADDRESSES[0]).tokens == kept
+
+
+def test_what_is_about_something_else_is_replaced_however_new_it_is():
+    """At one address the digest tells two entries apart: the one last asked for is kept."""
+    memory = Memory(ONE)
+    memory.put(ADDRESSES[0], _entry(), 500.0)
+    other = _entry()._replace(digest=bytes([1]) * 16)
+    memory.put(ADDRESSES[0], other, 400.0)
+    assert memory.get(ADDRESSES[0]) == other
+
+
 def test_without_a_time_to_live_nothing_ages():
     """By default no clock is looked at, and an entry of whatever age is served."""
     memory = Memory(ONE, clock=lambda: pytest.fail("looked at the clock"))

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from cache.store import StoreError
 from proxy import cli
+from proxy.cache_control import MEANING
 from proxy.demo import DemoFailed
 from proxy.server import PortUnavailable
 
@@ -236,6 +237,19 @@ def test_what_fails_later_is_exit_code_1(error, run, serving):
     """A cache or a port that cannot be had is one line, and code 1."""
     serving(error)
     assert run("serve") == (1, "", f"embedding-proxy: {error}\n")
+
+
+@pytest.mark.parametrize("mode", ["normal", "frozen", "refresh", "off", "'off'", "${MODE:-off}"])
+def test_a_mode_that_is_not_the_usual_one_is_said(mode, run, serving, tmp_path, caplog):
+    """Who starts with another mode reads in the log what it means; YAML's `off` is one of them."""
+    noted = serving(signal.SIGTERM)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"cache:\n  mode: {mode}")
+    assert run("serve", "--config", str(config))[0] == 0
+    meant = "off" if "off" in mode else mode
+    assert noted[0].cache.mode == meant
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warned == [f"cache.mode is {meant}: {MEANING[meant]}"] * (mode != "normal")
 
 
 @pytest.mark.parametrize("passthrough", ["openai", None])

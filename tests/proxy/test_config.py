@@ -85,7 +85,11 @@ MISTAKES = {
     "too small": ("cache: {memory_mib: -1}", "cache.memory_mib", "greater than or equal to 0"),
     "zero time": ("providers: {openai: {timeout_s: 0}}", "providers.openai.timeout_s", "than 0"),
     "more workers than there may be": ("server: {workers: 65}", "server.workers", "equal to 64"),
-    "mode of a later version": ("cache: {mode: frozen}", "cache.mode", "expected 'normal'"),
+    "no mode": (
+        "cache: {mode: on}",
+        "cache.mode",
+        "'normal', 'frozen', 'refresh' or 'off'",
+    ),
     "feature of a later version": (
         "cache: {shared: 'redis://h'}",
         "cache.shared",
