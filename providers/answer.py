@@ -5,6 +5,7 @@ the cache: nothing unchecked leaves this file.
 """
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,6 +31,8 @@ from .base import (
 )
 
 _LONGEST_MESSAGE = 500
+_NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
+"""As Python's json writes them; no JSON has them, and the rest of the answer can be read."""
 _MOST_TOKENS = 1 << 31
 """A total beyond it is no count; the answer is good without."""
 
@@ -60,10 +63,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     not zero, of length 1 if `unit_norm`, and none for two different inputs; the error that fits if
     the reply is one, also inside a status of 200 (OpenRouter).
     """
-    try:
-        reply = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise Unreadable(provider, "the answer is not JSON") from error
+    reply = _parsed(provider, body)
     if not isinstance(reply, dict):
         raise Unreadable(provider, "the answer is not a JSON object")
     if reply.get("error"):
@@ -87,6 +87,16 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
         prompt_tokens=tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else None,
         model=model if isinstance(model, str) and model else None,
     )
+
+
+def _parsed(provider: str, body: bytes) -> object:
+    """Return what a body holds; a number that is not finite is null, for the checks to find."""
+    try:
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return orjson.loads(body)
+        return orjson.loads(_NOT_FINITE.sub(b"null", body))
+    except orjson.JSONDecodeError as error:
+        raise Unreadable(provider, "the answer is not JSON") from error
 
 
 def _placed(provider: str, items: Sequence[dict[str, object]]) -> list[dict[str, object]]:

@@ -6,8 +6,9 @@ in its headers goes nowhere else: redirects are not followed, and headers come f
 
 import asyncio
 import ssl
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,19 +44,49 @@ class Transport:
         self._timeouts = timeouts
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
+        self._under_way: Counter[aiohttp.ClientSession] = Counter()
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
+        self._session = self._open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        sessions, self._session = {self._session, *self._under_way}, None
+        for session in sessions:
+            if session is not None:
+                await session.close()
+
+    def _open(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._connections, ttl_dns_cache=60),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
         )
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+    @asynccontextmanager
+    async def _lend(self) -> AsyncIterator[aiohttp.ClientSession]:
+        """Give the session for one call; if its connection is cut, later calls have another.
+
+        Where one kept connection is stale all may be, and what is tried again needs a fresh one.
+        """
+        session = self._session
+        if session is None:
+            raise RuntimeError("the transport is not open")
+        self._under_way[session] += 1
+        try:
+            yield session
+        except (TimeoutError, aiohttp.ClientConnectorError, ssl.SSLError):
+            raise
+        except (aiohttp.ClientError, OSError):
+            if self._session is session:
+                self._session = self._open()
+            raise
+        finally:
+            self._under_way[session] -= 1
+            if not self._under_way[session]:
+                del self._under_way[session]
+                if session is not self._session:
+                    await session.close()
 
     async def post(self, path: str, payload: bytes, limit: int, context: Context) -> Reply:
         """POST `payload` and return the whole reply, of at most `limit` bytes, any status.
@@ -64,23 +95,18 @@ class Transport:
         is, or the reply does not begin in time or arrives too slowly, Unreachable when there is no
         connection or it was cut, UpstreamFault for a reply beyond `limit` or a redirect.
         """
-        if self._session is None:
-            raise RuntimeError("the transport is not open")
         now = asyncio.get_running_loop().time()
         left = None if context.deadline is None else context.deadline - now
         if left is not None and left <= 0:
             raise DeadlineExceeded("the time of the request was up before it could be sent")
         total = self._timeouts.total_s if left is None else min(self._timeouts.total_s, left)
-        request = self._session.post(
-            self._base_url + path,
-            data=payload,
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(
-                total=total, connect=min(self._timeouts.connect_s, total)
-            ),
-        )
+        timeout = aiohttp.ClientTimeout(total=total, connect=min(self._timeouts.connect_s, total))
         try:
             async with AsyncExitStack() as stack:
+                session = await stack.enter_async_context(self._lend())
+                request = session.post(
+                    self._base_url + path, data=payload, allow_redirects=False, timeout=timeout
+                )
                 async with asyncio.timeout(self._timeouts.first_byte_s):
                     response = await stack.enter_async_context(request)
                 if 300 <= response.status < 400:

@@ -7,10 +7,14 @@ test can say what the right answer is without asking. Every request is recorded.
 import asyncio
 import base64
 import hashlib
+import itertools
+import socket
+import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
+from weakref import WeakSet
 
 import numpy as np
 import orjson
@@ -59,6 +63,10 @@ class Call:
         return [value] if single else list(value)
 
 
+_SERVER = web.RequestKey("server", "FaultServer")
+_REUSED = web.RequestKey("reused", bool)
+
+
 @dataclass
 class FaultServer:
     """Use it with `async with`; the address stays the same over `stop` and `start`."""
@@ -69,10 +77,13 @@ class FaultServer:
     script: deque[Act] = field(default_factory=deque)
     """What to play for the next requests, one each; afterwards `always`, or vectors."""
     always: Act | None = None
+    holding: dict[object, Act] = field(default_factory=dict)
+    """What to play for calls that hold such an input, whenever they come; before `script`."""
     gate: asyncio.Event | None = None
     """When set, no request is answered before the event is."""
     port: int = 0
     _runner: web.AppRunner | None = None
+    _connections: WeakSet[asyncio.BaseTransport] = field(default_factory=WeakSet)
 
     @property
     def url(self) -> str:
@@ -109,12 +120,19 @@ class FaultServer:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         payload = orjson.loads(await request.read())
         self.calls.append(Call(request.path, dict(request.headers), payload))
-        act = self.script.popleft() if self.script else self.always
+        request[_SERVER] = self
+        if request.transport is not None:  # Else nobody is there any more.
+            request[_REUSED] = request.transport in self._connections
+            self._connections.add(request.transport)
+        inputs = self.calls[-1].inputs
+        act = next((act for held, act in self.holding.items() if held in inputs), None)
+        if act is None:
+            act = self.script.popleft() if self.script else self.always
         if self.gate is not None:
             await self.gate.wait()
         if act is not None:
             return await act(request, payload)
-        return web.Response(body=orjson.dumps(self.reply(payload)), content_type="application/json")
+        return _json(self.reply(payload))
 
     def reply(self, payload: Payload) -> dict[str, Any]:
         """Return the right answer to a request."""
@@ -140,9 +158,62 @@ class FaultServer:
         async def act(_: web.Request, payload: Payload) -> web.Response:
             reply = self.reply(payload)
             change(reply)
-            return web.Response(body=orjson.dumps(reply), content_type="application/json")
+            return _json(reply)
 
         return act
+
+
+def _json(reply: Payload) -> web.Response:
+    return web.Response(body=orjson.dumps(reply), content_type="application/json")
+
+
+def spoilt(change: Callable[[Payload, Payload], object]) -> Act:
+    """Play the right answer after `change` has spoilt it in place.
+
+    It is given the reply, and in it the item of the input for which the server was told to do so.
+    """
+
+    async def act(request: web.Request, payload: Payload) -> web.Response:
+        server = request[_SERVER]
+        reply = server.reply(payload)
+        items = zip(Call("", {}, payload).inputs, reply["data"], strict=True)
+        change(reply, next(item for text, item in items if text in server.holding))
+        return _json(reply)
+
+    return act
+
+
+def one_vector(change: Callable[[np.ndarray], np.ndarray]) -> Act:
+    """Play the right answer but for one vector, which is sent in base64: that can hold a NaN."""
+
+    def spoil(_: Payload, item: Payload) -> None:
+        right = item["embedding"]
+        numbers = np.frombuffer(base64.b64decode(right), "<f4") if type(right) is str else right
+        wrong = change(np.array(numbers, "<f4")).astype("<f4")
+        item["embedding"] = base64.b64encode(wrong.tobytes()).decode()
+
+    return spoilt(spoil)
+
+
+def other_form() -> Act:
+    """Play the right answer in floats where base64 was asked, and the reverse."""
+
+    async def act(request: web.Request, payload: Payload) -> web.Response:
+        other = "float" if payload["encoding_format"] == "base64" else "base64"
+        return _json(request[_SERVER].reply({**payload, "encoding_format": other}))
+
+    return act
+
+
+def larger_than(most: int, refusal: Act) -> Act:
+    """Play a refusal of calls with more inputs than that, and the right answer to others."""
+
+    async def act(request: web.Request, payload: Payload) -> web.StreamResponse:
+        if len(Call("", {}, payload).inputs) > most:
+            return await refusal(request, payload)
+        return _json(request[_SERVER].reply(payload))
+
+    return act
 
 
 def status(code: int, body: object = None, headers: Mapping[str, str] | None = None) -> Act:
@@ -176,5 +247,43 @@ def hang() -> Act:
     async def act(_request: web.Request, _payload: Payload) -> web.Response:
         await asyncio.Event().wait()
         raise AssertionError("never")
+
+    return act
+
+
+def reset() -> Act:
+    """Play a connection that is reset before a word of an answer."""
+
+    async def act(request: web.Request, _: Payload) -> web.Response:
+        at_once = struct.pack("ii", 1, 0)
+        connection = request.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        request.transport.abort()
+        return web.Response()
+
+    return act
+
+
+def stale() -> Act:
+    """Play a server that has given up every connection it kept; a fresh one is answered on."""
+
+    async def act(request: web.Request, payload: Payload) -> web.StreamResponse:
+        if request[_REUSED]:
+            return await reset()(request, payload)
+        return _json(request[_SERVER].reply(payload))
+
+    return act
+
+
+def trickle(body: bytes = b'{"object":"list","data":[', pause: float = 0.01) -> Act:
+    """Play a reply of which a byte comes now and then, for ever, after what comes at once."""
+
+    async def act(request: web.Request, _: Payload) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for chunk in itertools.chain([body], itertools.repeat(b" ")):
+            await response.write(chunk)  # raises when nobody listens any more
+            await asyncio.sleep(pause)
+        return response
 
     return act

@@ -1,4 +1,7 @@
-"""The second route answers when the first cannot, and each provider's key stays with its origin."""
+"""The second route answers when the first cannot, and each provider's key stays with its origin.
+
+What each fault gets is the table of `test_faults`.
+"""
 
 import contextlib
 import time
@@ -6,27 +9,14 @@ import time
 import numpy as np
 import openai
 import pytest
-from fault_server import cut, hang, status, vector_of
+from fault_server import status, vector_of
 
 MODEL = "text-embedding-3-small"
 
-FAULTS = {
-    "answers 500": status(500),
-    "answers 503": status(503),
-    "has no credit left": status(429, {"error": {"code": "insufficient_quota", "message": "m"}}),
-    "does not accept the key": status(401),
-    "does not serve the model": status(404),
-    "answers HTML": status(200, b"<html>sorry</html>"),
-    "breaks off": cut(),
-    "answers an error with 200": status(200, {"error": {"code": 502, "message": "m"}}),
-    "redirects": status(302, headers={"Location": "/elsewhere"}),
-}
 
-
-@pytest.mark.parametrize("fault", FAULTS)
-async def test_second_route_answers(fault, upstream, second, start_proxy):
-    """Whatever the first provider does, the client gets the right vectors and is told who."""
-    upstream.always = FAULTS[fault]
+async def test_second_route_answers(upstream, second, start_proxy):
+    """The official client gets the right vectors, is told who computed them, and sees no fault."""
+    upstream.always = status(500)
     proxy = await start_proxy(openai=upstream, openrouter=second)
     reply = await proxy.client.embeddings.with_raw_response.create(model=MODEL, input=["a", "b"])
     assert reply.headers["x-embedding-provider"] == "openrouter"
@@ -36,96 +26,6 @@ async def test_second_route_answers(fault, upstream, second, start_proxy):
         assert got.tobytes() == vector_of(MODEL, text).tobytes()
     assert second.calls[0].payload["model"] == f"openai/{MODEL}"
     assert upstream.calls, "the first route was asked first"
-
-
-def _spoilt(change):
-    """Return a fault: the server's own right answer, spoilt in place."""
-    return lambda server: server.altered(change)
-
-
-def _always(act):
-    return lambda _: act
-
-
-# The rows of the table of faults: what the upstream plays, how often it is asked when it is alone,
-# and the status that the client gets then.
-ROWS = {
-    "1 429 Retry-After fits": (_always(status(429, headers={"Retry-After": "2"})), 3, 429),
-    "1 429 Retry-After does not": (_always(status(429, headers={"Retry-After": "90"})), 1, 429),
-    "2 429 reset fits": (_always(status(429, headers={"x-ratelimit-reset-tokens": "6s"})), 3, 429),
-    "2 429 reset does not": (
-        _always(status(429, headers={"x-ratelimit-reset-requests": "6m0s"})), 1, 429),
-    "2 429": (_always(status(429)), 3, 429),
-    "3 quota": (_always(status(429, {"error": {"code": "insufficient_quota"}})), 1, 429),
-    "3 402": (_always(status(402)), 1, 402),
-    "4 401": (_always(status(401)), 1, 502),
-    "4 403": (_always(status(403)), 1, 502),
-    "7 404": (_always(status(404)), 1, 404),
-    **{
-        f"8 {code}": (_always(status(code)), 3, code if code in (503, 504) else 502)
-        for code in (408, 409, 500, 502, 503, 504, 524, 529)
-    },
-    "9 502 in a 200": (_always(status(200, {"error": {"code": 502, "message": "m"}})), 3, 502),
-    "9 404 in a 200": (_always(status(200, {"error": {"code": 404, "message": "m"}})), 1, 404),
-    "10 HTML": (_always(status(200, b"<html>sorry</html>")), 3, 502),
-    "10 cut JSON": (_always(status(200, b'{"object": "list", "data": [{"ind')), 3, 502),
-    "11 too few": (_spoilt(lambda reply: reply["data"].pop()), 2, 502),
-    "11 too many": (_spoilt(lambda reply: reply["data"].append(dict(reply["data"][0]))), 2, 502),
-    "11 empty": (_spoilt(lambda reply: reply["data"].clear()), 2, 502),
-    "12 index": (_spoilt(lambda reply: reply["data"][0].update(index=5)), 2, 502),
-    "13 null": (_spoilt(lambda reply: reply["data"][0].update(embedding=[None] * 1536)), 2, 502),
-    "14 zeros": (_spoilt(lambda reply: reply["data"][0].update(embedding=[0.0] * 1536)), 2, 502),
-    "15 width": (_spoilt(lambda reply: reply["data"][0].update(embedding=[1.0] * 1535)), 2, 502),
-    "15 base64": (_spoilt(lambda reply: reply["data"][0].update(embedding="AAAA")), 2, 502),
-    "19 hang": (_always(hang()), 1, 504),
-    "21 cut": (_always(cut()), 2, 502),
-    "24 redirect": (_always(status(302, headers={"Location": "/elsewhere"})), 1, 502),
-}  # fmt: skip
-
-
-async def _start(start_proxy, **servers):
-    """Start a proxy in front of these upstreams, of which each attempt has a third of a second."""
-    providers = {n: {"base_url": s.url, "timeout_s": 0.3} for n, s in servers.items()}
-    return await start_proxy(**servers, providers=providers)
-
-
-@pytest.mark.parametrize("row", ROWS)
-async def test_table_of_faults_one_provider(row, upstream, start_proxy):
-    """Alone, a provider is asked as often as its fault allows, and the client is told as said."""
-    make, attempts, told = ROWS[row]
-    upstream.always = make(upstream)
-    proxy = await _start(start_proxy, openai=upstream)
-    reply = await proxy.post({"model": MODEL, "input": ["a"]})
-    assert (reply.status, len(upstream.calls)) == (told, attempts)
-    assert (await reply.json())["error"].keys() == {"message", "type", "param", "code"}
-    terminal = reply.headers.get("x-should-retry") == "false"
-    assert terminal == ("Retry-After" not in reply.headers)
-    assert (await proxy.post({"model": MODEL, "input": ["a"]})).status != 200, "nothing was kept"
-
-
-@pytest.mark.parametrize("row", ROWS)
-async def test_table_of_faults_first_provider(row, upstream, second, start_proxy):
-    """The second provider answers, rightly, after at most two attempts at the first."""
-    make, attempts, _ = ROWS[row]
-    upstream.always = make(upstream)
-    proxy = await _start(start_proxy, openai=upstream, openrouter=second)
-    reply = await proxy.post({"model": MODEL, "input": ["a"], "encoding_format": "float"})
-    assert (reply.status, reply.headers["x-embedding-provider"]) == (200, "openrouter")
-    got = np.array((await reply.json())["data"][0]["embedding"], dtype=np.float32)
-    assert got.tobytes() == vector_of(MODEL, "a").tobytes()
-    assert (len(upstream.calls), len(second.calls)) == (min(attempts, 2), 1)
-
-
-@pytest.mark.parametrize("row", ROWS)
-async def test_table_of_faults_second_provider(row, upstream, second, start_proxy):
-    """When the first cannot and the second has the fault, the second's fault is what is told."""
-    make, attempts, told = ROWS[row]
-    upstream.always = status(404)
-    second.always = make(second)
-    proxy = await _start(start_proxy, openai=upstream, openrouter=second)
-    reply = await proxy.post({"model": MODEL, "input": ["a"]})
-    assert (reply.status, len(upstream.calls)) == (told, 1)
-    assert len(second.calls) == min(attempts, 2)
 
 
 async def test_a_provider_without_credit_is_left_alone(upstream, second, start_proxy):

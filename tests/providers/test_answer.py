@@ -164,9 +164,9 @@ def test_one_bad_vector_spoils_the_answer_and_is_named(embedding, problem):
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_json_are_refused(number):
-    """NaN and Infinity, as some servers write them, make the whole body unreadable."""
-    with pytest.raises(Unreadable, match="not JSON"):
-        read(body_of([item(0, [1.0, number, 3.0]), item(1, numbers_of(1))]))
+    """NaN and Infinity, as some servers write them, are a fault of the vector they stand in."""
+    with pytest.raises(InvalidAnswer, match="embedding 1: holds something that is not a number"):
+        read(body_of([item(0, numbers_of(1)), item(1, [1.0, number, 3.0])]))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 from aiohttp import web
-from fault_server import FaultServer, cut, status
+from fault_server import FaultServer, cut, reset, stale, status
 
 from providers.base import (
     Context,
@@ -169,23 +169,13 @@ async def test_a_server_that_does_not_accept_is_given_up_early():
                     await post_once(url, connect_s=0.1)
 
 
-def drop():
-    """Play an upstream that hangs up without a word."""
-
-    async def act(request, _):
-        request.transport.abort()
-        return web.Response()
-
-    return act
-
-
 async def _refused(upstream):
     await upstream.stop()
     return upstream.url
 
 
 async def _dropped(upstream):
-    upstream.script.append(drop())
+    upstream.script.append(reset())
     return upstream.url
 
 
@@ -432,6 +422,36 @@ async def test_a_stale_connection_is_a_cut_one():
             await post(transport)
         assert (await post(transport)).body == b"{}"
     assert len(connections) == 2
+
+
+async def test_no_kept_connection_is_trusted_after_one_was_stale(upstream):
+    """Of three stale connections one is found out; a call under way on a fourth goes on."""
+    together = asyncio.Barrier(4)
+    arrived, over = asyncio.Event(), asyncio.Event()
+
+    async def meet(*_):
+        await together.wait()
+        return web.Response()
+
+    async def last(*_):
+        arrived.set()
+        await over.wait()
+        return web.Response()
+
+    async with transport_to(upstream.url) as transport:
+        upstream.script += [meet] * 4
+        await asyncio.gather(*(post(transport) for _ in range(4)))
+        upstream.script.append(last)
+        under_way = asyncio.create_task(post(transport))
+        await arrived.wait()
+        upstream.always = stale()
+        with pytest.raises(Unreachable, match="the connection was cut"):
+            await post(transport)
+        assert (await post(transport)).status == 200
+        over.set()
+        assert (await under_way).status == 200
+        upstream.always = None
+        assert (await post(transport)).status == 200
 
 
 async def test_connections_are_kept(upstream):
