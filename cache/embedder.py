@@ -151,6 +151,12 @@ class CachingEmbedder:
             self._flights.give(fill, found)
         wanted = [key for key in keys if key not in found]
         bought: set[Key] = set()
+        puts: list[asyncio.Task[None]] = []
+
+        async def put(entries: Mapping[Key, Entry]) -> None:
+            partition = _partition(ring, next(iter(entries.values())).vector)
+            await self._tiers.put_many(entries, partition, context.terms)
+            self._flights.give(fill, entries)
 
         async def keep(places: Sequence[int], part: Embedded) -> None:
             rows = zip(places, part.vectors, part.tokens, strict=True)
@@ -162,9 +168,9 @@ class CachingEmbedder:
             if not entries:
                 return
             bought.update(entries)
-            partition = _partition(ring, part.vectors[0])
-            await self._tiers.put_many(entries, partition, context.terms)
-            self._flights.give(fill, entries)
+            # Who brings it may be called off while it is written; it is bought all the same.
+            puts.append(asyncio.create_task(put(entries)))
+            await asyncio.shield(puts[-1])
 
         if not wanted:
             return Filled(frozenset(), ())
@@ -175,6 +181,8 @@ class CachingEmbedder:
             if error.index is None:
                 raise
             raise KeyRefused(error, wanted[error.index]) from error
+        finally:
+            await asyncio.gather(*puts)
         if len(bought) < len(wanted):
             await keep(range(len(wanted)), embedded)
         return Filled(frozenset(bought), embedded.providers)

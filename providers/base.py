@@ -18,6 +18,7 @@ from .failures import (
     CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
+    Full,
     InputRefused,
     InvalidAnswer,
     ModelNotFound,
@@ -42,6 +43,7 @@ __all__ = [
     "Embedded",
     "Embedder",
     "EmbeddingError",
+    "Full",
     "Input",
     "InputRefused",
     "InvalidAnswer",
@@ -200,6 +202,8 @@ class Context:
     terms: Terms = NORMAL
     on_part: "OnPart | None" = None
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
+    begin_by: float | None = None
+    """Point on the same clock by which a provider must have begun its call; else it raises Full."""
 
 
 class OnPart(Protocol):

@@ -5,9 +5,6 @@ least `FEWEST` calls within `WINDOW` seconds failed. While it is open nothing go
 is half-open: one call goes through as the probe; its success closes the breaker, its failure opens
 it for twice as long as before. A call that began before the breaker last moved says nothing about
 now, and is not counted.
-
-Beside that a provider may rest, because it said when it wants to be asked again. Afterwards calls
-go through as before: that it answers was never in doubt.
 """
 
 import enum
@@ -23,7 +20,6 @@ WINDOW = 30.0
 FIRST_OPEN = 1.0
 """Seconds; doubled by each probe that fails."""
 LONGEST_OPEN = 300.0
-LONGEST_REST = 3600.0
 PROBE_WAIT = 1.0
 """Seconds to name to those who come while a probe is under way."""
 JITTER = 0.2
@@ -34,7 +30,6 @@ class State(enum.StrEnum):
     """What a provider is to those who want to ask it."""
 
     CLOSED = "closed"
-    RESTING = "resting"
     OPEN = "open"
     HALF_OPEN = "half-open"
 
@@ -67,7 +62,6 @@ class Breaker:
         self._era = 0
         self._open = False
         self._until = 0.0
-        self._rest_until = 0.0
         self._length = 0.0
         self._probe: Permit | None = None
         self._recent: deque[tuple[float, bool]] = deque()
@@ -80,31 +74,24 @@ class Breaker:
 
     @property
     def state(self) -> State:
-        """The state at this moment. A rest outlasts a breaker, for nothing goes through it."""
-        now = self._clock()
-        if self._open and now < self._until:
-            return State.OPEN
-        if now < self._rest_until:
-            return State.RESTING
-        return State.HALF_OPEN if self._open else State.CLOSED
+        """The state at this moment."""
+        if not self._open:
+            return State.CLOSED
+        return State.OPEN if self._clock() < self._until else State.HALF_OPEN
 
     @property
     def wait(self) -> float:
         """Seconds until a call may go through; 0 when one may now."""
-        now = self._clock()
-        until = max(self._rest_until, self._until if self._open else 0.0)
-        return max(until - now, 0.0 if self._probe is None else PROBE_WAIT, 0.0)
+        left = self._until - self._clock() if self._open else 0.0
+        return max(left, 0.0 if self._probe is None else PROBE_WAIT, 0.0)
 
-    def ready(self, *, rested: bool = False) -> bool:
-        """Tell whether `enter` would give a permit. `rested`: the caller has done its own rest."""
-        now = self._clock()
-        if now < self._rest_until and not rested:
-            return False
-        return not self._open or (now >= self._until and self._probe is None)
+    def ready(self) -> bool:
+        """Tell whether `enter` would give a permit."""
+        return not self._open or (self._clock() >= self._until and self._probe is None)
 
-    def enter(self, *, rested: bool = False) -> Permit | None:
+    def enter(self) -> Permit | None:
         """Return the permit for one call, or None when none may be made now."""
-        if not self.ready(rested=rested):
+        if not self.ready():
             return None
         permit = Permit(self._era, probe=self._open)
         if permit.probe:
@@ -124,13 +111,6 @@ class Breaker:
                 self._trip(self._next_length(), "its probe failed")
         elif verdict is not Verdict.NONE:
             self._count(good=verdict is Verdict.GOOD)
-
-    def rest(self, seconds: float, why: str) -> None:
-        """Let nothing through for so long. A longer rest that is under way stays."""
-        until = self._clock() + min(seconds, LONGEST_REST)
-        if until > self._rest_until:
-            self._rest_until = until
-            self.why = why
 
     def trip(self, permit: Permit, seconds: float, why: str) -> None:
         """Open for so long on a call's account: afterwards one call has to prove that it is over.

@@ -19,7 +19,10 @@ and the second has not been asked for an hour, nobody can know which case it is.
 - when there is no scout, one may go though nothing is left. That one place a provider is what keeps
   the first promise on an empty budget. What it may cost beyond the budget is bounded by the
   provider's breaker: five failures in a row, and then a probe after 1, 2, 4 … seconds. A refusal
-  that does not count there, such as a rate limit, speaks for all who wait, for a second.
+  that does not count there, such as a rate limit, speaks for all who wait with that model, for a
+  second.
+
+Who goes on because a queue of our own was full goes for nothing: no provider was asked so far.
 
 A burst of 50 after a cold start into two dead providers is thus 50 calls, up to 10 second tries and
 scouts, and no more, since their failures open the breakers; into a dead and a living one it is 50
@@ -55,14 +58,19 @@ class Budget:
         self._forget()
         return len(self._extras)
 
-    def call(self) -> None:
-        """Count the first attempt of a request."""
+    def call(self) -> float:
+        """Count the first attempt of a request; return the receipt, should it not be made."""
         slot = self._clock() // _SLOT * _SLOT
         if self._calls and self._calls[-1][0] == slot:
             self._calls[-1] = (slot, self._calls[-1][1] + 1)
         else:
             self._forget()
             self._calls.append((slot, 1))
+        return slot
+
+    def take_back(self, receipt: float) -> None:
+        """Count a call no more that was not made after all."""
+        self._calls = deque((slot, count - (slot == receipt)) for slot, count in self._calls)
 
     def affords(self) -> bool:
         """Tell whether one more extra is within the budget."""

@@ -8,7 +8,16 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from .base import Context, DeadlineExceeded, Embedded, Input, InputRefused, Outcome, Space
+from .base import (
+    Context,
+    DeadlineExceeded,
+    Embedded,
+    Full,
+    Input,
+    InputRefused,
+    Outcome,
+    Space,
+)
 
 Ask: TypeAlias = Callable[[Space, Sequence[Input], Context], Awaitable[Embedded]]
 """Asks for the vectors of some inputs, in one call."""
@@ -82,11 +91,48 @@ class Calls:
         return assembled(self._parts)
 
 
-def _weight(error: Exception) -> tuple[bool, bool, int]:
-    """Order failures: refused inputs by their places, other refusals, the rest as they came."""
+def _weight(error: Exception) -> tuple[bool, bool, bool, int]:
+    """Order failures: refused inputs by their places, other refusals, the rest as they came.
+
+    What no call was made for says least.
+    """
     refused = isinstance(error, InputRefused)
     index = error.index if isinstance(error, InputRefused) else None
-    return not refused, index is None, index or 0
+    return isinstance(error, Full), not refused, index is None, index or 0
+
+
+class Parts:
+    """What has come so far of the answers to the inputs of one request, from whomever."""
+
+    def __init__(self, inputs: int) -> None:
+        self.missing = dict.fromkeys(range(inputs))
+        """The places for which nothing has come yet, in order."""
+        self._parts: list[tuple[Sequence[int], Embedded]] = []
+
+    def take(self, places: Sequence[int], part: Embedded) -> tuple[Sequence[int], Embedded]:
+        """Keep what is new of a part, and return that: its places, which may be none."""
+        new = [i for i, place in enumerate(places) if place in self.missing]
+        if len(new) < len(places):
+            places, part = [places[i] for i in new], rows_of(part, new)
+        if new:
+            self._parts.append((places, part))
+        for place in places:
+            del self.missing[place]
+        return places, part
+
+    def whole(self) -> Embedded:
+        """Return the answer to the request, when nothing is missing."""
+        return assembled(self._parts)
+
+
+def rows_of(part: Embedded, rows: Sequence[int]) -> Embedded:
+    """Return the answers in some rows of a part."""
+    return replace(
+        part,
+        vectors=[part.vectors[i] for i in rows],
+        tokens=[part.tokens[i] for i in rows],
+        outcomes=[part.outcomes[i] for i in rows] if part.outcomes else (),
+    )
 
 
 def assembled(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:

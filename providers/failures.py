@@ -13,6 +13,7 @@ It knows no provider, no cache and no wire format::
         ├── ModelNotFound        404: this provider does not serve the model
         └── PassingFailure       the same call may succeed in a moment
             ├── RateLimited      429
+            │   └── Full         the proxy's own queue before the provider; no call was made
             ├── UpstreamFault    408, 409, 5xx
             ├── UpstreamTimeout  no whole answer within the limit of one attempt
             ├── Unreachable      name resolution, connection, TLS or a cut connection
@@ -118,6 +119,13 @@ class PassingFailure(ProviderError):
 
 class RateLimited(PassingFailure):
     """429: too many requests or tokens for now."""
+
+
+class Full(RateLimited):
+    """The proxy's own queue before this provider has no room in time: no call was made.
+
+    A client sees no difference. Of the provider it says nothing.
+    """
 
 
 class UpstreamFault(PassingFailure):

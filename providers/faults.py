@@ -1,11 +1,10 @@
 """One table: what a provider's failure means for the next attempt, and for its breaker.
 
 Whether the next route is asked is not in it: after a ProviderError it always is, after any other
-error never.
+error never. `Full` is not in it: no attempt was made, and nothing follows from it.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from .base import (
     CredentialsRefused,
@@ -38,12 +37,14 @@ class Rule:
     verdict: Verdict
     trips: float | None = None
     """Seconds for which the provider is not asked at all; then one call has to prove it well."""
+    why: str = ""
+    """What it is not asked for, in a few words."""
 
 
 _TABLE: dict[type[ProviderError], Rule] = {
     RateLimited: Rule(OFTEN, Verdict.NONE),
-    OutOfCredit: Rule(0, Verdict.NONE, NO_CREDIT_REST),
-    CredentialsRefused: Rule(0, Verdict.NONE, NO_KEY_REST),
+    OutOfCredit: Rule(0, Verdict.NONE, NO_CREDIT_REST, "out of credit"),
+    CredentialsRefused: Rule(0, Verdict.NONE, NO_KEY_REST, "key refused"),
     ModelNotFound: Rule(0, Verdict.NONE),
     UpstreamFault: Rule(OFTEN, Verdict.BAD),
     UpstreamTimeout: Rule(0, Verdict.BAD),
@@ -63,20 +64,3 @@ def rule(error: ProviderError) -> Rule:
     if isinstance(error, UpstreamFault) and error.refusal is None:
         return _OTHER
     return next((_TABLE[kind] for kind in type(error).mro() if kind in _TABLE), _OTHER)
-
-
-def name(error: ProviderError) -> Literal[
-    "rate limited", "out of credit", "key refused", "model not found", "failed"
-]:  # fmt: skip
-    """Say in two words what a provider is held back for."""
-    match error:
-        case RateLimited():
-            return "rate limited"
-        case OutOfCredit():
-            return "out of credit"
-        case CredentialsRefused():
-            return "key refused"
-        case ModelNotFound():
-            return "model not found"
-        case _:
-            return "failed"

@@ -8,13 +8,12 @@ not for its leaving, not for its deadline.
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from .base import Context, DeadlineExceeded, Embedded, Embedder, Input, InputRefused, Space
 from .batcher import Batcher
-from .calls import assembled
+from .calls import Parts, rows_of
 from .limits import Limits
 from .refused import is_about_an_input
 
@@ -104,22 +103,16 @@ class _Rider:
     def __init__(self, inputs: Sequence[Input], context: Context) -> None:
         self.inputs = inputs
         self.context = context
-        self.missing = dict.fromkeys(range(len(inputs)))
-        """The places for which nothing has come yet, in order."""
+        self.parts = Parts(len(inputs))
         self.answer: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
-        self._parts: list[tuple[Sequence[int], Embedded]] = []
 
     async def take(self, places: Sequence[int], part: Embedded) -> None:
         """Take what is new; keep what will not be part of an answer."""
-        new = [i for i, place in enumerate(places) if place in self.missing]
-        if not new:
+        places, part = self.parts.take(places, part)
+        if not places:
             return
-        places, part = [places[i] for i in new], _rows(part, new)
-        self._parts.append((places, part))
-        for place in places:
-            del self.missing[place]
-        if not self.missing and not self.answer.done():
-            self.answer.set_result(assembled(self._parts))
+        if not self.parts.missing and not self.answer.done():
+            self.answer.set_result(self.parts.whole())
         elif self.context.on_part is not None:
             await self.context.on_part(places, part)
 
@@ -190,7 +183,7 @@ class _Ride:
 
     async def _call(self, riders: Sequence[_Rider]) -> Exception | None:
         """Ask for all that is missing, and hand it out; return what was everyone's failure."""
-        seats = [(rider, place) for rider in riders for place in rider.missing]
+        seats = [(rider, place) for rider in riders for place in rider.parts.missing]
         deadlines = [rider.context.deadline for rider in riders]
         known = [deadline for deadline in deadlines if deadline is not None]
 
@@ -198,8 +191,8 @@ class _Ride:
             theirs: dict[_Rider, list[int]] = {}
             for i, place in enumerate(places):
                 theirs.setdefault(seats[place][0], []).append(i)
-            for rider, rows in theirs.items():
-                await rider.take([seats[places[i]][1] for i in rows], _rows(part, rows))
+            for rider, own in theirs.items():
+                await rider.take([seats[places[i]][1] for i in own], rows_of(part, own))
 
         context = Context(
             deadline=max(known) if len(known) == len(deadlines) else None,
@@ -218,13 +211,3 @@ class _Ride:
             rider.fail(error.at(place))
             return error
         return None
-
-
-def _rows(part: Embedded, rows: Sequence[int]) -> Embedded:
-    """Return the answers in some rows of a part."""
-    return replace(
-        part,
-        vectors=[part.vectors[i] for i in rows],
-        tokens=[part.tokens[i] for i in rows],
-        outcomes=[part.outcomes[i] for i in rows] if part.outcomes else (),
-    )

@@ -14,10 +14,12 @@ from .base import (
     Context,
     DeadlineExceeded,
     Embedded,
+    Full,
     Input,
     InputRefused,
     Outcome,
     RateLimited,
+    Refusal,
     Space,
 )
 from .profile import Profile
@@ -106,8 +108,8 @@ class HttpProvider:
     ) -> Embedded:
         """Make one attempt at the upstream's `model`; vectors come back checked, in input order.
 
-        Asks for the native width, whatever width the client wants. Waits for a free place among
-        the calls at the same time, and for room within the limits per minute. Raises
+        Asks for the native width, whatever width the client wants. Waits for room within the
+        limits per minute, and for a free place among the calls at the same time. Raises
         EmbeddingError.
         """
         objection = self.objection(space)
@@ -121,7 +123,7 @@ class HttpProvider:
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
         # Each model has limits of its own at the upstreams that tell them.
         learned = self._throttles.setdefault(model, Throttle(self.name, sleep=self._sleep))
-        async with self._turn(learned, estimate(inputs), context.deadline):
+        async with self._turn(learned, estimate(inputs), context):
             reply = await self._transport.post(self.path(model), payload, limit, context)
         if self.limits.learn:
             learned.learn(reply.headers)
@@ -142,17 +144,31 @@ class HttpProvider:
         )
 
     @asynccontextmanager
-    async def _turn(
-        self, learned: Throttle, size: int, deadline: float | None
-    ) -> AsyncIterator[None]:
-        """Hold a place among the calls at the same time, and within both sorts of limits."""
+    async def _turn(self, learned: Throttle, size: int, context: Context) -> AsyncIterator[None]:
+        """Hold a place within both sorts of limits, then among the calls at the same time.
+
+        In this order: who queues for the limit of one model takes no place from the others.
+        """
+        until = context.deadline if context.begin_by is None else context.begin_by
         async with AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout_at(deadline):
-                    await stack.enter_async_context(self._slots)
-                    await stack.enter_async_context(learned.turn(size, deadline))
-                    await stack.enter_async_context(self._throttle.turn(size, deadline))
+                async with asyncio.timeout_at(until):
+                    held = learned.held_until
+                    await stack.enter_async_context(learned.turn(size, until))
+                    await stack.enter_async_context(self._throttle.turn(size, until))
+                    await self._slots.acquire()
+                    while learned.held_until != held:
+                        # A call was refused meanwhile, as this one would be.
+                        self._slots.release()
+                        held = learned.held_until
+                        await learned.pause(until)
+                        await self._slots.acquire()
+                    stack.callback(self._slots.release)
             except TimeoutError as error:
+                if context.begin_by is not None:
+                    message = "all the calls that it takes at a time are under way"
+                    said = Refusal(429, message, "requests", "rate_limit_exceeded")
+                    raise Full(self.name, message, said) from error
                 raise DeadlineExceeded(
                     f"the time of the request was up while it waited its turn at {self.name}"
                 ) from error

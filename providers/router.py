@@ -20,6 +20,7 @@ from .base import (
     Context,
     DeadlineExceeded,
     Embedded,
+    Full,
     Input,
     InputRefused,
     NoRoute,
@@ -27,9 +28,10 @@ from .base import (
     Space,
 )
 from .health import Upstreams
+from .journey import ATTEMPTS, Journey
 from .order import Latencies, Order, cheapest
 from .route import Provider, Route
-from .turn import ATTEMPTS, ATTEMPTS_A_ROUTE, LONGEST_WAIT, Counts, Journey, Shut, Turn
+from .turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Counts, Shut, Turn
 
 __all__ = ["ATTEMPTS", "ATTEMPTS_A_ROUTE", "LONGEST_WAIT", "Order", "Provider", "Route", "Router"]
 
@@ -114,7 +116,7 @@ class Router:
                 return [*self.latencies.arrange(ready), *rest]
 
     def _ready(self, route: Route) -> bool:
-        return self.upstreams.of(route.name).breaker.ready()
+        return self.upstreams.of(route.name).ready(route.model)
 
     async def _walk(self, routes: Sequence[Route], journey: Journey) -> Embedded:
         """Ask one route after the other. Raises Shut when none has answered."""
@@ -124,12 +126,12 @@ class Router:
             if route in journey.asked or not self._ready(route):
                 continue
             turn = self._turn(route, journey, routes[place + 1 :])
-            if journey.asked:
+            if journey.begun:
                 try:
                     await turn.go_on()
                 except Shut:
                     continue
-                self.counts.failovers += 1
+            self.counts.failovers += bool(journey.asked)
             try:
                 return await self._retrying(turn)(turn.ask)
             except (ProviderError, Shut):
@@ -171,6 +173,9 @@ class Router:
             self.counts.hedges += 1
             try:
                 return await turn.ask()
+            except Full:
+                turn.give_up()
+                self.counts.hedges -= 1
             except ProviderError:
                 turn.give_up()
                 break
@@ -196,10 +201,11 @@ class Router:
 
     def _all_resting(self, routes: Sequence[Route]) -> AllResting:
         """Say which providers may not be asked, why, and when the first of them may."""
-        breakers = {route.name: self.upstreams.of(route.name).breaker for route in routes}
-        reasons = "; ".join(
-            f"{name}: {breaker.why}, asked again in {breaker.wait:.1f} s"
-            for name, breaker in breakers.items()
-        )
-        wait = min(breaker.wait for breaker in breakers.values())
-        return AllResting(f"No provider can be asked just now ({reasons}).", wait)
+        known = [(self.upstreams.of(route.name), route.model) for route in routes]
+        reasons = [
+            f"{health.name}: {health.why(model)}, asked again in {health.wait(model):.1f} s"
+            for health, model in known
+        ]
+        wait = min(health.wait(model) for health, model in known)
+        told = "; ".join(dict.fromkeys(reasons))
+        return AllResting(f"No provider can be asked just now ({told}).", wait)

@@ -1,8 +1,8 @@
 """Keeps calls to one upstream under its limits per minute, so that they queue and are not refused.
 
 Limits are declared, or learned from the headers of its replies. Waiting is first come, first
-served; nobody waits past the deadline of the request: who would have to is told at once, and may go
-to another route.
+served; nobody waits past the time by which its call must begin: who would have to is told at once,
+and may go to another route.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from .base import Input, RateLimited, Refusal
+from .base import Full, Input, Refusal
 
 LONGEST_HOLD = 60.0
 """Seconds for which an upstream that asked for a pause is left alone at most, without a try."""
@@ -98,21 +98,34 @@ class Throttle:
         self._line = asyncio.Lock()  # first in, first out
         self._waiting = {"requests": 0, "tokens": 0}
         self._flying = {"requests": 0, "tokens": 0}
-        self._held_until = float("-inf")
+        self.held_until = float("-inf")
+        """Until when nobody is let through; changed by each `hold` that is for longer."""
 
     @asynccontextmanager
     async def turn(self, tokens: int, deadline: float | None) -> AsyncIterator[None]:
         """Wait for room for one call of so many tokens, and hold it for the length of the call.
 
-        Raises RateLimited, with the wait, if there is no room before the deadline.
+        Raises Full, with the wait, if there is no room before the deadline. A call that another
+        queue behind this one raises Full for is given its room back.
         """
         cost = {"requests": 1, "tokens": tokens}
         await self._wait(cost, deadline)
         _add(self._flying, cost)
         try:
             yield
+        except Full:
+            self._take(cost, -1)
+            raise
         finally:
             _add(self._flying, cost, -1)
+
+    async def pause(self, deadline: float | None) -> None:
+        """Wait until nobody is held any more. Raises Full if that is not before the deadline."""
+        now = self._clock()
+        seconds = self._held_for(now)
+        self._refuse_late(seconds, now, deadline)
+        if seconds > 0:
+            await self._sleep(seconds)
 
     async def _wait(self, cost: Mapping[str, int], deadline: float | None) -> None:
         now = self._clock()
@@ -129,8 +142,7 @@ class Throttle:
                 if seconds > 0:
                     await self._sleep(seconds)
                 # Whoever is cancelled up to here has taken nothing, and the next in line goes on.
-                for kind, bucket in self._buckets.items():
-                    bucket.take(cost[kind], self._clock())
+                self._take(cost)
         finally:
             _add(self._waiting, cost, -1)
 
@@ -140,14 +152,21 @@ class Throttle:
             bucket.wait(cost[kind], ahead.get(kind, 0), now)
             for kind, bucket in self._buckets.items()
         ]
-        return max([self._held_until - now, 0.0, *waits])
+        return max([self._held_for(now), *waits])
+
+    def _held_for(self, now: float) -> float:
+        return max(self.held_until - now, 0.0)
+
+    def _take(self, cost: Mapping[str, int], sign: int = 1) -> None:
+        for kind, bucket in self._buckets.items():
+            bucket.take(sign * cost[kind], self._clock())
 
     def _refuse_late(self, seconds: float, now: float, deadline: float | None) -> None:
         too_late = deadline is not None and seconds > 0 and now + seconds >= deadline
-        if too_late or self._held_until - now > LONGEST_PAUSE:
+        if too_late or self._held_for(now) > LONGEST_PAUSE:
             message = f"its limit of calls is used up; there is room again in {seconds:.1f} s"
             said = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
-            raise RateLimited(self._provider, message, said)
+            raise Full(self._provider, message, said)
 
     def learn(self, headers: Mapping[str, str]) -> None:
         """Take over the limits that a reply tells, if it tells all of limit, remaining and reset.
@@ -169,9 +188,13 @@ class Throttle:
             self._buckets[kind] = Bucket(limit, remaining - self._flying[kind], per_s, now)
 
     def hold(self, seconds: float) -> None:
-        """Let nobody through for so long: the upstream said so when it refused a call."""
+        """Let nobody through for so long: the upstream said so when it refused a call.
+
+        It is for those who queue here already; later requests are kept away by what is known of the
+        provider's health, and may go to another route at once.
+        """
         until = self._clock() + min(seconds, LONGEST_HOLD)
-        self._held_until = max(self._held_until, until)
+        self.held_until = max(self.held_until, until)
 
 
 def _add(total: dict[str, int], cost: Mapping[str, int], sign: int = 1) -> None:

@@ -1,36 +1,28 @@
-"""One route's turn in a request: may it be asked, how often, and what its failures mean.
-
-A journey is what the attempts of one request share, whichever routes they go to.
-"""
+"""One route's turn in a request: may it be asked, how often, and what its failures mean."""
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import faults
 from .base import (
-    Context,
     CredentialsRefused,
     Embedded,
     EmbeddingError,
-    Input,
-    PassingFailure,
+    Full,
     ProviderError,
     RateLimited,
-    Space,
     UpstreamTimeout,
 )
 from .breaker import Permit, Verdict
 from .health import Upstreams
+from .journey import Journey
 from .order import Latencies
 from .route import Route
 
 log = logging.getLogger("embedding_proxy.router")
 
-ATTEMPTS = 3
-"""The most attempts for one request, all routes together."""
 ATTEMPTS_A_ROUTE = 2
 """The most attempts at one route while another is left."""
 LONGEST_WAIT = 20.0
@@ -41,28 +33,6 @@ PROBE_LIMIT = 10.0
 
 class Shut(EmbeddingError):
     """The provider may not be asked now. Never leaves the router."""
-
-
-@dataclass(slots=True)
-class Journey:
-    """A request on its way over the routes."""
-
-    space: Space
-    inputs: Sequence[Input]
-    context: Context
-    left: int = ATTEMPTS
-    """Attempts that may still be made."""
-    asked: list[Route] = field(default_factory=list)
-    """Routes that were asked, in order."""
-    hedged: bool = False
-    """Whether a second route is or was asked beside the first."""
-    failure: ProviderError | None = None
-    """What to tell the client when no route answers."""
-
-    def failed(self, error: ProviderError) -> None:
-        """Keep the failure that says most: the last one that may pass, else the last one."""
-        if isinstance(error, PassingFailure) or not isinstance(self.failure, PassingFailure):
-            self.failure = error
 
 
 @dataclass(slots=True)
@@ -78,7 +48,7 @@ class Counts:
     refused: int = 0
     """Requests for which no provider could be asked."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Failed attempts by class of the error."""
+    """Failed attempts by class of the error; `Full` are those that were not made."""
 
 
 class Turn:
@@ -100,6 +70,7 @@ class Turn:
         self._upstreams = upstreams
         self._budget = upstreams.budget
         self._health = upstreams.of(route.name)
+        self._model = route.model
         self._latencies = latencies
         self._counts = counts
         self._made = 0
@@ -116,14 +87,15 @@ class Turn:
 
         The rules are told in `budget`. Raises Shut, and TimeoutError at the request's deadline.
         """
-        while self._health.breaker.ready():
+        while self._health.ready(self._model):
             if self._health.proved:
                 return
-            if not (self._health.scouts or self._health.declined) or self._budget.affords():
+            declined = self._health.declined(self._model)
+            if not (self._health.scouts or declined) or self._budget.affords():
                 self._pay()
                 self._scouting = True
                 return
-            if self._health.declined:
+            if declined:
                 raise Shut
             async with asyncio.timeout(self.time_left()):
                 await self._health.news()
@@ -131,22 +103,36 @@ class Turn:
 
     def hedge(self) -> bool:
         """Pay for an attempt beside another that is still under way, if that can be afforded."""
-        affordable = self._health.breaker.ready() and self._budget.affords()
+        affordable = self._health.ready(self._model) and self._budget.affords()
         if affordable:
             self._pay()
         return affordable
 
     async def ask(self) -> Embedded:
-        """Make one attempt. Raises Shut when the provider may not be asked any more."""
+        """Make one attempt at what is missing, and return the whole.
+
+        Raises Shut when the provider may not be asked any more.
+        """
+        parts = self._journey.parts
+        try:
+            await self._attempt()
+        except EmbeddingError:
+            # What was asked for may have come from another route meanwhile.
+            if parts.missing:
+                raise
+        return parts.whole()
+
+    async def _attempt(self) -> None:
         journey, health = self._journey, self._health
-        # A hedge may have taken the last attempt.
-        permit = health.enter(rested=self._rested) if journey.left > 0 else None
+        missing = len(journey.parts.missing)
+        # A hedge may have taken the last attempt, or have answered.
+        wanted = missing and journey.left > 0
+        permit = health.enter(self._model, rested=self._rested) if wanted else None
         if permit is None:
             self._refund()
             raise Shut
+        call = None if journey.begun else self._budget.call()
         journey.left -= 1
-        if not journey.asked:
-            self._budget.call()
         if self._made:
             self._counts.retries += 1
         else:
@@ -154,16 +140,24 @@ class Turn:
         self._made += 1
         self._counts.attempts += 1
         self._latencies.asked(self._route)
-        free = self._receipt is None and len(journey.asked) > 1
+        free = self._receipt is None and call is None
         health.scouts += self._scouting
         begun = self._upstreams.clock()
         try:
-            embedded = await self._embed(permit)
+            await self._embed(permit)
+        except Full as error:
+            self._note(error)
+            if len(journey.parts.missing) < missing:
+                # Some of several calls were made, and answered.
+                health.abandoned(permit)
+            else:
+                self._take_back(permit, call)
+            raise
         except ProviderError as error:
             self._note(error)
             if free and faults.rule(error).verdict is Verdict.BAD:
                 self._budget.spend()
-            health.failed(permit, error)
+            health.failed(permit, error, self._model)
             raise
         except BaseException:
             health.abandoned(permit)
@@ -172,14 +166,12 @@ class Turn:
             health.scouts -= self._scouting
         if self._scouting:
             self._refund()
-        seconds = self._upstreams.clock() - begun
-        self._latencies.answered(self._route, seconds, len(journey.inputs))
+        self._latencies.answered(self._route, self._upstreams.clock() - begun, missing)
         health.answered(permit)
-        return embedded
 
     def again(self, error: BaseException) -> bool:
         """Tell whether the same provider is to be asked again after an error; if so, pay for it."""
-        if not isinstance(error, ProviderError):
+        if not isinstance(error, ProviderError) or isinstance(error, Full):
             return False
         self._receipt, self._scouting = None, False
         # Who was told a time, and waits for it, has done its part of the provider's rest.
@@ -189,7 +181,7 @@ class Turn:
             self._made < self._most
             and self._made <= faults.rule(error).again
             and wait < self.time_left(LONGEST_WAIT)
-            and self._health.breaker.ready(rested=self._rested)
+            and self._health.ready(self._model, rested=self._rested)
             and self._budget.affords()
         )
         if again:
@@ -207,20 +199,35 @@ class Turn:
         left = float("inf") if deadline is None else deadline - self._upstreams.clock()
         return max(left if most is None else min(left, most), 0.0)
 
-    async def _embed(self, permit: Permit) -> Embedded:
-        """Ask within the time that leaves the later routes theirs. Raises UpstreamTimeout."""
+    async def _embed(self, permit: Permit) -> None:
+        """Ask for what is missing, within the time that leaves the later routes theirs.
+
+        Raises UpstreamTimeout; who queues for half of that time, and would be late, is told Full.
+        """
         journey, limit = self._journey, None
         if self._later and journey.context.deadline is not None:
             limit = self.time_left() / (self._later + 1) or None
         if self._later and permit.probe:
             limit = min(limit or PROBE_LIMIT, PROBE_LIMIT)
+        begin_by = None if limit is None else asyncio.get_running_loop().time() + limit / 2
         try:
             async with asyncio.timeout(limit) as scope:
-                return await self._route.embed(journey.space, journey.inputs, journey.context)
+                await journey.ask(self._route, begin_by)
         except TimeoutError as error:
             if limit is None or not scope.expired():
                 raise
             raise UpstreamTimeout(self._route.name, f"no answer within {limit:.1f} s") from error
+
+    def _take_back(self, permit: Permit, call: float | None) -> None:
+        """Count an attempt no more that was not made."""
+        self._health.unsent(permit)
+        self._journey.left += 1
+        self._made -= 1
+        self._counts.attempts -= 1
+        self._counts.retries -= self._made > 0
+        if call is not None:
+            self._budget.take_back(call)
+        self._refund()
 
     def _note(self, error: ProviderError) -> None:
         self._failure = error

@@ -34,6 +34,7 @@ Words, one meaning each::
     kind        a sort of provider; profile: what it declares of its upstream, as data
     batch       inputs sent in one upstream call; attempt: one try of it
     extra       an attempt beyond a request's first; a budget bounds them
+    rest        the time for which a provider wants no call for a model: its rate limit said so
     probe       the one call let through to a provider whose breaker is half-open
     scout       the first to go on to a provider of which nothing is known just now
     usage       tokens, billed or saved

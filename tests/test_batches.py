@@ -12,6 +12,7 @@ from fault_server import Call, status, vector_of
 
 MODEL = "text-embedding-3-small"
 DOWN = status(503)
+JSON = "application/json"
 
 
 def unless(bad, error, fault=400):
@@ -181,3 +182,141 @@ async def test_gathered_with_anothers_bad_input_all_others_are_answered(upstream
             await right(reply, [item])
     bought = [call.inputs for call in upstream.calls if "text 7" not in call.inputs]
     assert sorted(itertools.chain(*bought)) == sorted(set(inputs) - {"text 7"})
+
+
+def narrow(first, second, **limits):
+    """Return providers of which the first takes 64 inputs in a call, and the second 10."""
+    return {
+        "openai": {"base_url": first.url, "limits": {"inputs": 64, **limits}},
+        "openrouter": {"base_url": second.url, "limits": {"inputs": 10}},
+    }
+
+
+def failing_once(server, *bad, code=503):
+    """Play vectors, but an error for the first call that holds each of these inputs."""
+    left = set(bad)
+
+    async def act(request, payload):
+        hit = left & set(Call("", {}, payload).inputs)
+        left.difference_update(hit)
+        if hit:
+            return await status(code)(request, payload)
+        return web.Response(body=orjson.dumps(server.reply(payload)), content_type=JSON)
+
+    return act
+
+
+async def test_a_bulk_job_pays_again_only_for_the_calls_that_failed(upstream, second, start_proxy):
+    """Its parts fail at the first route; at the second, which takes less, some calls in the middle.
+
+    What the second answered is not asked for again, by the same request or by a later one.
+    """
+    inputs = [f"text {i}" for i in range(200)]
+    upstream.always = status(404)
+    second.always = failing_once(second, "text 25", "text 111", "text 199")
+    proxy = await start_proxy(
+        openai=upstream, openrouter=second, providers=narrow(upstream, second)
+    )
+    reply = await ask(proxy, inputs)
+    await right(reply, inputs)
+    assert reply.headers["x-embedding-provider"] == "openrouter"
+    assert sorted(upstream.inputs) == sorted(inputs)
+    failed = [inputs[place : place + 10] for place in (20, 110, 190)]
+    assert sorted(second.inputs) == sorted([*inputs, *itertools.chain(*failed)])
+    second.calls.clear()
+    again = await ask(proxy, inputs)
+    assert again.headers["x-cache"] == "hit"
+    assert second.calls == []
+
+
+async def test_what_a_narrow_route_answered_is_not_asked_of_the_next(upstream, second, start_proxy):
+    """The one that takes 10 inputs is asked first and fails in the middle; the other has the rest.
+
+    Both are named, and every input was answered once.
+    """
+    inputs = [f"text {i}" for i in range(60)]
+    second.always = failing_once(second, "text 25", code=404)
+    routes = [
+        {"provider": "openai", "model": MODEL, "price": 2},
+        {"provider": "openrouter", "model": MODEL, "price": 1},
+    ]
+    proxy = await start_proxy(
+        openai=upstream,
+        openrouter=second,
+        providers=narrow(upstream, second),
+        models={MODEL: {"space": "s", "dimensions": 1536, "order": "cheapest", "routes": routes}},
+    )
+    reply = await ask(proxy, inputs)
+    await right(reply, inputs)
+    assert reply.headers["x-embedding-provider"] == "openrouter, openai"
+    assert upstream.inputs == inputs[20:30]
+    assert sorted(second.inputs) == sorted(inputs)
+
+
+async def test_who_queues_behind_a_rate_limit_goes_on_at_once(upstream, second, start_proxy):
+    """One call learns that the limit is used up for long; the crowd behind it is asked elsewhere.
+
+    For the first provider that is one call and one failure, and its other models are asked on.
+    """
+    upstream.script.append(status(429, headers={"Retry-After": "40"}))
+    upstream.gate = asyncio.Event()
+    proxy = await start_proxy(
+        openai=upstream, openrouter=second, providers=narrow(upstream, second, concurrency=1)
+    )
+    crowd = [asyncio.create_task(ask(proxy, f"text {i}")) for i in range(40)]
+    health = proxy.service.upstreams.of("openai")
+    while health.attempts < 40:  # noqa: ASYNC110 - all are on their way or queue
+        await asyncio.sleep(0)
+    while not upstream.calls:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    upstream.gate.set()
+    replies = await asyncio.gather(*crowd)
+    assert {reply.status for reply in replies} == {200}
+    assert {reply.headers["x-embedding-provider"] for reply in replies} == {"openrouter"}
+    assert len(upstream.calls) == 1
+    shown = proxy.service.upstreams.snapshot()["openai"]
+    assert (shown["state"], shown["attempts"]) == ("closed", 1)
+    assert shown["failures"] == {"RateLimited": 1}
+    assert shown["rests"] == {MODEL: pytest.approx(40, abs=2)}
+    other = await proxy.post({"model": "text-embedding-ada-002", "input": "a"})
+    assert other.headers["x-embedding-provider"] == "openai"
+
+
+async def test_a_bulk_job_that_queues_is_answered_and_holds_up_no_other_model(
+    upstream, start_proxy
+):
+    """The upstream says that a model's limit is used up: its calls wait, and others pass."""
+    left = {f"x-ratelimit-{what}-requests": n for what, n in
+            (("limit", "100"), ("remaining", "0"), ("reset", "10m"))}  # fmt: skip
+
+    async def act(request, payload):
+        told = left if payload["model"] == MODEL else {}
+        body = orjson.dumps(upstream.reply(payload))
+        return web.Response(body=body, content_type=JSON, headers=told)
+
+    upstream.always = act
+    proxy = await start_proxy(openai=upstream)
+    throttled, open_now = [], asyncio.Event()
+
+    async def sleep(seconds):
+        throttled.append(seconds)
+        await open_now.wait()
+
+    await ask(proxy, "the first")
+    router = proxy.service.models[MODEL].router
+    provider = router.routes[0].provider
+    for throttle in (provider._throttle, *provider._throttles.values()):
+        throttle._sleep = sleep
+    inputs = [f"text {i}" for i in range(1000)]
+    bulk = asyncio.create_task(ask(proxy, inputs))
+    while not throttled:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        for i in range(5):
+            other = await proxy.post({"model": "text-embedding-ada-002", "input": f"{i}"})
+            assert other.status == 200
+    assert not bulk.done()
+    open_now.set()
+    await right(await bulk, inputs)
+    shown = proxy.service.upstreams.snapshot()["openai"]
+    assert (shown["state"], shown["failures"], shown["rests"]) == ("closed", {}, {})

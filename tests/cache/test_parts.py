@@ -65,6 +65,29 @@ async def test_a_part_told_twice_is_counted_once():
     assert rig.store.usage.misses == 2
 
 
+async def test_a_part_whose_bringer_is_called_off_while_it_is_kept_is_answered_with():
+    """Of two calls for the same, the slower one is cancelled amid its telling: nothing is lost."""
+    rig = Rig()
+
+    class Overtaken(FakeEmbedder):
+        async def embed(self, space, inputs, context):
+            answer = await super().embed(space, inputs, context)
+            rig.store.writing.shut()
+            slow = asyncio.create_task(context.on_part(range(len(inputs)), answer))
+            await settle()
+            slow.cancel()
+            await asyncio.wait([slow])
+            return answer
+
+    rig.embedder = rig.of(Overtaken())
+    asking = rig.start("a", "b")
+    await settle()
+    assert not asking.done(), "it is not on disk"
+    rig.store.writing.open()
+    _right(await asking, ["a", "b"])
+    assert len(rig.store.records) == rig.store.usage.misses == 2
+
+
 async def test_a_joiner_has_its_part_before_the_rest_is_there():
     """Who waits for one part of a fill is answered when that part is kept, and not before."""
     rig = batched()

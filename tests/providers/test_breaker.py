@@ -19,7 +19,6 @@ from providers.breaker import (
     IN_A_ROW,
     JITTER,
     LONGEST_OPEN,
-    LONGEST_REST,
     PROBE_WAIT,
     WINDOW,
     Breaker,
@@ -156,35 +155,6 @@ def test_who_began_before_it_opened_decides_nothing(verdict):
     assert (breaker.state, breaker.in_a_row) == (State.CLOSED, 0)
 
 
-def test_a_rest_lets_nothing_through_and_needs_no_probe():
-    """After it everyone may call at once; a shorter rest does not cut a longer one."""
-    breaker, clock = made()
-    breaker.rest(7, "rate limited")
-    breaker.rest(3, "something else")
-    assert (breaker.state, breaker.wait, breaker.why) == (State.RESTING, 7, "rate limited")
-    assert breaker.enter() is None
-    assert breaker.enter(rested=True) is not None
-    clock.now += 7
-    assert [permit.probe for permit in (breaker.enter(), breaker.enter())] == [False, False]
-
-
-def test_no_rest_is_for_ever():
-    """An upstream that names next year is asked again within the hour."""
-    breaker, _ = made()
-    breaker.rest(1e9, "rate limited")
-    assert breaker.wait == LONGEST_REST
-
-
-def test_one_may_not_rest_past_an_open_breaker():
-    """To have waited for a rate limit gives no way through a breaker that opened since."""
-    breaker, _ = made()
-    breaker.rest(1, "rate limited")
-    breaker.leave(breaker.enter(rested=True), NONE)
-    for _ in range(IN_A_ROW):
-        breaker.leave(breaker.enter(rested=True), BAD)
-    assert breaker.enter(rested=True) is None
-
-
 def test_a_trip_is_proved_over_by_one_call():
     """After a bill is paid, one call tells; of a crowd that was refused, the first one counts."""
     breaker, clock = made()
@@ -209,15 +179,12 @@ class Model(RuleBasedStateMachine):
         self.breaker, self.clock = made()
         self.open_until = None
         self.length = 0.0
-        self.rest_until = 0.0
         self.probe = None
         self.current = set()
         self.history = []
 
     def may(self):
         now = self.clock.now
-        if now < self.rest_until:
-            return False
         return self.open_until is None or (now >= self.open_until and self.probe is None)
 
     @rule(target=permits)
@@ -269,18 +236,11 @@ class Model(RuleBasedStateMachine):
     def the_opening_ends(self):
         self.clock.now = max(self.clock.now, self.open_until)
 
-    @rule(seconds=st.sampled_from([0.0, 0.5, 20.0, 2 * LONGEST_REST]))
-    def rest(self, seconds):
-        self.breaker.rest(seconds, "asked to")
-        self.rest_until = max(self.rest_until, self.clock.now + min(seconds, LONGEST_REST))
-
     @invariant()
     def they_agree(self):
         now = self.clock.now
         if self.open_until is not None and now < self.open_until:
             expected = State.OPEN
-        elif now < self.rest_until:
-            expected = State.RESTING
         else:
             expected = State.CLOSED if self.open_until is None else State.HALF_OPEN
         assert self.breaker.state is expected

@@ -12,6 +12,7 @@ from providers.base import (
     Context,
     CredentialsRefused,
     DeadlineExceeded,
+    Full,
     InputRefused,
     InvalidAnswer,
     Outcome,
@@ -425,3 +426,101 @@ async def test_a_refusal_with_a_wait_holds_the_next_call_back(upstream):
             await provider.ask("m", FOREIGN, ["a"], NOBODY)
         await provider.ask("m", FOREIGN, ["a"], NOBODY)
     assert sleep.seconds == pytest.approx([5], abs=0.5)
+
+
+class Gates:
+    """A wait that ends when the test says so."""
+
+    def __init__(self):
+        self.seconds = []
+        self.open = asyncio.Event()
+
+    async def __call__(self, seconds):
+        self.seconds.append(seconds)
+        await self.open.wait()
+
+
+async def settle():
+    """Let every task go as far as it can without a socket."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_who_queues_for_the_limit_of_one_model_keeps_no_place_from_another(upstream):
+    """Calls of a model whose limit is used up wait in its queue, and another model's pass."""
+    spent = {f"x-ratelimit-{what}-requests": n for what, n in
+             (("limit", "10"), ("remaining", "0"), ("reset", "1m0s"))}  # fmt: skip
+    body = upstream.reply({"model": "m", "input": ["a"]})
+    upstream.script.append(status(200, body, spent))
+    sleep = Gates()
+    profile = Profile(base_url=upstream.url, limits=Limits(concurrency=2))
+    async with HttpProvider("acme", profile, sleep=sleep) as provider:
+        await provider.ask("m", FOREIGN, ["a"], NOBODY)
+        queue = [asyncio.create_task(provider.ask("m", FOREIGN, ["b"], NOBODY)) for _ in range(5)]
+        await settle()
+        assert len(sleep.seconds) == 1
+        async with asyncio.timeout(5):
+            await provider.ask("other", FOREIGN, ["c"], NOBODY)
+        assert upstream.inputs == ["a", "c"]
+        sleep.open.set()
+        await asyncio.gather(*queue)
+
+
+@pytest.mark.parametrize("wait", [5, 30])
+async def test_a_refusal_with_a_wait_holds_back_who_waits_for_a_place(wait, upstream):
+    """They wait as they were told, without keeping a place, or are told at once if it is long."""
+    upstream.script.append(status(429, headers={"Retry-After": str(wait)}))
+    upstream.gate = asyncio.Event()
+    sleep = Gates()
+    profile = Profile(base_url=upstream.url, limits=Limits(concurrency=1))
+    async with HttpProvider("acme", profile, sleep=sleep) as provider:
+        first = asyncio.create_task(provider.ask("m", FOREIGN, ["a"], NOBODY))
+        await settle()
+        others = [asyncio.create_task(provider.ask("m", FOREIGN, ["b"], NOBODY)) for _ in range(3)]
+        await settle()
+        upstream.gate.set()
+        with pytest.raises(RateLimited) as refused:
+            await first
+        assert type(refused.value) is RateLimited
+        async with asyncio.timeout(5):
+            await provider.ask("other", FOREIGN, ["c"], NOBODY)
+        sleep.open.set()
+        ended = await asyncio.gather(*others, return_exceptions=True)
+    if wait == 5:
+        assert sleep.seconds == pytest.approx([5] * 3, abs=0.5)
+        assert upstream.inputs == ["a", "c", "b", "b", "b"]
+    else:
+        assert [type(one) for one in ended] == [Full] * 3
+        assert all(one.retry_after == pytest.approx(30, abs=0.5) for one in ended)
+        assert upstream.inputs == ["a", "c"]
+
+
+async def test_a_call_that_cannot_begin_in_time_is_told_so(upstream):
+    """With all places taken past the time to begin, the queue is full; no call is made."""
+    upstream.gate = asyncio.Event()
+    profile = Profile(base_url=upstream.url, limits=Limits(concurrency=1))
+    now = asyncio.get_running_loop().time()
+    context = Context(deadline=now + 60, begin_by=now + 0.01)
+    async with HttpProvider("acme", profile) as provider:
+        first = asyncio.create_task(provider.ask("m", FOREIGN, ["a"], NOBODY))
+        await settle()
+        with pytest.raises(Full, match="at a time") as caught:
+            await provider.ask("m", FOREIGN, ["b"], context)
+        assert (caught.value.refusal.status, caught.value.retry_after) == (429, None)
+        upstream.gate.set()
+        await first
+        await provider.ask("m", FOREIGN, ["c"], NOBODY)  # no place was lost
+    assert upstream.inputs == ["a", "c"]
+
+
+async def test_a_limit_that_lets_a_call_begin_too_late_refuses_it_at_once(upstream):
+    """Half a minute's wait fits the request's time, and not that to begin."""
+    now = asyncio.get_running_loop().time()
+    context = Context(deadline=now + 100, begin_by=now + 20)
+    profile = Profile(base_url=upstream.url, limits=Limits(requests_per_minute=2))
+    async with HttpProvider("acme", profile) as provider:
+        for item in "ab":
+            await provider.ask("m", FOREIGN, [item], context)
+        with pytest.raises(Full) as caught:
+            await provider.ask("m", FOREIGN, ["c"], context)
+    assert caught.value.retry_after == pytest.approx(30, abs=1)

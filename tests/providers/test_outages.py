@@ -13,6 +13,7 @@ from providers.base import (
     CredentialsRefused,
     DeadlineExceeded,
     Embedded,
+    Full,
     InputRefused,
     InvalidAnswer,
     ModelNotFound,
@@ -29,7 +30,7 @@ from providers.base import (
 from providers.breaker import State
 from providers.budget import FLOOR
 from providers.faults import NO_CREDIT_REST, NO_KEY_REST, rule
-from providers.health import Upstreams
+from providers.health import LONGEST_REST, Upstreams
 from providers.router import Route, Router
 from providers.turn import PROBE_LIMIT
 
@@ -483,7 +484,8 @@ async def test_a_wait_that_was_kept_ends_the_rest_for_the_one_who_kept_it():
 
     async def sleep(seconds):
         world.waits.append(seconds)
-        world.upstreams.of("a").breaker.rest(5.0, "rate limited")
+        health = world.upstreams.of("a")
+        health.failed(health.enter("m", rested=True), error(RateLimited, wait=5.0), "m")
 
     waiting = world.make([Route(world.a, "m")], sleep=sleep)
     assert isinstance(await world.ask(waiting), RateLimited)
@@ -560,6 +562,7 @@ async def test_what_happened_can_be_read():
     assert shown["a"] == {
         "state": "open",
         "until_s": 1.0,
+        "rests": {},
         "why": "it failed 5 times in a row",
         "failures_in_a_row": 5,
         "opened": 1,
@@ -705,7 +708,10 @@ async def test_a_cancelled_request_cancels_both_attempts():
 
 
 async def test_a_probe_that_meets_a_rate_limit_proves_nothing():
-    """The breaker neither closes nor opens for longer; the next probe comes after a second."""
+    """The breaker neither closes nor opens for longer; that model is the probe again in a second.
+
+    Another model's call may be the probe at once.
+    """
     world = World(lambda: error(UpstreamFault))
     while world.state("a") is State.CLOSED:
         await world.ask()
@@ -714,7 +720,10 @@ async def test_a_probe_that_meets_a_rate_limit_proves_nothing():
     for _ in range(5):
         assert await world.ask() == "b"
     assert world.a.calls == calls + 1
-    assert world.state("a") is State.RESTING
+    assert (world.state("a"), world.upstreams.of("a").wait("m")) == (State.HALF_OPEN, 1)
+    other = world.make([Route(world.a, "n"), Route(world.b, "n")])
+    assert await world.ask(other) == "b"
+    assert (world.a.calls, world.state("a")) == (calls + 2, State.HALF_OPEN)
     world.clock.now += 1
     world.a.does = None
     assert await world.ask() == "a"
@@ -727,3 +736,224 @@ async def test_a_shared_provider_answers_for_two_routes():
     router = world.make([Route(world.a, "old"), Route(world.a, "new")])
     assert isinstance(await world.ask(router), ModelNotFound)
     assert world.a.calls == 2
+
+
+def full(wait=30.0):
+    """Return what a queue of our own says when there is no room in time."""
+    return Full("a", "full", Refusal(429, "full", "requests", "rate_limit_exceeded", wait))
+
+
+async def test_a_full_queue_is_no_call():
+    """It is no attempt, no failure, no rest and no expense, however often; the next route goes."""
+    world = World(full)
+    for _ in range(20):
+        assert await world.ask() == "b"
+    shown = world.upstreams.snapshot()
+    assert shown["a"] == {
+        "state": "closed",
+        "until_s": 0.0,
+        "rests": {},
+        "why": "",
+        "failures_in_a_row": 0,
+        "opened": 0,
+        "attempts": 0,
+        "failures": {},
+    }
+    assert shown["b"]["attempts"] == 20
+    assert not world.upstreams.of("a").declined("m")
+    assert (world.upstreams.budget.calls, world.upstreams.budget.extras) == (20, 0)
+    counts = world.router.counts
+    assert (counts.attempts, counts.retries, counts.failovers) == (20, 0, 20)
+    assert (counts.failures, world.waits) == ({"Full": 20}, [])
+    world.a.does = None
+    assert await world.ask() == "a"
+
+
+async def test_a_full_queue_is_told_as_a_rate_limit_when_there_is_no_other_route():
+    """The client gets the wait, after no second try; nothing is earned for other requests."""
+    world = World(lambda: full(0.5))
+    alone = world.make([Route(world.a, "m")])
+    failure = await world.ask(alone)
+    assert (type(failure), failure.retry_after) == (Full, 0.5)
+    assert (world.a.calls, world.waits, world.upstreams.budget.calls) == (1, [], 0)
+    assert alone.counts.attempts == 0
+    assert isinstance(await world.ask(alone), Full), "it is asked again, and does not rest"
+
+
+async def test_who_was_told_full_needs_neither_budget_nor_scout():
+    """With nothing left to spend, and a scout on its way, a crowd goes on at once."""
+    world = World(full)
+    for _ in range(100):
+        world.upstreams.budget.spend()
+    world.b.gate = asyncio.Event()
+    world.upstreams.of("b").scouts = 1
+    crowd = asyncio.gather(*(world.ask() for _ in range(20)))
+    await turn()
+    assert world.b.calls == 20
+    world.b.gate.set()
+    assert await crowd == ["b"] * 20
+    assert world.upstreams.budget.extras == 100
+
+
+async def test_a_full_queue_leaves_the_next_route_all_attempts():
+    """Three attempts are still to be made, and a failure there is not the charge of a failover."""
+    world = World(full, lambda: error(UpstreamFault))
+    assert isinstance(await world.ask(), UpstreamFault)
+    assert world.calls == (1, 3)
+    assert world.upstreams.budget.extras == 2
+
+
+async def test_a_full_queue_on_the_second_try_gives_back_its_price():
+    """A call that failed before was made all the same, so the next route has to be afforded."""
+    errors = [error(UpstreamFault), full()]
+    world = World(lambda: errors.pop(0))
+    world.b.gate = asyncio.Event()
+    task = asyncio.create_task(world.ask())
+    await turn()
+    assert (world.upstreams.of("a").attempts, world.router.counts.retries) == (1, 0)
+    assert (world.upstreams.of("b").scouts, world.upstreams.budget.extras) == (1, 1)
+    world.b.gate.set()
+    assert await task == "b"
+    assert world.upstreams.budget.calls == 1
+
+
+async def test_a_scout_at_a_full_queue_is_refunded_and_declines_for_nobody():
+    """Those who wait for its news go on themselves, one by one."""
+    world = World(error(ModelNotFound), full)
+    crowd = await asyncio.gather(*(world.ask() for _ in range(30)))
+    assert {type(failure) for failure in crowd} == {Full}
+    assert world.b.calls == 30
+    assert (world.upstreams.budget.extras, world.upstreams.of("b").scouts) == (0, 0)
+
+
+async def test_a_probe_that_finds_the_queue_full_leaves_its_place():
+    """Half-open, the next request is the probe."""
+    world = World(lambda: error(UpstreamFault))
+    while world.state("a") is State.CLOSED:
+        await world.ask()
+    world.clock.now += 1
+    world.a.does = full()
+    assert await world.ask() == "b"
+    world.a.does = None
+    assert await world.ask() == "a"
+    assert world.state("a") is State.CLOSED
+
+
+async def test_a_call_begins_in_half_of_its_time_where_another_route_is_left():
+    """The last route, and a request without an end, may queue as long as there is time."""
+    seen = []
+    world = World()
+
+    async def ask(model, space, inputs, context):
+        seen.append(context.begin_by)
+        raise full()
+
+    world.a.ask = world.b.ask = ask
+    loop = asyncio.get_running_loop()
+    world.upstreams.clock = loop.time
+    await world.ask(context=Context(deadline=loop.time() + 100))
+    assert [by and by - loop.time() for by in seen] == [pytest.approx(25, abs=1), None]
+    await world.ask()
+    assert seen[2:] == [None, None]
+
+
+async def test_a_hedge_at_a_full_queue_goes_to_the_next_route():
+    """It is no hedge yet, and has cost nothing."""
+    world = Hedged(b=full)
+    c = Fake("c")
+    world.router.routes = tuple(Route(fake, "m") for fake in (world.a, world.b, c))
+    task = await world.started()
+    assert await task == "c"
+    assert (world.calls, c.calls, world.router.counts.hedges) == ((1, 1), 1, 1)
+    assert world.upstreams.budget.extras == 1
+
+
+class Models(World):
+    """A world with a router each for a small and a large model of the same providers."""
+
+    def __init__(self, a=None, b=None):
+        super().__init__(a, b)
+        self.small, self.large = (
+            self.make([Route(self.a, name), Route(self.b, name)]) for name in ("small", "large")
+        )
+        self.only_small, self.only_large = (
+            self.make([Route(self.a, name)]) for name in ("small", "large")
+        )
+
+
+async def test_a_rate_limit_rests_its_model_and_no_other():
+    """The provider is asked on for its other models, and its breaker knows nothing of it."""
+    world = Models(error(RateLimited, wait=60.0))
+    assert await world.ask(world.small) == "b"
+    world.a.does = None
+    assert await world.ask(world.large) == "a"
+    assert await world.ask(world.small) == "b"
+    assert world.upstreams.snapshot()["a"]["rests"] == {"small": 60.0}
+    assert world.state("a") is State.CLOSED
+    failure = await world.ask(world.only_small)
+    assert isinstance(failure, AllResting)
+    assert failure.retry_after == 60
+    assert "(a: rate limited, asked again in 60.0 s)" in str(failure)
+    world.clock.now += 60
+    assert world.upstreams.snapshot()["a"]["rests"] == {}
+    assert await world.ask(world.only_small) == "a"
+
+
+async def test_a_longer_rest_is_kept_and_none_is_for_ever():
+    """A shorter one does not cut it; an upstream that names next year is asked within the hour."""
+    world = Models()
+    health = world.upstreams.of("a")
+    permits = [health.enter("small") for _ in range(4)]
+    for permit, wait in zip(permits, [7.0, 3.0], strict=False):
+        health.failed(permit, error(RateLimited, wait=wait), "small")
+    assert health.rest("small") == 7
+    assert health.enter("small") is None
+    assert health.enter("small", rested=True) is not None
+    health.failed(permits[2], error(RateLimited, wait=1e9), "small")
+    assert health.rest("small") == LONGEST_REST
+
+
+async def test_nobody_rests_past_an_open_breaker():
+    """To have waited for a rate limit gives no way through a breaker that opened since."""
+    world = Models()
+    health = world.upstreams.of("a")
+    health.failed(health.enter("small"), error(RateLimited, wait=1.0), "small")
+    for _ in range(5):
+        health.failed(health.enter("large"), error(UpstreamFault), "large")
+    assert health.enter("small", rested=True) is None
+
+
+async def test_breaker_and_rest_are_told_together():
+    """What holds back the longest is said, and the client comes back when both are over."""
+    world = Models(lambda: error(UpstreamFault))
+    health = world.upstreams.of("a")
+    health.failed(health.enter("small"), error(RateLimited, wait=30.0), "small")
+    for _ in range(5):
+        health.failed(health.enter("large"), error(UpstreamFault), "large")
+    small, large = await world.ask(world.only_small), await world.ask(world.only_large)
+    assert (small.retry_after, large.retry_after) == (30, 1)
+    assert "a: rate limited, asked again in 30.0 s" in str(small)
+    assert "a: it failed 5 times in a row, asked again in 1.0 s" in str(large)
+    names = [Route(world.a, name) for name in ("small", "large", "other")]
+    told = await world.ask(world.make(names))
+    assert (told.retry_after, str(told).count("failed 5 times")) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", [OutOfCredit, CredentialsRefused])
+async def test_a_bill_or_a_key_is_the_matter_of_all_models(kind):
+    """What the provider refuses whatever is asked holds back every model."""
+    world = Models(error(kind))
+    assert await world.ask(world.small) == "b"
+    assert await world.ask(world.large) == "b"
+    assert world.a.calls == 1
+
+
+async def test_a_model_that_declines_does_not_speak_for_another():
+    """On an empty budget, one model's rate limit keeps no scout of another model away."""
+    world = Models(error(ModelNotFound), error(RateLimited))
+    for _ in range(100):
+        world.upstreams.budget.spend()
+    assert isinstance(await world.ask(world.small), RateLimited)
+    world.b.does = None
+    assert isinstance(await world.ask(world.small), ModelNotFound)
+    assert await world.ask(world.large) == "b"

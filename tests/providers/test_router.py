@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -270,14 +271,16 @@ async def test_nothing_is_tried_again_after_the_deadline(wait):
 
 
 async def test_each_route_is_asked_for_its_own_name_of_the_model():
-    """Space, inputs and context go through untouched; the model's name is the route's."""
+    """Space, inputs, user and time go through untouched; the model's name is the route's."""
     stage = Stage([NO_CREDIT], [])
-    context = in_seconds(5)
+    context = replace(in_seconds(5), user="alice", namespace="hers")
     await stage.embed(["one", "two"], context)
-    assert stage.arguments == [
-        ("a-model", SPACE, ["one", "two"], context),
-        ("b-model", SPACE, ["one", "two"], context),
+    assert [arguments[:3] for arguments in stage.arguments] == [
+        ("a-model", SPACE, ["one", "two"]),
+        ("b-model", SPACE, ["one", "two"]),
     ]
+    for *_, sent in stage.arguments:
+        assert replace(sent, on_part=None, begin_by=None) == context
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from providers.base import RateLimited
+from providers.base import Full, RateLimited
 from providers.throttle import LONGEST_HOLD, LONGEST_PAUSE, Bucket, Throttle, duration, estimate
 
 
@@ -325,3 +325,46 @@ def test_no_window_holds_more_than_the_limit(calls):
         taken.append((now, cost))
     for start, _ in taken:
         assert sum(cost for at, cost in taken if start <= at < start + 60) <= 120 + 1e-6
+
+
+async def test_a_queue_that_is_full_is_told_apart_from_the_upstreams_refusal(clock):
+    """No call was made, and whoever counts calls can tell; a client cannot."""
+    throttle = throttle_on(clock, requests_per_minute=6)
+    throttle.hold(30)
+    with pytest.raises(Full) as caught:
+        await call(throttle)
+    assert isinstance(caught.value, RateLimited)
+
+
+async def test_a_call_that_the_next_queue_refuses_takes_nothing(clock):
+    """Of two queues in a row, the first has its room back when the second is full."""
+    first = throttle_on(clock, requests_per_minute=1)
+    second = throttle_on(clock)
+    second.hold(30)
+    with pytest.raises(Full):
+        async with first.turn(1, None), second.turn(1, None):
+            raise AssertionError("never")
+    await call(first)
+    assert clock.slept == []
+
+
+async def test_an_upstreams_own_refusal_was_a_call(clock):
+    """What the upstream refuses is counted as the upstream counts it."""
+    throttle = throttle_on(clock, requests_per_minute=1)
+    with pytest.raises(RateLimited):
+        async with throttle.turn(1, None):
+            raise RateLimited("acme", "slow down")
+    await call(throttle)
+    assert clock.slept == pytest.approx([60])
+
+
+async def test_a_pause_is_waited_out_or_refused(clock):
+    """Outside the queue the same rules hold: what is too long, or too late, is not begun."""
+    throttle = throttle_on(clock)
+    await throttle.pause(None)
+    assert clock.slept == []
+    throttle.hold(5)
+    with pytest.raises(Full):
+        await throttle.pause(clock.now + 5)
+    await throttle.pause(clock.now + 6)
+    assert clock.slept == pytest.approx([5])

@@ -5,17 +5,24 @@ import json
 import pytest
 
 from providers import failures
-from providers.base import AllResting, EmbeddingError, InputRefused, ProviderError, Refusal
+from providers.base import (
+    AllResting,
+    EmbeddingError,
+    InputRefused,
+    ProviderError,
+    RateLimited,
+    Refusal,
+)
 from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
 
 def _leaves(cls: type) -> list[type]:
-    """Return the classes of the error tree that are raised: those without subclasses there."""
+    """Return the classes of the error tree without subclasses there."""
     below = [child for child in cls.__subclasses__() if child.__module__ == failures.__name__]
     return [leaf for child in below for leaf in _leaves(child)] if below else [cls]
 
 
-LEAVES = _leaves(EmbeddingError)
+RAISED = [*_leaves(EmbeddingError), RateLimited]
 
 
 def _made(cls: type, refusal: Refusal | None = None) -> EmbeddingError:
@@ -43,6 +50,9 @@ TABLE = [
     ("RateLimited", Refusal(429, "m", "tokens", None, 20.5), 429, "tokens", "rate_limit_exceeded",
      20.5),
     ("RateLimited", Refusal(429, "m", retry_after=0.0), 429, "requests", "rate_limit_exceeded", 0),
+    ("Full", None, 429, "requests", "rate_limit_exceeded", RETRY_SECONDS),
+    ("Full", Refusal(429, "m", "requests", "rate_limit_exceeded", 9.5), 429, "requests",
+     "rate_limit_exceeded", 9.5),
     ("UpstreamFault", None, 502, "server_error", "upstream_error", RETRY_SECONDS),
     ("UpstreamFault", Refusal(500, "m", "t", "c", 3), 502, "server_error", "upstream_error", 3),
     ("UpstreamFault", Refusal(503, "m"), 503, "server_error", "upstream_error", RETRY_SECONDS),
@@ -64,8 +74,8 @@ def test_each_error_has_its_status_and_codes(*, name, said, status, kind, code, 
 
 def test_every_class_of_the_tree_stands_in_the_table():
     """No error that rooms below may raise is left to the 500 for what nobody foresaw."""
-    assert {leaf.__name__ for leaf in LEAVES} == {row[0] for row in TABLE}
-    assert all(failure(_made(leaf)) != INTERNAL for leaf in LEAVES)
+    assert {cls.__name__ for cls in RAISED} == {row[0] for row in TABLE}
+    assert all(failure(_made(cls)) != INTERNAL for cls in RAISED)
 
 
 def test_a_new_error_without_a_row_is_told_as_our_own_fault():
@@ -81,7 +91,7 @@ def test_a_refusal_keeps_what_was_said_of_the_input():
     assert failure(error) == Failure(413, "too long", "k", "input", "c", None)
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("leaf", RAISED)
 def test_the_body_always_has_the_four_keys(leaf):
     """Message, type, param and code are there for every error, null where there is nothing."""
     response = failure(_made(leaf)).response()
