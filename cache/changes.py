@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from .ledger import Heading
 from .row import Partition
 from .usage import Usage
 
@@ -39,11 +40,14 @@ _TOUCH = """
     AND (used < ? OR partition IS NULL)
 """
 _COUNT = """
-    INSERT INTO Usage VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, partition) DO UPDATE SET
+    INSERT INTO Usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (day, partition, model, provider, client) DO UPDATE SET
         hits = hits + excluded.hits, joins = joins + excluded.joins,
         misses = misses + excluded.misses, duplicates = duplicates + excluded.duplicates,
         tokens_saved = tokens_saved + excluded.tokens_saved,
-        tokens_billed = tokens_billed + excluded.tokens_billed
+        tokens_billed = tokens_billed + excluded.tokens_billed,
+        nanodollars_saved = nanodollars_saved + excluded.nanodollars_saved,
+        nanodollars_billed = nanodollars_billed + excluded.nanodollars_billed
 """
 
 
@@ -84,8 +88,8 @@ class Changes:
     """Whether records that are there stay; else they are replaced."""
     used: dict[bytes, Use] = field(default_factory=dict)
     """Uses noted, by address."""
-    usage: dict[tuple[int, Partition], Usage] = field(default_factory=dict)
-    """Added to the sums, by day (since 1970, UTC) and partition."""
+    usage: dict[tuple[int, Heading], Usage] = field(default_factory=dict)
+    """Added to the sums, by day (since 1970, UTC) and heading."""
 
     def parts(self, most_bytes: int) -> "Iterator[Changes]":
         """Yield changes that are the same together, of at most about so many bytes each."""
@@ -98,10 +102,10 @@ class Changes:
             size += len(kept.record)
         yield part
 
-    def count(self, day: int, partition: Partition, usage: Usage) -> None:
+    def count(self, day: int, heading: Heading, usage: Usage) -> None:
         """Add to the sums of a day."""
-        sums = self.usage.get((day, partition))
-        self.usage[day, partition] = usage if sums is None else sums.plus(usage)
+        sums = self.usage.get((day, heading))
+        self.usage[day, heading] = usage if sums is None else sums.plus(usage)
 
     def delete_dead(self, connection: Any) -> None:  # noqa: ANN401 - an SQLite connection
         """Delete what is dead."""
@@ -129,14 +133,18 @@ class Changes:
             ((use.at, ids[use.partition], a, use.at - TOUCH_MS) for a, use in self.used.items()),
         )
         connection.executemany(
-            _COUNT, ((day, ids[part], *usage) for (day, part), usage in self.usage.items())
+            _COUNT,
+            (
+                (day, ids[heading.partition], *heading[1:], *usage)
+                for (day, heading), usage in self.usage.items()
+            ),
         )
 
     def _partition_ids(self, connection: Any) -> dict[Partition | None, int | None]:  # noqa: ANN401
         """Return the numbers of the partitions that are named here; new ones get theirs."""
         named = {kept.partition for kept in self.records.values()}
         named |= {use.partition for use in self.used.values()}
-        named |= {partition for _, partition in self.usage}
+        named |= {heading.partition for _, heading in self.usage}
         ids: dict[Partition | None, int | None] = {None: None}
         for partition in named - {None}:
             connection.execute(

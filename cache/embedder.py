@@ -4,12 +4,13 @@ It counts each input exactly once: `inputs = duplicates + hits + joins + misses`
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 from providers.base import (
+    Account,
     Context,
     DeadlineExceeded,
     Embedded,
@@ -17,6 +18,7 @@ from providers.base import (
     EmbeddingError,
     Input,
     InputRefused,
+    OnCharge,
     Outcome,
     Space,
     Vector,
@@ -25,11 +27,12 @@ from providers.base import (
 from . import flight
 from .flight import Fill, Flights
 from .key import Key, Keyring, Namespace, keyring
+from .ledger import Answered, Heading, Purchase, usage_of
 from .record import Entry
 from .refusal import KeyRefused, NotCached, is_the_leaders_own, named
 from .row import Partition
 from .tiers import Tiers
-from .usage import Usage
+from .usage import NOTHING, Usage
 
 
 class Filled(NamedTuple):
@@ -37,7 +40,9 @@ class Filled(NamedTuple):
 
     bought: frozenset[Key]
     """Keys that were asked from a provider; the others were found on the second look."""
-    providers: tuple[str, ...]
+    providers: tuple[str, ...] = ()
+    charged: Usage = NOTHING
+    """What providers charged for it."""
 
 
 class _Answer(NamedTuple):
@@ -55,7 +60,7 @@ class CachingEmbedder:
         self._tiers = tiers
         self._flights = flights
 
-    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Answered:
         """Return a vector for each input, asking the wrapped embedder only for unknown ones.
 
         What was asked is on disk when this returns; when it raises EmbeddingError, so is what was
@@ -71,7 +76,7 @@ class CachingEmbedder:
         known = list(distinct) if space.dimensions else []
         found = await self._tiers.get_many(known, ring.partition, context.terms)
         answers = {key: _Answer(entry, Outcome.HIT) for key, entry in found.items()}
-        providers: tuple[str, ...] = ()
+        fills: list[Filled] = []
         if len(answers) < len(distinct):
             missing = {key: item for key, item in distinct.items() if key not in answers}
             if not context.terms.spend:
@@ -79,20 +84,30 @@ class CachingEmbedder:
                 raise NotCached(context.terms, places, len(inputs))
             try:
                 async with asyncio.timeout_at(context.deadline):
-                    bought, providers = await self._obtain(ring, missing, context, landed)
+                    bought, fills = await self._obtain(ring, missing, context, landed)
             except KeyRefused as error:
                 raise named(error.refusal, keys.index(error.key), len(inputs)) from error
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
-        answer = _assemble(keys, answers, providers)
-        self._tiers.count(_partition(ring, answer.vectors[0]), _not_bought(answer))
+        answer = _assemble(keys, answers, fills, context.account)
+        partition, account = _partition(ring, answer.vectors[0]), context.account
+        heading = Heading(partition, account.model, client=account.client)
+        self._tiers.count(heading, answer.usage.unpaid)
         return answer
+
+    def on_charge(self, space: Space, context: Context) -> OnCharge:
+        """Return what counts the bills of calls that are made without the cache."""
+        partition = keyring(space, Namespace(context.namespace)).partition
+        return Purchase(self._tiers.count, partition, context.account).charge
 
     async def _obtain(
         self, ring: Keyring, missing: Mapping[Key, Input], context: Context, landed: int
-    ) -> tuple[dict[Key, _Answer], tuple[str, ...]]:
-        """Get what no tier had: wait for fills in progress, start one for the rest."""
+    ) -> tuple[dict[Key, _Answer], list[Filled]]:
+        """Get what no tier had: wait for fills in progress, start one for the rest.
+
+        Also returns the fills that were this request's own.
+        """
         joins, leads = self._flights.part(list(missing), context.terms)
         own: Fill[Filled] | None = None
         if leads:
@@ -109,10 +124,10 @@ class CachingEmbedder:
         await flight.wait([own] if own else [], joins)
 
         answers: dict[Key, _Answer] = {}
-        providers: tuple[str, ...] = ()
+        fills: list[Filled] = []
         if own is not None:
             filled = own.task.result()
-            providers = filled.providers
+            fills.append(filled)
             for key in leads:
                 outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
                 answers[key] = _Answer(own.there[key], outcome)
@@ -128,10 +143,10 @@ class CachingEmbedder:
                     raise
                 again[key] = missing[key]
         if again:
-            more, their = await self._obtain(ring, again, context, landed)
+            more, further = await self._obtain(ring, again, context, landed)
             answers.update(more)
-            providers += tuple(name for name in their if name not in providers)
-        return answers, providers
+            fills += further
+        return answers, fills
 
     async def _fill(
         self,
@@ -152,6 +167,7 @@ class CachingEmbedder:
         wanted = [key for key in keys if key not in found]
         bought: set[Key] = set()
         puts: list[asyncio.Task[None]] = []
+        purchase = Purchase(self._tiers.count, ring.partition, context.account)
 
         async def put(entries: Mapping[Key, Entry]) -> None:
             partition = _partition(ring, next(iter(entries.values())).vector)
@@ -160,23 +176,25 @@ class CachingEmbedder:
 
         async def keep(places: Sequence[int], part: Embedded) -> None:
             rows = zip(places, part.vectors, part.tokens, strict=True)
-            entries = {
-                key: Entry(vector, tokens, part.counted, key.digest)
-                for place, vector, tokens in rows
-                if (key := wanted[place]) not in bought
-            }
-            if not entries:
+            new = [row for row in rows if wanted[row[0]] not in bought]
+            if not new:
                 return
+            entries = {
+                (key := wanted[place]): Entry(vector, tokens, part.counted, key.digest)
+                for place, vector, tokens in new
+            }
             bought.update(entries)
+            purchase.bought([place for place, *_ in new])
             # Who brings it may be called off while it is written; it is bought all the same.
             puts.append(asyncio.create_task(put(entries)))
             await asyncio.shield(puts[-1])
 
         if not wanted:
-            return Filled(frozenset(), ())
+            return Filled(frozenset())
         inputs = [items[key] for key in wanted]
         try:
-            embedded = await self._inner.embed(ring.space, inputs, replace(context, on_part=keep))
+            told = replace(context, on_part=keep, on_charge=purchase.charge)
+            embedded = await self._inner.embed(ring.space, inputs, told)
         except InputRefused as error:
             if error.index is None:
                 raise
@@ -185,7 +203,7 @@ class CachingEmbedder:
             await asyncio.gather(*puts)
         if len(bought) < len(wanted):
             await keep(range(len(wanted)), embedded)
-        return Filled(frozenset(bought), embedded.providers)
+        return Filled(frozenset(bought), embedded.providers, purchase.charged)
 
 
 def _partition(ring: Keyring, vector: Vector) -> Partition:
@@ -193,20 +211,12 @@ def _partition(ring: Keyring, vector: Vector) -> Partition:
     return ring.partition._replace(dimensions=ring.partition.dimensions or len(vector) // 4)
 
 
-def _not_bought(answer: Embedded) -> Usage:
-    """Return the sums of what an answer did not buy; purchases are summed where they are kept."""
-    counts = Counter(answer.outcomes)
-    return Usage(
-        hits=counts[Outcome.HIT],
-        joins=counts[Outcome.JOIN],
-        duplicates=counts[Outcome.DUPLICATE],
-        tokens_saved=sum(answer.tokens) - answer.tokens_billed,
-    )
-
-
 def _assemble(
-    keys: Sequence[Key], answers: Mapping[Key, _Answer], providers: tuple[str, ...]
-) -> Embedded:
+    keys: Sequence[Key],
+    answers: Mapping[Key, _Answer],
+    fills: Sequence[Filled],
+    account: Account,
+) -> Answered:
     """Put the answers into the order of the inputs; the first of equal inputs carries the cost."""
     seen: set[Key] = set()
     outcomes: list[Outcome] = []
@@ -214,10 +224,13 @@ def _assemble(
         outcomes.append(Outcome.DUPLICATE if key in seen else answers[key].outcome)
         seen.add(key)
     entries = [answers[key].entry for key in keys]
-    return Embedded(
+    tokens = [entry.tokens for entry in entries]
+    charged = reduce(Usage.plus, (filled.charged for filled in fills), NOTHING)
+    return Answered(
         vectors=[entry.vector for entry in entries],
-        tokens=[entry.tokens for entry in entries],
+        tokens=tokens,
         counted=all(entry.counted for entry in entries),
-        providers=providers,
+        providers=tuple(dict.fromkeys(name for filled in fills for name in filled.providers)),
         outcomes=outcomes,
+        usage=usage_of(tokens, outcomes, charged, account),
     )

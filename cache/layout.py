@@ -12,7 +12,7 @@ from typing import Any
 
 PAGE_BYTES = 32_768
 """Five records of 1,536 dimensions a page: 1.07 bytes on disk a byte kept, 1.34 with 4 KiB."""
-LAYOUT = 1
+LAYOUT = 2
 """Kept in `PRAGMA user_version`; a file of an older layout is brought up to it when opened."""
 
 INCREMENTAL = 2
@@ -32,7 +32,7 @@ _FROM_NONE = (
     "CREATE INDEX IF NOT EXISTS Entries_used ON Entries (used)",
     """CREATE TRIGGER IF NOT EXISTS Entries_delete AFTER DELETE ON Cache BEGIN
         DELETE FROM Entries WHERE id = OLD.rowid; END""",
-    # What was answered, by day (since 1970, UTC) and partition.
+    # What was answered, by day (since 1970, UTC) and partition; see the next layout.
     """CREATE TABLE IF NOT EXISTS Usage (
         day INTEGER NOT NULL, partition INTEGER NOT NULL, hits INTEGER NOT NULL,
         joins INTEGER NOT NULL, misses INTEGER NOT NULL, duplicates INTEGER NOT NULL,
@@ -47,7 +47,25 @@ _FROM_NONE = (
             CAST(1000 * access_time AS INTEGER) FROM Cache""",
     "DROP INDEX IF EXISTS Cache_access_time",
 )
-_STEPS = {0: _FROM_NONE}
+# The ledger. It keeps the name of the table it replaces: a process of the version before that still
+# runs fails to write to it, and keeps what it has; for want of the table it would take the file for
+# damaged, and move it aside.
+_FROM_1 = (
+    "ALTER TABLE Usage RENAME TO Usage_1",
+    """CREATE TABLE Usage (
+        day INTEGER NOT NULL, partition INTEGER NOT NULL, model TEXT NOT NULL,
+        provider TEXT NOT NULL, client TEXT NOT NULL, hits INTEGER NOT NULL,
+        joins INTEGER NOT NULL, misses INTEGER NOT NULL, duplicates INTEGER NOT NULL,
+        tokens_saved INTEGER NOT NULL, tokens_billed INTEGER NOT NULL,
+        nanodollars_saved INTEGER NOT NULL, nanodollars_billed INTEGER NOT NULL,
+        PRIMARY KEY (day, partition, model, provider, client)) WITHOUT ROWID""",
+    # Of layout 1 nobody knows who was paid, nor how much.
+    """INSERT INTO Usage SELECT day, partition, coalesce(space, ''), '', '', hits, joins, misses,
+        duplicates, tokens_saved, tokens_billed, 0, 0
+        FROM Usage_1 LEFT JOIN Partitions ON id = partition""",
+    "DROP TABLE Usage_1",
+)
+_STEPS = {0: _FROM_NONE, 1: _FROM_1}
 """From each older layout the statements that lead to the next."""
 
 

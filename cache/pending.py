@@ -52,8 +52,8 @@ class Pending:
 
     def failed(self, changes: Changes) -> None:
         """Keep what could not be written, as far as there is room."""
-        for (day, partition), usage in changes.usage.items():
-            self._changes.count(day, partition, usage)
+        for (day, heading), usage in changes.usage.items():
+            self._changes.count(day, heading, usage)
         if changes.records and changes.records.keys() <= self.backlog.keys():
             # What was tried again and failed again goes behind the rest, and in smaller lots: one
             # record that can never be written must not keep all others out.

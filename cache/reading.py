@@ -1,9 +1,11 @@
 """Reading records from a store's file, one that can be written or one that cannot."""
 
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import ledger
 from .changes import Found
 from .layout import Sql
 
@@ -26,6 +28,12 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
             if type(key) is bytes and type(value) is bytes and stored >= not_before:
                 found[key] = Found(value, stored)
     return found
+
+
+def read_ledger(path: Path, by: Sequence[ledger.By]) -> list[ledger.Line]:
+    """Return the sums of a store's file (see `ledger.read`), by a connection of its own."""
+    with contextlib.closing(_connect(path, "mode=ro")) as connection:
+        return ledger.read(connection.execute, by)
 
 
 class ReadOnlyFile:

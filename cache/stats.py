@@ -58,8 +58,8 @@ def gather(database: Database) -> Stats:
     usage = {
         number: Usage(*sums)
         for number, *sums in sql(
-            "SELECT partition, sum(hits), sum(joins), sum(misses), sum(duplicates),"
-            " sum(tokens_saved), sum(tokens_billed) FROM Usage GROUP BY partition"
+            f"SELECT partition, {', '.join(f'sum({name})' for name in Usage._fields)}"
+            " FROM Usage GROUP BY partition"
         )
     }
     held = []

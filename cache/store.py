@@ -22,8 +22,10 @@ from typing import Self
 
 from . import purge
 from .changes import Changes, Found, Kept, Use
-from .database import FAILURES, Database, is_damage
+from .database import FAILURES, FILE_NAME, Database, is_damage
 from .disk import Disk, StoreError
+from .ledger import By, Heading, Line
+from .reading import read_ledger
 from .rest import Rest
 from .row import Partition
 from .usage import Usage
@@ -68,6 +70,8 @@ class Store:
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
+        self.counted: dict[Heading, Usage] = {}
+        """The sums of what this process has counted since it opened the store."""
 
     @property
     def folder(self) -> Path:
@@ -148,9 +152,22 @@ class Store:
         """Note that entries were used; it is written in a while, not for its own sake."""
         self._pending.touch(addresses, Use(int(1000 * time.time()), partition))
 
-    def count(self, partition: Partition, usage: Usage) -> None:
+    def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered; written with the next change, or in a while."""
-        self._pending.changes.count(int(time.time() // 86_400), partition, usage)
+        self._pending.changes.count(int(time.time() // 86_400), heading, usage)
+        known = self.counted.get(heading)
+        self.counted[heading] = usage if known is None else known.plus(usage)
+
+    async def ledger(self, by: Sequence[By]) -> list[Line] | None:
+        """Return the sums on disk, see `ledger.read`; None if they cannot be read. Never raises.
+
+        It is read in a thread of its own: nobody who looks for a record waits for it.
+        """
+        try:
+            return await asyncio.to_thread(read_ledger, self.folder / FILE_NAME, by)
+        except FAILURES as error:
+            log.warning("the ledger cannot be read: %s", error)
+            return None
 
     @property
     def _cannot_write(self) -> bool:

@@ -12,6 +12,7 @@ from providers.base import NORMAL, Terms
 
 from . import record
 from .key import Key
+from .ledger import Heading
 from .memory import Memory
 from .record import Entry
 from .row import Partition
@@ -94,10 +95,9 @@ class Tiers:
     ) -> None:
         """Keep entries of one partition: on disk first, so that a restart forgets nothing served.
 
-        What they cost is summed in the same transaction; also if the terms let nothing be kept.
+        What was counted before is written in the same transaction, or was in an earlier one; also
+        if the terms let nothing be kept.
         """
-        billed = sum(entry.tokens for entry in entries.values())
-        self.count(partition, Usage(misses=len(entries), tokens_billed=billed))
         if not terms.write:
             return
         records = {key.address: record.encode(entry) for key, entry in entries.items()}
@@ -105,9 +105,9 @@ class Tiers:
         for key, entry in entries.items():
             self._memory.put(key.address, entry)
 
-    def count(self, partition: Partition, usage: Usage) -> None:
+    def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered."""
-        self._store.count(partition, usage)
+        self._store.count(heading, usage)
 
 
 def _is_for(entry: Entry, key: Key, dimensions: int) -> bool:

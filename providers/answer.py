@@ -15,6 +15,7 @@ import orjson
 
 from . import ratelimit, twins, vector
 from .base import (
+    Charge,
     CredentialsRefused,
     EmbeddingError,
     Input,
@@ -22,6 +23,7 @@ from .base import (
     InvalidAnswer,
     ModelNotFound,
     OutOfCredit,
+    ProviderError,
     RateLimited,
     Refusal,
     Space,
@@ -29,8 +31,10 @@ from .base import (
     UpstreamFault,
     Vector,
 )
+from .bill import MOST_NANODOLLARS, NANO
 
 _LONGEST_MESSAGE = 500
+_MOST_USD = MOST_NANODOLLARS / NANO
 _NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
 """As Python's json writes them; no JSON has them, and the rest of the answer can be read."""
 _MOST_TOKENS = 1 << 31
@@ -42,7 +46,8 @@ class Answer:
     """The checked content of a reply: vectors in the order of the inputs, and the token total."""
 
     vectors: list[Vector]
-    prompt_tokens: int | None
+    charge: Charge | None
+    """What the upstream says it charged."""
     model: str | None
     """Which model the upstream says it asked."""
 
@@ -61,13 +66,44 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     Raises Unreadable unless it is a JSON object; InvalidAnswer unless that holds exactly one vector
     an input, whose indices are a permutation, each of the width of the space if known, finite and
     not zero, of length 1 if `unit_norm`, and none for two different inputs; the error that fits if
-    the reply is one, also inside a status of 200 (OpenRouter).
+    the reply is one, also inside a status of 200 (OpenRouter). What such a reply was charged is in
+    the error.
     """
     reply = _parsed(provider, body)
     if not isinstance(reply, dict):
         raise Unreadable(provider, "the answer is not a JSON object")
-    if reply.get("error"):
-        raise refusal(provider, 200, headers, body)
+    charge = _charge(reply.get("usage"))
+    try:
+        if reply.get("error"):
+            raise refusal(provider, 200, headers, body)
+        vectors = _vectors(provider, space, inputs, reply, unit_norm)
+    except ProviderError as error:
+        error.charge = charge
+        raise
+    model = reply.get("model")
+    return Answer(vectors, charge, model if isinstance(model, str) and model else None)
+
+
+def _charge(usage: object) -> Charge | None:
+    """Return what a reply says of its price: tokens, by some in total only; by OpenRouter USD."""
+    if not isinstance(usage, dict):
+        return None
+    told = (usage.get("prompt_tokens"), usage.get("total_tokens"))
+    tokens = next((n for n in told if type(n) is int and 0 < n <= _MOST_TOKENS), None)
+    cost = usage.get("cost")
+    if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost <= _MOST_USD:
+        return None if tokens is None else Charge(tokens)
+    return Charge(tokens, round(cost * NANO))
+
+
+def _vectors(
+    provider: str,
+    space: Space,
+    inputs: Sequence[Input],
+    reply: Mapping[str, object],
+    unit_norm: bool,  # noqa: FBT001
+) -> list[Vector]:
+    """Return the vectors of a reply in the order of the inputs, each of them checked."""
     items = reply.get("data")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise InvalidAnswer(provider, "the answer holds no list of embeddings")
@@ -79,14 +115,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     if same is not None:
         i, j = same
         raise InvalidAnswer(provider, f"embeddings {i} and {j} are one, of different inputs")
-    usage = reply.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    model = reply.get("model")
-    return Answer(
-        vectors=vectors,
-        prompt_tokens=tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else None,
-        model=model if isinstance(model, str) and model else None,
-    )
+    return vectors
 
 
 def _parsed(provider: str, body: bytes) -> object:

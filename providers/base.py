@@ -1,6 +1,7 @@
 """The words every room shares: input, space, vector, what an embedder gives and how it fails.
 
-This file knows no provider, no cache and no wire format. How an embedder fails: see `failures`.
+This file knows no provider, no cache and no wire format. How an embedder fails: see `failures`;
+what it charges: `bill`.
 """
 
 import enum
@@ -13,6 +14,7 @@ from urllib.parse import quote
 
 import orjson
 
+from .bill import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
 from .failures import (
     AllResting,
     CredentialsRefused,
@@ -36,7 +38,10 @@ from .failures import (
 
 __all__ = [
     "NORMAL",
+    "Account",
     "AllResting",
+    "Bill",
+    "Charge",
     "Context",
     "CredentialsRefused",
     "DeadlineExceeded",
@@ -49,6 +54,7 @@ __all__ = [
     "InvalidAnswer",
     "ModelNotFound",
     "NoRoute",
+    "OnCharge",
     "OnPart",
     "OutOfCredit",
     "Outcome",
@@ -63,6 +69,7 @@ __all__ = [
     "UpstreamFault",
     "UpstreamTimeout",
     "Vector",
+    "nanodollars",
 ]
 
 Input: TypeAlias = str | tuple[int, ...]
@@ -158,13 +165,8 @@ class Embedded:
     providers: tuple[str, ...] = ()
     """Who computed what was computed now, by configured name; empty when all was at hand."""
     outcomes: Sequence[Outcome] = ()
-
-    @property
-    def tokens_billed(self) -> int:
-        """Tokens that were bought for this request."""
-        return sum(
-            n for n, how in zip(self.tokens, self.outcomes, strict=True) if how is Outcome.MISS
-        )
+    charge: Charge | None = None
+    """What the upstream says it charged, in the answer to a single call of a provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,10 @@ class Context:
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
     begin_by: float | None = None
     """Point on the same clock by which a provider must have begun its call; else it raises Full."""
+    account: Account = NOBODY
+    """Who pays."""
+    on_charge: OnCharge | None = None
+    """Told what each call was charged."""
 
 
 class OnPart(Protocol):

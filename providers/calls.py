@@ -63,14 +63,17 @@ class Calls:
 
     def _context_of(self, whole: range) -> Context:
         """Return what goes along with a part: parts of it are parts of the whole."""
-        on_part = self._context.on_part
-        if on_part is None:
-            return self._context
+        context = self._context
+        on_part, on_charge = context.on_part, context.on_charge
+        if on_part is not None:
 
-        async def keep(places: Sequence[int], part: Embedded) -> None:
-            await on_part([whole[place] for place in places], part)
+            async def keep(places: Sequence[int], part: Embedded) -> None:
+                await on_part([whole[place] for place in places], part)
 
-        return replace(self._context, on_part=keep)
+            context = replace(context, on_part=keep)
+        if on_charge is not None:
+            context = replace(context, on_charge=lambda bill: on_charge(bill.at(whole)))
+        return context
 
     async def answer(self, parts: Iterable[Coroutine[object, object, None]]) -> Embedded:
         """Do what answers the parts, side by side, and put the answers together in order.

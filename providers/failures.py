@@ -23,6 +23,8 @@ It knows no provider, no cache and no wire format::
 
 from dataclasses import dataclass, field
 
+from .bill import Charge
+
 
 class EmbeddingError(Exception):
     """Base of all that can go wrong. The message is for people and holds no key and no input."""
@@ -94,6 +96,8 @@ class ProviderError(EmbeddingError):
         super().__init__(f"{provider}: {message}")
         self.provider = provider
         self.refusal = refusal
+        self.charge: Charge | None = None
+        """What the upstream says it charged for an answer that is no good; None for nothing."""
 
     @property
     def retry_after(self) -> float | None:

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from .base import Context, DeadlineExceeded, Embedded, Embedder, Input, InputRefused, Space
+from .base import (
+    Bill,
+    Context,
+    DeadlineExceeded,
+    Embedded,
+    Embedder,
+    Input,
+    InputRefused,
+    Space,
+)
 from .batcher import Batcher
 from .calls import Parts, rows_of
 from .limits import Limits
@@ -188,16 +197,21 @@ class _Ride:
         known = [deadline for deadline in deadlines if deadline is not None]
 
         async def hand_out(places: Sequence[int], part: Embedded) -> None:
-            theirs: dict[_Rider, list[int]] = {}
-            for i, place in enumerate(places):
-                theirs.setdefault(seats[place][0], []).append(i)
-            for rider, own in theirs.items():
-                await rider.take([seats[places[i]][1] for i in own], rows_of(part, own))
+            for rider, rows in _each_ones(seats, places).items():
+                await rider.take([seats[places[i]][1] for i in rows], rows_of(part, rows))
+
+        def charge(bill: Bill) -> None:
+            theirs = bill.at([place for _, place in seats])
+            for rider, rows in _each_ones(seats, bill.places).items():
+                if rider.context.on_charge is not None:
+                    rider.context.on_charge(theirs.rows(rows))
 
         context = Context(
             deadline=max(known) if len(known) == len(deadlines) else None,
             user=self._line.user,
             on_part=hand_out,
+            account=riders[0].context.account,
+            on_charge=charge,
         )
         inputs = [rider.inputs[place] for rider, place in seats]
         try:
@@ -211,3 +225,13 @@ class _Ride:
             rider.fail(error.at(place))
             return error
         return None
+
+
+def _each_ones(
+    seats: Sequence[tuple[_Rider, int]], places: Sequence[int]
+) -> dict[_Rider, list[int]]:
+    """Return which rows of something about these places of a call are whose."""
+    rows: dict[_Rider, list[int]] = {}
+    for i, place in enumerate(places):
+        rows.setdefault(seats[place][0], []).append(i)
+    return rows

@@ -3,27 +3,24 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import orjson
 
 from . import answer, tokens
+from .admission import Admission
 from .base import (
     Context,
-    DeadlineExceeded,
     Embedded,
-    Full,
     Input,
     InputRefused,
     Outcome,
     RateLimited,
-    Refusal,
     Space,
 )
 from .profile import Profile
-from .throttle import Throttle, estimate
+from .throttle import estimate
 from .transport import Reply, Transport
 
 log = logging.getLogger("embedding_proxy.provider")
@@ -73,15 +70,7 @@ class HttpProvider:
         self._transport = Transport(
             name, profile.base_url, headers, profile.timeouts, profile.limits.concurrency
         )
-        self._slots = asyncio.Semaphore(profile.limits.concurrency)
-        self._sleep = sleep
-        self._throttle = Throttle(
-            name,
-            requests_per_minute=profile.limits.requests_per_minute,
-            tokens_per_minute=profile.limits.tokens_per_minute,
-            sleep=sleep,
-        )
-        self._throttles: dict[str, Throttle] = {}
+        self._admission = Admission(name, profile.limits, sleep)
 
     @property
     def accepts_tokens(self) -> bool:
@@ -121,58 +110,25 @@ class HttpProvider:
             raise InputRefused(f"The request cannot be sent on: {error}.") from error
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
-        # Each model has limits of its own at the upstreams that tell them.
-        learned = self._throttles.setdefault(model, Throttle(self.name, sleep=self._sleep))
-        async with self._turn(learned, estimate(inputs), context):
+        async with self._admission.turn(model, estimate(inputs), context):
             reply = await self._transport.post(self.path(model), payload, limit, context)
-        if self.limits.learn:
-            learned.learn(reply.headers)
+        self._admission.learn(model, reply.headers)
         try:
             checked = self._read(reply, space, inputs)
         except RateLimited as error:
             if error.retry_after is not None:
-                learned.hold(error.retry_after)
+                self._admission.hold(model, error.retry_after)
             raise
         self._compare(model, checked.model)
-        counts, exact = await _count(space, inputs, checked.prompt_tokens)
+        counts, exact = await _count(space, inputs, checked.charge and checked.charge.tokens)
         return Embedded(
             vectors=checked.vectors,
             tokens=counts,
             counted=exact,
             providers=(self.name,),
             outcomes=[Outcome.MISS] * len(inputs),
+            charge=checked.charge,
         )
-
-    @asynccontextmanager
-    async def _turn(self, learned: Throttle, size: int, context: Context) -> AsyncIterator[None]:
-        """Hold a place within both sorts of limits, then among the calls at the same time.
-
-        In this order: who queues for the limit of one model takes no place from the others.
-        """
-        until = context.deadline if context.begin_by is None else context.begin_by
-        async with AsyncExitStack() as stack:
-            try:
-                async with asyncio.timeout_at(until):
-                    held = learned.held_until
-                    await stack.enter_async_context(learned.turn(size, until))
-                    await stack.enter_async_context(self._throttle.turn(size, until))
-                    await self._slots.acquire()
-                    while learned.held_until != held:
-                        # A call was refused meanwhile, as this one would be.
-                        self._slots.release()
-                        held = learned.held_until
-                        await learned.pause(until)
-                        await self._slots.acquire()
-                    stack.callback(self._slots.release)
-            except TimeoutError as error:
-                if context.begin_by is not None:
-                    message = "all the calls that it takes at a time are under way"
-                    said = Refusal(429, message, "requests", "rate_limit_exceeded")
-                    raise Full(self.name, message, said) from error
-                raise DeadlineExceeded(
-                    f"the time of the request was up while it waited its turn at {self.name}"
-                ) from error
-            yield
 
     def _read(self, reply: Reply, space: Space, inputs: Sequence[Input]) -> answer.Answer:
         body = reply.body

@@ -59,6 +59,9 @@ class Journey:
                 await self.context.on_part(new, part)
 
         context = replace(self.context, begin_by=begin_by, on_part=keep)
+        charge = context.on_charge
+        if charge is not None:
+            context = replace(context, on_charge=lambda bill: charge(bill.at(missing)))
         try:
             inputs = [self.inputs[place] for place in missing]
             embedded = await route.embed(self.space, inputs, context)

@@ -4,8 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .base import Context, Embedded, Input, InputRefused, Space
-from .within import ask_within_limits
+from . import tokens
+from .base import (
+    Bill,
+    Charge,
+    Context,
+    Embedded,
+    Input,
+    InputRefused,
+    ProviderError,
+    Space,
+    nanodollars,
+)
+from .within import ask_within_limits, limits_of
 
 
 class Provider(Protocol):
@@ -47,4 +58,33 @@ class Route:
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Ask the provider once, or in several calls where it takes no more in one."""
-        return await ask_within_limits(self.provider, self.model, space, inputs, context)
+        limits = limits_of(self.provider)
+        return await ask_within_limits(self._ask, limits, space, inputs, context)
+
+    async def _ask(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Make one attempt, and tell what it was charged, whatever comes of its answer."""
+        try:
+            embedded = await self.provider.ask(self.model, space, inputs, context)
+        except ProviderError as error:
+            if error.charge is not None:
+                # Nobody counted the tokens of an answer that is no good.
+                sizes = tokens.apportion(error.charge.tokens or 0, inputs)
+                self._bill(error.charge, sizes, context)
+            raise
+        self._bill(embedded.charge, embedded.tokens, context)
+        return embedded
+
+    def _bill(self, charge: Charge | None, sizes: Sequence[int], context: Context) -> None:
+        """Tell what a call was charged: what the upstream says, else what we count and know."""
+        if context.on_charge is None:
+            return
+        total, cost = charge or Charge()
+        total = sum(sizes) if total is None else total
+        if cost is None:
+            price = context.account.price if self.price is None else self.price
+            cost = nanodollars(total, price)
+        context.on_charge(
+            Bill(
+                self.name, range(len(sizes)), tokens.share(total, sizes), tokens.share(cost, sizes)
+            )
+        )

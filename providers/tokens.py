@@ -58,6 +58,15 @@ def apportion(total: int, inputs: Sequence[Input]) -> list[int]:
     [1, 2, 7]
     """
     sizes = [len(item.encode()) if isinstance(item, str) else 4 * len(item) for item in inputs]
+    return share(total, sizes)
+
+
+def share(total: int, sizes: Sequence[int]) -> list[int]:
+    """Divide a total in proportion to sizes, largest remainders first; equally if all are 0.
+
+    >>> share(7, [1, 1, 5]), share(8, [1, 1, 5]), share(3, [0, 0])
+    ([1, 1, 5], [1, 1, 6], [2, 1])
+    """
     if not any(sizes):
         sizes = [1] * len(sizes)
     whole = sum(sizes) or 1

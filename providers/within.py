@@ -4,23 +4,11 @@ Parts are cut to the limits of the first route; a later route may take less.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Protocol
 
 from . import split
 from .base import Context, Embedded, Input, InputRefused, Space
-from .calls import Calls
+from .calls import Ask, Calls
 from .limits import Limits
-
-
-class Provider(Protocol):
-    """What is asked here of a provider: one attempt."""
-
-    async def ask(
-        self, model: str, space: Space, inputs: Sequence[Input], context: Context
-    ) -> Embedded:
-        """Make one attempt at the upstream's `model`."""
-        ...
 
 
 def limits_of(provider: object) -> Limits:
@@ -30,14 +18,12 @@ def limits_of(provider: object) -> Limits:
 
 
 async def ask_within_limits(
-    provider: Provider, model: str, space: Space, inputs: Sequence[Input], context: Context
+    ask: Ask, limits: Limits, space: Space, inputs: Sequence[Input], context: Context
 ) -> Embedded:
     """Ask a provider, in several calls where it takes less in one than is wanted."""
-    limits = limits_of(provider)
     sizes = await split.sizes(space, inputs, limits.tokens)
     if len(inputs) <= limits.inputs and sizes is None:
-        return await provider.ask(model, space, inputs, context)
-    ask = partial(provider.ask, model)
+        return await ask(space, inputs, context)
     calls = Calls(ask, space, inputs, context, limits.concurrency)
 
     async def one(places: range) -> None:

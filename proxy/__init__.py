@@ -37,7 +37,9 @@ Words, one meaning each::
     rest        the time for which a provider wants no call for a model: its rate limit said so
     probe       the one call let through to a provider whose breaker is half-open
     scout       the first to go on to a provider of which nothing is known just now
-    usage       tokens, billed or saved
+    usage       tokens and dollars, billed or saved; ledger: their sums since ever
+    charge      what an upstream says a call costs; bill: that, shared among the call's inputs
+    account     on whose name a request goes, and what its tokens are worth
     terms       how a request may be answered: from which entries, with which trace, at what cost
     namespace   a tenant's part of the cache
 """

@@ -1,13 +1,15 @@
-"""Who may come in, and whose part of the cache it is: the keys that clients must send.
+"""Who may come in, and who that is: the keys that clients must send.
 
 Asked before anything else is looked at.
 """
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Iterable
 
+from .caller import Caller
 from .errors import Failure
+from .settings import ClientKey
 
 
 class Access:
@@ -17,14 +19,17 @@ class Access:
     kept and compared as digests, in constant time.
     """
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
-        """`keys` gives each key's namespace."""
-        self._namespaces = {_digest(key.strip()): name for key, name in keys.items()}
+    def __init__(self, keys: Iterable[ClientKey]) -> None:
+        self._callers: dict[bytes, Caller] = {}
+        for entry in keys:
+            digest = _digest(entry.key.strip())
+            # A key without a name is told from others by a bit of its digest, never by itself.
+            self._callers[digest] = Caller(entry.namespace, entry.name or f"key-{digest.hex()[:8]}")
 
-    def admit(self, authorization: str | None) -> str | Failure:
-        """Return the namespace of a request, or the error if it may not come in."""
-        if not self._namespaces:
-            return ""
+    def admit(self, authorization: str | None) -> Caller | Failure:
+        """Return who sent a request, or the error if it may not come in."""
+        if not self._callers:
+            return Caller()
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             return Failure(
@@ -37,9 +42,9 @@ class Access:
             )
         given = _digest(key.strip())
         # All are compared, so that the time tells nothing.
-        known = [digest for digest in self._namespaces if hmac.compare_digest(given, digest)]
+        known = [digest for digest in self._callers if hmac.compare_digest(given, digest)]
         if known:
-            return self._namespaces[known[0]]
+            return self._callers[known[0]]
         return Failure(
             401,
             "Incorrect API key provided: it is none of this proxy's keys.",

@@ -7,10 +7,12 @@ from aiohttp import web
 from . import body, ops
 from .access import Access
 from .embeddings import Embeddings
-from .guard import NAMESPACE, guard, stamp
+from .guard import CALLER, guard, stamp
+from .metrics import Metrics
 from .models import Models
 from .service import MIB, EmbeddingService
 from .settings import Server, Settings
+from .status import Status
 
 SERVICE = web.AppKey("service", EmbeddingService)
 
@@ -22,7 +24,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     """
     service = service or EmbeddingService(settings)
     server = settings.server
-    app = web.Application(middlewares=[guard(Access(server.namespaces))])
+    app = web.Application(middlewares=[guard(Access(server.keys))])
     app[SERVICE] = service
 
     async def open_service(_: web.Application) -> AsyncIterator[None]:
@@ -41,7 +43,7 @@ def _add_routes(app: web.Application, service: EmbeddingService, server: Server)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         content = await body.read(request, most, server.body_timeout_s)
-        return await embeddings.post(request, content, request[NAMESPACE])
+        return await embeddings.post(request, content, request[CALLER])
 
     for prefix in ("/v1", ""):
         for slash in ("", "/"):
@@ -50,5 +52,7 @@ def _add_routes(app: web.Application, service: EmbeddingService, server: Server)
             app.router.add_get(f"{prefix}/models{slash}", models.list)
         # The ids of OpenRouter's models hold slashes.
         app.router.add_get(f"{prefix}/models/{{id:.+?}}{{slash:/?}}", models.get)
+    app.router.add_get("/status", Status(service).get)
+    app.router.add_get("/metrics", Metrics(service).get)
     app.router.add_get("/livez", ops.live)
     app.router.add_get("/readyz", ops.ready)

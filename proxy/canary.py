@@ -11,12 +11,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypedDict
 
 import orjson
 
-from providers.base import Context, EmbeddingError
+from providers.base import Account, Context, EmbeddingError
 from providers.health import Upstreams
 from providers.probe import SAME, TEXTS, agreement, probe
 from providers.route import Route
@@ -138,13 +139,15 @@ class Canaries:
             return []
         self._asked.update({_key(model, route): self._clock() for route in routes})
         try:
-            first = await model.embedder.embed(model.space, TEXTS, self._context())
+            first = await model.embedder.embed(model.space, TEXTS, self._context(model))
         except EmbeddingError as error:
             log.info("%s: its canaries could not be bought: %s", model.name, error)
             return []
         found = []
         for route in routes:
-            answer = await probe(route, model.space, self._context(), self._upstreams.clock)
+            context = self._context(model)
+            context = replace(context, on_charge=model.embedder.on_charge(model.space, context))
+            answer = await probe(route, model.space, context, self._upstreams.clock)
             if answer.failure is not None:
                 log.info("%s: the canaries were not answered: %s", route.name, answer.failure)
                 continue
@@ -168,8 +171,10 @@ class Canaries:
             )
         return found
 
-    def _context(self) -> Context:
-        return Context(self._upstreams.clock() + PATIENCE_S, namespace=NAMESPACE)
+    def _context(self, model: Model) -> Context:
+        account = Account(model.name, price=model.price)
+        deadline = self._upstreams.clock() + PATIENCE_S
+        return Context(deadline, namespace=NAMESPACE, account=account)
 
     def _keep(self, findings: list[Finding]) -> None:
         part = self._file.with_suffix(".part")

@@ -1,14 +1,13 @@
 """POST /v1/embeddings: the room where a request lives."""
 
 import asyncio
-from collections import Counter
 
 from aiohttp import web
 
-from providers.base import Outcome
-
 from . import wire
-from .service import EmbeddingService, Result
+from .caller import Caller
+from .result import Result
+from .service import EmbeddingService
 
 
 class Embeddings:
@@ -17,13 +16,11 @@ class Embeddings:
     def __init__(self, service: EmbeddingService) -> None:
         self._service = service
 
-    async def post(
-        self, request: web.Request, body: bytes, namespace: str = ""
-    ) -> web.StreamResponse:
-        """Answer one request from a namespace's part of the cache. Raises EmbeddingError."""
+    async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
+        """Answer one request. Raises EmbeddingError."""
         asked = wire.parse(body)
         control = ", ".join(request.headers.getall("Cache-Control", ()))
-        result = await self._service.answer(asked, namespace, control)
+        result = await self._service.answer(asked, caller, control)
         chunks = wire.render(
             result.embedded.vectors,
             dimensions=result.dimensions,
@@ -49,18 +46,17 @@ class Embeddings:
 
 def _headers(result: Result) -> dict[str, str]:
     """Return what a reply says about the cache; the counts are of distinct inputs."""
-    counts = Counter(result.outcomes)
-    hits, joins, misses = (counts[how] for how in (Outcome.HIT, Outcome.JOIN, Outcome.MISS))
-    bought = joins or misses
-    verdict = ("partial" if hits else "miss") if bought else "hit"
+    usage = result.usage
+    bought = usage.joins or usage.misses
+    verdict = ("partial" if usage.hits else "miss") if bought else "hit"
     headers = {
         "x-cache": verdict,
-        "x-cache-hits": str(hits),
-        "x-cache-joined": str(joins),
-        "x-cache-misses": str(misses),
+        "x-cache-hits": str(usage.hits),
+        "x-cache-joined": str(usage.joins),
+        "x-cache-misses": str(usage.misses),
         "x-embedding-space": result.space.label,
-        "x-tokens-billed": str(result.tokens_billed),
-        "x-tokens-saved": str(result.tokens - result.tokens_billed),
+        "x-tokens-billed": str(usage.tokens_billed),
+        "x-tokens-saved": str(usage.tokens_saved),
     }
     if result.fallback:
         headers["x-embedding-fallback"] = "true"

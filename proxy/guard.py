@@ -10,12 +10,13 @@ from providers.base import EmbeddingError
 from . import errors, ops
 from .access import Access
 from .body import BodyRefused
+from .caller import Caller
 from .errors import Failure
 
 log = logging.getLogger("embedding_proxy.guard")
 
 STARTED = web.RequestKey("started", bool)
-NAMESPACE = web.RequestKey("namespace", str)
+CALLER = web.RequestKey("caller", Caller)
 REQUEST_ID = web.RequestKey("request_id", str)
 
 
@@ -35,7 +36,7 @@ def guard(access: Access) -> Middleware:
             admitted = access.admit(request.headers.get("Authorization"))
             if isinstance(admitted, Failure):
                 return admitted.response()
-            request[NAMESPACE] = admitted
+            request[CALLER] = admitted
         try:
             return await handler(request)
         except ConnectionError:

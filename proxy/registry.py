@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from cache.embedder import CachingEmbedder, Filled
 from cache.flight import Flights
+from cache.ledger import Answered, answered
 from cache.refusal import NotCached
 from cache.tiers import Tiers
 from providers import calls
-from providers.base import Context, Embedded, Embedder, Input, InputRefused, Space
+from providers.base import Context, Embedded, Input, InputRefused, Space
 from providers.health import Upstreams
 from providers.router import Provider, Router
 
@@ -47,7 +48,7 @@ class Model:
     """USD per million tokens."""
     router: Router
     """The routes that can be used; it knows no cache."""
-    embedder: Embedder
+    embedder: CachingEmbedder
     """What requests are asked of: the cache around the router."""
     dimensions_refused: bool = False
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
@@ -123,7 +124,7 @@ class Registry:
         parameters: Mapping[str, object],
         inputs: Sequence[Input],
         context: Context,
-    ) -> tuple[Model, Embedded]:
+    ) -> tuple[Model, Answered]:
         """Embed with a model whose width is not known yet; return what it is then, and the answer.
 
         The first input is asked for alone, and its width pinned before anything else is bought.
@@ -137,13 +138,15 @@ class Registry:
         width = len(begun.vectors[0]) // 4
         self._pins.pin(model.space.name, width)
         model = self._keep(model, width)
-        parts = [(first, begun)]
+        parts: list[tuple[Sequence[int], Embedded]] = [(first, begun)]
+        usage = begun.usage
         rest = [place for place, item in enumerate(inputs) if item != inputs[0]]
         if rest:
             space = replace(space, dimensions=width)
             others = await model.embedder.embed(space, [inputs[place] for place in rest], context)
             parts.append((rest, others))
-        return model, calls.assembled(parts)
+            usage = usage.plus(others.usage)
+        return model, answered(calls.assembled(parts), usage)
 
     def _by_name(self, name: str) -> Model:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""

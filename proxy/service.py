@@ -12,24 +12,28 @@ It knows which model is which space and where it can be bought; it knows no HTTP
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from cache.ledger import By, Heading, Line
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
-from providers import tokens, vector
-from providers.base import Context, Embedded, Input, InvalidAnswer, Outcome, Space
+from cache.usage import Usage
+from providers import tokens
+from providers.base import Account, Context, Input
 from providers.health import Upstreams
 
 from . import canary, fallback, widths, wire
 from .cache_control import terms
+from .caller import Caller
 from .canary import Canaries
 from .config import load
 from .learned import WIDTHS_FILE, Pins
 from .opening import open_providers
 from .registry import Model, Registry
+from .result import Result, checked
 from .settings import Settings
 from .wire import EmbeddingRequest
 
@@ -39,42 +43,6 @@ DAY = 86_400
 
 # Up to this many token ids, decoding is quicker than handing it to a thread.
 _DECODE_INLINE = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The answer to n inputs, in their order."""
-
-    model: Model
-    """The one that was asked for."""
-    space: Space
-    """Of the vectors: another than the model's only if `fallback` is true."""
-    dimensions: int
-    """The width that was asked for."""
-    embedded: Embedded
-    """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
-    fallback: bool = False
-    """Whether a model of another space stood in for the one that was asked for."""
-
-    @property
-    def vectors(self) -> vector.Floats:
-        """The vectors as one array of float32, shape (n, dimensions)."""
-        return vector.stack(vector.derive(self.embedded.vectors, self.dimensions))
-
-    @property
-    def outcomes(self) -> Sequence[Outcome]:
-        """How each input was answered."""
-        return self.embedded.outcomes
-
-    @property
-    def tokens(self) -> int:
-        """Prompt tokens of all inputs: what an uncached request would have been charged."""
-        return sum(self.embedded.tokens)
-
-    @property
-    def tokens_billed(self) -> int:
-        """Prompt tokens that were bought now."""
-        return self.embedded.tokens_billed
 
 
 class EmbeddingService:
@@ -92,6 +60,7 @@ class EmbeddingService:
         self.canaries: Canaries | None = None
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
+        self._store: Store | None = None
 
     @classmethod
     def from_config(cls, path: str | Path | None = None) -> Self:
@@ -115,6 +84,7 @@ class EmbeddingService:
                     pinned=(*cache.pinned, canary.NAMESPACE),
                 )
             )
+            self._store = store
             self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
             # Frozen, whoever would ask a provider finds none that could be paid.
             providers = {}
@@ -149,6 +119,15 @@ class EmbeddingService:
         return self._tiers.counters if self._tiers else TierCounters()
 
     @property
+    def counted(self) -> Mapping[Heading, Usage]:
+        """The sums of the ledger that this process has added since the start."""
+        return self._store.counted if self._store else {}
+
+    async def ledger(self, by: Sequence[By]) -> list[Line] | None:
+        """Return the sums since ever, of all processes; None while they cannot be read."""
+        return await self._store.ledger(by) if self._store else None
+
+    @property
     def models(self) -> Mapping[str, Model]:
         """The models that are configured, or have been asked for by name; none before opening."""
         return self._registry.models if self._registry else {}
@@ -162,13 +141,14 @@ class EmbeddingService:
         parameters: Mapping[str, object] | None = None,
         user: str | None = None,
         namespace: str = "",
+        client: str = "",
         cache_control: str = "",
     ) -> Result:
         """Embed one text, one token array, or 1…2,048 texts or token arrays.
 
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
-        `namespace` is the part of the cache to look in and to keep in.
+        `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
         `cache_control` is what a client would say in the header of that name: "no-cache".
         Raises EmbeddingError.
         """
@@ -182,11 +162,9 @@ class EmbeddingService:
             user=user,
             parameters=parameters or {},
         )
-        return await self.answer(asked, namespace, cache_control)
+        return await self.answer(asked, Caller(namespace, client), cache_control)
 
-    async def answer(
-        self, asked: EmbeddingRequest, namespace: str = "", control: str = ""
-    ) -> Result:
+    async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.
 
         `control` is its `Cache-Control`. Raises EmbeddingError.
@@ -199,19 +177,21 @@ class EmbeddingService:
         inputs = await _as_texts(asked.inputs)
         deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
         allowed = terms(self.settings.cache.mode, control)
-        context = Context(deadline, asked.user, namespace, allowed)
+        account = Account(asked.model, caller.client, model.price)
+        context = Context(deadline, asked.user, caller.namespace, allowed, account=account)
         if not model.space.dimensions:
             model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
             space = model.space.with_parameters(asked.parameters)
-            return _result(model, space, _width(model, asked), embedded)
+            return checked(model, space, _width(model, asked), embedded)
         width = _width(model, asked)
 
         async def ask(one: Model, by: float) -> Result:
             space = one.space
             if asked.parameters:
                 space = space.with_parameters(asked.parameters)
-            embedded = await one.embedder.embed(space, inputs, replace(context, deadline=by))
-            return _result(model, space, width, embedded, fallback=one is not model)
+            own = replace(context, deadline=by, account=replace(account, price=one.price))
+            embedded = await one.embedder.embed(space, inputs, own)
+            return checked(model, space, width, embedded, fallback=one is not model)
 
         models = [model, *fallback.stand_ins(model, self.models, width)]
         return await fallback.first_answer(ask, models, deadline)
@@ -221,18 +201,6 @@ def _width(model: Model, asked: EmbeddingRequest) -> int:
     """Return the width to answer with. Raises InputRefused."""
     refused = model.dimensions_refused
     return widths.chosen(model.space, asked.dimensions, model.width, refused=refused)
-
-
-def _result(
-    model: Model, space: Space, width: int, embedded: Embedded, *, fallback: bool = False
-) -> Result:
-    """Return an answer of which every vector can be brought to the width. Raises InvalidAnswer."""
-    if width < space.dimensions:
-        try:
-            vector.check_heads(embedded.vectors, width)
-        except vector.VectorError as error:
-            raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
-    return Result(model, space, width, embedded, fallback)
 
 
 async def _as_texts(inputs: Sequence[Input]) -> list[Input]:

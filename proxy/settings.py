@@ -19,10 +19,11 @@ from .upstreams import Provider
 
 
 class ClientKey(Section):
-    """A key that clients send, and the part of the cache that is theirs."""
+    """A key that clients send, the part of the cache that is theirs, and its name in the ledger."""
 
     key: Annotated[Name, Field(repr=False)]
     namespace: str = ""
+    name: str = ""
 
 
 class Server(Section):
@@ -46,11 +47,6 @@ class Server(Section):
         if not isinstance(value, list | tuple):
             return value
         return [entry if isinstance(entry, dict | ClientKey) else {"key": entry} for entry in value]
-
-    @property
-    def namespaces(self) -> dict[str, str]:
-        """The namespace of each key."""
-        return {entry.key: entry.namespace for entry in self.keys}
 
     @model_validator(mode="after")
     def _open_only_at_home(self) -> "Server":

@@ -28,6 +28,7 @@ import aiohttp
 from fault_server import FaultServer, tokens_of, vector_of
 
 from cache.key import FORMAT
+from cache.ledger import Heading
 from cache.row import Partition
 from cache.store import Store
 from cache.usage import Usage
@@ -42,6 +43,7 @@ CONTESTED_EVERY = 100
 """So many requests of a client, all clients ask for the same new text at the same moment."""
 SIZE_LIMIT = 1 << 40
 PARTITION = Partition("", "a space", WIDTH)
+HEADING = Heading(PARTITION, MODEL)
 
 
 HEADERS = {
@@ -200,7 +202,7 @@ async def through_workers(folder: Path, operations: int, seed: int) -> dict[str,
         bought = Counter(upstream.inputs)
     found = sums(folder / "cache")
     contested = set(books.contested)
-    told = {name: books.told[name] for name in Usage._fields}
+    told = {name: books.told[name] for name in (*HEADERS, "duplicates")}
     told["entries"] = len(books.known) + len(contested)
     billed = sum(tokens_of(text) * count for text, count in bought.items())
     lines = (folder / "log").read_text().splitlines()
@@ -243,7 +245,7 @@ async def use_store(directory: Path, process: int, operations: int, seed: int) -
             if chance.random() < 0.5 or not written:
                 size = chance.choice((1, 1, 1, 20))
                 mine = {address(process, written + i): b"r" * 300 for i in range(size)}
-                store.count(PARTITION, Usage(misses=size, tokens_billed=size))
+                store.count(HEADING, Usage(misses=size, tokens_billed=size))
                 good["writes"] += await store.put_many(mine, PARTITION)
                 written += size
             else:
@@ -251,7 +253,7 @@ async def use_store(directory: Path, process: int, operations: int, seed: int) -
                 asked = [address(process, written - 1 - chance.randrange(min(written, 50)))]
                 asked.append(address(PROCESSES - 1 - process, chance.randrange(written)))
                 found = await store.get_many(asked)
-                store.count(PARTITION, Usage(hits=len(found)))
+                store.count(HEADING, Usage(hits=len(found)))
                 store.touch(found, PARTITION)
                 good["hits"] += len(found)
                 good["reads"] += asked[0] in found

@@ -1,26 +1,50 @@
 """`embedding-proxy cache stats`: what is kept, how often it was used, and what that saved."""
 
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cache import stats
-from proxy import config
+import typer
+
+from cache import ledger, stats
+from proxy import config, sums
 from proxy.service import GIB
 from proxy.settings import Settings
 
 from .cache import app, opened
 from .common import ConfigOption, JsonOption, age, path_text, print_json, size
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 WIDEST = 120
 """Characters of a table's line, beside the name of a space."""
 
 
 @app.command(name="stats")
-def show_stats(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> None:
+def show_stats(
+    *,
+    config_file: ConfigOption = None,
+    by: Annotated[
+        list[ledger.By] | None,
+        typer.Option(help="Show the bill instead, summed by this; may be given several times."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what is kept, by namespace and space, how often it was used, and what that saved."""
     settings = config.load(config_file)
+    columns = list(dict.fromkeys(by or ()))
     with opened(settings) as file:
-        held = stats.gather(file)
+        if columns:
+            bill = [sums.line(columns, *line) for line in ledger.read(file.sql, columns)]
+        else:
+            held = stats.gather(file)
+    if columns:
+        if as_json:
+            print_json(bill)
+        else:
+            _print_bill(columns, bill)
+        return
     shown = _as_dict(settings, held)
     if as_json:
         print_json(shown)
@@ -28,20 +52,7 @@ def show_stats(*, config_file: ConfigOption = None, as_json: JsonOption = False)
         _print_stats(settings, held, shown)
 
 
-def prices(settings: Settings) -> dict[str, float]:
-    """Return the price of each space, in USD per million tokens; the first model's that has it."""
-    found: dict[str, float] = {}
-    for model in settings.models.values():
-        found.setdefault(model.as_space().label, model.price)
-    return found
-
-
 def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
-    price = prices(settings)
-
-    def usd(space: str, tokens: int) -> float:
-        return round(price.get(space.partition("?")[0], 0.0) * tokens / 1e6, 6)
-
     partitions = []
     for one in held.held:
         namespace, space, dimensions = one.partition
@@ -55,30 +66,22 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
                 "oldest": one.oldest,
                 "newest": one.newest,
                 "last_used": one.last_used,
-                **one.usage._asdict(),
-                "hit_rate": round(one.usage.hit_rate, 4),
-                "usd_saved": usd(space, one.usage.tokens_saved),
-                "usd_billed": usd(space, one.usage.tokens_billed),
+                **sums.shown(one.usage),
             }
         )
-    total = held.usage
     return {
         "directory": path_text(settings.cache.directory),
         "file_bytes": held.file_bytes,
         "size_limit_bytes": int(settings.cache.size_limit_gib * GIB),
         "entries": held.entries,
         "counted_since": None if held.since_day is None else held.since_day * 86_400,
-        **total._asdict(),
-        "hit_rate": round(total.hit_rate, 4),
-        "usd_saved": round(sum(one["usd_saved"] for one in partitions), 6),
-        "usd_billed": round(sum(one["usd_billed"] for one in partitions), 6),
+        **sums.shown(held.usage),
         "partitions": partitions,
     }
 
 
 def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -> None:
-    from rich.console import Console  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
 
     now = time.time()
     table = Table(box=None, pad_edge=False)
@@ -111,10 +114,8 @@ def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -
             f"{one['tokens_saved']:,}",
             f"${one['usd_saved']:,.4f}",
         )
-    # Too wide for a narrow terminal is better than a column of single letters.
-    console = Console(highlight=False, markup=False, emoji=False)
     longest = max((len(one["space"]) for one in shown["partitions"]), default=0)
-    console.width = max(console.width, WIDEST + longest)
+    console = _console(WIDEST + longest)
     console.print(
         f"{settings.cache.directory}: {held.entries:,} entries, {size(held.file_bytes)}"
         f" on disk of at most {size(shown['size_limit_bytes'])}",
@@ -130,3 +131,35 @@ def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -
             f" ${shown['usd_billed']:,.4f} spent.",
             soft_wrap=True,
         )
+
+
+def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False)
+    for title in columns:
+        table.add_column(title, no_wrap=True)
+    for title in ("inputs", "bought", "tokens billed", "billed", "tokens saved", "saved"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in bill:
+        inputs = one["hits"] + one["joins"] + one["misses"] + one["duplicates"]
+        table.add_row(
+            *(str(one[name] or "-") for name in columns),
+            f"{inputs:,}",
+            f"{one['misses']:,}",
+            f"{one['tokens_billed']:,}",
+            f"${one['usd_billed']:,.4f}",
+            f"{one['tokens_saved']:,}",
+            f"${one['usd_saved']:,.4f}",
+        )
+    longest = max((sum(len(str(one[name])) for name in columns) for one in bill), default=0)
+    _console(WIDEST + longest).print(table)
+
+
+def _console(width: int) -> "Console":
+    """Return what prints; too wide for a terminal is better than a column of single letters."""
+    from rich.console import Console  # noqa: PLC0415
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, width)
+    return console

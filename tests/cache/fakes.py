@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cache.changes import Found
 from cache.key import DEFAULT_NAMESPACE, Key, Namespace, keyring
+from cache.ledger import Heading
 from cache.record import Entry
 from cache.row import Partition
 from cache.usage import Usage
-from providers.base import Context, Embedded, Input, Outcome, Space
+from providers.base import Bill, Context, Embedded, Input, Outcome, Space
 
 
 def key_of(item: Input, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Key:
@@ -90,9 +91,12 @@ class FakeEmbedder:
         failure = self.failure(inputs)
         if failure is not None:
             raise failure
+        tokens = [tokens_of(item) for item in inputs]
+        if context.on_charge is not None:
+            context.on_charge(Bill("fake", range(len(inputs)), tokens, [20 * n for n in tokens]))
         return Embedded(
             vectors=[vector_of(item, space) for item in inputs],
-            tokens=[tokens_of(item) for item in inputs],
+            tokens=tokens,
             counted=self.counted,
             providers=("fake",),
             outcomes=[Outcome.MISS] * len(inputs),
@@ -111,6 +115,7 @@ class FakeStore:
         self.stored = 0.0
         """When all that it holds was bought, in seconds since 1970."""
         self.usage = Usage()
+        self.sums: dict[Heading, Usage] = {}
         self.on_purge = lambda: None
         self.broken = False
         """Whether every read finds nothing and every write comes to nothing."""
@@ -141,8 +146,9 @@ class FakeStore:
     def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
         self.touched.update(addresses)
 
-    def count(self, partition: Partition, usage: Usage) -> None:
+    def count(self, heading: Heading, usage: Usage) -> None:
         self.usage = self.usage.plus(usage)
+        self.sums[heading] = self.sums.get(heading, Usage()).plus(usage)
 
 
 async def settle() -> None:

@@ -12,6 +12,7 @@ from cache import changes as changes_module
 from cache.changes import TOUCH_MS, Changes, Found, Kept, Use
 from cache.database import FAILURES, Database
 from cache.disk import folder_of, lock_of
+from cache.ledger import Heading
 from cache.row import Partition
 from cache.usage import Usage
 
@@ -119,18 +120,23 @@ def test_a_use_tells_where_an_entry_belongs_only_if_nothing_did(database):
         assert _entries(database) == {A: (known, int(1000 * NOW), int(1000 * NOW))}
 
 
-def test_sums_are_added_by_day_and_partition(database):
-    """Each day and partition has sums of its own, and further counts add to them."""
-    one, two = Usage(1, 2, 3, 4, 5, 6), Usage(hits=10, tokens_billed=1 << 40)
+def test_sums_are_added_by_day_and_heading(database):
+    """Each day and heading has sums of its own, and further counts add to them."""
+    one, two = Usage(1, 2, 3, 4, 5, 6, 7, 8), Usage(hits=10, tokens_billed=1 << 40)
+    lines = [
+        *((day, Heading(part)) for day, part in ((1, HERE), (1, THERE), (2, HERE))),
+        *((1, Heading(HERE, *names)) for names in ("mpc", "mp", "m", ("", "m"), ("", "", "m"))),
+    ]
     for usage in (one, two, one):
         changes = Changes()
-        for day, partition in ((1, HERE), (1, THERE), (2, HERE)):
-            changes.count(day, partition, usage)
-            changes.count(day, partition, Usage())
+        for day, heading in lines:
+            changes.count(day, heading, usage)
+            changes.count(day, heading, Usage())
         database.write(changes)
     rows = database.sql("SELECT * FROM Usage").fetchall()
-    assert {Usage(*sums) for _, _, *sums in rows} == {one.plus(two).plus(one)}
-    assert len({row[:2] for row in rows}) == len(rows) == 3
+    assert {Usage(*row[5:]) for row in rows} == {one.plus(two).plus(one)}
+    assert len({row[:5] for row in rows}) == len(rows) == len(lines)
+    assert {row[2:5] for row in rows} == {heading[1:] for _, heading in lines}
 
 
 ODD = [
@@ -152,7 +158,9 @@ def test_odd_partitions_are_kept_apart(database):
     """Whatever stands in a name, each partition is one and stays the same when written again."""
     records = {bytes([i]) * 16: Kept(b"x", partition) for i, partition in enumerate(ODD)}
     for _ in range(2):
-        database.write(Changes(records=records, usage={(1, p): Usage(hits=1) for p in ODD}))
+        database.write(
+            Changes(records=records, usage={(1, Heading(p)): Usage(hits=1) for p in ODD})
+        )
         assert {a: entry[0] for a, entry in _entries(database).items()} == {
             a: kept.partition for a, kept in records.items()
         }
@@ -172,7 +180,7 @@ BAD = {
     "a sum": Changes(
         records={A: Kept(b"new", THERE)},
         dead=[(A, b"a")],
-        usage={(1, THERE): Usage(hits=1), (1, HERE): Usage(hits=1 << 63)},
+        usage={(1, Heading(THERE)): Usage(hits=1), (1, Heading(HERE)): Usage(hits=1 << 63)},
     ),
 }
 
@@ -272,7 +280,7 @@ def test_any_sequence_agrees_with_a_model(tmp_path_factory, steps):
         for records, dead, used, fails in steps:
             changes = Changes(records=dict(records), dead=list(dead), used=dict(used))
             if fails:
-                changes.count(0, THERE, Usage(hits=1 << 63))
+                changes.count(0, Heading(THERE), Usage(hits=1 << 63))
                 with pytest.raises(OverflowError):
                     database.write(changes)
             else:

@@ -18,6 +18,7 @@ from cache.store import Store
 from cache.tiers import Tiers
 from cache.usage import Usage
 from providers.base import (
+    Account,
     Context,
     DeadlineExceeded,
     EmbeddingError,
@@ -40,6 +41,7 @@ from tests.cache.fakes import (
 
 SPACE = Space("m", 3)
 ANY_TIME = Context()
+TEAM = Account("model", "a client", price=0.5)
 HIT, JOIN, MISS, DUPLICATE = Outcome.HIT, Outcome.JOIN, Outcome.MISS, Outcome.DUPLICATE
 MIB = 1 << 20
 
@@ -96,7 +98,7 @@ async def test_one_request_may_hold_every_outcome():
     rig.inner.gate.open()
     embedded = _right(await request, ["new", "theirs", "old", "new", (1, 2), "old", "theirs"])
     assert embedded.outcomes == [MISS, JOIN, HIT, DUPLICATE, MISS, DUPLICATE, DUPLICATE]
-    assert embedded.tokens_billed == tokens_of("new") + tokens_of((1, 2))
+    assert embedded.usage.tokens_billed == tokens_of("new") + tokens_of((1, 2))
     assert embedded.providers == ("fake",)
     assert (await other).outcomes == [MISS, MISS]
     assert [inputs for _, inputs, _ in rig.inner.calls] == [
@@ -112,7 +114,7 @@ async def test_a_hit_names_no_provider_and_costs_nothing():
     await rig.embed("a", (1,), "b")
     embedded = await rig.embed("b", "a", (1,))
     assert embedded.outcomes == [HIT, HIT, HIT]
-    assert (embedded.providers, embedded.tokens_billed) == ((), 0)
+    assert (embedded.providers, embedded.usage.tokens_billed) == ((), 0)
     assert len(rig.inner.calls) == 1
 
 
@@ -125,7 +127,7 @@ async def test_a_thousand_at_once_pay_once():
     rig.inner.gate.open()
     answers = [_right(await request, ["same"]) for request in requests]
     assert Counter(answer.outcomes[0] for answer in answers) == {MISS: 1, JOIN: 999}
-    assert sum(answer.tokens_billed for answer in answers) == tokens_of("same")
+    assert sum(answer.usage.tokens_billed for answer in answers) == tokens_of("same")
     assert rig.inner.asked == ["same"]
 
 
@@ -177,7 +179,7 @@ async def test_any_interleaving_pays_once_for_each_input(requests, limit, draw):
     for task, (inputs, space) in zip(tasks, requests, strict=True):
         embedded = _right(task.result(), inputs, space)
         outcomes.update(embedded.outcomes)
-        billed += embedded.tokens_billed
+        billed += embedded.usage.tokens_billed
         bought = MISS in embedded.outcomes
         assert embedded.providers == (("fake",) if bought else ())
     distinct = {(space, item) for inputs, space in requests for item in inputs}
@@ -255,7 +257,7 @@ async def test_only_what_the_second_look_does_not_find_is_bought():
     rig.store.reading.open()
     embedded = _right(await late, ["a", "b", "c"])
     assert embedded.outcomes == [MISS, HIT, MISS]
-    assert embedded.tokens_billed == tokens_of("a") + tokens_of("c")
+    assert embedded.usage.tokens_billed == tokens_of("a") + tokens_of("c")
     assert rig.inner.asked == ["b", "a", "c"]
 
 
@@ -287,7 +289,7 @@ async def test_who_joins_a_fill_that_another_got_refused_asks_alone(own):
     embedded = _right(await mine, inputs)
     assert embedded.outcomes == [MISS] * (len(own) + 1) + [DUPLICATE] * len(own)
     assert embedded.providers == ("fake",)
-    assert embedded.tokens_billed == sum(map(tokens_of, {*inputs}))
+    assert embedded.usage.tokens_billed == sum(map(tokens_of, {*inputs}))
     assert rig.inner.asked == ["bad", "good", *own, "good"]
 
 
@@ -417,12 +419,13 @@ async def test_one_deadline_is_not_anothers(hasty):
 
 
 async def test_the_context_reaches_the_wrapped_embedder():
-    """Space, deadline and user go on as they came."""
+    """Space, deadline, user and account go on as they came."""
     rig = Rig()
-    context = Context(deadline=asyncio.get_running_loop().time() + 60, user="someone")
+    context = Context(deadline=asyncio.get_running_loop().time() + 60, user="someone", account=TEAM)
     await rig.embed("a", "b", context=context)
     ((space, inputs, theirs),) = rig.inner.calls
-    assert (space, inputs, replace(theirs, on_part=None)) == (SPACE, ["a", "b"], context)
+    theirs = replace(theirs, on_part=None, on_charge=None)
+    assert (space, inputs, theirs) == (SPACE, ["a", "b"], context)
 
 
 # What is kept.
@@ -644,6 +647,7 @@ async def test_each_answer_is_summed_by_how_it_came():
         duplicates=2,
         tokens_saved=tokens_of("theirs") + 2 * tokens_of("old") + tokens_of("new"),
         tokens_billed=tokens_of("old") + tokens_of("theirs") + tokens_of("new"),
+        nanodollars_billed=20 * (tokens_of("old") + tokens_of("theirs") + tokens_of("new")),
     )
 
 
@@ -664,6 +668,7 @@ async def test_a_purchase_is_summed_though_its_buyer_is_gone():
         misses=2,
         tokens_saved=tokens_of("a"),
         tokens_billed=tokens_of("a") + tokens_of("b"),
+        nanodollars_billed=20 * (tokens_of("a") + tokens_of("b")),
     )
 
 
@@ -687,7 +692,7 @@ async def test_in_any_interleaving_the_sums_are_those_of_the_answers(requests, l
     tasks, _ = await _interleave(draw, rig, gate, requests)
     answers = [task.result() for task in tasks]
     outcomes = Counter(outcome for answer in answers for outcome in answer.outcomes)
-    billed = sum(answer.tokens_billed for answer in answers)
+    billed = sum(answer.usage.tokens_billed for answer in answers)
     assert rig.store.usage == Usage(
         hits=outcomes[HIT],
         joins=outcomes[JOIN],
@@ -695,6 +700,7 @@ async def test_in_any_interleaving_the_sums_are_those_of_the_answers(requests, l
         duplicates=outcomes[DUPLICATE],
         tokens_saved=sum(sum(answer.tokens) for answer in answers) - billed,
         tokens_billed=billed,
+        nanodollars_billed=20 * billed,
     )
 
 

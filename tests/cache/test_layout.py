@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 
 from cache import layout
+from cache.database import is_damage
 from cache.key import FORMAT, keyring
+from cache.ledger import Heading
 from cache.memory import Memory
 from cache.store import Store, StoreError
 from cache.tiers import Tiers
+from cache.usage import Usage
 from providers.base import Space
 
 GIB = 1 << 30
 ROOT = Path(layout.__file__).parents[1]
-OLD = Path(__file__).parent / "data" / "layout-0.db.gz"
+FIXTURES = {n: Path(__file__).parent / "data" / f"layout-{n}.db.gz" for n in range(layout.LAYOUT)}
 RING = keyring(Space("openai/text-embedding-3-small", 8))
 KEYS = [RING.key(f"old {i}") for i in range(20)]
 TABLES = {"Settings", "Cache", "Partitions", "Entries", "Usage", "Purges"}
@@ -34,11 +37,22 @@ def path(tmp_path):
     return path
 
 
+def _written(layout_number, path):
+    """Put a file there that an earlier version wrote."""
+    path.write_bytes(gzip.decompress(FIXTURES[layout_number].read_bytes()))
+    return path
+
+
 @pytest.fixture
 def old(path):
-    """Give a file that the version before wrote."""
-    path.write_bytes(gzip.decompress(OLD.read_bytes()))
-    return path
+    """Give a file that the first version wrote."""
+    return _written(0, path)
+
+
+@pytest.fixture
+def old_1(path):
+    """Give a file of layout 1, with counts of two days and two namespaces."""
+    return _written(1, path)
 
 
 def _ask(path, sql):
@@ -59,10 +73,10 @@ def _is_layout_0(path):
     return old and triggers and _ask(path, "PRAGMA user_version") == [(0,)]
 
 
-def _is_layout_1(path):
+def _is_laid_out(path):
     """Tell whether a file is of this layout."""
     return (
-        _ask(path, "PRAGMA user_version") == [(1,)]
+        _ask(path, "PRAGMA user_version") == [(layout.LAYOUT,)]
         and _names(path, "table") == TABLES
         and "Entries_delete" in _names(path, "trigger")
         and "Entries_used" in _names(path, "index")
@@ -92,7 +106,7 @@ async def test_opening_again_changes_no_table(path):
     for _ in range(2):
         async with Store(path.parents[1], GIB):
             pass
-        assert _is_layout_1(path)
+        assert _is_laid_out(path)
         schemas.append(_ask(path, "SELECT * FROM sqlite_master"))
     assert schemas[0] == schemas[1]
 
@@ -104,7 +118,7 @@ async def test_an_old_file_is_brought_up_where_it_lies(old):
     assert len(before) == 20
     async with Store(old.parents[1], GIB) as store:
         await _all_are_served(store)
-    assert _is_layout_1(old)
+    assert _is_laid_out(old)
     assert _ask(old, "SELECT * FROM Cache ORDER BY rowid") == before
     entries = _ask(old, "SELECT id, stored, used FROM Entries ORDER BY id")
     assert [row[:2] for row in entries] == [row[:2] for row in times]
@@ -147,17 +161,51 @@ async def test_an_old_entry_can_be_replaced_deleted_and_evicted(old):
     assert rows[0][0] == rows[0][1] > 0
 
 
-STATEMENTS = len(layout._FROM_NONE)
+async def test_the_sums_of_layout_1_are_carried_over(old_1):
+    """What was counted stays counted, under the space it was about; nobody knows who was paid."""
+    before = _ask(old_1, "SELECT * FROM Usage ORDER BY day, partition")
+    assert len(before) == 3
+    async with Store(old_1.parents[1], GIB) as store:
+        await _all_are_served(store)
+        store.count(Heading(RING.partition, "m", "p", "c"), Usage(misses=1))
+    assert _is_laid_out(old_1)
+    carried = _ask(old_1, "SELECT * FROM Usage WHERE model != 'm' ORDER BY day, partition")
+    names = ("openai/text-embedding-3-small", "", "")
+    assert carried == [(*row[:2], *names, *row[2:], 0, 0) for row in before]
+    assert _ask(old_1, "SELECT count(*) FROM Usage") == [(4,)]
+    assert _ask(old_1, "PRAGMA integrity_check") == [("ok",)]
+
+
+# How the version before, which may still run, adds to the sums.
+COUNT_1 = """
+    INSERT INTO Usage VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, partition) DO UPDATE SET
+        hits = hits + excluded.hits"""
+
+
+async def test_a_process_of_the_version_before_does_not_take_the_file_for_damaged(old_1):
+    """It fails to write, as on a full disk; were it to find damage, it would move the file away."""
+    async with Store(old_1.parents[1], GIB):
+        pass
+    with (
+        contextlib.closing(sqlite3.connect(old_1)) as connection,
+        pytest.raises(sqlite3.OperationalError) as caught,
+    ):
+        connection.execute(COUNT_1, range(8))
+    assert not is_damage(caught.value)
+
+
+STATEMENTS = sum(map(len, layout._STEPS.values()))
 
 
 @pytest.mark.parametrize("place", range(STATEMENTS + 1))
 async def test_an_upgrade_that_fails_leaves_the_old_file_whole(old, monkeypatch, place):
     """Whichever statement fails, the file is as it was, stays there, and the next try succeeds."""
-    steps = list(layout._FROM_NONE)
-    steps.insert(place, "SELECT no_such_function()")
+    version = int(place > len(layout._FROM_NONE))
+    steps = list(layout._STEPS[version])
+    steps.insert(place - version * len(layout._FROM_NONE), "SELECT no_such_function()")
     before = _ask(old, "SELECT * FROM Cache ORDER BY rowid")
     with monkeypatch.context() as patch:
-        patch.setitem(layout._STEPS, 0, tuple(steps))
+        patch.setitem(layout._STEPS, version, tuple(steps))
         async with Store(old.parents[1], GIB) as store:
             assert await store.put_many({KEYS[0].address: b"not yet"}) is False
             store._pending.backlog.clear()
@@ -166,7 +214,7 @@ async def test_an_upgrade_that_fails_leaves_the_old_file_whole(old, monkeypatch,
             patch.undo()
             await store._tick(1)
             await _all_are_served(store)
-    assert _is_layout_1(old)
+    assert _is_laid_out(old)
     assert not list(old.parents[1].glob("*damaged*"))
 
 
@@ -216,7 +264,7 @@ async def test_an_upgrade_that_is_killed_leaves_the_old_file_whole(old, place):
     assert _is_layout_0(old)
     async with Store(old.parents[1], GIB) as store:
         await _all_are_served(store)
-    assert _is_layout_1(old)
+    assert _is_laid_out(old)
 
 
 @pytest.mark.parametrize("place", [0, 4, STATEMENTS])
@@ -227,7 +275,7 @@ async def test_a_new_file_that_is_killed_on_the_way_is_laid_out_later(path, plac
     assert opener.returncode == -9
     async with Store(path.parents[1], GIB) as store:
         assert await store.put_many({KEYS[0].address: b"record"}, RING.partition)
-    assert _is_layout_1(path)
+    assert _is_laid_out(path)
     assert not list(path.parents[1].glob("*damaged*"))
 
 
@@ -235,7 +283,7 @@ async def test_a_new_file_that_is_killed_on_the_way_is_laid_out_later(path, plac
 async def test_several_processes_at_once_lay_out_once(path, is_old):
     """Of processes that open a file at the same moment one does the work, and all can use it."""
     if is_old:
-        path.write_bytes(gzip.decompress(OLD.read_bytes()))
+        _written(0, path)
     openers = [_opener(path.parents[1]) for _ in range(3)]
     for opener in openers:
         assert opener.stdout.readline() == "ready\n"
@@ -244,7 +292,7 @@ async def test_several_processes_at_once_lay_out_once(path, is_old):
         opener.stdin.flush()
     said = [opener.communicate()[0] for opener in openers]
     assert sorted(said) == ["0\n", "0\n", f"{STATEMENTS + 1}\n"]
-    assert _is_layout_1(path)
+    assert _is_laid_out(path)
     async with Store(path.parents[1], GIB) as store:
         if is_old:
             await _all_are_served(store)
@@ -257,7 +305,7 @@ async def test_a_newer_layout_is_refused_and_left_alone(path):
         await store.put_many({KEYS[0].address: b"record"}, RING.partition)
     _ask(path, f"PRAGMA user_version = {layout.LAYOUT + 1}")
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"has layout 2, this version knows 1: use a newer"):
+    with pytest.raises(StoreError, match=r"has layout 3, this version knows 2: use a newer"):
         async with Store(path.parents[1], GIB):
             pytest.fail("the store opened")
     assert path.read_bytes() == before

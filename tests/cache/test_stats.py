@@ -7,6 +7,7 @@ import pytest
 
 from cache import disk, stats
 from cache.changes import Changes, Kept
+from cache.ledger import Heading
 from cache.record import Entry, encode
 from cache.row import Partition
 from cache.usage import Usage
@@ -83,18 +84,18 @@ def test_entries_of_unknown_partition_are_counted_too(database):
 def test_uses_are_summed_over_the_days(database):
     """All days of a partition are one sum, and the sums of all partitions the total."""
     counted = {
-        (DAY, HERE): Usage(1, 2, 3, 4, 50, 60),
-        (DAY + 1, HERE): Usage(10, 20, 30, 40, 500, 600),
-        (DAY + 2, THERE): Usage(hits=5, tokens_saved=7),
+        (DAY, Heading(HERE, "m", "p")): Usage(1, 2, 3, 4, 50, 60, 7, 8),
+        (DAY + 1, Heading(HERE, client="c")): Usage(10, 20, 30, 40, 500, 600, 70, 80),
+        (DAY + 2, Heading(THERE)): Usage(hits=5, tokens_saved=7),
     }
     database.write(Changes(usage=counted))
     _put(database, range(1), HERE, 1_000, 1_000)
     found = stats.gather(database)
     held = {one.partition: one for one in found.held}
-    assert held[HERE].usage == Usage(11, 22, 33, 44, 550, 660)
+    assert held[HERE].usage == Usage(11, 22, 33, 44, 550, 660, 77, 88)
     assert held[HERE].entries == 1
     assert held[THERE] == stats.Held(THERE, 0, 0, None, None, None, Usage(5, tokens_saved=7))
-    assert found.usage == Usage(16, 22, 33, 44, 557, 660)
+    assert found.usage == Usage(16, 22, 33, 44, 557, 660, 77, 88)
     assert found.since_day == DAY
     assert found.usage.hit_rate == pytest.approx(1 - 33 / 115)
 

@@ -10,24 +10,26 @@ from hypothesis import strategies as st
 
 from cache import database
 from cache import store as store_module
+from cache.ledger import Heading
 from cache.row import Partition
 from cache.store import Store
 from cache.usage import Usage
 
 GIB = 1 << 30
-P, Q = Partition("", "m", 4), Partition("tenant", "m", 4)
+P = Heading(Partition("", "m", 4), "model", "", "a client")
+Q = Heading(Partition("tenant", "m", 4), "model", "provider")
 COUNTS = st.integers(0, 1 << 40)
-USAGES = st.builds(Usage, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS)
+USAGES = st.builds(Usage, *[COUNTS] * len(Usage._fields))
 
 
 def _sums(folder):
-    """Return the sums in a store's file, by day, namespace and space."""
+    """Return the sums in a store's file, by day and heading."""
     with contextlib.closing(sqlite3.connect(folder / "cache.db")) as connection:
         rows = connection.execute(
-            "SELECT day, namespace, space, dimensions, hits, joins, misses, duplicates,"
-            " tokens_saved, tokens_billed FROM Usage JOIN Partitions ON id = partition"
+            "SELECT namespace, space, dimensions, Usage.* FROM Usage"
+            " JOIN Partitions ON id = partition"
         ).fetchall()
-    return {(row[0], Partition(*row[1:4])): Usage(*row[4:]) for row in rows}
+    return {(row[3], Heading(Partition(*row[:3]), *row[5:8])): Usage(*row[8:]) for row in rows}
 
 
 @given(USAGES, USAGES, USAGES)
@@ -60,10 +62,10 @@ async def test_sums_are_written_with_the_next_change(tmp_path):
         store.count(P, Usage(hits=2))
         store.count(Q, Usage(joins=3))
         assert _sums(store.folder) == {}
-        assert await store.put_many({bytes(16): b"record"}, P)
+        assert await store.put_many({bytes(16): b"record"}, P.partition)
         sums = _sums(store.folder)
         assert {p: usage for (_, p), usage in sums.items()} == {P: Usage(hits=3), Q: Usage(joins=3)}
-        assert await store.put_many({bytes(16): b"record"}, P)
+        assert await store.put_many({bytes(16): b"record"}, P.partition)
         assert _sums(store.folder) == sums
 
 
@@ -81,9 +83,9 @@ async def test_sums_go_on_after_reopening_and_beside_another(tmp_path):
     """Several proxies and several lives of one add to the same sums."""
     for _ in range(2):
         async with Store(tmp_path, GIB) as one, Store(tmp_path, GIB) as two:
-            one.count(P, Usage(1, 2, 3, 4, 5, 6))
-            two.count(P, Usage(1, 2, 3, 4, 5, 6))
-    assert list(_sums(one.folder).values()) == [Usage(4, 8, 12, 16, 20, 24)]
+            one.count(P, Usage(1, 2, 3, 4, 5, 6, 7, 8))
+            two.count(P, Usage(1, 2, 3, 4, 5, 6, 7, 8))
+    assert list(_sums(one.folder).values()) == [Usage(4, 8, 12, 16, 20, 24, 28, 32)]
 
 
 STEPS = st.lists(
@@ -117,9 +119,9 @@ async def test_sums_are_kept_over_failures_exactly_once(tmp_path_factory, steps)
                 elif step == "resting":
                     for _ in range(3):
                         store._writer.rest.failed()
-                    assert await store.put_many({bytes(16): b"record"}, P) is False
+                    assert await store.put_many({bytes(16): b"record"}, P.partition) is False
                 elif step.startswith("put"):
-                    assert await store.put_many({bytes(16): b"r"}, P) is (step == "put")
+                    assert await store.put_many({bytes(16): b"r"}, P.partition) is (step == "put")
                 else:
                     await store._writer.flush()
             patch.undo()

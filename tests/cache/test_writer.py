@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cache import pending as pending_module
 from cache.changes import Kept, Use
 from cache.database import FileReplaced
+from cache.ledger import Heading
 from cache.row import Partition
 from cache.usage import Usage
 from cache.writer import Writer
@@ -237,7 +238,7 @@ async def test_without_a_file_everything_waits(rig):
     """When no fresh file can be opened either, records and sums wait for one."""
     rig.disk.file.failure = lambda _: FileReplaced("gone")
     rig.disk.can_open = False
-    rig.writer.pending.changes.count(1, P, Usage(hits=3))
+    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=3))
     assert await _told(rig.put(1)) == [False]
     assert (rig.disk.file, rig.writer.ready, rig.backlog) == (None, False, {1})
     assert await _told(rig.put(2)) == [False]
@@ -283,7 +284,7 @@ async def test_finishing_writes_all_there_is(rig):
     waiting = [rig.put(2)]
     await settle()
     waiting.append(rig.put(3))
-    rig.writer.pending.changes.count(1, P, Usage(hits=1))
+    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=1))
     rig.writer.pending.touch([_address(1)], Use(1, P))
     await settle()
     finishing = asyncio.create_task(rig.writer.finish())
@@ -323,7 +324,7 @@ async def test_in_any_order_nothing_is_lost_or_counted_twice(steps):
             tasks.append((number, rig.put(number)))
         elif step == "count":
             counted += 1
-            rig.writer.pending.changes.count(1, P, Usage(hits=1))
+            rig.writer.pending.changes.count(1, Heading(P), Usage(hits=1))
         elif step == "flush":
             flushes.append(asyncio.create_task(rig.writer.flush()))
         elif step == "let" and rig.disk.gate.held:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from providers import answer
 from providers.base import (
+    Charge,
     CredentialsRefused,
     EmbeddingError,
     InputRefused,
@@ -72,7 +73,7 @@ def test_a_right_answer_is_read_in_either_form(form):
     data = [item(i, form(numbers_of(i))) for i in range(3)]
     checked = read(body_of(data, usage={"prompt_tokens": 7, "total_tokens": 7}), 3)
     assert checked.vectors == [packed(numbers_of(i)) for i in range(3)]
-    assert checked.prompt_tokens == 7
+    assert checked.charge == Charge(7)
 
 
 def test_forms_may_be_mixed_in_one_answer():
@@ -237,34 +238,64 @@ def test_an_error_inside_a_200_counts_as_what_it_says(error, kind):
 
 
 @pytest.mark.parametrize(
-    ("usage", "total"),
+    ("usage", "charge"),
     [
-        ({"prompt_tokens": 7}, 7),
-        ({"prompt_tokens": 0}, 0),
-        ({"prompt_tokens": 2**31}, 2**31),
+        ({"prompt_tokens": 7}, Charge(7)),
+        ({"prompt_tokens": 7, "total_tokens": 9}, Charge(7)),
+        ({"prompt_tokens": 0}, None),
+        ({"prompt_tokens": 2**31}, Charge(2**31)),
         ({"prompt_tokens": 2**31 + 1}, None),
         ({"prompt_tokens": 10**30}, None),
         ({"prompt_tokens": -1}, None),
         ({"prompt_tokens": 7.0}, None),
         ({"prompt_tokens": True}, None),
         ({"prompt_tokens": "7"}, None),
-        ({"prompt_tokens": None, "total_tokens": 7}, None),
+        ({"prompt_tokens": None, "total_tokens": 7}, Charge(7)),
+        ({"total_tokens": 7}, Charge(7)),
+        ({"prompt_tokens": 7, "cost": 0.00000014}, Charge(7, 140)),
+        ({"prompt_tokens": 7, "cost": 1}, Charge(7, 1_000_000_000)),
+        ({"prompt_tokens": 7, "cost": 0}, Charge(7, 0)),
+        ({"cost": 1.4e-7}, Charge(None, 140)),
+        ({"prompt_tokens": 7, "cost": -1e-9}, Charge(7)),
+        ({"prompt_tokens": 7, "cost": 1e300}, Charge(7)),
+        ({"prompt_tokens": 7, "cost": True}, Charge(7)),
+        ({"prompt_tokens": 7, "cost": "0.1"}, Charge(7)),
+        ({"prompt_tokens": 7, "cost": {"total": 0.1}}, Charge(7)),
         ({}, None),
         (None, None),
         ([7], None),
         (7, None),
     ],
 )
-def test_usage_is_taken_when_it_is_a_count(usage, total):
-    """A strange usage is no usage; the vectors beside it are good."""
+def test_a_charge_is_taken_when_it_is_one(usage, charge):
+    """A strange usage is no usage, a strange cost no cost; the vectors beside it are good."""
     checked = read(body_of(items(2), usage=usage))
-    assert checked.prompt_tokens == total
+    assert checked.charge == charge
     assert len(checked.vectors) == 2
 
 
 def test_usage_may_be_missing():
     """OpenRouter's reply need not have one."""
-    assert read(body_of(items(2))).prompt_tokens is None
+    assert read(body_of(items(2))).charge is None
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": 7, "cost": 1e-9}, None])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"data": items(1)},
+        {"data": [items(2)[0], items(2)[0]]},
+        {"data": None},
+        {"data": [{**items(2)[0], "embedding": [0.0] * 3}, items(2)[1]]},
+        {"data": items(2), "error": {"message": "busy", "code": 503}},
+    ],
+    ids=["one too few", "no permutation", "no list", "zeros", "an error"],
+)
+def test_an_answer_that_is_no_good_was_charged_all_the_same(body, usage):
+    """What a refused answer says of its price is in the error; without a word there is none."""
+    with pytest.raises(ProviderError) as caught:
+        read(body_of(**body, usage=usage))
+    assert caught.value.charge == (Charge(7, 1) if usage else None)
 
 
 def error_body(code: object = None, kind: str = "some_type", **fields: object) -> bytes:

@@ -1,4 +1,4 @@
-"""The words of the house: when two spaces are one, what was billed, and the tree of errors."""
+"""The words of the house: when two spaces are one, and the tree of errors."""
 
 import re
 
@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 
 from providers import failures
 from providers.base import (
-    Embedded,
     InputRefused,
-    Outcome,
     ProviderError,
     RateLimited,
     Refusal,
@@ -111,20 +109,6 @@ def test_a_label_can_stand_in_a_header(name, fields):
 def test_a_label_is_easily_read(name, fields, label):
     """A plain model's label is its name, and parameters follow as in an address."""
     assert Space(name, 8).with_parameters(fields).label == label
-
-
-def test_only_misses_are_billed():
-    """Hits, joins and duplicates cost nothing now, whatever their size."""
-    outcomes = [Outcome.HIT, Outcome.MISS, Outcome.JOIN, Outcome.MISS, Outcome.DUPLICATE]
-    answer = Embedded([b""] * 5, [1, 20, 300, 4000, 50_000], counted=True, outcomes=outcomes)
-    assert answer.tokens_billed == 4020
-
-
-def test_a_bill_needs_an_outcome_for_every_input():
-    """A missing outcome is an error and not a smaller bill."""
-    answer = Embedded([b""] * 2, [1, 20], counted=True, outcomes=[Outcome.MISS])
-    with pytest.raises(ValueError, match="shorter"):
-        assert answer.tokens_billed
 
 
 def test_the_tree_that_is_drawn_is_the_tree_that_is_built():

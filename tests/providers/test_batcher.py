@@ -19,8 +19,9 @@ from providers.base import (
 from providers.batcher import Batcher
 from providers.calls import assembled
 from providers.limits import Limits
+from providers.route import Route
 from providers.split import LEAST
-from providers.within import ask_within_limits, limits_of
+from providers.within import limits_of
 from tests.providers.fakes import Kept, Upstream, check, refusing, settle, tokens_of, vector_of
 
 SPACE = Space("m", 2)
@@ -387,7 +388,7 @@ async def test_a_part_is_cut_again_where_a_provider_takes_less(count, most, toke
     """Each call keeps to what this provider takes, also at a time."""
     provider = Narrow(Limits(inputs=most, tokens=tokens, concurrency=2))
     inputs = texts(count)
-    check(await ask_within_limits(provider, "theirs", SPACE, inputs, ANY_TIME), inputs)
+    check(await Route(provider, "theirs").embed(SPACE, inputs, ANY_TIME), inputs)
     assert all(len(call) <= most for call in provider.upstream.calls)
     assert sorted(provider.upstream.bought) == sorted(inputs)
     assert provider.upstream.most <= 2
@@ -400,7 +401,7 @@ async def test_a_refusal_in_a_cut_part_has_its_place_and_the_rest_is_told():
     kept = Kept()
     provider.upstream.failure = lambda call: InputRefused("no", index=1) if "t5" in call else None
     with pytest.raises(InputRefused) as caught:
-        await ask_within_limits(provider, "m", SPACE, texts(9), Context(on_part=kept))
+        await Route(provider, "m").embed(SPACE, texts(9), Context(on_part=kept))
     assert caught.value.index == 5
     assert kept.rows.keys() == {0, 1, 2, 3}
 

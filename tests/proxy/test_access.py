@@ -1,10 +1,16 @@
 """Who is let in: the keys that clients send against those that are configured."""
 
+import hashlib
+
 import pytest
 
 from proxy.access import Access
+from proxy.caller import Caller
+from proxy.settings import ClientKey
 
-ACCESS = Access({"first-key": "", "zweiter-schlüssel": "team"})
+FIRST = ClientKey(key="first-key", name="the first")
+SECOND = ClientKey(key="zweiter-schlüssel", namespace="team")
+ACCESS = Access([FIRST, SECOND])
 
 MISSING = "You didn't provide an API key"
 WRONG = "Incorrect API key provided"
@@ -13,7 +19,7 @@ WRONG = "Incorrect API key provided"
 @pytest.mark.parametrize("authorization", [None, "", "Bearer anything", "nonsense"])
 def test_without_keys_everyone_comes_in(authorization):
     """A proxy with no keys asks for none."""
-    assert Access({}).admit(authorization) == ""
+    assert Access([]).admit(authorization) == Caller("", "")
 
 
 @pytest.mark.parametrize(
@@ -28,7 +34,16 @@ def test_without_keys_everyone_comes_in(authorization):
 )
 def test_any_of_the_keys_opens(authorization):
     """Each key opens, whatever the case of the scheme and the white space around."""
-    assert ACCESS.admit(authorization) == ("team" if "zweiter" in authorization else "")
+    namespace = "team" if "zweiter" in authorization else ""
+    assert ACCESS.admit(authorization).namespace == namespace
+
+
+def test_a_client_has_the_name_of_its_key_or_a_label():
+    """A key without a name is told from others by a part of its digest, always the same."""
+    assert ACCESS.admit("Bearer first-key") == Caller("", "the first")
+    named = ACCESS.admit("Bearer zweiter-schlüssel").client
+    digest = hashlib.sha256("zweiter-schlüssel".encode()).hexdigest()
+    assert named == f"key-{digest[:8]}"
 
 
 @pytest.mark.parametrize(
@@ -68,9 +83,11 @@ def test_everything_else_is_a_401_that_repeats_no_key(authorization, message):
 def test_keys_are_not_kept():
     """What is kept of a key is a digest, so that no dump of the process shows it."""
     assert b"first-key" not in repr(vars(ACCESS)).encode()
-    assert len(ACCESS._namespaces) == 2
+    assert len(ACCESS._callers) == 2
 
 
 def test_white_space_around_a_configured_key_does_not_count():
     """A key read from a file often ends in a line break."""
-    assert Access({" secret\n": "a"}).admit("Bearer secret") == "a"
+    assert (
+        Access([ClientKey(key=" secret\n", namespace="a")]).admit("Bearer secret").namespace == "a"
+    )

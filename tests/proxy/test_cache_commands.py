@@ -23,10 +23,12 @@ from cache import backup, database, disk, purge, transfer, verify
 from cache.changes import Changes
 from cache.key import Namespace, keyring
 from cache.layout import PAGE_BYTES
+from cache.ledger import Heading
 from cache.record import Entry, encode
 from cache.row import Row
 from cache.usage import Usage
 from providers.base import Space
+from providers.bill import NANO
 from proxy import cli
 
 ROOT = Path(__file__).parents[2]
@@ -161,8 +163,10 @@ def test_stats_as_json(run, fill, tmp_path):
     small, tasked = keyring(SPACE).partition, keyring(task).partition
     with disk.opened(tmp_path / "cache", GIB) as file:
         usage = {
-            (20_000, small): Usage(5, 1, 3, 1, tokens_saved=1_500_000, tokens_billed=500_000),
-            (20_001, tasked): Usage(hits=1, tokens_saved=250_000),
+            (20_000, Heading(small)): Usage(5, 1, 3, 1, 1_500_000, 500_000, 3 * NANO, NANO),
+            (20_001, Heading(tasked)): Usage(
+                hits=1, tokens_saved=250_000, nanodollars_saved=NANO // 2
+            ),
         }
         file.write(Changes(usage=usage))
     done = run("stats", "--json")
@@ -194,7 +198,6 @@ def test_stats_as_json(run, fill, tmp_path):
         "usd_saved": 3.0,
         "usd_billed": 1.0,
     }
-    # What was saved with parameters is worth the price of the model, too.
     assert partitions["", "a/small?task=%22q%22"]["usd_saved"] == 0.5
     assert shown.pop("file_bytes") >= path.stat().st_size
     assert shown == {
@@ -218,7 +221,11 @@ def test_stats_for_people(run, fill, tmp_path):
     """A line for each partition, none of it cut or taken for markup, and a sum in words."""
     fill(*(_row(text, days=3) for text in TEXTS), _row("a", OTHER, "[red]tenant %s"))
     with disk.opened(tmp_path / "cache", GIB) as file:
-        usage = {(20_000, keyring(SPACE).partition): Usage(3, 0, 1, 0, 600_000, 200_000)}
+        usage = {
+            (20_000, Heading(keyring(SPACE).partition)): Usage(
+                3, 0, 1, 0, 600_000, 200_000, 6 * NANO // 5, 2 * NANO // 5
+            )
+        }
         file.write(Changes(usage=usage))
     done = run("stats")
     assert (done.code, done.err) == (0, "")
@@ -243,6 +250,72 @@ async def test_stats_of_what_a_proxy_did(run, start_proxy, upstream):
     assert [one[name] for name in ("entries", "hits", "misses", "duplicates")] == [3, 1, 3, 1]
     assert (one["tokens_billed"], one["tokens_saved"]) == (6, 4)
     assert (one["usd_billed"], one["usd_saved"]) == (12e-6, 8e-6)
+
+
+BILL = {
+    (20_000, Heading(keyring(SPACE).partition, "small", "shop", "ci")): Usage(
+        misses=3, tokens_billed=500_000, nanodollars_billed=2 * NANO // 3
+    ),
+    (20_001, Heading(keyring(SPACE).partition, "small", "", "ci")): Usage(
+        hits=5, tokens_saved=1_500_000, nanodollars_saved=3 * NANO
+    ),
+    (20_001, Heading(keyring(OTHER, Namespace("[red]t")).partition, "b", "", "")): Usage(joins=7),
+}
+
+
+def _write_bill(tmp_path):
+    with disk.opened(tmp_path / "cache", GIB, create=True) as file:
+        file.write(Changes(usage=BILL))
+
+
+def test_the_bill_as_json(run, tmp_path):
+    """Lines by what was asked for, in that order, with dollars and a day that people can read."""
+    _write_bill(tmp_path)
+    done = run("stats", "--by", "day", "--by", "provider", "--by", "day", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert [(list(one)[:2], one["day"], one["provider"]) for one in done.json] == [
+        (["day", "provider"], "2024-10-04", "shop"),
+        (["day", "provider"], "2024-10-05", ""),
+    ]
+    assert done.json[0]["usd_billed"] == 0.666666666
+    assert {name: done.json[1][name] for name in ("hits", "joins", "misses", "usd_saved")} == {
+        "hits": 5,
+        "joins": 7,
+        "misses": 0,
+        "usd_saved": 3.0,
+    }
+
+
+def test_the_bill_for_people(run, tmp_path):
+    """A line for each, none of it taken for markup."""
+    _write_bill(tmp_path)
+    done = run("stats", "--by", "namespace", "--by", "client")
+    assert (done.code, done.err) == (0, "")
+    title, *lines = (line.split() for line in done.out.splitlines())
+    assert title == [
+        "namespace",
+        "client",
+        "inputs",
+        "bought",
+        "tokens",
+        "billed",
+        "billed",
+        "tokens",
+        "saved",
+        "saved",
+    ]
+    assert lines == [
+        ["-", "ci", "8", "3", "500,000", "$0.6667", "1,500,000", "$3.0000"],
+        ["[red]t", "-", "7", "0", "0", "$0.0000", "0", "$0.0000"],
+    ]
+
+
+def test_the_bill_by_something_unknown_is_refused(run, tmp_path):
+    """The message says what there is."""
+    _write_bill(tmp_path)
+    done = run("stats", "--by", "colour")
+    assert done.code == 2
+    assert "colour" in done.err
 
 
 # purge

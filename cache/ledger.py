@@ -1,0 +1,130 @@
+"""What was paid, to whom and by whom, and what was not: the sums of requests, and those on disk.
+
+Counting adds to numbers in memory, and they are written with the next change or in a while. A
+charge is counted as soon as it is known, so before what was bought with it is written.
+"""
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from providers.base import Account, Bill, Embedded, Outcome, nanodollars
+
+from .layout import Sql
+from .row import Partition
+from .usage import Usage
+
+
+class Heading(NamedTuple):
+    """What one line of the ledger is about, beside the day."""
+
+    partition: Partition
+    model: str = ""
+    """The name that clients asked for."""
+    provider: str = ""
+    """Who was paid; empty where nobody was."""
+    client: str = ""
+    """The name of a client's key; empty where none is asked for."""
+
+
+Count: TypeAlias = Callable[[Heading, Usage], None]
+"""Adds to the ledger."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered(Embedded):
+    """An answer, and its sums."""
+
+    usage: Usage
+
+
+def answered(embedded: Embedded, usage: Usage) -> Answered:
+    """Return an answer with its sums."""
+    return Answered(
+        vectors=embedded.vectors,
+        tokens=embedded.tokens,
+        counted=embedded.counted,
+        providers=embedded.providers,
+        outcomes=embedded.outcomes,
+        usage=usage,
+    )
+
+
+class Purchase:
+    """What one fill buys; charges and inputs are counted as they come."""
+
+    def __init__(self, count: Count, partition: Partition, account: Account) -> None:
+        self._count = count
+        self._partition = partition
+        self._account = account
+        self._sellers: dict[int, str] = {}
+        self.charged = Usage()
+        """The sums of all charges so far; inputs are not in it."""
+
+    def charge(self, bill: Bill) -> None:
+        """Count what a call was charged, whether or not anything is kept of its answer."""
+        self._sellers.update(dict.fromkeys(bill.places, bill.provider))
+        usage = Usage(tokens_billed=sum(bill.tokens), nanodollars_billed=sum(bill.nanodollars))
+        self.charged = self.charged.plus(usage)
+        self._count(self._heading(bill.provider), usage)
+
+    def bought(self, places: Sequence[int]) -> None:
+        """Count inputs whose vectors are about to be kept."""
+        sellers = Counter(self._sellers.get(place, "") for place in places)
+        for seller, inputs in sellers.items():
+            self._count(self._heading(seller), Usage(misses=inputs))
+
+    def _heading(self, provider: str) -> Heading:
+        return Heading(self._partition, self._account.model, provider, self._account.client)
+
+
+def usage_of(
+    tokens: Sequence[int], outcomes: Sequence[Outcome], charged: Usage, account: Account
+) -> Usage:
+    """Return the sums of a request: what it was charged, and what its other inputs are worth."""
+    counts = Counter(outcomes)
+    saved = sum(tokens)
+    if counts[Outcome.MISS]:
+        rows = zip(tokens, outcomes, strict=True)
+        saved -= sum(n for n, how in rows if how is Outcome.MISS)
+    return Usage(
+        hits=counts[Outcome.HIT],
+        joins=counts[Outcome.JOIN],
+        misses=counts[Outcome.MISS],
+        duplicates=counts[Outcome.DUPLICATE],
+        tokens_saved=saved,
+        tokens_billed=charged.tokens_billed,
+        nanodollars_saved=nanodollars(saved, account.price),
+        nanodollars_billed=charged.nanodollars_billed,
+    )
+
+
+class By(enum.StrEnum):
+    """What the ledger can be summed by: columns of its table, and of that of the partitions."""
+
+    DAY = "day"
+    MODEL = "model"
+    PROVIDER = "provider"
+    CLIENT = "client"
+    NAMESPACE = "namespace"
+    SPACE = "space"
+
+
+Line: TypeAlias = tuple[tuple[Any, ...], Usage]
+"""What some sums are about, and the sums."""
+
+
+def read(sql: Sql, by: Sequence[By]) -> list[Line]:
+    """Return the sums on disk by what is named in `by`, in that order; days count from 1970, UTC.
+
+    What running proxies have not written yet, ten seconds' worth at most, is not in it. Raises
+    FAILURES.
+    """
+    sums = ", ".join(f"sum({name})" for name in Usage._fields)
+    columns = ", ".join((*by, sums))
+    groups = f" GROUP BY {', '.join(by)} ORDER BY {', '.join(by)}" if by else ""
+    rows = sql(f"SELECT {columns} FROM Usage LEFT JOIN Partitions ON id = partition{groups}")
+    # Without groups, the sums of nothing are one row of NULLs.
+    return [(tuple(row[: len(by)]), Usage(*row[len(by) :])) for row in rows if row[-1] is not None]

@@ -1,0 +1,75 @@
+"""The words of the bill: who asks, and what an upstream charges for a call.
+
+Money is counted in whole nanodollars (10⁻⁹ USD), so that sums are the same in any order. A token of
+a model at $0.005 per million costs five of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+NANO = 1_000_000_000
+"""Nanodollars a dollar."""
+MOST_NANODOLLARS = 1 << 50
+"""About a million dollars: no call costs more, whatever it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """On whose account a request goes, and what its tokens are worth."""
+
+    model: str = ""
+    """The name that the client asked for."""
+    client: str = ""
+    """The name of the client's key; empty where none is asked for."""
+    price: float = 0.0
+    """The model's list price in USD per million tokens: what is saved when nothing is bought."""
+
+
+NOBODY = Account()
+
+
+class Charge(NamedTuple):
+    """What an upstream says that it charges for a call; None where it does not say."""
+
+    tokens: int | None = None
+    nanodollars: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What was charged for one call, shared among its inputs: n of everything, adding up."""
+
+    provider: str
+    places: Sequence[int]
+    """Of the inputs, in the call of whoever is told."""
+    tokens: Sequence[int]
+    nanodollars: Sequence[int]
+
+    def at(self, whole: Sequence[int]) -> "Bill":
+        """Return the bill as it reads in a larger call, whose inputs at `whole` these are."""
+        places = [whole[place] for place in self.places]
+        return Bill(self.provider, places, self.tokens, self.nanodollars)
+
+    def rows(self, rows: Sequence[int]) -> "Bill":
+        """Return the part of the bill that is in some rows of it."""
+        return Bill(
+            self.provider,
+            [self.places[i] for i in rows],
+            [self.tokens[i] for i in rows],
+            [self.nanodollars[i] for i in rows],
+        )
+
+
+OnCharge: TypeAlias = Callable[[Bill], None]
+"""Takes the bill of each call that an upstream charges for, as soon as its answer is read: also of
+one whose answer was no good, or came to nothing later. Never raises."""
+
+
+def nanodollars(tokens: int, price: float) -> int:
+    """Return what tokens cost at a price in USD per million.
+
+    >>> nanodollars(1_000_000, 0.02) == NANO * 2 // 100
+    True
+    """
+    return round(min(tokens * price * 1000, MOST_NANODOLLARS))

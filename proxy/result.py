@@ -1,0 +1,64 @@
+"""What a service gives for the inputs of a request, whoever asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cache.ledger import Answered
+from cache.usage import Usage
+from providers import vector
+from providers.base import InvalidAnswer, Outcome, Space
+
+from .registry import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to n inputs, in their order."""
+
+    model: Model
+    """The one that was asked for."""
+    space: Space
+    """Of the vectors: another than the model's only if `fallback` is true."""
+    dimensions: int
+    """The width that was asked for."""
+    embedded: Answered
+    """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
+    fallback: bool = False
+    """Whether a model of another space stood in for the one that was asked for."""
+
+    @property
+    def vectors(self) -> vector.Floats:
+        """The vectors as one array of float32, shape (n, dimensions)."""
+        return vector.stack(vector.derive(self.embedded.vectors, self.dimensions))
+
+    @property
+    def outcomes(self) -> Sequence[Outcome]:
+        """How each input was answered."""
+        return self.embedded.outcomes
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of all inputs: what an uncached request would have been charged."""
+        return sum(self.embedded.tokens)
+
+    @property
+    def tokens_billed(self) -> int:
+        """Prompt tokens that providers charged now."""
+        return self.usage.tokens_billed
+
+    @property
+    def usage(self) -> Usage:
+        """The sums: how many inputs were answered in which way, what was billed and saved."""
+        return self.embedded.usage
+
+
+def checked(
+    model: Model, space: Space, width: int, embedded: Answered, *, fallback: bool = False
+) -> Result:
+    """Return an answer of which every vector can be brought to the width. Raises InvalidAnswer."""
+    if width < space.dimensions:
+        try:
+            vector.check_heads(embedded.vectors, width)
+        except vector.VectorError as error:
+            raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
+    return Result(model, space, width, embedded, fallback)
