@@ -69,7 +69,7 @@ class CachingEmbedder:
         ones are bought: then NotCached is raised at once, whatever others are buying just now.
         """
         ring = keyring(space, Namespace(context.namespace))
-        keys = [ring.key(item) for item in inputs]
+        keys = await ring.keys(inputs)
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
         # Of a space whose width is not known, nothing can be read; what is bought tells it.

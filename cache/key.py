@@ -8,8 +8,10 @@ xxHash finds a record quickly but proves nothing: texts with equal XXH3-128 can 
 check digest, BLAKE2b keyed with the namespace's secret over the same parts, is what is believed.
 """
 
+import asyncio
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,6 +24,10 @@ from .row import Partition
 
 FORMAT = 1
 """Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
+
+# More inputs, or characters and ids in all, are more than a millisecond or two of work.
+_MANY = 512
+_LONG = 1 << 19
 
 _TEXT = b"s"
 _TOKENS = b"t"
@@ -70,6 +76,12 @@ class Keyring:
         address.update(tail)
         digest.update(tail)
         return Key(address.digest(), digest.digest())
+
+    async def keys(self, items: Sequence[Input]) -> list[Key]:
+        """Return the keys of several inputs; where they take long, others get their turn."""
+        if len(items) <= _MANY and sum(map(len, items)) <= _LONG:
+            return list(map(self.key, items))
+        return await asyncio.to_thread(lambda: list(map(self.key, items)))
 
 
 @lru_cache(maxsize=1024)

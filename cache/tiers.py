@@ -4,9 +4,11 @@ Failure licence: what cannot be read, or does not verify, is a miss; what cannot
 as far as it can be. Neither raises.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from providers.base import NORMAL, Terms
 
@@ -18,6 +20,9 @@ from .record import Entry
 from .row import Partition
 from .store import Store
 from .usage import Usage
+
+# Entries that are looked up or kept in one go; between two goes, others get their turn.
+_AT_A_TIME = 512
 
 
 @dataclass(slots=True)
@@ -51,6 +56,17 @@ class Tiers:
         if terms.max_age <= 0:
             return {}
         not_before = time.time() - terms.max_age
+        found: dict[Key, Entry] = {}
+        for start in range(0, len(keys), _AT_A_TIME):
+            if start:
+                await asyncio.sleep(0)
+            some = keys[start : start + _AT_A_TIME]
+            found.update(await self._get_some(some, partition, terms, not_before))
+        return found
+
+    async def _get_some(
+        self, keys: Sequence[Key], partition: Partition, terms: Terms, not_before: float
+    ) -> dict[Key, Entry]:
         found: dict[Key, Entry] = {}
         missing: list[Key] = []
         for key in keys:
@@ -98,6 +114,13 @@ class Tiers:
         What was counted before is written in the same transaction, or was in an earlier one; also
         if the terms let nothing be kept.
         """
+        pairs = iter(entries.items())
+        while some := dict(islice(pairs, _AT_A_TIME)):
+            await self._put_some(some, partition, terms)
+
+    async def _put_some(
+        self, entries: Mapping[Key, Entry], partition: Partition, terms: Terms
+    ) -> None:
         if not terms.write:
             return
         records = {key.address: record.encode(entry) for key, entry in entries.items()}

@@ -8,7 +8,7 @@ import enum
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 from urllib.parse import quote
 
@@ -204,6 +204,8 @@ class Context:
     terms: Terms = NORMAL
     on_part: "OnPart | None" = None
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
+    counts: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Tokens of texts that the space's tokenizer counted on the way; they are not counted again."""
     begin_by: float | None = None
     """Point on the same clock by which a provider must have begun its call; else it raises Full."""
     account: Account = NOBODY

@@ -6,6 +6,7 @@ halves, so that what is good is bought and what is bad is named.
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from . import split
 from .base import Context, Embedded, Embedder, Input, InputRefused, Space
@@ -32,7 +33,10 @@ class Batcher:
 
         Parts that were answered were told to `context.on_part`, also when others failed.
         """
-        sizes = await split.sizes(space, inputs, self._limits.tokens)
+        sizes = await split.sizes(space, inputs, self._limits.tokens, context)
+        if sizes is not None and space.tokenizer is not None:
+            counts = zip(inputs, sizes, strict=True)
+            context = replace(context, counts={i: n for i, n in counts if isinstance(i, str)})
         limits = split.side_by_side(len(inputs), self._limits, self._least)
         parts = split.split(len(inputs), limits, sizes)
         calls = Calls(self._inner.embed, space, inputs, context, limits.concurrency)

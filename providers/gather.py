@@ -210,6 +210,7 @@ class _Ride:
             deadline=max(known) if len(known) == len(deadlines) else None,
             user=self._line.user,
             on_part=hand_out,
+            counts={text: n for one in riders for text, n in one.context.counts.items()},
             account=riders[0].context.account,
             on_charge=charge,
         )

@@ -30,8 +30,8 @@ _BYTES_A_NUMBER = 32
 _BYTES_A_REPLY = 1 << 20
 _WIDEST = 1 << 16
 
-# Below this many bytes of input, counting tokens is quicker than handing it to a thread.
-_COUNT_INLINE = 16_384
+# Up to this many bytes, reading a reply is quicker than handing it to a thread.
+_READ_INLINE = 1 << 20
 
 # A shorter key may be a part of any word.
 _SHORTEST_SECRET = 8
@@ -114,13 +114,17 @@ class HttpProvider:
             reply = await self._transport.post(self.path(model), payload, limit, context)
         self._admission.learn(model, reply.headers)
         try:
-            checked = self._read(reply, space, inputs)
+            if len(reply.body) <= _READ_INLINE:
+                checked = self._read(reply, space, inputs)
+            else:
+                checked = await asyncio.to_thread(self._read, reply, space, inputs)
         except RateLimited as error:
             if error.retry_after is not None:
                 self._admission.hold(model, error.retry_after)
             raise
         self._compare(model, checked.model)
-        counts, exact = await _count(space, inputs, checked.charge and checked.charge.tokens)
+        total = checked.charge and checked.charge.tokens
+        counts, exact = await tokens.charged(inputs, total, space.tokenizer, context.counts)
         return Embedded(
             vectors=checked.vectors,
             tokens=counts,
@@ -192,16 +196,3 @@ class HttpProvider:
         for name, value in space.parameters:
             payload[name] = orjson.Fragment(value)
         return {**payload, **self.fixed_fields()}
-
-
-async def _count(
-    space: Space, inputs: Sequence[Input], total: int | None
-) -> tuple[list[int], bool]:
-    """Return the tokens of each input, and whether they are counted rather than apportioned."""
-    if space.tokenizer is None and total is not None:
-        return tokens.apportion(total, inputs), False
-    encoding = space.tokenizer or tokens.CL100K
-    if sum(map(len, inputs)) <= _COUNT_INLINE:
-        return tokens.count(inputs, encoding), space.tokenizer is not None
-    counts = await asyncio.to_thread(tokens.count, inputs, encoding)
-    return counts, space.tokenizer is not None

@@ -3,16 +3,19 @@
 Knows sizes and limits; asks nobody.
 """
 
-import asyncio
 from collections.abc import Sequence
 
 from . import tokens
-from .base import Input, Space
+from .base import Context, Input, Space
 from .limits import Limits
 
 LEAST = 64
 """Inputs in a part that is made for the sake of speed alone. Below it, what every call costs anew
 (some 20 ms, and one of the requests that a rate limit counts) outweighs what is gained."""
+
+MOST = 512
+"""Inputs in a part, unless calls are counted: a larger one is no quicker, and its answer, megabytes
+of it, would hold up everybody else while it is read and kept."""
 
 # Tokens that a model adds to each input (its first and last), which nobody's text shows.
 _FRAME = 2
@@ -21,11 +24,13 @@ _FRAME = 2
 _BYTES_A_TOKEN = 2
 
 
-async def sizes(space: Space, inputs: Sequence[Input], limit: int | None) -> list[int] | None:
+async def sizes(
+    space: Space, inputs: Sequence[Input], limit: int | None, context: Context
+) -> list[int] | None:
     """Return the tokens of each input; None when together they cannot pass `limit`.
 
-    They are counted where the model's tokenizer is known, in a thread; else estimated, rather too
-    many than too few.
+    They are counted where the model's tokenizer is known; else estimated, rather too many than too
+    few.
     """
     if limit is None:
         return None
@@ -33,7 +38,7 @@ async def sizes(space: Space, inputs: Sequence[Input], limit: int | None) -> lis
     if sum(_estimate(item, bytes_a_token=1) for item in inputs) <= limit:
         return None
     if space.tokenizer is not None:
-        return await asyncio.to_thread(tokens.count, inputs, space.tokenizer)
+        return await tokens.counted(inputs, space.tokenizer, context.counts)
     return [_estimate(item, _BYTES_A_TOKEN) for item in inputs]
 
 
@@ -85,6 +90,8 @@ def side_by_side(count: int, limits: Limits, least: int = LEAST) -> Limits:
     if limits.requests_per_minute is not None:
         lanes = min(lanes, max(1, limits.requests_per_minute // 60))
     share = max(least, -(-count // lanes))
+    if limits.requests_per_minute is None:
+        share = min(share, max(least, MOST))
     return Limits(min(limits.inputs, share), limits.tokens, limits.concurrency)
 
 

@@ -21,7 +21,7 @@ async def ask_within_limits(
     ask: Ask, limits: Limits, space: Space, inputs: Sequence[Input], context: Context
 ) -> Embedded:
     """Ask a provider, in several calls where it takes less in one than is wanted."""
-    sizes = await split.sizes(space, inputs, limits.tokens)
+    sizes = await split.sizes(space, inputs, limits.tokens, context)
     if len(inputs) <= limits.inputs and sizes is None:
         return await ask(space, inputs, context)
     calls = Calls(ask, space, inputs, context, limits.concurrency)

@@ -1,6 +1,7 @@
 """POST /v1/embeddings: the room where a request lives."""
 
 import asyncio
+from functools import partial
 
 from aiohttp import web
 
@@ -8,6 +9,9 @@ from . import wire
 from .caller import Caller
 from .result import Result
 from .service import EmbeddingService
+
+# Up to this many bytes, reading a body is quicker than handing it to a thread.
+_PARSE_INLINE = 1 << 18
 
 
 class Embeddings:
@@ -18,7 +22,8 @@ class Embeddings:
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
-        asked = wire.parse(body)
+        parse = partial(wire.parse, body, self._service.most_inputs)
+        asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         control = ", ".join(request.headers.getall("Cache-Control", ()))
         result = await self._service.answer(asked, caller, control)
         chunks = wire.render(

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Optional
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from providers import catalogue
 from providers.base import Space
@@ -52,6 +52,8 @@ class Model(Section):
     dimensions_refused: bool = False
     dimensions_sent: bool = False
     tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
+    context: Annotated[Whole, Field(ge=1)] | None = None
+    truncate: Literal["end"] | None = None
     unit_norm: bool = False
     price: Annotated[Number, Field(ge=0)] = 0
     order: Literal["listed", "cheapest", "fastest"] = "listed"
@@ -68,6 +70,22 @@ class Model(Section):
             return ()
         several = value if isinstance(value, list | tuple) else [value]
         return [{"model": entry} if isinstance(entry, str) else entry for entry in several]
+
+    @field_validator("truncate")
+    @classmethod
+    def _cut_by_tokens_of_its_own(cls, value: str | None, info: ValidationInfo) -> str | None:
+        for key in ("tokenizer", "context"):
+            if value is not None and info.data.get(key) is None:
+                raise ValueError(
+                    f"needs the model's `{key}`; give it, or leave `truncate` out: then what is too"
+                    " long is refused"
+                )
+        return value
+
+    @property
+    def truncate_to(self) -> int | None:
+        """Tokens to which an input is cut before anything else; None = it is not."""
+        return self.context if self.truncate else None
 
     def as_space(self) -> Space:
         """Return the space of this model's vectors."""
@@ -90,6 +108,7 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
         "dimensions_refused": entry.dimensions_refused,
         "dimensions_sent": entry.dimensions_sent,
         "tokenizer": entry.tokenizer,
+        "context": entry.context,
         "unit_norm": entry.unit_norm,
         "price": entry.price,
         "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],

@@ -12,6 +12,7 @@ from cache.tiers import Tiers
 from providers import calls
 from providers.base import Context, Embedded, Input, InputRefused, Space
 from providers.health import Upstreams
+from providers.longest import NoneTooLong
 from providers.router import Provider, Router
 
 from . import model_entry
@@ -54,6 +55,10 @@ class Model:
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
     width: Policy = "strict"
     """What may be done for a width that the model does not have."""
+    context: int | None = None
+    """Tokens an input may have; None = nothing is known of it."""
+    truncate_to: int | None = None
+    """Tokens to which an input is cut before the cache is asked; None = it is not cut."""
     fallbacks: tuple[Fallback, ...] = ()
     """Models of other spaces that may stand in when no route answers, in this order."""
     by_name: bool = False
@@ -176,8 +181,12 @@ class Registry:
             space=entry.as_space(),
             price=entry.price,
             router=router,
-            embedder=CachingEmbedder(batched(router, settings), self._tiers, self._flights),
+            embedder=CachingEmbedder(
+                NoneTooLong(batched(router, settings), entry.context), self._tiers, self._flights
+            ),
             dimensions_refused=entry.dimensions_refused,
             width=entry.width,
+            context=entry.context,
+            truncate_to=entry.truncate_to,
             fallbacks=entry.fallback,
         )

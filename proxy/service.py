@@ -21,8 +21,7 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers import tokens
-from providers.base import Account, Context, Input
+from providers.base import Account, Context
 from providers.health import Upstreams
 
 from . import canary, fallback, widths, wire
@@ -30,6 +29,7 @@ from .cache_control import terms
 from .caller import Caller
 from .canary import Canaries
 from .config import load
+from .inputs import prepare
 from .learned import WIDTHS_FILE, Pins
 from .opening import open_providers
 from .registry import Model, Registry
@@ -40,9 +40,6 @@ from .wire import EmbeddingRequest
 MIB = 1 << 20
 GIB = 1 << 30
 DAY = 86_400
-
-# Up to this many token ids, decoding is quicker than handing it to a thread.
-_DECODE_INLINE = 8192
 
 
 class EmbeddingService:
@@ -132,6 +129,11 @@ class EmbeddingService:
         """The models that are configured, or have been asked for by name; none before opening."""
         return self._registry.models if self._registry else {}
 
+    @property
+    def most_inputs(self) -> int | None:
+        """How many inputs a request may have; None = any number."""
+        return None if self.settings.server.allow_oversize else wire.MOST_INPUTS
+
     async def embed(  # noqa: PLR0913 - the parameters of a request
         self,
         inputs: str | Sequence[str | int | Sequence[int]],
@@ -144,7 +146,7 @@ class EmbeddingService:
         client: str = "",
         cache_control: str = "",
     ) -> Result:
-        """Embed one text, one token array, or 1…2,048 texts or token arrays.
+        """Embed one text, one token array, or several texts or token arrays.
 
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
@@ -156,7 +158,7 @@ class EmbeddingService:
             inputs = [item if isinstance(item, str | int) else list(item) for item in inputs]
         asked = EmbeddingRequest(
             model=model,
-            inputs=wire.parse_input(inputs),
+            inputs=wire.parse_input(inputs, self.most_inputs),
             dimensions=dimensions,
             encoding="base64",
             user=user,
@@ -174,12 +176,14 @@ class EmbeddingService:
         model = self._registry.get(asked.model)
         if model.by_name and asked.dimensions is not None:
             model = model.at(asked.dimensions)
-        inputs = await _as_texts(asked.inputs)
+        allow_oversize = self.settings.server.allow_oversize
         deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
         allowed = terms(self.settings.cache.mode, control)
         account = Account(asked.model, caller.client, model.price)
         context = Context(deadline, asked.user, caller.namespace, allowed, account=account)
         if not model.space.dimensions:
+            inputs, counts = await prepare(asked.inputs, model, allow_oversize=allow_oversize)
+            context = replace(context, counts=counts)
             model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
             space = model.space.with_parameters(asked.parameters)
             return checked(model, space, _width(model, asked), embedded)
@@ -189,7 +193,9 @@ class EmbeddingService:
             space = one.space
             if asked.parameters:
                 space = space.with_parameters(asked.parameters)
-            own = replace(context, deadline=by, account=replace(account, price=one.price))
+            inputs, counts = await prepare(asked.inputs, one, allow_oversize=allow_oversize)
+            bill = replace(account, price=one.price)
+            own = replace(context, deadline=by, account=bill, counts=counts)
             embedded = await one.embedder.embed(space, inputs, own)
             return checked(model, space, width, embedded, fallback=one is not model)
 
@@ -201,10 +207,3 @@ def _width(model: Model, asked: EmbeddingRequest) -> int:
     """Return the width to answer with. Raises InputRefused."""
     refused = model.dimensions_refused
     return widths.chosen(model.space, asked.dimensions, model.width, refused=refused)
-
-
-async def _as_texts(inputs: Sequence[Input]) -> list[Input]:
-    """Replace the token arrays that stand for a text by it; many at once in a thread."""
-    if sum(len(item) for item in inputs if not isinstance(item, str)) <= _DECODE_INLINE:
-        return [tokens.as_text(item) for item in inputs]
-    return await asyncio.to_thread(lambda: [tokens.as_text(item) for item in inputs])

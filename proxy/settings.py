@@ -33,6 +33,7 @@ class Server(Section):
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
+    allow_oversize: bool = True
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0

@@ -13,7 +13,7 @@ from providers import vector
 from providers.base import Input, InputRefused, Vector
 
 MOST_INPUTS = 2048
-"""Inputs in one request, and ids in a token array that stands alone."""
+"""At OpenAI: inputs in one request, and ids in a token array that stands alone."""
 VECTORS_A_CHUNK = 32
 """Vectors rendered at a time: some 260 kB of base64, less than 2 ms of work."""
 
@@ -33,10 +33,10 @@ class EmbeddingRequest:
     """All other fields: they are sent on, and may change the numbers."""
 
 
-def parse(body: bytes) -> EmbeddingRequest:
+def parse(body: bytes, most_inputs: int | None = None) -> EmbeddingRequest:
     """Read a request body. Raises InputRefused, status 400, for whatever OpenAI would refuse.
 
-    A field that is null is taken as absent.
+    A field that is null is taken as absent. `most_inputs` is the longest `input`; None = any.
     """
     try:
         fields = orjson.loads(body)
@@ -61,12 +61,17 @@ def parse(body: bytes) -> EmbeddingRequest:
     user = fields.pop("user", None)
     if user is not None and not isinstance(user, str):
         raise InputRefused("'user' must be a string.", param="user")
-    inputs = parse_input(fields.pop("input", None))
+    inputs = parse_input(fields.pop("input", None), most_inputs)
     return EmbeddingRequest(model, inputs, dimensions, encoding, user, fields)
 
 
-def parse_input(value: Any) -> list[Input]:  # noqa: ANN401 - whatever JSON holds
+def parse_input(
+    value: Any,  # noqa: ANN401 - whatever JSON holds
+    most: int | None = None,
+) -> list[Input]:
     """Return the inputs that the `input` field stands for, in any of its four forms.
+
+    `most` is how many items an array may have: inputs, or ids of a token array that stands alone.
 
     >>> parse_input("a"), parse_input(["a", "b"]), parse_input([1, 2]), parse_input([[1], [2, 3]])
     (['a'], ['a', 'b'], [(1, 2)], [(1,), (2, 3)])
@@ -77,10 +82,12 @@ def parse_input(value: Any) -> list[Input]:  # noqa: ANN401 - whatever JSON hold
         raise _invalid("must be a string, an array of strings or an array of tokens", "")
     if not value:
         raise _invalid("must not be an empty array", "")
-    if len(value) > MOST_INPUTS:
-        raise _invalid(f"must hold at most {MOST_INPUTS} items, not {len(value)}", "")
+    if most is not None and len(value) > most:
+        raise _invalid(f"is an array too long: {len(value)} items, and a maximum of {most}", "")
     first = type(value[0])
     if first is str:
+        if set(map(type, value)) == {str} and all(value):
+            return value
         return [_text(item, f"[{i}]") for i, item in enumerate(value)]
     if first is list:
         return [_tokens(item, f"[{i}]") for i, item in enumerate(value)]
@@ -100,6 +107,8 @@ def _tokens(item: object, where: str) -> tuple[int, ...]:
         raise _invalid("must be an array of tokens, like the items before it", where)
     if not item:
         raise _invalid("must not be an empty array", where)
+    if set(map(type, item)) == {int} and min(item) >= 0 and max(item) < 1 << 32:
+        return tuple(item)
     for i, token in enumerate(item):
         # bool is an int to Python, not to JSON.
         if type(token) is not int:

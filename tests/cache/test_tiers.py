@@ -232,3 +232,14 @@ async def test_sums_and_partition_are_in_a_real_store(tmp_path):
                 " JOIN Usage ON Usage.partition = Partitions.id GROUP BY Partitions.id"
             ).fetchall()
     assert rows == [(*PARTITION, len(ENTRIES), len(ENTRIES), len(ENTRIES))]
+
+
+async def test_many_entries_are_kept_and_found_in_goes(tmp_path):
+    """More entries than go at once are all kept, summed once each, and all found again."""
+    keys = {key_of(f"input {i}", SPACE): f"input {i}" for i in range(1200)}
+    entries = {key: entry_of(item, SPACE) for key, item in keys.items()}
+    async with Store(tmp_path, MIB * 64) as store:
+        await Tiers(Memory(0), store).put_many(entries, PARTITION)
+        tiers = Tiers(Memory(0), store)
+        assert await tiers.get_many(list(entries), PARTITION) == entries
+        assert tiers.counters == TierCounters(disk_hits=1200)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from providers import split
-from providers.base import Space
+from providers.base import Context, Space
 from providers.limits import Limits
 
 COUNTED = Space("m", 2, tokenizer="cl100k_base")
@@ -41,7 +41,7 @@ def test_speed_makes_no_small_parts(count, concurrency, most):
     limits = Limits(inputs=most, concurrency=concurrency)
     cut = split.side_by_side(count, limits)
     assert cut.inputs <= most
-    needed = -(-count // most)
+    needed = -(-count // min(most, split.MOST))
     parts = split.split(count, cut)
     assert len(parts) <= max(needed, min(concurrency, -(-count // split.LEAST)))
     if count >= concurrency * split.LEAST:
@@ -60,22 +60,22 @@ def test_a_rate_limit_is_not_spent_for_speed(rate, parts):
 async def test_what_cannot_pass_the_limit_is_not_counted(monkeypatch):
     """No token is shorter than a byte: where the bytes fit, nobody counts."""
     monkeypatch.setattr("providers.tokens.count", None)
-    assert await split.sizes(COUNTED, ["abcd", (1, 2, 3, 4)], 12) is None
-    assert await split.sizes(COUNTED, ["abcd"] * 100, None) is None
+    assert await split.sizes(COUNTED, ["abcd", (1, 2, 3, 4)], 12, Context()) is None
+    assert await split.sizes(COUNTED, ["abcd"] * 100, None, Context()) is None
 
 
 async def test_tokens_are_counted_where_the_tokenizer_is_known():
     """The model's own tokenizer decides, and an array is as long as it is."""
-    assert await split.sizes(COUNTED, ["hello world", (5,) * 9], 10) == [2, 9]
+    assert await split.sizes(COUNTED, ["hello world", (5,) * 9], 10, Context()) == [2, 9]
 
 
 @given(st.lists(st.text(max_size=40), min_size=1))
 async def test_an_estimate_never_saves_on_ordinary_text(texts):
     """Without a tokenizer at least one token in two bytes is assumed, and what frames an input."""
-    sizes = await split.sizes(UNKNOWN, texts, 0)
+    sizes = await split.sizes(UNKNOWN, texts, 0, Context())
     for text, size in zip(texts, sizes, strict=True):
         assert len(text.encode()) / 2 + 2 <= size <= len(text.encode()) / 2 + 3
-    assert await split.sizes(UNKNOWN, [(1,) * 9], 10) == [11]
+    assert await split.sizes(UNKNOWN, [(1,) * 9], 10, Context()) == [11]
 
 
 @given(st.integers(2, 100), st.integers(0, 50))

@@ -1,12 +1,15 @@
 """Counting against known counts; token arrays become text only where that loses nothing."""
 
+import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from providers import tokens
+from tests.providers import many_texts
 
 # Ids of cl100k_base, known from OpenAI's own tokenizer.
 KNOWN = {
@@ -140,3 +143,148 @@ def test_a_total_is_shared_by_size(total, inputs, shares):
 def test_empty_inputs_share_a_total_too():
     """A total is never lost, though there is no size to share it by."""
     assert sum(tokens.apportion(10, ["", ""])) == 10
+
+
+TEXTS = many_texts.texts()
+BY_TIKTOKEN = json.loads((many_texts.DATA / "tiktoken_counts.json").read_text(encoding="utf-8"))
+
+
+def test_the_texts_are_those_that_tiktoken_counted():
+    """The texts made here are those of which the counts were stored, and no two are the same."""
+    assert len(set(TEXTS)) == many_texts.COUNT == 3000
+    assert many_texts.digest(TEXTS) == BY_TIKTOKEN["digest"]
+
+
+@pytest.mark.parametrize("piece", [tokens.PIECE, 8])
+@pytest.mark.parametrize("encoding", many_texts.ENCODINGS)
+def test_counts_are_tiktokens(encoding, piece, monkeypatch):
+    """On 3,000 texts of every script counts equal tiktoken's, in pieces too (see many_texts)."""
+    monkeypatch.setattr(tokens, "PIECE", piece)
+    assert tokens.count(TEXTS, encoding) == BY_TIKTOKEN[encoding]
+
+
+@pytest.mark.parametrize("encoding", many_texts.ENCODINGS)
+def test_arrays_of_texts_of_every_script_are_those_texts(encoding):
+    """What a client encodes with the model's tokenizer is decoded with it, for every script."""
+    encode = tokens._tokenizer(encoding).encode_ordinary
+    arrays = [tuple(encode(text)) for text in TEXTS[:1000]]
+    assert [tokens.as_text(item, encoding) for item in arrays] == TEXTS[:1000]
+
+
+def test_an_array_is_decoded_by_the_encoding_it_is_in():
+    """One array stands for two texts in two encodings; it is never taken for the other's."""
+    array = (24912, 2375)
+    assert tokens.as_text(array, "o200k_base") == "hello world"
+    assert tokens.as_text(array) != "hello world"
+
+
+@pytest.mark.parametrize("item", [(199_999,), (200_018, 24912), (199_998,), (200_019,)])
+def test_special_tokens_of_another_encoding_stay_too(item):
+    """What is no plain text in o200k is left alone, as in cl100k."""
+    assert tokens.as_text(item, "o200k_base") is item
+
+
+TELLING = "aZé日가ſ0١½' \n\r\t\u00a0\u3000.,/-_!、。’👩\u200d\u0301"
+ALPHABET = st.sampled_from(TELLING) | st.characters(codec="utf-8")
+
+
+@given(st.text(ALPHABET, max_size=80), st.sampled_from(list(many_texts.ENCODINGS)))
+@example("a\x1cb c\u0085d", "cl100k_base")
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_are_parted_where_tokens_are(monkeypatch, text, encoding):
+    """The tokens of the pieces, one after another, are the tokens of the text."""
+    monkeypatch.setattr(tokens, "PIECE", 3)
+    encode = tokens._tokenizer(encoding).encode_ordinary
+    pieces = list(tokens.pieces(text))
+    assert "".join(pieces) == text
+    assert [id_ for piece in pieces for id_ in encode(piece)] == encode(text)
+
+
+def test_a_long_text_comes_in_pieces():
+    """No piece of prose is much longer than it may be; a word without an end stays whole."""
+    pieces = list(tokens.pieces("some words, and more. " * 10_000))
+    assert len(pieces) > 5
+    assert max(map(len, pieces)) < tokens.PIECE + 10
+    assert list(tokens.pieces("a" * 100_000)) == ["a" * 100_000]
+
+
+@pytest.mark.parametrize("length", [1 << 20, (1 << 20) + 1, 3 << 20])
+def test_no_word_is_encoded_for_ever(length):
+    """A word of millions of characters comes in pieces too, and none of it is lost."""
+    pieces = list(tokens.pieces("a" * length))
+    assert max(map(len, pieces)) <= tokens.LONGEST_STRETCH
+    assert "".join(pieces) == "a" * length
+
+
+@given(st.text(ALPHABET, min_size=1, max_size=60), st.integers(1, 20))
+@example("👩‍👩‍👧" * 3, 5)
+@settings(deadline=None)
+def test_a_text_is_cut_to_whole_characters_of_its_first_tokens(text, most):
+    """A cut text begins the text, has at most so many tokens, and ends with a whole character."""
+    cut = tokens.cut(text, most)
+    ids = ids_of(text)
+    if len(ids) <= most:
+        assert cut == text
+        return
+    head = tokens._tokenizer(tokens.CL100K).decode_bytes(ids[:most])
+    if cut == text:
+        # Not one character is whole: what is left would be no input.
+        assert not head.decode(errors="ignore")
+        return
+    assert text.startswith(cut)
+    assert cut
+    assert tokens.count([cut])[0] <= most
+    assert head.startswith(cut.encode())
+    if tokens.count([head.decode(errors="ignore")])[0] <= most:
+        assert len(head) - len(cut.encode()) < 4
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "cut"),
+    [("обраЀ", "cl100k_base", "об"), ("無しぁ", "cl100k_base", "無"), ("იუბ", "o200k_base", "ი")],
+)
+def test_a_cut_text_is_counted_again(text, encoding, cut):
+    """One token may hold a broken character and whole ones that are two tokens without it."""
+    broken = tokens._tokenizer(encoding).encode_ordinary(text)[:1]
+    head = tokens._tokenizer(encoding).decode_bytes(broken).decode(errors="ignore")
+    assert tokens.count([head], encoding) == [2]
+    assert tokens.cut(text, 1, encoding) == cut
+    assert tokens.count([cut], encoding) == [1]
+
+
+def test_what_is_cut_off_is_not_encoded():
+    """Cutting a long text costs what is kept, so that its length does no harm."""
+    text = "some words, and more. " * 20_000
+    seen = []
+    real = tokens._tokenizer(tokens.CL100K)
+    spy = SimpleNamespace(
+        encode_ordinary=lambda piece: seen.append(len(piece)) or real.encode_ordinary(piece),
+        decode_bytes=real.decode_bytes,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "_tokenizer", lambda _: spy)
+        cut = tokens.cut(text, 6)
+    assert cut == "some words, and more."
+    assert sum(seen) < 2 * tokens.PIECE
+
+
+@pytest.mark.parametrize(
+    ("item", "most", "cut"),
+    [
+        ((15339, 1917, 83739), 2, "hello world"),
+        ((15339, 1917), 2, (15339, 1917)),
+        ((100257, 15339, 1917), 2, (100257, 15339)),
+        ((33334, 45918, 243), 2, (33334, 45918)),  # ends inside a character
+    ],
+)
+def test_an_array_is_cut_to_its_first_tokens(item, most, cut):
+    """Of an array the first ids are kept, as a text if they stand for one."""
+    assert tokens.cut(item, most) == cut
+
+
+async def test_what_was_counted_is_not_counted_again(monkeypatch):
+    """Known counts are taken as they are; only the other texts are encoded."""
+    known = {"hello world": 41}
+    assert tokens.count(["hello world", "hello", (1, 2)], known=known) == [41, 1, 2]
+    long = "hello " * 9000
+    assert await tokens.counted([long, "hello"], tokens.CL100K, {long: 7}) == [7, 1]

@@ -56,7 +56,6 @@ BAD = {
     "empty string": ({**GOOD, "input": ""}, 400, "input", "must not be an empty string"),
     "empty string inside": ({**GOOD, "input": ["a", ""]}, 400, "input", "'$.input[1]' is invalid"),
     "empty list": ({**GOOD, "input": []}, 400, "input", "must not be an empty array"),
-    "too many": ({**GOOD, "input": ["a"] * 2049}, 400, "input", "at most 2048 items, not 2049"),
     "strings and tokens": ({**GOOD, "input": ["a", 1]}, 400, "input", "'$.input[1]' is invalid"),
     "strings and lists": ({**GOOD, "input": ["a", [1]]}, 400, "input", "'$.input[1]' is invalid"),
     "null in a list": ({**GOOD, "input": ["a", None]}, 400, "input", "'$.input[1]' is invalid"),

@@ -36,7 +36,15 @@ def _body(**fields) -> bytes:
 )
 def test_all_four_forms_are_read(given_input, inputs):
     """A string, strings, tokens and token arrays become inputs, nothing changed, in order."""
-    assert parse(_body(input=given_input)).inputs == inputs
+    assert parse(_body(input=given_input), MOST_INPUTS).inputs == inputs
+
+
+@pytest.mark.parametrize(
+    ("item", "count"), [("x", MOST_INPUTS + 1), (7, 1), ([7], MOST_INPUTS + 1)]
+)
+def test_without_a_limit_any_number_is_read(item, count):
+    """More inputs than OpenAI takes, and a token array as long as a model's context, are read."""
+    assert len(parse(_body(input=[item] * (MOST_INPUTS + 1))).inputs) == count
 
 
 @pytest.mark.parametrize(
@@ -80,12 +88,12 @@ BAD = {
     "too many": (
         {"input": ["x"] * (MOST_INPUTS + 1)},
         "input",
-        "'$.input' is invalid: it must hold at most 2048 items, not 2049",
+        "'$.input' is invalid: it is an array too long: 2049 items, and a maximum of 2048",
     ),
     "too many tokens": (
         {"input": [1] * (MOST_INPUTS + 1)},
         "input",
-        "at most 2048 items, not 2049",
+        "2049 items, and a maximum of 2048",
     ),
     "empty string inside": (
         {"input": ["a", "b", ""]},
@@ -141,7 +149,7 @@ BAD = {
 def test_bad_fields_are_refused_by_name_and_place(fields, param, message):
     """Each bad field gets a 400 that names it, and the place inside it."""
     with pytest.raises(InputRefused) as caught:
-        parse(_body(**fields))
+        parse(_body(**fields), MOST_INPUTS)
     error = caught.value
     assert (error.status, error.kind, error.param) == (400, "invalid_request_error", param)
     assert message in str(error)
@@ -181,7 +189,7 @@ FIELDS = st.fixed_dictionaries({}, optional=dict.fromkeys(FIELD_NAMES, JSON))
 def _checked(body: bytes) -> None:
     """Parse; whatever comes of it must be a request as promised, or InputRefused."""
     try:
-        request = parse(body)
+        request = parse(body, MOST_INPUTS)
     except InputRefused as error:
         assert error.status == 400  # noqa: PT017 - either outcome is fine, each has its rule
         return

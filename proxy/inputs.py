@@ -1,0 +1,77 @@
+"""What becomes of a request's inputs before the cache is asked.
+
+Token arrays become the texts they stand for, and what is too long is cut where the operator wants
+it so: the cache sees the input whose vector it keeps.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from providers import tokens
+from providers.base import Input, InputRefused
+
+from .registry import Model
+
+MOST_TOKENS = 300_000
+"""In all inputs of a request, at OpenAI."""
+
+MOST_IDS = 1 << 17
+"""A token array of more is never decoded: no model takes so many."""
+
+# Up to this many token ids, or characters to be cut, preparing is quicker than a thread.
+_INLINE = 8192
+
+
+class Prepared(NamedTuple):
+    """The inputs to embed, and what was counted on the way."""
+
+    inputs: Sequence[Input]
+    counts: Mapping[str, int]
+    """Tokens of some or none of the texts."""
+
+
+async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool) -> Prepared:
+    """Return the inputs as a model is asked for them.
+
+    Raises InputRefused for more tokens than OpenAI takes in a request, unless `allow_oversize`;
+    only where the model's tokenizer is known.
+    """
+    # Clients send cl100k ids, unless they know of another tokenizer.
+    encoding = model.space.tokenizer or tokens.CL100K
+    most = model.truncate_to
+
+    # What is sure to be cut or refused is not worth decoding.
+    longest = (model.space.tokenizer and model.context) or MOST_IDS
+
+    def change() -> list[Input]:
+        texts = [
+            tokens.as_text(item, encoding) if len(item) <= longest else item for item in inputs
+        ]
+        return texts if most is None else [tokens.cut(item, most, encoding) for item in texts]
+
+    work = sum(len(item) for item in inputs if most is not None or not isinstance(item, str))
+    try:
+        changed = await asyncio.to_thread(change) if work > _INLINE else change()
+        if allow_oversize or model.space.tokenizer is None:
+            return Prepared(changed, {})
+        return Prepared(changed, await _counted(changed, model.space.tokenizer))
+    except UnicodeEncodeError:
+        # Half a surrogate pair cannot be counted; the cache refuses it, and says so.
+        return Prepared(inputs, {})
+
+
+async def _counted(inputs: Sequence[Input], encoding: str) -> dict[str, int]:
+    """Return the tokens of the texts, if they had to be counted. Raises InputRefused."""
+    if sum(map(tokens.bound, inputs)) <= MOST_TOKENS:
+        return {}
+    counts = await tokens.counted(inputs, encoding)
+    total = sum(counts)
+    if total > MOST_TOKENS:
+        raise InputRefused(
+            f"Requested {total} tokens, max {MOST_TOKENS} tokens per request",
+            kind="max_tokens_per_request",
+            code="max_tokens_per_request",
+        )
+    pairs = zip(inputs, counts, strict=True)
+    return {item: number for item, number in pairs if isinstance(item, str)}
