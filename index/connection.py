@@ -183,7 +183,7 @@ def _load() -> None:
         raise NotInstalled from error
 
 
-def _translated(error: Exception) -> Exception:
+def _translated(error: Exception) -> Exception:  # noqa: PLR0911 - a table
     """Return a failure in our words; an error of the caller's own code stays what it is."""
     if isinstance(error, QdrantFailure):
         return error

@@ -1,4 +1,4 @@
-"""A Qdrant on a real socket, with faults on cue: the client's embedded engine under a server's rules.
+"""A Qdrant on a real socket, faults on cue: the client's embedded engine under a server's rules.
 
 With QDRANT_URL set (and QDRANT_API_KEY, if that server wants one) the same tests meet a real server
 instead: the socket stays, and passes on what it is asked. Collections and aliases made through it
@@ -6,8 +6,8 @@ are deleted there at the end.
 
 Of a server's rules these are kept, which the engine does not keep: an id is an unsigned integer of
 64 bits or a UUID, a vector has the collection's width, a batch with one bad point is refused as a
-whole, vectors of a cosine collection are scaled to length 1, a collection keeps its quantization and
-its payload indexes.
+whole, vectors of a cosine collection are scaled to length 1, a collection keeps its quantization
+and its payload indexes.
 """
 
 import asyncio
@@ -211,7 +211,7 @@ class _Engine:
     def close(self) -> None:
         self._client.close()
 
-    def answer(self, method: str, path: str, body: Any) -> Any:
+    def answer(self, method: str, path: str, body: Any) -> Any:  # noqa: C901, PLR0911 - a table
         parts = [unquote(part) for part in path.strip("/").split("/")]
         with warnings.catch_warnings(action="ignore"):
             try:
@@ -294,7 +294,9 @@ class _Engine:
         self._local.update_collection_aliases(asked.actions)
         return True
 
-    def _points(self, method: str, name: str, what: list[str], body: Any) -> Any:
+    def _points(  # noqa: PLR0911 - a table
+        self, method: str, name: str, what: list[str], body: Any
+    ) -> Any:
         local = self._local
         match method, what:
             case "PUT", []:

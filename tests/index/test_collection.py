@@ -1,4 +1,4 @@
-"""Collections on a server and in a folder: made as needed, refused when they are another space's."""
+"""Collections on a server and in a folder: made as needed, refused when of another space."""
 
 import gc
 
