@@ -101,6 +101,11 @@ class Indexer:
         """Stop sending; what waits is sent after the next start."""
         await self._stack.aclose()
 
+    @property
+    def sending(self) -> bool:
+        """Whether this is the one that sends."""
+        return self._sender is not None and self._sender.sending
+
     def knows(self, target: Target, point: bytes) -> bool:
         """Tell whether a point whose content follows from its id is remembered as added."""
         return (target, point) in self._remembered
@@ -163,7 +168,7 @@ class Indexer:
                 {"collection": collection, "reason": reason, "points": count}
                 for collection, reason, count in backlog.reasons
             ],
-            "sending": sender.sending,
+            "sending": self.sending,
             "last_failure": sender.counters.last_failure,
             "since_start": {
                 "added": self.added,
