@@ -100,10 +100,12 @@ async def ensure(
     collection holds vectors of another space or width, or does not say which.
     """
     making = making or Making()
-    if await _info(qdrant, name) is None and await _make(qdrant, name, wanted, making):
-        await index_payload(qdrant, name, making.payload_indexes)
-        return True
     info = await _info(qdrant, name)
+    if info is None:
+        if await _make(qdrant, name, wanted, making):
+            await index_payload(qdrant, name, making.payload_indexes)
+            return True
+        info = await _info(qdrant, name)
     if info is None:
         raise Missing(f"the collection {name} was deleted just now")
     claim = objection(name, (width_of(info), provenance_of(info)), wanted, adopt=making.adopt)
