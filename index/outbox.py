@@ -28,6 +28,9 @@ PATIENCE_SECONDS = 2.0
 JSON_A_BYTE = 5.5
 """Bytes of JSON that a byte of a vector becomes: a float32 is 4 bytes, and up to 22 characters."""
 
+_FREE_PAGES = 2048
+"""Of 4 KiB: room that is kept for what comes, and given back at a time."""
+
 
 class Full(Exception):
     """The file is as large as it may be: nothing is added until Qdrant takes some of it."""
@@ -188,8 +191,13 @@ class Outbox:
         """Let go of points; what has been added under their ids meanwhile stays."""
         with self._change() as sql:
             sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
-            # An outage leaves a large file; it shrinks as fast as it grew.
-            sql.execute("PRAGMA incremental_vacuum(1024)").fetchall()
+
+    def tidy(self) -> None:
+        """Give some of the room back that an outage has taken; for when nothing waits."""
+        (free,) = self._sql.execute("PRAGMA freelist_count").fetchone()
+        if free > _FREE_PAGES:
+            with self._lock:
+                self._sql.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES})").fetchall()
 
     def died(self, points: Iterable[Waiting], reason: str) -> None:
         """Put points that Qdrant refuses out of the way of others."""
