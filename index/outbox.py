@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from cache.lock import WriterLock
 
 from . import outbox_file
-from .point import Point, Target
+from .point import Backlog, Point, Target, Waiting
 
 FILE_NAME = "index-outbox.db"
 FAILURES = (sqlite3.Error, OSError, TimeoutError)
@@ -34,28 +33,6 @@ _FREE_PAGES = 2048
 
 class Full(Exception):
     """The file is as large as it may be: nothing is added until Qdrant takes some of it."""
-
-
-class Waiting(NamedTuple):
-    """A point in the line."""
-
-    seq: int
-    id: bytes
-    vector: bytes
-    payload: bytes
-    bytes: int
-
-
-class Backlog(NamedTuple):
-    """What has not arrived."""
-
-    points: int
-    bytes: int
-    oldest: float | None
-    """Since when the first of them waits, in seconds since 1970."""
-    dead: int
-    reasons: tuple[tuple[str, str, int], ...]
-    """Of the dead: collection, reason, and how many."""
 
 
 class Outbox:
@@ -197,7 +174,8 @@ class Outbox:
         (free,) = self._sql.execute("PRAGMA freelist_count").fetchone()
         if free > _FREE_PAGES:
             with self._lock:
-                self._sql.execute(f"PRAGMA incremental_vacuum({_FREE_PAGES})").fetchall()
+                # `execute` would step it once, which frees one page.
+                self._sql.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
 
     def died(self, points: Iterable[Waiting], reason: str) -> None:
         """Put points that Qdrant refuses out of the way of others."""

@@ -32,8 +32,8 @@ from .failures import (
     ServerFault,
     Unavailable,
 )
-from .outbox import FAILURES, Outbox, Waiting
-from .point import Target
+from .outbox import FAILURES, Outbox
+from .point import Target, Waiting
 from .writing import upsert
 
 log = logging.getLogger("embedding_proxy.index")
