@@ -173,3 +173,19 @@ async def test_a_spoilt_file_is_learned_anew(spoilt, upstream, start_proxy):
     await _embed(proxy, "b")
     reply, _ = await _embed(proxy, "a")
     assert reply.headers["x-cache"] == "hit"
+
+
+async def test_a_refused_input_has_the_clients_own_place(upstream, start_proxy):
+    """The error of the first request of all names the place in it, like that of any other."""
+    body = {"error": {"message": "too long", "type": "t", "param": "input", "code": None}}
+
+    async def act(request, payload):
+        if "bad" in payload["input"]:
+            return await status(400, body)(request, payload)
+        return await upstream.altered(lambda _: None)(request, payload)
+
+    upstream.always = act
+    proxy = await start_proxy(openai=upstream)
+    reply, _ = await _embed(proxy, ["a", "b", "a", "bad", "c"])
+    error = (await reply.json())["error"]
+    assert (reply.status, error["message"]) == (400, "too long (input 3)")
