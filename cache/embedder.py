@@ -184,7 +184,7 @@ class CachingEmbedder:
                 for place, vector, tokens in new
             }
             bought.update(entries)
-            purchase.bought([place for place, *_ in new])
+            purchase.bought([place for place, *_ in new], len(part.vectors[0]) // 4)
             # Who brings it may be called off while it is written; it is bought all the same.
             puts.append(asyncio.create_task(put(entries)))
             await asyncio.shield(puts[-1])
@@ -195,14 +195,15 @@ class CachingEmbedder:
         try:
             told = replace(context, on_part=keep, on_charge=purchase.charge)
             embedded = await self._inner.embed(ring.space, inputs, told)
+            if len(bought) < len(wanted):
+                await keep(range(len(wanted)), embedded)
         except InputRefused as error:
             if error.index is None:
                 raise
             raise KeyRefused(error, wanted[error.index]) from error
         finally:
+            purchase.close()
             await asyncio.gather(*puts)
-        if len(bought) < len(wanted):
-            await keep(range(len(wanted)), embedded)
         return Filled(frozenset(bought), embedded.providers, purchase.charged)
 
 

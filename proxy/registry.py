@@ -123,6 +123,12 @@ class Registry:
         width = self._pins.width(model.space.name)
         return self._keep(model, width) if width else model
 
+    def other_models(self) -> dict[str, dict[str, int]]:
+        """Return, by provider, how many of its replies named another model than was asked for."""
+        routes = (route for model in self.models.values() for route in model.router.routes)
+        found = {one.name: dict(getattr(one.provider, "other_models", {})) for one in routes}
+        return {name: models for name, models in sorted(found.items()) if models}
+
     async def learn(
         self,
         model: Model,
