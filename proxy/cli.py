@@ -21,6 +21,7 @@ from .commands import cache as cache_commands
 from .commands import export, stats, take_in, verify
 from .commands.check import check
 from .commands.common import ConfigOption, fail, one_line
+from .commands.compare import compare
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 _ = export, stats, take_in, verify
 app.add_typer(cache_commands.app, name="cache")
 app.command()(check)
+app.command()(compare)
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature

@@ -43,8 +43,9 @@ def a_few() -> list[str]:
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
     for module in _A_FEW:
-        docs = islice(_docstrings(root / f"{module}.py", module), _OF_EACH)
-        found |= dict.fromkeys(doc.text.partition("\n\n")[0] for doc in docs)
+        docs = _docstrings(root / f"{module}.py", module)
+        first = (doc.text.partition("\n\n")[0] for doc in docs)
+        found |= dict.fromkeys(islice((text for text in first if len(text.split()) >= 4), _OF_EACH))
     return list(found)
 
 

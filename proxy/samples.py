@@ -28,13 +28,12 @@ class Samples:
 def read(texts: Path | None, pairs: Path | None) -> Samples:
     """Return the inputs that files hold; without one, some that every machine has.
 
-    Lines of `texts` are texts, or objects with a `text` if its name ends in .jsonl or .ndjson; those
-    of `pairs` are objects with a `query` and a `text`. Blank and repeated ones are left out. Raises
-    SourceError.
+    Lines of `texts` are texts, or in a `….jsonl` objects with a `text`; those of `pairs` are
+    objects with a `query` and a `text`. Blank and repeated ones are left out. Raises SourceError.
     """
     given: list[str] = []
     if texts is not None:
-        given = [text for text, in _fields(texts, "text")] if is_jsonl(texts) else _plain(texts)
+        given = [text for (text,) in _fields(texts, "text")] if is_jsonl(texts) else _plain(texts)
         if not given:
             raise SourceError(f"{texts} holds no text")
     known = [] if pairs is None else list(_fields(pairs, "query", "text"))
@@ -61,12 +60,12 @@ def _plain(path: Path) -> list[str]:
     found = []
     for number, line in lines(path):
         try:
-            text = "" if line is None else line.decode().strip()
+            text = "" if line is None else line.decode()
         except UnicodeDecodeError as error:
             raise SourceError(f"{path}: line {number} is not UTF-8 text") from error
         if line is None:
             raise SourceError(f"{path}: line {number} is too long")
-        if text:
+        if text.strip():
             found.append(text)
     return found
 
@@ -82,6 +81,6 @@ def _fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
         for field, value in zip(fields, values, strict=True):
             if not isinstance(value, str):
                 raise SourceError(f"{path}: {where}: its `{field}` is no string")
-        texts = tuple(value.strip() for value in values if isinstance(value, str))
-        if all(texts):
+        texts = tuple(value for value in values if isinstance(value, str))
+        if all(text.strip() for text in texts):
             yield texts
