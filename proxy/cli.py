@@ -18,6 +18,7 @@ from . import config, server
 from . import workers as processes
 from .cache_control import MEANING
 from .commands import cache as cache_commands
+from .commands import config as config_commands
 from .commands import export, stats, take_in, verify
 from .commands.check import check
 from .commands.common import ConfigOption, fail, one_line
@@ -35,6 +36,7 @@ app = typer.Typer(
 # These add themselves to the group `cache`.
 _ = export, stats, take_in, verify
 app.add_typer(cache_commands.app, name="cache")
+app.add_typer(config_commands.app, name="config")
 app.command()(check)
 app.command()(compare)
 
