@@ -153,9 +153,10 @@ def _row(
         overhead_ms=None if p50 is None or least_s is None else max(p50 - 1000 * least_s, 0.0),
         batch_p50_ms=_percentile_ms(trial.batches_s, 50),
         batch_p95_ms=_percentile_ms(trial.batches_s, 95),
-        usd_per_million_tokens=usd / trial.tokens * 1e6
-        if usd is not None and trial.tokens
-        else None,
+        # A route that was billed for nothing has its price all the same.
+        usd_per_million_tokens=(
+            trial.price if usd is None or not trial.tokens else usd / trial.tokens * 1e6
+        ),
         usd_per_million_inputs=None if trial.usd_an_input is None else 1e6 * trial.usd_an_input,
         recall=found,
     )

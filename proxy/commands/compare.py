@@ -186,11 +186,11 @@ class _Work:
 
     def _tell_cost(self, trials: Sequence[Trial]) -> None:
         """Say on stderr what will be asked and what it costs. Raises ConfigError if it is much."""
-        total = sum(cost(trial, self.plan, UNKNOWN_USD)[1] for trial in trials)
-        count = sum(cost(trial, self.plan, UNKNOWN_USD)[0] for trial in trials)
+        costs = [cost(trial, self.plan, UNKNOWN_USD) for trial in trials]
+        count, total = (sum(each) for each in zip(*costs, strict=True))
         told = (
-            f"{len(trials)} routes, {len(self.plan.inputs):,} inputs, {self.plan.calls:,} calls"
-            f" each: about {count:,} tokens for ${total:,.4f}"
+            f"inputs: {len(self.plan.inputs):,}, routes: {len(trials)}, calls of each:"
+            f" {self.plan.calls:,}; about {count:,} tokens for ${total:,.4f}"
         )
         unknown = [comparison.name_of(trial) for trial in trials if trial.price is None]
         if unknown:
