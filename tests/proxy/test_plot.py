@@ -11,7 +11,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_points_are_where_their_figures_are():
-    """Twice the figure is twice as far from the axis; names and notes are told below and hovered."""
+    """Twice the figure is twice as far from the axis; names and notes are told below, too."""
     points = [Point("a", 50, 0.1, "x"), Point("b <&>", 100, 0.2, "y"), Point("c", None, 1, "z")]
     root = ET.fromstring(svg("T & t", "x < 1", "y", points))
     circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle")]
