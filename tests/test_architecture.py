@@ -23,7 +23,7 @@ DOORS = {
     "wordllama": {"providers/local.py"},
     "numpy": {"providers/vector.py", "providers/local.py", "proxy/demo.py"},
     "pyarrow": {"proxy/sources/parquet.py"},
-    "qdrant_client": {"index/points.py"},
+    "qdrant_client": {"index/points.py", "index/connection.py", "index/collection.py"},
     "pydantic": {
         "proxy/section.py",
         "proxy/model_entry.py",
