@@ -1,0 +1,253 @@
+"""The passes of a migration: points of the old collection become points of the new one.
+
+A point is written with a sound vector of the new model, or not at all: then a dead letter says why.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from providers import vector
+
+from .journal import Phase, PointId
+from .migrate import Migration, MigrationRefused, odd
+from .migrate_embed import Refused
+from .migrate_points import Point
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SAME_NUMBERS = 0.99999
+"""The least cosine of a copied vector and its copy: servers normalise what they store anew."""
+
+
+@dataclass(slots=True)
+class Carried:
+    """What becomes of some points."""
+
+    points: list[Point] = field(default_factory=list)
+    """With their new vectors."""
+    embedded: int = 0
+    letters: list[dict[str, Any]] = field(default_factory=list)
+
+
+async def carry(migration: Migration, points: Sequence[Point]) -> Carried:
+    """Give each point its new vector, or a dead letter. Raises EmbeddingError."""
+    done = Carried()
+    texts: list[tuple[Point, str]] = []
+    for point in points:
+        wrong = odd(migration, point) if migration.regime.copies else "not looked at"
+        if wrong is None:
+            (new,) = vector.derive([point.vector or b""], migration.model.dimensions)
+            done.points.append(point.with_vector(new))
+        elif (text := migration.rule.text(point.payload)) is not None:
+            texts.append((point, text))
+        else:
+            why = f"no text: {_nothing_at(migration)}"
+            if migration.regime.copies:
+                why = f"the vector: {wrong}; {why}"
+            done.letters.append(letter(point, why))
+    answers = await migration.patient.embed([text for _, text in texts])
+    for (point, _), answer in zip(texts, answers, strict=True):
+        if isinstance(answer, Refused):
+            done.letters.append(letter(point, answer.why))
+        else:
+            done.points.append(point.with_vector(answer))
+            done.embedded += 1
+    return done
+
+
+def letter(point: Point, why: str) -> dict[str, Any]:
+    """Return the dead letter of a point; it holds nothing of its payload."""
+    return {"id": point.id, "why": why}
+
+
+def _nothing_at(migration: Migration) -> str:
+    return f"nothing at {', '.join(f'`{name}`' for name in migration.rule.fields)}"
+
+
+async def copy(migration: Migration) -> None:
+    """Carry the old points in the order of their ids, from the checkpoint on.
+
+    What is in the new collection already is neither embedded nor written again. Raises
+    QdrantFailure, EmbeddingError, JournalError.
+    """
+    state, pace = migration.state, migration.pace
+    if state.first_pass_done:
+        return
+
+    async def work(page: "Page") -> Carried:
+        ids = [point.id for point in page.points]
+        there = await migration.points.those(state.target, ids)
+        return await carry(migration, [one for one in page.points if one.id not in there])
+
+    total = await migration.points.count(state.source)
+    with migration.progress(f"copying {state.collection}", total) as tell:
+        tell(state.counts.points)
+        pages = read(migration, state.source, state.offset, vectors=_whole(migration))
+        async for page, done in ahead(pages, work, pace.ahead):
+            await migration.points.write(state.target, done.points, only_new=True)
+            migration.journal.bury(done.letters)
+            # The checkpoint follows what it speaks of: writes that landed, letters on the medium.
+            counts = state.counts
+            counts.points += len(page.points)
+            counts.embedded += done.embedded
+            counts.copied += len(done.points) - done.embedded
+            counts.dead += len(done.letters)
+            state.offset, state.first_pass_done = page.after, page.after is None
+            migration.save()
+            tell(counts.points)
+            if pace.points_per_second:
+                await migration.sleep(len(page.points) / pace.points_per_second)
+    # An empty collection has no page.
+    state.first_pass_done = True
+    migration.save()
+
+
+def _whole(migration: Migration) -> bool:
+    """Whether the old vectors are of use: to copy one, or others beside it."""
+    return migration.regime.copies or bool(migration.old.vector)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some points, and where the next ones begin."""
+
+    points: Sequence[Point]
+    after: PointId | None
+
+
+async def read(
+    migration: Migration, collection: str, offset: PointId | None = None, *, vectors: bool = False
+) -> AsyncIterator[Page]:
+    """Yield the pages of a collection in the order of ids."""
+    limit = migration.pace.page
+    while True:
+        points, offset = await migration.points.page(collection, offset, limit, vectors=vectors)
+        if points:
+            yield Page(points, offset)
+        if offset is None:
+            return
+
+
+async def ahead(
+    items: AsyncIterator[T], work: Callable[[T], Awaitable[R]], most: int
+) -> AsyncIterator[tuple[T, R]]:
+    """Yield items and what their work gives, in order; that of several items is done at a time."""
+    begun: deque[tuple[T, asyncio.Future[R]]] = deque()
+    try:
+        async for item in items:
+            begun.append((item, asyncio.ensure_future(work(item))))
+            if len(begun) >= most:
+                first, doing = begun[0]
+                result = await doing
+                begun.popleft()
+                yield first, result
+        while begun:
+            first, doing = begun[0]
+            result = await doing
+            begun.popleft()
+            yield first, result
+    finally:
+        for _, doing in begun:
+            doing.cancel()
+        for _, doing in begun:
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await doing
+
+
+async def follow(migration: Migration) -> None:
+    """Compare both collections and mend the new one, until a pass finds nothing to mend.
+
+    Raises MigrationRefused if the old one changes faster than it can be followed.
+    """
+    state = migration.state
+    refused: dict[PointId, bytes] = {}
+    for number in range(1, migration.pace.passes + 1):
+        if not await compare(migration, refused, f"comparing {state.collection}, pass {number}"):
+            state.phase = Phase.COPIED
+            migration.save()
+            return
+    raise MigrationRefused(
+        f"{state.source} still changes after {migration.pace.passes} passes: run it again when"
+        " fewer writes arrive, or give more --passes"
+    )
+
+
+async def compare(migration: Migration, refused: dict[PointId, bytes], title: str) -> int:
+    """Make the new collection equal to the old; return how many points had to be mended.
+
+    `refused` are points whose text was refused since this process began, by the digest of their
+    payload: they are not asked for again. The dead letters are written anew from what is found.
+    """
+    state, counts = migration.state, migration.state.counts
+    total = await migration.points.count(state.source)
+    letters: list[dict[str, Any]] = []
+    seen = mended = 0
+    with migration.progress(title, total) as tell:
+        async for page in read(migration, state.source, vectors=_whole(migration)):
+            mended += await _mend(migration, page.points, refused, letters)
+            seen += len(page.points)
+            tell(seen)
+        mended += await _delete_what_is_gone(migration)
+    migration.journal.bury(letters, anew=True)
+    counts.points, counts.dead = seen, len(letters)
+    migration.save()
+    return mended
+
+
+async def _mend(
+    migration: Migration,
+    points: Sequence[Point],
+    refused: dict[PointId, bytes],
+    letters: list[dict[str, Any]],
+) -> int:
+    """Write the points that are missing or differ; return how many."""
+    state, counts = migration.state, migration.state.counts
+    ids = [point.id for point in points]
+    there = await migration.points.those(state.target, ids, vectors=migration.regime.copies)
+    wrong = [one for one in points if _differs(migration, one, there.get(one.id))]
+    asked = [one for one in wrong if refused.get(one.id) != one.digest()]
+    done = await carry(migration, asked)
+    by_id = {one.id: one for one in asked}
+    for found in done.letters:
+        refused[found["id"]] = by_id[found["id"]].digest()
+    letters += done.letters
+    letters += [
+        letter(one, "refused, see the first pass") for one in wrong if one not in asked
+    ]
+    await migration.points.write(state.target, done.points)
+    # What has no vector any more must not be found by its old one.
+    stale = [found["id"] for found in done.letters if found["id"] in there]
+    await migration.points.delete(state.target, stale)
+    counts.embedded += done.embedded
+    counts.copied += len(done.points) - done.embedded
+    counts.updated += sum(one.id in there for one in done.points)
+    counts.deleted += len(stale)
+    return len(done.points) + len(stale)
+
+
+def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
+    """Tell whether a point is missing in the new collection, or is there as it was before."""
+    if new is None or old.digest() != new.digest():
+        return True
+    if not migration.regime.copies or odd(migration, old) is not None:
+        return False  # its vector is that of its text, which is in the payload
+    (expected,) = vector.derive([old.vector or b""], migration.model.dimensions)
+    return new.vector is None or vector.cosine(expected, new.vector) < SAME_NUMBERS
+
+
+async def _delete_what_is_gone(migration: Migration) -> int:
+    """Delete points whose old one is not there any more; return how many."""
+    state, gone = migration.state, 0
+    async for page in read(migration, state.target):
+        ids = [point.id for point in page.points]
+        there = await migration.points.those(state.source, ids)
+        missing = [one for one in ids if one not in there]
+        await migration.points.delete(state.target, missing)
+        gone += len(missing)
+    state.counts.deleted += gone
+    return gone
