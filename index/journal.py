@@ -94,8 +94,6 @@ class State:
     """The points whose texts were the sample."""
     aliases: list[str] = field(default_factory=list)
     """Aliases that `cutover` moved from the old collection, or made."""
-    made: list[str] = field(default_factory=list)
-    """Those of them that it made: a rollback deletes these."""
     format: int = FORMAT
 
     def fingerprint(self) -> str:
@@ -183,5 +181,3 @@ def _replace(path: Path, content: bytes) -> None:
                 os.close(folder)
     except OSError as error:
         raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-

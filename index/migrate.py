@@ -71,7 +71,7 @@ class Wanted:
 class Migration:
     """The migration of one collection: what it is, and what all its steps need."""
 
-    def __init__(  # noqa: PLR0913 - what the steps need
+    def __init__(  # noqa: PLR0913, PLR0917 - what the steps need
         self,
         points: Points,
         model: Model,
@@ -216,7 +216,7 @@ async def prove(migration: Migration, least: float) -> None:
         vector.cosine(vector.derive([one.vector or b""], width)[0], new) for one, new in there
     ]
     if not there:
-        raise MigrationRefused(f"{state.model} takes none of the sampled texts: {answers[0]}")
+        raise MigrationRefused(f"{state.model} takes none of the sampled texts")
     off = sum(cosine < least for cosine in cosines)
     migration.save()
     if off:

@@ -1,5 +1,6 @@
 """Collections and aliases as a migration finds, makes, switches and deletes them."""
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class Old:
     """Cosine, Dot, Euclid or Manhattan."""
     provenance: Provenance | None
     points: int
+    others: bool
+    """Whether its points may have further vectors."""
 
 
 async def real_name(points: Points, name: str) -> str:
@@ -65,7 +68,8 @@ async def look(points: Points, name: str, vector: str | None = None) -> Old:
         raise Rejected(f"{real} has a multivector, many for each point, which cannot be migrated")
     count = await points.count(real)
     distance = str(one.distance.value)
-    return Old(real, chosen, int(one.size), distance, provenance_of(info), count)
+    others = len(there) > 1 or bool(params.sparse_vectors)
+    return Old(real, chosen, int(one.size), distance, provenance_of(info), count, others)
 
 
 def target_name(source: str, model: str, dimensions: int) -> str:
@@ -93,10 +97,8 @@ async def make_beside(points: Points, old: Old, name: str, wanted: Provenance) -
     info = await _info(points, old.name)
     config = _config_like(info, old, wanted)
     if not await exists(points, name):
-        try:
+        with contextlib.suppress(Exists):  # an attempt before, whose answer was lost
             await points.ask(lambda client: client.create_collection(name, **config))
-        except Exists:  # an attempt before, whose answer was lost
-            pass
     made = await _info(points, name)
     found = provenance_of(made)
     if found is not None and (found.space, found.dimensions) != (wanted.space, wanted.dimensions):
@@ -126,21 +128,18 @@ async def aliases_of(points: Points, name: str) -> list[str]:
     return sorted(one.alias_name for one in found if one.collection_name == name)
 
 
-async def switch(
-    points: Points, to: str, aliases: Sequence[str], *, drop: Sequence[str] = ()
-) -> None:
-    """Let all these aliases point to a collection, and others to none: at one moment."""
+async def switch(points: Points, to: str, aliases: Sequence[str]) -> None:
+    """Let all these aliases, new ones too, point to a collection: at one moment."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     there = {one.alias_name for one in (await points.ask(lambda c: c.get_aliases())).aliases}
     operations: list[Any] = []
-    for alias in dict.fromkeys([*aliases, *drop]):
+    for alias in aliases:
         if alias in there:
             gone = models.DeleteAlias(alias_name=alias)
             operations.append(models.DeleteAliasOperation(delete_alias=gone))
-        if alias not in drop:
-            new = models.CreateAlias(collection_name=to, alias_name=alias)
-            operations.append(models.CreateAliasOperation(create_alias=new))
+        new = models.CreateAlias(collection_name=to, alias_name=alias)
+        operations.append(models.CreateAliasOperation(create_alias=new))
     if operations:
         await points.ask(lambda client: client.update_collection_aliases(operations))
 

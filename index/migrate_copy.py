@@ -6,7 +6,7 @@ A point is written with a sound vector of the new model, or not at all: then a d
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +19,9 @@ from .migrate_points import Point
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+Refusals = dict[PointId, tuple[bytes, str]]
+"""Points that cannot be carried: the digest of their payload then, and why."""
 
 SAME_NUMBERS = 0.99999
 """The least cosine of a copied vector and its copy: servers normalise what they store anew."""
@@ -88,28 +91,33 @@ async def copy(migration: Migration) -> None:
     with migration.progress(f"copying {state.collection}", total) as tell:
         tell(state.counts.points)
         pages = read(migration, state.source, state.offset, vectors=_whole(migration))
-        async for page, done in ahead(pages, work, pace.ahead):
-            await migration.points.write(state.target, done.points, only_new=True)
-            migration.journal.bury(done.letters)
-            # The checkpoint follows what it speaks of: writes that landed, letters on the medium.
-            counts = state.counts
-            counts.points += len(page.points)
-            counts.embedded += done.embedded
-            counts.copied += len(done.points) - done.embedded
-            counts.dead += len(done.letters)
-            state.offset, state.first_pass_done = page.after, page.after is None
-            migration.save()
-            tell(counts.points)
-            if pace.points_per_second:
-                await migration.sleep(len(page.points) / pace.points_per_second)
+        async with contextlib.aclosing(ahead(pages, work, pace.ahead)) as carried:
+            async for page, done in carried:
+                await _land(migration, page, done)
+                tell(state.counts.points)
+                if pace.points_per_second:
+                    await migration.sleep(len(page.points) / pace.points_per_second)
     # An empty collection has no page.
     state.first_pass_done = True
     migration.save()
 
 
+async def _land(migration: Migration, page: "Page", done: Carried) -> None:
+    """Write a page; the checkpoint follows what it speaks of, once that is on the medium."""
+    state, counts = migration.state, migration.state.counts
+    await migration.points.write(state.target, done.points, only_new=True)
+    migration.journal.bury(done.letters)
+    counts.points += len(page.points)
+    counts.embedded += done.embedded
+    counts.copied += len(done.points) - done.embedded
+    counts.dead += len(done.letters)
+    state.offset, state.first_pass_done = page.after, page.after is None
+    migration.save()
+
+
 def _whole(migration: Migration) -> bool:
     """Whether the old vectors are of use: to copy one, or others beside it."""
-    return migration.regime.copies or bool(migration.old.vector)
+    return migration.regime.copies or migration.old.others
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +143,7 @@ async def read(
 
 async def ahead(
     items: AsyncIterator[T], work: Callable[[T], Awaitable[R]], most: int
-) -> AsyncIterator[tuple[T, R]]:
+) -> AsyncGenerator[tuple[T, R]]:
     """Yield items and what their work gives, in order; that of several items is done at a time."""
     begun: deque[tuple[T, asyncio.Future[R]]] = deque()
     try:
@@ -165,7 +173,7 @@ async def follow(migration: Migration) -> None:
     Raises MigrationRefused if the old one changes faster than it can be followed.
     """
     state = migration.state
-    refused: dict[PointId, bytes] = {}
+    refused: Refusals = {}
     for number in range(1, migration.pace.passes + 1):
         if not await compare(migration, refused, f"comparing {state.collection}, pass {number}"):
             state.phase = Phase.COPIED
@@ -177,11 +185,11 @@ async def follow(migration: Migration) -> None:
     )
 
 
-async def compare(migration: Migration, refused: dict[PointId, bytes], title: str) -> int:
+async def compare(migration: Migration, refused: Refusals, title: str) -> int:
     """Make the new collection equal to the old; return how many points had to be mended.
 
-    `refused` are points whose text was refused since this process began, by the digest of their
-    payload: they are not asked for again. The dead letters are written anew from what is found.
+    What is in `refused` is not asked for again, and what is refused is added to it. The dead
+    letters are written anew from what is found.
     """
     state, counts = migration.state, migration.state.counts
     total = await migration.points.count(state.source)
@@ -202,7 +210,7 @@ async def compare(migration: Migration, refused: dict[PointId, bytes], title: st
 async def _mend(
     migration: Migration,
     points: Sequence[Point],
-    refused: dict[PointId, bytes],
+    refused: Refusals,
     letters: list[dict[str, Any]],
 ) -> int:
     """Write the points that are missing or differ; return how many."""
@@ -210,15 +218,13 @@ async def _mend(
     ids = [point.id for point in points]
     there = await migration.points.those(state.target, ids, vectors=migration.regime.copies)
     wrong = [one for one in points if _differs(migration, one, there.get(one.id))]
-    asked = [one for one in wrong if refused.get(one.id) != one.digest()]
-    done = await carry(migration, asked)
-    by_id = {one.id: one for one in asked}
-    for found in done.letters:
-        refused[found["id"]] = by_id[found["id"]].digest()
+    known = {one.id for one in wrong if refused.get(one.id, (b"",))[0] == one.digest()}
+    letters += [letter(one, refused[one.id][1]) for one in wrong if one.id in known]
+    asked = {one.id: one for one in wrong if one.id not in known}
+    done = await carry(migration, list(asked.values()))
     letters += done.letters
-    letters += [
-        letter(one, "refused, see the first pass") for one in wrong if one not in asked
-    ]
+    for found in done.letters:
+        refused[found["id"]] = (asked[found["id"]].digest(), found["why"])
     await migration.points.write(state.target, done.points)
     # What has no vector any more must not be found by its old one.
     stale = [found["id"] for found in done.letters if found["id"] in there]

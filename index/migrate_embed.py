@@ -82,9 +82,7 @@ class Patient:
     answered: bool = False
     """Whether any text has had a vector; until then a refusal may be one of everything."""
 
-    async def embed(
-        self, texts: Sequence[str], *, anew: bool = False
-    ) -> list[Vector | Refused]:
+    async def embed(self, texts: Sequence[str], *, anew: bool = False) -> list[Vector | Refused]:
         """Return a vector or a refusal for each text; `anew` looks into no cache.
 
         Raises EmbeddingError if no text can be embedded just now.
@@ -129,4 +127,3 @@ class Patient:
         place = error.index
         rest = await self.embed([*texts[:place], *texts[place + 1 :]], anew=anew)
         return [*rest[:place], Refused(str(error)), *rest[place:]]
-

@@ -20,7 +20,7 @@ from .journal import PointId
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
-    from qdrant_client.models import PointStruct, Record
+    from qdrant_client.models import PointStruct, Record, ScoredPoint
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ class Points:
         if ids:
             await self.ask(lambda client: client.delete(collection, list(ids), wait=True))
 
-    def _point(self, record: "Record | Any") -> Point:
+    def _point(self, record: "Record | ScoredPoint") -> Point:
         found: object = record.vector
         others = None
         if isinstance(found, Mapping):
