@@ -76,7 +76,10 @@ class State:
     """The old collection's own name."""
     target: str
     """The new collection's own name."""
+    vector: str
+    """The name of the vector that is migrated; "" is the unnamed one."""
     model: str
+    """As the user names it."""
     space: str
     dimensions: int
     rule: str
@@ -98,7 +101,7 @@ class State:
 
     def fingerprint(self) -> str:
         """Return a digest of all that decides what the new collection holds."""
-        told = [self.place, self.source, self.target, self.space, self.dimensions, self.rule]
+        told = [self.source, self.vector, self.target, self.space, self.dimensions, self.rule]
         return hashlib.blake2b(orjson.dumps([*told, self.regime]), digest_size=8).hexdigest()
 
 

@@ -16,7 +16,7 @@ not bought again: only the answers that were on their way at that moment are los
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from providers import vector
 from providers.base import Space
@@ -25,7 +25,7 @@ from . import migrate_collections as collections
 from .collection import Provenance
 from .journal import Journal, Phase, State
 from .migrate_collections import Old
-from .migrate_embed import Model, Patient, Refused
+from .migrate_embed import Model, Patient
 from .migrate_points import Point, Points
 from .regime import Decision, Regime, choose
 from .template import Rule
@@ -54,6 +54,9 @@ class Pace:
     """Whole comparisons at most, before the writers are taken to be too busy."""
 
 
+DEFAULT = Pace()
+
+
 @dataclass(slots=True)
 class Wanted:
     """What the user asks for, for one collection."""
@@ -68,43 +71,50 @@ class Wanted:
     """The name of the new collection; None = it is made of the old one's and the model's."""
 
 
+@dataclass(slots=True)
 class Migration:
     """The migration of one collection: what it is, and what all its steps need."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - what the steps need
-        self,
-        points: Points,
-        model: Model,
-        journal: Journal,
-        wanted: Wanted,
-        old: Old,
-        state: State,
-        *,
-        pace: Pace,
-        progress: Progress,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self.points = points
-        self.model = model
-        self.journal = journal
-        self.rule = wanted.rule
-        self.old = old
-        self.state = state
-        self.pace = pace
-        self.progress = progress
-        self.sleep = sleep
-        self.patient = Patient(model, sleep)
+    points: Points
+    model: Model
+    journal: Journal
+    rule: Rule
+    old: Old
+    state: State
+    pace: Pace
+    progress: Progress
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    patient: Patient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.patient = Patient(self.model, self.sleep)
 
     @property
     def regime(self) -> Regime:
         """Where the new vectors come from."""
         return Regime(self.state.regime)
 
+    def oddity(self, point: Point) -> str | None:
+        """Say what is wrong with the old vector of a point; None if it is sound."""
+        return oddity(point, self.old.width, self.model.dimensions)
+
     def save(self) -> None:
         """Keep what has been done so far."""
         counts = self.state.counts
         counts.bought, self.patient.bought = counts.bought + self.patient.bought, 0
         self.journal.save(self.state)
+
+
+def oddity(point: Point, width: int, new_width: int) -> str | None:
+    """Say what is wrong with a point's vector; None if it is sound, and so is its head."""
+    if point.vector is None:
+        return "there is no vector"
+    try:
+        vector.check(point.vector, width)
+        vector.check_heads([point.vector], min(width, new_width))
+    except vector.VectorError as error:
+        return str(error)
+    return None
 
 
 def decide(old: Old, wanted: Wanted, model: Model) -> Decision:
@@ -135,7 +145,8 @@ def state_for(points: Points, old: Old, wanted: Wanted, model: Model) -> State:
         collection=wanted.collection,
         source=old.name,
         target=wanted.into or collections.target_name(old.name, model.name, model.dimensions),
-        model=model.name,
+        vector=old.vector,
+        model=model.asked,
         space=model.space.label,
         dimensions=model.dimensions,
         rule=wanted.rule.source,
@@ -189,64 +200,3 @@ async def restart(points: Points, journal: Journal) -> None:
     if known.phase is not Phase.FINALIZED:
         await collections.delete(points, known.target)
     journal.forget()
-
-
-async def prove(migration: Migration, least: float) -> None:
-    """Embed sampled texts, past the cache, and compare them with the old vectors.
-
-    Raises MigrationRefused if one differs: then nothing has been copied.
-    """
-    state, width = migration.state, migration.model.dimensions
-    if not migration.regime.copies or state.proof is not None:
-        return
-    drawn = await migration.points.sample(state.source, 4 * migration.pace.sample)
-    able = [(one, text) for one in drawn if (text := usable(migration, one)) is not None]
-    able = able[: migration.pace.sample]
-    if not able:
-        if await migration.points.count(state.source):
-            raise MigrationRefused(
-                f"{state.source}: none of {len(drawn)} sampled points has a text at"
-                f" {state.rule} and a sound vector: nothing proves that vectors may be copied"
-            )
-        return
-    answers = await migration.patient.embed([text for _, text in able], anew=True)
-    pairs = zip((one for one, _ in able), answers, strict=True)
-    there = [(one, new) for one, new in pairs if not isinstance(new, Refused)]
-    cosines = [
-        vector.cosine(vector.derive([one.vector or b""], width)[0], new) for one, new in there
-    ]
-    if not there:
-        raise MigrationRefused(f"{state.model} takes none of the sampled texts")
-    off = sum(cosine < least for cosine in cosines)
-    migration.save()
-    if off:
-        raise MigrationRefused(
-            f"{off} of {len(there)} sampled texts of {state.source} have other vectors in"
-            f" {state.model} (cosine {min(cosines):.3f}, wanted {least}): these vectors are not of"
-            f" this model and this text ({state.rule}); --regime reembed buys them"
-        )
-    state.proof = min(cosines)
-    state.proved = [one.id for one, _ in there]
-    migration.save()
-
-
-def usable(migration: Migration, point: Point) -> str | None:
-    """Return the text of a point whose vector can be compared; None if it cannot."""
-    return migration.rule.text(point.payload) if odd(migration, point) is None else None
-
-
-def odd(migration: Migration, point: Point) -> str | None:
-    """Say what is wrong with the old vector of a point; None if it is sound."""
-    return oddity(point, migration.old.width, migration.model.dimensions)
-
-
-def oddity(point: Point, width: int, new_width: int) -> str | None:
-    """Say what is wrong with a point's vector; None if it is sound, and so is its head."""
-    if point.vector is None:
-        return "there is no vector"
-    try:
-        vector.check(point.vector, width)
-        vector.check_heads([point.vector], min(width, new_width))
-    except vector.VectorError as error:
-        return str(error)
-    return None

@@ -3,22 +3,18 @@
 A point is written with a sound vector of the new model, or not at all: then a dead letter says why.
 """
 
-import asyncio
 import contextlib
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from providers import vector
 
 from .journal import Phase, PointId
-from .migrate import Migration, MigrationRefused, odd
+from .migrate import Migration, MigrationRefused
 from .migrate_embed import Refused
+from .migrate_pages import Page, ahead, read
 from .migrate_points import Point
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 Refusals = dict[PointId, tuple[bytes, str]]
 """Points that cannot be carried: the digest of their payload then, and why."""
@@ -42,7 +38,7 @@ async def carry(migration: Migration, points: Sequence[Point]) -> Carried:
     done = Carried()
     texts: list[tuple[Point, str]] = []
     for point in points:
-        wrong = odd(migration, point) if migration.regime.copies else "not looked at"
+        wrong = migration.oddity(point) if migration.regime.copies else "not looked at"
         if wrong is None:
             (new,) = vector.derive([point.vector or b""], migration.model.dimensions)
             done.points.append(point.with_vector(new))
@@ -82,15 +78,15 @@ async def copy(migration: Migration) -> None:
     if state.first_pass_done:
         return
 
-    async def work(page: "Page") -> Carried:
+    async def work(page: Page) -> Carried:
         ids = [point.id for point in page.points]
         there = await migration.points.those(state.target, ids)
         return await carry(migration, [one for one in page.points if one.id not in there])
 
-    total = await migration.points.count(state.source)
+    total, size = await migration.points.count(state.source), migration.pace.page
     with migration.progress(f"copying {state.collection}", total) as tell:
         tell(state.counts.points)
-        pages = read(migration, state.source, state.offset, vectors=_whole(migration))
+        pages = read(migration.points, state.source, size, state.offset, vectors=_whole(migration))
         async with contextlib.aclosing(ahead(pages, work, pace.ahead)) as carried:
             async for page, done in carried:
                 await _land(migration, page, done)
@@ -102,7 +98,7 @@ async def copy(migration: Migration) -> None:
     migration.save()
 
 
-async def _land(migration: Migration, page: "Page", done: Carried) -> None:
+async def _land(migration: Migration, page: Page, done: Carried) -> None:
     """Write a page; the checkpoint follows what it speaks of, once that is on the medium."""
     state, counts = migration.state, migration.state.counts
     await migration.points.write(state.target, done.points, only_new=True)
@@ -118,53 +114,6 @@ async def _land(migration: Migration, page: "Page", done: Carried) -> None:
 def _whole(migration: Migration) -> bool:
     """Whether the old vectors are of use: to copy one, or others beside it."""
     return migration.regime.copies or migration.old.others
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Some points, and where the next ones begin."""
-
-    points: Sequence[Point]
-    after: PointId | None
-
-
-async def read(
-    migration: Migration, collection: str, offset: PointId | None = None, *, vectors: bool = False
-) -> AsyncIterator[Page]:
-    """Yield the pages of a collection in the order of ids."""
-    limit = migration.pace.page
-    while True:
-        points, offset = await migration.points.page(collection, offset, limit, vectors=vectors)
-        if points:
-            yield Page(points, offset)
-        if offset is None:
-            return
-
-
-async def ahead(
-    items: AsyncIterator[T], work: Callable[[T], Awaitable[R]], most: int
-) -> AsyncGenerator[tuple[T, R]]:
-    """Yield items and what their work gives, in order; that of several items is done at a time."""
-    begun: deque[tuple[T, asyncio.Future[R]]] = deque()
-    try:
-        async for item in items:
-            begun.append((item, asyncio.ensure_future(work(item))))
-            if len(begun) >= most:
-                first, doing = begun[0]
-                result = await doing
-                begun.popleft()
-                yield first, result
-        while begun:
-            first, doing = begun[0]
-            result = await doing
-            begun.popleft()
-            yield first, result
-    finally:
-        for _, doing in begun:
-            doing.cancel()
-        for _, doing in begun:
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await doing
 
 
 async def follow(migration: Migration) -> None:
@@ -192,11 +141,11 @@ async def compare(migration: Migration, refused: Refusals, title: str) -> int:
     letters are written anew from what is found.
     """
     state, counts = migration.state, migration.state.counts
-    total = await migration.points.count(state.source)
+    total, size = await migration.points.count(state.source), migration.pace.page
     letters: list[dict[str, Any]] = []
     seen = mended = 0
     with migration.progress(title, total) as tell:
-        async for page in read(migration, state.source, vectors=_whole(migration)):
+        async for page in read(migration.points, state.source, size, vectors=_whole(migration)):
             mended += await _mend(migration, page.points, refused, letters)
             seen += len(page.points)
             tell(seen)
@@ -240,7 +189,7 @@ def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
     """Tell whether a point is missing in the new collection, or is there as it was before."""
     if new is None or old.digest() != new.digest():
         return True
-    if not migration.regime.copies or odd(migration, old) is not None:
+    if not migration.regime.copies or migration.oddity(old) is not None:
         return False  # its vector is that of its text, which is in the payload
     (expected,) = vector.derive([old.vector or b""], migration.model.dimensions)
     return new.vector is None or vector.cosine(expected, new.vector) < SAME_NUMBERS
@@ -249,7 +198,7 @@ def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
 async def _delete_what_is_gone(migration: Migration) -> int:
     """Delete points whose old one is not there any more; return how many."""
     state, gone = migration.state, 0
-    async for page in read(migration, state.target):
+    async for page in read(migration.points, state.target, migration.pace.page):
         ids = [point.id for point in page.points]
         there = await migration.points.those(state.source, ids)
         missing = [one for one in ids if one not in there]

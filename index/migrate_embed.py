@@ -47,6 +47,8 @@ class Model(Protocol):
     """The model that a migration goes to, behind our own cache and routes."""
 
     name: str
+    asked: str
+    """Its name as the user gave it, which may say who serves it."""
     space: Space
     dimensions: int
     """The width of the vectors that it gives."""

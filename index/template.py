@@ -31,14 +31,19 @@ class Rule:
     parts: tuple[tuple[str, str | None], ...]
     """Pieces of text, each followed by a field, or by none at the end."""
     source: str
-    """As the user wrote it: `content`, or a template. Two rules of one source are the same."""
+    """As a template: `{content}`. Two rules of one source are the same."""
 
     @classmethod
     def field(cls, name: str) -> Self:
-        """Return the rule that takes one field as it is. Raises TemplateError."""
-        if not name:
-            raise TemplateError("the name of the text field is empty")
-        return cls((("", name),), name)
+        """Return the rule that takes one field as it is. Raises TemplateError.
+
+        >>> Rule.field("content").source
+        '{content}'
+        """
+        rule = cls.template(f"{{{name}}}")
+        if rule.parts != (("", name),):
+            raise TemplateError(f"`{name}` is no name of a field; see the template")
+        return rule
 
     @classmethod
     def template(cls, template: str) -> Self:

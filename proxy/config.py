@@ -61,6 +61,11 @@ def load_named(
     return settings, tuple(content.get("models") or ())
 
 
+def load_mapping(path: Path) -> dict[Any, Any]:
+    """Return what a YAML file beside the configuration holds, a mapping. Raises ConfigError."""
+    return _content(path, str(path))
+
+
 def _content(source: Path, name: str) -> dict[Any, Any]:
     """Return what a file holds, not yet validated. Raises ConfigError."""
     try:
@@ -79,7 +84,7 @@ def _content(source: Path, name: str) -> dict[Any, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{name}: expected sections like `server:`, found something else")
+        raise ConfigError(f"{name}: expected keys such as `server:`, found something else")
     return content
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cache.ledger import Answered
 from cache.usage import Usage
@@ -50,6 +51,16 @@ class Result:
     def usage(self) -> Usage:
         """The sums: how many inputs were answered in which way, what was billed and saved."""
         return self.embedded.usage
+
+
+class Known(NamedTuple):
+    """What is known of a text that may be bought."""
+
+    key: bytes
+    """The same for two texts only if they are one purchase."""
+    tokens: int
+    """Exact where the model's tokenizer is known, else an estimate by cl100k."""
+    cached: bool
 
 
 def checked(

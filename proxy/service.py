@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from cache.key import Namespace, keyring
 from cache.ledger import By, Heading, Line
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers.base import Account, Context
+from providers import tokens
+from providers.base import Account, Context, Terms
 from providers.health import Upstreams
 
 from . import canary, fallback, widths, wire
@@ -33,7 +35,7 @@ from .inputs import prepare
 from .learned import WIDTHS_FILE, Pins
 from .opening import open_providers
 from .registry import Model, Registry
-from .result import Result, checked
+from .result import Known, Result, checked
 from .settings import Settings
 from .wire import EmbeddingRequest
 
@@ -165,6 +167,25 @@ class EmbeddingService:
             parameters=parameters or {},
         )
         return await self.answer(asked, Caller(namespace, client), cache_control)
+
+    async def look(self, inputs: Sequence[str], model: str, *, namespace: str = "") -> list[Known]:
+        """Return what is known of texts, as `embed` would ask for them, before anything is bought.
+
+        Nothing is bought, and no entry counts as used. Raises EmbeddingError.
+        """
+        if self._registry is None or self._tiers is None:
+            raise RuntimeError("the service is not open")
+        one = self._registry.get(model)
+        prepared, _ = await prepare(inputs, one, allow_oversize=True)
+        ring = keyring(one.space, Namespace(namespace))
+        keys = await ring.keys(prepared)
+        there = await self._tiers.get_many(
+            list(dict.fromkeys(keys)), ring.partition, Terms(write=False)
+        )
+        counts = await tokens.counted(prepared, one.space.tokenizer or tokens.CL100K)
+        return [
+            Known(key.digest, count, key in there) for key, count in zip(keys, counts, strict=True)
+        ]
 
     async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.

@@ -23,7 +23,13 @@ DOORS = {
     "wordllama": {"providers/local.py"},
     "numpy": {"providers/vector.py", "providers/local.py", "proxy/demo.py"},
     "pyarrow": {"proxy/sources/parquet.py"},
-    "qdrant_client": {"index/points.py", "index/connection.py", "index/collection.py"},
+    "qdrant_client": {
+        "index/points.py",
+        "index/connection.py",
+        "index/collection.py",
+        "index/migrate_points.py",
+        "index/migrate_collections.py",
+    },
     "pydantic": {
         "proxy/section.py",
         "proxy/model_entry.py",
