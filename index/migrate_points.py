@@ -7,6 +7,7 @@ named or sparse, are carried as they come.
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -181,7 +182,7 @@ class Points:
 
 def _floats(numbers: Sequence[Any]) -> list[float]:
     """Return numbers as they are read from JSON, where a NaN is a null."""
-    return [float("nan") if number is None else float(number) for number in numbers]
+    return [math.nan if number is None else float(number) for number in numbers]
 
 
 def _id(found: object) -> Any:  # noqa: ANN401 - a number, a text, or None

@@ -124,7 +124,9 @@ class OldSystem:
         }
         self.config.write_text(json.dumps(content))
         self.mapping.write_text(
-            json.dumps({name: {"template": TICKET_TEXT} if name == TICKETS else {} for name in SIZES})
+            json.dumps(
+                {name: {"template": TICKET_TEXT} if name == TICKETS else {} for name in SIZES}
+            )
         )
         return self
 
@@ -171,7 +173,9 @@ class OldSystem:
         for number in numbers:
             payload = payload_of(name, number)
             vector = self.old_vector(text_of(name, payload) or "")
-            points.append(models.PointStruct(id=id_of(name, number), payload=payload, vector=vector))
+            points.append(
+                models.PointStruct(id=id_of(name, number), payload=payload, vector=vector)
+            )
         await self.connection.ask(lambda client: client.upsert(name, points))
 
     async def alias(self, alias: str, name: str) -> None:
