@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle kills pins clean
+.PHONY: demo test serve lint bench torture damage outage oracle kills index pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -45,6 +45,11 @@ oracle: .venv/test
 MIGRATE_KILLS ?= 20
 kills: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/migrate_kills.py $(MIGRATE_KILLS) $(SEED)
+
+# Texts indexed while Qdrant is away for a while and the proxy is killed twice; with QDRANT_URL, there.
+TEXTS ?= 5000
+index: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/index_trial.py $(TEXTS)
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

@@ -233,4 +233,5 @@ def _assemble(
         providers=tuple(dict.fromkeys(name for filled in fills for name in filled.providers)),
         outcomes=outcomes,
         usage=usage_of(tokens, outcomes, charged, account),
+        keys=keys,
     )

@@ -85,6 +85,12 @@ def name_of(model: str, dimensions: int, *, parameters: str = "", prefix: str = 
     return head[: LONGEST_NAME - len(tail)] + tail
 
 
+def not_in_names(text: str) -> str:
+    """Return the first character that Qdrant allows in no name; an empty string if all are fine."""
+    found = _NOT_IN_NAMES.search(text)
+    return found[0] if found else ""
+
+
 async def ensure(
     qdrant: Connection, name: str, wanted: Provenance, making: Making | None = None
 ) -> bool:
@@ -94,13 +100,15 @@ async def ensure(
     collection holds vectors of another space or width, or does not say which.
     """
     making = making or Making()
-    if await _info(qdrant, name) is None and await _make(qdrant, name, wanted, making):
-        await index_payload(qdrant, name, making.payload_indexes)
-        return True
     info = await _info(qdrant, name)
     if info is None:
+        if await _make(qdrant, name, wanted, making):
+            await index_payload(qdrant, name, making.payload_indexes)
+            return True
+        info = await _info(qdrant, name)
+    if info is None:
         raise Missing(f"the collection {name} was deleted just now")
-    claim = objection(name, info, wanted, adopt=making.adopt)
+    claim = objection(name, (width_of(info), provenance_of(info)), wanted, adopt=making.adopt)
     if claim is not None:
         raise OtherSpace(claim)
     if provenance_of(info) is None:
@@ -114,20 +122,22 @@ async def ensure(
     return False
 
 
-async def look(qdrant: Connection, name: str) -> "tuple[int, Provenance | None] | None":
-    """Return a collection's width and provenance; None if there is none of that name.
+Look: TypeAlias = tuple[int, Provenance | None]
+"""A collection's width, 0 where it has not just one unnamed vector; and whose vectors it holds."""
 
-    The width is 0 where it has not just one unnamed vector. Raises QdrantFailure.
+
+async def look(qdrant: Connection, name: str) -> Look | None:
+    """Return what a collection says of itself; None if there is none of that name.
+
+    Raises QdrantFailure.
     """
     info = await _info(qdrant, name)
     return None if info is None else (width_of(info), provenance_of(info))
 
 
-def objection(
-    name: str, info: "CollectionInfo", wanted: Provenance, *, adopt: bool = False
-) -> str | None:
+def objection(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False) -> str | None:
     """Say why the vectors may not go into a collection; None if they may."""
-    width, found = width_of(info), provenance_of(info)
+    width, found = seen
     if not width:
         return f"the collection {name} has named vectors or multivectors, and not one unnamed one"
     if width != wanted.dimensions:

@@ -14,6 +14,10 @@ class Unavailable(QdrantFailure):
         """Seconds after which it said to come back; None where it said nothing."""
 
 
+class ServerFault(Unavailable):
+    """It failed in its own code (HTTP 500): perhaps over what it was sent."""
+
+
 class InUse(Unavailable):
     """The folder of the embedded mode is open in another process, and only one may have it."""
 
@@ -43,3 +47,7 @@ class NotInstalled(QdrantFailure):
 
     def __init__(self) -> None:
         super().__init__("Qdrant needs more: pip install 'embedding-proxy[qdrant]'")
+
+
+class Unusable(QdrantFailure):
+    """The outbox cannot be opened, so nothing could be indexed."""

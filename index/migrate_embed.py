@@ -4,6 +4,7 @@ What a provider refuses for one text's sake is told of that text alone; what pas
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,8 @@ from providers.base import (
     Space,
     Vector,
 )
+
+log = logging.getLogger("embedding_proxy.migrate")
 
 MOST_TRIES = 12
 """Of one call, in a row; with the waits between them some eight minutes."""
@@ -105,8 +108,10 @@ class Patient:
             except (PassingFailure, AllResting, DeadlineExceeded) as error:
                 if tried == MOST_TRIES:
                     raise
-                asked = getattr(error, "retry_after", None)
-                await self.sleep(min(LONGEST_WAIT_S, asked or 2.0 ** (tried - 1)))
+                wait_s = getattr(error, "retry_after", None) or 2.0 ** (tried - 1)
+                wait_s = min(LONGEST_WAIT_S, wait_s)
+                log.warning("%s; trying again in %.0f s", error, wait_s)
+                await self.sleep(wait_s)
             else:
                 self.bought += bought
                 return vectors

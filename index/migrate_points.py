@@ -7,6 +7,7 @@ named or sparse, are carried as they come.
 import asyncio
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from qdrant_client.models import PointStruct, Record, ScoredPoint
 
 T = TypeVar("T")
+
+log = logging.getLogger("embedding_proxy.migrate")
 
 MOST_TRIES = 8
 """Of one call to Qdrant, in a row; with the waits between them some two minutes."""
@@ -77,7 +80,9 @@ class Points:
             except Unavailable as error:
                 if tried == MOST_TRIES or isinstance(error, InUse):
                     raise
-                await self._sleep(min(LONGEST_WAIT_S, error.retry_after_s or 2.0 ** (tried - 2)))
+                wait_s = min(LONGEST_WAIT_S, error.retry_after_s or 2.0 ** (tried - 2))
+                log.warning("Qdrant: %s; trying again in %.0f s", error, wait_s)
+                await self._sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
     async def page(

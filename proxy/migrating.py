@@ -74,7 +74,8 @@ def width_of(model: Named, dimensions: int | None) -> int:
 def settings_for(settings: Settings, model: Named) -> Settings:
     """Return the settings of a service that serves a migration. Raises ConfigError.
 
-    No model of another space may stand in: its vectors would be lost among the others.
+    No model of another space may stand in: its vectors would be lost among the others. Nor is what
+    is embedded indexed, as what clients ask for is.
     """
     if settings.cache.mode in ("off", "refresh"):
         raise ConfigError(
@@ -87,7 +88,8 @@ def settings_for(settings: Settings, model: Named) -> Settings:
     entry = model.entry.model_copy(update={"routes": routes, "fallback": ()})
     server = settings.server.model_copy(update={"canary_hours": None, "allow_oversize": True})
     models = {**settings.models, model.name: entry}
-    return settings.model_copy(update={"server": server, "models": models})
+    index = settings.index.model_copy(update={"qdrant": None})
+    return settings.model_copy(update={"server": server, "models": models, "index": index})
 
 
 class Target:

@@ -144,7 +144,12 @@ class QdrantServer:
             asked = {"limit": 500, "with_payload": True, "with_vector": True, "offset": offset}
             body = orjson.dumps(asked)
             path = f"/collections/{collection}/points/scroll"
-            page = orjson.loads(await self._answer("POST", path, body, "POST"))["result"]
+            try:
+                page = orjson.loads(await self._answer("POST", path, body, path))["result"]
+            except Refusal as refusal:
+                if refusal.status == 404:
+                    return {}
+                raise
             found |= {point["id"]: point for point in page["points"]}
             offset = page["next_page_offset"]
             if offset is None:
@@ -173,7 +178,7 @@ class QdrantServer:
 
     async def _answer(self, method: str, path: str, body: bytes, relative: str) -> bytes:
         if self._session is not None:
-            target = f"{REAL}{relative if relative.startswith('/') else path}"
+            target = f"{REAL}{relative}"
             headers = {"content-type": "application/json"}
             async with self._session.request(method, target, data=body, headers=headers) as reply:
                 content = await reply.read()

@@ -161,17 +161,28 @@ async def test_killed_at_any_moment_and_resumed(tmp_path):
 
 # Points that are not as they should be
 
-GOOD = [1.0, 2.0, 3.0, 4.0]
 UUIDS = [f"00000000-0000-4000-8000-00000000000{i}" for i in range(3)]
+VECTORS = {
+    one: [float(number) for number in numbers]
+    for one, numbers in {
+        1: (1, 2, 3, 4),
+        2: (2, 1, 3, 4),
+        5: (3, 1, 2, 4),
+        UUIDS[0]: (4, 1, 2, 3),
+        UUIDS[1]: (1, 3, 2, 4),
+        UUIDS[2]: (1, 4, 2, 3),
+    }.items()
+}
+NONE = [0.0] * 4
 ODD = [
-    models.PointStruct(id=1, vector=GOOD, payload={"content": "one"}),
-    models.PointStruct(id=2, vector=GOOD, payload={"content": "  "}),
-    models.PointStruct(id=3, vector=[0.0] * 4, payload={"content": "three"}),
-    models.PointStruct(id=4, vector=[0.0] * 4, payload={"note": "no text"}),
-    models.PointStruct(id=5, vector=GOOD, payload={"content": "a NaN"}),
-    models.PointStruct(id=UUIDS[0], vector=GOOD, payload={"content": "six"}),
-    models.PointStruct(id=UUIDS[1], vector=GOOD, payload=None),
-    models.PointStruct(id=UUIDS[2], vector=GOOD, payload={"content": 7}),
+    models.PointStruct(id=1, vector=VECTORS[1], payload={"content": "one"}),
+    models.PointStruct(id=2, vector=VECTORS[2], payload={"content": "  "}),
+    models.PointStruct(id=3, vector=NONE, payload={"content": "three"}),
+    models.PointStruct(id=4, vector=NONE, payload={"note": "no text"}),
+    models.PointStruct(id=5, vector=VECTORS[5], payload={"content": "a NaN"}),
+    models.PointStruct(id=UUIDS[0], vector=VECTORS[UUIDS[0]], payload={"content": "six"}),
+    models.PointStruct(id=UUIDS[1], vector=VECTORS[UUIDS[1]], payload=None),
+    models.PointStruct(id=UUIDS[2], vector=VECTORS[UUIDS[2]], payload={"content": 7}),
 ]
 WITH_TEXT = {1: "one", 3: "three", 5: "a NaN", UUIDS[0]: "six", UUIDS[2]: "7"}
 
@@ -251,8 +262,8 @@ async def test_odd_points_are_never_rubbish_in_the_new_collection(odd, migrate, 
     assert done.code == 0
 
 
-async def test_copied_vectors_are_sound_or_bought(odd, migrate, system, monkeypatch):
-    """Where vectors are copied, an odd one is bought from its text, a text is needed by no other."""
+async def test_copied_vectors_are_sound_or_bought(odd, migrate, system):
+    """Where vectors are copied, an odd one is bought from its text; others need no text."""
     place, read = odd
     content = json.loads(system.config.read_text())
     content["models"]["old"] = {
@@ -262,30 +273,19 @@ async def test_copied_vectors_are_sound_or_bought(odd, migrate, system, monkeypa
     }
     system.config.write_text(json.dumps(content))
     system.openai.widths["old"] = 4
-    # A provider that gives for every text what is in the collection.
-    vectors = {"one": GOOD, "six": GOOD, "7": GOOD, "three": [4.0, 3.0, 2.0, 1.0]}
-    vectors["a NaN"] = vectors["three"]
+    bought = {3: [4.0, 3.0, 2.0, 1.0], 5: [4.0, 2.0, 1.0, 3.0]}
+    right = {WITH_TEXT[one]: (VECTORS | bought)[one] for one in WITH_TEXT}
 
-    def right(reply):
-        asked = system.openai.calls[-1].inputs
-        for item, text in zip(reply["data"], asked, strict=True):
-            item["embedding"] = base64.b64encode(np.array(vectors[text], "<f4").tobytes()).decode()
+    def answer(reply):
+        for item, text in zip(reply["data"], system.openai.calls[-1].inputs, strict=True):
+            item["embedding"] = right[text]
 
-    system.openai.always = system.openai.altered(right)
+    system.openai.always = system.openai.altered(answer)
     options = ("--to", "old", "--from", "old", "--json")
     done = await migrate("run", "docs", *options, qdrant=place)
     (state,) = done.json
-    assert (state["regime"], state["counts"]["copied"], state["counts"]["embedded"]) == (
-        "reuse",
-        5,
-        2,
-    )
-    new = await read(state["target"])
-    assert {one: point["vector"] for one, point in new.items()} == {
-        1: GOOD,
-        2: GOOD,
-        3: vectors["three"],
-        5: vectors["three"],
-        **dict.fromkeys(UUIDS, GOOD),
-    }
+    counts = state["counts"]
+    assert (done.code, state["regime"], counts["copied"], counts["embedded"]) == (1, "reuse", 5, 2)
+    new = {one: point["vector"] for one, point in (await read(state["target"])).items()}
+    assert new == VECTORS | bought
     assert _letters(state) == {4: "the vector: all numbers are zero; no text: nothing at `content`"}

@@ -1,6 +1,7 @@
 """`embedding-proxy migrate plan | run`: what it would cost, and the work itself."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated
@@ -30,6 +31,11 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Move Qdrant collections to the vectors of another model or provider, and back.",
 )
+
+
+@app.callback()
+def _say_what_is_waited_for() -> None:
+    logging.getLogger("embedding_proxy.migrate").setLevel(logging.WARNING)
 
 
 @app.command()

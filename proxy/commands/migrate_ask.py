@@ -15,6 +15,7 @@ from index.regime import Regime
 from index.template import Rule, TemplateError
 from proxy import config
 from proxy.config import ConfigError
+from proxy.indexing import connection as configured
 from proxy.migrating import Named, named, width_of
 from proxy.settings import Settings
 
@@ -164,9 +165,10 @@ def _rule(name: str, own: Mapping[str, str], texts: Texts) -> Rule:
 
 def connection(settings: Settings, place: str | None) -> Connection:
     """Return the Qdrant that is asked for. Raises ConfigError."""
-    del settings
     if place is None:
-        raise ConfigError("--qdrant: give the URL of a Qdrant, or set index.qdrant")
+        if settings.index.qdrant is None:
+            raise ConfigError("--qdrant: give the URL of a Qdrant, or set index.qdrant")
+        return configured(settings.index.qdrant)
     if place.startswith(("http://", "https://")):
         key = API_KEY if os.environ.get(API_KEY) else None
         return Connection(url=place.rstrip("/"), api_key_env=key)

@@ -14,6 +14,7 @@ from index.failures import (
     Missing,
     OtherSpace,
     Rejected,
+    ServerFault,
     Unavailable,
 )
 
@@ -94,7 +95,7 @@ async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(se
         (overloaded(7), Unavailable, 7),
         (overloaded(None), Unavailable, None),
         (answer(503, "busy", **{"Retry-After": "2"}), Unavailable, 2),
-        (answer(500, "panicked"), Unavailable, None),
+        (answer(500, "panicked"), ServerFault, None),
         (answer(403, "forbidden"), Denied, None),
         (answer(404, "Not found: Collection `x` doesn't exist!"), Missing, None),
         (answer(422, "no such thing"), Rejected, None),
