@@ -12,8 +12,8 @@ from providers import vector
 from providers.base import InvalidAnswer, Space, Vector
 
 from .config import ConfigError
+from .known import Known
 from .model_entry import Model as ModelEntry
-from .result import Known
 from .service import EmbeddingService
 from .settings import Settings
 from .widths import can_give

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from cache.ledger import Answered
 from cache.usage import Usage
@@ -55,16 +54,6 @@ class Result:
     def usage(self) -> Usage:
         """The sums: how many inputs were answered in which way, what was billed and saved."""
         return self.embedded.usage
-
-
-class Known(NamedTuple):
-    """What is known of a text that may be bought."""
-
-    key: bytes
-    """The same for two texts only if they are one purchase."""
-    tokens: int
-    """Exact where the model's tokenizer is known, else an estimate by cl100k."""
-    cached: bool
 
 
 def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer

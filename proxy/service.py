@@ -16,14 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from cache.key import Namespace, keyring
+from cache.key import Namespace
 from cache.ledger import By, Heading, Line
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers import tokens
-from providers.base import Account, Context, Terms
+from providers.base import Account, Context
 from providers.health import Upstreams
 
 from . import canary, fallback, index_field, indexing, widths, wire
@@ -33,10 +32,11 @@ from .canary import Canaries
 from .config import load
 from .indexing import Indexing
 from .inputs import prepare
+from .known import Known, known
 from .learned import WIDTHS_FILE, Pins
 from .opening import open_providers
 from .registry import Model, Registry
-from .result import Known, Result, checked
+from .result import Result, checked
 from .settings import Settings
 from .wire import EmbeddingRequest
 
@@ -182,23 +182,10 @@ class EmbeddingService:
         return await self.answer(asked, Caller(namespace, client), cache_control)
 
     async def look(self, inputs: Sequence[str], model: str, *, namespace: str = "") -> list[Known]:
-        """Return what is known of texts, as `embed` would ask for them, before anything is bought.
-
-        Nothing is bought, and no entry counts as used. Raises EmbeddingError.
-        """
+        """Return what is known of texts before anything is bought. Raises EmbeddingError."""
         if self._registry is None or self._tiers is None:
             raise RuntimeError("the service is not open")
-        one = self._registry.get(model)
-        prepared, _ = await prepare(inputs, one, allow_oversize=True)
-        ring = keyring(one.space, Namespace(namespace))
-        keys = await ring.keys(prepared)
-        there = await self._tiers.get_many(
-            list(dict.fromkeys(keys)), ring.partition, Terms(write=False)
-        )
-        counts = await tokens.counted(prepared, one.space.tokenizer or tokens.CL100K)
-        return [
-            Known(key.digest, count, key in there) for key, count in zip(keys, counts, strict=True)
-        ]
+        return await known(self._registry.get(model), self._tiers, inputs, Namespace(namespace))
 
     async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.

@@ -1,7 +1,6 @@
 """The owner's seven collections moved to another provider and another model, and back."""
 
 import asyncio
-import base64
 import json
 import sys
 from contextlib import closing

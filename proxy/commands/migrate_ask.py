@@ -181,4 +181,4 @@ def connection(settings: Settings, place: str | None) -> Connection:
 
 def journal_of(settings: Settings, qdrant: Connection, collection: str) -> Journal:
     """Return where the state of a migration is kept: beside the store."""
-    return Journal(settings.cache.directory / "migrations", str(qdrant), collection)
+    return Journal(settings.cache.directory / "migrations", str(qdrant).rstrip("/"), collection)
