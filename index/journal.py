@@ -126,8 +126,8 @@ class Journal:
             return _state(orjson.loads(raw))
         except (orjson.JSONDecodeError, TypeError, ValueError, KeyError) as error:
             raise JournalError(
-                f"{self.path} is not what this version writes ({error}); move it away, and `run`"
-                " begins anew: what is in the new collection stays and is compared"
+                f"{self.path} is not what this version writes ({error}); move it away, and begin"
+                " anew with another name for the new collection: run --into NAME"
             ) from error
 
     def save(self, state: State) -> None:
@@ -156,9 +156,9 @@ class Journal:
                 raise JournalError(f"{self.dead_letters}: {error.strerror}") from error
 
 
-def _state(content: dict[str, Any]) -> State:
-    if content.get("format") != FORMAT:
-        raise ValueError(f"format {content.get('format')}")
+def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}")
     known = {one.name for one in fields(State)}
     given = {name: value for name, value in content.items() if name in known}
     given["phase"] = Phase(given["phase"])
