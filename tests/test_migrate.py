@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import shlex
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -149,6 +151,33 @@ async def test_another_model_is_bought_switched_to_and_left_again(system, migrat
     assert {state["phase"] for state in (await migrate("status", *SIZES, "--json")).json} == {
         "finalized"
     }
+
+
+def _blocks(language):
+    """Return the blocks of a language in the page about migrations."""
+    page = (Path(__file__).parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+
+
+async def test_the_commands_of_the_page(system, migrate):
+    """What docs/migration.md shows works as it stands there, on the collections that it names."""
+    await system.fill(0.02, alias=False)
+    params = models.VectorParams(size=system.width, distance=models.Distance.COSINE)
+    await system.connection.ask(lambda client: client.create_collection("docs", params))
+    (mapping,) = _blocks("yaml")
+    system.mapping.write_text(mapping)
+    lines = [line for block in _blocks("sh") for line in block.splitlines()]
+    assert len(lines) == 9
+    for line in lines:
+        _, _, step, *arguments = shlex.split(line)
+        given = [str(system.mapping) if one == "collections.yaml" else one for one in arguments]
+        if "--qdrant" in given:
+            del given[given.index("--qdrant") :]
+        done = await migrate(step, *given, *(("--yes",) * 2 if step == "finalize" else ()))
+        assert done.code == 0, (line, done)
+    aliases = {f"{name}_live": name for name in SIZES} | {"docs_live": f"docs__{MISTRAL}-8"}
+    assert await system.aliases() == aliases
+    assert "docs" not in await system.collections()
 
 
 async def test_killed_at_any_moment_and_resumed(tmp_path):

@@ -112,9 +112,7 @@ def asked(  # noqa: PLR0913 - what is asked for, by name
     model = named(settings, to, "--to")
     space = named(settings, old, "--from").space if old else None
     mapping = {} if texts.file is None else _mapping(texts.file)
-    collections = list(dict.fromkeys(names or mapping))
-    if not collections:
-        raise ConfigError("name the collections to migrate, or give --file")
+    collections = _chosen(names, mapping)
     if texts.into and len(collections) > 1:
         raise ConfigError("--into is for one collection; a --file can name one for each")
     wanted = []
@@ -131,6 +129,18 @@ def asked(  # noqa: PLR0913 - what is asked for, by name
             )
         )
     return Asked(settings, model, width_of(model, dimensions), wanted)
+
+
+def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:
+    """Return the collections that are named, or else those of the file. Raises ConfigError."""
+    return _chosen(names, {} if file is None else _mapping(file))
+
+
+def _chosen(names: Sequence[str] | None, mapping: Mapping[str, object]) -> list[str]:
+    collections = list(dict.fromkeys(names or mapping))
+    if not collections:
+        raise ConfigError("name the collections to migrate, or give --file")
+    return collections
 
 
 def _mapping(path: Path) -> dict[str, Mapping[str, str]]:

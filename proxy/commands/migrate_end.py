@@ -29,14 +29,16 @@ from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
 from .migrate import app, held
 
 Names = Annotated[
-    list[str], typer.Argument(metavar="COLLECTION...", help="As they were given to `run`.")
+    list[str] | None,
+    typer.Argument(metavar="COLLECTION...", help="As they were given to `run`."),
 ]
 
 
 @app.command()
-def status(
-    names: Names,
+def status(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
     *,
+    file: ask.FileOption = None,
     to: ask.ToOption = None,
     qdrant: ask.QdrantOption = None,
     config_file: ConfigOption = None,
@@ -53,7 +55,7 @@ def status(
             if await collections.exists(points, name)
         }
 
-    found = _each(settings, qdrant, names, to, look, lock=False)
+    found = _each(settings, qdrant, ask.names_of(names, file), to, look, lock=False)
     if as_json:
         print_json([{**show.state_dict(s, j), "points_now": sizes} for s, j, sizes in found])
     else:
@@ -63,8 +65,9 @@ def status(
 
 @app.command()
 def cutover(  # noqa: PLR0913 - one parameter an option
-    names: Names,
+    names: Names = None,
     *,
+    file: ask.FileOption = None,
     to: ask.ToOption = None,
     alias: Annotated[
         str | None,
@@ -82,7 +85,8 @@ def cutover(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Verify the new collections, and let the aliases of the old ones point to them."""
     settings = config.load(config_file)
-    if alias is not None and len(names) > 1 and "{collection}" not in alias:
+    chosen = ask.names_of(names, file)
+    if alias is not None and len(chosen) > 1 and "{collection}" not in alias:
         raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
     pace = Pace(sample=sample, passes=passes)
 
@@ -106,7 +110,7 @@ def cutover(  # noqa: PLR0913 - one parameter an option
             )
             return await switching.cutover(migration, SAME, own, allow_missing=allow_missing)
 
-    found = _each(settings, qdrant, names, to, switch)
+    found = _each(settings, qdrant, chosen, to, switch)
     if as_json:
         print_json([{**show.state_dict(s, j), "verified": _told(v)} for s, j, v in found])
         return
@@ -117,9 +121,10 @@ def cutover(  # noqa: PLR0913 - one parameter an option
 
 
 @app.command()
-def rollback(
-    names: Names,
+def rollback(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
     *,
+    file: ask.FileOption = None,
     to: ask.ToOption = None,
     qdrant: ask.QdrantOption = None,
     config_file: ConfigOption = None,
@@ -130,7 +135,7 @@ def rollback(
     async def back(points: Points, journal: Journal) -> int:
         return (await switching.rollback(points, journal))[1]
 
-    found = _each(config.load(config_file), qdrant, names, to, back)
+    found = _each(config.load(config_file), qdrant, ask.names_of(names, file), to, back)
     if as_json:
         print_json([{**show.state_dict(s, j), "only_in_new": count} for s, j, count in found])
         return
@@ -142,8 +147,9 @@ def rollback(
 
 @app.command()
 def finalize(  # noqa: PLR0913 - one parameter an option
-    names: Names,
+    names: Names = None,
     *,
+    file: ask.FileOption = None,
     to: ask.ToOption = None,
     take_name: Annotated[
         bool, typer.Option(help="Let the old collection's name be an alias of the new one.")
@@ -158,12 +164,14 @@ def finalize(  # noqa: PLR0913 - one parameter an option
     """Delete the old collections for good. Asks twice."""
     settings = config.load(config_file)
 
+    chosen = ask.names_of(names, file)
+
     async def look(points: Points, journal: Journal) -> int:
         state = switching.begun(journal)
         there = await collections.exists(points, state.source)
         return await points.count(state.source) if there else 0
 
-    before = _each(settings, qdrant, names, to, look, lock=False)
+    before = _each(settings, qdrant, chosen, to, look, lock=False)
     doomed = [f"{s.source} ({count:,} points)" for s, _, count in before]
     if yes < 1:
         typer.confirm(f"Delete {', '.join(doomed)} for good?", abort=True, err=True)
@@ -173,7 +181,7 @@ def finalize(  # noqa: PLR0913 - one parameter an option
     async def end(points: Points, journal: Journal) -> None:
         await switching.finalize(points, journal, take_name=take_name)
 
-    found = _each(settings, qdrant, names, to, end)
+    found = _each(settings, qdrant, chosen, to, end)
     if as_json:
         print_json([show.state_dict(state, journal) for state, journal, _ in found])
     else:
@@ -208,7 +216,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
         found, failed = [], []
         async with ask.connection(settings, place) as connection:
             points = Points(connection)
-            for name in dict.fromkeys(names):
+            for name in names:
                 journal = ask.journal_of(settings, connection, name)
                 try:
                     result = await one(points, journal)

@@ -192,7 +192,7 @@ async def test_what_people_read(migrate, system):
         f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
         "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
         "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
-        "  to buy: 5 texts, 45 tokens, $0.0000; about 0 s",
+        "  to buy: 5 texts, 40 tokens, $0.0000; about 0 s",
     ]
     done = await migrate("run", CONTEXT, "--to", MISTRAL)
     assert f"{CONTEXT}: copied; next: cutover" in done.out
