@@ -63,6 +63,8 @@ class Purchase:
         self._partition = partition
         self._account = account
         self._sellers: dict[int, str] = {}
+        self._unplaced: list[tuple[str, Usage]] = []
+        """What was charged while the width of the space was not known."""
         self.charged = Usage()
         """The sums of all charges so far; inputs are not in it."""
 
@@ -71,13 +73,25 @@ class Purchase:
         self._sellers.update(dict.fromkeys(bill.places, bill.provider))
         usage = Usage(tokens_billed=sum(bill.tokens), nanodollars_billed=sum(bill.nanodollars))
         self.charged = self.charged.plus(usage)
-        self._count(self._heading(bill.provider), usage)
+        if self._partition.dimensions:
+            self._count(self._heading(bill.provider), usage)
+        else:
+            self._unplaced.append((bill.provider, usage))
 
-    def bought(self, places: Sequence[int]) -> None:
-        """Count inputs whose vectors are about to be kept."""
+    def bought(self, places: Sequence[int], dimensions: int) -> None:
+        """Count inputs whose vectors, of that width, are about to be kept."""
+        if not self._partition.dimensions:
+            self._partition = self._partition._replace(dimensions=dimensions)
+            self.close()
         sellers = Counter(self._sellers.get(place, "") for place in places)
         for seller, inputs in sellers.items():
             self._count(self._heading(seller), Usage(misses=inputs))
+
+    def close(self) -> None:
+        """Count what is left: charges for which nothing came that tells the width."""
+        for provider, usage in self._unplaced:
+            self._count(self._heading(provider), usage)
+        self._unplaced.clear()
 
     def _heading(self, provider: str) -> Heading:
         return Heading(self._partition, self._account.model, provider, self._account.client)

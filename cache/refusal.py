@@ -65,6 +65,15 @@ def named(refusal: InputRefused, place: int, inputs: int) -> InputRefused:
     return naming
 
 
+def renamed(refusal: InputRefused, whole: Sequence[int], inputs: int) -> InputRefused:
+    """Return a refusal as it reads in a larger request, whose inputs at `whole` were asked for."""
+    if refusal.index is None:
+        return refusal
+    cause = refusal.__cause__
+    bare = cause.refusal if isinstance(cause, KeyRefused) else refusal
+    return named(bare, whole[refusal.index], inputs)
+
+
 def is_the_leaders_own(error: EmbeddingError, fill: Fill[Any], wanted: Collection[Key]) -> bool:
     """Tell whether a fill failed for a reason that need not hold for one who joined it.
 

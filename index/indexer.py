@@ -9,6 +9,7 @@ answer with it tries again.
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
@@ -30,7 +31,7 @@ log = logging.getLogger("embedding_proxy.index")
 T = TypeVar("T")
 
 MOST_REMEMBERED = 1 << 18
-"""Ids that a process keeps in memory, some 100 bytes each."""
+"""Ids that a process keeps in memory, some 100 bytes each; then it begins anew."""
 
 
 class Indexer:
@@ -62,7 +63,7 @@ class Indexer:
         self._outbox: Outbox | None = None
         self._sender: Sender | None = None
         self._stack = AsyncExitStack()
-        self._remembered: dict[tuple[Target, bytes], None] = {}
+        self._remembered: defaultdict[Target, set[bytes]] = defaultdict(set)
         self._forgotten = 0
         self._rest = Rest()
         self.added = 0
@@ -75,27 +76,31 @@ class Indexer:
         async with AsyncExitStack() as stack:
             stack.callback(self._thread.shutdown, wait=False)
             try:
-                self._outbox = await self._call(partial(Outbox, self._folder, self._size_limit))
+                await self._open(stack)
             except FAILURES as error:
-                raise Unusable(f"{self._folder}: the outbox cannot be opened: {error}") from error
-            stack.push_async_callback(self._close_outbox)
-            self._forgotten = await self._on_disk(lambda outbox: outbox.forgotten)
-            self._sender = Sender(
-                self._folder,
-                self._on_disk,
-                self._connect,
-                self._making,
-                most_bytes=self._most_bytes,
-                sleep=self._sleep,
-            )
-            stack.push_async_callback(self._sender.close)
-            qdrant = await self._sender.take_first()
-            if qdrant is not None:
-                await self._on_open(qdrant)
-            for work in (self._sender.run(), self._heed_for_ever()):
-                stack.push_async_callback(_end, asyncio.create_task(work))
+                words = str(error) or "another process keeps it locked"
+                raise Unusable(f"{self._folder}: the outbox cannot be used: {words}") from error
             self._stack = stack.pop_all()
         return self
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        self._outbox = await self._call(partial(Outbox, self._folder, self._size_limit))
+        stack.push_async_callback(self._close_outbox)
+        self._forgotten = await self._on_disk(lambda outbox: outbox.forgotten)
+        self._sender = Sender(
+            self._folder,
+            self._on_disk,
+            self._connect,
+            self._making,
+            most_bytes=self._most_bytes,
+            sleep=self._sleep,
+        )
+        stack.push_async_callback(self._sender.close)
+        qdrant = await self._sender.take_first()
+        if qdrant is not None:
+            await self._on_open(qdrant)
+        for work in (self._sender.run(), self._heed_for_ever()):
+            stack.push_async_callback(_end, asyncio.create_task(work))
 
     async def __aexit__(self, *_: object) -> None:
         """Stop sending; what waits is sent after the next start."""
@@ -108,7 +113,8 @@ class Indexer:
 
     def knows(self, target: Target, point: bytes) -> bool:
         """Tell whether a point whose content follows from its id is remembered as added."""
-        return (target, point) in self._remembered
+        known = self._remembered.get(target)
+        return known is not None and point in known
 
     async def add(self, target: Target, points: Sequence[Point]) -> None:
         """Put points into the outbox unless they are known to be indexed. Never raises.
@@ -139,11 +145,9 @@ class Indexer:
             log.exception("not indexed, %d points", len(wanted))
             return
         self._rest.succeeded()
-        for one in wanted.values():
-            if one.mark == 0:
-                self._remembered[target, one.id] = None
-        while len(self._remembered) > MOST_REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
+        if sum(map(len, self._remembered.values())) > MOST_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[target].update(one.id for one in wanted.values() if one.mark == 0)
         if added:
             self.added += added
             self._sender.wake.set()

@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from cache.lock import WriterLock
 
 from . import outbox_file
-from .point import Point, Target
+from .point import Backlog, Point, Target, Waiting
 
 FILE_NAME = "index-outbox.db"
 FAILURES = (sqlite3.Error, OSError, TimeoutError)
@@ -28,31 +27,12 @@ PATIENCE_SECONDS = 2.0
 JSON_A_BYTE = 5.5
 """Bytes of JSON that a byte of a vector becomes: a float32 is 4 bytes, and up to 22 characters."""
 
+_FREE_PAGES = 2048
+"""Of 4 KiB: room that is kept for what comes, and given back at a time."""
+
 
 class Full(Exception):
     """The file is as large as it may be: nothing is added until Qdrant takes some of it."""
-
-
-class Waiting(NamedTuple):
-    """A point in the line."""
-
-    seq: int
-    id: bytes
-    vector: bytes
-    payload: bytes
-    bytes: int
-
-
-class Backlog(NamedTuple):
-    """What has not arrived."""
-
-    points: int
-    bytes: int
-    oldest: float | None
-    """Since when the first of them waits, in seconds since 1970."""
-    dead: int
-    reasons: tuple[tuple[str, str, int], ...]
-    """Of the dead: collection, reason, and how many."""
 
 
 class Outbox:
@@ -188,8 +168,14 @@ class Outbox:
         """Let go of points; what has been added under their ids meanwhile stays."""
         with self._change() as sql:
             sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
-            # An outage leaves a large file; it shrinks as fast as it grew.
-            sql.execute("PRAGMA incremental_vacuum(1024)").fetchall()
+
+    def tidy(self) -> None:
+        """Give some of the room back that an outage has taken; for when nothing waits."""
+        (free,) = self._sql.execute("PRAGMA freelist_count").fetchone()
+        if free > _FREE_PAGES:
+            with self._lock:
+                # `execute` would step it once, which frees one page.
+                self._sql.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
 
     def died(self, points: Iterable[Waiting], reason: str) -> None:
         """Put points that Qdrant refuses out of the way of others."""

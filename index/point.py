@@ -1,4 +1,4 @@
-"""A point on its way to Qdrant, and the collection it is meant for."""
+"""A point on its way to Qdrant, where it is meant for, and what is told of those that wait."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -34,6 +34,28 @@ class Point:
     """Tells one content of this id from another; 0 where the id alone decides the content."""
     new: bool
     """Whether it goes to Qdrant even if a point of this id and mark has."""
+
+
+class Waiting(NamedTuple):
+    """A point in the line."""
+
+    seq: int
+    id: bytes
+    vector: bytes
+    payload: bytes
+    bytes: int
+
+
+class Backlog(NamedTuple):
+    """What has not arrived."""
+
+    points: int
+    bytes: int
+    oldest: float | None
+    """Since when the first of them waits, in seconds since 1970."""
+    dead: int
+    reasons: tuple[tuple[str, str, int], ...]
+    """Of the dead: collection, reason, and how many."""
 
 
 def id_bytes(one: PointId) -> bytes:

@@ -32,8 +32,8 @@ from .failures import (
     ServerFault,
     Unavailable,
 )
-from .outbox import FAILURES, Outbox, Waiting
-from .point import Target
+from .outbox import FAILURES, Outbox
+from .point import Target, Waiting
 from .writing import upsert
 
 log = logging.getLogger("embedding_proxy.index")
@@ -42,7 +42,10 @@ T = TypeVar("T")
 
 TICK_SECONDS = 1.0
 """How often is looked for what other processes have added, and whether the sender has died."""
+SHORTEST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
+LONGEST_WAIT = 300.0
+"""Whatever Qdrant asks for."""
 MOST_POINTS = 1000
 
 
@@ -145,7 +148,10 @@ class Sender:
                     await self._idle(pause)
                 continue
             except Unavailable as error:
-                pause = error.retry_after_s or self._pause()
+                # A batch that is halved need not wait long.
+                halving = isinstance(error, ServerFault) and self._most_points > 1
+                pause = SHORTEST_PAUSE if halving else error.retry_after_s or self._pause()
+                pause = min(pause, LONGEST_WAIT)
                 self._failed(error, pause)
             except Denied as error:
                 pause = LONGEST_PAUSE
@@ -161,7 +167,7 @@ class Sender:
 
     def _pause(self) -> float:
         """Return the seconds to the next try: more each time, never quite the same."""
-        most = min(LONGEST_PAUSE, 0.5 * 2 ** min(self._failures, 10))
+        most = min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(self._failures, 10))
         return random.uniform(most / 2, most)  # noqa: S311 - spreads calls, hides nothing
 
     def _failed(self, error: BaseException, pause: float) -> None:
@@ -185,6 +191,7 @@ class Sender:
             return TICK_SECONDS
         targets = await self._on_disk(Outbox.targets)
         if not targets:
+            await self._on_disk(Outbox.tidy)
             return TICK_SECONDS
         target = targets[0]
         most = (self._most_bytes, self._most_points)

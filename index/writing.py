@@ -9,8 +9,7 @@ import orjson
 from providers import vector
 
 from .connection import Connection
-from .outbox import Waiting
-from .point import id_of
+from .point import Waiting, id_of
 
 if TYPE_CHECKING:
     from qdrant_client import models

@@ -44,7 +44,7 @@ async def look(  # noqa: PLR0911 - one for each thing that may come of it
 ) -> Standing | None:
     """Open the Qdrant of a configuration, and see whose collections are there; None if it has none.
 
-    Nothing is made there, but for the folder of the embedded mode.
+    Nothing is made there.
     """
     qdrant = settings.index.qdrant
     if qdrant is None:
@@ -52,6 +52,8 @@ async def look(  # noqa: PLR0911 - one for each thing that may come of it
     place = qdrant.url or str(qdrant.path)
     if offline:
         return Standing(place, error="not asked")
+    if qdrant.path is not None and not qdrant.path.exists():
+        return Standing(place, error="not there yet, the proxy makes it at its first start")
     try:
         async with (
             asyncio.timeout(PATIENCE_SECONDS),

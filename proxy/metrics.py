@@ -103,6 +103,11 @@ class Metrics:
             asked.append((labels, state["attempts"]))
             ready.append((labels, state["state"] == State.CLOSED))
             failed += [({**labels, "error": e}, n) for e, n in sorted(state["failures"].items())]
+        others: list[Sample] = [
+            ({**worker, "provider": provider, "model": model}, n)
+            for provider, models in self._service.other_models.items()
+            for model, n in sorted(models.items())
+        ]
         lookups: list[Sample] = [({**worker, "tier": tier}, n) for tier, n in found.items()]
         return [
             ("lookups_total", "counter", "Inputs looked up, by the tier that had them.", lookups),
@@ -110,8 +115,28 @@ class Metrics:
              [(worker, counters.mismatches)]),
             ("provider_attempts_total", "counter", "Calls of providers.", asked),
             ("provider_failures_total", "counter", "Calls that failed, by error.", failed),
+            ("provider_other_model_total", "counter",
+             "Replies that named another model than was asked for, by that name.", others),
+            ("canary_cosine", "gauge",
+             "Known texts now against those bought first; below 0.999 the model has changed.",
+             self._canaries()),
             ("provider_ready", "gauge", "Whether a provider is asked as usual.", ready),
         ]  # fmt: skip
+
+    def _canaries(self) -> list[Sample]:
+        """Return what was found last of each route; the file is everyone's, so it has no worker."""
+        canaries = self._service.canaries
+        return [
+            (
+                {
+                    "space": one["space"],
+                    "provider": one["provider"],
+                    "upstream_model": one["upstream_model"],
+                },
+                one["cosine"],
+            )
+            for one in (canaries.findings if canaries else ())
+        ]
 
 
 def _lines(name: str, kind: str, told: str, samples: list[Sample]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from cache.embedder import CachingEmbedder, Filled
 from cache.flight import Flights
 from cache.ledger import Answered, answered
-from cache.refusal import NotCached
+from cache.refusal import NotCached, renamed
 from cache.tiers import Tiers
 from providers import calls
 from providers.base import Context, Embedded, Input, InputRefused, Space
@@ -123,6 +123,12 @@ class Registry:
         width = self._pins.width(model.space.name)
         return self._keep(model, width) if width else model
 
+    def other_models(self) -> dict[str, dict[str, int]]:
+        """Return, by provider, how many of its replies named another model than was asked for."""
+        routes = (route for model in self.models.values() for route in model.router.routes)
+        found = {one.name: dict(getattr(one.provider, "other_models", {})) for one in routes}
+        return {name: models for name, models in sorted(found.items()) if models}
+
     async def learn(
         self,
         model: Model,
@@ -148,7 +154,10 @@ class Registry:
         rest = [place for place, item in enumerate(inputs) if item != inputs[0]]
         if rest:
             space = replace(space, dimensions=width)
-            others = await model.embedder.embed(space, [inputs[place] for place in rest], context)
+            try:
+                others = await model.embedder.embed(space, [inputs[at] for at in rest], context)
+            except InputRefused as error:
+                raise renamed(error, rest, len(inputs)) from error
             parts.append((rest, others))
             usage = usage.plus(others.usage)
         return model, answered(calls.assembled(parts), usage)

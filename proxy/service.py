@@ -141,6 +141,11 @@ class EmbeddingService:
         return self._registry.models if self._registry else {}
 
     @property
+    def other_models(self) -> dict[str, dict[str, int]]:
+        """How many replies of a provider named another model than was asked for, by both names."""
+        return self._registry.other_models() if self._registry else {}
+
+    @property
     def most_inputs(self) -> int | None:
         """How many inputs a request may have; None = any number."""
         return None if self.settings.server.allow_oversize else wire.MOST_INPUTS

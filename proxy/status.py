@@ -44,6 +44,8 @@ class Status:
                 for model in service.models.values()
             },
             "providers": upstreams.snapshot(),
+            "other_models": service.other_models,
+            "canaries": service.canaries.findings if service.canaries else [],
             "retry_budget": {
                 "calls": upstreams.budget.calls,
                 "extras": upstreams.budget.extras,

@@ -4,7 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from fault_server import status, vector_of
+from fault_server import status, tokens_of, vector_of
 
 NEW = "text-embedding-9"
 ROUTES = [{"provider": "openai", "model": "own"}]
@@ -173,3 +173,33 @@ async def test_a_spoilt_file_is_learned_anew(spoilt, upstream, start_proxy):
     await _embed(proxy, "b")
     reply, _ = await _embed(proxy, "a")
     assert reply.headers["x-cache"] == "hit"
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_what_is_charged_before_the_width_is_known(answers, upstream, start_proxy):
+    """The bill has it under the width that it turned out to be, or under none if nothing came."""
+    upstream.widths = {NEW: 40}
+    if not answers:
+        upstream.always = upstream.altered(lambda reply: reply["data"].clear())
+    proxy = await start_proxy(openai=upstream)
+    await _embed(proxy, ["one", "two words"])
+    counted = proxy.service.counted
+    assert {heading.partition.dimensions for heading in counted} == ({40} if answers else {0})
+    charged = sum(usage.tokens_billed for usage in counted.values())
+    assert charged == sum(tokens_of(item) for item in upstream.inputs) > 0
+
+
+async def test_a_refused_input_has_the_clients_own_place(upstream, start_proxy):
+    """The error of the first request of all names the place in it, like that of any other."""
+    body = {"error": {"message": "too long", "type": "t", "param": "input", "code": None}}
+
+    async def act(request, payload):
+        if "bad" in payload["input"]:
+            return await status(400, body)(request, payload)
+        return await upstream.altered(lambda _: None)(request, payload)
+
+    upstream.always = act
+    proxy = await start_proxy(openai=upstream)
+    reply, _ = await _embed(proxy, ["a", "b", "a", "bad", "c"])
+    error = (await reply.json())["error"]
+    assert (reply.status, error["message"]) == (400, "too long (input 3)")

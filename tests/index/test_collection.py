@@ -4,7 +4,7 @@ import gc
 
 import pytest
 from qdrant_client import models
-from qdrant_server import QdrantServer, answer, overloaded
+from qdrant_server import REAL, QdrantServer, answer, overloaded
 
 from index.collection import Making, Provenance, ensure, look, name_of
 from index.connection import Connection
@@ -79,6 +79,7 @@ async def test_a_collection_is_made_as_the_configuration_says(server):
     }
 
 
+@pytest.mark.skipif(REAL is not None, reason="the server at QDRANT_URL keeps it")
 async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(server):
     """What an old server holds counts as somebody else's: its provenance is lost in silence."""
     server.keeps_metadata = False

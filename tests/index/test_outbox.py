@@ -120,6 +120,16 @@ def test_a_full_outbox_takes_nothing_and_a_drained_one_shrinks(tmp_path):
         assert outbox.add(DOCS, [point(9)]) == 1
 
 
+def test_the_room_of_an_outage_is_given_back(tmp_path):
+    """A file that has grown shrinks by and by once all has arrived."""
+    with closing(Outbox(tmp_path, GIB)) as outbox:
+        outbox.add(DOCS, [point(n, b"x" * 100_000) for n in range(300)])
+        outbox.sent(outbox.batch(DOCS, GIB, 1000))
+        for _ in range(5):
+            outbox.tidy()
+    assert (tmp_path / FILE_NAME).stat().st_size < 12_000_000
+
+
 def test_a_damaged_file_is_moved_aside(tmp_path):
     """Rubbish in place of the file costs what waited, and no start."""
     with closing(Outbox(tmp_path, GIB)) as outbox:

@@ -12,6 +12,8 @@ import pytest
 from fault_server import hang, status
 from qdrant_server import QdrantServer
 
+from index.collection import Provenance, ensure
+from index.connection import Connection
 from providers import tokens
 from providers.base import Space
 from providers.openai import OpenAI

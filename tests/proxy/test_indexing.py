@@ -1,7 +1,11 @@
 """Indexing from a client's side: what is answered arrives in Qdrant, whatever Qdrant does."""
 
 import asyncio
+import re
+import sqlite3
+import sys
 import uuid
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from qdrant_server import QdrantServer, answer, overloaded
 from cache.key import keyring
 from index.collection import Provenance, ensure
 from index.connection import Connection
+from index.outbox import Outbox
 from proxy.config import ConfigError
 
 SMALL = "text-embedding-3-small"
@@ -430,3 +435,115 @@ async def test_python_code_says_the_same(start_proxy, upstream, qdrant):
     await proxy.service.embed(["b"], SMALL, index=False)
     await _arrived(proxy)
     assert set(await qdrant.points(f"my_{COLLECTION}")) == {str(uuid.UUID(int=5))}
+
+
+async def test_without_the_package_the_start_says_which_command_installs_it(
+    start_proxy, upstream, qdrant, monkeypatch
+):
+    """Qdrant is an extra; who has configured it without is told what to do."""
+    monkeypatch.setitem(sys.modules, "qdrant_client", None)
+    with pytest.raises(ConfigError, match=re.escape("pip install 'embedding-proxy[qdrant]'")):
+        await start_proxy(upstream, index=_index(qdrant))
+
+
+async def test_a_key_that_is_not_set_is_no_start(start_proxy, upstream, qdrant):
+    """The variable is named before anything is served."""
+    with pytest.raises(ConfigError, match="NO_SUCH_KEY"):
+        await start_proxy(upstream, index=_index(qdrant, api_key_env="NO_SUCH_KEY"))
+
+
+async def test_a_key_that_is_refused_keeps_the_points(start_proxy, upstream, qdrant, monkeypatch):
+    """Requests are served, nothing is put aside, and the status says what is wrong, without key."""
+    monkeypatch.setenv("MY_KEY", "wrong-key")
+    qdrant.api_key = "right-key"
+    proxy = await start_proxy(upstream, index=_index(qdrant, api_key_env="MY_KEY"))
+    assert (await _ask(proxy, "a")).status == 200
+
+    async def told():
+        return (await proxy.service.indexing.indexer.snapshot())["last_failure"]
+
+    await _until(told)
+    assert "key is not accepted" in await told()
+    assert "wrong-key" not in await told()
+    qdrant.api_key = "wrong-key"
+    assert (await _arrived(proxy))["refused_points"] == 0
+    assert len(await qdrant.points(COLLECTION)) == 1
+
+
+async def test_an_outbox_that_cannot_be_made_is_told_in_one_line(
+    start_proxy, upstream, qdrant, tmp_path
+):
+    """A folder in the file's place is a ConfigError, and no traceback."""
+    (tmp_path / "cache" / "index-outbox.db").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="the outbox cannot be used"):
+        await start_proxy(upstream, index=_index(qdrant))
+
+
+async def test_an_outbox_that_fails_costs_no_request(start_proxy, upstream, qdrant, monkeypatch):
+    """Whatever the disk does, the answer leaves; what was not kept is tried with the next one."""
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    broken = Mock(side_effect=sqlite3.OperationalError("disk I/O error"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "add", broken)
+        assert (await _ask(proxy, "a")).status == 200
+    assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
+    told = await _arrived(proxy)
+    assert (told["since_start"]["dropped"], told["since_start"]["added"]) == (1, 1)
+
+
+async def test_requests_at_once_are_each_indexed(start_proxy, upstream, qdrant):
+    """Leaders and joiners of one purchase, and all the others, end as one point an input."""
+    proxy = await start_proxy(upstream, index=_index(qdrant, batch_mib=0.2))
+    asked = [_ask(proxy, f"text {n % 20}", "common") for n in range(60)]
+    assert {one.status for one in await asyncio.gather(*asked)} == {200}
+    await _arrived(proxy)
+    assert len(await qdrant.points(COLLECTION)) == 21
+    assert all(size < 0.2 * (1 << 20) for _, path, size in qdrant.requests if "points" in path)
+
+
+async def test_a_refreshed_vector_replaces_the_old_one(start_proxy, upstream, qdrant):
+    """What is bought anew goes to Qdrant again, under the same id."""
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    await _ask(proxy, "a")
+    await _arrived(proxy)
+    changed = [1.0] + [0.0] * 1535
+
+    def change(reply):
+        reply["data"][0]["embedding"] = changed
+
+    upstream.always = upstream.altered(change)
+    response = await proxy.post({"model": SMALL, "input": "a"}, **{"Cache-Control": "no-cache"})
+    assert response.status == 200
+    await _arrived(proxy)
+    ((point),) = (await qdrant.points(COLLECTION)).values()
+    assert point["vector"] == changed
+
+
+async def test_token_arrays_that_stand_for_a_text_are_indexed_as_that_text(
+    start_proxy, upstream, qdrant
+):
+    """A text and its ids are one input, so one point; tenants have points of their own."""
+    keys = [{"key": "k1", "namespace": "one"}, {"key": "k2", "namespace": "two"}]
+    proxy = await start_proxy(upstream, index=_index(qdrant), server={"keys": keys})
+    for key in ("k1", "k2"):
+        for item in ("hello", [15339]):
+            body = {"model": SMALL, "input": item}
+            assert (await proxy.post(body, Authorization=f"Bearer {key}")).status == 200
+    await _arrived(proxy)
+    payloads = [point["payload"] for point in (await qdrant.points(COLLECTION)).values()]
+    assert sorted((one["namespace"], one["text"]) for one in payloads) == [
+        ("one", "hello"),
+        ("two", "hello"),
+    ]
+
+
+async def test_a_model_that_learns_its_width_is_indexed_from_its_first_answer(
+    start_proxy, upstream, qdrant
+):
+    """The answer that tells a model's width goes to the collection of that width."""
+    upstream.widths["unheard-of"] = 12
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    response = await proxy.post({"model": "unheard-of", "input": ["a", "b"]})
+    assert response.status == 200
+    await _arrived(proxy)
+    assert len(await qdrant.points("unheard-of-12")) == 2

@@ -5,6 +5,8 @@ import re
 
 from fault_server import status, tokens_of
 
+from providers.probe import TEXTS
+
 LINE = re.compile(r'(\w+)\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (\S+)')
 MODEL = {"space": "s/m", "dimensions": 8, "price": 2.0, "routes": [
     {"provider": "openai", "model": "m"}]}  # fmt: skip
@@ -67,3 +69,24 @@ async def test_counters_are_told_by_all_that_the_ledger_knows(upstream, start_pr
         assert told[name, frozenset(labels)] == value, (name, labels)
     failures = {WORKER, ("provider", "openai"), ("error", "OutOfCredit")}
     assert told["provider_failures_total", frozenset(failures)] == 1
+
+
+async def test_another_model_and_the_canaries_are_told(upstream, start_proxy):
+    """What hints at a model that was changed is there to be watched, here and in /status."""
+    upstream.widths = {"m": 8}
+    upstream.always = upstream.altered(lambda reply: reply.update(model="another"))
+    proxy = await start_proxy(openai=upstream, models={"m": MODEL})
+    assert (await proxy.post({"model": "m", "input": "a"})).status == 200
+    (found,) = await proxy.service.canaries.look()
+    told = await _told(proxy)
+    named = {WORKER, ("provider", "openai"), ("model", "another")}
+    assert told["provider_other_model_total", frozenset(named)] == 3
+    route = {("space", "s/m"), ("provider", "openai"), ("upstream_model", "m")}
+    assert told["canary_cosine", frozenset(route)] == found["cosine"] > 0.999
+    async with proxy.http.get(proxy.url.removesuffix("/v1") + "/status") as response:
+        content = await response.json()
+    assert content["other_models"] == {"openai": {"another": 3}}
+    assert content["canaries"] == [found]
+    # Asked for by nobody, but paid for all the same: four texts bought first, and four asked anew.
+    charged = 2 * sum(map(tokens_of, TEXTS)) + tokens_of("a")
+    assert content["since_start"]["tokens_billed"] == charged
