@@ -165,6 +165,25 @@ async def test_what_an_upstream_charges_counts_more_than_the_list(compare, upstr
     assert done.json["cheapest"] == here["route"]
 
 
+async def test_the_price_of_a_route_counts_before_that_of_its_model(compare, upstream):
+    """As on the bill."""
+    routes = [{"provider": "openai", "model": SMALL, "price": 0.5}]
+    models = {SMALL: {"routes": routes}}
+    done = await compare("--rounds", "1", "--json", providers=_at(upstream), models=models)
+    assert done.route("openai")["usd_per_million_tokens"] == pytest.approx(0.5)
+
+
+async def test_models_of_two_spaces_are_told_by_their_neighbours(compare, upstream, tmp_path):
+    """With what chance gives beside it; and who finds most where pairs are given."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"query": "the text with number 7", "text": "text number 7"}))
+    models = ("--model", SMALL, "--model", "wordllama-embed", "--pairs", str(pairs))
+    done = await compare(*models, "--k", "1", providers=_at(upstream))
+    assert "% of the 1 nearest in common, 9% by chance\n" in done.out
+    assert "agree" not in done.out.replace("agreement", "")
+    assert "  finds most: wordllama-embed at local (l2_supercat_256)\n" in done.out
+
+
 async def test_two_models_under_one_name_do_not_agree(compare, upstream, second):
     """Routes that are said to be one space and are not are told so."""
     routes = [{"provider": "openai", "model": "a"}, {"provider": "openrouter", "model": "b"}]
