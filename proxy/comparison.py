@@ -96,7 +96,7 @@ class Report:
 
     @property
     def best_recall(self) -> Row | None:
-        """The route that finds most of the right texts, of equals the cheaper; None without pairs."""
+        """The route that finds most, of equals the cheaper one; None without labelled pairs."""
         known = [row for row in self.choices if row.recall is not None]
         return max(known, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
 

@@ -107,6 +107,9 @@ async def test_two_routes_and_another_model(compare, upstream, second):
     assert (other["dimensions"], other["bytes_per_million"]) == (1024, 4_096_000_000)
     assert here["usd_per_million_tokens"] == pytest.approx(0.02)
     assert other["usd_per_million_tokens"] == pytest.approx(0.1)
+    # The upstream counts three words in each text.
+    assert here["usd_per_million_inputs"] == pytest.approx(0.06)
+    assert here["usd"] == pytest.approx(3 * 45 * 0.02e-6)
     same, *others = found["pairs"]
     assert (same["same_space"], same["agree"], same["overlap"]) == (True, True, None)
     assert same["least_cosine"] == pytest.approx(1)
@@ -317,6 +320,11 @@ async def test_only_the_chosen_providers_are_asked(compare, upstream, second):
     done = await compare(*arguments, providers=_at(upstream, second))
     assert (len(upstream.calls), len(second.calls)) == (0, 12)
     assert [one["provider"] for one in done.json["routes"]] == ["openrouter"]
+    alike = {"space": f"openai/{SMALL}", "dimensions": 1536, "matryoshka": True}
+    alike["routes"] = [{"provider": "openai", "model": "another"}]
+    sections = {"providers": _at(upstream, second), "models": {"alike": alike}}
+    await compare("--model", SMALL, "--rounds", "1", **sections)
+    assert {call.payload["model"] for call in upstream.calls} == {SMALL}
 
 
 async def test_without_a_model_those_of_the_configuration_are_compared(compare, upstream):

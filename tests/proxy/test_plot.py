@@ -19,6 +19,7 @@ def test_points_are_where_their_figures_are():
     zero_x, zero_y = 80, HEIGHT - 56
     assert (x2 - zero_x) == pytest.approx(2 * (x1 - zero_x), abs=0.2)
     assert (zero_y - y2) == pytest.approx(2 * (zero_y - y1), abs=0.2)
+    assert (x2, y2) == (WIDTH - 24, pytest.approx(zero_y - 0.8 * (zero_y - 40)))
     texts = [element.text for element in root.iter(f"{SVG}text")]
     assert {"T & t", "x < 1", "y", "1  a: x", "2  b <&>: y", "3  c: z"} <= {*texts}
     assert [title.text for title in root.iter(f"{SVG}title")] == ["a: x", "b <&>: y"]
