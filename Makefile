@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle pins clean
+.PHONY: demo test serve lint bench torture damage outage oracle index pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -40,6 +40,11 @@ outage: .venv/test
 REQUESTS ?= 100000
 oracle: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/oracle.py $(REQUESTS) $(SEED)
+
+# Texts indexed while Qdrant is away for a while and the proxy is killed twice; with QDRANT_URL, there.
+TEXTS ?= 5000
+index: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/index_trial.py $(TEXTS)
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

@@ -69,6 +69,8 @@ def serve(
 ) -> None:
     """Run the proxy until it is told to stop."""
     logging.getLogger().setLevel(logging.INFO)
+    # The client of Qdrant would have each of its calls in the log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     given = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in given.items() if value is not None}
     settings = config.load(config_file, overrides=overrides)

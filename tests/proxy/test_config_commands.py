@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from proxy import cli, conversion
+from proxy import cli
 from proxy.config import ConfigError, load
 from proxy.conversion import convert
 
@@ -217,6 +217,7 @@ def test_the_nested_form(run, write):
                 "routes": [{"provider": "openai", "model": "text-embedding-3-large"}]
             }
         },
+        "index": {"qdrant": {"url": "http://localhost:6333", "prefix": "hephaestus_"}},
     }
     notes = dict(line.split(" -> ") for line in done.err.splitlines())
     old = yaml.safe_load(NESTED)
@@ -234,10 +235,8 @@ def test_the_nested_form(run, write):
     ]
 
 
-@pytest.mark.parametrize("indexes", [False, True])
-def test_the_vector_store(indexes, monkeypatch):
-    """The section is written, or told as a comment where this version does not index."""
-    monkeypatch.setattr(conversion, "INDEXES", indexes)
+def test_the_vector_store():
+    """The section is written, and the variable of the key named."""
     old = yaml.safe_load(NESTED)
     old["vector_store"]["qdrant_api_key"] = "${QDRANT_KEY}"
     old["vector_store"]["type"] = "qdrant"
@@ -248,20 +247,18 @@ def test_the_vector_store(indexes, monkeypatch):
         "api_key_env": "QDRANT_KEY",
     }
     notes = dict(done.notes)
-    comment = "" if indexes else " (a comment: this version does not index)"
-    assert notes["vector_store.qdrant_url"] == f"index.qdrant.url{comment}"
-    assert notes["vector_store.qdrant_api_key"] == f"index.qdrant.api_key_env{comment}"
+    assert notes["vector_store.qdrant_url"] == "index.qdrant.url"
+    assert notes["vector_store.qdrant_api_key"] == "index.qdrant.api_key_env"
     assert notes["vector_store.type"] == "left out: Qdrant is the only store"
 
 
-@pytest.mark.skipif(conversion.INDEXES, reason="this version indexes: there is no comment")
-def test_what_is_not_indexed_yet_is_a_comment_that_is_a_section(run, write):
-    """Without its comment signs, it is YAML."""
-    done = run("convert", write(NESTED, "old.yaml"))
-    tail = done.out.partition("# For a version that indexes:\n")[2]
-    assert yaml.safe_load(tail.replace("# ", "")) == {
-        "index": {"qdrant": {"url": "http://localhost:6333", "prefix": "hephaestus_"}}
-    }
+def test_a_prefix_without_an_address_is_a_configuration_all_the_same(run, write):
+    """The old default is written down, with a warning."""
+    old = yaml.safe_load(NESTED)
+    del old["vector_store"]["qdrant_url"]
+    done = run("convert", write(old, "old.yaml"))
+    assert "warning: index.qdrant.url" in done.err
+    assert load(write(done.out)).index.qdrant.url == "http://localhost:6333"
 
 
 def test_what_is_said_of_the_store_alone_is_a_configuration(run, write):
