@@ -73,8 +73,8 @@ def _add_routes(
         # The ids of OpenRouter's models hold slashes.
         app.router.add_get(f"{prefix}/models/{{id:.+?}}{{slash:/?}}", models.get)
     # OpenAI's first form, and Azure's.
-    for path in ("/v1/engines", "/openai/deployments"):
-        path = f"{path}/{{model:.+?}}/embeddings{{slash:/?}}"
+    for place in ("/v1/engines", "/openai/deployments"):
+        path = f"{place}/{{model:.+?}}/embeddings{{slash:/?}}"
         app.router.add_post(path, post_embeddings, expect_handler=body.expect)
     if passthrough is not None:
         for prefix in PREFIXES:

@@ -29,8 +29,8 @@ class BodyRefused(InputRefused):
 async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     """Read a whole body of at most `most` bytes, decompressed.
 
-    Raises BodyRefused for one that is larger, that breaks off, or of which nothing more arrives
-    for `patience_s` seconds; InputRefused for a compression that is not known here.
+    Raises BodyRefused for one that is larger, that breaks off, of which nothing more arrives for
+    `patience_s` seconds, or whose compression is not known here.
     """
     inflater = _Inflater(request.headers.get("Content-Encoding", ""))
     if (request.content_length or 0) > most:
@@ -68,7 +68,7 @@ class _Inflater:
     def __init__(self, encoding: str) -> None:
         encoding = encoding.strip().lower()
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise InputRefused(
+            raise BodyRefused(
                 "The request body is compressed in a way that is not known here: send it plain,"
                 " or as gzip or deflate.",
                 status=415,

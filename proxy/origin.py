@@ -35,7 +35,7 @@ class Origin:
     """
 
     def __init__(self, settings: Settings, access: Access) -> None:
-        """Raises ConfigError for a key that is none, ValueError if calls are passed to nobody."""
+        """Look up the key. Raises ConfigError, and ValueError if calls are passed to nobody."""
         entry = settings.passes_to
         if entry is None or settings.passthrough is None:
             raise ValueError("calls are passed to nobody")

@@ -4,7 +4,10 @@ Nothing is gathered, tried again, decompressed or followed: what the upstream sa
 redirects included, is what the client gets. What is sent waits for who receives, both ways.
 """
 
+import asyncio
 import logging
+import socket
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -115,9 +118,17 @@ class Passthrough:
             why = reason(error)
             log.info("passthrough: %s: %s amid a reply", self._origin.name, why)
             if request.version < HttpVersion11 and request.transport is not None:
-                # To such a client an orderly end is the end of the reply.
-                request.transport.abort()
+                _reset(request.transport)
             raise ConnectionAbortedError(f"{why} amid a reply") from error
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """End a connection in disorder: to clients of HTTP/1.0 an orderly end is that of the reply."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        linger = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
 
 
 class _Upload:
