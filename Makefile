@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle pins clean
+.PHONY: demo test serve lint bench torture damage outage oracle flow pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -40,6 +40,11 @@ outage: .venv/test
 REQUESTS ?= 100000
 oracle: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/oracle.py $(REQUESTS) $(SEED)
+
+# MEGABYTES passed through the proxy, up and down: how fast, and in how much memory.
+MEGABYTES ?= 100
+flow: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/flow.py $(MEGABYTES)
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

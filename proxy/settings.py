@@ -192,8 +192,8 @@ class Settings(Section):
         if "passthrough" in self.model_fields_set and self.passthrough and not self.passes_to:
             remote = (n for n, entry in self.providers.items() if entry and entry.kind != "local")
             raise ValueError(
-                f"passthrough: calls cannot be passed to {self.passthrough!r}; known:"
-                f" {', '.join(sorted(remote)) or 'none'}, or null for nobody"
+                f"passthrough: there is no such provider to pass calls to; known:"
+                f" {', '.join(sorted(remote)) or 'none'}; null = nobody"
             )
         return self
 

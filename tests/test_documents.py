@@ -11,6 +11,7 @@ from fault_server import status
 from cache.record import Entry, encode
 from proxy.config import load
 from proxy.model_entry import Model, Route
+from proxy.origin import PREFIXES
 from proxy.section import Section
 from proxy.settings import DEFAULT_PROVIDERS, Provider, Settings
 from proxy.upstreams import Limits
@@ -115,13 +116,15 @@ def test_every_model_of_a_default_provider_is_in_the_readme():
 
 
 async def test_every_route_is_in_the_readme(start_proxy):
-    """Each method and path stands in the README; aliases without /v1 or with a slash are told."""
-    bare = ("/livez", "/readyz", "/status", "/metrics")
+    """Each method and path stands in the README; other beginnings, or a slash at the end, are told."""
+    bare = ("/livez", "/readyz", "/status", "/metrics", "/openai/deployments/{model}/embeddings")
     proxy = await start_proxy()
     routes = set()
     for route in proxy.app.router.routes():
         path = route.resource.canonical.replace("{slash}", "").rstrip("/")
-        path = path if path in bare else "/v1" + path.removeprefix("/v1")
+        for prefix in PREFIXES:
+            path = path.removeprefix(prefix) if path not in bare else path
+        path = path if path in bare else "/v1" + path
         # A GET route answers HEAD too, which goes without saying.
         routes |= {f"{route.method} {path}"} - {f"HEAD {path}"}
     assert len(routes) > 4
