@@ -1,5 +1,6 @@
 """The provider that other calls are passed to: its address, its key, and the way there."""
 
+import logging
 import re
 import ssl
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from .access import Access
 from .headers import forwarded
 from .opening import key_of
 from .settings import Settings
+
+log = logging.getLogger("embedding_proxy.passthrough")
 
 PREFIXES = ("/v1", "/api/v1", "/openai/v1")
 """What stands for the base URL in the paths of clients: OpenAI's, OpenRouter's and Azure's."""
@@ -57,6 +60,7 @@ class Origin:
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
         )
+        log.info("calls that are not ours are passed to %s", self.name)
         # aiohttp would send some methods again over a stale connection; whether to is the client's.
         self._session._retry_connection = False  # noqa: SLF001 - there is no other way to say so
         return self

@@ -1,5 +1,6 @@
 """What is written for people against what is: config.yaml and README.md hide and invent nothing."""
 
+import re
 import struct
 from pathlib import Path
 from typing import Any, get_origin
@@ -9,6 +10,7 @@ import yaml
 from fault_server import status
 
 from cache.record import Entry, encode
+from proxy import headers
 from proxy.config import load
 from proxy.model_entry import Model, Route
 from proxy.origin import PREFIXES
@@ -17,6 +19,7 @@ from proxy.settings import DEFAULT_PROVIDERS, Provider, Settings
 from proxy.upstreams import Limits
 
 ROOT = Path(__file__).parents[1]
+CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 
@@ -156,3 +159,21 @@ def test_the_decoder_in_the_documentation_reads_a_record():
     vector = struct.pack("<3f", 0.5, -1.25, 3.0)
     record = encode(Entry(vector, tokens=7, counted=True, digest=bytes(16)))
     assert namespace["decode"](record) == (0.5, -1.25, 3.0)
+
+
+def test_the_page_on_clients_names_every_header_that_is_kept_back():
+    """docs/clients.md lists what is not passed on; for those of the connection, the rule."""
+    text = CLIENTS.lower()
+    unwanted = {*headers._NOT_FORWARDED, *headers._NOT_RETURNED} - headers._HOP_BY_HOP
+    beginnings = (*headers._NOT_FORWARDED_BEGINNINGS, *headers._NOT_RETURNED_BEGINNINGS)
+    assert len(unwanted) > 10
+    assert not [name for name in (*unwanted, *beginnings) if f"`{name}" not in text]
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", CLIENTS, re.DOTALL))
+def test_what_the_page_on_clients_shows_is_a_configuration(text, tmp_path, monkeypatch):
+    """Each snippet of docs/clients.md is taken as it stands."""
+    monkeypatch.setenv("TEAM_KEY", "k")
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert load(file).passes_to is not None

@@ -336,6 +336,27 @@ async def test_a_body_of_unknown_length_is_passed_on_as_it_grows(other, start):
     assert other.seen[0].headers["Transfer-Encoding"] == "chunked"
 
 
+async def test_an_early_refusal_of_an_upload_arrives(other, start):
+    """An upstream that refuses before it has read the whole is heard; the rest is dropped."""
+    over = asyncio.Event()
+
+    async def body():
+        yield b"a"
+        await over.wait()
+        yield b"b"
+
+    other.act = _says(413, b"too large")
+    proxy = await start()
+    async with (
+        asyncio.timeout(SECONDS),
+        proxy.http.post(f"{proxy.url}/files", data=body()) as reply,
+    ):
+        assert (reply.status, await reply.read()) == (413, b"too large")
+        over.set()
+    async with proxy.http.get(f"{proxy.url}/x") as reply:
+        assert reply.status == 413
+
+
 async def test_connections_are_kept_on_both_sides(other, start):
     """Calls one after the other share a connection here, and one there."""
     proxy = await start()
