@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle kills index pins clean
+.PHONY: demo test serve lint bench torture damage outage oracle index flow kills pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -50,6 +50,11 @@ kills: .venv/test
 TEXTS ?= 5000
 index: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/index_trial.py $(TEXTS)
+
+# MEGABYTES passed through the proxy, up and down: how fast, and in how much memory.
+MEGABYTES ?= 100
+flow: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/flow.py $(MEGABYTES)
 
 bench: .venv/test
 	$(BIN)/python bench/run.py

@@ -75,10 +75,6 @@ def serve(
     given = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in given.items() if value is not None}
     settings = config.load(config_file, overrides=overrides)
-    if settings.passthrough:
-        logging.getLogger("embedding_proxy").warning(
-            "passthrough: this version passes nothing through; other /v1 calls get 404"
-        )
     if settings.cache.mode != "normal":
         logging.getLogger("embedding_proxy").warning(
             "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
