@@ -428,6 +428,32 @@ async def test_a_spoilt_collection_is_not_switched_to(points, made):
     assert await collections.aliases_of(points, target) == []
 
 
+async def test_what_a_search_or_a_count_does_not_find_is_told(points, made, monkeypatch):
+    """Points that are there and are not found, or do not add up, keep the aliases where they are."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    count = points.count
+
+    async def one_more(name):
+        return await count(name) + (name == migration.state.target)
+
+    async def others(collection, to, most):
+        found = await points.those(collection, [1, 2, 3], vectors=True)
+        return [one for one in found.values() if one.vector != to]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(points, "count", one_more)
+        patched.setattr(points, "nearest", others)
+        verdict = await verify(migration, SAME)
+    assert verdict.problems[0].startswith("4 points in docs__new-8 and 0 dead letters do not make")
+    assert [line.rpartition(" for ")[2] for line in sorted(verdict.problems[1:])] == [
+        f"point {number} does not find it" for number in (1, 2, 3)
+    ]
+    verdict = await verify(migration, SAME)
+    assert (verdict.good, verdict.recalled) == (True, 3)
+
+
 async def test_writes_until_the_cutover_are_carried(server, points, made):
     """The verification follows what was written since `run` ended."""
     await _fill(points, 3)
