@@ -429,7 +429,7 @@ async def test_a_spoilt_collection_is_not_switched_to(points, made):
 
 
 async def test_what_a_search_or_a_count_does_not_find_is_told(points, made, monkeypatch):
-    """Points that are there and are not found, or do not add up, keep the aliases where they are."""
+    """Points that are not found, or do not add up, keep the aliases where they are."""
     await _fill(points, 3)
     migration = await made(FakeModel())
     await _run(migration)
