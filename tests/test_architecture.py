@@ -33,6 +33,8 @@ DOORS = {
         "index/points.py",
         "index/connection.py",
         "index/collection.py",
+        "index/migrate_points.py",
+        "index/migrate_collections.py",
         "index/translation.py",
         "index/writing.py",
     },
