@@ -3,7 +3,7 @@
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from .record import Entry
@@ -50,17 +50,30 @@ class Memory:
 
         One that was bought before `not_before`, in seconds since 1970, is passed over.
         """
-        kept = self._entries.get(address)
-        if kept is None:
-            return None
-        if self._ttl_s is not None and kept.stored + self._ttl_s <= self._clock():
-            self._drop(address)
-            return None
-        if kept.stored < not_before:
-            return None
-        if note:
-            self._entries.move_to_end(address)
-        return kept.entry
+        (entry,) = self.get_many([address], not_before=not_before, note=note)
+        return entry
+
+    def get_many(
+        self, addresses: Iterable[bytes], *, not_before: float = -math.inf, note: bool = True
+    ) -> list[Entry | None]:
+        """Do the same for several addresses, in their order."""
+        find, noted = self._entries.get, self._entries.move_to_end
+        expired = -math.inf if self._ttl_s is None else self._clock() - self._ttl_s
+        found: list[Entry | None] = []
+        for address in addresses:
+            kept = find(address)
+            if kept is None:
+                found.append(None)
+            elif kept.stored <= expired:
+                self._drop(address)
+                found.append(None)
+            elif kept.stored < not_before:
+                found.append(None)
+            else:
+                if note:
+                    noted(address)
+                found.append(kept.entry)
+        return found
 
     def put(self, address: bytes, entry: Entry, stored: float | None = None) -> None:
         """Keep an entry, and drop the least recently used ones for it as needed.

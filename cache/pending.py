@@ -3,14 +3,12 @@
 Pure bookkeeping, for one thread: the event loop's.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 
-from .changes import Changes, Kept, Use
+from .changes import Changes, Kept
+from .uses import Uses
 
-MOST_USES = 50_000
-"""The most uses remembered; then those noted first are forgotten."""
 MOST_BACKLOG_BYTES = 64 << 20
 """The most of what could not be written that is kept for another try."""
 USES_A_WRITE = 5_000
@@ -22,9 +20,7 @@ class Pending:
 
     def __init__(self) -> None:
         self._changes = Changes()
-        self.uses: OrderedDict[bytes, Use] = OrderedDict()
-        """The last uses, by address: while they are remembered they prevent eviction."""
-        self._unwritten: OrderedDict[bytes, Use] = OrderedDict()
+        self.uses = Uses()
         self._most_records = RECORDS_A_WRITE
         self.backlog: dict[bytes, Kept] = {}
         """Records that were bought and answered with, and that the disk would not take."""
@@ -39,16 +35,6 @@ class Pending:
         """Return what is to be written now; what comes later is another transaction's."""
         taken, self._changes = self._changes, Changes()
         return taken
-
-    def touch(self, addresses: Iterable[bytes], use: Use) -> None:
-        """Note that entries were used."""
-        new = dict.fromkeys(addresses, use)
-        for noted in (self.uses, self._unwritten):
-            noted.update(new)
-            for address in new:
-                noted.move_to_end(address)
-            while len(noted) > MOST_USES:
-                noted.popitem(last=False)
 
     def failed(self, changes: Changes) -> None:
         """Keep what could not be written, as far as there is room."""
@@ -80,11 +66,9 @@ class Pending:
 
     def take_what_can_wait(self) -> Changes | None:
         """Return a transaction's worth of uses, sums and backlog; None if there is nothing."""
-        uses = dict(islice(self._unwritten.items(), USES_A_WRITE))
+        uses = self.uses.take(USES_A_WRITE)
         if not (uses or self.backlog or self._changes.usage):
             return None
-        for address in uses:
-            del self._unwritten[address]
         usage, self._changes.usage = self._changes.usage, {}
         records = dict(islice(self.backlog.items(), self._most_records))
         return Changes(records=records, only_new=True, used=uses, usage=usage)

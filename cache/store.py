@@ -150,7 +150,7 @@ class Store:
 
     def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
         """Note that entries were used; it is written in a while, not for its own sake."""
-        self._pending.touch(addresses, Use(int(1000 * time.time()), partition))
+        self._pending.uses.note(addresses, Use(int(1000 * time.time()), partition))
 
     def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered; written with the next change, or in a while."""

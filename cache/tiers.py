@@ -69,9 +69,12 @@ class Tiers:
     ) -> dict[Key, Entry]:
         found: dict[Key, Entry] = {}
         missing: list[Key] = []
-        for key in keys:
-            entry = self._memory.get(key.address, not_before=not_before, note=terms.write)
-            if entry is not None and _is_for(entry, key, partition.dimensions):
+        size = 4 * partition.dimensions
+        at_hand = self._memory.get_many(
+            [key.address for key in keys], not_before=not_before, note=terms.write
+        )
+        for key, entry in zip(keys, at_hand, strict=True):
+            if entry is not None and entry.digest == key.digest and len(entry.vector) == size:
                 found[key] = entry
             else:
                 missing.append(key)
@@ -131,7 +134,3 @@ class Tiers:
     def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered."""
         self._store.count(heading, usage)
-
-
-def _is_for(entry: Entry, key: Key, dimensions: int) -> bool:
-    return entry.digest == key.digest and len(entry.vector) == 4 * dimensions

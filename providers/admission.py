@@ -33,10 +33,12 @@ class Admission:
 
     def _of(self, model: str) -> Throttle:
         """Return the limits learned of a model: each has its own, where upstreams tell them."""
-        known = self._learned.setdefault(model, Throttle(self._provider, sleep=self._sleep))
+        known = self._learned.get(model)
+        if known is None:
+            known = self._learned[model] = Throttle(self._provider, sleep=self._sleep)
+            if len(self._learned) > MOST_MODELS:
+                self._learned.popitem(last=False)
         self._learned.move_to_end(model)
-        if len(self._learned) > MOST_MODELS:
-            self._learned.popitem(last=False)
         return known
 
     def learn(self, model: str, headers: Mapping[str, str]) -> None:

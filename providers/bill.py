@@ -5,7 +5,7 @@ a model at $0.005 per million costs five of them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 NANO = 1_000_000_000
@@ -45,19 +45,20 @@ class Bill:
     """Of the inputs, in the call of whoever is told."""
     tokens: Sequence[int]
     nanodollars: Sequence[int]
+    told: bool = False
+    """Whether the upstream named the cost itself; else it is tokens at the price known here."""
 
     def at(self, whole: Sequence[int]) -> "Bill":
         """Return the bill as it reads in a larger call, whose inputs at `whole` these are."""
-        places = [whole[place] for place in self.places]
-        return Bill(self.provider, places, self.tokens, self.nanodollars)
+        return replace(self, places=[whole[place] for place in self.places])
 
     def rows(self, rows: Sequence[int]) -> "Bill":
         """Return the part of the bill that is in some rows of it."""
-        return Bill(
-            self.provider,
-            [self.places[i] for i in rows],
-            [self.tokens[i] for i in rows],
-            [self.nanodollars[i] for i in rows],
+        return replace(
+            self,
+            places=[self.places[i] for i in rows],
+            tokens=[self.tokens[i] for i in rows],
+            nanodollars=[self.nanodollars[i] for i in rows],
         )
 
 

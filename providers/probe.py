@@ -7,7 +7,7 @@ next month. The texts are few and short: asking costs about a hundred tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .base import Context, EmbeddingError, Space, Vector
+from .base import Context, EmbeddingError, Input, InvalidAnswer, ProviderError, Space, Vector
 from .route import Route
 from .vector import cosine
 
@@ -35,23 +35,37 @@ class Probe:
     seconds: float
     """Until the answer, or the failure."""
     vectors: Sequence[Vector] = ()
-    """One for each of `TEXTS`, each `4 * space.dimensions` bytes; none after a failure."""
+    """One for each text, all of one width: that of the space, if known. None after a failure."""
     tokens: int = 0
     """Prompt tokens that the provider charged."""
     failure: EmbeddingError | None = None
 
 
-async def probe(route: Route, space: Space, context: Context, clock: Callable[[], float]) -> Probe:
+async def probe(
+    route: Route,
+    space: Space,
+    context: Context,
+    clock: Callable[[], float],
+    texts: Sequence[Input] = TEXTS,
+) -> Probe:
     """Ask a route once, past the cache and past what is known of its health. Never raises.
 
     `clock` gives seconds, and is the one that the deadline of the context is on.
     """
     begun = clock()
     try:
-        embedded = await route.embed(space, TEXTS, context)
+        embedded = await route.embed(space, texts, context)
     except EmbeddingError as error:
         return Probe(route, clock() - begun, failure=error)
-    return Probe(route, clock() - begun, embedded.vectors, sum(embedded.tokens))
+    except Exception as error:  # noqa: BLE001 - of a kind that somebody's package brings
+        problem = f"its own code failed: {type(error).__name__}"
+        return Probe(route, clock() - begun, failure=ProviderError(route.name, problem))
+    seconds = clock() - begun
+    if len({len(vector) for vector in embedded.vectors}) > 1:
+        # Where a width is not known yet, nobody has compared it so far.
+        failure = InvalidAnswer(route.name, "its vectors are not of one width")
+        return Probe(route, seconds, failure=failure)
+    return Probe(route, seconds, embedded.vectors, sum(embedded.tokens))
 
 
 def agreement(one: Sequence[Vector], other: Sequence[Vector]) -> float:

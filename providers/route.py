@@ -80,11 +80,16 @@ class Route:
             return
         total, cost = charge or Charge()
         total = sum(sizes) if total is None else total
+        told = cost is not None
         if cost is None:
             price = context.account.price if self.price is None else self.price
             cost = nanodollars(total, price)
         context.on_charge(
             Bill(
-                self.name, range(len(sizes)), tokens.share(total, sizes), tokens.share(cost, sizes)
+                self.name,
+                range(len(sizes)),
+                tokens.share(total, sizes),
+                tokens.share(cost, sizes),
+                told,
             )
         )

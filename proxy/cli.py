@@ -18,9 +18,11 @@ from . import config, server
 from . import workers as processes
 from .cache_control import MEANING
 from .commands import cache as cache_commands
+from .commands import config as config_commands
 from .commands import export, stats, take_in, verify
 from .commands.check import check
 from .commands.common import ConfigOption, fail, one_line
+from .commands.compare import compare
 
 T = TypeVar("T")
 
@@ -34,7 +36,9 @@ app = typer.Typer(
 # These add themselves to the group `cache`.
 _ = export, stats, take_in, verify
 app.add_typer(cache_commands.app, name="cache")
+app.add_typer(config_commands.app, name="config")
 app.command()(check)
+app.command()(compare)
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature

@@ -6,7 +6,7 @@ A mistake in the file is a ConfigError of one line that names the file, the key 
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,15 +50,37 @@ def load_named(
     if overrides:
         server = content.get("server") or {}
         content["server"] = {**server, **overrides} if isinstance(server, dict) else server
+    settings = validated(content, name, overrides or {})
+    return settings, tuple(content.get("models") or ())
+
+
+def validated(content: Mapping[Any, Any], name: str, overrides: Collection[str] = ()) -> Settings:
+    """Return the settings that a file of that name holds. Raises ConfigError.
+
+    `overrides` are keys of the `server` section that do not come from the file.
+    """
     try:
-        settings = Settings.model_validate(_substituted(content, name, ()))
+        return Settings.model_validate(_substituted(content, name, ()))
     except ValidationError as error:
-        if overrides and error.errors()[0]["loc"] in {("server", key) for key in overrides}:
+        if error.errors()[0]["loc"] in {("server", key) for key in overrides}:
             name = "the command line"
         raise ConfigError(f"{name}: {_first_problem(error)}") from error
     except RecursionError as error:
         raise ConfigError(f"{name}: an anchor holds itself; write the values out") from error
-    return settings, tuple(content.get("models") or ())
+
+
+def dump(value: object) -> str:
+    """Return plain values as YAML, in their order."""
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def read(path: Path | None) -> dict[Any, Any]:
+    """Return what a file holds, or the built-in one: not validated, `${NAME}` as it stands.
+
+    Raises ConfigError.
+    """
+    return _content(path or _built_in_file(), BUILT_IN if path is None else str(path))
 
 
 def _content(source: Path, name: str) -> dict[Any, Any]:

@@ -6,6 +6,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 # Not prose about the library: tests, vendored copies, and what is not always installed.
@@ -30,6 +31,22 @@ def standard_library() -> list[Docstring]:
             module = ".".join(part for part in parts if part != "__init__")
             found += (doc for doc in _docstrings(path, module) if len(doc.text.split()) >= 4)
     return found
+
+
+# Of various matters, small, and in every Python.
+_A_FEW = ("bisect", "calendar", "colorsys", "fractions", "heapq", "shlex", "statistics", "textwrap")
+_OF_EACH = 8
+
+
+def a_few() -> list[str]:
+    """Return the first paragraphs of some docstrings, different ones; about sixty short texts."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, None] = {}
+    for module in _A_FEW:
+        docs = _docstrings(root / f"{module}.py", module)
+        first = (doc.text.partition("\n\n")[0] for doc in docs)
+        found |= dict.fromkeys(islice((text for text in first if len(text.split()) >= 4), _OF_EACH))
+    return list(found)
 
 
 def _docstrings(path: Path, module: str) -> Iterator[Docstring]:

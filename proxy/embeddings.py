@@ -28,20 +28,16 @@ class Embeddings:
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         control = ", ".join(request.headers.getall("Cache-Control", ()))
         result = await self._service.answer(asked, caller, control)
-        chunks = wire.render(
-            result.embedded.vectors,
-            dimensions=result.dimensions,
-            encoding=asked.encoding,
-            model=asked.model,
-            prompt_tokens=result.tokens,
-        )
+        form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
+        chunks = wire.render(result.embedded.vectors, form)
         headers = _headers(result)
-        if len(asked.inputs) <= wire.VECTORS_A_CHUNK:
+        if len(asked.inputs) <= form.vectors_a_chunk:
             return web.Response(
                 body=b"".join(chunks), content_type="application/json", headers=headers
             )
         response = web.StreamResponse(headers=headers)
         response.content_type = "application/json"
+        response.content_length = form.length(len(asked.inputs))
         await response.prepare(request)
         for chunk in chunks:
             await response.write(chunk)

@@ -30,7 +30,7 @@ _OWN_HEADERS = {
 }
 
 # Keys of the configuration, and the fields of Timeouts they set.
-_TIMEOUTS = {
+TIMEOUTS = {
     "timeout_s": "total_s",
     "connect_timeout_s": "connect_s",
     "first_byte_timeout_s": "first_byte_s",
@@ -135,7 +135,7 @@ class Provider(Section):
             known = self.extra_fields
             fields["extra_fields"] = None if known is None else frozenset(known)
         limits = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
-        times = {field: getattr(self, key) for key, field in _TIMEOUTS.items() if key in given}
+        times = {field: getattr(self, key) for key, field in TIMEOUTS.items() if key in given}
         return replace(
             profile,
             base_url=self.base_url or profile.base_url,

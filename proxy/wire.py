@@ -14,8 +14,13 @@ from providers.base import Input, InputRefused, Vector
 
 MOST_INPUTS = 2048
 """At OpenAI: inputs in one request, and ids in a token array that stands alone."""
-VECTORS_A_CHUNK = 32
-"""Vectors rendered at a time: some 260 kB of base64, less than 2 ms of work."""
+CHUNK = 96 << 10
+"""About how many bytes of a reply are made at a time. From 128 KiB on the C library takes fresh
+memory for each, and to fault that in takes four times as long as to fill it."""
+
+_HEAD = b'{"object":"list","data":['
+_ITEM = b'{"object":"embedding","index":%d,"embedding":'
+_POWERS = (10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 Encoding: TypeAlias = Literal["float", "base64"]
 
@@ -126,35 +131,56 @@ def _invalid(problem: str, where: str) -> InputRefused:
     return InputRefused(f"'$.input{where}' is invalid: it {problem}.", param="input")
 
 
-def render(
-    vectors: Sequence[Vector],
-    *,
-    dimensions: int,
-    encoding: Encoding,
-    model: str,
-    prompt_tokens: int,
-) -> Iterator[bytes]:
-    """Yield the reply in chunks of a few hundred kB, indices 0…n-1 in the order given.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a reply is given."""
 
-    `dimensions` is the width to answer with; wider vectors are cut and renormalised.
-    """
-    head = b'{"object":"list","data":['
-    for start in range(0, len(vectors), VECTORS_A_CHUNK):
-        some = vector.derive(vectors[start : start + VECTORS_A_CHUNK], dimensions)
-        if encoding == "base64":
-            items = [
-                b'{"object":"embedding","index":%d,"embedding":"%b"}' % (i, vector.to_base64(v))
-                for i, v in enumerate(some, start)
-            ]
-        else:
-            items = [
-                b'{"object":"embedding","index":%d,"embedding":%b}' % (i, vector.to_json(v))
-                for i, v in enumerate(some, start)
-            ]
-        yield head + b",".join(items)
-        head = b","
-    yield b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        orjson.dumps(model),
-        prompt_tokens,
-        prompt_tokens,
-    )
+    dimensions: int
+    """The width to answer with; wider vectors are cut and renormalised, narrower ones padded."""
+    encoding: Encoding
+    model: str
+    """The name that the client asked for."""
+    prompt_tokens: int
+
+    @property
+    def vectors_a_chunk(self) -> int:
+        """How many vectors are rendered at a time, in about a millisecond at most.
+
+        >>> [Form(1536, encoding, "m", 1).vectors_a_chunk for encoding in ("base64", "float")]
+        [12, 5]
+        """
+        numbers = self.dimensions * (12 if self.encoding == "float" else 5)
+        return max(1, CHUNK // (numbers + 64))
+
+    @property
+    def tail(self) -> bytes:
+        """What stands behind the vectors."""
+        usage = b'"prompt_tokens":%d,"total_tokens":%d' % (self.prompt_tokens, self.prompt_tokens)
+        return b'],"model":%b,"usage":{%b}}' % (orjson.dumps(self.model), usage)
+
+    def length(self, vectors: int) -> int | None:
+        """Return the bytes of a whole reply; None where only rendering it tells."""
+        if self.encoding == "float":
+            return None
+        base64 = (4 * self.dimensions + 2) // 3 * 4
+        item = len(_ITEM) - len(b"%d") + len(b'""}') + base64
+        digits = vectors + sum(max(0, vectors - power) for power in _POWERS)
+        commas = vectors - 1
+        return len(_HEAD) + vectors * item + digits + commas + len(self.tail)
+
+
+def render(vectors: Sequence[Vector], form: Form) -> Iterator[bytes]:
+    """Yield the reply in chunks of about `CHUNK` bytes, indices 0…n-1 in the order given."""
+    step = form.vectors_a_chunk
+    encoded = vector.to_base64 if form.encoding == "base64" else vector.to_json
+    opening, closing = (_ITEM + b'"', b'"}') if form.encoding == "base64" else (_ITEM, b"}")
+    between = closing + b"," + opening
+    parts, before = [_HEAD], opening
+    for start in range(0, len(vectors), step):
+        some = vector.derive(vectors[start : start + step], form.dimensions)
+        for i, one in enumerate(some, start):
+            parts += (before % i, encoded(one))
+            before = between
+        yield b"".join(parts)
+        parts.clear()
+    yield closing + form.tail

@@ -21,7 +21,13 @@ DOORS = {
     "yaml": {"proxy/config.py"},
     "splintr": {"providers/tokens.py"},
     "wordllama": {"providers/local.py"},
-    "numpy": {"providers/vector.py", "providers/local.py", "proxy/demo.py"},
+    # The vectors' forms; what measures many at once; what makes its own; what shows off.
+    "numpy": {
+        "providers/vector.py",
+        "providers/likeness.py",
+        "providers/local.py",
+        "proxy/demo.py",
+    },
     "pyarrow": {"proxy/sources/parquet.py"},
     "qdrant_client": {"index/points.py"},
     "pydantic": {

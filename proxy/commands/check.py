@@ -16,7 +16,7 @@ from proxy.finding import Finding
 from proxy.service import GIB
 from proxy.settings import Cache
 
-from .common import ConfigOption, JsonOption, path_text, print_json, progress, size
+from .common import ConfigOption, JsonOption, path_text, print_json, printable, progress, size
 
 
 def check(
@@ -61,17 +61,12 @@ def check(
         }
         print_json(shown)
     else:
-        typer.echo(_printable(f"configuration: {config_file or 'built in'}"))
+        typer.echo(printable(f"configuration: {config_file or 'built in'}"))
         for line in (*_cache_lines(cache, store), *_found_lines(found)):
-            typer.echo(_printable(line))
+            typer.echo(printable(line))
         _tell_problems(problems, offline=offline)
     if problems:
         raise typer.Exit(1)
-
-
-def _printable(line: str) -> str:
-    """Replace what moves a terminal's cursor: names and messages are made by others."""
-    return "".join(sign if sign.isprintable() else "?" for sign in line)
 
 
 def _cache_dict(cache: Cache, store: Inspection) -> dict[str, Any]:
@@ -192,4 +187,4 @@ def _tell_problems(problems: Sequence[str], *, offline: bool) -> None:
         return
     typer.echo("1 problem:" if len(problems) == 1 else f"{len(problems)} problems:")
     for problem in problems:
-        typer.echo(_printable(f"  {problem}"))
+        typer.echo(printable(f"  {problem}"))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import orjson
 import typer
@@ -18,6 +18,9 @@ from providers.base import EmbeddingError
 from proxy.config import ConfigError
 from proxy.server import PortUnavailable
 from proxy.workers import WorkerFailed
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
@@ -78,6 +81,20 @@ def plain(option: str | None) -> str | None:
 def path_text(path: Path | str) -> str:
     """Return a path as text that can be printed, whatever bytes it is made of."""
     return os.fsencode(path).decode(errors="replace")
+
+
+def printable(line: str) -> str:
+    """Replace what moves a terminal's cursor: names and messages are made by others."""
+    return "".join(sign if sign.isprintable() else "?" for sign in line)
+
+
+def console(width: int) -> "Console":
+    """Return what prints; too wide for a terminal is better than a column of single letters."""
+    from rich.console import Console  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
+
+    made = Console(highlight=False, markup=False, emoji=False)
+    made.width = max(made.width, width)
+    return made
 
 
 def print_json(value: object) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +12,7 @@ from proxy.service import GIB
 from proxy.settings import Settings
 
 from .cache import app, opened
-from .common import ConfigOption, JsonOption, age, path_text, print_json, size
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from .common import ConfigOption, JsonOption, age, console, path_text, print_json, size
 
 WIDEST = 120
 """Characters of a table's line, beside the name of a space."""
@@ -115,17 +112,17 @@ def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -
             f"${one['usd_saved']:,.4f}",
         )
     longest = max((len(one["space"]) for one in shown["partitions"]), default=0)
-    console = _console(WIDEST + longest)
-    console.print(
+    out = console(WIDEST + longest)
+    out.print(
         f"{settings.cache.directory}: {held.entries:,} entries, {size(held.file_bytes)}"
         f" on disk of at most {size(shown['size_limit_bytes'])}",
         soft_wrap=True,
     )
     if shown["partitions"]:
-        console.print(table)
+        out.print(table)
     usage = held.usage
     if usage.inputs:
-        console.print(
+        out.print(
             f"{usage.inputs:,} inputs were asked for, {usage.misses:,} of them bought:"
             f" hit rate {usage.hit_rate:.1%}, ${shown['usd_saved']:,.4f} saved,"
             f" ${shown['usd_billed']:,.4f} spent.",
@@ -153,13 +150,4 @@ def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
             f"${one['usd_saved']:,.4f}",
         )
     longest = max((sum(len(str(one[name])) for name in columns) for one in bill), default=0)
-    _console(WIDEST + longest).print(table)
-
-
-def _console(width: int) -> "Console":
-    """Return what prints; too wide for a terminal is better than a column of single letters."""
-    from rich.console import Console  # noqa: PLC0415
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.width = max(console.width, width)
-    return console
+    console(WIDEST + longest).print(table)

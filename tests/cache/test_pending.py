@@ -41,7 +41,7 @@ def test_nothing_can_wait_where_nothing_is():
 def test_uses_sums_and_backlog_go_together():
     """All that can wait goes into one transaction; only the backlog stays until it is written."""
     pending = Pending()
-    pending.touch([A, B], Use(1, P))
+    pending.uses.note([A, B], Use(1, P))
     pending.changes.count(1, P, Usage(hits=1))
     pending.failed(Changes(records={C: Kept(b"c", P)}))
     taken = pending.take_what_can_wait()
@@ -62,7 +62,7 @@ def test_a_transaction_of_what_can_wait_is_not_too_large(monkeypatch):
     monkeypatch.setattr(pending_module, "RECORDS_A_WRITE", 3)
     pending = Pending()
     addresses = [bytes([i]) for i in range(7)]
-    pending.touch(addresses, Use(1, P))
+    pending.uses.note(addresses, Use(1, P))
     pending.failed(Changes(records={a: Kept(a, P) for a in addresses}))
     uses, records = [], []
     while (taken := pending.take_what_can_wait()) is not None:
@@ -78,30 +78,16 @@ def test_a_later_use_replaces_an_earlier_one():
     """Of several uses of an entry the last is written."""
     pending = Pending()
     for at in (1, 2):
-        pending.touch([A], Use(at, P))
+        pending.uses.note([A], Use(at, P))
     assert pending.take_what_can_wait().used == {A: Use(2, P)}
-
-
-def test_uses_are_bounded(monkeypatch):
-    """Beyond so many uses those noted first are forgotten, in memory and for the disk."""
-    monkeypatch.setattr(pending_module, "MOST_USES", 2)
-    pending = Pending()
-    for address in (A, B, C):
-        pending.touch([address], Use(1, P))
-        assert len(pending.uses) <= 2
-    assert list(pending.uses) == [B, C]
-    assert list(pending.take_what_can_wait().used) == [B, C]
-    pending.touch([A, B, C], Use(2, P))
-    assert len(pending.uses) == 2
-    assert set(pending.uses.values()) == {Use(2, P)}
 
 
 def test_a_use_protects_after_it_was_taken_to_be_written():
     """What is on its way to the disk is remembered still, and is not taken again."""
     pending = Pending()
-    pending.touch([A], Use(1, P))
+    pending.uses.note([A], Use(1, P))
     assert list(pending.take_what_can_wait().used) == [A]
-    assert pending.uses == {A: Use(1, P)}
+    assert dict(pending.uses) == {A: Use(1, P)}
     assert pending.take_what_can_wait() is None
 
 

@@ -266,7 +266,7 @@ async def test_three_failures_are_followed_by_a_rest(rig):
 async def test_a_flush_stops_at_the_first_failure(rig, monkeypatch):
     """What can wait is tried a transaction at a time, and not again and again."""
     monkeypatch.setattr(pending_module, "USES_A_WRITE", 1)
-    rig.writer.pending.touch([_address(i) for i in range(5)], Use(1, P))
+    rig.writer.pending.uses.note([_address(i) for i in range(5)], Use(1, P))
     rig.disk.file.failure = lambda _: OSError("no")
     await rig.writer.flush()
     assert len(rig.disk.file.sizes) == 1
@@ -285,7 +285,7 @@ async def test_finishing_writes_all_there_is(rig):
     await settle()
     waiting.append(rig.put(3))
     rig.writer.pending.changes.count(1, Heading(P), Usage(hits=1))
-    rig.writer.pending.touch([_address(1)], Use(1, P))
+    rig.writer.pending.uses.note([_address(1)], Use(1, P))
     await settle()
     finishing = asyncio.create_task(rig.writer.finish())
     await settle()

@@ -74,10 +74,11 @@ ABC = ["a", "bb", "ccc"]  # 2 + 3 + 4 tokens
 )
 async def test_a_call_is_billed_as_the_upstream_says_else_as_we_count(charge, price, tokens, cost):
     """Its own tokens and dollars come first; then our count, at the route's price or the list's."""
+    told = charge is not None and charge.nanodollars is not None
     route = Route(Charging(lambda _: charge), "m", price)
     bills, _ = await _bills(route, ABC)
     assert [replace(bill, places=list(bill.places)) for bill in bills] == [
-        Bill("shop", [0, 1, 2], tokens, cost)
+        Bill("shop", [0, 1, 2], tokens, cost, told)
     ]
 
 

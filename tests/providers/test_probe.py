@@ -44,6 +44,12 @@ async def test_a_failure_is_told_and_not_raised():
     assert (found.failure, found.seconds, found.vectors) == (failure, 2, ())
 
 
+async def test_other_texts_may_be_asked():
+    """Whoever has texts of its own is answered for them, in their order."""
+    found = await probe(Route(Fake(Clock()), "m"), SPACE, Context(), Clock(), ["one", "two"])
+    assert (len(found.vectors), found.tokens) == (2, 6)
+
+
 def test_agreement_is_that_of_the_worst_pair():
     """One text of four that is answered otherwise is enough to tell two models apart."""
     base = np.eye(4, dtype="<f4")

@@ -7,7 +7,7 @@ import pytest
 from fault_server import status
 
 from cache import flight
-from proxy.wire import VECTORS_A_CHUNK
+from proxy.wire import Form
 
 SMALL = "text-embedding-3-small"
 COUNTS = ("x-cache-hits", "x-cache-joined", "x-cache-misses")
@@ -78,13 +78,19 @@ async def test_a_request_that_waits_for_anothers_purchase_joins_it(
     assert replies[0][1] == replies[1][1]
 
 
+CHUNK = {
+    encoding: Form(1536, encoding, SMALL, 1).vectors_a_chunk for encoding in ("base64", "float")
+}
+
+
 @pytest.mark.parametrize(
     ("count", "encoding"),
     [
         (1, "float"),
-        (VECTORS_A_CHUNK, "base64"),
-        (VECTORS_A_CHUNK + 1, "float"),
-        (2 * VECTORS_A_CHUNK, "base64"),
+        (CHUNK["base64"], "base64"),
+        (CHUNK["float"], "float"),
+        (CHUNK["float"] + 1, "float"),
+        (2 * CHUNK["base64"], "base64"),
     ],
 )
 async def test_a_reply_is_the_same_on_a_miss_and_on_a_hit(count, encoding, upstream, start_proxy):
@@ -96,7 +102,8 @@ async def test_a_reply_is_the_same_on_a_miss_and_on_a_hit(count, encoding, upstr
     await start_proxy.stop()
     _, third = await _ask(await start_proxy(openai=upstream), **asked)
     assert first == second == third
-    assert ("Content-Length" in headers) == (count <= VECTORS_A_CHUNK)
+    whole = count <= CHUNK[encoding]
+    assert ("Content-Length" in headers) == (whole or encoding == "base64")
     assert [item["index"] for item in json.loads(first)["data"]] == list(range(count))
     assert len(upstream.calls) == 1
 

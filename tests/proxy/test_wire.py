@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from providers.base import InputRefused
-from proxy.wire import MOST_INPUTS, VECTORS_A_CHUNK, EmbeddingRequest, parse, render
+from proxy import wire
+from proxy.wire import MOST_INPUTS, EmbeddingRequest, Form, parse, render
 
 MODEL = "text-embedding-3-small"
 
@@ -220,7 +221,8 @@ def test_any_bytes_are_read_or_refused(body):
 
 
 NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False)
-MATRICES = st.tuples(st.integers(1, 2 * VECTORS_A_CHUNK + 2), st.integers(1, 5)).flatmap(
+CHUNK = 4
+MATRICES = st.tuples(st.integers(1, 2 * CHUNK + 2), st.integers(1, 5)).flatmap(
     lambda shape: arrays(np.float32, shape, elements=NUMBERS)
 )
 
@@ -230,23 +232,26 @@ def _ramp(count: int) -> np.ndarray:
 
 
 @given(MATRICES, st.sampled_from(["float", "base64"]))
-@example(_ramp(VECTORS_A_CHUNK - 1), "float")
-@example(_ramp(VECTORS_A_CHUNK), "float")
-@example(_ramp(VECTORS_A_CHUNK), "base64")
-@example(_ramp(VECTORS_A_CHUNK + 1), "float")
-@example(_ramp(VECTORS_A_CHUNK + 1), "base64")
-@example(_ramp(2 * VECTORS_A_CHUNK), "base64")
-@example(_ramp(2 * VECTORS_A_CHUNK + 1), "float")
+@example(_ramp(CHUNK - 1), "float")
+@example(_ramp(CHUNK), "float")
+@example(_ramp(CHUNK), "base64")
+@example(_ramp(CHUNK + 1), "float")
+@example(_ramp(CHUNK + 1), "base64")
+@example(_ramp(2 * CHUNK), "base64")
+@example(_ramp(2 * CHUNK + 1), "float")
 @example(np.array([[-0.0, 1e-45, 3.4028235e38, 0.1]], dtype=np.float32), "float")
 def test_what_is_rendered_reads_back_bit_for_bit(matrix, encoding):
     """Any vectors, in any number, come back from the JSON with all bits and in their order."""
     width = matrix.shape[1]
     vectors = [row.astype("<f4").tobytes() for row in matrix]
-    chunks = list(
-        render(vectors, dimensions=width, encoding=encoding, model='a"b\n', prompt_tokens=5)
-    )
+    form = Form(width, encoding, 'a"b\n', 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "CHUNK", CHUNK * (64 + width * (5 if encoding == "base64" else 12)))
+        chunks = list(render(vectors, form))
     reply = json.loads(b"".join(chunks))
-    assert len(chunks) == -(-len(vectors) // VECTORS_A_CHUNK) + 1
+    assert len(chunks) == -(-len(vectors) // CHUNK) + 1
+    assert form.length(len(vectors)) in (None, sum(map(len, chunks)))
+    assert (form.length(len(vectors)) is None) == (encoding == "float")
     assert [item.pop("index") for item in reply["data"]] == list(range(len(vectors)))
     assert {item.pop("object") for item in reply["data"]} == {"embedding"}
     given_back = [item.pop("embedding") for item in reply["data"]]
@@ -263,11 +268,24 @@ def test_what_is_rendered_reads_back_bit_for_bit(matrix, encoding):
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
-def test_a_narrower_width_is_cut_in_every_chunk(encoding):
+def test_a_narrower_width_is_cut_in_every_chunk(encoding, monkeypatch):
     """Vectors wider than asked for are cut and renormalised, beyond the first chunk too."""
-    vectors = [np.array([3, 4, i], "<f4").tobytes() for i in range(VECTORS_A_CHUNK + 2)]
-    chunks = render(vectors, dimensions=2, encoding=encoding, model="m", prompt_tokens=1)
+    monkeypatch.setattr(wire, "CHUNK", 300)
+    vectors = [np.array([3, 4, i], "<f4").tobytes() for i in range(CHUNK + 2)]
+    chunks = list(render(vectors, Form(2, encoding, "m", 1)))
+    assert len(chunks) > 2
     data = json.loads(b"".join(chunks))["data"]
     cut = np.array([0.6, 0.8], "<f4")
     wanted = base64.b64encode(cut.tobytes()).decode() if encoding == "base64" else [0.6, 0.8]
     assert [item["embedding"] for item in data] == [wanted] * len(vectors)
+
+
+@given(st.integers(1, 20_000), st.integers(1, 9), st.integers(0, 10**6))
+@example(10, 3, 1)
+@example(11, 3, 1)
+@example(10_001, 1, 99)
+def test_the_length_is_known_before_a_reply_is_made(count, width, tokens):
+    """It is told in the header of a streamed reply, so it has to be right to the byte."""
+    form = Form(width, "base64", "m", tokens)
+    made = sum(map(len, render([bytes(4 * width)] * count, form)))
+    assert form.length(count) == made

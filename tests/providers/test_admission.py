@@ -1,0 +1,51 @@
+"""The queue before one provider: what is learned of its models is remembered, within bounds."""
+
+import asyncio
+
+from providers.admission import MOST_MODELS, Admission
+from providers.base import Context
+from providers.limits import Limits
+
+
+async def _turn(admission, model):
+    async with admission.turn(model, 1, Context()):
+        pass
+
+
+async def test_the_models_asked_for_longest_ago_are_forgotten():
+    """Names that clients make up do not fill the memory; those in use are kept."""
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    admission = Admission("acme", Limits(), sleep)
+    admission.hold("in use", 5)
+    admission.hold("of old", 5)
+    for number in range(MOST_MODELS - 1):
+        await _turn(admission, f"made up {number}")
+        admission._of("in use")
+    await _turn(admission, "of old")
+    assert waits == []
+    await asyncio.wait_for(_turn(admission, "in use"), 1)
+    assert len(waits) == 1
+    assert len(admission._learned) == MOST_MODELS
+
+
+async def test_nothing_is_learned_where_that_is_not_wanted():
+    """`learn: false` passes over what a reply tells of limits."""
+    told = {
+        "x-ratelimit-limit-requests": "1",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "60s",
+    }
+    for learn in (True, False):
+        waits = []
+
+        async def sleep(seconds, waits=waits):
+            waits.append(seconds)
+
+        admission = Admission("acme", Limits(learn=learn), sleep)
+        admission.learn("m", told)
+        await _turn(admission, "m")
+        assert bool(waits) == learn
