@@ -7,6 +7,8 @@ import typer
 from typer.core import TyperGroup
 
 from proxy.cli import app
+from proxy.config import load
+from proxy.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,3 +46,10 @@ def unknown(command: str) -> str:
     known = {name for one in here.params for name in (*one.opts, *one.secondary_opts)}
     known.add("--help")
     return next((word for word in words if word.startswith("-") and word not in known), "")
+
+
+def taken(snippet: str, folder: Path) -> Settings:
+    """Return what a configuration comes to, read from a file in this folder. Raises ConfigError."""
+    file = folder / "config.yaml"
+    file.write_text(snippet, encoding="utf-8")
+    return load(file)
