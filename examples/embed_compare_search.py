@@ -28,7 +28,7 @@ async def main(config: str | None = None) -> None:
     """Print what was bought, how alike two widths are, and what is nearest to each query."""
     texts = [*DOCUMENTS, *QUERIES]
     async with EmbeddingService.from_config(config) as service:
-        # Embed. With index=False nothing gets into Qdrant, where one is configured: right for queries.
+        # Embed. With index=False, as is right for queries, nothing of it gets into Qdrant.
         wide = await service.embed(texts, MODEL, index=False)
         again = await service.embed(texts, MODEL, index=False)
         narrow = await service.embed(texts, MODEL, dimensions=NARROW, index=False)
