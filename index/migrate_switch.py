@@ -56,6 +56,7 @@ async def cutover(
     await collections.switch(points, state.target, aliases)
     state.phase = Phase.SWITCHED
     migration.save()
+    verdict.late = abs(await points.count(state.source) - verdict.old_points)
     return verdict
 
 

@@ -32,6 +32,8 @@ class Verdict:
     """The smallest between a stored vector and its text embedded again."""
     recalled: int = 0
     """Sampled points that a search with their own vector found."""
+    late: int = 0
+    """By how many points the old collection grew or shrank while the aliases were switched."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -81,7 +83,8 @@ async def _sample(migration: Migration) -> list[Point]:
     state, points = migration.state, migration.points
     if state.proved:
         there = await points.those(state.target, state.proved, vectors=True)
-        return list(there.values())
+        if there:
+            return list(there.values())
     return await points.sample(state.target, migration.pace.sample)
 
 

@@ -23,6 +23,7 @@ from old_system import (
 )
 from qdrant_client import QdrantClient, models
 from qdrant_client.local.persistence import CollectionPersistence
+from qdrant_server import REAL
 
 from proxy import cli
 
@@ -220,9 +221,11 @@ async def odd(request, system, tmp_path):
     """Give a Qdrant with such points in `docs`, and a function that reads a collection there."""
     params = models.VectorParams(size=4, distance=models.Distance.DOT)
     if request.param == "server":
+        if REAL:
+            pytest.skip("a server takes a NaN by gRPC alone")
         await system.connection.ask(lambda client: client.create_collection("docs", params))
         await system.connection.ask(lambda client: client.upsert("docs", ODD))
-        # A server takes no NaN by JSON, but one by gRPC; it then says null.
+        # As after a write by gRPC: JSON has no NaN, and the server says null.
         local = system.qdrant._engine._local.collections["docs"]
         local.vectors[""][local.ids[5]][1] = np.nan
         return system.qdrant.url, system.qdrant.points

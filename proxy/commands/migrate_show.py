@@ -99,3 +99,8 @@ def verdict(found: Verdict) -> None:
         f"  verified: {found.new_points:,} of {found.old_points:,} points, ids and payloads equal;"
         f" {found.sampled} sampled{cosine}; {found.recalled} found by their own vectors"
     )
+    if found.late:
+        typer.echo(
+            f"  {found.late:,} points were written to the old collection, or deleted there, during"
+            " the switch: they are not in the new one"
+        )

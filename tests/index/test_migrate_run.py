@@ -214,16 +214,28 @@ async def test_a_text_that_goes_takes_its_old_vector_with_it(server, points, mad
 
 
 async def test_what_is_in_the_new_collection_is_not_overwritten_by_the_first_pass(points, made):
-    """A point that somebody wrote there first is left to the comparison, which goes by payload."""
+    """A point that somebody wrote there first, also just now, is left as it is."""
     await _fill(points, 3)
     model = FakeModel()
     migration = await made(model)
     target = migration.state.target
-    same = models.PointStruct(id=2, vector=[1.0] + [0.0] * 7, payload={"content": "text 2"})
-    await _put(points, same, name=target)
+
+    def theirs(number):
+        vector = [1.0] + [0.0] * 7
+        return models.PointStruct(id=number, vector=vector, payload={"content": f"text {number}"})
+
+    async def just_now():
+        await _put(points, theirs(3), name=target)
+
+    await _put(points, theirs(2), name=target)
+    model.meanwhile = [just_now]
     await _run(migration)
-    there = await points.those(target, [2], vectors=True)
-    assert np.frombuffer(there[2].vector, "<f4")[0] == 1.0
+    there = await points.those(target, [1, 2, 3], vectors=True)
+    assert [np.frombuffer(there[one].vector, "<f4")[0] == 1.0 for one in (1, 2, 3)] == [
+        False,
+        True,
+        True,
+    ]
     assert "text 2" not in model.cache
 
 
@@ -425,6 +437,22 @@ async def test_writes_until_the_cutover_are_carried(server, points, made):
     await _drop(points, 1)
     await cutover(migration, SAME, "live", allow_missing=False)
     assert set(await _texts(server, "live")) == {2, 3, 4}
+
+
+async def test_writes_during_the_switch_are_told(points, made, monkeypatch):
+    """What comes between the verification and the switch is not carried, and is said to be."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    switch = collections.switch
+
+    async def slow(*arguments):
+        await _put(points, _struct(4), _struct(5))
+        await switch(*arguments)
+
+    monkeypatch.setattr(collections, "switch", slow)
+    verdict = await cutover(migration, SAME, "live", allow_missing=False)
+    assert (verdict.late, await points.count("live")) == (2, 3)
 
 
 async def test_clients_of_the_real_name(points, made):
