@@ -1,6 +1,6 @@
 """One attempt at one upstream over HTTP: a pooled session, time limits, a bounded reply.
 
-The only file that opens connections to providers. A transport is bound to one origin, and the key
+The only file that asks providers for embeddings. A transport is bound to one origin, and the key
 in its headers goes nowhere else: redirects are not followed, and headers come from a list.
 """
 
@@ -119,7 +119,7 @@ class Transport:
                 raise DeadlineExceeded("the time of the request was up") from error
             raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
-            raise Unreachable(self._provider, _reason(error)) from error
+            raise Unreachable(self._provider, reason(error)) from error
 
     async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """Return the body, as long as it keeps coming; stop as soon as it passes `limit` bytes.
@@ -148,7 +148,7 @@ class Transport:
         return b"".join(chunks)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Say what kind of failure it was, without addresses or headers."""
     match error:
         case aiohttp.ClientConnectorDNSError():

@@ -13,6 +13,8 @@ One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which mod
 `cache.tiers` (disk, then memory) -> `wire` (render).
 A full hit never leaves `cache`.
 
+Any other `/v1` call walks `passthrough` -> `origin` and back, chunk by chunk, and meets no cache.
+
 Words, one meaning each::
 
     request     one client call, of 1…N inputs
@@ -33,6 +35,7 @@ Words, one meaning each::
     provider    an embedder that asks an upstream; route: provider + upstream model
     kind        a sort of provider; profile: what it declares of its upstream, as data
     batch       inputs sent in one upstream call; attempt: one try of it
+    origin      the provider that calls which are not ours are passed to
     extra       an attempt beyond a request's first; a budget bounds them
     rest        the time for which a provider wants no call for a model: its rate limit said so
     probe       the one call let through to a provider whose breaker is half-open

@@ -13,7 +13,7 @@ from .settings import ClientKey
 
 
 class Access:
-    """Checks a request's `Authorization: Bearer …` against the configured keys.
+    """Checks the keys that a request holds against the configured ones.
 
     Without keys everyone is let in (then the configuration allows a loopback host only). Keys are
     kept and compared as digests, in constant time.
@@ -26,12 +26,20 @@ class Access:
             # A key without a name is told from others by a bit of its digest, never by itself.
             self._callers[digest] = Caller(entry.namespace, entry.name or f"key-{digest.hex()[:8]}")
 
-    def admit(self, authorization: str | None) -> Caller | Failure:
-        """Return who sent a request, or the error if it may not come in."""
-        if not self._callers:
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is asked for."""
+        return not self._callers
+
+    def admit(self, authorization: str | None, *others: str) -> Caller | Failure:
+        """Return who sent a request, or the error if it may not come in.
+
+        `others` are what the other headers for keys hold; one right key among all is enough.
+        """
+        if self.is_open:
             return Caller()
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        given = [key for key in (_bearer(authorization or ""), *map(str.strip, others)) if key]
+        if not given:
             return Failure(
                 401,
                 "You didn't provide an API key: send one of this proxy's keys in the header"
@@ -40,11 +48,9 @@ class Access:
                 None,
                 "invalid_api_key",
             )
-        given = _digest(key.strip())
-        # All are compared, so that the time tells nothing.
-        known = [digest for digest in self._callers if hmac.compare_digest(given, digest)]
+        known = [caller for key in given for caller in self._known(key)]
         if known:
-            return self._callers[known[0]]
+            return known[0]
         return Failure(
             401,
             "Incorrect API key provided: it is none of this proxy's keys.",
@@ -52,6 +58,20 @@ class Access:
             None,
             "invalid_api_key",
         )
+
+    def is_ours(self, value: str) -> bool:
+        """Tell whether a header's value holds one of the keys: then it goes nowhere else."""
+        return bool(self._known(value.strip()) or self._known(_bearer(value)))
+
+    def _known(self, key: str) -> list[Caller]:
+        # All are compared, so that the time tells nothing.
+        digest = _digest(key)
+        return [one for kept, one in self._callers.items() if hmac.compare_digest(digest, kept)]
+
+
+def _bearer(authorization: str) -> str:
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _digest(key: str) -> bytes:

@@ -6,10 +6,13 @@ from aiohttp import web
 
 from . import body, ops
 from .access import Access
+from .cors import Cors
 from .embeddings import Embeddings
 from .guard import CALLER, guard, stamp
 from .metrics import Metrics
 from .models import Models
+from .origin import PREFIXES, Origin
+from .passthrough import Passthrough
 from .service import MIB, EmbeddingService
 from .settings import Server, Settings
 from .status import Status
@@ -24,8 +27,19 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     """
     service = service or EmbeddingService(settings)
     server = settings.server
-    app = web.Application(middlewares=[guard(Access(server.keys))])
+    access, cors = Access(server.keys), Cors(server.cors)
+    app = web.Application(middlewares=[guard(access, cors)])
     app[SERVICE] = service
+    passthrough = None
+    if settings.passes_to is not None:
+        origin = Origin(settings, access)
+        passthrough = Passthrough(origin, settings, cors)
+
+        async def open_origin(_: web.Application) -> AsyncIterator[None]:
+            async with origin:
+                yield
+
+        app.cleanup_ctx.append(open_origin)
 
     async def open_service(_: web.Application) -> AsyncIterator[None]:
         async with service:
@@ -33,25 +47,40 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
 
     app.cleanup_ctx.append(open_service)
     app.on_response_prepare.append(stamp)
-    _add_routes(app, service, server)
+    app.on_response_prepare.append(cors.mark)
+    _add_routes(app, service, server, passthrough)
     return app
 
 
-def _add_routes(app: web.Application, service: EmbeddingService, server: Server) -> None:
-    embeddings, models = Embeddings(service), Models(service)
+def _add_routes(
+    app: web.Application,
+    service: EmbeddingService,
+    server: Server,
+    passthrough: Passthrough | None,
+) -> None:
+    embeddings, models = Embeddings(service), Models(service, passthrough)
     most = int(server.max_body_mib * MIB)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         content = await body.read(request, most, server.body_timeout_s)
         return await embeddings.post(request, content, request[CALLER])
 
-    for prefix in ("/v1", ""):
+    for prefix in (*PREFIXES, ""):
         for slash in ("", "/"):
             path = f"{prefix}/embeddings{slash}"
             app.router.add_post(path, post_embeddings, expect_handler=body.expect)
             app.router.add_get(f"{prefix}/models{slash}", models.list)
         # The ids of OpenRouter's models hold slashes.
         app.router.add_get(f"{prefix}/models/{{id:.+?}}{{slash:/?}}", models.get)
+    # OpenAI's first form, and Azure's.
+    for place in ("/v1/engines", "/openai/deployments"):
+        path = f"{place}/{{model:.+?}}/embeddings{{slash:/?}}"
+        app.router.add_post(path, post_embeddings, expect_handler=body.expect)
+    if passthrough is not None:
+        for prefix in PREFIXES:
+            # What is ours is never passed on, whatever the method.
+            path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
+            app.router.add_route("*", path, passthrough.handle, expect_handler=body.expect)
     app.router.add_get("/status", Status(service).get)
     app.router.add_get("/metrics", Metrics(service).get)
     app.router.add_get("/livez", ops.live)

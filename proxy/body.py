@@ -1,12 +1,17 @@
-"""Reads request bodies: bounded in size and in patience."""
+"""Reads request bodies: decompressed, bounded in size and in patience."""
 
 import asyncio
+import zlib
+from collections.abc import Iterator
 
 from aiohttp import web
 
 from providers.base import InputRefused
 
 MIB = 1 << 20
+
+# Decompressed at a time: some two milliseconds of work.
+_PIECE = MIB
 
 
 async def expect(request: web.Request) -> None:
@@ -24,9 +29,10 @@ class BodyRefused(InputRefused):
 async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     """Read a whole body of at most `most` bytes, decompressed.
 
-    Raises BodyRefused for one that is larger, that breaks off, or of which nothing more arrives
-    for `patience_s` seconds.
+    Raises BodyRefused for one that is larger, that breaks off, of which nothing more arrives for
+    `patience_s` seconds, or whose compression is not known here.
     """
+    inflater = _Inflater(request.headers.get("Content-Encoding", ""))
     if (request.content_length or 0) > most:
         raise _too_large(most)
     chunks: list[bytes] = []
@@ -35,14 +41,18 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
         while not request.content.at_eof():
             async with asyncio.timeout(patience_s):
                 chunk = await request.content.readany()
-            size += len(chunk)
-            if size > most:
-                raise _too_large(most)
-            chunks.append(chunk)
+            for piece in inflater.pieces(chunk):
+                size += len(piece)
+                if size > most:
+                    raise _too_large(most)
+                chunks.append(piece)
+                if len(piece) == _PIECE:
+                    await asyncio.sleep(0)
+        inflater.finish()
     except TimeoutError as error:
         message = f"The request body stopped arriving; nothing came for {patience_s:g} s."
         raise BodyRefused(message, status=408) from error
-    except (web.RequestPayloadError, OSError) as error:
+    except (web.RequestPayloadError, OSError, zlib.error) as error:
         raise BodyRefused("The request body broke off or could not be decoded.") from error
     return b"".join(chunks)
 
@@ -50,3 +60,39 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
 def _too_large(most: int) -> BodyRefused:
     limit = f"{most / MIB:g} MiB (server.max_body_mib)"
     return BodyRefused(f"The request body is larger than {limit}.", status=413)
+
+
+class _Inflater:
+    """Undoes the compression that a `Content-Encoding` names, if any."""
+
+    def __init__(self, encoding: str) -> None:
+        encoding = encoding.strip().lower()
+        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise BodyRefused(
+                "The request body is compressed in a way that is not known here: send it plain,"
+                " or as gzip or deflate.",
+                status=415,
+            )
+        self._compressed = encoding not in ("", "identity")
+        self._zlib: zlib._Decompress | None = None
+
+    def pieces(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield what a part of the body stands for, little by little. Raises zlib.error."""
+        if not self._compressed:
+            yield chunk
+            return
+        if self._zlib is None and chunk:
+            # Some send deflate without the head that says so (RFC 1950: the low bits are 8).
+            bare = chunk[0] & 0x0F != 8 and chunk[0] != 0x1F
+            self._zlib = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+        while self._zlib is not None:
+            piece = self._zlib.decompress(chunk, _PIECE)
+            yield piece
+            chunk = self._zlib.unconsumed_tail
+            if len(piece) < _PIECE and not chunk:
+                return
+
+    def finish(self) -> None:
+        """Take note of the end of the body. Raises zlib.error if something is missing."""
+        if self._zlib is not None and not self._zlib.eof:
+            raise zlib.error("the compressed body broke off")

@@ -1,12 +1,13 @@
-"""One client connection: aiohttp's, with two gaps closed.
+"""One client connection: aiohttp's, with three gaps closed.
 
 aiohttp drops a connection whose client stops in the midst of a body and listens on; here the
-request fails, so that the client hears why. And what is no HTTP at all is refused in OpenAI's
-shape too.
+request fails, so that the client hears why. What is no HTTP at all is refused in OpenAI's shape
+too. And bodies come as they were sent: who wants them decompressed does so (`body`).
 """
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import StreamReader, web
@@ -21,15 +22,20 @@ log = logging.getLogger("embedding_proxy.connection")
 class Connection(web.RequestHandler):
     """aiohttp's protocol object; there is one for each connection."""
 
-    __slots__ = ("body",)
+    __slots__ = ("body", "has_left", "on_leave")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{**kwargs, "auto_decompress": False})
         self.body: StreamReader | None = None
         """The body of the request that was taken up last."""
+        self.has_left = False
+        """Whether the client sends no more; mostly it does not listen either."""
+        self.on_leave: Callable[[], None] | None = None
+        """Called as soon as the client has left; for the request in progress to set and unset."""
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Take note that the client sends no more; return True to keep the way back open."""
+        self._leave()
         # The body that is arriving is that of the newest request, taken up already or not.
         body = self._messages[-1][1] if self._messages else self.body
         # aiohttp waits for a request only when there is none in progress.
@@ -42,6 +48,16 @@ class Connection(web.RequestHandler):
         # Nothing more is to be read, nor to be waited for after the reply.
         body.feed_eof()
         return True
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Take note that the connection is no more."""
+        super().connection_lost(exc)
+        self._leave()
+
+    def _leave(self) -> None:
+        self.has_left = True
+        if self.on_leave is not None:
+            self.on_leave()
 
     def handle_error(
         self,

@@ -22,7 +22,9 @@ class Embeddings:
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
-        parse = partial(wire.parse, body, self._service.most_inputs)
+        parse = partial(
+            wire.parse, body, self._service.most_inputs, request.match_info.get("model")
+        )
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         control = ", ".join(request.headers.getall("Cache-Control", ()))
         result = await self._service.answer(asked, caller, control)

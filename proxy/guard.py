@@ -11,7 +11,9 @@ from . import errors, ops
 from .access import Access
 from .body import BodyRefused
 from .caller import Caller
+from .cors import Cors
 from .errors import Failure
+from .headers import KEY_HEADERS
 
 log = logging.getLogger("embedding_proxy.guard")
 
@@ -21,19 +23,26 @@ REQUEST_ID = web.RequestKey("request_id", str)
 
 
 async def stamp(request: web.Request, response: web.StreamResponse) -> None:
-    """Give every response its request's id, streamed ones too."""
-    response.headers["x-request-id"] = request.get(REQUEST_ID) or errors.new_request_id()
+    """Give every response its request's id, streamed ones too; an upstream's own is kept."""
+    own = request.get(REQUEST_ID) or errors.new_request_id()
+    response.headers.setdefault("x-request-id", own)
     request[STARTED] = True
 
 
-def guard(access: Access) -> Middleware:
+def guard(access: Access, cors: Cors) -> Middleware:
     """Return the middleware around everything: keys first, and every error in OpenAI's shape."""
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = errors.new_request_id()
+        preflight = cors.preflight(request)
+        if preflight is not None:
+            return preflight
         if request.path not in ops.OPEN_PATHS:
-            admitted = access.admit(request.headers.get("Authorization"))
+            admitted = access.admit(
+                request.headers.get("Authorization"),
+                *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
+            )
             if isinstance(admitted, Failure):
                 return admitted.response()
             request[CALLER] = admitted

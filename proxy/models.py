@@ -3,6 +3,7 @@
 import orjson
 from aiohttp import web
 
+from .passthrough import Passthrough
 from .registry import Model, ModelUnknown
 from .service import EmbeddingService
 
@@ -13,23 +14,32 @@ _CREATED = 0
 class Models:
     """Lists the models of a service: those for which a provider is configured.
 
-    A frozen one has no providers, and whatever model it knows may be in its cache.
+    A frozen one has no providers, and whatever model it knows may be in its cache. Where other
+    calls are passed to a provider, its models follow.
     """
 
-    def __init__(self, service: EmbeddingService) -> None:
+    def __init__(self, service: EmbeddingService, passthrough: Passthrough | None = None) -> None:
         self._service = service
+        self._passthrough = passthrough
 
-    async def list(self, _: web.Request) -> web.Response:
+    async def list(self, request: web.Request) -> web.Response:
         """Answer with all usable models, by name."""
         models = sorted(self._service.models.items())
         usable = [model for _, model in models if self._may_be_asked(model)]
-        return _json({"object": "list", "data": [_wire(model) for model in usable]})
+        data = [_wire(model) for model in usable]
+        if self._passthrough is not None:
+            names = {model.name for model in usable}
+            others = await self._passthrough.models(request)
+            data += [other for other in others if other["id"] not in names]
+        return _json({"object": "list", "data": data})
 
-    async def get(self, request: web.Request) -> web.Response:
+    async def get(self, request: web.Request) -> web.StreamResponse:
         """Answer with one model. Raises ModelUnknown."""
         name = request.match_info["id"]
         model = self._service.models.get(name)
         if model is None or not self._may_be_asked(model):
+            if self._passthrough is not None:
+                return await self._passthrough.handle(request)
             raise ModelUnknown(name)
         return _json(_wire(model))
 

@@ -22,6 +22,7 @@ from providers.within import limits_of
 from . import model_entry
 from .config import ConfigError
 from .settings import Settings
+from .upstreams import Provider as ProviderEntry
 
 log = logging.getLogger("embedding_proxy.opening")
 
@@ -39,18 +40,24 @@ async def open_providers(
         if entry.kind == kinds.LOCAL:
             opened[name] = await stack.enter_async_context(Local(name))
             continue
-        variable = entry.key_variable
-        key = os.environ.get(variable, "").strip() if variable else ""
+        variable, key = entry.key_variable, key_of(entry)
         if variable and not key:
             log.warning("provider %s is skipped: %s is not set", name, variable)
             continue
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{variable}: its value is no key: it holds a line break or the like")
         adapter = kinds.find(entry.kind).adapter
         opened[name] = await stack.enter_async_context(
             adapter(name, entry.as_profile(), api_key=key or None, sleep=sleep)
         )
     return opened
+
+
+def key_of(entry: ProviderEntry) -> str:
+    """Return a provider's key from the environment, or nothing. Raises ConfigError."""
+    variable = entry.key_variable
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{variable}: its value is no key: it holds a line break or the like")
+    return key
 
 
 def batched(router: Router, settings: Settings) -> Embedder:

@@ -25,12 +25,19 @@ def _http_url(value: str) -> str:
     return value
 
 
+def _web_origin(value: str) -> str:
+    if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+", value):
+        raise ValueError("expected an origin like https://app.example.com, or *")
+    return value
+
+
 CacheMode = Annotated[cache_control.Mode, BeforeValidator(_off)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Name = Annotated[str, Field(min_length=1)]
 ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+WebOrigin = Annotated[str, AfterValidator(_web_origin)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 
 

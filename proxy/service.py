@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from cache.key import Namespace
 from cache.ledger import By, Heading, Line
 from cache.memory import Memory
 from cache.store import Store
@@ -31,6 +32,7 @@ from .canary import Canaries
 from .config import load
 from .indexing import Indexing
 from .inputs import prepare
+from .known import Known, known
 from .learned import WIDTHS_FILE, Pins
 from .opening import open_providers
 from .registry import Model, Registry
@@ -183,6 +185,12 @@ class EmbeddingService:
             index=index_field.parse(index, len(parsed)),
         )
         return await self.answer(asked, Caller(namespace, client), cache_control)
+
+    async def look(self, inputs: Sequence[str], model: str, *, namespace: str = "") -> list[Known]:
+        """Return what is known of texts before anything is bought. Raises EmbeddingError."""
+        if self._registry is None or self._tiers is None:
+            raise RuntimeError("the service is not open")
+        return await known(self._registry.get(model), self._tiers, inputs, Namespace(namespace))
 
     async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.

@@ -15,7 +15,7 @@ from providers.catalogue import CATALOGUE
 
 from .index_section import Index
 from .model_entry import Model, from_catalogue
-from .section import CacheMode, Name, Number, ProviderName, Section, Whole
+from .section import CacheMode, Name, Number, ProviderName, Section, WebOrigin, Whole
 from .upstreams import Provider
 
 
@@ -41,6 +41,12 @@ class Server(Section):
     unknown_models: Literal["ask", "refuse"] = "ask"
     canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
+    cors: tuple[WebOrigin, ...] = ()
+
+    @field_validator("cors", mode="before")
+    @classmethod
+    def _one_alone(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -111,15 +117,21 @@ class Settings(Section):
     )
     models: Annotated[dict[Name, Model], Field(validate_default=True)] = Field(default_factory=dict)
     index: Index = Index()
-    passthrough: Name | None = None
-    """Accepted, and of no effect in this version."""
+    passthrough: Name | None = "openai"
+    """The provider that answers all other calls. The default one need not be configured."""
+    passthrough_auth: Literal["provider", "client"] = "provider"
+    passthrough_idle_s: Annotated[Number, Field(gt=0)] = 1800
 
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, value: object) -> object:
         """Take `server:` with nothing below it, say all commented out, for its defaults."""
         if isinstance(value, dict):
-            return {key: entry for key, entry in value.items() if entry is not None}
+            return {
+                key: entry
+                for key, entry in value.items()
+                if entry is not None or key == "passthrough"
+            }
         return value
 
     @field_validator("providers", mode="before")
@@ -168,6 +180,23 @@ class Settings(Section):
                         f" {route.provider!r}; known: {', '.join(sorted(self.providers))}"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _passes_to_somebody(self) -> "Settings":
+        """Refuse a misspelt provider, and the local model, which knows nothing but embeddings."""
+        if "passthrough" in self.model_fields_set and self.passthrough and not self.passes_to:
+            remote = (n for n, entry in self.providers.items() if entry and entry.kind != "local")
+            raise ValueError(
+                f"passthrough: there is no such provider to pass calls to; known:"
+                f" {', '.join(sorted(remote)) or 'none'}; null = nobody"
+            )
+        return self
+
+    @property
+    def passes_to(self) -> Provider | None:
+        """The provider that other calls are passed to, if it is configured."""
+        entry = self.providers.get(self.passthrough or "")
+        return None if entry is None or entry.kind == kinds.LOCAL else entry
 
     @model_validator(mode="after")
     def _fallbacks_can_answer(self) -> "Settings":

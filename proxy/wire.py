@@ -43,10 +43,13 @@ class EmbeddingRequest:
     """What is to be indexed; it is for the proxy, and sent to nobody."""
 
 
-def parse(body: bytes, most_inputs: int | None = None) -> EmbeddingRequest:
+def parse(
+    body: bytes, most_inputs: int | None = None, model: str | None = None
+) -> EmbeddingRequest:
     """Read a request body. Raises InputRefused, status 400, for whatever OpenAI would refuse.
 
     A field that is null is taken as absent. `most_inputs` is the longest `input`; None = any.
+    `model` is what the path names, for older forms of the API; it counts before the body's.
     """
     try:
         fields = orjson.loads(body)
@@ -55,7 +58,8 @@ def parse(body: bytes, most_inputs: int | None = None) -> EmbeddingRequest:
     if not isinstance(fields, dict):
         raise InputRefused("The request body must be a JSON object.")
     fields = {name: value for name, value in fields.items() if value is not None}
-    model = fields.pop("model", None)
+    named = fields.pop("model", None)
+    model = named if model is None else model
     if model is None:
         raise InputRefused("You must provide a model parameter.", param="model")
     if not isinstance(model, str) or not model:

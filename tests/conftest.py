@@ -104,6 +104,8 @@ class StartProxy:
         if used:
             urls = {name: {"base_url": server.url} for name, server in used.items()}
             sections = {"providers": urls, **sections}
+        # Nothing is passed through unless a test says so.
+        sections = {"passthrough": None, **sections}
         cache = {"directory": str(self._directory), **sections.get("cache", {})}
         sections = {**sections, "cache": cache}
         settings = Settings.model_validate(sections)

@@ -33,6 +33,8 @@ DOORS = {
         "index/points.py",
         "index/connection.py",
         "index/collection.py",
+        "index/migrate_points.py",
+        "index/migrate_collections.py",
         "index/translation.py",
         "index/writing.py",
     },
@@ -43,7 +45,6 @@ DOORS = {
         "proxy/settings.py",
         "proxy/index_section.py",
         "proxy/config.py",
-        "proxy/effective.py",
     },
 }
 

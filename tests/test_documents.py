@@ -1,5 +1,6 @@
 """What is written for people against what is: config.yaml and README.md hide and invent nothing."""
 
+import re
 import struct
 from pathlib import Path
 from typing import Any, get_origin
@@ -9,14 +10,17 @@ import yaml
 from fault_server import status
 
 from cache.record import Entry, encode
+from proxy import headers
 from proxy.config import load
 from proxy.index_section import Qdrant
 from proxy.model_entry import Model, Route
+from proxy.origin import PREFIXES
 from proxy.section import Section
 from proxy.settings import DEFAULT_PROVIDERS, Provider, Settings
 from proxy.upstreams import Limits
 
 ROOT = Path(__file__).parents[1]
+CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 
@@ -125,13 +129,15 @@ def test_every_model_of_a_default_provider_is_in_the_readme():
 
 
 async def test_every_route_is_in_the_readme(start_proxy):
-    """Each method and path stands in the README; aliases without /v1 or with a slash are told."""
-    bare = ("/livez", "/readyz", "/status", "/metrics")
+    """Each method and path stands in the README; other beginnings and ends of it are told."""
+    bare = ("/livez", "/readyz", "/status", "/metrics", "/openai/deployments/{model}/embeddings")
     proxy = await start_proxy()
     routes = set()
     for route in proxy.app.router.routes():
         path = route.resource.canonical.replace("{slash}", "").rstrip("/")
-        path = path if path in bare else "/v1" + path.removeprefix("/v1")
+        for prefix in PREFIXES:
+            path = path.removeprefix(prefix) if path not in bare else path
+        path = path if path in bare else "/v1" + path
         # A GET route answers HEAD too, which goes without saying.
         routes |= {f"{route.method} {path}"} - {f"HEAD {path}"}
     assert len(routes) > 4
@@ -163,3 +169,21 @@ def test_the_decoder_in_the_documentation_reads_a_record():
     vector = struct.pack("<3f", 0.5, -1.25, 3.0)
     record = encode(Entry(vector, tokens=7, counted=True, digest=bytes(16)))
     assert namespace["decode"](record) == (0.5, -1.25, 3.0)
+
+
+def test_the_page_on_clients_names_every_header_that_is_kept_back():
+    """docs/clients.md lists what is not passed on; for those of the connection, the rule."""
+    text = CLIENTS.lower()
+    unwanted = {*headers._NOT_FORWARDED, *headers._NOT_RETURNED} - headers._HOP_BY_HOP
+    beginnings = (*headers._NOT_FORWARDED_BEGINNINGS, *headers._NOT_RETURNED_BEGINNINGS)
+    assert len(unwanted) > 10
+    assert not [name for name in (*unwanted, *beginnings) if f"`{name}" not in text]
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", CLIENTS, re.DOTALL))
+def test_what_the_page_on_clients_shows_is_a_configuration(text, tmp_path, monkeypatch):
+    """Each snippet of docs/clients.md is taken as it stands."""
+    monkeypatch.setenv("TEAM_KEY", "k")
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert load(file).passes_to is not None

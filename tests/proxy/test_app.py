@@ -5,6 +5,7 @@ import base64
 import gzip
 import json
 import logging
+import zlib
 from types import SimpleNamespace
 
 import aiohttp
@@ -169,10 +170,21 @@ async def test_a_broken_gzip_body_is_a_400(content, upstream, start_proxy, caplo
     [
         (_in_parts, {}),
         (gzip.compress(json.dumps(GOOD).encode()), {"Content-Encoding": "gzip"}),
+        (zlib.compress(json.dumps(GOOD).encode()), {"Content-Encoding": "deflate"}),
+        (zlib.compress(json.dumps(GOOD).encode(), wbits=-15), {"Content-Encoding": "deflate"}),
+        (gzip.compress(json.dumps(GOOD).encode().ljust(3 * MIB)), {"Content-Encoding": "GZIP"}),
         (json.dumps(GOOD).encode(), {"Content-Type": "text/plain"}),
         (json.dumps(GOOD).encode(), {"Expect": "100-continue"}),
     ],
-    ids=["chunked", "gzip", "another type", "asks first"],
+    ids=[
+        "chunked",
+        "gzip",
+        "deflate",
+        "bare deflate",
+        "far larger than it looks",
+        "another type",
+        "asks first",
+    ],
 )
 async def test_a_good_body_may_come_in_any_form(body, headers, upstream, start_proxy):
     """Chunks, gzip, another content type and `Expect: 100-continue` are all fine."""
@@ -184,14 +196,66 @@ async def test_a_good_body_may_come_in_any_form(body, headers, upstream, start_p
     assert upstream.inputs == ["a"]
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/embeddings", "/v1/embeddings/", "/embeddings", "/embeddings/"]
-)
+async def test_an_unknown_compression_is_a_415(upstream, start_proxy):
+    """A body that cannot be decompressed here is refused with what may be sent instead."""
+    proxy = await start_proxy(openai=upstream)
+    response, error = await _send(proxy, b"\x0b", **{"Content-Encoding": "br"})
+    assert (response.status, response.headers["Connection"]) == (415, "close")
+    assert "send it plain, or as gzip or deflate" in error["message"]
+
+
+ALIASES = [
+    "/v1/embeddings",
+    "/v1/embeddings/",
+    "/embeddings",
+    "/embeddings/",
+    "/api/v1/embeddings",
+    "/openai/v1/embeddings",
+    f"/v1/engines/{SMALL}/embeddings",
+    f"/openai/deployments/{SMALL}/embeddings?api-version=2024-10-21",
+    f"/openai/deployments/openai%2F{SMALL}/embeddings/?api-version=2024-10-21",
+]
+
+
+@pytest.mark.parametrize("path", ALIASES)
 async def test_aliases_of_the_route(path, upstream, start_proxy):
-    """With or without /v1, with or without a slash at the end, it is the same route."""
+    """With or without /v1 or a slash at the end, OpenRouter's or Azure's, it is the same route."""
     proxy = await start_proxy(openai=upstream)
     response, content = await _send(proxy, GOOD, path=path)
     assert (response.status, len(content["data"])) == (200, 1)
+
+
+@pytest.mark.parametrize("body", [{"input": "a"}, {"input": "a", "model": "another"}])
+async def test_a_model_in_the_path_counts(body, upstream, start_proxy):
+    """Where the path names the model, the body need not, and does not prevail."""
+    proxy = await start_proxy(openai=upstream)
+    response, content = await _send(proxy, body, path=f"/v1/engines/{ADA}/embeddings")
+    assert (response.status, content["model"]) == (200, ADA)
+
+
+async def test_the_official_azure_client_is_answered(upstream, start_proxy):
+    """The client AzureOpenAI, with its path and its `api-key`, needs another endpoint only."""
+    proxy = await start_proxy(openai=upstream, server={"keys": ["secret"]})
+    async with openai.AsyncAzureOpenAI(
+        azure_endpoint=proxy.url.removesuffix("/v1"),
+        api_key="secret",
+        api_version="2024-10-21",
+        max_retries=0,
+    ) as client:
+        reply = await client.embeddings.create(model=SMALL, input="a")
+    assert (reply.model, len(reply.data[0].embedding)) == (SMALL, 1536)
+
+
+@pytest.mark.parametrize("name", ["api-key", "X-API-Key", "x-proxy-key"])
+async def test_a_key_may_come_in_other_headers(name, upstream, start_proxy):
+    """Azure's header, and others in use, hold a key as well as Authorization does."""
+    proxy = await start_proxy(openai=upstream, server={"keys": ["secret"]})
+    for key, code in (("secret", 200), ("wrong", 401), ("", 401)):
+        response, _ = await _send(proxy, GOOD, **{name: key})
+        assert response.status == code
+    both = {name: "secret", "Authorization": "Bearer of-another-service"}
+    assert (await _send(proxy, GOOD, **both))[0].status == 200
+    assert "secret" not in str(upstream.calls[0].headers).replace("openai-secret-key", "")
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic secret", "Bearer s\udcffcret"])

@@ -252,17 +252,6 @@ def test_a_mode_that_is_not_the_usual_one_is_said(mode, run, serving, tmp_path, 
     assert warned == [f"cache.mode is {meant}: {MEANING[meant]}"] * (mode != "normal")
 
 
-@pytest.mark.parametrize("passthrough", ["openai", None])
-def test_a_passthrough_without_effect_is_said(passthrough, run, serving, tmp_path, caplog):
-    """Who configures a passthrough is told that this version has none; others are not."""
-    serving(signal.SIGTERM)
-    config = tmp_path / "config.yaml"
-    config.write_text(f"passthrough: {passthrough or 'null'}")
-    assert run("serve", "--config", str(config))[0] == 0
-    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert [text.partition(":")[0] for text in warned] == ["passthrough"] * bool(passthrough)
-
-
 @pytest.mark.parametrize("module", ["uvloop", "nothing"])
 def test_it_runs_with_and_without_uvloop(module, monkeypatch):
     """Where uvloop is not installed the standard event loop is used."""

@@ -163,6 +163,27 @@ MISTAKES = {
         "models.m.matryoshka",
         "or give this model a space of its own",
     ),
+    "passed to nobody": (
+        "passthrough: opnai",
+        "passthrough",
+        "there is no such provider to pass calls to; known: openai, openrouter; null = nobody",
+    ),
+    "passed to a provider that was removed": (
+        "passthrough: openai\nproviders: {openai: null}",
+        "passthrough",
+        "known: none; null = nobody",
+    ),
+    "passed to the local model": ("passthrough: local", "passthrough", "no such provider"),
+    "passed with a key of nobody": (
+        "passthrough_auth: both",
+        "passthrough_auth",
+        "expected 'provider' or 'client'",
+    ),
+    "an origin that is an address": (
+        "server: {cors: [a://b, 'https://app.example/']}",
+        "server.cors.1",
+        "expected an origin like https://app.example.com, or *",
+    ),
     "open to a network": (
         "server: {host: 0.0.0.0}",
         "server",
@@ -267,6 +288,8 @@ def test_a_file_that_cannot_be_read_is_named(name, problem, tmp_path):
         f"cache: {{shared: 'redis://:{CANARY}@h'}}",
         f"index: {{qdrant: {{api_key: {CANARY}}}}}",
         f"passthrough: [{CANARY}]",
+        f"passthrough: {CANARY}",
+        f"server: {{cors: {CANARY}}}",
     ],
 )
 def test_no_error_repeats_a_value_that_may_be_a_key(text, tmp_path, monkeypatch):

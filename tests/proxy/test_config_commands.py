@@ -159,7 +159,7 @@ def test_what_is_shown_loads_and_comes_to_the_same(everything, run, write, monke
 
 
 def test_the_built_in_configuration_is_shown(run, write):
-    """Without a file it is what applies; of a variable it tells no more than whether it is set."""
+    """Without a file it is what applies; of a variable it is told whether it is set."""
     done = run("show")
     assert done.out.startswith("# What applies with the built-in configuration\n# and ")
     assert "# openai: OPENAI_API_KEY is not set: this provider is skipped\n" in done.out
@@ -261,8 +261,15 @@ def test_a_prefix_without_an_address_is_a_configuration_all_the_same(run, write)
     assert load(write(done.out)).index.qdrant.url == "http://localhost:6333"
 
 
+def test_what_is_said_of_the_store_alone_is_a_configuration(run, write):
+    """It has no providers of its own, so the defaults apply."""
+    old = {"vector_store": yaml.safe_load(NESTED)["vector_store"]}
+    done = run("convert", write(old, "old.yaml"))
+    assert load(write(done.out)).models == load().models
+
+
 def test_fallbacks_become_routes_or_stand_ins(run, write):
-    """The same model is another route; another is a fallback at a named width, with a warning."""
+    """The same model is another route; another one is a fallback of a named width, and told."""
     done = run("convert", write(PRODUCTION, "old.yaml"))
     assert done.code == 0
     found = yaml.safe_load(done.out)

@@ -160,10 +160,6 @@ NO_HTTP = {
     ),
     "a header with a control character": (LINE + b"X: " + KEY + b"\x00\r\n\r\n", ""),
     "a path of raw bytes": (b"GET /\xff" + KEY + b" HTTP/1.1\r\n\r\n", "path"),
-    "an encoding nobody knows how to undo": (
-        _request(head=LINE + b"Content-Encoding: br\r\n"),
-        "content-encoding",
-    ),
 }
 
 

@@ -87,6 +87,23 @@ def test_a_model_of_the_catalogue_may_lead_to_a_provider_that_is_not_configured(
     assert settings.models["baai/bge-m3"].routes[0].provider == "openrouter"
 
 
+@pytest.mark.parametrize(
+    ("sections", "kind"),
+    [
+        ({}, "openai"),
+        ({"passthrough": "openrouter"}, "openrouter"),
+        ({"passthrough": None}, None),
+        ({"providers": {"openrouter": {}}}, None),
+        ({"providers": {"openai": None}}, None),
+        ({"passthrough": "mine", "providers": {"mine": {"kind": "ollama"}}}, "ollama"),
+    ],
+)
+def test_other_calls_go_to_openai_unless_told_otherwise(sections, kind):
+    """The default holds only where openai is configured; null is nobody, not the default."""
+    entry = _settings(**sections).passes_to
+    assert (entry and entry.kind) == kind
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_a_loopback_host_needs_no_keys(host):
     """A host that only this machine reaches may be open."""
