@@ -79,6 +79,8 @@ class QdrantServer:
     """Method, path and bytes of each request that was let through."""
     bodies: list[Any] = field(default_factory=list)
     """What the upserts among them held."""
+    waits: list[str | None] = field(default_factory=list)
+    """What they said of `wait`."""
     port: int = 0
     _engine: "_Engine | None" = None
     _runner: web.AppRunner | None = None
@@ -168,6 +170,7 @@ class QdrantServer:
         self.requests.append((request.method, path, len(body)))
         if request.method == "PUT" and path.endswith("/points"):
             self.bodies.append(orjson.loads(body))
+            self.waits.append(request.query.get("wait"))
         if request.method == "PUT" and path.count("/") == 2:
             self._made.add(path.rpartition("/")[2])
         try:

@@ -128,6 +128,10 @@ async def test_the_key_comes_from_the_environment_and_is_never_told(server, monk
     with pytest.raises(Denied, match="MY_KEY"):
         async with Connection(url=server.url, api_key_env="MY_KEY"):
             pass
+    monkeypatch.setenv("MY_KEY", "two\nlines")
+    with pytest.raises(Denied, match="no key"):
+        async with Connection(url=server.url, api_key_env="MY_KEY"):
+            pass
     for key in ("wrong-key", "right-key"):
         monkeypatch.setenv("MY_KEY", key)
         async with Connection(url=server.url, api_key_env="MY_KEY") as qdrant:

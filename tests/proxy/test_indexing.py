@@ -498,6 +498,7 @@ async def test_requests_at_once_are_each_indexed(start_proxy, upstream, qdrant):
     assert {one.status for one in await asyncio.gather(*asked)} == {200}
     await _arrived(proxy)
     assert len(await qdrant.points(COLLECTION)) == 21
+    assert set(qdrant.waits) == {"true"}
     assert all(size < 0.2 * (1 << 20) for _, path, size in qdrant.requests if "points" in path)
 
 
