@@ -45,7 +45,6 @@ DOORS = {
         "proxy/settings.py",
         "proxy/index_section.py",
         "proxy/config.py",
-        "proxy/effective.py",
     },
 }
 

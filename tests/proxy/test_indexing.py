@@ -547,3 +547,17 @@ async def test_a_model_that_learns_its_width_is_indexed_from_its_first_answer(
     assert response.status == 200
     await _arrived(proxy)
     assert len(await qdrant.points("unheard-of-12")) == 2
+
+
+async def test_what_was_put_aside_is_tried_again_by_the_next_start(start_proxy, upstream, qdrant):
+    """Whoever starts the proxy may have removed what stood against a point."""
+    await _foreign(qdrant, "docs")
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    await _ask(proxy, "a", index={"collection": "docs"})
+    assert (await _arrived(proxy))["refused_points"] == 1
+    await start_proxy.stop()
+    async with Connection(url=qdrant.url) as connection:
+        await connection.ask(lambda client: client.delete_collection("docs"))
+    told = await _arrived(await start_proxy(upstream, index=_index(qdrant)))
+    assert told["refused_points"] == 0
+    assert len(await qdrant.points("docs")) == 1
