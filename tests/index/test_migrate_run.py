@@ -366,6 +366,30 @@ async def test_it_goes_no_faster_than_it_may(points, made):
 # Beginning, going on, beginning anew
 
 
+async def test_a_checkpoint_follows_what_has_landed(server, points, made, monkeypatch):
+    """After a write that failed, the journal stands at the page before, and a new start goes on."""
+    await _fill(points)
+    migration = await made(FakeModel(), pace=Pace(page=4, ahead=1))
+    write, pages = points.write, []
+
+    async def once(collection, some, **options):
+        pages.append([point.id for point in some])
+        if len(pages) == 2:
+            raise Rejected("no")
+        await write(collection, some, **options)
+
+    monkeypatch.setattr(points, "write", once)
+    with pytest.raises(Rejected):
+        await _run(migration)
+    left = migration.journal.load()
+    assert (left.offset, left.counts.points, left.first_pass_done) == (5, 4, False)
+    assert set(await server.points(left.target)) == {1, 2, 3, 4}
+    again = await made(FakeModel(), pace=Pace(page=4, ahead=1))
+    assert again.state == left
+    await _run(again)
+    assert pages == [[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8], [9, 10]] + [[]] * 3
+
+
 async def test_another_migration_of_the_same_collection_is_refused(points, made):
     """While one is under way, another one needs --restart; that deletes what the first made."""
     await _fill(points)

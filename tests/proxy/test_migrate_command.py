@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from aiohttp import web
 from fault_server import status
 from old_system import LARGE, MISTRAL, Done, OldSystem
 from qdrant_client import models
@@ -179,6 +180,25 @@ async def test_one_that_fails_keeps_no_other_back(migrate, system):
     assert set(await system.aliases()) == {"foreign_live", f"{CONTEXT}_live"}
     done = await migrate("rollback", CONTEXT, "unknown")
     assert (done.code, f"{CONTEXT}: rolled back" in done.err) == (1, True)
+
+
+async def test_the_proof_is_the_new_providers_own(migrate, system):
+    """What another provider gave for the same texts, and is cached, proves nothing of this one."""
+    both = (CONTEXT, "--from", LARGE)
+    assert (await migrate("run", *both, "--to", LARGE, "--regime", "reembed")).code == 0
+    assert len(system.openai.inputs) == 5
+
+    async def another_model(_, payload):
+        return web.json_response(system.openrouter.reply({**payload, "model": f"other/{MISTRAL}"}))
+
+    system.openrouter.widths[f"other/{MISTRAL}"] = system.width
+    system.openrouter.always = another_model
+    there = ("--to", f"openrouter/openai/{LARGE}", "--restart")
+    done = await migrate("run", *both, *there)
+    assert (done.code, "5 of 5 sampled texts" in done.err) == (1, True)
+    system.openrouter.always = None
+    done = await migrate("run", *both, *there, "--json")
+    assert (done.code, done.json[0]["proof"]) == (0, pytest.approx(1))
 
 
 # What is printed and asked
