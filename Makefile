@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle flow pins clean
+.PHONY: demo test serve lint bench torture damage outage oracle index flow kills pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -40,6 +40,16 @@ outage: .venv/test
 REQUESTS ?= 100000
 oracle: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/oracle.py $(REQUESTS) $(SEED)
+
+# kill -9 amid a migration, MIGRATE_KILLS times, and the same command again; the suite does a few.
+MIGRATE_KILLS ?= 20
+kills: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/migrate_kills.py $(MIGRATE_KILLS) $(SEED)
+
+# Texts indexed while Qdrant is away for a while and the proxy is killed twice; with QDRANT_URL, there.
+TEXTS ?= 5000
+index: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/index_trial.py $(TEXTS)
 
 # MEGABYTES passed through the proxy, up and down: how fast, and in how much memory.
 MEGABYTES ?= 100

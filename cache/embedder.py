@@ -95,7 +95,7 @@ class CachingEmbedder:
                     raise DeadlineExceeded("the time of the request was up") from error
                 answers.update(bought)
             entries, outcomes = _in_order(keys, answers)
-        answer = _assemble(entries, outcomes, fills, context.account)
+        answer = _assemble(keys, entries, outcomes, fills, context.account)
         partition, account = _partition(ring, answer.vectors[0]), context.account
         heading = Heading(partition, account.model, client=account.client)
         self._tiers.count(heading, answer.usage.unpaid)
@@ -230,6 +230,7 @@ def _in_order(
 
 
 def _assemble(
+    keys: Sequence[Key],
     entries: Sequence[Entry],
     outcomes: Sequence[Outcome],
     fills: Sequence[Filled],
@@ -244,4 +245,5 @@ def _assemble(
         providers=tuple(dict.fromkeys(name for filled in fills for name in filled.providers)),
         outcomes=outcomes,
         usage=usage_of(tokens, outcomes, charged, account),
+        keys=keys,
     )

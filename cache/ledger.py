@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from providers.base import Account, Bill, Embedded, Outcome, nanodollars
 
+from .key import Key
 from .layout import Sql
 from .row import Partition
 from .usage import Usage
@@ -38,6 +39,8 @@ class Answered(Embedded):
     """An answer, and its sums."""
 
     usage: Usage
+    keys: Sequence[Key] = ()
+    """Where each vector is kept; empty where more than one look-up was needed."""
 
 
 def answered(embedded: Embedded, usage: Usage) -> Answered:

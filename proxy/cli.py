@@ -19,7 +19,7 @@ from . import workers as processes
 from .cache_control import MEANING
 from .commands import cache as cache_commands
 from .commands import config as config_commands
-from .commands import export, stats, take_in, verify
+from .commands import export, migrate, migrate_end, stats, take_in, verify
 from .commands.check import check
 from .commands.common import ConfigOption, fail, one_line
 from .commands.compare import compare
@@ -33,10 +33,11 @@ app = typer.Typer(
     help="A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
 )
 
-# These add themselves to the group `cache`.
-_ = export, stats, take_in, verify
+# These add themselves to the groups `cache` and `migrate`.
+_ = export, stats, take_in, verify, migrate_end
 app.add_typer(cache_commands.app, name="cache")
 app.add_typer(config_commands.app, name="config")
+app.add_typer(migrate.app, name="migrate")
 app.command()(check)
 app.command()(compare)
 
@@ -69,6 +70,8 @@ def serve(
 ) -> None:
     """Run the proxy until it is told to stop."""
     logging.getLogger().setLevel(logging.INFO)
+    # The client of Qdrant would have each of its calls in the log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     given = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in given.items() if value is not None}
     settings = config.load(config_file, overrides=overrides)

@@ -96,9 +96,9 @@ class Report:
 
     @property
     def best_recall(self) -> Row | None:
-        """The route that finds most of the right texts; None without labelled pairs."""
+        """The route that finds most, of equals the cheaper one; None without labelled pairs."""
         known = [row for row in self.choices if row.recall is not None]
-        return max(known, key=lambda row: row.recall or 0.0, default=None)
+        return max(known, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
 
     def beaten_by(self, row: Row) -> Row | None:
         """Return a route that is as good as this one, no dearer, no slower, and better in one.

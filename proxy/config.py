@@ -83,6 +83,11 @@ def read(path: Path | None) -> dict[Any, Any]:
     return _content(path or _built_in_file(), BUILT_IN if path is None else str(path))
 
 
+def load_mapping(path: Path) -> dict[Any, Any]:
+    """Return what a YAML file beside the configuration holds, a mapping. Raises ConfigError."""
+    return _content(path, str(path))
+
+
 def _content(source: Path, name: str) -> dict[Any, Any]:
     """Return what a file holds, not yet validated. Raises ConfigError."""
     try:
@@ -101,7 +106,7 @@ def _content(source: Path, name: str) -> dict[Any, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{name}: expected sections like `server:`, found something else")
+        raise ConfigError(f"{name}: expected keys such as `server:`, found something else")
     return content
 
 

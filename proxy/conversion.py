@@ -11,11 +11,7 @@ from providers.catalogue import CATALOGUE, ModelEntry
 from . import old_form
 from .config import ConfigError
 from .old_form import Old, Said
-from .settings import Index
 from .widths import can_give
-
-INDEXES = Index.model_fields["qdrant"].annotation is not type(None)
-"""Whether this version indexes; else what is said of it is written down as a comment."""
 
 
 @dataclass(slots=True)
@@ -203,21 +199,23 @@ def _stand_in(path: str, first: _Model, other: _Model, done: Converted) -> None:
 
 def _store(old: Old, width: int | None, done: Converted) -> None:
     said = old.store
-    where = "" if INDEXES else " (a comment: this version does not index)"
     names = {"api_key": "qdrant_api_key", "api_key_env": "qdrant_api_key_env"}
     keys = {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
     found = {"url": said.get("qdrant_url"), "api_key_env": old_form.variable(keys)}
     for ours, one in found.items():
         if one is not None:
             done.qdrant[ours] = one.value
-            done.note(one, f"index.qdrant.{ours}{where}")
+            done.note(one, f"index.qdrant.{ours}")
     if "collection_prefix" in said:
         prefix = said["collection_prefix"].value.rstrip("_") + "_"
         done.qdrant["prefix"] = prefix
         done.note(
             said["collection_prefix"],
-            f"index.qdrant.prefix{where}: collections are {prefix}MODEL-WIDTH, old ones stay",
+            f"index.qdrant.prefix: collections are {prefix}MODEL-WIDTH, old ones stay",
         )
+    if done.qdrant and "url" not in done.qdrant:
+        done.qdrant["url"] = "http://localhost:6333"
+        done.warnings.append("index.qdrant.url: the old file names none; say where Qdrant is")
     given = said.get("embedding_dimension")
     done.note(given, "no counterpart: a collection has the width of its model")
     if given is not None and width and given.value != width:

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from providers import kinds
 
+from .section import Section
 from .settings import Settings
 from .upstreams import TIMEOUTS, Provider
 
@@ -88,7 +87,7 @@ def _at(content: object, *path: str) -> object:
 
 def _plain(value: object) -> Any:  # noqa: ANN401 - whatever YAML can hold
     """Return a value in YAML's own types; a whole number without its point."""
-    if isinstance(value, BaseModel):
+    if isinstance(value, Section):
         return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}

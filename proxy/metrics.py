@@ -33,7 +33,7 @@ class Metrics:
 
     async def get(self, _: web.Request) -> web.Response:
         """Answer with everything."""
-        families = [*await self._bill(), *self._worker()]
+        families = [*await self._bill(), *self._worker(), *await self._index()]
         text = "".join(line for family in families for line in _lines(*family))
         return web.Response(
             body=text.encode(),
@@ -60,6 +60,32 @@ class Metrics:
             ("tokens_total", "counter", "Tokens billed and saved.", tokens),
             ("dollars_total", "counter", "US dollars billed and saved.", dollars),
         ]
+
+    async def _index(self) -> list[Family]:
+        """Return what waits for Qdrant, which all workers share, and what this one has done."""
+        indexing = self._service.indexing
+        told = await indexing.indexer.snapshot() if indexing else None
+        if told is None:
+            return []
+        worker = {"worker": str(os.getpid())}
+        points: list[Sample] = [
+            ({**worker, "what": what}, count)
+            for what, count in told["since_start"].items()
+            if what != "failures"
+        ]
+        failures: list[Sample] = [(worker, told["since_start"]["failures"])]
+        return [
+            ("index_backlog_points", "gauge", "Points that wait for Qdrant.",
+             [({}, told["backlog_points"])]),
+            ("index_backlog_bytes", "gauge", "Bytes of the points that wait for Qdrant.",
+             [({}, told["backlog_bytes"])]),
+            ("index_backlog_age_seconds", "gauge", "How long the first of them has waited.",
+             [({}, told["backlog_age_s"])]),
+            ("index_refused_points", "gauge", "Points that Qdrant refuses, put aside.",
+             [({}, told["refused_points"])]),
+            ("index_points_total", "counter", "Points, by what became of them.", points),
+            ("index_failures_total", "counter", "Failed attempts to send points.", failures),
+        ]  # fmt: skip
 
     def _worker(self) -> list[Family]:
         worker = {"worker": str(os.getpid())}

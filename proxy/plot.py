@@ -26,8 +26,9 @@ def svg(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
 
     Points are numbered as they come. Coordinates are not negative.
     """
-    x_end, x_ticks = _axis([point.x for point in points])
-    y_end, y_ticks = _axis([point.y for point in points])
+    known = [(point.x, point.y) for point in points if point.x is not None and point.y is not None]
+    x_end, x_ticks = _axis([x for x, _ in known])
+    y_end, y_ticks = _axis([y for _, y in known])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across, up = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
@@ -69,9 +70,9 @@ def svg(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _axis(values: Sequence[float | None]) -> tuple[float, list[float]]:
+def _axis(values: Sequence[float]) -> tuple[float, list[float]]:
     """Return where an axis ends, and its ticks: round numbers, the last at or past the largest."""
-    most = max((value for value in values if value is not None), default=0.0) or 1.0
+    most = max(values, default=0.0) or 1.0
     power = 10.0 ** math.floor(math.log10(most / _TICKS))
     step = next(power * n for n in (1, 2, 5, 10) if power * n * _TICKS >= most)
     ticks = [step * i for i in range(_TICKS + 1)]

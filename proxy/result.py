@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cache.ledger import Answered
 from cache.usage import Usage
 from providers import vector
-from providers.base import InvalidAnswer, Outcome, Space
+from providers.base import Input, InvalidAnswer, Outcome, Space
 
 from .registry import Model
 
@@ -25,6 +25,10 @@ class Result:
     """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
     fallback: bool = False
     """Whether a model of another space stood in for the one that was asked for."""
+    name: str = ""
+    """Of the model that gave the vectors."""
+    inputs: Sequence[Input] = ()
+    """As they were embedded: token arrays as texts where they stand for some, cut if so wanted."""
 
     @property
     def vectors(self) -> vector.Floats:
@@ -52,8 +56,13 @@ class Result:
         return self.embedded.usage
 
 
-def checked(
-    model: Model, space: Space, width: int, embedded: Answered, *, fallback: bool = False
+def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer
+    asked: Model,
+    answering: Model,
+    space: Space,
+    width: int,
+    inputs: Sequence[Input],
+    embedded: Answered,
 ) -> Result:
     """Return an answer of which every vector can be brought to the width. Raises InvalidAnswer."""
     if width < space.dimensions:
@@ -61,4 +70,5 @@ def checked(
             vector.check_heads(embedded.vectors, width)
         except vector.VectorError as error:
             raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
-    return Result(model, space, width, embedded, fallback)
+    fallback = answering.name != asked.name
+    return Result(asked, space, width, embedded, fallback, answering.name, inputs)

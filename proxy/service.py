@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
+from cache.key import Namespace
 from cache.ledger import By, Heading, Line
 from cache.memory import Memory
 from cache.store import Store
@@ -24,12 +25,14 @@ from cache.usage import Usage
 from providers.base import Account, Context
 from providers.health import Upstreams
 
-from . import canary, fallback, widths, wire
+from . import canary, fallback, index_field, indexing, widths, wire
 from .cache_control import terms
 from .caller import Caller
 from .canary import Canaries
 from .config import load
+from .indexing import Indexing
 from .inputs import prepare
+from .known import Known, known
 from .learned import WIDTHS_FILE, Pins
 from .opening import open_providers
 from .registry import Model, Registry
@@ -55,6 +58,8 @@ class EmbeddingService:
         self.upstreams = Upstreams()
         """What is known of the providers: breakers, counters."""
         self.canaries: Canaries | None = None
+        self.indexing: Indexing | None = None
+        """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
         self._store: Store | None = None
@@ -95,6 +100,12 @@ class EmbeddingService:
                 Pins(store.folder / WIDTHS_FILE),
                 sleep=self._sleep,
             )
+            if self.settings.index.qdrant is not None:
+                self.indexing = await stack.enter_async_context(
+                    Indexing(
+                        self.settings, self.settings.index.qdrant, cache.directory, self._sleep
+                    )
+                )
             if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
                 self.canaries = await stack.enter_async_context(
                     Canaries(
@@ -150,6 +161,7 @@ class EmbeddingService:
         namespace: str = "",
         client: str = "",
         cache_control: str = "",
+        index: object = None,
     ) -> Result:
         """Embed one text, one token array, or several texts or token arrays.
 
@@ -157,25 +169,44 @@ class EmbeddingService:
         `parameters` are further request fields; they are sent on, and belong to the space.
         `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
         `cache_control` is what a client would say in the header of that name: "no-cache".
+        `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.
         """
         if not isinstance(inputs, str):
             inputs = [item if isinstance(item, str | int) else list(item) for item in inputs]
+        parsed = wire.parse_input(inputs, self.most_inputs)
         asked = EmbeddingRequest(
             model=model,
-            inputs=wire.parse_input(inputs, self.most_inputs),
+            inputs=parsed,
             dimensions=dimensions,
             encoding="base64",
             user=user,
             parameters=parameters or {},
+            index=index_field.parse(index, len(parsed)),
         )
         return await self.answer(asked, Caller(namespace, client), cache_control)
+
+    async def look(self, inputs: Sequence[str], model: str, *, namespace: str = "") -> list[Known]:
+        """Return what is known of texts before anything is bought. Raises EmbeddingError."""
+        if self._registry is None or self._tiers is None:
+            raise RuntimeError("the service is not open")
+        return await known(self._registry.get(model), self._tiers, inputs, Namespace(namespace))
 
     async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.
 
-        `control` is its `Cache-Control`. Raises EmbeddingError.
+        What is answered is indexed where the configuration says so. `control` is its
+        `Cache-Control`. Raises EmbeddingError.
         """
+        unable = indexing.refused(self.settings, asked.index)
+        if unable is not None:
+            raise unable
+        result = await self._answer(asked, caller, control)
+        if self.indexing is not None:
+            await self.indexing.take(asked.index, caller, control, result)
+        return result
+
+    async def _answer(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result:
         if self._registry is None:
             raise RuntimeError("the service is not open")
         model = self._registry.get(asked.model)
@@ -191,7 +222,7 @@ class EmbeddingService:
             context = replace(context, counts=counts)
             model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
             space = model.space.with_parameters(asked.parameters)
-            return checked(model, space, _width(model, asked), embedded)
+            return checked(model, model, space, _width(model, asked), inputs, embedded)
         width = _width(model, asked)
 
         async def ask(one: Model, by: float) -> Result:
@@ -202,7 +233,7 @@ class EmbeddingService:
             bill = replace(account, price=one.price)
             own = replace(context, deadline=by, account=bill, counts=counts)
             embedded = await one.embedder.embed(space, inputs, own)
-            return checked(model, space, width, embedded, fallback=one is not model)
+            return checked(model, one, space, width, inputs, embedded)
 
         models = [model, *fallback.stand_ins(model, self.models, width)]
         return await fallback.first_answer(ask, models, deadline)

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from providers import kinds
 from providers.catalogue import CATALOGUE
 
+from .index_section import Index
 from .model_entry import Model, from_catalogue
 from .section import CacheMode, Name, Number, ProviderName, Section, WebOrigin, Whole
 from .upstreams import Provider
@@ -104,12 +105,6 @@ KINDS: tuple[str, ...] = (*kinds.KINDS, kinds.LOCAL)
 """The built-in kinds of provider; one that is named like its kind need not say so."""
 DEFAULT_PROVIDERS = ("openai", "openrouter", "local")
 """The kinds that are there when a configuration names none."""
-
-
-class Index(Section):
-    """The vector store behind the proxy."""
-
-    qdrant: None = None
 
 
 class Settings(Section):

@@ -52,6 +52,7 @@ class Status:
                 "affords_more": upstreams.budget.affords(),
             },
             "tiers": asdict(service.counters),
+            "index": await service.indexing.indexer.snapshot() if service.indexing else None,
             "since_start": self._since_start(),
             "since_ever": await self._since_ever(),
         }

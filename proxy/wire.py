@@ -12,6 +12,9 @@ import orjson
 from providers import vector
 from providers.base import Input, InputRefused, Vector
 
+from . import index_field
+from .index_field import NOTHING_SAID, Wish
+
 MOST_INPUTS = 2048
 """At OpenAI: inputs in one request, and ids in a token array that stands alone."""
 CHUNK = 96 << 10
@@ -36,6 +39,8 @@ class EmbeddingRequest:
     user: str | None
     parameters: Mapping[str, object]
     """All other fields: they are sent on, and may change the numbers."""
+    index: Wish = NOTHING_SAID
+    """What is to be indexed; it is for the proxy, and sent to nobody."""
 
 
 def parse(
@@ -71,7 +76,8 @@ def parse(
     if user is not None and not isinstance(user, str):
         raise InputRefused("'user' must be a string.", param="user")
     inputs = parse_input(fields.pop("input", None), most_inputs)
-    return EmbeddingRequest(model, inputs, dimensions, encoding, user, fields)
+    index = index_field.parse(fields.pop("index", None), len(inputs))
+    return EmbeddingRequest(model, inputs, dimensions, encoding, user, fields, index)
 
 
 def parse_input(

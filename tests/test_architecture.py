@@ -29,12 +29,21 @@ DOORS = {
         "proxy/demo.py",
     },
     "pyarrow": {"proxy/sources/parquet.py"},
-    "qdrant_client": {"index/points.py"},
+    "qdrant_client": {
+        "index/points.py",
+        "index/connection.py",
+        "index/collection.py",
+        "index/migrate_points.py",
+        "index/migrate_collections.py",
+        "index/translation.py",
+        "index/writing.py",
+    },
     "pydantic": {
         "proxy/section.py",
         "proxy/model_entry.py",
         "proxy/upstreams.py",
         "proxy/settings.py",
+        "proxy/index_section.py",
         "proxy/config.py",
     },
 }

@@ -12,6 +12,7 @@ from fault_server import status
 from cache.record import Entry, encode
 from proxy import headers
 from proxy.config import load
+from proxy.index_section import Qdrant
 from proxy.model_entry import Model, Route
 from proxy.origin import PREFIXES
 from proxy.section import Section
@@ -74,6 +75,15 @@ def test_every_key_is_shown_with_its_default(path, monkeypatch):
     if isinstance(default, Path):
         shown = Path(str(shown)).expanduser()
     assert shown == (list(default) if isinstance(default, tuple) else default)
+
+
+def test_every_key_of_qdrant_is_shown_with_its_default():
+    """Qdrant has no default, so its keys stand in config.yaml as remarks; they are all there."""
+    _, _, remarks = (ROOT / "config.yaml").read_text(encoding="utf-8").partition("\nindex:\n")
+    lines = [line[5:] for line in remarks.splitlines() if line.startswith("  #   ")]
+    shown = yaml.safe_load("\n".join(lines))
+    default = Qdrant(url="http://h").model_dump()
+    assert shown == {**default, "url": None}
 
 
 def test_the_providers_shown_are_the_default_ones():

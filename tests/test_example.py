@@ -1,4 +1,4 @@
-"""The application in examples/: chat and embeddings on one base URL, as it stands."""
+"""The scripts in examples/, run as they stand: an application on OpenAI's client, and a service."""
 
 import asyncio
 import json
@@ -10,7 +10,8 @@ from aiohttp import web
 from any_server import AnyServer
 from fault_server import FaultServer
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "ask_documents.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "ask_documents.py"
 
 
 async def _openai(request: web.Request) -> web.StreamResponse:
@@ -56,3 +57,22 @@ async def test_the_example_says_the_same_through_the_proxy(start_proxy):
     targets = [call.target for call in seen]
     assert targets == ["/v1/embeddings", "/v1/chat/completions", "/v1/chat/completions"]
     assert {call.headers["Authorization"] for call in seen} == {"Bearer openai-secret-key"}
+
+
+async def test_the_script_embeds_compares_and_searches(tmp_path):
+    """It needs no key: the second time all is cached, and each query finds its document."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        ROOT / "examples" / "embed_compare_search.py",
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(tmp_path)},
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    _, cached, overlap, *found = out.decode().splitlines()
+    assert cached == "the second time: 7 of 7 from the cache"
+    assert overlap.startswith("64 of 256 numbers: ")
+    assert [line.split("  ", 1)[1] for line in found] == [
+        "When can I eat lunch?  The canteen serves lunch from noon until two.",
+        "Where do I park my bicycle?  Bicycles are parked behind the north wing.",
+    ]

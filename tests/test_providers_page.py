@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from fault_server import FaultServer
+from pages import fenced, taken
 
 from providers import kinds
 from providers.catalogue import CATALOGUE
-from proxy.config import load
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "providers.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+SNIPPETS = fenced(PAGE, "yaml")
 SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.DOTALL | re.MULTILINE))
 EXAMPLE = ROOT / "examples" / "acme_provider"
 
@@ -45,9 +45,7 @@ def test_the_page_has_snippets():
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_every_snippet_is_a_configuration(snippet, example, tmp_path):
     """What is shown is taken as it stands, and each of its models leads to one of its providers."""
-    file = tmp_path / "config.yaml"
-    file.write_text(snippet)
-    settings = load(file)
+    settings = taken(snippet, tmp_path)
     shown = yaml.safe_load(snippet)
     for name in shown.get("models", {}):
         routes = {route.provider for route in settings.models[name].routes}
@@ -58,7 +56,7 @@ def test_every_kind_has_its_section_with_a_snippet():
     """No kind is missing and none is invented; each section shows a provider of its kind."""
     assert set(SECTIONS) == {*kinds.KINDS, kinds.LOCAL}
     for name, text in SECTIONS.items():
-        (first, *_) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+        (first, *_) = fenced(text, "yaml")
         shown = yaml.safe_load(first)["providers"]
         assert name in {key if not e else e.get("kind", key) for key, e in shown.items()}
 

@@ -9,7 +9,7 @@ import typer
 
 from cache import place
 from cache.place import Inspection
-from proxy import config
+from proxy import config, index_check
 from proxy.checkup import Checkup, examine
 from proxy.choice import Choice
 from proxy.finding import Finding
@@ -32,7 +32,7 @@ def check(
     offline: Annotated[bool, typer.Option(help="Ask no provider.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Try the cache, and every provider with a real embedding, and compare the routes.
+    """Try the cache, Qdrant, and every provider with a real embedding, and compare the routes.
 
     Tried are the models that the configuration names, and one of each provider that these do not
     lead to. Exit code 1 if something does not work.
@@ -48,13 +48,17 @@ def check(
     store = place.inspect(cache.directory, int(cache.size_limit_gib * GIB), cache.pinned)
     with progress("asking") as tell:
         found = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
+    qdrant = asyncio.run(index_check.look(settings, offline=offline))
     problems = found.problems
+    if qdrant is not None and qdrant.problem:
+        problems = [path_text(qdrant.problem), *problems]
     if store.problem:
         problems = [f"cache: {path_text(store.problem)}", *problems]
     if as_json:
         shown = {
             "config": None if config_file is None else path_text(config_file),
             "cache": _cache_dict(cache, store),
+            "index": qdrant and {**qdrant.as_json(), "place": path_text(qdrant.place)},
             **_found_dict(found),
             "problems": problems,
             "ok": not problems,
@@ -62,7 +66,8 @@ def check(
         print_json(shown)
     else:
         typer.echo(printable(f"configuration: {config_file or 'built in'}"))
-        for line in (*_cache_lines(cache, store), *_found_lines(found)):
+        index_lines = [] if qdrant is None else [path_text(qdrant.line)]
+        for line in (*_cache_lines(cache, store), *index_lines, *_found_lines(found)):
             typer.echo(printable(line))
         _tell_problems(problems, offline=offline)
     if problems:

@@ -14,6 +14,9 @@ import typer
 from cache.archive import ArchiveError
 from cache.disk import StoreError
 from cache.pairs import SourceError
+from index.failures import QdrantFailure
+from index.journal import JournalError
+from index.migrate import MigrationRefused
 from providers.base import EmbeddingError
 from proxy.config import ConfigError
 from proxy.server import PortUnavailable
@@ -52,7 +55,10 @@ def one_line() -> Iterator[None]:
     except (
         ArchiveError,
         EmbeddingError,
+        JournalError,
+        MigrationRefused,
         PortUnavailable,
+        QdrantFailure,
         SourceError,
         StoreError,
         WorkerFailed,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from proxy import config, effective
-from proxy.conversion import INDEXES, Converted, convert
+from proxy.conversion import Converted, convert
 
 from .common import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
 
@@ -77,7 +77,7 @@ def _sections(done: Converted) -> dict[str, object]:
     sections: dict[str, object] = {}
     if done.providers:
         sections |= {"providers": done.providers, "models": done.models}
-    if done.qdrant and INDEXES:
+    if done.qdrant:
         sections["index"] = {"qdrant": done.qdrant}
     return sections
 
@@ -98,8 +98,3 @@ def _written(done: Converted, name: str) -> Iterator[str]:
     for section, value in _sections(done).items():
         yield ""
         yield config.dump({section: value}).rstrip()
-    if done.qdrant and not INDEXES:
-        yield ""
-        yield "# For a version that indexes:"
-        for line in config.dump({"index": {"qdrant": done.qdrant}}).splitlines():
-            yield f"# {line}"

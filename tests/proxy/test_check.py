@@ -10,7 +10,10 @@ from typing import NamedTuple
 
 import pytest
 from fault_server import hang, status
+from qdrant_server import QdrantServer
 
+from index.collection import Provenance, ensure
+from index.connection import Connection
 from providers import tokens
 from providers.base import Space
 from providers.openai import OpenAI
@@ -142,6 +145,7 @@ async def test_json_is_one_object(check, upstream, second, tmp_path):
             "ok": True,
             "error": None,
         },
+        "index": None,
         "providers": {
             "local": {"state": "disabled", "kind": None, "why": "null in the configuration"},
             "openai": {"state": "usable", "kind": "openai", "why": None},
@@ -572,3 +576,32 @@ async def test_an_interrupted_check_is_code_130(upstream, tmp_path):
         out, err = await process.communicate()
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err
+
+
+# Qdrant
+
+
+async def test_qdrant_is_looked_at(check, upstream):
+    """It is told when it can be reached; of a collection of another space, both are named."""
+    async with QdrantServer() as qdrant:
+        sections = {
+            "providers": _at(upstream),
+            "models": {SMALL: {"routes": [{"provider": "openai", "model": SMALL}]}},
+            "index": {"qdrant": {"url": qdrant.url}},
+        }
+        done = await check(**sections)
+        assert done.code == 0
+        assert f"Qdrant: {qdrant.url}: ok, 0 collections\n" in done.out
+        assert (await check("--json", **sections)).json["index"]["ok"] is True
+        assert f"Qdrant: {qdrant.url}: not asked\n" in (await check("--offline", **sections)).out
+        async with Connection(url=qdrant.url) as connection:
+            await ensure(connection, f"{SMALL}-1536", Provenance("somebody/elses", 1536))
+        done = await check(**sections)
+        assert done.code == 1
+        assert f"Qdrant: {qdrant.url}: FAILED\n" in done.out
+        assert "index.qdrant: the collection" in done.out
+        assert "somebody/elses" in done.out
+        await qdrant.stop()
+        done = await check(**sections)
+        assert done.code == 1
+        assert "All connection attempts failed" in done.out

@@ -107,6 +107,9 @@ async def test_two_routes_and_another_model(compare, upstream, second):
     assert (other["dimensions"], other["bytes_per_million"]) == (1024, 4_096_000_000)
     assert here["usd_per_million_tokens"] == pytest.approx(0.02)
     assert other["usd_per_million_tokens"] == pytest.approx(0.1)
+    # The upstream counts three words in each text.
+    assert here["usd_per_million_inputs"] == pytest.approx(0.06)
+    assert here["usd"] == pytest.approx(3 * 45 * 0.02e-6)
     same, *others = found["pairs"]
     assert (same["same_space"], same["agree"], same["overlap"]) == (True, True, None)
     assert same["least_cosine"] == pytest.approx(1)
@@ -163,6 +166,25 @@ async def test_what_an_upstream_charges_counts_more_than_the_list(compare, upstr
     assert (here["charged"], there["charged"]) == (False, True)
     assert there["usd"] == pytest.approx(0.001 * there["calls"])
     assert done.json["cheapest"] == here["route"]
+
+
+async def test_the_price_of_a_route_counts_before_that_of_its_model(compare, upstream):
+    """As on the bill."""
+    routes = [{"provider": "openai", "model": SMALL, "price": 0.5}]
+    models = {SMALL: {"routes": routes}}
+    done = await compare("--rounds", "1", "--json", providers=_at(upstream), models=models)
+    assert done.route("openai")["usd_per_million_tokens"] == pytest.approx(0.5)
+
+
+async def test_models_of_two_spaces_are_told_by_their_neighbours(compare, upstream, tmp_path):
+    """With what chance gives beside it; and who finds most where pairs are given."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"query": "the text with number 7", "text": "text number 7"}))
+    models = ("--model", SMALL, "--model", "wordllama-embed", "--pairs", str(pairs))
+    done = await compare(*models, "--k", "1", providers=_at(upstream))
+    assert "% of the 1 nearest in common, 9% by chance\n" in done.out
+    assert "agree" not in done.out.replace("agreement", "")
+    assert "  finds most: wordllama-embed at local (l2_supercat_256)\n" in done.out
 
 
 async def test_two_models_under_one_name_do_not_agree(compare, upstream, second):
@@ -298,6 +320,11 @@ async def test_only_the_chosen_providers_are_asked(compare, upstream, second):
     done = await compare(*arguments, providers=_at(upstream, second))
     assert (len(upstream.calls), len(second.calls)) == (0, 12)
     assert [one["provider"] for one in done.json["routes"]] == ["openrouter"]
+    alike = {"space": f"openai/{SMALL}", "dimensions": 1536, "matryoshka": True}
+    alike["routes"] = [{"provider": "openai", "model": "another"}]
+    sections = {"providers": _at(upstream, second), "models": {"alike": alike}}
+    await compare("--model", SMALL, "--rounds", "1", **sections)
+    assert {call.payload["model"] for call in upstream.calls} == {SMALL}
 
 
 async def test_without_a_model_those_of_the_configuration_are_compared(compare, upstream):

@@ -146,7 +146,7 @@ def test_the_cheapest_and_the_fastest_are_named():
     """Of routes that cost as much the faster one is the cheapest; an unknown cost is not cheap."""
     trials = [
         _trial("a", ms=[9]),
-        _trial("b", ms=[7], usd=0.0200001),
+        _trial("b", ms=[7], usd=0.0201),
         _trial("c", ms=[8], usd=0.13),
         _trial("d", ms=[1], usd=None),
     ]

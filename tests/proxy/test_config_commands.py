@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from proxy import cli, conversion
+from proxy import cli
 from proxy.config import ConfigError, load
 from proxy.conversion import convert
 
@@ -159,7 +159,7 @@ def test_what_is_shown_loads_and_comes_to_the_same(everything, run, write, monke
 
 
 def test_the_built_in_configuration_is_shown(run, write):
-    """Without a file it is what applies; the test of a variable tells nothing but whether it is set."""
+    """Without a file it is what applies; of a variable it is told whether it is set."""
     done = run("show")
     assert done.out.startswith("# What applies with the built-in configuration\n# and ")
     assert "# openai: OPENAI_API_KEY is not set: this provider is skipped\n" in done.out
@@ -217,6 +217,7 @@ def test_the_nested_form(run, write):
                 "routes": [{"provider": "openai", "model": "text-embedding-3-large"}]
             }
         },
+        "index": {"qdrant": {"url": "http://localhost:6333", "prefix": "hephaestus_"}},
     }
     notes = dict(line.split(" -> ") for line in done.err.splitlines())
     old = yaml.safe_load(NESTED)
@@ -234,10 +235,8 @@ def test_the_nested_form(run, write):
     ]
 
 
-@pytest.mark.parametrize("indexes", [False, True])
-def test_the_vector_store(indexes, monkeypatch):
-    """The section is written, or told as a comment where this version does not index."""
-    monkeypatch.setattr(conversion, "INDEXES", indexes)
+def test_the_vector_store():
+    """The section is written, and the variable of the key named."""
     old = yaml.safe_load(NESTED)
     old["vector_store"]["qdrant_api_key"] = "${QDRANT_KEY}"
     old["vector_store"]["type"] = "qdrant"
@@ -248,24 +247,29 @@ def test_the_vector_store(indexes, monkeypatch):
         "api_key_env": "QDRANT_KEY",
     }
     notes = dict(done.notes)
-    comment = "" if indexes else " (a comment: this version does not index)"
-    assert notes["vector_store.qdrant_url"] == f"index.qdrant.url{comment}"
-    assert notes["vector_store.qdrant_api_key"] == f"index.qdrant.api_key_env{comment}"
+    assert notes["vector_store.qdrant_url"] == "index.qdrant.url"
+    assert notes["vector_store.qdrant_api_key"] == "index.qdrant.api_key_env"
     assert notes["vector_store.type"] == "left out: Qdrant is the only store"
 
 
-@pytest.mark.skipif(conversion.INDEXES, reason="this version indexes: there is no comment")
-def test_what_is_not_indexed_yet_is_a_comment_that_is_a_section(run, write):
-    """Without its comment signs, it is YAML."""
-    done = run("convert", write(NESTED, "old.yaml"))
-    tail = done.out.partition("# For a version that indexes:\n")[2]
-    assert yaml.safe_load(tail.replace("# ", "")) == {
-        "index": {"qdrant": {"url": "http://localhost:6333", "prefix": "hephaestus_"}}
-    }
+def test_a_prefix_without_an_address_is_a_configuration_all_the_same(run, write):
+    """The old default is written down, with a warning."""
+    old = yaml.safe_load(NESTED)
+    del old["vector_store"]["qdrant_url"]
+    done = run("convert", write(old, "old.yaml"))
+    assert "warning: index.qdrant.url" in done.err
+    assert load(write(done.out)).index.qdrant.url == "http://localhost:6333"
+
+
+def test_what_is_said_of_the_store_alone_is_a_configuration(run, write):
+    """It has no providers of its own, so the defaults apply."""
+    old = {"vector_store": yaml.safe_load(NESTED)["vector_store"]}
+    done = run("convert", write(old, "old.yaml"))
+    assert load(write(done.out)).models == load().models
 
 
 def test_fallbacks_become_routes_or_stand_ins(run, write):
-    """The same model is another route; another one is a fallback at a named width, with a warning."""
+    """The same model is another route; another one is a fallback of a named width, and told."""
     done = run("convert", write(PRODUCTION, "old.yaml"))
     assert done.code == 0
     found = yaml.safe_load(done.out)

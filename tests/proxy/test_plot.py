@@ -19,17 +19,18 @@ def test_points_are_where_their_figures_are():
     zero_x, zero_y = 80, HEIGHT - 56
     assert (x2 - zero_x) == pytest.approx(2 * (x1 - zero_x), abs=0.2)
     assert (zero_y - y2) == pytest.approx(2 * (zero_y - y1), abs=0.2)
+    assert (x2, y2) == (WIDTH - 24, pytest.approx(zero_y - 0.8 * (zero_y - 40)))
     texts = [element.text for element in root.iter(f"{SVG}text")]
     assert {"T & t", "x < 1", "y", "1  a: x", "2  b <&>: y", "3  c: z"} <= {*texts}
     assert [title.text for title in root.iter(f"{SVG}title")] == ["a: x", "b <&>: y"]
     assert not re.search(r"script|href|font-face", svg("T", "x", "y", points))
 
 
-@pytest.mark.parametrize("values", [[0.0003], [7, 3], [99.9], [100], [0, None], [], [1234.5]])
+@pytest.mark.parametrize("values", [[0.0003], [7, 3], [99.9], [100], [0], [], [1234.5]])
 def test_axes_end_at_round_numbers_past_the_largest(values):
     """Every point is inside, and no axis is empty or has no length."""
     end, ticks = _axis(values)
-    most = max((value for value in values if value is not None), default=0)
+    most = max(values, default=0)
     assert ticks[0] == 0
     assert ticks[-1] == end
     assert most <= end * (1 + 1e-9)

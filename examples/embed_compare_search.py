@@ -1,0 +1,54 @@
+"""Embed some texts, compare two widths of their vectors, and search them. No server is needed.
+
+    python examples/embed_compare_search.py [CONFIG]
+
+It uses `EmbeddingService`, the proxy without its HTTP: what is embedded here is in the same cache.
+The local model needs no key; with a key, put any other in MODEL.
+"""
+
+import asyncio
+import sys
+
+from providers import likeness, vector
+from proxy.service import EmbeddingService
+
+MODEL = "wordllama-embed"
+NARROW = 64
+DOCUMENTS = [
+    "The canteen serves lunch from noon until two.",
+    "Two keepers together open the vault.",
+    "Bicycles are parked behind the north wing.",
+    "Trains to the coast leave every hour.",
+    "The library lends books for three weeks.",
+]
+QUERIES = ["When can I eat lunch?", "Where do I park my bicycle?"]
+
+
+async def main(config: str | None = None) -> None:
+    """Print what was bought, how alike two widths are, and what is nearest to each query."""
+    texts = [*DOCUMENTS, *QUERIES]
+    async with EmbeddingService.from_config(config) as service:
+        # Embed. With index=False, as is right for queries, nothing of it gets into Qdrant.
+        wide = await service.embed(texts, MODEL, index=False)
+        again = await service.embed(texts, MODEL, index=False)
+        narrow = await service.embed(texts, MODEL, dimensions=NARROW, index=False)
+    print(f"{wide.space.name}: {wide.dimensions} numbers a text, {wide.tokens} tokens")
+    print(f"the second time: {again.usage.hits} of {len(texts)} from the cache")
+
+    # Compare: of one model the narrow vectors are cut from the wide ones, and find nearly the same.
+    asked = range(len(DOCUMENTS), len(texts))
+    found = []
+    for result in (wide, narrow):
+        vectors = [row.tobytes() for row in result.vectors]
+        found.append(likeness.nearest(vectors, asked, among=len(DOCUMENTS), k=2))
+    share = likeness.overlap(*found)
+    print(f"{NARROW} of {wide.dimensions} numbers: {share:.0%} of the neighbours are the same")
+
+    # Search: the nearest documents of each query, with their cosines.
+    rows = [row.tobytes() for row in wide.vectors]
+    for place, (best, *_) in zip(asked, found[0], strict=True):
+        print(f"{vector.cosine(rows[place], rows[best]):.2f}  {texts[place]}  {texts[best]}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:2]))

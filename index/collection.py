@@ -1,0 +1,232 @@
+"""Collections of Qdrant: what they are called, how they are made, and whose vectors they hold.
+
+A collection holds the vectors of one space at one width. Which, it says itself: in its metadata,
+under `embedding_proxy`, which servers since 1.16 and the embedded mode keep with it, from the call
+that makes it on. So whoever copies, restores or renames a collection copies that too, and no other
+process has to be asked. A server before 1.16 drops metadata in silence; what it holds is then as if
+somebody else had made it, and is taken only with `adopt`.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from .connection import Connection
+from .failures import Exists, Missing, OtherSpace
+
+if TYPE_CHECKING:
+    from qdrant_client.models import CollectionInfo
+
+KEY = "embedding_proxy"
+"""Where in a collection's metadata its provenance is."""
+VERSION = 1
+"""Of the layout of provenance and payloads."""
+LONGEST_NAME = 200
+"""Characters of a collection's name; a server allows 255."""
+
+Quantization: TypeAlias = Literal["scalar", "binary"]
+FieldType: TypeAlias = Literal[
+    "keyword", "integer", "float", "bool", "geo", "datetime", "text", "uuid"
+]
+
+# What Qdrant refuses in a name, and what would be another folder or a path of the URL.
+_NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\s]')
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Whose vectors a collection holds. Two that differ in space or dimensions never mix."""
+
+    space: str
+    """The label of the space: the canonical model and the parameters that change the numbers."""
+    dimensions: int
+    text: str | None = None
+    """How the input is made from a payload: a template as `{title} {tags}`; None = as it came."""
+    version: int = VERSION
+
+    def as_metadata(self) -> dict[str, object]:
+        """Return it as the metadata of a collection."""
+        return {KEY: asdict(self)}
+
+    def __str__(self) -> str:
+        return f"{self.space} at {self.dimensions}"
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How new collections are made."""
+
+    on_disk: bool = False
+    """Whether the vectors stay on disk, and memory holds what is in use."""
+    quantization: Quantization | None = None
+    payload_indexes: Mapping[str, FieldType] = field(default_factory=dict)
+    """Fields of the payload that are filtered by, and their types."""
+    adopt: bool = False
+    """Whether a collection of the right width that says nothing of its space is taken for ours."""
+
+
+def name_of(model: str, dimensions: int, *, parameters: str = "", prefix: str = "") -> str:
+    """Return what the collection of a space is called: `{prefix}{model}-{dimensions}`.
+
+    What may stand in no name becomes an underscore. `parameters` are those of the space, if any:
+    with them it is another space, and has a collection of its own, named by their digest too.
+
+    >>> name_of("text-embedding-3-small", 256, prefix="my_")
+    'my_text-embedding-3-small-256'
+    >>> name_of("openai/text-embedding-3-small", 256, parameters="task=1")
+    'openai_text-embedding-3-small-256-67758369'
+    """
+    tail = f"-{dimensions}"
+    if parameters:
+        tail += f"-{hashlib.blake2b(parameters.encode(), digest_size=4).hexdigest()}"
+    head = _NOT_IN_NAMES.sub("_", prefix + model)
+    return head[: LONGEST_NAME - len(tail)] + tail
+
+
+def not_in_names(text: str) -> str:
+    """Return the first character that Qdrant allows in no name; an empty string if all are fine."""
+    found = _NOT_IN_NAMES.search(text)
+    return found[0] if found else ""
+
+
+async def ensure(
+    qdrant: Connection, name: str, wanted: Provenance, making: Making | None = None
+) -> bool:
+    """Make the collection unless it is there, and see that it is one of these vectors.
+
+    Returns whether it was made. `name` may be an alias. Raises QdrantFailure; OtherSpace if the
+    collection holds vectors of another space or width, or does not say which.
+    """
+    making = making or Making()
+    info = await _info(qdrant, name)
+    if info is None:
+        if await _make(qdrant, name, wanted, making):
+            await index_payload(qdrant, name, making.payload_indexes)
+            return True
+        info = await _info(qdrant, name)
+    if info is None:
+        raise Missing(f"the collection {name} was deleted just now")
+    claim = objection(name, (width_of(info), provenance_of(info)), wanted, adopt=making.adopt)
+    if claim is not None:
+        raise OtherSpace(claim)
+    if provenance_of(info) is None:
+        await qdrant.ask(
+            lambda client: client.update_collection(name, metadata=wanted.as_metadata())
+        )
+    lacking = {
+        one: kind for one, kind in making.payload_indexes.items() if one not in info.payload_schema
+    }
+    await index_payload(qdrant, name, lacking)
+    return False
+
+
+Look: TypeAlias = tuple[int, Provenance | None]
+"""A collection's width, 0 where it has not just one unnamed vector; and whose vectors it holds."""
+
+
+async def look(qdrant: Connection, name: str) -> Look | None:
+    """Return what a collection says of itself; None if there is none of that name.
+
+    Raises QdrantFailure.
+    """
+    info = await _info(qdrant, name)
+    return None if info is None else (width_of(info), provenance_of(info))
+
+
+def objection(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False) -> str | None:
+    """Say why the vectors may not go into a collection; None if they may."""
+    width, found = seen
+    if not width:
+        return f"the collection {name} has named vectors or multivectors, and not one unnamed one"
+    if width != wanted.dimensions:
+        return (
+            f"the collection {name} holds vectors of {width} dimensions, and not of"
+            f" {wanted.dimensions}; name another collection"
+        )
+    if found is None:
+        if adopt:
+            return None
+        return (
+            f"the collection {name} does not say whose vectors it holds; if they are of"
+            f" {wanted.space}, set index.qdrant.adopt: true, else name another collection"
+        )
+    if (found.space, found.dimensions) != (wanted.space, wanted.dimensions):
+        return (
+            f"the collection {name} holds vectors of {found}, and not of {wanted}: they do not"
+            " compare; name another collection"
+        )
+    return None
+
+
+def width_of(info: "CollectionInfo") -> int:
+    """Return how wide a collection's vectors are; 0 if it has not just one unnamed vector."""
+    vectors: Any = info.config.params.vectors
+    if vectors is None or isinstance(vectors, Mapping) or vectors.multivector_config:
+        return 0
+    return int(vectors.size)
+
+
+def provenance_of(info: "CollectionInfo") -> Provenance | None:
+    """Return whose vectors a collection says to hold; None if it does not say."""
+    said = (info.config.metadata or {}).get(KEY)
+    if not isinstance(said, Mapping):
+        return None
+    space, dimensions, text = (said.get(one) for one in ("space", "dimensions", "text"))
+    version = said.get("version")
+    if not isinstance(space, str) or not isinstance(dimensions, int):
+        return None
+    return Provenance(
+        space,
+        dimensions,
+        text if isinstance(text, str) else None,
+        version if isinstance(version, int) else VERSION,
+    )
+
+
+async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, FieldType]) -> None:
+    """Index fields of the payload; the embedded mode has no such indexes. Raises QdrantFailure."""
+    if qdrant.embedded:
+        return
+    for one, kind in fields.items():
+        await qdrant.ask(
+            lambda client, one=one, kind=kind: client.create_payload_index(  # type: ignore[misc]
+                name, one, kind, wait=True
+            )
+        )
+
+
+async def _info(qdrant: Connection, name: str) -> "CollectionInfo | None":
+    try:
+        return await qdrant.ask(lambda client: client.get_collection(name))
+    except Missing:
+        return None
+
+
+async def _make(qdrant: Connection, name: str, wanted: Provenance, making: Making) -> bool:
+    """Make a collection; return False if another process was first."""
+    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
+
+    quantization: Any = None
+    if making.quantization == "scalar":
+        scalar = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
+        quantization = models.ScalarQuantization(scalar=scalar)
+    elif making.quantization == "binary":
+        binary = models.BinaryQuantizationConfig(always_ram=True)
+        quantization = models.BinaryQuantization(binary=binary)
+    vectors = models.VectorParams(
+        size=wanted.dimensions, distance=models.Distance.COSINE, on_disk=making.on_disk or None
+    )
+    try:
+        await qdrant.ask(
+            lambda client: client.create_collection(
+                name,
+                vectors_config=vectors,
+                quantization_config=quantization,
+                metadata=wanted.as_metadata(),
+            )
+        )
+    except Exists:
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""A connection to Qdrant, a server or a folder, that fails in our own words.
+
+::
+
+    async with Connection(url="http://localhost:6333", api_key_env="QDRANT_API_KEY") as qdrant:
+        found = await qdrant.ask(lambda client: client.get_collections())
+
+`path` instead of `url` is the client's embedded mode. It keeps all points in memory and blocks
+while it works, so it gets one thread of its own, in which the calls follow one another. Its folder
+can be open in ONE process only: the proxy holds it as long as it runs, and a second worker, a
+command or a script finds it in use. Several processes need a server.
+
+Nothing of qdrant_client is imported before a connection is opened: that takes most of a second.
+"""
+
+import asyncio
+import os
+import warnings
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from .failures import Denied, NotInstalled
+from .translation import translated
+
+if TYPE_CHECKING:
+    from qdrant_client import AsyncQdrantClient
+
+T = TypeVar("T")
+
+
+class Connection:
+    """Qdrant at `url`, or in the folder `path`. Open it with `async with`.
+
+    The port of a server is 6333 unless its `url` says another; its key is in the environment
+    variable `api_key_env`. A call takes `timeout_s` at most, in whole seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        path: Path | None = None,
+        api_key_env: str | None = None,
+        timeout_s: float = 60,
+    ) -> None:
+        if (url is None) == (path is None):
+            raise ValueError("a connection has a url or a path")
+        self._url = url
+        self._path = path
+        self._api_key_env = api_key_env
+        self._timeout_s = timeout_s
+        self._client: AsyncQdrantClient | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._runner: asyncio.Runner | None = None
+
+    def __str__(self) -> str:
+        return self._url or str(self._path)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is a folder: without payload indexes, quantization, or other processes."""
+        return self._path is not None
+
+    async def __aenter__(self) -> Self:
+        """Open the client; a server is not asked for anything yet, a folder is read.
+
+        Raises QdrantFailure: Denied if the variable of the key is empty, NotInstalled, InUse.
+        """
+        key = None
+        if self._url is not None and self._api_key_env:
+            key = os.environ.get(self._api_key_env, "").strip()
+            if not key:
+                raise Denied(
+                    f"{self._api_key_env}, which should hold the key of Qdrant, is not set"
+                )
+            if not (key.isascii() and key.isprintable()):
+                raise Denied(f"{self._api_key_env}: its value is no key: a line break or the like")
+        try:
+            if self._path is not None:
+                self._thread = ThreadPoolExecutor(1, "qdrant")
+                await self._in_thread(self._open_folder)
+            else:
+                await asyncio.to_thread(_load)
+                self._client = self._make(url=self._url, api_key=key, check_compatibility=False)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the client; the folder is free for others then."""
+        client, self._client = self._client, None
+        if self._thread is None:
+            if client is not None:
+                await client.close()
+            return
+        thread, self._thread = self._thread, None
+        runner, self._runner = self._runner, None
+
+        def end() -> None:
+            if runner is not None:
+                if client is not None:
+                    runner.run(client.close())
+                runner.close()
+
+        # Whoever is called off meanwhile must not leave the folder locked.
+        ending = asyncio.get_running_loop().run_in_executor(thread, end)
+        try:
+            await asyncio.shield(ending)
+        finally:
+            thread.shutdown(wait=False)
+
+    async def ask(self, work: "Callable[[AsyncQdrantClient], Awaitable[T]]") -> T:
+        """Return what the client's call gives. Raises QdrantFailure."""
+        client = self._client
+        if client is None:
+            raise RuntimeError("the connection is not open")
+
+        async def call() -> T:
+            return await work(client)
+
+        if self._thread is not None:
+            return await self._in_thread(lambda: self._run(call))
+        try:
+            return await call()
+        except Exception as error:
+            raise translated(error) from error
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, work)
+        except Exception as error:
+            raise translated(error) from error
+
+    def _run(self, call: "Callable[[], Awaitable[T]]") -> T:
+        assert self._runner is not None  # noqa: S101 - opened with the folder
+
+        async def whole() -> T:
+            return await call()
+
+        return self._runner.run(whole())
+
+    def _open_folder(self) -> None:
+        _load()
+        self._client = self._make(path=str(self._path))
+        self._runner = asyncio.Runner()
+
+    def _make(self, **options: object) -> "AsyncQdrantClient":
+        from qdrant_client import AsyncQdrantClient  # noqa: PLC0415 - an extra, and slow to import
+
+        # It warns of large folders and of a key without TLS; both were the user's choice.
+        with warnings.catch_warnings(action="ignore"):
+            return AsyncQdrantClient(timeout=max(1, round(self._timeout_s)), **options)  # type: ignore[arg-type]
+
+
+def _load() -> None:
+    """Import the client, which takes long the first time. Raises NotInstalled."""
+    try:
+        import qdrant_client  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise NotInstalled from error

@@ -1,0 +1,215 @@
+"""Indexer: what has been answered goes to Qdrant, and nobody waits for it.
+
+Failure licence: `add` never raises. It waits for the local outbox only, and for that only where
+something is not known to be there: points that this process remembers cost no disk access at all.
+What cannot be written to the outbox is not indexed now; as its id is not known then, the next
+answer with it tries again.
+"""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from cache.rest import Rest
+
+from .collection import Making
+from .connection import Connection
+from .failures import Unusable
+from .outbox import FAILURES, Full, Outbox
+from .point import Point, Target
+from .sender import TICK_SECONDS, Sender
+
+log = logging.getLogger("embedding_proxy.index")
+
+T = TypeVar("T")
+
+MOST_REMEMBERED = 1 << 18
+"""Ids that a process keeps in memory, some 100 bytes each; then it begins anew."""
+
+
+class Indexer:
+    """An outbox in `folder`, and what sends from it. Open it with `async with`.
+
+    Of several on one folder, whatever their processes, one sends. `on_open` is given the connection
+    before anything is sent, in the process that sends; it may raise to refuse the start.
+    """
+
+    def __init__(  # noqa: PLR0913 - what it is made of
+        self,
+        folder: Path,
+        connect: Callable[[], Connection],
+        making: Making,
+        *,
+        on_open: Callable[[Connection], Awaitable[None]],
+        size_limit: int,
+        most_bytes: float,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._folder = folder
+        self._connect = connect
+        self._making = making
+        self._on_open = on_open
+        self._size_limit = size_limit
+        self._most_bytes = most_bytes
+        self._sleep = sleep
+        self._thread = ThreadPoolExecutor(1, "outbox")
+        self._outbox: Outbox | None = None
+        self._sender: Sender | None = None
+        self._stack = AsyncExitStack()
+        self._remembered: defaultdict[Target, set[bytes]] = defaultdict(set)
+        self._forgotten = 0
+        self._rest = Rest()
+        self.added = 0
+        """Points that this process has put into the outbox."""
+        self.dropped = 0
+        """Points that could not be put there."""
+
+    async def __aenter__(self) -> Self:
+        """Open the outbox and begin to send. Raises Unusable, and what `on_open` raises."""
+        async with AsyncExitStack() as stack:
+            stack.callback(self._thread.shutdown, wait=False)
+            try:
+                await self._open(stack)
+            except FAILURES as error:
+                words = str(error) or "another process keeps it locked"
+                raise Unusable(f"{self._folder}: the outbox cannot be used: {words}") from error
+            self._stack = stack.pop_all()
+        return self
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        self._outbox = await self._call(partial(Outbox, self._folder, self._size_limit))
+        stack.push_async_callback(self._close_outbox)
+        self._forgotten = await self._on_disk(lambda outbox: outbox.forgotten)
+        self._sender = Sender(
+            self._folder,
+            self._on_disk,
+            self._connect,
+            self._making,
+            most_bytes=self._most_bytes,
+            sleep=self._sleep,
+        )
+        stack.push_async_callback(self._sender.close)
+        qdrant = await self._sender.take_first()
+        if qdrant is not None:
+            await self._on_open(qdrant)
+        for work in (self._sender.run(), self._heed_for_ever()):
+            stack.push_async_callback(_end, asyncio.create_task(work))
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop sending; what waits is sent after the next start."""
+        await self._stack.aclose()
+
+    @property
+    def sending(self) -> bool:
+        """Whether this is the one that sends."""
+        return self._sender is not None and self._sender.sending
+
+    def knows(self, target: Target, point: bytes) -> bool:
+        """Tell whether a point whose content follows from its id is remembered as added."""
+        known = self._remembered.get(target)
+        return known is not None and point in known
+
+    async def add(self, target: Target, points: Sequence[Point]) -> None:
+        """Put points into the outbox unless they are known to be indexed. Never raises.
+
+        When it returns they are on disk. Points whose mark is 0 are remembered by their ids.
+        """
+        # Of equal ids in one request the last counts.
+        wanted = {one.id: one for one in points}
+        if not wanted or self._sender is None:
+            return
+        if self._rest.resting:
+            self.dropped += len(wanted)
+            return
+        try:
+            added = await self._on_disk(lambda outbox: outbox.add(target, list(wanted.values())))
+        except Full as error:
+            self.dropped += len(wanted)
+            self._rest.failed()
+            log.error("not indexed, %d points: the outbox is full: %s", len(wanted), error)  # noqa: TRY400
+            return
+        except FAILURES as error:
+            self.dropped += len(wanted)
+            self._rest.failed()
+            log.warning("not indexed, %d points: the outbox fails: %s", len(wanted), error)
+            return
+        except Exception:
+            self.dropped += len(wanted)
+            log.exception("not indexed, %d points", len(wanted))
+            return
+        self._rest.succeeded()
+        if sum(map(len, self._remembered.values())) > MOST_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[target].update(one.id for one in wanted.values() if one.mark == 0)
+        if added:
+            self.added += added
+            self._sender.wake.set()
+
+    async def snapshot(self) -> dict[str, Any] | None:
+        """Return what has not arrived, and what this process did; None while it cannot be read."""
+        sender = self._sender
+        if sender is None:
+            return None
+        try:
+            backlog = await self._on_disk(Outbox.backlog)
+        except FAILURES as error:
+            log.warning("the outbox cannot be read: %s", error)
+            return None
+        age = 0.0 if backlog.oldest is None else max(0.0, time.time() - backlog.oldest)
+        return {
+            "backlog_points": backlog.points,
+            "backlog_bytes": backlog.bytes,
+            "backlog_age_s": round(age, 3),
+            "refused_points": backlog.dead,
+            "refused": [
+                {"collection": collection, "reason": reason, "points": count}
+                for collection, reason, count in backlog.reasons
+            ],
+            "sending": self.sending,
+            "last_failure": sender.counters.last_failure,
+            "since_start": {
+                "added": self.added,
+                "sent": sender.counters.sent,
+                "refused": sender.counters.refused,
+                "dropped": self.dropped,
+                "failures": sender.counters.failed,
+            },
+        }
+
+    async def _on_disk(self, work: Callable[[Outbox], T]) -> T:
+        outbox = self._outbox
+        if outbox is None:
+            raise OSError("the outbox is closed")
+        return await self._call(lambda: work(outbox))
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _close_outbox(self) -> None:
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            with suppress(*FAILURES):
+                await self._call(outbox.close)
+
+    async def _heed_for_ever(self) -> None:
+        """Forget what another process has found to be gone from Qdrant."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            with suppress(*FAILURES):
+                forgotten = await self._on_disk(lambda outbox: outbox.forgotten)
+                if forgotten != self._forgotten:
+                    self._forgotten = forgotten
+                    self._remembered.clear()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,186 @@
+"""What a migration has done so far, on disk: a small JSON file for each collection.
+
+It is replaced as a whole, and is on the medium before a write returns, so that a process which is
+killed at any moment finds the last state it wrote. A line for each point that could not be carried
+goes to a file beside it.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+FORMAT = 1
+"""Version of the file; one of another version is not touched."""
+
+PointId = int | str
+
+
+class JournalError(Exception):
+    """The file cannot be used; the message names it, and says what can be done."""
+
+
+class Phase(StrEnum):
+    """How far a migration is; the order is that of the work."""
+
+    COPYING = "copying"
+    """`run` is under way, or was interrupted."""
+    COPIED = "copied"
+    """A whole pass found both collections equal."""
+    SWITCHING = "switching"
+    """The aliases may point to either collection: `cutover` was interrupted."""
+    SWITCHED = "switched"
+    """The aliases point to the new collection."""
+    ROLLED_BACK = "rolled back"
+    """The aliases point to the old collection again."""
+    FINALIZED = "finalized"
+    """The old collection is deleted."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What `run` has done, over all its starts."""
+
+    points: int = 0
+    """Points of the old collection that were looked at, or were there at the last whole pass."""
+    copied: int = 0
+    """Written with the old vector, or a part of it."""
+    embedded: int = 0
+    """Written with a vector of the new model: bought, or found in the cache."""
+    bought: int = 0
+    """Inputs that a provider was asked for, those of the sample included."""
+    updated: int = 0
+    """Written again, since the old collection changed meanwhile."""
+    deleted: int = 0
+    """Deleted again, since they were deleted in the old collection."""
+    dead: int = 0
+    """Points that could not be carried; the dead letters say why."""
+
+
+@dataclass(slots=True)
+class State:
+    """All that is known of the migration of one collection. The names are those in the file."""
+
+    place: str
+    """The Qdrant: a URL or a folder."""
+    collection: str
+    """As the user names it: a collection, or an alias of one."""
+    source: str
+    """The old collection's own name."""
+    target: str
+    """The new collection's own name."""
+    vector: str
+    """The name of the vector that is migrated; "" is the unnamed one."""
+    model: str
+    """As the user names it."""
+    space: str
+    dimensions: int
+    rule: str
+    """Where the texts come from."""
+    regime: str
+    why: str
+    phase: Phase = Phase.COPYING
+    offset: PointId | None = None
+    """Where the first pass goes on."""
+    first_pass_done: bool = False
+    counts: Counts = field(default_factory=Counts)
+    proof: float | None = None
+    """The smallest cosine of the sampled texts; None where nothing is to be proved, or not yet."""
+    proved: list[PointId] = field(default_factory=list)
+    """The points whose texts were the sample."""
+    aliases: list[str] = field(default_factory=list)
+    """Aliases that `cutover` moved from the old collection, or made."""
+    format: int = FORMAT
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that decides what the new collection holds."""
+        told = [self.source, self.vector, self.target, self.space, self.dimensions, self.rule]
+        return hashlib.blake2b(orjson.dumps([*told, self.regime]), digest_size=8).hexdigest()
+
+
+class Journal:
+    """The state of one migration, and where it is kept."""
+
+    def __init__(self, folder: Path, place: str, collection: str) -> None:
+        digest = hashlib.blake2b(orjson.dumps([place, collection]), digest_size=6).hexdigest()
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", collection)[:80]
+        self.path = folder / f"{readable}--{digest}.json"
+        self.dead_letters = self.path.with_suffix(".dead.jsonl")
+
+    def load(self) -> State | None:
+        """Return the last state that was written, None if there is none. Raises JournalError."""
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise JournalError(f"{self.path}: cannot be read: {error.strerror}") from error
+        try:
+            return _state(orjson.loads(raw))
+        except (orjson.JSONDecodeError, TypeError, ValueError, KeyError) as error:
+            raise JournalError(
+                f"{self.path} is not what this version writes ({error}); move it away, and begin"
+                " anew with another name for the new collection: run --into NAME"
+            ) from error
+
+    def save(self, state: State) -> None:
+        """Write a state; it is on the medium when this returns. Raises JournalError."""
+        _replace(self.path, orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
+
+    def forget(self) -> None:
+        """Delete the state and the dead letters; what is not there is no error."""
+        for path in (self.path, self.dead_letters):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
+    def bury(self, letters: Iterable[Mapping[str, object]], *, anew: bool = False) -> None:
+        """Add dead letters, or let these be all there are. Raises JournalError."""
+        lines = b"".join(orjson.dumps(letter) + b"\n" for letter in letters)
+        if anew:
+            _replace(self.dead_letters, lines)
+        elif lines:
+            try:
+                self.dead_letters.parent.mkdir(parents=True, exist_ok=True)
+                with self.dead_letters.open("ab") as file:
+                    file.write(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise JournalError(f"{self.dead_letters}: {error.strerror}") from error
+
+
+def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']}")
+    known = {one.name for one in fields(State)}
+    given = {name: value for name, value in content.items() if name in known}
+    given["phase"] = Phase(given["phase"])
+    given["counts"] = Counts(**given["counts"])
+    return State(**given)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: whoever reads it finds the old content or the new one."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,136 @@
+"""Asks for the vectors of texts until they are there, or sure not to come.
+
+What a provider refuses for one text's sake is told of that text alone; what passes is waited for.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from providers.base import (
+    AllResting,
+    DeadlineExceeded,
+    InputRefused,
+    PassingFailure,
+    Space,
+    Vector,
+)
+
+log = logging.getLogger("embedding_proxy.migrate")
+
+MOST_TRIES = 12
+"""Of one call, in a row; with the waits between them some eight minutes."""
+LONGEST_WAIT_S = 60.0
+
+Sleep = Callable[[float], Awaitable[None]]
+
+
+class Look(Protocol):
+    """What is known of one text before anything is bought."""
+
+    @property
+    def key(self) -> bytes:
+        """The same for two texts only if they are one purchase."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """What it costs if it is bought."""
+        ...
+
+    @property
+    def cached(self) -> bool:
+        """Whether it need not be bought."""
+        ...
+
+
+class Model(Protocol):
+    """The model that a migration goes to, behind our own cache and routes."""
+
+    name: str
+    asked: str
+    """Its name as the user gave it, which may say who serves it."""
+    space: Space
+    dimensions: int
+    """The width of the vectors that it gives."""
+
+    async def embed(
+        self, texts: Sequence[str], *, anew: bool = False
+    ) -> tuple[Sequence[Vector], int]:
+        """Return a vector for each of 1…N texts, and how many were bought; `anew` buys all.
+
+        Raises EmbeddingError.
+        """
+        ...
+
+    async def look(self, texts: Sequence[str]) -> Sequence[Look]:
+        """Return what is known of each text; nothing is bought, and nothing changes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a text has no vector."""
+
+    why: str
+
+
+@dataclass(slots=True)
+class Patient:
+    """Embeds with patience; counts what was bought."""
+
+    model: Model
+    sleep: Sleep = asyncio.sleep
+    bought: int = 0
+    answered: bool = False
+    """Whether any text has had a vector; until then a refusal may be one of everything."""
+
+    async def embed(self, texts: Sequence[str], *, anew: bool = False) -> list[Vector | Refused]:
+        """Return a vector or a refusal for each text; `anew` looks into no cache.
+
+        Raises EmbeddingError if no text can be embedded just now.
+        """
+        if not texts:
+            return []
+        try:
+            vectors = await self._ask(texts, anew=anew)
+        except InputRefused as error:
+            return await self._without(texts, error, anew=anew)
+        self.answered = True
+        return list(vectors)
+
+    async def _ask(self, texts: Sequence[str], *, anew: bool) -> Sequence[Vector]:
+        for tried in range(1, MOST_TRIES + 1):
+            try:
+                vectors, bought = await self.model.embed(texts, anew=anew)
+            except (PassingFailure, AllResting, DeadlineExceeded) as error:
+                if tried == MOST_TRIES:
+                    raise
+                wait_s = getattr(error, "retry_after", None) or 2.0 ** (tried - 1)
+                wait_s = min(LONGEST_WAIT_S, wait_s)
+                log.warning("%s; trying again in %.0f s", error, wait_s)
+                await self.sleep(wait_s)
+            else:
+                self.bought += bought
+                return vectors
+        raise AssertionError("the last try returns or raises")
+
+    async def _without(
+        self, texts: Sequence[str], error: InputRefused, *, anew: bool
+    ) -> list[Vector | Refused]:
+        """Embed all but the texts that are to blame. What was bought before is in the cache."""
+        if error.index is None and error.param is not None and not error.param.startswith("input"):
+            raise error  # of the model or the width: no text is to blame
+        if len(texts) == 1:
+            if error.index is None and not self.answered:
+                raise error
+            return [Refused(str(error))]
+        if error.index is None:
+            half = len(texts) // 2
+            halves = texts[:half], texts[half:]
+            return [one for some in halves for one in await self.embed(some, anew=anew)]
+        place = error.index
+        rest = await self.embed([*texts[:place], *texts[place + 1 :]], anew=anew)
+        return [*rest[:place], Refused(str(error)), *rest[place:]]

@@ -1,0 +1,112 @@
+"""Which text a point stands for: a field of its payload, or a template over several.
+
+::
+
+    Rule.field("content")
+    Rule.template("{title} {title} {description} {tags} {tags}")
+
+A template says its fields in braces, `{meta.title}` one inside another, `{{` and `}}` for braces of
+the text. Lists are joined by spaces; what is not there is left out. What has no text at all is
+`None`, never a text of blanks: nobody would find it by what such a vector means.
+"""
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import orjson
+
+Payload = Mapping[str, object]
+
+
+class TemplateError(ValueError):
+    """The template cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a payload gives a text."""
+
+    parts: tuple[tuple[str, str | None], ...]
+    """Pieces of text, each followed by a field, or by none at the end."""
+    source: str
+    """As a template: `{content}`. Two rules of one source are the same."""
+
+    @classmethod
+    def field(cls, name: str) -> Self:
+        """Return the rule that takes one field as it is. Raises TemplateError.
+
+        >>> Rule.field("content").source
+        '{content}'
+        """
+        rule = cls.template(f"{{{name}}}")
+        if rule.parts != (("", name),):
+            raise TemplateError(f"`{name}` is no name of a field; see the template")
+        return rule
+
+    @classmethod
+    def template(cls, template: str) -> Self:
+        """Return the rule that fills a template. Raises TemplateError.
+
+        >>> Rule.template("{title}: {tags}").text({"title": "a", "tags": ["b", "c"]})
+        'a: b c'
+        """
+        parts = []
+        try:
+            for literal, name, form, conversion in string.Formatter().parse(template):
+                if form or conversion:
+                    raise TemplateError(f"`{template}`: a field is only a name in braces")
+                if name == "":
+                    raise TemplateError(f"`{template}`: empty braces name no field")
+                parts.append((literal, name))
+        except ValueError as error:
+            if isinstance(error, TemplateError):
+                raise
+            raise TemplateError(f"`{template}`: {error}") from error
+        if not any(name for _, name in parts):
+            raise TemplateError(f"`{template}` names no field, such as {{title}}")
+        return cls(tuple(parts), template)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it reads, each once."""
+        return tuple(dict.fromkeys(name for _, name in self.parts if name))
+
+    def text(self, payload: Payload | None) -> str | None:
+        """Return the text of a point, or None if none of the fields holds any.
+
+        >>> rule = Rule.field("content")
+        >>> rule.text({"content": " as it is "}), rule.text({"content": " "}), rule.text({})
+        (' as it is ', None, None)
+        """
+        values = {name: _text(_value(payload or {}, name)) for name in self.fields}
+        if not any(value.strip() for value in values.values()):
+            return None
+        filled = (text + (values[name] if name else "") for text, name in self.parts)
+        return "".join(filled)
+
+
+def _value(payload: Payload, name: str) -> object:
+    """Return a field, by its whole name if there is one of that name, else step by step."""
+    if name in payload:
+        return payload[name]
+    value: object = payload
+    for step in name.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text(value: object) -> str:
+    """Return a value of a payload as text.
+
+    >>> _text(None), _text(["a", 1]), _text(True), _text({"k": 1.5})
+    ('', 'a 1', 'true', '{"k":1.5}')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence):
+        return " ".join(filter(None, map(_text, value)))
+    return orjson.dumps(value).decode()

@@ -1,0 +1,230 @@
+"""`embedding-proxy migrate plan | run`: what it would cost, and the work itself."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Annotated
+
+import typer
+
+from cache.lock import WriterLock
+from index import migrate as begins
+from index import migrate_collections as collections
+from index.journal import Journal, JournalError, State
+from index.migrate import DEFAULT, Migration, MigrationRefused, Pace, Wanted, begin
+from index.migrate_copy import copy, follow
+from index.migrate_plan import Plan, Survey
+from index.migrate_points import Points
+from index.migrate_proof import prove
+from index.regime import Regime
+from providers.base import EmbeddingError
+from providers.probe import SAME
+from proxy.migrating import Target, settings_for
+from proxy.service import EmbeddingService
+
+from . import migrate_ask as ask
+from . import migrate_show as show
+from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Move Qdrant collections to the vectors of another model or provider, and back.",
+)
+
+
+@app.callback()
+def _say_what_is_waited_for() -> None:
+    logging.getLogger("embedding_proxy.migrate").setLevel(logging.WARNING)
+
+
+@app.command()
+def plan(  # noqa: PLR0913 - one parameter an option
+    names: ask.CollectionsArgument = None,
+    *,
+    to: ask.ToOption = None,
+    old: ask.FromOption = None,
+    dimensions: ask.DimensionsOption = None,
+    text_field: ask.FieldOption = None,
+    template: ask.TemplateOption = None,
+    file: ask.FileOption = None,
+    regime: ask.RegimeOption = Regime.AUTO,
+    vector: ask.VectorOption = None,
+    into: ask.IntoOption = None,
+    qdrant: ask.QdrantOption = None,
+    namespace: ask.NamespaceOption = "",
+    sample: ask.SampleOption = DEFAULT.sample,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a migration would do, cost and take; nothing is bought, and nothing changes."""
+    what = ask.asked(
+        config_file=config_file,
+        names=names,
+        to=to,
+        old=old,
+        dimensions=dimensions,
+        texts=ask.Texts(text_field, template, file, vector, into),
+        regime=regime,
+    )
+    pace = Pace(sample=sample)
+    plans = asyncio.run(_plan(what, qdrant, namespace, pace))
+    if as_json:
+        print_json([show.plan_dict(one) for one in plans])
+    else:
+        show.plans(plans, exact=what.model.space.tokenizer is not None)
+
+
+async def _plan(what: ask.Asked, place: str | None, namespace: str, pace: Pace) -> list[Plan]:
+    async with opened(what, place, namespace) as (points, target):
+        survey = Survey(points, target, what.model.entry.price, pace)
+        plans = []
+        for wanted in what.wanted:
+            old = await collections.look(points, wanted.collection, wanted.vector)
+            points.vector_name = old.vector
+            plans.append(await survey.plan(wanted, old, progress))
+        return plans
+
+
+@app.command()
+def run(  # noqa: PLR0913 - one parameter an option
+    names: ask.CollectionsArgument = None,
+    *,
+    to: ask.ToOption = None,
+    old: ask.FromOption = None,
+    dimensions: ask.DimensionsOption = None,
+    text_field: ask.FieldOption = None,
+    template: ask.TemplateOption = None,
+    file: ask.FileOption = None,
+    regime: ask.RegimeOption = Regime.AUTO,
+    vector: ask.VectorOption = None,
+    into: ask.IntoOption = None,
+    qdrant: ask.QdrantOption = None,
+    namespace: ask.NamespaceOption = "",
+    sample: ask.SampleOption = DEFAULT.sample,
+    passes: ask.PassesOption = DEFAULT.passes,
+    page: Annotated[
+        int, typer.Option(min=1, max=2048, help="Points read, and texts embedded, at a time.")
+    ] = DEFAULT.page,
+    points_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Go no faster than this.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option(help="Delete what an unfinished migration has made, and begin anew.")
+    ] = False,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fill new collections beside the old ones; run it again to go on after an interruption.
+
+    Exit code 1 if a point could not be carried, or a collection could not be migrated.
+    """
+    what = ask.asked(
+        config_file=config_file,
+        names=names,
+        to=to,
+        old=old,
+        dimensions=dimensions,
+        texts=ask.Texts(text_field, template, file, vector, into),
+        regime=regime,
+    )
+    pace = Pace(page=page, points_per_second=points_per_second, sample=sample, passes=passes)
+    ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart))
+    failed = [why for _, _, why in ended if why is not None]
+    done = [(state, journal) for state, journal, _ in ended if state is not None]
+    if as_json:
+        print_json([show.state_dict(state, journal) for state, journal in done])
+    else:
+        for state, journal in done:
+            show.state(state, journal)
+    if failed:
+        raise WorkFailed("; ".join(failed))
+    if any(state.counts.dead for state, _ in done):
+        raise typer.Exit(1)
+
+
+Ended = tuple[State | None, Journal, str | None]
+"""What came of a collection: how far it is, and why it went no further."""
+
+
+async def _run(
+    what: ask.Asked, place: str | None, namespace: str, pace: Pace, *, restart: bool
+) -> list[Ended]:
+    ended: list[Ended] = []
+    async with opened(what, place, namespace) as (points, target):
+        if target.unusable:
+            raise WorkFailed(target.unusable)
+        for wanted in what.wanted:
+            journal = ask.journal_of(what.settings, points.qdrant, wanted.collection)
+            try:
+                with held(journal):
+                    ended.append(
+                        (
+                            await _migrate(points, target, journal, wanted, pace, restart=restart),
+                            journal,
+                            None,
+                        )
+                    )
+            except MigrationRefused as error:
+                # What is wrong with one collection says nothing of the next.
+                ended.append((journal.load(), journal, str(error)))
+            except EmbeddingError as error:
+                raise WorkFailed(f"{wanted.collection}: {error} (run it again to go on)") from error
+    return ended
+
+
+async def _migrate(  # noqa: PLR0913 - in the order of their making
+    points: Points,
+    target: Target,
+    journal: Journal,
+    wanted: Wanted,
+    pace: Pace,
+    *,
+    restart: bool,
+) -> State:
+    if restart:
+        await begins.restart(points, journal)
+    old = await collections.look(points, wanted.collection, wanted.vector)
+    points.vector_name = old.vector
+    state = begins.state_for(points, old, wanted, target)
+    migration = Migration(
+        points, target, journal, wanted.rule, old, state, pace=pace, progress=progress
+    )
+    await begin(migration)
+    await prove(migration, SAME)
+    await copy(migration)
+    await follow(migration)
+    return migration.state
+
+
+@contextmanager
+def held(journal: Journal) -> Iterator[None]:
+    """Hold a migration, which one process may work on at a time. Raises MigrationRefused."""
+    path = journal.path.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = WriterLock(path, 0)
+    except OSError as error:
+        raise JournalError(f"{path}: {error.strerror or error}") from error
+    try:
+        lock.__enter__()
+    except TimeoutError as error:
+        lock.close()
+        raise MigrationRefused(f"another process works on this migration ({path})") from error
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+        lock.close()
+
+
+@asynccontextmanager
+async def opened(
+    what: ask.Asked, place: str | None, namespace: str
+) -> AsyncIterator[tuple[Points, Target]]:
+    """Open Qdrant, and the service that buys the vectors."""
+    connection = ask.connection(what.settings, place)
+    settings = settings_for(what.settings, what.model)
+    async with connection, EmbeddingService(settings) as service:
+        target = Target(service, what.model, what.dimensions, namespace)
+        yield Points(connection), target

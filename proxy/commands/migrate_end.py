@@ -1,0 +1,240 @@
+"""`embedding-proxy migrate status | cutover | rollback | finalize`: from the old to the new.
+
+What is migrated, and how, is in the journal that `run` has written.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from index import migrate_collections as collections
+from index import migrate_switch as switching
+from index.journal import Journal, State
+from index.migrate import DEFAULT, Migration, MigrationRefused, Pace
+from index.migrate_points import Points
+from index.migrate_verify import Verdict
+from index.template import Rule
+from providers.probe import SAME
+from proxy import config
+from proxy.config import ConfigError
+from proxy.migrating import Target, named, settings_for
+from proxy.service import EmbeddingService
+from proxy.settings import Settings
+
+from . import migrate_ask as ask
+from . import migrate_show as show
+from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
+from .migrate import app, held
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="COLLECTION...", help="As they were given to `run`."),
+]
+
+
+@app.command()
+def status(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    qdrant: ask.QdrantOption = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how far migrations are, and what comes next."""
+    settings = config.load(config_file)
+
+    async def look(points: Points, journal: Journal) -> dict[str, int]:
+        state = switching.begun(journal)
+        return {
+            name: await points.count(name)
+            for name in (state.source, state.target)
+            if await collections.exists(points, name)
+        }
+
+    found = _each(settings, qdrant, ask.names_of(names, file), to, look, lock=False)
+    if as_json:
+        print_json([{**show.state_dict(s, j), "points_now": sizes} for s, j, sizes in found])
+    else:
+        for state, journal, sizes in found:
+            show.state(state, journal, sizes)
+
+
+@app.command()
+def cutover(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    alias: Annotated[
+        str | None,
+        typer.Option(help="Make this alias; {collection} stands for the collection's name."),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option(help="Go on although some points could not be carried.")
+    ] = False,
+    qdrant: ask.QdrantOption = None,
+    namespace: ask.NamespaceOption = "",
+    sample: ask.SampleOption = DEFAULT.sample,
+    passes: ask.PassesOption = DEFAULT.passes,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify the new collections, and let the aliases of the old ones point to them."""
+    settings = config.load(config_file)
+    chosen = ask.names_of(names, file)
+    if alias is not None and len(chosen) > 1 and "{collection}" not in alias:
+        raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
+    pace = Pace(sample=sample, passes=passes)
+
+    async def switch(points: Points, journal: Journal) -> Verdict | None:
+        state = switching.begun(journal)
+        own = alias and alias.replace("{collection}", state.collection)
+        model = named(settings, state.model, f"{journal.path}: model")
+        async with EmbeddingService(settings_for(settings, model)) as service:
+            target = Target(service, model, state.dimensions, namespace)
+            old = await collections.look(points, state.source, state.vector)
+            points.vector_name = state.vector
+            migration = Migration(
+                points,
+                target,
+                journal,
+                Rule.template(state.rule),
+                old,
+                state,
+                pace=pace,
+                progress=progress,
+            )
+            return await switching.cutover(migration, SAME, own, allow_missing=allow_missing)
+
+    found = _each(settings, qdrant, chosen, to, switch)
+    if as_json:
+        print_json([{**show.state_dict(s, j), "verified": _told(v)} for s, j, v in found])
+        return
+    for state, journal, verdict in found:
+        show.state(state, journal)
+        if verdict is not None:
+            show.verdict(verdict)
+
+
+@app.command()
+def rollback(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    qdrant: ask.QdrantOption = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the aliases point to the old collections again; the new ones stay."""
+
+    async def back(points: Points, journal: Journal) -> int:
+        return (await switching.rollback(points, journal))[1]
+
+    found = _each(config.load(config_file), qdrant, ask.names_of(names, file), to, back)
+    if as_json:
+        print_json([{**show.state_dict(s, j), "only_in_new": count} for s, j, count in found])
+        return
+    for state, journal, count in found:
+        show.state(state, journal)
+        if count:
+            typer.echo(f"  {count:,} points of {state.target} are not in {state.source}")
+
+
+@app.command()
+def finalize(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    take_name: Annotated[
+        bool, typer.Option(help="Let the old collection's name be an alias of the new one.")
+    ] = False,
+    yes: Annotated[
+        int, typer.Option("--yes", count=True, help="Do not ask; give it twice for both questions.")
+    ] = 0,
+    qdrant: ask.QdrantOption = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete the old collections for good. Asks twice."""
+    settings = config.load(config_file)
+
+    chosen = ask.names_of(names, file)
+
+    async def look(points: Points, journal: Journal) -> int:
+        state = switching.begun(journal)
+        there = await collections.exists(points, state.source)
+        return await points.count(state.source) if there else 0
+
+    before = _each(settings, qdrant, chosen, to, look, lock=False)
+    doomed = [f"{s.source} ({count:,} points)" for s, _, count in before]
+    if yes < 1:
+        typer.confirm(f"Delete {', '.join(doomed)} for good?", abort=True, err=True)
+    if yes < 2:
+        typer.confirm("There is no way back afterwards. Sure?", abort=True, err=True)
+
+    async def end(points: Points, journal: Journal) -> None:
+        await switching.finalize(points, journal, take_name=take_name)
+
+    found = _each(settings, qdrant, chosen, to, end)
+    if as_json:
+        print_json([show.state_dict(state, journal) for state, journal, _ in found])
+    else:
+        for state, journal, _ in found:
+            show.state(state, journal)
+
+
+def _each(  # noqa: PLR0913 - what all four commands share
+    settings: Settings,
+    place: str | None,
+    names: Sequence[str],
+    to: str | None,
+    work: Callable[[Points, Journal], Awaitable[Any]],
+    *,
+    lock: bool = True,
+) -> list[tuple[State, Journal, Any]]:
+    """Do something for each migration; return its state afterwards, and what was found.
+
+    What is wrong with one does not keep the others back. Raises WorkFailed at the end.
+    """
+
+    async def one(points: Points, journal: Journal) -> Any:  # noqa: ANN401 - what `work` gives
+        state = switching.begun(journal)
+        if to is not None and to != state.model:
+            raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
+        if not lock:
+            return await work(points, journal)
+        with held(journal):
+            return await work(points, journal)
+
+    async def every() -> tuple[list[tuple[State, Journal, Any]], list[str]]:
+        found, failed = [], []
+        async with ask.connection(settings, place) as connection:
+            points = Points(connection)
+            for name in names:
+                journal = ask.journal_of(settings, connection, name)
+                try:
+                    result = await one(points, journal)
+                except MigrationRefused as error:
+                    failed.append(f"{name}: {error}")
+                else:
+                    found.append((switching.begun(journal), journal, result))
+        return found, failed
+
+    found, failed = asyncio.run(every())
+    if failed:
+        for state, _, _ in found:
+            typer.echo(f"{state.collection}: {state.phase}", err=True)
+        raise WorkFailed("; ".join(failed))
+    return found
+
+
+def _told(verdict: Verdict | None) -> dict[str, Any] | None:
+    if verdict is None:
+        return None
+    return {name: getattr(verdict, name) for name in Verdict.__slots__}

@@ -1,0 +1,106 @@
+"""How `embedding-proxy migrate` says what it found and did: for people, and for scripts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import typer
+
+from index.journal import Journal, Phase, State
+from index.migrate_plan import Plan
+from index.migrate_verify import Verdict
+
+from .common import age, path_text
+
+_NEXT = {
+    Phase.COPYING: "run it again to go on",
+    Phase.COPIED: "next: cutover",
+    Phase.SWITCHING: "interrupted: cutover goes on, rollback goes back",
+    Phase.SWITCHED: "next: finalize deletes the old collection, rollback goes back",
+    Phase.ROLLED_BACK: "run goes on, run --restart begins anew",
+    Phase.FINALIZED: "done",
+}
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON."""
+    told = asdict(plan)
+    told["regime"], told["why"] = plan.decision.regime, plan.decision.why
+    del told["decision"]
+    return told
+
+
+def plans(found: Sequence[Plan], *, exact: bool) -> None:
+    """Print what a migration would do; `exact` says whether the tokens are counted exactly."""
+    for one in found:
+        typer.echo(f"{one.collection}: {one.decision.regime} ({one.decision.why})")
+        if one.source != one.collection:
+            typer.echo(f"  {one.collection} is an alias of {one.source}")
+        typer.echo(f"  {one.source} ({one.width}) -> {one.target} ({one.dimensions})")
+        ids = f"{one.numeric_ids:,} numbers, {one.uuid_ids:,} UUIDs"
+        typer.echo(f"  {one.points:,} points (ids: {ids}), {one.without_text:,} without text")
+        for why, count in sorted(one.odd_vectors.items()):
+            typer.echo(f"  {count:,} odd vectors: {why}")
+        if one.dead:
+            first = ", ".join(map(str, one.first_dead))
+            typer.echo(f"  {one.dead:,} points cannot be carried: {first}")
+        about = "" if exact else "about "
+        typer.echo(
+            f"  {one.to_embed:,} to embed: {one.distinct:,} distinct texts,"
+            f" {about}{one.tokens:,} tokens; {one.cached:,} are in the cache"
+        )
+        typer.echo(
+            f"  to buy: {one.to_buy:,} texts, {about}{one.tokens_to_buy:,} tokens,"
+            f" ${one.dollars:.4f}; about {age(one.seconds)}"
+        )
+    if len(found) > 1:
+        typer.echo(
+            f"in all: {sum(one.points for one in found):,} points,"
+            f" {sum(one.to_buy for one in found):,} texts to buy,"
+            f" ${sum(one.dollars for one in found):.4f},"
+            f" about {age(sum(one.seconds for one in found))}"
+        )
+
+
+def state_dict(state: State, journal: Journal) -> dict[str, Any]:
+    """Return the state of a migration as JSON."""
+    told = asdict(state)
+    told["phase"] = str(state.phase)
+    told["dead_letters"] = path_text(journal.dead_letters) if state.counts.dead else None
+    return told
+
+
+def state(state: State, journal: Journal, sizes: Mapping[str, int] | None = None) -> None:
+    """Print how far a migration is; `sizes` are the points that are there now."""
+    counts = state.counts
+    typer.echo(f"{state.collection}: {state.phase}; {_NEXT[state.phase]}")
+    typer.echo(f"  {state.source} -> {state.target}: {state.model}, {state.dimensions} numbers")
+    typer.echo(f"  {state.regime}: {state.why}")
+    if state.proof is not None:
+        typer.echo(f"  proved on {len(state.proved)} texts: cosine {state.proof:.5f} at least")
+    typer.echo(
+        f"  {counts.points:,} points seen: {counts.copied:,} copied, {counts.embedded:,} embedded,"
+        f" {counts.bought:,} bought; {counts.updated:,} updated and {counts.deleted:,} deleted"
+        " since"
+    )
+    for name, count in (sizes or {}).items():
+        typer.echo(f"  {count:,} points in {name}")
+    if state.aliases:
+        typer.echo(f"  aliases: {', '.join(state.aliases)}")
+    if counts.dead:
+        letters = path_text(journal.dead_letters)
+        typer.echo(f"  {counts.dead:,} could not be carried: {letters}")
+
+
+def verdict(found: Verdict) -> None:
+    """Print what a verification saw."""
+    cosine = "" if found.cosine is None else f", cosine {found.cosine:.5f} at least"
+    typer.echo(
+        f"  verified: {found.new_points:,} of {found.old_points:,} points, ids and payloads equal;"
+        f" {found.sampled} sampled{cosine}; {found.recalled} found by their own vectors"
+    )
+    if found.late:
+        typer.echo(
+            f"  {found.late:,} points were written to the old collection, or deleted there, during"
+            " the switch: they are not in the new one"
+        )

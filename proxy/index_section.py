@@ -1,0 +1,72 @@
+"""The section `index` of a configuration: the vector store behind the proxy."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from index.collection import LONGEST_NAME, FieldType, not_in_names
+
+from .section import HttpUrl, Name, Number, Section, VariableName
+
+MOST_MIB = 4.5
+"""Of one request to Qdrant."""
+
+
+class Qdrant(Section):
+    """Where vectors are indexed, and how."""
+
+    url: HttpUrl | None = None
+    path: Path | None = None
+    api_key_env: VariableName | None = None
+    timeout_s: Annotated[Number, Field(ge=1, le=3600)] = 60
+    collection: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)] | None = None
+    prefix: Annotated[str, Field(max_length=100)] = ""
+    store_text: bool = True
+    adopt: bool = False
+    on_disk: bool = False
+    quantization: Literal["scalar", "binary"] | None = None
+    payload_indexes: dict[Name, FieldType] = Field(default_factory=dict)
+    batch_mib: Annotated[Number, Field(gt=0, le=MOST_MIB)] = 1
+    outbox_gib: Annotated[Number, Field(gt=0, le=1e6)] = 10
+
+    @field_validator("path")
+    @classmethod
+    def _expand(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        if not str(value).strip(".") or "\0" in str(value):
+            raise ValueError("expected a folder for Qdrant's files")
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"there is no such user: {value.parts[0]}") from error
+
+    @field_validator("collection", "prefix")
+    @classmethod
+    def _a_name(cls, value: str | None) -> str | None:
+        """Refuse what Qdrant would refuse in a name."""
+        bad = not_in_names(value or "")
+        if bad:
+            raise ValueError(f"a collection's name cannot hold {bad!r}")
+        return value
+
+    @field_validator("payload_indexes", mode="before")
+    @classmethod
+    def _keywords(cls, value: object) -> object:
+        """Take a list of fields for keywords, which is what is mostly filtered by."""
+        return dict.fromkeys(value, "keyword") if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Qdrant":
+        if (self.url is None) == (self.path is None):
+            raise ValueError("set either url, of a server, or path, of a folder of this machine")
+        if self.path is not None and self.api_key_env is not None:
+            raise ValueError("api_key_env is for a server; a folder has no key")
+        return self
+
+
+class Index(Section):
+    """The vector store behind the proxy."""
+
+    qdrant: Qdrant | None = None

@@ -1,0 +1,159 @@
+"""Collections on a server and in a folder: made as needed, refused when of another space."""
+
+import gc
+
+import pytest
+from qdrant_client import models
+from qdrant_server import REAL, QdrantServer, answer, overloaded
+
+from index.collection import Making, Provenance, ensure, look, name_of
+from index.connection import Connection
+from index.failures import (
+    Denied,
+    InUse,
+    Missing,
+    OtherSpace,
+    Rejected,
+    ServerFault,
+    Unavailable,
+)
+
+SMALL = Provenance("openai/text-embedding-3-small", 4)
+OTHER = Provenance("openai/text-embedding-ada-002", 4)
+WIDER = Provenance("openai/text-embedding-3-small", 8)
+
+
+@pytest.fixture
+async def server():
+    async with QdrantServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["server", "folder"])
+async def qdrant(request, server, tmp_path):
+    """Give a connection to each of the two sorts of Qdrant."""
+    place = {"url": server.url} if request.param == "server" else {"path": tmp_path / "qdrant"}
+    async with Connection(**place) as connection:
+        yield connection
+
+
+async def test_a_collection_is_made_once_and_says_whose_vectors_it_holds(qdrant):
+    """The first call makes it with its provenance, the second finds it."""
+    assert await ensure(qdrant, "docs", SMALL)
+    assert not await ensure(qdrant, "docs", SMALL)
+    assert await look(qdrant, "docs") == (4, SMALL)
+    assert await look(qdrant, "nothing") is None
+
+
+@pytest.mark.parametrize("wanted", [OTHER, WIDER])
+async def test_a_collection_of_another_space_or_width_is_refused(qdrant, wanted):
+    """Vectors of another space never go in, not even where the width is the same."""
+    await ensure(qdrant, "docs", SMALL)
+    with pytest.raises(OtherSpace, match="docs holds vectors of"):
+        await ensure(qdrant, "docs", wanted, Making(adopt=True))
+
+
+async def test_somebody_elses_collection_is_taken_only_when_told_to(qdrant):
+    """Without provenance a collection is refused; with `adopt` it is claimed, once and for all."""
+    params = models.VectorParams(size=4, distance=models.Distance.COSINE)
+    await qdrant.ask(lambda client: client.create_collection("docs", params))
+    with pytest.raises(OtherSpace, match="adopt: true"):
+        await ensure(qdrant, "docs", SMALL)
+    assert not await ensure(qdrant, "docs", SMALL, Making(adopt=True))
+    with pytest.raises(OtherSpace, match="do not compare"):
+        await ensure(qdrant, "docs", OTHER, Making(adopt=True))
+
+
+async def test_a_collection_is_made_as_the_configuration_says(server):
+    """Quantization, storage and payload indexes are asked for; a missing index is added later."""
+    async with Connection(url=server.url) as qdrant:
+        making = Making(on_disk=True, quantization="scalar", payload_indexes={"lang": "keyword"})
+        await ensure(qdrant, "docs", SMALL, making)
+        await ensure(qdrant, "docs", SMALL, Making(payload_indexes={"year": "integer"}))
+        info = await qdrant.ask(lambda client: client.get_collection("docs"))
+    assert info.config.params.vectors.on_disk
+    assert info.config.quantization_config.scalar.type == "int8"
+    assert {name: kind.data_type for name, kind in info.payload_schema.items()} == {
+        "lang": "keyword",
+        "year": "integer",
+    }
+
+
+@pytest.mark.skipif(REAL is not None, reason="the server at QDRANT_URL keeps it")
+async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(server):
+    """What an old server holds counts as somebody else's: its provenance is lost in silence."""
+    server.keeps_metadata = False
+    async with Connection(url=server.url) as qdrant:
+        await ensure(qdrant, "docs", SMALL)
+        with pytest.raises(OtherSpace, match="adopt"):
+            await ensure(qdrant, "docs", SMALL)
+        assert not await ensure(qdrant, "docs", SMALL, Making(adopt=True))
+
+
+@pytest.mark.parametrize(
+    ("act", "failure", "wait"),
+    [
+        (overloaded(7), Unavailable, 7),
+        (overloaded(None), Unavailable, None),
+        (answer(503, "busy", **{"Retry-After": "2"}), Unavailable, 2),
+        (answer(500, "panicked"), ServerFault, None),
+        (answer(403, "forbidden"), Denied, None),
+        (answer(404, "Not found: Collection `x` doesn't exist!"), Missing, None),
+        (answer(422, "no such thing"), Rejected, None),
+    ],
+)
+async def test_each_failure_of_a_server_has_its_own_kind(server, act, failure, wait):
+    """What passes by itself is told from what does not, and the wait it asks for is kept."""
+    server.script.append(act)
+    async with Connection(url=server.url) as qdrant:
+        with pytest.raises(failure) as raised:
+            await qdrant.ask(lambda client: client.get_collections())
+    assert type(raised.value) is failure
+    assert getattr(raised.value, "retry_after_s", None) == wait
+
+
+async def test_a_server_that_is_away_is_unavailable_until_it_is_back(server):
+    """A refused connection passes by itself."""
+    async with Connection(url=server.url) as qdrant:
+        await server.stop()
+        with pytest.raises(Unavailable):
+            await look(qdrant, "docs")
+        await server.start()
+        assert await look(qdrant, "docs") is None
+
+
+async def test_the_key_comes_from_the_environment_and_is_never_told(server, monkeypatch):
+    """A wrong key is denied without its name, one that is absent names its variable."""
+    server.api_key = "right-key"
+    with pytest.raises(Denied, match="MY_KEY"):
+        async with Connection(url=server.url, api_key_env="MY_KEY"):
+            pass
+    for key in ("wrong-key", "right-key"):
+        monkeypatch.setenv("MY_KEY", key)
+        async with Connection(url=server.url, api_key_env="MY_KEY") as qdrant:
+            if key == "right-key":
+                assert await look(qdrant, "docs") is None
+                continue
+            with pytest.raises(Denied) as raised:
+                await look(qdrant, "docs")
+            assert key not in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+async def test_a_folder_is_open_in_one_place_only_and_keeps_what_it_was_given(tmp_path):
+    """A second connection to the folder is told that it is in use; closed, it can be opened."""
+    async with Connection(path=tmp_path) as qdrant:
+        await ensure(qdrant, "docs", SMALL)
+        with pytest.raises(InUse, match="only one"):
+            async with Connection(path=tmp_path):
+                pass
+    gc.collect()  # the library leaves the lock's file open, and it is closed here
+    async with Connection(path=tmp_path) as qdrant:
+        assert await look(qdrant, "docs") == (4, SMALL)
+
+
+def test_a_name_holds_nothing_that_qdrant_refuses():
+    """A model's slashes become underscores; spaces with parameters have names of their own."""
+    assert name_of("openai/a b", 8) == "openai_a_b-8"
+    assert name_of("m", 8, parameters="a=1") != name_of("m", 8, parameters="a=2")
+    assert len(name_of("m" * 300, 8, parameters="a=1")) <= 255

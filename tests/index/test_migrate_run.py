@@ -1,0 +1,543 @@
+"""A migration against writers, odd collections, doubtful claims and faults."""
+
+import contextlib
+
+import numpy as np
+import pytest
+from fault_server import vector_of
+from qdrant_client import models
+from qdrant_server import QdrantServer, overloaded
+
+from index import migrate_collections as collections
+from index.connection import Connection
+from index.failures import Missing, OtherSpace, Rejected
+from index.journal import Journal, Phase
+from index.migrate import Migration, MigrationRefused, Pace, Wanted, begin, restart, state_for
+from index.migrate_copy import copy, follow
+from index.migrate_plan import Survey
+from index.migrate_points import Points
+from index.migrate_proof import prove
+from index.migrate_switch import cutover, finalize, rollback
+from index.migrate_verify import verify
+from index.regime import Regime
+from index.template import Rule
+from providers.base import InputRefused, Space
+
+WIDTH = 8
+SAME = 0.999
+COSINE = models.VectorParams(size=WIDTH, distance=models.Distance.COSINE)
+
+
+class FakeModel:
+    """Vectors made from the texts; each text is bought once, and then in the cache."""
+
+    name = asked = "new"
+    space = Space("new", WIDTH, matryoshka=True)
+
+    def __init__(self, dimensions=WIDTH, name="new"):
+        self.dimensions = dimensions
+        self.name = self.asked = name
+        self.space = Space(name, WIDTH, matryoshka=True)
+        self.cache = {}
+        self.refused = set()
+        self.meanwhile = []
+        """What happens at the next calls, while they are answered."""
+
+    def vector(self, text):
+        whole = vector_of(self.name, text, WIDTH)
+        head = whole[: self.dimensions]
+        return (head / np.linalg.norm(head)).astype("<f4").tobytes()
+
+    async def embed(self, texts, *, anew=False):
+        if self.meanwhile:
+            await self.meanwhile.pop(0)()
+        for place, text in enumerate(texts):
+            if text in self.refused:
+                raise InputRefused("too long", index=place)
+        bought = {text for text in texts if anew or text not in self.cache}
+        for text in bought:
+            self.cache[text] = self.vector(text)
+        return [self.cache[text] for text in texts], len(bought)
+
+    async def look(self, texts):
+        return [Look(text.encode(), len(text), text in self.cache) for text in texts]
+
+
+class Look:
+    def __init__(self, key, tokens, cached):
+        self.key, self.tokens, self.cached = key, tokens, cached
+
+
+@contextlib.contextmanager
+def silent(_what, _total):
+    yield lambda _done: None
+
+
+@pytest.fixture
+async def server():
+    async with QdrantServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def points(server):
+    async def sleep(_):
+        pass
+
+    async with Connection(url=server.url) as connection:
+        yield Points(connection, sleep=sleep)
+
+
+@pytest.fixture
+def made(points, tmp_path):
+    """Give a function that begins a migration of `docs`."""
+
+    async def make(model, *, pace=None, name="docs", **wanted):
+        old = await collections.look(points, name, wanted.get("vector"))
+        points.vector_name = old.vector
+        asked = Wanted(name, Rule.field("content"), **wanted)
+        migration = Migration(
+            points,
+            model,
+            Journal(tmp_path, "p", name),
+            asked.rule,
+            old,
+            state_for(points, old, asked, model),
+            pace=pace or Pace(page=4, ahead=2, sample=3),
+            progress=silent,
+            sleep=points._sleep,
+        )
+        await begin(migration)
+        return migration
+
+    return make
+
+
+def _struct(number, text=None, **more):
+    text = f"text {number}" if text is None else text
+    vector = vector_of("old", text, WIDTH).tolist()
+    return models.PointStruct(id=number, vector=vector, payload={"content": text, **more})
+
+
+async def _fill(points, count=10, params=COSINE, name="docs"):
+    await points.ask(lambda client: client.create_collection(name, params))
+    structs = [_struct(number) for number in range(1, count + 1)]
+    if structs:
+        await _put(points, *structs, name=name)
+
+
+async def _put(points, *structs, name="docs"):
+    await points.ask(lambda client: client.upsert(name, list(structs)))
+
+
+async def _drop(points, *ids, name="docs"):
+    await points.delete(name, ids)
+
+
+async def _run(migration):
+    await prove(migration, SAME)
+    await copy(migration)
+    await follow(migration)
+    return migration.state
+
+
+async def _texts(server, name):
+    """Return the text of each point, once its vector has been found to be of that text."""
+    found = await server.points(name)
+    for point in found.values():
+        expected = vector_of("new", point["payload"]["content"], WIDTH)
+        assert np.allclose(point["vector"], expected, atol=1e-6)
+    return {one: point["payload"]["content"] for one, point in found.items()}
+
+
+# Writers
+
+
+async def test_what_is_written_and_deleted_meanwhile_follows(server, points, made):
+    """Points that come, change and go behind the checkpoint are as in the old collection."""
+    await _fill(points)
+    model = FakeModel()
+
+    async def first():
+        await _put(points, _struct(1, "changed"), _struct(0, "before all"), _struct(20))
+
+    async def second():
+        await _drop(points, 2, 9)
+        await _put(points, _struct(3, "text 3", note="another payload"))
+
+    model.meanwhile = [first, second]
+    migration = await made(model, pace=Pace(page=4, ahead=1))
+    state = await _run(migration)
+    assert state.phase is Phase.COPIED
+    expected = {one: p["payload"]["content"] for one, p in (await server.points("docs")).items()}
+    assert await _texts(server, state.target) == expected
+    assert (await server.points(state.target))[3]["payload"]["note"] == "another payload"
+    assert expected[1] == "changed"
+    assert set(expected) == {0, 1, 3, 4, 5, 6, 7, 8, 10, 20}
+    assert (state.counts.updated, state.counts.deleted) == (2, 1)
+
+
+async def test_writers_without_end_are_told(points, made):
+    """A collection that changes in every pass is not called equal."""
+    await _fill(points)
+    model = FakeModel()
+    migration = await made(model, pace=Pace(page=4, ahead=1, passes=2))
+
+    def again(number):
+        async def write():
+            await _put(points, _struct(1, f"version {number}"))
+
+        return write
+
+    model.meanwhile = [again(number) for number in range(20)]
+    with pytest.raises(MigrationRefused, match="still changes after 2 passes"):
+        await _run(migration)
+    assert migration.state.phase is Phase.COPYING
+
+
+async def test_a_text_that_goes_takes_its_old_vector_with_it(server, points, made):
+    """A point whose text is gone, or is refused now, is not found by what it was."""
+    await _fill(points, 3)
+    model = FakeModel()
+    migration = await made(model)
+    await _run(migration)
+    await _put(points, _struct(1, ""), _struct(2, "bad"))
+    model.refused.add("bad")
+    state = await _run(migration)
+    assert await _texts(server, state.target) == {3: "text 3"}
+    letters = migration.journal.dead_letters.read_text()
+    assert letters == '{"id":1,"why":"no text: nothing at `content`"}\n{"id":2,"why":"too long"}\n'
+    await _put(points, _struct(1, "back"))
+    state = await _run(migration)
+    assert await _texts(server, state.target) == {1: "back", 3: "text 3"}
+    assert state.counts.dead == 1
+
+
+async def test_what_is_in_the_new_collection_is_not_overwritten_by_the_first_pass(points, made):
+    """A point that somebody wrote there first, also just now, is left as it is."""
+    await _fill(points, 3)
+    model = FakeModel()
+    migration = await made(model)
+    target = migration.state.target
+
+    def theirs(number):
+        vector = [1.0] + [0.0] * 7
+        return models.PointStruct(id=number, vector=vector, payload={"content": f"text {number}"})
+
+    async def just_now():
+        await _put(points, theirs(3), name=target)
+
+    await _put(points, theirs(2), name=target)
+    model.meanwhile = [just_now]
+    await _run(migration)
+    there = await points.those(target, [1, 2, 3], vectors=True)
+    assert [np.frombuffer(there[one].vector, "<f4")[0] == 1.0 for one in (1, 2, 3)] == [
+        False,
+        True,
+        True,
+    ]
+    assert "text 2" not in model.cache
+
+
+# Claims
+
+
+async def test_a_wrong_claim_is_found_out_by_the_sample(server, points, made):
+    """Vectors that are said to be the new model's, and are not, are not copied."""
+    await _fill(points)
+    migration = await made(FakeModel(), old_space=FakeModel.space)
+    assert migration.regime is Regime.REUSE
+    with pytest.raises(MigrationRefused, match=r"3 of 3 sampled texts .* --regime reembed"):
+        await _run(migration)
+    assert await server.points(migration.state.target) == {}
+    assert migration.state.counts.bought == 3
+
+
+async def test_a_collection_that_says_whose_it_is_needs_no_claim(points, made):
+    """Provenance decides without --from, and a claim against it is refused."""
+    space = {"embedding_proxy": {"space": "old", "dimensions": WIDTH, "version": 1}}
+    await points.ask(lambda client: client.create_collection("docs", COSINE, metadata=space))
+    assert (await made(FakeModel(name="old"))).regime is Regime.REUSE
+    with pytest.raises(MigrationRefused, match="says that its vectors are of old"):
+        await made(FakeModel(), old_space=FakeModel.space)
+
+
+async def test_vectors_of_a_matryoshka_model_are_cut(server, points, made):
+    """Half the width is the head of each vector, renormalised; only the sample is bought."""
+    await _fill(points)
+    model = FakeModel(4, "old")
+    migration = await made(model, old_space=model.space)
+    state = await _run(migration)
+    assert (state.regime, state.counts.copied, state.counts.bought) == ("truncate", 10, 3)
+    for point in (await server.points(state.target)).values():
+        expected = np.frombuffer(model.vector(point["payload"]["content"]), "<f4")
+        assert np.allclose(point["vector"], expected, atol=1e-6)
+    assert (await verify(migration, SAME)).good
+    # A vector that is changed later, without its payload, follows too.
+    turned = models.PointVectors(id=1, vector=[1.0] * WIDTH)
+    wrong = _struct(1).model_copy(update={"vector": turned.vector})
+    await _put(points, wrong)
+    await _run(migration)
+    there = (await points.those(state.target, [1], vectors=True))[1].vector
+    assert np.allclose(np.frombuffer(there, "<f4"), 0.5)
+
+
+async def test_without_any_text_nothing_can_be_proved(points, made):
+    """Where no sampled point has a text, vectors are not copied on trust."""
+    await _fill(points, 0)
+    old = FakeModel(name="old")
+    assert (await _run(await made(old, old_space=old.space))).counts.points == 0
+    await _put(points, _struct(1, ""))
+    migration = await made(old, old_space=old.space)
+    with pytest.raises(MigrationRefused, match="nothing proves"):
+        await _run(migration)
+
+
+# Collections of every form
+
+
+async def test_named_and_sparse_vectors_are_carried(tmp_path):
+    """Of several vectors one is migrated, and the others are carried as they are."""
+    async with Connection(path=tmp_path / "qdrant") as connection:
+        points = Points(connection)
+        params = {"text": COSINE, "image": models.VectorParams(size=2, distance="Dot")}
+        sparse = {"words": models.SparseVectorParams()}
+        await points.ask(
+            lambda c: c.create_collection("docs", params, sparse_vectors_config=sparse)
+        )
+        words = models.SparseVector(indices=[1, 5], values=[0.5, 2.0])
+        vector = {"text": [1.0] * WIDTH, "image": [3.0, 4.0], "words": words}
+        one = models.PointStruct(id=1, vector=vector, payload={"content": "x"})
+        await _put(points, one)
+        with pytest.raises(Rejected, match="--vector: text, image"):
+            await collections.look(points, "docs")
+        old = await collections.look(points, "docs", "text")
+        points.vector_name = old.vector
+        wanted = Wanted("docs", Rule.field("content"), vector="text")
+        model = FakeModel()
+        state = state_for(points, old, wanted, model)
+        journal = Journal(tmp_path, "p", "docs")
+        pace = Pace(sample=3)
+        migration = Migration(points, model, journal, wanted.rule, old, state, pace, silent)
+        await begin(migration)
+        await _run(migration)
+        found, _ = await points.ask(lambda c: c.scroll(state.target, with_vectors=True))
+        assert found[0].vector["image"] == [3.0, 4.0]
+        assert found[0].vector["words"] == words
+        assert np.allclose(found[0].vector["text"], vector_of("new", "x", WIDTH), atol=1e-6)
+        assert (await verify(migration, SAME)).good
+
+
+async def test_what_cannot_be_migrated_is_refused(points):
+    """Multivectors, and collections that are not there, are told by name."""
+    many = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+    params = COSINE.model_copy(update={"multivector_config": many})
+    await points.ask(lambda client: client.create_collection("many", params))
+    with pytest.raises(Rejected, match="multivector"):
+        await collections.look(points, "many")
+    with pytest.raises(Missing, match="no collection or alias `nothing`"):
+        await collections.look(points, "nothing")
+
+
+async def test_faults_of_qdrant_are_waited_for(server, points, made):
+    """A server that is overloaded now and then keeps nothing back."""
+    await _fill(points)
+    migration = await made(FakeModel())
+    for _ in range(3):
+        server.script.extend([overloaded(1)] * 2)
+    state = await _run(migration)
+    assert await _texts(server, state.target) == {one: f"text {one}" for one in range(1, 11)}
+
+
+async def test_it_goes_no_faster_than_it_may(points, made):
+    """Each page waits as long as its points are worth."""
+    await _fill(points)
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    migration = await made(FakeModel(), pace=Pace(page=4, points_per_second=2))
+    migration.sleep = sleep
+    await _run(migration)
+    assert waits == [2.0, 2.0, 1.0]
+
+
+# Beginning, going on, beginning anew
+
+
+async def test_another_migration_of_the_same_collection_is_refused(points, made):
+    """While one is under way, another one needs --restart; that deletes what the first made."""
+    await _fill(points)
+    migration = await made(FakeModel())
+    await _run(migration)
+    with pytest.raises(MigrationRefused, match=r"under way \(new, 8 numbers"):
+        await made(FakeModel(4))
+    await restart(points, migration.journal)
+    assert not await collections.exists(points, migration.state.target)
+    await made(FakeModel(4))
+
+
+async def test_somebody_elses_collection_is_left_alone(points, made):
+    """A collection of the new one's name that is not ours is neither filled nor deleted."""
+    await _fill(points)
+    await _fill(points, name="docs__new-8")
+    with pytest.raises(MigrationRefused, match="10 points already"):
+        await made(FakeModel())
+    wide = models.VectorParams(size=3, distance="Dot")
+    await points.ask(lambda client: client.create_collection("narrow", wide))
+    with pytest.raises(OtherSpace, match="other vectors"):
+        await made(FakeModel(), into="narrow")
+
+
+async def test_a_plan_counts_what_is_cached(points):
+    """Dollars are those of texts that nobody has bought; equal texts count once, over all."""
+    await _fill(points, 4)
+    await _fill(points, 4, name="more")
+    await _put(points, _struct(5, "text 1"), _struct(6, ""), _struct(7, "seventh"))
+    model = FakeModel()
+    model.cache["text 2"] = b""
+    survey = Survey(points, model, price=2.0, pace=Pace(page=3))
+    plans = []
+    for name in ("docs", "more"):
+        old = await collections.look(points, name)
+        plans.append(await survey.plan(Wanted(name, Rule.field("content")), old, silent))
+    first, second = plans
+    assert (first.points, first.without_text, first.dead, first.first_dead) == (7, 1, 1, [6])
+    assert (first.to_embed, first.distinct, first.cached, first.to_buy) == (6, 5, 1, 4)
+    assert (first.tokens, first.tokens_to_buy) == (4 * 6 + 7, 3 * 6 + 7)
+    assert first.dollars == pytest.approx(25 * 2.0 / 1e6)
+    assert (second.to_embed, second.distinct, second.to_buy, second.dollars) == (4, 0, 0, 0)
+    assert first.seconds > second.seconds > 0
+
+
+# The switch
+
+
+async def test_a_spoilt_collection_is_not_switched_to(points, made):
+    """A vector that is not its text's is found by the sample, and no alias changes."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    target = migration.state.target
+    wrong = models.PointStruct(id=2, vector=[1.0] * WIDTH, payload={"content": "text 2"})
+    await _put(points, wrong, name=target)
+    with pytest.raises(MigrationRefused, match="point 2 of docs__new-8 has another vector"):
+        await cutover(migration, SAME, "live", allow_missing=False)
+    assert migration.state.phase is Phase.COPIED
+    assert await collections.aliases_of(points, target) == []
+
+
+async def test_what_a_search_or_a_count_does_not_find_is_told(points, made, monkeypatch):
+    """Points that are not found, or do not add up, keep the aliases where they are."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    count = points.count
+
+    async def one_more(name):
+        return await count(name) + (name == migration.state.target)
+
+    async def others(collection, to, most):
+        found = await points.those(collection, [1, 2, 3], vectors=True)
+        return [one for one in found.values() if one.vector != to]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(points, "count", one_more)
+        patched.setattr(points, "nearest", others)
+        verdict = await verify(migration, SAME)
+    assert verdict.problems[0].startswith("4 points in docs__new-8 and 0 dead letters do not make")
+    assert [line.rpartition(" for ")[2] for line in sorted(verdict.problems[1:])] == [
+        f"point {number} does not find it" for number in (1, 2, 3)
+    ]
+    verdict = await verify(migration, SAME)
+    assert (verdict.good, verdict.recalled) == (True, 3)
+
+
+async def test_writes_until_the_cutover_are_carried(server, points, made):
+    """The verification follows what was written since `run` ended."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    await _put(points, _struct(4))
+    await _drop(points, 1)
+    await cutover(migration, SAME, "live", allow_missing=False)
+    assert set(await _texts(server, "live")) == {2, 3, 4}
+
+
+async def test_writes_during_the_switch_are_told(points, made, monkeypatch):
+    """What comes between the verification and the switch is not carried, and is said to be."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    switch = collections.switch
+
+    async def slow(*arguments):
+        await _put(points, _struct(4), _struct(5))
+        await switch(*arguments)
+
+    monkeypatch.setattr(collections, "switch", slow)
+    verdict = await cutover(migration, SAME, "live", allow_missing=False)
+    assert (verdict.late, await points.count("live")) == (2, 3)
+
+
+async def test_clients_of_the_real_name(points, made):
+    """A collection that has no alias needs one; its name goes to the new one at the end."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    journal, target = migration.journal, migration.state.target
+    with pytest.raises(MigrationRefused, match="`run` has not come to its end"):
+        await cutover(migration, SAME, "live", allow_missing=False)
+    await _run(migration)
+    with pytest.raises(MigrationRefused, match="give --alias NAME"):
+        await cutover(migration, SAME, None, allow_missing=False)
+    with pytest.raises(MigrationRefused, match="--alias docs: there is a collection"):
+        await cutover(migration, SAME, "docs", allow_missing=False)
+    await cutover(migration, SAME, "live", allow_missing=False)
+    assert await collections.aliases_of(points, target) == ["live"]
+    await _put(points, _struct(9), name="live")
+    state, only_new = await rollback(points, journal)
+    assert only_new == 1
+    assert await collections.aliases_of(points, state.source) == ["live"]
+    with pytest.raises(MigrationRefused, match="rolled back"):
+        await rollback(points, journal)
+
+    again = await made(FakeModel())
+    await _run(again)
+    await cutover(again, SAME, None, allow_missing=False)
+    with pytest.raises(MigrationRefused, match="is in use: `rollback` first"):
+        await restart(points, journal)
+    with pytest.raises(MigrationRefused, match="the cutover has begun"):
+        await made(FakeModel())
+    state = await finalize(points, journal, take_name=True)
+    assert state.phase is Phase.FINALIZED
+    assert await collections.aliases_of(points, target) == ["docs", "live"]
+    assert await points.count("docs") == 3
+    with pytest.raises(MigrationRefused, match="it is finalized"):
+        await rollback(points, journal)
+
+
+async def test_an_interrupted_cutover_goes_on_without_touching_new_writes(server, points, made):
+    """Killed right after the switch, it finds that clients write there, and mends nothing."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    await cutover(migration, SAME, "live", allow_missing=False)
+    migration.state.phase = Phase.SWITCHING
+    migration.save()
+    await _put(points, _struct(9), name="live")
+    assert await cutover(migration, SAME, None, allow_missing=False) is None
+    assert migration.journal.load().phase is Phase.SWITCHED
+    assert 9 in await server.points("live")
+
+
+async def test_an_alias_that_was_moved_elsewhere_keeps_the_old_collection(points, made):
+    """What clients use is not what the migration knows of: then nothing is deleted."""
+    await _fill(points, 3)
+    migration = await made(FakeModel())
+    await _run(migration)
+    await cutover(migration, SAME, "live", allow_missing=False)
+    await collections.switch(points, "docs", ["live"])
+    with pytest.raises(MigrationRefused, match="were changed since the cutover"):
+        await finalize(points, migration.journal)
+    assert await points.count("docs") == 3

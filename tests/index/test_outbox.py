@@ -1,0 +1,148 @@
+"""The outbox: what was added stays, the newest of an id wins, poison steps aside."""
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from index.outbox import FILE_NAME, Full, Outbox
+from index.point import Point, Target, id_bytes
+
+DOCS = Target("docs", "m", 2)
+OTHER = Target("other", "m", 2)
+GIB = 1 << 30
+
+
+def point(number, content=b"{}", *, mark=0, new=False) -> Point:
+    return Point(id_bytes(number), bytes(8), content, mark, new)
+
+
+@pytest.fixture
+def outbox(tmp_path):
+    with closing(Outbox(tmp_path, GIB)) as outbox:
+        yield outbox
+
+
+def ids(outbox, target=DOCS):
+    return [int.from_bytes(one.id) for one in outbox.batch(target, GIB, 1000)]
+
+
+def test_what_is_known_is_added_once_unless_it_is_new_or_another_content(outbox):
+    """Equal points are passed over, sent or not; a new one, or one of another mark, is not."""
+    assert outbox.add(DOCS, [point(1), point(2)]) == 2
+    assert outbox.add(DOCS, [point(1), point(2), point(3)]) == 1
+    outbox.sent(outbox.batch(DOCS, GIB, 1000))
+    assert outbox.add(DOCS, [point(1)]) == 0
+    assert outbox.add(OTHER, [point(1)]) == 1
+    assert outbox.add(DOCS, [point(1, new=True), point(2, mark=7)]) == 2
+    assert outbox.add(DOCS, [point(2, mark=7)]) == 0
+
+
+def test_the_newest_of_an_id_wins_even_while_an_older_one_is_being_sent(outbox):
+    """What was added during a write stays when the write is confirmed, and is sent later."""
+    outbox.add(DOCS, [point(1, b"old"), point(2)])
+    sending = outbox.batch(DOCS, GIB, 1000)
+    outbox.add(DOCS, [point(1, b"new", new=True)])
+    outbox.sent(sending)
+    assert [one.payload for one in outbox.batch(DOCS, GIB, 1000)] == [b"new"]
+
+
+def test_a_batch_is_bounded_by_bytes_and_count_and_never_empty(outbox):
+    """A batch holds what fits, in the order of adding, and at least one point."""
+    outbox.add(DOCS, [point(n, b"x" * 1000) for n in range(5)])
+    assert len(outbox.batch(DOCS, 2500, 1000)) == 2
+    assert len(outbox.batch(DOCS, GIB, 3)) == 3
+    assert len(outbox.batch(DOCS, 1, 1000)) == 1
+    assert ids(outbox) == [0, 1, 2, 3, 4]
+
+
+def test_the_dead_step_aside_and_are_tried_again_after_a_start(outbox):
+    """A refused point is counted with its reason; a start, or a newer point, brings it back."""
+    outbox.add(DOCS, [point(1), point(2)])
+    outbox.died(outbox.batch(DOCS, GIB, 1), "no such id")
+    assert ids(outbox) == [2]
+    backlog = outbox.backlog()
+    assert (backlog.points, backlog.dead) == (1, 1)
+    assert backlog.reasons == (("docs", "no such id", 1),)
+    assert outbox.revive() == 1
+    assert ids(outbox) == [2, 1]
+    outbox.died(outbox.batch(DOCS, GIB, 1000), "no such id")
+    outbox.add(DOCS, [point(1, b"new", new=True)])
+    assert outbox.backlog().dead == 1
+    outbox.revive()
+    assert sorted(one.payload for one in outbox.batch(DOCS, GIB, 1000)) == [b"new", b"{}"]
+
+
+def test_points_that_step_back_lose_nothing(outbox):
+    """A point that goes to the end of the line keeps its content."""
+    outbox.add(DOCS, [point(1, b"one"), point(2, b"two")])
+    outbox.later(outbox.batch(DOCS, GIB, 1))
+    assert [one.payload for one in outbox.batch(DOCS, GIB, 1000)] == [b"two", b"one"]
+
+
+def test_a_new_collection_is_filled_again(outbox):
+    """Once a collection is found to be new, what was sent is no longer known, what waits is."""
+    outbox.add(DOCS, [point(1)])
+    outbox.sent(outbox.batch(DOCS, GIB, 1000))
+    outbox.add(DOCS, [point(2)])
+    before = outbox.forgotten
+    outbox.forget("docs")
+    assert outbox.forgotten == before + 1
+    assert outbox.add(DOCS, [point(1), point(2)]) == 1
+
+
+def test_the_target_that_waits_longest_is_first(outbox):
+    """Targets come in the order of their oldest points; one with none does not come."""
+    outbox.add(OTHER, [point(1)])
+    outbox.add(DOCS, [point(1)])
+    assert outbox.targets() == [OTHER, DOCS]
+    outbox.sent(outbox.batch(OTHER, GIB, 1000))
+    assert outbox.targets() == [DOCS]
+
+
+def test_several_processes_add_to_one_file(tmp_path, outbox):
+    """A second connection sees what the first has added, and the reverse."""
+    with closing(Outbox(tmp_path, GIB)) as second:
+        outbox.add(DOCS, [point(1)])
+        assert second.add(DOCS, [point(1), point(2)]) == 1
+        assert ids(outbox) == ids(second) == [1, 2]
+
+
+def test_a_full_outbox_takes_nothing_and_a_drained_one_shrinks(tmp_path):
+    """Beyond its limit the file refuses points and does not know them; emptied it takes them."""
+    with closing(Outbox(tmp_path, 1 << 20)) as outbox:
+        big = b"x" * 300_000
+        outbox.add(DOCS, [point(n, big) for n in range(4)])
+        with pytest.raises(Full):
+            outbox.add(DOCS, [point(9)])
+        outbox.sent(outbox.batch(DOCS, GIB, 1000))
+        assert outbox.bytes < 1 << 18
+        assert outbox.add(DOCS, [point(9)]) == 1
+
+
+def test_the_room_of_an_outage_is_given_back(tmp_path):
+    """A file that has grown shrinks by and by once all has arrived."""
+    with closing(Outbox(tmp_path, GIB)) as outbox:
+        outbox.add(DOCS, [point(n, b"x" * 100_000) for n in range(300)])
+        outbox.sent(outbox.batch(DOCS, GIB, 1000))
+        for _ in range(5):
+            outbox.tidy()
+    assert (tmp_path / FILE_NAME).stat().st_size < 12_000_000
+
+
+def test_a_damaged_file_is_moved_aside(tmp_path):
+    """Rubbish in place of the file costs what waited, and no start."""
+    with closing(Outbox(tmp_path, GIB)) as outbox:
+        outbox.add(DOCS, [point(1)])
+    (tmp_path / FILE_NAME).write_bytes(b"rubbish " * 1000)
+    with closing(Outbox(tmp_path, GIB)) as fresh:
+        assert fresh.add(DOCS, [point(1)]) == 1
+    assert len(list(tmp_path.glob("*damaged*"))) == 1
+
+
+def test_a_file_of_a_later_version_is_left_alone(tmp_path):
+    """What a newer proxy wrote is neither read nor moved."""
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as sql:
+        sql.execute("PRAGMA user_version = 99")
+    with pytest.raises(sqlite3.OperationalError, match="later version"):
+        Outbox(tmp_path, GIB)

@@ -1,0 +1,130 @@
+"""kill -9 at random moments of `migrate run`, and the same command again, until it is through.
+
+python tests/migrate_kills.py KILLS [SEED] — the suite does a few, `make kills` twenty. A moment is
+the arrival of a request, at Qdrant or at the provider; half of those then take effect, and half are
+lost. What cannot be known is what a provider had sent off when the kill came: only such inputs, of
+as many calls as are made side by side, may be bought twice.
+"""
+
+import asyncio
+import logging
+import os
+import random
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from aiohttp import web
+from fault_server import vector_of
+from old_system import MISTRAL, SIZES, OldSystem, text_of
+
+from index.migrate import DEFAULT
+
+SHARE = 0.1
+"""Of the 2,000 points, in each collection: the moments matter, not the size."""
+PAGE = 16
+MOST_MOMENTS = 220
+"""About how many requests an undisturbed run makes."""
+
+
+class Story(NamedTuple):
+    """What came of it."""
+
+    kills: int
+    starts: int
+    bought: int
+    twice: int
+    """Inputs that were asked for more than once, counted each time but the first."""
+    in_doubt: int
+    """Inputs of the calls that were on their way, or had just been answered, at a kill."""
+
+
+@dataclass
+class _Killer:
+    """Counts requests at all servers, and kills a process when it is time."""
+
+    chance: random.Random
+    process: asyncio.subprocess.Process | None = None
+    left: int = 0
+
+    def arrived(self) -> bool:
+        """Tell of a request; return whether it is to be lost."""
+        self.left -= 1
+        if self.left != 0 or self.process is None:
+            return False
+        self.process.kill()
+        return self.chance.random() < 0.5
+
+    async def at_qdrant(self, _: web.Request) -> web.StreamResponse | None:
+        return web.Response(status=503) if self.arrived() else None
+
+
+async def kill_and_resume(folder: Path, kills: int, seed: int) -> Story:
+    """Migrate to mistral-embed with so many kills on the way; assert that the end is right."""
+    chance = random.Random(seed)
+    killer = _Killer(chance)
+    async with OldSystem(folder) as system:
+        await system.fill(SHARE)
+
+        bought: list[object] = []
+
+        async def at_provider(_: web.Request, payload: dict[str, Any]) -> web.Response:
+            if killer.arrived():
+                return web.Response(status=503)
+            bought.extend(payload["input"])
+            return web.json_response(system.mistral.reply(payload))
+
+        system.mistral.always = at_provider
+        system.qdrant.always = killer.at_qdrant
+        arguments = ("--file", str(system.mapping), "--to", MISTRAL, "--page", str(PAGE))
+        killed = starts = in_doubt = 0
+        doubted: set[object] = set()
+        while True:
+            starts += 1
+            killer.left = chance.randrange(2, MOST_MOMENTS // 2) if killed < kills else 0
+            seen = len(system.mistral.calls)
+            killer.process = await asyncio.create_subprocess_exec(
+                *system.command("run", *arguments),
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env={**os.environ, **system.environment},
+            )
+            _, err = await killer.process.communicate()
+            calls = system.mistral.calls[seen:]
+            if killer.process.returncode == 0:
+                break
+            assert killer.process.returncode == -9, err.decode()
+            killed += 1
+            last = [item for call in calls[-DEFAULT.ahead :] for item in call.inputs]
+            doubted.update(last)
+            in_doubt += len(last)
+        system.qdrant.always = None
+        for item in set(bought):
+            assert bought.count(item) == 1 or item in doubted, item
+        await _right(system)
+        return Story(killed, starts, len(bought), len(bought) - len(set(bought)), in_doubt)
+
+
+async def _right(system: OldSystem) -> None:
+    """Assert that every new collection holds the old points with the right vectors."""
+    for name in SIZES:
+        before = await system.qdrant.points(name)
+        after = await system.qdrant.points(f"{name}__{MISTRAL}-{system.new_width}")
+        assert set(before) == set(after)
+        for one, point in after.items():
+            assert point["payload"] == before[one]["payload"]
+            expected = vector_of(MISTRAL, text_of(name, point["payload"]), system.new_width)
+            assert np.allclose(point["vector"], expected, atol=1e-6)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)  # of connections that are cut in the middle
+    with tempfile.TemporaryDirectory() as made:
+        told = asyncio.run(kill_and_resume(Path(made), int(sys.argv[1]), int(sys.argv[2])))
+    print(
+        f"{told.kills} kills, {told.starts} starts, {told.bought} inputs bought,"
+        f" {told.twice} twice (of {told.in_doubt} on their way at a kill), all points right"
+    )

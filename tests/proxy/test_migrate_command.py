@@ -1,0 +1,256 @@
+"""`migrate` as it is typed: what it takes, what it refuses in one line, what it prints and asks."""
+
+import asyncio
+import io
+import json
+import sys
+
+import pytest
+from fault_server import status
+from old_system import LARGE, MISTRAL, Done, OldSystem
+from qdrant_client import models
+
+from index.journal import Journal
+from proxy import cli
+from proxy.commands.migrate import held
+from proxy.config import ConfigError
+from proxy.migrating import named, settings_for, width_of
+from proxy.settings import Settings
+
+CONTEXT = "hephaestus_project_context"
+
+
+@pytest.fixture
+async def system(tmp_path, monkeypatch):
+    async with OldSystem(tmp_path) as system:
+        for name in ("OPENAI", "OPENROUTER", "MISTRAL"):
+            monkeypatch.setenv(f"{name}_API_KEY", "k")
+        params = models.VectorParams(size=system.width, distance=models.Distance.COSINE)
+        await system.connection.ask(lambda client: client.create_collection(CONTEXT, params))
+        await system.put(CONTEXT, range(1, 6))
+        yield system
+
+
+@pytest.fixture
+def migrate(system, monkeypatch, capsys):
+    """Give a function that runs a step; `says` is typed on the terminal."""
+
+    async def step(*arguments, qdrant=True, says="") -> Done:
+        where = ["--config", str(system.config)]
+        if qdrant:
+            where += ["--qdrant", system.qdrant.url]
+        monkeypatch.setattr(sys, "argv", ["embedding-proxy", "migrate", *arguments, *where])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(says))
+
+        def in_thread() -> int:
+            with pytest.raises(SystemExit) as caught:
+                cli.main()
+            return caught.value.code or 0
+
+        done = Done(await asyncio.to_thread(in_thread), *capsys.readouterr())
+        assert "Traceback" not in done.out + done.err
+        return done
+
+    return step
+
+
+def _change(system, **sections):
+    content = json.loads(system.config.read_text())
+    system.config.write_text(json.dumps(content | sections))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("plan", CONTEXT), "--to: name the model"),
+        (("plan", CONTEXT, "--to", "mistral-embet"), "did you mean mistral-embed?"),
+        (("plan", CONTEXT, "--to", f"mistral/{LARGE}"), "--to: there is no model"),
+        (("plan", CONTEXT, "--to", MISTRAL, "--from", "xyz"), "--from: there is no model 'xyz'"),
+        (("plan", CONTEXT, "--to", MISTRAL, "--dimensions", "4"), "gives 8 and no other"),
+        (("plan", CONTEXT, "--to", LARGE, "--dimensions", "17"), "gives 1 to 16"),
+        (("plan", "--to", MISTRAL), "name the collections"),
+        (("plan", "a", "b", "--to", MISTRAL, "--into", "c"), "--into is for one collection"),
+        (("plan", CONTEXT, "--to", MISTRAL, "--template", "none"), "names no field"),
+        (("plan", "a", "--to", MISTRAL, "--text-field", "x", "--template", "{x}"), "not both"),
+        (("cutover", "a", "b", "--alias", "live"), "'{collection}_live'"),
+    ],
+)
+async def test_wrong_usage(migrate, arguments, says):
+    """A mistake on the command line is one line that says what to give, and exit code 2."""
+    done = await migrate(*arguments)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert says in done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"a": {"text_fild": "x"}}', "a.text_fild: unknown key"),
+        ('{"a": {"text_field": 3}}', "a.text_field: expected a string"),
+        ('{"a": "content"}', "a: expected keys"),
+        ('{"a": {"text_field": "x", "template": "{x}"}}', "not both"),
+        ("{}", "name the collections"),
+        ("[]", "expected keys"),
+    ],
+)
+async def test_a_wrong_file(migrate, tmp_path, content, says):
+    """A mistake in --file is told by file, collection and key."""
+    path = tmp_path / "which.yaml"
+    path.write_text(content)
+    done = await migrate("plan", "--file", str(path), "--to", MISTRAL)
+    assert done.code == 2
+    assert says in done.err
+
+
+async def test_no_place(migrate, system, tmp_path):
+    """Without a Qdrant, or with a folder that is none, nothing is made."""
+    done = await migrate("plan", CONTEXT, "--to", MISTRAL, qdrant=False)
+    assert (done.code, "set index.qdrant" in done.err) == (2, True)
+    done = await migrate("status", CONTEXT, "--qdrant", str(tmp_path), qdrant=False)
+    assert (done.code, "no folder of Qdrant's embedded mode" in done.err) == (2, True)
+
+
+async def test_the_place_is_that_of_the_configuration(migrate, system):
+    """Without --qdrant it is index.qdrant's, and what is embedded is not indexed there."""
+    _change(system, index={"qdrant": {"url": system.qdrant.url}})
+    assert (await migrate("run", CONTEXT, "--to", MISTRAL, qdrant=False)).code == 0
+    assert await system.collections() == {CONTEXT, f"{CONTEXT}__{MISTRAL}-8"}
+    done = await migrate("status", CONTEXT)
+    assert f"5 points in {CONTEXT}__{MISTRAL}-8" in done.out
+
+
+async def test_what_is_not_there(migrate):
+    """A collection that nobody knows is one line and exit code 1, for each step."""
+    done = await migrate("run", "nothing", "--to", MISTRAL)
+    assert (done.code, "no collection or alias `nothing`" in done.err) == (1, True)
+    for step in ("status", "cutover", "rollback"):
+        done = await migrate(step, CONTEXT)
+        assert (done.code, "no migration of it is known here" in done.err) == (1, True)
+
+
+async def test_what_would_be_wrong_to_begin(migrate, system, monkeypatch):
+    """A cache that keeps nothing, or a model without a key, is told before anything is made."""
+    _change(system, cache={"directory": str(system.folder / "cache"), "mode": "refresh"})
+    done = await migrate("run", CONTEXT, "--to", MISTRAL)
+    assert (done.code, "cache.mode: refresh" in done.err) == (2, True)
+    _change(system, cache={"directory": str(system.folder / "cache")})
+    monkeypatch.delenv("MISTRAL_API_KEY")
+    done = await migrate("run", CONTEXT, "--to", MISTRAL)
+    assert (done.code, "set MISTRAL_API_KEY" in done.err) == (1, True)
+    assert await system.collections() == {CONTEXT}
+    assert (await migrate("plan", CONTEXT, "--to", MISTRAL)).code == 0
+
+
+async def test_only_one_process_at_a_time(migrate, system):
+    """While somebody works on a migration, another one is told so."""
+    journal = Journal(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT)
+    with held(journal):
+        done = await migrate("run", CONTEXT, "--to", MISTRAL)
+    assert (done.code, "another process works on this migration" in done.err) == (1, True)
+    assert (await migrate("run", CONTEXT, "--to", MISTRAL)).code == 0
+
+
+async def test_a_provider_that_has_no_credit_ends_the_run(migrate, system):
+    """What waiting does not help is one line, and the same command goes on later."""
+    system.mistral.always = status(402)
+    done = await migrate("run", CONTEXT, "--to", MISTRAL)
+    assert (done.code, "run it again to go on" in done.err) == (1, True)
+    system.mistral.always = None
+    assert (await migrate("run", CONTEXT, "--to", MISTRAL)).code == 0
+
+
+async def test_one_that_fails_keeps_no_other_back(migrate, system):
+    """A collection that is refused is told at the end, and the others are done."""
+    await system.connection.ask(
+        lambda client: client.create_collection(
+            "foreign", models.VectorParams(size=4, distance=models.Distance.COSINE)
+        )
+    )
+    done = await migrate("run", "foreign", CONTEXT, "--to", LARGE, "--regime", "reuse")
+    assert done.code == 1
+    assert "foreign: --regime reuse" in done.err
+    both = ("foreign", CONTEXT, "--to", MISTRAL)
+    assert (await migrate("run", *both)).code == 0
+    done = await migrate("cutover", "foreign", CONTEXT, "--alias", "{collection}_live")
+    assert done.code == 0, done.err
+    assert set(await system.aliases()) == {"foreign_live", f"{CONTEXT}_live"}
+    done = await migrate("rollback", CONTEXT, "unknown")
+    assert (done.code, f"{CONTEXT}: rolled back" in done.err) == (1, True)
+
+
+# What is printed and asked
+
+
+async def test_what_people_read(migrate, system):
+    """Plan, run and cutover say in words what they found, did, and what comes next."""
+    done = await migrate("plan", CONTEXT, "--to", f"openrouter/openai/{LARGE}", "--from", LARGE)
+    assert done.out.splitlines() == [
+        f"{CONTEXT}: reuse (both are openai/{LARGE}, 16 numbers wide)",
+        f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
+        "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
+        "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
+        "  to buy: 5 texts, 40 tokens, $0.0000; about 0 s",
+    ]
+    done = await migrate("run", CONTEXT, "--to", MISTRAL)
+    assert f"{CONTEXT}: copied; next: cutover" in done.out
+    assert "5 points seen: 0 copied, 5 embedded, 5 bought" in done.out
+    done = await migrate("cutover", CONTEXT, "--alias", "live", "--to", MISTRAL)
+    assert "verified: 5 of 5 points, ids and payloads equal; 5 sampled, cosine 1.00000" in done.out
+    assert "aliases: live" in done.out
+    done = await migrate("rollback", CONTEXT, "--to", LARGE)
+    assert (done.code, f"is migrated to {MISTRAL}, not {LARGE}" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize(("options", "says"), [((), "y\ny\n"), (("--yes",), "y\n")])
+async def test_finalize_asks_twice(migrate, system, options, says):
+    """Two questions stand before the end of a collection; less than two answers change nothing."""
+    await migrate("run", CONTEXT, "--to", MISTRAL)
+    await migrate("cutover", CONTEXT, "--alias", "live")
+    for less in (says.removesuffix("y\n"), says.removesuffix("y\n") + "n\n"):
+        done = await migrate("finalize", CONTEXT, *options, says=less)
+        assert (done.code, CONTEXT in await system.collections()) == (1, True)
+    if not options:
+        assert f"Delete {CONTEXT} (5 points) for good?" in done.err
+    done = await migrate("finalize", CONTEXT, *options, says=says)
+    assert (done.code, CONTEXT in await system.collections()) == (0, False)
+
+
+# What the configuration gives
+
+
+def test_models_and_their_providers():
+    """A name stands for a model; with a provider before it, that one alone serves it."""
+    settings = Settings()
+    assert named(settings, LARGE, "--to").provider is None
+    assert named(settings, f"openai/{LARGE}", "--to").provider is None
+    found = named(settings, f"openrouter/openai/{LARGE}", "--to")
+    assert (found.provider, found.space.name) == ("openrouter", f"openai/{LARGE}")
+    entry = settings_for(settings, found).models[found.name]
+    assert [(route.provider, route.model) for route in entry.routes] == [
+        ("openrouter", f"openai/{LARGE}")
+    ]
+    assert named(settings, "openrouter/mistralai/mistral-embed-2312", "--to").space.dimensions
+    assert width_of(found, None) == 3072
+    assert width_of(found, 256) == 256
+
+
+def test_no_other_model_may_stand_in():
+    """A fallback of another space is for clients who can see it; a collection cannot."""
+    settings = Settings.model_validate(
+        {
+            "models": {
+                LARGE: {"fallback": [{"model": "mistral-embed", "width": "pad"}]},
+                "unknown": {"space": "x/y", "routes": [{"provider": "openai", "model": "u"}]},
+            }
+        }
+    )
+    model = named(settings, LARGE, "--to")
+    assert settings.models[LARGE].fallback
+    changed = settings_for(settings, model)
+    assert changed.models[LARGE].fallback == ()
+    assert changed.server.canary_hours is None
+    with pytest.raises(ConfigError, match=r"models\.unknown\.dimensions"):
+        named(settings, "unknown", "--to")

@@ -1,0 +1,422 @@
+"""A Qdrant on a real socket, faults on cue: the client's embedded engine under a server's rules.
+
+With QDRANT_URL set (and QDRANT_API_KEY, if that server wants one) the same tests meet a real server
+instead: the socket stays, and passes on what it is asked. Collections and aliases made through it
+are deleted there at the end.
+
+Of a server's rules these are kept, which the engine does not keep: an id is an unsigned integer of
+64 bits or a UUID, a vector has the collection's width, a batch with one bad point is refused as a
+whole, vectors of a cosine collection are scaled to length 1, a collection keeps its quantization
+and its payload indexes.
+"""
+
+import asyncio
+import os
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import unquote
+
+import aiohttp
+import numpy as np
+import orjson
+from aiohttp import web
+from pydantic import TypeAdapter, ValidationError
+from qdrant_client import QdrantClient, models
+
+REAL = os.environ.get("QDRANT_URL")
+REAL_KEY = os.environ.get("QDRANT_API_KEY")
+"""Read before the fixtures hide the machine's keys from the tests."""
+LARGEST_BODY = 32 << 20
+
+Act = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
+"""Plays a fault; what returns None lets the request through."""
+
+
+class Refusal(Exception):
+    """An answer that is no 200."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def answer(status: int, message: str, **headers: str) -> Act:
+    """Answer with an error as Qdrant words it."""
+
+    async def act(_: web.Request) -> web.StreamResponse:
+        return _json({"status": {"error": message}, "time": 0.0}, status, headers)
+
+    return act
+
+
+def overloaded(seconds: int | None) -> Act:
+    """Answer 429, with the time to wait if one is given."""
+    headers = {} if seconds is None else {"Retry-After": str(seconds)}
+    return answer(429, "Too many requests", **headers)
+
+
+@dataclass
+class QdrantServer:
+    """Use it with `async with`; address and points stay the same over `stop` and `start`."""
+
+    script: deque[Act] = field(default_factory=deque)
+    """What to play for the next requests, one each."""
+    always: Act | None = None
+    """What to play for every request after the script."""
+    gate: asyncio.Event | None = None
+    """When set, no request is answered before the event is: as slow as a test wants."""
+    api_key: str | None = None
+    """What clients must send; None = nothing."""
+    keeps_metadata: bool = True
+    """False = as servers before 1.16, which drop a collection's metadata in silence."""
+    requests: list[tuple[str, str, int]] = field(default_factory=list)
+    """Method, path and bytes of each request that was let through."""
+    bodies: list[Any] = field(default_factory=list)
+    """What the upserts among them held."""
+    port: int = 0
+    _engine: "_Engine | None" = None
+    _runner: web.AppRunner | None = None
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    _session: aiohttp.ClientSession | None = None
+    _made: set[str] = field(default_factory=set)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def upserts(self) -> int:
+        """How many requests to write points were let through."""
+        return sum(
+            method == "PUT" and path.endswith("/points") for method, path, _ in self.requests
+        )
+
+    async def __aenter__(self) -> Self:
+        if REAL:
+            headers = {"api-key": REAL_KEY} if REAL_KEY else {}
+            self._session = await self._stack.enter_async_context(
+                aiohttp.ClientSession(headers=headers)
+            )
+        else:
+            self._engine = _Engine(self)
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+        if self._session is not None:
+            for name in self._made:
+                await self._session.delete(f"{REAL}/collections/{name}")
+        if self._engine is not None:
+            self._engine.close()
+        await self._stack.aclose()
+
+    async def start(self) -> None:
+        """Listen, on the same port as before."""
+        app = web.Application(client_max_size=LARGEST_BODY)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Refuse connections from now on; the points stay."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    def client(self) -> QdrantClient:
+        """Return a blocking client; call it in a thread, and close it."""
+        return QdrantClient(url=self.url, check_compatibility=False, api_key=self.api_key)
+
+    async def points(self, collection: str) -> dict[Any, Any]:
+        """Return all points of a collection by their ids, past every fault."""
+        found: dict[Any, Any] = {}
+        offset = None
+        while True:
+            asked = {"limit": 500, "with_payload": True, "with_vector": True, "offset": offset}
+            body = orjson.dumps(asked)
+            path = f"/collections/{collection}/points/scroll"
+            try:
+                page = orjson.loads(await self._answer("POST", path, body, path))["result"]
+            except Refusal as refusal:
+                if refusal.status == 404:
+                    return {}
+                raise
+            found |= {point["id"]: point for point in page["points"]}
+            offset = page["next_page_offset"]
+            if offset is None:
+                return found
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        if self.gate is not None:
+            await self.gate.wait()
+        act = self.script.popleft() if self.script else self.always
+        if act is not None and (played := await act(request)) is not None:
+            return played
+        if self.api_key is not None and request.headers.get("api-key") != self.api_key:
+            return _json({"status": {"error": "Invalid API key or JWT"}, "time": 0.0}, 401)
+        body = await request.read()
+        path = request.rel_url.raw_path
+        self.requests.append((request.method, path, len(body)))
+        if request.method == "PUT" and path.endswith("/points"):
+            self.bodies.append(orjson.loads(body))
+        if request.method == "PUT" and path.count("/") == 2:
+            self._made.add(path.rpartition("/")[2])
+        try:
+            content = await self._answer(request.method, path, body, str(request.rel_url))
+        except Refusal as refusal:
+            return _json({"status": {"error": str(refusal)}, "time": 0.0}, refusal.status)
+        return web.Response(body=content, content_type="application/json")
+
+    async def _answer(self, method: str, path: str, body: bytes, relative: str) -> bytes:
+        if self._session is not None:
+            target = f"{REAL}{relative}"
+            headers = {"content-type": "application/json"}
+            async with self._session.request(method, target, data=body, headers=headers) as reply:
+                content = await reply.read()
+                if reply.status != 200:
+                    raise Refusal(reply.status, orjson.loads(content)["status"]["error"])
+                return content
+        assert self._engine is not None
+        begun = time.perf_counter()
+        result = self._engine.answer(method, path, orjson.loads(body) if body else {})
+        told = {"result": result, "status": "ok", "time": time.perf_counter() - begun}
+        return orjson.dumps(told)
+
+
+def _json(
+    content: object, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    return web.Response(
+        status=status,
+        body=orjson.dumps(content),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+class _Engine:
+    """The embedded engine, asked as a server is."""
+
+    def __init__(self, server: QdrantServer) -> None:
+        self._server = server
+        self._client = QdrantClient(":memory:")
+        self._local: Any = self._client._client
+        self._schemas: dict[str, dict[str, Any]] = {}
+        self._configs: dict[str, dict[str, Any]] = {}
+
+    def close(self) -> None:
+        self._client.close()
+
+    def answer(self, method: str, path: str, body: Any) -> Any:  # noqa: C901, PLR0911 - a table
+        parts = [unquote(part) for part in path.strip("/").split("/")]
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                match parts:
+                    case ["collections"]:
+                        return _plain(self._local.get_collections())
+                    case ["collections", "aliases"]:
+                        return self._change_aliases(body)
+                    case ["aliases"]:
+                        return _plain(self._local.get_aliases())
+                    case ["collections", name]:
+                        return self._collection(method, name, body)
+                    case ["collections", name, "exists"]:
+                        return {"exists": self._local.collection_exists(name)}
+                    case ["collections", name, "aliases"]:
+                        return _plain(self._local.get_collection_aliases(self._real(name)))
+                    case ["collections", name, "index"] if method == "PUT":
+                        return self._index(self._real(name), body)
+                    case ["collections", name, "index", one] if method == "DELETE":
+                        self._schemas[self._real(name)].pop(one, None)
+                        return _DONE
+                    case ["collections", name, "points", *what]:
+                        return self._points(method, self._real(name), what, body)
+            except ValidationError as error:
+                raise Refusal(400, f"Format error in JSON body: {error.errors()[0]}") from error
+            except ValueError as error:
+                raise Refusal(400, f"Wrong input: {error}") from error
+        raise Refusal(404, "")
+
+    def _real(self, name: str) -> str:
+        """Return the collection that a name or an alias stands for."""
+        name = self._local.aliases.get(name, name)
+        if name not in self._local.collections:
+            raise Refusal(404, f"Not found: Collection `{name}` doesn't exist!")
+        return name
+
+    def _collection(self, method: str, name: str, body: Any) -> Any:
+        if method == "PUT":
+            if self._local.collection_exists(name):
+                raise Refusal(409, f"Wrong input: Collection `{name}` already exists!")
+            asked = models.CreateCollection.model_validate(body)
+            metadata = asked.metadata if self._server.keeps_metadata else None
+            self._local.create_collection(
+                name, asked.vectors, asked.sparse_vectors, metadata=metadata
+            )
+            self._schemas[name], self._configs[name] = {}, body
+            return True
+        if method == "DELETE":
+            self._schemas.pop(name, None)
+            return bool(self._local.delete_collection(name))
+        name = self._real(name)
+        if method == "PATCH":
+            asked = models.UpdateCollection.model_validate(body)
+            metadata = asked.metadata if self._server.keeps_metadata else None
+            return self._local.update_collection(name, metadata=metadata)
+        info = _plain(self._local.get_collection(name))
+        count = info["points_count"]
+        info["payload_schema"] = {
+            field: {"data_type": kind, "points": count}
+            for field, kind in self._schemas.get(name, {}).items()
+        }
+        info["config"]["quantization_config"] = self._configs[name].get("quantization_config")
+        return info
+
+    def _index(self, name: str, body: Any) -> Any:
+        asked = models.CreateFieldIndex.model_validate(body)
+        schema = body.get("field_schema")
+        kind = schema["type"] if isinstance(schema, dict) else schema or "keyword"
+        self._schemas[name][asked.field_name] = kind
+        return _DONE
+
+    def _change_aliases(self, body: Any) -> bool:
+        asked = models.ChangeAliasesOperation.model_validate(body)
+        for action in asked.actions:
+            if isinstance(action, models.CreateAliasOperation):
+                self._real(action.create_alias.collection_name)
+                if action.create_alias.alias_name in self._local.collections:
+                    taken = action.create_alias.alias_name
+                    raise Refusal(409, f"Wrong input: Collection `{taken}` already exists!")
+        self._local.update_collection_aliases(asked.actions)
+        return True
+
+    def _points(  # noqa: PLR0911 - a table
+        self, method: str, name: str, what: list[str], body: Any
+    ) -> Any:
+        local = self._local
+        match method, what:
+            case "PUT", []:
+                return self._upsert(name, body)
+            case "POST", []:
+                asked = models.PointRequest.model_validate(body)
+                found = local.retrieve(
+                    name, _ids(asked.ids), asked.with_payload, asked.with_vector or False
+                )
+                return [_plain(point) for point in found]
+            case "POST", ["scroll"]:
+                scroll = models.ScrollRequest.model_validate(body)
+                limit = 10 if scroll.limit is None else scroll.limit
+                payload = True if scroll.with_payload is None else scroll.with_payload
+                offset = None if scroll.offset is None else _id(scroll.offset)
+                points, after = local.scroll(
+                    name, scroll.filter, limit, scroll.order_by, offset, payload,
+                    scroll.with_vector or False,
+                )  # fmt: skip
+                return {"points": [_plain(one) for one in points], "next_page_offset": after}
+            case "POST", ["count"]:
+                count = models.CountRequest.model_validate(body)
+                return _plain(local.count(name, count.filter))
+            case "POST", ["delete"]:
+                if "points" in body:
+                    ids = [one for one in _ids(body["points"]) if local.retrieve(name, [one])]
+                    selector: Any = models.PointIdsList(points=ids)
+                else:
+                    selector = models.FilterSelector.model_validate(body)
+                local.delete(name, selector)
+                return _DONE
+            case "POST", ["query"]:
+                query = models.QueryRequest.model_validate(body)
+                found = local.query_points(
+                    name,
+                    query=query.query,
+                    query_filter=query.filter,
+                    limit=query.limit or 10,
+                    with_payload=query.with_payload or False,
+                    with_vectors=query.with_vector or False,
+                    score_threshold=query.score_threshold,
+                )
+                return _plain(found)
+            case (("POST" | "PUT"), ["payload"]):
+                setting = models.SetPayload.model_validate(body)
+                put = local.set_payload if method == "POST" else local.overwrite_payload
+                put(name, setting.payload, _selected(setting), key=setting.key)
+                return _DONE
+            case "POST", ["payload", "delete"]:
+                deleting = models.DeletePayload.model_validate(body)
+                local.delete_payload(name, deleting.keys, _selected(deleting))
+                return _DONE
+        raise Refusal(404, "")
+
+    def _upsert(self, name: str, body: Any) -> Any:
+        asked = TypeAdapter(models.PointsBatch | models.PointsList).validate_python(body)
+        if isinstance(asked, models.PointsBatch):
+            points = self._local.collections[name]._materialize_points(asked.batch)
+        else:
+            points = asked.points
+        params = self._local.get_collection(name).config.params.vectors
+        ready = []
+        for point in points:
+            vector = point.vector
+            if isinstance(vector, dict) and set(vector) == {""}:
+                vector = vector[""]
+            if isinstance(params, models.VectorParams):
+                vector = _scaled(vector, params)
+            ready.append(point.model_copy(update={"id": _id(point.id), "vector": vector}))
+        self._local.upsert(
+            name, ready, update_filter=asked.update_filter, update_mode=asked.update_mode
+        )
+        return _DONE
+
+
+_DONE = {"operation_id": 0, "status": "completed"}
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json")
+
+
+def _selected(asked: Any) -> Any:
+    if asked.points is not None:
+        return models.PointIdsList(points=_ids(asked.points))
+    return models.FilterSelector(filter=asked.filter)
+
+
+def _ids(ids: list[Any]) -> list[Any]:
+    return [_id(one) for one in ids]
+
+
+def _id(one: Any) -> int | str:
+    """Return an id as a server keeps it."""
+    if type(one) is int and 0 <= one < 1 << 64:
+        return one
+    try:
+        return str(uuid.UUID(str(one)))
+    except ValueError:
+        raise Refusal(
+            400,
+            f"Format error in JSON body: value {one} is not a valid point ID, valid values are"
+            " either an unsigned integer or a UUID",
+        ) from None
+
+
+def _scaled(vector: Any, params: models.VectorParams) -> list[float]:
+    if len(vector) != params.size:
+        raise Refusal(
+            400,
+            f"Wrong input: Vector dimension error: expected dim: {params.size}, got {len(vector)}",
+        )
+    numbers = np.asarray(vector, dtype=np.float32)
+    if params.distance is models.Distance.COSINE:
+        length = np.float32(np.linalg.norm(numbers))
+        if length and abs(length - 1) > 1e-6:
+            numbers = (numbers / length).astype(np.float32)
+    return [float(number) for number in numbers]
