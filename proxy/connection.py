@@ -35,7 +35,6 @@ class Connection(web.RequestHandler):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Take note that the client sends no more; return True to keep the way back open."""
-        self._leave()
         # The body that is arriving is that of the newest request, taken up already or not.
         body = self._messages[-1][1] if self._messages else self.body
         # aiohttp waits for a request only when there is none in progress.
@@ -43,6 +42,7 @@ class Connection(web.RequestHandler):
             return None
         self.close()
         if body.is_eof():
+            self._leave()
             return True
         body.set_exception(web.RequestPayloadError("the body broke off"))
         # Nothing more is to be read, nor to be waited for after the reply.

@@ -78,18 +78,8 @@ def _kept(
         if (lower := name.lower()) not in unwanted
         and lower not in named
         and not lower.startswith(beginnings)
-        and _can_be_sent(value)
     )
 
 
 def _listed(values: Iterable[str]) -> Iterable[str]:
     return (part.strip().lower() for value in values for part in value.split(","))
-
-
-def _can_be_sent(value: str) -> bool:
-    """Tell whether a value is text; aiohttp reads other bytes, but cannot write them."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
