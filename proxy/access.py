@@ -38,7 +38,7 @@ class Access:
         """
         if self.is_open:
             return Caller()
-        given = [key for key in (_bearer(authorization or ""), *map(str.strip, others)) if key]
+        given = [key for key in (_bearer(authorization or ""), *others) if key]
         if not given:
             return Failure(
                 401,

@@ -151,8 +151,9 @@ async def test_the_limit_of_a_body_counts_however_it_comes(body, headers, upstre
         b"no gzip at all",
         gzip.compress(json.dumps(GOOD).encode())[:-12],
         gzip.compress(json.dumps(GOOD).encode())[:-8] + b"12345678",
+        gzip.compress(json.dumps(GOOD).encode())[:-8],
     ],
-    ids=["garbage", "cut", "wrong checksum"],
+    ids=["garbage", "cut", "wrong checksum", "no checksum"],
 )
 async def test_a_broken_gzip_body_is_a_400(content, upstream, start_proxy, caplog):
     """A body that does not decompress is the client's mistake, and no alarm in the log."""
