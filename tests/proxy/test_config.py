@@ -243,9 +243,9 @@ def test_each_mistake_is_one_line_with_file_key_and_remedy(text, key, remedy, tm
     [
         (b"server: {host: \xff}", "is not UTF-8 text"),
         (b"server: \x07", "is not valid YAML; correct the YAML there"),
-        (b"- server", "expected sections like `server:`, found something else"),
-        (b"server", "expected sections like `server:`, found something else"),
-        (b"false", "expected sections like `server:`, found something else"),
+        (b"- server", "expected keys such as `server:`, found something else"),
+        (b"server", "expected keys such as `server:`, found something else"),
+        (b"false", "expected keys such as `server:`, found something else"),
         (b"{}\n---\n{}\n", "line 2: but found another document; correct the YAML there"),
     ],
 )
