@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import aiohttp
+import hypothesis
 import openai
 import pytest
 from aiohttp import web
@@ -21,6 +22,10 @@ from proxy.service import EmbeddingService
 from proxy.settings import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# New examples are drawn at each run, so fewer of them at a time lose little and keep the suite short.
+hypothesis.settings.register_profile("suite", max_examples=50)
+hypothesis.settings.load_profile("suite")
 
 
 async def no_wait(_: float) -> None:

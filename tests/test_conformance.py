@@ -318,9 +318,13 @@ ROWS: list[tuple[Check, Mistake]] = [
 
 
 @pytest.fixture
-def bench(start_proxy, upstream, second, monkeypatch):
+def bench(start_proxy, upstream, second):
     key.keyring.cache_clear()
-    yield Bench(start_proxy, upstream, second, monkeypatch)
+    made = Keyring.key
+    # One for mistakes and checks alike: two would not undo in the reverse order of what was done.
+    with pytest.MonkeyPatch.context() as patch:
+        yield Bench(start_proxy, upstream, second, patch)
+    assert Keyring.key is made, "a mistake would go on in the tests to come"
     key.keyring.cache_clear()
 
 
@@ -333,7 +337,6 @@ async def test_row_holds(check, bench):
 @pytest.mark.parametrize(("check", "mistake"), ROWS, ids=[mistake.__name__ for _, mistake in ROWS])
 async def test_mistake_is_caught(check, mistake, bench):
     """The check of a row fails when its mistake is made on purpose."""
-    with pytest.MonkeyPatch.context() as patch:
-        mistake(patch)
-        with pytest.raises(AssertionError):
-            await check(bench)
+    mistake(bench.patch)
+    with pytest.raises(AssertionError):
+        await check(bench)
