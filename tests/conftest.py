@@ -24,7 +24,7 @@ from proxy.settings import Settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # New examples are drawn at each run: fewer at a time lose little, and keep the suite short.
-hypothesis.settings.register_profile("suite", max_examples=50)
+hypothesis.settings.register_profile("suite", max_examples=25)
 hypothesis.settings.load_profile("suite")
 
 
