@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+from cache.file.layout import Sql
 from providers.base import Account, Bill, Embedded, Outcome, nanodollars
 
 from .key import Key
-from .layout import Sql
 from .row import Partition
 from .usage import Usage
 

@@ -20,16 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from . import purge
-from .changes import Changes, Found, Kept, Use
-from .database import FAILURES, FILE_NAME, Database, is_damage
-from .disk import Disk, StoreError
+from cache.file.changes import Changes, Found, Kept, Use
+from cache.file.database import FAILURES, FILE_NAME, Database, is_damage
+from cache.file.disk import Disk, StoreError
+from cache.file.reading import read_ledger
+from cache.file.rest import Rest
+from cache.file.writer import Writer
+
+from .file import purge
 from .ledger import By, Heading, Line
-from .reading import read_ledger
-from .rest import Rest
 from .row import Partition
 from .usage import Usage
-from .writer import Writer
 
 log = logging.getLogger("embedding_proxy.store")
 

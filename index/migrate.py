@@ -18,17 +18,17 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from index.migration.collections import Old
+from index.migration.embed import Model, Patient
+from index.migration.journal import Journal, Phase, State
+from index.migration.points import Point, Points
+from index.migration.regime import Decision, Regime, choose
+from index.migration.template import Rule
 from providers import vector
 from providers.base import Space
 
-from . import migrate_collections as collections
 from .collection import Provenance
-from .journal import Journal, Phase, State
-from .migrate_collections import Old
-from .migrate_embed import Model, Patient
-from .migrate_points import Point, Points
-from .regime import Decision, Regime, choose
-from .template import Rule
+from .migration import collections
 
 Progress = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
 """Begins to show work of a name and a total, and gives what is told how much is done."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache.lock import WriterLock
+from cache.file.lock import WriterLock
 
 from . import outbox_file
 from .point import Backlog, Point, Target, Waiting

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from cache.lock import WriterLock
+from cache.file.lock import WriterLock
 
 from .collection import Making, Provenance, ensure
 from .connection import Connection

@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 
 import orjson
 
-from . import ratelimit, twins, vector
+from . import ratelimit, vector
 from .base import (
     Charge,
     CredentialsRefused,
@@ -31,6 +31,7 @@ from .base import (
     UpstreamFault,
     Vector,
 )
+from .batching import twins
 from .bill import MOST_NANODOLLARS, NANO
 
 _LONGEST_MESSAGE = 500

@@ -8,11 +8,12 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import split
+from providers.batching.calls import Calls
+from providers.batching.refused import is_about_a_field, is_about_an_input, is_about_size
+
 from .base import Context, Embedded, Embedder, Input, InputRefused, Space
-from .calls import Calls
+from .batching import split
 from .limits import Limits
-from .refused import is_about_a_field, is_about_an_input, is_about_size
 
 
 class Batcher:

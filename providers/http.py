@@ -8,8 +8,10 @@ from typing import ClassVar, Self
 
 import orjson
 
+from providers.routing.admission import Admission
+from providers.routing.throttle import estimate
+
 from . import answer, tokens
-from .admission import Admission
 from .base import (
     Context,
     Embedded,
@@ -20,7 +22,6 @@ from .base import (
     Space,
 )
 from .profile import Profile
-from .throttle import estimate
 from .transport import Reply, Transport
 
 log = logging.getLogger("embedding_proxy.provider")

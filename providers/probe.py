@@ -7,8 +7,9 @@ next month. The texts are few and short: asking costs about a hundred tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from providers.routing.route import Route
+
 from .base import Context, EmbeddingError, Input, InvalidAnswer, ProviderError, Space, Vector
-from .route import Route
 from .vector import cosine
 
 SAME = 0.999

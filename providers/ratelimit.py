@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .throttle import duration
+from providers.routing.throttle import duration
 
 _LONGEST = 2 * 86_400.0
 """Seconds; a larger number is a point in time rather than a wait."""

@@ -15,6 +15,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
+from providers.routing.counts import Counts
+from providers.routing.health import Upstreams
+from providers.routing.journey import ATTEMPTS, Journey
+from providers.routing.order import Latencies, Order, cheapest
+from providers.routing.route import Provider, Route
+from providers.routing.turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Shut, Turn
+
 from .base import (
     AllResting,
     Context,
@@ -27,11 +34,6 @@ from .base import (
     ProviderError,
     Space,
 )
-from .health import Upstreams
-from .journey import ATTEMPTS, Journey
-from .order import Latencies, Order, cheapest
-from .route import Provider, Route
-from .turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Counts, Shut, Turn
 
 __all__ = ["ATTEMPTS", "ATTEMPTS_A_ROUTE", "LONGEST_WAIT", "Order", "Provider", "Route", "Router"]
 

@@ -7,13 +7,17 @@ Rooms, and who may call whom (never upward, no circles)::
            └─ cache       never pays twice for one vector
                 └─ providers   turns inputs into vectors by asking an upstream
 
+What users and the other rooms ask for stands at the top of a package (`proxy.service`,
+`cache.embedder`, `providers.router`); what such a file is made of, in the folder beside it.
+
 One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which model) ->
 `cache.embedder` (look up, join, fill) -> `providers.batcher` (parts side by side) ->
 `providers.router` (routes, retries) -> a provider's `ask` -> `providers.answer` (checks) ->
 `cache.tiers` (disk, then memory) -> `wire` (render).
 A full hit never leaves `cache`.
 
-Any other `/v1` call walks `passthrough` -> `origin` and back, chunk by chunk, and meets no cache.
+Any other `/v1` call walks `onward.passthrough` -> `onward.origin` and back, chunk by chunk, and
+meets no cache.
 
 Words, one meaning each::
 

@@ -4,18 +4,19 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from . import body, ops
-from .access import Access
-from .cors import Cors
+from proxy.http.access import Access
+from proxy.http.cors import Cors
+from proxy.http.guard import CALLER, guard, stamp
+from proxy.http.metrics import Metrics
+from proxy.http.models import Models
+from proxy.http.status import Status
+from proxy.onward.origin import PREFIXES, Origin
+from proxy.onward.passthrough import Passthrough
+from proxy.settings.schema import Server, Settings
+
 from .embeddings import Embeddings
-from .guard import CALLER, guard, stamp
-from .metrics import Metrics
-from .models import Models
-from .origin import PREFIXES, Origin
-from .passthrough import Passthrough
+from .http import body, ops
 from .service import MIB, EmbeddingService
-from .settings import Server, Settings
-from .status import Status
 
 SERVICE = web.AppKey("service", EmbeddingService)
 

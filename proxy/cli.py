@@ -14,15 +14,16 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from proxy.commands.check import check
+from proxy.commands.common import ConfigOption, fail, one_line
+from proxy.commands.compare import compare
+from proxy.http.cache_control import MEANING
+
 from . import config, server
 from . import workers as processes
-from .cache_control import MEANING
 from .commands import cache as cache_commands
 from .commands import config as config_commands
 from .commands import export, migrate, migrate_end, stats, take_in, verify
-from .commands.check import check
-from .commands.common import ConfigOption, fail, one_line
-from .commands.compare import compare
 
 T = TypeVar("T")
 

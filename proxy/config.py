@@ -13,8 +13,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from .section import Section
-from .settings import Settings
+from proxy.settings.schema import Settings
+from proxy.settings.section import Section
 
 BUILT_IN = "the built-in configuration"
 

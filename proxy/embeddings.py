@@ -5,9 +5,10 @@ from functools import partial
 
 from aiohttp import web
 
+from proxy.embedding.result import Result
+from proxy.http.caller import Caller
+
 from . import wire
-from .caller import Caller
-from .result import Result
 from .service import EmbeddingService
 
 # Up to this many bytes, reading a body is quicker than handing it to a thread.

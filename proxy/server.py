@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from proxy.http.connection import Runner
+from proxy.settings.schema import Settings
+
 from .app import build_app
-from .connection import Runner
-from .settings import Settings
 
 log = logging.getLogger("embedding_proxy.server")
 

@@ -23,21 +23,23 @@ from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import Account, Context
-from providers.health import Upstreams
+from providers.routing.health import Upstreams
+from proxy.commands.known import Known, known
+from proxy.embedding.canary import Canaries
+from proxy.embedding.indexing import Indexing
+from proxy.embedding.inputs import prepare
+from proxy.embedding.learned import WIDTHS_FILE, Pins
+from proxy.embedding.opening import open_providers
+from proxy.embedding.registry import Model, Registry
+from proxy.embedding.result import Result, checked
+from proxy.http.cache_control import terms
+from proxy.http.caller import Caller
+from proxy.settings.schema import Settings
 
-from . import canary, fallback, index_field, indexing, widths, wire
-from .cache_control import terms
-from .caller import Caller
-from .canary import Canaries
+from . import wire
 from .config import load
-from .indexing import Indexing
-from .inputs import prepare
-from .known import Known, known
-from .learned import WIDTHS_FILE, Pins
-from .opening import open_providers
-from .registry import Model, Registry
-from .result import Result, checked
-from .settings import Settings
+from .embedding import canary, fallback, indexing, widths
+from .http import index_field
 from .wire import EmbeddingRequest
 
 MIB = 1 << 20

@@ -11,9 +11,9 @@ import orjson
 
 from providers import vector
 from providers.base import Input, InputRefused, Vector
+from proxy.http.index_field import NOTHING_SAID, Wish
 
-from . import index_field
-from .index_field import NOTHING_SAID, Wish
+from .http import index_field
 
 MOST_INPUTS = 2048
 """At OpenAI: inputs in one request, and ids in a token array that stands alone."""

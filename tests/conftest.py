@@ -17,9 +17,9 @@ from aioresponses import aioresponses
 from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
-from proxy.connection import Runner
+from proxy.http.connection import Runner
 from proxy.service import EmbeddingService
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

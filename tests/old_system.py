@@ -19,7 +19,7 @@ from qdrant_client import models
 from qdrant_server import QdrantServer
 
 from index.connection import Connection
-from index.template import Rule
+from index.migration.template import Rule
 
 LARGE = "text-embedding-3-large"
 MISTRAL = "mistral-embed"

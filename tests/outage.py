@@ -24,9 +24,9 @@ from aiohttp import web
 from fault_server import FaultServer, status
 
 from proxy.app import build_app
-from proxy.connection import Runner
+from proxy.http.connection import Runner
 from proxy.service import EmbeddingService
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 CLIENTS = 50
 WIDTH = 8

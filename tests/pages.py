@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 from proxy.cli import app
 from proxy.config import load
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

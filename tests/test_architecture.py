@@ -16,7 +16,7 @@ SEEN_BY_CACHE = {"providers.base", "providers.vector", "providers.tokens"}
 # A library, and the only files that may import it.
 DOORS = {
     "xxhash": {"cache/key.py"},
-    "diskcache": {"cache/database.py"},
+    "diskcache": {"cache/file/database.py"},
     "tenacity": {"providers/router.py"},
     "yaml": {"proxy/config.py"},
     "splintr": {"providers/tokens.py"},
@@ -33,17 +33,17 @@ DOORS = {
         "index/points.py",
         "index/connection.py",
         "index/collection.py",
-        "index/migrate_points.py",
-        "index/migrate_collections.py",
+        "index/migration/points.py",
+        "index/migration/collections.py",
         "index/translation.py",
         "index/writing.py",
     },
     "pydantic": {
-        "proxy/section.py",
-        "proxy/model_entry.py",
-        "proxy/upstreams.py",
-        "proxy/settings.py",
-        "proxy/index_section.py",
+        "proxy/settings/section.py",
+        "proxy/settings/model_entry.py",
+        "proxy/settings/upstreams.py",
+        "proxy/settings/schema.py",
+        "proxy/settings/index_section.py",
         "proxy/config.py",
     },
 }

@@ -7,8 +7,8 @@ from clock import Clock
 from fault_server import status, vector_of
 
 from providers.probe import TEXTS
-from proxy import canary
-from proxy.canary import Canaries
+from proxy.embedding import canary
+from proxy.embedding.canary import Canaries
 
 MODEL = "text-embedding-3-small"
 DAY = 86_400

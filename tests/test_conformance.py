@@ -21,7 +21,7 @@ from cache.key import Key, Keyring
 from providers import answer, tokens, vector
 from providers.http import HttpProvider
 from proxy import wire
-from proxy.access import Access
+from proxy.http.access import Access
 
 MODEL = "text-embedding-3-small"
 

@@ -10,14 +10,14 @@ import yaml
 from fault_server import status
 
 from cache.record import Entry, encode
-from proxy import headers
 from proxy.config import load
-from proxy.index_section import Qdrant
-from proxy.model_entry import Model, Route
-from proxy.origin import PREFIXES
-from proxy.section import Section
-from proxy.settings import DEFAULT_PROVIDERS, Provider, Settings
-from proxy.upstreams import Limits
+from proxy.onward import headers
+from proxy.onward.origin import PREFIXES
+from proxy.settings.index_section import Qdrant
+from proxy.settings.model_entry import Model, Route
+from proxy.settings.schema import DEFAULT_PROVIDERS, Provider, Settings
+from proxy.settings.section import Section
+from proxy.settings.upstreams import Limits
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")

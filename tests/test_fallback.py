@@ -7,7 +7,7 @@ import pytest
 from fault_server import hang, status, vector_of
 
 from proxy.config import ConfigError
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 OTHER = "mistralai/mistral-embed-2312"

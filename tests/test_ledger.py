@@ -10,7 +10,8 @@ from aiohttp import web
 from fault_server import FaultServer, cut, status, tokens_of
 from splintr import Tokenizer
 
-from cache import disk, ledger
+from cache import ledger
+from cache.file import disk
 from cache.ledger import By
 
 GIB = 1 << 30

@@ -10,7 +10,7 @@ from fault_server import vector_of
 
 from providers import tokens
 from proxy.config import ConfigError, load
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 UNCOUNTED = "baai/bge-m3"

@@ -16,7 +16,7 @@ from providers.base import Vector
 from providers.catalogue import CATALOGUE
 from providers.probe import SAME
 from proxy.service import EmbeddingService
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 TEXTS = ["The canteen serves lunch until two.", "Two keepers together open the vault."]
 VARIABLES = {

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from cache import backup, disk, purge
-from cache.database import Database
+from cache.file import disk, purge
+from cache.file.database import Database
 from cache.key import Namespace, keyring
+from cache.upkeep import backup
 from proxy import config
 from proxy.service import GIB
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 from . import spans
 from .common import (

@@ -7,14 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from cache import place
-from cache.place import Inspection
-from proxy import config, index_check
-from proxy.checkup import Checkup, examine
-from proxy.choice import Choice
-from proxy.finding import Finding
+from cache.upkeep import place
+from cache.upkeep.place import Inspection
+from proxy import config
 from proxy.service import GIB
-from proxy.settings import Cache
+from proxy.settings.schema import Cache
+from proxy.trials import index_check
+from proxy.trials.checkup import Checkup, examine
+from proxy.trials.choice import Choice
+from proxy.trials.finding import Finding
 
 from .common import ConfigOption, JsonOption, path_text, print_json, printable, progress, size
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import orjson
 import typer
 
-from cache.archive import ArchiveError
-from cache.disk import StoreError
-from cache.pairs import SourceError
+from cache.file.disk import StoreError
+from cache.upkeep.archive import ArchiveError
+from cache.upkeep.pairs import SourceError
 from index.failures import QdrantFailure
-from index.journal import JournalError
 from index.migrate import MigrationRefused
+from index.migration.journal import JournalError
 from providers.base import EmbeddingError
 from proxy.config import ConfigError
 from proxy.server import PortUnavailable

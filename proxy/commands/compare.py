@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from providers import tokens
-from proxy import comparison, config, samples
-from proxy.candidates import Candidates, find
-from proxy.choice import Choice
+from proxy import config
 from proxy.config import ConfigError
-from proxy.finding import Finding
-from proxy.settings import Settings
-from proxy.trial import Plan, Trial, cost, run
+from proxy.settings.schema import Settings
+from proxy.trials import comparison, samples
+from proxy.trials.candidates import Candidates, find
+from proxy.trials.choice import Choice
+from proxy.trials.finding import Finding
+from proxy.trials.trial import Plan, Trial, cost, run
 
 from .common import (
     ConfigOption,

@@ -5,11 +5,11 @@ from typing import Any
 
 import typer
 
-from proxy import plot
-from proxy.comparison import Likeness, Report, Row, name_of
-from proxy.plot import Point
-from proxy.samples import Samples
-from proxy.trial import Plan, Trial, cost
+from proxy.trials import plot
+from proxy.trials.comparison import Likeness, Report, Row, name_of
+from proxy.trials.plot import Point
+from proxy.trials.samples import Samples
+from proxy.trials.trial import Plan, Trial, cost
 
 from .common import console, printable, size
 

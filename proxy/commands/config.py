@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from proxy import config, effective
-from proxy.conversion import Converted, convert
+from proxy import config
+from proxy.settings import effective
+from proxy.settings.conversion import Converted, convert
 
 from .common import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
 

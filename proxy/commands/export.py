@@ -9,9 +9,9 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from cache import archive, transfer
-from cache.purge import Choice, count
+from cache.file.purge import Choice, count
 from cache.row import Row
+from cache.upkeep import archive, transfer
 from proxy import config
 
 from .cache import NamespaceOption, SpaceOption, app, opened

@@ -8,24 +8,24 @@ from typing import Annotated
 
 import typer
 
-from cache.lock import WriterLock
+from cache.file.lock import WriterLock
 from index import migrate as begins
-from index import migrate_collections as collections
-from index.journal import Journal, JournalError, State
 from index.migrate import DEFAULT, Migration, MigrationRefused, Pace, Wanted, begin
-from index.migrate_copy import copy, follow
-from index.migrate_plan import Plan, Survey
-from index.migrate_points import Points
-from index.migrate_proof import prove
-from index.regime import Regime
+from index.migration import collections
+from index.migration.copy import copy, follow
+from index.migration.journal import Journal, JournalError, State
+from index.migration.plan import Plan, Survey
+from index.migration.points import Points
+from index.migration.proof import prove
+from index.migration.regime import Regime
 from providers.base import EmbeddingError
 from providers.probe import SAME
-from proxy.migrating import Target, settings_for
 from proxy.service import EmbeddingService
 
 from . import migrate_ask as ask
 from . import migrate_show as show
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
+from .migrating import Target, settings_for
 
 app = typer.Typer(
     no_args_is_help=True,

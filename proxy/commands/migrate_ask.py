@@ -9,17 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from index.connection import Connection
-from index.journal import Journal
 from index.migrate import Wanted
-from index.regime import Regime
-from index.template import Rule, TemplateError
+from index.migration.journal import Journal
+from index.migration.regime import Regime
+from index.migration.template import Rule, TemplateError
 from proxy import config
 from proxy.config import ConfigError
-from proxy.indexing import connection as configured
-from proxy.migrating import Named, named, width_of
-from proxy.settings import Settings
+from proxy.embedding.indexing import connection as configured
+from proxy.settings.schema import Settings
 
 from .common import plain
+from .migrating import Named, named, width_of
 
 CollectionsArgument = Annotated[
     list[str] | None,

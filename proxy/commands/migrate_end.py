@@ -9,24 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from index import migrate_collections as collections
-from index import migrate_switch as switching
-from index.journal import Journal, State
 from index.migrate import DEFAULT, Migration, MigrationRefused, Pace
-from index.migrate_points import Points
-from index.migrate_verify import Verdict
-from index.template import Rule
+from index.migration import collections
+from index.migration import switch as switching
+from index.migration.journal import Journal, State
+from index.migration.points import Points
+from index.migration.template import Rule
+from index.migration.verify import Verdict
 from providers.probe import SAME
 from proxy import config
 from proxy.config import ConfigError
-from proxy.migrating import Target, named, settings_for
 from proxy.service import EmbeddingService
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 from . import migrate_ask as ask
 from . import migrate_show as show
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
 from .migrate import app, held
+from .migrating import Target, named, settings_for
 
 Names = Annotated[
     list[str] | None,

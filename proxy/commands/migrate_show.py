@@ -6,9 +6,9 @@ from typing import Any
 
 import typer
 
-from index.journal import Journal, Phase, State
-from index.migrate_plan import Plan
-from index.migrate_verify import Verdict
+from index.migration.journal import Journal, Phase, State
+from index.migration.plan import Plan
+from index.migration.verify import Verdict
 
 from .common import age, path_text
 

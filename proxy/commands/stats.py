@@ -6,10 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cache import ledger, stats
-from proxy import config, sums
+from cache import ledger
+from cache.upkeep import stats
+from proxy import config
+from proxy.http import sums
 from proxy.service import GIB
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 from .cache import app, opened
 from .common import ConfigOption, JsonOption, age, console, path_text, print_json, size

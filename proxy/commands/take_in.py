@@ -11,18 +11,18 @@ from typing import Annotated, BinaryIO
 
 import typer
 
-from cache import archive, transfer
-from cache.archive import ArchiveError
 from cache.key import Namespace, keyring
-from cache.pairs import Source
 from cache.row import Row
-from providers.health import Upstreams
+from cache.upkeep import archive, transfer
+from cache.upkeep.archive import ArchiveError
+from cache.upkeep.pairs import Source
+from providers.routing.health import Upstreams
 from proxy import config
-from proxy.adopt import Adoption, SampleDiffers, Survey
-from proxy.opening import batched, make_router, open_providers
-from proxy.settings import Settings
+from proxy.embedding.opening import batched, make_router, open_providers
+from proxy.settings.schema import Settings
 from proxy.sources import FORMATS, open_source
 
+from .adopt import Adoption, SampleDiffers, Survey
 from .cache import app, opened
 from .common import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
 

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from cache import disk, salvage, transfer, verify
-from cache.database import FILE_NAME, set_aside
-from cache.disk import StoreError
+from cache.file import disk
+from cache.file.database import FILE_NAME, set_aside
+from cache.file.disk import StoreError
 from cache.row import Row
-from cache.verify import Findings
+from cache.upkeep import salvage, transfer, verify
+from cache.upkeep.verify import Findings
 from proxy import config
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 from .cache import app, opened
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress

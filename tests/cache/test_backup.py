@@ -8,12 +8,13 @@ from contextlib import closing
 
 import pytest
 
-from cache import backup, disk, transfer
-from cache.disk import StoreError
-from cache.purge import Choice
+from cache.file import disk
+from cache.file.disk import StoreError
+from cache.file.purge import Choice
 from cache.record import Entry, encode
 from cache.row import Partition, Row
 from cache.store import Store
+from cache.upkeep import backup, transfer
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cache import database, purge
-from cache import disk as disk_module
-from cache.changes import Changes, Kept
-from cache.database import Database
-from cache.disk import Disk, StoreError
+from cache.file import database, purge
+from cache.file import disk as disk_module
+from cache.file.changes import Changes, Kept
+from cache.file.database import Database
+from cache.file.disk import Disk, StoreError
+from cache.file.layout import PAGE_BYTES
 from cache.key import FORMAT
-from cache.layout import PAGE_BYTES
 from cache.row import Partition
 from cache.store import Store
 from tests.cache.fakes import settle

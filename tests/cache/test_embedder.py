@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import database, purge
-from cache.disk import opened
 from cache.embedder import CachingEmbedder
+from cache.file import database, purge
+from cache.file.disk import opened
 from cache.flight import Flights
 from cache.memory import Memory
 from cache.store import Store

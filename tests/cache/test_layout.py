@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cache import layout
-from cache.database import is_damage
+from cache.file import layout
+from cache.file.database import is_damage
 from cache.key import FORMAT, keyring
 from cache.ledger import Heading
 from cache.memory import Memory
@@ -222,9 +222,9 @@ async def test_an_upgrade_that_fails_leaves_the_old_file_whole(old, monkeypatch,
 OPENER = """
 import os, signal, sys
 from pathlib import Path
-from cache import layout
-from cache.database import Database
-from cache.disk import folder_of, lock_of
+from cache.file import layout
+from cache.file.database import Database
+from cache.file.disk import folder_of, lock_of
 
 directory, place, steps, ran = Path(sys.argv[1]), int(sys.argv[2]), layout.missing_steps, []
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import ledger
-from cache.changes import Changes
-from cache.disk import opened
 from cache.embedder import CachingEmbedder
+from cache.file.changes import Changes
+from cache.file.disk import opened
 from cache.flight import Flights
 from cache.key import Namespace, keyring
 from cache.ledger import By, Heading, usage_of

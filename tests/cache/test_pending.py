@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import pending as pending_module
-from cache.changes import Changes, Kept, Use
-from cache.pending import Pending
+from cache.file import pending as pending_module
+from cache.file.changes import Changes, Kept, Use
+from cache.file.pending import Pending
 from cache.row import Partition
 from cache.usage import Usage
 

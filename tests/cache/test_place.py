@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from disk_faults import CannotMount, read_only
 
-from cache import disk, place
+from cache.file import disk
+from cache.upkeep import place
 
 GIB = 1 << 30
 MOUNTS = """\
@@ -125,6 +126,6 @@ def test_a_store_that_is_locked_is_a_problem_of_the_moment(tmp_path, monkeypatch
     """Who keeps the lock is waited for with a limit, and then told of."""
     with disk.opened(tmp_path, GIB, create=True):
         pass
-    monkeypatch.setattr("cache.database.BUSY_SECONDS", 0.0)
+    monkeypatch.setattr("cache.file.database.BUSY_SECONDS", 0.0)
     with closing(disk.lock_of(tmp_path)) as lock, lock:
         assert "another process keeps writing" in place.inspect(tmp_path, GIB).problem

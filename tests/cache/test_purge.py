@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import changes as changes_module
-from cache import purge
-from cache.changes import TOUCH_MS, Changes, Kept, Use
-from cache.database import Database
-from cache.disk import folder_of, lock_of
+from cache.file import changes as changes_module
+from cache.file import purge
+from cache.file.changes import TOUCH_MS, Changes, Kept, Use
+from cache.file.database import Database
+from cache.file.disk import folder_of, lock_of
+from cache.file.purge import Choice
 from cache.memory import Memory
-from cache.purge import Choice
 from cache.record import encode
 from cache.row import Partition
 from cache.store import Store

@@ -5,11 +5,12 @@ import time
 
 import pytest
 
-from cache import disk, stats
-from cache.changes import Changes, Kept
+from cache.file import disk
+from cache.file.changes import Changes, Kept
 from cache.ledger import Heading
 from cache.record import Entry, encode
 from cache.row import Partition
+from cache.upkeep import stats
 from cache.usage import Usage
 
 GIB = 1 << 30

@@ -9,10 +9,11 @@ import time
 
 import pytest
 
-from cache import disk, transfer
-from cache.purge import Choice
+from cache.file import disk
+from cache.file.purge import Choice
 from cache.record import Entry, encode
 from cache.row import Partition, Row
+from cache.upkeep import transfer
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 4)

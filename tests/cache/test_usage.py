@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import database
 from cache import store as store_module
+from cache.file import database
 from cache.ledger import Heading
 from cache.row import Partition
 from cache.store import Store

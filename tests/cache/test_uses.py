@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import uses as uses_module
-from cache.changes import Use
+from cache.file.changes import Use
 from cache.uses import Uses
 
 ADDRESSES = [bytes([i]) for i in range(8)]

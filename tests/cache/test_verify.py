@@ -6,14 +6,15 @@ import struct
 
 import pytest
 
-from cache import disk, transfer, verify
-from cache.database import FILE_NAME
-from cache.disk import StoreError
-from cache.layout import PAGE_BYTES
-from cache.purge import Choice
+from cache.file import disk
+from cache.file.database import FILE_NAME
+from cache.file.disk import StoreError
+from cache.file.layout import PAGE_BYTES
+from cache.file.purge import Choice
 from cache.record import Entry, encode
 from cache.row import Partition, Row
-from cache.verify import Findings
+from cache.upkeep import transfer, verify
+from cache.upkeep.verify import Findings
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)

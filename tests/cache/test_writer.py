@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import pending as pending_module
-from cache.changes import Kept, Use
-from cache.database import FileReplaced
+from cache.file import pending as pending_module
+from cache.file.changes import Kept, Use
+from cache.file.database import FileReplaced
+from cache.file.writer import Writer
 from cache.ledger import Heading
 from cache.row import Partition
 from cache.usage import Usage
-from cache.writer import Writer
 from tests.cache.fakes import Turnstile, settle
 
 P = Partition("", "m", 4)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from index.journal import Counts, Journal, JournalError, Phase, State
+from index.migration.journal import Counts, Journal, JournalError, Phase, State
 
 STATE = State(
     place="http://localhost:6333",

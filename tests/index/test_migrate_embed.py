@@ -2,7 +2,7 @@
 
 import pytest
 
-from index.migrate_embed import LONGEST_WAIT_S, MOST_TRIES, Patient, Refused
+from index.migration.embed import LONGEST_WAIT_S, MOST_TRIES, Patient, Refused
 from providers.base import (
     AllResting,
     InputRefused,

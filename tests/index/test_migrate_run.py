@@ -8,19 +8,19 @@ from fault_server import vector_of
 from qdrant_client import models
 from qdrant_server import QdrantServer, overloaded
 
-from index import migrate_collections as collections
 from index.connection import Connection
 from index.failures import Missing, OtherSpace, Rejected
-from index.journal import Journal, Phase
 from index.migrate import Migration, MigrationRefused, Pace, Wanted, begin, restart, state_for
-from index.migrate_copy import copy, follow
-from index.migrate_plan import Survey
-from index.migrate_points import Points
-from index.migrate_proof import prove
-from index.migrate_switch import cutover, finalize, rollback
-from index.migrate_verify import verify
-from index.regime import Regime
-from index.template import Rule
+from index.migration import collections
+from index.migration.copy import copy, follow
+from index.migration.journal import Journal, Phase
+from index.migration.plan import Survey
+from index.migration.points import Points
+from index.migration.proof import prove
+from index.migration.regime import Regime
+from index.migration.switch import cutover, finalize, rollback
+from index.migration.template import Rule
+from index.migration.verify import verify
 from providers.base import InputRefused, Space
 
 WIDTH = 8

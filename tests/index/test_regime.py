@@ -2,7 +2,7 @@
 
 import pytest
 
-from index.regime import Regime, RegimeRefused, choose
+from index.migration.regime import Regime, RegimeRefused, choose
 from providers.base import Space
 
 LARGE = Space("openai/large", 8, matryoshka=True)

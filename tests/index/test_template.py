@@ -2,7 +2,7 @@
 
 import pytest
 
-from index.template import Rule, TemplateError
+from index.migration.template import Rule, TemplateError
 
 TICKET = {"title": "T", "description": "D", "tags": ["a", "b"], "meta": {"team": "x", "n": 3}}
 

@@ -2,9 +2,9 @@
 
 import asyncio
 
-from providers.admission import MOST_MODELS, Admission
 from providers.base import Context
 from providers.limits import Limits
+from providers.routing.admission import MOST_MODELS, Admission
 
 
 async def _turn(admission, model):

@@ -17,11 +17,11 @@ from providers.base import (
     Space,
 )
 from providers.batcher import Batcher
-from providers.calls import assembled
+from providers.batching.calls import assembled
+from providers.batching.split import LEAST
+from providers.batching.within import limits_of
 from providers.limits import Limits
-from providers.route import Route
-from providers.split import LEAST
-from providers.within import limits_of
+from providers.routing.route import Route
 from tests.providers.fakes import Kept, Upstream, check, refusing, settle, tokens_of, vector_of
 
 SPACE = Space("m", 2)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from providers.base import Account, Bill, Charge, Context, InvalidAnswer, RateLimited, Space
 from providers.batcher import Batcher
+from providers.batching.gather import Gatherer
 from providers.bill import MOST_NANODOLLARS, nanodollars
-from providers.gather import Gatherer
 from providers.limits import Limits
-from providers.route import Route
 from providers.router import Router
+from providers.routing.route import Route
 from providers.tokens import share
 from tests.providers.fakes import Upstream, tokens_of
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from providers.breaker import (
+from providers.routing.breaker import (
     FEWEST,
     FIRST_OPEN,
     IN_A_ROW,

@@ -4,7 +4,7 @@ from clock import Clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from providers.budget import FLOOR, SHARE, WINDOW, Budget
+from providers.routing.budget import FLOOR, SHARE, WINDOW, Budget
 
 
 def made():

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from providers import gather
 from providers.base import Context, DeadlineExceeded, InputRefused, RateLimited, Space
-from providers.gather import Gatherer
+from providers.batching import gather
+from providers.batching.gather import Gatherer
 from providers.limits import Limits
 from tests.providers.fakes import Kept, Upstream, check, refusing, settle, vector_of
 

@@ -16,9 +16,9 @@ from providers.base import (
     Space,
     UpstreamFault,
 )
-from providers.health import Upstreams
 from providers.limits import Limits
 from providers.router import Route, Router
+from providers.routing.health import Upstreams
 from tests.providers.fakes import Kept, Upstream, check, settle
 
 SPACE = Space("vendor/model", 2)

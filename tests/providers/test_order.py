@@ -5,8 +5,8 @@ from itertools import count
 import pytest
 from clock import Clock
 
-from providers.order import INPUTS_A_CALL, TRY_EVERY, Latencies, cheapest
-from providers.route import Route
+from providers.routing.order import INPUTS_A_CALL, TRY_EVERY, Latencies, cheapest
+from providers.routing.route import Route
 
 
 class Named:

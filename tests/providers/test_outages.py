@@ -27,12 +27,12 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
-from providers.breaker import State
-from providers.budget import FLOOR
-from providers.faults import NO_CREDIT_REST, NO_KEY_REST, rule
-from providers.health import LONGEST_REST, Upstreams
 from providers.router import Route, Router
-from providers.turn import PROBE_LIMIT
+from providers.routing.breaker import State
+from providers.routing.budget import FLOOR
+from providers.routing.faults import NO_CREDIT_REST, NO_KEY_REST, rule
+from providers.routing.health import LONGEST_REST, Upstreams
+from providers.routing.turn import PROBE_LIMIT
 
 SPACE = Space("vendor/model", 2)
 
@@ -506,7 +506,7 @@ async def test_an_attempt_leaves_time_for_the_next_route():
 async def test_a_probe_that_hangs_does_not_hold_up_its_request(monkeypatch):
     """Where another route could answer, a probe gets seconds, whatever the provider's limit."""
     assert PROBE_LIMIT <= 10
-    monkeypatch.setattr("providers.turn.PROBE_LIMIT", 0.001)
+    monkeypatch.setattr("providers.routing.turn.PROBE_LIMIT", 0.001)
     world = World(lambda: error(UpstreamFault))
     while world.state("a") is State.CLOSED:
         await world.ask()

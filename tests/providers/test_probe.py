@@ -5,7 +5,7 @@ from clock import Clock
 
 from providers.base import Context, Embedded, Space, UpstreamFault
 from providers.probe import SAME, TEXTS, agreement, probe
-from providers.route import Route
+from providers.routing.route import Route
 
 SPACE = Space("vendor/model", 4)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from providers import split
 from providers.base import Context, Space
+from providers.batching import split
 from providers.limits import Limits
 
 COUNTED = Space("m", 2, tokenizer="cl100k_base")

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from providers.base import Full, RateLimited
-from providers.throttle import LONGEST_HOLD, LONGEST_PAUSE, Bucket, Throttle, duration, estimate
+from providers.routing.throttle import (
+    LONGEST_HOLD,
+    LONGEST_PAUSE,
+    Bucket,
+    Throttle,
+    duration,
+    estimate,
+)
 
 
 class Clock:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from providers import twins
+from providers.batching import twins
 
 A, B = b"a" * 64, b"b" * 64
 

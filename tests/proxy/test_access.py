@@ -4,9 +4,9 @@ import hashlib
 
 import pytest
 
-from proxy.access import Access
-from proxy.caller import Caller
-from proxy.settings import ClientKey
+from proxy.http.access import Access
+from proxy.http.caller import Caller
+from proxy.settings.schema import ClientKey
 
 FIRST = ClientKey(key="first-key", name="the first")
 SECOND = ClientKey(key="zweiter-schlüssel", namespace="team")

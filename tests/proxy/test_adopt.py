@@ -9,10 +9,10 @@ import pytest
 
 from cache import record
 from cache.key import Namespace, keyring
-from cache.pairs import Pair, Refused
+from cache.upkeep.pairs import Pair, Refused
 from providers.base import Embedded, ProviderError, Space
 from providers.vector import from_numbers
-from proxy.adopt import Adoption, SampleDiffers
+from proxy.commands.adopt import Adoption, SampleDiffers
 
 SPACE = Space("a/space", 4, tokenizer="cl100k_base")
 RING = keyring(SPACE, Namespace("tenant"))

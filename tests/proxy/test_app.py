@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from fault_server import status
 
-from proxy.guard import _unrouted
+from proxy.http.guard import _unrouted
 
 SMALL = "text-embedding-3-small"
 ADA = "text-embedding-ada-002"

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from proxy.attendance import Attendance, ClientLeft, Stalled
-from proxy.connection import Connection
+from proxy.http.connection import Connection
+from proxy.onward.attendance import Attendance, ClientLeft, Stalled
 
 
 @pytest.fixture

@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from fault_server import vector_of
 
-from cache import backup, database, disk, purge, transfer, verify
-from cache.changes import Changes
+from cache.file import database, disk, purge
+from cache.file.changes import Changes
+from cache.file.layout import PAGE_BYTES
 from cache.key import Namespace, keyring
-from cache.layout import PAGE_BYTES
 from cache.ledger import Heading
 from cache.record import Entry, encode
 from cache.row import Row
+from cache.upkeep import backup, transfer, verify
 from cache.usage import Usage
 from providers.base import Space
 from providers.bill import NANO

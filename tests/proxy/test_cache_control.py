@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from providers.base import NORMAL, Terms
-from proxy.cache_control import MEANING, CacheControl, Mode, parse, terms
+from proxy.http.cache_control import MEANING, CacheControl, Mode, parse, terms
 
 MODES = get_args(Mode)
 NOTHING = CacheControl()

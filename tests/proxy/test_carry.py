@@ -21,11 +21,12 @@ from pyarrow import parquet
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, PointStruct, VectorParams
 
-from cache import archive, disk, transfer
+from cache.file import disk
+from cache.file.purge import Choice
 from cache.key import Namespace, checksum, keyring
-from cache.purge import Choice
 from cache.record import Entry, decode, encode
 from cache.row import Row
+from cache.upkeep import archive, transfer
 from providers.base import Space
 from proxy import cli
 from proxy.sources.langchain import _uuid

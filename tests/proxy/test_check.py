@@ -18,12 +18,13 @@ from providers import tokens
 from providers.base import Space
 from providers.openai import OpenAI
 from providers.probe import TEXTS, Probe
-from providers.route import Route
-from proxy import checkup, cli
-from proxy.choice import Choice, choose
+from providers.routing.route import Route
+from proxy import cli
 from proxy.config import ConfigError
-from proxy.finding import Finding
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
+from proxy.trials import checkup
+from proxy.trials.choice import Choice, choose
+from proxy.trials.finding import Finding
 
 ROOT = Path(__file__).parents[2]
 SMALL = "text-embedding-3-small"
@@ -518,7 +519,7 @@ async def test_a_cache_on_a_network_or_a_small_disk_is_told(check, upstream, tmp
     """Neither stops the proxy, so neither is a failure."""
     mounts = tmp_path / "mounts"
     mounts.write_text(f"host:/x {tmp_path} nfs4 rw 0 0\n")
-    monkeypatch.setattr("cache.place._MOUNTS", mounts)
+    monkeypatch.setattr("cache.upkeep.place._MOUNTS", mounts)
     cache = {"directory": str(tmp_path / "cache"), "size_limit_gib": 1e6}
     done = await check(providers=_at(upstream), cache=cache)
     assert done.code == 0

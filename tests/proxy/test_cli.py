@@ -19,8 +19,8 @@ from aiohttp import web
 
 from cache.store import StoreError
 from proxy import cli
-from proxy.cache_control import MEANING
 from proxy.demo import DemoFailed
+from proxy.http.cache_control import MEANING
 from proxy.server import PortUnavailable
 
 ROOT = Path(__file__).parents[2]

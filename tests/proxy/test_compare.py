@@ -10,7 +10,8 @@ from xml.etree import ElementTree as ET
 import pytest
 from fault_server import hang, status
 
-from proxy import cli, trial
+from proxy import cli
+from proxy.trials import trial
 
 ROOT = Path(__file__).parents[2]
 SMALL = "text-embedding-3-small"

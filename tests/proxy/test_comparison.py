@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from providers.base import Space
-from providers.route import Route
-from proxy.comparison import report
-from proxy.finding import Finding
-from proxy.samples import Samples
-from proxy.trial import Plan, Trial
+from providers.routing.route import Route
+from proxy.trials.comparison import report
+from proxy.trials.finding import Finding
+from proxy.trials.samples import Samples
+from proxy.trials.trial import Plan, Trial
 
 TEXTS = Samples(["a", "b", "c", "d", "e"], 5, {})
 PAIRS = Samples(["a", "b", "c", "d", "q"], 4, {4: frozenset({0, 1})})

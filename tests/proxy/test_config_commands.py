@@ -10,7 +10,7 @@ import yaml
 
 from proxy import cli
 from proxy.config import ConfigError, load
-from proxy.conversion import convert
+from proxy.settings.conversion import convert
 
 ROOT = Path(__file__).parents[2]
 SECRET = "sk-proj-abcdefgh12345678"

@@ -10,7 +10,7 @@ from typing import Self
 import pytest
 from aiohttp import web
 
-from proxy.connection import Runner
+from proxy.http.connection import Runner
 
 GOOD = b'{"model":"text-embedding-3-small","input":"a"}'
 LINE = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\n"

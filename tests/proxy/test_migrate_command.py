@@ -11,12 +11,12 @@ from fault_server import status
 from old_system import LARGE, MISTRAL, Done, OldSystem
 from qdrant_client import models
 
-from index.journal import Journal
+from index.migration.journal import Journal
 from proxy import cli
 from proxy.commands.migrate import held
+from proxy.commands.migrating import named, settings_for, width_of
 from proxy.config import ConfigError
-from proxy.migrating import named, settings_for, width_of
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 CONTEXT = "hephaestus_project_context"
 

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from any_server import AnyServer
 
-from proxy import origin
+from proxy.onward import origin
 
 SMALL = "text-embedding-3-small"
 

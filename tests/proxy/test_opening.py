@@ -11,12 +11,12 @@ from cache.store import Store
 from cache.tiers import Tiers
 from providers.base import Context, NoRoute
 from providers.catalogue import CATALOGUE
-from providers.health import Upstreams
+from providers.routing.health import Upstreams
 from proxy.config import ConfigError
-from proxy.learned import Pins
-from proxy.opening import open_providers
-from proxy.registry import Registry
-from proxy.settings import Provider, Settings
+from proxy.embedding.learned import Pins
+from proxy.embedding.opening import open_providers
+from proxy.embedding.registry import Registry
+from proxy.settings.schema import Provider, Settings
 
 SMALL = "text-embedding-3-small"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.ops import OPEN_PATHS
+from proxy.http.ops import OPEN_PATHS
 
 
 @pytest.mark.parametrize("path", sorted(OPEN_PATHS))

@@ -5,7 +5,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from proxy.plot import HEIGHT, WIDTH, Point, _axis, svg
+from proxy.trials.plot import HEIGHT, WIDTH, Point, _axis, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

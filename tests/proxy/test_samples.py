@@ -4,9 +4,9 @@ import gzip
 
 import pytest
 
-from cache.pairs import SourceError
-from proxy import samples
-from proxy.samples import read
+from cache.upkeep.pairs import SourceError
+from proxy.trials import samples
+from proxy.trials.samples import read
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from aiohttp import web
 from cache.store import StoreError
 from proxy import server
 from proxy.server import PortUnavailable, base_url, listen, serve
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
 

@@ -10,9 +10,9 @@ from fault_server import FaultServer, vector_of
 
 from cache.store import StoreError
 from providers.base import InputRefused, NoRoute, Outcome
-from proxy.registry import ModelUnknown
+from proxy.embedding.registry import ModelUnknown
 from proxy.service import EmbeddingService
-from proxy.settings import Settings
+from proxy.settings.schema import Settings
 
 SMALL = "text-embedding-3-small"
 ADA = "text-embedding-ada-002"

@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from providers.catalogue import CATALOGUE
-from proxy.model_entry import Route
-from proxy.settings import DEFAULT_PROVIDERS, Cache, Provider, Settings
+from proxy.settings.model_entry import Route
+from proxy.settings.schema import DEFAULT_PROVIDERS, Cache, Provider, Settings
 
 ROUTES = [{"provider": "openai", "model": "m"}]
 SMALL = "text-embedding-3-small"

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from providers import kinds
 from providers.limits import Limits, Timeouts
-from proxy.settings import Settings
-from proxy.upstreams import Provider
+from proxy.settings.schema import Settings
+from proxy.settings.upstreams import Provider
 
 ADDRESS = "https://h.example/v1"
 

@@ -1,0 +1,158 @@
+"""What one transaction on the disk tier does, and the statements that do it."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from cache.ledger import Heading
+from cache.row import Partition
+from cache.usage import Usage
+
+TOUCH_MS = 3_600_000
+"""A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
+
+# Writes a record whether or not there is one; a row that was anything else becomes raw bytes.
+_PUT = """
+    INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VALUES (?, 1, ?, ?, 1, ?)
+    ON CONFLICT (key, raw) DO UPDATE SET
+        store_time = excluded.store_time, access_time = excluded.access_time,
+        expire_time = NULL, size = 0, mode = 1, filename = NULL, value = excluded.value
+"""
+# The same, but for those where there is a record.
+_PUT_NEW = f"{_PUT} WHERE Cache.mode != 1 OR typeof(Cache.value) != 'blob'"
+_ENTER = """
+    INSERT INTO Entries (id, partition, stored, used)
+    SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
+    ON CONFLICT (id) DO UPDATE SET
+        partition = coalesce(excluded.partition, partition),
+        stored = excluded.stored, used = excluded.used
+"""
+_ENTER_NEW = """
+    INSERT OR IGNORE INTO Entries (id, partition, stored, used)
+    SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
+"""
+_DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND value = ?"
+# An entry of an early version learns here which partition it belongs to.
+_TOUCH = """
+    UPDATE Entries SET used = max(used, ?), partition = coalesce(partition, ?)
+    WHERE id = (SELECT rowid FROM Cache WHERE key = ? AND raw = 1)
+    AND (used < ? OR partition IS NULL)
+"""
+_COUNT = """
+    INSERT INTO Usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (day, partition, model, provider, client) DO UPDATE SET
+        hits = hits + excluded.hits, joins = joins + excluded.joins,
+        misses = misses + excluded.misses, duplicates = duplicates + excluded.duplicates,
+        tokens_saved = tokens_saved + excluded.tokens_saved,
+        tokens_billed = tokens_billed + excluded.tokens_billed,
+        nanodollars_saved = nanodollars_saved + excluded.nanodollars_saved,
+        nanodollars_billed = nanodollars_billed + excluded.nanodollars_billed
+"""
+
+
+class Found(NamedTuple):
+    """A record that was read."""
+
+    record: bytes
+    stored: float
+    """When it was bought, in seconds since 1970."""
+
+
+class Kept(NamedTuple):
+    """A record to be written."""
+
+    record: bytes
+    partition: Partition | None
+    stored: float | None = None
+    """When it was bought, in seconds since 1970; None = now."""
+
+
+class Use(NamedTuple):
+    """That an entry was read."""
+
+    at: int
+    """Milliseconds since 1970."""
+    partition: Partition | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Changes:
+    """What one transaction does."""
+
+    records: dict[bytes, Kept] = field(default_factory=dict)
+    """Written, by address."""
+    dead: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """Deleted: address and record, so that a newer record under the address stays."""
+    only_new: bool = False
+    """Whether records that are there stay; else they are replaced."""
+    used: dict[bytes, Use] = field(default_factory=dict)
+    """Uses noted, by address."""
+    usage: dict[tuple[int, Heading], Usage] = field(default_factory=dict)
+    """Added to the sums, by day (since 1970, UTC) and heading."""
+
+    def parts(self, most_bytes: int) -> "Iterator[Changes]":
+        """Yield changes that are the same together, of at most about so many bytes each."""
+        part, size = replace(self, records={}), 0
+        for address, kept in self.records.items():
+            if size and size + len(kept.record) > most_bytes:
+                yield part
+                part, size = Changes(only_new=self.only_new), 0
+            part.records[address] = kept
+            size += len(kept.record)
+        yield part
+
+    def count(self, day: int, heading: Heading, usage: Usage) -> None:
+        """Add to the sums of a day."""
+        sums = self.usage.get((day, heading))
+        self.usage[day, heading] = usage if sums is None else sums.plus(usage)
+
+    def delete_dead(self, connection: Any) -> None:  # noqa: ANN401 - an SQLite connection
+        """Delete what is dead."""
+        if self.dead:
+            connection.executemany(_DELETE, self.dead)
+
+    def put(self, connection: Any) -> None:  # noqa: ANN401
+        """Write everything else."""
+        ids = self._partition_ids(connection)
+        now = time.time()
+        times = {a: now if kept.stored is None else kept.stored for a, kept in self.records.items()}
+        connection.executemany(
+            _PUT_NEW if self.only_new else _PUT,
+            ((a, times[a], now, kept.record) for a, kept in self.records.items()),
+        )
+        connection.executemany(
+            _ENTER_NEW if self.only_new else _ENTER,
+            (
+                (ids[kept.partition], int(1000 * times[a]), int(1000 * now), a)
+                for a, kept in self.records.items()
+            ),
+        )
+        connection.executemany(
+            _TOUCH,
+            ((use.at, ids[use.partition], a, use.at - TOUCH_MS) for a, use in self.used.items()),
+        )
+        connection.executemany(
+            _COUNT,
+            (
+                (day, ids[heading.partition], *heading[1:], *usage)
+                for (day, heading), usage in self.usage.items()
+            ),
+        )
+
+    def _partition_ids(self, connection: Any) -> dict[Partition | None, int | None]:  # noqa: ANN401
+        """Return the numbers of the partitions that are named here; new ones get theirs."""
+        named = {kept.partition for kept in self.records.values()}
+        named |= {use.partition for use in self.used.values()}
+        named |= {heading.partition for _, heading in self.usage}
+        ids: dict[Partition | None, int | None] = {None: None}
+        for partition in named - {None}:
+            connection.execute(
+                "INSERT OR IGNORE INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)",
+                partition,
+            )
+            ((ids[partition],),) = connection.execute(
+                "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)",
+                partition,
+            )
+        return ids

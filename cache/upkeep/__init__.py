@@ -1,0 +1,1 @@
+"""What people do with a store beside serving from it: look, mend, copy, carry."""

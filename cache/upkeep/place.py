@@ -1,0 +1,116 @@
+"""Where a store lies, or would lie, and whether it can be used there. None is made to find out."""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.file import disk
+from cache.file.database import FREE_BYTES
+
+from . import stats
+from .stats import Stats
+
+# fmt: off
+NETWORK = frozenset({
+    "9p", "afs", "beegfs", "ceph", "cifs", "davfs", "fuse.davfs2", "fuse.glusterfs", "fuse.rclone",
+    "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3", "smbfs",
+})
+# fmt: on
+"""File systems that are somewhere else: SQLite's locks and its shared memory do not hold there."""
+
+_MOUNTS = Path("/proc/self/mounts")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What is known of the folder of a store, or of the nearest one above it that there is."""
+
+    nearest: Path
+    is_folder: bool
+    writable: bool
+    """Whether this process may write there, and the medium takes writes at all."""
+    free_bytes: int
+    file_system: str | None
+    """As the kernel names it; None where it tells nothing."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies on a network file system."""
+        return self.file_system in NETWORK
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What came of looking at a store."""
+
+    place: Place
+    exists: bool
+    held: Stats | None
+    """None where there is no store yet, or none that can be opened."""
+    lacking_bytes: int
+    """By how much the disk is smaller than what the store may still grow by."""
+    problem: str
+    """Why it cannot be used, in one line; empty if it can."""
+
+
+def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> Inspection:
+    """Open the store in `directory` as its proxies do, beside them. Raises OSError."""
+    place, exists, held, problem = look(directory), disk.exists(directory), None, ""
+    if exists:
+        try:
+            # To open it is to write to it: diskcache notes its settings in the file.
+            with disk.opened(directory, size_limit, pinned) as file:
+                held = stats.gather(file)
+        except disk.StoreError as error:
+            problem = str(error)
+            if disk.is_damaged(error):
+                problem += "; `embedding-proxy cache verify --mend` saves what is whole"
+            elif not place.writable:
+                problem += "; what is in it is served, and nothing is kept"
+    elif not place.is_folder:
+        problem = f"{place.nearest} is no folder; name another cache.directory"
+    elif not place.writable:
+        problem = f"{place.nearest} takes no writes, and the store would be made there"
+    if not problem and place.free_bytes < FREE_BYTES:
+        problem = (
+            f"{place.free_bytes / 1e6:.0f} MB are free on the file system of {place.nearest};"
+            f" below {FREE_BYTES / 1e6:.0f} MB nothing is written"
+        )
+    growth = size_limit - (held.file_bytes if held else 0)
+    return Inspection(place, exists, held, max(0, growth - place.free_bytes), problem)
+
+
+def look(directory: Path) -> Place:
+    """Look at the place of the store in `directory`. Raises OSError."""
+    folder = disk.folder_of(directory).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    mounts = ""
+    with contextlib.suppress(OSError):
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    return Place(
+        nearest,
+        nearest.is_dir(),
+        os.access(nearest, os.W_OK | os.X_OK),
+        shutil.disk_usage(nearest if nearest.exists() else nearest.parent).free,
+        file_system_of(nearest.resolve(), mounts),
+    )
+
+
+def file_system_of(path: Path, mounts: str) -> str | None:
+    r"""Return the type of the file system that a path is on, by the lines of /proc/self/mounts.
+
+    >>> file_system_of(Path("/a b/c"), "x / ext4 rw 0 0\ny /a\\040b nfs4 rw 0 0\n")
+    'nfs4'
+    """
+    found, longest = None, 0
+    for line in mounts.splitlines():
+        _, point, kind, *_ = line.split(" ")
+        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point)
+        # Of two at one point the later one is on top.
+        if len(point) >= longest and path.is_relative_to(point):
+            found, longest = kind, len(point)
+    return found

@@ -1,0 +1,1 @@
+"""The parts of a migration, from the plan to the end of the old collection."""

@@ -1,0 +1,139 @@
+"""What a migration would do and cost: a whole pass over the old collection that changes nothing."""
+
+from dataclasses import dataclass, field
+
+from index.migrate import Pace, Progress, Wanted, decide, oddity
+
+from . import collections
+from .collections import Old
+from .embed import Model
+from .journal import PointId
+from .points import Point, Points
+from .regime import Decision
+
+CALL_S = 1.0
+"""Seconds that a provider is taken to need for one call of a page of texts."""
+POINTS_A_SECOND = 2000.0
+"""Points that Qdrant is taken to read, write and compare in a second."""
+_SHOWN = 10
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is known of one collection before it is migrated."""
+
+    collection: str
+    source: str
+    target: str
+    width: int
+    dimensions: int
+    decision: Decision
+    points: int = 0
+    without_text: int = 0
+    odd_vectors: dict[str, int] = field(default_factory=dict)
+    """Points whose old vector is no good, by what is wrong with it."""
+    numeric_ids: int = 0
+    uuid_ids: int = 0
+    dead: int = 0
+    """Points that cannot be carried."""
+    first_dead: list[PointId] = field(default_factory=list)
+    to_embed: int = 0
+    """Points that need a vector of the new model."""
+    distinct: int = 0
+    """Texts among them, each counted once, over all collections of one command."""
+    cached: int = 0
+    """Texts that need not be bought."""
+    to_buy: int = 0
+    """Texts to buy, or the sample where vectors are copied."""
+    tokens: int = 0
+    """Of the distinct texts."""
+    tokens_to_buy: int = 0
+    dollars: float = 0.0
+    """Of the tokens to buy: what is in the cache costs nothing."""
+    seconds: float = 0.0
+
+
+class Survey:
+    """Plans collections one after another; a text that several have is bought once."""
+
+    def __init__(self, points: Points, model: Model, price: float, pace: Pace) -> None:
+        """`price` is in USD per million tokens."""
+        self._points = points
+        self._model = model
+        self._price = price
+        self._pace = pace
+        self._seen: set[bytes] = set()
+
+    async def plan(self, wanted: Wanted, old: Old, progress: Progress) -> Plan:
+        """Return what migrating a collection means. Raises MigrationRefused, QdrantFailure."""
+        model, pace = self._model, self._pace
+        decision = decide(old, wanted, model)
+        target = collections.target_name(old.name, model.name, model.dimensions)
+        found = Plan(
+            collection=wanted.collection,
+            source=old.name,
+            target=wanted.into or target,
+            width=old.width,
+            dimensions=model.dimensions,
+            decision=decision,
+        )
+        offset: PointId | None = None
+        sampled = 0
+        with progress(f"planning {wanted.collection}", old.points) as tell:
+            while True:
+                page, offset = await self._points.page(old.name, offset, pace.page, vectors=True)
+                texts = []
+                for point in page:
+                    text = wanted.rule.text(point.payload)
+                    wrong = oddity(point, old.width, model.dimensions)
+                    _count(found, point, text, wrong)
+                    if text is not None and (wrong or not decision.regime.copies):
+                        texts.append(text)
+                    elif text is not None and sampled < pace.sample:
+                        # These stand for the sample: which it is will be drawn when it runs.
+                        sampled += 1
+                        await self._sampled(found, text)
+                await self._price_of(found, texts)
+                tell(found.points)
+                if offset is None:
+                    break
+        found.dollars = found.tokens_to_buy * self._price / 1e6
+        calls = -(-found.to_buy // pace.page)
+        found.seconds = calls * CALL_S / pace.ahead + found.points / POINTS_A_SECOND
+        if pace.points_per_second:
+            found.seconds = max(found.seconds, found.points / pace.points_per_second)
+        return found
+
+    async def _sampled(self, found: Plan, text: str) -> None:
+        (look,) = await self._model.look([text])
+        found.to_buy += 1
+        found.tokens_to_buy += look.tokens
+
+    async def _price_of(self, found: Plan, texts: list[str]) -> None:
+        found.to_embed += len(texts)
+        for look in await self._model.look(texts) if texts else ():
+            if look.key in self._seen:
+                continue
+            self._seen.add(look.key)
+            found.distinct += 1
+            found.tokens += look.tokens
+            if look.cached:
+                found.cached += 1
+            else:
+                found.to_buy += 1
+                found.tokens_to_buy += look.tokens
+
+
+def _count(found: Plan, point: Point, text: str | None, wrong: str | None) -> None:
+    found.points += 1
+    found.without_text += text is None
+    if isinstance(point.id, int):
+        found.numeric_ids += 1
+    else:
+        found.uuid_ids += 1
+    if wrong is not None:
+        found.odd_vectors[wrong] = found.odd_vectors.get(wrong, 0) + 1
+    if text is None and (wrong is not None or not found.decision.regime.copies):
+        found.dead += 1
+        if len(found.first_dead) < _SHOWN:
+            found.first_dead.append(point.id)

@@ -1,0 +1,136 @@
+"""Which collection clients find: the switch to the new one, the way back, and the end of the old.
+
+Qdrant has no alias of a name that a collection has. So clients that use an alias are switched at
+one moment; for those that use the old collection's own name, an alias is made that they can change
+to, and `finalize` can give that name to the new collection once the old one is deleted.
+"""
+
+from collections.abc import Sequence
+
+from index.migrate import Migration, MigrationRefused
+
+from . import collections
+from .journal import Journal, Phase, State
+from .points import Points
+from .verify import Verdict, verify
+
+
+async def cutover(
+    migration: Migration, least: float, alias: str | None, *, allow_missing: bool
+) -> Verdict | None:
+    """Verify the new collection, then let the aliases of the old one point to it.
+
+    `alias` is made if it is not there. Returns None if an interrupted cutover had done it all.
+    Raises MigrationRefused: then no alias has changed.
+    """
+    state, points = migration.state, migration.points
+    if state.phase not in (Phase.COPIED, Phase.SWITCHING):
+        raise MigrationRefused(_not_now(state, "cutover"))
+    there = await collections.aliases_of(points, state.target)
+    if state.phase is Phase.SWITCHING and state.aliases and set(state.aliases) <= set(there):
+        # Clients write to the new collection already: it must not be made equal to the old.
+        state.phase = Phase.SWITCHED
+        migration.save()
+        return None
+    moving = await collections.aliases_of(points, state.source)
+    aliases = sorted({*moving, *there, *([alias] if alias else [])})
+    if not aliases:
+        raise MigrationRefused(
+            f"clients find {state.source} by its own name, and there can be no alias of that name"
+            " while it is there: give --alias NAME, and let clients use that; see docs/migration.md"
+        )
+    if alias and alias not in {*moving, *there} and await collections.exists(points, alias):
+        raise MigrationRefused(
+            f"--alias {alias}: there is a collection, or an alias of another, of that name"
+        )
+    verdict = await verify(migration, least)
+    if not verdict.good:
+        raise MigrationRefused(f"{state.collection} stays as it is: {'; '.join(verdict.problems)}")
+    if verdict.dead and not allow_missing:
+        raise MigrationRefused(
+            f"{state.collection} stays as it is: {verdict.dead:,} points could not be carried, see"
+            f" {migration.journal.dead_letters}; --allow-missing goes on without them"
+        )
+    # Whoever is killed from here on finds in the journal what has been moved, or is about to be.
+    state.aliases, state.phase = aliases, Phase.SWITCHING
+    migration.save()
+    await collections.switch(points, state.target, aliases)
+    state.phase = Phase.SWITCHED
+    migration.save()
+    verdict.late = abs(await points.count(state.source) - verdict.old_points)
+    return verdict
+
+
+async def rollback(points: Points, journal: Journal) -> tuple[State, int]:
+    """Let the aliases point to the old collection again, those that `cutover` made too.
+
+    Returns also how many points the new collection has that the old one lacks: what was written
+    since. Raises MigrationRefused.
+    """
+    state = begun(journal)
+    if state.phase not in (Phase.SWITCHING, Phase.SWITCHED):
+        raise MigrationRefused(_not_now(state, "rollback"))
+    if not await collections.exists(points, state.source):
+        raise MigrationRefused(f"{state.source} is not there any more: there is no way back")
+    await collections.switch(points, state.source, state.aliases)
+    state.phase = Phase.ROLLED_BACK
+    journal.save(state)
+    return state, await only_in(points, state.target, state.source)
+
+
+async def finalize(points: Points, journal: Journal, *, take_name: bool = False) -> State:
+    """Delete the old collection; with `take_name`, let its name be an alias of the new one.
+
+    Raises MigrationRefused.
+    """
+    state = begun(journal)
+    if state.phase is not Phase.SWITCHED and not (take_name and state.phase is Phase.FINALIZED):
+        raise MigrationRefused(_not_now(state, "finalize"))
+    if state.phase is Phase.SWITCHED:
+        if not await points_to(points, state.target, state.aliases):
+            raise MigrationRefused(
+                f"the aliases of {state.collection} were changed since the cutover: look first"
+                " which collection is in use"
+            )
+        await collections.delete(points, state.source)
+    if take_name:
+        await collections.switch(points, state.target, [state.source])
+    state.phase = Phase.FINALIZED
+    journal.save(state)
+    return state
+
+
+def begun(journal: Journal) -> State:
+    """Return the state of a migration. Raises MigrationRefused where there is none."""
+    state = journal.load()
+    if state is None:
+        raise MigrationRefused("no migration of it is known here: begin with `plan` and `run`")
+    return state
+
+
+async def points_to(points: Points, name: str, aliases: Sequence[str]) -> bool:
+    """Return whether these aliases are all of this collection."""
+    return set(aliases) <= set(await collections.aliases_of(points, name))
+
+
+async def only_in(points: Points, one: str, other: str) -> int:
+    """Return how many points a collection has that another lacks."""
+    offset, count = None, 0
+    while True:
+        page, offset = await points.page(one, offset, 1000, vectors=False)
+        ids = [point.id for point in page]
+        count += len(ids) - len(await points.those(other, ids))
+        if offset is None:
+            return count
+
+
+def _not_now(state: State, step: str) -> str:
+    expected = {
+        Phase.COPYING: "`run` has not come to its end",
+        Phase.COPIED: "`cutover` has not been done",
+        Phase.SWITCHING: "`cutover` or `rollback` was interrupted; do it again",
+        Phase.SWITCHED: "`cutover` has been done",
+        Phase.ROLLED_BACK: "it was rolled back; `run` goes on",
+        Phase.FINALIZED: "it is finalized: the old collection is deleted",
+    }[state.phase]
+    return f"{step} of {state.collection} is not possible now: {expected}"

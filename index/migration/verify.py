@@ -1,0 +1,136 @@
+"""Whether the new collection may take the old one's place: looked at as a user would find it."""
+
+from dataclasses import dataclass, field
+
+from index.migrate import Migration
+from providers import vector
+from providers.base import Vector
+
+from .copy import Refusals, compare
+from .embed import Refused
+from .points import Point
+
+RECALLED_AMONG = 10
+"""A search with a point's own vector must find the point among so many."""
+TWINS = 0.99999
+"""The cosine of two vectors from which on a search may give either before the other."""
+_UNIT = 0.01
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found."""
+
+    old_points: int = 0
+    new_points: int = 0
+    dead: int = 0
+    """Points of the old collection that the new one lacks, with a reason."""
+    differing: int = 0
+    """Points that were mended in the last comparison of ids and payloads."""
+    sampled: int = 0
+    cosine: float | None = None
+    """The smallest between a stored vector and its text embedded again."""
+    recalled: int = 0
+    """Sampled points that a search with their own vector found."""
+    late: int = 0
+    """By how many points the old collection grew or shrank while the aliases were switched."""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing speaks against the new collection but its dead letters."""
+        return not self.problems
+
+
+async def verify(migration: Migration, least: float) -> Verdict:
+    """Compare once more, then look at counts, ids, payloads, sampled vectors and searches.
+
+    Raises QdrantFailure, EmbeddingError.
+    """
+    state, points = migration.state, migration.points
+    verdict = Verdict()
+    refused: Refusals = {}
+    for number in range(1, migration.pace.passes + 1):
+        title = f"verifying {state.collection}, pass {number}"
+        verdict.differing = await compare(migration, refused, title)
+        if not verdict.differing:
+            break
+    else:
+        verdict.problems.append(
+            f"{state.source} changes faster than it can be followed:"
+            f" {verdict.differing:,} points in the last pass"
+        )
+    verdict.old_points = await points.count(state.source)
+    verdict.new_points = await points.count(state.target)
+    verdict.dead = state.counts.dead
+    if verdict.new_points + verdict.dead != verdict.old_points:
+        verdict.problems.append(
+            f"{verdict.new_points:,} points in {state.target} and {verdict.dead:,} dead letters"
+            f" do not make the {verdict.old_points:,} of {state.source}"
+        )
+    sample = await _sample(migration)
+    verdict.sampled = len(sample)
+    await _embed_again(migration, sample, least, verdict)
+    await _search(migration, sample, verdict)
+    return verdict
+
+
+async def _sample(migration: Migration) -> list[Point]:
+    """Return points of the new collection, with their vectors.
+
+    Where vectors were copied, the texts of the proof have been bought, and others have not.
+    """
+    state, points = migration.state, migration.points
+    if state.proved:
+        there = await points.those(state.target, state.proved, vectors=True)
+        if there:
+            return list(there.values())
+    return await points.sample(state.target, migration.pace.sample)
+
+
+async def _embed_again(
+    migration: Migration, sample: list[Point], least: float, verdict: Verdict
+) -> None:
+    """Compare stored vectors with those of their texts, which are in the cache."""
+    texts = [(one, text) for one in sample if (text := migration.rule.text(one.payload))]
+    answers = await migration.patient.embed([text for _, text in texts])
+    migration.save()
+    cosines = []
+    for (point, _), answer in zip(texts, answers, strict=True):
+        if isinstance(answer, Refused):
+            continue
+        cosine = _cosine(point.vector, answer)
+        cosines.append(cosine)
+        if cosine < least:
+            verdict.problems.append(
+                f"point {point.id} of {migration.state.target} has another vector than its text"
+                f" (cosine {cosine:.3f}, wanted {least})"
+            )
+    verdict.cosine = min(cosines, default=None)
+
+
+async def _search(migration: Migration, sample: list[Point], verdict: Verdict) -> None:
+    target = migration.state.target
+    for point in sample:
+        if point.vector is None:
+            verdict.problems.append(f"point {point.id} of {target} has no vector")
+            continue
+        found = await migration.points.nearest(target, point.vector, RECALLED_AMONG)
+        if any(_is_it(one, point) for one in found):
+            verdict.recalled += 1
+        elif _should_be_found(migration, point.vector):
+            verdict.problems.append(f"a search in {target} for point {point.id} does not find it")
+
+
+def _is_it(found: Point, point: Point) -> bool:
+    """Tell whether this is the point, or one that a search cannot tell from it."""
+    return found.id == point.id or _cosine(found.vector, point.vector) >= TWINS
+
+
+def _should_be_found(migration: Migration, own: Vector) -> bool:
+    """Tell whether a vector is nearest to itself: by a dot product a longer one may be nearer."""
+    return migration.old.distance != "Dot" or abs(vector.length(own) - 1) < _UNIT
+
+
+def _cosine(one: Vector | None, other: Vector | None) -> float:
+    return -1.0 if one is None or other is None else vector.cosine(one, other)

@@ -1,0 +1,1 @@
+"""What makes calls out of inputs: parts, gathered requests, limits."""

@@ -1,0 +1,50 @@
+"""Refuses an input that is longer than its model takes, before any upstream is asked.
+
+An upstream would refuse it too, and with it all that shares its call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from providers import tokens
+from providers.base import Context, Embedded, Embedder, Input, InputRefused, Space
+
+
+class NoneTooLong:
+    """An Embedder that refuses as OpenAI does, and asks another for what it lets through.
+
+    Only where the tokenizer of the space is known: elsewhere nobody but the upstream can count.
+    """
+
+    def __init__(self, inner: Embedder, most: int | None) -> None:
+        """`most` tokens may be in an input; None = any number."""
+        self._inner = inner
+        self._most = most
+
+    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Return the answer of the wrapped embedder.
+
+        Raises InputRefused, with its index, for the first input that is too long; EmbeddingError.
+        """
+        if self._most is not None and space.tokenizer is not None:
+            long = [i for i, item in enumerate(inputs) if tokens.bound(item) > self._most]
+            if long:
+                suspects = [inputs[place] for place in long]
+                counts = await tokens.counted(suspects, space.tokenizer, context.counts)
+                for place, number in zip(long, counts, strict=True):
+                    if number > self._most:
+                        raise too_long(number, self._most, place)
+                known = zip(suspects, counts, strict=True)
+                texts = {item: number for item, number in known if isinstance(item, str)}
+                context = replace(context, counts={**context.counts, **texts})
+        return await self._inner.embed(space, inputs, context)
+
+
+def too_long(number: int, most: int, index: int) -> InputRefused:
+    """Return OpenAI's refusal of an input of so many tokens."""
+    return InputRefused(
+        f"This model's maximum context length is {most} tokens, however you requested {number}"
+        f" tokens ({number} in your prompt; 0 for the completion). Please reduce your prompt; or"
+        " completion length.",
+        index=index,
+    )

@@ -1,0 +1,78 @@
+"""A request on its way over the routes: what its attempts share, whichever routes they go to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from providers.base import (
+    Context,
+    Embedded,
+    Input,
+    InputRefused,
+    PassingFailure,
+    ProviderError,
+    Space,
+)
+from providers.batching.calls import Parts
+
+from .route import Route
+
+ATTEMPTS = 3
+"""The most attempts for one request, all routes together."""
+
+
+@dataclass(slots=True)
+class Journey:
+    """A request, and what has come of it so far."""
+
+    space: Space
+    inputs: Sequence[Input]
+    context: Context
+    parts: Parts = field(init=False)
+    """What the routes have answered, several of them maybe: it is not asked for again."""
+    left: int = ATTEMPTS
+    """Attempts that may still be made."""
+    asked: list[Route] = field(default_factory=list)
+    """Routes that had their turn, in order, whether or not a call was made."""
+    hedged: bool = False
+    """Whether a second route is or was asked beside the first."""
+    failure: ProviderError | None = None
+    """What to tell the client when no route answers."""
+
+    def __post_init__(self) -> None:
+        """Begin with all of it missing."""
+        self.parts = Parts(len(self.inputs))
+
+    @property
+    def begun(self) -> bool:
+        """Whether an attempt was made, or is being made."""
+        return self.left < ATTEMPTS
+
+    async def ask(self, route: Route, begin_by: float | None) -> None:
+        """Ask a route for all that is missing, and keep what comes, also when it fails then.
+
+        Raises EmbeddingError; the index of a refused input is its place in the whole request.
+        """
+        missing = list(self.parts.missing)
+
+        async def keep(places: Sequence[int], part: Embedded) -> None:
+            new, part = self.parts.take([missing[place] for place in places], part)
+            if new and self.context.on_part is not None:
+                await self.context.on_part(new, part)
+
+        context = replace(self.context, begin_by=begin_by, on_part=keep)
+        charge = context.on_charge
+        if charge is not None:
+            context = replace(context, on_charge=lambda bill: charge(bill.at(missing)))
+        try:
+            inputs = [self.inputs[place] for place in missing]
+            embedded = await route.embed(self.space, inputs, context)
+        except InputRefused as error:
+            if error.index is None:
+                raise
+            raise error.at(missing[error.index]) from error
+        self.parts.take(missing, embedded)
+
+    def failed(self, error: ProviderError) -> None:
+        """Keep the failure that says most: the last one that may pass, else the last one."""
+        if isinstance(error, PassingFailure) or not isinstance(self.failure, PassingFailure):
+            self.failure = error

@@ -1,0 +1,95 @@
+"""A route: a provider, and the name by which it knows a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from providers import tokens
+from providers.base import (
+    Bill,
+    Charge,
+    Context,
+    Embedded,
+    Input,
+    InputRefused,
+    ProviderError,
+    Space,
+    nanodollars,
+)
+from providers.batching.within import ask_within_limits, limits_of
+
+
+class Provider(Protocol):
+    """What a route needs of a provider: its name, and one attempt."""
+
+    name: str
+
+    @property
+    def accepts_tokens(self) -> bool:
+        """Whether token arrays may be sent as they are."""
+        ...
+
+    async def ask(
+        self, model: str, space: Space, inputs: Sequence[Input], context: Context
+    ) -> Embedded:
+        """Make one attempt at the upstream's `model`. Raises EmbeddingError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A provider and the name by which it knows the model; an Embedder of a single attempt."""
+
+    provider: Provider
+    model: str
+    price: float | None = None
+    """USD per million tokens, where it is known."""
+
+    @property
+    def name(self) -> str:
+        """The name of the provider."""
+        return self.provider.name
+
+    def objection(self, space: Space) -> InputRefused | None:
+        """Return why the provider cannot serve this space: a field that it does not take."""
+        objects = getattr(self.provider, "objection", None)
+        found: InputRefused | None = objects(space) if objects else None
+        return found
+
+    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Ask the provider once, or in several calls where it takes no more in one."""
+        limits = limits_of(self.provider)
+        return await ask_within_limits(self._ask, limits, space, inputs, context)
+
+    async def _ask(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Make one attempt, and tell what it was charged, whatever comes of its answer."""
+        try:
+            embedded = await self.provider.ask(self.model, space, inputs, context)
+        except ProviderError as error:
+            if error.charge is not None:
+                # Nobody counted the tokens of an answer that is no good.
+                sizes = tokens.apportion(error.charge.tokens or 0, inputs)
+                self._bill(error.charge, sizes, context)
+            raise
+        self._bill(embedded.charge, embedded.tokens, context)
+        return embedded
+
+    def _bill(self, charge: Charge | None, sizes: Sequence[int], context: Context) -> None:
+        """Tell what a call was charged: what the upstream says, else what we count and know."""
+        if context.on_charge is None:
+            return
+        total, cost = charge or Charge()
+        total = sum(sizes) if total is None else total
+        told = cost is not None
+        if cost is None:
+            price = context.account.price if self.price is None else self.price
+            cost = nanodollars(total, price)
+        context.on_charge(
+            Bill(
+                self.name,
+                range(len(sizes)),
+                tokens.share(total, sizes),
+                tokens.share(cost, sizes),
+                told,
+            )
+        )

@@ -1,0 +1,202 @@
+"""Keeps calls to one upstream under its limits per minute, so that they queue and are not refused.
+
+Limits are declared, or learned from the headers of its replies. Waiting is first come, first
+served; nobody waits past the time by which its call must begin: who would have to is told at once,
+and may go to another route.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from providers.base import Full, Input, Refusal
+
+LONGEST_HOLD = 60.0
+"""Seconds for which an upstream that asked for a pause is left alone at most, without a try."""
+LONGEST_PAUSE = 20.0
+"""Seconds of such a pause that a call waits out; beyond, it is for the next route."""
+
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_PART = re.compile(r"(\d+(?:\.\d+)?)(h|ms|us|µs|ns|m|s)")
+_WHOLE = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:h|ms|us|µs|ns|m|s)){1,7}", re.ASCII)
+_NUMBER = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+
+
+def duration(text: str) -> float | None:
+    """Return the seconds of a header like `1s`, `6m0s` or `12ms`; a bare number is seconds.
+
+    >>> duration("6m0s"), duration("12ms"), duration("1h2m3.5s"), duration("59.9"), duration("x")
+    (360.0, 0.012, 3723.5, 59.9, None)
+    """
+    text = text.strip()
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    if not _WHOLE.fullmatch(text):
+        return None
+    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+
+
+def estimate(inputs: Sequence[Input]) -> int:
+    """Return about how many tokens an upstream will charge; quick rather than exact.
+
+    >>> estimate(["eight letters", (1, 2, 3)])
+    7
+    """
+    return sum(_bytes(item) // 4 + 1 if isinstance(item, str) else len(item) for item in inputs)
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+class Bucket:
+    """An allowance that refills evenly; one call larger than all of it may overdraw it."""
+
+    def __init__(self, capacity: float, level: float, per_s: float, now: float) -> None:
+        self.capacity = capacity
+        self._level = level
+        self._per_s = per_s
+        self._at = now
+
+    def _refill(self, now: float) -> None:
+        self._level = min(self.capacity, self._level + max(0.0, now - self._at) * self._per_s)
+        self._at = now
+
+    def wait(self, cost: float, ahead: float, now: float) -> float:
+        """Return the seconds until `cost` may be taken after `ahead` has been."""
+        self._refill(now)
+        missing = ahead + min(cost, self.capacity) - self._level
+        return 0.0 if missing <= 0 else missing / self._per_s
+
+    def take(self, cost: float, now: float) -> None:
+        """Take `cost`, below zero if need be."""
+        self._refill(now)
+        self._level -= cost
+
+
+class Throttle:
+    """The queue before one upstream, or before one model of it.
+
+    `clock` gives seconds on the event loop's clock, on which deadlines are; `sleep` takes seconds.
+    """
+
+    def __init__(
+        self,
+        provider: str,
+        *,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        clock: Callable[[], float] | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._provider = provider
+        self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self._sleep = sleep
+        self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._buckets: dict[str, Bucket] = {}
+        self._line = asyncio.Lock()  # first in, first out
+        self._waiting = {"requests": 0, "tokens": 0}
+        self._flying = {"requests": 0, "tokens": 0}
+        self.held_until = float("-inf")
+        """Until when nobody is let through; changed by each `hold` that is for longer."""
+
+    @asynccontextmanager
+    async def turn(self, tokens: int, deadline: float | None) -> AsyncIterator[None]:
+        """Wait for room for one call of so many tokens, and hold it for the length of the call.
+
+        Raises Full, with the wait, if there is no room before the deadline. A call that another
+        queue behind this one raises Full for is given its room back.
+        """
+        cost = {"requests": 1, "tokens": tokens}
+        await self._wait(cost, deadline)
+        _add(self._flying, cost)
+        try:
+            yield
+        except Full:
+            self._take(cost, -1)
+            raise
+        finally:
+            _add(self._flying, cost, -1)
+
+    async def pause(self, deadline: float | None) -> None:
+        """Wait until nobody is held any more. Raises Full if that is not before the deadline."""
+        now = self._clock()
+        seconds = self._held_for(now)
+        self._refuse_late(seconds, now, deadline)
+        if seconds > 0:
+            await self._sleep(seconds)
+
+    async def _wait(self, cost: Mapping[str, int], deadline: float | None) -> None:
+        now = self._clock()
+        for kind, per_minute in self._declared.items():
+            if per_minute is not None and kind not in self._buckets:
+                self._buckets[kind] = Bucket(per_minute, per_minute, per_minute / 60, now)
+        self._refuse_late(self._seconds(cost, self._waiting, now), now, deadline)
+        _add(self._waiting, cost)
+        try:
+            async with self._line:
+                now = self._clock()
+                seconds = self._seconds(cost, {}, now)
+                self._refuse_late(seconds, now, deadline)
+                if seconds > 0:
+                    await self._sleep(seconds)
+                # Whoever is cancelled up to here has taken nothing, and the next in line goes on.
+                self._take(cost)
+        finally:
+            _add(self._waiting, cost, -1)
+
+    def _seconds(self, cost: Mapping[str, int], ahead: Mapping[str, int], now: float) -> float:
+        """Return how long a call that is next after `ahead` has to wait."""
+        waits = [
+            bucket.wait(cost[kind], ahead.get(kind, 0), now)
+            for kind, bucket in self._buckets.items()
+        ]
+        return max([self._held_for(now), *waits])
+
+    def _held_for(self, now: float) -> float:
+        return max(self.held_until - now, 0.0)
+
+    def _take(self, cost: Mapping[str, int], sign: int = 1) -> None:
+        for kind, bucket in self._buckets.items():
+            bucket.take(sign * cost[kind], self._clock())
+
+    def _refuse_late(self, seconds: float, now: float, deadline: float | None) -> None:
+        too_late = deadline is not None and seconds > 0 and now + seconds >= deadline
+        if too_late or self._held_for(now) > LONGEST_PAUSE:
+            message = f"its limit of calls is used up; there is room again in {seconds:.1f} s"
+            said = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
+            raise Full(self._provider, message, said)
+
+    def learn(self, headers: Mapping[str, str]) -> None:
+        """Take over the limits that a reply tells, if it tells all of limit, remaining and reset.
+
+        `reset` is the time until nothing is used any more, so it gives the rate at which the
+        allowance grows, whatever period the upstream counts by.
+        """
+        now = self._clock()
+        for kind in ("requests", "tokens"):
+            limit, remaining, reset = (
+                duration(headers.get(f"x-ratelimit-{what}-{kind}", ""))
+                for what in ("limit", "remaining", "reset")
+            )
+            if not limit or remaining is None or reset is None:
+                continue
+            used = limit - remaining
+            per_s = used / reset if used > 0 and reset > 0 else limit / 60
+            # The calls under way may not be counted in what remains.
+            self._buckets[kind] = Bucket(limit, remaining - self._flying[kind], per_s, now)
+
+    def hold(self, seconds: float) -> None:
+        """Let nobody through for so long: the upstream said so when it refused a call.
+
+        It is for those who queue here already; later requests are kept away by what is known of the
+        provider's health, and may go to another route at once.
+        """
+        until = self._clock() + min(seconds, LONGEST_HOLD)
+        self.held_until = max(self.held_until, until)
+
+
+def _add(total: dict[str, int], cost: Mapping[str, int], sign: int = 1) -> None:
+    for kind, number in cost.items():
+        total[kind] += sign * number

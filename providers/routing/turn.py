@@ -1,0 +1,234 @@
+"""One route's turn in a request: may it be asked, how often, and what its failures mean."""
+
+import asyncio
+import logging
+
+from providers.base import (
+    CredentialsRefused,
+    Embedded,
+    EmbeddingError,
+    Full,
+    ProviderError,
+    RateLimited,
+    UpstreamTimeout,
+)
+
+from . import faults
+from .breaker import Permit, Verdict
+from .counts import Counts
+from .health import Upstreams
+from .journey import Journey
+from .order import Latencies
+from .route import Route
+
+log = logging.getLogger("embedding_proxy.router")
+
+ATTEMPTS_A_ROUTE = 2
+"""The most attempts at one route while another is left."""
+LONGEST_WAIT = 20.0
+"""Seconds; an upstream that asks for more is left for the next route."""
+PROBE_LIMIT = 10.0
+"""Seconds that a probe may take of a request that another route could answer."""
+
+
+class Shut(EmbeddingError):
+    """The provider may not be asked now. Never leaves the router."""
+
+
+class Turn:
+    """Asks one route for one request. `later` is how many more routes could be asked after it."""
+
+    def __init__(  # noqa: PLR0913 - what a router shares with its turns
+        self,
+        route: Route,
+        journey: Journey,
+        later: int,
+        *,
+        upstreams: Upstreams,
+        latencies: Latencies,
+        counts: Counts,
+    ) -> None:
+        self._route = route
+        self._journey = journey
+        self._later = later
+        self._upstreams = upstreams
+        self._budget = upstreams.budget
+        self._health = upstreams.of(route.name)
+        self._model = route.model
+        self._latencies = latencies
+        self._counts = counts
+        self._made = 0
+        # Each later route keeps at least one attempt in reserve.
+        most = ATTEMPTS_A_ROUTE if later else journey.left
+        self._most = max(1, min(most, journey.left - later))
+        self._failure: ProviderError | None = None
+        self._receipt: float | None = None
+        self._scouting = False
+        self._rested = False
+
+    async def go_on(self) -> None:
+        """Wait until the request, having failed elsewhere, may go on to this route.
+
+        The rules are told in `budget`. Raises Shut, and TimeoutError at the request's deadline.
+        """
+        while self._health.ready(self._model):
+            if self._health.proved:
+                return
+            declined = self._health.declined(self._model)
+            if not (self._health.scouts or declined) or self._budget.affords():
+                self._pay()
+                self._scouting = True
+                return
+            if declined:
+                raise Shut
+            async with asyncio.timeout(self.time_left()):
+                await self._health.news()
+        raise Shut
+
+    def hedge(self) -> bool:
+        """Pay for an attempt beside another that is still under way, if that can be afforded."""
+        affordable = self._health.ready(self._model) and self._budget.affords()
+        if affordable:
+            self._pay()
+        return affordable
+
+    async def ask(self) -> Embedded:
+        """Make one attempt at what is missing, and return the whole.
+
+        Raises Shut when the provider may not be asked any more.
+        """
+        parts = self._journey.parts
+        try:
+            await self._attempt()
+        except EmbeddingError:
+            # What was asked for may have come from another route meanwhile.
+            if parts.missing:
+                raise
+        return parts.whole()
+
+    async def _attempt(self) -> None:
+        journey, health = self._journey, self._health
+        missing = len(journey.parts.missing)
+        # A hedge may have taken the last attempt, or have answered.
+        wanted = missing and journey.left > 0
+        permit = health.enter(self._model, rested=self._rested) if wanted else None
+        if permit is None:
+            self._refund()
+            raise Shut
+        call = None if journey.begun else self._budget.call()
+        journey.left -= 1
+        if self._made:
+            self._counts.retries += 1
+        else:
+            journey.asked.append(self._route)
+        self._made += 1
+        self._counts.attempts += 1
+        self._latencies.asked(self._route)
+        free = self._receipt is None and call is None
+        health.scouts += self._scouting
+        begun = self._upstreams.clock()
+        try:
+            await self._embed(permit)
+        except Full as error:
+            self._note(error)
+            if len(journey.parts.missing) < missing:
+                # Some of several calls were made, and answered.
+                health.abandoned(permit)
+            else:
+                self._take_back(permit, call)
+            raise
+        except ProviderError as error:
+            self._note(error)
+            if free and faults.rule(error).verdict is Verdict.BAD:
+                self._budget.spend()
+            health.failed(permit, error, self._model)
+            raise
+        except BaseException:
+            health.abandoned(permit)
+            raise
+        finally:
+            health.scouts -= self._scouting
+        if self._scouting:
+            self._refund()
+        self._latencies.answered(self._route, self._upstreams.clock() - begun, missing)
+        health.answered(permit)
+
+    def again(self, error: BaseException) -> bool:
+        """Tell whether the same provider is to be asked again after an error; if so, pay for it."""
+        if not isinstance(error, ProviderError) or isinstance(error, Full):
+            return False
+        self._receipt, self._scouting = None, False
+        # Who was told a time, and waits for it, has done its part of the provider's rest.
+        self._rested |= isinstance(error, RateLimited) and error.retry_after is not None
+        wait = error.retry_after or 0.0
+        again = (
+            self._made < self._most
+            and self._made <= faults.rule(error).again
+            and wait < self.time_left(LONGEST_WAIT)
+            and self._health.ready(self._model, rested=self._rested)
+            and self._budget.affords()
+        )
+        if again:
+            self._pay()
+        return again
+
+    def wait(self, jitter: float) -> float:
+        """Return the seconds to wait before the next attempt: what was asked for, or the jitter."""
+        asked = self._failure.retry_after if self._failure else None
+        return min(jitter, self.time_left(LONGEST_WAIT)) if asked is None else asked
+
+    def time_left(self, most: float | None = None) -> float:
+        """Return the seconds until the request's deadline, at most `most`."""
+        deadline = self._journey.context.deadline
+        left = float("inf") if deadline is None else deadline - self._upstreams.clock()
+        return max(left if most is None else min(left, most), 0.0)
+
+    async def _embed(self, permit: Permit) -> None:
+        """Ask for what is missing, within the time that leaves the later routes theirs.
+
+        Raises UpstreamTimeout; who queues for half of that time, and would be late, is told Full.
+        """
+        journey, limit = self._journey, None
+        if self._later and journey.context.deadline is not None:
+            limit = self.time_left() / (self._later + 1) or None
+        if self._later and permit.probe:
+            limit = min(limit or PROBE_LIMIT, PROBE_LIMIT)
+        begin_by = None if limit is None else asyncio.get_running_loop().time() + limit / 2
+        try:
+            async with asyncio.timeout(limit) as scope:
+                await journey.ask(self._route, begin_by)
+        except TimeoutError as error:
+            if limit is None or not scope.expired():
+                raise
+            raise UpstreamTimeout(self._route.name, f"no answer within {limit:.1f} s") from error
+
+    def _take_back(self, permit: Permit, call: float | None) -> None:
+        """Count an attempt no more that was not made."""
+        self._health.unsent(permit)
+        self._journey.left += 1
+        self._made -= 1
+        self._counts.attempts -= 1
+        self._counts.retries -= self._made > 0
+        if call is not None:
+            self._budget.take_back(call)
+        self._refund()
+
+    def _note(self, error: ProviderError) -> None:
+        self._failure = error
+        self._journey.failed(error)
+        self._counts.failures[type(error).__name__] += 1
+        if isinstance(error, CredentialsRefused):
+            log.error("%s: THE PROXY'S OWN KEY IS NOT ACCEPTED: %s", self._route.name, error)
+
+    def give_up(self) -> None:
+        """Say in the log why this route did not answer."""
+        if self._failure is not None and not isinstance(self._failure, CredentialsRefused):
+            log.warning("%s", self._failure)
+
+    def _pay(self) -> None:
+        self._receipt = self._budget.spend()
+
+    def _refund(self) -> None:
+        if self._receipt is not None:
+            self._budget.refund(self._receipt)
+            self._receipt = None

@@ -1,0 +1,37 @@
+"""What is known of texts before anything is bought: their tokens, and whether they are cached."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cache.key import Namespace, keyring
+from cache.tiers import Tiers
+from providers import tokens
+from providers.base import Terms
+from proxy.embedding.inputs import prepare
+from proxy.embedding.registry import Model
+
+
+class Known(NamedTuple):
+    """What is known of one text."""
+
+    key: bytes
+    """The same for two texts only if they are one purchase."""
+    tokens: int
+    """Exact where the model's tokenizer is known, else an estimate by cl100k."""
+    cached: bool
+
+
+async def known(
+    model: Model, tiers: Tiers, inputs: Sequence[str], namespace: Namespace
+) -> list[Known]:
+    """Return what is known of texts as a request would ask for them, cut where they would be.
+
+    Nothing is bought, and no entry counts as used. Raises InputRefused.
+    """
+    prepared, _ = await prepare(inputs, model, allow_oversize=True)
+    ring = keyring(model.space, namespace)
+    keys = await ring.keys(prepared)
+    distinct = list(dict.fromkeys(keys))
+    there = await tiers.get_many(distinct, ring.partition, Terms(write=False))
+    counts = await tokens.counted(prepared, model.space.tokenizer or tokens.CL100K)
+    return [Known(key.digest, n, key in there) for key, n in zip(keys, counts, strict=True)]

@@ -1,0 +1,228 @@
+"""From answers to points: what of a request goes to Qdrant, to which collection, under which ids.
+
+A vector is indexed as it was answered: at the width that was asked for, in the space it is of, and
+so in the collection of that space and width. What a model gives that stands in for another goes to
+the collection of its own space, and nowhere if the collection was named for the first model.
+A request with `Cache-Control: no-store` leaves no trace here either.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import orjson
+
+from cache.key import Key, Namespace, checksum, keyring
+from index import claims
+from index.collection import Making, name_of
+from index.connection import Connection
+from index.failures import Denied, QdrantFailure, Unavailable
+from index.indexer import Indexer
+from index.point import Point, Target, id_bytes
+from providers import vector
+from providers.base import InputRefused, Outcome, Space
+from proxy.config import ConfigError
+from proxy.http import cache_control
+from proxy.http.caller import Caller
+from proxy.http.index_field import NOTHING_SAID, Wish
+from proxy.settings.index_section import Qdrant
+from proxy.settings.schema import Settings
+
+from .result import Result
+
+log = logging.getLogger("embedding_proxy.index")
+
+GIB = 1 << 30
+MIB = 1 << 20
+LOOK_SECONDS = 5.0
+"""How long the start waits to learn whether the collections belong to the models."""
+# Points made on the event loop; more are made in a thread.
+_INLINE = 32
+
+
+def refused(settings: Settings, wish: Wish) -> InputRefused | None:
+    """Return the error for a request that wants indexing where there is none."""
+    if settings.index.qdrant is not None or wish is NOTHING_SAID or not wish.wanted:
+        return None
+    return InputRefused(
+        "This proxy indexes nothing: set index.qdrant.url, or index.qdrant.path, in its"
+        " configuration, or leave out the field 'index'.",
+        param="index",
+    )
+
+
+def connection(qdrant: Qdrant) -> Connection:
+    """Return a connection to the Qdrant of a configuration, not yet opened."""
+    return Connection(
+        url=qdrant.url,
+        path=qdrant.path,
+        api_key_env=qdrant.api_key_env,
+        timeout_s=qdrant.timeout_s,
+    )
+
+
+def making(qdrant: Qdrant) -> Making:
+    """Return how collections are made."""
+    return Making(qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt)
+
+
+async def objections(settings: Settings, open_connection: Connection) -> list[str]:
+    """Say why vectors may not go to the collections that are there. Raises QdrantFailure."""
+    qdrant = settings.index.qdrant
+    if qdrant is None:
+        return []
+    spaces = {name: entry.as_space().label for name, entry in settings.models.items()}
+    return await claims.objections(
+        open_connection,
+        spaces,
+        making(qdrant),
+        collection=qdrant.collection,
+        prefix=qdrant.prefix,
+    )
+
+
+class Indexing:
+    """Indexes answers. Open it with `async with`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        qdrant: Qdrant,
+        folder: Path,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._settings = settings
+        self._qdrant = qdrant
+        self.indexer = Indexer(
+            folder,
+            lambda: connection(qdrant),
+            making(qdrant),
+            on_open=self._look,
+            size_limit=int(qdrant.outbox_gib * GIB),
+            most_bytes=qdrant.batch_mib * MIB,
+            sleep=sleep,
+        )
+
+    async def __aenter__(self) -> Self:
+        """Open the outbox and begin to send. Raises ConfigError.
+
+        A Qdrant that cannot be reached is no error; a collection of another space is.
+        """
+        try:
+            await self.indexer.__aenter__()
+        except QdrantFailure as error:
+            raise ConfigError(f"index.qdrant: {error}") from error
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.indexer.__aexit__(*exc)
+
+    async def _look(self, qdrant: Connection) -> None:
+        """Refuse the start if a collection belongs to another space. Raises ConfigError."""
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                against = await objections(self._settings, qdrant)
+        except (Unavailable, Denied, TimeoutError) as error:
+            log.warning("Qdrant at %s: %s; points wait on disk", qdrant, str(error) or "no answer")
+            return
+        if against:
+            raise ConfigError(f"index.qdrant: {against[0]}")
+
+    async def take(self, wish: Wish, caller: Caller, control: str, result: Result) -> None:
+        """Put what was answered into the outbox. Never raises; waits for the local disk only."""
+        try:
+            if wish.wanted and result.inputs and not cache_control.parse(control).no_store:
+                await self._take(wish, caller, result)
+        except Exception:
+            log.exception("an answer is not indexed")
+
+    async def _take(self, wish: Wish, caller: Caller, result: Result) -> None:
+        named = wish.collection or self._qdrant.collection
+        if named and result.fallback:
+            return
+        name = named or name_of(
+            result.name,
+            result.dimensions,
+            parameters=_parameters(result.space),
+            prefix=self._qdrant.prefix,
+        )
+        target = Target(name, result.space.label, result.dimensions)
+        keys: Sequence[Key] = result.embedded.keys
+        if not keys:
+            ring = keyring(result.space, Namespace(caller.namespace))
+            keys = await ring.keys(result.inputs)
+        outcomes = result.outcomes
+        if wish.ids is None and wish.payload is None:
+            knows = self.indexer.knows
+            places = [
+                place
+                for place, key in enumerate(keys)
+                if outcomes[place] is Outcome.MISS or not knows(target, key.address)
+            ]
+        else:
+            places = list(range(len(keys)))
+        if not places:
+            return
+
+        def points() -> list[Point]:
+            return self._points(wish, caller, result, keys, places)
+
+        made = points() if len(places) <= _INLINE else await asyncio.to_thread(points)
+        await self.indexer.add(target, made)
+
+    def _points(
+        self,
+        wish: Wish,
+        caller: Caller,
+        result: Result,
+        keys: Sequence[Key],
+        places: Sequence[int],
+    ) -> list[Point]:
+        vectors = vector.derive(
+            [result.embedded.vectors[place] for place in places], result.dimensions
+        )
+        now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        common = {
+            "created_at": now,
+            **({"namespace": caller.namespace} if caller.namespace else {}),
+        }
+        fixed = {
+            "model": result.name,
+            "space": result.space.label,
+            "dimensions": result.dimensions,
+        }
+        points = []
+        for place, numbers in zip(places, vectors, strict=True):
+            item = result.inputs[place]
+            content: dict[str, Any] = {"tokens": result.embedded.tokens[place]}
+            if self._qdrant.store_text and isinstance(item, str):
+                content["text"] = item
+            # What the request gives counts, but for what tells whose vector it is.
+            given = wish.payload[place] if wish.payload is not None else {}
+            content = {**content, **given, **fixed}
+            mark = 0
+            if wish.ids is not None or wish.payload is not None:
+                mark = _mark(numbers, content)
+            points.append(
+                Point(
+                    id_bytes(wish.ids[place]) if wish.ids is not None else keys[place].address,
+                    numbers,
+                    orjson.dumps({**common, **content}),
+                    mark,
+                    new=result.outcomes[place] is Outcome.MISS,
+                )
+            )
+        return points
+
+
+def _parameters(space: Space) -> str:
+    return space.label.partition("?")[2]
+
+
+def _mark(numbers: bytes, content: Mapping[str, object]) -> int:
+    """Return what tells this content from another; never 0."""
+    told = checksum(numbers) + orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+    return int.from_bytes(checksum(told), "big", signed=True) or 1

@@ -1,0 +1,106 @@
+"""From settings to open providers, and to the routers over them.
+
+Here the names in a configuration become objects: the only file that knows every kind of provider.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+
+from providers import kinds
+from providers.base import Embedder
+from providers.batcher import Batcher
+from providers.batching.gather import Gatherer
+from providers.batching.within import limits_of
+from providers.limits import Limits
+from providers.local import Local
+from providers.router import Provider, Route, Router
+from providers.routing.health import Upstreams
+from proxy.config import ConfigError
+from proxy.settings import model_entry
+from proxy.settings.schema import Settings
+from proxy.settings.upstreams import Provider as ProviderEntry
+
+log = logging.getLogger("embedding_proxy.opening")
+
+
+async def open_providers(
+    settings: Settings,
+    stack: AsyncExitStack,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> dict[str, Provider]:
+    """Open every provider that can be used; name the others in the log. Raises ConfigError."""
+    opened: dict[str, Provider] = {}
+    for name, entry in settings.providers.items():
+        if entry is None:
+            continue
+        if entry.kind == kinds.LOCAL:
+            opened[name] = await stack.enter_async_context(Local(name))
+            continue
+        variable, key = entry.key_variable, key_of(entry)
+        if variable and not key:
+            log.warning("provider %s is skipped: %s is not set", name, variable)
+            continue
+        adapter = kinds.find(entry.kind).adapter
+        opened[name] = await stack.enter_async_context(
+            adapter(name, entry.as_profile(), api_key=key or None, sleep=sleep)
+        )
+    return opened
+
+
+def key_of(entry: ProviderEntry) -> str:
+    """Return a provider's key from the environment, or nothing. Raises ConfigError."""
+    variable = entry.key_variable
+    key = os.environ.get(variable, "").strip() if variable else ""
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{variable}: its value is no key: it holds a line break or the like")
+    return key
+
+
+def batched(router: Router, settings: Settings) -> Embedder:
+    """Return what divides requests among calls of the routes, and gathers small ones if asked."""
+    limits = limits_of(router.routes[0].provider) if router.routes else Limits()
+    window_s = settings.server.gather_ms / 1000
+    return Gatherer(router, limits, window_s) if window_s else Batcher(router, limits)
+
+
+def make_router(  # noqa: PLR0913 - what a router is made of
+    settings: Settings,
+    name: str,
+    entry: model_entry.Model,
+    providers: Mapping[str, Provider],
+    upstreams: Upstreams,
+    *,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Router:
+    """Return the routes of a model, those whose provider can be used."""
+    routes = [
+        Route(providers[route.provider], route.model, route.price)
+        for route in entry.routes
+        if route.provider in providers
+    ]
+    remedy = _remedy(settings, name, entry)
+    return Router(
+        routes,
+        unavailable=remedy,
+        upstreams=upstreams,
+        order=entry.order,
+        hedge_after_s=entry.hedge_after_s,
+        sleep=sleep,
+    )
+
+
+def _remedy(settings: Settings, name: str, entry: model_entry.Model) -> str:
+    """Say what to set so that the model can be asked for."""
+    configured = [settings.providers.get(route.provider) for route in entry.routes]
+    wanted = [one.key_variable for one in configured if one and one.key_variable]
+    variables = list(dict.fromkeys(wanted))
+    if not variables:
+        names = " or ".join(dict.fromkeys(route.provider for route in entry.routes))
+        return f"No provider for the model `{name}` is configured: add {names} to `providers`."
+    return (
+        f"No provider for the model `{name}` has a key:"
+        f" set {' or '.join(variables)} and start the proxy again."
+    )

@@ -1,0 +1,201 @@
+"""The models that can be asked for: those configured, and others by their names alone."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cache.embedder import CachingEmbedder, Filled
+from cache.flight import Flights
+from cache.ledger import Answered, answered
+from cache.refusal import NotCached, renamed
+from cache.tiers import Tiers
+from providers.base import Context, Embedded, Input, InputRefused, Space
+from providers.batching import calls
+from providers.batching.longest import NoneTooLong
+from providers.router import Provider, Router
+from providers.routing.health import Upstreams
+from proxy.settings import model_entry
+from proxy.settings.model_entry import Fallback
+from proxy.settings.schema import Settings
+
+from .learned import Pins
+from .opening import batched, make_router
+from .widths import WIDEST, Policy
+
+MOST_KEPT = 1000
+"""Models kept in all; one that is asked for by its name alone is then made for each request."""
+
+
+class ModelUnknown(InputRefused):
+    """No such model is configured or in the catalogue, and nobody may be asked for it by name."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The model `{model[:200]}` does not exist or you do not have access to it.",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that can be asked for."""
+
+    name: str
+    space: Space
+    """Its `dimensions` are 0 until they are known."""
+    price: float
+    """USD per million tokens."""
+    router: Router
+    """The routes that can be used; it knows no cache."""
+    embedder: CachingEmbedder
+    """What requests are asked of: the cache around the router."""
+    dimensions_refused: bool = False
+    """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
+    width: Policy = "strict"
+    """What may be done for a width that the model does not have."""
+    context: int | None = None
+    """Tokens an input may have; None = nothing is known of it."""
+    truncate_to: int | None = None
+    """Tokens to which an input is cut before the cache is asked; None = it is not cut."""
+    fallbacks: tuple[Fallback, ...] = ()
+    """Models of other spaces that may stand in when no route answers, in this order."""
+    by_name: bool = False
+    """Whether nothing is known of it but its name."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether a provider is configured; without one, what is cached is still served."""
+        return bool(self.router.routes)
+
+    def at(self, dimensions: int) -> "Model":
+        """Return the model at a width that is asked of the upstream: a space of its own.
+
+        Nothing says that a model known by name alone may be cut, so it is not. Raises InputRefused.
+        """
+        if not 1 <= dimensions <= WIDEST:
+            raise InputRefused(
+                f"Invalid value for 'dimensions' = {dimensions}: must be at least 1 and at most"
+                f" {WIDEST}.",
+                param="dimensions",
+            )
+        name = f"{self.space.name}@{dimensions}"
+        space = replace(self.space, name=name, dimensions=dimensions, dimensions_sent=True)
+        return replace(self, space=space)
+
+
+class Registry:
+    """Models by the names that clients use.
+
+    Tiers, flights, and what is known of the providers are shared by all of them.
+    """
+
+    def __init__(  # noqa: PLR0913 - what all models share
+        self,
+        settings: Settings,
+        providers: Mapping[str, Provider],
+        tiers: Tiers,
+        upstreams: Upstreams,
+        pins: Pins,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._settings = settings
+        self._providers = providers
+        self._tiers = tiers
+        self._upstreams = upstreams
+        self._pins = pins
+        self._sleep = sleep
+        self._flights: Flights[Filled] = Flights()
+        self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
+
+    def get(self, name: str) -> Model:
+        """Return a model; one that is not configured if it may be asked for by name.
+
+        Raises ModelUnknown.
+        """
+        model = self.models.get(name)
+        if model is not None and model.space.dimensions:
+            return model
+        if model is None:
+            model = self._by_name(name)
+        width = self._pins.width(model.space.name)
+        return self._keep(model, width) if width else model
+
+    def other_models(self) -> dict[str, dict[str, int]]:
+        """Return, by provider, how many of its replies named another model than was asked for."""
+        routes = (route for model in self.models.values() for route in model.router.routes)
+        found = {one.name: dict(getattr(one.provider, "other_models", {})) for one in routes}
+        return {name: models for name, models in sorted(found.items()) if models}
+
+    async def learn(
+        self,
+        model: Model,
+        parameters: Mapping[str, object],
+        inputs: Sequence[Input],
+        context: Context,
+    ) -> tuple[Model, Answered]:
+        """Embed with a model whose width is not known yet; return what it is then, and the answer.
+
+        The first input is asked for alone, and its width pinned before anything else is bought.
+        Raises EmbeddingError.
+        """
+        if not context.terms.spend:
+            raise NotCached(context.terms, range(len(inputs)), len(inputs))
+        first = [place for place, item in enumerate(inputs) if item == inputs[0]]
+        space = model.space.with_parameters(parameters)
+        begun = await model.embedder.embed(space, [inputs[place] for place in first], context)
+        width = len(begun.vectors[0]) // 4
+        self._pins.pin(model.space.name, width)
+        model = self._keep(model, width)
+        parts: list[tuple[Sequence[int], Embedded]] = [(first, begun)]
+        usage = begun.usage
+        rest = [place for place, item in enumerate(inputs) if item != inputs[0]]
+        if rest:
+            space = replace(space, dimensions=width)
+            try:
+                others = await model.embedder.embed(space, [inputs[at] for at in rest], context)
+            except InputRefused as error:
+                raise renamed(error, rest, len(inputs)) from error
+            parts.append((rest, others))
+            usage = usage.plus(others.usage)
+        return model, answered(calls.assembled(parts), usage)
+
+    def _by_name(self, name: str) -> Model:
+        """Return what is known of a model that is not configured. Raises ModelUnknown."""
+        if self._settings.server.unknown_models == "refuse":
+            raise ModelUnknown(name)
+        entry = model_entry.by_name(name)
+        if entry is None:
+            raise ModelUnknown(name)
+        model = replace(self._make(name, entry), by_name=True)
+        # A frozen proxy has no providers; what it has bought before may be of any model.
+        if not model.usable and self._settings.cache.mode != "frozen":
+            raise ModelUnknown(name)
+        return model
+
+    def _keep(self, model: Model, width: int) -> Model:
+        """Return a model that has learned its width; the next one who asks finds it so."""
+        model = replace(model, space=replace(model.space, dimensions=width))
+        if model.name in self.models or len(self.models) < MOST_KEPT:
+            self.models[model.name] = model
+        return model
+
+    def _make(self, name: str, entry: model_entry.Model) -> Model:
+        settings, upstreams = self._settings, self._upstreams
+        router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
+        return Model(
+            name=name,
+            space=entry.as_space(),
+            price=entry.price,
+            router=router,
+            embedder=CachingEmbedder(
+                NoneTooLong(batched(router, settings), entry.context), self._tiers, self._flights
+            ),
+            dimensions_refused=entry.dimensions_refused,
+            width=entry.width,
+            context=entry.context,
+            truncate_to=entry.truncate_to,
+            fallbacks=entry.fallback,
+        )

@@ -1,0 +1,89 @@
+"""What stands around every request: keys first, an id, and every error in OpenAI's shape."""
+
+import logging
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from providers.base import EmbeddingError
+from proxy import errors
+from proxy.errors import Failure
+from proxy.onward.headers import KEY_HEADERS
+
+from . import ops
+from .access import Access
+from .body import BodyRefused
+from .caller import Caller
+from .cors import Cors
+
+log = logging.getLogger("embedding_proxy.guard")
+
+STARTED = web.RequestKey("started", bool)
+CALLER = web.RequestKey("caller", Caller)
+REQUEST_ID = web.RequestKey("request_id", str)
+
+
+async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+    """Give every response its request's id, streamed ones too; an upstream's own is kept."""
+    own = request.get(REQUEST_ID) or errors.new_request_id()
+    response.headers.setdefault("x-request-id", own)
+    request[STARTED] = True
+
+
+def guard(access: Access, cors: Cors) -> Middleware:
+    """Return the middleware around everything: keys first, and every error in OpenAI's shape."""
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[REQUEST_ID] = errors.new_request_id()
+        preflight = cors.preflight(request)
+        if preflight is not None:
+            return preflight
+        if request.path not in ops.OPEN_PATHS:
+            admitted = access.admit(
+                request.headers.get("Authorization"),
+                *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
+            )
+            if isinstance(admitted, Failure):
+                return admitted.response()
+            request[CALLER] = admitted
+        try:
+            return await handler(request)
+        except ConnectionError:
+            # The client is gone, perhaps in the midst of a reply; nobody is left to tell.
+            raise
+        except Exception as error:
+            response = _explained(request, error)
+            if request.get(STARTED):
+                # Amid a reply there is no room for another; only a cut tells that it is not whole.
+                raise ConnectionAbortedError("the reply could not be finished") from error
+            return response
+
+    return guarded
+
+
+def _explained(request: web.Request, error: Exception) -> web.Response:
+    """Return the response that tells of an error."""
+    if isinstance(error, EmbeddingError):
+        response = errors.failure(error).response()
+        if isinstance(error, BodyRefused):
+            response.force_close()
+        return response
+    if isinstance(error, web.HTTPException):
+        response = _unrouted(request, error).response()
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    # Whatever else it is, it is ours: the log gets the traceback, the client does not.
+    log.error("request %s failed", request[REQUEST_ID], exc_info=error)
+    return errors.INTERNAL.response()
+
+
+def _unrouted(request: web.Request, error: web.HTTPException) -> Failure:
+    """Return the error for a request that no handler takes."""
+    what = f"({request.method} {request.path[:200]})"
+    if error.status == 405:
+        return Failure(405, f"Not allowed to do this here {what}.", "invalid_request_error")
+    if error.status == 404:
+        return Failure(404, f"Invalid URL {what}", "invalid_request_error", code="unknown_url")
+    return Failure(error.status, error.reason, "invalid_request_error")

@@ -1,0 +1,156 @@
+"""GET /metrics: counters in Prometheus' text format.
+
+The ledger's are the store's: every worker tells the same ones, and they survive restarts. What only
+one worker knows carries its process id, so that each line grows as a counter has to.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+
+from aiohttp import web
+
+from cache.ledger import By
+from providers.bill import NANO
+from providers.routing.breaker import State
+from proxy.service import EmbeddingService
+
+PREFIX = "embedding_proxy_"
+_LEDGER = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE)
+_OUTCOMES = ("hits", "joins", "misses", "duplicates")
+_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+Sample = tuple[dict[str, str], float]
+Family = tuple[str, str, str, list[Sample]]
+"""Name, type, help, and the samples."""
+
+
+class Metrics:
+    """Tells the counters of a service."""
+
+    def __init__(self, service: EmbeddingService) -> None:
+        self._service = service
+
+    async def get(self, _: web.Request) -> web.Response:
+        """Answer with everything."""
+        families = [*await self._bill(), *self._worker(), *await self._index()]
+        text = "".join(line for family in families for line in _lines(*family))
+        return web.Response(
+            body=text.encode(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def _bill(self) -> list[Family]:
+        """Return the ledger; nothing while it cannot be read."""
+        inputs: list[Sample] = []
+        tokens: list[Sample] = []
+        dollars: list[Sample] = []
+        for names, usage in await self._service.ledger(_LEDGER) or ():
+            labels = {by.value: name or "" for by, name in zip(_LEDGER, names, strict=True)}
+            outcomes = {name: getattr(usage, name) for name in _OUTCOMES}
+            inputs += [({**labels, "outcome": name}, n) for name, n in outcomes.items()]
+            for kind, count, nano in (
+                ("billed", usage.tokens_billed, usage.nanodollars_billed),
+                ("saved", usage.tokens_saved, usage.nanodollars_saved),
+            ):
+                tokens.append(({**labels, "kind": kind}, count))
+                dollars.append(({**labels, "kind": kind}, nano / NANO))
+        return [
+            ("inputs_total", "counter", "Inputs answered, by how they were.", inputs),
+            ("tokens_total", "counter", "Tokens billed and saved.", tokens),
+            ("dollars_total", "counter", "US dollars billed and saved.", dollars),
+        ]
+
+    async def _index(self) -> list[Family]:
+        """Return what waits for Qdrant, which all workers share, and what this one has done."""
+        indexing = self._service.indexing
+        told = await indexing.indexer.snapshot() if indexing else None
+        if told is None:
+            return []
+        worker = {"worker": str(os.getpid())}
+        points: list[Sample] = [
+            ({**worker, "what": what}, count)
+            for what, count in told["since_start"].items()
+            if what != "failures"
+        ]
+        failures: list[Sample] = [(worker, told["since_start"]["failures"])]
+        return [
+            ("index_backlog_points", "gauge", "Points that wait for Qdrant.",
+             [({}, told["backlog_points"])]),
+            ("index_backlog_bytes", "gauge", "Bytes of the points that wait for Qdrant.",
+             [({}, told["backlog_bytes"])]),
+            ("index_backlog_age_seconds", "gauge", "How long the first of them has waited.",
+             [({}, told["backlog_age_s"])]),
+            ("index_refused_points", "gauge", "Points that Qdrant refuses, put aside.",
+             [({}, told["refused_points"])]),
+            ("index_points_total", "counter", "Points, by what became of them.", points),
+            ("index_failures_total", "counter", "Failed attempts to send points.", failures),
+        ]  # fmt: skip
+
+    def _worker(self) -> list[Family]:
+        worker = {"worker": str(os.getpid())}
+        counters = self._service.counters
+        found = {
+            "memory": counters.memory_hits,
+            "disk": counters.disk_hits,
+            "none": counters.misses,
+        }
+        asked: list[Sample] = []
+        failed: list[Sample] = []
+        ready: list[Sample] = []
+        for name, state in self._service.upstreams.snapshot().items():
+            labels = {**worker, "provider": name}
+            asked.append((labels, state["attempts"]))
+            ready.append((labels, state["state"] == State.CLOSED))
+            failed += [({**labels, "error": e}, n) for e, n in sorted(state["failures"].items())]
+        others: list[Sample] = [
+            ({**worker, "provider": provider, "model": model}, n)
+            for provider, models in self._service.other_models.items()
+            for model, n in sorted(models.items())
+        ]
+        lookups: list[Sample] = [({**worker, "tier": tier}, n) for tier, n in found.items()]
+        return [
+            ("lookups_total", "counter", "Inputs looked up, by the tier that had them.", lookups),
+            ("mismatches_total", "counter", "Records that did not verify.",
+             [(worker, counters.mismatches)]),
+            ("provider_attempts_total", "counter", "Calls of providers.", asked),
+            ("provider_failures_total", "counter", "Calls that failed, by error.", failed),
+            ("provider_other_model_total", "counter",
+             "Replies that named another model than was asked for, by that name.", others),
+            ("canary_cosine", "gauge",
+             "Known texts now against those bought first; below 0.999 the model has changed.",
+             self._canaries()),
+            ("provider_ready", "gauge", "Whether a provider is asked as usual.", ready),
+        ]  # fmt: skip
+
+    def _canaries(self) -> list[Sample]:
+        """Return what was found last of each route; the file is everyone's, so it has no worker."""
+        canaries = self._service.canaries
+        return [
+            (
+                {
+                    "space": one["space"],
+                    "provider": one["provider"],
+                    "upstream_model": one["upstream_model"],
+                },
+                one["cosine"],
+            )
+            for one in (canaries.findings if canaries else ())
+        ]
+
+
+def _lines(name: str, kind: str, told: str, samples: list[Sample]) -> Iterator[str]:
+    r"""Yield a family of metrics line by line.
+
+    >>> print(*_lines("x_total", "counter", "All x.", [({"a": 'b"'}, 2.5)]), sep="", end="")
+    # HELP embedding_proxy_x_total All x.
+    # TYPE embedding_proxy_x_total counter
+    embedding_proxy_x_total{a="b\""} 2.5
+    """
+    yield f"# HELP {PREFIX}{name} {told}\n"
+    yield f"# TYPE {PREFIX}{name} {kind}\n"
+    for labels, value in samples:
+        yield f"{PREFIX}{name}{{{_text(labels)}}} {float(value)!r}\n"
+
+
+def _text(labels: Mapping[str, str]) -> str:
+    return ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())

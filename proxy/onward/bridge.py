@@ -1,0 +1,98 @@
+"""WebSockets of passed-through calls (the Realtime API): two connections, and messages between."""
+
+import asyncio
+import logging
+from contextlib import suppress
+
+import aiohttp
+from aiohttp import WSMsgType, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from proxy.errors import RETRY_SECONDS, Failure
+
+from .attendance import Attendance
+from .origin import Origin
+
+# It would log the protocols that a client offers; browsers put their key among them.
+logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
+
+_KEY_PROTOCOL = "openai-insecure-api-key."
+_CLOSE_SECONDS = 2.0
+_NORMAL, _BROKEN = 1000, 1011
+
+_Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
+
+
+def is_wanted(request: web.Request) -> bool:
+    """Tell whether a call asks for a WebSocket."""
+    return "Upgrade" in request.headers and bool(web.WebSocketResponse().can_prepare(request))
+
+
+async def connect(
+    request: web.Request,
+    origin: Origin,
+    url: URL,
+    headers: CIMultiDict[str],
+    attendance: Attendance,
+) -> web.StreamResponse:
+    """Carry messages both ways until either side closes; a refused call is answered with why.
+
+    Raises EmbeddingError.
+    """
+    offered = ", ".join(request.headers.getall("Sec-WebSocket-Protocol", ())).split(",")
+    protocols = [one for one in map(str.strip, offered) if one and _may_go(origin, one)]
+    try:
+        upstream = await origin.session.ws_connect(
+            url,
+            headers=headers,
+            protocols=protocols,
+            max_msg_size=0,
+            timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_SECONDS),
+        )
+    except aiohttp.WSServerHandshakeError as error:
+        again = error.status == 429 or error.status >= 500
+        return Failure(
+            error.status if error.status >= 400 else 502,
+            f"{origin.name}: the WebSocket was refused with status {error.status}.",
+            "server_error" if again else "invalid_request_error",
+            code="upstream_error",
+            retry_after=RETRY_SECONDS if again else None,
+        ).response()
+    except (aiohttp.ClientError, OSError) as error:
+        raise origin.failure(error) from error
+    async with upstream:
+        attendance.moved()
+        chosen = (upstream.protocol,) if upstream.protocol else ()
+        client = web.WebSocketResponse(
+            protocols=chosen, max_msg_size=0, compress=False, timeout=_CLOSE_SECONDS
+        )
+        await client.prepare(request)
+        async with asyncio.TaskGroup() as pumps:
+            pumps.create_task(_pump(client, upstream, attendance))
+            pumps.create_task(_pump(upstream, client, attendance))
+    return client
+
+
+def _may_go(origin: Origin, protocol: str) -> bool:
+    secret = protocol.removeprefix(_KEY_PROTOCOL)
+    return secret == protocol or origin.may_forward(secret)
+
+
+async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
+    """Send on what comes, and at last how it ended; a side that is gone ends it too."""
+    code, why = _BROKEN, ""
+    with suppress(ConnectionError, aiohttp.ClientError):
+        while True:
+            message = await source.receive()
+            attendance.moved()
+            if message.type is WSMsgType.TEXT:
+                await sink.send_str(message.data)
+            elif message.type is WSMsgType.BINARY:
+                await sink.send_bytes(message.data)
+            else:
+                break
+        if message.type is WSMsgType.CLOSE:
+            code, why = message.data or _NORMAL, message.extra or ""
+    with suppress(ConnectionError, aiohttp.ClientError):
+        await sink.close(code=code, message=why.encode())

@@ -1,0 +1,156 @@
+"""The provider that other calls are passed to: its address, its key, and the way there."""
+
+import logging
+import re
+import ssl
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Self
+from urllib.parse import unquote
+
+import aiohttp
+import orjson
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from providers.base import EmbeddingError, InputRefused, NoRoute, Unreachable, UpstreamTimeout
+from providers.transport import reason
+from proxy.embedding.opening import key_of
+from proxy.http.access import Access
+from proxy.settings.schema import Settings
+
+from .headers import forwarded
+
+log = logging.getLogger("embedding_proxy.passthrough")
+
+PREFIXES = ("/v1", "/api/v1", "/openai/v1")
+"""What stands for the base URL in the paths of clients: OpenAI's, OpenRouter's and Azure's."""
+
+_LIST_SECONDS = 3.0
+_LIST_BYTES = 1 << 24
+
+
+class Origin:
+    """One origin that calls are passed to. Open it with `async with`.
+
+    Its key, or the client's, is sent there and nowhere else: no redirect is followed.
+    """
+
+    def __init__(self, settings: Settings, access: Access) -> None:
+        """Look up the key. Raises ConfigError, and ValueError if calls are passed to nobody."""
+        entry = settings.passes_to
+        if entry is None or settings.passthrough is None:
+            raise ValueError("calls are passed to nobody")
+        self.name = settings.passthrough
+        self._profile = entry.as_profile()
+        self._base_url = (self._profile.base_url or "").rstrip("/")
+        self._variable = entry.key_variable
+        self._key = key_of(entry)
+        self._by_client = settings.passthrough_auth == "client"
+        self._access = access
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        timeouts = self._profile.timeouts
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
+        )
+        log.info("calls that are not ours are passed to %s", self.name)
+        # aiohttp would send some methods again over a stale connection; whether to is the client's.
+        self._session._retry_connection = False  # noqa: SLF001 - there is no other way to say so
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """What sends calls; it adds no header, decompresses nothing, and repeats nothing."""
+        if self._session is None:
+            raise RuntimeError("the origin is not open")
+        return self._session
+
+    def address(self, request: web.Request) -> URL:
+        """Return where a call goes: the path and the query, byte for byte, below the base URL.
+
+        Raises HTTPNotFound for a path that leads out from there.
+        """
+        # A client that takes this for a forward proxy sends the whole address.
+        target = re.sub(r"^https?://[^/?#]*", "", request.raw_path, flags=re.IGNORECASE)
+        prefix = next((one for one in PREFIXES if target.startswith(one + "/")), "")
+        path = target.partition("?")[0]
+        segments = set(re.split(r"[/\\]", unquote(path)))
+        if not target.isascii() or segments & {".", ".."}:
+            raise web.HTTPNotFound
+        return URL(self._base_url + target.removeprefix(prefix), encoded=True)
+
+    def headers(self, request: web.Request) -> CIMultiDict[str]:
+        """Return what is sent of a call's headers, and the key. Raises EmbeddingError."""
+        own = {**self._profile.headers, **self._credentials(request)}
+        return forwarded(request.headers, own)
+
+    def _credentials(self, request: web.Request) -> Mapping[str, str]:
+        name = self._profile.key_header
+        if self._by_client:
+            names = dict.fromkeys(("Authorization", name))
+            given = {one: request.headers[one] for one in names if one in request.headers}
+            own = {one: value for one, value in given.items() if not self._access.is_ours(value)}
+            if given and not own:
+                raise InputRefused(
+                    f"This call is passed to {self.name} with your own key: send that in the header"
+                    f" `{name}`, and this proxy's key in `x-proxy-key`.",
+                    status=401,
+                    code="invalid_api_key",
+                )
+            return own
+        if self._key:
+            return {name: self._profile.key_prefix + self._key}
+        if self._variable:
+            raise NoRoute(
+                f"This call is passed to {self.name}, which has no key: set {self._variable} and"
+                f" start the proxy again."
+            )
+        return {}
+
+    def may_forward(self, secret: str) -> bool:
+        """Tell whether a key that a client gives in another place may be sent on."""
+        return self._by_client and not self._access.is_ours(secret)
+
+    def failure(self, error: Exception) -> EmbeddingError:
+        """Return what a client is told when the origin could not be asked."""
+        if isinstance(error, TimeoutError):
+            return UpstreamTimeout(self.name, "no connection within the time for it")
+        return Unreachable(self.name, reason(error))
+
+    async def models(self, request: web.Request) -> list[dict[str, Any]]:
+        """Return the models that the origin lists; none if it does not do so, and soon."""
+        with suppress(EmbeddingError, aiohttp.ClientError, OSError, ssl.SSLError, ValueError):
+            headers = {**self._profile.headers, **self._credentials(request)}
+            async with self.session.get(
+                self._base_url + "/models",
+                headers={**headers, "Accept": "application/json"},
+                allow_redirects=False,
+                auto_decompress=True,
+                timeout=aiohttp.ClientTimeout(total=_LIST_SECONDS),
+            ) as reply:
+                body = b""
+                async for chunk in reply.content.iter_any():
+                    body += chunk
+                    if len(body) > _LIST_BYTES:
+                        return []
+                return _listed(body) if reply.status == 200 else []
+        return []
+
+
+def _listed(body: bytes) -> list[dict[str, Any]]:
+    """Return the models in a list of OpenAI's shape. Raises ValueError."""
+    content = orjson.loads(body)
+    data = content.get("data") if isinstance(content, dict) else None
+    models = data if isinstance(data, list) else []
+    return [one for one in models if isinstance(one, dict) and isinstance(one.get("id"), str)]

@@ -1,0 +1,151 @@
+"""Every call that is not ours: streamed to one provider, and back, as it is.
+
+Nothing is gathered, tried again, decompressed or followed: what the upstream says, its errors and
+redirects included, is what the client gets. What is sent waits for who receives, both ways.
+"""
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+from aiohttp import HttpVersion11, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from providers.base import InputRefused, UpstreamTimeout
+from providers.transport import reason
+from proxy.http.body import BodyRefused
+from proxy.http.cors import Cors
+from proxy.settings.schema import Settings
+
+from . import bridge
+from .attendance import Attendance, Stalled
+from .headers import returned
+from .origin import Origin
+
+log = logging.getLogger("embedding_proxy.passthrough")
+
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+"""Not TRACE: its answer would show the key."""
+
+
+class Passthrough:
+    """Passes calls to an origin."""
+
+    def __init__(self, origin: Origin, settings: Settings, cors: Cors) -> None:
+        self._origin = origin
+        self._cors = cors
+        self._idle_s = settings.passthrough_idle_s
+        self._frozen = settings.cache.mode == "frozen"
+        self._is_open = not settings.server.keys
+
+    async def models(self, request: web.Request) -> list[dict[str, Any]]:
+        """Return the models that the origin lists besides ours; none if it cannot be asked."""
+        return [] if self._frozen else await self._origin.models(request)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer one call. Raises EmbeddingError, HTTPException, ConnectionError."""
+        origin = self._origin
+        if request.method not in _METHODS:
+            raise web.HTTPMethodNotAllowed(request.method, _METHODS)
+        if self._frozen:
+            raise InputRefused(
+                f"cache.mode is frozen: nothing is bought, so this call is not passed to"
+                f" {origin.name}.",
+                status=404,
+                code="not_cached",
+            )
+        if self._is_open and self._cors.is_foreign(request):
+            # Else every page that the operator looks at could spend, and delete, in their name.
+            raise InputRefused(
+                "Web pages may not call this proxy: name their origin in server.cors, or set"
+                " server.keys.",
+                status=403,
+                code="origin_not_allowed",
+            )
+        url, headers = origin.address(request), origin.headers(request)
+        try:
+            async with Attendance(request, self._idle_s) as attendance:
+                if bridge.is_wanted(request):
+                    return await bridge.connect(request, origin, url, headers, attendance)
+                upload = _Upload(request, attendance)
+                async with await self._begun(request, url, headers, upload) as reply:
+                    attendance.moved()
+                    return await self._returned(request, reply, attendance)
+        except Stalled as error:
+            raise UpstreamTimeout(origin.name, str(error)) from error
+
+    async def _begun(
+        self, request: web.Request, url: URL, headers: CIMultiDict[str], upload: "_Upload"
+    ) -> aiohttp.ClientResponse:
+        """Send the call and return the reply as soon as it begins. Raises EmbeddingError."""
+        try:
+            return await self._origin.session.request(
+                request.method,
+                url,
+                headers=headers,
+                data=upload.chunks() if request.body_exists else None,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            if upload.broke_off:
+                raise BodyRefused("The request body broke off.") from error
+            raise self._origin.failure(error) from error
+
+    async def _returned(
+        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance
+    ) -> web.StreamResponse:
+        """Give the client the reply as it comes. Raises ConnectionError if it breaks off."""
+        response = web.StreamResponse(
+            status=reply.status, reason=reply.reason, headers=returned(reply.headers)
+        )
+        await response.prepare(request)
+        while chunk := await self._next(request, reply):
+            attendance.moved()
+            await response.write(chunk)
+            attendance.moved()
+        await response.write_eof()
+        return response
+
+    async def _next(self, request: web.Request, reply: aiohttp.ClientResponse) -> bytes:
+        try:
+            return await reply.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            why = reason(error)
+            log.info("passthrough: %s: %s amid a reply", self._origin.name, why)
+            if request.version < HttpVersion11 and request.transport is not None:
+                _reset(request.transport)
+            raise ConnectionAbortedError(f"{why} amid a reply") from error
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """End a connection in disorder: to clients of HTTP/1.0 an orderly end is that of the reply."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        linger = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
+
+
+class _Upload:
+    """The body of a call, as it comes from the client."""
+
+    def __init__(self, request: web.Request, attendance: Attendance) -> None:
+        self._content = request.content
+        self._attendance = attendance
+        self.broke_off = False
+        """Whether it ended before its end."""
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield it; the next part is read when the one before has gone on."""
+        try:
+            while chunk := await self._content.readany():
+                self._attendance.moved()
+                yield chunk
+        except (web.RequestPayloadError, OSError):
+            self.broke_off = True
+            raise

@@ -1,0 +1,230 @@
+"""Turns an older configuration into ours, and says what became of each of its keys. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from providers import kinds
+from providers.base import Space
+from providers.catalogue import CATALOGUE, ModelEntry
+from proxy.config import ConfigError
+from proxy.embedding.widths import can_give
+
+from . import old_form
+from .old_form import Old, Said
+
+
+@dataclass(slots=True)
+class Converted:
+    """Our configuration, and what became of the old one."""
+
+    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    qdrant: dict[str, Any] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """(old key, what became of it)"""
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, said: Said | None, told: str) -> None:
+        """Say what became of a key, if it was there."""
+        if said is not None:
+            self.notes.append((said.path, told))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model at a provider: our name for it, and what is known of it."""
+
+    name: str
+    provider: str
+    upstream: str
+    entry: ModelEntry
+
+    @property
+    def route(self) -> dict[str, str]:
+        return {"provider": self.provider, "model": self.upstream}
+
+    def described(self) -> dict[str, Any]:
+        """Return what our configuration must say of it beside its routes."""
+        if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
+            return {}
+        known = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
+        return {key: value for key, value in known.items() if value is not None}
+
+
+def convert(content: Mapping[Any, Any], file: str) -> Converted:
+    """Return what an old configuration comes to; `file` is its name, for messages.
+
+    Raises ConfigError for one that holds a key, or that names a provider nobody knows.
+    """
+    old = old_form.read(content, file)
+    done = Converted()
+    width = None
+    if old.embedding:
+        first = _first(old, file, done)
+        width = first.entry.dimensions
+        _fallbacks(old, file, first, done)
+    _store(old, width, done)
+    done.notes += [(path, f"left out: {why}") for path, why in old.left_out]
+    return done
+
+
+def _first(old: Old, file: str, done: Converted) -> _Model:
+    said = old.embedding
+    if "model" not in said:
+        raise ConfigError(f"{file}: llm.embedding.model: is missing; add it")
+    provider = said["provider"].value if "provider" in said else "openai"
+    model = _model(provider, said["model"].value)
+    _provider(provider, said, file, done)
+    if "provider" not in said:
+        done.warnings.append(f"no provider is named: {provider} is taken, as it always was")
+    done.note(said.get("provider"), f"providers.{provider}")
+    done.note(said["model"], f"models.{model.name}, asked for at {provider}")
+    model = _with_dimensions(model, said.get("dimensions"), done)
+    done.note(
+        said.get("max_retries"),
+        "no counterpart: three attempts a request by design, retries at most a fifth of the calls",
+    )
+    done.models[model.name] = {**model.described(), "routes": [model.route]}
+    return model
+
+
+def _model(provider: str, upstream: str) -> _Model:
+    """Return what is known of a model at a provider: the catalogue's entry, or its name alone."""
+    for name, entry in CATALOGUE.items():
+        if (provider, upstream) in entry.routes and (name == upstream or provider == kinds.LOCAL):
+            return _Model(name, provider, upstream, entry)
+    space = upstream if provider == "openrouter" else f"{provider}/{upstream}"
+    return _Model(upstream, provider, upstream, ModelEntry(space, 0, 0.0, ()))
+
+
+def _with_dimensions(model: _Model, said: Said | None, done: Converted) -> _Model:
+    """Return a model whose width may be what the old file says."""
+    native = model.entry.dimensions
+    if said is None:
+        return model
+    wanted = int(said.value)
+    if not native:
+        done.note(said, f"models.{model.name}.dimensions")
+        return replace(model, entry=replace(model.entry, dimensions=wanted))
+    if wanted == native:
+        done.note(said, "left out: it is known of the model")
+        return model
+    done.note(said, "no counterpart: each request asks for its width, `dimensions`")
+    may = "can be cut to it" if model.entry.matryoshka and wanted < native else "has no other"
+    done.warnings.append(
+        f"{said.path} is {wanted}, but {model.name} gives {native} numbers unless a request asks"
+        f" otherwise, and {may}; the original never sent this key on"
+    )
+    return model
+
+
+def _provider(name: str, said: Mapping[str, Said], file: str, done: Converted) -> None:
+    """Describe a provider as far as an old file does; what was said of it first counts."""
+    given = done.providers.setdefault(name, {})
+    address, time = said.get("base_url"), said.get("timeout")
+    key = old_form.variable(said)
+    known = name in kinds.KINDS or name == kinds.LOCAL
+    if not known:
+        if address is None:
+            raise ConfigError(
+                f"{file}: {said['provider'].path}: there is no provider {name!r}; known:"
+                f" {', '.join(sorted((*kinds.KINDS, kinds.LOCAL)))}; or give the `base_url` of one"
+                " that speaks as OpenAI does"
+            )
+        given.setdefault("kind", "openai_compatible")
+    told = {"base_url": address, "api_key_env": key, "timeout_s": time}
+    for ours, one in told.items():
+        if one is None:
+            continue
+        if given.setdefault(ours, one.value) == one.value:
+            done.note(one, f"providers.{name}.{ours}")
+        else:
+            done.note(one, f"left out: providers.{name} has another {ours} already")
+            done.warnings.append(f"{one.path}: give this provider a name and a `kind` of its own")
+    usual = kinds.KINDS[name].profile.base_url if name in kinds.KINDS else None
+    if address is not None and usual is not None and address.value.rstrip("/") != usual:
+        done.warnings.append(
+            f"providers.{name} asks {address.value}: if that serves other models under the same"
+            " names, give them a `space` of their own"
+        )
+
+
+def _fallbacks(old: Old, file: str, first: _Model, done: Converted) -> None:
+    """Turn old fallbacks into routes of the same space, or into models that may stand in."""
+    for said in old.fallbacks:
+        if not {"provider", "model"} <= said.keys():
+            raise ConfigError(f"{file}: llm.embedding.fallback_providers: an entry is empty")
+        other = _model(said["provider"].value, said["model"].value)
+        path = said["provider"].path.rpartition(".")[0]
+        _provider(other.provider, said, file, done)
+        done.note(said.get("max_retries"), "no counterpart: three attempts a request by design")
+        if other.entry.space == first.entry.space:
+            routes = done.models[first.name]["routes"]
+            if other.route not in routes:
+                routes.append(other.route)
+            done.note(said.get("dimensions"), "left out: it is known of the model")
+            done.notes.append((path, f"models.{first.name}.routes: the same model"))
+            continue
+        other = _with_dimensions(other, said.get("dimensions"), done)
+        _stand_in(path, first, other, done)
+
+
+def _stand_in(path: str, first: _Model, other: _Model, done: Converted) -> None:
+    """Let a model of another space stand in, at a width that is named."""
+    described = done.models.setdefault(other.name, {**other.described(), "routes": []})
+    if other.route not in described["routes"]:
+        described["routes"].append(other.route)
+    wanted, native = first.entry.dimensions, other.entry.dimensions
+    if not wanted or not native:
+        unknown = other.name if wanted else first.name
+        done.notes.append(
+            (path, f"models.{other.name}; no fallback: the width of {unknown} is not known")
+        )
+        return
+    space = Space(other.entry.space, native, other.entry.matryoshka)
+    width = (
+        "strict" if can_give(space, wanted, "strict") else "pad" if native < wanted else "truncate"
+    )
+    fallbacks = done.models[first.name].setdefault("fallback", [])
+    if all(entry["model"] != other.name for entry in fallbacks):
+        fallbacks.append({"model": other.name, "width": width})
+    done.notes.append((path, f"models.{first.name}.fallback: another model, width {width}"))
+    done.warnings.append(
+        f"{other.name} is another space than {first.name}: its vectors compare with none of the"
+        " first. Answers of it say x-embedding-fallback: true; do not store them beside the others,"
+        " or remove `fallback`"
+    )
+
+
+def _store(old: Old, width: int | None, done: Converted) -> None:
+    said = old.store
+    names = {"api_key": "qdrant_api_key", "api_key_env": "qdrant_api_key_env"}
+    keys = {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
+    found = {"url": said.get("qdrant_url"), "api_key_env": old_form.variable(keys)}
+    for ours, one in found.items():
+        if one is not None:
+            done.qdrant[ours] = one.value
+            done.note(one, f"index.qdrant.{ours}")
+    if "collection_prefix" in said:
+        prefix = said["collection_prefix"].value.rstrip("_") + "_"
+        done.qdrant["prefix"] = prefix
+        done.note(
+            said["collection_prefix"],
+            f"index.qdrant.prefix: collections are {prefix}MODEL-WIDTH, old ones stay",
+        )
+    if done.qdrant and "url" not in done.qdrant:
+        done.qdrant["url"] = "http://localhost:6333"
+        done.warnings.append("index.qdrant.url: the old file names none; say where Qdrant is")
+    given = said.get("embedding_dimension")
+    done.note(given, "no counterpart: a collection has the width of its model")
+    if given is not None and width and given.value != width:
+        done.warnings.append(
+            f"{given.path} is {given.value}, but the model gives {width} numbers: the collections"
+            " there were made for another model, or hold vectors that were cut"
+        )
+    done.note(
+        said.get("allow_dynamic_dimensions"),
+        "no counterpart: each width has a collection of its own, none is ever changed",
+    )
+    done.note(said.get("type"), "left out: Qdrant is the only store")

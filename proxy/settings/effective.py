@@ -1,0 +1,100 @@
+"""What a configuration comes to: every key with the value that applies, ready to be a file again.
+
+No key is in it: what only the environment should hold stands there as a reference `${NAME}`, that
+of the file or one made up, so that nobody serves with a placeholder for a key.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from providers import kinds
+
+from .schema import Settings
+from .section import Section
+from .upstreams import TIMEOUTS, Provider
+
+_WHOLE_REFERENCE = re.compile(r"\$\{[^}]*\}")
+
+
+def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) -> dict[str, Any]:
+    """Return the sections of a configuration, defaults filled in.
+
+    `content` is what its file holds. Of the models, those that it names are shown, or all: the
+    others are the catalogue's in any case.
+    """
+    shown: dict[str, Any] = {
+        name: _plain(getattr(settings, name)) for name in Settings.model_fields
+    }
+    keys = _at(content, "server", "keys")
+    for i, entry in enumerate(shown["server"]["keys"]):
+        given = keys[i] if isinstance(keys, list) else None
+        given = given.get("key") if isinstance(given, dict) else given
+        entry["key"] = _reference(given, f"CLIENT_KEY_{i + 1}")
+    for name, provider in settings.providers.items():
+        if provider is not None:
+            written = _at(content, "providers", name, "headers")
+            shown["providers"][name] = _provider(name, provider, written)
+    if not everything:
+        named = content.get("models") or {}
+        shown["models"] = {name: shown["models"][name] for name in named}
+    return shown
+
+
+def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
+    """Return, by provider, the variable that holds its key, and whether it is set."""
+    named = {name: one.key_variable for name, one in settings.providers.items() if one}
+    return {
+        name: (variable, bool(os.environ.get(variable, "").strip()))
+        for name, variable in named.items()
+        if variable
+    }
+
+
+def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
+    """Return what applies to a provider: of what it does not say, its kind's defaults."""
+    if provider.kind == kinds.LOCAL:
+        return {"kind": provider.kind, "timeout_s": _plain(provider.timeout_s)}
+    profile = provider.as_profile()
+    shown = {field: _plain(getattr(profile, field, None)) for field in Provider.model_fields}
+    shown["kind"] = provider.kind
+    shown |= {key: _plain(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
+    shown["limits"] = {
+        field: getattr(profile.limits, field) for field in type(provider.limits).model_fields
+    }
+    shown["headers"] = dict(profile.headers)
+    for header in provider.headers:
+        given = written.get(header) if isinstance(written, dict) else None
+        made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
+        shown["headers"][header] = _reference(given, f"HEADER_{made_up}")
+    return shown
+
+
+def _reference(given: object, made_up: str) -> str:
+    """Return what stands for a secret: the file's own reference, if it holds nothing else."""
+    if isinstance(given, str) and _WHOLE_REFERENCE.fullmatch(given) and ":-" not in given:
+        return given
+    return f"${{{made_up}}}"
+
+
+def _at(content: object, *path: str) -> object:
+    for part in path:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - whatever YAML can hold
+    """Return a value in YAML's own types; a whole number without its point."""
+    if isinstance(value, Section):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list | frozenset):
+        return [_plain(one) for one in (sorted(value) if isinstance(value, frozenset) else value)]
+    if isinstance(value, Path):
+        return os.fsencode(value).decode(errors="replace")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

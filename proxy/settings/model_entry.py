@@ -1,0 +1,123 @@
+"""What a configuration may say of one model: its space, its routes, what may stand in for it."""
+
+from typing import Annotated, Literal, Optional
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+
+from providers import catalogue
+from providers.base import Space
+from providers.catalogue import ModelEntry
+from proxy.embedding.widths import Policy, can_give
+
+from .section import Name, Number, Section, Whole
+
+
+class Route(Section):
+    """Where a model can be bought, and under which name."""
+
+    provider: Name
+    model: Name
+    price: Annotated[Number, Field(ge=0)] | None = None
+
+
+class Fallback(Section):
+    """A model of another space that answers when no route of the first one does."""
+
+    model: Name
+    width: Policy = "strict"
+
+    def objection(self, first: "Model", stand_in: Optional["Model"]) -> str | None:
+        """Say why a model cannot stand in for another; None if it can."""
+        if stand_in is None:
+            return "there is no model of that name"
+        if stand_in.space == first.space:
+            return "has the same space; add its routes to `routes` instead"
+        if first.dimensions is None or stand_in.dimensions is None:
+            return "say the `dimensions` of both models, so that it is known whether they fit"
+        if not can_give(stand_in.as_space(), first.dimensions, self.width):
+            return (
+                f"gives {stand_in.dimensions} numbers where {first.dimensions} are asked for;"
+                f" say `width: {'pad' if stand_in.dimensions < first.dimensions else 'truncate'}`"
+                " if that is what you want"
+            )
+        return None
+
+
+class Model(Section):
+    """One embedding model."""
+
+    space: Annotated[str, Field(min_length=1, max_length=200)]
+    dimensions: Annotated[Whole, Field(ge=1, le=65536)] | None = None
+    matryoshka: bool = False
+    dimensions_refused: bool = False
+    dimensions_sent: bool = False
+    tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
+    context: Annotated[Whole, Field(ge=1)] | None = None
+    truncate: Literal["end"] | None = None
+    unit_norm: bool = False
+    price: Annotated[Number, Field(ge=0)] = 0
+    order: Literal["listed", "cheapest", "fastest"] = "listed"
+    hedge_after_s: Annotated[Number, Field(gt=0)] | None = None
+    width: Policy = "strict"
+    routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+    fallback: tuple[Fallback, ...] = ()
+
+    @field_validator("fallback", mode="before")
+    @classmethod
+    def _several_or_one(cls, value: object) -> object:
+        """Take one for a list of one, a name for all that is said of it, and null for none."""
+        if value is None:
+            return ()
+        several = value if isinstance(value, list | tuple) else [value]
+        return [{"model": entry} if isinstance(entry, str) else entry for entry in several]
+
+    @field_validator("truncate")
+    @classmethod
+    def _cut_by_tokens_of_its_own(cls, value: str | None, info: ValidationInfo) -> str | None:
+        for key in ("tokenizer", "context"):
+            if value is not None and info.data.get(key) is None:
+                raise ValueError(
+                    f"needs the model's `{key}`; give it, or leave `truncate` out: then what is too"
+                    " long is refused"
+                )
+        return value
+
+    @property
+    def truncate_to(self) -> int | None:
+        """Tokens to which an input is cut before anything else; None = it is not."""
+        return self.context if self.truncate else None
+
+    def as_space(self) -> Space:
+        """Return the space of this model's vectors."""
+        return Space(
+            self.space,
+            self.dimensions or 0,
+            self.matryoshka,
+            self.tokenizer,
+            unit_norm=self.unit_norm,
+            dimensions_sent=self.dimensions_sent,
+        )
+
+
+def from_catalogue(entry: ModelEntry) -> dict[str, object]:
+    """Return what the catalogue says of a model, as a configuration would say it."""
+    return {
+        "space": entry.space,
+        "dimensions": entry.dimensions or None,
+        "matryoshka": entry.matryoshka,
+        "dimensions_refused": entry.dimensions_refused,
+        "dimensions_sent": entry.dimensions_sent,
+        "tokenizer": entry.tokenizer,
+        "context": entry.context,
+        "unit_norm": entry.unit_norm,
+        "price": entry.price,
+        "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],
+    }
+
+
+def by_name(name: str) -> Model | None:
+    """Return what can be said of a model that is not configured; None for what is no name."""
+    try:
+        return Model.model_validate(from_catalogue(catalogue.by_name(name)))
+    except ValidationError:
+        return None

@@ -1,0 +1,47 @@
+"""The types of values in a configuration, and what every section of one does."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from proxy.http import cache_control
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")  # noqa: TRY004 - pydantic reports ValueErrors
+    return value
+
+
+def _off(value: object) -> object:
+    """Take YAML's `off`, which is its word for false, for the word that was written."""
+    return "off" if value is False else value
+
+
+def _http_url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value):
+        raise ValueError("expected an address like https://host/v1")
+    return value
+
+
+def _web_origin(value: str) -> str:
+    if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+", value):
+        raise ValueError("expected an origin like https://app.example.com, or *")
+    return value
+
+
+CacheMode = Annotated[cache_control.Mode, BeforeValidator(_off)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Name = Annotated[str, Field(min_length=1)]
+ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+WebOrigin = Annotated[str, AfterValidator(_web_origin)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; knows its keys and refuses others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

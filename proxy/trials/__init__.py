@@ -1,0 +1,1 @@
+"""Providers put to the test on purpose: whether they work, and which is better."""

@@ -1,0 +1,101 @@
+"""The routes that can be tried: those of some models, in the space of each, and why one cannot.
+
+Providers are opened for it as for a start of the proxy; nothing is asked here.
+"""
+
+from collections.abc import Collection, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cache.file import disk
+from providers import kinds, local
+from providers.base import Space
+from providers.router import Router
+from providers.routing.health import Upstreams
+from proxy.embedding.learned import WIDTHS_FILE, Pins
+from proxy.embedding.opening import make_router, open_providers
+from proxy.settings.model_entry import Model
+from proxy.settings.schema import Settings
+
+from .choice import Choice, choose
+from .finding import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whether a provider that the configuration names can be used."""
+
+    state: Literal["usable", "skipped", "disabled"]
+    kind: str | None
+    why: str = ""
+    """Why it cannot, or is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What there is to try."""
+
+    standings: Mapping[str, Standing]
+    """Of each provider that the configuration names."""
+    models: Mapping[str, Model]
+    routers: Mapping[str, Router]
+    findings: list[Finding]
+    """The routes of the models, those of one space together, each route once."""
+
+
+async def find(settings: Settings, choice: Choice, stack: AsyncExitStack) -> Candidates:
+    """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
+    opened = await open_providers(settings, stack)
+    standings = {name: _standing(settings, name, opened) for name in settings.providers}
+    usable = {name: one for name, one in opened.items() if standings[name].state == "usable"}
+    models = choose(settings, choice, usable)
+    upstreams = Upstreams()
+    routers = {
+        name: make_router(settings, name, model, usable, upstreams)
+        for name, model in models.items()
+    }
+    pins = Pins(disk.folder_of(settings.cache.directory) / WIDTHS_FILE)
+    return Candidates(standings, models, routers, _findings(models, routers, standings, pins))
+
+
+def _standing(settings: Settings, name: str, opened: Collection[str]) -> Standing:
+    entry = settings.providers[name]
+    if entry is None:
+        return Standing("disabled", None, "null in the configuration")
+    if name not in opened:
+        return Standing("skipped", entry.kind, f"{entry.key_variable} is not set")
+    if entry.kind == kinds.LOCAL and not local.is_installed():
+        return Standing("skipped", entry.kind, local.MISSING)
+    if not any(route.provider == name for one in settings.models.values() for route in one.routes):
+        return Standing("usable", entry.kind, "no model has a route to it; add one to `models`")
+    return Standing("usable", entry.kind)
+
+
+def _findings(
+    models: Mapping[str, Model],
+    routers: Mapping[str, Router],
+    standings: Mapping[str, Standing],
+    pins: Pins,
+) -> list[Finding]:
+    """Return the routes of some models, those of one space together, each route once."""
+    spaces = {}
+    for name, model in models.items():
+        space = model.as_space()
+        # A width that the proxy has learned holds from then on.
+        spaces[name] = replace(space, dimensions=space.dimensions or pins.width(space.name))
+    order = list(dict.fromkeys(space.name for space in spaces.values()))
+    found: dict[tuple[Space, str, str], Finding] = {}
+    for name in sorted(routers, key=lambda name: order.index(spaces[name].name)):
+        routes = {(route.name, route.model): route for route in routers[name].routes}
+        for entry in models[name].routes:
+            here = (entry.provider, entry.model)
+            one = found.setdefault(
+                (spaces[name], *here), Finding([], spaces[name], *here, routes.get(here))
+            )
+            if name not in one.models:
+                one.models.append(name)
+            if one.route is None:
+                standing = standings.get(entry.provider)
+                one.why = standing.why if standing else "the provider is not configured"
+    return list(found.values())

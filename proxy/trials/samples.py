@@ -1,0 +1,85 @@
+"""What providers are compared on: texts, and queries whose right texts are known."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.upkeep.pairs import Refused, SourceError
+from providers.probe import TEXTS
+from proxy import corpus
+from proxy.sources.jsonl import is_jsonl, lines, need_fields, objects
+
+MOST = 2000
+"""Distinct inputs, at most: each is compared with all the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Distinct inputs: first the texts among which is searched, then queries that are none."""
+
+    inputs: Sequence[str]
+    texts: int
+    """How many of the inputs are texts."""
+    wanted: Mapping[int, frozenset[int]]
+    """The right texts of each query, by their places among the inputs."""
+
+
+def read(texts: Path | None, pairs: Path | None) -> Samples:
+    """Return the inputs that files hold; without one, some that every machine has.
+
+    Lines of `texts` are texts, or in a `….jsonl` objects with a `text`; those of `pairs` are
+    objects with a `query` and a `text`. Blank and repeated ones are left out. Raises SourceError.
+    """
+    given: list[str] = []
+    if texts is not None:
+        given = [text for (text,) in _fields(texts, "text")] if is_jsonl(texts) else _plain(texts)
+        if not given:
+            raise SourceError(f"{texts} holds no text")
+    known = [] if pairs is None else list(_fields(pairs, "query", "text"))
+    if pairs is not None and not known:
+        raise SourceError(f"{pairs} holds no pair")
+    if texts is None and pairs is None:
+        given = [*TEXTS, *corpus.a_few()]
+    places = {text: i for i, text in enumerate(dict.fromkeys([*given, *(t for _, t in known)]))}
+    count = len(places)
+    wanted: dict[int, frozenset[int]] = {}
+    for query, text in known:
+        place = places.setdefault(query, len(places))
+        if query != text:
+            wanted[place] = wanted.get(place, frozenset()) | {places[text]}
+    if len(places) > MOST:
+        raise SourceError(
+            f"{len(places):,} different texts and queries are too many, {MOST:,} are compared at"
+            " most; take a sample of them"
+        )
+    return Samples(list(places), count, wanted)
+
+
+def _plain(path: Path) -> list[str]:
+    found = []
+    for number, line in lines(path):
+        try:
+            text = "" if line is None else line.decode()
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path}: line {number} is not UTF-8 text") from error
+        if line is None:
+            raise SourceError(f"{path}: line {number} is too long")
+        if text.strip():
+            found.append(text)
+    return found
+
+
+def _fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
+    """Yield the strings in some fields of each line. Raises SourceError for a line without them."""
+    need_fields(path, *fields)
+    for item in objects(path, *fields):
+        if isinstance(item, Refused):
+            raise SourceError(f"{path}: {item.where}: {item.why}")
+        where, found = item
+        values = [found[field] for field in fields]
+        for field, value in zip(fields, values, strict=True):
+            if not isinstance(value, str):
+                raise SourceError(f"{path}: {where}: its `{field}` is no string")
+        texts = tuple(value for value in values if isinstance(value, str))
+        if all(text.strip() for text in texts):
+            yield texts
