@@ -1,0 +1,126 @@
+"""T1 to T4: hits, against the limit of the stack, which answers as many bytes to the same requests.
+
+One worker has one core. Inputs are drawn from 10,000 known ones, all in memory or all on disk.
+"""
+
+import sys
+import uvloop
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .client import Client, in_turns
+from .material import Made, asking, make, prove, say
+from .process import bare, proxy
+from .table import Row, compare
+
+KNOWN = 10_000
+BULK = 2_000
+CONNECTIONS = 16
+SINGLES_A_ROUND = 2_000
+BULKS_A_ROUND = 3
+MEMORY_MIB = 256
+WARM_UPS = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of the proxy and of the bare server in turns."""
+
+    target: str
+    what: str
+    requests: Callable[[Made], list[bytes]]
+    """Makes a round's."""
+    inputs: int = 1
+    encoding: str = "base64"
+    disk: bool = False
+    least: float | None = None
+    most: float | None = None
+
+
+def known(made: Made) -> list[bytes]:
+    """One input each, drawn from all that are known."""
+    return [asking(number) for number in made.some(SINGLES_A_ROUND)]
+
+
+def repeated(_: Made) -> list[bytes]:
+    """The same body each time."""
+    return [asking(7)] * SINGLES_A_ROUND
+
+
+def new_bodies(made: Made) -> list[bytes]:
+    """Known inputs in bodies that were never seen: of another user each."""
+    return [asking(number, user=f"{next(made.fresh):09}") for number in made.some(SINGLES_A_ROUND)]
+
+
+def bulks(encoding: str) -> Callable[[Made], list[bytes]]:
+    """Make rounds of long requests, each for other inputs."""
+    return lambda made: [asking(made.some(BULK), encoding) for _ in range(BULKS_A_ROUND)]
+
+
+CASES = (
+    Case("T1", "one input, memory hit", known, least=1.0),
+    Case("T1", "the same, one body again and again", repeated),
+    Case("T1", "the same, bodies never seen before", new_bodies),
+    Case("T2", "one input, disk hit", new_bodies, disk=True, least=0.6),
+    Case("T3", "2,000 inputs base64, memory", bulks("base64"), BULK, most=1.0),
+    Case("T3", "2,000 inputs base64, disk", bulks("base64"), BULK, disk=True, most=2.2),
+    Case("T4", "2,000 inputs float, memory", bulks("float"), BULK, "float", most=1.8),
+)
+
+
+def rows(folder: Path, rounds: int, wanted: Callable[[str], bool]) -> Iterator[Row]:
+    """Measure what is wanted."""
+    cases = [case for case in CASES if wanted(case.target)]
+    if not cases:
+        return
+    made = uvloop.run(make(folder / "known", KNOWN))
+    for disk in (False, True):
+        if some := [case for case in cases if case.disk is disk]:
+            with proxy(made.directory, memory_mib=0 if disk else MEMORY_MIB) as running:
+                for first in range(0, KNOWN, BULK):
+                    prove(running, range(first, first + BULK))
+                for case in some:
+                    say(f"{case.target} {case.what}")
+                    numbers = made.some(case.inputs)
+                    size = prove(running, numbers, case.encoding)
+                    with bare(size) as limit:
+                        yield measured(case, made, (running, limit), rounds)
+
+
+def measured(case, made, servers, rounds: int) -> Row:
+    """Load both in turns, and compare."""
+    connections = CONNECTIONS if case.inputs == 1 else 1
+    ours, limit = servers
+    turns = rounds if case.inputs == 1 else 2 * rounds
+    with Client(ours, connections) as first, Client(limit, connections, hits=False) as second:
+        taken = in_turns((first, second), (case.requests(made) for _ in range(WARM_UPS + turns)))
+    compared = compare(*(loads[WARM_UPS:] for loads in taken), "µs" if case.inputs == 1 else "ms")
+    if case.inputs == 1:
+        # Requests a second: those of a second of the server's core, which is all that a worker has.
+        return Row(
+            target=case.target,
+            what=case.what,
+            value=1 / compared.cpu,
+            unit="× bare's requests/s",
+            least=case.least,
+            figures={
+                "by_the_clock": 1 / compared.wall,
+                "worst": 1 / compared.high,
+                "best": 1 / compared.low,
+                **compared.figures,
+            },
+        )
+    return Row(
+        target=case.target,
+        what=case.what,
+        value=compared.wall,
+        unit="× bare's time",
+        most=case.most,
+        figures={
+            "by_cpu": compared.cpu,
+            "best": compared.low,
+            "worst": compared.high,
+            **compared.figures,
+        },
+    )
