@@ -93,7 +93,7 @@ def measured(case, made, servers, rounds: int) -> Row:
     connections = CONNECTIONS if case.inputs == 1 else 1
     ours, limit = servers
     turns = rounds if case.inputs == 1 else 2 * rounds
-    with Client(ours, connections) as first, Client(limit, connections, hits=False) as second:
+    with Client(ours, connections) as first, Client(limit, connections, expects=b"") as second:
         taken = in_turns((first, second), (case.requests(made) for _ in range(WARM_UPS + turns)))
     compared = compare(*(loads[WARM_UPS:] for loads in taken), "µs" if case.inputs == 1 else "ms")
     if case.inputs == 1:

@@ -155,13 +155,14 @@ def proxy(
     provider: Server | None = None,
     workers: int = 1,
     cores: frozenset[int] = SERVING,
-    server_keys: Mapping[str, object] | None = None,
+    section: Mapping[str, object] | None = None,
     **cache: object,
 ) -> Iterator[Server]:
-    """Run the proxy on a store, with client keys; `cache` are further keys of that section."""
+    """Run the proxy on a store, with client keys; `section` are further keys of `server`, and
+    `cache` those of that section."""
     url = f"http://127.0.0.1:{provider.port}/v1" if provider else "http://127.0.0.1:9/v1"
     settings = {
-        "server": {"keys": [CLIENT_KEY], "workers": workers, **(server_keys or {})},
+        "server": {"keys": [CLIENT_KEY], "workers": workers, **(section or {})},
         "cache": {"directory": str(directory), "size_limit_gib": SIZE_LIMIT_GIB, **cache},
         "providers": {"openai": {"base_url": url}},
     }
