@@ -3,15 +3,15 @@
 One worker has one core. Inputs are drawn from 10,000 known ones, all in memory or all on disk.
 """
 
-import sys
-import uvloop
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
+
 from .client import Client, in_turns
 from .material import Made, asking, make, prove, say
-from .process import bare, proxy
+from .process import Server, bare, proxy
 from .table import Row, compare
 
 KNOWN = 10_000
@@ -88,39 +88,29 @@ def rows(folder: Path, rounds: int, wanted: Callable[[str], bool]) -> Iterator[R
                         yield measured(case, made, (running, limit), rounds)
 
 
-def measured(case, made, servers, rounds: int) -> Row:
-    """Load both in turns, and compare."""
-    connections = CONNECTIONS if case.inputs == 1 else 1
+def measured(case: Case, made: Made, servers: tuple[Server, Server], rounds: int) -> Row:
+    """Load both in turns, and compare what a request took of the server's one core.
+
+    That decides: it is what a worker has, however much of the core others had meanwhile.
+    """
+    single = case.inputs == 1
+    connections = CONNECTIONS if single else 1
+    # Long requests are few in a round, and so are more rounds: short turns, of like moments.
+    turns = WARM_UPS + (rounds if single else 2 * rounds)
     ours, limit = servers
-    turns = rounds if case.inputs == 1 else 2 * rounds
     with Client(ours, connections) as first, Client(limit, connections, expects=b"") as second:
-        taken = in_turns((first, second), (case.requests(made) for _ in range(WARM_UPS + turns)))
-    compared = compare(*(loads[WARM_UPS:] for loads in taken), "µs" if case.inputs == 1 else "ms")
-    if case.inputs == 1:
-        # Requests a second: those of a second of the server's core, which is all that a worker has.
-        return Row(
-            target=case.target,
-            what=case.what,
-            value=1 / compared.cpu,
-            unit="× bare's requests/s",
-            least=case.least,
-            figures={
-                "by_the_clock": 1 / compared.wall,
-                "worst": 1 / compared.high,
-                "best": 1 / compared.low,
-                **compared.figures,
-            },
-        )
+        loads = in_turns((first, second), (case.requests(made) for _ in range(turns)))
+    compared = compare(*(taken[WARM_UPS:] for taken in loads), unit="µs" if single else "ms")
+    ratios = (compared.cpu, compared.wall, compared.high, compared.low)
+    if single:
+        ratios = tuple(1 / ratio for ratio in ratios)
+    value, clock, worst, best = ratios
     return Row(
         target=case.target,
         what=case.what,
-        value=compared.wall,
-        unit="× bare's time",
+        value=value,
+        unit="× bare's requests/s" if single else "× bare's time",
+        least=case.least,
         most=case.most,
-        figures={
-            "by_cpu": compared.cpu,
-            "best": compared.low,
-            "worst": compared.high,
-            **compared.figures,
-        },
+        figures={"by_the_clock": clock, "worst": worst, "best": best, **compared.figures},
     )

@@ -20,7 +20,7 @@ CORES = sorted(os.sched_getaffinity(0))
 SERVING, LOADING = frozenset(CORES[:1]), frozenset(CORES[1:2] or CORES)
 EVERYWHERE = frozenset(CORES)
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
-CLIENT_KEY = "the-key-of-the-bench"
+CLIENT_KEY = "sk-of-the-bench"
 SIZE_LIMIT_GIB = 1000
 """No store of a bench is to evict."""
 START_SECONDS = 60.0

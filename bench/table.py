@@ -71,17 +71,17 @@ class Taken(Protocol):
 class Compared:
     """Two servers that had the same rounds in turns: ours, and what it is measured against.
 
-    A ratio is that of each round's two neighbours, the median of all rounds: whoever else uses the
-    machine takes from both. The processor time of all rounds together is steadier, and does not see
+    Ratios are those of each round's two neighbours, of which the medians are taken: whoever else
+    uses the machine takes from both. Processor time is the steadier of the two, and does not see
     what is waited for.
     """
 
     wall: float
-    """Our time by the other's, the median of the rounds."""
+    """Our time by the other's."""
     cpu: float
     """Our processor time by the other's."""
     low: float
-    """The least of the rounds' ratios."""
+    """The least of the rounds' ratios of processor time."""
     high: float
     figures: dict[str, float]
 
@@ -91,15 +91,15 @@ def compare(
 ) -> Compared:
     """Compare what rounds took; `unit` is that of the figures."""
     scale = {"s": 1, "ms": 1e3, "µs": 1e6}[unit]
-    ratios = [a.seconds / b.seconds for a, b in zip(ours, other, strict=True)]
     figures = {}
     for who, rounds in (("proxy", ours), (name, other)):
         figures[f"{who}_{unit}"] = statistics.median(t.seconds for t in rounds) * scale
-        figures[f"{who}_cpu_{unit}"] = statistics.fmean(t.cpu_seconds for t in rounds) * scale
-    figures[f"client_cpu_{unit}"] = statistics.fmean(t.client_seconds for t in ours) * scale
-    used = [sum(t.cpu_seconds for t in rounds) for rounds in (ours, other)]
-    wall = statistics.median(ratios)
-    return Compared(wall, used[0] / used[1], min(ratios), max(ratios), figures)
+        figures[f"{who}_cpu_{unit}"] = statistics.median(t.cpu_seconds for t in rounds) * scale
+    figures[f"client_cpu_{unit}"] = statistics.median(t.client_seconds for t in ours) * scale
+    walls = [a.seconds / b.seconds for a, b in zip(ours, other, strict=True)]
+    cpus = [a.cpu_seconds / b.cpu_seconds for a, b in zip(ours, other, strict=True)]
+    median = statistics.median
+    return Compared(median(walls), median(cpus), min(cpus), max(cpus), figures)
 
 
 def number(value: float) -> str:
