@@ -1,4 +1,4 @@
-"""What hits are worth beside others: T12, several workers, and what bulk replies leave in memory."""
+"""Hits beside others: T12, several workers, and what bulk replies leave in memory."""
 
 import multiprocessing
 import os
@@ -158,7 +158,7 @@ def each(who: str, loads: Sequence[Load]) -> dict[str, float]:
 
 
 def kept(made: Made, replies: int) -> Row:
-    """What is resident after many bulk replies, beyond what was before, the working set cached."""
+    """Return what is resident after many bulk replies, beyond what was: all known inputs cached."""
     with (
         proxy(made.directory, memory_mib=MEMORY_MIB) as running,
         Client(running, 1) as client,

@@ -52,8 +52,7 @@ def svg(title: str, panels: Sequence[Panel]) -> str:
         y += 14
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}"'
-            f' height="{y}" role="img" aria-label="{escape(title, {chr(34): "&quot;"})}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" role="img">',
             f"<title>{escape(title)}</title>",
             f"<style>text {{font: 13px sans-serif; fill: {_GREY}}}</style>",
             _text(0, 14, title, "start"),

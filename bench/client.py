@@ -96,8 +96,7 @@ class Client:
                         del missing[number]
 
     def _read(self, connection: socket.socket, missing: int) -> int:
-        """Read once, and return how much of the reply is missing: bytes, all, or what has no end
-        but a last chunk."""
+        """Read once, and return what is missing: so many bytes, _ALL, or _CHUNKS up to the last."""
         buffer = self._buffer
         size = connection.recv_into(buffer)
         if not size:

@@ -44,7 +44,7 @@ def known(made: Made) -> list[bytes]:
 
 
 def repeated(_: Made) -> list[bytes]:
-    """The same body each time."""
+    """Make the same body each time."""
     return [asking(7)] * SINGLES_A_ROUND
 
 
@@ -100,11 +100,11 @@ def measured(case: Case, made: Made, servers: tuple[Server, Server], rounds: int
     ours, limit = servers
     with Client(ours, connections) as first, Client(limit, connections, expects=b"") as second:
         loads = in_turns((first, second), (case.requests(made) for _ in range(turns)))
-    compared = compare(*(taken[WARM_UPS:] for taken in loads), unit="µs" if single else "ms")
+    mine, bares = (taken[WARM_UPS:] for taken in loads)
+    compared = compare(mine, bares, "µs" if single else "ms")
     ratios = (compared.cpu, compared.wall, compared.high, compared.low)
-    if single:
-        ratios = tuple(1 / ratio for ratio in ratios)
-    value, clock, worst, best = ratios
+    # Many requests in a second, or little time for one: the same, upside down.
+    value, clock, worst, best = (1 / ratio if single else ratio for ratio in ratios)
     return Row(
         target=case.target,
         what=case.what,

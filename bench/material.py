@@ -32,7 +32,7 @@ RNG = np.random.default_rng(1)
 CHARACTERS = 600
 """Of an input: a paragraph."""
 FILLER = (
-    "The committee met on Tuesday and heard what had been found: of the forty samples sent, all but "
+    "The committee met on Tuesday and heard what had been found: of the forty samples, all but "
     'two could be read, and the two were "not worth a second look".\nNothing was decided about '
     "them. Whoever wants the figures will find them in the annex, by date and by place, with the "
     "names of those who took them; the prices are those of the year before last.\n"
@@ -60,7 +60,7 @@ class Ring(Keyring):
         super().__init__(Space(model.space, model.dimensions, model.matryoshka, model.tokenizer))
         vectors = RNG.standard_normal((VECTORS, model.dimensions), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        self._vectors = [vector.tobytes() for vector in vectors]
+        self._vectors: list[bytes] = [vector.tobytes() for vector in vectors]
 
     def vector(self, number: int) -> bytes:
         """Return the vector of an input."""
@@ -143,7 +143,7 @@ class Made:
 
     def some(self, count: int) -> list[int]:
         """Return different inputs that it holds, at random."""
-        return RNG.choice(self.entries, count, replace=False).tolist()
+        return list(RNG.choice(self.entries, count, replace=False).tolist())
 
     def open(self) -> Store:
         """Return the store, to be opened."""

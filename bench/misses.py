@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from splintr import Tokenizer
 
@@ -24,6 +25,8 @@ GATHER_MS = 5
 """`server.gather_ms`, which is off by default: it is for those who want few calls."""
 DOCUMENTS = 2_000
 CLIENTS = 16
+
+T = TypeVar("T")
 
 
 def rows(folder: Path, rounds: int, wanted: Callable[[str], bool]) -> Iterator[Row]:
@@ -50,7 +53,7 @@ def rows(folder: Path, rounds: int, wanted: Callable[[str], bool]) -> Iterator[R
 
 def calls(up: Server) -> list[int]:
     """Return how many inputs each call had since this was last asked."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{up.port}/v1/calls") as reply:  # noqa: S310
+    with urllib.request.urlopen(f"http://127.0.0.1:{up.port}/v1/calls") as reply:
         return list(json.load(reply))
 
 
@@ -141,7 +144,7 @@ def traced(running: Server, up: Server) -> Row:
     base64, single texts in JSON, ids of tokens as LangChain sends them, a shorter width, and lists
     in which documents come more than once.
     """
-    random = Random(13)
+    random = Random(13)  # noqa: S311 - the same trace each time
     calls(up)
     first = [text(number) for number in range(DOCUMENTS)]
     second = [f"{one} (revised)" if i % 20 == 0 else one for i, one in enumerate(first)]
@@ -167,12 +170,12 @@ def trace(documents: list[str], random: Random) -> list[bytes]:
     """Return the bodies that five clients send for some documents, in any order."""
     tokenizer = Tokenizer.from_pretrained("cl100k_base")
 
-    def lists(of: list, size: int) -> Iterator[list]:
+    def lists(of: list[T], size: int) -> Iterator[list[T]]:
         return (of[i : i + size] for i in range(0, len(of), size))
 
     twice = random.sample(documents * 2, 2 * len(documents))
     ids = [tokenizer.encode_ordinary(one) for one in documents]
-    half = [one for one in documents[: len(documents) // 2]]
+    half = documents[: len(documents) // 2]
     bodies = [
         *(body_of(some, "base64") for some in lists(documents, 100)),
         *(body_of(some, "float", user="one by one") for some in documents),

@@ -16,7 +16,7 @@ import uvloop
 from .client import Client, in_turns
 from .environment import python
 from .hits import BULK, MEMORY_MIB
-from .material import MODEL, Made, asking, make, prove, say
+from .material import MODEL, asking, make, prove, say
 from .misses import calls
 from .process import CLIENT_KEY, SERVING, Server, memory, on, proxy, upstream
 from .table import Row, compare
@@ -49,7 +49,7 @@ def rows(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Row]:
         proxy(made.directory, memory_mib=MEMORY_MIB) as ours,
     ):
         started = time.perf_counter() - peer.since
-        yield from cases(made, (ours, peer), up, wanted)
+        yield from cases((ours, peer), up, wanted)
         if wanted("T9"):
             yield Row(target="T9", what="start to ready, LiteLLM", value=started, unit="s")
         if wanted("T10"):
@@ -58,7 +58,7 @@ def rows(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Row]:
 
 
 def cases(
-    made: Made, servers: tuple[Server, Server], up: Server, wanted: Callable[[str], bool]
+    servers: tuple[Server, Server], up: Server, wanted: Callable[[str], bool]
 ) -> Iterator[Row]:
     """Compare hits; every reply of both is one, for nothing is asked upstream meanwhile."""
     ours, peer = servers
@@ -80,7 +80,7 @@ def cases(
             taken = in_turns((first, second), [requests] * ROUNDS)
         if bought := calls(up):
             raise RuntimeError(f"LiteLLM did not have everything cached: {sum(bought)} inputs")
-        compared = compare(*taken, "ms", "litellm")
+        compared = compare(taken[0], taken[1], "ms", "litellm")
         yield Row(
             target=target,
             what=f"{what}, against LiteLLM",
@@ -134,7 +134,7 @@ def litellm(interpreter: Path, folder: Path, up: Server) -> Iterator[Server]:
 def alive(port: int) -> bool:
     """Return whether it answers."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/liveliness") as reply:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/liveliness") as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, ConnectionError):
         return False

@@ -158,8 +158,10 @@ def proxy(
     section: Mapping[str, object] | None = None,
     **cache: object,
 ) -> Iterator[Server]:
-    """Run the proxy on a store, with client keys; `section` are further keys of `server`, and
-    `cache` those of that section."""
+    """Run the proxy on a store, with client keys.
+
+    `section` are further keys of `server`, and `cache` further ones of its own section.
+    """
     url = f"http://127.0.0.1:{provider.port}/v1" if provider else "http://127.0.0.1:9/v1"
     settings = {
         "server": {"keys": [CLIENT_KEY], "workers": workers, **(section or {})},

@@ -26,13 +26,10 @@ from .material import Made, make, prove, say
 from .process import LOADING, proxy
 
 SECONDS, RATE = 15, 97
-PROFILED = {"T1": "one input, memory", "T2": "one input, disk"} | {
-    "T3": "2,000 inputs base64, memory",
-    "T4": "2,000 inputs float, memory",
-}
+FILES = 8
 
-# What a stack belongs to, told by its innermost frame that one of these knows: `function (file:line)`
-# for Python, `function (file)` for C. The order is of no account to a frame that only one knows.
+# What a stack belongs to, told by its innermost frame that one of these knows: `function (file)`,
+# with the line in Python. Of two that know a frame the first has it.
 PARTS = (
     ("access, headers", r"proxy/http/(access|guard|caller|cors|cache_control)|_headers \(proxy/"),
     ("parse", r"\(proxy/wire\.py|\(proxy/embedding/inputs|parse\S* \(proxy/"),
@@ -99,7 +96,8 @@ def shares(lines: Sequence[str]) -> tuple[dict[str, float], dict[str, float], in
     total = parts.total()
     if not total:
         raise RuntimeError("nothing was seen at work")
-    return *({k: n / total for k, n in of.most_common()} for of in (parts, files)), total
+    part, file = ({name: n / total for name, n in of.most_common()} for of in (parts, files))
+    return part, file, total
 
 
 def taken(case: Case, made: Made) -> Profile:
@@ -124,25 +122,21 @@ def taken(case: Case, made: Made) -> Profile:
                 client.load(requests)
             if spy.returncode:
                 raise SystemExit(f"bench: py-spy failed: {spy.communicate()[1]}")
-    return Profile(PROFILED[case.target], micros, *shares(stacks.read_text().splitlines()))
+    return Profile(case.what, micros, *shares(stacks.read_text().splitlines()))
 
 
 def tables(profiles: Sequence[Profile]) -> str:
     """Return the tables for the page: by part, one column a case; then by file."""
-    heads = [f"{p.what}" for p in profiles]
-    lines = [f"| part | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    names = dict.fromkeys(part for part, _ in _KNOWN)
-    for name in (*sorted(names, key=lambda n: -profiles[0].parts.get(n, 0)), "other"):
-        lines.append(
-            f"| {name} | {' | '.join(cell(p, p.parts.get(name, 0.0)) for p in profiles)} |"
-        )
-    lines.append(f"| all | {' | '.join(cell(p, 1.0) for p in profiles)} |")
-    lines += ["", "| file | share of: " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    files = dict.fromkeys(f for p in profiles for f in list(p.files)[:8])
-    for file in files:
-        some = " | ".join(f"{100 * p.files.get(file, 0.0):.0f} %" for p in profiles)
-        lines.append(f"| `{file}` | {some} |")
-    return "\n".join(lines)
+    names = [*dict.fromkeys(part for part, _ in _KNOWN), "other"]
+    names.sort(key=lambda name: -profiles[0].parts.get(name, 0.0))
+    parts = [[name, *(cell(p, p.parts.get(name, 0.0)) for p in profiles)] for name in names]
+    parts.append(["all", *(cell(p, 1.0) for p in profiles)])
+    most = dict.fromkeys(file for p in profiles for file in list(p.files)[:FILES])
+    files = [[f"`{f}`", *(f"{100 * p.files.get(f, 0.0):.0f} %" for p in profiles)] for f in most]
+    whats = [profile.what for profile in profiles]
+    rule = ["---"] * (len(profiles) + 1)
+    tables = ([["part", *whats], rule, *parts], [["file", *whats], rule, *files])
+    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables)
 
 
 def cell(profile: Profile, share: float) -> str:
@@ -153,15 +147,13 @@ def cell(profile: Profile, share: float) -> str:
 
 
 def profiled(folder: Path, only: set[str]) -> Iterator[Profile]:
-    """Profile what is wanted."""
+    """Profile the first case of each target that is wanted."""
     made = uvloop.run(make(folder / "known", KNOWN))
-    cases = {case.target: case for case in reversed(CASES) if case.target in PROFILED}
-    wanted = [case for case in CASES if not case.disk or case.target == "T2"]
-    for target in PROFILED:
+    first = {case.target: case for case in reversed(CASES)}
+    for target, case in sorted(first.items()):
         if not only or target in only:
-            case = next(case for case in wanted if case.target == target)
             say(f"profiling {target} {case.what}")
-            yield taken(cases[target] if case is None else case, made)
+            yield taken(case, made)
 
 
 def main() -> None:
