@@ -1,7 +1,7 @@
 """T8 to T11: what depends on how much is kept: the same figures of small stores and a large one.
 
 All reads come from the page cache. The large store is kept in `.bench` for the next run, as long as
-nothing changes of what decides its bytes.
+records and layout stay what they are.
 """
 
 import hashlib
@@ -16,14 +16,16 @@ from statistics import median
 
 import uvloop
 
+from cache.file.layout import LAYOUT, PAGE_BYTES
+
 from .client import Client
+from .environment import KEPT
 from .hits import BULK, KNOWN, MEMORY_MIB
-from .material import VECTOR_BYTES, Made, asking, make, prove, say
-from .process import MB, ROOT, Server, memory, proxy
+from .material import RING, VECTOR_BYTES, VECTORS, Made, asking, make, prove, say
+from .process import MB, Server, memory, proxy
 from .table import Row, percentile
 
 ENTRIES, FEWEST = 1_000_000, 2 * BULK
-KEPT = ROOT / ".bench"
 SPARE_BYTES = 2 << 30
 """Left free on the disk, for logs and for what the bench adds."""
 BYTES_A_BYTE = 1.15
@@ -58,9 +60,8 @@ def rows(folder: Path, rounds: int, wanted: Callable[[str], bool], entries: int)
 
 def large_store(entries: int) -> Made:
     """Return the large store, of an earlier run or new, and read it into the page cache."""
-    sources = [*(ROOT / "cache").rglob("*.py"), ROOT / "bench" / "material.py"]
-    sources.append(ROOT / "providers" / "catalogue.py")
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest()
+    made_of = (*RING.records(range(VECTORS)).items(), (bytes([LAYOUT]), str(PAGE_BYTES).encode()))
+    digest = hashlib.sha256(b"".join(itertools.chain.from_iterable(made_of))).hexdigest()
     folder = KEPT / f"store-{entries}-{digest[:12]}"
     done = folder / "done"
     if not done.exists():
