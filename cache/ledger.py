@@ -41,6 +41,9 @@ class Answered(Embedded):
     usage: Usage
     keys: Sequence[Key] = ()
     """Where each vector is kept; empty where more than one look-up was needed."""
+    again: Callable[[], bool] | None = None
+    """Tells whether the same request would still be answered so, and if it is, counts it; None
+    where it has to be asked anew."""
 
 
 def answered(embedded: Embedded, usage: Usage) -> Answered:
@@ -116,6 +119,13 @@ def usage_of(
         nanodollars_saved=nanodollars(saved, account.price),
         nanodollars_billed=charged.nanodollars_billed,
     )
+
+
+def usage_of_hits(tokens: Sequence[int], account: Account) -> Usage:
+    """Return the sums of a request of which every input is a hit."""
+    saved = sum(tokens)
+    worth = nanodollars(saved, account.price)
+    return Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
 
 
 class By(enum.StrEnum):

@@ -7,6 +7,8 @@ from aiohttp import web
 
 from proxy.embedding.result import Result
 from proxy.http.caller import Caller
+from proxy.http.repeating import AGAIN
+from proxy.http.texts import Texts
 
 from . import wire
 from .service import EmbeddingService
@@ -18,8 +20,9 @@ _PARSE_INLINE = 1 << 18
 class Embeddings:
     """Answers embedding requests from a service."""
 
-    def __init__(self, service: EmbeddingService) -> None:
+    def __init__(self, service: EmbeddingService, texts: Texts) -> None:
         self._service = service
+        self._texts = texts
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
@@ -30,9 +33,12 @@ class Embeddings:
         control = ", ".join(request.headers.getall("Cache-Control", ()))
         result = await self._service.answer(asked, caller, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
-        chunks = wire.render(result.embedded.vectors, form)
+        chunks = wire.render(result.embedded.vectors, form, self._texts.json)
         headers = _headers(result)
         if len(asked.inputs) <= form.vectors_a_chunk:
+            # What stood in may not be needed again; and indexing is done anew for each request.
+            if result.embedded.again and not result.fallback and self._service.indexing is None:
+                request[AGAIN] = result.embedded.again
             return web.Response(
                 body=b"".join(chunks), content_type="application/json", headers=headers
             )
