@@ -2,8 +2,8 @@
 
 python -m bench.profile [--only T1,T3] [--record] — py-spy, in an environment of its own, looks at
 the proxy under the load of `hits`, C code and all; what a request costs is measured without it, and
-shared out by what was seen. The stacks stay in `.bench/profile-T1.txt` and so on, as a flame graph
-wants them. `--record` puts the tables into docs/performance.md.
+shared out by what was seen. The stacks stay in `.bench/profile-*.txt`, as a flame graph wants them.
+`--record` puts the tables into docs/performance.md.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import uvloop
@@ -21,17 +22,19 @@ import uvloop
 from . import pages
 from .client import Client
 from .environment import KEPT, python
-from .hits import BULK, CASES, CONNECTIONS, KNOWN, MEMORY_MIB, Case
+from .hits import BULK, CASES, CONNECTIONS, KNOWN, MEMORY_MIB, Case, prepare, repeated
 from .material import Made, make, prove, say
 from .process import LOADING, proxy
 
 SECONDS, RATE = 15, 97
 FILES = 8
+LOADS = 7
 
 # What a stack belongs to, told by its innermost frame that one of these knows: `function (file)`,
 # with the line in Python. Of two that know a frame the first has it.
 PARTS = (
     ("access, headers", r"proxy/http/(access|guard|caller|cors|cache_control)|_headers \(proxy/"),
+    ("what comes again", r"proxy/http/(repeating|replies|pool|texts|boundary)|\(cache/repeat"),
     ("parse", r"\(proxy/wire\.py|\(proxy/embedding/inputs|parse\S* \(proxy/"),
     ("HTTP read", r"proxy/http/body|aiohttp/(http_parser|_http_parser|streams|web_request)"),
     ("HTTP read", r"^(uv__read|__libc_recv|read|recv)\b|_http_parser|aiohttp/multipart"),
@@ -41,7 +44,7 @@ PARTS = (
     ("render", r"render\S* \(proxy/|\(proxy/wire/render|\(providers/vector\.py"),
     (
         "HTTP write",
-        r"aiohttp/(web_response|http_writer|_http_writer|helpers)|^(uv__write|uv_try_write)",
+        r"aiohttp/(web_response|http_writer|_http_writer|helpers)|^uv__?(try_)?write",
     ),
     ("HTTP write", r"^(write|writev|sendmsg|send)\b|UVStream_?_?(write|_exec_write|try_write)"),
     ("routing, handler", r"aiohttp/web_|aiohttp/"),
@@ -102,24 +105,26 @@ def shares(lines: Sequence[str]) -> tuple[dict[str, float], dict[str, float], in
 
 def taken(case: Case, made: Made) -> Profile:
     """Profile one case."""
-    stacks = KEPT / f"profile-{case.target}.txt"
+    name = "-".join(case.what.replace(",", "").split())
+    stacks = KEPT / f"profile-{case.target}-{name}.txt"
     with (
         proxy(made.directory, memory_mib=0 if case.disk else MEMORY_MIB) as running,
         Client(running, CONNECTIONS if case.inputs == 1 else 1) as client,
     ):
         for first in range(0, KNOWN, BULK):
             prove(running, range(first, first + BULK))
+        prepare(case, client)
         client.load(case.requests(made))
-        micros = 1e6 * min(client.load(case.requests(made)).cpu_seconds for _ in range(5))
+        loads = [client.load(case.requests(made)) for _ in range(LOADS)]
+        micros = 1e6 * median(load.cpu_seconds for load in loads)
         command = [str(python("py-spy==0.4.*").with_name("py-spy")), "record", "--native"]
         command += ["--rate", str(RATE), "--duration", str(SECONDS), "--format", "raw"]
         command += ["--pid", str(running.pid), "--output", str(stacks)]
-        requests = case.requests(made)
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as spy:
             while spy.poll() is None:
-                client.load(requests)
+                client.load(case.requests(made))
             if spy.returncode:
                 raise SystemExit(f"bench: py-spy failed: {spy.communicate()[1]}")
     return Profile(case.what, micros, *shares(stacks.read_text().splitlines()))
@@ -147,12 +152,11 @@ def cell(profile: Profile, share: float) -> str:
 
 
 def profiled(folder: Path, only: set[str]) -> Iterator[Profile]:
-    """Profile the first case of each target that is wanted."""
+    """Profile the cases of each target that is wanted."""
     made = uvloop.run(make(folder / "known", KNOWN))
-    first = {case.target: case for case in reversed(CASES)}
-    for target, case in sorted(first.items()):
-        if not only or target in only:
-            say(f"profiling {target} {case.what}")
+    for case in CASES:
+        if case.requests is not repeated and (not only or case.target in only):
+            say(f"profiling {case.target} {case.what}")
             yield taken(case, made)
 
 

@@ -31,6 +31,7 @@ class Machine:
         self._before = busy_seconds()
         self._load = os.getloadavg()[0]
         self._date = datetime.now(UTC)
+        self._commit = _commit()
 
     def told(self, rounds: int) -> dict[str, Any]:
         """Return what is to be known of the run, which ends now."""
@@ -41,7 +42,7 @@ class Machine:
             "cores": len(CORES),
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.release()}",
-            "commit": _commit(),
+            "commit": self._commit,
             "rounds": rounds,
             "seconds": round(passed),
             "load_before": round(self._load, 2),
