@@ -68,11 +68,15 @@ def main() -> None:
     asked = arguments()
     machine = record.Machine()
     os.sched_setaffinity(0, LOADING)
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        rows = list(measured(asked, Path(name)))
-    rows.sort(key=lambda row: int(row.target.removeprefix("T") or 99))
+    rows: list[Row] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-") as name:
+            for row in measured(asked, Path(name)):
+                rows.append(row)  # noqa: PERF402 - what is there is shown, should the next one fail
+    finally:
+        rows.sort(key=lambda row: int(row.target.removeprefix("T") or 99))
+        print(plain(rows))
     told = machine.told(asked.rounds)
-    print(plain(rows))
     print(record.summary(told, rows))
     files = [asked.json] if asked.json else []
     if not asked.only:
