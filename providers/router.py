@@ -17,7 +17,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 
 from providers.routing.counts import Counts
 from providers.routing.health import Upstreams
-from providers.routing.journey import ATTEMPTS, Journey
+from providers.routing.journey import ATTEMPTS, Journey, attempts
 from providers.routing.order import Latencies, Order, cheapest
 from providers.routing.route import Provider, Route
 from providers.routing.turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Shut, Turn
@@ -75,7 +75,7 @@ class Router:
         When no provider may be asked, AllResting is raised without waiting for anything.
         """
         routes = self._preferred(self._able(space, inputs))
-        journey = Journey(space, inputs, context)
+        journey = Journey(space, inputs, context, attempts(routes))
         try:
             if self._hedge_after_s is not None and len(routes) > 1:
                 return await self._race(routes, journey, self._hedge_after_s)
