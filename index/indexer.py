@@ -21,7 +21,7 @@ from cache.file.rest import Rest
 
 from .collection import Making
 from .connection import Connection
-from .failures import Unusable
+from .failures import InUse, Unusable
 from .outbox import FAILURES, Full, Outbox
 from .point import Point, Target
 from .sender import TICK_SECONDS, Sender
@@ -63,6 +63,8 @@ class Indexer:
         self._outbox: Outbox | None = None
         self._sender: Sender | None = None
         self._stack = AsyncExitStack()
+        self._own: Connection | None = None
+        self._opening = asyncio.Lock()
         self._remembered: defaultdict[Target, set[bytes]] = defaultdict(set)
         self._forgotten = 0
         self._rest = Rest()
@@ -151,6 +153,21 @@ class Indexer:
         if added:
             self.added += added
             self._sender.wake.set()
+
+    async def connection(self) -> Connection:
+        """Return an open connection to ask by: the sender's, or one of this process's own.
+
+        Raises QdrantFailure; InUse for a folder that another process has open.
+        """
+        if self._sender is not None and self._sender.connection is not None:
+            return self._sender.connection
+        async with self._opening:
+            if self._own is None:
+                own = self._connect()
+                if own.embedded:
+                    raise InUse("the folder is the sending process's; it is not open in this one")
+                self._own = await self._stack.enter_async_context(own)
+            return self._own
 
     async def snapshot(self) -> dict[str, Any] | None:
         """Return what has not arrived, and what this process did; None while it cannot be read."""

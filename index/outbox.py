@@ -11,14 +11,17 @@ and again. Its calls block; use an Outbox from one thread. Everything raises FAI
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from cache.file.lock import WriterLock
 
 from . import outbox_file
 from .point import Backlog, Point, Target, Waiting
+
+T = TypeVar("T")
 
 FILE_NAME = "index-outbox.db"
 FAILURES = (sqlite3.Error, OSError, TimeoutError)
@@ -233,3 +236,11 @@ class Outbox:
         ).fetchall()
         dead = sum(count for *_, count in reasons)
         return Backlog(points, size, oldest, dead, tuple(map(tuple, reasons[:20])))
+
+
+class OnDisk(Protocol):
+    """Runs work on the outbox in its thread."""
+
+    async def __call__(self, work: Callable[[Outbox], T]) -> T:
+        """Return what it returns. Raises FAILURES."""
+        ...

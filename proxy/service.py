@@ -30,6 +30,7 @@ from proxy.embedding.indexing import Indexing
 from proxy.embedding.inputs import prepare
 from proxy.embedding.learned import WIDTHS_FILE, Pins
 from proxy.embedding.opening import open_providers
+from proxy.embedding.questions import Questions
 from proxy.embedding.registry import Model, Registry
 from proxy.embedding.result import Result, checked
 from proxy.http.cache_control import terms
@@ -47,7 +48,7 @@ GIB = 1 << 30
 DAY = 86_400
 
 
-class EmbeddingService:
+class EmbeddingService(Questions):
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
     def __init__(

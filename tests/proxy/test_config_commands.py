@@ -356,7 +356,9 @@ def test_the_keys_of_another_service_are_not_taken_for_embeddings(run, write):
         ("local", 3, None, "left out: nobody is asked, so nobody is asked again"),
     ],
 )
-def test_old_retries_become_those_of_the_provider(provider, said, retries, note, run, write):
+def test_old_retries_become_those_of_the_provider(  # noqa: PLR0917 - what is told, and what for
+    provider, said, retries, note, run, write
+):
     """Whatever number the old file says, ours says one that loads."""
     model = {"openai": "text-embedding-3-small", "local": "wordllama-embed"}[provider]
     old = {"llm": {"embedding": {"provider": provider, "model": model, "max_retries": said}}}
