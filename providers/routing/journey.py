@@ -1,9 +1,10 @@
 """A request on its way over the routes: what its attempts share, whichever routes they go to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from providers.base import (
+    Bill,
     Context,
     Embedded,
     Input,
@@ -39,6 +40,8 @@ class Journey:
     context: Context
     parts: Parts = field(init=False)
     """What the routes have answered, several of them maybe: it is not asked for again."""
+    on_bill: Callable[[Route, Bill], None]
+    """Is told what each call was charged, and by whom."""
     most: int = ATTEMPTS
     """Attempts that may be made."""
     left: int = field(init=False)
@@ -74,8 +77,13 @@ class Journey:
 
         context = replace(self.context, begin_by=begin_by, on_part=keep)
         charge = context.on_charge
-        if charge is not None:
-            context = replace(context, on_charge=lambda bill: charge(bill.at(missing)))
+
+        def charged(bill: Bill) -> None:
+            self.on_bill(route, bill)
+            if charge is not None:
+                charge(bill.at(missing))
+
+        context = replace(context, on_charge=charged)
         try:
             inputs = [self.inputs[place] for place in missing]
             embedded = await route.embed(self.space, inputs, context)

@@ -318,7 +318,7 @@ async def test_each_route_is_asked_for_its_own_name_of_the_model():
         ("b-model", SPACE, ["one", "two"]),
     ]
     for *_, sent in stage.arguments:
-        assert replace(sent, on_part=None, begin_by=None) == context
+        assert replace(sent, on_part=None, begin_by=None, on_charge=None) == context
 
 
 @pytest.mark.parametrize(
