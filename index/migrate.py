@@ -7,7 +7,8 @@ aliases, and after a `rollback`, everything is as it was. The order of events::
     prove     where vectors are copied: sampled texts are embedded, and compared
     copy      the old points in the order of their ids, a checkpoint after each page that landed
     compare   whole passes over both, until one finds no difference: what changed meanwhile follows
-    cutover   compared and verified once more, then the aliases switch at one moment
+    cutover   compared and verified once more, then the aliases switch at one moment; what reached
+              the old collection meanwhile is carried
 
 Whoever kills it at any moment runs it again, and it goes on. What was bought is in the cache, and
 not bought again: only the answers that were on their way at that moment are lost.
@@ -44,8 +45,8 @@ class Pace:
 
     page: int = 128
     """Points that are read, and texts that are embedded, at a time."""
-    ahead: int = 4
-    """Pages that are embedded side by side; they are written in order."""
+    ahead: int = 2
+    """Pages that are embedded side by side; they are written in order. A kill may lose so many."""
     points_per_second: float | None = None
     """At most so many; None = as fast as it goes."""
     sample: int = 10

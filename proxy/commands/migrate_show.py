@@ -51,7 +51,11 @@ def plans(found: Sequence[Plan], *, exact: bool) -> None:
         )
         typer.echo(
             f"  to buy: {one.to_buy:,} texts, {about}{one.tokens_to_buy:,} tokens,"
-            f" ${one.dollars:.4f}; about {age(one.seconds)}"
+            f" ${one.dollars:.4f}"
+        )
+        typer.echo(
+            f"  about {age(one.seconds)}, an estimate: {age(one.seconds_buying)} to buy (calls:"
+            f" {one.calls:,}), {age(one.seconds_moving)} for Qdrant by what reading took now"
         )
     if len(found) > 1:
         typer.echo(

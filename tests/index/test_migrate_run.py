@@ -15,7 +15,7 @@ from index.migrate import Migration, MigrationRefused, Pace, Wanted, begin, rest
 from index.migration import collections
 from index.migration.copy import copy, follow
 from index.migration.journal import Journal, Phase
-from index.migration.plan import Survey
+from index.migration.plan import PASSES, Survey
 from index.migration.points import Points
 from index.migration.proof import prove
 from index.migration.regime import Regime
@@ -23,6 +23,7 @@ from index.migration.switch import cutover, finalize, rollback
 from index.migration.template import Rule
 from index.migration.verify import verify
 from providers.base import InputRefused, Space
+from providers.limits import Limits
 
 WIDTH = 8
 SAME = 0.999
@@ -433,7 +434,32 @@ async def test_a_plan_counts_what_is_cached(points):
     assert (first.tokens, first.tokens_to_buy) == (4 * 6 + 7, 3 * 6 + 7)
     assert first.dollars == pytest.approx(25 * 2.0 / 1e6)
     assert (second.to_embed, second.distinct, second.to_buy, second.dollars) == (4, 0, 0, 0)
+    assert (first.calls, second.calls) == (2, 0)
     assert first.seconds > second.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"),
+    [
+        (Limits(), 1),
+        (Limits(concurrency=1), 2),
+        (Limits(inputs=1, concurrency=3), 2),
+        (Limits(tokens=10), 2),
+        (Limits(requests_per_minute=1), 120),
+        (Limits(tokens_per_minute=12), 150),
+    ],
+)
+async def test_a_plan_tells_how_long_it_takes(points, limits, seconds):
+    """By the calls that the provider takes at a time and in a minute, and by what reading took."""
+    await _fill(points, 5)
+    times = iter(range(100))
+    pace = Pace(page=3, ahead=2)
+    survey = Survey(points, FakeModel(), 1.0, pace, limits, clock=lambda: next(times))
+    old = await collections.look(points, "docs")
+    plan = await survey.plan(Wanted("docs", Rule.field("content")), old, silent)
+    # Two pages, each a second of this clock.
+    assert (plan.seconds_buying, plan.seconds_moving) == (seconds, 2 * PASSES)
+    assert plan.seconds == plan.seconds_buying + plan.seconds_moving
 
 
 # The switch

@@ -212,7 +212,8 @@ async def test_what_people_read(migrate, system):
         f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
         "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
         "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
-        "  to buy: 5 texts, 40 tokens, $0.0000; about 0 s",
+        "  to buy: 5 texts, 40 tokens, $0.0000",
+        "  about 1 s, an estimate: 1 s to buy (calls: 1), 0 s for Qdrant by what reading took now",
     ]
     done = await migrate("run", CONTEXT, "--to", MISTRAL)
     assert f"{CONTEXT}: copied; next: cutover" in done.out
