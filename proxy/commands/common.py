@@ -50,6 +50,10 @@ def one_line() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         sys.exit(1)
+    except WorkerFailed as error:
+        if error.has_said_why:
+            sys.exit(error.code)
+        fail(str(error), error.code)
     except OSError as error:
         fail(str(error), 1)
     except (
@@ -61,7 +65,6 @@ def one_line() -> Iterator[None]:
         QdrantFailure,
         SourceError,
         StoreError,
-        WorkerFailed,
         WorkFailed,
     ) as error:
         fail(str(error), 1)
