@@ -2,7 +2,7 @@
 
 connection opens a server or a folder; failures and translation say how it fails. collection makes
 collections and tells whose vectors they hold; claims looks at those that are there. A point goes
-from indexer through the outbox (outbox_file: its tables) to the sender and by writing to Qdrant.
+from indexer through the outbox (outbox_file: its tables; outbox_purge) to the sender and by writing to Qdrant.
 search finds what is nearest to a vector. points reads a collection as pairs of text and vector.
 
 A migration: template says which text a point stands for, regime where its new vector comes from,

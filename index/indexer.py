@@ -66,7 +66,7 @@ class Indexer:
         self._own: Connection | None = None
         self._opening = asyncio.Lock()
         self._remembered: defaultdict[Target, set[bytes]] = defaultdict(set)
-        self._forgotten = 0
+        self._forgotten = self._renewed = 0
         self._rest = Rest()
         self.added = 0
         """Points that this process has put into the outbox."""
@@ -197,6 +197,7 @@ class Indexer:
                 "refused": sender.counters.refused,
                 "dropped": self.dropped,
                 "failures": sender.counters.failed,
+                "damaged": 0 if self._outbox is None else self._outbox.damaged,
             },
         }
 
@@ -204,7 +205,13 @@ class Indexer:
         outbox = self._outbox
         if outbox is None:
             raise OSError("the outbox is closed")
-        return await self._call(lambda: work(outbox))
+        try:
+            return await self._call(lambda: outbox.guarded(work))
+        finally:
+            if outbox.renewed != self._renewed:
+                # What waited in the file before is not known to have arrived.
+                self._renewed = outbox.renewed
+                self._remembered.clear()
 
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

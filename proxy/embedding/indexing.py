@@ -213,6 +213,8 @@ class Indexing:
                     orjson.dumps({**common, **content}),
                     mark,
                     new=result.outcomes[place] is Outcome.MISS,
+                    address=keys[place].address,
+                    namespace=caller.namespace,
                 )
             )
         return points
