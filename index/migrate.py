@@ -15,6 +15,7 @@ not bought again: only the answers that were on their way at that moment are los
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from providers.base import Space
 
 from .collection import Provenance
 from .migration import collections
+from .version import no_insert_only
+
+log = logging.getLogger("embedding_proxy.migrate")
 
 Progress = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
 """Begins to show work of a name and a total, and gives what is told how much is done."""
@@ -184,6 +188,9 @@ async def begin(migration: Migration) -> None:
                 f"there is a collection {fresh.target} of {found[1]:,} points already, which this"
                 " migration did not make; name another one with --into"
             )
+    lack = await no_insert_only(migration.points.qdrant)
+    if lack is not None:
+        log.warning("%s", lack)
     state = migration.state
     wanted = Provenance(state.space, state.dimensions, state.rule)
     # What is made from here on is ours: so the journal knows of it before.
