@@ -12,7 +12,6 @@ It knows which model is which space and where it can be bought; it knows no HTTP
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +21,7 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers.base import Account, Context
+from providers.base import Account, Context, Input
 from providers.routing.health import Upstreams
 from proxy.commands.known import Known, known
 from proxy.embedding.canary import Canaries
@@ -46,6 +45,8 @@ from .wire import EmbeddingRequest
 MIB = 1 << 20
 GIB = 1 << 30
 DAY = 86_400
+REPLIES_SHARE = 0.25
+"""The part of the memory that is left to whole replies (see `http.replies`)."""
 
 
 class EmbeddingService(Questions):
@@ -90,7 +91,8 @@ class EmbeddingService(Questions):
                 )
             )
             self._store = store
-            self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
+            memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
+            self._tiers = Tiers(memory, store)
             # Frozen, whoever would ask a provider finds none that could be paid.
             providers = {}
             if cache.mode != "frozen":
@@ -215,27 +217,28 @@ class EmbeddingService(Questions):
         model = self._registry.get(asked.model)
         if model.by_name and asked.dimensions is not None:
             model = model.at(asked.dimensions)
-        allow_oversize = self.settings.server.allow_oversize
-        deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
+        server = self.settings.server
+        deadline = asyncio.get_running_loop().time() + server.request_timeout_s
         allowed = terms(self.settings.cache.mode, control)
-        account = Account(asked.model, caller.client, model.price)
-        context = Context(deadline, asked.user, caller.namespace, allowed, account=account)
+
+        async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+            inputs, counts = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
+            account = Account(asked.model, caller.client, one.price)
+            return inputs, Context(
+                by, asked.user, caller.namespace, allowed, counts=counts, account=account
+            )
+
         if not model.space.dimensions:
-            inputs, counts = await prepare(asked.inputs, model, allow_oversize=allow_oversize)
-            context = replace(context, counts=counts)
+            inputs, context = await prepared(model, deadline)
             model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
             space = model.space.with_parameters(asked.parameters)
             return checked(model, model, space, _width(model, asked), inputs, embedded)
         width = _width(model, asked)
 
         async def ask(one: Model, by: float) -> Result:
-            space = one.space
-            if asked.parameters:
-                space = space.with_parameters(asked.parameters)
-            inputs, counts = await prepare(asked.inputs, one, allow_oversize=allow_oversize)
-            bill = replace(account, price=one.price)
-            own = replace(context, deadline=by, account=bill, counts=counts)
-            embedded = await one.embedder.embed(space, inputs, own)
+            space = one.space.with_parameters(asked.parameters) if asked.parameters else one.space
+            inputs, context = await prepared(one, by)
+            embedded = await one.embedder.embed(space, inputs, context)
             return checked(model, one, space, width, inputs, embedded)
 
         models = [model, *fallback.stand_ins(model, self.models, width)]

@@ -1,0 +1,57 @@
+"""Replies that were given before, to requests that come again byte for byte.
+
+What is the same in every byte, its key included, was let in, understood and answered before, and
+would be again: only whether the answer still holds is asked each time. A request is known by a
+digest (BLAKE2b-128, keyed anew in each process), so that no text and no key is kept here.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .pool import Pool
+
+# What a reply takes besides its bytes: digest, tuple, what its answer is made of, and its place in
+# the map.
+_OVERHEAD = 1200
+LONGEST_REQUEST = 1 << 16
+"""Bytes; longer ones are not looked up."""
+LONGEST_REPLY = 1 << 18
+"""Bytes; longer ones are not kept."""
+
+
+class Reply(NamedTuple):
+    """A reply, but for what each has of its own: the time, and an id."""
+
+    head: bytes
+    """From the status line on; each line ends with CRLF."""
+    body: bytes
+    again: Callable[[], bool]
+    """Tells whether the reply still holds, and if it does, counts it (see `cache.repeat`)."""
+
+
+class Replies:
+    """A map of at most `limit` bytes, least recently used out first. For one thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._secret = secrets.token_bytes(32)
+        self.pool = Pool(limit)
+        """Where they are kept, with whatever else was rendered."""
+
+    def digest(self, request: bytes) -> bytes:
+        """Return what a request is known by; `request` is all of it, head and body."""
+        return hashlib.blake2b(request, digest_size=16, key=self._secret).digest()
+
+    def find(self, digest: bytes) -> Reply | None:
+        """Return the reply to give, already counted; None if the request has to be answered."""
+        reply: Reply | None = self.pool.get(digest)
+        if reply is not None and not reply.again():
+            self.pool.drop(digest)
+            return None
+        return reply
+
+    def keep(self, digest: bytes, reply: Reply) -> None:
+        """Keep a reply, unless it is long."""
+        if len(reply.body) <= LONGEST_REPLY:
+            self.pool.keep(digest, reply, len(reply.head) + len(reply.body) + _OVERHEAD)
