@@ -66,6 +66,8 @@ def letter(point: Point, why: str) -> dict[str, Any]:
 
 
 def _nothing_at(migration: Migration) -> str:
+    if not migration.rule.fields:
+        return f"{migration.rule.source} gives none"
     return f"nothing at {', '.join(f'`{name}`' for name in migration.rule.fields)}"
 
 

@@ -17,6 +17,7 @@ from cache.upkeep.pairs import SourceError
 from index.failures import QdrantFailure
 from index.migrate import MigrationRefused
 from index.migration.journal import JournalError
+from index.migration.template import TemplateError
 from providers.base import EmbeddingError
 from proxy.config import ConfigError
 from proxy.server import PortUnavailable
@@ -64,6 +65,7 @@ def one_line() -> Iterator[None]:
         PortUnavailable,
         QdrantFailure,
         SourceError,
+        TemplateError,
         StoreError,
         WorkFailed,
     ) as error:

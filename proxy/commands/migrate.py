@@ -47,6 +47,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     dimensions: ask.DimensionsOption = None,
     text_field: ask.FieldOption = None,
     template: ask.TemplateOption = None,
+    text_by: ask.ByOption = None,
     file: ask.FileOption = None,
     regime: ask.RegimeOption = Regime.AUTO,
     vector: ask.VectorOption = None,
@@ -64,7 +65,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         to=to,
         old=old,
         dimensions=dimensions,
-        texts=ask.Texts(text_field, template, file, vector, into),
+        texts=ask.Texts(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
     pace = Pace(sample=sample)
@@ -95,6 +96,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     dimensions: ask.DimensionsOption = None,
     text_field: ask.FieldOption = None,
     template: ask.TemplateOption = None,
+    text_by: ask.ByOption = None,
     file: ask.FileOption = None,
     regime: ask.RegimeOption = Regime.AUTO,
     vector: ask.VectorOption = None,
@@ -128,7 +130,7 @@ def run(  # noqa: PLR0913 - one parameter an option
         to=to,
         old=old,
         dimensions=dimensions,
-        texts=ask.Texts(text_field, template, file, vector, into),
+        texts=ask.Texts(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
     pace = Pace(page, ahead, points_per_second, sample, passes)

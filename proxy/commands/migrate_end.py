@@ -103,7 +103,7 @@ def cutover(  # noqa: PLR0913 - one parameter an option
                 points,
                 target,
                 journal,
-                Rule.template(state.rule),
+                Rule.read(state.rule),
                 old,
                 state,
                 pace=pace,

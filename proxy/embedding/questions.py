@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from index.collection import Provenance, name_of
+from index.collection import Provenance
 from index.failures import OtherSpace
 from index.search import Found, search
 from providers import likeness, vector
 from proxy.config import ConfigError
 from proxy.settings.schema import Settings
 
-from .indexing import Indexing
+from .bringing import space_of
+from .indexing import Indexing, collection_of
 from .result import Result
 
 
@@ -105,14 +106,11 @@ class Questions(ABC):
         space = asked.space
         if stored is not None:
             space = asked.model.space.with_parameters(stored)
+            if asked.space.name != space.name:
+                space = space_of(asked.model.width, space, asked.dimensions)
         qdrant = self.settings.index.qdrant
         name = collection or qdrant.collection
-        name = name or name_of(
-            asked.name,
-            asked.dimensions,
-            parameters=space.label.partition("?")[2],
-            prefix=qdrant.prefix,
-        )
+        name = name or collection_of(asked.name, space, asked.dimensions, qdrant)
         (numbers,) = vector.derive(asked.embedded.vectors, asked.dimensions)
         return await search(
             await self.indexing.indexer.connection(),
