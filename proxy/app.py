@@ -12,7 +12,7 @@ from proxy.http.models import Models
 from proxy.http.status import Status
 from proxy.onward.origin import PREFIXES, Origin
 from proxy.onward.passthrough import Passthrough
-from proxy.settings.schema import Server, Settings
+from proxy.settings.schema import Settings
 
 from .embeddings import Embeddings
 from .http import body, ops
@@ -49,22 +49,28 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(open_service)
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
-    _add_routes(app, service, server, passthrough)
+    _add_routes(app, service, settings, access, passthrough)
     return app
 
 
 def _add_routes(
     app: web.Application,
     service: EmbeddingService,
-    server: Server,
+    settings: Settings,
+    access: Access,
     passthrough: Passthrough | None,
 ) -> None:
     embeddings, models = Embeddings(service), Models(service, passthrough)
+    server = settings.server
     most = int(server.max_body_mib * MIB)
+    takes_keys = any(one.by_client for one in settings.providers.values() if one)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         content = await body.read(request, most, server.body_timeout_s)
-        return await embeddings.post(request, content, request[CALLER])
+        caller = request[CALLER]
+        if takes_keys:
+            caller = caller._replace(api_key=access.own_key(request.headers))
+        return await embeddings.post(request, content, caller)
 
     for prefix in (*PREFIXES, ""):
         for slash in ("", "/"):

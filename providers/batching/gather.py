@@ -46,7 +46,7 @@ class Line(NamedTuple):
 
     space: Space
     user: str | None
-    credential: Credential | None
+    credential: Credential | None = None
 
 
 class Gatherer:

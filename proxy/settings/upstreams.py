@@ -142,9 +142,9 @@ class Provider(Section):
             )
         adapter = kinds.find(self.kind).adapter
         if not (isinstance(adapter, type) and issubclass(adapter, HttpProvider)):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004 - pydantic reports ValueErrors
                 f"key: client is for kinds that send a key over HTTP; {self.kind} does not say so:"
-                f" name a variable in api_key_env, or leave it out"
+                " name a variable in api_key_env, or leave it out"
             )
 
     @property
