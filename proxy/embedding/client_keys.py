@@ -12,9 +12,10 @@ whose key cannot be proved just now. One whose key is refused is told so.
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 from weakref import WeakValueDictionary
@@ -34,10 +35,10 @@ from providers.base import (
     RateLimited,
 )
 from proxy.http.caller import Caller
-from proxy.settings.model_entry import Model
 from proxy.settings.schema import Settings
 
 from . import client_secret
+from .by_client import ByClient
 from .proofs import Proofs, Standing
 from .steps import one_before_others
 
@@ -54,42 +55,6 @@ log = logging.getLogger("embedding_proxy.keys")
 
 Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[Answered]]
 """Asks the cache, and behind it the routes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ByClient:
-    """That a model is asked for with the client's own key."""
-
-    model: str
-    space: str
-    providers: tuple[str, ...]
-    """Those that are asked with it; all of one origin."""
-    origin: str
-    share: bool
-    """Whether what one key has bought is served to others."""
-    others: bool
-    """Whether the model has routes that need no client's key."""
-
-
-def by_client(
-    settings: Settings, name: str, entry: Model, usable: Container[str]
-) -> ByClient | None:
-    """Return how a model is asked for with clients' keys; None if it is not.
-
-    `usable` are the names of the providers that can be asked.
-    """
-    routes = {route.provider: settings.providers.get(route.provider) for route in entry.routes}
-    asked = {name: one for name, one in routes.items() if one is not None and one.by_client}
-    if not asked:
-        return None
-    return ByClient(
-        model=name,
-        space=entry.space,
-        providers=tuple(asked),
-        origin=next(one.origin for one in asked.values()),
-        share=all(one.share for one in asked.values()),
-        others=any(provider in usable for provider in routes if provider not in asked),
-    )
 
 
 class ClientKeys:
@@ -126,7 +91,8 @@ class ClientKeys:
         own = replace(context, credential=credential, namespace=namespace, account=account)
         answer = await _Visit(self, how, own, credential, ask).answer(inputs)
         if answer is None:
-            return await ask(inputs, context), context.namespace
+            # The next time it may be proved, or refused.
+            return replace(await ask(inputs, context), again=None), context.namespace
         return answer, namespace
 
     def proof_of(self, credential: Credential, how: ByClient) -> str:
@@ -238,4 +204,13 @@ class _Visit:
             raise
         if not {*answer.providers}.isdisjoint(self._how.providers):
             self._keys.proofs.accepted(self._proof)
-        return answer
+        if answer.again is None:
+            return answer
+        return replace(answer, again=partial(self._again, answer.again))
+
+    def _again(self, holds: Callable[[], bool]) -> bool:
+        """Tell whether an answer may be given to the key once more."""
+        try:
+            return self._keys.standing(self._proof) is Standing.PROVED and holds()
+        except ClientKeyRefused:
+            return False

@@ -18,7 +18,7 @@ from proxy.settings import model_entry
 from proxy.settings.model_entry import Fallback
 from proxy.settings.schema import Settings
 
-from .client_keys import ByClient, by_client
+from .by_client import ByClient, by_client
 from .learned import Pins
 from .opening import batched, make_router
 from .steps import one_before_others
