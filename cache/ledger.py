@@ -121,6 +121,13 @@ def usage_of(
     )
 
 
+def usage_of_hits(tokens: Sequence[int], account: Account) -> Usage:
+    """Return the sums of a request of which every input is a hit."""
+    saved = sum(tokens)
+    worth = nanodollars(saved, account.price)
+    return Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
+
+
 class By(enum.StrEnum):
     """What the ledger can be summed by: columns of its table, and of that of the partitions."""
 

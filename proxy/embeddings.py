@@ -8,6 +8,7 @@ from aiohttp import web
 from proxy.embedding.result import Result
 from proxy.http.caller import Caller
 from proxy.http.repeating import AGAIN
+from proxy.http.texts import Texts
 
 from . import wire
 from .service import EmbeddingService
@@ -19,8 +20,9 @@ _PARSE_INLINE = 1 << 18
 class Embeddings:
     """Answers embedding requests from a service."""
 
-    def __init__(self, service: EmbeddingService) -> None:
+    def __init__(self, service: EmbeddingService, texts: Texts) -> None:
         self._service = service
+        self._texts = texts
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
@@ -31,7 +33,7 @@ class Embeddings:
         control = ", ".join(request.headers.getall("Cache-Control", ()))
         result = await self._service.answer(asked, caller, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
-        chunks = wire.render(result.embedded.vectors, form)
+        chunks = wire.render(result.embedded.vectors, form, self._texts.json)
         headers = _headers(result)
         if len(asked.inputs) <= form.vectors_a_chunk:
             # What stood in may not be needed again; and indexing is done anew for each request.

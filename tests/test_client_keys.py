@@ -16,6 +16,7 @@ from aiohttp import web
 from any_server import AnyServer
 from conftest import no_wait
 from fault_server import hang, status, tokens_of, vector_of
+from qdrant_server import QdrantServer
 
 from providers import kinds
 from providers.base import ClientKeyRefused, Context, Space
@@ -26,6 +27,7 @@ from proxy import cli
 from proxy.commands.migrating import Target, named
 from proxy.config import load
 from proxy.embedding import client_keys, client_secret, proofs
+from proxy.embedding.by_client import ByClient
 from proxy.embedding.proofs import Proofs, Standing
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
@@ -305,6 +307,8 @@ def test_a_digest_needs_the_secret(tmp_path):
         names.add(keys._digest("https://a", ANNE))
         names.add(keys._digest("https://b", ANNE))
     assert len(names) == 4
+    hows = [ByClient(MODEL, "s", ("p",), origin, share=False, others=False) for origin in "ab"]
+    assert len({keys._credential(how, ANNE) for how in hows}) == 2
 
 
 def test_the_secret_is_made_once(tmp_path, caplog):
@@ -654,6 +658,32 @@ async def test_a_key_that_cannot_be_proved_is_as_none(start, upstream, second, m
     assert (await _ask(proxy, "")).headers["x-cache"] == "hit"
     assert await _namespaces(proxy) == {""}
     await upstream.start()
+
+
+async def test_it_is_tried_again_whatever_is_at_hand(start, upstream, second, monkeypatch):
+    """A key that could not be proved is proved when it can be, though its reply came again."""
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-operator-0123456789")
+    proxy = await start(more={"openrouter": {"base_url": second.url}})
+    await upstream.stop()
+    assert [(await _ask(proxy, ANNE)).headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
+    await upstream.start()
+    assert (await _ask(proxy, ANNE)).headers["x-embedding-provider"] == "openai"
+    assert _keys(upstream) == [ANNE]
+
+
+async def test_points_lie_in_the_part_of_the_key(start, upstream):
+    """What is indexed is of the key that asked, and asked again it is the same point."""
+    async with QdrantServer() as qdrant:
+        proxy = await start(index={"qdrant": {"url": qdrant.url}})
+        for key in (ANNE, ANNE, BERT):
+            assert (await _ask(proxy, key, ["a", "bc"])).status == 200
+        async with asyncio.timeout(10):
+            while (await proxy.service.indexing.indexer.snapshot())["backlog_points"]:  # noqa: ASYNC110 - behind a socket
+                await asyncio.sleep(0.01)
+        points = await qdrant.points(f"{MODEL}-1536")
+    payloads = [point["payload"] for point in points.values()]
+    assert sorted(one["text"] for one in payloads) == ["a", "a", "bc", "bc"]
+    assert {one["namespace"] for one in payloads} == await _namespaces(proxy)
 
 
 async def test_a_refused_key_has_no_stand_in(start, upstream):

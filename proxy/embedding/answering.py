@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 from cache.ledger import Answered
-from providers.base import Account, Context, Input, Space
+from providers.base import Account, Context, Input
 from proxy.http.cache_control import terms
 from proxy.http.caller import Caller
 from proxy.settings.schema import Settings
@@ -40,32 +40,29 @@ class Answering:
         if model.by_name and asked.dimensions is not None:
             model = model.at(asked.dimensions)
         server = self._settings.server
-        allow_oversize = server.allow_oversize
         deadline = asyncio.get_running_loop().time() + server.request_timeout_s
         allowed = terms(self._settings.cache.mode, control)
-        account = Account(asked.model, caller.client, model.price)
-        context = Context(deadline, asked.user, caller.namespace, allowed, account=account)
+
+        async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+            inputs, counts = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
+            account = Account(asked.model, caller.client, one.price)
+            return inputs, Context(
+                by, asked.user, caller.namespace, allowed, counts=counts, account=account
+            )
+
         if not model.space.dimensions:
-            inputs, counts = await prepare(asked.inputs, model, allow_oversize=allow_oversize)
-            context = replace(context, counts=counts)
+            inputs, context = await prepared(model, deadline)
             return await self._learn(model, asked, caller, inputs, context)
         width = _width(model, asked)
 
         async def ask(one: Model, by: float) -> Result:
-            space = one.space
-            if asked.parameters:
-                space = space.with_parameters(asked.parameters)
-            inputs, counts = await prepare(asked.inputs, one, allow_oversize=allow_oversize)
-            bill = replace(account, price=one.price)
-            own = replace(context, deadline=by, account=bill, counts=counts)
+            space = one.space.with_parameters(asked.parameters) if asked.parameters else one.space
+            inputs, context = await prepared(one, by)
             if one.by_client is None:
-                embedded = await one.embedder.embed(space, inputs, own)
+                embedded = await one.embedder.embed(space, inputs, context)
                 return checked(model, one, space, width, inputs, embedded, caller.namespace)
-
-            async def embed(some: Sequence[Input], context: Context) -> Answered:
-                return await one.embedder.embed(space, some, context)
-
-            embedded, namespace = await self._with_key(one, caller, inputs, own, embed)
+            embed = partial(one.embedder.embed, space)
+            embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
             return checked(model, one, space, width, inputs, embedded, namespace)
 
         models = [model, *fallback.stand_ins(model, self._registry.models, width)]
@@ -81,22 +78,21 @@ class Answering:
     ) -> Result:
         """Answer with a model whose width the first answer tells."""
 
-        def space() -> Space:
-            return model.space.with_parameters(asked.parameters)
-
         async def ask(some: Sequence[Input], context: Context) -> Answered:
             nonlocal model
-            if model.space.dimensions:
-                return await model.embedder.embed(space(), some, context)
-            model, answer = await self._registry.learn(model, asked.parameters, some, context)
-            return answer
+            if not model.space.dimensions:
+                model, answer = await self._registry.learn(model, asked.parameters, some, context)
+                return answer
+            space = model.space.with_parameters(asked.parameters)
+            return await model.embedder.embed(space, some, context)
 
         namespace = caller.namespace
         if model.by_client is None:
             embedded = await ask(inputs, context)
         else:
             embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
-        return checked(model, model, space(), _width(model, asked), inputs, embedded, namespace)
+        space = model.space.with_parameters(asked.parameters)
+        return checked(model, model, space, _width(model, asked), inputs, embedded, namespace)
 
     async def _with_key(
         self, model: Model, caller: Caller, inputs: Sequence[Input], context: Context, ask: Ask
