@@ -656,6 +656,8 @@ async def test_a_key_that_cannot_be_proved_is_as_none(start, upstream, second, m
     reply = await _ask(proxy, ANNE)
     assert (reply.status, reply.headers["x-embedding-provider"]) == (200, "openrouter")
     assert (await _ask(proxy, "")).headers["x-cache"] == "hit"
+    only = {"Cache-Control": "only-if-cached"}
+    assert (await _ask(proxy, BERT, **only)).headers["x-cache"] == "hit"
     assert await _namespaces(proxy) == {""}
     await upstream.start()
 

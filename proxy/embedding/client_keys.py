@@ -144,20 +144,16 @@ class _Visit:
         self._keys = keys
         self._how = how
         self._own = own
-        self._name = credential.name
+        self._credential = credential
         self._ask = ask
         self._proof = keys.proof_of(credential, how)
-        # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
-        self._proving = replace(
-            own,
-            credential=replace(credential, alone=True),
-            terms=replace(own.terms, max_age=0.0),
-        )
 
     async def answer(self, inputs: Sequence[Input]) -> Answered | None:
         """Return the answer; None if the key cannot be proved now, and other routes may do."""
         standing, spend = self._keys.standing(self._proof), self._own.terms.spend
         if standing is Standing.UNKNOWN and not spend:
+            if self._how.others:
+                return None
             raise InputRefused(
                 f"Your key has not been proved at {self._how.providers[0]} for so long that nothing"
                 " is served to it, and the request says only-if-cached.",
@@ -181,6 +177,12 @@ class _Visit:
 
     async def _first(self, inputs: Sequence[Input]) -> Answered:
         """Ask for the inputs past the cache, unless the key is proved when its turn comes."""
+        # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
+        proving = replace(
+            self._own,
+            credential=replace(self._credential, alone=True),
+            terms=replace(self._own.terms, max_age=0.0),
+        )
         async with self._keys.turn(self._proof, self._own.deadline):
             standing = self._keys.standing(self._proof)
             if standing is Standing.DUE:
@@ -188,11 +190,11 @@ class _Visit:
                 self._keys.proofs.defer(self._proof)
             try:
                 if standing is not Standing.PROVED:
-                    return await self._asked(inputs, self._proving)
+                    return await self._asked(inputs, proving)
             except (AllResting, ProviderError) as error:
                 if standing is Standing.UNKNOWN:
                     raise
-                log.info("%s is served on an older proof: %s", self._name, error)
+                log.info("%s is served on an older proof: %s", self._credential.name, error)
         return await self._asked(inputs)
 
     async def _asked(self, inputs: Sequence[Input], context: Context | None = None) -> Answered:
