@@ -790,12 +790,31 @@ async def test_frozen_a_key_has_its_part(share, start, start_proxy, upstream):
     assert len(upstream.calls) == 1
 
 
-async def test_canaries_use_nobodys_key(start, upstream):
-    """No canary is bought with a client's key."""
-    proxy = await start()
+async def test_canaries_use_nobodys_key(start, upstream, second, monkeypatch, caplog):
+    """No canary is bought with a client's key; the routes that need none are watched as ever."""
+    caplog.set_level(logging.INFO, "embedding_proxy.canary")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-operator-0123456789")
+    proxy = await start(more={"openrouter": {"base_url": second.url}})
     await _ask(proxy, ANNE)
-    assert await proxy.service.canaries.look() == []
+    assert [one["provider"] for one in await proxy.service.canaries.look()] == ["openrouter"]
     assert len(upstream.calls) == 1
+    assert not caplog.records
+
+
+async def test_a_refused_key_as_a_probe_leaves_its_place(start, upstream):
+    """When one call is to tell whether a provider is well again, a bad key's call tells nothing."""
+    proxy = await start()
+    for key in (ANNE, BERT):
+        await _ask(proxy, key)
+    upstream.always = status(500)
+    for i in range(5):
+        await _ask(proxy, ANNE, f"text {i}")
+    breaker = proxy.service.upstreams.of("openai").breaker
+    assert not breaker.ready()
+    breaker._until = 0.0
+    upstream.always = _refusing(upstream, ANNE)
+    assert (await _ask(proxy, ANNE, "b")).status == 401
+    assert (await _ask(proxy, BERT, "b")).status == 200
 
 
 async def test_a_provider_asked_without_a_key_asks_nobody(start, upstream):
