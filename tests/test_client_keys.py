@@ -677,7 +677,7 @@ async def test_points_lie_in_the_part_of_the_key(start, upstream):
     """What is indexed is of the key that asked, and asked again it is the same point."""
     async with QdrantServer() as qdrant:
         proxy = await start(index={"qdrant": {"url": qdrant.url}})
-        for key in (ANNE, ANNE, BERT):
+        for key in (ANNE, ANNE, BERT, BERT):
             assert (await _ask(proxy, key, ["a", "bc"])).status == 200
         async with asyncio.timeout(10):
             while (await proxy.service.indexing.indexer.snapshot())["backlog_points"]:  # noqa: ASYNC110 - behind a socket
