@@ -1,15 +1,16 @@
-"""Makes the environments of the clients that are tried: one each, in .clients/ and for Node in place.
+"""Makes the environments of the clients that are tried: in .clients/, and for Node in place.
 
     python tests/client_environments.py [NAME...]
 
-All of them without a name. One that was made from the same pins is left as it is. Nothing is needed
-of the machine but Python: uv, Node and npm come from the pins as well.
+Without a name, those that CI tries. One that was made from the same pins is left as it is. Nothing
+is needed of the machine but Python: uv, Node and npm come from the pins as well.
 """
 
 import asyncio
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -17,9 +18,10 @@ PINS = HERE / "clients" / "pins"
 NODE = HERE / "clients" / "node"
 ENVIRONMENTS = HERE.parent / ".clients"
 TOOLS = ENVIRONMENTS / "tools" / "bin"
-PYTHONS = sorted(file.stem for file in PINS.glob("*.txt") if file.stem != "tools")
 OWN = "openai-3"
 """The client of the suite's own environment, which needs no other."""
+ALWAYS = ("openai-1", "openai-2", OWN, "node")
+"""Those that CI tries."""
 
 
 def _pins(name: str) -> Path:
@@ -55,6 +57,7 @@ async def _run(*command: str | Path, folder: Path = HERE) -> None:
 
 
 async def _make(name: str) -> None:
+    print(f"making the environment of {name}", flush=True)
     made, pins = _made(name), _pins(name)
     folder = made.parent
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,13 +74,13 @@ async def _make(name: str) -> None:
     made.write_bytes(pins.read_bytes())
 
 
-async def make(names: list[str]) -> None:
+async def make(names: Iterable[str]) -> None:
     """Make those environments that are not there yet; the tools first, for they make the others."""
-    for name in ("tools", *names):
-        if not is_made(name):
-            print(f"making the environment {name}", flush=True)
-            await _make(name)
+    missing = [name for name in names if not is_made(name)]
+    if missing and not is_made("tools"):
+        await _make("tools")
+    await asyncio.gather(*map(_make, missing))
 
 
 if __name__ == "__main__":
-    asyncio.run(make(sys.argv[1:] or [*PYTHONS, "node"]))
+    asyncio.run(make(sys.argv[1:] or ALWAYS))

@@ -1,12 +1,15 @@
 """LangChain: token arrays of its own making, and the texts themselves."""
 
 import asyncio
+import atexit
 
 from cases import run
 from langchain_openai import OpenAIEmbeddings
 
 embeddings = OpenAIEmbeddings()
 as_texts = OpenAIEmbeddings(check_embedding_ctx_length=False)
+loop = asyncio.Runner()
+atexit.register(loop.close)
 
 
 def at_once(given: str | list[str], embeddings: OpenAIEmbeddings = embeddings) -> list:
@@ -18,10 +21,9 @@ def at_once(given: str | list[str], embeddings: OpenAIEmbeddings = embeddings) -
 
 def later(given: str | list[str]) -> list:
     """Embed the same with what is awaited."""
-    embeddings = OpenAIEmbeddings()
     if isinstance(given, str):
-        return [asyncio.run(embeddings.aembed_query(given))]
-    return asyncio.run(embeddings.aembed_documents(given))
+        return [loop.run(embeddings.aembed_query(given))]
+    return loop.run(embeddings.aembed_documents(given))
 
 
 def texts(given: str | list[str]) -> list:
