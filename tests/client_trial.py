@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import client_environments
+import orjson
 from aiohttp import web
 from client_environments import HERE
 from fault_server import Call, FaultServer, Payload, status, vector_of
@@ -139,7 +140,8 @@ class OpenAI(FaultServer):
                 request, payload
             )
         self.answered += inputs
-        return web.json_response(self.reply({**payload, "input": inputs}))
+        body = orjson.dumps(self.reply({**payload, "input": inputs}))
+        return web.Response(body=body, content_type="application/json")
 
 
 @dataclass

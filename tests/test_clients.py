@@ -6,6 +6,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 
 import client_environments
 import pytest
@@ -25,6 +26,8 @@ SNIPPETS = [
     for part in [PAGE.partition("## Per client")[2].partition("## Keys")[0]]
     for snippet in (*fenced(part, "python"), *fenced(part, "js"))
 ]
+# Texts in a case, so that the suite stays short; `make clients` goes beyond each client's batches.
+MOST = 600
 # The rows of the page's table, and where the versions in them are pinned.
 SUITE = ROOT / "requirements" / "test.txt"
 OPENAI = [(PINS / "openai-1.txt", "openai"), (PINS / "openai-2.txt", "openai"), (SUITE, "openai")]
@@ -75,9 +78,9 @@ async def test_a_client_gets_the_upstreams_vectors_and_pays_once(client, tmp_pat
         # CI makes it beforehand: there a client that is not tried is a failure.
         assert os.environ.get("CI") != "true", f"{client.environment} is not made"
         pytest.skip("not installed: python tests/client_environments.py")
-    found = await trial(client, tmp_path)
+    found = await trial(replace(client, many=min(client.many, MOST)), tmp_path)
     assert found.wrong == []
-    assert found.first == found.texts > client.many
+    assert found.first == found.texts > min(client.many, MOST)
     assert found.second == 0
     refusals = {case: said for case, said in found.refused.items() if case.endswith("empty")}
     assert len(refusals) >= 2
