@@ -64,7 +64,7 @@ _AZURE = {"AZURE_OPENAI_ENDPOINT": "{root}", "AZURE_OPENAI_API_KEY": _KEY}
 _LLAMA = {"OPENAI_API_BASE": "{url}", "OPENAI_API_KEY": _KEY}
 CLIENTS = [
     *(
-        Client(version, "try_openai.py", 100, token_arrays=True, env=_PLAIN | _AZURE)
+        Client(version, "try_openai.py", 20, token_arrays=True, env=_PLAIN | _AZURE)
         for version in ("openai-1", "openai-2", "openai-3")
     ),
     # Its tokenizer's vocabulary is where it would have been downloaded to.
@@ -73,7 +73,7 @@ CLIENTS = [
     Client("llama-index", "try_llama_index_like.py", 130),
     Client("haystack", "try_haystack.py", 70),
     Client("chroma", "try_chroma.py", 60),
-    Client("node", "try_openai.mjs", 100, token_arrays=True),
+    Client("node", "try_openai.mjs", 20, token_arrays=True),
     Client("node", "try_langchain.mjs", 600),
     Client("node", "try_ai_sdk.mjs", 2100),
     Client("node", "try_openai_compatible.mjs", 2100),
