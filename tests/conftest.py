@@ -23,6 +23,9 @@ from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+collect_ignore = ["clients"]
+"""Scripts that run in environments of their own."""
+
 # New examples are drawn at each run: fewer at a time lose little, and keep the suite short.
 hypothesis.settings.register_profile("suite", max_examples=25)
 hypothesis.settings.load_profile("suite")
