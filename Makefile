@@ -103,5 +103,5 @@ client-pins:
 		@ai-sdk/openai@latest @ai-sdk/openai-compatible@latest
 
 clean:
-	rm -rf .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
-	rm -rf .venv .bench dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .bench .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis .coverage
