@@ -6,11 +6,9 @@ It counts each input exactly once: `inputs = duplicates + hits + joins + misses`
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
-from typing import NamedTuple
 
 from providers.base import (
-    Account,
+    NORMAL,
     Context,
     DeadlineExceeded,
     Embedded,
@@ -25,31 +23,15 @@ from providers.base import (
 )
 
 from . import flight
+from .assembly import Filled, Found, assemble, in_order
 from .flight import Fill, Flights
 from .key import Key, Keyring, Namespace, keyring
-from .ledger import Answered, Heading, Purchase, usage_of
+from .ledger import Answered, Heading, Purchase
 from .record import Entry
 from .refusal import KeyRefused, NotCached, is_the_leaders_own, named
+from .repeat import Repeat
 from .row import Partition
 from .tiers import Tiers
-from .usage import NOTHING, Usage
-
-
-class Filled(NamedTuple):
-    """What a fill tells its leader at its end; the entries it has handed out before."""
-
-    bought: frozenset[Key]
-    """Keys that were asked from a provider; the others were found on the second look."""
-    providers: tuple[str, ...] = ()
-    charged: Usage = NOTHING
-    """What providers charged for it."""
-
-
-class _Answer(NamedTuple):
-    """An entry for one distinct input of a request, and how it came."""
-
-    entry: Entry
-    outcome: Outcome
 
 
 class CachingEmbedder:
@@ -80,7 +62,7 @@ class CachingEmbedder:
             # By far the most requests: all is known, and nothing stands in them twice.
             entries, outcomes = [found[key] for key in keys], [Outcome.HIT] * len(keys)
         else:
-            answers = {key: _Answer(entry, Outcome.HIT) for key, entry in found.items()}
+            answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
             missing = {key: item for key, item in distinct.items() if key not in found}
             if missing:
                 if not context.terms.spend:
@@ -94,11 +76,15 @@ class CachingEmbedder:
                 except TimeoutError as error:
                     raise DeadlineExceeded("the time of the request was up") from error
                 answers.update(bought)
-            entries, outcomes = _in_order(keys, answers)
-        answer = _assemble(keys, entries, outcomes, fills, context.account)
+            entries, outcomes = in_order(keys, answers)
+        answer = assemble(keys, entries, outcomes, fills, context.account)
         partition, account = _partition(ring, answer.vectors[0]), context.account
         heading = Heading(partition, account.model, client=account.client)
         self._tiers.count(heading, answer.usage.unpaid)
+        if context.terms == NORMAL and answer.usage.hits == len(keys):
+            addresses = [key.address for key in keys]
+            repeat = Repeat(self._tiers, addresses, entries, partition, heading, answer.usage)
+            return replace(answer, again=repeat.again)
         return answer
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
@@ -108,7 +94,7 @@ class CachingEmbedder:
 
     async def _obtain(
         self, ring: Keyring, missing: Mapping[Key, Input], context: Context, landed: int
-    ) -> tuple[dict[Key, _Answer], list[Filled]]:
+    ) -> tuple[dict[Key, Found], list[Filled]]:
         """Get what no tier had: wait for fills in progress, start one for the rest.
 
         Also returns the fills that were this request's own.
@@ -128,21 +114,21 @@ class CachingEmbedder:
             )
         await flight.wait([own] if own else [], joins)
 
-        answers: dict[Key, _Answer] = {}
+        answers: dict[Key, Found] = {}
         fills: list[Filled] = []
         if own is not None:
             filled = own.task.result()
             fills.append(filled)
             for key in leads:
                 outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
-                answers[key] = _Answer(own.there[key], outcome)
+                answers[key] = Found(own.there[key], outcome)
         again: dict[Key, Input] = {}
         for key, fill in joins.items():
             try:
                 # What it handed out before it failed is as good as any.
                 if key not in fill.there:
                     fill.task.result()
-                answers[key] = _Answer(fill.there[key], Outcome.JOIN)
+                answers[key] = Found(fill.there[key], Outcome.JOIN)
             except EmbeddingError as error:
                 if not is_the_leaders_own(error, fill, missing):
                     raise
@@ -215,35 +201,3 @@ class CachingEmbedder:
 def _partition(ring: Keyring, vector: Vector) -> Partition:
     """Return where entries belong; the width is the vector's where the space has none yet."""
     return ring.partition._replace(dimensions=ring.partition.dimensions or len(vector) // 4)
-
-
-def _in_order(
-    keys: Sequence[Key], answers: Mapping[Key, _Answer]
-) -> tuple[list[Entry], list[Outcome]]:
-    """Put answers into the order of the inputs; the first of equal inputs carries the cost."""
-    seen: set[Key] = set()
-    outcomes: list[Outcome] = []
-    for key in keys:
-        outcomes.append(Outcome.DUPLICATE if key in seen else answers[key].outcome)
-        seen.add(key)
-    return [answers[key].entry for key in keys], outcomes
-
-
-def _assemble(
-    keys: Sequence[Key],
-    entries: Sequence[Entry],
-    outcomes: Sequence[Outcome],
-    fills: Sequence[Filled],
-    account: Account,
-) -> Answered:
-    tokens = [entry.tokens for entry in entries]
-    charged = reduce(Usage.plus, (filled.charged for filled in fills), NOTHING)
-    return Answered(
-        vectors=[entry.vector for entry in entries],
-        tokens=tokens,
-        counted=all(entry.counted for entry in entries),
-        providers=tuple(dict.fromkeys(name for filled in fills for name in filled.providers)),
-        outcomes=outcomes,
-        usage=usage_of(tokens, outcomes, charged, account),
-        keys=keys,
-    )

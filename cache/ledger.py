@@ -41,6 +41,9 @@ class Answered(Embedded):
     usage: Usage
     keys: Sequence[Key] = ()
     """Where each vector is kept; empty where more than one look-up was needed."""
+    again: Callable[[], bool] | None = None
+    """Tells whether the same request would still be answered so, and if it is, counts it; None
+    where it has to be asked anew."""
 
 
 def answered(embedded: Embedded, usage: Usage) -> Answered:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import is_
 
 from providers.base import NORMAL, Terms
 
@@ -63,6 +64,17 @@ class Tiers:
             some = keys[start : start + _AT_A_TIME]
             found.update(await self._get_some(some, partition, terms, not_before))
         return found
+
+    def holds(
+        self, addresses: Sequence[bytes], entries: Sequence[Entry], partition: Partition
+    ) -> bool:
+        """Tell whether memory still holds these very entries, and note that they were used."""
+        at_hand = self._memory.get_many(addresses)
+        if not all(map(is_, at_hand, entries)):
+            return False
+        self.counters.memory_hits += len(addresses)
+        self._store.touch(addresses, partition)
+        return True
 
     async def _get_some(
         self, keys: Sequence[Key], partition: Partition, terms: Terms, not_before: float

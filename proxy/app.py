@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from proxy.http.access import Access
+from proxy.http.connection import REPLIES
 from proxy.http.cors import Cors
 from proxy.http.guard import CALLER, guard, stamp
 from proxy.http.metrics import Metrics
 from proxy.http.models import Models
+from proxy.http.replies import Replies
 from proxy.http.status import Status
 from proxy.onward.origin import PREFIXES, Origin
 from proxy.onward.passthrough import Passthrough
@@ -16,7 +18,7 @@ from proxy.settings.schema import Server, Settings
 
 from .embeddings import Embeddings
 from .http import body, ops
-from .service import MIB, EmbeddingService
+from .service import MIB, REPLIES_SHARE, EmbeddingService
 
 SERVICE = web.AppKey("service", EmbeddingService)
 
@@ -31,6 +33,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     access, cors = Access(server.keys), Cors(server.cors)
     app = web.Application(middlewares=[guard(access, cors)])
     app[SERVICE] = service
+    app[REPLIES] = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
     passthrough = None
     if settings.passes_to is not None:
         origin = Origin(settings, access)

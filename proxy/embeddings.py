@@ -7,6 +7,7 @@ from aiohttp import web
 
 from proxy.embedding.result import Result
 from proxy.http.caller import Caller
+from proxy.http.repeating import AGAIN
 
 from . import wire
 from .service import EmbeddingService
@@ -33,6 +34,9 @@ class Embeddings:
         chunks = wire.render(result.embedded.vectors, form)
         headers = _headers(result)
         if len(asked.inputs) <= form.vectors_a_chunk:
+            # What stood in may not be needed again; and indexing is done anew for each request.
+            if result.embedded.again and not result.fallback and self._service.indexing is None:
+                request[AGAIN] = result.embedded.again
             return web.Response(
                 body=b"".join(chunks), content_type="application/json", headers=headers
             )

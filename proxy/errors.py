@@ -3,7 +3,7 @@
 Every error a client sees is made here, whoever's fault it was.
 """
 
-import uuid
+import random
 from dataclasses import dataclass
 
 import orjson
@@ -62,7 +62,7 @@ class Failure:
 
 def new_request_id() -> str:
     """Return an id for a request, as the reply and the log will name it."""
-    return f"req_{uuid.uuid4().hex}"
+    return f"req_{random.getrandbits(128):032x}"
 
 
 def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:

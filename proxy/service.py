@@ -45,6 +45,8 @@ from .wire import EmbeddingRequest
 MIB = 1 << 20
 GIB = 1 << 30
 DAY = 86_400
+REPLIES_SHARE = 0.25
+"""The part of the memory that is left to whole replies (see `http.replies`)."""
 
 
 class EmbeddingService:
@@ -89,7 +91,8 @@ class EmbeddingService:
                 )
             )
             self._store = store
-            self._tiers = Tiers(Memory(int(cache.memory_mib * MIB), ttl_s), store)
+            memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
+            self._tiers = Tiers(memory, store)
             # Frozen, whoever would ask a provider finds none that could be paid.
             providers = {}
             if cache.mode != "frozen":

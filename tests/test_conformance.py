@@ -16,7 +16,7 @@ from conftest import Proxy, StartProxy
 from fault_server import FaultServer, vector_of
 
 from cache import embedder, key
-from cache.embedder import _assemble
+from cache.assembly import in_order
 from cache.key import Key, Keyring
 from providers import answer, tokens, vector
 from providers.http import HttpProvider
@@ -224,10 +224,10 @@ async def partial_hits_fall_into_place(bench: Bench) -> None:
 
 
 def hits_come_first(patch: pytest.MonkeyPatch) -> None:
-    def hits_first(keys: Any, answers: Any, providers: Any) -> Any:
-        return _assemble(sorted(keys, key=list(answers).index), answers, providers)
+    def hits_first(keys: Any, answers: Any) -> Any:
+        return in_order(sorted(keys, key=list(answers).index), answers)
 
-    patch.setattr(embedder, "_assemble", hits_first)
+    patch.setattr(embedder, "in_order", hits_first)
 
 
 async def upstreams_order_proves_nothing(bench: Bench) -> None:

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cache.embedder import CachingEmbedder, Filled
+from cache.assembly import Filled
+from cache.embedder import CachingEmbedder
 from cache.flight import Flights
 from cache.ledger import Answered, answered
 from cache.refusal import NotCached, renamed

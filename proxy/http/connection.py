@@ -2,7 +2,8 @@
 
 aiohttp drops a connection whose client stops in the midst of a body and listens on; here the
 request fails, so that the client hears why. What is no HTTP at all is refused in OpenAI's shape
-too. And bodies come as they were sent: who wants them decompressed does so (`body`).
+too. And bodies come as they were sent: who wants them decompressed does so (`body`). How requests
+that come again are answered is told in `repeating`.
 """
 
 import asyncio
@@ -16,10 +17,15 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage
 
 from proxy.errors import Failure, new_request_id
 
+from .repeating import Repeating
+from .replies import Replies
+
 log = logging.getLogger("embedding_proxy.connection")
 
+REPLIES = web.AppKey("replies", Replies)
 
-class Connection(web.RequestHandler):
+
+class Connection(Repeating):
     """aiohttp's protocol object; there is one for each connection."""
 
     __slots__ = ("body", "has_left", "on_leave")
@@ -35,6 +41,7 @@ class Connection(web.RequestHandler):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Take note that the client sends no more; return True to keep the way back open."""
+        super().eof_received()
         # The body that is arriving is that of the newest request, taken up already or not.
         body = self._messages[-1][1] if self._messages else self.body
         # aiohttp waits for a request only when there is none in progress.
@@ -89,11 +96,15 @@ class Connection(web.RequestHandler):
 
 
 class Server(web.Server):
-    """aiohttp's server over such connections."""
+    """aiohttp's server over such connections, which share the replies that are kept."""
+
+    def __init__(self, replies: Replies, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self._replies = replies
 
     def __call__(self) -> Connection:
         """Return the protocol object for a new connection."""
-        return Connection(self, loop=self._loop, **self._kwargs)
+        return Connection(self._replies, self, loop=self._loop, **self._kwargs)
 
 
 class Runner(web.AppRunner):
@@ -114,6 +125,7 @@ class Runner(web.AppRunner):
             return plain.request_factory(message, body, connection, writer, task)
 
         return Server(
+            self.app.get(REPLIES, Replies(0)),
             plain.request_handler,
             request_factory=make_request,
             loop=plain._loop,  # noqa: SLF001 - aiohttp has no other way to choose the protocol

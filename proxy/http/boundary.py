@@ -1,0 +1,44 @@
+"""Where on a connection one request ends and the next begins, told from the outside.
+
+The parser of HTTP does not say how far it has read. Here it is counted, for requests whose length
+can be told from their head; after anything else it is unknown to the end of the connection.
+"""
+
+from collections.abc import Mapping
+
+
+class Boundary:
+    """Counts what is left of the request in progress."""
+
+    def __init__(self) -> None:
+        self._left: int | None = 0
+
+    @property
+    def reached(self) -> bool:
+        """Whether the next byte is the first of a request."""
+        return self._left == 0
+
+    def begin(self, data: bytes, headers: Mapping[str, str] | None) -> None:
+        """Take note of bytes that came when it was reached.
+
+        `headers` are those of the one request that was found in them; None if none, or more than
+        one, was found, or one that leads to something else than HTTP.
+        """
+        whole = None if headers is None else _length(data, headers)
+        left = -1 if whole is None else whole - len(data)
+        self._left = left if left >= 0 else None
+
+    def go_on(self, data: bytes) -> None:
+        """Take note of bytes that came when it was not."""
+        if self._left is not None:
+            left = self._left - len(data)
+            self._left = left if left >= 0 else None
+
+
+def _length(data: bytes, headers: Mapping[str, str]) -> int | None:
+    """Return the bytes of the request at the beginning of some data; None if that is not told."""
+    end = data.find(b"\r\n\r\n")
+    length = headers.get("Content-Length", "0")
+    if end < 0 or "Transfer-Encoding" in headers or not (length.isascii() and length.isdigit()):
+        return None
+    return end + 4 + int(length)

@@ -1,0 +1,146 @@
+"""A connection that answers what comes again byte for byte at once, and all else as aiohttp does.
+
+A reply is looked for where whole requests come one at a time: when the last one was answered, and
+what arrives begins a new one (see `boundary`). Whatever is unusual goes aiohttp's way. Its private
+parts are read here and nowhere else: whether it waits for a request, and when it will wait no more.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aiohttp import HttpVersion11, web
+from aiohttp.helpers import rfc822_formatted_time
+from aiohttp.http import RawRequestMessage
+
+from proxy.errors import new_request_id
+
+from .boundary import Boundary
+from .replies import LONGEST_REQUEST, Replies, Reply
+
+AGAIN: web.RequestKey[Callable[[], bool]] = web.RequestKey("again")
+"""Set on a request whose reply may be given again; see `cache.ledger.Answered`."""
+
+HELD = 0.01
+"""Seconds for which a head waits for its body: many clients send them apart."""
+_OWN = frozenset(("date", "x-request-id"))
+"""Headers that each reply has of its own."""
+
+
+class Repeating(web.RequestHandler):
+    """aiohttp's protocol object; there is one for each connection."""
+
+    __slots__ = ("_answered", "_boundary", "_digest", "_held", "_release_by", "_replies")
+
+    def __init__(self, replies: Replies, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+        self._replies = replies
+        self._boundary = Boundary()
+        self._answered = False
+        """Whether the last request has been, though aiohttp may not wait for the next one yet."""
+        self._digest: bytes | None = None
+        """Of the request in progress; None if it did not come alone and whole."""
+        self._held = b""
+        self._release_by: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Answer a request that is known, or let aiohttp read on."""
+        # Without data, aiohttp asks itself to go on with what it has.
+        if not (data and self._boundary.reached):
+            self._boundary.go_on(data)
+            super().data_received(data)
+            return
+        idle = self._is_idle
+        if self._held:
+            data = self._taken() + data
+        elif idle and _is_bare_head(data):
+            self._held = data
+            self._release_by = self._loop.call_later(HELD, self._release)
+            return
+        digest = None
+        if idle and data.startswith(b"POST ") and len(data) <= LONGEST_REQUEST:
+            digest = self._replies.digest(data)
+            reply = self._replies.find(digest)
+            if reply is not None:
+                self._repeat(reply)
+                return
+        self._read(data, digest)
+
+    def eof_received(self) -> None:
+        """Read what is held, for nothing follows it."""
+        self._release()
+        super().eof_received()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Drop what is held: nobody waits for an answer."""
+        self._taken()
+        super().connection_lost(exc)
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
+        """Finish the request in progress, one that is held included."""
+        self._release()
+        await super().shutdown(timeout)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send a reply, and keep it if it may be given again."""
+        digest = self._digest
+        resp, failed = await super().finish_response(request, resp, start_time)
+        again = request.get(AGAIN)
+        self._answered = bool(resp.keep_alive) and not failed
+        if digest and again and not failed and request.version == HttpVersion11:
+            body = resp.body if isinstance(resp, web.Response) and resp.keep_alive else None
+            if isinstance(body, bytes):
+                self._replies.keep(digest, Reply(_head(resp), body, again))
+        return resp, failed
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no request is in progress, and the client takes what it is sent."""
+        waits = self._answered or (self._waiter is not None and not self._waiter.done())
+        return waits and not (self._messages or self._close or self._force_close or self._paused)
+
+    def _read(self, data: bytes, digest: bytes | None) -> None:
+        self._answered = False
+        before = len(self._messages)
+        super().data_received(data)
+        headers: Mapping[str, str] | None = None
+        if len(self._messages) == before + 1:
+            message, _ = self._messages[-1]
+            if isinstance(message, RawRequestMessage) and not message.upgrade:
+                headers = message.headers
+        self._boundary.begin(data, headers)
+        self._digest = digest if self._boundary.reached else None
+
+    def _repeat(self, reply: Reply) -> None:
+        assert self.transport is not None and self._manager is not None  # noqa: S101, PT018
+        own = f"x-request-id: {new_request_id()}\r\nDate: {rfc822_formatted_time()}\r\n\r\n"
+        self.transport.write(b"".join((reply.head, own.encode(), reply.body)))
+        self._manager.requests_count += 1
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+
+    def _release(self) -> None:
+        held = self._taken()
+        if held:
+            self._read(held, None)
+
+    def _taken(self) -> bytes:
+        if self._release_by is not None:
+            self._release_by.cancel()
+            self._release_by = None
+        held, self._held = self._held, b""
+        return held
+
+
+def _is_bare_head(data: bytes) -> bool:
+    """Tell whether data is a head alone, to be followed by a body without further ado."""
+    if not (data.startswith(b"POST ") and data.endswith(b"\r\n\r\n")):
+        return False
+    return len(data) <= LONGEST_REQUEST and b"100-continue" not in data.lower()
+
+
+def _head(response: web.StreamResponse) -> bytes:
+    lines = [f"HTTP/1.1 {response.status} {response.reason}"]
+    lines += [f"{k}: {v}" for k, v in response.headers.items() if k.lower() not in _OWN]
+    return "".join(f"{line}\r\n" for line in lines).encode()
