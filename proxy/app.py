@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from proxy.http.access import Access
+from proxy.http.answers import Answers
 from proxy.http.connection import REPLIES
 from proxy.http.cors import Cors
 from proxy.http.guard import CALLER, guard, stamp
@@ -12,6 +13,7 @@ from proxy.http.metrics import Metrics
 from proxy.http.models import Models
 from proxy.http.replies import Replies
 from proxy.http.status import Status
+from proxy.http.texts import Texts
 from proxy.onward.origin import PREFIXES, Origin
 from proxy.onward.passthrough import Passthrough
 from proxy.settings.schema import Server, Settings
@@ -33,7 +35,8 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     access, cors = Access(server.keys), Cors(server.cors)
     app = web.Application(middlewares=[guard(access, cors)])
     app[SERVICE] = service
-    app[REPLIES] = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
+    replies = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
+    app[REPLIES] = replies
     passthrough = None
     if settings.passes_to is not None:
         origin = Origin(settings, access)
@@ -52,17 +55,19 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(open_service)
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
-    _add_routes(app, service, server, passthrough)
+    embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
+    _add_routes(app, embeddings, service, server, passthrough)
     return app
 
 
 def _add_routes(
     app: web.Application,
+    embeddings: Embeddings,
     service: EmbeddingService,
     server: Server,
     passthrough: Passthrough | None,
 ) -> None:
-    embeddings, models = Embeddings(service), Models(service, passthrough)
+    models = Models(service, passthrough)
     most = int(server.max_body_mib * MIB)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:

@@ -12,7 +12,6 @@ It knows which model is which space and where it can be bought; it knows no HTTP
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -22,14 +21,16 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers.base import Account, Context
+from providers.base import Account, Context, Input
 from providers.routing.health import Upstreams
 from proxy.commands.known import Known, known
+from proxy.embedding.bringing import brought
 from proxy.embedding.canary import Canaries
 from proxy.embedding.indexing import Indexing
 from proxy.embedding.inputs import prepare
 from proxy.embedding.learned import WIDTHS_FILE, Pins
 from proxy.embedding.opening import open_providers
+from proxy.embedding.questions import Questions
 from proxy.embedding.registry import Model, Registry
 from proxy.embedding.result import Result, checked
 from proxy.http.cache_control import terms
@@ -49,7 +50,7 @@ REPLIES_SHARE = 0.25
 """The part of the memory that is left to whole replies (see `http.replies`)."""
 
 
-class EmbeddingService:
+class EmbeddingService(Questions):
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
     def __init__(
@@ -82,13 +83,9 @@ class EmbeddingService:
         async with AsyncExitStack() as stack:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
+            pinned = (*cache.pinned, canary.NAMESPACE)
             store = await stack.enter_async_context(
-                Store(
-                    cache.directory,
-                    size_limit,
-                    ttl_s=ttl_s,
-                    pinned=(*cache.pinned, canary.NAMESPACE),
-                )
+                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=pinned)
             )
             self._store = store
             memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
@@ -206,7 +203,7 @@ class EmbeddingService:
         unable = indexing.refused(self.settings, asked.index)
         if unable is not None:
             raise unable
-        result = await self._answer(asked, caller, control)
+        result = await brought(await self._answer(asked, caller, control))
         if self.indexing is not None:
             await self.indexing.take(asked.index, caller, control, result)
         return result
@@ -217,27 +214,28 @@ class EmbeddingService:
         model = self._registry.get(asked.model)
         if model.by_name and asked.dimensions is not None:
             model = model.at(asked.dimensions)
-        allow_oversize = self.settings.server.allow_oversize
-        deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
+        server = self.settings.server
+        deadline = asyncio.get_running_loop().time() + server.request_timeout_s
         allowed = terms(self.settings.cache.mode, control)
-        account = Account(asked.model, caller.client, model.price)
-        context = Context(deadline, asked.user, caller.namespace, allowed, account=account)
+
+        async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+            inputs, counts = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
+            account = Account(asked.model, caller.client, one.price)
+            return inputs, Context(
+                by, asked.user, caller.namespace, allowed, counts=counts, account=account
+            )
+
         if not model.space.dimensions:
-            inputs, counts = await prepare(asked.inputs, model, allow_oversize=allow_oversize)
-            context = replace(context, counts=counts)
+            inputs, context = await prepared(model, deadline)
             model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
             space = model.space.with_parameters(asked.parameters)
             return checked(model, model, space, _width(model, asked), inputs, embedded)
         width = _width(model, asked)
 
         async def ask(one: Model, by: float) -> Result:
-            space = one.space
-            if asked.parameters:
-                space = space.with_parameters(asked.parameters)
-            inputs, counts = await prepare(asked.inputs, one, allow_oversize=allow_oversize)
-            bill = replace(account, price=one.price)
-            own = replace(context, deadline=by, account=bill, counts=counts)
-            embedded = await one.embedder.embed(space, inputs, own)
+            space = one.space.with_parameters(asked.parameters) if asked.parameters else one.space
+            inputs, context = await prepared(one, by)
+            embedded = await one.embedder.embed(space, inputs, context)
             return checked(model, one, space, width, inputs, embedded)
 
         models = [model, *fallback.stand_ins(model, self.models, width)]
