@@ -22,6 +22,7 @@ from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+TRIALS = Path(__file__).parent
 
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
@@ -29,6 +30,16 @@ collect_ignore = ["clients"]
 # New examples are drawn at each run: fewer at a time lose little, and keep the suite short.
 hypothesis.settings.register_profile("suite", max_examples=25)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Measure coverage in the packages' own tests only: the trials here, of the whole, are slow.
+
+    Tracing takes up to half of their time, and what they pass through is tested room by room.
+    """
+    for item in items:
+        if item.path.parent == TRIALS:
+            item.add_marker("no_cover")
 
 
 async def no_wait(_: float) -> None:
