@@ -14,6 +14,7 @@ import openai
 import pytest
 from aiohttp import web
 from aioresponses import aioresponses
+from command import Run, runner
 from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
@@ -149,6 +150,12 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     start = StartProxy(tmp_path / "cache", monkeypatch)
     yield start
     await start.stop()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Give a function that runs `embedding-proxy` in this process."""
+    return runner(monkeypatch, capsys)
 
 
 class _Response(aiohttp.ClientResponse):
