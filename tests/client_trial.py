@@ -95,6 +95,7 @@ ODD = [
     "<|endoftext|>",
     "1.0",
     "true",
+    "hello world",
 ]
 # More than a model takes, and where a client cuts it by tokens, characters are cut in two.
 LONG = "🤷🏽‍♀️ 東京 " * 1200
@@ -112,7 +113,7 @@ def cases(client: Client) -> dict[str, object]:
         "one of them empty": ["a text", ""],
     }
     if client.token_arrays:
-        # The last begins inside a character, so that it stands for no text.
+        # Two stand for a text that is asked for as such; the last begins inside a character.
         given |= {"tokens": [15339, 1917], "token arrays": [[15339, 1917], [4438], [97, 223]]}
     return given
 
