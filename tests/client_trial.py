@@ -18,16 +18,17 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import client_environments
 import orjson
+import splintr
 from aiohttp import web
 from client_environments import HERE
 from fault_server import Call, FaultServer, Payload, status, vector_of
 
-from providers import tokens
 from proxy.app import build_app
 from proxy.http.connection import Runner
 from proxy.service import EmbeddingService
@@ -35,6 +36,7 @@ from proxy.settings.schema import Settings
 from tests.providers.many_texts import write_vocabulary
 
 MOST_TOKENS = 8192
+CL100K = "cl100k_base"
 _REFUSED = "invalid_request_error"
 
 
@@ -95,6 +97,7 @@ ODD = [
     "<|endoftext|>",
     "1.0",
     "true",
+    "hello world",
 ]
 # More than a model takes, and where a client cuts it by tokens, characters are cut in two.
 LONG = "🤷🏽‍♀️ 東京 " * 1200
@@ -112,9 +115,28 @@ def cases(client: Client) -> dict[str, object]:
         "one of them empty": ["a text", ""],
     }
     if client.token_arrays:
-        # The last begins inside a character, so that it stands for no text.
+        # Two stand for a text that is asked for as such; the last begins inside a character.
         given |= {"tokens": [15339, 1917], "token arrays": [[15339, 1917], [4438], [97, 223]]}
     return given
+
+
+@cache
+def _tokenizer() -> splintr.AnyTokenizer:
+    return splintr.Tokenizer.from_pretrained(CL100K)
+
+
+def _text(item: str | list[int]) -> str | tuple[int, ...]:
+    """Return the text that an input is or stands for, if it stands for one."""
+    if isinstance(item, str):
+        return item
+    try:
+        return _tokenizer().decode_bytes(item).decode()
+    except UnicodeDecodeError:
+        return tuple(item)
+
+
+def _size(item: str | tuple[int, ...]) -> int:
+    return len(_tokenizer().encode_ordinary(item) if isinstance(item, str) else item)
 
 
 class OpenAI(FaultServer):
@@ -127,18 +149,14 @@ class OpenAI(FaultServer):
         self.answered = []
 
     async def _act(self, request: web.Request, payload: Payload) -> web.StreamResponse:
-        inputs = [
-            tokens.as_text(item if isinstance(item, str) else tuple(item))
-            for item in Call("", {}, payload).inputs
-        ]
+        inputs = [_text(item) for item in Call("", {}, payload).inputs]
         if not all(inputs):
             return await status(400)(request, payload)
-        if (longest := max(tokens.count(inputs))) > MOST_TOKENS:
+        if (longest := max(map(_size, inputs))) > MOST_TOKENS:
             message = f"This model's maximum context length is {MOST_TOKENS} tokens, however you "
             error = {"message": f"{message}requested {longest} tokens.", "type": _REFUSED}
-            return await status(400, {"error": {**error, "param": None, "code": None}})(
-                request, payload
-            )
+            body = {"error": {**error, "param": None, "code": None}}
+            return await status(400, body)(request, payload)
         self.answered += inputs
         body = orjson.dumps(self.reply({**payload, "input": inputs}))
         return web.Response(body=body, content_type="application/json")
@@ -245,7 +263,7 @@ def _unlike_the_upstream(client: Client, answers: Answers, model: str) -> list[s
 async def trial(client: Client, folder: Path) -> Found:
     """Run a client three times: at the upstream, at a proxy with an empty cache, and again."""
     if client.environment == "langchain":
-        write_vocabulary(tokens.CL100K, folder)
+        write_vocabulary(CL100K, folder)
     async with OpenAI() as upstream, _proxy(folder, upstream) as url:
         direct = await _run(client, upstream.url, folder)
         model = upstream.calls[0].payload["model"]
