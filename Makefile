@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle index flow kills clients pins client-pins clean
+.PHONY: demo test serve lint bench profile torture damage outage oracle index flow kills clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -60,8 +60,15 @@ flow: .venv/test
 clients: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/client_trial.py
 
+# The figures of this machine against their targets: all of them, or ONLY=T1,T3. ROUNDS=3 is quick and
+# rough, PEERS=litellm measures LiteLLM too, RECORD=yes puts a whole run onto the pages.
+bench: ROUNDS = 7
 bench: .venv/test
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench --rounds $(ROUNDS) --only "$(ONLY)" --peers "$(PEERS)" $(if $(RECORD),--record)
+
+# Where a hit's processor time goes, part by part; ONLY and RECORD as above.
+profile: .venv/test
+	$(BIN)/python -m bench.profile --only "$(ONLY)" $(if $(RECORD),--record)
 
 # The checkout is installed as it stands (editable), at the pinned versions, hashes checked.
 .venv/demo: requirements/demo.txt pyproject.toml
@@ -96,4 +103,5 @@ client-pins:
 		@ai-sdk/openai@latest @ai-sdk/openai-compatible@latest
 
 clean:
-	rm -rf .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .bench .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis .coverage
