@@ -36,7 +36,7 @@ class Embeddings:
         if len(asked.inputs) <= form.vectors_a_chunk:
             # What stood in may not be needed again; and indexing is done anew for each request.
             if result.embedded.again and not result.fallback and self._service.indexing is None:
-                request[AGAIN] = result.embedded.again
+                request[AGAIN] = result.embedded.again, result.embedded.vectors
             return web.Response(
                 body=b"".join(chunks), content_type="application/json", headers=headers
             )

@@ -8,16 +8,19 @@ digest (BLAKE2b-128, keyed anew in each process), so that no text and no key is 
 import hashlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-# What a reply takes besides its bytes: digest, tuple, what its answer is made of, and its place in
-# the map.
-_OVERHEAD = 1200
+from providers.base import Vector
+
+# What a reply takes besides its bytes and vectors: digest, tuples, what counts it, and its place in
+# the map. And what a vector takes: its entry, and its address.
+_OVERHEAD = 1000
+_A_VECTOR = 260
 LONGEST_REQUEST = 1 << 16
 """Bytes; longer ones are not looked up."""
 LONGEST_REPLY = 1 << 18
-"""Bytes; longer ones are not kept."""
+"""Bytes, vectors included; longer ones are not kept."""
 
 
 class Reply(NamedTuple):
@@ -28,6 +31,8 @@ class Reply(NamedTuple):
     body: bytes
     again: Callable[[], bool]
     """Tells whether the reply still holds, and if it does, counts it (see `cache.repeat`)."""
+    vectors: Sequence[Vector] = ()
+    """Those that `again` keeps alive, though the cache may have dropped them."""
 
 
 class Replies:
@@ -65,7 +70,7 @@ class Replies:
     def keep(self, digest: bytes, reply: Reply) -> None:
         """Keep a reply, and drop the least recently used ones for it as needed."""
         size = _size(reply)
-        if len(reply.body) > LONGEST_REPLY or size > self._limit:
+        if size > min(self._limit, LONGEST_REPLY):
             return
         if digest in self._replies:
             self._drop(digest)
@@ -79,4 +84,5 @@ class Replies:
 
 
 def _size(reply: Reply) -> int:
-    return len(reply.head) + len(reply.body) + _OVERHEAD
+    vectors = sum(map(len, reply.vectors)) + _A_VECTOR * len(reply.vectors)
+    return len(reply.head) + len(reply.body) + vectors + _OVERHEAD
