@@ -49,6 +49,22 @@ async def _until(holds: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
+def _arrivals(monkeypatch: pytest.MonkeyPatch, *kinds: type[Connection]) -> Callable[[], int]:
+    """Return what tells how many bytes have been read from connections of these kinds."""
+    arrived = [0]
+
+    def counted(receive: Callable[[Connection, bytes], None]) -> Callable[..., None]:
+        def data_received(connection: Connection, data: bytes) -> None:
+            arrived[0] += len(data)
+            receive(connection, data)
+
+        return data_received
+
+    for kind in kinds:
+        monkeypatch.setattr(kind, "data_received", counted(kind.data_received))
+    return lambda: arrived[0]
+
+
 async def _learn(proxy: Proxy, *requests: bytes) -> None:
     """Ask each twice: it is bought, then it is a hit, whose reply is kept."""
     for request in requests:
@@ -193,7 +209,6 @@ class Both:
     def __init__(self, tmp_path, monkeypatch) -> None:
         self._starts = [StartProxy(tmp_path / name, monkeypatch) for name in ("with", "without")]
         self._patch = monkeypatch
-        self.arrived = 0
 
     async def start(self) -> None:
         self.upstream = await FaultServer().__aenter__()
@@ -201,20 +216,12 @@ class Both:
         for start, runner in zip(self._starts, (Runner, PlainRunner), strict=True):
             self._patch.setitem(StartProxy.__call__.__globals__, "Runner", runner)
             self.proxies.append(await start(openai=self.upstream))
-        for kind in (Connection, PlainConnection):
-            self._patch.setattr(kind, "data_received", self._counted(kind.data_received))
+        self._arrived = _arrivals(self._patch, PlainConnection, Connection)
 
     async def stop(self) -> None:
         for start in self._starts:
             await start.stop()
         await self.upstream.stop()
-
-    def _counted(self, receive: Any) -> Any:
-        def data_received(connection: Connection, data: bytes) -> None:
-            self.arrived += len(data)
-            receive(connection, data)
-
-        return data_received
 
     async def hear(self, proxy: Proxy, sent: list[Sent], last: bytes | None, count: int) -> Any:
         """Send piece by piece, each read before the next; return the replies.
@@ -225,14 +232,14 @@ class Both:
         await _learn(proxy, KNOWN, OTHER)
         async with Talk(proxy.url, b"") as talk:
             hearing = asyncio.create_task(heard.hear(talk.reader))
-            self.arrived = total = 0
+            total = self._arrived()
             end = [LIVE] if last is None else [last, KNOWN, KNOWN]
             for one in [*sent, *(Sent(piece, sent[-1].after) for piece in end)]:
                 await heard.has(one.after)
                 if not heard.over:
                     talk.writer.write(one.piece)
                     total += len(one.piece)
-                await _until(lambda: heard.over or self.arrived >= total)  # noqa: B023
+                await _until(lambda: heard.over or self._arrived() >= total)  # noqa: B023
             if last is None:
                 await heard.has(count)
                 talk.writer.write_eof()
@@ -246,7 +253,7 @@ def test_a_stream_of_requests_gets_the_same_replies_as_without(tmp_path, monkeyp
     with asyncio.Runner() as runner:
         runner.run(both.start())
 
-        @settings(max_examples=30, deadline=None)
+        @settings(max_examples=20, deadline=None)
         @given(streams(), st.sampled_from([None, None, *LAST.values()]), st.sampled_from([0, 60]))
         def same(stream, last, held):
             monkeypatch.setattr(repeating, "HELD", held)
@@ -255,7 +262,8 @@ def test_a_stream_of_requests_gets_the_same_replies_as_without(tmp_path, monkeyp
             count = len(stream) + 1
             told = [runner.run(both.hear(proxy, sent, last, count)) for proxy in both.proxies]
             assert told[0] == told[1]
-            assert len(told[1]) == count
+            # aiohttp may drop what came before something malformed.
+            assert last or len(told[1]) == count
 
         same()
         runner.run(both.stop())
@@ -315,22 +323,26 @@ async def test_what_came_first_is_answered_first(upstream, start_proxy, connecti
 
 
 async def test_a_client_that_reads_nothing_is_not_written_to_for_ever(
-    upstream, start_proxy, connections, repeated
+    upstream, start_proxy, connections, repeated, monkeypatch
 ):
     """Replies wait for a client that takes none: no more than a few are in memory for it."""
     proxy = await start_proxy(openai=upstream)
     large = _post(_body("large", dimensions=1536))
     await _learn(proxy, large)
-    with socket.create_connection(proxy.url[7:-3].split(":")) as client:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.connect((proxy.url[7:].split(":")[0], int(proxy.url[7:-3].split(":")[1])))
         client.settimeout(0)
         before = len(connections)
         await _until(lambda: len(connections) > before and connections[-1]._waiter)
         connection = connections[-1]
-        sent, most = 0, 0
-        while sent < 1000 and len(connection._messages) < 9:
+        ours = connection.transport.get_extra_info("socket")
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        arrived, sent, most = _arrivals(monkeypatch, Connection), 0, 0
+        while sent < 100 and len(connection._messages) < 9:
             await asyncio.get_running_loop().sock_sendall(client, large)
             sent += 1
-            await _until(lambda: len(repeated) == sent or connection._paused)  # noqa: B023
+            await _until(lambda: arrived() == sent * len(large))  # noqa: B023
             most = max(most, connection.transport.get_write_buffer_size())
         assert connection._paused
         assert most < 1 << 17
