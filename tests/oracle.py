@@ -3,7 +3,8 @@
 python tests/oracle.py REQUESTS SEED — the suite runs some hundred, `make oracle` 100,000.
 Many clients at once ask one proxy, in a process of its own, for texts and token arrays, in both
 encodings, at many widths, with duplicates, with and without a parameter, from two namespaces, and
-often again in the very same bytes, which the proxy answers without parsing anything. The upstreams answer each input with a vector of its own, out of order, and fail now and then. Every
+often again in the very same bytes, which the proxy may answer without parsing anything. The
+upstreams answer each input with a vector of its own, out of order, and fail now and then. Every
 reply is compared with what it must be, worked out here without the proxy's code; the purchases are
 compared with the set of all that was asked for.
 """
