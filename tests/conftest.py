@@ -19,6 +19,8 @@ from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
 from proxy.http.connection import Runner
+from proxy.http.repeating import Repeating
+from proxy.http.replies import Reply
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
@@ -156,6 +158,20 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Give a function that runs `embedding-proxy` in this process."""
     return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+    """Give a list of the replies that were given again, without anything being parsed."""
+    given: list[Reply] = []
+    repeat = Repeating._repeat
+
+    def noted(connection: Repeating, reply: Reply) -> None:
+        given.append(reply)
+        repeat(connection, reply)
+
+    monkeypatch.setattr(Repeating, "_repeat", noted)
+    return given
 
 
 class _Response(aiohttp.ClientResponse):
