@@ -90,7 +90,6 @@ class CachingEmbedder:
         usage = usage_of_hits(tokens, account)
         heading = Heading(ring.partition, account.model, client=account.client)
         self._tiers.count(heading, usage)
-        repeat = Repeat(self._tiers, keys.addresses, entries, ring.partition, heading, usage)
         return Answered(
             vectors=[entry.vector for entry in entries],
             tokens=tokens,
@@ -98,7 +97,7 @@ class CachingEmbedder:
             outcomes=[Outcome.HIT] * len(entries),
             usage=usage,
             keys=keys,
-            again=repeat.again,
+            again=Repeat(self._tiers, keys, ring.partition, heading, usage),
         )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:

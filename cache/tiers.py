@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from operator import is_
 
-from providers.base import NORMAL, Terms
+from providers.base import NORMAL, Terms, Vector
 
 from . import record
 from .key import Key, Keys
@@ -83,11 +83,11 @@ class Tiers:
         return entries
 
     def holds(
-        self, addresses: Sequence[bytes], entries: Sequence[Entry], partition: Partition
+        self, addresses: Sequence[bytes], vectors: Sequence[Vector], partition: Partition
     ) -> bool:
-        """Tell whether memory still holds these very entries, and note that they were used."""
-        at_hand = self._memory.all_of(addresses)
-        if at_hand is None or not all(map(is_, at_hand, entries)):
+        """Tell whether memory still holds these very vectors, and note that they were used."""
+        entries = self._memory.all_of(addresses)
+        if entries is None or not all(map(is_, (entry.vector for entry in entries), vectors)):
             return False
         self._used(addresses, partition)
         return True

@@ -17,8 +17,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 
 from providers.routing.counts import Counts
 from providers.routing.health import Upstreams
-from providers.routing.journey import ATTEMPTS, Journey
-from providers.routing.order import Latencies, Order, cheapest
+from providers.routing.journey import ATTEMPTS, Journey, attempts
+from providers.routing.order import Latencies, Order, Prices
 from providers.routing.route import Provider, Route
 from providers.routing.turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Shut, Turn
 
@@ -67,6 +67,7 @@ class Router:
         self.upstreams = upstreams or Upstreams()
         self.counts = Counts()
         self.latencies = Latencies(self.upstreams.clock)
+        self.prices = Prices()
         self._order = order
         self._hedge_after_s = hedge_after_s
         self._sleep = sleep
@@ -78,7 +79,7 @@ class Router:
         """
         credential = context.credential
         routes = self._preferred(self._able(space, inputs, credential), credential)
-        journey = Journey(space, inputs, context)
+        journey = Journey(space, inputs, context, self.prices.charged, attempts(routes))
         try:
             if self._hedge_after_s is not None and len(routes) > 1:
                 return await self._race(routes, journey, self._hedge_after_s)
@@ -130,7 +131,7 @@ class Router:
             case "listed":
                 return routes
             case "cheapest":
-                return cheapest(routes)
+                return self.prices.arrange(routes)
             case "fastest":
                 ready = [route for route in routes if self._ready(route, credential)]
                 rest = [route for route in routes if route not in ready]

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from proxy.http.access import Access
+from proxy.http.answers import Answers
 from proxy.http.connection import REPLIES
 from proxy.http.cors import Cors
 from proxy.http.guard import CALLER, guard, stamp
@@ -54,7 +55,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(open_service)
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
-    embeddings = Embeddings(service, Texts(replies.pool))
+    embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
     _add_routes(app, embeddings, service, settings, access, passthrough)
     return app
 

@@ -24,11 +24,13 @@ from cache.usage import Usage
 from providers.routing.health import Upstreams
 from proxy.commands.known import Known, known
 from proxy.embedding.answering import Answering
+from proxy.embedding.bringing import brought
 from proxy.embedding.canary import Canaries
 from proxy.embedding.client_keys import ClientKeys
 from proxy.embedding.indexing import Indexing
 from proxy.embedding.learned import WIDTHS_FILE, Pins
 from proxy.embedding.opening import open_providers
+from proxy.embedding.questions import Questions
 from proxy.embedding.registry import Model, Registry
 from proxy.embedding.result import Result
 from proxy.http.caller import Caller, Secret
@@ -47,7 +49,7 @@ REPLIES_SHARE = 0.25
 """The part of the memory that is left to whole replies (see `http.replies`)."""
 
 
-class EmbeddingService:
+class EmbeddingService(Questions):
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
     def __init__(
@@ -81,13 +83,9 @@ class EmbeddingService:
         async with AsyncExitStack() as stack:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
+            pinned = (*cache.pinned, canary.NAMESPACE)
             store = await stack.enter_async_context(
-                Store(
-                    cache.directory,
-                    size_limit,
-                    ttl_s=ttl_s,
-                    pinned=(*cache.pinned, canary.NAMESPACE),
-                )
+                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=pinned)
             )
             self._store = store
             memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
@@ -213,7 +211,7 @@ class EmbeddingService:
             raise unable
         if self._answering is None:
             raise RuntimeError("the service is not open")
-        result = await self._answering.answer(asked, caller, control)
+        result = await brought(await self._answering.answer(asked, caller, control))
         if self.indexing is not None:
             await self.indexing.take(asked.index, control, result)
         return result

@@ -45,6 +45,8 @@ class Route:
     model: str
     price: float | None = None
     """USD per million tokens, where it is known."""
+    retries: int | None = None
+    """How often it is asked again within a request, at most; None = as the router thinks best."""
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from .route import Route
 log = logging.getLogger("embedding_proxy.router")
 
 ATTEMPTS_A_ROUTE = 2
-"""The most attempts at one route while another is left."""
+"""The most attempts at one route while another is left, unless the route says how many."""
 LONGEST_WAIT = 20.0
 """Seconds; an upstream that asks for more is left for the next route."""
 PROBE_LIMIT = 10.0
@@ -59,8 +59,11 @@ class Turn:
         self._latencies = latencies
         self._counts = counts
         self._made = 0
+        if route.retries is not None:
+            most = 1 + route.retries
+        else:
+            most = ATTEMPTS_A_ROUTE if later else journey.left
         # Each later route keeps at least one attempt in reserve.
-        most = ATTEMPTS_A_ROUTE if later else journey.left
         self._most = max(1, min(most, journey.left - later))
         self._failure: ProviderError | None = None
         self._receipt: float | None = None

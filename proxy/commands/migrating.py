@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from providers import vector
 from providers.base import InvalidAnswer, Space, Vector
+from providers.batching.within import limits_of
+from providers.limits import Limits
 from proxy.config import ConfigError
 from proxy.embedding.opening import CLIENTS_PAY
 from proxy.embedding.widths import can_give
@@ -114,6 +116,12 @@ class Target:
             provider = model.by_client.providers[0]
             return f"{self.name}: provider {provider} {CLIENTS_PAY}"
         return None if model.usable else model.router.unavailable
+
+    @property
+    def limits(self) -> Limits:
+        """What the provider that is asked first takes; the usual where none can be asked."""
+        routes = self._service.models[self.name].router.routes
+        return limits_of(routes[0].provider) if routes else Limits()
 
     async def embed(
         self, texts: Sequence[str], *, anew: bool = False

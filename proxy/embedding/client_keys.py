@@ -14,14 +14,13 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 from cache.key import part
-from cache.ledger import Answered
+from cache.ledger import Again, Answered
 from providers.base import (
     AllResting,
     ClientKeyRefused,
@@ -33,6 +32,7 @@ from providers.base import (
     PassingFailure,
     ProviderError,
     RateLimited,
+    Vector,
 )
 from proxy.http.caller import Caller
 from proxy.settings.schema import Settings
@@ -208,11 +208,24 @@ class _Visit:
             self._keys.proofs.accepted(self._proof)
         if answer.again is None:
             return answer
-        return replace(answer, again=partial(self._again, answer.again))
+        return replace(answer, again=_WhileProved(answer.again, self._is_proved))
 
-    def _again(self, holds: Callable[[], bool]) -> bool:
-        """Tell whether an answer may be given to the key once more."""
+    def _is_proved(self) -> bool:
         try:
-            return self._keys.standing(self._proof) is Standing.PROVED and holds()
+            return self._keys.standing(self._proof) is Standing.PROVED
         except ClientKeyRefused:
             return False
+
+
+@dataclass(frozen=True, slots=True)
+class _WhileProved:
+    """The same request once more, as long as the key may have the same answer."""
+
+    again: Again
+    is_proved: Callable[[], bool]
+
+    def vectors(self) -> Sequence[Vector] | None:
+        return self.again.vectors() if self.is_proved() else None
+
+    def still(self, vectors: Sequence[Vector]) -> bool:
+        return self.is_proved() and self.again.still(vectors)

@@ -8,6 +8,7 @@ A request with `Cache-Control: no-store` leaves no trace here either.
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,12 +143,7 @@ class Indexing:
         named = wish.collection or self._qdrant.collection
         if named and result.fallback:
             return
-        name = named or name_of(
-            result.name,
-            result.dimensions,
-            parameters=_parameters(result.space),
-            prefix=self._qdrant.prefix,
-        )
+        name = named or collection_of(result.name, result.space, result.dimensions, self._qdrant)
         target = Target(name, result.space.label, result.dimensions)
         keys: Sequence[Key] = result.embedded.keys
         if not keys:
@@ -211,13 +207,17 @@ class Indexing:
                     orjson.dumps({**common, **content}),
                     mark,
                     new=result.outcomes[place] is Outcome.MISS,
+                    address=keys[place].address,
+                    namespace=result.namespace,
                 )
             )
         return points
 
 
-def _parameters(space: Space) -> str:
-    return space.label.partition("?")[2]
+def collection_of(model: str, space: Space, dimensions: int, qdrant: Qdrant) -> str:
+    """Return the collection of a space's vectors of a width, where none is named."""
+    told = re.search("[~?](.*)", space.label)
+    return name_of(model, dimensions, parameters=told[1] if told else "", prefix=qdrant.prefix)
 
 
 def _mark(numbers: bytes, content: Mapping[str, object]) -> int:

@@ -81,7 +81,12 @@ def make_router(  # noqa: PLR0913 - what a router is made of
 ) -> Router:
     """Return the routes of a model, those whose provider can be used."""
     routes = [
-        Route(providers[route.provider], route.model, route.price)
+        Route(
+            providers[route.provider],
+            route.model,
+            route.price,
+            retries=_retries(settings, route.provider),
+        )
         for route in entry.routes
         if route.provider in providers
     ]
@@ -99,6 +104,11 @@ def make_router(  # noqa: PLR0913 - what a router is made of
 def _by_client(settings: Settings, provider: str) -> bool:
     entry = settings.providers.get(provider)
     return entry is not None and entry.by_client
+
+
+def _retries(settings: Settings, provider: str) -> int | None:
+    entry = settings.providers.get(provider)
+    return None if entry is None else entry.retries
 
 
 def _remedy(settings: Settings, name: str, entry: model_entry.Model) -> str:

@@ -22,7 +22,7 @@ from .by_client import ByClient, by_client
 from .learned import Pins
 from .opening import batched, make_router
 from .steps import one_before_others
-from .widths import WIDEST, Policy
+from .widths import WIDEST
 
 MOST_KEPT = 1000
 """Models kept in all; one that is asked for by its name alone is then made for each request."""
@@ -55,8 +55,8 @@ class Model:
     """What requests are asked of: the cache around the router."""
     dimensions_refused: bool = False
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
-    width: Policy = "strict"
-    """What may be done for a width that the model does not have."""
+    width: str = "strict"
+    """What may be done for a width that the model does not have: a policy, or a strategy."""
     context: int | None = None
     """Tokens an input may have; None = nothing is known of it."""
     truncate_to: int | None = None

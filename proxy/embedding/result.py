@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 from cache.ledger import Answered
 from cache.usage import Usage
-from providers import vector
+from providers import likeness, vector
 from providers.base import Input, InvalidAnswer, Outcome, Space
 
 from .registry import Model
@@ -36,6 +37,23 @@ class Result:
     def vectors(self) -> vector.Floats:
         """The vectors as one array of float32, shape (n, dimensions)."""
         return vector.stack(vector.derive(self.embedded.vectors, self.dimensions))
+
+    def similarity(self, other: Optional["Result"] = None) -> vector.Floats:
+        """Return the cosines of all vectors with all of another result, or of this; shape (n, m).
+
+        Raises ValueError for vectors that do not compare: of another space, or another width.
+        """
+        other = other or self
+        mine, theirs = ((one.space.label, one.dimensions) for one in (self, other))
+        if mine != theirs:
+            raise ValueError(
+                "vectors of two spaces do not compare:"
+                f" {mine[0]} at {mine[1]}, {theirs[0]} at {theirs[1]}"
+            )
+        rows, columns = (
+            vector.derive(one.embedded.vectors, one.dimensions) for one in (self, other)
+        )
+        return likeness.similarities(rows, columns)
 
     @property
     def outcomes(self) -> Sequence[Outcome]:

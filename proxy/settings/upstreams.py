@@ -14,6 +14,7 @@ from providers.profile import Profile
 
 from .section import HttpUrl, Name, Number, Section, VariableName, Whole
 
+MOST_RETRIES = 100
 _COUNT = Field(ge=1, le=10**9)
 
 # What the transport and HTTP itself say is not the operator's to change; the key has its own way.
@@ -67,6 +68,7 @@ class Provider(Section):
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
     least_bytes_per_s: Annotated[Number, Field(ge=0)] = 100
     rate_window_s: Annotated[Number, Field(gt=0)] = 15
+    retries: Annotated[Whole, Field(ge=0, le=MOST_RETRIES)] | None = None
     limits: Limits = Limits()
     encoding_format: Literal["base64", "float"] | None = "base64"
     accepts_tokens: bool = True
