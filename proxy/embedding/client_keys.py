@@ -208,9 +208,10 @@ class _Visit:
             self._keys.proofs.accepted(self._proof)
         if answer.again is None:
             return answer
-        return replace(answer, again=_WhileProved(answer.again, self._is_proved))
+        return replace(answer, again=_WhileProved(self._is_proved, answer.again))
 
     def _is_proved(self) -> bool:
+        """Tell whether an answer may be given to the key once more."""
         try:
             return self._keys.standing(self._proof) is Standing.PROVED
         except ClientKeyRefused:
@@ -219,13 +220,13 @@ class _Visit:
 
 @dataclass(frozen=True, slots=True)
 class _WhileProved:
-    """The same request once more, as long as the key may have the same answer."""
+    """An answer that is given again for as long as the key is good."""
 
-    again: Again
     is_proved: Callable[[], bool]
+    answer: Again
 
     def vectors(self) -> Sequence[Vector] | None:
-        return self.again.vectors() if self.is_proved() else None
+        return self.answer.vectors() if self.is_proved() else None
 
     def still(self, vectors: Sequence[Vector]) -> bool:
-        return self.is_proved() and self.again.still(vectors)
+        return self.is_proved() and self.answer.still(vectors)

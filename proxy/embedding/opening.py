@@ -101,14 +101,14 @@ def make_router(  # noqa: PLR0913 - what a router is made of
     )
 
 
-def _by_client(settings: Settings, provider: str) -> bool:
-    entry = settings.providers.get(provider)
-    return entry is not None and entry.by_client
-
-
 def _retries(settings: Settings, provider: str) -> int | None:
     entry = settings.providers.get(provider)
     return None if entry is None else entry.retries
+
+
+def _by_client(settings: Settings, provider: str) -> bool:
+    entry = settings.providers.get(provider)
+    return entry is not None and entry.by_client
 
 
 def _remedy(settings: Settings, name: str, entry: model_entry.Model) -> str:
