@@ -46,6 +46,7 @@ async def test_it_counts_as_another_request_and_notes_the_use():
     bench.store.touched.clear()
     sums, hits = dict(bench.store.sums), bench.tiers.counters.memory_hits
     assert again()
+    assert bench.store.touched == {key_of(item, SPACE).address for item in ("a", "b")}
     ((heading, usage),) = [(h, u) for h, u in bench.store.sums.items() if u != sums.get(h)]
     assert (heading.client, heading.model, heading.partition) == ("ci", "model", PARTITION)
     assert usage.hits - sums[heading].hits == 2
@@ -53,7 +54,6 @@ async def test_it_counts_as_another_request_and_notes_the_use():
     assert usage == sums[heading].plus(anew)
     assert anew.tokens_saved > 0
     assert bench.tiers.counters.memory_hits == hits + 4
-    assert bench.store.touched == {key_of(item, SPACE).address for item in ("a", "b")}
 
 
 async def test_it_asks_no_disk():
