@@ -42,13 +42,10 @@ def in_order(
 
 
 def assemble(
-    keys: Sequence[Key],
-    entries: Sequence[Entry],
-    outcomes: Sequence[Outcome],
-    fills: Sequence[Filled],
-    account: Account,
+    keys: Sequence[Key], answers: Mapping[Key, Found], fills: Sequence[Filled], account: Account
 ) -> Answered:
-    """Return the answer to a request whose inputs have these keys, entries and outcomes."""
+    """Return the answer to a request whose inputs have these keys."""
+    entries, outcomes = in_order(keys, answers)
     tokens = [entry.tokens for entry in entries]
     charged = reduce(Usage.plus, (filled.charged for filled in fills), NOTHING)
     return Answered(

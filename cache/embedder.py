@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from providers.base import (
-    NORMAL,
+    Account,
     Context,
     DeadlineExceeded,
     Embedded,
@@ -23,10 +23,10 @@ from providers.base import (
 )
 
 from . import flight
-from .assembly import Filled, Found, assemble, in_order
+from .assembly import Filled, Found, assemble
 from .flight import Fill, Flights
-from .key import Key, Keyring, Namespace, keyring
-from .ledger import Answered, Heading, Purchase
+from .key import Key, Keyring, Keys, Namespace, keyring
+from .ledger import Answered, Heading, Purchase, usage_of_hits
 from .record import Entry
 from .refusal import KeyRefused, NotCached, is_the_leaders_own, named
 from .repeat import Repeat
@@ -52,40 +52,53 @@ class CachingEmbedder:
         """
         ring = keyring(space, Namespace(context.namespace))
         keys = await ring.keys(inputs)
+        if len(set(keys.addresses)) == len(keys) and space.dimensions:
+            # By far the most requests: all is known, and nothing stands in them twice.
+            at_hand = self._tiers.at_hand(keys, ring.partition, context.terms)
+            if at_hand is not None:
+                return self._hits(ring, keys, at_hand, context.account)
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
         known = list(distinct) if space.dimensions else []
         found = await self._tiers.get_many(known, ring.partition, context.terms)
         fills: list[Filled] = []
-        if len(found) == len(keys):
-            # By far the most requests: all is known, and nothing stands in them twice.
-            entries, outcomes = [found[key] for key in keys], [Outcome.HIT] * len(keys)
-        else:
-            answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
-            missing = {key: item for key, item in distinct.items() if key not in found}
-            if missing:
-                if not context.terms.spend:
-                    places = [place for place, key in enumerate(keys) if key in missing]
-                    raise NotCached(context.terms, places, len(inputs))
-                try:
-                    async with asyncio.timeout_at(context.deadline):
-                        bought, fills = await self._obtain(ring, missing, context, landed)
-                except KeyRefused as error:
-                    raise named(error.refusal, keys.index(error.key), len(inputs)) from error
-                except TimeoutError as error:
-                    raise DeadlineExceeded("the time of the request was up") from error
-                answers.update(bought)
-            entries, outcomes = in_order(keys, answers)
-        answer = assemble(keys, entries, outcomes, fills, context.account)
+        answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
+        missing = {key: item for key, item in distinct.items() if key not in found}
+        if missing:
+            if not context.terms.spend:
+                places = [place for place, key in enumerate(keys) if key in missing]
+                raise NotCached(context.terms, places, len(inputs))
+            try:
+                async with asyncio.timeout_at(context.deadline):
+                    bought, fills = await self._obtain(ring, missing, context, landed)
+            except KeyRefused as error:
+                raise named(error.refusal, keys.index(error.key), len(inputs)) from error
+            except TimeoutError as error:
+                raise DeadlineExceeded("the time of the request was up") from error
+            answers.update(bought)
+        answer = assemble(keys, answers, fills, context.account)
         partition, account = _partition(ring, answer.vectors[0]), context.account
         heading = Heading(partition, account.model, client=account.client)
         self._tiers.count(heading, answer.usage.unpaid)
-        if context.terms == NORMAL and answer.usage.hits == len(keys):
-            addresses = [key.address for key in keys]
-            repeat = Repeat(self._tiers, addresses, entries, partition, heading, answer.usage)
-            return replace(answer, again=repeat.again)
         return answer
+
+    def _hits(
+        self, ring: Keyring, keys: Keys, entries: Sequence[Entry], account: Account
+    ) -> Answered:
+        tokens = [entry.tokens for entry in entries]
+        usage = usage_of_hits(tokens, account)
+        heading = Heading(ring.partition, account.model, client=account.client)
+        self._tiers.count(heading, usage)
+        return Answered(
+            vectors=[entry.vector for entry in entries],
+            tokens=tokens,
+            counted=all(entry.counted for entry in entries),
+            outcomes=[Outcome.HIT] * len(entries),
+            usage=usage,
+            keys=keys,
+            again=Repeat(self._tiers, keys, ring.partition, heading, usage),
+        )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
         """Return what counts the bills of calls that are made without the cache."""
@@ -111,6 +124,7 @@ class CachingEmbedder:
                 lambda fill: self._fill(fill, ring, items, context, look_again=look_again),
                 context.deadline,
                 context.terms,
+                context.credential,
             )
         await flight.wait([own] if own else [], joins)
 
@@ -130,7 +144,7 @@ class CachingEmbedder:
                     fill.task.result()
                 answers[key] = Found(fill.there[key], Outcome.JOIN)
             except EmbeddingError as error:
-                if not is_the_leaders_own(error, fill, missing):
+                if not is_the_leaders_own(error, fill, missing, context.credential):
                     raise
                 again[key] = missing[key]
         if again:

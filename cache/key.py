@@ -11,10 +11,10 @@ check digest, BLAKE2b keyed with the namespace's secret over the same parts, is 
 import asyncio
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import xxhash
 
@@ -25,8 +25,8 @@ from .row import Partition
 FORMAT = 1
 """Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
 
-# More inputs, or characters and ids in all, are more than a millisecond or two of work.
-_MANY = 512
+# About a millisecond of work: so many inputs, or characters and ids in all.
+_MANY = 1024
 _LONG = 1 << 19
 
 _TEXT = b"s"
@@ -40,6 +40,31 @@ class Key(NamedTuple):
     """XXH3-128 of the parts, 16 bytes big-endian: where the record lies, in every tier."""
     digest: bytes
     """BLAKE2b-128 of the same parts, keyed: stored in the record, compared on every read."""
+
+
+class Keys(Sequence[Key]):
+    """The keys of several inputs. Most are only looked up, and never made into a `Key` each."""
+
+    __slots__ = ("addresses", "digests")
+
+    def __init__(self, addresses: list[bytes], digests: list[bytes]) -> None:
+        self.addresses = addresses
+        self.digests = digests
+
+    @overload
+    def __getitem__(self, place: int) -> Key: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Keys": ...
+    def __getitem__(self, place: int | slice) -> "Key | Keys":
+        if isinstance(place, slice):
+            return Keys(self.addresses[place], self.digests[place])
+        return Key(self.addresses[place], self.digests[place])
+
+    def __iter__(self) -> Iterator[Key]:
+        return map(Key, self.addresses, self.digests)
+
+    def __len__(self) -> int:
+        return len(self.addresses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +90,53 @@ class Keyring:
         parts.append(part(b"m", space.name.encode()))
         for name, value in space.parameters:
             parts += part(b"p", name.encode()), part(b"=", value)
-        head = b"".join(parts)
-        self._address = xxhash.xxh3_128(head)
-        self._digest = hashlib.blake2b(head, digest_size=16, key=namespace.secret)
+        self._head = b"".join(parts)
+        self._digest = hashlib.blake2b(self._head, digest_size=16, key=namespace.secret)
 
     def key(self, item: Input) -> Key:
         """Return the key of one input."""
-        tail = input_part(item)
-        address, digest = self._address.copy(), self._digest.copy()
-        address.update(tail)
-        digest.update(tail)
-        return Key(address.digest(), digest.digest())
+        (key,) = self._keys((item,))
+        return key
 
-    async def keys(self, items: Sequence[Input]) -> list[Key]:
+    async def keys(self, items: Sequence[Input]) -> Keys:
         """Return the keys of several inputs; where they take long, others get their turn."""
         if len(items) <= _MANY and sum(map(len, items)) <= _LONG:
-            return list(map(self.key, items))
-        return await asyncio.to_thread(lambda: list(map(self.key, items)))
+            return self._keys(items)
+        addresses: list[bytes] = []
+        digests: list[bytes] = []
+        for some in _lots(items):
+            part = self._keys(some)
+            addresses += part.addresses
+            digests += part.digests
+            await asyncio.sleep(0)
+        return Keys(addresses, digests)
+
+    def _keys(self, items: Iterable[Input]) -> Keys:
+        tails = list(map(input_part, items))
+        digests: list[bytes] = []
+        for tail in tails:
+            digest = self._digest.copy()
+            digest.update(tail)
+            digests.append(digest.digest())
+        return Keys([xxhash.xxh3_128_digest(self._head + tail) for tail in tails], digests)
 
 
 @lru_cache(maxsize=1024)
 def keyring(space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Keyring:
     """Return the keyring of a namespace and a space; those in use are kept."""
     return Keyring(space, namespace)
+
+
+def _lots(items: Sequence[Input]) -> Iterator[Sequence[Input]]:
+    """Yield the items in lots of about a millisecond's work each, in their order."""
+    start = length = 0
+    for end, item in enumerate(items, 1):
+        length += len(item)
+        if end - start == _MANY or length >= _LONG:
+            yield items[start:end]
+            start, length = end, 0
+    if start < len(items):
+        yield items[start:]
 
 
 def part(tag: bytes, data: bytes) -> bytes:

@@ -8,10 +8,10 @@ import enum
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from cache.file.layout import Sql
-from providers.base import Account, Bill, Embedded, Outcome, nanodollars
+from providers.base import Account, Bill, Embedded, Outcome, Vector, nanodollars
 
 from .key import Key
 from .row import Partition
@@ -34,6 +34,16 @@ Count: TypeAlias = Callable[[Heading, Usage], None]
 """Adds to the ledger."""
 
 
+class Again(Protocol):
+    """The same request once more; see `repeat`."""
+
+    def vectors(self) -> Sequence[Vector] | None:
+        """Return what it is answered with now, and count it; None if it has to be asked anew."""
+
+    def still(self, vectors: Sequence[Vector]) -> bool:
+        """Tell whether these very vectors would be the answer; if so, count it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered(Embedded):
     """An answer, and its sums."""
@@ -41,9 +51,8 @@ class Answered(Embedded):
     usage: Usage
     keys: Sequence[Key] = ()
     """Where each vector is kept; empty where more than one look-up was needed."""
-    again: Callable[[], bool] | None = None
-    """Tells whether the same request would still be answered so, and if it is, counts it; None
-    where it has to be asked anew."""
+    again: Again | None = None
+    """For the same request once more; None where that has to be asked anew."""
 
 
 def answered(embedded: Embedded, usage: Usage) -> Answered:
@@ -119,6 +128,13 @@ def usage_of(
         nanodollars_saved=nanodollars(saved, account.price),
         nanodollars_billed=charged.nanodollars_billed,
     )
+
+
+def usage_of_hits(tokens: Sequence[int], account: Account) -> Usage:
+    """Return the sums of a request of which every input is a hit."""
+    saved = sum(tokens)
+    worth = nanodollars(saved, account.price)
+    return Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
 
 
 class By(enum.StrEnum):

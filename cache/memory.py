@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class Memory:
     ) -> list[Entry | None]:
         """Do the same for several addresses, in their order."""
         find, noted = self._entries.get, self._entries.move_to_end
-        expired = -math.inf if self._ttl_s is None else self._clock() - self._ttl_s
+        expired = self._expired
         found: list[Entry | None] = []
         for address in addresses:
             kept = find(address)
@@ -74,6 +74,28 @@ class Memory:
                     noted(address)
                 found.append(kept.entry)
         return found
+
+    def all_of(self, addresses: Iterable[bytes]) -> list[Entry] | None:
+        """Return the entries of several addresses, in their order, if none is missing; else None.
+
+        No use is noted.
+        """
+        found = list(map(self._entries.get, addresses))
+        kept = [one for one in found if one is not None]
+        if len(kept) < len(found):
+            return None
+        if self._ttl_s is not None and min(one.stored for one in kept) <= self._expired:
+            return None
+        return [one.entry for one in kept]
+
+    def note(self, addresses: Iterable[bytes]) -> None:
+        """Note that entries, all of which are here, were used."""
+        deque(map(self._entries.move_to_end, addresses), maxlen=0)
+
+    @property
+    def _expired(self) -> float:
+        """What was bought by then, in seconds since 1970, is not served any more."""
+        return -math.inf if self._ttl_s is None else self._clock() - self._ttl_s
 
     def put(self, address: bytes, entry: Entry, stored: float | None = None) -> None:
         """Keep an entry, and drop the least recently used ones for it as needed.

@@ -1,10 +1,12 @@
-"""The same answer once more, without looking anything up: as long as nothing has changed."""
+"""The same answer once more: nothing is parsed or hashed, only looked at whether it still holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from providers.base import NORMAL, Vector
+
+from .key import Keys
 from .ledger import Heading
-from .record import Entry
 from .row import Partition
 from .tiers import Tiers
 from .usage import Usage
@@ -12,22 +14,32 @@ from .usage import Usage
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """An answer that came from the cache alone, to a request without terms of its own.
+    """What an answer was about that came from the cache alone, to a request without own terms.
 
-    Whoever keeps what was made of such an answer asks `again` before giving it out once more. So
-    purges, expiry and newer purchases hold for it as they do for the entries themselves.
+    Whoever keeps something that was made of such an answer asks here before giving it out once
+    more. So purges, expiry and newer purchases hold for it as they do for the entries themselves.
     """
 
     tiers: Tiers
-    addresses: Sequence[bytes]
-    entries: Sequence[Entry]
+    keys: Keys
     partition: Partition
     heading: Heading
     usage: Usage
 
-    def again(self) -> bool:
-        """Tell whether the answer is still right; if so, count it as another request's."""
-        if not self.tiers.holds(self.addresses, self.entries, self.partition):
+    def vectors(self) -> list[Vector] | None:
+        """Return what the same request is answered with now, and count it.
+
+        None if it has to be asked anew.
+        """
+        entries = self.tiers.at_hand(self.keys, self.partition, NORMAL)
+        if entries is None:
+            return None
+        self.tiers.count(self.heading, self.usage)
+        return [entry.vector for entry in entries]
+
+    def still(self, vectors: Sequence[Vector]) -> bool:
+        """Tell whether these very vectors would be the answer; if so, count it."""
+        if not self.tiers.holds(self.keys.addresses, vectors, self.partition):
             return False
         self.tiers.count(self.heading, self.usage)
         return True

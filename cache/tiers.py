@@ -5,16 +5,17 @@ as far as it can be. Neither raises.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from operator import is_
 
-from providers.base import NORMAL, Terms
+from providers.base import NORMAL, Terms, Vector
 
 from . import record
-from .key import Key
+from .key import Key, Keys
 from .ledger import Heading
 from .memory import Memory
 from .record import Entry
@@ -65,16 +66,36 @@ class Tiers:
             found.update(await self._get_some(some, partition, terms, not_before))
         return found
 
+    def at_hand(self, keys: Keys, partition: Partition, terms: Terms) -> list[Entry] | None:
+        """Return the verified entries of distinct keys, in their order, if memory has them all.
+
+        Else None, and nothing is noted: they are to be looked up one by one. So are they if the
+        terms do not take every entry.
+        """
+        if terms.max_age != math.inf or not terms.write:
+            return None
+        entries = self._memory.all_of(keys.addresses)
+        if entries is None or [entry.digest for entry in entries] != keys.digests:
+            return None
+        if {len(entry.vector) for entry in entries} != {4 * partition.dimensions}:
+            return None
+        self._used(keys.addresses, partition)
+        return entries
+
     def holds(
-        self, addresses: Sequence[bytes], entries: Sequence[Entry], partition: Partition
+        self, addresses: Sequence[bytes], vectors: Sequence[Vector], partition: Partition
     ) -> bool:
-        """Tell whether memory still holds these very entries, and note that they were used."""
-        at_hand = self._memory.get_many(addresses)
-        if not all(map(is_, at_hand, entries)):
+        """Tell whether memory still holds these very vectors, and note that they were used."""
+        entries = self._memory.all_of(addresses)
+        if entries is None or not all(map(is_, (entry.vector for entry in entries), vectors)):
             return False
-        self.counters.memory_hits += len(addresses)
-        self._store.touch(addresses, partition)
+        self._used(addresses, partition)
         return True
+
+    def _used(self, addresses: Sequence[bytes], partition: Partition) -> None:
+        self.counters.memory_hits += len(addresses)
+        self._memory.note(addresses)
+        self._store.touch(addresses, partition)
 
     async def _get_some(
         self, keys: Sequence[Key], partition: Partition, terms: Terms, not_before: float

@@ -18,13 +18,13 @@ class Uses(Mapping[bytes, Use]):
     def __init__(self) -> None:
         self._young: dict[bytes, Use] = {}
         self._old: dict[bytes, Use] = {}
-        self._unwritten: dict[bytes, None] = {}
+        self._unwritten: dict[bytes, object] = {}
 
     def note(self, addresses: Iterable[bytes], use: Use) -> None:
         """Note that entries were used."""
         new = dict.fromkeys(addresses, use)
         self._young.update(new)
-        self._unwritten.update(dict.fromkeys(new))
+        self._unwritten.update(new)
         if 2 * len(self._young) > MOST:
             self._old, self._young = self._young, {}
             self._unwritten = {a: None for a in self._unwritten if a in self._old}

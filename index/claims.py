@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from .collection import Making, Provenance, look, name_of, objection
 from .connection import Connection
+from .version import no_metadata
 
 
 async def objections(
@@ -21,6 +22,9 @@ async def objections(
     vectors go there, and it must belong to one of them; else each model has collections of its own,
     one a width. What is not there will be made.
     """
+    lack = None if making.adopt else await no_metadata(qdrant)
+    if lack is not None:
+        return [lack]
     found = await qdrant.ask(lambda client: client.get_collections())
     names = {one.name for one in found.collections}
     aliases = await qdrant.ask(lambda client: client.get_aliases())

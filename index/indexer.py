@@ -21,7 +21,7 @@ from cache.file.rest import Rest
 
 from .collection import Making
 from .connection import Connection
-from .failures import Unusable
+from .failures import InUse, Unusable
 from .outbox import FAILURES, Full, Outbox
 from .point import Point, Target
 from .sender import TICK_SECONDS, Sender
@@ -63,8 +63,10 @@ class Indexer:
         self._outbox: Outbox | None = None
         self._sender: Sender | None = None
         self._stack = AsyncExitStack()
+        self._own: Connection | None = None
+        self._opening = asyncio.Lock()
         self._remembered: defaultdict[Target, set[bytes]] = defaultdict(set)
-        self._forgotten = 0
+        self._forgotten = self._renewed = 0
         self._rest = Rest()
         self.added = 0
         """Points that this process has put into the outbox."""
@@ -152,6 +154,21 @@ class Indexer:
             self.added += added
             self._sender.wake.set()
 
+    async def connection(self) -> Connection:
+        """Return an open connection to ask by: the sender's, or one of this process's own.
+
+        Raises QdrantFailure; InUse for a folder that another process has open.
+        """
+        if self._sender is not None and self._sender.connection is not None:
+            return self._sender.connection
+        async with self._opening:
+            if self._own is None:
+                own = self._connect()
+                if own.embedded:
+                    raise InUse("the folder is the sending process's; it is not open in this one")
+                self._own = await self._stack.enter_async_context(own)
+            return self._own
+
     async def snapshot(self) -> dict[str, Any] | None:
         """Return what has not arrived, and what this process did; None while it cannot be read."""
         sender = self._sender
@@ -180,6 +197,7 @@ class Indexer:
                 "refused": sender.counters.refused,
                 "dropped": self.dropped,
                 "failures": sender.counters.failed,
+                "damaged": 0 if self._outbox is None else self._outbox.damaged,
             },
         }
 
@@ -187,7 +205,13 @@ class Indexer:
         outbox = self._outbox
         if outbox is None:
             raise OSError("the outbox is closed")
-        return await self._call(lambda: work(outbox))
+        try:
+            return await self._call(lambda: outbox.guarded(work))
+        finally:
+            if outbox.renewed != self._renewed:
+                # What waited in the file before is not known to have arrived.
+                self._renewed = outbox.renewed
+                self._remembered.clear()
 
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

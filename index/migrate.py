@@ -7,13 +7,15 @@ aliases, and after a `rollback`, everything is as it was. The order of events::
     prove     where vectors are copied: sampled texts are embedded, and compared
     copy      the old points in the order of their ids, a checkpoint after each page that landed
     compare   whole passes over both, until one finds no difference: what changed meanwhile follows
-    cutover   compared and verified once more, then the aliases switch at one moment
+    cutover   compared and verified once more, then the aliases switch at one moment; what reached
+              the old collection meanwhile is carried
 
 Whoever kills it at any moment runs it again, and it goes on. What was bought is in the cache, and
 not bought again: only the answers that were on their way at that moment are lost.
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -29,6 +31,9 @@ from providers.base import Space
 
 from .collection import Provenance
 from .migration import collections
+from .version import no_insert_only
+
+log = logging.getLogger("embedding_proxy.migrate")
 
 Progress = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
 """Begins to show work of a name and a total, and gives what is told how much is done."""
@@ -44,8 +49,8 @@ class Pace:
 
     page: int = 128
     """Points that are read, and texts that are embedded, at a time."""
-    ahead: int = 4
-    """Pages that are embedded side by side; they are written in order."""
+    ahead: int = 2
+    """Pages that are embedded side by side; they are written in order. A kill may lose so many."""
     points_per_second: float | None = None
     """At most so many; None = as fast as it goes."""
     sample: int = 10
@@ -183,6 +188,9 @@ async def begin(migration: Migration) -> None:
                 f"there is a collection {fresh.target} of {found[1]:,} points already, which this"
                 " migration did not make; name another one with --into"
             )
+    lack = await no_insert_only(migration.points.qdrant)
+    if lack is not None:
+        log.warning("%s", lack)
     state = migration.state
     wanted = Provenance(state.space, state.dimensions, state.rule)
     # What is made from here on is ours: so the journal knows of it before.

@@ -9,26 +9,30 @@ The file also knows which ids were ever added, so that an answer from the cache 
 and again. Its calls block; use an Outbox from one thread. Everything raises FAILURES.
 """
 
+import logging
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from cache.file.lock import WriterLock
+from cache.key import checksum
 
-from . import outbox_file
+from .outbox_file import FILE_NAME, OutboxFile
 from .point import Backlog, Point, Target, Waiting
 
-FILE_NAME = "index-outbox.db"
+__all__ = ["FAILURES", "FILE_NAME", "Full", "OnDisk", "Outbox"]
+
+log = logging.getLogger("embedding_proxy.index")
+
+T = TypeVar("T")
+
 FAILURES = (sqlite3.Error, OSError, TimeoutError)
-PATIENCE_SECONDS = 2.0
-"""The longest wait for another process that writes; a request may be waiting meanwhile."""
 JSON_A_BYTE = 5.5
 """Bytes of JSON that a byte of a vector becomes: a float32 is 4 bytes, and up to 22 characters."""
 
-_FREE_PAGES = 2048
-"""Of 4 KiB: room that is kept for what comes, and given back at a time."""
+_WHOLE = "target, point, bytes, at, payload, vector, sum, address, namespace"
+_FORGOTTEN = "UPDATE state SET forgotten = forgotten + 1"
 
 
 class Full(Exception):
@@ -39,38 +43,28 @@ class Outbox:
     """The file in `folder`, of at most about `size_limit` bytes."""
 
     def __init__(self, folder: Path, size_limit: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = WriterLock(folder / "index-outbox.lock", PATIENCE_SECONDS)
         self._size_limit = size_limit
-        self._targets: dict[Target, int] = {}
-        try:
-            with self._lock:
-                self._sql = outbox_file.opened(folder / FILE_NAME, PATIENCE_SECONDS)
-        except BaseException:
-            self._lock.close()
-            raise
+        self._file = OutboxFile(folder)
+        self.spoilt = 0
+        """Points that were not as they had been written, and were let go of."""
 
     def close(self) -> None:
         """Close the file."""
-        try:
-            with self._lock:  # the last connection writes the log into the file
-                self._sql.close()
-        finally:
-            self._sql.close()
-            self._lock.close()
+        self._file.close()
 
-    @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """Give a transaction; whoever else changes something waits."""
-        with self._lock:
-            self._sql.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._sql
-                self._sql.execute("COMMIT")
-            except BaseException:
-                if self._sql.in_transaction:
-                    self._sql.execute("ROLLBACK")
-                raise
+    @property
+    def damaged(self) -> int:
+        """How often this process has found damage, of the file or of a point."""
+        return self._file.damaged + self.spoilt
+
+    @property
+    def renewed(self) -> int:
+        """How often another file was begun, or found: what it knew before is known no more."""
+        return self._file.renewed
+
+    def guarded(self, work: "Callable[[Outbox], T]") -> T:
+        """Return what work with this outbox gives; where the file is damaged, with a new one."""
+        return self._file.guarded(lambda: work(self))
 
     def add(self, target: Target, points: Sequence[Point]) -> int:
         """Add those that are new or not known, all or none; return how many. Raises Full."""
@@ -82,15 +76,18 @@ class Outbox:
         if self.bytes >= self._size_limit:
             raise Full(f"{self.bytes / 1e6:.0f} MB wait for Qdrant")
         now = time.time()
-        with self._change() as sql:
+        with self._file.change() as sql:
             if number is None:
                 sql.execute("INSERT OR IGNORE INTO target VALUES (NULL, ?, ?, ?)", target)
                 number = self._number(target)
             here = [(number, p.id) for p in points]
             sql.executemany(
-                "INSERT OR REPLACE INTO waiting VALUES (NULL, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO waiting ({_WHOLE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    (number, p.id, len(p.vector) + len(p.payload), now, p.payload, p.vector)
+                    (
+                        *(number, p.id, len(p.vector) + len(p.payload), now, p.payload, p.vector),
+                        *(_sum(p.id, p.vector, p.payload), p.address or p.id, p.namespace),
+                    )
                     for p in points
                 ),
             )
@@ -102,21 +99,13 @@ class Outbox:
         return len(points)
 
     def _number(self, target: Target) -> int | None:
-        if target not in self._targets:
-            row = self._sql.execute(
-                "SELECT id FROM target WHERE collection = ? AND space = ? AND dimensions = ?",
-                target,
-            ).fetchone()
-            if row is None:
-                return None
-            if self._sql.in_transaction:
-                # It may be rolled back yet.
-                return int(row[0])
-            self._targets[target] = row[0]
-        return self._targets[target]
+        row = self._file.sql.execute(
+            "SELECT id FROM target WHERE collection = ? AND space = ? AND dimensions = ?", target
+        ).fetchone()
+        return None if row is None else int(row[0])
 
     def _mark(self, number: int, point: bytes) -> int | None:
-        row = self._sql.execute(
+        row = self._file.sql.execute(
             "SELECT mark FROM known WHERE target = ? AND point = ?", (number, point)
         ).fetchone()
         return None if row is None else int(row[0])
@@ -124,21 +113,17 @@ class Outbox:
     @property
     def bytes(self) -> int:
         """How much of the file is in use."""
-        pages, free, size = (
-            self._sql.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
+        return self._file.bytes
 
     @property
     def forgotten(self) -> int:
         """How often ids were forgotten so far; who keeps a copy of them compares."""
-        row = self._sql.execute("SELECT forgotten FROM state").fetchone()
+        row = self._file.sql.execute("SELECT forgotten FROM state").fetchone()
         return int(row[0])
 
     def targets(self) -> list[Target]:
         """Return the targets for which something waits, the one that waits longest first."""
-        rows = self._sql.execute(
+        rows = self._file.sql.execute(
             "SELECT collection, space, dimensions,"
             " (SELECT min(seq) FROM waiting WHERE target = target.id) AS first"
             " FROM target WHERE first IS NOT NULL ORDER BY first"
@@ -148,71 +133,81 @@ class Outbox:
     def batch(self, target: Target, most_bytes: float, most_points: int) -> list[Waiting]:
         """Return the first of a target's line: one, and more while its JSON has most_bytes."""
         found: list[Waiting] = []
+        spoilt: list[Waiting] = []
         size = 0.0
-        rows = self._sql.execute(
-            "SELECT seq, point, vector, payload, bytes FROM waiting WHERE target = ? ORDER BY seq",
+        rows = self._file.sql.execute(
+            "SELECT seq, point, vector, payload, bytes, sum FROM waiting WHERE target = ?"
+            " ORDER BY seq",
             (self._number(target),),
         )
         try:
-            for row in rows:
+            for *row, known in rows:
                 one = Waiting(*row)
+                if known is not None and known != _sum(one.id, one.vector, one.payload):
+                    spoilt.append(one)
+                    continue
                 size += JSON_A_BYTE * len(one.vector) + len(one.payload) + 100
                 if found and (size > most_bytes or len(found) >= most_points):
                     break
                 found.append(one)
         finally:
             rows.close()
+        if spoilt:
+            self._let_go(target, spoilt)
         return found
+
+    def _let_go(self, target: Target, points: Sequence[Waiting]) -> None:
+        """Drop points that are damaged; the next answers with them add them again."""
+        log.error("%d points that wait for Qdrant are damaged: not indexed", len(points))
+        self.sent(points)
+        with self._file.change() as sql:
+            sql.executemany(
+                "DELETE FROM known WHERE target = ? AND point = ?",
+                ((self._number(target), one.id) for one in points),
+            )
+            sql.execute(_FORGOTTEN)
+        self.spoilt += len(points)
 
     def sent(self, points: Iterable[Waiting]) -> None:
         """Let go of points; what has been added under their ids meanwhile stays."""
-        with self._change() as sql:
+        with self._file.change() as sql:
             sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
 
     def tidy(self) -> None:
         """Give some of the room back that an outage has taken; for when nothing waits."""
-        (free,) = self._sql.execute("PRAGMA freelist_count").fetchone()
-        if free > _FREE_PAGES:
-            with self._lock:
-                # `execute` would step it once, which frees one page.
-                self._sql.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
+        self._file.give_back()
 
     def died(self, points: Iterable[Waiting], reason: str) -> None:
         """Put points that Qdrant refuses out of the way of others."""
         now = time.time()
-        with self._change() as sql:
+        with self._file.change() as sql:
             for one in points:
                 sql.execute(
-                    "INSERT OR REPLACE INTO dead"
-                    " SELECT target, point, bytes, at, ?, ?, payload, vector"
-                    " FROM waiting WHERE seq = ?",
+                    f"INSERT OR REPLACE INTO dead (died, reason, {_WHOLE})"
+                    f" SELECT ?, ?, {_WHOLE} FROM waiting WHERE seq = ?",
                     (now, reason, one.seq),
                 )
                 sql.execute("DELETE FROM waiting WHERE seq = ?", (one.seq,))
 
     def later(self, points: Iterable[Waiting]) -> None:
         """Put points at the end of the line."""
-        with self._change() as sql:
+        with self._file.change() as sql:
             for one in points:
                 sql.execute(
-                    "INSERT OR REPLACE INTO waiting"
-                    " SELECT NULL, target, point, bytes, at, payload, vector"
-                    " FROM waiting WHERE seq = ?",
+                    f"INSERT OR REPLACE INTO waiting ({_WHOLE})"
+                    f" SELECT {_WHOLE} FROM waiting WHERE seq = ?",
                     (one.seq,),
                 )
 
     def revive(self) -> int:
         """Let the dead wait again: whoever starts may have removed the reason."""
-        with self._change() as sql:
-            sql.execute(
-                "INSERT OR IGNORE INTO waiting"
-                " SELECT NULL, target, point, bytes, at, payload, vector FROM dead"
-            )
+        with self._file.change() as sql:
+            sql.execute(f"INSERT OR IGNORE INTO waiting ({_WHOLE}) SELECT {_WHOLE} FROM dead")
             return sql.execute("DELETE FROM dead").rowcount
 
     def forget(self, collection: str) -> None:
         """Forget which points a collection has, but for those in the line: it is a new one."""
-        with self._change() as sql:
+        with self._file.change() as sql:
             gone = sql.execute(
                 "DELETE FROM known WHERE target IN (SELECT id FROM target WHERE collection = ?)"
                 " AND NOT EXISTS (SELECT 1 FROM waiting"
@@ -220,16 +215,28 @@ class Outbox:
                 (collection,),
             ).rowcount
             if gone:
-                sql.execute("UPDATE state SET forgotten = forgotten + 1")
+                sql.execute(_FORGOTTEN)
 
     def backlog(self) -> Backlog:
         """Count what has not arrived."""
-        points, size, oldest = self._sql.execute(
+        points, size, oldest = self._file.sql.execute(
             "SELECT count(*), coalesce(sum(bytes), 0), min(at) FROM waiting INDEXED BY line"
         ).fetchone()
-        reasons = self._sql.execute(
+        reasons = self._file.sql.execute(
             "SELECT collection, reason, count(*) FROM dead JOIN target ON target.id = dead.target"
             " GROUP BY collection, reason ORDER BY count(*) DESC"
         ).fetchall()
         dead = sum(count for *_, count in reasons)
         return Backlog(points, size, oldest, dead, tuple(map(tuple, reasons[:20])))
+
+
+def _sum(point: bytes, vector: bytes, payload: bytes) -> bytes:
+    return checksum(point + vector + payload)
+
+
+class OnDisk(Protocol):
+    """Runs work on the outbox in its thread."""
+
+    async def __call__(self, work: Callable[[Outbox], T]) -> T:
+        """Return what it returns. Raises FAILURES."""
+        ...

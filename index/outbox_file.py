@@ -1,12 +1,32 @@
-"""The file of the outbox: its tables, and how it is opened."""
+"""The file of the outbox: its tables, how it is opened, and what is done about one that is damaged.
 
+A file that turns out to be damaged is moved aside, by whichever process finds it, and a new one is
+begun; the others see that the file at its path is another, and open that. What waited in it is not
+indexed then, and no longer known to be, so the next answers with it are.
+"""
+
+import contextlib
 import logging
 import sqlite3
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from cache.file.database import is_damage
+from cache.file.lock import WriterLock
+
+T = TypeVar("T")
 
 log = logging.getLogger("embedding_proxy.index")
 
+FILE_NAME = "index-outbox.db"
+PATIENCE_SECONDS = 2.0
+"""The longest wait for another process that writes; a request may be waiting meanwhile."""
+
+_FREE_PAGES = 2048
+"""Of 4 KiB: room that is kept for what comes, and given back at a time."""
+_VERSION = 2
 _LAYOUT = """
 CREATE TABLE IF NOT EXISTS target (
     id INTEGER PRIMARY KEY, collection TEXT, space TEXT, dimensions INTEGER,
@@ -22,30 +42,154 @@ CREATE TABLE IF NOT EXISTS dead (
     payload BLOB, vector BLOB, PRIMARY KEY (target, point));
 CREATE TABLE IF NOT EXISTS state (forgotten INTEGER);
 INSERT INTO state SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM state);
-PRAGMA user_version = 1;
 """
-_VERSION = 1
+# Of files of version 1 it is known where the namespace and, unless a request named it, the id are.
+_SECOND = "".join(
+    f"""
+ALTER TABLE {table} ADD COLUMN sum BLOB;
+ALTER TABLE {table} ADD COLUMN address BLOB;
+ALTER TABLE {table} ADD COLUMN namespace TEXT;
+UPDATE {table} SET address = point,
+    namespace = coalesce(json_extract(CAST(payload AS TEXT), '$.namespace'), '');
+"""
+    for table in ("waiting", "dead")
+)
 
 
-def opened(path: Path, patience_s: float) -> sqlite3.Connection:
-    """Open the file, and make what it lacks; one that is damaged is moved aside.
+class OutboxFile:
+    """The file in `folder`, open. Use it from one thread. Everything raises sqlite3.Error, OSError.
 
-    Whoever calls holds the lock. Raises sqlite3.Error and OSError.
+    `sql` is for reading; what changes something does so within `change`.
     """
-    try:
-        return _prepared(path, patience_s)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path = folder / FILE_NAME
+        self.damaged = 0
+        """How often this process has moved a damaged file aside."""
+        self.renewed = 0
+        """How often this process has opened another file than the first."""
+        self._lock = WriterLock(folder / "index-outbox.lock", PATIENCE_SECONDS)
+        try:
+            with self._lock:
+                self._open()
+        except BaseException:
+            self._lock.close()
             raise
-        path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+
+    def _open(self) -> None:
+        try:
+            self.sql = _prepared(self.path)
+        except sqlite3.DatabaseError as error:
+            if not self._damaged(error):
+                raise
+            self._set_aside(error)
+            self.sql = _prepared(self.path)
+        self._inode = self.path.stat().st_ino
+
+    def _set_aside(self, error: sqlite3.Error) -> None:
+        self.path.rename(self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}"))
         for tail in ("-wal", "-shm"):
-            path.with_name(path.name + tail).unlink(missing_ok=True)
-        log.error("%s is damaged: moved aside, what waited in it is not indexed", path)  # noqa: TRY400
-        return _prepared(path, patience_s)
+            self.path.with_name(self.path.name + tail).unlink(missing_ok=True)
+        self.damaged += 1
+        log.error(
+            "%s is damaged (%s): moved aside, what waited in it is not indexed", self.path, error
+        )
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the file that is open is no longer the one at its path."""
+        try:
+            return self.path.stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+
+    def guarded(self, work: Callable[[], T]) -> T:
+        """Return what work gives; where the file is damaged it is replaced, and the work redone."""
+        if self.replaced:
+            self._renew()
+        try:
+            return work()
+        except sqlite3.Error as error:
+            if not self._damaged(error):
+                raise
+            self._renew(error)
+        return work()
+
+    def _damaged(self, error: sqlite3.Error) -> bool:
+        """Tell whether an error means that the file is damaged, and not something of the moment."""
+        if is_damage(error):
+            return True
+        # What SQLite makes of a file that was cut short, as of a medium that fails.
+        return str(error).startswith("disk I/O error") and _is_cut_short(self.path)
+
+    def _renew(self, error: sqlite3.Error | None = None) -> None:
+        """Open the file at the path, after moving it aside if it is still the damaged one."""
+        self.renewed += 1
+        with self._lock:
+            with contextlib.suppress(sqlite3.Error):
+                self.sql.close()
+            if error is not None and not self.replaced:
+                self._set_aside(error)
+            self._open()
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[sqlite3.Connection]:
+        """Give a transaction; whoever else changes something waits."""
+        with self._lock:
+            if self.replaced:
+                raise sqlite3.DatabaseError("the file was taken away")
+            self.sql.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.sql
+                self.sql.execute("COMMIT")
+            except BaseException:
+                if self.sql.in_transaction:
+                    self.sql.execute("ROLLBACK")
+                raise
+
+    @property
+    def bytes(self) -> int:
+        """How much of the file is in use."""
+        pages, free, size = (
+            self.sql.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def give_back(self) -> None:
+        """Give some of the room back that is not in use, if it is much."""
+        (free,) = self.sql.execute("PRAGMA freelist_count").fetchone()
+        if free > _FREE_PAGES:
+            with self._lock:
+                # `execute` would step it once, which frees one page.
+                self.sql.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES})")
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            with self._lock:  # the last connection writes the log into the file
+                self.sql.close()
+        finally:
+            self.sql.close()
+            self._lock.close()
 
 
-def _prepared(path: Path, patience_s: float) -> sqlite3.Connection:
-    sql = sqlite3.connect(path, isolation_level=None, timeout=patience_s)
+def _is_cut_short(path: Path) -> bool:
+    """Tell whether a file has less pages than its own head says."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except FileNotFoundError:
+        return False
+    if len(head) < 32:
+        return True
+    page, pages = int.from_bytes(head[16:18]), int.from_bytes(head[28:32])
+    return path.stat().st_size < (page if page > 1 else 1 << 16) * pages
+
+
+def _prepared(path: Path) -> sqlite3.Connection:
+    sql = sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_SECONDS)
     try:
         # Vectors leave gaps of whole pages, and the file shrinks again.
         sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -54,8 +198,10 @@ def _prepared(path: Path, patience_s: float) -> sqlite3.Connection:
         (version,) = sql.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise sqlite3.OperationalError(f"{path} is of a later version")  # noqa: TRY301
-        if version < _VERSION:
-            sql.executescript(_LAYOUT)
+        steps = (_LAYOUT if version < 1 else "") + (_SECOND if version < _VERSION else "")
+        if steps:
+            # All or nothing, so that whoever is killed here begins again.
+            sql.executescript(f"BEGIN; {steps} PRAGMA user_version = {_VERSION}; COMMIT;")
     except BaseException:
         sql.close()
         raise

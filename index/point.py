@@ -34,6 +34,10 @@ class Point:
     """Tells one content of this id from another; 0 where the id alone decides the content."""
     new: bool
     """Whether it goes to Qdrant even if a point of this id and mark has."""
+    address: bytes = b""
+    """Of what it was made from, in the cache; empty where that is its id."""
+    namespace: str = ""
+    """The part of the cache that this is in."""
 
 
 class Waiting(NamedTuple):

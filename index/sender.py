@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 from cache.file.lock import WriterLock
 
@@ -32,13 +31,11 @@ from .failures import (
     ServerFault,
     Unavailable,
 )
-from .outbox import FAILURES, Outbox
+from .outbox import FAILURES, OnDisk, Outbox
 from .point import Target, Waiting
 from .writing import upsert
 
 log = logging.getLogger("embedding_proxy.index")
-
-T = TypeVar("T")
 
 TICK_SECONDS = 1.0
 """How often is looked for what other processes have added, and whether the sender has died."""
@@ -47,14 +44,6 @@ LONGEST_PAUSE = 30.0
 LONGEST_WAIT = 300.0
 """Whatever Qdrant asks for."""
 MOST_POINTS = 1000
-
-
-class OnDisk(Protocol):
-    """Runs work on the outbox in its thread."""
-
-    async def __call__(self, work: Callable[[Outbox], T]) -> T:
-        """Return what it returns. Raises FAILURES."""
-        ...
 
 
 @dataclass(slots=True)
@@ -102,6 +91,11 @@ class Sender:
     def sending(self) -> bool:
         """Whether this is the process that sends."""
         return self._holds_lock
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection, as long as this is the process that sends."""
+        return self._qdrant
 
     async def take(self) -> Connection | None:
         """Become the one that sends, and return the connection; None if another process is.

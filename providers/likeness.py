@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .base import Vector
-from .vector import stack
+from .vector import Floats, stack
 
 # Rows whose similarities to all others are held at a time.
 _BLOCK = 256
@@ -23,6 +23,26 @@ def cosines(one: Sequence[Vector], other: Sequence[Vector]) -> tuple[float, floa
     """
     each = np.sum(_units(one) * _units(other), axis=1)
     return float(each.min()), float(each.mean())
+
+
+def similarities(rows: Sequence[Vector], columns: Sequence[Vector]) -> Floats:
+    """Return the cosine of each row's vector with each column's, shape (rows, columns).
+
+    All are of one space and width.
+    """
+    alike = np.clip(_units(rows) @ _units(columns).T, -1.0, 1.0)
+    return alike.astype(np.float32)
+
+
+def ranked(query: Vector, vectors: Sequence[Vector], k: int) -> list[tuple[int, float]]:
+    """Return the places of the k vectors nearest to one, with their cosines.
+
+    The nearest first; of equals the earlier. All are of one space and width.
+    """
+    if not vectors or k < 1:
+        return []
+    (alike,) = np.clip(_units([query]) @ _units(vectors).T, -1.0, 1.0)
+    return [(int(place), float(alike[place])) for place in np.argsort(-alike, kind="stable")[:k]]
 
 
 def nearest(vectors: Sequence[Vector], of: Sequence[int], among: int, k: int) -> list[list[int]]:

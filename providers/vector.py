@@ -98,6 +98,13 @@ def stack(vectors: Sequence[Vector]) -> Floats:
     return np.frombuffer(b"".join(vectors), dtype=_FLOAT32).reshape(len(vectors), -1)
 
 
+def rows(numbers: Floats) -> list[Vector]:
+    """Return the rows of an array as vectors. Raises VectorError for what has no rows."""
+    if numbers.ndim != 2:
+        raise VectorError(f"{numbers.ndim} axes where there should be 2")
+    return [row.tobytes() for row in numbers.astype(_FLOAT32)]
+
+
 def cut(vectors: Sequence[Vector], dimensions: int) -> Floats:
     """Cut Matryoshka vectors to their first `dimensions` numbers and renormalise each to length 1.
 

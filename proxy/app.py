@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from proxy.http.access import Access
+from proxy.http.answers import Answers
 from proxy.http.connection import REPLIES
 from proxy.http.cors import Cors
 from proxy.http.guard import CALLER, guard, stamp
@@ -12,9 +13,10 @@ from proxy.http.metrics import Metrics
 from proxy.http.models import Models
 from proxy.http.replies import Replies
 from proxy.http.status import Status
+from proxy.http.texts import Texts
 from proxy.onward.origin import PREFIXES, Origin
 from proxy.onward.passthrough import Passthrough
-from proxy.settings.schema import Server, Settings
+from proxy.settings.schema import Settings
 
 from .embeddings import Embeddings
 from .http import body, ops
@@ -33,7 +35,8 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     access, cors = Access(server.keys), Cors(server.cors)
     app = web.Application(middlewares=[guard(access, cors)])
     app[SERVICE] = service
-    app[REPLIES] = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
+    replies = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
+    app[REPLIES] = replies
     passthrough = None
     if settings.passes_to is not None:
         origin = Origin(settings, access)
@@ -52,22 +55,29 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(open_service)
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
-    _add_routes(app, service, server, passthrough)
+    embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
+    _add_routes(app, embeddings, service, settings, access, passthrough)
     return app
 
 
-def _add_routes(
+def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     app: web.Application,
+    embeddings: Embeddings,
     service: EmbeddingService,
-    server: Server,
+    settings: Settings,
+    access: Access,
     passthrough: Passthrough | None,
 ) -> None:
-    embeddings, models = Embeddings(service), Models(service, passthrough)
+    models, server = Models(service, passthrough), settings.server
     most = int(server.max_body_mib * MIB)
+    takes_keys = any(one.by_client for one in settings.providers.values() if one)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         content = await body.read(request, most, server.body_timeout_s)
-        return await embeddings.post(request, content, request[CALLER])
+        caller = request[CALLER]
+        if takes_keys:
+            caller = caller._replace(api_key=access.own_key(request.headers))
+        return await embeddings.post(request, content, caller)
 
     for prefix in (*PREFIXES, ""):
         for slash in ("", "/"):

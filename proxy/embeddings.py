@@ -1,48 +1,67 @@
 """POST /v1/embeddings: the room where a request lives."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from aiohttp import web
 
+from providers.base import Vector
 from proxy.embedding.result import Result
+from proxy.http.answers import Answer, Answers
 from proxy.http.caller import Caller
 from proxy.http.repeating import AGAIN
+from proxy.http.texts import Texts
 
 from . import wire
 from .service import EmbeddingService
 
 # Up to this many bytes, reading a body is quicker than handing it to a thread.
-_PARSE_INLINE = 1 << 18
+_PARSE_INLINE = 1 << 20
 
 
 class Embeddings:
     """Answers embedding requests from a service."""
 
-    def __init__(self, service: EmbeddingService) -> None:
+    def __init__(self, service: EmbeddingService, answers: Answers, texts: Texts) -> None:
         self._service = service
+        self._answers = answers
+        self._texts = texts
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
-        parse = partial(
-            wire.parse, body, self._service.most_inputs, request.match_info.get("model")
-        )
-        asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         control = ", ".join(request.headers.getall("Cache-Control", ()))
+        model = request.match_info.get("model")
+        digest = self._answers.digest(body, caller, control, model)
+        known = self._answers.find(digest)
+        if known is not None:
+            answer, vectors = known
+            return await self._send(request, answer, vectors)
+        parse = partial(wire.parse, body, self._service.most_inputs, model)
+        asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         result = await self._service.answer(asked, caller, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
-        chunks = wire.render(result.embedded.vectors, form)
-        headers = _headers(result)
-        if len(asked.inputs) <= form.vectors_a_chunk:
-            # What stood in may not be needed again; and indexing is done anew for each request.
-            if result.embedded.again and not result.fallback and self._service.indexing is None:
-                request[AGAIN] = result.embedded.again, result.embedded.vectors
+        # What stood in may not be needed again; and indexing is done anew for each request.
+        anew = result.fallback or self._service.indexing is not None
+        answer = Answer(form, _headers(result), None if anew else result.embedded.again)
+        self._answers.keep(digest, answer, len(asked.inputs))
+        return await self._send(request, answer, result.embedded.vectors)
+
+    async def _send(
+        self, request: web.Request, answer: Answer, vectors: Sequence[Vector]
+    ) -> web.StreamResponse:
+        form = answer.form
+        chunks = wire.render(vectors, form, self._texts.json)
+        if len(vectors) <= form.vectors_a_chunk:
+            if answer.again is not None:
+                still: Callable[[], bool] = partial(answer.again.still, vectors)
+                request[AGAIN] = still, vectors
             return web.Response(
-                body=b"".join(chunks), content_type="application/json", headers=headers
+                body=b"".join(chunks), content_type="application/json", headers=answer.headers
             )
-        response = web.StreamResponse(headers=headers)
+        response = web.StreamResponse(headers=answer.headers)
         response.content_type = "application/json"
-        response.content_length = form.length(len(asked.inputs))
+        response.content_length = form.length(len(vectors))
         await response.prepare(request)
         for chunk in chunks:
             await response.write(chunk)

@@ -12,7 +12,6 @@ It knows which model is which space and where it can be bought; it knows no HTTP
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -22,23 +21,24 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers.base import Account, Context
 from providers.routing.health import Upstreams
 from proxy.commands.known import Known, known
+from proxy.embedding.answering import Answering
+from proxy.embedding.bringing import brought
 from proxy.embedding.canary import Canaries
+from proxy.embedding.client_keys import ClientKeys
 from proxy.embedding.indexing import Indexing
-from proxy.embedding.inputs import prepare
 from proxy.embedding.learned import WIDTHS_FILE, Pins
 from proxy.embedding.opening import open_providers
+from proxy.embedding.questions import Questions
 from proxy.embedding.registry import Model, Registry
-from proxy.embedding.result import Result, checked
-from proxy.http.cache_control import terms
-from proxy.http.caller import Caller
+from proxy.embedding.result import Result
+from proxy.http.caller import Caller, Secret
 from proxy.settings.schema import Settings
 
 from . import wire
 from .config import load
-from .embedding import canary, fallback, indexing, widths
+from .embedding import canary, indexing
 from .http import index_field
 from .wire import EmbeddingRequest
 
@@ -49,7 +49,7 @@ REPLIES_SHARE = 0.25
 """The part of the memory that is left to whole replies (see `http.replies`)."""
 
 
-class EmbeddingService:
+class EmbeddingService(Questions):
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
     def __init__(
@@ -59,6 +59,7 @@ class EmbeddingService:
         self.settings = settings
         self._sleep = sleep
         self._registry: Registry | None = None
+        self._answering: Answering | None = None
         self.upstreams = Upstreams()
         """What is known of the providers: breakers, counters."""
         self.canaries: Canaries | None = None
@@ -82,13 +83,9 @@ class EmbeddingService:
         async with AsyncExitStack() as stack:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
+            pinned = (*cache.pinned, canary.NAMESPACE)
             store = await stack.enter_async_context(
-                Store(
-                    cache.directory,
-                    size_limit,
-                    ttl_s=ttl_s,
-                    pinned=(*cache.pinned, canary.NAMESPACE),
-                )
+                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=pinned)
             )
             self._store = store
             memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
@@ -105,6 +102,10 @@ class EmbeddingService:
                 Pins(store.folder / WIDTHS_FILE),
                 sleep=self._sleep,
             )
+            client_keys = None
+            if any(one.by_client for one in self.settings.providers.values() if one):
+                client_keys = ClientKeys(self.settings, store.folder)
+            self._answering = Answering(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
                 self.indexing = await stack.enter_async_context(
                     Indexing(
@@ -165,6 +166,7 @@ class EmbeddingService:
         user: str | None = None,
         namespace: str = "",
         client: str = "",
+        api_key: str = "",
         cache_control: str = "",
         index: object = None,
     ) -> Result:
@@ -173,6 +175,7 @@ class EmbeddingService:
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
         `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
+        `api_key` is the client's own, for providers with `key: client`.
         `cache_control` is what a client would say in the header of that name: "no-cache".
         `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.
@@ -189,7 +192,7 @@ class EmbeddingService:
             parameters=parameters or {},
             index=index_field.parse(index, len(parsed)),
         )
-        return await self.answer(asked, Caller(namespace, client), cache_control)
+        return await self.answer(asked, Caller(namespace, client, Secret(api_key)), cache_control)
 
     async def look(self, inputs: Sequence[str], model: str, *, namespace: str = "") -> list[Known]:
         """Return what is known of texts before anything is bought. Raises EmbeddingError."""
@@ -206,45 +209,9 @@ class EmbeddingService:
         unable = indexing.refused(self.settings, asked.index)
         if unable is not None:
             raise unable
-        result = await self._answer(asked, caller, control)
-        if self.indexing is not None:
-            await self.indexing.take(asked.index, caller, control, result)
-        return result
-
-    async def _answer(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result:
-        if self._registry is None:
+        if self._answering is None:
             raise RuntimeError("the service is not open")
-        model = self._registry.get(asked.model)
-        if model.by_name and asked.dimensions is not None:
-            model = model.at(asked.dimensions)
-        allow_oversize = self.settings.server.allow_oversize
-        deadline = asyncio.get_running_loop().time() + self.settings.server.request_timeout_s
-        allowed = terms(self.settings.cache.mode, control)
-        account = Account(asked.model, caller.client, model.price)
-        context = Context(deadline, asked.user, caller.namespace, allowed, account=account)
-        if not model.space.dimensions:
-            inputs, counts = await prepare(asked.inputs, model, allow_oversize=allow_oversize)
-            context = replace(context, counts=counts)
-            model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
-            space = model.space.with_parameters(asked.parameters)
-            return checked(model, model, space, _width(model, asked), inputs, embedded)
-        width = _width(model, asked)
-
-        async def ask(one: Model, by: float) -> Result:
-            space = one.space
-            if asked.parameters:
-                space = space.with_parameters(asked.parameters)
-            inputs, counts = await prepare(asked.inputs, one, allow_oversize=allow_oversize)
-            bill = replace(account, price=one.price)
-            own = replace(context, deadline=by, account=bill, counts=counts)
-            embedded = await one.embedder.embed(space, inputs, own)
-            return checked(model, one, space, width, inputs, embedded)
-
-        models = [model, *fallback.stand_ins(model, self.models, width)]
-        return await fallback.first_answer(ask, models, deadline)
-
-
-def _width(model: Model, asked: EmbeddingRequest) -> int:
-    """Return the width to answer with. Raises InputRefused."""
-    refused = model.dimensions_refused
-    return widths.chosen(model.space, asked.dimensions, model.width, refused=refused)
+        result = await brought(await self._answering.answer(asked, caller, control))
+        if self.indexing is not None:
+            await self.indexing.take(asked.index, control, result)
+        return result

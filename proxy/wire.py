@@ -3,8 +3,9 @@
 Source of the rules: OpenAI's API reference for `POST /v1/embeddings` (autumn 2026).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
 
 import orjson
@@ -23,6 +24,7 @@ memory for each, and to fault that in takes four times as long as to fill it."""
 
 _HEAD = b'{"object":"list","data":['
 _ITEM = b'{"object":"embedding","index":%d,"embedding":'
+_CLOSING: Mapping[str, bytes] = {"base64": b'"}', "float": b"}"}
 _POWERS = (10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 Encoding: TypeAlias = Literal["float", "base64"]
@@ -175,18 +177,30 @@ class Form:
         return len(_HEAD) + vectors * item + digits + commas + len(self.tail)
 
 
-def render(vectors: Sequence[Vector], form: Form) -> Iterator[bytes]:
-    """Yield the reply in chunks of about `CHUNK` bytes, indices 0…n-1 in the order given."""
+def render(
+    vectors: Sequence[Vector], form: Form, to_json: Callable[[Vector], bytes] = vector.to_json
+) -> Iterator[bytes]:
+    """Yield the reply in chunks of about `CHUNK` bytes, indices 0…n-1 in the order given.
+
+    `to_json` writes vectors that need not be cut or padded.
+    """
     step = form.vectors_a_chunk
-    encoded = vector.to_base64 if form.encoding == "base64" else vector.to_json
-    opening, closing = (_ITEM + b'"', b'"}') if form.encoding == "base64" else (_ITEM, b"}")
-    between = closing + b"," + opening
-    parts, before = [_HEAD], opening
+    encoded: Callable[[Vector], bytes] = vector.to_base64
+    if form.encoding == "float":
+        native = bool(vectors) and len(vectors[0]) == 4 * form.dimensions
+        encoded = to_json if native else vector.to_json
+    opening = partial(_opening, form.encoding)
     for start in range(0, len(vectors), step):
         some = vector.derive(vectors[start : start + step], form.dimensions)
-        for i, one in enumerate(some, start):
-            parts += (before % i, encoded(one))
-            before = between
+        parts = [b""] * (2 * len(some))
+        parts[::2] = map(opening, range(start, start + len(some)))
+        parts[1::2] = map(encoded, some)
         yield b"".join(parts)
-        parts.clear()
-    yield closing + form.tail
+    yield _CLOSING[form.encoding] + form.tail
+
+
+@lru_cache(maxsize=2 * MOST_INPUTS)
+def _opening(encoding: Encoding, place: int) -> bytes:
+    """Return what stands between the vector before a place and the one at it."""
+    before = _CLOSING[encoding] + b"," if place else _HEAD
+    return before + _ITEM % place + (b'"' if encoding == "base64" else b"")

@@ -25,7 +25,14 @@ _READY = b"."
 
 
 class WorkerFailed(Exception):
-    """A worker could not start; its own last words say why."""
+    """A worker could not start."""
+
+    def __init__(self, code: int | None) -> None:
+        """`code` is what it ended with: the number of a signal, negated, or its exit code."""
+        super().__init__(f"a worker ended with {code} before it had started")
+        self.code = code if code and code > 0 else 1
+        self.has_said_why = code is not None and code > 0
+        """Whether its own last line is all there is to say."""
 
 
 def run(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
@@ -97,5 +104,7 @@ def _await_ready(workers: list[BaseProcess], ready: int) -> None:
     while answering < len(workers):
         if ready in wait([ready, *(worker.sentinel for worker in workers)]):
             answering += len(os.read(ready, len(workers)))
-        elif not all(worker.is_alive() for worker in workers):
-            raise WorkerFailed("a worker could not start; the line before says why")
+        else:
+            for worker in workers:
+                if not worker.is_alive():
+                    raise WorkerFailed(worker.exitcode)

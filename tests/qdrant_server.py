@@ -1,13 +1,15 @@
 """A Qdrant on a real socket, faults on cue: the client's embedded engine under a server's rules.
 
 With QDRANT_URL set (and QDRANT_API_KEY, if that server wants one) the same tests meet a real server
-instead: the socket stays, and passes on what it is asked. Collections and aliases made through it
-are deleted there at the end.
+instead: the socket stays, and passes on what it is asked. There each test has collections of its
+own, whose names begin with something drawn at random; it sees no others, and deletes them.
 
 Of a server's rules these are kept, which the engine does not keep: an id is an unsigned integer of
 64 bits or a UUID, a vector has the collection's width, a batch with one bad point is refused as a
 whole, vectors of a cosine collection are scaled to length 1, a collection keeps its quantization
-and its payload indexes.
+and its payload indexes, an alias is of a collection, and what its version does not know yet is
+dropped in silence (metadata of collections before 1.16, `update_mode` before 1.17).
+`tests/test_qdrant_rules.py` asks for these rules, of a real server, too.
 """
 
 import asyncio
@@ -19,6 +21,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 from urllib.parse import unquote
 
@@ -73,8 +76,8 @@ class QdrantServer:
     """When set, no request is answered before the event is: as slow as a test wants."""
     api_key: str | None = None
     """What clients must send; None = nothing."""
-    keeps_metadata: bool = True
-    """False = as servers before 1.16, which drop a collection's metadata in silence."""
+    version: str = "1.17.0"
+    """What it says it is, and behaves like."""
     requests: list[tuple[str, str, int]] = field(default_factory=list)
     """Method, path and bytes of each request that was let through."""
     bodies: list[Any] = field(default_factory=list)
@@ -87,10 +90,15 @@ class QdrantServer:
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     _session: aiohttp.ClientSession | None = None
     _made: set[str] = field(default_factory=set)
+    _prefix: str = field(default_factory=lambda: f"test-{uuid.uuid4().hex[:8]}-")
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def knows(self, minor: int) -> bool:
+        """Tell whether it is a version 1.minor at least."""
+        return int(self.version.split(".")[1]) >= minor
 
     @property
     def upserts(self) -> int:
@@ -114,7 +122,7 @@ class QdrantServer:
         await self.stop()
         if self._session is not None:
             for name in self._made:
-                await self._session.delete(f"{REAL}/collections/{name}")
+                await self._session.delete(f"{REAL}/collections/{self._prefix}{name}")
         if self._engine is not None:
             self._engine.close()
         await self._stack.aclose()
@@ -179,20 +187,47 @@ class QdrantServer:
             return _json({"status": {"error": str(refusal)}, "time": 0.0}, refusal.status)
         return web.Response(body=content, content_type="application/json")
 
+    async def _pass_on(self, method: str, body: bytes, relative: str) -> bytes:
+        """Ask the real server, in names of this test's own."""
+        assert self._session is not None
+        head, collections, rest = relative.partition("/collections/")
+        if collections and rest != "aliases":
+            relative = f"{head}{collections}{self._prefix}{rest}"
+        elif collections:
+            changes = orjson.loads(body)
+            for change in changes["actions"]:
+                for one in change.values():
+                    one |= {key: f"{self._prefix}{name}" for key, name in one.items()}
+            body = orjson.dumps(changes)
+        headers = {"content-type": "application/json"}
+        async with self._session.request(
+            method, f"{REAL}{relative}", data=body, headers=headers
+        ) as reply:
+            content = _own(await reply.read(), self._prefix)
+            if reply.status != 200:
+                raise Refusal(reply.status, orjson.loads(content)["status"]["error"])
+            return content
+
     async def _answer(self, method: str, path: str, body: bytes, relative: str) -> bytes:
         if self._session is not None:
-            target = f"{REAL}{relative}"
-            headers = {"content-type": "application/json"}
-            async with self._session.request(method, target, data=body, headers=headers) as reply:
-                content = await reply.read()
-                if reply.status != 200:
-                    raise Refusal(reply.status, orjson.loads(content)["status"]["error"])
-                return content
+            return await self._pass_on(method, body, relative)
         assert self._engine is not None
+        if path == "/":
+            return orjson.dumps({"title": "qdrant", "version": self.version})
         begun = time.perf_counter()
         result = self._engine.answer(method, path, orjson.loads(body) if body else {})
         told = {"result": result, "status": "ok", "time": time.perf_counter() - begun}
         return orjson.dumps(told)
+
+
+def _own(content: bytes, prefix: str) -> bytes:
+    """Return an answer of a real server without the prefix, and without what others have there."""
+    told = orjson.loads(content)
+    result = told.get("result") if isinstance(told, dict) else None
+    for listed, name in (("collections", "name"), ("aliases", "alias_name")):
+        if isinstance(result, dict) and isinstance(result.get(listed), list):
+            result[listed] = [one for one in result[listed] if one[name].startswith(prefix)]
+    return orjson.dumps(told).replace(prefix.encode(), b"")
 
 
 def _json(
@@ -261,10 +296,13 @@ class _Engine:
             if self._local.collection_exists(name):
                 raise Refusal(409, f"Wrong input: Collection `{name}` already exists!")
             asked = models.CreateCollection.model_validate(body)
-            metadata = asked.metadata if self._server.keeps_metadata else None
+            metadata = asked.metadata if self._server.knows(16) else None
             self._local.create_collection(
                 name, asked.vectors, asked.sparse_vectors, metadata=metadata
             )
+            # What is read becomes JSON at once: copying the payloads first is half of all work.
+            made = self._local.collections[name]
+            made._get_payload = partial(made._get_payload, return_copy=False)
             self._schemas[name], self._configs[name] = {}, body
             return True
         if method == "DELETE":
@@ -273,7 +311,7 @@ class _Engine:
         name = self._real(name)
         if method == "PATCH":
             asked = models.UpdateCollection.model_validate(body)
-            metadata = asked.metadata if self._server.keeps_metadata else None
+            metadata = asked.metadata if self._server.knows(16) else None
             return self._local.update_collection(name, metadata=metadata)
         info = _plain(self._local.get_collection(name))
         count = info["points_count"]
@@ -293,13 +331,16 @@ class _Engine:
 
     def _change_aliases(self, body: Any) -> bool:
         asked = models.ChangeAliasesOperation.model_validate(body)
+        # Nobody sees what is between; but what was changed before one that is wrong, stays.
         for action in asked.actions:
             if isinstance(action, models.CreateAliasOperation):
-                self._real(action.create_alias.collection_name)
+                name = action.create_alias.collection_name
+                if name not in self._local.collections:
+                    raise Refusal(404, f"Not found: Collection `{name}` doesn't exist!")
                 if action.create_alias.alias_name in self._local.collections:
                     taken = action.create_alias.alias_name
                     raise Refusal(409, f"Wrong input: Collection `{taken}` already exists!")
-        self._local.update_collection_aliases(asked.actions)
+            self._local.update_collection_aliases([action])
         return True
 
     def _points(  # noqa: PLR0911 - a table
@@ -338,9 +379,11 @@ class _Engine:
                 return _DONE
             case "POST", ["query"]:
                 query = models.QueryRequest.model_validate(body)
+                self._check_query(name, query)
                 found = local.query_points(
                     name,
                     query=query.query,
+                    using=query.using,
                     query_filter=query.filter,
                     limit=query.limit or 10,
                     with_payload=query.with_payload or False,
@@ -359,6 +402,17 @@ class _Engine:
                 return _DONE
         raise Refusal(404, "")
 
+    def _check_query(self, name: str, query: models.QueryRequest) -> None:
+        params = self._local.get_collection(name).config.params.vectors
+        if not isinstance(query.query, list):
+            return
+        if isinstance(params, models.VectorParams):
+            _check_vector(query.query if not query.using else {query.using: query.query}, params)
+        elif query.using not in params:
+            raise Refusal(400, f"Wrong input: Not existing vector name error: {query.using or ''}")
+        else:
+            _check_vector(query.query, params[query.using])
+
     def _upsert(self, name: str, body: Any) -> Any:
         asked = TypeAdapter(models.PointsBatch | models.PointsList).validate_python(body)
         if isinstance(asked, models.PointsBatch):
@@ -374,9 +428,8 @@ class _Engine:
             if isinstance(params, models.VectorParams):
                 vector = _scaled(vector, params)
             ready.append(point.model_copy(update={"id": _id(point.id), "vector": vector}))
-        self._local.upsert(
-            name, ready, update_filter=asked.update_filter, update_mode=asked.update_mode
-        )
+        mode = asked.update_mode if self._server.knows(17) else None
+        self._local.upsert(name, ready, update_filter=asked.update_filter, update_mode=mode)
         return _DONE
 
 
@@ -412,14 +465,20 @@ def _id(one: Any) -> int | str:
 
 
 def _scaled(vector: Any, params: models.VectorParams) -> list[float]:
-    if len(vector) != params.size:
-        raise Refusal(
-            400,
-            f"Wrong input: Vector dimension error: expected dim: {params.size}, got {len(vector)}",
-        )
+    _check_vector(vector, params)
     numbers = np.asarray(vector, dtype=np.float32)
     if params.distance is models.Distance.COSINE:
         length = np.float32(np.linalg.norm(numbers))
         if length and abs(length - 1) > 1e-6:
             numbers = (numbers / length).astype(np.float32)
     return [float(number) for number in numbers]
+
+
+def _check_vector(vector: Any, params: models.VectorParams) -> None:
+    if isinstance(vector, dict):
+        raise Refusal(400, f"Wrong input: Not existing vector name error: {next(iter(vector))}")
+    if len(vector) != params.size:
+        raise Refusal(
+            400,
+            f"Wrong input: Vector dimension error: expected dim: {params.size}, got {len(vector)}",
+        )

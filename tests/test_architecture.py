@@ -37,6 +37,7 @@ DOORS = {
         "index/migration/collections.py",
         "index/translation.py",
         "index/writing.py",
+        "index/search.py",
     },
     "pydantic": {
         "proxy/settings/section.py",

@@ -15,13 +15,14 @@ import pytest
 from conftest import Proxy, StartProxy
 from fault_server import FaultServer, vector_of
 
-from cache import embedder, key
+from cache import assembly, embedder, key
 from cache.assembly import in_order
-from cache.key import Key, Keyring
+from cache.key import Keyring, Keys
 from providers import answer, tokens, vector
 from providers.http import HttpProvider
 from proxy import wire
 from proxy.http.access import Access
+from proxy.http.caller import Caller
 
 MODEL = "text-embedding-3-small"
 
@@ -152,8 +153,8 @@ async def what_does_not_matter_is_left_out(bench: Bench) -> None:
 def all_fields_are_in_the_key(patch: pytest.MonkeyPatch) -> None:
     parse = wire.parse
 
-    def parse_all(body: bytes) -> wire.EmbeddingRequest:
-        asked = parse(body)
+    def parse_all(*given: Any) -> wire.EmbeddingRequest:
+        asked = parse(*given)
         return dataclasses.replace(asked, parameters={**asked.parameters, "user": asked.user})
 
     patch.setattr(wire, "parse", parse_all)
@@ -161,15 +162,25 @@ def all_fields_are_in_the_key(patch: pytest.MonkeyPatch) -> None:
 
 async def addresses_may_collide(bench: Bench) -> None:
     proxy = await bench.start(openai=bench.upstream)
-    made = Keyring.key
-    assert len(made(Keyring(proxy.service.models[MODEL].space), "x").address) == 16
-    bench.patch.setattr(Keyring, "key", lambda self, i: Key(bytes(16), made(self, i).digest))
+    made = Keyring._keys
+    assert len(made(Keyring(proxy.service.models[MODEL].space), ["x"]).addresses[0]) == 16
+
+    def collide(self: Keyring, items: Any) -> Any:
+        keys = made(self, items)
+        return Keys([bytes(16)] * len(keys), keys.digests)
+
+    bench.patch.setattr(Keyring, "_keys", collide)
     await _all_right(proxy, ["one", "two"])
 
 
 def digest_is_not_compared(patch: pytest.MonkeyPatch) -> None:
-    made = Keyring.key
-    patch.setattr(Keyring, "key", lambda self, i: Key(made(self, i).address, bytes(16)))
+    made = Keyring._keys
+
+    def without(self: Keyring, items: Any) -> Any:
+        keys = made(self, items)
+        return Keys(keys.addresses, [bytes(16)] * len(keys))
+
+    patch.setattr(Keyring, "_keys", without)
 
 
 # --- the answer -----------------------------------------------------------------------------------
@@ -227,7 +238,7 @@ def hits_come_first(patch: pytest.MonkeyPatch) -> None:
     def hits_first(keys: Any, answers: Any) -> Any:
         return in_order(sorted(keys, key=list(answers).index), answers)
 
-    patch.setattr(embedder, "in_order", hits_first)
+    patch.setattr(assembly, "in_order", hits_first)
 
 
 async def upstreams_order_proves_nothing(bench: Bench) -> None:
@@ -258,7 +269,7 @@ async def routes_share_a_space(bench: Bench) -> None:
 
 
 def widths_are_not_checked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(vector, "check", lambda _vector, _dimensions: None)
+    patch.setattr(vector, "check", lambda *_, **_kwargs: None)
 
 
 # --- the bill and the door ------------------------------------------------------------------------
@@ -273,13 +284,14 @@ async def duplicates_are_bought_once(bench: Bench) -> None:
 
 
 def duplicates_are_not_seen(patch: pytest.MonkeyPatch) -> None:
-    made = Keyring.key
+    made = Keyring._keys
     count = itertools.count()
 
-    def always_new(self: Keyring, item: Any) -> Key:
-        return Key(made(self, item).address, next(count).to_bytes(16, "big"))
+    def always_new(self: Keyring, items: Any) -> Any:
+        addresses = made(self, items).addresses
+        return Keys(addresses, [next(count).to_bytes(16, "big") for _ in addresses])
 
-    patch.setattr(Keyring, "key", always_new)
+    patch.setattr(Keyring, "_keys", always_new)
 
 
 async def access_comes_first(bench: Bench) -> None:
@@ -292,7 +304,7 @@ async def access_comes_first(bench: Bench) -> None:
 
 
 def access_is_not_asked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Access, "admit", lambda _self, _header: "")
+    patch.setattr(Access, "admit", lambda *_: Caller())
 
 
 Check = Callable[[Bench], Awaitable[None]]
@@ -320,11 +332,11 @@ ROWS: list[tuple[Check, Mistake]] = [
 @pytest.fixture
 def bench(start_proxy, upstream, second):
     key.keyring.cache_clear()
-    made = Keyring.key
+    made = Keyring._keys
     # One for mistakes and checks alike: two would not undo in the reverse order of what was done.
     with pytest.MonkeyPatch.context() as patch:
         yield Bench(start_proxy, upstream, second, patch)
-    assert Keyring.key is made, "a mistake would go on in the tests to come"
+    assert Keyring._keys is made, "a mistake would go on in the tests to come"
     key.keyring.cache_clear()
 
 

@@ -2,11 +2,11 @@
 
 import re
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from example_package import install
 from fault_server import FaultServer
 from pages import fenced, taken
 
@@ -17,24 +17,14 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "providers.md").read_text(encoding="utf-8")
 SNIPPETS = fenced(PAGE, "yaml")
 SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##)", PAGE, re.DOTALL | re.MULTILINE))
-EXAMPLE = ROOT / "examples" / "acme_provider"
 
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """Install the example package: its folder and its metadata are put on the path."""
-    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    info = tmp_path / "site" / "acme_embeddings-1.0.dist-info"
-    info.mkdir(parents=True)
-    head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    (info / "METADATA").write_text(head)
-    points = project["entry-points"][kinds.GROUP]
-    lines = [f"[{kinds.GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.syspath_prepend(EXAMPLE)
+    """Install the example package."""
+    module = install("acme_provider", tmp_path / "site", monkeypatch)
     yield
-    sys.modules.pop("acme_embeddings", None)
+    sys.modules.pop(module, None)
 
 
 def test_the_page_has_snippets():

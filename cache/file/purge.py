@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .database import Database
 from .layout import give_back
@@ -36,6 +36,16 @@ def count(database: Database, choice: Choice) -> tuple[int, int]:
         values,
     )
     return int(entries), int(size)
+
+
+def is_chosen(database: Database, choice: Choice, address: bytes) -> bool:
+    """Tell whether the entry at an address is there, and among those chosen. Raises FAILURES."""
+    one = replace(choice, address=address)
+    row, tables = _tables(one)
+    condition, values = where(one)
+    return bool(
+        database.sql(f"SELECT {row} FROM {tables} WHERE {condition} LIMIT 1", values).fetchone()
+    )
 
 
 def delete(database: Database, choice: Choice) -> Iterator[int]:

@@ -15,6 +15,7 @@ from .embed import Refused
 from .journal import Phase, PointId
 from .pages import Page, ahead, read
 from .points import Point
+from .seen import Seen
 
 Refusals = dict[PointId, tuple[bytes, str]]
 """Points that cannot be carried: the digest of their payload then, and why."""
@@ -65,6 +66,8 @@ def letter(point: Point, why: str) -> dict[str, Any]:
 
 
 def _nothing_at(migration: Migration) -> str:
+    if not migration.rule.fields:
+        return f"{migration.rule.source} gives none"
     return f"nothing at {', '.join(f'`{name}`' for name in migration.rule.fields)}"
 
 
@@ -86,7 +89,9 @@ async def copy(migration: Migration) -> None:
     total, size = await migration.points.count(state.source), migration.pace.page
     with migration.progress(f"copying {state.collection}", total) as tell:
         tell(state.counts.points)
-        pages = read(migration.points, state.source, size, state.offset, vectors=_whole(migration))
+        pages = read(
+            migration.points, state.source, size, state.offset, vectors=reads_vectors(migration)
+        )
         async with contextlib.aclosing(ahead(pages, work, pace.ahead)) as carried:
             async for page, done in carried:
                 await _land(migration, page, done)
@@ -111,8 +116,8 @@ async def _land(migration: Migration, page: Page, done: Carried) -> None:
     migration.save()
 
 
-def _whole(migration: Migration) -> bool:
-    """Whether the old vectors are of use: to copy one, or others beside it."""
+def reads_vectors(migration: Migration) -> bool:
+    """Tell whether the old vectors are of use: to copy one, or others beside it."""
     return migration.regime.copies or migration.old.others
 
 
@@ -134,24 +139,31 @@ async def follow(migration: Migration) -> None:
     )
 
 
-async def compare(migration: Migration, refused: Refusals, title: str) -> int:
+async def compare(
+    migration: Migration, refused: Refusals, title: str, seen: Seen | None = None
+) -> int:
     """Make the new collection equal to the old; return how many points had to be mended.
 
     What is in `refused` is not asked for again, and what is refused is added to it. The dead
-    letters are written anew from what is found.
+    letters are written anew from what is found. `seen` is told of all that the old collection has.
     """
     state, counts = migration.state, migration.state.counts
     total, size = await migration.points.count(state.source), migration.pace.page
     letters: list[dict[str, Any]] = []
-    seen = mended = 0
+    number = mended = 0
     with migration.progress(title, total) as tell:
-        async for page in read(migration.points, state.source, size, vectors=_whole(migration)):
+        async for page in read(
+            migration.points, state.source, size, vectors=reads_vectors(migration)
+        ):
+            known = len(letters)
             mended += await _mend(migration, page.points, refused, letters)
-            seen += len(page.points)
-            tell(seen)
+            if seen is not None:
+                seen.add(page.points, {one["id"] for one in letters[known:]})
+            number += len(page.points)
+            tell(number)
         mended += await _delete_what_is_gone(migration)
     migration.journal.bury(letters, anew=True)
-    counts.points, counts.dead = seen, len(letters)
+    counts.points, counts.dead = number, len(letters)
     migration.save()
     return mended
 

@@ -113,6 +113,8 @@ class Journal:
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", collection)[:80]
         self.path = folder / f"{readable}--{digest}.json"
         self.dead_letters = self.path.with_suffix(".dead.jsonl")
+        self.seen = self.path.with_suffix(".seen.db")
+        """See `seen`; there during a cutover only."""
 
     def load(self) -> State | None:
         """Return the last state that was written, None if there is none. Raises JournalError."""
@@ -136,7 +138,7 @@ class Journal:
 
     def forget(self) -> None:
         """Delete the state and the dead letters; what is not there is no error."""
-        for path in (self.path, self.dead_letters):
+        for path in (self.path, self.dead_letters, self.seen):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 

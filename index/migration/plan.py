@@ -1,8 +1,12 @@
 """What a migration would do and cost: a whole pass over the old collection that changes nothing."""
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from index.migrate import Pace, Progress, Wanted, decide, oddity
+from providers.limits import Limits
 
 from . import collections
 from .collections import Old
@@ -12,10 +16,11 @@ from .points import Point, Points
 from .regime import Decision
 
 CALL_S = 1.0
-"""Seconds that a provider is taken to need for one call of a page of texts."""
-POINTS_A_SECOND = 2000.0
-"""Points that Qdrant is taken to read, write and compare in a second."""
+"""Seconds that a provider is taken to need for one call: nothing is bought to find out."""
+PASSES = 6
+"""What the copy and a comparison ask of Qdrant, in readings of the old collection as this one."""
 _SHOWN = 10
+USUAL = Limits()
 
 
 @dataclass(slots=True)
@@ -50,14 +55,31 @@ class Plan:
     tokens_to_buy: int = 0
     dollars: float = 0.0
     """Of the tokens to buy: what is in the cache costs nothing."""
+    calls: int = 0
+    """In which the texts to buy are asked for."""
+    seconds_buying: float = 0.0
+    """An estimate: so many calls of CALL_S, and no more a minute than the provider takes."""
+    seconds_moving: float = 0.0
+    """An estimate: the time that reading took just now, PASSES times."""
     seconds: float = 0.0
+    """Both together, or more where `--points-per-second` says so."""
 
 
 class Survey:
     """Plans collections one after another; a text that several have is bought once."""
 
-    def __init__(self, points: Points, model: Model, price: float, pace: Pace) -> None:
-        """`price` is in USD per million tokens."""
+    def __init__(  # noqa: PLR0913, PLR0917 - what it is made of
+        self,
+        points: Points,
+        model: Model,
+        price: float,
+        pace: Pace,
+        limits: Limits = USUAL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`price` is in USD per million tokens; `limits` are those of who will be asked first."""
+        self._limits = limits
+        self._clock = clock
         self._points = points
         self._model = model
         self._price = price
@@ -79,9 +101,12 @@ class Survey:
         )
         offset: PointId | None = None
         sampled = 0
+        reading = 0.0
         with progress(f"planning {wanted.collection}", old.points) as tell:
             while True:
+                begun = self._clock()
                 page, offset = await self._points.page(old.name, offset, pace.page, vectors=True)
+                reading += self._clock() - begun
                 texts = []
                 for point in page:
                     text = wanted.rule.text(point.payload)
@@ -98,11 +123,26 @@ class Survey:
                 if offset is None:
                     break
         found.dollars = found.tokens_to_buy * self._price / 1e6
-        calls = -(-found.to_buy // pace.page)
-        found.seconds = calls * CALL_S / pace.ahead + found.points / POINTS_A_SECOND
+        self._take_time(found)
+        found.seconds_moving = PASSES * reading
+        found.seconds = found.seconds_buying + found.seconds_moving
         if pace.points_per_second:
             found.seconds = max(found.seconds, found.points / pace.points_per_second)
         return found
+
+    def _take_time(self, found: Plan) -> None:
+        """Estimate what buying takes, within what the provider takes in a call and in a minute."""
+        limits, pace = self._limits, self._pace
+        in_one = min(pace.page, limits.inputs)
+        found.calls = -(-found.to_buy // in_one)
+        if limits.tokens:
+            found.calls = max(found.calls, -(-found.tokens_to_buy // limits.tokens))
+        beside = min(pace.ahead * -(-pace.page // in_one), limits.concurrency)
+        minutes = max(
+            found.calls / (limits.requests_per_minute or math.inf),
+            found.tokens_to_buy / (limits.tokens_per_minute or math.inf),
+        )
+        found.seconds_buying = max(-(-found.calls // beside) * CALL_S, 60 * minutes)
 
     async def _sampled(self, found: Plan, text: str) -> None:
         (look,) = await self._model.look([text])

@@ -6,22 +6,25 @@ to, and `finalize` can give that name to the new collection once the old one is 
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 
 from index.migrate import Migration, MigrationRefused
 
 from . import collections
 from .journal import Journal, Phase, State
+from .late import catch_up
 from .points import Points
+from .seen import Seen
 from .verify import Verdict, verify
 
 
 async def cutover(
     migration: Migration, least: float, alias: str | None, *, allow_missing: bool
-) -> Verdict | None:
+) -> Verdict:
     """Verify the new collection, then let the aliases of the old one point to it.
 
-    `alias` is made if it is not there. Returns None if an interrupted cutover had done it all.
-    Raises MigrationRefused: then no alias has changed.
+    `alias` is made if it is not there. What reached the old collection meanwhile is carried then.
+    Raises MigrationRefused: then no alias has changed. An interrupted cutover is gone on with.
     """
     state, points = migration.state, migration.points
     if state.phase not in (Phase.COPIED, Phase.SWITCHING):
@@ -29,9 +32,9 @@ async def cutover(
     there = await collections.aliases_of(points, state.target)
     if state.phase is Phase.SWITCHING and state.aliases and set(state.aliases) <= set(there):
         # Clients write to the new collection already: it must not be made equal to the old.
-        state.phase = Phase.SWITCHED
-        migration.save()
-        return None
+        verdict = Verdict()
+        await _end(migration, verdict)
+        return verdict
     moving = await collections.aliases_of(points, state.source)
     aliases = sorted({*moving, *there, *([alias] if alias else [])})
     if not aliases:
@@ -43,22 +46,41 @@ async def cutover(
         raise MigrationRefused(
             f"--alias {alias}: there is a collection, or an alias of another, of that name"
         )
-    verdict = await verify(migration, least)
-    if not verdict.good:
-        raise MigrationRefused(f"{state.collection} stays as it is: {'; '.join(verdict.problems)}")
-    if verdict.dead and not allow_missing:
-        raise MigrationRefused(
-            f"{state.collection} stays as it is: {verdict.dead:,} points could not be carried, see"
-            f" {migration.journal.dead_letters}; --allow-missing goes on without them"
-        )
+    verdict = await _verified(migration, least, allow_missing=allow_missing)
     # Whoever is killed from here on finds in the journal what has been moved, or is about to be.
     state.aliases, state.phase = aliases, Phase.SWITCHING
     migration.save()
     await collections.switch(points, state.target, aliases)
-    state.phase = Phase.SWITCHED
-    migration.save()
-    verdict.late = abs(await points.count(state.source) - verdict.old_points)
+    await _end(migration, verdict)
     return verdict
+
+
+async def _verified(migration: Migration, least: float, *, allow_missing: bool) -> Verdict:
+    """Verify, and keep what the old collection held then. Raises MigrationRefused."""
+    state, journal = migration.state, migration.journal
+    with closing(Seen(journal.seen)) as seen:
+        verdict = await verify(migration, least, seen)
+        seen.keep()
+    against = "; ".join(verdict.problems)
+    if verdict.good and verdict.dead and not allow_missing:
+        against = (
+            f"{verdict.dead:,} points could not be carried, see {journal.dead_letters};"
+            " --allow-missing goes on without them"
+        )
+    if against:
+        journal.seen.unlink(missing_ok=True)
+        raise MigrationRefused(f"{state.collection} stays as it is: {against}")
+    return verdict
+
+
+async def _end(migration: Migration, verdict: Verdict) -> None:
+    """Carry what is late, if it is known what is; then the cutover is done."""
+    if migration.journal.seen.exists():
+        with closing(Seen(migration.journal.seen)) as seen:
+            verdict.late = await catch_up(migration, seen)
+    migration.state.phase = Phase.SWITCHED
+    migration.save()
+    migration.journal.seen.unlink(missing_ok=True)
 
 
 async def rollback(points: Points, journal: Journal) -> tuple[State, int]:
@@ -75,6 +97,7 @@ async def rollback(points: Points, journal: Journal) -> tuple[State, int]:
     await collections.switch(points, state.source, state.aliases)
     state.phase = Phase.ROLLED_BACK
     journal.save(state)
+    journal.seen.unlink(missing_ok=True)
     return state, await only_in(points, state.target, state.source)
 
 

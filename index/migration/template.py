@@ -5,23 +5,44 @@
     Rule.field("content")
     Rule.template("{title} {title} {description} {tags} {tags}")
 
+    Rule.brought("acme_ticket")
+
 A template says its fields in braces, `{meta.title}` one inside another, `{{` and `}}` for braces of
 the text. Lists are joined by spaces; what is not there is left out. What has no text at all is
 `None`, never a text of blanks: nobody would find it by what such a vector means.
+
+What no template can say, a package can do: it brings an object with a `version` and a `text`, by an
+entry point of the group `embedding_proxy.texts`, or a class that makes one without arguments.
 """
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Protocol, Self, runtime_checkable
 
 import orjson
 
 Payload = Mapping[str, object]
 
 
+GROUP = "embedding_proxy.texts"
+
+
 class TemplateError(ValueError):
-    """The template cannot be used; the message says why."""
+    """The template, or what stands for one, cannot be used; the message says why."""
+
+
+@runtime_checkable
+class Maker(Protocol):
+    """Makes texts of payloads."""
+
+    version: str
+    """Another one whenever it makes other texts than before."""
+
+    def text(self, payload: Payload) -> str | None:
+        """Return the text of a point; None if it has none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +52,9 @@ class Rule:
     parts: tuple[tuple[str, str | None], ...]
     """Pieces of text, each followed by a field, or by none at the end."""
     source: str
-    """As a template: `{content}`. Two rules of one source are the same."""
+    """As a template: `{content}`; else the name and version of what makes the texts, without
+    braces. Two rules of one source are the same."""
+    maker: Maker | None = field(default=None, compare=False)
 
     @classmethod
     def field(cls, name: str) -> Self:
@@ -68,6 +91,31 @@ class Rule:
             raise TemplateError(f"`{template}` names no field, such as {{title}}")
         return cls(tuple(parts), template)
 
+    @classmethod
+    def brought(cls, name: str) -> Self:
+        """Return the rule that an installed package brings. Raises TemplateError."""
+        found = next(iter(entry_points(group=GROUP, name=name)), None)
+        if found is None:
+            raise TemplateError(f"no installed package brings a way to make texts called `{name}`")
+        try:
+            made = found.load()
+            maker = made() if isinstance(made, type) else made
+        except Exception as error:
+            raise TemplateError(f"{found.value} cannot be loaded: {error}") from error
+        if not isinstance(maker, Maker):
+            raise TemplateError(f"{found.value} has no version and text")
+        return cls((), f"{name} {maker.version}", maker)
+
+    @classmethod
+    def read(cls, source: str) -> Self:
+        """Return the rule of a source, if it is there as it was. Raises TemplateError."""
+        if "{" in source:
+            return cls.template(source)
+        rule = cls.brought(source.partition(" ")[0])
+        if rule.source != source:
+            raise TemplateError(f"the texts were made by {source}, and {rule.source} is installed")
+        return rule
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that it reads, each once."""
@@ -80,11 +128,23 @@ class Rule:
         >>> rule.text({"content": " as it is "}), rule.text({"content": " "}), rule.text({})
         (' as it is ', None, None)
         """
+        if self.maker is not None:
+            return self._made(self.maker, payload or {})
         values = {name: _text(_value(payload or {}, name)) for name in self.fields}
         if not any(value.strip() for value in values.values()):
             return None
         filled = (text + (values[name] if name else "") for text, name in self.parts)
         return "".join(filled)
+
+    def _made(self, maker: Maker, payload: Payload) -> str | None:
+        try:
+            made = maker.text(payload)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise TemplateError(f"{self.source} fails at a payload: {why}") from error
+        if made is not None and not isinstance(made, str):
+            raise TemplateError(f"{self.source} gives no text, but a {type(made).__name__}")
+        return made if made and made.strip() else None
 
 
 def _value(payload: Payload, name: str) -> object:

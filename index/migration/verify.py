@@ -8,7 +8,9 @@ from providers.base import Vector
 
 from .copy import Refusals, compare
 from .embed import Refused
+from .late import Late
 from .points import Point
+from .seen import Seen
 
 RECALLED_AMONG = 10
 """A search with a point's own vector must find the point among so many."""
@@ -21,6 +23,8 @@ _UNIT = 0.01
 class Verdict:
     """What was found."""
 
+    verified: bool = False
+    """False where an interrupted cutover had done that before."""
     old_points: int = 0
     new_points: int = 0
     dead: int = 0
@@ -32,8 +36,8 @@ class Verdict:
     """The smallest between a stored vector and its text embedded again."""
     recalled: int = 0
     """Sampled points that a search with their own vector found."""
-    late: int = 0
-    """By how many points the old collection grew or shrank while the aliases were switched."""
+    late: Late | None = None
+    """What was written to the old collection while the aliases were switched."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -42,17 +46,20 @@ class Verdict:
         return not self.problems
 
 
-async def verify(migration: Migration, least: float) -> Verdict:
+async def verify(migration: Migration, least: float, seen: Seen | None = None) -> Verdict:
     """Compare once more, then look at counts, ids, payloads, sampled vectors and searches.
 
-    Raises QdrantFailure, EmbeddingError.
+    `seen` is told what the old collection held in the last comparison. Raises QdrantFailure,
+    EmbeddingError.
     """
     state, points = migration.state, migration.points
-    verdict = Verdict()
+    verdict = Verdict(verified=True)
     refused: Refusals = {}
     for number in range(1, migration.pace.passes + 1):
         title = f"verifying {state.collection}, pass {number}"
-        verdict.differing = await compare(migration, refused, title)
+        if seen is not None:
+            seen.anew()
+        verdict.differing = await compare(migration, refused, title, seen)
         if not verdict.differing:
             break
     else:

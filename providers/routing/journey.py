@@ -1,9 +1,10 @@
 """A request on its way over the routes: what its attempts share, whichever routes they go to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from providers.base import (
+    Bill,
     Context,
     Embedded,
     Input,
@@ -17,7 +18,17 @@ from providers.batching.calls import Parts
 from .route import Route
 
 ATTEMPTS = 3
-"""The most attempts for one request, all routes together."""
+"""The attempts for one request, all routes together, unless the routes say more."""
+
+
+def attempts(routes: Sequence[Route]) -> int:
+    """Return the most attempts for a request that may go to these routes.
+
+    Who says of a provider how often it is asked again has that many, and one for each other route.
+    """
+    said = [0 if route.retries is None else route.retries for route in routes]
+    told = any(route.retries is not None for route in routes)
+    return max(ATTEMPTS, sum(said) + len(said)) if told else ATTEMPTS
 
 
 @dataclass(slots=True)
@@ -29,7 +40,11 @@ class Journey:
     context: Context
     parts: Parts = field(init=False)
     """What the routes have answered, several of them maybe: it is not asked for again."""
-    left: int = ATTEMPTS
+    on_bill: Callable[[Route, Bill], None]
+    """Is told what each call was charged, and by whom."""
+    most: int = ATTEMPTS
+    """Attempts that may be made."""
+    left: int = field(init=False)
     """Attempts that may still be made."""
     asked: list[Route] = field(default_factory=list)
     """Routes that had their turn, in order, whether or not a call was made."""
@@ -41,11 +56,12 @@ class Journey:
     def __post_init__(self) -> None:
         """Begin with all of it missing."""
         self.parts = Parts(len(self.inputs))
+        self.left = self.most
 
     @property
     def begun(self) -> bool:
         """Whether an attempt was made, or is being made."""
-        return self.left < ATTEMPTS
+        return self.left < self.most
 
     async def ask(self, route: Route, begin_by: float | None) -> None:
         """Ask a route for all that is missing, and keep what comes, also when it fails then.
@@ -61,8 +77,13 @@ class Journey:
 
         context = replace(self.context, begin_by=begin_by, on_part=keep)
         charge = context.on_charge
-        if charge is not None:
-            context = replace(context, on_charge=lambda bill: charge(bill.at(missing)))
+
+        def charged(bill: Bill) -> None:
+            self.on_bill(route, bill)
+            if charge is not None:
+                charge(bill.at(missing))
+
+        context = replace(context, on_charge=charged)
         try:
             inputs = [self.inputs[place] for place in missing]
             embedded = await route.embed(self.space, inputs, context)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
+from providers.base import Bill
+
 from .route import Route
 
 Order: TypeAlias = Literal["listed", "cheapest", "fastest"]
@@ -14,6 +16,10 @@ INPUTS_A_CALL = 200
 """So many inputs take about as long as what every call takes anyway."""
 TRY_EVERY = 30.0
 """Seconds after which a route that was not asked is put first for one call."""
+ENOUGH = 1000
+"""Tokens from which on the charges of an upstream tell its price."""
+FADE = 0.95
+"""What a call still counts in its route's price when the next one has come."""
 
 
 class Latencies:
@@ -62,6 +68,32 @@ class Latencies:
         return arranged
 
 
-def cheapest(routes: Sequence[Route]) -> list[Route]:
-    """Return the cheapest first; those whose price is not known are last, in the order listed."""
-    return sorted(routes, key=lambda route: math.inf if route.price is None else route.price)
+class Prices:
+    """What each route charges: what its upstream names in its replies, else what is configured.
+
+    An upstream may round what it charges for a call, or sell one call cheaper: so its word counts
+    from ENOUGH tokens on, and older calls count less and less.
+    """
+
+    def __init__(self) -> None:
+        self._charged: dict[Route, tuple[float, float]] = {}
+
+    def charged(self, route: Route, bill: Bill) -> None:
+        """Note what a call was charged."""
+        if bill.told:
+            tokens, cost = (FADE * sum_ for sum_ in self._charged.get(route, (0.0, 0.0)))
+            self._charged[route] = (tokens + sum(bill.tokens), cost + sum(bill.nanodollars))
+
+    def price(self, route: Route) -> float | None:
+        """Return a price in USD per million tokens; None where nobody knows."""
+        tokens, cost = self._charged.get(route, (0.0, 0.0))
+        return cost / tokens / 1000 if tokens >= ENOUGH else route.price
+
+    def arrange(self, routes: Sequence[Route]) -> list[Route]:
+        """Return the cheapest first; of unknown price are the last, in the order listed."""
+        prices = {route: self.price(route) for route in routes}
+        return sorted(routes, key=lambda route: _or_infinity(prices[route]))
+
+
+def _or_infinity(price: float | None) -> float:
+    return math.inf if price is None else price

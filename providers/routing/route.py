@@ -9,6 +9,7 @@ from providers.base import (
     Bill,
     Charge,
     Context,
+    Credential,
     Embedded,
     Input,
     InputRefused,
@@ -44,11 +45,24 @@ class Route:
     model: str
     price: float | None = None
     """USD per million tokens, where it is known."""
+    retries: int | None = None
+    """How often it is asked again within a request, at most; None = as the router thinks best."""
 
     @property
     def name(self) -> str:
         """The name of the provider."""
         return self.provider.name
+
+    @property
+    def by_client(self) -> bool:
+        """Whether the provider is asked with each client's own key."""
+        return bool(getattr(self.provider, "by_client", False))
+
+    def lane(self, credential: Credential | None) -> str:
+        """Return the name under which the provider's limits hold: a model's, or a key's for it."""
+        if credential is None or not self.by_client:
+            return self.model
+        return f"{self.model} ({credential.name})"
 
     def objection(self, space: Space) -> InputRefused | None:
         """Return why the provider cannot serve this space: a field that it does not take."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from providers.base import (
+    ClientKeyRefused,
     CredentialsRefused,
     Embedded,
     EmbeddingError,
@@ -24,7 +25,7 @@ from .route import Route
 log = logging.getLogger("embedding_proxy.router")
 
 ATTEMPTS_A_ROUTE = 2
-"""The most attempts at one route while another is left."""
+"""The most attempts at one route while another is left, unless the route says how many."""
 LONGEST_WAIT = 20.0
 """Seconds; an upstream that asks for more is left for the next route."""
 PROBE_LIMIT = 10.0
@@ -52,14 +53,17 @@ class Turn:
         self._journey = journey
         self._later = later
         self._upstreams = upstreams
-        self._budget = upstreams.budget
+        self._budget = upstreams.budget_of(journey.context.credential)
         self._health = upstreams.of(route.name)
-        self._model = route.model
+        self._lane = route.lane(journey.context.credential)
         self._latencies = latencies
         self._counts = counts
         self._made = 0
+        if route.retries is not None:
+            most = 1 + route.retries
+        else:
+            most = ATTEMPTS_A_ROUTE if later else journey.left
         # Each later route keeps at least one attempt in reserve.
-        most = ATTEMPTS_A_ROUTE if later else journey.left
         self._most = max(1, min(most, journey.left - later))
         self._failure: ProviderError | None = None
         self._receipt: float | None = None
@@ -71,10 +75,10 @@ class Turn:
 
         The rules are told in `budget`. Raises Shut, and TimeoutError at the request's deadline.
         """
-        while self._health.ready(self._model):
+        while self._health.ready(self._lane):
             if self._health.proved:
                 return
-            declined = self._health.declined(self._model)
+            declined = self._health.declined(self._lane)
             if not (self._health.scouts or declined) or self._budget.affords():
                 self._pay()
                 self._scouting = True
@@ -87,7 +91,7 @@ class Turn:
 
     def hedge(self) -> bool:
         """Pay for an attempt beside another that is still under way, if that can be afforded."""
-        affordable = self._health.ready(self._model) and self._budget.affords()
+        affordable = self._health.ready(self._lane) and self._budget.affords()
         if affordable:
             self._pay()
         return affordable
@@ -111,7 +115,7 @@ class Turn:
         missing = len(journey.parts.missing)
         # A hedge may have taken the last attempt, or have answered.
         wanted = missing and journey.left > 0
-        permit = health.enter(self._model, rested=self._rested) if wanted else None
+        permit = health.enter(self._lane, rested=self._rested) if wanted else None
         if permit is None:
             self._refund()
             raise Shut
@@ -141,7 +145,13 @@ class Turn:
             self._note(error)
             if free and faults.rule(error).verdict is Verdict.BAD:
                 self._budget.spend()
-            health.failed(permit, error, self._model)
+            health.failed(permit, error, self._lane, by_client=self._route.by_client)
+            raise
+        except ClientKeyRefused as error:
+            # Of the provider it says nothing; it is counted all the same.
+            self._counts.failures[type(error).__name__] += 1
+            health.failures[type(error).__name__] += 1
+            health.abandoned(permit)
             raise
         except BaseException:
             health.abandoned(permit)
@@ -165,7 +175,7 @@ class Turn:
             self._made < self._most
             and self._made <= faults.rule(error).again
             and wait < self.time_left(LONGEST_WAIT)
-            and self._health.ready(self._model, rested=self._rested)
+            and self._health.ready(self._lane, rested=self._rested)
             and self._budget.affords()
         )
         if again:

@@ -1,8 +1,9 @@
 """`embedding-proxy cache …`: look at the store, delete from it, copy it. Beside a running proxy."""
 
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from cache.file import disk, purge
 from cache.file.database import Database
 from cache.key import Namespace, keyring
 from cache.upkeep import backup
+from index import outbox_purge
+from index.outbox_file import FILE_NAME, OutboxFile
 from proxy import config
 from proxy.service import GIB
 from proxy.settings.schema import Settings
@@ -81,9 +84,12 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     )
     if choice == purge.Choice() and not everything:
         raise config.ConfigError("cache purge: say what to delete, or --all; see --help")
-    with opened(settings) as file:
+    with opened(settings) as file, _outbox(settings) as outbox:
         entries, held = purge.count(file, choice)
+        waiting = [] if outbox is None else _waiting(outbox, file, choice)
         deleted = 0
+        if outbox is not None and not dry_run:
+            outbox_purge.remove(outbox, waiting)
         if not dry_run:
             try:
                 with progress("deleting", entries) as tell:
@@ -95,11 +101,40 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
                 if deleted:
                     purge.announce(file, deleted)
     if as_json:
-        print_json({"chosen": entries, "bytes": held, "deleted": deleted, "dry_run": dry_run})
-    elif dry_run:
-        typer.echo(f"{entries:,} entries, {size(held)}, would be deleted")
+        told = {"chosen": entries, "bytes": held, "deleted": deleted, "waiting": len(waiting)}
+        print_json({**told, "dry_run": dry_run})
+        return
+    done = "would be deleted" if dry_run else "deleted"
+    if dry_run:
+        typer.echo(f"{entries:,} entries, {size(held)}, {done}")
     else:
-        typer.echo(f"{deleted:,} entries deleted, {size(held)}")
+        typer.echo(f"{deleted:,} entries {done}, {size(held)}")
+    if outbox is not None:
+        typer.echo(f"{len(waiting):,} points that wait for Qdrant {done}; those in Qdrant stay")
+
+
+@contextmanager
+def _outbox(settings: Settings) -> Iterator[OutboxFile | None]:
+    """Give what waits for Qdrant; None where nothing ever did. Raises WorkFailed."""
+    folder = settings.cache.directory
+    if not (folder / FILE_NAME).exists():
+        yield None
+        return
+    try:
+        with closing(OutboxFile(folder)) as file:
+            yield file
+    except (sqlite3.Error, TimeoutError) as error:
+        raise WorkFailed(f"{folder / FILE_NAME}: {error}") from error
+
+
+def _waiting(outbox: OutboxFile, file: Database, choice: purge.Choice) -> list[outbox_purge.Picked]:
+    """Return the points that wait of what is chosen; by age the entry in the cache counts."""
+    found = outbox_purge.pick(
+        outbox, namespace=choice.namespace, space=choice.space, address=choice.address
+    )
+    if choice.stored_before is None and choice.used_before is None:
+        return found
+    return [one for one in found if purge.is_chosen(file, choice, one.address)]
 
 
 def _address(

@@ -17,6 +17,7 @@ from cache.upkeep.pairs import SourceError
 from index.failures import QdrantFailure
 from index.migrate import MigrationRefused
 from index.migration.journal import JournalError
+from index.migration.template import TemplateError
 from providers.base import EmbeddingError
 from proxy.config import ConfigError
 from proxy.server import PortUnavailable
@@ -50,6 +51,10 @@ def one_line() -> Iterator[None]:
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         sys.exit(1)
+    except WorkerFailed as error:
+        if error.has_said_why:
+            sys.exit(error.code)
+        fail(str(error), error.code)
     except OSError as error:
         fail(str(error), 1)
     except (
@@ -60,8 +65,8 @@ def one_line() -> Iterator[None]:
         PortUnavailable,
         QdrantFailure,
         SourceError,
+        TemplateError,
         StoreError,
-        WorkerFailed,
         WorkFailed,
     ) as error:
         fail(str(error), 1)

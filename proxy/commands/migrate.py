@@ -47,6 +47,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     dimensions: ask.DimensionsOption = None,
     text_field: ask.FieldOption = None,
     template: ask.TemplateOption = None,
+    text_by: ask.ByOption = None,
     file: ask.FileOption = None,
     regime: ask.RegimeOption = Regime.AUTO,
     vector: ask.VectorOption = None,
@@ -64,7 +65,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         to=to,
         old=old,
         dimensions=dimensions,
-        texts=ask.Texts(text_field, template, file, vector, into),
+        texts=ask.Texts(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
     pace = Pace(sample=sample)
@@ -77,7 +78,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
 
 async def _plan(what: ask.Asked, place: str | None, namespace: str, pace: Pace) -> list[Plan]:
     async with opened(what, place, namespace) as (points, target):
-        survey = Survey(points, target, what.model.entry.price, pace)
+        survey = Survey(points, target, what.model.entry.price, pace, target.limits)
         plans = []
         for wanted in what.wanted:
             old = await collections.look(points, wanted.collection, wanted.vector)
@@ -95,6 +96,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     dimensions: ask.DimensionsOption = None,
     text_field: ask.FieldOption = None,
     template: ask.TemplateOption = None,
+    text_by: ask.ByOption = None,
     file: ask.FileOption = None,
     regime: ask.RegimeOption = Regime.AUTO,
     vector: ask.VectorOption = None,
@@ -106,6 +108,9 @@ def run(  # noqa: PLR0913 - one parameter an option
     page: Annotated[
         int, typer.Option(min=1, max=2048, help="Points read, and texts embedded, at a time.")
     ] = DEFAULT.page,
+    ahead: Annotated[
+        int, typer.Option(min=1, max=64, help="Pages asked for at a time; a kill may lose so many.")
+    ] = DEFAULT.ahead,
     points_per_second: Annotated[
         float | None, typer.Option(min=0.001, help="Go no faster than this.")
     ] = None,
@@ -125,10 +130,10 @@ def run(  # noqa: PLR0913 - one parameter an option
         to=to,
         old=old,
         dimensions=dimensions,
-        texts=ask.Texts(text_field, template, file, vector, into),
+        texts=ask.Texts(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
-    pace = Pace(page=page, points_per_second=points_per_second, sample=sample, passes=passes)
+    pace = Pace(page, ahead, points_per_second, sample, passes)
     ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart))
     failed = [why for _, _, why in ended if why is not None]
     done = [(state, journal) for state, journal, _ in ended if state is not None]

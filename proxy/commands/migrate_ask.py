@@ -41,9 +41,12 @@ FieldOption = Annotated[
 TemplateOption = Annotated[
     str | None, typer.Option(help='Several fields instead: "{title} {description} {tags}".')
 ]
+ByOption = Annotated[
+    str | None, typer.Option(help="What makes the texts, of a package of yours; see the guide.")
+]
 FileOption = Annotated[
     Path | None,
-    typer.Option("--file", help="YAML: a text_field or a template for each collection."),
+    typer.Option("--file", help="YAML: a text_field, template or text_by for each collection."),
 ]
 RegimeOption = Annotated[
     Regime, typer.Option(help="Where the new vectors come from; auto chooses, and says why.")
@@ -71,7 +74,8 @@ PassesOption = Annotated[
 API_KEY = "QDRANT_API_KEY"
 """The variable of the key of a server that is named on the command line."""
 DEFAULT_FIELD = "content"
-_KEYS = {"text_field", "template", "vector", "into"}
+_TEXTS = ("text_field", "template", "text_by")
+_KEYS = {*_TEXTS, "vector", "into"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class Texts:
 
     field: str | None = None
     template: str | None = None
+    by: str | None = None
     file: Path | None = None
     vector: str | None = None
     into: str | None = None
@@ -160,14 +165,16 @@ def _mapping(path: Path) -> dict[str, Mapping[str, str]]:
 
 
 def _rule(name: str, own: Mapping[str, str], texts: Texts) -> Rule:
-    field, template = own.get("text_field"), own.get("template")
-    if field is None and template is None:
-        field, template = texts.field, texts.template
-    if field is not None and template is not None:
-        raise ConfigError(f"{name}: give a text field or a template, not both")
+    field, template, by = (own.get(key) for key in _TEXTS)
+    if not {*_TEXTS} & own.keys():
+        field, template, by = texts.field, texts.template, texts.by
+    if sum(one is not None for one in (field, template, by)) > 1:
+        raise ConfigError(f"{name}: give a text field, a template or text-by, not both")
     try:
         if template is not None:
             return Rule.template(template)
+        if by is not None:
+            return Rule.brought(by)
         return Rule.field(DEFAULT_FIELD if field is None else field)
     except TemplateError as error:
         raise ConfigError(f"{name}: {error}") from error

@@ -5,6 +5,7 @@ What is migrated, and how, is in the journal that `run` has written.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -90,7 +91,7 @@ def cutover(  # noqa: PLR0913 - one parameter an option
         raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
     pace = Pace(sample=sample, passes=passes)
 
-    async def switch(points: Points, journal: Journal) -> Verdict | None:
+    async def switch(points: Points, journal: Journal) -> Verdict:
         state = switching.begun(journal)
         own = alias and alias.replace("{collection}", state.collection)
         model = named(settings, state.model, f"{journal.path}: model")
@@ -102,7 +103,7 @@ def cutover(  # noqa: PLR0913 - one parameter an option
                 points,
                 target,
                 journal,
-                Rule.template(state.rule),
+                Rule.read(state.rule),
                 old,
                 state,
                 pace=pace,
@@ -112,12 +113,11 @@ def cutover(  # noqa: PLR0913 - one parameter an option
 
     found = _each(settings, qdrant, chosen, to, switch)
     if as_json:
-        print_json([{**show.state_dict(s, j), "verified": _told(v)} for s, j, v in found])
+        print_json([{**show.state_dict(s, j), "verified": asdict(v)} for s, j, v in found])
         return
     for state, journal, verdict in found:
         show.state(state, journal)
-        if verdict is not None:
-            show.verdict(verdict)
+        show.verdict(verdict)
 
 
 @app.command()
@@ -232,9 +232,3 @@ def _each(  # noqa: PLR0913 - what all four commands share
             typer.echo(f"{state.collection}: {state.phase}", err=True)
         raise WorkFailed("; ".join(failed))
     return found
-
-
-def _told(verdict: Verdict | None) -> dict[str, Any] | None:
-    if verdict is None:
-        return None
-    return {name: getattr(verdict, name) for name in Verdict.__slots__}

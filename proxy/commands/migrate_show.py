@@ -51,7 +51,11 @@ def plans(found: Sequence[Plan], *, exact: bool) -> None:
         )
         typer.echo(
             f"  to buy: {one.to_buy:,} texts, {about}{one.tokens_to_buy:,} tokens,"
-            f" ${one.dollars:.4f}; about {age(one.seconds)}"
+            f" ${one.dollars:.4f}"
+        )
+        typer.echo(
+            f"  about {age(one.seconds)}, an estimate: {age(one.seconds_buying)} to buy (calls:"
+            f" {one.calls:,}), {age(one.seconds_moving)} for Qdrant by what reading took now"
         )
     if len(found) > 1:
         typer.echo(
@@ -94,13 +98,22 @@ def state(state: State, journal: Journal, sizes: Mapping[str, int] | None = None
 
 def verdict(found: Verdict) -> None:
     """Print what a verification saw."""
+    late = found.late
+    if late is not None and (late.written or late.deleted or late.left or late.dead):
+        typer.echo(
+            f"  written to the old collection during the switch: {late.written:,} carried,"
+            f" {late.deleted:,} deleted, {late.left:,} newer in the new one, {late.dead:,} could"
+            " not be carried"
+        )
+    if late is not None and not late.quiet:
+        typer.echo(
+            "  the old collection is still written to, by its own name: let those clients use the"
+            " alias; what they write from now on is not in the new one"
+        )
+    if not found.verified:
+        return
     cosine = "" if found.cosine is None else f", cosine {found.cosine:.5f} at least"
     typer.echo(
         f"  verified: {found.new_points:,} of {found.old_points:,} points, ids and payloads equal;"
         f" {found.sampled} sampled{cosine}; {found.recalled} found by their own vectors"
     )
-    if found.late:
-        typer.echo(
-            f"  {found.late:,} points were written to the old collection, or deleted there, during"
-            " the switch: they are not in the new one"
-        )

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from providers import vector
 from providers.base import InvalidAnswer, Space, Vector
+from providers.batching.within import limits_of
+from providers.limits import Limits
 from proxy.config import ConfigError
+from proxy.embedding.opening import CLIENTS_PAY
 from proxy.embedding.widths import can_give
 from proxy.service import EmbeddingService
 from proxy.settings.model_entry import Model as ModelEntry
@@ -109,7 +112,16 @@ class Target:
     def unusable(self) -> str | None:
         """What to set before the model can be asked for; None if it can."""
         model = self._service.models[self.name]
+        if model.by_client is not None and not model.by_client.others:
+            provider = model.by_client.providers[0]
+            return f"{self.name}: provider {provider} {CLIENTS_PAY}"
         return None if model.usable else model.router.unavailable
+
+    @property
+    def limits(self) -> Limits:
+        """What the provider that is asked first takes; the usual where none can be asked."""
+        routes = self._service.models[self.name].router.routes
+        return limits_of(routes[0].provider) if routes else Limits()
 
     async def embed(
         self, texts: Sequence[str], *, anew: bool = False

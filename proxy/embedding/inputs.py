@@ -37,6 +37,8 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     Raises InputRefused for more tokens than OpenAI takes in a request, unless `allow_oversize`;
     only where the model's tokenizer is known.
     """
+    if model.truncate_to is None and _are_short_texts(inputs):
+        return Prepared(inputs, {})
     # Clients send cl100k ids, unless they know of another tokenizer.
     encoding = model.space.tokenizer or tokens.CL100K
     most = model.truncate_to
@@ -59,6 +61,14 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     except UnicodeEncodeError:
         # Half a surrogate pair cannot be counted; the cache refuses it, and says so.
         return Prepared(inputs, {})
+
+
+def _are_short_texts(inputs: Sequence[Input]) -> bool:
+    """Tell whether inputs are all texts, and too short to hold too many tokens.
+
+    No token is shorter than a byte, and no character longer than four.
+    """
+    return set(map(type, inputs)) == {str} and 4 * sum(map(len, inputs)) <= MOST_TOKENS
 
 
 async def _counted(inputs: Sequence[Input], encoding: str) -> dict[str, int]:

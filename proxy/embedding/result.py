@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 from cache.ledger import Answered
 from cache.usage import Usage
-from providers import vector
+from providers import likeness, vector
 from providers.base import Input, InvalidAnswer, Outcome, Space
 
 from .registry import Model
@@ -29,11 +30,30 @@ class Result:
     """Of the model that gave the vectors."""
     inputs: Sequence[Input] = ()
     """As they were embedded: token arrays as texts where they stand for some, cut if so wanted."""
+    namespace: str = ""
+    """The part of the cache in which they were looked up."""
 
     @property
     def vectors(self) -> vector.Floats:
         """The vectors as one array of float32, shape (n, dimensions)."""
         return vector.stack(vector.derive(self.embedded.vectors, self.dimensions))
+
+    def similarity(self, other: Optional["Result"] = None) -> vector.Floats:
+        """Return the cosines of all vectors with all of another result, or of this; shape (n, m).
+
+        Raises ValueError for vectors that do not compare: of another space, or another width.
+        """
+        other = other or self
+        mine, theirs = ((one.space.label, one.dimensions) for one in (self, other))
+        if mine != theirs:
+            raise ValueError(
+                "vectors of two spaces do not compare:"
+                f" {mine[0]} at {mine[1]}, {theirs[0]} at {theirs[1]}"
+            )
+        rows, columns = (
+            vector.derive(one.embedded.vectors, one.dimensions) for one in (self, other)
+        )
+        return likeness.similarities(rows, columns)
 
     @property
     def outcomes(self) -> Sequence[Outcome]:
@@ -63,6 +83,7 @@ def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer
     width: int,
     inputs: Sequence[Input],
     embedded: Answered,
+    namespace: str,
 ) -> Result:
     """Return an answer of which every vector can be brought to the width. Raises InvalidAnswer."""
     if width < space.dimensions:
@@ -71,4 +92,4 @@ def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer
         except vector.VectorError as error:
             raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
     fallback = answering.name != asked.name
-    return Result(asked, space, width, embedded, fallback, answering.name, inputs)
+    return Result(asked, space, width, embedded, fallback, answering.name, inputs, namespace)

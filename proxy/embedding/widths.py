@@ -4,6 +4,8 @@ from typing import Literal, TypeAlias
 
 from providers.base import InputRefused, Space
 
+from .strategies import find
+
 Policy: TypeAlias = Literal["strict", "truncate", "pad"]
 """What may be done for a width that a model does not have.
 
@@ -12,11 +14,13 @@ Policy: TypeAlias = Literal["strict", "truncate", "pad"]
 `pad`: zeros are appended, which changes neither dot products nor cosines.
 """
 
+BUILT_IN = ("strict", "truncate", "pad")
+"""The policies; any other name is a strategy's, see `strategies`."""
 WIDEST = 65_536
 """Dimensions that are asked for, at most."""
 
 
-def can_give(space: Space, dimensions: int, policy: Policy) -> bool:
+def can_give(space: Space, dimensions: int, policy: str) -> bool:
     """Tell whether vectors of a space can be brought to a width.
 
     >>> plain, nested = Space("plain", 8), Space("nested", 8, matryoshka=True)
@@ -28,12 +32,15 @@ def can_give(space: Space, dimensions: int, policy: Policy) -> bool:
     [False, False, True]
     """
     native = space.dimensions
+    if policy not in BUILT_IN:
+        within = 1 <= dimensions <= WIDEST
+        return dimensions == native or (within and find(policy).can_give(native, dimensions))
     if dimensions < native:
         return dimensions >= 1 and (space.matryoshka or policy == "truncate")
     return dimensions == native or (policy == "pad" and dimensions <= WIDEST)
 
 
-def chosen(space: Space, dimensions: int | None, policy: Policy, *, refused: bool = False) -> int:
+def chosen(space: Space, dimensions: int | None, policy: str, *, refused: bool = False) -> int:
     """Return the width to answer with; the native one if none is asked for.
 
     `refused` says that a strict model takes no `dimensions` at all, not even its own width. Raises
@@ -46,6 +53,11 @@ def chosen(space: Space, dimensions: int | None, policy: Policy, *, refused: boo
         return dimensions
     if refused or (policy == "strict" and not space.matryoshka):
         raise InputRefused("This model does not support specifying dimensions.", param="dimensions")
+    if policy not in BUILT_IN:
+        raise InputRefused(
+            f"Invalid value for 'dimensions' = {dimensions}: {policy} does not give it.",
+            param="dimensions",
+        )
     least = 1 if can_give(space, 1, policy) else space.dimensions
     most = WIDEST if policy == "pad" else space.dimensions
     raise InputRefused(

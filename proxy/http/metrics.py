@@ -70,9 +70,10 @@ class Metrics:
         points: list[Sample] = [
             ({**worker, "what": what}, count)
             for what, count in told["since_start"].items()
-            if what != "failures"
+            if what not in ("failures", "damaged")
         ]
         failures: list[Sample] = [(worker, told["since_start"]["failures"])]
+        damaged: list[Sample] = [(worker, told["since_start"]["damaged"])]
         return [
             ("index_backlog_points", "gauge", "Points that wait for Qdrant.",
              [({}, told["backlog_points"])]),
@@ -84,6 +85,7 @@ class Metrics:
              [({}, told["refused_points"])]),
             ("index_points_total", "counter", "Points, by what became of them.", points),
             ("index_failures_total", "counter", "Failed attempts to send points.", failures),
+            ("index_damage_total", "counter", "Damage found in what waits on disk.", damaged),
         ]  # fmt: skip
 
     def _worker(self) -> list[Family]:

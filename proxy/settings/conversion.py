@@ -12,6 +12,7 @@ from proxy.embedding.widths import can_give
 
 from . import old_form
 from .old_form import Old, Said
+from .upstreams import MOST_RETRIES
 
 
 @dataclass(slots=True)
@@ -81,10 +82,6 @@ def _first(old: Old, file: str, done: Converted) -> _Model:
     done.note(said.get("provider"), f"providers.{provider}")
     done.note(said["model"], f"models.{model.name}, asked for at {provider}")
     model = _with_dimensions(model, said.get("dimensions"), done)
-    done.note(
-        said.get("max_retries"),
-        "no counterpart: three attempts a request by design, retries at most a fifth of the calls",
-    )
     done.models[model.name] = {**model.described(), "routes": [model.route]}
     return model
 
@@ -122,7 +119,12 @@ def _with_dimensions(model: _Model, said: Said | None, done: Converted) -> _Mode
 def _provider(name: str, said: Mapping[str, Said], file: str, done: Converted) -> None:
     """Describe a provider as far as an old file does; what was said of it first counts."""
     given = done.providers.setdefault(name, {})
-    address, time = said.get("base_url"), said.get("timeout")
+    address, time, retries = (said.get(one) for one in ("base_url", "timeout", "max_retries"))
+    if name == kinds.LOCAL and retries is not None:
+        done.note(retries, "left out: nobody is asked, so nobody is asked again")
+        retries = None
+    if retries is not None:
+        retries = retries._replace(value=min(int(retries.value), MOST_RETRIES))
     key = old_form.variable(said)
     known = name in kinds.KINDS or name == kinds.LOCAL
     if not known:
@@ -133,7 +135,7 @@ def _provider(name: str, said: Mapping[str, Said], file: str, done: Converted) -
                 " that speaks as OpenAI does"
             )
         given.setdefault("kind", "openai_compatible")
-    told = {"base_url": address, "api_key_env": key, "timeout_s": time}
+    told = {"base_url": address, "api_key_env": key, "timeout_s": time, "retries": retries}
     for ours, one in told.items():
         if one is None:
             continue
@@ -158,7 +160,6 @@ def _fallbacks(old: Old, file: str, first: _Model, done: Converted) -> None:
         other = _model(said["provider"].value, said["model"].value)
         path = said["provider"].path.rpartition(".")[0]
         _provider(other.provider, said, file, done)
-        done.note(said.get("max_retries"), "no counterpart: three attempts a request by design")
         if other.entry.space == first.entry.space:
             routes = done.models[first.name]["routes"]
             if other.route not in routes:

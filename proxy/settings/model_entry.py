@@ -7,7 +7,8 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from providers import catalogue
 from providers.base import Space
 from providers.catalogue import ModelEntry
-from proxy.embedding.widths import Policy, can_give
+from proxy.embedding import strategies
+from proxy.embedding.widths import BUILT_IN, Policy, can_give
 
 from .section import Name, Number, Section, Whole
 
@@ -58,7 +59,7 @@ class Model(Section):
     price: Annotated[Number, Field(ge=0)] = 0
     order: Literal["listed", "cheapest", "fastest"] = "listed"
     hedge_after_s: Annotated[Number, Field(gt=0)] | None = None
-    width: Policy = "strict"
+    width: Name = "strict"
     routes: Annotated[tuple[Route, ...], Field(min_length=1)]
     fallback: tuple[Fallback, ...] = ()
 
@@ -70,6 +71,16 @@ class Model(Section):
             return ()
         several = value if isinstance(value, list | tuple) else [value]
         return [{"model": entry} if isinstance(entry, str) else entry for entry in several]
+
+    @field_validator("width")
+    @classmethod
+    def _known_width(cls, value: str) -> str:
+        if value not in BUILT_IN:
+            try:
+                strategies.find(value)
+            except strategies.UnknownStrategy as error:
+                raise ValueError(str(error)) from error
+        return value
 
     @field_validator("truncate")
     @classmethod

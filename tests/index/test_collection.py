@@ -6,6 +6,7 @@ import pytest
 from qdrant_client import models
 from qdrant_server import REAL, QdrantServer, answer, overloaded
 
+from index import claims, version
 from index.collection import Making, Provenance, ensure, look, name_of
 from index.connection import Connection
 from index.failures import (
@@ -82,12 +83,46 @@ async def test_a_collection_is_made_as_the_configuration_says(server):
 @pytest.mark.skipif(REAL is not None, reason="the server at QDRANT_URL keeps it")
 async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(server):
     """What an old server holds counts as somebody else's: its provenance is lost in silence."""
-    server.keeps_metadata = False
+    server.version = "1.15.5"
+    why = "is 1.15, which does not keep whose vectors"
     async with Connection(url=server.url) as qdrant:
         await ensure(qdrant, "docs", SMALL)
         with pytest.raises(OtherSpace, match="adopt"):
             await ensure(qdrant, "docs", SMALL)
         assert not await ensure(qdrant, "docs", SMALL, Making(adopt=True))
+        (said,) = await claims.objections(qdrant, {"m": SMALL.space}, Making())
+        assert why in said
+        assert await claims.objections(qdrant, {"m": SMALL.space}, Making(adopt=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "expected", "lacks"),
+    [
+        ("1.15.5", (1, 15), [True, True]),
+        ("1.16.0", (1, 16), [False, True]),
+        ("1.17.1-dev", (1, 17), [False, False]),
+        ("v2.0", (2, 0), [False, False]),
+        ("unknown", None, [False, False]),
+    ],
+)
+@pytest.mark.skipif(REAL is not None, reason="it has the version that it has")
+async def test_what_a_server_is_too_old_for_is_said(told, expected, lacks, server):
+    """By its own word; who says nothing is taken for new, and asked no more."""
+    server.version = told
+    async with Connection(url=server.url) as qdrant:
+        assert await version.version(qdrant) == expected
+        found = [await version.no_metadata(qdrant), await version.no_insert_only(qdrant)]
+    assert [one is not None for one in found] == lacks
+    assert all(server.url in one for one in found if one)
+
+
+async def test_a_gateway_and_a_folder_say_no_version(server, tmp_path):
+    """A 404 at the root is no failure, and a folder is as new as the package."""
+    server.script.append(answer(404, ""))
+    async with Connection(url=server.url) as qdrant:
+        assert await version.version(qdrant) is None
+    async with Connection(path=tmp_path / "folder") as qdrant:
+        assert await version.version(qdrant) is None
 
 
 @pytest.mark.parametrize(

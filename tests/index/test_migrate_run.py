@@ -1,6 +1,7 @@
 """A migration against writers, odd collections, doubtful claims and faults."""
 
 import contextlib
+import random
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from index.migrate import Migration, MigrationRefused, Pace, Wanted, begin, rest
 from index.migration import collections
 from index.migration.copy import copy, follow
 from index.migration.journal import Journal, Phase
-from index.migration.plan import Survey
+from index.migration.plan import PASSES, Survey
 from index.migration.points import Points
 from index.migration.proof import prove
 from index.migration.regime import Regime
@@ -22,6 +23,7 @@ from index.migration.switch import cutover, finalize, rollback
 from index.migration.template import Rule
 from index.migration.verify import verify
 from providers.base import InputRefused, Space
+from providers.limits import Limits
 
 WIDTH = 8
 SAME = 0.999
@@ -432,7 +434,32 @@ async def test_a_plan_counts_what_is_cached(points):
     assert (first.tokens, first.tokens_to_buy) == (4 * 6 + 7, 3 * 6 + 7)
     assert first.dollars == pytest.approx(25 * 2.0 / 1e6)
     assert (second.to_embed, second.distinct, second.to_buy, second.dollars) == (4, 0, 0, 0)
+    assert (first.calls, second.calls) == (2, 0)
     assert first.seconds > second.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"),
+    [
+        (Limits(), 1),
+        (Limits(concurrency=1), 2),
+        (Limits(inputs=1, concurrency=3), 2),
+        (Limits(tokens=10), 2),
+        (Limits(requests_per_minute=1), 120),
+        (Limits(tokens_per_minute=12), 150),
+    ],
+)
+async def test_a_plan_tells_how_long_it_takes(points, limits, seconds):
+    """By the calls that the provider takes at a time and in a minute, and by what reading took."""
+    await _fill(points, 5)
+    times = iter(range(100))
+    pace = Pace(page=3, ahead=2)
+    survey = Survey(points, FakeModel(), 1.0, pace, limits, clock=lambda: next(times))
+    old = await collections.look(points, "docs")
+    plan = await survey.plan(Wanted("docs", Rule.field("content")), old, silent)
+    # Two pages, each a second of this clock.
+    assert (plan.seconds_buying, plan.seconds_moving) == (seconds, 2 * PASSES)
+    assert plan.seconds == plan.seconds_buying + plan.seconds_moving
 
 
 # The switch
@@ -489,20 +516,164 @@ async def test_writes_until_the_cutover_are_carried(server, points, made):
     assert set(await _texts(server, "live")) == {2, 3, 4}
 
 
-async def test_writes_during_the_switch_are_told(points, made, monkeypatch):
-    """What comes between the verification and the switch is not carried, and is said to be."""
+class Meddler:
+    """Does something before the n-th call to Qdrant of a migration."""
+
+    def __init__(self, points, deed, at):
+        self.calls, self.deed, self.at = 0, deed, at
+        self._ask = points.ask
+
+    async def ask(self, work):
+        self.calls += 1
+        if self.calls == self.at:
+            await self.deed()
+        return await self._ask(work)
+
+
+async def test_no_write_is_lost_at_any_moment_of_a_cutover(server, made, points, monkeypatch):
+    """Clients that use the alias find all that they wrote and nothing that they deleted."""
+    model, late = FakeModel(), []
+    pace = Pace(page=2, ahead=1, sample=1)
+    # After the first cutover, undisturbed, it is known when the next ones switch.
+    moments = [0]
+    async with Connection(url=server.url) as own:
+        client = Points(own)
+
+        async def deed():
+            await _put(client, _struct(100, "added"), _struct(2, "changed"), name="live")
+            await client.delete("live", [3])
+
+        for moment in moments:
+            await _fill(points, 4)
+            await collections.switch(points, "docs", ["live"])
+            migration = await made(model, pace=pace)
+            await _run(migration)
+            meddler = Meddler(points, deed, moment)
+            switched = []
+            switch = collections.switch
+
+            async def noted(*arguments, switch=switch, switched=switched, meddler=meddler):
+                switched.append(meddler.calls)
+                await switch(*arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(points, "ask", meddler.ask)
+                patch.setattr(collections, "switch", noted)
+                verdict = await cutover(migration, SAME, None, allow_missing=False)
+            assert verdict.late.quiet
+            if moment == 0:
+                await deed()
+                (at,) = switched
+                # The switch reads the aliases, and changes them: what comes between is not seen.
+                near = range(at - 1, at + 4)
+                others = {*range(1, meddler.calls + 1)} - {*near}
+                moments += [*random.sample(sorted(others), 5), *near]
+            late.append((verdict.late.written, verdict.late.deleted, verdict.late.left))
+            found = await server.points("live")
+            texts = {1: "text 1", 2: "changed", 4: "text 4", 100: "added"}
+            assert {one: point["payload"]["content"] for one, point in found.items()} == texts
+            for one, text in texts.items():
+                mine = np.frombuffer(model.vector(text), "<f4")
+                theirs = vector_of("old", text, WIDTH)
+                right = [mine] if one in (1, 4) else [mine, theirs]
+                assert any(np.allclose(found[one]["vector"], each, atol=1e-5) for each in right)
+            assert not migration.journal.seen.exists()
+            await finalize(points, migration.journal)
+            await points.ask(lambda client: client.delete_collection(migration.state.target))  # noqa: B023
+    # Some of these moments lie between the last look and the switch, and some after it.
+    assert {(2, 1, 0), (0, 0, 0)} == set(late)
+
+
+async def test_late_changes_of_what_was_changed_since_stay_as_they_are(server, points, made):
+    """What a client wrote or deleted after the switch is newer than what reached the old one."""
+    await _fill(points, 5)
+    migration = await made(FakeModel())
+    await _run(migration)
+    switch = collections.switch
+
+    async def slow(*arguments):
+        await _put(points, *(_struct(number, "late") for number in (1, 2, 6)))
+        await _drop(points, 3)
+        await _drop(points, 4)
+        await switch(*arguments)
+        await _put(
+            points, _struct(1, "newer"), _struct(3, "newer"), _struct(6, "newer"), name="live"
+        )
+        await points.delete("live", [2])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collections, "switch", slow)
+        verdict = await cutover(migration, SAME, "live", allow_missing=False)
+    found = {one: p["payload"]["content"] for one, p in (await server.points("live")).items()}
+    assert found == {1: "newer", 3: "newer", 5: "text 5", 6: "newer"}
+    late = verdict.late
+    assert (late.written, late.deleted, late.left, late.quiet) == (0, 1, 4, True)
+
+
+async def test_late_points_without_text_are_dead_letters(server, points, made):
+    """What cannot be carried after the switch is told, and an old vector does not stay for it."""
     await _fill(points, 3)
     migration = await made(FakeModel())
     await _run(migration)
     switch = collections.switch
 
     async def slow(*arguments):
-        await _put(points, _struct(4), _struct(5))
+        await _put(points, _struct(2, ""), _struct(4, ""))
         await switch(*arguments)
 
-    monkeypatch.setattr(collections, "switch", slow)
-    verdict = await cutover(migration, SAME, "live", allow_missing=False)
-    assert (verdict.late, await points.count("live")) == (2, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collections, "switch", slow)
+        verdict = await cutover(migration, SAME, "live", allow_missing=False)
+    assert set(await _texts(server, "live")) == {1, 3}
+    assert (verdict.late.dead, verdict.late.written, migration.state.counts.dead) == (2, 0, 2)
+    assert migration.journal.dead_letters.read_text().count("no text") == 2
+
+
+async def test_late_vectors_are_copied_where_vectors_are(server, points, made):
+    """A vector that is changed during the switch follows, though its payload is the same."""
+    await _fill(points, 3)
+    model = FakeModel(name="old")
+    migration = await made(model, old_space=model.space)
+    await _run(migration)
+    switch = collections.switch
+
+    async def slow(*arguments):
+        moved = _struct(2)
+        moved.vector = vector_of("old", "moved", WIDTH).tolist()
+        await _put(points, moved)
+        await switch(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collections, "switch", slow)
+        verdict = await cutover(migration, SAME, "live", allow_missing=False)
+    assert verdict.late.written == 1
+    found = await server.points("live")
+    assert np.allclose(found[2]["vector"], vector_of("old", "moved", WIDTH), atol=1e-5)
+
+
+async def test_who_goes_on_writing_by_the_old_name_is_told(points, made):
+    """Some passes follow such writes; then the cutover ends, and says that they go on."""
+    await _fill(points, 3)
+    migration = await made(FakeModel(), pace=Pace(page=4, sample=1, passes=2))
+    await _run(migration)
+    model, number = migration.model, 10
+    switch = collections.switch
+
+    async def again():
+        nonlocal number
+        number += 1
+        await _put(points, _struct(number))
+        model.meanwhile.append(again)
+
+    async def slow(*arguments):
+        await again()
+        await switch(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collections, "switch", slow)
+        verdict = await cutover(migration, SAME, "live", allow_missing=False)
+    assert (verdict.late.written, verdict.late.quiet) == (2, False)
+    assert migration.journal.load().phase is Phase.SWITCHED
 
 
 async def test_clients_of_the_real_name(points, made):
@@ -542,17 +713,27 @@ async def test_clients_of_the_real_name(points, made):
 
 
 async def test_an_interrupted_cutover_goes_on_without_touching_new_writes(server, points, made):
-    """Killed right after the switch, it finds that clients write there, and mends nothing."""
+    """Killed right after the switch, it carries what is late, and leaves what clients wrote."""
     await _fill(points, 3)
     migration = await made(FakeModel())
     await _run(migration)
-    await cutover(migration, SAME, "live", allow_missing=False)
-    migration.state.phase = Phase.SWITCHING
-    migration.save()
+    switch = collections.switch
+
+    async def dies(*arguments):
+        await _put(points, _struct(4))
+        await switch(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collections, "switch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            await cutover(migration, SAME, "live", allow_missing=False)
+    assert migration.journal.load().phase is Phase.SWITCHING
     await _put(points, _struct(9), name="live")
-    assert await cutover(migration, SAME, None, allow_missing=False) is None
+    verdict = await cutover(migration, SAME, None, allow_missing=False)
+    assert (verdict.verified, verdict.late.written) == (False, 1)
     assert migration.journal.load().phase is Phase.SWITCHED
-    assert 9 in await server.points("live")
+    assert set(await server.points("live")) == {1, 2, 3, 4, 9}
 
 
 async def test_an_alias_that_was_moved_elsewhere_keeps_the_old_collection(points, made):

@@ -1,11 +1,14 @@
 """The outbox: what was added stays, the newest of an id wins, poison steps aside."""
 
+import os
 import sqlite3
 from contextlib import closing
 
 import pytest
 
+from index import outbox_file, outbox_purge
 from index.outbox import FILE_NAME, Full, Outbox
+from index.outbox_file import OutboxFile
 from index.point import Point, Target, id_bytes
 
 DOCS = Target("docs", "m", 2)
@@ -146,3 +149,123 @@ def test_a_file_of_a_later_version_is_left_alone(tmp_path):
         sql.execute("PRAGMA user_version = 99")
     with pytest.raises(sqlite3.OperationalError, match="later version"):
         Outbox(tmp_path, GIB)
+
+
+# Damage that comes while it is open
+
+
+def _overwrite(folder, at=0, length=1 << 20):
+    """Spoil the file in place, as a medium does, and what is in its log."""
+    for name in (FILE_NAME, f"{FILE_NAME}-wal"):
+        path = folder / name
+        if path.exists():
+            with path.open("r+b") as file:
+                file.seek(at)
+                file.write(b"rubbish " * (min(length, path.stat().st_size) // 8))
+
+
+def _truncate(folder, *_):
+    for name in (FILE_NAME, f"{FILE_NAME}-wal"):
+        if (folder / name).exists():
+            os.truncate(folder / name, 100)
+
+
+def _remove(folder, *_):
+    for path in folder.glob(f"{FILE_NAME}*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("harm", [_overwrite, _truncate, _remove])
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda one: one.add(DOCS, [point(22)]),
+        lambda one: one.batch(DOCS, GIB, 10),
+        Outbox.backlog,
+        Outbox.revive,
+        lambda one: one.forgotten,
+    ],
+)
+def test_damage_while_it_is_open_costs_what_waited_and_nothing_else(tmp_path, harm, work):
+    """Whatever is done next finds a new file, in every process, and the old one is set aside."""
+    with closing(Outbox(tmp_path, GIB)) as outbox, closing(Outbox(tmp_path, GIB)) as other:
+        for one in (outbox, other):
+            one.add(DOCS, [point(n, b"x" * 9000) for n in range(20)])
+        harm(tmp_path)
+        outbox.guarded(work)
+        # Who still has the pages in its memory may go on for a while; another process finds out.
+        assert outbox.guarded(lambda one: one.add(DOCS, [point(33)])) == 1
+        assert other.guarded(lambda one: one.add(DOCS, [point(33), point(34)])) >= 1
+        assert {33, 34} <= {*outbox.guarded(ids)}
+        assert (outbox.renewed, other.renewed) == (1, 1)
+        aside = [*tmp_path.glob("*.db.damaged-*")]
+        assert len(aside) == outbox.damaged + other.damaged == (0 if harm is _remove else 1)
+
+
+def test_damage_that_two_processes_find_is_set_aside_once(tmp_path):
+    """The second finds a new file, and leaves it where it is."""
+    damage = sqlite3.DatabaseError("file is not a database")
+    with closing(OutboxFile(tmp_path)) as one, closing(OutboxFile(tmp_path)) as other:
+        one._renew(damage)
+        other._renew(damage)
+        assert len([*tmp_path.glob("*.db.damaged-*")]) == 1
+        assert (one.damaged, other.damaged) == (1, 0)
+        assert not one.replaced
+        assert not other.replaced
+
+
+def test_what_is_written_while_another_process_sets_the_file_aside_is_not_lost(tmp_path):
+    """A change to the file that is gone is made to the new one instead."""
+    with closing(Outbox(tmp_path, GIB)) as outbox, closing(OutboxFile(tmp_path)) as other:
+
+        def late(one):
+            if not other.damaged:
+                other._renew(sqlite3.DatabaseError("file is not a database"))
+            return one.add(DOCS, [point(1)])
+
+        assert outbox.guarded(late) == 1
+    with closing(Outbox(tmp_path, GIB)) as fresh:
+        assert ids(fresh) == [1]
+
+
+def test_a_point_that_is_not_as_it_was_written_is_never_sent(tmp_path, outbox):
+    """A flipped bit in a vector would be a wrong vector: the point is let go of, and comes anew."""
+    outbox.add(DOCS, [point(n) for n in range(4)])
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as sql, sql:
+        sql.execute("UPDATE waiting SET vector = x'0000000100000000' WHERE seq = 2")
+        sql.execute("UPDATE waiting SET payload = x'7b20' WHERE seq = 3")
+    before = outbox.forgotten
+    assert ids(outbox) == [0, 3]
+    assert (outbox.damaged, outbox.forgotten) == (2, before + 1)
+    assert outbox.add(DOCS, [point(n) for n in range(4)]) == 2
+    assert ids(outbox) == [0, 3, 1, 2]
+
+
+def test_an_error_of_the_moment_is_no_damage(tmp_path, outbox):
+    """What another process holds is there when it lets go; nothing is moved."""
+
+    def locked(_):
+        raise sqlite3.OperationalError("database is locked")
+
+    with pytest.raises(sqlite3.OperationalError):
+        outbox.guarded(locked)
+    assert not [*tmp_path.glob("*damaged*")]
+
+
+def test_a_file_of_the_first_version_is_taken_over(tmp_path):
+    """What waits in it is sent, and found by a purge: its namespace stands in its payload."""
+    path = tmp_path / FILE_NAME
+    with closing(sqlite3.connect(path)) as sql:
+        sql.executescript(outbox_file._LAYOUT + "PRAGMA user_version = 1;")
+        sql.execute("INSERT INTO target VALUES (1, 'docs', 'm', 2)")
+        for number, payload in enumerate((b'{"namespace": "n"}', b"{}")):
+            row = (id_bytes(number), 8, 0.0, payload, bytes(8))
+            sql.execute("INSERT INTO waiting VALUES (NULL, 1, ?, ?, ?, ?, ?)", row)
+        sql.commit()
+    with closing(Outbox(tmp_path, GIB)) as outbox:
+        assert ids(outbox) == [0, 1]
+        outbox.later(outbox.batch(DOCS, GIB, 1))
+        assert ids(outbox) == [1, 0]
+    with closing(OutboxFile(tmp_path)) as file:
+        assert [one.point for one in outbox_purge.pick(file, namespace="n")] == [id_bytes(0)]
+        assert [one.point for one in outbox_purge.pick(file, address=id_bytes(1))] == [id_bytes(1)]

@@ -1,15 +1,20 @@
 """How long the sender waits, and what it does not wait for."""
 
 import asyncio
+import sqlite3
 from contextlib import asynccontextmanager
 
+import orjson
 import pytest
+from clock import Clock
 from qdrant_server import QdrantServer, answer, overloaded
 
+from cache.file.rest import FAILURES_IN_A_ROW, SHORTEST_SECONDS, Rest
 from index import sender
 from index.collection import Making
 from index.connection import Connection
 from index.indexer import Indexer
+from index.outbox import Full, Outbox
 from index.point import Point, Target, id_bytes
 
 TARGET = Target("docs", "m", 2)
@@ -113,3 +118,82 @@ async def test_a_memory_that_is_bounded_begins_anew(tmp_path, monkeypatch):
         assert [indexer.knows(TARGET, id_bytes(n)) for n in range(2)] == [True, False]
         await indexer.add(TARGET, points(5))
         assert indexer.added == 5
+
+
+@pytest.mark.parametrize(
+    ("poison", "sizes"),
+    [
+        ({0}, [5, 2, 1, 1, 3]),
+        ({4}, [5, 2, 3, 1, 2, 1, 1]),
+        ({1, 3}, [5, 2, 1, 1, 3, 1, 2, 1, 1]),
+        ({0, 1, 2, 3, 4}, [5, 2, 1, 1, 3, 1, 2, 1, 1]),
+    ],
+)
+async def test_a_refused_batch_is_halved_and_both_halves_are_written(
+    poison, sizes, tmp_path, monkeypatch
+):
+    """Until what is wrong is alone, and with one look at the collection."""
+    looks, right, seen = [], sender.ensure, []
+
+    async def look(*arguments):
+        looks.append(arguments)
+        return await right(*arguments)
+
+    monkeypatch.setattr(sender, "ensure", look)
+    async with QdrantServer() as server:
+
+        async def refuse(request):
+            if request.method != "PUT" or not request.path.endswith("/points"):
+                return None
+            numbers = {one["id"] for one in orjson.loads(await request.read())["points"]}
+            seen.append(len(numbers))
+            return await answer(400, "not this one")(request) if numbers & poison else None
+
+        server.always = refuse
+        async with sending(tmp_path, server.url) as (indexer, waits):
+            await indexer.add(TARGET, points(5))
+            await drained(indexer)
+            told = await indexer.snapshot()
+        assert seen == sizes
+        assert (len(looks), waits) == (1, [])
+        assert set(await server.points("docs")) == {0, 1, 2, 3, 4} - poison
+        assert (told["refused_points"], told["since_start"]["sent"]) == (
+            len(poison),
+            5 - len(poison),
+        )
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError("no space left"), sqlite3.OperationalError("disk I/O error"), Full("1 MB")]
+)
+async def test_an_outbox_that_keeps_failing_is_left_alone_for_a_while(
+    failure, tmp_path, monkeypatch
+):
+    """After some failures in a row nothing touches the disk for a second; then all is as before."""
+    tries, right, clock = [], Outbox.add, Clock()
+
+    def fails(self, target, some):
+        tries.append(len(some))
+        if failing:
+            raise failure
+        return right(self, target, some)
+
+    monkeypatch.setattr(Outbox, "add", fails)
+    failing = True
+    async with QdrantServer() as server, sending(tmp_path, server.url) as (indexer, _):
+        indexer._rest = Rest(clock)
+        for _ in range(FAILURES_IN_A_ROW + 2):
+            await indexer.add(TARGET, points(2))
+        assert (len(tries), indexer.dropped) == (FAILURES_IN_A_ROW, 2 * FAILURES_IN_A_ROW + 4)
+        clock.now += SHORTEST_SECONDS
+        failing = False
+        for number in range(1, FAILURES_IN_A_ROW):
+            await indexer.add(TARGET, points(2 + number))
+        # It succeeded in between, so these failures are the first of another row.
+        failing = True
+        for _ in range(FAILURES_IN_A_ROW - 1):
+            await indexer.add(TARGET, points(9))
+        failing = False
+        await indexer.add(TARGET, points(9))
+        await drained(indexer)
+        assert len(await server.points("docs")) == 9

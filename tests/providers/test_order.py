@@ -5,7 +5,8 @@ from itertools import count
 import pytest
 from clock import Clock
 
-from providers.routing.order import INPUTS_A_CALL, TRY_EVERY, Latencies, cheapest
+from providers.base import Bill
+from providers.routing.order import ENOUGH, INPUTS_A_CALL, TRY_EVERY, Latencies, Prices
 from providers.routing.route import Route
 
 
@@ -38,7 +39,36 @@ def names(arranged):
 )
 def test_the_cheapest_is_first(prices, order):
     """Equal prices stay as listed, unknown ones are last, and nothing is cheaper than free."""
-    assert names(cheapest(routes(**prices))) == order
+    assert names(Prices().arrange(routes(**prices))) == order
+
+
+def bill(tokens, nanodollars, *, told=True):
+    """Return what a call of so many tokens was charged."""
+    return Bill("any", [0], [tokens], [nanodollars], told)
+
+
+def test_what_an_upstream_charges_counts_more_than_what_is_configured():
+    """From enough tokens on, so that a rounded sum decides nothing; what we count counts never."""
+    prices = Prices()
+    a, b = two = routes(a=0.1, b=0.02)
+    prices.charged(b, bill(10, 10_000))
+    prices.charged(b, bill(10**6, 10**9, told=False))
+    assert names(prices.arrange(two)) == "ba"
+    prices.charged(b, bill(ENOUGH, 200 * ENOUGH))
+    assert prices.price(b) == pytest.approx(0.2, rel=0.1)
+    assert names(prices.arrange(two)) == "ab"
+    assert prices.price(a) == 0.1
+
+
+def test_a_new_price_is_learned():
+    """What was charged long ago fades."""
+    prices = Prices()
+    (a,) = routes(a=None)
+    for _ in range(100):
+        prices.charged(a, bill(1000, 20_000))
+    for _ in range(100):
+        prices.charged(a, bill(1000, 50_000))
+    assert prices.price(a) == pytest.approx(0.05, rel=0.02)
 
 
 def measured(latencies, route, *seconds, inputs=1):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 from clock import Clock
@@ -9,6 +10,7 @@ from clock import Clock
 from providers import base
 from providers.base import (
     AllResting,
+    Charge,
     Context,
     CredentialsRefused,
     DeadlineExceeded,
@@ -45,6 +47,7 @@ class Fake:
         self.does = does
         self.accepts_tokens = accepts_tokens
         self.gate = None
+        self.charge = None
         self.calls = 0
         self.ended = 0
 
@@ -57,7 +60,8 @@ class Fake:
                 raise self.does() if callable(self.does) else self.does
         finally:
             self.ended += 1
-        return Embedded([b"8 bytes!"], [1], counted=True, providers=(self.name,))
+        answer = Embedded([b"8 bytes!"], [1], counted=True, providers=(self.name,))
+        return replace(answer, charge=self.charge)
 
 
 def error(kind, *, wait=None, status=500, provider="acme"):
@@ -526,6 +530,18 @@ async def test_the_preferred_route_is_the_cheapest():
     assert await world.ask(router) == "a"
     assert await world.ask(router) == "a"
     assert world.b.calls == 2
+
+
+async def test_a_route_that_charges_more_than_it_says_is_cheapest_no_longer():
+    """The upstream's own words about a call move the next one to the cheaper route, unasked."""
+    world = World()
+    priced = [Route(world.a, "m", 0.2), Route(world.b, "m", 0.1)]
+    router = world.make(priced, order="cheapest")
+    world.b.charge = Charge(5000, 5000 * 300)
+    bills = []
+    assert await world.ask(router, context=Context(on_charge=bills.append)) == "b"
+    assert [sum(one.nanodollars) for one in bills] == [5000 * 300]
+    assert await world.ask(router) == "a"
 
 
 async def test_the_preferred_route_is_the_fastest():

@@ -147,6 +147,44 @@ async def test_three_attempts_are_all_there_are(routes, story):
     assert len(stage.waits) == len(story) - len(set(story))
 
 
+@pytest.mark.parametrize(
+    ("retries", "story"),
+    [
+        ([None], "aaa"),
+        ([0], "a"),
+        ([1], "aa"),
+        ([4], "aaaaa"),
+        ([0, None], "abb"),
+        ([None, 0], "aab"),
+        ([0, 0], "ab"),
+        ([4, None], "aaaaab"),
+        ([1, 2], "aabbb"),
+        ([0, None, None, 0], "abcd"),
+    ],
+)
+async def test_a_provider_is_asked_again_as_often_as_is_said(retries, story):
+    """A provider's own number counts for it, and leaves the other routes their attempts."""
+    stage = Stage()
+    players = [Player(name, stage, always=FAULT) for name in "abcd"[: len(retries)]]
+    stage.router.routes = tuple(
+        Route(player, "m", retries=often) for player, often in zip(players, retries, strict=True)
+    )
+    with pytest.raises(UpstreamFault):
+        await stage.embed()
+    assert stage.story == story
+
+
+async def test_no_number_of_retries_beats_the_budget():
+    """Requests that fail again and again make no more calls than all together may."""
+    stage = Stage()
+    for name in "abcd":
+        # A breaker would end it before: each request meets another provider.
+        stage.router.routes = (Route(Player(name, stage, always=limited(None)), "m", retries=100),)
+        with pytest.raises(RateLimited):
+            await stage.embed()
+    assert len(stage.asked) == 4 + 10
+
+
 @pytest.mark.parametrize("kind", [RateLimited, UpstreamFault, Unreachable, InvalidAnswer])
 async def test_what_may_pass_is_tried_again_after_a_short_wait(kind):
     """Without a word from the upstream the wait is drawn at random, and is short."""
@@ -280,7 +318,7 @@ async def test_each_route_is_asked_for_its_own_name_of_the_model():
         ("b-model", SPACE, ["one", "two"]),
     ]
     for *_, sent in stage.arguments:
-        assert replace(sent, on_part=None, begin_by=None) == context
+        assert replace(sent, on_part=None, begin_by=None, on_charge=None) == context
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import time
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from command import Done
 from fault_server import vector_of
 
 from cache.file import database, disk, purge
@@ -28,9 +28,12 @@ from cache.record import Entry, encode
 from cache.row import Row
 from cache.upkeep import backup, transfer, verify
 from cache.usage import Usage
+from index import outbox_purge
+from index.outbox import Outbox
+from index.outbox_file import FILE_NAME, OutboxFile
+from index.point import Point, Target, id_bytes
 from providers.base import Space
 from providers.bill import NANO
-from proxy import cli
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -55,18 +58,8 @@ MODELS = {
 TEXTS = [f"text {i}" for i in range(500)]
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, command):
     """Give a function that runs `cache …` on the store in `cache`, in this process."""
     config = tmp_path / "config.yaml"
     sections = {"cache": {"directory": str(tmp_path / "cache")}, "models": MODELS}
@@ -75,11 +68,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
 
     def run_command(*arguments: str) -> Done:
-        arguments = ["embedding-proxy", "cache", *arguments, "--config", str(config)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return Done(caught.value.code or 0, *capsys.readouterr())
+        return command("cache", *arguments, "--config", config)
 
     return run_command
 
@@ -341,6 +330,33 @@ def mixed(fill):
     return path
 
 
+@pytest.fixture
+def waiting(mixed, tmp_path):
+    """Let a point wait for Qdrant of each of these entries; give a function that tells of which.
+
+    Those of odd numbers have ids of their own, and the last was put aside.
+    """
+    numbers = dict(_sql(mixed, "SELECT key, rowid FROM Cache"))
+    places = _sql(
+        mixed,
+        "SELECT key, space, namespace FROM Cache JOIN Entries ON Entries.id = Cache.rowid"
+        " JOIN Partitions ON Partitions.id = partition",
+    )
+    with closing(Outbox(tmp_path / "cache", GIB)) as outbox:
+        for address, space, namespace in places:
+            own = numbers[address] % 2 == 1
+            one = id_bytes(numbers[address]) if own else address
+            target = Target("docs", space, WIDTH)
+            outbox.add(target, [Point(one, bytes(4), b"{}", 0, False, address, namespace)])  # noqa: FBT003
+        outbox.died(outbox.batch(target, GIB, 1), "refused")
+
+    def left():
+        with closing(OutboxFile(tmp_path / "cache")) as file:
+            return {numbers[one.address] for one in outbox_purge.pick(file)}
+
+    return left
+
+
 @pytest.mark.parametrize(
     ("arguments", "gone"),
     [
@@ -370,28 +386,69 @@ def mixed(fill):
         (["--input", "' OR 1 --", "--model", "small"], set()),
     ],
 )
-def test_exactly_the_chosen_entries_are_deleted(arguments, gone, run, mixed):
-    """A dry run counts them and deletes none; then they go, and a second run finds none."""
+def test_exactly_the_chosen_entries_are_deleted(arguments, gone, run, mixed, waiting):
+    """A dry run counts them and deletes none; then they go, and a second run finds none.
+
+    With them go the points of them that wait for Qdrant.
+    """
     before = dict(_sql(mixed, "SELECT rowid, key FROM Cache"))
     done = run("purge", *arguments, "--dry-run", "--json")
     size = sum(40 + 4 * WIDTH * (1 + (number > 6)) for number in gone)
-    counts = {"chosen": len(gone), "bytes": size, "deleted": 0, "dry_run": True}
-    assert (done.code, done.json, done.err) == (0, counts, "")
+    counts = {"chosen": len(gone), "bytes": size, "deleted": 0, "waiting": len(gone)}
+    assert (done.code, done.json, done.err) == (0, counts | {"dry_run": True}, "")
+    assert waiting() == {1, 2, 3, 4, 5, 6, 7, 8}
     assert dict(_sql(mixed, "SELECT rowid, key FROM Cache")) == before
     done = run("purge", *arguments, "--json")
+    assert waiting() == {1, 2, 3, 4, 5, 6, 7, 8} - gone
     counts |= {"deleted": len(gone), "dry_run": False}
     assert (done.code, done.json, done.err) == (0, counts, "")
     left = {number: key for number, key in before.items() if number not in gone}
     assert dict(_sql(mixed, "SELECT rowid, key FROM Cache")) == left
     assert {number for (number,) in _sql(mixed, "SELECT id FROM Entries")} == set(left)
     done = run("purge", *arguments)
-    assert (done.code, done.out, done.err) == (0, "0 entries deleted, 0 B\n", "")
+    nothing = "0 points that wait for Qdrant deleted; those in Qdrant stay\n"
+    assert (done.code, done.out, done.err) == (0, f"0 entries deleted, 0 B\n{nothing}", "")
 
 
 def test_purge_says_what_it_would_and_what_it_did(run, mixed):
     """People are told the number and the bytes, before and after."""
     assert run("purge", "--all", "--dry-run").out == "8 entries, 2.9 kB, would be deleted\n"
     assert run("purge", "--all").out == "8 entries deleted, 2.9 kB\n"
+
+
+def test_points_wait_whose_entry_is_gone(run, mixed, waiting):
+    """What waits is deleted also where the cache holds nothing of it any more."""
+    _sql(mixed, "DELETE FROM Cache WHERE rowid IN (5, 6)")
+    _sql(mixed, "DELETE FROM Entries WHERE id IN (5, 6)")
+    done = run("purge", "--namespace", "tenant", "--dry-run")
+    assert done.out == (
+        "1 entries, 552 B, would be deleted\n"
+        "3 points that wait for Qdrant would be deleted; those in Qdrant stay\n"
+    )
+    assert run("purge", "--namespace", "tenant", "--json").json["waiting"] == 3
+
+
+def test_nothing_of_a_purged_point_is_left_on_disk(run, mixed, waiting, tmp_path):
+    """Neither its text nor that it was ever there; the file is overwritten."""
+    target = Target("docs", "a/small", WIDTH)
+    with closing(Outbox(tmp_path / "cache", GIB)) as outbox:
+        outbox.add(target, [Point(bytes(16), bytes(4), b'{"text": "a secret"}', 0, new=False)])
+        before = outbox.forgotten
+    path = tmp_path / "cache" / FILE_NAME
+    assert b"a secret" in path.read_bytes()
+    assert run("purge", "--all").code == 0
+    assert b"a secret" not in path.read_bytes()
+    assert not _sql(path, "SELECT * FROM known")
+    with closing(Outbox(tmp_path / "cache", GIB)) as outbox:
+        assert outbox.forgotten == before + 1
+
+
+def test_an_outbox_that_cannot_be_used_is_one_line(run, mixed, tmp_path):
+    """Nothing is deleted then, so that it can be done again."""
+    with closing(sqlite3.connect(tmp_path / "cache" / FILE_NAME)) as sql:
+        sql.execute("PRAGMA user_version = 99")
+    _failed(run("purge", "--all"), 1, "index-outbox.db", "is of a later version")
+    assert len(_sql(mixed, "SELECT 1 FROM Cache")) == 8
 
 
 def test_many_entries_go_and_the_file_shrinks(run, fill, monkeypatch):
@@ -733,14 +790,14 @@ async def test_no_request_fails_while_a_store_is_verified_and_mended(
 # in all
 
 
-@pytest.mark.parametrize("command", ["stats", "purge", "backup", "export", "import", "verify"])
-def test_help_and_wrong_usage(command, run):
+@pytest.mark.parametrize("name", ["stats", "purge", "backup", "export", "import", "verify"])
+def test_help_and_wrong_usage(name, run):
     """--help tells the options; an option that there is not is code 2, without a traceback."""
-    done = run(command, "--help")
+    done = run(name, "--help")
     assert done.code == 0
     assert "--config" in done.out
     assert "--json" in done.out
-    done = run(command, "--nope")
+    done = run(name, "--nope")
     assert (done.code, done.out) == (2, "")
     assert "No such option" in done.err
 

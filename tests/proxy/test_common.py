@@ -24,7 +24,6 @@ FAILURES = [
     (SourceError, 1),
     (StoreError, 1),
     (WorkFailed, 1),
-    (WorkerFailed, 1),
 ]
 
 
@@ -38,6 +37,15 @@ def test_what_is_foreseeable_is_one_line_and_a_code(kind, code, capsys):
         "",
         "embedding-proxy: 100% of {this} [red]failed[/red] ü\n",
     )
+
+
+@pytest.mark.parametrize(("ended", "code", "lines"), [(2, 2, 0), (1, 1, 0), (-9, 1, 1)])
+def test_a_worker_that_has_said_why_needs_no_second_line(ended, code, lines, capsys):
+    """The start ends as the worker did, and tells of one that could say nothing."""
+    with pytest.raises(SystemExit) as caught, common.one_line():
+        raise WorkerFailed(ended)
+    assert caught.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_a_mistake_of_ours_is_not_hidden():

@@ -1,14 +1,12 @@
 """`config show` and `config convert`: what applies, and what an older configuration comes to."""
 
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
+from command import Done
 
-from proxy import cli
 from proxy.config import ConfigError, load
 from proxy.settings.conversion import convert
 
@@ -59,27 +57,16 @@ llm:
 """
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(command):
     """Give a function that runs `config …`."""
 
-    def command(*arguments) -> Done:
-        argv = ["embedding-proxy", "config", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        done = Done(caught.value.code or 0, *capsys.readouterr())
-        assert "Traceback" not in done.out + done.err
+    def run_command(*arguments) -> Done:
+        done = command("config", *arguments)
         assert SECRET not in done.out + done.err
         return done
 
-    return command
+    return run_command
 
 
 @pytest.fixture
@@ -100,7 +87,7 @@ def write(tmp_path):
 def _comparable(settings):
     """Return what a configuration comes to: of providers, what they are asked with."""
     profiles = {
-        name: one and (one.as_profile() if one.kind != "local" else one)
+        name: one and (one.as_profile() if one.kind != "local" else one, one.retries)
         for name, one in settings.providers.items()
     }
     rest = {name: getattr(settings, name) for name in type(settings).model_fields}
@@ -116,7 +103,7 @@ RICH = {
     "cache": {"directory": "/tmp/a cache", "mode": "off", "ttl_days": 1, "pinned": ["", "n"]},
     "providers": {
         "mistral": {},
-        "eu": {"kind": "mistral", "api_key_env": "EU_KEY", "limits": {"inputs": 7}},
+        "eu": {"kind": "mistral", "api_key_env": "EU_KEY", "limits": {"inputs": 7}, "retries": 0},
         "openai": {"timeout_s": 5.5, "headers": {"X-Team": SECRET, "X-Other": "${OTHER}"}},
         "voyage": {"encoding_format": None, "extra_fields": ["input_type"]},
         "openrouter": {
@@ -211,7 +198,7 @@ def test_the_nested_form(run, write):
     done = run("convert", write(NESTED, "old.yaml"))
     assert done.code == 0
     assert yaml.safe_load(done.out) == {
-        "providers": {"openai": {"api_key_env": "OPENAI_API_KEY", "timeout_s": 30}},
+        "providers": {"openai": {"api_key_env": "OPENAI_API_KEY", "timeout_s": 30, "retries": 3}},
         "models": {
             "text-embedding-3-large": {
                 "routes": [{"provider": "openai", "model": "text-embedding-3-large"}]
@@ -225,7 +212,7 @@ def test_the_nested_form(run, write):
     assert notes.keys() == paths | {f"vector_store.{key}" for key in old["vector_store"]}
     assert notes["llm.embedding.timeout"] == "providers.openai.timeout_s"
     assert notes["llm.embedding.dimensions"] == "left out: empty"
-    assert notes["llm.embedding.max_retries"].startswith("no counterpart: three attempts")
+    assert notes["llm.embedding.max_retries"] == "providers.openai.retries"
     assert notes["vector_store.allow_dynamic_dimensions"].startswith("no counterpart: ")
     assert all(f"#   {line}\n" in done.out for line in done.err.splitlines())
     settings = load(write(done.out))
@@ -345,6 +332,26 @@ def test_the_keys_of_another_service_are_not_taken_for_embeddings(run, write):
     assert yaml.safe_load(done.out)["providers"] == {"openai": {"api_key_env": "OTHER_KEY"}}
     assert "warning: no provider is named: openai is taken" in done.err
     assert "llm.api_key_env -> left out: not of embeddings, or unknown\n" in done.err
+
+
+@pytest.mark.parametrize(
+    ("provider", "said", "retries", "note"),
+    [
+        ("openai", 0, 0, "providers.openai.retries"),
+        ("openai", 2.0, 2, "providers.openai.retries"),
+        ("openai", 1e9, 100, "providers.openai.retries"),
+        ("local", 3, None, "left out: nobody is asked, so nobody is asked again"),
+    ],
+)
+def test_old_retries_become_those_of_the_provider(  # noqa: PLR0917 - what is told, and what for
+    provider, said, retries, note, run, write
+):
+    """Whatever number the old file says, ours says one that loads."""
+    model = {"openai": "text-embedding-3-small", "local": "wordllama-embed"}[provider]
+    old = {"llm": {"embedding": {"provider": provider, "model": model, "max_retries": said}}}
+    done = run("convert", write(old, "old.yaml"))
+    assert load(write(done.out)).providers[provider].retries == retries
+    assert f"llm.embedding.max_retries -> {note}" in done.err.splitlines()
 
 
 def test_a_provider_nobody_knows_needs_an_address(run, write):

@@ -83,7 +83,8 @@ async def test_what_is_answered_is_indexed_under_ids_that_follow_from_it(
         assert (payload["model"], payload["space"]) == (SMALL, SPACE)
         assert (payload["dimensions"], payload["tokens"]) == (1536, 1)
     assert told["since_start"] == {
-        "added": 2, "sent": 2, "refused": 0, "dropped": 0, "failures": 0
+        "added": 2, "sent": 2, "refused": 0, "dropped": 0, "failures": 0,
+        "damaged": 0,
     }  # fmt: skip
     assert all("index" not in call.payload for call in upstream.calls)
 
@@ -489,6 +490,34 @@ async def test_an_outbox_that_fails_costs_no_request(start_proxy, upstream, qdra
     assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
     told = await _arrived(proxy)
     assert (told["since_start"]["dropped"], told["since_start"]["added"]) == (1, 1)
+
+
+async def test_an_outbox_that_is_damaged_meanwhile_costs_no_request(
+    start_proxy, upstream, qdrant, tmp_path
+):
+    """It is set aside and counted; what had waited in it comes with its next answer."""
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    qdrant.always = answer(503, "away")
+    assert (await _ask(proxy, "a", "b")).status == 200
+    folder = tmp_path / "cache"
+    for path in folder.glob("index-outbox.db*"):
+        with path.open("r+b") as file:
+            file.write(b"rubbish " * (path.stat().st_size // 8))
+    indexer = proxy.service.indexing.indexer
+
+    async def noticed():
+        assert (await _ask(proxy, "a", "c")).status == 200
+        return (await indexer.snapshot())["since_start"]["damaged"] == 1
+
+    await _until(noticed)
+    assert len(list(folder.glob("index-outbox.db.damaged-*"))) == 1
+    qdrant.always = None
+    assert (await _ask(proxy, "a", "b", "c")).headers["x-cache"] == "hit"
+    await _holds(qdrant, 3)
+    async with proxy.http.get(proxy.url.removesuffix("/v1") + "/metrics") as response:
+        assert 'embedding_proxy_index_damage_total{worker="' in await response.text()
+    told = await _arrived(proxy)
+    assert (told["since_start"]["dropped"], told["since_start"]["damaged"]) == (0, 1)
 
 
 async def test_requests_at_once_are_each_indexed(start_proxy, upstream, qdrant):

@@ -5,14 +5,16 @@ import io
 import json
 import sys
 
+import numpy as np
 import pytest
 from aiohttp import web
-from fault_server import status
-from old_system import LARGE, MISTRAL, Done, OldSystem
+from command import Done
+from example_package import install
+from fault_server import status, vector_of
+from old_system import LARGE, MISTRAL, OldSystem
 from qdrant_client import models
 
 from index.migration.journal import Journal
-from proxy import cli
 from proxy.commands.migrate import held
 from proxy.commands.migrating import named, settings_for, width_of
 from proxy.config import ConfigError
@@ -33,24 +35,15 @@ async def system(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def migrate(system, monkeypatch, capsys):
+def migrate(system, monkeypatch, command):
     """Give a function that runs a step; `says` is typed on the terminal."""
 
     async def step(*arguments, qdrant=True, says="") -> Done:
         where = ["--config", str(system.config)]
         if qdrant:
             where += ["--qdrant", system.qdrant.url]
-        monkeypatch.setattr(sys, "argv", ["embedding-proxy", "migrate", *arguments, *where])
         monkeypatch.setattr(sys, "stdin", io.StringIO(says))
-
-        def in_thread() -> int:
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-            return caught.value.code or 0
-
-        done = Done(await asyncio.to_thread(in_thread), *capsys.readouterr())
-        assert "Traceback" not in done.out + done.err
-        return done
+        return await asyncio.to_thread(command, "migrate", *arguments, *where)
 
     return step
 
@@ -204,6 +197,30 @@ async def test_the_proof_is_the_new_providers_own(migrate, system):
 # What is printed and asked
 
 
+async def test_a_package_may_make_the_texts(migrate, system, tmp_path, monkeypatch):
+    """From the run to the cutover, which finds by the journal what made them."""
+    module = install("acme_strategies", tmp_path / "site", monkeypatch)
+    payloads = {1: {"title": "fire", "description": "x" * 600}, 2: {"title": "flood"}}
+    params = models.VectorParams(size=2, distance=models.Distance.COSINE)
+    points = [models.PointStruct(id=n, vector=[1, n], payload=p) for n, p in payloads.items()]
+    await system.connection.ask(lambda client: client.create_collection("tickets", params))
+    await system.connection.ask(lambda client: client.upsert("tickets", points))
+    by = ("--text-by", "acme_ticket")
+    done = await migrate("run", "tickets", "--to", MISTRAL, *by, "--text-field", "title")
+    assert (done.code, "give a text field, a template or text-by, not" in done.err) == (2, True)
+    done = await migrate("run", "tickets", "--to", MISTRAL, "--text-by", "nobody")
+    assert (done.code, "tickets: no installed package brings" in done.err) == (2, True)
+    assert (await migrate("run", "tickets", "--to", MISTRAL, *by)).code == 0
+    done = await migrate("cutover", "tickets", "--alias", "live")
+    assert (done.code, "cosine 1.00000 at least" in done.out) == (0, True)
+    text = sys.modules.pop(module).Ticket().text
+    found = await system.qdrant.points("live")
+    assert found.keys() == payloads.keys()
+    for one, payload in payloads.items():
+        right = vector_of(MISTRAL, text(payload), system.new_width)
+        assert np.allclose(found[one]["vector"], right, atol=1e-6)
+
+
 async def test_what_people_read(migrate, system):
     """Plan, run and cutover say in words what they found, did, and what comes next."""
     done = await migrate("plan", CONTEXT, "--to", f"openrouter/openai/{LARGE}", "--from", LARGE)
@@ -212,7 +229,8 @@ async def test_what_people_read(migrate, system):
         f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
         "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
         "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
-        "  to buy: 5 texts, 40 tokens, $0.0000; about 0 s",
+        "  to buy: 5 texts, 40 tokens, $0.0000",
+        "  about 1 s, an estimate: 1 s to buy (calls: 1), 0 s for Qdrant by what reading took now",
     ]
     done = await migrate("run", CONTEXT, "--to", MISTRAL)
     assert f"{CONTEXT}: copied; next: cutover" in done.out

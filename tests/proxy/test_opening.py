@@ -110,6 +110,17 @@ async def test_a_provider_may_have_any_name_and_its_own_variable(opened, upstrea
     assert upstream.calls[0].payload["model"] == "m"
 
 
+async def test_a_provider_is_asked_again_as_its_entry_says(opened, upstream, monkeypatch):
+    """`retries` of a provider holds for its routes, and says nothing of another's."""
+    monkeypatch.setenv("MY_KEY", "mine")
+    routes = [{"provider": name, "model": "m"} for name in ("mine", "local")]
+    _, models = await opened(
+        providers={"mine": _at(upstream, api_key_env="MY_KEY", retries=0)},
+        models={SMALL: {"routes": routes}},
+    )
+    assert [route.retries for route in models[SMALL].router.routes] == [0, None]
+
+
 @pytest.mark.parametrize("key", ["sk-a\nsk-b", "sk-\u200bcanary", "schlüssel", "sk\tcanary"])
 async def test_a_value_that_cannot_be_a_key_is_a_config_error(key, opened, monkeypatch):
     """A key that no header can hold is refused at the start, by its variable, and not shown."""

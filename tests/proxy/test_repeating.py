@@ -349,7 +349,7 @@ async def test_what_does_not_come_plain_and_whole_is_not_kept(
                 version = (await talk.reader.readline()).split()[0]
             assert version == (b"HTTP/1.0" if b"HTTP/1.0" in pieces[0] else b"HTTP/1.1")
     assert not repeated
-    assert len(proxy.app[REPLIES]) == 0
+    assert not len(proxy.app[REPLIES].pool)
 
 
 async def test_a_client_that_reads_nothing_is_not_written_to_for_ever(

@@ -1,5 +1,6 @@
 """Several processes behind one port: they share a store, are replaced, and end together."""
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,11 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
+from qdrant_server import QdrantServer
+
+from index.collection import Provenance, ensure
+from index.connection import Connection
+from proxy.workers import WorkerFailed
 
 MODEL = "wordllama-embed"
 
@@ -80,6 +86,38 @@ def test_workers_end_with_their_parent(tmp_path):
         parent.wait()
         with pytest.raises(OSError, match=r"refused|reset|closed"):
             _until_nobody_answers(url.removesuffix("/v1") + "/livez")
+
+
+async def test_a_collection_of_another_space_is_one_line_and_code_2(tmp_path):
+    """As with one process: the line names the key, and nothing is added to it."""
+    async with QdrantServer() as server:
+        async with Connection(url=server.url) as connection:
+            await ensure(connection, f"{MODEL}-256", Provenance("vendor/else", 256))
+        config = tmp_path / "config.yaml"
+        cache = tmp_path / "cache"
+        config.write_text(
+            f"cache: {{directory: {cache}}}\nindex: {{qdrant: {{url: {server.url}}}}}\n"
+        )
+        serve = ("serve", "--port", "0", "--workers", "2", "--config", str(config))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", *serve), stdout=-1, stderr=-1
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 30)
+    said = [line for line in err.decode().splitlines() if line.startswith("embedding-proxy: ")]
+    assert (process.returncode, out, len(said)) == (2, b"", 1)
+    assert said[0].startswith(f"embedding-proxy: index.qdrant: the collection {MODEL}-256 holds")
+    assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("ended", "code", "has_said_why"),
+    [(2, 2, True), (1, 1, True), (-9, 1, False), (None, 1, False)],
+)
+def test_what_a_worker_ended_with_is_what_the_start_ends_with(ended, code, has_said_why):
+    """Only of one that was killed there is something left to say."""
+    failed = WorkerFailed(ended)
+    assert (failed.code, failed.has_said_why) == (code, has_said_why)
+    assert str(failed) == f"a worker ended with {ended} before it had started"
 
 
 def test_workers_that_cannot_start_are_one_error(tmp_path):

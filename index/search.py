@@ -1,0 +1,69 @@
+"""Finds what is nearest to a vector in a collection, if its vectors compare with that one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from providers import vector
+from providers.base import Vector
+
+from .collection import Provenance, look, objection
+from .connection import Connection
+from .failures import Missing, OtherSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A point that a search has found."""
+
+    id: int | str
+    score: float
+    """Its cosine, in collections that are made here."""
+    payload: Mapping[str, Any]
+
+    @property
+    def text(self) -> str | None:
+        """The text it was made of, where the payload holds it."""
+        found = self.payload.get("text")
+        return found if isinstance(found, str) else None
+
+
+async def search(  # noqa: PLR0913 - what is searched for, and where
+    qdrant: Connection,
+    name: str,
+    wanted: Provenance,
+    query: Vector,
+    *,
+    limit: int,
+    where: Mapping[str, Any] | None,
+    adopt: bool,
+) -> list[Found]:
+    """Return the nearest points, the nearest first; `where` is a filter in Qdrant's JSON.
+
+    `name` may be an alias. `adopt`: a collection that says nothing of its space is trusted. Raises
+    QdrantFailure; Missing, and OtherSpace for a collection whose vectors compare with none of
+    `wanted`.
+    """
+    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
+
+    # An alias may lead elsewhere from one call to the next; a collection's own name does not.
+    aliases = (await qdrant.ask(lambda client: client.get_aliases())).aliases
+    real = {one.alias_name: one.collection_name for one in aliases}.get(name, name)
+    seen = await look(qdrant, real)
+    if seen is None:
+        raise Missing(f"there is no collection {name}: nothing was indexed into it so far")
+    claim = objection(name, seen, wanted, adopt=adopt)
+    if claim is not None:
+        raise OtherSpace(claim)
+    (numbers,) = vector.stack([query]).tolist()
+    condition = None if where is None else models.Filter.model_validate(where)
+    found = await qdrant.ask(
+        lambda client: client.query_points(
+            real, query=numbers, limit=limit, query_filter=condition, with_payload=True
+        )
+    )
+    return [Found(_id(one.id), one.score, one.payload or {}) for one in found.points]
+
+
+def _id(one: object) -> int | str:
+    return one if isinstance(one, int) else str(one)
