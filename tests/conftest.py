@@ -155,12 +155,6 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Give a function that runs `embedding-proxy` in this process."""
-    return runner(monkeypatch, capsys)
-
-
-@pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
     """Give a list of the replies that were given again, without anything being parsed."""
     given: list[Reply] = []
@@ -172,6 +166,12 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
 
     monkeypatch.setattr(Repeating, "_repeat", noted)
     return given
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Give a function that runs `embedding-proxy` in this process."""
+    return runner(monkeypatch, capsys)
 
 
 class _Response(aiohttp.ClientResponse):

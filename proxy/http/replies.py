@@ -15,9 +15,9 @@ from providers.base import Vector
 from .pool import Pool
 
 # What a reply takes besides its bytes and vectors: digest, tuples, what counts it, and its place in
-# the map. And what a vector takes: its entry, and its address.
+# the map. And what a vector takes: its address, its digest, and their places.
 _OVERHEAD = 1000
-_A_VECTOR = 260
+_A_VECTOR = 200
 LONGEST_REQUEST = 1 << 16
 """Bytes; longer ones are not looked up."""
 LONGEST_REPLY = 1 << 18

@@ -1,5 +1,6 @@
-"""The same answer once more: as long as memory holds the very entries it was made of."""
+"""The same answer once more: as long as memory holds the very vectors it was made of."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -35,20 +36,30 @@ class Bench:
         context = Context(FAR, terms=terms, account=account)
         return await self.embedder.embed(SPACE, list(inputs), context)
 
-    async def known(self, *inputs: str):
+    async def known(self, *inputs: str) -> Callable[[], object]:
         """Return what tells whether the answer to these holds, once all are known."""
         await self.ask(*inputs)
         answer = await self.ask(*inputs)
         return partial(answer.again.still, answer.vectors)
 
+    async def looked_up(self, *inputs: str) -> Callable[[], object]:
+        """Return what gives the vectors of these, once all are known."""
+        await self.ask(*inputs)
+        return (await self.ask(*inputs)).again.vectors
 
-async def test_it_counts_as_another_request_and_notes_the_use():
+
+WAYS = pytest.mark.parametrize("way", [Bench.known, Bench.looked_up], ids=["still", "vectors"])
+
+
+@WAYS
+async def test_it_counts_as_another_request_and_notes_the_use(way):
     """Sums, look-ups and uses grow as if the request had been answered anew."""
     bench = Bench()
-    again = await bench.known("a", "b")
+    again = await way(bench, "a", "b")
     bench.store.touched.clear()
     sums, hits = dict(bench.store.sums), bench.tiers.counters.memory_hits
     assert again()
+    assert bench.store.touched == {key_of(item, SPACE).address for item in ("a", "b")}
     ((heading, usage),) = [(h, u) for h, u in bench.store.sums.items() if u != sums.get(h)]
     assert (heading.client, heading.model, heading.partition) == ("ci", "model", PARTITION)
     assert usage.hits - sums[heading].hits == 2
@@ -56,13 +67,13 @@ async def test_it_counts_as_another_request_and_notes_the_use():
     assert usage == sums[heading].plus(anew)
     assert anew.tokens_saved > 0
     assert bench.tiers.counters.memory_hits == hits + 4
-    assert bench.store.touched == {key_of(item, SPACE).address for item in ("a", "b")}
 
 
-async def test_it_asks_no_disk():
+@WAYS
+async def test_it_asks_no_disk(way):
     """Nothing is read, and nothing is awaited."""
     bench = Bench()
-    again = await bench.known("a")
+    again = await way(bench, "a")
     bench.store.reads.clear()
     assert all(again() for _ in range(3))
     assert bench.store.reads == []
@@ -110,10 +121,32 @@ async def test_what_puts_an_end_to_an_entry_puts_one_to_it(end):
     assert (bench.store.usage, bench.tiers.counters.memory_hits) == before
 
 
-async def test_it_is_a_use_in_memory_too():
+@pytest.mark.parametrize("end", [_purged, _displaced, _aged], ids=lambda f: f.__name__)
+async def test_what_is_no_longer_in_memory_gives_no_vectors(end):
+    """Then it is to be asked anew, and nothing is counted."""
+    bench = Bench(room=4, ttl_s=10)
+    again = await bench.looked_up("a", "b")
+    await end(bench)
+    before = bench.store.usage, bench.tiers.counters.memory_hits
+    assert again() is None
+    assert (bench.store.usage, bench.tiers.counters.memory_hits) == before
+
+
+@pytest.mark.parametrize("end", [_replaced, _put_anew, _read_again], ids=lambda f: f.__name__)
+async def test_the_vectors_are_those_of_now(end):
+    """What was bought or read since is what is given, in the order of the inputs."""
+    bench = Bench()
+    again = await bench.looked_up("b", "a")
+    await end(bench)
+    now = (await bench.ask("b", "a")).vectors
+    assert all(one is other for one, other in zip(again(), now, strict=True))
+
+
+@WAYS
+async def test_it_is_a_use_in_memory_too(way):
     """An answer that is only given so is the last to be displaced."""
     bench = Bench(room=3)
-    again = await bench.known("a")
+    again = await way(bench, "a")
     for number in range(6):
         await bench.ask(f"other {number}")
         assert again()
@@ -125,15 +158,13 @@ ANEW = {
     "twice the same": (["a", "a"], NORMAL),
     "no older than": (["a"], Terms(max_age=60)),
     "no trace": (["a"], Terms(write=False)),
-    "frozen": (["a"], Terms(frozen=True)),
-    "only if cached": (["a"], Terms(only_if_cached=True)),
     "anew": (["a"], Terms(max_age=0)),
 }
 
 
 @pytest.mark.parametrize(("inputs", "terms"), ANEW.values(), ids=ANEW)
 async def test_only_a_plain_whole_hit_can_be_given_again(inputs, terms):
-    """Whatever was bought for, repeated within, or asked on terms is to be asked anew."""
+    """What was bought for, holds an input twice, or was not to be any entry, is asked anew."""
     bench = Bench()
     assert await bench.known("a")
     assert (await bench.ask(*inputs, terms=terms)).again is None

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from talk import Talk
 
 from proxy.http import repeating
-from proxy.http.connection import Connection, Runner, Server
+from proxy.http.connection import REPLIES, Connection, Runner, Server
 
 MODEL = "text-embedding-3-small"
 
@@ -320,6 +320,36 @@ async def test_what_came_first_is_answered_first(upstream, start_proxy, connecti
             async with Talk(proxy.url, request) as talk:
                 alone.append((await talk.response())[2]["data"])
         assert alone == in_order
+
+
+UNKNOWN = {
+    "an old version": [_post(_body("known"), b"Connection: keep-alive", of=b"1.0")],
+    "to be closed": [_post(_body("known"), b"Connection: close")],
+    "in chunks": [_chunked(_body("known"))],
+    "in pieces": [KNOWN[:-9], KNOWN[-9:]],
+    "an end that is not the last": [KNOWN + b"\r\n"],
+}
+
+
+@pytest.mark.parametrize("pieces", UNKNOWN.values(), ids=UNKNOWN)
+async def test_what_does_not_come_plain_and_whole_is_not_kept(
+    pieces, upstream, start_proxy, repeated, monkeypatch
+):
+    """It is answered anew each time, in the version it was asked in."""
+    proxy = await start_proxy(openai=upstream)
+    arrived = _arrivals(monkeypatch, Connection)
+    for _ in range(4):
+        before = arrived()
+        async with Talk(proxy.url, b"") as talk:
+            for place, piece in enumerate(pieces, 1):
+                await talk.send(piece)
+                sent = before + sum(map(len, pieces[:place]))
+                await _until(lambda: arrived() == sent)  # noqa: B023
+            async with asyncio.timeout(5):
+                version = (await talk.reader.readline()).split()[0]
+            assert version == (b"HTTP/1.0" if b"HTTP/1.0" in pieces[0] else b"HTTP/1.1")
+    assert not repeated
+    assert not len(proxy.app[REPLIES].pool)
 
 
 async def test_a_client_that_reads_nothing_is_not_written_to_for_ever(
