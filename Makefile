@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle index flow kills clients pins client-pins clean
+.PHONY: demo test serve lint bench profile torture damage outage oracle index flow kills clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
 
 test: .venv/test
-	$(BIN)/python -m pytest --cov --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-fail-under=95
 
 serve: .venv/demo
 	$(BIN)/embedding-proxy serve
@@ -60,12 +60,20 @@ flow: .venv/test
 clients: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/client_trial.py
 
+# The figures of this machine against their targets: all of them, or ONLY=T1,T3. ROUNDS=3 is quick and
+# rough, PEERS=litellm measures LiteLLM too, RECORD=yes puts a whole run onto the pages.
+bench: ROUNDS = 7
 bench: .venv/test
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench --rounds $(ROUNDS) --only "$(ONLY)" --peers "$(PEERS)" $(if $(RECORD),--record)
+
+# Where a hit's processor time goes, part by part; ONLY and RECORD as above.
+profile: .venv/test
+	$(BIN)/python -m bench.profile --only "$(ONLY)" $(if $(RECORD),--record)
 
 # The checkout is installed as it stands (editable), at the pinned versions, hashes checked.
-.venv/demo: requirements/demo.txt pyproject.toml
+.venv/demo: requirements/pip.txt requirements/demo.txt pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/pip.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -75,12 +83,13 @@ bench: .venv/test
 	touch $@
 
 # Brings the pins up to date with pyproject.toml and the newest releases; needs uv.
-PIN = uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+PIN = uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --upgrade \
 	--custom-compile-command "make pins" --quiet
 pins:
-	$(PIN) --extra all --extra test --extra lint --group build -o requirements/test.txt
-	$(PIN) --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
+	$(PIN) pyproject.toml --extra all --extra test --extra lint --group build -o requirements/test.txt
+	$(PIN) pyproject.toml --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
+	$(PIN) --group installer -o requirements/pip.txt
 
 # The same for the clients that are tried; needs uv and npm. What CI installs has its hashes.
 CLIENT_PIN = uv pip compile --universal --python-version 3.11 --no-annotate \
@@ -96,4 +105,5 @@ client-pins:
 		@ai-sdk/openai@latest @ai-sdk/openai-compatible@latest
 
 clean:
-	rm -rf .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .bench .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis .coverage

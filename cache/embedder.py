@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from providers.base import (
-    Account,
+    NORMAL,
     Context,
     DeadlineExceeded,
     Embedded,
@@ -56,7 +56,7 @@ class CachingEmbedder:
             # By far the most requests: all is known, and nothing stands in them twice.
             at_hand = self._tiers.at_hand(keys, ring.partition, context.terms)
             if at_hand is not None:
-                return self._hits(ring, keys, at_hand, context.account)
+                return self._hits(ring, keys, at_hand, context)
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
@@ -84,12 +84,16 @@ class CachingEmbedder:
         return answer
 
     def _hits(
-        self, ring: Keyring, keys: Keys, entries: Sequence[Entry], account: Account
+        self, ring: Keyring, keys: Keys, entries: Sequence[Entry], context: Context
     ) -> Answered:
+        account = context.account
         tokens = [entry.tokens for entry in entries]
         usage = usage_of_hits(tokens, account)
         heading = Heading(ring.partition, account.model, client=account.client)
         self._tiers.count(heading, usage)
+        again = None
+        if context.terms == NORMAL:
+            again = Repeat(self._tiers, keys, ring.partition, heading, usage)
         return Answered(
             vectors=[entry.vector for entry in entries],
             tokens=tokens,
@@ -97,7 +101,7 @@ class CachingEmbedder:
             outcomes=[Outcome.HIT] * len(entries),
             usage=usage,
             keys=keys,
-            again=Repeat(self._tiers, keys, ring.partition, heading, usage),
+            again=again,
         )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:

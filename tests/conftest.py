@@ -14,10 +14,13 @@ import openai
 import pytest
 from aiohttp import web
 from aioresponses import aioresponses
+from command import Run, runner
 from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
 from proxy.http.connection import Runner
+from proxy.http.repeating import Repeating
+from proxy.http.replies import Reply
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
@@ -149,6 +152,26 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     start = StartProxy(tmp_path / "cache", monkeypatch)
     yield start
     await start.stop()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Give a function that runs `embedding-proxy` in this process."""
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+    """Give a list of the replies that were given again, without anything being parsed."""
+    given: list[Reply] = []
+    repeat = Repeating._repeat
+
+    def noted(connection: Repeating, reply: Reply) -> None:
+        given.append(reply)
+        repeat(connection, reply)
+
+    monkeypatch.setattr(Repeating, "_repeat", noted)
+    return given
 
 
 class _Response(aiohttp.ClientResponse):
