@@ -314,7 +314,7 @@ async def _main(names: list[str]) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 found = await trial(client, Path(folder))
         except (Broken, TimeoutError) as error:
-            print(f"{client.name}: {error or 'did not end'}", flush=True)
+            print(f"{client.name}: {str(error) or 'did not end'}", flush=True)
             bad += 1
             continue
         (library, version), *others = found.versions.items()
