@@ -35,6 +35,8 @@ from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 from tests.providers.many_texts import write_vocabulary
 
+PATIENCE = 300
+"""Seconds for one run of a script; a client may try again and again what will not work."""
 MOST_TOKENS = 8192
 CL100K = "cl100k_base"
 _REFUSED = "invalid_request_error"
@@ -162,6 +164,10 @@ class OpenAI(FaultServer):
         return web.Response(body=body, content_type="application/json")
 
 
+class Broken(Exception):
+    """A script failed, instead of saying what became of its cases."""
+
+
 @dataclass
 class Found:
     """What became of one client's trial."""
@@ -207,7 +213,10 @@ async def _proxy(folder: Path, upstream: OpenAI) -> AsyncIterator[str]:
 
 
 async def _run(client: Client, url: str, folder: Path) -> dict[str, Any]:
-    """Run a client's script at an address, in an environment that holds nothing else."""
+    """Run a client's script at an address, in an environment that holds nothing else.
+
+    Raises Broken when the script itself fails, TimeoutError when it does not end.
+    """
     settings = {
         name: value.format(url=url, root=url.removesuffix("/v1"), folder=folder)
         for name, value in (client.env or _PLAIN).items()
@@ -227,9 +236,15 @@ async def _run(client: Client, url: str, folder: Path) -> dict[str, Any]:
             **settings,
         },
     )
-    out, err = await process.communicate(json.dumps(cases(client)).encode())
+    try:
+        async with asyncio.timeout(PATIENCE):
+            out, err = await process.communicate(json.dumps(cases(client)).encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     if process.returncode:
-        raise RuntimeError(f"{client.name} failed:\n{err.decode()}")
+        raise Broken(f"{client.script} failed:\n{err.decode()}")
     return json.loads(out)
 
 
@@ -266,6 +281,8 @@ async def trial(client: Client, folder: Path) -> Found:
         write_vocabulary(CL100K, folder)
     async with OpenAI() as upstream, _proxy(folder, upstream) as url:
         direct = await _run(client, upstream.url, folder)
+        if not upstream.calls:
+            raise Broken(f"{client.script} called something else than its upstream")
         model = upstream.calls[0].payload["model"]
         texts, before = len(set(upstream.answered)), len(upstream.answered)
         first = await _run(client, url, folder)
@@ -279,7 +296,7 @@ async def trial(client: Client, folder: Path) -> Found:
         *(f"not the upstream's: {case}" for case in _unlike_the_upstream(client, answers, model)),
     ]
     refused = {case: one["refused"] for case, one in answers.items() if "refused" in one}
-    exact = next(iter(answers.values()))["exact"]
+    exact = next(iter(answers.values())).get("exact", False)
     return Found(second["versions"], texts, bought, calls, refused, exact, wrong)
 
 
@@ -289,15 +306,21 @@ async def _main(names: list[str]) -> int:
     clients = [one for one in CLIENTS if not names or any(name in one.name for name in names)]
     await client_environments.make(list(dict.fromkeys(one.environment for one in clients)))
     installed = time.perf_counter()
-    row = "{:<35} {:<8} {:<14} {:>5} {:>13} {:>14}  {}".format
+    row = "{:<34} {:<8} {:<14} {:>5} {:>13} {:>14}  {}".format
     print(row("library", "version", "with", "texts", "bought first", "bought second", "equal"))
     bad = 0
     for client in clients:
-        with tempfile.TemporaryDirectory() as folder:
-            found = await trial(client, Path(folder))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                found = await trial(client, Path(folder))
+        except (Broken, TimeoutError) as error:
+            print(f"{client.name}: {str(error) or 'did not end'}", flush=True)
+            bad += 1
+            continue
         (library, version), *others = found.versions.items()
         beside = ", ".join(f"{name} {number}" for name, number in others)
         equal = "no" if found.wrong else "yes" if found.exact else "yes, as float32"
+        library += " (Node)" if client.environment == "node" else ""
         print(row(library, version, beside, found.texts, found.first, found.second, equal))
         for case in found.wrong:
             print(f"    {case}")
