@@ -18,7 +18,7 @@ from typing import Any
 from . import pages
 from .chart import Bar, Panel, svg
 from .process import CORES, ROOT, busy_seconds
-from .table import Row, Verdict, markdown, number
+from .table import Row, Verdict, cells, markdown, number
 
 RESULTS = ROOT / "bench" / "results"
 PANELS = (("One input", "T1"), ("2,000 inputs, base64", "T3"), ("2,000 inputs, floats", "T4"))
@@ -127,14 +127,17 @@ def summary(machine: dict[str, Any], rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """Return the table for the README: each target's first row, or the worst of its rows."""
-    lines = ["| | measured | target | |", "|---|---|---|---|"]
+    """Return the table for the README: of each target the row that keeps its bound the least.
+
+    Rows against a peer stand at the end, whatever their bound.
+    """
+    peers = [row for row in rows if _figure(row, "litellm")]
+    own: dict[str, Row] = {}
     for row in rows:
-        if row.verdict:
-            unit = f" {row.unit}" if row.unit else ""
-            lines.append(
-                f"| {row.what} | {number(row.value)}{unit} | {row.bound} | {row.verdict} |"
-            )
+        if row.verdict and row not in peers:
+            own[row.target] = max(own.get(row.target, row), row, key=lambda one: one.strain)
+    lines = ["| | | measured | target | |", "|---|---|---|---|---|"]
+    lines += (f"| {' | '.join(cells(row)[:5])} |" for row in (*own.values(), *peers))
     return "\n".join(lines)
 
 

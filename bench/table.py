@@ -39,6 +39,12 @@ class Row:
         return Verdict.MET if kept else Verdict.MISS
 
     @property
+    def strain(self) -> float:
+        """The figure as a part of its bound: past 1 it is missed."""
+        parts = [self.value / self.most] if self.most else []
+        return max([*parts, *([self.least / self.value] if self.least else [])], default=0.0)
+
+    @property
     def bound(self) -> str:
         """What it should be, in the row's unit."""
         if self.least is not None and self.least == self.most:

@@ -82,6 +82,20 @@ def test_a_run_is_kept_by_day_and_machine():
     assert record.file_of(MACHINE).name == "2026-11-22-intel-xeon-processor-2-cores.json"
 
 
+def test_the_readme_tells_the_worst_of_each_target():
+    """Of several rows the one nearest to its bound, or furthest beyond, is shown; and each peer."""
+    rows = [
+        row(what="far", target="T10", value=50.0, least=None, most=100.0),
+        row(what="near", target="T10", value=90.0, least=None, most=100.0),
+        row(what="slow", value=0.5, least=1.0),
+        row(what="slower", value=0.4, least=1.0),
+        row(what="unjudged", least=None),
+        row(what="against", value=0.1, least=250.0, figures={"litellm_cpu_ms": 1.0}),
+    ]
+    shown = [line.split(" | ")[1] for line in record.headline(rows).splitlines()[2:]]
+    assert shown == ["near", "slower", "against"]
+
+
 def test_words_around_stay():
     """Only what stands between the marks of a name is replaced, and a page without them is told."""
     page = "a\n<!-- bench: x -->\nold\n<!-- end -->\nb\n<!-- bench: y -->\nkept\n<!-- end -->\n"
