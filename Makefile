@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/embedding-proxy demo
 
 test: .venv/test
-	$(BIN)/python -m pytest --cov --cov-fail-under=95
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-fail-under=95
 
 serve: .venv/demo
 	$(BIN)/embedding-proxy serve
@@ -71,8 +71,9 @@ profile: .venv/test
 	$(BIN)/python -m bench.profile --only "$(ONLY)" $(if $(RECORD),--record)
 
 # The checkout is installed as it stands (editable), at the pinned versions, hashes checked.
-.venv/demo: requirements/demo.txt pyproject.toml
+.venv/demo: requirements/pip.txt requirements/demo.txt pyproject.toml
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/pip.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
@@ -82,12 +83,13 @@ profile: .venv/test
 	touch $@
 
 # Brings the pins up to date with pyproject.toml and the newest releases; needs uv.
-PIN = uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+PIN = uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --upgrade \
 	--custom-compile-command "make pins" --quiet
 pins:
-	$(PIN) --extra all --extra test --extra lint --group build -o requirements/test.txt
-	$(PIN) --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
+	$(PIN) pyproject.toml --extra all --extra test --extra lint --group build -o requirements/test.txt
+	$(PIN) pyproject.toml --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
+	$(PIN) --group installer -o requirements/pip.txt
 
 # The same for the clients that are tried; needs uv and npm. What CI installs has its hashes.
 CLIENT_PIN = uv pip compile --universal --python-version 3.11 --no-annotate \

@@ -18,23 +18,27 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import client_environments
 import orjson
+import splintr
 from aiohttp import web
 from client_environments import HERE
 from fault_server import Call, FaultServer, Payload, status, vector_of
 
-from providers import tokens
 from proxy.app import build_app
 from proxy.http.connection import Runner
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 from tests.providers.many_texts import write_vocabulary
 
+PATIENCE = 300
+"""Seconds for one run of a script; a client may try again and again what will not work."""
 MOST_TOKENS = 8192
+CL100K = "cl100k_base"
 _REFUSED = "invalid_request_error"
 
 
@@ -95,6 +99,7 @@ ODD = [
     "<|endoftext|>",
     "1.0",
     "true",
+    "hello world",
 ]
 # More than a model takes, and where a client cuts it by tokens, characters are cut in two.
 LONG = "🤷🏽‍♀️ 東京 " * 1200
@@ -112,9 +117,28 @@ def cases(client: Client) -> dict[str, object]:
         "one of them empty": ["a text", ""],
     }
     if client.token_arrays:
-        # The last begins inside a character, so that it stands for no text.
+        # Two stand for a text that is asked for as such; the last begins inside a character.
         given |= {"tokens": [15339, 1917], "token arrays": [[15339, 1917], [4438], [97, 223]]}
     return given
+
+
+@cache
+def _tokenizer() -> splintr.AnyTokenizer:
+    return splintr.Tokenizer.from_pretrained(CL100K)
+
+
+def _text(item: str | list[int]) -> str | tuple[int, ...]:
+    """Return the text that an input is or stands for, if it stands for one."""
+    if isinstance(item, str):
+        return item
+    try:
+        return _tokenizer().decode_bytes(item).decode()
+    except UnicodeDecodeError:
+        return tuple(item)
+
+
+def _size(item: str | tuple[int, ...]) -> int:
+    return len(_tokenizer().encode_ordinary(item) if isinstance(item, str) else item)
 
 
 class OpenAI(FaultServer):
@@ -127,21 +151,21 @@ class OpenAI(FaultServer):
         self.answered = []
 
     async def _act(self, request: web.Request, payload: Payload) -> web.StreamResponse:
-        inputs = [
-            tokens.as_text(item if isinstance(item, str) else tuple(item))
-            for item in Call("", {}, payload).inputs
-        ]
+        inputs = [_text(item) for item in Call("", {}, payload).inputs]
         if not all(inputs):
             return await status(400)(request, payload)
-        if (longest := max(tokens.count(inputs))) > MOST_TOKENS:
+        if (longest := max(map(_size, inputs))) > MOST_TOKENS:
             message = f"This model's maximum context length is {MOST_TOKENS} tokens, however you "
             error = {"message": f"{message}requested {longest} tokens.", "type": _REFUSED}
-            return await status(400, {"error": {**error, "param": None, "code": None}})(
-                request, payload
-            )
+            body = {"error": {**error, "param": None, "code": None}}
+            return await status(400, body)(request, payload)
         self.answered += inputs
         body = orjson.dumps(self.reply({**payload, "input": inputs}))
         return web.Response(body=body, content_type="application/json")
+
+
+class Broken(Exception):
+    """A script failed, instead of saying what became of its cases."""
 
 
 @dataclass
@@ -189,7 +213,10 @@ async def _proxy(folder: Path, upstream: OpenAI) -> AsyncIterator[str]:
 
 
 async def _run(client: Client, url: str, folder: Path) -> dict[str, Any]:
-    """Run a client's script at an address, in an environment that holds nothing else."""
+    """Run a client's script at an address, in an environment that holds nothing else.
+
+    Raises Broken when the script itself fails, TimeoutError when it does not end.
+    """
     settings = {
         name: value.format(url=url, root=url.removesuffix("/v1"), folder=folder)
         for name, value in (client.env or _PLAIN).items()
@@ -209,9 +236,15 @@ async def _run(client: Client, url: str, folder: Path) -> dict[str, Any]:
             **settings,
         },
     )
-    out, err = await process.communicate(json.dumps(cases(client)).encode())
+    try:
+        async with asyncio.timeout(PATIENCE):
+            out, err = await process.communicate(json.dumps(cases(client)).encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     if process.returncode:
-        raise RuntimeError(f"{client.name} failed:\n{err.decode()}")
+        raise Broken(f"{client.script} failed:\n{err.decode()}")
     return json.loads(out)
 
 
@@ -245,9 +278,11 @@ def _unlike_the_upstream(client: Client, answers: Answers, model: str) -> list[s
 async def trial(client: Client, folder: Path) -> Found:
     """Run a client three times: at the upstream, at a proxy with an empty cache, and again."""
     if client.environment == "langchain":
-        write_vocabulary(tokens.CL100K, folder)
+        write_vocabulary(CL100K, folder)
     async with OpenAI() as upstream, _proxy(folder, upstream) as url:
         direct = await _run(client, upstream.url, folder)
+        if not upstream.calls:
+            raise Broken(f"{client.script} called something else than its upstream")
         model = upstream.calls[0].payload["model"]
         texts, before = len(set(upstream.answered)), len(upstream.answered)
         first = await _run(client, url, folder)
@@ -261,7 +296,7 @@ async def trial(client: Client, folder: Path) -> Found:
         *(f"not the upstream's: {case}" for case in _unlike_the_upstream(client, answers, model)),
     ]
     refused = {case: one["refused"] for case, one in answers.items() if "refused" in one}
-    exact = next(iter(answers.values()))["exact"]
+    exact = next(iter(answers.values())).get("exact", False)
     return Found(second["versions"], texts, bought, calls, refused, exact, wrong)
 
 
@@ -271,15 +306,21 @@ async def _main(names: list[str]) -> int:
     clients = [one for one in CLIENTS if not names or any(name in one.name for name in names)]
     await client_environments.make(list(dict.fromkeys(one.environment for one in clients)))
     installed = time.perf_counter()
-    row = "{:<35} {:<8} {:<14} {:>5} {:>13} {:>14}  {}".format
+    row = "{:<34} {:<8} {:<14} {:>5} {:>13} {:>14}  {}".format
     print(row("library", "version", "with", "texts", "bought first", "bought second", "equal"))
     bad = 0
     for client in clients:
-        with tempfile.TemporaryDirectory() as folder:
-            found = await trial(client, Path(folder))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                found = await trial(client, Path(folder))
+        except (Broken, TimeoutError) as error:
+            print(f"{client.name}: {str(error) or 'did not end'}", flush=True)
+            bad += 1
+            continue
         (library, version), *others = found.versions.items()
         beside = ", ".join(f"{name} {number}" for name, number in others)
         equal = "no" if found.wrong else "yes" if found.exact else "yes, as float32"
+        library += " (Node)" if client.environment == "node" else ""
         print(row(library, version, beside, found.texts, found.first, found.second, equal))
         for case in found.wrong:
             print(f"    {case}")

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 from urllib.parse import unquote
 
@@ -299,6 +300,9 @@ class _Engine:
             self._local.create_collection(
                 name, asked.vectors, asked.sparse_vectors, metadata=metadata
             )
+            # What is read becomes JSON at once: copying the payloads first is half of all work.
+            made = self._local.collections[name]
+            made._get_payload = partial(made._get_payload, return_copy=False)
             self._schemas[name], self._configs[name] = {}, body
             return True
         if method == "DELETE":

@@ -396,14 +396,15 @@ async def test_an_old_proof_will_do_in_an_outage(start, upstream, monkeypatch):
     assert (await _ask(proxy, ANNE)).status == 503
 
 
-async def test_a_key_that_is_revoked_meanwhile(start, upstream):
+@pytest.mark.parametrize("texts", ["a", [f"text {i}" for i in range(200)]])
+async def test_a_key_that_is_revoked_meanwhile(texts, start, upstream):
     """Its first miss is refused, and from then on its hits are, in the same bytes too."""
     proxy = await start()
-    await _ask(proxy, ANNE)
-    assert [(await _ask(proxy, ANNE)).status for _ in range(3)] == [200] * 3
+    await _ask(proxy, ANNE, texts)
+    assert [(await _ask(proxy, ANNE, texts)).status for _ in range(3)] == [200] * 3
     upstream.always = _refusing(upstream, ANNE)
     assert (await _ask(proxy, ANNE, "new")).status == 401
-    assert (await _ask(proxy, ANNE)).status == 401
+    assert (await _ask(proxy, ANNE, texts)).status == 401
 
 
 async def test_only_if_cached_proves_nothing(start, upstream):

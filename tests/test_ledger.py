@@ -88,8 +88,8 @@ async def _load(proxies, chance, told):
             told["billed"] += int(response.headers["x-tokens-billed"])
 
     async def client(number):
-        # All at once for the same text.
-        await ask(proxies[0], "key-of-alpha", {"model": "m", "input": [f"for all {len(told)}"]})
+        # All at once for the same text, each of them twice.
+        await ask(proxies[0], "key-of-alpha", {"model": "m", "input": [f"for all {len(told)}"] * 2})
         for _ in range(8):
             key = chance.choice(tuple(NAMES))
             texts = [

@@ -249,4 +249,4 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(deadline=None, max_examples=300, stateful_step_count=60)
+TestModel.settings = settings(deadline=None, max_examples=100, stateful_step_count=60)

@@ -387,7 +387,7 @@ def test_an_installation_reads_the_copy_beside_the_package(monkeypatch, tmp_path
         "server: {port: 1" + "0" * 5000 + "}",
         "server: &a {host: *a}",
         "models: &a [*a]",
-        "server: " + "[" * 3000,
+        "server: " + "[" * 1000,
         "cache: {directory: ~nobody-of-that-name/x}",
         "server: {max_body_mib: 1e308}",
         "cache: {size_limit_gib: 1e300}",
