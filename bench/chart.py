@@ -33,7 +33,7 @@ class Panel(NamedTuple):
 
 def svg(title: str, panels: Sequence[Panel]) -> str:
     """Return the chart. Values are not negative."""
-    y, lines = 24, []
+    y, lines = 34, []
     for panel in panels:
         lines.append(_text(0, y + 14, panel.title, "start", "bold"))
         y += _HEAD - 10
