@@ -40,8 +40,11 @@ class Again(Protocol):
     def vectors(self) -> Sequence[Vector] | None:
         """Return what it is answered with now, and count it; None if it has to be asked anew."""
 
-    def still(self, vectors: Sequence[Vector]) -> bool:
-        """Tell whether these very vectors would be the answer; if so, count it."""
+    def serials_of(self, vectors: Sequence[Vector]) -> Sequence[int] | None:
+        """Return by which numbers `still` knows an answer again; None if it is another already."""
+
+    def still(self, serials: Sequence[int]) -> bool:
+        """Tell whether the answer is the same as ever; if so, count it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

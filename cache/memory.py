@@ -4,19 +4,22 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import NamedTuple
 
 from .record import Entry
 
-# What an entry takes besides its vector: two tuples, an address, a digest, three numbers, and its
+# What an entry takes besides its vector: two tuples, an address, a digest, four numbers, and its
 # place in the map. Measured with sys.getsizeof on CPython 3.11, 64 bit.
-_OVERHEAD = 440
+_OVERHEAD = 480
 
 
 class _Kept(NamedTuple):
     entry: Entry
     stored: float
     """When it was bought, in seconds since 1970."""
+    serial: int
+    """A number of its own: whoever has it need not hold the entry to know it again."""
 
 
 class Memory:
@@ -34,6 +37,7 @@ class Memory:
         self._clock = clock
         self._size = 0
         self._entries: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._serials = count(1)
 
     @property
     def size(self) -> int:
@@ -80,13 +84,22 @@ class Memory:
 
         No use is noted.
         """
+        kept = self._all_of(addresses)
+        return None if kept is None else [one.entry for one in kept]
+
+    def serials_of(self, addresses: Iterable[bytes]) -> list[int] | None:
+        """Return the numbers of these entries, under the same conditions."""
+        kept = self._all_of(addresses)
+        return None if kept is None else [one.serial for one in kept]
+
+    def _all_of(self, addresses: Iterable[bytes]) -> list[_Kept] | None:
         found = list(map(self._entries.get, addresses))
         kept = [one for one in found if one is not None]
         if len(kept) < len(found):
             return None
         if self._ttl_s is not None and min(one.stored for one in kept) <= self._expired:
             return None
-        return [one.entry for one in kept]
+        return kept
 
     def note(self, addresses: Iterable[bytes]) -> None:
         """Note that entries, all of which are here, were used."""
@@ -111,7 +124,8 @@ class Memory:
             if stored is not None and stored < known.stored and entry.digest == known.entry.digest:
                 return
             self._drop(address)
-        self._entries[address] = _Kept(entry, self._clock() if stored is None else stored)
+        bought = self._clock() if stored is None else stored
+        self._entries[address] = _Kept(entry, bought, next(self._serials))
         self._size += size
         while self._size > self._limit:
             self._drop(next(iter(self._entries)))

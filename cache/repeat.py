@@ -37,9 +37,13 @@ class Repeat:
         self.tiers.count(self.heading, self.usage)
         return [entry.vector for entry in entries]
 
-    def still(self, vectors: Sequence[Vector]) -> bool:
-        """Tell whether these very vectors would be the answer; if so, count it."""
-        if not self.tiers.holds(self.keys.addresses, vectors, self.partition):
+    def serials_of(self, vectors: Sequence[Vector]) -> list[int] | None:
+        """Return by which numbers `still` knows an answer again; None if it is another already."""
+        return self.tiers.serials_of(self.keys.addresses, vectors)
+
+    def still(self, serials: Sequence[int]) -> bool:
+        """Tell whether the answer is the same as ever; if so, count it."""
+        if not self.tiers.holds(self.keys.addresses, serials, self.partition):
             return False
         self.tiers.count(self.heading, self.usage)
         return True

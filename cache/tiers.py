@@ -82,12 +82,18 @@ class Tiers:
         self._used(keys.addresses, partition)
         return entries
 
-    def holds(
-        self, addresses: Sequence[bytes], vectors: Sequence[Vector], partition: Partition
-    ) -> bool:
-        """Tell whether memory still holds these very vectors, and note that they were used."""
+    def serials_of(self, addresses: Sequence[bytes], vectors: Sequence[Vector]) -> list[int] | None:
+        """Return by which numbers `holds` knows these vectors again; None if they are not there."""
         entries = self._memory.all_of(addresses)
         if entries is None or not all(map(is_, (entry.vector for entry in entries), vectors)):
+            return None
+        return self._memory.serials_of(addresses)
+
+    def holds(
+        self, addresses: Sequence[bytes], serials: Sequence[int], partition: Partition
+    ) -> bool:
+        """Tell whether memory still holds these very entries, and note that they were used."""
+        if self._memory.serials_of(addresses) != serials:
             return False
         self._used(addresses, partition)
         return True

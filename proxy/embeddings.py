@@ -53,9 +53,10 @@ class Embeddings:
         form = answer.form
         chunks = wire.render(vectors, form, self._texts.json)
         if len(vectors) <= form.vectors_a_chunk:
-            if answer.again is not None:
-                still: Callable[[], bool] = partial(answer.again.still, vectors)
-                request[AGAIN] = still, vectors
+            serials = None if answer.again is None else answer.again.serials_of(vectors)
+            if answer.again is not None and serials is not None:
+                still: Callable[[], bool] = partial(answer.again.still, serials)
+                request[AGAIN] = still, len(serials)
             return web.Response(
                 body=b"".join(chunks), content_type="application/json", headers=answer.headers
             )

@@ -45,7 +45,7 @@ from .wire import EmbeddingRequest
 MIB = 1 << 20
 GIB = 1 << 30
 DAY = 86_400
-REPLIES_SHARE = 0.25
+REPLIES_SHARE = 0.5
 """The part of the memory that is left to whole replies (see `http.replies`)."""
 
 

@@ -228,5 +228,8 @@ class _WhileProved:
     def vectors(self) -> Sequence[Vector] | None:
         return self.answer.vectors() if self.is_proved() else None
 
-    def still(self, vectors: Sequence[Vector]) -> bool:
-        return self.is_proved() and self.answer.still(vectors)
+    def serials_of(self, vectors: Sequence[Vector]) -> Sequence[int] | None:
+        return self.answer.serials_of(vectors)
+
+    def still(self, serials: Sequence[int]) -> bool:
+        return self.is_proved() and self.answer.still(serials)

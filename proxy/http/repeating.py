@@ -7,20 +7,19 @@ parts are read here and nowhere else: whether it waits for a request, and when i
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
 
-from providers.base import Vector
 from proxy.errors import new_request_id
 
 from .boundary import Boundary
 from .replies import LONGEST_REQUEST, Replies, Reply
 
-AGAIN: web.RequestKey[tuple[Callable[[], bool], Sequence[Vector]]] = web.RequestKey("again")
+AGAIN: web.RequestKey[tuple[Callable[[], bool], int]] = web.RequestKey("again")
 """Set on a request whose reply may be given again: the last two fields of a `Reply`."""
 
 HELD = 0.01

@@ -7,21 +7,19 @@ digest (BLAKE2b-128, keyed anew in each process), so that no text and no key is 
 
 import hashlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
-
-from providers.base import Vector
 
 from .pool import Pool
 
-# What a reply takes besides its bytes and vectors: digest, tuples, what counts it, and its place in
-# the map. And what a vector takes: its address, its digest, and their places.
+# What a reply takes besides its bytes: digest, tuples, what counts it, and its place in the map.
+# And what each of its inputs takes: an address, a digest, a number, and their places.
 _OVERHEAD = 1000
-_A_VECTOR = 200
+_A_INPUT = 200
 LONGEST_REQUEST = 1 << 16
 """Bytes; longer ones are not looked up."""
 LONGEST_REPLY = 1 << 18
-"""Bytes, vectors included; longer ones are not kept."""
+"""Bytes in all; longer ones are not kept."""
 
 
 class Reply(NamedTuple):
@@ -32,8 +30,7 @@ class Reply(NamedTuple):
     body: bytes
     again: Callable[[], bool]
     """Tells whether the reply still holds, and if it does, counts it (see `cache.repeat`)."""
-    vectors: Sequence[Vector] = ()
-    """Those that `again` keeps alive, though the cache may have dropped them."""
+    inputs: int = 1
 
 
 class Replies:
@@ -58,7 +55,6 @@ class Replies:
 
     def keep(self, digest: bytes, reply: Reply) -> None:
         """Keep a reply, unless it is long."""
-        vectors = sum(map(len, reply.vectors)) + _A_VECTOR * len(reply.vectors)
-        size = len(reply.head) + len(reply.body) + vectors + _OVERHEAD
+        size = len(reply.head) + len(reply.body) + _A_INPUT * reply.inputs + _OVERHEAD
         if size <= LONGEST_REPLY:
             self.pool.keep(digest, reply, size)

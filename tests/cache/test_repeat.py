@@ -17,7 +17,7 @@ from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 SPACE = Space("m", 3)
 PARTITION = keyring(SPACE).partition
 FAR = 1e12
-ROOM = 12 + 440
+ROOM = 12 + 480
 """What one entry takes in memory."""
 
 
@@ -40,7 +40,7 @@ class Bench:
         """Return what tells whether the answer to these holds, once all are known."""
         await self.ask(*inputs)
         answer = await self.ask(*inputs)
-        return partial(answer.again.still, answer.vectors)
+        return partial(answer.again.still, answer.again.serials_of(answer.vectors))
 
     async def looked_up(self, *inputs: str) -> Callable[[], object]:
         """Return what gives the vectors of these, once all are known."""

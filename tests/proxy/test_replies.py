@@ -16,14 +16,14 @@ from cache.usage import Usage
 from proxy import cli
 from proxy.http import repeating
 from proxy.http.connection import REPLIES
-from proxy.http.replies import _A_VECTOR, _OVERHEAD, LONGEST_REPLY, Replies, Reply
+from proxy.http.replies import _A_INPUT, _OVERHEAD, LONGEST_REPLY, Replies, Reply
 
 MODEL = "text-embedding-3-small"
 ASKED = {"model": MODEL, "input": "a b", "dimensions": 4}
 
 
-def _reply(size: int, *, holds: bool = True, vectors: tuple[bytes, ...] = ()) -> Reply:
-    return Reply(b"", bytes(size - _OVERHEAD), lambda: holds, vectors)
+def _reply(size: int, *, holds: bool = True, inputs: int = 0) -> Reply:
+    return Reply(b"", bytes(size - _OVERHEAD), lambda: holds, inputs)
 
 
 # --- the map -------------------------------------------------------------------------------------
@@ -67,14 +67,13 @@ def test_what_no_longer_holds_is_dropped():
     assert (len(replies.pool), replies.pool.size) == (0, 0)
 
 
-def test_the_vectors_behind_a_reply_count():
-    """A short reply that keeps long vectors from being freed is as large as they are."""
+def test_what_each_input_takes_counts():
+    """A short reply to many inputs is as large as what tells whether it still holds."""
     replies = Replies(1 << 20)
-    vectors = (bytes(6144),) * 3
-    replies.keep(b"1", _reply(2000, vectors=vectors))
-    assert replies.pool.size == 2000 + 3 * (6144 + _A_VECTOR)
-    replies.keep(b"2", _reply(2000, vectors=vectors * 20))
-    assert len(_kept(replies)) == 1
+    replies.keep(b"1", _reply(2000, inputs=3))
+    assert replies.pool.size == 2000 + 3 * _A_INPUT
+    replies.keep(b"2", _reply(2000, inputs=LONGEST_REPLY // _A_INPUT))
+    assert len(replies.pool) == 1
 
 
 def test_a_reply_that_is_too_long_is_not_kept():
@@ -280,7 +279,6 @@ NOT_KEPT = {
     "nothing known": {"model": MODEL, "input": ["new", "newer"]},
     "streamed": {"model": MODEL, "input": [f"text {number}" for number in range(50)]},
     "refused": {"model": MODEL, "input": ""},
-    "many long vectors": {**ASKED, "input": [f"text {number}" for number in range(50)]},
 }
 
 
