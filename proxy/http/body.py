@@ -33,7 +33,12 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     `patience_s` seconds, or whose compression is not known here.
     """
     inflater = _Inflater(request.headers.get("Content-Encoding", ""))
-    if (request.content_length or 0) > most:
+    try:
+        announced = request.content_length or 0
+    except ValueError as error:
+        # Python reads no number of thousands of digits, though most of them are zeros.
+        raise BodyRefused("The request's Content-Length is not a plain number.") from error
+    if announced > most:
         raise _too_large(most)
     chunks: list[bytes] = []
     size = 0

@@ -88,6 +88,17 @@ async def test_too_large_a_body_is_refused_before_it_is_sent(upstream, start_pro
     assert code == 413
 
 
+async def test_a_length_of_thousands_of_zeros_is_refused(upstream, start_proxy, caplog):
+    """A number that only the parser reads is the client's fault, and no alarm."""
+    proxy = await start_proxy(openai=upstream)
+    head = LINE + b"Content-Length: " + 5000 * b"0" + b"2\r\n\r\n{}"
+    async with Talk(proxy.url, head) as talk:
+        code, _, content = await talk.response()
+        assert await talk.is_over()
+    assert _refused(code, content, "Content-Length")
+    assert not _alarms(caplog)
+
+
 async def test_requests_in_a_row_are_each_answered(upstream, start_proxy):
     """Requests sent without waiting are answered in turn, on one connection."""
     proxy = await start_proxy(openai=upstream)
