@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test serve lint bench torture damage outage oracle index flow kills pins clean
+.PHONY: demo test serve lint bench profile torture damage outage oracle index flow kills clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -56,8 +56,19 @@ MEGABYTES ?= 100
 flow: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/flow.py $(MEGABYTES)
 
+# The libraries that people use, each in an environment of its own, at the upstream and at the proxy.
+clients: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/client_trial.py
+
+# The figures of this machine against their targets: all of them, or ONLY=T1,T3. ROUNDS=3 is quick and
+# rough, PEERS=litellm measures LiteLLM too, RECORD=yes puts a whole run onto the pages.
+bench: ROUNDS = 7
 bench: .venv/test
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench --rounds $(ROUNDS) --only "$(ONLY)" --peers "$(PEERS)" $(if $(RECORD),--record)
+
+# Where a hit's processor time goes, part by part; ONLY and RECORD as above.
+profile: .venv/test
+	$(BIN)/python -m bench.profile --only "$(ONLY)" $(if $(RECORD),--record)
 
 # The checkout is installed as it stands (editable), at the pinned versions, hashes checked.
 .venv/demo: requirements/pip.txt requirements/demo.txt pyproject.toml
@@ -80,5 +91,19 @@ pins:
 	$(PIN) pyproject.toml --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
 	$(PIN) --group installer -o requirements/pip.txt
 
+# The same for the clients that are tried; needs uv and npm. What CI installs has its hashes.
+CLIENT_PIN = uv pip compile --universal --python-version 3.11 --no-annotate \
+	--no-emit-index-url --no-emit-find-links --upgrade \
+	--custom-compile-command "make client-pins" --quiet
+client-pins:
+	cd tests/clients/pins && for name in chroma haystack langchain llama-index; do \
+		$(CLIENT_PIN) $$name.in -o $$name.txt || exit 1; done
+	cd tests/clients/pins && for name in tools openai-1 openai-2; do \
+		$(CLIENT_PIN) --generate-hashes $$name.in -o $$name.txt || exit 1; done
+	cd tests/clients/node && npm install --save-exact --ignore-scripts openai@latest ai@latest \
+		@langchain/core@latest @langchain/openai@latest \
+		@ai-sdk/openai@latest @ai-sdk/openai-compatible@latest
+
 clean:
-	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .bench .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis .coverage

@@ -1,6 +1,6 @@
 """The limit of the stack: an aiohttp application that reads the body and answers constant bytes.
 
-python bench/bare.py BYTES — answers every POST with that many bytes; prints its port.
+python -m bench.bare BYTES — answers every POST with that many bytes; prints its port.
 """
 
 import asyncio
@@ -27,4 +27,5 @@ async def main(size: int) -> None:
     await asyncio.Event().wait()
 
 
-uvloop.run(main(int(sys.argv[1])))
+if __name__ == "__main__":
+    uvloop.run(main(int(sys.argv[1])))

@@ -124,6 +124,7 @@ class CachingEmbedder:
                 lambda fill: self._fill(fill, ring, items, context, look_again=look_again),
                 context.deadline,
                 context.terms,
+                context.credential,
             )
         await flight.wait([own] if own else [], joins)
 
@@ -143,7 +144,7 @@ class CachingEmbedder:
                     fill.task.result()
                 answers[key] = Found(fill.there[key], Outcome.JOIN)
             except EmbeddingError as error:
-                if not is_the_leaders_own(error, fill, missing):
+                if not is_the_leaders_own(error, fill, missing, context.credential):
                     raise
                 again[key] = missing[key]
         if again:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from providers.base import NORMAL, Terms
+from providers.base import NORMAL, Credential, Terms
 
 from .key import Key
 from .record import Entry
@@ -22,12 +22,19 @@ class Fill(Generic[R]):
     """A purchase in progress, of one or more keys."""
 
     def __init__(
-        self, keys: Sequence[Key], work: "Work[R]", deadline: float | None, terms: Terms
+        self,
+        keys: Sequence[Key],
+        work: "Work[R]",
+        deadline: float | None,
+        terms: Terms,
+        credential: Credential | None,
     ) -> None:
         self.keys = frozenset(keys)
         self._terms = terms
         self.deadline = deadline
         """The leader's, on the event loop's clock: a fill may fail by it, and joiners go on."""
+        self.credential = credential
+        """The leader's own key, if it has one: what that is refused, another may get."""
         self.there: dict[Key, Entry] = {}
         """What has been got so far, and is kept."""
         self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -122,12 +129,13 @@ class Flights(Generic[R]):
         work: Work[R],
         deadline: float | None = None,
         terms: Terms = NORMAL,
+        credential: Credential | None = None,
     ) -> Fill[R]:
         """Start a fill of keys that `part` has just given as leads, before anyone else could.
 
         It takes the place of one that did not serve; that one goes on for those who wait for it.
         """
-        fill = Fill(keys, work, deadline, terms)
+        fill = Fill(keys, work, deadline, terms, credential)
         if terms.write:
             self._fills.update(dict.fromkeys(keys, fill))
         fill.task.add_done_callback(lambda _: self._end(fill))

@@ -6,9 +6,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from providers.base import (
+    AllResting,
+    ClientKeyRefused,
+    Credential,
     DeadlineExceeded,
     EmbeddingError,
     InputRefused,
+    ProviderError,
     Terms,
     UpstreamTimeout,
 )
@@ -74,11 +78,21 @@ def renamed(refusal: InputRefused, whole: Sequence[int], inputs: int) -> InputRe
     return named(bare, whole[refusal.index], inputs)
 
 
-def is_the_leaders_own(error: EmbeddingError, fill: Fill[Any], wanted: Collection[Key]) -> bool:
+def is_the_leaders_own(
+    error: EmbeddingError,
+    fill: Fill[Any],
+    wanted: Collection[Key],
+    credential: Credential | None = None,
+) -> bool:
     """Tell whether a fill failed for a reason that need not hold for one who joined it.
 
-    What was refused may be another's input that was bought along; or the leader's time was up.
+    What was refused may be another's input that was bought along; or the leader's time was up; or
+    its own key is refused, or has used up its limits. `credential` is that of who joined.
     """
+    if fill.credential != credential and isinstance(
+        error, AllResting | ClientKeyRefused | ProviderError
+    ):
+        return True
     if isinstance(error, KeyRefused):
         return error.key not in wanted
     if isinstance(error, InputRefused):

@@ -35,8 +35,8 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     query: Vector,
     *,
     limit: int,
-    where: Mapping[str, Any] | None = None,
-    adopt: bool = False,
+    where: Mapping[str, Any] | None,
+    adopt: bool,
 ) -> list[Found]:
     """Return the nearest points, the nearest first; `where` is a filter in Qdrant's JSON.
 

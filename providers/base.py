@@ -15,8 +15,10 @@ from urllib.parse import quote
 import orjson
 
 from .bill import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
+from .credential import Credential
 from .failures import (
     AllResting,
+    ClientKeyRefused,
     CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
@@ -42,7 +44,9 @@ __all__ = [
     "AllResting",
     "Bill",
     "Charge",
+    "ClientKeyRefused",
     "Context",
+    "Credential",
     "CredentialsRefused",
     "DeadlineExceeded",
     "Embedded",
@@ -212,6 +216,8 @@ class Context:
     """Who pays."""
     on_charge: OnCharge | None = None
     """Told what each call was charged."""
+    credential: Credential | None = None
+    """The client's own key, for the providers that are asked with that; None = it sent none."""
 
 
 class OnPart(Protocol):

@@ -4,6 +4,7 @@ It knows no provider, no cache and no wire format::
 
     EmbeddingError
     ├── InputRefused         the request itself is wrong; no provider would take it
+    ├── ClientKeyRefused     the client's own key is not accepted, or there is none
     ├── NoRoute              no provider is configured that could answer
     ├── DeadlineExceeded     the request's own time is up
     ├── AllResting           no provider may be asked just now: each has failed or asked for rest
@@ -59,6 +60,27 @@ class InputRefused(EmbeddingError):
         other = InputRefused(message or str(self))
         other.__dict__.update(self.__dict__, index=index)
         return other
+
+
+class ClientKeyRefused(EmbeddingError):
+    """The client's own key is not accepted by the provider that it is for, or none was sent.
+
+    It says nothing of the provider, and ends the matter: nobody else pays for a refused key.
+    `status`, `kind` and `code` are for the client, as in `InputRefused`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 401,
+        kind: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind or "invalid_request_error"
+        self.code = code or "invalid_api_key"
 
 
 class NoRoute(EmbeddingError):

@@ -13,7 +13,9 @@ from providers.routing.throttle import estimate
 
 from . import answer, tokens
 from .base import (
+    ClientKeyRefused,
     Context,
+    CredentialsRefused,
     Embedded,
     Input,
     InputRefused,
@@ -21,6 +23,7 @@ from .base import (
     RateLimited,
     Space,
 )
+from .credential import ByKey, Credential, redacted
 from .profile import Profile
 from .transport import Reply, Transport
 
@@ -34,8 +37,8 @@ _WIDEST = 1 << 16
 # Up to this many bytes, reading a reply is quicker than handing it to a thread.
 _READ_INLINE = 1 << 20
 
-# A shorter key may be a part of any word.
-_SHORTEST_SECRET = 8
+# Connections at a time where each client pays with its own key, and has its own limits.
+_CONNECTIONS = 100
 
 
 class HttpProvider:
@@ -66,17 +69,24 @@ class HttpProvider:
         self._declared = profile
         self._key = (api_key or "").encode()
         headers = dict(profile.headers)
-        if api_key:
-            headers[profile.key_header] = profile.key_prefix + api_key
-        self._transport = Transport(
-            name, profile.base_url, headers, profile.timeouts, profile.limits.concurrency
-        )
+        connections = profile.limits.concurrency
+        if profile.by_client:
+            connections = max(connections, _CONNECTIONS)
+        elif api_key:
+            headers |= self._key_header(api_key)
+        self._transport = Transport(name, profile.base_url, headers, profile.timeouts, connections)
         self._admission = Admission(name, profile.limits, sleep)
+        self._admissions = ByKey(lambda: Admission(name, profile.limits, sleep))
 
     @property
     def accepts_tokens(self) -> bool:
         """Whether token arrays may be sent as they are."""
         return self._declared.accepts_tokens
+
+    @property
+    def by_client(self) -> bool:
+        """Whether it is asked with each client's own key, and with no other."""
+        return self._declared.by_client
 
     def path(self, model: str) -> str:  # noqa: ARG002 - for upstreams whose path names the model
         """Return the path below the base URL at which a model is asked."""
@@ -105,24 +115,37 @@ class HttpProvider:
         objection = self.objection(space)
         if objection is not None:
             raise objection
+        credential, admission, headers = None, self._admission, None
+        if self.by_client:
+            credential = context.credential
+            if credential is None:
+                raise ClientKeyRefused(
+                    f"{self.name}: is asked with the client's own key; none came"
+                )
+            admission = self._admissions.of(credential)
+            headers = self._key_header(credential.secret)
         try:
             payload = orjson.dumps(self._payload(model, space, inputs, context))
         except orjson.JSONEncodeError as error:
             raise InputRefused(f"The request cannot be sent on: {error}.") from error
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
-        async with self._admission.turn(model, estimate(inputs), context):
-            reply = await self._transport.post(self.path(model), payload, limit, context)
-        self._admission.learn(model, reply.headers)
+        async with admission.turn(model, estimate(inputs), context):
+            reply = await self._transport.post(self.path(model), payload, limit, context, headers)
+        admission.learn(model, reply.headers)
         try:
             if len(reply.body) <= _READ_INLINE:
-                checked = self._read(reply, space, inputs)
+                checked = self._read(reply, space, inputs, credential)
             else:
-                checked = await asyncio.to_thread(self._read, reply, space, inputs)
+                checked = await asyncio.to_thread(self._read, reply, space, inputs, credential)
         except RateLimited as error:
             if error.retry_after is not None:
-                self._admission.hold(model, error.retry_after)
+                admission.hold(model, error.retry_after)
             raise
+        except CredentialsRefused as error:
+            if credential is None:
+                raise
+            raise self._refused(credential, error) from error
         self._compare(model, checked.model)
         total = checked.charge and checked.charge.tokens
         counts, exact = await tokens.charged(inputs, total, space.tokenizer, context.counts)
@@ -135,11 +158,24 @@ class HttpProvider:
             charge=checked.charge,
         )
 
-    def _read(self, reply: Reply, space: Space, inputs: Sequence[Input]) -> answer.Answer:
+    def _key_header(self, key: str) -> dict[str, str]:
+        return {self._declared.key_header: self._declared.key_prefix + key}
+
+    def _refused(self, credential: Credential, error: CredentialsRefused) -> ClientKeyRefused:
+        """Return what a client is told whose key is not accepted; the log gets no word of it."""
+        said = error.refusal
+        if said is None:
+            return ClientKeyRefused(str(error))
+        log.info("%s: refuses a client's key, %s: %d", self.name, credential.name, said.status)
+        return ClientKeyRefused(str(error), status=said.status, kind=said.kind, code=said.code)
+
+    def _read(
+        self, reply: Reply, space: Space, inputs: Sequence[Input], credential: Credential | None
+    ) -> answer.Answer:
         body = reply.body
-        if len(self._key) >= _SHORTEST_SECRET and b'"embedding"' not in body:
+        if b'"embedding"' not in body:
             # Some upstreams repeat the key that they refuse.
-            body = body.replace(self._key, b"***")
+            body = credential.redacted(body) if credential else redacted(self._key, body)
         if reply.status != 200:
             raise answer.refusal(self.name, reply.status, reply.headers, body)
         unit_norm = space.unit_norm or self._declared.unit_norm

@@ -17,6 +17,8 @@ class Profile:
     """The variable that holds the key; None where none is needed."""
     key_header: str = "Authorization"
     key_prefix: str = "Bearer "
+    by_client: bool = False
+    """Whether each client's own key is sent, that of `Context.credential`; then no other is."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Sent with every call, beside the key."""
     encoding_format: Literal["base64", "float"] | None = "float"

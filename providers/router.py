@@ -24,7 +24,9 @@ from providers.routing.turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Shut, Turn
 
 from .base import (
     AllResting,
+    ClientKeyRefused,
     Context,
+    Credential,
     DeadlineExceeded,
     Embedded,
     Full,
@@ -75,7 +77,8 @@ class Router:
 
         When no provider may be asked, AllResting is raised without waiting for anything.
         """
-        routes = self._preferred(self._able(space, inputs))
+        credential = context.credential
+        routes = self._preferred(self._able(space, inputs, credential), credential)
         journey = Journey(space, inputs, context, self.prices.charged, attempts(routes))
         try:
             if self._hedge_after_s is not None and len(routes) > 1:
@@ -85,16 +88,22 @@ class Router:
             if journey.failure is not None:
                 raise journey.failure from None
             self.counts.refused += 1
-            raise self._all_resting(routes) from None
+            raise self._all_resting(routes, credential) from None
         except TimeoutError as error:
             raise DeadlineExceeded("the time of the request was up") from error
 
-    def _able(self, space: Space, inputs: Sequence[Input]) -> Sequence[Route]:
-        """Return the routes that take such inputs. Raises NoRoute or InputRefused."""
+    def _able(
+        self, space: Space, inputs: Sequence[Input], credential: Credential | None
+    ) -> Sequence[Route]:
+        """Return the routes that take such inputs, and are paid with a key that is at hand.
+
+        Raises NoRoute, ClientKeyRefused or InputRefused.
+        """
         if not self.routes:
             raise NoRoute(self.unavailable)
-        objections = {route: route.objection(space) for route in self.routes}
-        routes = [route for route in self.routes if objections[route] is None]
+        paid = self._paid(credential)
+        objections = {route: route.objection(space) for route in paid}
+        routes = [route for route in paid if objections[route] is None]
         if not routes:
             raise next(objection for objection in objections.values() if objection)
         if all(isinstance(item, str) for item in inputs):
@@ -107,26 +116,36 @@ class Router:
             )
         return routes
 
-    def _preferred(self, routes: Sequence[Route]) -> Sequence[Route]:
+    def _paid(self, credential: Credential | None) -> Sequence[Route]:
+        """Return the routes for which there is a key. Raises ClientKeyRefused."""
+        if credential is not None and not credential.alone:
+            return self.routes
+        by_client = credential is not None
+        routes = [route for route in self.routes if route.by_client is by_client]
+        if not routes:
+            raise ClientKeyRefused("This model is asked for with the client's own key; none came.")
+        return routes
+
+    def _preferred(self, routes: Sequence[Route], credential: Credential | None) -> Sequence[Route]:
         match self._order:
             case "listed":
                 return routes
             case "cheapest":
                 return self.prices.arrange(routes)
             case "fastest":
-                ready = [route for route in routes if self._ready(route)]
+                ready = [route for route in routes if self._ready(route, credential)]
                 rest = [route for route in routes if route not in ready]
                 return [*self.latencies.arrange(ready), *rest]
 
-    def _ready(self, route: Route) -> bool:
-        return self.upstreams.of(route.name).ready(route.model)
+    def _ready(self, route: Route, credential: Credential | None) -> bool:
+        return self.upstreams.of(route.name).ready(route.lane(credential))
 
     async def _walk(self, routes: Sequence[Route], journey: Journey) -> Embedded:
         """Ask one route after the other. Raises Shut when none has answered."""
         for place, route in enumerate(routes):
             if journey.left <= 0:
                 break
-            if route in journey.asked or not self._ready(route):
+            if route in journey.asked or not self._ready(route, journey.context.credential):
                 continue
             turn = self._turn(route, journey, routes[place + 1 :])
             if journey.begun:
@@ -167,7 +186,7 @@ class Router:
         """Ask the next route once when the time has come. Raises Shut when that gives nothing."""
         await self._sleep(after)
         for route in routes:
-            if route in journey.asked or not self._ready(route):
+            if route in journey.asked or not self._ready(route, journey.context.credential):
                 continue
             turn = self._turn(route, journey, ())
             if not turn.hedge():
@@ -185,10 +204,12 @@ class Router:
         raise Shut
 
     def _turn(self, route: Route, journey: Journey, after: Sequence[Route]) -> Turn:
+        credential = journey.context.credential
+        later = (other for other in after if other not in journey.asked)
         return Turn(
             route,
             journey,
-            sum(1 for other in after if other not in journey.asked and self._ready(other)),
+            sum(self._ready(other, credential) for other in later),
             upstreams=self.upstreams,
             latencies=self.latencies,
             counts=self.counts,
@@ -202,13 +223,13 @@ class Router:
             retry=retry_if_exception(turn.again), wait=wait, sleep=self._sleep, reraise=True
         )
 
-    def _all_resting(self, routes: Sequence[Route]) -> AllResting:
+    def _all_resting(self, routes: Sequence[Route], credential: Credential | None) -> AllResting:
         """Say which providers may not be asked, why, and when the first of them may."""
-        known = [(self.upstreams.of(route.name), route.model) for route in routes]
+        known = [(self.upstreams.of(route.name), route.lane(credential)) for route in routes]
         reasons = [
-            f"{health.name}: {health.why(model)}, asked again in {health.wait(model):.1f} s"
-            for health, model in known
+            f"{health.name}: {health.why(lane)}, asked again in {health.wait(lane):.1f} s"
+            for health, lane in known
         ]
-        wait = min(health.wait(model) for health, model in known)
+        wait = min(health.wait(lane) for health, lane in known)
         told = "; ".join(dict.fromkeys(reasons))
         return AllResting(f"No provider can be asked just now ({told}).", wait)

@@ -88,9 +88,17 @@ class Transport:
                 if session is not self._session:
                     await session.close()
 
-    async def post(self, path: str, payload: bytes, limit: int, context: Context) -> Reply:
+    async def post(
+        self,
+        path: str,
+        payload: bytes,
+        limit: int,
+        context: Context,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
         """POST `payload` and return the whole reply, of at most `limit` bytes, any status.
 
+        `headers` are sent with this call alone, beside those of all calls.
         Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
         is, or the reply does not begin in time or arrives too slowly, Unreachable when there is no
         connection or it was cut, UpstreamFault for a reply beyond `limit` or a redirect.
@@ -105,7 +113,11 @@ class Transport:
             async with AsyncExitStack() as stack:
                 session = await stack.enter_async_context(self._lend())
                 request = session.post(
-                    self._base_url + path, data=payload, allow_redirects=False, timeout=timeout
+                    self._base_url + path,
+                    data=payload,
+                    headers=headers,
+                    allow_redirects=False,
+                    timeout=timeout,
                 )
                 async with asyncio.timeout(self._timeouts.first_byte_s):
                     response = await stack.enter_async_context(request)

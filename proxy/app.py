@@ -16,7 +16,7 @@ from proxy.http.status import Status
 from proxy.http.texts import Texts
 from proxy.onward.origin import PREFIXES, Origin
 from proxy.onward.passthrough import Passthrough
-from proxy.settings.schema import Server, Settings
+from proxy.settings.schema import Settings
 
 from .embeddings import Embeddings
 from .http import body, ops
@@ -56,23 +56,28 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
-    _add_routes(app, embeddings, service, server, passthrough)
+    _add_routes(app, embeddings, service, settings, access, passthrough)
     return app
 
 
-def _add_routes(
+def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     app: web.Application,
     embeddings: Embeddings,
     service: EmbeddingService,
-    server: Server,
+    settings: Settings,
+    access: Access,
     passthrough: Passthrough | None,
 ) -> None:
-    models = Models(service, passthrough)
+    models, server = Models(service, passthrough), settings.server
     most = int(server.max_body_mib * MIB)
+    takes_keys = any(one.by_client for one in settings.providers.values() if one)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         content = await body.read(request, most, server.body_timeout_s)
-        return await embeddings.post(request, content, request[CALLER])
+        caller = request[CALLER]
+        if takes_keys:
+            caller = caller._replace(api_key=access.own_key(request.headers))
+        return await embeddings.post(request, content, caller)
 
     for prefix in (*PREFIXES, ""):
         for slash in ("", "/"):

@@ -55,7 +55,7 @@ class Embeddings:
         if len(vectors) <= form.vectors_a_chunk:
             if answer.again is not None:
                 still: Callable[[], bool] = partial(answer.again.still, vectors)
-                request[AGAIN] = still
+                request[AGAIN] = still, vectors
             return web.Response(
                 body=b"".join(chunks), content_type="application/json", headers=answer.headers
             )

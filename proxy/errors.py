@@ -11,6 +11,7 @@ from aiohttp import web
 
 from providers.base import (
     AllResting,
+    ClientKeyRefused,
     CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
@@ -93,6 +94,8 @@ def failure(error: EmbeddingError) -> Failure:
     """Return what a client is told of an error."""
     if isinstance(error, InputRefused):
         return Failure(error.status, str(error), error.kind, error.param, error.code)
+    if isinstance(error, ClientKeyRefused):
+        return Failure(error.status, str(error), error.kind, None, error.code)
     row = next((row for row in _TABLE if isinstance(error, row[0])), None)
     if row is None:
         return INTERNAL

@@ -21,25 +21,24 @@ from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers.base import Account, Context, Input
 from providers.routing.health import Upstreams
 from proxy.commands.known import Known, known
+from proxy.embedding.answering import Answering
 from proxy.embedding.bringing import brought
 from proxy.embedding.canary import Canaries
+from proxy.embedding.client_keys import ClientKeys
 from proxy.embedding.indexing import Indexing
-from proxy.embedding.inputs import prepare
 from proxy.embedding.learned import WIDTHS_FILE, Pins
 from proxy.embedding.opening import open_providers
 from proxy.embedding.questions import Questions
 from proxy.embedding.registry import Model, Registry
-from proxy.embedding.result import Result, checked
-from proxy.http.cache_control import terms
-from proxy.http.caller import Caller
+from proxy.embedding.result import Result
+from proxy.http.caller import Caller, Secret
 from proxy.settings.schema import Settings
 
 from . import wire
 from .config import load
-from .embedding import canary, fallback, indexing, widths
+from .embedding import canary, indexing
 from .http import index_field
 from .wire import EmbeddingRequest
 
@@ -60,6 +59,7 @@ class EmbeddingService(Questions):
         self.settings = settings
         self._sleep = sleep
         self._registry: Registry | None = None
+        self._answering: Answering | None = None
         self.upstreams = Upstreams()
         """What is known of the providers: breakers, counters."""
         self.canaries: Canaries | None = None
@@ -102,6 +102,10 @@ class EmbeddingService(Questions):
                 Pins(store.folder / WIDTHS_FILE),
                 sleep=self._sleep,
             )
+            client_keys = None
+            if any(one.by_client for one in self.settings.providers.values() if one):
+                client_keys = ClientKeys(self.settings, store.folder)
+            self._answering = Answering(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
                 self.indexing = await stack.enter_async_context(
                     Indexing(
@@ -162,6 +166,7 @@ class EmbeddingService(Questions):
         user: str | None = None,
         namespace: str = "",
         client: str = "",
+        api_key: str = "",
         cache_control: str = "",
         index: object = None,
     ) -> Result:
@@ -170,6 +175,7 @@ class EmbeddingService(Questions):
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields; they are sent on, and belong to the space.
         `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
+        `api_key` is the client's own, for providers with `key: client`.
         `cache_control` is what a client would say in the header of that name: "no-cache".
         `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.
@@ -186,7 +192,7 @@ class EmbeddingService(Questions):
             parameters=parameters or {},
             index=index_field.parse(index, len(parsed)),
         )
-        return await self.answer(asked, Caller(namespace, client), cache_control)
+        return await self.answer(asked, Caller(namespace, client, Secret(api_key)), cache_control)
 
     async def look(self, inputs: Sequence[str], model: str, *, namespace: str = "") -> list[Known]:
         """Return what is known of texts before anything is bought. Raises EmbeddingError."""
@@ -203,46 +209,9 @@ class EmbeddingService(Questions):
         unable = indexing.refused(self.settings, asked.index)
         if unable is not None:
             raise unable
-        result = await brought(await self._answer(asked, caller, control))
-        if self.indexing is not None:
-            await self.indexing.take(asked.index, caller, control, result)
-        return result
-
-    async def _answer(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result:
-        if self._registry is None:
+        if self._answering is None:
             raise RuntimeError("the service is not open")
-        model = self._registry.get(asked.model)
-        if model.by_name and asked.dimensions is not None:
-            model = model.at(asked.dimensions)
-        server = self.settings.server
-        deadline = asyncio.get_running_loop().time() + server.request_timeout_s
-        allowed = terms(self.settings.cache.mode, control)
-
-        async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
-            inputs, counts = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
-            account = Account(asked.model, caller.client, one.price)
-            return inputs, Context(
-                by, asked.user, caller.namespace, allowed, counts=counts, account=account
-            )
-
-        if not model.space.dimensions:
-            inputs, context = await prepared(model, deadline)
-            model, embedded = await self._registry.learn(model, asked.parameters, inputs, context)
-            space = model.space.with_parameters(asked.parameters)
-            return checked(model, model, space, _width(model, asked), inputs, embedded)
-        width = _width(model, asked)
-
-        async def ask(one: Model, by: float) -> Result:
-            space = one.space.with_parameters(asked.parameters) if asked.parameters else one.space
-            inputs, context = await prepared(one, by)
-            embedded = await one.embedder.embed(space, inputs, context)
-            return checked(model, one, space, width, inputs, embedded)
-
-        models = [model, *fallback.stand_ins(model, self.models, width)]
-        return await fallback.first_answer(ask, models, deadline)
-
-
-def _width(model: Model, asked: EmbeddingRequest) -> int:
-    """Return the width to answer with. Raises InputRefused."""
-    refused = model.dimensions_refused
-    return widths.chosen(model.space, asked.dimensions, model.width, refused=refused)
+        result = await brought(await self._answering.answer(asked, caller, control))
+        if self.indexing is not None:
+            await self.indexing.take(asked.index, control, result)
+        return result

@@ -14,15 +14,21 @@ import openai
 import pytest
 from aiohttp import web
 from aioresponses import aioresponses
+from command import Run, runner
 from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
 from proxy.http.connection import Runner
+from proxy.http.repeating import Repeating
+from proxy.http.replies import Reply
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TRIALS = Path(__file__).parent
+
+collect_ignore = ["clients"]
+"""Scripts that run in environments of their own."""
 
 # New examples are drawn at each run: fewer at a time lose little, and keep the suite short.
 hypothesis.settings.register_profile("suite", max_examples=25)
@@ -149,6 +155,26 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     start = StartProxy(tmp_path / "cache", monkeypatch)
     yield start
     await start.stop()
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+    """Give a list of the replies that were given again, without anything being parsed."""
+    given: list[Reply] = []
+    repeat = Repeating._repeat
+
+    def noted(connection: Repeating, reply: Reply) -> None:
+        given.append(reply)
+        repeat(connection, reply)
+
+    monkeypatch.setattr(Repeating, "_repeat", noted)
+    return given
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Give a function that runs `embedding-proxy` in this process."""
+    return runner(monkeypatch, capsys)
 
 
 class _Response(aiohttp.ClientResponse):

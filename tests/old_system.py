@@ -12,8 +12,9 @@ import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
+from command import Done
 from fault_server import FaultServer, vector_of
 from qdrant_client import models
 from qdrant_server import QdrantServer
@@ -73,19 +74,6 @@ def text_of(collection: str, payload: dict[str, Any]) -> str | None:
     """Return the text that a point stands for."""
     rule = Rule.template(TICKET_TEXT) if collection == TICKETS else Rule.field("content")
     return rule.text(payload)
-
-
-class Done(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """What it printed with --json."""
-        return json.loads(self.out)
 
 
 @dataclass

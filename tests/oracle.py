@@ -2,7 +2,8 @@
 
 python tests/oracle.py REQUESTS SEED — the suite runs some hundred, `make oracle` 100,000.
 Many clients at once ask one proxy, in a process of its own, for texts and token arrays, in both
-encodings, at many widths, with duplicates, with and without a parameter, from two namespaces. The
+encodings, at many widths, with duplicates, with and without a parameter, from two namespaces, and
+often again in the very same bytes, which the proxy may answer without parsing anything. The
 upstreams answer each input with a vector of its own, out of order, and fail now and then. Every
 reply is compared with what it must be, worked out here without the proxy's code; the purchases are
 compared with the set of all that was asked for.
@@ -16,7 +17,7 @@ import random
 import signal
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -39,6 +40,27 @@ SCRIPTS = ((32, 126), (0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5
            (0x905, 0x939), (0xE01, 0xE30), (0x3041, 0x3096), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
            (0x1F600, 0x1F64F))  # fmt: skip
 """First and last characters of some scripts."""
+
+AGAIN = 0.7
+"""The share of requests that are one of the last ones again."""
+COUNTING = """
+from proxy.cli import main
+from proxy.http.repeating import Repeating
+
+count, repeat = 0, Repeating._repeat
+
+def counted(connection, reply):
+    global count
+    count += 1
+    repeat(connection, reply)
+
+Repeating._repeat = counted
+try:
+    main()
+finally:
+    print(count)
+"""
+"""Runs the proxy, and tells in the end how many replies were given again as they were."""
 
 encode = Tokenizer.from_pretrained("cl100k_base").encode_ordinary
 
@@ -69,6 +91,8 @@ class Seen:
 
     replies: Counter[int] = field(default_factory=Counter)
     inputs: int = 0
+    repeated: int = 0
+    """How many replies were given before, to the same bytes."""
     wrong: list[str] = field(default_factory=list)
     asked: set[tuple[str, str, object]] = field(default_factory=set)
     """(namespace, parameter, input) of all that was answered."""
@@ -162,7 +186,7 @@ def make_request(
 
 
 @asynccontextmanager
-async def proxy(folder: Path, upstreams: list[Upstream]):
+async def proxy(folder: Path, upstreams: list[Upstream], seen: Seen):
     """Run a proxy in front of both upstreams; give its URL."""
     names = ("openai", "openrouter")
     config = {
@@ -188,7 +212,7 @@ async def proxy(folder: Path, upstreams: list[Upstream]):
     keys = {f"{name.upper()}_API_KEY": "k" for name in names}
     with (folder / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", "serve", "--config", str(folder / "config.json")),
+            *(sys.executable, "-c", COUNTING, "serve", "--config", str(folder / "config.json")),
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
             env={**os.environ, **keys, "PYTHONPATH": str(ROOT)},
@@ -198,6 +222,7 @@ async def proxy(folder: Path, upstreams: list[Upstream]):
         yield line.removeprefix("export OPENAI_BASE_URL=")
     finally:
         process.send_signal(signal.SIGTERM)
+        seen.repeated = int(await process.stdout.read() or 0)
         if await process.wait():
             raise RuntimeError(f"the proxy ended with {process.returncode}")
 
@@ -211,13 +236,16 @@ async def run(requests: int, seed: int) -> Seen:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         upstreams = [await stack.enter_async_context(Upstream(seen, chance)) for _ in range(2)]
-        url = await stack.enter_async_context(proxy(folder, upstreams))
+        url = await stack.enter_async_context(proxy(folder, upstreams, seen))
         session = await stack.enter_async_context(aiohttp.ClientSession())
+
+        last: deque[tuple[dict[str, Any], list[object], str]] = deque(maxlen=CLIENTS)
 
         async def client() -> None:
             for _ in left:
-                asked, meant = make_request(chance, inputs)
-                key = chance.choice(list(KEYS))
+                if not last or chance.random() > AGAIN:
+                    last.append((*make_request(chance, inputs), chance.choice(list(KEYS))))
+                asked, meant, key = chance.choice(last)
                 headers = {"Authorization": f"Bearer {key}"}
                 while True:
                     async with session.post(
@@ -254,6 +282,6 @@ if __name__ == "__main__":
     check(result)
     print(
         f"{sum(result.replies.values()):,} requests ({dict(result.replies)}),"
-        f" {result.inputs:,} inputs,"
+        f" {result.repeated:,} of them answered as before, {result.inputs:,} inputs,"
         f" {sum(result.bought.values()):,} bought, each of {len(result.asked):,} once, 0 wrong"
     )

@@ -4,19 +4,18 @@ import asyncio
 import json
 import re
 import shlex
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import Done
 from fault_server import vector_of
 from migrate_kills import kill_and_resume
 from old_system import (
     LARGE,
     MISTRAL,
     SIZES,
-    Done,
     OldSystem,
     payload_of,
     text_of,
@@ -24,8 +23,6 @@ from old_system import (
 from qdrant_client import QdrantClient, models
 from qdrant_client.local.persistence import CollectionPersistence
 from qdrant_server import REAL
-
-from proxy import cli
 
 OPENROUTER = f"openrouter/openai/{LARGE}"
 MEMORIES = "hephaestus_agent_memories"
@@ -42,21 +39,12 @@ async def system(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def migrate(system, monkeypatch, capsys):
+def migrate(system, command):
     """Give a function that runs a step in this process, and says how it ended."""
 
     async def step(name, *arguments, qdrant=None) -> Done:
         where = ("--qdrant", qdrant or system.qdrant.url, "--config", str(system.config))
-        monkeypatch.setattr(sys, "argv", ["embedding-proxy", "migrate", name, *arguments, *where])
-
-        def in_thread() -> int:
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-            return caught.value.code or 0
-
-        done = Done(await asyncio.to_thread(in_thread), *capsys.readouterr())
-        assert "Traceback" not in done.out + done.err
-        return done
+        return await asyncio.to_thread(command, "migrate", name, *arguments, *where)
 
     return step
 

@@ -47,19 +47,24 @@ async def _ask(proxy, texts, **fields):
 # Widths
 
 
-async def test_another_width_is_another_space_bought_once(start_proxy, upstream, acme):
-    """The model's own vector is bought and cached, what is made of it named after the strategy."""
+@pytest.mark.parametrize("length", [1, 2000])
+async def test_another_width_is_another_space_bought_once(start_proxy, upstream, acme, length):
+    """The model's own vector is bought and cached, what is made of it named after the strategy.
+
+    So it is with short requests and with long ones, which come again by another way.
+    """
+    texts = ["a" * length, "b" * length]
     proxy = await start_proxy(openai=upstream, models=PROJECTED)
-    whole, native = await _ask(proxy, ["a", "b"])
-    right = np.stack([vector_of(ADA, text) for text in "ab"])
+    whole, native = await _ask(proxy, texts)
+    right = np.stack([vector_of(ADA, text) for text in texts])
     assert np.array_equal(native, right)
     for _ in range(3):
-        reply, narrow = await _ask(proxy, ["a", "b"], dimensions=64)
+        reply, narrow = await _ask(proxy, texts, dimensions=64)
         assert np.array_equal(narrow, acme.Projection().bring(right, 64))
         assert reply.headers["x-cache"] == "hit"
         assert reply.headers["x-embedding-space"] == f"openai/{ADA}~acme_projection-1"
     assert whole.headers["x-embedding-space"] == f"openai/{ADA}"
-    assert upstream.inputs == ["a", "b"]
+    assert upstream.inputs == texts
     assert all("dimensions" not in call.payload for call in upstream.calls)
 
 

@@ -47,7 +47,8 @@ class Seen:
 
     def anew(self) -> None:
         """Forget everything; what is added is on the medium after `keep`."""
-        self._run("ROLLBACK" if self._sql.in_transaction else "SELECT 1")
+        if self._sql.in_transaction:
+            self._run("ROLLBACK")
         try:
             self._sql.executescript(_LAYOUT)
         except sqlite3.Error as error:

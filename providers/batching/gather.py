@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 from providers.base import (
     Bill,
     Context,
+    Credential,
     DeadlineExceeded,
     Embedded,
     Embedder,
@@ -41,10 +42,11 @@ ROUNDS = 3
 
 
 class Line(NamedTuple):
-    """Those who may ride together: one call has one space and one user."""
+    """Those who may ride together: one call has one space, one user and one key."""
 
     space: Space
     user: str | None
+    credential: Credential | None = None
 
 
 class Gatherer:
@@ -68,7 +70,7 @@ class Gatherer:
         """
         if len(inputs) > SMALL:
             return await self._alone.embed(space, inputs, context)
-        line = Line(space, context.user)
+        line = Line(space, context.user, context.credential)
         ride = self._boarding.get(line)
         if ride is None:
             ride = self._boarding[line] = _Ride(self._together, line, self._limits)
@@ -214,6 +216,7 @@ class _Ride:
             counts={text: n for one in riders for text, n in one.context.counts.items()},
             account=riders[0].context.account,
             on_charge=charge,
+            credential=self._line.credential,
         )
         inputs = [rider.inputs[place] for rider, place in seats]
         try:

@@ -9,6 +9,7 @@ from providers.base import (
     Bill,
     Charge,
     Context,
+    Credential,
     Embedded,
     Input,
     InputRefused,
@@ -51,6 +52,17 @@ class Route:
     def name(self) -> str:
         """The name of the provider."""
         return self.provider.name
+
+    @property
+    def by_client(self) -> bool:
+        """Whether the provider is asked with each client's own key."""
+        return bool(getattr(self.provider, "by_client", False))
+
+    def lane(self, credential: Credential | None) -> str:
+        """Return the name under which the provider's limits hold: a model's, or a key's for it."""
+        if credential is None or not self.by_client:
+            return self.model
+        return f"{self.model} ({credential.name})"
 
     def objection(self, space: Space) -> InputRefused | None:
         """Return why the provider cannot serve this space: a field that it does not take."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from providers.base import (
+    ClientKeyRefused,
     CredentialsRefused,
     Embedded,
     EmbeddingError,
@@ -52,9 +53,9 @@ class Turn:
         self._journey = journey
         self._later = later
         self._upstreams = upstreams
-        self._budget = upstreams.budget
+        self._budget = upstreams.budget_of(journey.context.credential)
         self._health = upstreams.of(route.name)
-        self._model = route.model
+        self._lane = route.lane(journey.context.credential)
         self._latencies = latencies
         self._counts = counts
         self._made = 0
@@ -74,10 +75,10 @@ class Turn:
 
         The rules are told in `budget`. Raises Shut, and TimeoutError at the request's deadline.
         """
-        while self._health.ready(self._model):
+        while self._health.ready(self._lane):
             if self._health.proved:
                 return
-            declined = self._health.declined(self._model)
+            declined = self._health.declined(self._lane)
             if not (self._health.scouts or declined) or self._budget.affords():
                 self._pay()
                 self._scouting = True
@@ -90,7 +91,7 @@ class Turn:
 
     def hedge(self) -> bool:
         """Pay for an attempt beside another that is still under way, if that can be afforded."""
-        affordable = self._health.ready(self._model) and self._budget.affords()
+        affordable = self._health.ready(self._lane) and self._budget.affords()
         if affordable:
             self._pay()
         return affordable
@@ -114,7 +115,7 @@ class Turn:
         missing = len(journey.parts.missing)
         # A hedge may have taken the last attempt, or have answered.
         wanted = missing and journey.left > 0
-        permit = health.enter(self._model, rested=self._rested) if wanted else None
+        permit = health.enter(self._lane, rested=self._rested) if wanted else None
         if permit is None:
             self._refund()
             raise Shut
@@ -144,7 +145,13 @@ class Turn:
             self._note(error)
             if free and faults.rule(error).verdict is Verdict.BAD:
                 self._budget.spend()
-            health.failed(permit, error, self._model)
+            health.failed(permit, error, self._lane, by_client=self._route.by_client)
+            raise
+        except ClientKeyRefused as error:
+            # Of the provider it says nothing; it is counted all the same.
+            self._counts.failures[type(error).__name__] += 1
+            health.failures[type(error).__name__] += 1
+            health.abandoned(permit)
             raise
         except BaseException:
             health.abandoned(permit)
@@ -168,7 +175,7 @@ class Turn:
             self._made < self._most
             and self._made <= faults.rule(error).again
             and wait < self.time_left(LONGEST_WAIT)
-            and self._health.ready(self._model, rested=self._rested)
+            and self._health.ready(self._lane, rested=self._rested)
             and self._budget.affords()
         )
         if again:

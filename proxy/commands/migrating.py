@@ -13,6 +13,7 @@ from providers.base import InvalidAnswer, Space, Vector
 from providers.batching.within import limits_of
 from providers.limits import Limits
 from proxy.config import ConfigError
+from proxy.embedding.opening import CLIENTS_PAY
 from proxy.embedding.widths import can_give
 from proxy.service import EmbeddingService
 from proxy.settings.model_entry import Model as ModelEntry
@@ -111,6 +112,9 @@ class Target:
     def unusable(self) -> str | None:
         """What to set before the model can be asked for; None if it can."""
         model = self._service.models[self.name]
+        if model.by_client is not None and not model.by_client.others:
+            provider = model.by_client.providers[0]
+            return f"{self.name}: provider {provider} {CLIENTS_PAY}"
         return None if model.usable else model.router.unavailable
 
     @property

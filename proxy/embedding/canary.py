@@ -128,7 +128,9 @@ class Canaries:
         return [
             route
             for route in model.router.routes
-            if self._upstreams.of(route.name).ready(route.model)
+            # Of clients' keys there is none at hand, and none is spent on this.
+            if not route.by_client
+            and self._upstreams.of(route.name).ready(route.model)
             # A clock that was put back must not silence them for years.
             and not 0 <= now - asked.get(_key(model, route), -math.inf) < self._hours * HOUR
         ]

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
-from providers.base import EmbeddingError, InputRefused
+from providers.base import ClientKeyRefused, EmbeddingError, InputRefused
 
 from .registry import Model
 from .widths import can_give
@@ -35,9 +35,9 @@ async def first_answer(
     """Ask one model after the other, and return the first answer.
 
     `ask` takes a model and the point on the event loop's clock by which it has to answer: each
-    leaves the later ones an equal share of the time. A refusal of the inputs by the first model
-    ends the matter; a later one may refuse what the first would take. Raises EmbeddingError: what
-    the first model failed with, for that is the one that was asked for.
+    leaves the later ones an equal share of the time. A refusal of the inputs, or of the client's
+    key, by the first model ends the matter; a later one may refuse what the first would take.
+    Raises EmbeddingError: what the first model failed with, for that is the one asked for.
     """
     clock = asyncio.get_running_loop().time
     failure: EmbeddingError | None = None
@@ -46,7 +46,7 @@ async def first_answer(
         try:
             return await ask(model, now + (deadline - now) / (len(models) - place))
         except EmbeddingError as error:
-            if failure is None and isinstance(error, InputRefused):
+            if failure is None and isinstance(error, InputRefused | ClientKeyRefused):
                 raise
             failure = failure or error
             for following in models[place + 1 : place + 2]:

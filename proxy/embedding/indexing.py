@@ -27,7 +27,6 @@ from providers import vector
 from providers.base import InputRefused, Outcome, Space
 from proxy.config import ConfigError
 from proxy.http import cache_control
-from proxy.http.caller import Caller
 from proxy.http.index_field import NOTHING_SAID, Wish
 from proxy.settings.index_section import Qdrant
 from proxy.settings.schema import Settings
@@ -132,15 +131,15 @@ class Indexing:
         if against:
             raise ConfigError(f"index.qdrant: {against[0]}")
 
-    async def take(self, wish: Wish, caller: Caller, control: str, result: Result) -> None:
+    async def take(self, wish: Wish, control: str, result: Result) -> None:
         """Put what was answered into the outbox. Never raises; waits for the local disk only."""
         try:
             if wish.wanted and result.inputs and not cache_control.parse(control).no_store:
-                await self._take(wish, caller, result)
+                await self._take(wish, result)
         except Exception:
             log.exception("an answer is not indexed")
 
-    async def _take(self, wish: Wish, caller: Caller, result: Result) -> None:
+    async def _take(self, wish: Wish, result: Result) -> None:
         named = wish.collection or self._qdrant.collection
         if named and result.fallback:
             return
@@ -148,7 +147,7 @@ class Indexing:
         target = Target(name, result.space.label, result.dimensions)
         keys: Sequence[Key] = result.embedded.keys
         if not keys:
-            ring = keyring(result.space, Namespace(caller.namespace))
+            ring = keyring(result.space, Namespace(result.namespace))
             keys = await ring.keys(result.inputs)
         outcomes = result.outcomes
         if wish.ids is None and wish.payload is None:
@@ -164,7 +163,7 @@ class Indexing:
             return
 
         def points() -> list[Point]:
-            return self._points(wish, caller, result, keys, places)
+            return self._points(wish, result, keys, places)
 
         made = points() if len(places) <= _INLINE else await asyncio.to_thread(points)
         await self.indexer.add(target, made)
@@ -172,7 +171,6 @@ class Indexing:
     def _points(
         self,
         wish: Wish,
-        caller: Caller,
         result: Result,
         keys: Sequence[Key],
         places: Sequence[int],
@@ -183,7 +181,7 @@ class Indexing:
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         common = {
             "created_at": now,
-            **({"namespace": caller.namespace} if caller.namespace else {}),
+            **({"namespace": result.namespace} if result.namespace else {}),
         }
         fixed = {
             "model": result.name,
@@ -210,7 +208,7 @@ class Indexing:
                     mark,
                     new=result.outcomes[place] is Outcome.MISS,
                     address=keys[place].address,
-                    namespace=caller.namespace,
+                    namespace=result.namespace,
                 )
             )
         return points

@@ -23,6 +23,8 @@ from proxy.settings import model_entry
 from proxy.settings.schema import Settings
 from proxy.settings.upstreams import Provider as ProviderEntry
 
+CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
+
 log = logging.getLogger("embedding_proxy.opening")
 
 
@@ -39,6 +41,8 @@ async def open_providers(
         if entry.kind == kinds.LOCAL:
             opened[name] = await stack.enter_async_context(Local(name))
             continue
+        if entry.by_client:
+            log.info("provider %s: %s", name, CLIENTS_PAY)
         variable, key = entry.key_variable, key_of(entry)
         if variable and not key:
             log.warning("provider %s is skipped: %s is not set", name, variable)
@@ -102,11 +106,22 @@ def _retries(settings: Settings, provider: str) -> int | None:
     return None if entry is None else entry.retries
 
 
+def _by_client(settings: Settings, provider: str) -> bool:
+    entry = settings.providers.get(provider)
+    return entry is not None and entry.by_client
+
+
 def _remedy(settings: Settings, name: str, entry: model_entry.Model) -> str:
     """Say what to set so that the model can be asked for."""
     configured = [settings.providers.get(route.provider) for route in entry.routes]
     wanted = [one.key_variable for one in configured if one and one.key_variable]
     variables = list(dict.fromkeys(wanted))
+    paid = [route.provider for route in entry.routes if _by_client(settings, route.provider)]
+    if paid:
+        return (
+            f"The model `{name}` is asked for with each client's own key, and a command has none"
+            f" (providers.{paid[0]}.key)."
+        )
     if not variables:
         names = " or ".join(dict.fromkeys(route.provider for route in entry.routes))
         return f"No provider for the model `{name}` is configured: add {names} to `providers`."

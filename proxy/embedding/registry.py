@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from cache.assembly import Filled
 from cache.embedder import CachingEmbedder
 from cache.flight import Flights
-from cache.ledger import Answered, answered
-from cache.refusal import NotCached, renamed
+from cache.ledger import Answered
+from cache.refusal import NotCached
 from cache.tiers import Tiers
-from providers.base import Context, Embedded, Input, InputRefused, Space
-from providers.batching import calls
+from providers.base import Context, Input, InputRefused, Space
 from providers.batching.longest import NoneTooLong
 from providers.router import Provider, Router
 from providers.routing.health import Upstreams
@@ -19,8 +18,10 @@ from proxy.settings import model_entry
 from proxy.settings.model_entry import Fallback
 from proxy.settings.schema import Settings
 
+from .by_client import ByClient, by_client
 from .learned import Pins
 from .opening import batched, make_router
+from .steps import one_before_others
 from .widths import WIDEST
 
 MOST_KEPT = 1000
@@ -62,6 +63,8 @@ class Model:
     """Tokens to which an input is cut before the cache is asked; None = it is not cut."""
     fallbacks: tuple[Fallback, ...] = ()
     """Models of other spaces that may stand in when no route answers, in this order."""
+    by_client: ByClient | None = None
+    """How it is asked for with the client's own key; None = it is not."""
     by_name: bool = False
     """Whether nothing is known of it but its name."""
 
@@ -107,6 +110,9 @@ class Registry:
         self._tiers = tiers
         self._upstreams = upstreams
         self._pins = pins
+        # Frozen there are none, and nobody is asked: each would do.
+        frozen = settings.cache.mode == "frozen"
+        self._usable = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
         self._flights: Flights[Filled] = Flights()
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
@@ -144,24 +150,22 @@ class Registry:
         """
         if not context.terms.spend:
             raise NotCached(context.terms, range(len(inputs)), len(inputs))
-        first = [place for place, item in enumerate(inputs) if item == inputs[0]]
-        space = model.space.with_parameters(parameters)
-        begun = await model.embedder.embed(space, [inputs[place] for place in first], context)
-        width = len(begun.vectors[0]) // 4
-        self._pins.pin(model.space.name, width)
-        model = self._keep(model, width)
-        parts: list[tuple[Sequence[int], Embedded]] = [(first, begun)]
-        usage = begun.usage
-        rest = [place for place, item in enumerate(inputs) if item != inputs[0]]
-        if rest:
-            space = replace(space, dimensions=width)
-            try:
-                others = await model.embedder.embed(space, [inputs[at] for at in rest], context)
-            except InputRefused as error:
-                raise renamed(error, rest, len(inputs)) from error
-            parts.append((rest, others))
-            usage = usage.plus(others.usage)
-        return model, answered(calls.assembled(parts), usage)
+
+        async def ask(some: Sequence[Input]) -> Answered:
+            return await model.embedder.embed(
+                model.space.with_parameters(parameters), some, context
+            )
+
+        async def first(some: Sequence[Input]) -> Answered:
+            nonlocal model
+            begun = await ask(some)
+            width = len(begun.vectors[0]) // 4
+            self._pins.pin(model.space.name, width)
+            model = self._keep(model, width)
+            return begun
+
+        answer = await one_before_others(inputs, 0, first, ask)
+        return model, answer
 
     def _by_name(self, name: str) -> Model:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""
@@ -199,4 +203,5 @@ class Registry:
             context=entry.context,
             truncate_to=entry.truncate_to,
             fallbacks=entry.fallback,
+            by_client=by_client(settings, name, entry, self._usable),
         )

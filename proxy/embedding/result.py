@@ -30,6 +30,8 @@ class Result:
     """Of the model that gave the vectors."""
     inputs: Sequence[Input] = ()
     """As they were embedded: token arrays as texts where they stand for some, cut if so wanted."""
+    namespace: str = ""
+    """The part of the cache in which they were looked up."""
 
     @property
     def vectors(self) -> vector.Floats:
@@ -81,6 +83,7 @@ def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer
     width: int,
     inputs: Sequence[Input],
     embedded: Answered,
+    namespace: str,
 ) -> Result:
     """Return an answer of which every vector can be brought to the width. Raises InvalidAnswer."""
     if width < space.dimensions:
@@ -89,4 +92,4 @@ def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer
         except vector.VectorError as error:
             raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
     fallback = answering.name != asked.name
-    return Result(asked, space, width, embedded, fallback, answering.name, inputs)
+    return Result(asked, space, width, embedded, fallback, answering.name, inputs, namespace)

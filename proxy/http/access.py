@@ -5,12 +5,12 @@ Asked before anything else is looked at.
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from proxy.errors import Failure
 from proxy.settings.schema import ClientKey
 
-from .caller import Caller
+from .caller import Caller, Secret
 
 
 class Access:
@@ -59,6 +59,14 @@ class Access:
             None,
             "invalid_api_key",
         )
+
+    def own_key(self, headers: Mapping[str, str]) -> Secret:
+        """Return the key that a client sends for a provider; empty if there is none.
+
+        It is in `Authorization`, or in `api-key` (Azure's clients), and none of ours.
+        """
+        given = (_bearer(headers.get("Authorization", "")), headers.get("api-key", "").strip())
+        return Secret(next((key for key in given if key and not self._known(key)), ""))
 
     def is_ours(self, value: str) -> bool:
         """Tell whether a header's value holds one of the keys: then it goes nowhere else."""

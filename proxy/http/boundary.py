@@ -4,7 +4,11 @@ The parser of HTTP does not say how far it has read. Here it is counted, for req
 can be told from their head; after anything else it is unknown to the end of the connection.
 """
 
+import re
 from collections.abc import Mapping
+
+# Python reads no number of thousands of digits, zeros that lead it included.
+_LENGTH = re.compile("[0-9]{1,20}")
 
 
 class Boundary:
@@ -37,8 +41,9 @@ class Boundary:
 
 def _length(data: bytes, headers: Mapping[str, str]) -> int | None:
     """Return the bytes of the request at the beginning of some data; None if that is not told."""
-    end = data.find(b"\r\n\r\n")
+    # Empty lines before a request are passed over, and are not the end of its head.
+    end = data.find(b"\r\n\r\n", len(data) - len(data.lstrip(b"\r\n")))
     length = headers.get("Content-Length", "0")
-    if end < 0 or "Transfer-Encoding" in headers or not (length.isascii() and length.isdigit()):
+    if end < 0 or "Transfer-Encoding" in headers or not _LENGTH.fullmatch(length):
         return None
     return end + 4 + int(length)

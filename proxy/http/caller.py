@@ -3,6 +3,15 @@
 from typing import NamedTuple
 
 
+class Secret(str):
+    """A key; it is not shown where values are."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
 class Caller(NamedTuple):
     """The one who sent a request."""
 
@@ -10,3 +19,5 @@ class Caller(NamedTuple):
     """The part of the cache that is the caller's."""
     client: str = ""
     """The name of the caller's key in the ledger; empty where no key is asked for."""
+    api_key: Secret = Secret()
+    """The caller's own key for a provider; empty where it sent none, or none is used."""

@@ -25,7 +25,7 @@ class Models:
     async def list(self, request: web.Request) -> web.Response:
         """Answer with all usable models, by name."""
         models = sorted(self._service.models.items())
-        usable = [model for _, model in models if self._may_be_asked(model)]
+        usable = [model for _, model in models if self._may_be_asked(model) and _is_told(model)]
         data = [_wire(model) for model in usable]
         if self._passthrough is not None:
             names = {model.name for model in usable}
@@ -45,6 +45,11 @@ class Models:
 
     def _may_be_asked(self, model: Model) -> bool:
         return model.usable or self._service.settings.cache.mode == "frozen"
+
+
+def _is_told(model: Model) -> bool:
+    """Tell whether a model may be listed: not one that a client has named with its own key."""
+    return not (model.by_name and model.by_client)
 
 
 def _wire(model: Model) -> dict[str, object]:

@@ -6,23 +6,26 @@ parts are read here and nowhere else: whether it waits for a request, and when i
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from aiohttp import HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
 
+from providers.base import Vector
 from proxy.errors import new_request_id
 
 from .boundary import Boundary
 from .replies import LONGEST_REQUEST, Replies, Reply
 
-AGAIN: web.RequestKey[Callable[[], bool]] = web.RequestKey("again")
-"""Set on a request whose reply may be given again; see `cache.ledger.Answered`."""
+AGAIN: web.RequestKey[tuple[Callable[[], bool], Sequence[Vector]]] = web.RequestKey("again")
+"""Set on a request whose reply may be given again: the last two fields of a `Reply`."""
 
 HELD = 0.01
 """Seconds for which a head waits for its body: many clients send them apart."""
+_BODY_FOLLOWS = re.compile(rb"\r\ncontent-length:[ \t]*0*[1-9]", re.IGNORECASE)
 _OWN = frozenset(("date", "x-request-id"))
 """Headers that each reply has of its own."""
 
@@ -55,6 +58,8 @@ class Repeating(web.RequestHandler):
             data = self._taken() + data
         elif idle and _is_bare_head(data):
             self._held = data
+            # It is no longer idle, so it is not closed for that before it is read.
+            self._stay_open()
             self._release_by = self._loop.call_later(HELD, self._release)
             return
         digest = None
@@ -76,11 +81,6 @@ class Repeating(web.RequestHandler):
         self._taken()
         super().connection_lost(exc)
 
-    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
-        """Finish the request in progress, one that is held included."""
-        self._release()
-        await super().shutdown(timeout)
-
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
@@ -88,11 +88,12 @@ class Repeating(web.RequestHandler):
         digest = self._digest
         resp, failed = await super().finish_response(request, resp, start_time)
         again = request.get(AGAIN)
-        self._answered = bool(resp.keep_alive) and not failed
+        # One that came in the meantime is answered before any that is yet to come.
+        self._answered = bool(resp.keep_alive) and not failed and not self._messages
         if digest and again and not failed and request.version == HttpVersion11:
             body = resp.body if isinstance(resp, web.Response) and resp.keep_alive else None
             if isinstance(body, bytes):
-                self._replies.keep(digest, Reply(_head(resp), body, again))
+                self._replies.keep(digest, Reply(_head(resp), body, *again))
         return resp, failed
 
     @property
@@ -118,6 +119,9 @@ class Repeating(web.RequestHandler):
         own = f"x-request-id: {new_request_id()}\r\nDate: {rfc822_formatted_time()}\r\n\r\n"
         self.transport.write(b"".join((reply.head, own.encode(), reply.body)))
         self._manager.requests_count += 1
+        self._stay_open()
+
+    def _stay_open(self) -> None:
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
 
     def _release(self) -> None:
@@ -137,7 +141,10 @@ def _is_bare_head(data: bytes) -> bool:
     """Tell whether data is a head alone, to be followed by a body without further ado."""
     if not (data.startswith(b"POST ") and data.endswith(b"\r\n\r\n")):
         return False
-    return len(data) <= LONGEST_REQUEST and b"100-continue" not in data.lower()
+    if len(data) > LONGEST_REQUEST or data.find(b"\r\n\r\n") < len(data) - 4:
+        return False
+    # Nothing is gained by holding one without a body, or with one in chunks: none such is kept.
+    return _BODY_FOLLOWS.search(data) is not None and b"100-continue" not in data.lower()
 
 
 def _head(response: web.StreamResponse) -> bytes:

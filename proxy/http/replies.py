@@ -7,18 +7,21 @@ digest (BLAKE2b-128, keyed anew in each process), so that no text and no key is 
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from providers.base import Vector
 
 from .pool import Pool
 
-# What a reply takes besides its bytes: digest, tuple, what its answer is made of, and its place in
-# the map.
-_OVERHEAD = 1200
+# What a reply takes besides its bytes and vectors: digest, tuples, what counts it, and its place in
+# the map. And what a vector takes: its address, its digest, and their places.
+_OVERHEAD = 1000
+_A_VECTOR = 200
 LONGEST_REQUEST = 1 << 16
 """Bytes; longer ones are not looked up."""
 LONGEST_REPLY = 1 << 18
-"""Bytes; longer ones are not kept."""
+"""Bytes, vectors included; longer ones are not kept."""
 
 
 class Reply(NamedTuple):
@@ -29,6 +32,8 @@ class Reply(NamedTuple):
     body: bytes
     again: Callable[[], bool]
     """Tells whether the reply still holds, and if it does, counts it (see `cache.repeat`)."""
+    vectors: Sequence[Vector] = ()
+    """Those that `again` keeps alive, though the cache may have dropped them."""
 
 
 class Replies:
@@ -53,5 +58,7 @@ class Replies:
 
     def keep(self, digest: bytes, reply: Reply) -> None:
         """Keep a reply, unless it is long."""
-        if len(reply.body) <= LONGEST_REPLY:
-            self.pool.keep(digest, reply, len(reply.head) + len(reply.body) + _OVERHEAD)
+        vectors = sum(map(len, reply.vectors)) + _A_VECTOR * len(reply.vectors)
+        size = len(reply.head) + len(reply.body) + vectors + _OVERHEAD
+        if size <= LONGEST_REPLY:
+            self.pool.keep(digest, reply, size)

@@ -47,7 +47,7 @@ class Origin:
         self._base_url = (self._profile.base_url or "").rstrip("/")
         self._variable = entry.key_variable
         self._key = key_of(entry)
-        self._by_client = settings.passthrough_auth == "client"
+        self._by_client = settings.passthrough_auth == "client" or entry.by_client
         self._access = access
         self._session: aiohttp.ClientSession | None = None
 
@@ -101,6 +101,9 @@ class Origin:
             names = dict.fromkeys(("Authorization", name))
             given = {one: request.headers[one] for one in names if one in request.headers}
             own = {one: value for one, value in given.items() if not self._access.is_ours(value)}
+            if not own and (key := self._access.own_key(request.headers)):
+                # In the form of another provider's clients, say Azure's.
+                own = {name: self._profile.key_prefix + key}
             if given and not own:
                 raise InputRefused(
                     f"This call is passed to {self.name} with your own key: send that in the header"

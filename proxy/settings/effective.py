@@ -59,7 +59,8 @@ def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
         return {"kind": provider.kind, "timeout_s": _plain(provider.timeout_s)}
     profile = provider.as_profile()
     shown = {field: _plain(getattr(profile, field, None)) for field in Provider.model_fields}
-    shown["kind"], shown["retries"] = provider.kind, provider.retries
+    shown |= {"kind": provider.kind, "key": provider.key, "share": provider.share}
+    shown["retries"] = provider.retries
     shown |= {key: _plain(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
     shown["limits"] = {
         field: getattr(profile.limits, field) for field in type(provider.limits).model_fields

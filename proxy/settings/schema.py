@@ -192,6 +192,22 @@ class Settings(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_origin_for_clients(self) -> "Settings":
+        """Refuse to send one key to two origins: a client sends one, and it belongs to one."""
+        taking = {name: one for name, one in self.providers.items() if one and one.by_client}
+        if taking and self.passthrough_auth == "client" and self.passes_to:
+            taking[self.passthrough or ""] = self.passes_to
+        (first, *others) = taking or [""]
+        for other in others:
+            if taking[other].origin != taking[first].origin:
+                raise ValueError(
+                    f"providers.{first}: a client sends one key, and it would go to two origins,"
+                    f" those of {first} and {other}; let one of them have a key of the proxy's"
+                    f" (api_key_env, passthrough_auth: provider), or run a second proxy for it"
+                )
+        return self
+
     @property
     def passes_to(self) -> Provider | None:
         """The provider that other calls are passed to, if it is configured."""

@@ -4,10 +4,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from providers import kinds
+from providers.http import HttpProvider
 from providers.profile import Profile
 
 from .section import HttpUrl, Name, Number, Section, VariableName, Whole
@@ -59,6 +61,8 @@ class Provider(Section):
     kind: Name
     base_url: HttpUrl | None = None
     api_key_env: VariableName | None = None
+    key: Literal["client"] | None = None
+    share: bool = False
     timeout_s: Annotated[Number, Field(gt=0)] = 60
     connect_timeout_s: Annotated[Number, Field(gt=0)] = 10
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
@@ -80,6 +84,11 @@ class Provider(Section):
     def _no_key_in_file(cls, value: object) -> object:
         if isinstance(value, dict) and "api_key" in value:
             raise ValueError("a key does not belong in the file: name its variable in api_key_env")
+        if isinstance(value, dict) and value.get("key") not in (None, "client"):
+            raise ValueError(
+                "key: expected client, or nothing; a key does not belong in the file: name its"
+                " variable in api_key_env"
+            )
         return value
 
     @field_validator("kind")
@@ -113,6 +122,7 @@ class Provider(Section):
                 raise ValueError(f"the local model has no {', '.join(sorted(said))}")
             return self
         profile = kinds.find(self.kind).profile
+        self._take_the_clients_key()
         for name in self.options:
             if name not in profile.options:
                 known = ", ".join(sorted(profile.options)) or "none"
@@ -121,10 +131,44 @@ class Provider(Section):
             raise ValueError("base_url is missing; this kind has no address of its own")
         return self
 
+    def _take_the_clients_key(self) -> None:
+        """Refuse what does not go with a client's key, or with the lack of one."""
+        if not self.by_client:
+            if self.share:
+                raise ValueError("share: is for key: client; other entries are shared in any case")
+            return
+        if self.api_key_env is not None:
+            raise ValueError(
+                "key: client and api_key_env exclude each other: the key is the client's own, or"
+                " that of the variable; remove one of them"
+            )
+        adapter = kinds.find(self.kind).adapter
+        if not (isinstance(adapter, type) and issubclass(adapter, HttpProvider)):
+            raise ValueError(  # noqa: TRY004 - pydantic reports ValueErrors
+                f"key: client is for kinds that send a key over HTTP; {self.kind} does not say so:"
+                " name a variable in api_key_env, or leave it out"
+            )
+
+    @property
+    def by_client(self) -> bool:
+        """Whether it is asked with each client's own key."""
+        return self.key == "client"
+
+    @property
+    def origin(self) -> str:
+        """Where it is: scheme, host and port; keys are sent there and nowhere else.
+
+        >>> Provider(kind="openai", base_url="https://API.openai.com:443/v1").origin
+        'https://api.openai.com:443'
+        """
+        parts = urlsplit(self.as_profile().base_url or "")
+        port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
+        return f"{parts.scheme}://{parts.hostname}:{port}"
+
     @property
     def key_variable(self) -> str | None:
         """The variable that holds this provider's key; None if it needs none."""
-        if self.kind == kinds.LOCAL:
+        if self.kind == kinds.LOCAL or self.by_client:
             return None
         return self.api_key_env or kinds.find(self.kind).profile.api_key_env
 
@@ -142,6 +186,7 @@ class Provider(Section):
             profile,
             base_url=self.base_url or profile.base_url,
             api_key_env=self.key_variable,
+            by_client=self.by_client,
             limits=replace(profile.limits, **limits),
             timeouts=replace(profile.timeouts, **times),
             headers={**_without(profile.headers, self.headers), **self.headers},

@@ -14,7 +14,7 @@ from providers.base import Space
 from providers.router import Router
 from providers.routing.health import Upstreams
 from proxy.embedding.learned import WIDTHS_FILE, Pins
-from proxy.embedding.opening import make_router, open_providers
+from proxy.embedding.opening import CLIENTS_PAY, make_router, open_providers
 from proxy.settings.model_entry import Model
 from proxy.settings.schema import Settings
 
@@ -63,6 +63,8 @@ def _standing(settings: Settings, name: str, opened: Collection[str]) -> Standin
     entry = settings.providers[name]
     if entry is None:
         return Standing("disabled", None, "null in the configuration")
+    if entry.by_client:
+        return Standing("skipped", entry.kind, CLIENTS_PAY)
     if name not in opened:
         return Standing("skipped", entry.kind, f"{entry.key_variable} is not set")
     if entry.kind == kinds.LOCAL and not local.is_installed():

@@ -14,6 +14,7 @@ from providers.base import Context, CredentialsRefused, EmbeddingError, ModelNot
 from providers.probe import SAME, TEXTS, probe
 from providers.router import Router
 from providers.routing.route import Route
+from proxy.embedding.opening import CLIENTS_PAY
 from proxy.settings.schema import Settings
 
 from .candidates import Standing, find
@@ -102,9 +103,9 @@ def _problems(choice: Choice, routers: Mapping[str, Router], found: Checkup) -> 
         if one.ok is False:
             yield f"{one.models[0]} at {one}: {one.why}"
     for name in choice.named if choice.must_work else ():
-        if not routers[name].routes:
-            missing = any(one.why == local.MISSING for one in found.findings if name in one.models)
-            yield local.MISSING if missing else routers[name].unavailable
+        why = {one.why for one in found.findings if name in one.models}
+        if not routers[name].routes and CLIENTS_PAY not in why:
+            yield local.MISSING if local.MISSING in why else routers[name].unavailable
     for pair in found.comparisons:
         if not pair.ok:
             yield (

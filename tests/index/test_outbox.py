@@ -202,6 +202,32 @@ def test_damage_while_it_is_open_costs_what_waited_and_nothing_else(tmp_path, ha
         assert len(aside) == outbox.damaged + other.damaged == (0 if harm is _remove else 1)
 
 
+def test_damage_that_two_processes_find_is_set_aside_once(tmp_path):
+    """The second finds a new file, and leaves it where it is."""
+    damage = sqlite3.DatabaseError("file is not a database")
+    with closing(OutboxFile(tmp_path)) as one, closing(OutboxFile(tmp_path)) as other:
+        one._renew(damage)
+        other._renew(damage)
+        assert len([*tmp_path.glob("*.db.damaged-*")]) == 1
+        assert (one.damaged, other.damaged) == (1, 0)
+        assert not one.replaced
+        assert not other.replaced
+
+
+def test_what_is_written_while_another_process_sets_the_file_aside_is_not_lost(tmp_path):
+    """A change to the file that is gone is made to the new one instead."""
+    with closing(Outbox(tmp_path, GIB)) as outbox, closing(OutboxFile(tmp_path)) as other:
+
+        def late(one):
+            if not other.damaged:
+                other._renew(sqlite3.DatabaseError("file is not a database"))
+            return one.add(DOCS, [point(1)])
+
+        assert outbox.guarded(late) == 1
+    with closing(Outbox(tmp_path, GIB)) as fresh:
+        assert ids(fresh) == [1]
+
+
 def test_a_point_that_is_not_as_it_was_written_is_never_sent(tmp_path, outbox):
     """A flipped bit in a vector would be a wrong vector: the point is let go of, and comes anew."""
     outbox.add(DOCS, [point(n) for n in range(4)])

@@ -101,20 +101,26 @@ def digest(some: list[str]) -> str:
     return told.hexdigest()
 
 
+def write_vocabulary(name: str, folder: Path) -> None:
+    """Put the vocabulary of an encoding where tiktoken keeps what it has downloaded."""
+    import splintr  # noqa: PLC0415 - the tests count without it
+
+    token = splintr.Tokenizer.from_pretrained(name).decode_token_bytes
+    lines = (b"%b %d\n" % (base64.b64encode(token(i)), i) for i in range(ENCODINGS[name]))
+    url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
+    (folder / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"".join(lines))
+
+
 def _count_by_tiktoken() -> None:
     """Write the fixture."""
-    import splintr  # noqa: PLC0415 - the tests count without these
-    import tiktoken  # noqa: PLC0415
+    import tiktoken  # noqa: PLC0415 - the tests count without it
 
     made = texts()
     fixture: dict[str, object] = {"tiktoken": tiktoken.__version__, "digest": digest(made)}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TIKTOKEN_CACHE_DIR"] = folder
-        for name, size in ENCODINGS.items():
-            token = splintr.Tokenizer.from_pretrained(name).decode_token_bytes
-            lines = (b"%b %d\n" % (base64.b64encode(token(i)), i) for i in range(size))
-            url = f"https://openaipublic.blob.core.windows.net/encodings/{name}.tiktoken"
-            (Path(folder) / hashlib.sha1(url.encode()).hexdigest()).write_bytes(b"".join(lines))
+        for name in ENCODINGS:
+            write_vocabulary(name, Path(folder))
             # It takes the file only with the SHA-256 that it knows.
             encoding = tiktoken.get_encoding(name)
             fixture[name] = [len(encoding.encode(text, disallowed_special=())) for text in made]

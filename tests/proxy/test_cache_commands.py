@@ -13,10 +13,10 @@ import time
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from command import Done
 from fault_server import vector_of
 
 from cache.file import database, disk, purge
@@ -34,7 +34,6 @@ from index.outbox_file import FILE_NAME, OutboxFile
 from index.point import Point, Target, id_bytes
 from providers.base import Space
 from providers.bill import NANO
-from proxy import cli
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -59,18 +58,8 @@ MODELS = {
 TEXTS = [f"text {i}" for i in range(500)]
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
-
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, command):
     """Give a function that runs `cache …` on the store in `cache`, in this process."""
     config = tmp_path / "config.yaml"
     sections = {"cache": {"directory": str(tmp_path / "cache")}, "models": MODELS}
@@ -79,11 +68,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
 
     def run_command(*arguments: str) -> Done:
-        arguments = ["embedding-proxy", "cache", *arguments, "--config", str(config)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return Done(caught.value.code or 0, *capsys.readouterr())
+        return command("cache", *arguments, "--config", config)
 
     return run_command
 
@@ -805,14 +790,14 @@ async def test_no_request_fails_while_a_store_is_verified_and_mended(
 # in all
 
 
-@pytest.mark.parametrize("command", ["stats", "purge", "backup", "export", "import", "verify"])
-def test_help_and_wrong_usage(command, run):
+@pytest.mark.parametrize("name", ["stats", "purge", "backup", "export", "import", "verify"])
+def test_help_and_wrong_usage(name, run):
     """--help tells the options; an option that there is not is code 2, without a traceback."""
-    done = run(command, "--help")
+    done = run(name, "--help")
     assert done.code == 0
     assert "--config" in done.out
     assert "--json" in done.out
-    done = run(command, "--nope")
+    done = run(name, "--nope")
     assert (done.code, done.out) == (2, "")
     assert "No such option" in done.err
 

@@ -6,9 +6,9 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
+from command import Done
 from fault_server import hang, status
 from qdrant_server import QdrantServer
 
@@ -19,7 +19,6 @@ from providers.base import Space
 from providers.openai import OpenAI
 from providers.probe import TEXTS, Probe
 from providers.routing.route import Route
-from proxy import cli
 from proxy.config import ConfigError
 from proxy.settings.schema import Settings
 from proxy.trials import checkup
@@ -48,15 +47,7 @@ def _at(openai=None, openrouter=None, /, **keys):
     return {**urls, "local": None}
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
+class Checked(Done):
     @property
     def problems(self):
         """What follows the last heading."""
@@ -66,29 +57,21 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def check(tmp_path, monkeypatch, capsys):
+def check(tmp_path, monkeypatch, command):
     """Give a function that runs `check` with these sections, both keys set unless `keys` are."""
     config = tmp_path / "config.yaml"
     monkeypatch.setenv("COLUMNS", "200")
 
-    async def run(*arguments, keys=KEYS, **sections) -> Done:
+    async def run(*arguments, keys=KEYS, **sections) -> Checked:
         for name, key in keys.items():
             monkeypatch.setenv(f"{name.upper()}_API_KEY", key)
         if sections:
             sections = {"cache": {"directory": str(tmp_path / "cache")}, **sections}
             config.write_text(json.dumps(sections))
             arguments = (*arguments, "--config", str(config))
-        monkeypatch.setattr(sys, "argv", ["embedding-proxy", "check", *arguments])
-
-        def in_thread() -> int:
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-            return caught.value.code or 0
-
-        done = Done(await asyncio.to_thread(in_thread), *capsys.readouterr())
+        done = await asyncio.to_thread(command, "check", *arguments)
         assert not [key for key in KEYS.values() if key in done.out + done.err]
-        assert "Traceback" not in done.out + done.err
-        return done
+        return Checked(*done)
 
     return run
 

@@ -2,15 +2,13 @@
 
 import asyncio
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
 import pytest
+from command import Done
 from fault_server import hang, status
 
-from proxy import cli
 from proxy.trials import trial
 
 ROOT = Path(__file__).parents[2]
@@ -25,15 +23,7 @@ def _at(openai=None, openrouter=None, /, **keys):
     return {**{name: one and {"base_url": one.url, **keys} for name, one in servers.items()}}
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self):
-        return json.loads(self.out)
-
+class Compared(Done):
     def route(self, provider, model=SMALL):
         """Return what is told of one route."""
         (one,) = [
@@ -45,7 +35,7 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def compare(tmp_path, monkeypatch, capsys):
+def compare(tmp_path, monkeypatch, command):
     """Give a function that runs `compare` on TEXTS with these sections, both keys set."""
     config, texts = tmp_path / "config.yaml", tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS))
@@ -53,24 +43,15 @@ def compare(tmp_path, monkeypatch, capsys):
     for name, key in KEYS.items():
         monkeypatch.setenv(f"{name.upper()}_API_KEY", key)
 
-    async def run(*arguments, texts=texts, **sections) -> Done:
+    async def run(*arguments, texts=texts, **sections) -> Compared:
         sections = {"cache": {"directory": str(tmp_path / "cache")}, **sections}
         config.write_text(json.dumps(sections))
         if texts:
             arguments = (*arguments, "--texts", str(texts))
-        argv = ["embedding-proxy", "compare", *arguments, "--config", str(config)]
-        monkeypatch.setattr(sys, "argv", argv)
-
-        def in_thread() -> int:
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-            return caught.value.code or 0
-
-        done = Done(await asyncio.to_thread(in_thread), *capsys.readouterr())
+        done = await asyncio.to_thread(command, "compare", *arguments, "--config", config)
         assert not [key for key in KEYS.values() if key in done.out + done.err]
-        assert "Traceback" not in done.out + done.err
         assert not (tmp_path / "cache").exists(), "nothing goes into the cache"
-        return done
+        return Compared(*done)
 
     return run
 

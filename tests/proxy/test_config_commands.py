@@ -1,14 +1,12 @@
 """`config show` and `config convert`: what applies, and what an older configuration comes to."""
 
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
+from command import Done
 
-from proxy import cli
 from proxy.config import ConfigError, load
 from proxy.settings.conversion import convert
 
@@ -59,27 +57,16 @@ llm:
 """
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(command):
     """Give a function that runs `config …`."""
 
-    def command(*arguments) -> Done:
-        argv = ["embedding-proxy", "config", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        done = Done(caught.value.code or 0, *capsys.readouterr())
-        assert "Traceback" not in done.out + done.err
+    def run_command(*arguments) -> Done:
+        done = command("config", *arguments)
         assert SECRET not in done.out + done.err
         return done
 
-    return command
+    return run_command
 
 
 @pytest.fixture

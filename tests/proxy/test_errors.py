@@ -34,6 +34,7 @@ def _made(cls: type, refusal: Refusal | None = None) -> EmbeddingError:
 # Error, what the upstream said, then status, type, code, and the seconds to wait (None: never).
 TABLE = [
     ("InputRefused", None, 400, "invalid_request_error", None, None),
+    ("ClientKeyRefused", None, 401, "invalid_request_error", "invalid_api_key", None),
     ("NoRoute", None, 503, "server_error", "provider_not_configured", None),
     ("DeadlineExceeded", None, 504, "server_error", "timeout", RETRY_SECONDS),
     ("AllResting", None, 503, "server_error", "upstream_unavailable", 2.5),

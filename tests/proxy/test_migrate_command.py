@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 from aiohttp import web
+from command import Done
 from example_package import install
 from fault_server import status, vector_of
-from old_system import LARGE, MISTRAL, Done, OldSystem
+from old_system import LARGE, MISTRAL, OldSystem
 from qdrant_client import models
 
 from index.migration.journal import Journal
-from proxy import cli
 from proxy.commands.migrate import held
 from proxy.commands.migrating import named, settings_for, width_of
 from proxy.config import ConfigError
@@ -35,24 +35,15 @@ async def system(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def migrate(system, monkeypatch, capsys):
+def migrate(system, monkeypatch, command):
     """Give a function that runs a step; `says` is typed on the terminal."""
 
     async def step(*arguments, qdrant=True, says="") -> Done:
         where = ["--config", str(system.config)]
         if qdrant:
             where += ["--qdrant", system.qdrant.url]
-        monkeypatch.setattr(sys, "argv", ["embedding-proxy", "migrate", *arguments, *where])
         monkeypatch.setattr(sys, "stdin", io.StringIO(says))
-
-        def in_thread() -> int:
-            with pytest.raises(SystemExit) as caught:
-                cli.main()
-            return caught.value.code or 0
-
-        done = Done(await asyncio.to_thread(in_thread), *capsys.readouterr())
-        assert "Traceback" not in done.out + done.err
-        return done
+        return await asyncio.to_thread(command, "migrate", *arguments, *where)
 
     return step
 

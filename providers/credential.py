@@ -1,0 +1,72 @@
+"""A client's own key, for providers that hold none: it pays for its request, and nobody sees it.
+
+Limits, rests and budgets belong to the key; what keeps them by key remembers the newest so many.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+MOST_KEYS = 1000
+"""Keys of which something is remembered; those used longest ago are forgotten."""
+
+# A shorter key may be a part of any word, and so may a shorter beginning of one.
+_SHORTEST_SECRET = 8
+_BEGINNING = 8
+# As vendors show a key without telling it: `sk-ab***yz`, `sk-ab...yz`.
+_MASKED = re.compile(rb'[^\s"\\]*\*{3}[^\s"\\]*|[\w-]{2,}\.{3}[\w-]{2,}')
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A client's key; two are equal if their names are."""
+
+    secret: str = field(repr=False, compare=False)
+    name: str
+    """A digest that tells it from others, and tells nothing of it: for logs and the ledger."""
+    alone: bool = False
+    """Whether only providers that take it are to be asked: then an answer proves it."""
+
+    def redacted(self, body: bytes) -> bytes:
+        """Return what an upstream said, without the key, or the parts of it that vendors show.
+
+        >>> Credential("sk-123456789xyz", "key-1").redacted(b"Wrong: sk-12***xyz, sk-123456789xyz.")
+        b'Wrong: *** ***.'
+        """
+        return redacted(self.secret.encode(), _MASKED.sub(b"***", body))
+
+
+def redacted(secret: bytes, body: bytes) -> bytes:
+    """Return what an upstream said without a key, whole or cut short; short keys are no secrets."""
+    if len(secret) < _SHORTEST_SECRET:
+        return body
+    body = body.replace(secret, b"***")
+    if len(secret) > _BEGINNING:
+        body = re.sub(re.escape(secret[:_BEGINNING]) + rb'[^\s"\\]*', b"***", body)
+    return body
+
+
+class ByKey(Generic[T]):
+    """Something for each key, made when it is first asked for; of at most `most` keys."""
+
+    def __init__(self, make: Callable[[], T], most: int = MOST_KEYS) -> None:
+        self._make = make
+        self._most = most
+        self._made: OrderedDict[str, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def of(self, credential: Credential) -> T:
+        """Return what is a key's."""
+        made = self._made.get(credential.name)
+        if made is None:
+            made = self._made[credential.name] = self._make()
+            if len(self._made) > self._most:
+                self._made.popitem(last=False)
+        self._made.move_to_end(credential.name)
+        return made

@@ -1,0 +1,109 @@
+"""From a well-formed request to vectors: which model, what width, until when, on whose key."""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+
+from cache.ledger import Answered
+from providers.base import Account, Context, Input
+from proxy.http.cache_control import terms
+from proxy.http.caller import Caller
+from proxy.settings.schema import Settings
+from proxy.wire import EmbeddingRequest
+
+from . import fallback, widths
+from .client_keys import Ask, ClientKeys
+from .inputs import prepare
+from .registry import Model, Registry
+from .result import Result, checked
+
+
+class Answering:
+    """Answers requests with the models of a registry.
+
+    `client_keys` answers for those that are bought with the client's own key, if there are any.
+    """
+
+    def __init__(
+        self, settings: Settings, registry: Registry, client_keys: ClientKeys | None
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._client_keys = client_keys
+
+    async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result:
+        """Answer a request, by a model that stands in for its own if need be.
+
+        `control` is its `Cache-Control`. Raises EmbeddingError.
+        """
+        model = self._registry.get(asked.model)
+        if model.by_name and asked.dimensions is not None:
+            model = model.at(asked.dimensions)
+        server = self._settings.server
+        deadline = asyncio.get_running_loop().time() + server.request_timeout_s
+        allowed = terms(self._settings.cache.mode, control)
+
+        async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+            inputs, counts = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
+            account = Account(asked.model, caller.client, one.price)
+            return inputs, Context(
+                by, asked.user, caller.namespace, allowed, counts=counts, account=account
+            )
+
+        if not model.space.dimensions:
+            inputs, context = await prepared(model, deadline)
+            return await self._learn(model, asked, caller, inputs, context)
+        width = _width(model, asked)
+
+        async def ask(one: Model, by: float) -> Result:
+            space = one.space.with_parameters(asked.parameters) if asked.parameters else one.space
+            inputs, context = await prepared(one, by)
+            if one.by_client is None:
+                embedded = await one.embedder.embed(space, inputs, context)
+                return checked(model, one, space, width, inputs, embedded, caller.namespace)
+            embed = partial(one.embedder.embed, space)
+            embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
+            return checked(model, one, space, width, inputs, embedded, namespace)
+
+        models = [model, *fallback.stand_ins(model, self._registry.models, width)]
+        return await fallback.first_answer(ask, models, deadline)
+
+    async def _learn(
+        self,
+        model: Model,
+        asked: EmbeddingRequest,
+        caller: Caller,
+        inputs: Sequence[Input],
+        context: Context,
+    ) -> Result:
+        """Answer with a model whose width the first answer tells."""
+
+        async def ask(some: Sequence[Input], context: Context) -> Answered:
+            nonlocal model
+            if not model.space.dimensions:
+                model, answer = await self._registry.learn(model, asked.parameters, some, context)
+                return answer
+            space = model.space.with_parameters(asked.parameters)
+            return await model.embedder.embed(space, some, context)
+
+        namespace = caller.namespace
+        if model.by_client is None:
+            embedded = await ask(inputs, context)
+        else:
+            embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
+        space = model.space.with_parameters(asked.parameters)
+        return checked(model, model, space, _width(model, asked), inputs, embedded, namespace)
+
+    async def _with_key(
+        self, model: Model, caller: Caller, inputs: Sequence[Input], context: Context, ask: Ask
+    ) -> tuple[Answered, str]:
+        """Ask for a client that pays with its own key; also return whose namespace it was."""
+        if model.by_client is None or self._client_keys is None:
+            raise RuntimeError(f"{model.name}: takes no key of a client")
+        return await self._client_keys.embed(model.by_client, caller, inputs, context, ask)
+
+
+def _width(model: Model, asked: EmbeddingRequest) -> int:
+    """Return the width to answer with. Raises InputRefused."""
+    refused = model.dimensions_refused
+    return widths.chosen(model.space, asked.dimensions, model.width, refused=refused)

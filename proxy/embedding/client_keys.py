@@ -1,0 +1,232 @@
+"""Models that are bought with the client's own key: whose cache it is, and who may look into it.
+
+What a key has bought is served to that key alone: it lies in a namespace of its own, named by a
+digest. Where the operator says `share`, it lies where everybody's does. In both cases nothing is
+served to a key that the provider has not accepted: its first request begins past the cache, with
+one input that is bought with the key, and kept like any other.
+
+A client without a key is served by the other routes of the model, if it has any, and so is one
+whose key cannot be proved just now. One whose key is refused is told so.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+from weakref import WeakValueDictionary
+
+from cache.key import part
+from cache.ledger import Again, Answered
+from providers.base import (
+    AllResting,
+    ClientKeyRefused,
+    Context,
+    Credential,
+    DeadlineExceeded,
+    Input,
+    InputRefused,
+    PassingFailure,
+    ProviderError,
+    RateLimited,
+    Vector,
+)
+from proxy.http.caller import Caller
+from proxy.settings.schema import Settings
+
+from . import client_secret
+from .by_client import ByClient
+from .proofs import Proofs, Standing
+from .steps import one_before_others
+
+FOLDER = "client-keys"
+"""The name of the folder of proofs, in that of the store."""
+AT_ONCE = 16
+"""Keys that are proved at a time: bad ones cannot flood a provider, however many come."""
+RETRY_S = 1.0
+"""When to try again to prove a key, where nobody named a time."""
+LONGEST = 4096
+"""Characters of a key."""
+
+log = logging.getLogger("embedding_proxy.keys")
+
+Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[Answered]]
+"""Asks the cache, and behind it the routes."""
+
+
+class ClientKeys:
+    """Answers those who come with keys of their own. Raises StoreError, see `client_secret`."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        """`folder` is that of the store."""
+        self._frozen = settings.cache.mode == "frozen"
+        self._asks_keys = bool(settings.server.keys)
+        self._secret = client_secret.load(folder)
+        self.proofs = Proofs(folder / FOLDER)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    async def embed(
+        self, how: ByClient, caller: Caller, inputs: Sequence[Input], context: Context, ask: Ask
+    ) -> tuple[Answered, str]:
+        """Answer from what the caller's key may see, and buy the rest with it.
+
+        Also returns the namespace that it was. Raises EmbeddingError: ClientKeyRefused for a key
+        that is not accepted, and for none; AllResting for one that cannot be proved just now.
+        """
+        if not caller.api_key:
+            if not how.others:
+                raise self._missing(how)
+            return await ask(inputs, context), context.namespace
+        credential = self._credential(how, caller.api_key)
+        namespace = context.namespace
+        if not how.share:
+            namespace = "/".join(filter(None, (namespace, credential.name)))
+        account = context.account
+        if not account.client:
+            account = replace(account, client=credential.name)
+        own = replace(context, credential=credential, namespace=namespace, account=account)
+        answer = await _Visit(self, how, own, credential, ask).answer(inputs)
+        if answer is None:
+            # The next time it may be proved, or refused.
+            return replace(await ask(inputs, context), again=None), context.namespace
+        return answer, namespace
+
+    def proof_of(self, credential: Credential, how: ByClient) -> str:
+        """Return under which name it is known that a key was accepted for a model."""
+        return self._digest(credential.name, how.space)
+
+    def standing(self, proof: str) -> Standing:
+        """Return what a key may have. Raises ClientKeyRefused for one that was refused just now."""
+        # Frozen, nobody can be asked: what a key has bought is there for whoever has the key.
+        return Standing.PROVED if self._frozen else self.proofs.standing(proof)
+
+    @asynccontextmanager
+    async def turn(self, proof: str, deadline: float | None) -> AsyncIterator[None]:
+        """Wait until nobody proves the same key, and few others do. Raises DeadlineExceeded."""
+        lock = self._locks.setdefault(proof, asyncio.Lock())
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await stack.enter_async_context(lock)
+                    await stack.enter_async_context(self._places)
+            except TimeoutError as error:
+                raise DeadlineExceeded("the time of the request was up") from error
+            yield
+
+    def _credential(self, how: ByClient, key: str) -> Credential:
+        """Return a key and its name: a digest of it and of where it is for."""
+        if len(key) > LONGEST or not (key.isascii() and key.isprintable()) or " " in key:
+            raise ClientKeyRefused("Incorrect API key provided: it holds what is in no key.")
+        return Credential(key, f"key-{self._digest(how.origin, key)}")
+
+    def _digest(self, *parts: str) -> str:
+        told = b"".join(part(b"k", one.encode()) for one in parts)
+        return hashlib.blake2b(told, digest_size=16, key=self._secret).hexdigest()
+
+    def _missing(self, how: ByClient) -> ClientKeyRefused:
+        ours = ", and this proxy's key in `x-proxy-key`" if self._asks_keys else ""
+        return ClientKeyRefused(
+            f"You didn't provide an API key of your own, with which `{how.model}` is asked for at"
+            f" {how.providers[0]}: send it in the header `Authorization: Bearer KEY`{ours}."
+        )
+
+
+class _Visit:
+    """One request that comes with a key."""
+
+    def __init__(
+        self, keys: ClientKeys, how: ByClient, own: Context, credential: Credential, ask: Ask
+    ) -> None:
+        self._keys = keys
+        self._how = how
+        self._own = own
+        self._credential = credential
+        self._ask = ask
+        self._proof = keys.proof_of(credential, how)
+
+    async def answer(self, inputs: Sequence[Input]) -> Answered | None:
+        """Return the answer; None if the key cannot be proved now, and other routes may do."""
+        standing, spend = self._keys.standing(self._proof), self._own.terms.spend
+        if standing is Standing.UNKNOWN and not spend:
+            if self._how.others:
+                return None
+            raise InputRefused(
+                f"Your key has not been proved at {self._how.providers[0]} for so long that nothing"
+                " is served to it, and the request says only-if-cached.",
+                status=504,
+                code="not_cached",
+            )
+        if standing is Standing.PROVED or not spend:
+            return await self._asked(inputs)
+        shortest = min(range(len(inputs)), key=lambda place: len(inputs[place]))
+        try:
+            return await one_before_others(inputs, shortest, self._first, self._asked)
+        except (AllResting, ProviderError, InputRefused) as error:
+            if self._keys.standing(self._proof) is not Standing.UNKNOWN:
+                raise
+            if self._how.others:
+                return None
+            if not isinstance(error, PassingFailure) or isinstance(error, RateLimited):
+                raise
+            wait = RETRY_S if error.retry_after is None else error.retry_after
+            raise AllResting(f"Your key cannot be proved just now ({error}).", wait) from error
+
+    async def _first(self, inputs: Sequence[Input]) -> Answered:
+        """Ask for the inputs past the cache, unless the key is proved when its turn comes."""
+        # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
+        proving = replace(
+            self._own,
+            credential=replace(self._credential, alone=True),
+            terms=replace(self._own.terms, max_age=0.0),
+        )
+        async with self._keys.turn(self._proof, self._own.deadline):
+            standing = self._keys.standing(self._proof)
+            if standing is Standing.DUE:
+                # Others need not wait: they are served on the older proof meanwhile.
+                self._keys.proofs.defer(self._proof)
+            try:
+                if standing is not Standing.PROVED:
+                    return await self._asked(inputs, proving)
+            except (AllResting, ProviderError) as error:
+                if standing is Standing.UNKNOWN:
+                    raise
+                log.info("%s is served on an older proof: %s", self._credential.name, error)
+        return await self._asked(inputs)
+
+    async def _asked(self, inputs: Sequence[Input], context: Context | None = None) -> Answered:
+        """Ask, and note what it says of the key."""
+        try:
+            answer = await self._ask(inputs, context or self._own)
+        except ClientKeyRefused as refusal:
+            self._keys.proofs.refused(self._proof, refusal)
+            raise
+        if not {*answer.providers}.isdisjoint(self._how.providers):
+            self._keys.proofs.accepted(self._proof)
+        if answer.again is None:
+            return answer
+        return replace(answer, again=_WhileProved(self._is_proved, answer.again))
+
+    def _is_proved(self) -> bool:
+        """Tell whether an answer may be given to the key once more."""
+        try:
+            return self._keys.standing(self._proof) is Standing.PROVED
+        except ClientKeyRefused:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class _WhileProved:
+    """An answer that is given again for as long as the key is good."""
+
+    is_proved: Callable[[], bool]
+    answer: Again
+
+    def vectors(self) -> Sequence[Vector] | None:
+        return self.answer.vectors() if self.is_proved() else None
+
+    def still(self, vectors: Sequence[Vector]) -> bool:
+        return self.is_proved() and self.answer.still(vectors)

@@ -1,0 +1,36 @@
+"""Asks for one input before the others: what its answer tells decides how they are asked for."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+from cache.ledger import Answered, answered
+from cache.refusal import renamed
+from providers.base import Embedded, Input, InputRefused
+from providers.batching import calls
+
+Ask: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
+
+
+async def one_before_others(
+    inputs: Sequence[Input], place: int, first: Ask, others: Ask
+) -> Answered:
+    """Ask `first` for the input at a place, and its equals, then `others` for the rest, if any.
+
+    Returns the answer to all of them. Raises EmbeddingError, with a place among all of them.
+    """
+    parts: list[tuple[Sequence[int], Embedded]] = []
+    usages = []
+    same = [at for at, item in enumerate(inputs) if item == inputs[place]]
+    rest = [at for at, item in enumerate(inputs) if item != inputs[place]]
+    for places, ask in ((same, first), (rest, others)):
+        if not places:
+            continue
+        try:
+            answer = await ask([inputs[at] for at in places])
+        except InputRefused as error:
+            raise renamed(error, places, len(inputs)) from error
+        parts.append((places, answer))
+        usages.append(answer.usage)
+    if not rest:
+        return answer
+    return answered(calls.assembled(parts), usages[0].plus(usages[1]))

@@ -1,0 +1,179 @@
+"""The same answer once more: as long as memory holds the very vectors it was made of."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from clock import Clock
+
+from cache.embedder import CachingEmbedder
+from cache.flight import Flights
+from cache.key import keyring
+from cache.memory import Memory
+from cache.tiers import Tiers
+from providers.base import NORMAL, Account, Context, Space, Terms
+from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
+
+SPACE = Space("m", 3)
+PARTITION = keyring(SPACE).partition
+FAR = 1e12
+ROOM = 12 + 440
+"""What one entry takes in memory."""
+
+
+class Bench:
+    """A cache with so much room in memory, whose clock stands."""
+
+    def __init__(self, room: int = 100, ttl_s: float | None = None) -> None:
+        self.clock = Clock()
+        self.store = FakeStore()
+        self.memory = Memory(room * ROOM, ttl_s, self.clock)
+        self.tiers = Tiers(self.memory, self.store)
+        self.embedder = CachingEmbedder(FakeEmbedder(), self.tiers, Flights())
+
+    async def ask(self, *inputs: str, terms: Terms = NORMAL, client: str = "ci"):
+        account = Account("model", client, 1.0)
+        context = Context(FAR, terms=terms, account=account)
+        return await self.embedder.embed(SPACE, list(inputs), context)
+
+    async def known(self, *inputs: str) -> Callable[[], object]:
+        """Return what tells whether the answer to these holds, once all are known."""
+        await self.ask(*inputs)
+        answer = await self.ask(*inputs)
+        return partial(answer.again.still, answer.vectors)
+
+    async def looked_up(self, *inputs: str) -> Callable[[], object]:
+        """Return what gives the vectors of these, once all are known."""
+        await self.ask(*inputs)
+        return (await self.ask(*inputs)).again.vectors
+
+
+WAYS = pytest.mark.parametrize("way", [Bench.known, Bench.looked_up], ids=["still", "vectors"])
+
+
+@WAYS
+async def test_it_counts_as_another_request_and_notes_the_use(way):
+    """Sums, look-ups and uses grow as if the request had been answered anew."""
+    bench = Bench()
+    again = await way(bench, "a", "b")
+    bench.store.touched.clear()
+    sums, hits = dict(bench.store.sums), bench.tiers.counters.memory_hits
+    assert again()
+    assert bench.store.touched == {key_of(item, SPACE).address for item in ("a", "b")}
+    ((heading, usage),) = [(h, u) for h, u in bench.store.sums.items() if u != sums.get(h)]
+    assert (heading.client, heading.model, heading.partition) == ("ci", "model", PARTITION)
+    assert usage.hits - sums[heading].hits == 2
+    anew = (await bench.ask("a", "b")).usage
+    assert usage == sums[heading].plus(anew)
+    assert anew.tokens_saved > 0
+    assert bench.tiers.counters.memory_hits == hits + 4
+
+
+@WAYS
+async def test_it_asks_no_disk(way):
+    """Nothing is read, and nothing is awaited."""
+    bench = Bench()
+    again = await way(bench, "a")
+    bench.store.reads.clear()
+    assert all(again() for _ in range(3))
+    assert bench.store.reads == []
+
+
+async def _purged(bench: Bench) -> None:
+    bench.store.on_purge()
+
+
+async def _replaced(bench: Bench) -> None:
+    await bench.ask("b", terms=Terms(max_age=0))
+
+
+async def _put_anew(bench: Bench) -> None:
+    key = key_of("b", SPACE)
+    await bench.tiers.put_many({key: entry_of("b", SPACE, tokens=9)}, PARTITION)
+
+
+async def _read_again(bench: Bench) -> None:
+    bench.memory.clear()
+    await bench.ask("a", "b")
+
+
+async def _displaced(bench: Bench) -> None:
+    await bench.ask(*(f"other {number}" for number in range(3)))
+
+
+async def _aged(bench: Bench) -> None:
+    bench.clock.now += 10
+
+
+@pytest.mark.parametrize(
+    "end", [_purged, _replaced, _put_anew, _read_again, _displaced, _aged], ids=lambda f: f.__name__
+)
+async def test_what_puts_an_end_to_an_entry_puts_one_to_it(end):
+    """It says no from then on, and counts nothing."""
+    bench = Bench(room=4, ttl_s=10)
+    bench.store.stored = bench.clock.now
+    again = await bench.known("a", "b")
+    assert again()
+    await end(bench)
+    before = bench.store.usage, bench.tiers.counters.memory_hits
+    assert not again()
+    assert not again()
+    assert (bench.store.usage, bench.tiers.counters.memory_hits) == before
+
+
+@pytest.mark.parametrize("end", [_purged, _displaced, _aged], ids=lambda f: f.__name__)
+async def test_what_is_no_longer_in_memory_gives_no_vectors(end):
+    """Then it is to be asked anew, and nothing is counted."""
+    bench = Bench(room=4, ttl_s=10)
+    again = await bench.looked_up("a", "b")
+    await end(bench)
+    before = bench.store.usage, bench.tiers.counters.memory_hits
+    assert again() is None
+    assert (bench.store.usage, bench.tiers.counters.memory_hits) == before
+
+
+@pytest.mark.parametrize("end", [_replaced, _put_anew, _read_again], ids=lambda f: f.__name__)
+async def test_the_vectors_are_those_of_now(end):
+    """What was bought or read since is what is given, in the order of the inputs."""
+    bench = Bench()
+    again = await bench.looked_up("b", "a")
+    await end(bench)
+    now = (await bench.ask("b", "a")).vectors
+    assert all(one is other for one, other in zip(again(), now, strict=True))
+
+
+@WAYS
+async def test_it_is_a_use_in_memory_too(way):
+    """An answer that is only given so is the last to be displaced."""
+    bench = Bench(room=3)
+    again = await way(bench, "a")
+    for number in range(6):
+        await bench.ask(f"other {number}")
+        assert again()
+
+
+ANEW = {
+    "bought": (["a", "new"], NORMAL),
+    "nothing known": (["new"], NORMAL),
+    "twice the same": (["a", "a"], NORMAL),
+    "no older than": (["a"], Terms(max_age=60)),
+    "no trace": (["a"], Terms(write=False)),
+    "anew": (["a"], Terms(max_age=0)),
+}
+
+
+@pytest.mark.parametrize(("inputs", "terms"), ANEW.values(), ids=ANEW)
+async def test_only_a_plain_whole_hit_can_be_given_again(inputs, terms):
+    """What was bought for, holds an input twice, or was not to be any entry, is asked anew."""
+    bench = Bench()
+    assert await bench.known("a")
+    assert (await bench.ask(*inputs, terms=terms)).again is None
+
+
+async def test_what_does_not_fit_into_memory_is_asked_anew():
+    """Without room for its entries an answer is looked up each time."""
+    bench = Bench(room=0)
+    bench.store.stored = bench.clock.now
+    await bench.ask("a")
+    assert (await bench.ask("a")).again is None
+    assert bench.store.usage.hits == 1

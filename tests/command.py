@@ -1,0 +1,42 @@
+"""The command line, run in this process as it is typed."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+from proxy import cli
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed with --json."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+"""Runs `embedding-proxy` with these arguments. It opens an event loop of its own: where one runs
+already, it is for another thread."""
+
+
+def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return what runs commands; none of them ends in a traceback."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["embedding-proxy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        done = Done(caught.value.code or 0, *capsys.readouterr())
+        assert "Traceback" not in done.out + done.err
+        return done
+
+    return run

@@ -1,0 +1,126 @@
+"""Real clients through the proxy, in CI always; and what docs/clients.md says of them.
+
+`make clients` tries the others as well.
+"""
+
+import json
+import os
+import re
+from dataclasses import replace
+
+import client_environments
+import pytest
+from client_environments import ALWAYS, HERE, PINS
+from client_trial import CLIENTS, trial
+from pages import ROOT, fenced
+
+PAGE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+SCRIPTS = [
+    (HERE / "clients" / ("node" if client.environment == "node" else "python") / client.script)
+    .read_text(encoding="utf-8")
+    .splitlines()
+    for client in {client.script: client for client in CLIENTS}.values()
+]
+SNIPPETS = [
+    [line for line in snippet.splitlines() if line]
+    for part in [PAGE.partition("## Per client")[2].partition("## Keys")[0]]
+    for snippet in (*fenced(part, "python"), *fenced(part, "js"))
+]
+# Texts in a case, so that the suite stays short; `make clients` goes beyond each client's batches.
+MOST = 600
+# The rows of the page's table, and where the versions in them are pinned.
+SUITE = ROOT / "requirements" / "test.txt"
+OPENAI = [(PINS / "openai-1.txt", "openai"), (PINS / "openai-2.txt", "openai"), (SUITE, "openai")]
+NODE = HERE / "clients" / "node" / "package.json"
+ROWS = {
+    "openai (Python)": OPENAI,
+    "`AzureOpenAI`": OPENAI,
+    "openai (Node)": [(NODE, "openai")],
+    "[langchain-openai]": [(PINS / "langchain.txt", "langchain-openai")],
+    "`@langchain/openai`": [(NODE, "@langchain/openai")],
+    "[llama-index-embeddings-openai]": [
+        (PINS / "llama-index.txt", "llama-index-embeddings-openai")
+    ],
+    "[llama-index-embeddings-openai-like]": [
+        (PINS / "llama-index.txt", "llama-index-embeddings-openai-like")
+    ],
+    "[haystack-ai]": [(PINS / "haystack.txt", "haystack-ai")],
+    "[chromadb]": [(PINS / "chroma.txt", "chromadb")],
+    "[Vercel AI SDK](#vercel-ai-sdk) (`ai`, `@ai-sdk/openai`)": [
+        (NODE, "ai"),
+        (NODE, "@ai-sdk/openai"),
+    ],
+    "[Vercel AI SDK](#vercel-ai-sdk) (`ai`, `@ai-sdk/openai-compatible`)": [
+        (NODE, "ai"),
+        (NODE, "@ai-sdk/openai-compatible"),
+    ],
+}
+
+
+def _pinned(file, name):
+    """Return the version that a file pins, without its last number."""
+    text = file.read_text(encoding="utf-8")
+    if file == NODE:
+        version = json.loads(text)["dependencies"][name]
+    else:
+        version = re.search(rf"^{re.escape(name)}==(\S+)", text, re.MULTILINE)[1]
+    return ".".join(version.split(".")[:2])
+
+
+@pytest.mark.parametrize(
+    "client",
+    [client for client in CLIENTS if client.environment in ALWAYS],
+    ids=lambda client: client.name,
+)
+async def test_a_client_gets_the_upstreams_vectors_and_pays_once(client, tmp_path):
+    """What comes through the proxy is what the upstream gives; the second time it is not asked."""
+    if not client_environments.is_made(client.environment):
+        # CI makes it beforehand: there a client that is not tried is a failure.
+        assert os.environ.get("CI") != "true", f"{client.environment} is not made"
+        pytest.skip("not installed: python tests/client_environments.py")
+    found = await trial(replace(client, many=min(client.many, MOST)), tmp_path)
+    assert found.wrong == []
+    assert found.first == found.texts > min(client.many, MOST)
+    assert found.second == 0
+    refusals = {case: said for case, said in found.refused.items() if case.endswith("empty")}
+    assert len(refusals) >= 2
+    assert set(refusals.values()) == {400}
+
+
+def _runs(script, snippet):
+    """Say whether each line of the snippet stands in the script, in the same order."""
+    rest = iter(script)
+    return all(line in rest for line in snippet)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet[0])
+def test_what_the_page_shows_is_what_is_tried(snippet):
+    """Each line of a snippet stands in one of the scripts, in the same order."""
+    assert any(_runs(script, snippet) for script in SCRIPTS)
+
+
+def test_the_page_shows_every_script():
+    """Nothing is tried that the page does not show, and nothing is proved of no snippets."""
+    shown = [any(_runs(script, snippet) for snippet in SNIPPETS) for script in SCRIPTS]
+    assert len(shown) == 10
+    assert all(shown)
+
+
+@pytest.mark.parametrize("client", ROWS)
+def test_the_page_names_the_versions_that_are_tried(client):
+    """The versions in the table are those of the pins."""
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {client}"))
+    assert row.split(" | ")[1] == ", ".join(_pinned(*pin) for pin in ROWS[client])
+
+
+def test_every_row_of_the_page_is_held_against_the_pins():
+    """No version stands in the table that no pin is behind."""
+    rows = [line for line in PAGE.splitlines() if re.search(r" \| \d+\.\d+", line)]
+    assert len(rows) == len(ROWS)
+
+
+def test_no_pin_names_where_packages_come_from():
+    """The pins hold for whichever registry a machine has been given."""
+    files = [*PINS.iterdir(), NODE, NODE.with_name("package-lock.json")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    assert not re.search(r"resolved|index-url|find-links|registry", text)
