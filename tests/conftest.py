@@ -81,8 +81,11 @@ class Proxy:
 
     @cached_property
     def client(self) -> openai.AsyncOpenAI:
-        """The official client; making one takes some 60 ms."""
-        return openai.AsyncOpenAI(base_url=self.url, api_key="client-key", max_retries=0)
+        """The official client; without certificates, which take some 50 ms to read."""
+        http = openai.DefaultAsyncHttpxClient(verify=False)
+        return openai.AsyncOpenAI(
+            base_url=self.url, api_key="client-key", max_retries=0, http_client=http
+        )
 
     async def close(self) -> None:
         """Close the client, if there is one."""

@@ -1,6 +1,8 @@
 """Collections on a server and in a folder: made as needed, refused when of another space."""
 
 import gc
+import ssl
+from unittest.mock import Mock
 
 import pytest
 from qdrant_client import models
@@ -176,6 +178,17 @@ async def test_the_key_comes_from_the_environment_and_is_never_told(server, monk
             with pytest.raises(Denied) as raised:
                 await look(qdrant, "docs")
             assert key not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "read"), [("http://h:1", False), ("HTTP://h:1", False), ("https://h:1", True)]
+)
+async def test_certificates_are_read_only_for_tls(url, read, monkeypatch):
+    """An address without TLS is opened without the time that reading them takes."""
+    reading = Mock(wraps=ssl.create_default_context)
+    monkeypatch.setattr("ssl.create_default_context", reading)
+    async with Connection(url=url):
+        assert reading.called == read
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
