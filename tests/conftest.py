@@ -1,7 +1,9 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
+import sys
+import threading
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import AsyncExitStack
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +28,7 @@ from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TRIALS = Path(__file__).parent
+"""The tests in this folder itself; the others lie in a folder of their package."""
 
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
@@ -35,14 +38,23 @@ hypothesis.settings.register_profile("suite", max_examples=25)
 hypothesis.settings.load_profile("suite")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure coverage in the packages' own tests only: the trials here, of the whole, are slow.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Measure no coverage in the trials of the whole, nor where a test says `untraced`.
 
-    Tracing takes up to half of their time, and what they pass through is tested room by room.
+    Measuring takes half of their time or more, and what they pass through is tested room by room.
+    It is done here because pytest-cov's own `no_cover` has no effect in the processes of xdist.
     """
-    for item in items:
-        if item.path.parent == TRIALS:
-            item.add_marker("no_cover")
+    if item.path.parent != TRIALS and item.get_closest_marker("untraced") is None:
+        return (yield)
+    own, of_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
+    try:
+        return (yield)
+    finally:
+        threading.settrace(of_threads)
+        sys.settrace(own)
 
 
 async def no_wait(_: float) -> None:

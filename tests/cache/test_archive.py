@@ -135,6 +135,7 @@ rows_of_any_sort = st.lists(
 )
 
 
+@pytest.mark.untraced
 @settings(deadline=None)
 @given(st.lists(rows_of_any_sort, min_size=1, max_size=3))
 def test_rows_come_back(lists):
@@ -158,6 +159,7 @@ def test_a_cut_file_gives_its_whole_entries():
         assert not _check(SMALL[at:]).complete
 
 
+@pytest.mark.untraced
 def test_a_flipped_bit_costs_one_frame():
     """One bit flipped, any of them: all other frames are read, and the damage is noted."""
     for at in range(len(SMALL)):
@@ -186,6 +188,7 @@ pieces = st.binary(max_size=20) | st.builds(
 edits = st.lists(st.tuples(st.integers(0, len(SMALL)), st.integers(0, 200), pieces), max_size=6)
 
 
+@pytest.mark.untraced
 @settings(deadline=None, max_examples=400)
 @given(edits)
 def test_whatever_is_whole_is_read(changes):

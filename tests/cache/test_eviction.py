@@ -359,6 +359,7 @@ def _partitions(database):
     return {Partition(*row[:3]): row[3] for row in rows}
 
 
+@pytest.mark.untraced
 @settings(deadline=None, max_examples=25)
 @given(steps=STEPS)
 def test_entries_keep_in_step_with_records(tmp_path_factory, steps):

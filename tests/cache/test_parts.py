@@ -216,6 +216,7 @@ async def test_a_joiner_whose_own_inputs_are_good_is_not_refused(named):
     assert len(bought) <= 3
 
 
+@pytest.mark.untraced
 async def test_a_thousand_cancelled_leaders_fail_no_joiner():
     """Whenever a leader goes away, whoever joined it is answered."""
     random.seed(1)

@@ -231,7 +231,7 @@ def test_a_cut_file_gives_what_is_left(victim, ends, seed):
     assert {row.partition for row in found} <= {*PARTITIONS, None}
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_flipped_bits_cost_themselves(good, tmp_path):
     """Of files with bits flipped here and there no wrong record comes out, and most of the rest."""
     chance, data = random.Random(5), good.read_bytes()
@@ -285,7 +285,7 @@ def test_addresses_in_interior_pages_of_the_index_prove_theirs_too(victim):
     assert report.damaged == 1
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_each_bit_of_a_row_is_proved(tmp_path):
     """Whatever bit of a row's cell is flipped, its record and address come out right or not."""
     path = make(tmp_path / "cache.db", GOOD[:3], page=4096)

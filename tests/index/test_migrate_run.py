@@ -530,6 +530,7 @@ class Meddler:
         return await self._ask(work)
 
 
+@pytest.mark.untraced
 async def test_no_write_is_lost_at_any_moment_of_a_cutover(server, made, points, monkeypatch):
     """Clients that use the alias find all that they wrote and nothing that they deleted."""
     model, late = FakeModel(), []

@@ -248,5 +248,5 @@ class Model(RuleBasedStateMachine):
         assert (self.breaker.wait == 0) == self.may()
 
 
-TestModel = Model.TestCase
+TestModel = pytest.mark.untraced(Model.TestCase)
 TestModel.settings = settings(deadline=None, max_examples=100, stateful_step_count=60)

@@ -44,6 +44,7 @@ def names(count):
     return [f"t{i}" for i in range(count)]
 
 
+@pytest.mark.untraced
 async def test_a_thousand_at_once_are_few_calls():
     """One thousand different inputs, each a request of its own, are a bulk request upstream."""
     rig = Rig()
