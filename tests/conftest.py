@@ -27,8 +27,23 @@ from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-TRIALS = Path(__file__).parent
-"""The tests in this folder itself; the others lie in a folder of their package."""
+TRIALS = {
+    f"test_{name}"
+    for name in (
+        *(
+            "batches",
+            "clients",
+            "crash",
+            "disk_faults",
+            "eviction_load",
+            "example",
+            "faults",
+            "flow",
+        ),
+        *("index_trial", "migrate", "oracle", "outage", "shared_store"),
+    )
+}
+"""The tests that try the whole for long; what they pass through is tested room by room."""
 
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
@@ -42,10 +57,9 @@ hypothesis.settings.load_profile("suite")
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Measure no coverage in the trials of the whole, nor where a test says `untraced`.
 
-    Measuring takes half of their time or more, and what they pass through is tested room by room.
-    It is done here because pytest-cov's own `no_cover` has no effect in the processes of xdist.
+    Measuring takes half of their time or more. It is done here because pytest-cov's own `no_cover` has no effect in the processes of xdist.
     """
-    if item.path.parent != TRIALS and item.get_closest_marker("untraced") is None:
+    if item.path.stem not in TRIALS and item.get_closest_marker("untraced") is None:
         return (yield)
     own, of_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(None)
