@@ -57,7 +57,8 @@ hypothesis.settings.load_profile("suite")
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Measure no coverage in the trials of the whole, nor where a test says `untraced`.
 
-    Measuring takes half of their time or more. It is done here because pytest-cov's own `no_cover` has no effect in the processes of xdist.
+    Measuring takes half of their time or more. It is done here because pytest-cov's own `no_cover`
+    has no effect in the processes of xdist.
     """
     if item.path.stem not in TRIALS and item.get_closest_marker("untraced") is None:
         return (yield)
