@@ -28,20 +28,19 @@ from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 TRIALS = {
-    f"test_{name}"
-    for name in (
-        *(
-            "batches",
-            "clients",
-            "crash",
-            "disk_faults",
-            "eviction_load",
-            "example",
-            "faults",
-            "flow",
-        ),
-        *("index_trial", "migrate", "oracle", "outage", "shared_store"),
-    )
+    "test_batches",
+    "test_clients",
+    "test_crash",
+    "test_disk_faults",
+    "test_eviction_load",
+    "test_example",
+    "test_faults",
+    "test_flow",
+    "test_index_trial",
+    "test_migrate",
+    "test_oracle",
+    "test_outage",
+    "test_shared_store",
 }
 """The tests that try the whole for long; what they pass through is tested room by room."""
 
