@@ -2,18 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated
 
 import typer
 
-from cache.file.lock import WriterLock
 from index import migrate as begins
 from index.migrate import DEFAULT, Migration, MigrationRefused, Pace, Wanted, begin
 from index.migration import collections
 from index.migration.copy import copy, follow
-from index.migration.journal import Journal, JournalError, State
+from index.migration.journal import Journal, State
 from index.migration.plan import Plan, Survey
 from index.migration.points import Points
 from index.migration.proof import prove
@@ -25,7 +24,9 @@ from proxy.service import EmbeddingService
 from . import migrate_ask as ask
 from . import migrate_show as show
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
+from .migrate_lock import held, let_finish
 from .migrating import Target, settings_for
+from .outliving import outlive, until_left
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,7 +110,7 @@ def run(  # noqa: PLR0913 - one parameter an option
         int, typer.Option(min=1, max=2048, help="Points read, and texts embedded, at a time.")
     ] = DEFAULT.page,
     ahead: Annotated[
-        int, typer.Option(min=1, max=64, help="Pages asked for at a time; a kill may lose so many.")
+        int, typer.Option(min=1, max=64, help="Pages that are asked for at a time.")
     ] = DEFAULT.ahead,
     points_per_second: Annotated[
         float | None, typer.Option(min=0.001, help="Go no faster than this.")
@@ -122,6 +123,7 @@ def run(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Fill new collections beside the old ones; run it again to go on after an interruption.
 
+    Answers that are on their way when it is stopped, even by kill -9, are kept for the next run.
     Exit code 1 if a point could not be carried, or a collection could not be migrated.
     """
     what = ask.asked(
@@ -134,7 +136,11 @@ def run(  # noqa: PLR0913 - one parameter an option
         regime=regime,
     )
     pace = Pace(page, ahead, points_per_second, sample, passes)
-    ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart))
+    life = outlive()
+    try:
+        ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart, life=life))
+    except asyncio.CancelledError:
+        raise typer.Exit(130) from None
     failed = [why for _, _, why in ended if why is not None]
     done = [(state, journal) for state, journal, _ in ended if state is not None]
     if as_json:
@@ -152,29 +158,39 @@ Ended = tuple[State | None, Journal, str | None]
 """What came of a collection: how far it is, and why it went no further."""
 
 
-async def _run(
-    what: ask.Asked, place: str | None, namespace: str, pace: Pace, *, restart: bool
+async def _run(  # noqa: PLR0913 - in the order of their making
+    what: ask.Asked,
+    place: str | None,
+    namespace: str,
+    pace: Pace,
+    *,
+    restart: bool,
+    life: int | None,
 ) -> list[Ended]:
     ended: list[Ended] = []
-    async with opened(what, place, namespace) as (points, target):
-        if target.unusable:
-            raise WorkFailed(target.unusable)
-        for wanted in what.wanted:
-            journal = ask.journal_of(what.settings, points.qdrant, wanted.collection)
-            try:
-                with held(journal):
-                    ended.append(
-                        (
-                            await _migrate(points, target, journal, wanted, pace, restart=restart),
-                            journal,
-                            None,
+    async with until_left(life):
+        connection = ask.connection(what.settings, place)
+        journals = [
+            ask.journal_of(what.settings, connection, wanted.collection) for wanted in what.wanted
+        ]
+        # Before Qdrant is opened: a folder is open in one process only.
+        await let_finish(*journals)
+        async with opened(what, place, namespace) as (points, target):
+            if target.unusable:
+                raise WorkFailed(target.unusable)
+            for wanted, journal in zip(what.wanted, journals, strict=True):
+                try:
+                    async with held(journal, target.finish):
+                        state = await _migrate(
+                            points, target, journal, wanted, pace, restart=restart
                         )
-                    )
-            except MigrationRefused as error:
-                # What is wrong with one collection says nothing of the next.
-                ended.append((journal.load(), journal, str(error)))
-            except EmbeddingError as error:
-                raise WorkFailed(f"{wanted.collection}: {error} (run it again to go on)") from error
+                    ended.append((state, journal, None))
+                except MigrationRefused as error:
+                    # What is wrong with one collection says nothing of the next.
+                    ended.append((journal.load(), journal, str(error)))
+                except EmbeddingError as error:
+                    again = "run it again to go on"
+                    raise WorkFailed(f"{wanted.collection}: {error} ({again})") from error
     return ended
 
 
@@ -196,31 +212,11 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
         points, target, journal, wanted.rule, old, state, pace=pace, progress=progress
     )
     await begin(migration)
-    await prove(migration, SAME)
+    # What it buys is of use only with what it finds.
+    await target.seen_through(prove(migration, SAME))
     await copy(migration)
     await follow(migration)
     return migration.state
-
-
-@contextmanager
-def held(journal: Journal) -> Iterator[None]:
-    """Hold a migration, which one process may work on at a time. Raises MigrationRefused."""
-    path = journal.path.with_suffix(".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = WriterLock(path, 0)
-    except OSError as error:
-        raise JournalError(f"{path}: {error.strerror or error}") from error
-    try:
-        lock.__enter__()
-    except TimeoutError as error:
-        lock.close()
-        raise MigrationRefused(f"another process works on this migration ({path})") from error
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
-        lock.close()
 
 
 @asynccontextmanager

@@ -26,7 +26,8 @@ from proxy.settings.schema import Settings
 from . import migrate_ask as ask
 from . import migrate_show as show
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
-from .migrate import app, held
+from .migrate import app
+from .migrate_lock import held, let_finish
 from .migrating import Target, named, settings_for
 
 Names = Annotated[
@@ -209,15 +210,17 @@ def _each(  # noqa: PLR0913 - what all four commands share
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
         if not lock:
             return await work(points, journal)
-        with held(journal):
+        async with held(journal):
             return await work(points, journal)
 
     async def every() -> tuple[list[tuple[State, Journal, Any]], list[str]]:
         found, failed = [], []
-        async with ask.connection(settings, place) as connection:
+        connection = ask.connection(settings, place)
+        journals = [ask.journal_of(settings, connection, name) for name in names]
+        await let_finish(*(journals if lock else ()))
+        async with connection:
             points = Points(connection)
-            for name in names:
-                journal = ask.journal_of(settings, connection, name)
+            for name, journal in zip(names, journals, strict=True):
                 try:
                     result = await one(points, journal)
                 except MigrationRefused as error:

@@ -20,7 +20,10 @@ from proxy.settings.model_entry import Model as ModelEntry
 from proxy.settings.schema import Settings
 
 from .known import Known
+from .outliving import SeenThrough
 
+LONGEST_END_S = 120.0
+"""How long answers are waited for when a run is stopped."""
 CLIENT = "migrate"
 """On whose account the purchases of a migration go in the ledger."""
 
@@ -105,6 +108,7 @@ class Target:
         self.asked = model.asked
         self.space = model.space
         self.dimensions = dimensions
+        self.seen_through = SeenThrough()
         self._service = service
         self._namespace = namespace
 
@@ -128,9 +132,10 @@ class Target:
     ) -> tuple[Sequence[Vector], int]:
         """Return a vector for each of 1…N texts, and how many were bought; `anew` buys all.
 
-        Raises EmbeddingError.
+        Whoever is called off meanwhile finds them in the cache the next time. Raises
+        EmbeddingError.
         """
-        result = await self._service.embed(
+        buying = self._service.embed(
             list(texts),
             self.name,
             dimensions=None if self.dimensions == self.space.dimensions else self.dimensions,
@@ -138,10 +143,15 @@ class Target:
             client=CLIENT,
             cache_control="no-cache" if anew else "",
         )
+        result = await self.seen_through(buying)
         if result.space != self.space or result.dimensions != self.dimensions:
             raise InvalidAnswer(result.space.name, "is not the space that was asked for")
         vectors = vector.derive(result.embedded.vectors, self.dimensions)
         return vectors, result.usage.misses
+
+    async def finish(self) -> None:
+        """Wait until all that was asked for is in the cache, or has failed."""
+        await self.seen_through.over(LONGEST_END_S)
 
     async def look(self, texts: Sequence[str]) -> Sequence[Known]:
         """Return what is known of each text; nothing is bought, and nothing changes."""

@@ -15,7 +15,8 @@ from old_system import LARGE, MISTRAL, OldSystem
 from qdrant_client import models
 
 from index.migration.journal import Journal
-from proxy.commands.migrate import held
+from proxy.commands import migrate_lock
+from proxy.commands.migrate_lock import held
 from proxy.commands.migrating import named, settings_for, width_of
 from proxy.config import ConfigError
 from proxy.settings.schema import Settings
@@ -138,10 +139,11 @@ async def test_what_would_be_wrong_to_begin(migrate, system, monkeypatch):
     assert (await migrate("plan", CONTEXT, "--to", MISTRAL)).code == 0
 
 
-async def test_only_one_process_at_a_time(migrate, system):
+async def test_only_one_process_at_a_time(migrate, system, monkeypatch):
     """While somebody works on a migration, another one is told so."""
+    monkeypatch.setattr(migrate_lock, "NOTICED_S", 0)
     journal = Journal(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT)
-    with held(journal):
+    async with held(journal):
         done = await migrate("run", CONTEXT, "--to", MISTRAL)
     assert (done.code, "another process works on this migration" in done.err) == (1, True)
     assert (await migrate("run", CONTEXT, "--to", MISTRAL)).code == 0
