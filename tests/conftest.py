@@ -14,7 +14,7 @@ import aiohttp
 import hypothesis
 import openai
 import pytest
-from aiohttp import web
+from aiohttp import web, web_app
 from aioresponses import aioresponses
 from command import Run, runner
 from fault_server import FaultServer
@@ -181,6 +181,8 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     start = StartProxy(tmp_path / "cache", monkeypatch)
     yield start
     await start.stop()
+    # aiohttp would keep the last 1,024 proxies alive, with all that they hold in memory.
+    web_app._cached_build_middleware.cache_clear()
 
 
 @pytest.fixture
