@@ -5,7 +5,7 @@ Source of the rules: OpenAI's API reference for `POST /v1/embeddings` (autumn 20
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import orjson
@@ -189,18 +189,18 @@ def render(
     if form.encoding == "float":
         native = bool(vectors) and len(vectors[0]) == 4 * form.dimensions
         encoded = to_json if native else vector.to_json
-    opening = partial(_opening, form.encoding)
     for start in range(0, len(vectors), step):
         some = vector.derive(vectors[start : start + step], form.dimensions)
         parts = [b""] * (2 * len(some))
-        parts[::2] = map(opening, range(start, start + len(some)))
+        parts[::2] = _openings(form.encoding, start, step)[: len(some)]
         parts[1::2] = map(encoded, some)
         yield b"".join(parts)
     yield _CLOSING[form.encoding] + form.tail
 
 
-@lru_cache(maxsize=2 * MOST_INPUTS)
-def _opening(encoding: Encoding, place: int) -> bytes:
-    """Return what stands between the vector before a place and the one at it."""
-    before = _CLOSING[encoding] + b"," if place else _HEAD
-    return before + _ITEM % place + (b'"' if encoding == "base64" else b"")
+@lru_cache(maxsize=1024)
+def _openings(encoding: Encoding, start: int, count: int) -> list[bytes]:
+    """Return what stands before vectors, from the place `start` on, and behind those before."""
+    before, quote = _CLOSING[encoding] + b",", b'"' if encoding == "base64" else b""
+    places = range(start, start + count)
+    return [(before if place else _HEAD) + _ITEM % place + quote for place in places]
