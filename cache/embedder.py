@@ -19,6 +19,7 @@ from providers.base import (
     OnCharge,
     Outcome,
     Space,
+    Terms,
     Vector,
 )
 
@@ -52,11 +53,12 @@ class CachingEmbedder:
         """
         ring = keyring(space, Namespace(context.namespace))
         keys = await ring.keys(inputs)
-        if len(set(keys.addresses)) == len(keys) and space.dimensions:
-            # By far the most requests: all is known, and nothing stands in them twice.
-            at_hand = self._tiers.at_hand(keys, ring.partition, context.terms)
-            if at_hand is not None:
-                return self._hits(ring, keys, at_hand, context.account)
+        # By far the most requests: all is known, and nothing stands in them twice.
+        known_all = self._at_hand(ring, keys, context.terms, context.account)
+        if known_all is not None:
+            answered, again = known_all
+            again.count()
+            return answered
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
@@ -83,22 +85,44 @@ class CachingEmbedder:
         self._tiers.count(heading, answer.usage.unpaid)
         return answer
 
-    def _hits(
-        self, ring: Keyring, keys: Keys, entries: Sequence[Entry], account: Account
-    ) -> Answered:
+    def at_hand(
+        self,
+        space: Space,
+        inputs: Sequence[Input],
+        namespace: str,
+        terms: Terms,
+        account: Account,
+    ) -> Answered | None:
+        """Return the answer to a few inputs, no two of them equal, if memory has all; else None.
+
+        It is not counted yet: its `again` does that. Raises InputRefused.
+        """
+        ring = keyring(space, Namespace(namespace))
+        known = self._at_hand(ring, ring.keys_at_once(inputs), terms, account)
+        return None if known is None else known[0]
+
+    def _at_hand(
+        self, ring: Keyring, keys: Keys, terms: Terms, account: Account
+    ) -> tuple[Answered, Repeat] | None:
+        if not ring.space.dimensions or len(set(keys.addresses)) < len(keys):
+            return None
+        entries = self._tiers.at_hand(keys, ring.partition, terms)
+        if entries is None:
+            return None
         tokens = [entry.tokens for entry in entries]
         usage = usage_of_hits(tokens, account)
         heading = Heading(ring.partition, account.model, client=account.client)
-        self._tiers.count(heading, usage)
-        return Answered(
+        again = Repeat(self._tiers, keys, ring.partition, heading, usage)
+        answered = Answered(
             vectors=[entry.vector for entry in entries],
             tokens=tokens,
             counted=all(entry.counted for entry in entries),
             outcomes=[Outcome.HIT] * len(entries),
             usage=usage,
             keys=keys,
-            again=Repeat(self._tiers, keys, ring.partition, heading, usage),
+            again=again,
         )
+        return answered, again
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
         """Return what counts the bills of calls that are made without the cache."""

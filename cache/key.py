@@ -95,23 +95,24 @@ class Keyring:
 
     def key(self, item: Input) -> Key:
         """Return the key of one input."""
-        (key,) = self._keys((item,))
+        (key,) = self.keys_at_once((item,))
         return key
 
     async def keys(self, items: Sequence[Input]) -> Keys:
         """Return the keys of several inputs; where they take long, others get their turn."""
         if len(items) <= _MANY and sum(map(len, items)) <= _LONG:
-            return self._keys(items)
+            return self.keys_at_once(items)
         addresses: list[bytes] = []
         digests: list[bytes] = []
         for some in _lots(items):
-            part = self._keys(some)
+            part = self.keys_at_once(some)
             addresses += part.addresses
             digests += part.digests
             await asyncio.sleep(0)
         return Keys(addresses, digests)
 
-    def _keys(self, items: Iterable[Input]) -> Keys:
+    def keys_at_once(self, items: Iterable[Input]) -> Keys:
+        """Return the keys of a few inputs. Raises InputRefused."""
         tails = list(map(input_part, items))
         digests: list[bytes] = []
         for tail in tails:

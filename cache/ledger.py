@@ -40,6 +40,9 @@ class Again(Protocol):
     def vectors(self) -> Sequence[Vector] | None:
         """Return what it is answered with now, and count it; None if it has to be asked anew."""
 
+    def count(self) -> None:
+        """Count an answer that is given."""
+
     def serials_of(self, vectors: Sequence[Vector]) -> Sequence[int] | None:
         """Return by which numbers `still` knows an answer again; None if it is another already."""
 

@@ -34,7 +34,7 @@ class Repeat:
         entries = self.tiers.at_hand(self.keys, self.partition, NORMAL)
         if entries is None:
             return None
-        self.tiers.count(self.heading, self.usage)
+        self.count()
         return [entry.vector for entry in entries]
 
     def serials_of(self, vectors: Sequence[Vector]) -> list[int] | None:
@@ -45,5 +45,9 @@ class Repeat:
         """Tell whether the answer is the same as ever; if so, count it."""
         if not self.tiers.holds(self.keys.addresses, serials, self.partition):
             return False
-        self.tiers.count(self.heading, self.usage)
+        self.count()
         return True
+
+    def count(self) -> None:
+        """Count an answer that is given."""
+        self.tiers.count(self.heading, self.usage)

@@ -6,9 +6,10 @@ from aiohttp import web
 
 from proxy.http.access import Access
 from proxy.http.answers import Answers
-from proxy.http.connection import REPLIES
+from proxy.http.connection import HEADS, REPLIES
 from proxy.http.cors import Cors
 from proxy.http.guard import CALLER, guard, stamp
+from proxy.http.heads import Heads
 from proxy.http.metrics import Metrics
 from proxy.http.models import Models
 from proxy.http.replies import Replies
@@ -56,6 +57,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
+    app[HEADS] = Heads(replies, embeddings.at_once)
     _add_routes(app, embeddings, service, settings, access, passthrough)
     return app
 

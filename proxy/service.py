@@ -40,6 +40,7 @@ from . import wire
 from .config import load
 from .embedding import canary, indexing
 from .http import index_field
+from .http.index_field import NOTHING_SAID
 from .wire import EmbeddingRequest
 
 MIB = 1 << 20
@@ -199,6 +200,15 @@ class EmbeddingService(Questions):
         if self._registry is None or self._tiers is None:
             raise RuntimeError("the service is not open")
         return await known(self._registry.get(model), self._tiers, inputs, Namespace(namespace))
+
+    def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
+        """Return what `answer` would, already counted, where memory alone gives it; else None.
+
+        Raises EmbeddingError.
+        """
+        if self._answering is None or self.indexing is not None or asked.index != NOTHING_SAID:
+            return None
+        return self._answering.at_hand(asked, caller, control)
 
     async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.

@@ -21,6 +21,7 @@ from fault_server import FaultServer
 
 from proxy.app import SERVICE, build_app
 from proxy.http.connection import Runner
+from proxy.http.heads import Heads
 from proxy.http.repeating import Repeating
 from proxy.http.replies import Reply
 from proxy.service import EmbeddingService
@@ -196,6 +197,22 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
         repeat(connection, reply)
 
     monkeypatch.setattr(Repeating, "_repeat", noted)
+    return given
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+    """Give a list of the replies to bodies under heads that had come before."""
+    given: list[Reply] = []
+    reply = Heads.reply
+
+    def noted(heads: Heads, digest: bytes, body: bytes) -> Reply | None:
+        found = reply(heads, digest, body)
+        if found is not None:
+            given.append(found)
+        return found
+
+    monkeypatch.setattr(Heads, "reply", noted)
     return given
 
 

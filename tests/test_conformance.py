@@ -162,25 +162,25 @@ def all_fields_are_in_the_key(patch: pytest.MonkeyPatch) -> None:
 
 async def addresses_may_collide(bench: Bench) -> None:
     proxy = await bench.start(openai=bench.upstream)
-    made = Keyring._keys
+    made = Keyring.keys_at_once
     assert len(made(Keyring(proxy.service.models[MODEL].space), ["x"]).addresses[0]) == 16
 
     def collide(self: Keyring, items: Any) -> Any:
         keys = made(self, items)
         return Keys([bytes(16)] * len(keys), keys.digests)
 
-    bench.patch.setattr(Keyring, "_keys", collide)
+    bench.patch.setattr(Keyring, "keys_at_once", collide)
     await _all_right(proxy, ["one", "two"])
 
 
 def digest_is_not_compared(patch: pytest.MonkeyPatch) -> None:
-    made = Keyring._keys
+    made = Keyring.keys_at_once
 
     def without(self: Keyring, items: Any) -> Any:
         keys = made(self, items)
         return Keys(keys.addresses, [bytes(16)] * len(keys))
 
-    patch.setattr(Keyring, "_keys", without)
+    patch.setattr(Keyring, "keys_at_once", without)
 
 
 # --- the answer -----------------------------------------------------------------------------------
@@ -284,14 +284,14 @@ async def duplicates_are_bought_once(bench: Bench) -> None:
 
 
 def duplicates_are_not_seen(patch: pytest.MonkeyPatch) -> None:
-    made = Keyring._keys
+    made = Keyring.keys_at_once
     count = itertools.count()
 
     def always_new(self: Keyring, items: Any) -> Any:
         addresses = made(self, items).addresses
         return Keys(addresses, [next(count).to_bytes(16, "big") for _ in addresses])
 
-    patch.setattr(Keyring, "_keys", always_new)
+    patch.setattr(Keyring, "keys_at_once", always_new)
 
 
 async def access_comes_first(bench: Bench) -> None:
@@ -332,11 +332,11 @@ ROWS: list[tuple[Check, Mistake]] = [
 @pytest.fixture
 def bench(start_proxy, upstream, second):
     key.keyring.cache_clear()
-    made = Keyring._keys
+    made = Keyring.keys_at_once
     # One for mistakes and checks alike: two would not undo in the reverse order of what was done.
     with pytest.MonkeyPatch.context() as patch:
         yield Bench(start_proxy, upstream, second, patch)
-    assert Keyring._keys is made, "a mistake would go on in the tests to come"
+    assert Keyring.keys_at_once is made, "a mistake would go on in the tests to come"
     key.keyring.cache_clear()
 
 

@@ -13,7 +13,7 @@ from proxy.wire import EmbeddingRequest
 
 from . import fallback, widths
 from .client_keys import Ask, ClientKeys
-from .inputs import prepare
+from .inputs import are_short_texts, prepare
 from .registry import Model, Registry
 from .result import Result, checked
 
@@ -31,14 +31,41 @@ class Answering:
         self._registry = registry
         self._client_keys = client_keys
 
+    def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
+        """Return what `answer` would, already counted, where memory alone gives it; else None.
+
+        For a few short texts, at a width that needs no strategy. Raises EmbeddingError.
+        """
+        model = self._model(asked)
+        if model.by_client is not None or model.width not in widths.BUILT_IN:
+            return None
+        if model.truncate_to is not None or not are_short_texts(asked.inputs):
+            return None
+        if not model.space.dimensions:
+            return None
+        width = _width(model, asked)
+        space = model.space.with_parameters(asked.parameters) if asked.parameters else model.space
+        allowed = terms(self._settings.cache.mode, control)
+        account = Account(asked.model, caller.client, model.price)
+        embedded = model.embedder.at_hand(space, asked.inputs, caller.namespace, allowed, account)
+        if embedded is None or embedded.again is None:
+            return None
+        result = checked(model, model, space, width, asked.inputs, embedded, caller.namespace)
+        embedded.again.count()
+        return result
+
+    def _model(self, asked: EmbeddingRequest) -> Model:
+        model = self._registry.get(asked.model)
+        if model.by_name and asked.dimensions is not None:
+            return model.at(asked.dimensions)
+        return model
+
     async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result:
         """Answer a request, by a model that stands in for its own if need be.
 
         `control` is its `Cache-Control`. Raises EmbeddingError.
         """
-        model = self._registry.get(asked.model)
-        if model.by_name and asked.dimensions is not None:
-            model = model.at(asked.dimensions)
+        model = self._model(asked)
         server = self._settings.server
         deadline = asyncio.get_running_loop().time() + server.request_timeout_s
         allowed = terms(self._settings.cache.mode, control)

@@ -228,6 +228,9 @@ class _WhileProved:
     def vectors(self) -> Sequence[Vector] | None:
         return self.answer.vectors() if self.is_proved() else None
 
+    def count(self) -> None:
+        self.answer.count()
+
     def serials_of(self, vectors: Sequence[Vector]) -> Sequence[int] | None:
         return self.answer.serials_of(vectors)
 

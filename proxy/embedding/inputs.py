@@ -37,7 +37,7 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     Raises InputRefused for more tokens than OpenAI takes in a request, unless `allow_oversize`;
     only where the model's tokenizer is known.
     """
-    if model.truncate_to is None and _are_short_texts(inputs):
+    if model.truncate_to is None and are_short_texts(inputs):
         return Prepared(inputs, {})
     # Clients send cl100k ids, unless they know of another tokenizer.
     encoding = model.space.tokenizer or tokens.CL100K
@@ -63,7 +63,7 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
         return Prepared(inputs, {})
 
 
-def _are_short_texts(inputs: Sequence[Input]) -> bool:
+def are_short_texts(inputs: Sequence[Input]) -> bool:
     """Tell whether inputs are all texts, and too short to hold too many tokens.
 
     No token is shorter than a byte, and no character longer than four.

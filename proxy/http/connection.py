@@ -17,12 +17,14 @@ from aiohttp.http import HttpProcessingError, RawRequestMessage
 
 from proxy.errors import Failure, new_request_id
 
+from .heads import Heads
 from .repeating import Repeating
 from .replies import Replies
 
 log = logging.getLogger("embedding_proxy.connection")
 
 REPLIES = web.AppKey("replies", Replies)
+HEADS = web.AppKey("heads", Heads)
 
 
 class Connection(Repeating):
@@ -96,15 +98,16 @@ class Connection(Repeating):
 
 
 class Server(web.Server):
-    """aiohttp's server over such connections, which share the replies that are kept."""
+    """aiohttp's server over such connections, which share the replies and heads that are kept."""
 
-    def __init__(self, replies: Replies, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, replies: Replies, heads: Heads, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
         self._replies = replies
+        self._heads = heads
 
     def __call__(self) -> Connection:
         """Return the protocol object for a new connection."""
-        return Connection(self._replies, self, loop=self._loop, **self._kwargs)
+        return Connection(self._replies, self._heads, self, loop=self._loop, **self._kwargs)
 
 
 class Runner(web.AppRunner):
@@ -124,8 +127,10 @@ class Runner(web.AppRunner):
                 connection.body = body
             return plain.request_factory(message, body, connection, writer, task)
 
+        replies = self.app.get(REPLIES, Replies(0))
         return Server(
-            self.app.get(REPLIES, Replies(0)),
+            replies,
+            self.app.get(HEADS, Heads(replies, lambda *_: None)),
             plain.request_handler,
             request_factory=make_request,
             loop=plain._loop,  # noqa: SLF001 - aiohttp has no other way to choose the protocol

@@ -17,6 +17,7 @@ from aiohttp.http import RawRequestMessage
 from proxy.errors import new_request_id
 
 from .boundary import Boundary
+from .heads import ADMITTED, Heads
 from .replies import LONGEST_REQUEST, Replies, Reply
 
 AGAIN: web.RequestKey[tuple[Callable[[], bool], int]] = web.RequestKey("again")
@@ -32,16 +33,34 @@ _OWN = frozenset(("date", "x-request-id"))
 class Repeating(web.RequestHandler):
     """aiohttp's protocol object; there is one for each connection."""
 
-    __slots__ = ("_answered", "_boundary", "_digest", "_held", "_release_by", "_replies")
+    __slots__ = (
+        "_answered",
+        "_boundary",
+        "_digest",
+        "_head",
+        "_heads",
+        "_held",
+        "_release_by",
+        "_replies",
+    )
 
-    def __init__(self, replies: Replies, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        replies: Replies,
+        heads: Heads,
+        *args: Any,  # noqa: ANN401 - aiohttp's own
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._replies = replies
+        self._heads = heads
         self._boundary = Boundary()
         self._answered = False
         """Whether the last request has been, though aiohttp may not wait for the next one yet."""
         self._digest: bytes | None = None
         """Of the request in progress; None if it did not come alone and whole."""
+        self._head: bytes | None = None
+        """The same of its head."""
         self._held = b""
         self._release_by: asyncio.TimerHandle | None = None
 
@@ -61,14 +80,23 @@ class Repeating(web.RequestHandler):
             self._stay_open()
             self._release_by = self._loop.call_later(HELD, self._release)
             return
-        digest = None
-        if idle and data.startswith(b"POST ") and len(data) <= LONGEST_REQUEST:
-            digest = self._replies.digest(data)
-            reply = self._replies.find(digest)
+        if not (idle and data.startswith(b"POST ") and len(data) <= LONGEST_REQUEST):
+            self._read(data)
+            return
+        digest, head = self._replies.digest(data), None
+        reply = self._replies.find(digest)
+        if reply is not None:
+            self._repeat(reply)
+            return
+        parts = self._heads.split(data)
+        if parts is not None:
+            head, body = parts
+            reply = self._heads.reply(head, body)
             if reply is not None:
-                self._repeat(reply)
+                self._replies.keep(digest, reply)
+                self._give(reply)
                 return
-        self._read(data, digest)
+        self._read(data, digest, head)
 
     def eof_received(self) -> None:
         """Read what is held, for nothing follows it."""
@@ -84,15 +112,18 @@ class Repeating(web.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Send a reply, and keep it if it may be given again."""
-        digest = self._digest
+        digest, head = self._digest, self._head
         resp, failed = await super().finish_response(request, resp, start_time)
         again = request.get(AGAIN)
         # One that came in the meantime is answered before any that is yet to come.
         self._answered = bool(resp.keep_alive) and not failed and not self._messages
-        if digest and again and not failed and request.version == HttpVersion11:
-            body = resp.body if isinstance(resp, web.Response) and resp.keep_alive else None
-            if isinstance(body, bytes):
-                self._replies.keep(digest, Reply(_head(resp), body, *again))
+        if not digest or failed or request.version != HttpVersion11 or not resp.keep_alive:
+            return resp, failed
+        if isinstance(resp, web.Response) and isinstance(resp.body, bytes) and resp.status == 200:
+            if again:
+                self._replies.keep(digest, Reply(_head(resp), resp.body, *again))
+            if head and ADMITTED in request:
+                self._heads.keep(head, request[ADMITTED], resp)
         return resp, failed
 
     @property
@@ -101,7 +132,7 @@ class Repeating(web.RequestHandler):
         waits = self._answered or (self._waiter is not None and not self._waiter.done())
         return waits and not (self._messages or self._close or self._force_close or self._paused)
 
-    def _read(self, data: bytes, digest: bytes | None) -> None:
+    def _read(self, data: bytes, digest: bytes | None = None, head: bytes | None = None) -> None:
         self._answered = False
         before = len(self._messages)
         super().data_received(data)
@@ -111,9 +142,12 @@ class Repeating(web.RequestHandler):
             if isinstance(message, RawRequestMessage) and not message.upgrade:
                 headers = message.headers
         self._boundary.begin(data, headers)
-        self._digest = digest if self._boundary.reached else None
+        self._digest, self._head = (digest, head) if self._boundary.reached else (None, None)
 
     def _repeat(self, reply: Reply) -> None:
+        self._give(reply)
+
+    def _give(self, reply: Reply) -> None:
         assert self.transport is not None and self._manager is not None  # noqa: S101, PT018
         own = f"x-request-id: {new_request_id()}\r\nDate: {rfc822_formatted_time()}\r\n\r\n"
         self.transport.write(b"".join((reply.head, own.encode(), reply.body)))
@@ -126,7 +160,7 @@ class Repeating(web.RequestHandler):
     def _release(self) -> None:
         held = self._taken()
         if held:
-            self._read(held, None)
+            self._read(held)
 
     def _taken(self) -> bytes:
         if self._release_by is not None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.http.boundary import Boundary
+from proxy.http.heads import Heads
 from proxy.http.repeating import Repeating
 from proxy.http.replies import Replies
 
@@ -52,7 +53,9 @@ def _reached(pieces: list[bytes]) -> list[int]:
     """Return after which bytes a connection that reads these pieces takes a request to begin."""
     with asyncio.Runner() as runner:
         manager = SimpleNamespace(request_handler=len, request_factory=len)
-        connection = Repeating(Replies(0), manager, loop=runner.get_loop())
+        connection = Repeating(
+            Replies(0), Heads(Replies(0), lambda *_: None), manager, loop=runner.get_loop()
+        )
         told = []
         for piece, read in zip(pieces, accumulate(map(len, pieces)), strict=True):
             connection.data_received(piece)

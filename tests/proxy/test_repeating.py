@@ -23,8 +23,8 @@ from proxy.http.connection import REPLIES, Connection, Runner, Server
 MODEL = "text-embedding-3-small"
 
 
-def _body(text: str, **fields: object) -> bytes:
-    return json.dumps({"model": MODEL, "input": text, "dimensions": 4, **fields}).encode()
+def _body(given: object, **fields: object) -> bytes:
+    return json.dumps({"model": MODEL, "input": given, "dimensions": 4, **fields}).encode()
 
 
 def _post(body: bytes, *lines: bytes, path: bytes = b"/v1/embeddings", of: bytes = b"1.1") -> bytes:
@@ -86,7 +86,7 @@ class PlainConnection(Connection):
 
 class PlainServer(Server):
     def __call__(self) -> Connection:
-        return PlainConnection(self._replies, self, loop=self._loop, **self._kwargs)
+        return PlainConnection(self._replies, self._heads, self, loop=self._loop, **self._kwargs)
 
 
 class PlainRunner(Runner):
@@ -102,6 +102,22 @@ MADE = {
     "other": lambda _: OTHER,
     "new": lambda n: _post(_body(f"new {n}")),
     "new, soon known": lambda n: _post(_body(f"soon {n // 100}")),
+    "for another user": lambda n: _post(_body("known", user=f"{n}")),
+    "in floats": lambda n: _post(_body("known", user=f"{n}", encoding_format="float")),
+    "at another width": lambda n: _post(_body("known", user=f"{n}", dimensions=8)),
+    "at no width": lambda _: _post(_body("known", dimensions=0)),
+    "in another space": lambda n: _post(_body("known", instruction=f"{n // 100}")),
+    "several": lambda n: _post(_body(["known", "other", f"{n % 2}"])),
+    "twice": lambda n: _post(_body(["known", "known"], user=f"{n}")),
+    "tokens": lambda n: _post(_body([1, 2, 3], user=f"{n}")),
+    "no model": lambda n: _post(_body("known", model="", user=f"{n}")),
+    "by its path": lambda n: _post(
+        b'{"input":"known","dimensions":4,"user":"%d"}' % n,
+        path=b"/v1/engines/%b/embeddings" % MODEL.encode(),
+    ),
+    "zeros before its length": lambda n: _post(_body("known", user=f"{n}")).replace(
+        b"Length: ", b"Length: 00"
+    ),
     "anew": lambda _: _post(_body("known"), b"Cache-Control: no-cache"),
     "no request": lambda _: _post(b"{}"),
     "another path": lambda _: _post(_body("known"), path=b"/v1/nothing"),
@@ -140,7 +156,8 @@ class Sent:
 @st.composite
 def streams(draw: Any) -> list[tuple[str, tuple[float, ...], int]]:
     """Give kinds of requests, where each is cut, and how many replies its client waits for."""
-    kinds = st.sampled_from(["known", "known", "known", "new", *MADE])
+    often = [*(5 * ["known"]), *(3 * ["for another user"]), "new"]
+    kinds = st.sampled_from([*often, *MADE])
     cut = st.lists(st.floats(0, 1), max_size=3).map(tuple)
     # Whole; head and body apart; along with the next one; anywhere; byte by byte.
     cuts = st.sampled_from([(), (), (), (-1.0,), (-1.0,), (2.0,), (3.0,)]) | cut
@@ -247,13 +264,15 @@ class Both:
         return heard.replies
 
 
-def test_a_stream_of_requests_gets_the_same_replies_as_without(tmp_path, monkeypatch, repeated):
+def test_a_stream_of_requests_gets_the_same_replies_as_without(
+    tmp_path, monkeypatch, repeated, at_once
+):
     """Mixed, malformed, pipelined, cut anywhere: none is answered twice, out of order or not."""
     both = Both(tmp_path, monkeypatch)
     with asyncio.Runner() as runner:
         runner.run(both.start())
 
-        @settings(max_examples=20, deadline=None)
+        @settings(max_examples=30, deadline=None)
         @given(streams(), st.sampled_from([None, None, *LAST.values()]), st.sampled_from([0, 60]))
         def same(stream, last, held):
             monkeypatch.setattr(repeating, "HELD", held)
@@ -268,6 +287,7 @@ def test_a_stream_of_requests_gets_the_same_replies_as_without(tmp_path, monkeyp
         same()
         runner.run(both.stop())
     assert len(repeated) > 40
+    assert at_once
 
 
 # --- in order, and under its own name ------------------------------------------------------------
