@@ -57,6 +57,8 @@ class CachingEmbedder:
         known_all = self._at_hand(ring, keys, context.terms, context.account)
         if known_all is not None:
             answered, again = known_all
+            if context.weigh is not None:
+                await context.weigh(answered.tokens)
             again.count()
             return answered
         distinct = dict(zip(keys, inputs, strict=True))
@@ -67,6 +69,9 @@ class CachingEmbedder:
         fills: list[Filled] = []
         answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
         missing = {key: item for key, item in distinct.items() if key not in found}
+        if context.weigh is not None:
+            tokens = None if missing else [found[key].tokens for key in keys]
+            context = replace(context, counts=await context.weigh(tokens), weigh=None)
         if missing:
             if not context.terms.spend:
                 places = [place for place, key in enumerate(keys) if key in missing]

@@ -7,7 +7,7 @@ what it charges: `bill`.
 import enum
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 from urllib.parse import quote
@@ -195,6 +195,11 @@ class Terms:
 NORMAL = Terms()
 
 
+Weigh: TypeAlias = Callable[[Sequence[int] | None], Awaitable[Mapping[str, int]]]
+"""Takes the tokens of each input, or None if not all are known: then texts are counted, and their
+counts returned. Raises InputRefused for more than an upstream takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a request brings along that does not change its vectors."""
@@ -210,6 +215,8 @@ class Context:
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
     counts: Mapping[str, int] = field(default_factory=dict, compare=False)
     """Tokens of texts that the space's tokenizer counted on the way; they are not counted again."""
+    weigh: Weigh | None = field(default=None, compare=False)
+    """Asked before anything is bought or given; None = all of it is not too long."""
     begin_by: float | None = None
     """Point on the same clock by which a provider must have begun its call; else it raises Full."""
     account: Account = NOBODY

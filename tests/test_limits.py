@@ -266,6 +266,28 @@ async def test_oversize_is_openais_400_when_it_is_not_allowed(
     assert len(reply.data) == (1 if given == [5] * 2049 else len(given))
 
 
+async def test_known_texts_are_weighed_and_not_counted(upstream, start_proxy, monkeypatch):
+    """Too many tokens are refused from memory and from disk, by what was counted when bought."""
+    texts = [_words(8000, f" {a}{b}") for a in "aei" for b in "bcdfghklmnprst"][:38]
+    server = {"allow_oversize": False}
+    proxy = await start_proxy(openai=upstream, server=server)
+    for start in range(0, 38, 10):
+        asked = {"model": MODEL, "input": texts[start : start + 10]}
+        assert (await proxy.post(asked)).status == 200
+    bought = len(upstream.inputs)
+    for tier in ("memory", "disk"):
+        if tier == "disk":
+            await start_proxy.stop()
+            proxy = await start_proxy(openai=upstream, server=server)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, "count", None)
+            refused = await proxy.post({"model": MODEL, "input": texts})
+            served = await proxy.post({"model": MODEL, "input": texts[:15]})
+        assert (refused.status, served.status) == (400, 200)
+        assert "max 300000 tokens" in await refused.text()
+    assert len(upstream.inputs) == bought
+
+
 async def test_openais_own_sizes_are_no_oversize(upstream, start_proxy):
     """2,048 inputs, and token arrays of 8,191 ids, are served where nothing more is."""
     proxy = await start_proxy(openai=upstream, server={"allow_oversize": False})

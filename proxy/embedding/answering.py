@@ -71,10 +71,10 @@ class Answering:
         allowed = terms(self._settings.cache.mode, control)
 
         async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
-            inputs, counts = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
+            inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
             account = Account(asked.model, caller.client, one.price)
             return inputs, Context(
-                by, asked.user, caller.namespace, allowed, counts=counts, account=account
+                by, asked.user, caller.namespace, allowed, weigh=weigh, account=account
             )
 
         if not model.space.dimensions:

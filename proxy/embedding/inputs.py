@@ -5,11 +5,12 @@ it so: the cache sees the input whose vector it keeps.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from providers import tokens
-from providers.base import Input, InputRefused
+from providers.base import Input, InputRefused, Weigh
 
 from .registry import Model
 
@@ -24,21 +25,21 @@ _INLINE = 8192
 
 
 class Prepared(NamedTuple):
-    """The inputs to embed, and what was counted on the way."""
+    """The inputs to embed, and who refuses them if they are too much together."""
 
     inputs: Sequence[Input]
-    counts: Mapping[str, int]
-    """Tokens of some or none of the texts."""
+    weigh: Weigh | None = None
+    """See `Context.weigh`: to count them takes longer than to answer them from memory."""
 
 
 async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool) -> Prepared:
     """Return the inputs as a model is asked for them.
 
-    Raises InputRefused for more tokens than OpenAI takes in a request, unless `allow_oversize`;
-    only where the model's tokenizer is known.
+    More tokens than OpenAI takes in a request are to be refused, unless `allow_oversize`; only
+    where the model's tokenizer is known.
     """
     if model.truncate_to is None and are_short_texts(inputs):
-        return Prepared(inputs, {})
+        return Prepared(inputs)
     # Clients send cl100k ids, unless they know of another tokenizer.
     encoding = model.space.tokenizer or tokens.CL100K
     most = model.truncate_to
@@ -55,12 +56,14 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     work = sum(len(item) for item in inputs if most is not None or not isinstance(item, str))
     try:
         changed = await asyncio.to_thread(change) if work > _INLINE else change()
-        if allow_oversize or model.space.tokenizer is None:
-            return Prepared(changed, {})
-        return Prepared(changed, await _counted(changed, model.space.tokenizer))
     except UnicodeEncodeError:
-        # Half a surrogate pair cannot be counted; the cache refuses it, and says so.
-        return Prepared(inputs, {})
+        # Half a surrogate pair cannot be cut; the cache refuses it, and says so.
+        return Prepared(inputs)
+    if allow_oversize or model.space.tokenizer is None:
+        return Prepared(changed)
+    if sum(map(tokens.bound, changed)) <= MOST_TOKENS:
+        return Prepared(changed)
+    return Prepared(changed, partial(_weigh, changed, model.space.tokenizer))
 
 
 def are_short_texts(inputs: Sequence[Input]) -> bool:
@@ -71,11 +74,10 @@ def are_short_texts(inputs: Sequence[Input]) -> bool:
     return set(map(type, inputs)) == {str} and 4 * sum(map(len, inputs)) <= MOST_TOKENS
 
 
-async def _counted(inputs: Sequence[Input], encoding: str) -> dict[str, int]:
-    """Return the tokens of the texts, if they had to be counted. Raises InputRefused."""
-    if sum(map(tokens.bound, inputs)) <= MOST_TOKENS:
-        return {}
-    counts = await tokens.counted(inputs, encoding)
+async def _weigh(
+    inputs: Sequence[Input], encoding: str, known: Sequence[int] | None
+) -> dict[str, int]:
+    counts = await tokens.counted(inputs, encoding) if known is None else known
     total = sum(counts)
     if total > MOST_TOKENS:
         raise InputRefused(
@@ -83,5 +85,5 @@ async def _counted(inputs: Sequence[Input], encoding: str) -> dict[str, int]:
             kind="max_tokens_per_request",
             code="max_tokens_per_request",
         )
-    pairs = zip(inputs, counts, strict=True)
+    pairs = () if known is not None else zip(inputs, counts, strict=True)
     return {item: number for item, number in pairs if isinstance(item, str)}
