@@ -11,9 +11,11 @@ check digest, BLAKE2b keyed with the namespace's secret over the same parts, is 
 import asyncio
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple, overload
 
 import xxhash
@@ -29,6 +31,7 @@ FORMAT = 1
 _MANY = 1024
 _LONG = 1 << 19
 
+_LENGTH = struct.Struct("<Q").pack
 _TEXT = b"s"
 _TOKENS = b"t"
 
@@ -111,7 +114,7 @@ class Keyring:
             await asyncio.sleep(0)
         return Keys(addresses, digests)
 
-    def keys_at_once(self, items: Iterable[Input]) -> Keys:
+    def keys_at_once(self, items: Sequence[Input]) -> Keys:
         """Return the keys of a few inputs. Raises InputRefused."""
         tails = list(map(input_part, items))
         digests: list[bytes] = []
@@ -130,14 +133,12 @@ def keyring(space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Keyring:
 
 def _lots(items: Sequence[Input]) -> Iterator[Sequence[Input]]:
     """Yield the items in lots of about a millisecond's work each, in their order."""
-    start = length = 0
-    for end, item in enumerate(items, 1):
-        length += len(item)
-        if end - start == _MANY or length >= _LONG:
-            yield items[start:end]
-            start, length = end, 0
-    if start < len(items):
-        yield items[start:]
+    ends = list(accumulate(map(len, items)))
+    start = before = 0
+    while start < len(items):
+        end = min(bisect_left(ends, before + _LONG, start) + 1, start + _MANY, len(items))
+        yield items[start:end]
+        start, before = end, ends[end - 1]
 
 
 def part(tag: bytes, data: bytes) -> bytes:
@@ -146,7 +147,7 @@ def part(tag: bytes, data: bytes) -> bytes:
     >>> part(b"s", b"US")
     b's\x02\x00\x00\x00\x00\x00\x00\x00US'
     """
-    return tag + len(data).to_bytes(8, "little") + data
+    return tag + _LENGTH(len(data)) + data
 
 
 def input_part(item: Input) -> bytes:

@@ -38,8 +38,8 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     More tokens than OpenAI takes in a request are to be refused, unless `allow_oversize`; only
     where the model's tokenizer is known.
     """
-    if model.truncate_to is None and are_short_texts(inputs):
-        return Prepared(inputs)
+    if model.truncate_to is None and set(map(type, inputs)) == {str}:
+        return _weighed(inputs, model, allow_oversize=allow_oversize)
     # Clients send cl100k ids, unless they know of another tokenizer.
     encoding = model.space.tokenizer or tokens.CL100K
     most = model.truncate_to
@@ -59,11 +59,15 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     except UnicodeEncodeError:
         # Half a surrogate pair cannot be cut; the cache refuses it, and says so.
         return Prepared(inputs)
+    return _weighed(changed, model, allow_oversize=allow_oversize)
+
+
+def _weighed(inputs: Sequence[Input], model: Model, *, allow_oversize: bool) -> Prepared:
     if allow_oversize or model.space.tokenizer is None:
-        return Prepared(changed)
-    if sum(map(tokens.bound, changed)) <= MOST_TOKENS:
-        return Prepared(changed)
-    return Prepared(changed, partial(_weigh, changed, model.space.tokenizer))
+        return Prepared(inputs)
+    if are_short_texts(inputs) or sum(map(tokens.bound, inputs)) <= MOST_TOKENS:
+        return Prepared(inputs)
+    return Prepared(inputs, partial(_weigh, inputs, model.space.tokenizer))
 
 
 def are_short_texts(inputs: Sequence[Input]) -> bool:

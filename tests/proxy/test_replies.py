@@ -86,11 +86,11 @@ def test_a_reply_that_is_too_long_is_not_kept():
 
 
 def test_a_request_is_known_by_a_digest_of_this_process():
-    """Equal requests have equal digests, of 16 bytes, which are nobody else's to make."""
+    """Equal requests have equal digests, of 32 bytes, which are nobody else's to make."""
     ours, others = Replies(1), Replies(1)
     assert ours.digest(b"a") == ours.digest(b"a")
     assert len({ours.digest(b"a"), ours.digest(b"b"), others.digest(b"a")}) == 3
-    assert len(ours.digest(b"a")) == 16
+    assert len(ours.digest(b"a")) == 32
 
 
 # --- what puts an end to one ----------------------------------------------------------------------
