@@ -128,8 +128,9 @@ def workers(made: Made, rounds: int) -> Row:
         Client(one, CONNECTIONS) as first,
         Client(two, CONNECTIONS) as second,
     ):
-        everything = [asking(number) for number in range(KNOWN)]
-        in_turns((first, second), [everything] * WORKERS)
+        # In an order of its own each time, lest a worker is always asked the same.
+        everything = ([asking(number) for number in made.some(KNOWN)] for _ in range(3 * WORKERS))
+        in_turns((first, second), everything)
         taken = in_turns(
             (first, second),
             ([asking(number) for number in made.some(SINGLES_A_ROUND)] for _ in range(rounds)),

@@ -34,7 +34,7 @@ LOADS = 7
 # with the line in Python. Of two that know a frame the first has it.
 PARTS = (
     ("access, headers", r"proxy/http/(access|guard|caller|cors|cache_control)|_headers \(proxy/"),
-    ("what comes again", r"proxy/http/(repeating|replies|boundary)|\(cache/repeat"),
+    ("what comes again", r"proxy/http/(repeating|replies|boundary|heads)|\(cache/repeat"),
     ("parse", r"\(proxy/wire\.py|\(proxy/embedding/inputs|parse\S* \(proxy/"),
     ("HTTP read", r"proxy/http/body|aiohttp/(http_parser|_http_parser|streams|web_request)"),
     ("HTTP read", r"^(uv__read|__libc_recv|read|recv)\b|_http_parser|aiohttp/multipart"),

@@ -23,14 +23,13 @@ from providers.base import (
     Vector,
 )
 
-from . import flight
+from . import at_hand, flight
 from .assembly import Filled, Found, assemble
 from .flight import Fill, Flights
-from .key import Key, Keyring, Keys, Namespace, keyring
-from .ledger import Answered, Heading, Purchase, usage_of_hits
+from .key import Key, Keyring, Namespace, keyring
+from .ledger import Answered, Heading, Purchase
 from .record import Entry
 from .refusal import KeyRefused, NotCached, is_the_leaders_own, named
-from .repeat import Repeat
 from .row import Partition
 from .tiers import Tiers
 
@@ -54,13 +53,13 @@ class CachingEmbedder:
         ring = keyring(space, Namespace(context.namespace))
         keys = await ring.keys(inputs)
         # By far the most requests: all is known, and nothing stands in them twice.
-        known_all = self._at_hand(ring, keys, context.terms, context.account)
+        known_all = await at_hand.many(self._tiers, ring, keys, context.terms, context.account)
         if known_all is not None:
-            answered, again = known_all
             if context.weigh is not None:
-                await context.weigh(answered.tokens)
-            again.count()
-            return answered
+                await context.weigh(known_all.tokens)
+            if known_all.again is not None:
+                known_all.again.count()
+            return known_all
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
@@ -103,31 +102,7 @@ class CachingEmbedder:
         It is not counted yet: its `again` does that. Raises InputRefused.
         """
         ring = keyring(space, Namespace(namespace))
-        known = self._at_hand(ring, ring.keys_at_once(inputs), terms, account)
-        return None if known is None else known[0]
-
-    def _at_hand(
-        self, ring: Keyring, keys: Keys, terms: Terms, account: Account
-    ) -> tuple[Answered, Repeat] | None:
-        if not ring.space.dimensions or len(set(keys.addresses)) < len(keys):
-            return None
-        entries = self._tiers.at_hand(keys, ring.partition, terms)
-        if entries is None:
-            return None
-        tokens = [entry.tokens for entry in entries]
-        usage = usage_of_hits(tokens, account)
-        heading = Heading(ring.partition, account.model, client=account.client)
-        again = Repeat(self._tiers, keys, ring.partition, heading, usage)
-        answered = Answered(
-            vectors=[entry.vector for entry in entries],
-            tokens=tokens,
-            counted=all(entry.counted for entry in entries),
-            outcomes=[Outcome.HIT] * len(entries),
-            usage=usage,
-            keys=keys,
-            again=again,
-        )
-        return answered, again
+        return at_hand.few(self._tiers, ring, ring.keys_at_once(inputs), terms, account)
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
         """Return what counts the bills of calls that are made without the cache."""

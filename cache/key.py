@@ -28,8 +28,8 @@ FORMAT = 1
 """Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
 
 # About a millisecond of work: so many inputs, or characters and ids in all.
-_MANY = 1024
-_LONG = 1 << 19
+_MANY = 256
+_LONG = 1 << 17
 
 _LENGTH = struct.Struct("<Q").pack
 _TEXT = b"s"

@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from itertools import count
+from operator import attrgetter
 from typing import NamedTuple
 
 from .record import Entry
@@ -20,6 +21,9 @@ class _Kept(NamedTuple):
     """When it was bought, in seconds since 1970."""
     serial: int
     """A number of its own: whoever has it need not hold the entry to know it again."""
+
+
+_ENTRY, _SERIAL = attrgetter("entry"), attrgetter("serial")
 
 
 class Memory:
@@ -85,12 +89,12 @@ class Memory:
         No use is noted.
         """
         kept = self._all_of(addresses)
-        return None if kept is None else [one.entry for one in kept]
+        return None if kept is None else list(map(_ENTRY, kept))
 
     def serials_of(self, addresses: Iterable[bytes]) -> list[int] | None:
         """Return the numbers of these entries, under the same conditions."""
         kept = self._all_of(addresses)
-        return None if kept is None else [one.serial for one in kept]
+        return None if kept is None else list(map(_SERIAL, kept))
 
     def _all_of(self, addresses: Iterable[bytes]) -> list[_Kept] | None:
         found = list(map(self._entries.get, addresses))

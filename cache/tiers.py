@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import is_
+from operator import attrgetter, is_
 
 from providers.base import NORMAL, Terms, Vector
 
@@ -25,6 +25,7 @@ from .usage import Usage
 
 # Entries that are looked up or kept in one go; between two goes, others get their turn.
 _AT_A_TIME = 512
+_DIGEST, _VECTOR = attrgetter("digest"), attrgetter("vector")
 
 
 @dataclass(slots=True)
@@ -69,23 +70,27 @@ class Tiers:
     def at_hand(self, keys: Keys, partition: Partition, terms: Terms) -> list[Entry] | None:
         """Return the verified entries of distinct keys, in their order, if memory has them all.
 
-        Else None, and nothing is noted: they are to be looked up one by one. So are they if the
-        terms do not take every entry.
+        Their use is noted, and counted by `hit`. Else None: they are to be looked up one by one. So
+        are they if the terms do not take every entry.
         """
         if terms.max_age != math.inf or not terms.write:
             return None
         entries = self._memory.all_of(keys.addresses)
-        if entries is None or [entry.digest for entry in entries] != keys.digests:
+        if entries is None or list(map(_DIGEST, entries)) != keys.digests:
             return None
-        if {len(entry.vector) for entry in entries} != {4 * partition.dimensions}:
+        if set(map(len, map(_VECTOR, entries))) != {4 * partition.dimensions}:
             return None
-        self._used(keys.addresses, partition)
+        self._note(keys.addresses, partition)
         return entries
+
+    def hit(self, count: int) -> None:
+        """Count entries that were at hand, and are given."""
+        self.counters.memory_hits += count
 
     def serials_of(self, addresses: Sequence[bytes], vectors: Sequence[Vector]) -> list[int] | None:
         """Return by which numbers `holds` knows these vectors again; None if they are not there."""
         entries = self._memory.all_of(addresses)
-        if entries is None or not all(map(is_, (entry.vector for entry in entries), vectors)):
+        if entries is None or not all(map(is_, map(_VECTOR, entries), vectors)):
             return None
         return self._memory.serials_of(addresses)
 
@@ -95,11 +100,11 @@ class Tiers:
         """Tell whether memory still holds these very entries, and note that they were used."""
         if self._memory.serials_of(addresses) != serials:
             return False
-        self._used(addresses, partition)
+        self._note(addresses, partition)
+        self.hit(len(addresses))
         return True
 
-    def _used(self, addresses: Sequence[bytes], partition: Partition) -> None:
-        self.counters.memory_hits += len(addresses)
+    def _note(self, addresses: Sequence[bytes], partition: Partition) -> None:
         self._memory.note(addresses)
         self._store.touch(addresses, partition)
 
