@@ -23,6 +23,9 @@ MEMORY_MIB = 256
 WARM_UPS = 1
 
 
+AGAIN_AND_AGAIN = "the same, one body again and again"
+
+
 @dataclass(frozen=True)
 class Case:
     """What is asked of the proxy and of the bare server in turns."""
@@ -67,14 +70,14 @@ def same_bulk(encoding: str) -> Callable[[Made], list[bytes]]:
 
 CASES = (
     Case("T1", "one input, memory hit", known, again=True, least=1.0),
-    Case("T1", "the same, one body again and again", repeated),
+    Case("T1", AGAIN_AND_AGAIN, repeated),
     Case("T1", "the same, bodies never seen before", new_bodies),
     Case("T2", "one input, disk hit", new_bodies, disk=True, least=0.6),
     Case("T3", "2,000 inputs base64, memory", bulks("base64"), BULK, most=1.0),
-    Case("T3", "the same, one body again and again", same_bulk("base64"), BULK),
+    Case("T3", AGAIN_AND_AGAIN, same_bulk("base64"), BULK),
     Case("T3", "2,000 inputs base64, disk", bulks("base64"), BULK, disk=True, most=2.2),
     Case("T4", "2,000 inputs float, memory", bulks("float"), BULK, "float", most=1.8),
-    Case("T4", "the same, one body again and again", same_bulk("float"), BULK, "float"),
+    Case("T4", AGAIN_AND_AGAIN, same_bulk("float"), BULK, "float"),
 )
 
 
