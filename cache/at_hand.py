@@ -1,4 +1,4 @@
-"""What memory alone answers: by far the most requests, all known and nothing twice."""
+"""What is answered without waiting: by far the most requests, all known and nothing twice."""
 
 import asyncio
 from collections.abc import Sequence
@@ -16,18 +16,24 @@ _AT_A_TIME = 256
 
 
 def few(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms, account: Account) -> Answered | None:
-    """Return the answer if memory has all of it, and no two keys are equal; else None.
+    """Return the answer if a tier has all of it to give at once, and no two keys are equal.
 
-    It is not counted yet: its `again` does that.
+    Else None. It is not counted yet: its `again` does that.
     """
-    entries = tiers.at_hand(keys, ring.partition, terms) if _are_plain(ring, keys) else None
+    if not _are_plain(ring, keys):
+        return None
+    entries = tiers.at_hand(keys, ring.partition, terms)
+    if entries is None:
+        entries = tiers.at_sight(keys, ring.partition, terms)
+    else:
+        tiers.hit(len(entries))
     return None if entries is None else _answered(tiers, ring, keys, entries, account)
 
 
 async def many(
     tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms, account: Account
 ) -> Answered | None:
-    """Do the same for any number of keys; others get their turn."""
+    """Return the answer to any number of keys if memory has all of it; others get their turn."""
     if not _are_plain(ring, keys):
         return None
     entries: list[Entry] = []
@@ -38,6 +44,7 @@ async def many(
         if some is None:
             return None
         entries += some
+    tiers.hit(len(entries))
     return _answered(tiers, ring, keys, entries, account)
 
 
@@ -49,7 +56,6 @@ def _are_plain(ring: Keyring, keys: Keys) -> bool:
 def _answered(
     tiers: Tiers, ring: Keyring, keys: Keys, entries: Sequence[Entry], account: Account
 ) -> Answered:
-    tiers.hit(len(entries))
     tokens = [entry.tokens for entry in entries]
     usage = usage_of_hits(tokens, account)
     heading = Heading(ring.partition, account.model, client=account.client)

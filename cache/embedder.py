@@ -97,7 +97,7 @@ class CachingEmbedder:
         terms: Terms,
         account: Account,
     ) -> Answered | None:
-        """Return the answer to a few inputs, no two of them equal, if memory has all; else None.
+        """Return the answer to a few inputs, no two of them equal, if it is at hand; else None.
 
         It is not counted yet: its `again` does that. Raises InputRefused.
         """

@@ -1,6 +1,7 @@
-"""The disk tier: addresses <-> records, off the event loop, whatever happens to the file.
+"""The disk tier: addresses <-> records, whatever happens to the file.
 
-One thread reads, one writes; all that waits for the writer goes into one transaction.
+Records that the page cache holds are read at once, few at a time; one thread reads the others, one
+writes, and all that waits for the writer goes into one transaction.
 
 Failure licence: a read that fails is a miss, a write that fails is a line in the log; neither
 raises. What `put_many` has returned True for is on disk: after a kill −9 it is there. A power cut
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import Self
 
 from cache.file.changes import Changes, Found, Kept, Use
-from cache.file.database import FAILURES, FILE_NAME, Database, is_damage
+from cache.file.database import FAILURES, FILE_NAME
 from cache.file.disk import Disk, StoreError
+from cache.file.reader import Reader
 from cache.file.reading import read_ledger
-from cache.file.rest import Rest
 from cache.file.writer import Writer
 
 from .file import purge
@@ -36,8 +37,6 @@ log = logging.getLogger("embedding_proxy.store")
 
 __all__ = ["Store", "StoreError"]
 
-READ_SECONDS = 5.0
-"""The longest wait for a read. Generous: what is taken for a miss is paid for again."""
 TICK_SECONDS = 1.0
 FLUSH_TICKS = 10
 """What can wait is written every so many ticks."""
@@ -67,7 +66,7 @@ class Store:
         self._closing = False
         self._writer = Writer(self._disk)
         self._pending = self._writer.pending
-        self._reading = Rest()
+        self._reader = Reader(self._disk, self._writer.replace)
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
@@ -98,8 +97,8 @@ class Store:
 
     async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
         """Return the records that are there, by address. Never raises."""
-        not_before = time.time() - self._ttl_s if self._ttl_s else 0.0
-        found = await self._read(addresses, not_before)
+        not_before = self._not_before
+        found = {} if self._closing else await self._reader.many(addresses, not_before)
         if self._pending.backlog and len(found) < len(addresses):
             for address in addresses:
                 kept = self._pending.backlog.get(address)
@@ -108,26 +107,17 @@ class Store:
                     found[address] = Found(kept.record, stored)
         return found
 
-    async def _read(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
-        source = self._disk.file or self._disk.read_only
-        if source is None or self._closing or not addresses or self._reading.resting:
-            return {}
-        try:
-            async with asyncio.timeout(READ_SECONDS):
-                work = partial(source.read_many, addresses, not_before=not_before)
-                found = await self._disk.read(work)
-        except FAILURES as error:
-            self._reading.failed()
-            log.warning("reading from the disk tier failed, taken as a miss: %s", error)
-            if is_damage(error) and isinstance(source, Database):
-                await self._writer.replace(source)
-            return {}
-        except Exception:
-            self._reading.failed()
-            log.exception("reading from the disk tier failed, taken as a miss")
-            return {}
-        self._reading.succeeded()
-        return found
+    def at_once(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+        """Return the records of a few addresses that are on disk and can be read at once.
+
+        None if they cannot: then `get_many` can. Never raises.
+        """
+        return None if self._closing else self._reader.at_once(addresses, self._not_before)
+
+    @property
+    def _not_before(self) -> float:
+        """What was stored before that, in seconds since 1970, is not read any more."""
+        return time.time() - self._ttl_s if self._ttl_s else 0.0
 
     async def put_many(
         self, records: Mapping[bytes, bytes], partition: Partition | None = None
@@ -213,7 +203,7 @@ class Store:
 
     async def _purges_so_far(self) -> int | None:
         source = self._disk.file
-        if source is None or self._reading.resting:
+        if source is None or self._reader.rest.resting:
             return None
         try:
             return await self._disk.read(partial(purge.so_far, source))

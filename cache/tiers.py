@@ -83,6 +83,28 @@ class Tiers:
         self._note(keys.addresses, partition)
         return entries
 
+    def at_sight(self, keys: Keys, partition: Partition, terms: Terms) -> list[Entry] | None:
+        """Return the same for a few keys, if the disk has them all and they can be read at once.
+
+        They are kept in memory. Their use is noted, and counted here.
+        """
+        if terms.max_age != math.inf or not terms.write:
+            return None
+        records = self._store.at_once(keys.addresses)
+        if records is None or len(records) < len(keys):
+            return None
+        entries: list[Entry] = []
+        for address, digest in zip(keys.addresses, keys.digests, strict=True):
+            entry = record.decode(records[address].record, digest, partition.dimensions)
+            if entry is None:
+                return None
+            entries.append(entry)
+        for address, entry in zip(keys.addresses, entries, strict=True):
+            self._memory.put(address, entry, records[address].stored)
+        self._store.touch(keys.addresses, partition)
+        self.counters.disk_hits += len(entries)
+        return entries
+
     def hit(self, count: int) -> None:
         """Count entries that were at hand, and are given."""
         self.counters.memory_hits += count

@@ -55,7 +55,7 @@ class Embeddings:
         return await self._send(request, answer, result.embedded.vectors)
 
     def at_once(self, body: bytes, admitted: Admitted) -> Given | None:
-        """Answer one request if memory alone gives the answer; see `heads`."""
+        """Answer one request if nothing has to be waited for; see `heads`."""
         try:
             asked = wire.parse(body, self._service.most_inputs, admitted.model)
             if len(asked.inputs) > _FEW:
@@ -69,7 +69,7 @@ class Embeddings:
         again = result.embedded.again
         vectors = result.embedded.vectors
         serials = again.serials_of(vectors)
-        still = (lambda: False) if serials is None else partial(again.still, serials)
+        still = None if serials is None else partial(again.still, serials)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
         text = b"".join(wire.render(vectors, form, self._texts.json))
         return Given(_headers(result), text, still, len(vectors))

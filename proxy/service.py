@@ -202,7 +202,7 @@ class EmbeddingService(Questions):
         return await known(self._registry.get(model), self._tiers, inputs, Namespace(namespace))
 
     def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
-        """Return what `answer` would, already counted, where memory alone gives it; else None.
+        """Return what `answer` would, already counted, if it need not be waited for; else None.
 
         Raises EmbeddingError.
         """

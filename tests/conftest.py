@@ -1,6 +1,7 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -28,6 +29,9 @@ from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So it is where a shell put this into the background; proxies begun here would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 TRIALS = {
     "test_batches",
     "test_clients",

@@ -16,13 +16,9 @@ import diskcache
 
 from . import eviction, layout, reading
 from .changes import Changes, Found, Use
-from .layout import PAGE_BYTES
+from .layout import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
 from .lock import WriterLock
 
-MMAP_BYTES = 1 << 36
-"""Reads go through the page cache without copies; most builds of SQLite map at most 2 GiB."""
-CACHE_PAGES = 1024
-"""A connection's own cache, 32 MiB: beyond what is mapped it saves the index from being re-read."""
 BUSY_SECONDS = 2.0
 """The longest wait for another process's write; then the write is given up."""
 FREE_BYTES = 64 << 20

@@ -15,7 +15,7 @@ from . import database
 from .database import FAILURES, Database, is_damage
 from .layout import NewerLayout
 from .lock import WriterLock
-from .reading import ReadOnlyFile
+from .reading import Glance, ReadOnlyFile
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -81,7 +81,8 @@ def is_damaged(error: StoreError) -> bool:
 class Disk:
     """One thread reads, one writes. `file` is None while no file can be opened for writing.
 
-    Then `read_only` may hold one that can be read.
+    Then `read_only` may hold one that can be read. `glance` is at the same file as `file`, for the
+    event loop's thread.
     """
 
     def __init__(self, directory: Path, size_limit: int, pinned: Collection[str]) -> None:
@@ -89,6 +90,7 @@ class Disk:
         self._size_limit = size_limit
         self._pinned = pinned
         self.file: Database | None = None
+        self.glance: Glance | None = None
         self.read_only: ReadOnlyFile | None = None
         self._lock: WriterLock | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
@@ -102,7 +104,7 @@ class Disk:
         service goes on without. Raises StoreError where none can be made.
         """
         try:
-            self.file = await self._in(self._writer, self._open)
+            await self._open_file()
         except FAILURES as error:
             if isinstance(error, _NEVER) or not _is_there(self.folder / database.FILE_NAME):
                 self.shut_down()
@@ -117,7 +119,7 @@ class Disk:
         """Open the file if none is open. Raises FAILURES."""
         async with self._opening:
             if self.file is None:
-                self.file = await self._in(self._writer, self._open)
+                await self._open_file()
                 await self._close_read_only()
                 log.warning("the disk tier is open again")
 
@@ -141,7 +143,7 @@ class Disk:
                 log.error("%s is damaged: moved to %s, a new one is begun", old.path, aside)
             else:
                 log.warning("%s was taken away or replaced: opened anew", old.path)
-            self.file = await self._in(self._writer, self._open)
+            await self._open_file()
 
     async def close(self) -> None:
         """Close the file and end the threads."""
@@ -151,6 +153,12 @@ class Disk:
                 self.file = None
             await self._close_read_only()
         self.shut_down()
+
+    async def _open_file(self) -> None:
+        self.file = file = await self._in(self._writer, self._open)
+        # Without one, everything is read by the thread.
+        with contextlib.suppress(*FAILURES):
+            self.glance = await self.read(partial(Glance, file.path))
 
     def _open(self) -> Database:
         if self._lock is not None and self._lock.stale:
@@ -170,6 +178,9 @@ class Disk:
 
     async def _close(self, old: Database) -> None:
         # Each thread has a connection of its own; the writer's goes last and checkpoints.
+        if self.glance is not None:
+            self.glance.close()
+            self.glance = None
         for thread in (self._reader, self._writer):
             with contextlib.suppress(*FAILURES):
                 await self._in(thread, old.close)

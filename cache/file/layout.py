@@ -12,6 +12,10 @@ from typing import Any
 
 PAGE_BYTES = 32_768
 """Five records of 1,536 dimensions a page: 1.07 bytes on disk a byte kept, 1.34 with 4 KiB."""
+MMAP_BYTES = 1 << 36
+"""Reads go through the page cache without copies; most builds of SQLite map at most 2 GiB."""
+CACHE_PAGES = 1024
+"""A connection's own cache, 32 MiB: beyond what is mapped it saves the index from being re-read."""
 LAYOUT = 2
 """Kept in `PRAGMA user_version`; a file of an older layout is brought up to it when opened."""
 

@@ -2,15 +2,19 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cache import ledger
 
 from .changes import Found
-from .layout import Sql
+from .layout import CACHE_PAGES, MMAP_BYTES, Sql
+from .rest import Rest
 
 ADDRESSES_A_SELECT = 512
+SLOW_SECONDS = 0.01
+"""A read that takes longer has waited for the disk, or for its turn at the processor."""
 _RAW = 1  # diskcache's mode of a value that is bytes and nothing else
 
 
@@ -60,7 +64,53 @@ class ReadOnlyFile:
         self._connection.close()
 
 
-def _connect(path: Path, query: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?{query}", uri=True)
-    connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+class Glance:
+    """A look at a store's file that is short, or not taken: for the event loop's own thread.
+
+    What the page cache holds is read in less time than a turn to another thread takes. While it
+    is read, everybody else waits; so after one that was slow, none is taken for a while.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Open it, in whatever thread. Raises sqlite3.Error."""
+        self._connection = _connect(path, "mode=ro", patience_s=0.0)
+        self._connection.execute(f"PRAGMA mmap_size = {MMAP_BYTES}").fetchall()
+        self._connection.execute(f"PRAGMA cache_size = {CACHE_PAGES}")
+        self._clock = clock
+        self._rest = Rest(clock, failures=1)
+
+    def read_few(
+        self, addresses: Sequence[bytes], *, not_before: float = 0.0
+    ) -> dict[bytes, Found] | None:
+        """Return what `read_many` would; None where that might take long, or has failed.
+
+        What fails here is found, and told, by whoever reads the same in a thread.
+        """
+        if self._rest.resting:
+            return None
+        began = self._clock()
+        try:
+            found = read_many(self._connection.execute, addresses, not_before)
+        except sqlite3.Error:
+            self._rest.failed()
+            return None
+        if self._clock() - began > SLOW_SECONDS:
+            self._rest.failed()
+        else:
+            self._rest.succeeded()
+        return found
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+def _connect(path: Path, query: str, patience_s: float = 5.0) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?{query}"
+    connection = sqlite3.connect(address, patience_s, uri=True, check_same_thread=False)
+    try:
+        connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection

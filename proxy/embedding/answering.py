@@ -32,7 +32,7 @@ class Answering:
         self._client_keys = client_keys
 
     def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
-        """Return what `answer` would, already counted, where memory alone gives it; else None.
+        """Return what `answer` would, already counted, if it need not be waited for; else None.
 
         For a few short texts, at a width that needs no strategy. Raises EmbeddingError.
         """

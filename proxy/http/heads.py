@@ -2,7 +2,7 @@
 
 Those of one client differ in their bodies, and in how long these are. All else that a head says is
 the same again: who sends it and whether that is let in, what for, and how the reply is to be sent.
-So a body is answered at once where memory alone gives the answer.
+So a body is answered at once where nothing has to be waited for.
 """
 
 import re
@@ -31,7 +31,7 @@ class Given(NamedTuple):
 
     headers: Mapping[str, str]
     body: bytes
-    again: Callable[[], bool]
+    again: Callable[[], bool] | None
     """As in a `Reply`."""
     inputs: int
 

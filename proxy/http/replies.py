@@ -28,8 +28,10 @@ class Reply(NamedTuple):
     head: bytes
     """From the status line on; each line ends with CRLF."""
     body: bytes
-    again: Callable[[], bool]
-    """Tells whether the reply still holds, and if it does, counts it (see `cache.repeat`)."""
+    again: Callable[[], bool] | None
+    """Tells whether the reply still holds, and if it does, counts it (see `cache.repeat`).
+
+    None for one that holds this once."""
     inputs: int = 1
 
 
@@ -51,13 +53,15 @@ class Replies:
     def find(self, digest: bytes) -> Reply | None:
         """Return the reply to give, already counted; None if the request has to be answered."""
         reply: Reply | None = self.pool.get(digest)
-        if reply is not None and not reply.again():
+        if reply is not None and not (reply.again and reply.again()):
             self.pool.drop(digest)
             return None
         return reply
 
     def keep(self, digest: bytes, reply: Reply) -> None:
-        """Keep a reply, unless it is long."""
+        """Keep a reply, unless it is long, or holds just once."""
+        if reply.again is None:
+            return
         size = len(reply.head) + len(reply.body) + _A_INPUT * reply.inputs + _OVERHEAD
         if size <= LONGEST_REPLY:
             self.pool.keep(digest, reply, size)

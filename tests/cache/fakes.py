@@ -117,6 +117,8 @@ class FakeStore:
         self.usage = Usage()
         self.sums: dict[Heading, Usage] = {}
         self.on_purge = lambda: None
+        self.is_quick = False
+        """Whether what it holds can be read at once."""
         self.broken = False
         """Whether every read finds nothing and every write comes to nothing."""
 
@@ -127,6 +129,10 @@ class FakeStore:
         found = {a: Found(self.records[a], self.stored) for a in here}
         await self.reading.through()
         return found
+
+    def at_once(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+        here = [a for a in addresses if a in self.records]
+        return {a: Found(self.records[a], self.stored) for a in here} if self.is_quick else None
 
     async def put_many(
         self, records: Mapping[bytes, bytes], partition: Partition | None = None

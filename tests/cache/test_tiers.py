@@ -2,19 +2,20 @@
 
 import contextlib
 import sqlite3
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import record
-from cache.key import Key, keyring
+from cache.key import Key, Keys, keyring
 from cache.ledger import Heading
 from cache.memory import Memory
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers.base import Space
+from providers.base import NORMAL, Space
 from tests.cache.fakes import FakeStore, entry_of, key_of
 
 SPACE = Space("m", 3)
@@ -70,6 +71,60 @@ async def test_a_hit_on_disk_is_kept_in_memory(tiers, store):
         assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
     assert len(store.reads) == 1
     assert tiers.counters == TierCounters(memory_hits=1, disk_hits=1)
+
+
+@pytest.fixture
+def quick(store):
+    """Give the keys of three entries of a store that can be read at once."""
+    keys = list(ENTRIES)[:3]
+    store.is_quick = True
+    store.records = {key.address: record.encode(ENTRIES[key]) for key in keys}
+    return Keys([key.address for key in keys], [key.digest for key in keys])
+
+
+async def test_what_is_read_at_once_is_as_if_waited_for(tiers, store, quick):
+    """The entries come in order, are counted, noted as used, and in memory from then on."""
+    assert tiers.at_sight(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
+    assert tiers.counters == TierCounters(disk_hits=3)
+    assert store.touched == set(quick.addresses)
+    assert tiers.at_hand(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
+    assert store.reads == []
+
+
+@pytest.mark.parametrize("fault", ["not quick", "missing", "cut", "flipped", "collided"])
+async def test_what_is_not_all_sound_is_not_given_at_once(tiers, store, quick, fault):
+    """Then nothing has happened: whoever waits for it counts it, and deletes what is bad."""
+    address = quick.addresses[1]
+    raw = store.records[address]
+    match fault:
+        case "not quick":
+            store.is_quick = False
+        case "missing":
+            del store.records[address]
+        case "cut":
+            store.records[address] = raw[:-1]
+        case "flipped":
+            store.records[address] = raw[:40] + bytes([raw[40] ^ 1]) + raw[41:]
+        case "collided":
+            quick.digests[1] = _collider(quick[1]).digest
+    before = dict(store.records)
+    assert tiers.at_sight(quick, PARTITION, NORMAL) is None
+    assert tiers.counters == TierCounters()
+    assert tiers.at_hand(quick[:1], PARTITION, NORMAL) is None
+    assert (store.records, store.touched) == (before, set())
+
+
+@pytest.mark.parametrize("terms", [replace(NORMAL, max_age=60.0), replace(NORMAL, write=False)])
+async def test_own_terms_are_not_for_the_short_way(tiers, store, quick, terms):
+    """Who asks for something fresh, or wants no trace, is answered by those who look at terms."""
+    assert tiers.at_sight(quick, PARTITION, terms) is None
+    assert store.touched == set()
+
+
+async def test_another_width_is_not_given_at_once(tiers, quick):
+    """A record of another width than the partition's is none of it."""
+    other = PARTITION._replace(dimensions=4)
+    assert tiers.at_sight(quick, other, NORMAL) is None
 
 
 async def test_without_memory_the_disk_serves(store):

@@ -244,11 +244,12 @@ async def test_a_page_of_another_origin_is_told_so(upstream, start_proxy, at_onc
     assert headers[0]["access-control-allow-origin"] == "https://app.example"
 
 
-async def test_what_is_purged_is_bought_again(upstream: FaultServer, proxy, at_once):
-    """Memory is asked each time."""
+async def test_what_only_the_disk_has_is_answered_at_once(upstream: FaultServer, proxy, at_once):
+    """The tiers are asked each time; what the page cache holds is not waited for either."""
     await _ask(proxy, _post(_body("a")), _post(_body("b")))
     assert len(at_once) == 1
     proxy.service._tiers._memory.clear()
     upstream.calls.clear()
     ((_, headers, _),) = await _ask(proxy, _post(_body("b", user="u")))
-    assert (headers["x-cache"], upstream.calls, len(at_once)) == ("hit", [], 1)
+    assert (headers["x-cache"], upstream.calls, len(at_once)) == ("hit", [], 2)
+    assert proxy.service._tiers.counters.disk_hits == 1

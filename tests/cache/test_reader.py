@@ -1,0 +1,225 @@
+"""Reading from the store's file: at once where that is quick, else by a thread, and the same."""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+
+import pytest
+from clock import Clock
+
+from cache.file import reading
+from cache.file.changes import Changes, Found, Kept
+from cache.file.disk import Disk
+from cache.file.reader import Reader
+from cache.file.reading import SLOW_SECONDS, Glance
+from cache.file.rest import LONGEST_SECONDS, SHORTEST_SECONDS
+from cache.row import Partition
+from cache.store import Store
+
+GIB = 1 << 30
+P = Partition("", "m", 4)
+
+
+def _kept(numbers, stored=5.0):
+    return {i.to_bytes(16): Kept(bytes([i % 251]) * 500, P, stored) for i in numbers}
+
+
+def _found(numbers, stored=5.0):
+    return {a: Found(kept.record, stored) for a, kept in _kept(numbers, stored).items()}
+
+
+def _addresses(numbers):
+    return [i.to_bytes(16) for i in numbers]
+
+
+@pytest.fixture
+async def disk(tmp_path):
+    """Give an open disk with a hundred records."""
+    disk = Disk(tmp_path, GIB, ())
+    await disk.open()
+    await _write(disk, range(100))
+    yield disk
+    await disk.close()
+
+
+async def _write(disk, numbers):
+    await disk.write(lambda: disk.file.write(Changes(records=_kept(numbers))))
+
+
+async def _nobody(_):
+    pytest.fail("no file is damaged here")
+
+
+@pytest.fixture
+def reader(disk):
+    """Give a reader of that disk, for a file that stays whole."""
+    return Reader(disk, _nobody)
+
+
+@pytest.fixture
+def by_thread(disk, monkeypatch):
+    """Give a list of how many addresses each read in a thread was for."""
+    lengths = []
+    read = disk.file.read_many
+
+    def noted(addresses, **options):
+        lengths.append(len(addresses))
+        return read(addresses, **options)
+
+    monkeypatch.setattr(disk.file, "read_many", noted)
+    return lengths
+
+
+# --- a glance -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("not_before", [0.0, 5.0, 5.1])
+async def test_both_ways_find_the_same(disk, not_before):
+    """What is there, new enough, and nothing else."""
+    asked = _addresses([3, 200, 99, 0])
+    found = disk.glance.read_few(asked, not_before=not_before)
+    assert found == (_found([3, 99, 0]) if not_before <= 5 else {})
+    assert found == disk.file.read_many(asked, not_before=not_before)
+
+
+async def test_what_was_just_written_is_seen(disk):
+    """A record is there for a glance as soon as it is on disk, and as it was written last."""
+    assert disk.glance.read_few(_addresses([7, 300])) == _found([7])
+    await _write(disk, [300])
+    assert disk.glance.read_few(_addresses([7, 300])) == _found([7, 300])
+
+
+async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
+    """What it read is given; then comes a rest, longer each time the first one after is slow."""
+    clock = Clock()
+
+    def slow(*given):
+        clock.now += 1.1 * SLOW_SECONDS
+        return quick(*given)
+
+    quick = reading.read_many
+    monkeypatch.setattr(reading, "read_many", slow)
+    with contextlib.closing(Glance(disk.file.path, clock)) as glance:
+        rest = SHORTEST_SECONDS
+        for _ in range(8):
+            assert glance.read_few(_addresses([1])) == _found([1])
+            clock.now += rest - 0.01
+            assert glance.read_few(_addresses([1])) is None
+            clock.now += 0.02
+            rest = min(2 * rest, LONGEST_SECONDS)
+        monkeypatch.undo()
+        for _ in range(2):
+            assert glance.read_few(_addresses([1])) == _found([1])
+        monkeypatch.setattr(reading, "read_many", slow)
+        assert glance.read_few(_addresses([1])) == _found([1])
+        assert glance.read_few(_addresses([1])) is None
+        clock.now += SHORTEST_SECONDS + 0.01
+        assert glance.read_few(_addresses([1])) == _found([1])
+
+
+async def test_a_glance_that_fails_is_none_taken(disk):
+    """Whatever SQLite says: the thread finds the same, and tells of it."""
+    disk.glance.close()
+    assert disk.glance.read_few(_addresses([1])) is None
+    disk.glance = None
+
+
+async def test_a_lock_is_not_waited_for(disk, monkeypatch, reader):
+    """While another has the file for itself the loop is not held up, and does not ask again."""
+    assert disk.glance._connection.execute("PRAGMA busy_timeout").fetchall() == [(0,)]
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "read_many", _locked)
+        assert disk.glance.read_few(_addresses([1])) is None
+    assert reader.at_once(_addresses([1]), 0.0) is None
+    assert await reader.many(_addresses([1]), 0.0) == _found([1])
+
+
+def _locked(*_):
+    raise sqlite3.OperationalError("database is locked")
+
+
+async def test_another_file_gets_another_glance(disk):
+    """What stands at the path is read, not what was taken away."""
+    old = disk.glance
+    await disk.replace(disk.file)
+    assert disk.glance is not old
+    assert disk.glance.read_few(_addresses([1])) == {}
+    await _write(disk, [1])
+    assert disk.glance.read_few(_addresses([1])) == _found([1])
+
+
+# --- the reader -----------------------------------------------------------------------------------
+
+
+async def test_few_are_read_at_once(reader, by_thread):
+    """No thread is asked, neither for a few nor for as many as there are."""
+    assert reader.at_once(_addresses([5, 400]), 0.0) == _found([5])
+    assert await reader.many(_addresses(range(150)), 0.0) == _found(range(100))
+    assert not by_thread
+
+
+async def test_many_are_not_read_at_once(reader):
+    """So many that others would have to wait are not even begun."""
+    assert reader.at_once(_addresses(range(100)), 0.0) is None
+
+
+async def test_others_get_their_turn_between(reader):
+    """Between a few and the next few, whoever is ready goes on."""
+    turns = []
+
+    async def other():
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    await reader.many(_addresses(range(100)), 0.0)
+    task.cancel()
+    assert len(turns) >= 100 // 16
+
+
+@pytest.mark.parametrize("quick", [0, 1, 3])
+async def test_what_is_slow_is_left_to_the_thread(disk, reader, by_thread, monkeypatch, quick):
+    """From the first few that would be slow, all that is left is read by the thread, in one go."""
+    glances = iter([True] * quick)
+    glance = disk.glance.read_few
+
+    def some(addresses, *, not_before):
+        return glance(addresses, not_before=not_before) if next(glances, False) else None
+
+    monkeypatch.setattr(disk.glance, "read_few", some)
+    assert await reader.many(_addresses(range(150)), 0.0) == _found(range(100))
+    assert by_thread == [150 - 16 * quick]
+
+
+async def test_without_a_glance_the_thread_reads(disk, reader, by_thread):
+    """Where no second connection can be had, all is as ever."""
+    disk.glance.close()
+    disk.glance = None
+    assert reader.at_once(_addresses([5]), 0.0) is None
+    assert await reader.many(_addresses([5, 400]), 0.0) == _found([5])
+    assert by_thread == [2]
+
+
+async def test_a_file_that_keeps_failing_is_not_glanced_at(disk, reader):
+    """Whoever waits for the thread's rest to end waits with this, too."""
+    for _ in range(3):
+        reader.rest.failed()
+    assert reader.at_once(_addresses([5]), 0.0) is None
+    assert await reader.many(_addresses([5]), 0.0) == {}
+
+
+async def test_a_store_gives_what_it_may(tmp_path, monkeypatch):
+    """Nothing before it is opened, nor after it was closed; meanwhile, nothing that is too old."""
+    store = Store(tmp_path, GIB, ttl_s=100)
+    (address,) = _addresses([1])
+    assert store.at_once([address]) is None
+    async with store:
+        await store.put_many({address: b"record"}, P)
+        assert store.at_once([address])[address].record == b"record"
+        later = time.time() + 101
+        with monkeypatch.context() as patch:
+            patch.setattr("cache.store.time.time", lambda: later)
+            assert store.at_once([address]) == {}
+    assert store.at_once([address]) is None
