@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import sqlite3
 import time
 
@@ -92,7 +93,8 @@ async def test_what_was_just_written_is_seen(disk):
 
 async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
     """What it read is given; then comes a rest, longer each time the first one after is slow."""
-    clock = Clock()
+    clock, reads = Clock(), itertools.count()
+    monkeypatch.setattr(reading, "_disk_reads", lambda: next(reads))
 
     def slow(*given):
         clock.now += 1.1 * SLOW_SECONDS
@@ -108,7 +110,7 @@ async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
             assert glance.read_few(_addresses([1])) is None
             clock.now += 0.02
             rest = min(2 * rest, LONGEST_SECONDS)
-        monkeypatch.undo()
+        monkeypatch.setattr(reading, "read_many", quick)
         for _ in range(2):
             assert glance.read_few(_addresses([1])) == _found([1])
         monkeypatch.setattr(reading, "read_many", slow)
@@ -116,6 +118,25 @@ async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
         assert glance.read_few(_addresses([1])) is None
         clock.now += SHORTEST_SECONDS + 0.01
         assert glance.read_few(_addresses([1])) == _found([1])
+
+
+@pytest.mark.parametrize(("disk_reads", "rests"), [(7, False), (None, True)])
+async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, disk_reads, rests):
+    """The processor was busy elsewhere; where nobody knows, it may have been the disk."""
+    clock = Clock()
+
+    def slow(*given):
+        clock.now += 1.1 * SLOW_SECONDS
+        return quick(*given)
+
+    quick = reading.read_many
+    monkeypatch.setattr(reading, "read_many", slow)
+    monkeypatch.setattr(reading, "_disk_reads", lambda: disk_reads)
+    with contextlib.closing(Glance(disk.file.path, clock)) as glance:
+        for _ in range(2):
+            assert glance.read_few(_addresses([1])) == _found([1])
+            assert (glance.read_few(_addresses([1])) is None) == rests
+            clock.now += SHORTEST_SECONDS + 0.01
 
 
 async def test_a_glance_that_fails_is_none_taken(disk):
