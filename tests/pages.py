@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-from proxy.cli import app
+from proxy.cli import complete
 from proxy.config import load
 from proxy.settings.schema import Settings
 
@@ -37,7 +37,7 @@ def unknown(command: str) -> str:
     ('--per', 'cash')
     """
     _, *words = command.split()
-    here = typer.main.get_command(app)
+    here = typer.main.get_command(complete())
     while isinstance(here, TyperGroup) and words and not words[0].startswith("-"):
         below = here.commands.get(words[0])
         if below is None:

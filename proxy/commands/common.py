@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import orjson
 import typer
 
-from cache.file.disk import StoreError
-from cache.upkeep.archive import ArchiveError
-from cache.upkeep.pairs import SourceError
-from index.failures import QdrantFailure
-from index.migrate import MigrationRefused
-from index.migration.journal import JournalError
-from index.migration.template import TemplateError
-from providers.base import EmbeddingError
 from proxy.config import ConfigError
-from proxy.server import PortUnavailable
 from proxy.workers import WorkerFailed
 
 if TYPE_CHECKING:
@@ -57,7 +48,25 @@ def one_line() -> Iterator[None]:
         fail(str(error), error.code)
     except OSError as error:
         fail(str(error), 1)
-    except (
+    except Exception as error:
+        if not isinstance(error, _foreseeable()):
+            raise
+        fail(str(error), 1)
+
+
+def _foreseeable() -> tuple[type[Exception], ...]:
+    """Return the failures whose message is all there is to say; imported once there is one."""
+    from cache.file.disk import StoreError  # noqa: PLC0415
+    from cache.upkeep.archive import ArchiveError  # noqa: PLC0415
+    from cache.upkeep.pairs import SourceError  # noqa: PLC0415
+    from index.failures import QdrantFailure  # noqa: PLC0415
+    from index.migrate import MigrationRefused  # noqa: PLC0415
+    from index.migration.journal import JournalError  # noqa: PLC0415
+    from index.migration.template import TemplateError  # noqa: PLC0415
+    from providers.base import EmbeddingError  # noqa: PLC0415
+    from proxy.server import PortUnavailable  # noqa: PLC0415
+
+    return (
         ArchiveError,
         EmbeddingError,
         JournalError,
@@ -65,11 +74,10 @@ def one_line() -> Iterator[None]:
         PortUnavailable,
         QdrantFailure,
         SourceError,
-        TemplateError,
         StoreError,
+        TemplateError,
         WorkFailed,
-    ) as error:
-        fail(str(error), 1)
+    )
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -252,6 +252,35 @@ def test_a_mode_that_is_not_the_usual_one_is_said(mode, run, serving, tmp_path, 
     assert warned == [f"cache.mode is {meant}: {MEANING[meant]}"] * (mode != "normal")
 
 
+LATER = {"index.migrate", "numpy.testing", "proxy.commands.migrate", "proxy.trials"}
+LATER |= {"openai", "qdrant_client", "redis", "rich", "wordllama"}
+"""What takes long to import, and a proxy that has nothing to do with it does without."""
+
+
+def test_it_is_ready_soon(tmp_path):
+    """To serve, nothing is imported that only other commands or other configurations need."""
+    (tmp_path / "config.yaml").write_text(QUIET)
+    told = "print(*sys.modules); os.kill(os.getpid(), signal.SIGTERM)"
+    code = f"""
+import os, signal, sys
+import typer
+typer.echo = lambda *_: exec({told!r})
+sys.argv = ["embedding-proxy", "serve", "--port", "0", "--config", "config.yaml"]
+from proxy.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=_environment(tmp_path, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "proxy.service" in done.stdout.split()
+    assert not LATER & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("module", ["uvloop", "nothing"])
 def test_it_runs_with_and_without_uvloop(module, monkeypatch):
     """Where uvloop is not installed the standard event loop is used."""
