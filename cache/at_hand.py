@@ -11,41 +11,39 @@ from .record import Entry
 from .repeat import Repeat
 from .tiers import Tiers
 
-# Entries that are found in one go; between two goes, others get their turn.
+# Keys that are looked up in one go, in memory and on disk; between two goes, others get their turn.
 _AT_A_TIME = 256
+_ON_DISK = 16
 
 
 def few(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms, account: Account) -> Answered | None:
-    """Return the answer if a tier has all of it to give at once, and no two keys are equal.
+    """Return the answer to a few keys if their entries can be had at once; else None.
 
-    Else None. It is not counted yet: its `again` does that.
+    It is not counted yet: its `again` does that.
     """
-    if not _are_plain(ring, keys):
-        return None
-    entries = tiers.at_hand(keys, ring.partition, terms)
-    if entries is None:
-        entries = tiers.at_sight(keys, ring.partition, terms)
-    else:
-        tiers.hit(len(entries))
-    return None if entries is None else _answered(tiers, ring, keys, entries, account)
+    entries = tiers.at_sight(keys, ring.partition, terms) if _are_plain(ring, keys) else None
+    return None if entries is None else answered(tiers, ring, keys, entries, account)
 
 
-async def many(
-    tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms, account: Account
-) -> Answered | None:
-    """Return the answer to any number of keys if memory has all of it; others get their turn."""
-    if not _are_plain(ring, keys):
-        return None
+async def first(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms) -> list[Entry]:
+    """Return the entries of the first keys: of as many as can be had without waiting.
+
+    Others get their turn. There are none of keys of which two are equal.
+    """
     entries: list[Entry] = []
-    for start in range(0, len(keys), _AT_A_TIME):
-        if start:
+    if not _are_plain(ring, keys):
+        return entries
+    look, step = tiers.at_hand, _AT_A_TIME
+    while len(entries) < len(keys):
+        some = look(keys[len(entries) : len(entries) + step], ring.partition, terms)
+        if some is not None:
+            entries += some
             await asyncio.sleep(0)
-        some = tiers.at_hand(keys[start : start + _AT_A_TIME], ring.partition, terms)
-        if some is None:
-            return None
-        entries += some
-    tiers.hit(len(entries))
-    return _answered(tiers, ring, keys, entries, account)
+        elif step > _ON_DISK:
+            look, step = tiers.at_sight, _ON_DISK
+        else:
+            break
+    return entries
 
 
 def _are_plain(ring: Keyring, keys: Keys) -> bool:
@@ -53,9 +51,10 @@ def _are_plain(ring: Keyring, keys: Keys) -> bool:
     return bool(ring.space.dimensions) and len(set(keys.addresses)) == len(keys)
 
 
-def _answered(
+def answered(
     tiers: Tiers, ring: Keyring, keys: Keys, entries: Sequence[Entry], account: Account
 ) -> Answered:
+    """Return the answer that these entries of keys are, all of them hits."""
     tokens = [entry.tokens for entry in entries]
     usage = usage_of_hits(tokens, account)
     heading = Heading(ring.partition, account.model, client=account.client)

@@ -53,8 +53,9 @@ class CachingEmbedder:
         ring = keyring(space, Namespace(context.namespace))
         keys = await ring.keys(inputs)
         # By far the most requests: all is known, and nothing stands in them twice.
-        known_all = await at_hand.many(self._tiers, ring, keys, context.terms, context.account)
-        if known_all is not None:
+        first = await at_hand.first(self._tiers, ring, keys, context.terms)
+        if len(first) == len(keys):
+            known_all = at_hand.answered(self._tiers, ring, keys, first, context.account)
             if context.weigh is not None:
                 await context.weigh(known_all.tokens)
             if known_all.again is not None:
@@ -62,9 +63,10 @@ class CachingEmbedder:
             return known_all
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
+        found = dict(zip(keys, first, strict=False))
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
-        known = list(distinct) if space.dimensions else []
-        found = await self._tiers.get_many(known, ring.partition, context.terms)
+        rest = [key for key in distinct if key not in found] if space.dimensions else []
+        found |= await self._tiers.get_many(rest, ring.partition, context.terms)
         fills: list[Filled] = []
         answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
         missing = {key: item for key, item in distinct.items() if key not in found}

@@ -34,7 +34,6 @@ class Repeat:
         entries = self.tiers.at_hand(self.keys, self.partition, NORMAL)
         if entries is None:
             return None
-        self.tiers.hit(len(entries))
         self.count()
         return [entry.vector for entry in entries]
 

@@ -70,8 +70,8 @@ class Tiers:
     def at_hand(self, keys: Keys, partition: Partition, terms: Terms) -> list[Entry] | None:
         """Return the verified entries of distinct keys, in their order, if memory has them all.
 
-        Their use is noted, and counted by `hit`. Else None: they are to be looked up one by one. So
-        are they if the terms do not take every entry.
+        Their use is noted and counted. Else None: they are to be looked up one by one. So are they
+        if the terms do not take every entry.
         """
         if terms.max_age != math.inf or not terms.write:
             return None
@@ -84,30 +84,44 @@ class Tiers:
         return entries
 
     def at_sight(self, keys: Keys, partition: Partition, terms: Terms) -> list[Entry] | None:
-        """Return the same for a few keys, if the disk has them all and they can be read at once.
+        """Return the same of a few keys if memory or the disk has each, and nobody need wait.
 
-        They are kept in memory. Their use is noted, and counted here.
+        What the disk had is kept in memory. Their use is noted, and counted here.
         """
         if terms.max_age != math.inf or not terms.write:
             return None
-        records = self._store.at_once(keys.addresses)
-        if records is None or len(records) < len(keys):
+        size = 4 * partition.dimensions
+        at_hand = self._memory.get_many(keys.addresses)
+        lacking = {
+            address: digest
+            for address, digest, entry in zip(keys.addresses, keys.digests, at_hand, strict=True)
+            if entry is None or entry.digest != digest or len(entry.vector) != size
+        }
+        read = self._read_at_sight(lacking, partition.dimensions) if lacking else {}
+        if read is None:
             return None
-        entries: list[Entry] = []
-        for address, digest in zip(keys.addresses, keys.digests, strict=True):
-            entry = record.decode(records[address].record, digest, partition.dimensions)
+        self._store.touch(keys.addresses, partition)
+        self.counters.disk_hits += len(read)
+        self.counters.memory_hits += len(keys) - len(read)
+        both = zip(keys.addresses, at_hand, strict=True)
+        return [entry for a, kept in both if (entry := read.get(a, kept)) is not None]
+
+    def _read_at_sight(
+        self, digests: Mapping[bytes, bytes], dimensions: int
+    ) -> dict[bytes, Entry] | None:
+        """Return the verified entries at these addresses, if the disk has all of them at once."""
+        records = self._store.at_once(list(digests))
+        if records is None or len(records) < len(digests):
+            return None
+        read: dict[bytes, Entry] = {}
+        for address, digest in digests.items():
+            entry = record.decode(records[address].record, digest, dimensions)
             if entry is None:
                 return None
-            entries.append(entry)
-        for address, entry in zip(keys.addresses, entries, strict=True):
+            read[address] = entry
+        for address, entry in read.items():
             self._memory.put(address, entry, records[address].stored)
-        self._store.touch(keys.addresses, partition)
-        self.counters.disk_hits += len(entries)
-        return entries
-
-    def hit(self, count: int) -> None:
-        """Count entries that were at hand, and are given."""
-        self.counters.memory_hits += count
+        return read
 
     def serials_of(self, addresses: Sequence[bytes], vectors: Sequence[Vector]) -> list[int] | None:
         """Return by which numbers `holds` knows these vectors again; None if they are not there."""
@@ -123,12 +137,12 @@ class Tiers:
         if self._memory.serials_of(addresses) != serials:
             return False
         self._note(addresses, partition)
-        self.hit(len(addresses))
         return True
 
     def _note(self, addresses: Sequence[bytes], partition: Partition) -> None:
         self._memory.note(addresses)
         self._store.touch(addresses, partition)
+        self.counters.memory_hits += len(addresses)
 
     async def _get_some(
         self, keys: Sequence[Key], partition: Partition, terms: Terms, not_before: float
