@@ -111,6 +111,7 @@ class FakeStore:
         self.writing = gate or Turnstile()
         self.records: dict[bytes, bytes] = {}
         self.reads: list[list[bytes]] = []
+        self.glances: list[list[bytes]] = []
         self.touched: set[bytes] = set()
         self.stored = 0.0
         """When all that it holds was bought, in seconds since 1970."""
@@ -131,6 +132,7 @@ class FakeStore:
         return found
 
     def at_once(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+        self.glances.append(list(addresses))
         here = [a for a in addresses if a in self.records]
         return {a: Found(self.records[a], self.stored) for a in here} if self.is_quick else None
 

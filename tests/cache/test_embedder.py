@@ -15,7 +15,7 @@ from cache.file.disk import opened
 from cache.flight import Flights
 from cache.memory import Memory
 from cache.store import Store
-from cache.tiers import Tiers
+from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import (
     Account,
@@ -267,6 +267,25 @@ async def test_without_a_landing_there_is_no_second_look():
     await rig.embed("a")
     await rig.embed("b", "a")
     assert rig.store.reads == [[key_of(item, SPACE).address] for item in ("a", "b")]
+
+
+@pytest.mark.parametrize("memory", [0, 10_000, MIB])
+@pytest.mark.parametrize("new", [[], [0], [20], [299], [299, 5], [15, 16, 256]], ids=str)
+async def test_what_is_at_hand_is_taken_as_far_as_it_goes(memory, new):
+    """Wherever something new stands, only that is bought, and each input is looked up once."""
+    rig = Rig(memory=memory)
+    rig.store.is_quick = True
+    asked = [f"text {i}" for i in range(300)]
+    known = [text for place, text in enumerate(asked) if place not in new]
+    await rig.embed(*known)
+    before = rig.tiers.counters
+    rig.tiers.counters = TierCounters()
+    embedded = await rig.embed(*asked)
+    assert embedded.outcomes == [MISS if place in new else HIT for place in range(300)]
+    assert rig.inner.asked == [*known, *(asked[place] for place in sorted(new))]
+    counters = rig.tiers.counters
+    assert counters.memory_hits + counters.disk_hits == len(known)
+    assert (counters.misses, before.misses) == (len(new), len(known))
 
 
 # Refusals and failures.

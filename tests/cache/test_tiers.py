@@ -91,6 +91,17 @@ async def test_what_is_read_at_once_is_as_if_waited_for(tiers, store, quick):
     assert store.reads == []
 
 
+async def test_what_memory_has_is_not_read_at_once(tiers, store, quick):
+    """Of entries in memory and on disk each is taken from where it is, in the order asked for."""
+    key = quick[1]
+    await tiers.put_many({key: ENTRIES[key]}, PARTITION)
+    assert tiers.at_sight(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
+    assert store.glances == [[quick.addresses[0], quick.addresses[2]]]
+    assert tiers.counters == TierCounters(memory_hits=1, disk_hits=2)
+    assert tiers.at_sight(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
+    assert len(store.glances) == 1
+
+
 @pytest.mark.parametrize("fault", ["not quick", "missing", "cut", "flipped", "collided"])
 async def test_what_is_not_all_sound_is_not_given_at_once(tiers, store, quick, fault):
     """Then nothing has happened: whoever waits for it counts it, and deletes what is bad."""
