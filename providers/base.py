@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Protocol, TypeAlias
 from urllib.parse import quote
 
@@ -82,7 +83,7 @@ Input: TypeAlias = str | tuple[int, ...]
 Vector: TypeAlias = bytes
 """The numbers of one input: float32, little-endian, 4 bytes a dimension."""
 
-
+_word = lru_cache(maxsize=1024)(partial(quote, safe="/:@+"))
 # Longer parameters are named by a digest: header lines have limits.
 _LONGEST_QUERY = 500
 
@@ -135,7 +136,7 @@ class Space:
         >>> Space("m", 8).with_parameters({"task": "a b"}).label
         'm?task=%22a%20b%22'
         """
-        name = quote(self.name, safe="/:@+")
+        name = _word(self.name)
         if not self.parameters:
             return name
         query = "&".join(f"{quote(n, safe='')}={quote(v, safe='')}" for n, v in self.parameters)
@@ -193,7 +194,6 @@ class Terms:
 
 
 NORMAL = Terms()
-
 
 Weigh: TypeAlias = Callable[[Sequence[int] | None], Awaitable[Mapping[str, int]]]
 """Takes the tokens of each input, or None if not all are known: then texts are counted, and their

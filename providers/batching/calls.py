@@ -64,6 +64,8 @@ class Calls:
     def _context_of(self, whole: range) -> Context:
         """Return what goes along with a part: parts of it are parts of the whole."""
         context = self._context
+        if len(whole) == len(self._inputs):
+            return context
         on_part, on_charge = context.on_part, context.on_charge
         if on_part is not None:
 

@@ -75,15 +75,12 @@ class Journey:
             if new and self.context.on_part is not None:
                 await self.context.on_part(new, part)
 
-        context = replace(self.context, begin_by=begin_by, on_part=keep)
-        charge = context.on_charge
-
         def charged(bill: Bill) -> None:
             self.on_bill(route, bill)
-            if charge is not None:
-                charge(bill.at(missing))
+            if self.context.on_charge is not None:
+                self.context.on_charge(bill.at(missing))
 
-        context = replace(context, on_charge=charged)
+        context = replace(self.context, begin_by=begin_by, on_part=keep, on_charge=charged)
         try:
             inputs = [self.inputs[place] for place in missing]
             embedded = await route.embed(self.space, inputs, context)
