@@ -156,8 +156,8 @@ class Disk:
 
     async def _open_file(self) -> None:
         self.file = file = await self._in(self._writer, self._open)
-        # Without one, everything is read by the thread.
-        with contextlib.suppress(*FAILURES):
+        # Without one, everything is read by the thread, whatever it was that failed.
+        with contextlib.suppress(Exception):
             self.glance = await self.read(partial(Glance, file.path))
 
     def _open(self) -> Database:
@@ -179,8 +179,9 @@ class Disk:
     async def _close(self, old: Database) -> None:
         # Each thread has a connection of its own; the writer's goes last and checkpoints.
         if self.glance is not None:
-            self.glance.close()
-            self.glance = None
+            glance, self.glance = self.glance, None
+            with contextlib.suppress(*FAILURES):
+                glance.close()
         for thread in (self._reader, self._writer):
             with contextlib.suppress(*FAILURES):
                 await self._in(thread, old.close)

@@ -93,7 +93,7 @@ class Glance:
         began = self._clock()
         try:
             found = read_many(self._connection.execute, addresses, not_before)
-        except sqlite3.Error:
+        except Exception:  # noqa: BLE001 - of damage, sqlite3 makes errors of many kinds
             self._rest.failed()
             return None
         if self._clock() - began > SLOW_SECONDS and self._has_read_from_disk():

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import sqlite3
 import time
+from unittest.mock import Mock
 
 import pytest
 from clock import Clock
@@ -139,11 +140,11 @@ async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, 
             clock.now += SHORTEST_SECONDS + 0.01
 
 
-async def test_a_glance_that_fails_is_none_taken(disk):
-    """Whatever SQLite says: the thread finds the same, and tells of it."""
-    disk.glance.close()
+@pytest.mark.parametrize("error", [sqlite3.DatabaseError("malformed"), ValueError(), MemoryError()])
+async def test_a_glance_that_fails_is_none_taken(disk, monkeypatch, error):
+    """Whatever comes out of SQLite: the thread finds the same, and tells of it."""
+    monkeypatch.setattr(reading, "read_many", Mock(side_effect=error))
     assert disk.glance.read_few(_addresses([1])) is None
-    disk.glance = None
 
 
 async def test_a_lock_is_not_waited_for(disk, monkeypatch, reader):
@@ -168,6 +169,15 @@ async def test_another_file_gets_another_glance(disk):
     assert disk.glance.read_few(_addresses([1])) == {}
     await _write(disk, [1])
     assert disk.glance.read_few(_addresses([1])) == _found([1])
+
+
+async def test_a_glance_that_cannot_be_had_is_done_without(tmp_path, monkeypatch):
+    """The file is open all the same, whatever went wrong."""
+    monkeypatch.setattr("cache.file.disk.Glance", Mock(side_effect=ValueError()))
+    disk = Disk(tmp_path, GIB, ())
+    await disk.open()
+    assert (disk.file is None, disk.glance) == (False, None)
+    await disk.close()
 
 
 # --- the reader -----------------------------------------------------------------------------------
