@@ -4,12 +4,14 @@ What each fault gets is the table of `test_faults`.
 """
 
 import contextlib
-import time
+import math
 
 import numpy as np
 import openai
 import pytest
 from fault_server import status, vector_of
+
+from providers.routing import breaker
 
 MODEL = "text-embedding-3-small"
 
@@ -37,26 +39,26 @@ async def test_a_provider_without_credit_is_left_alone(upstream, second, start_p
     assert (len(upstream.calls), len(second.calls)) == (1, 3)
 
 
-async def test_nobody_is_asked_when_everybody_is_down(upstream, second, start_proxy):
+async def test_nobody_is_asked_when_everybody_is_down(upstream, second, start_proxy, monkeypatch):
     """Row 23: hits go on; misses get 503 with Retry-After, and no call is made for them."""
+    # However slow the machine is, no probe falls due.
+    monkeypatch.setattr(breaker, "FIRST_OPEN", 100.0)
     proxy = await start_proxy(openai=upstream, openrouter=second)
     await proxy.post({"model": MODEL, "input": "known"})
     upstream.always = second.always = status(500)
     for i in range(10):
         reply = await proxy.post({"model": MODEL, "input": f"unknown {i}"})
     calls = len(upstream.calls) + len(second.calls)
-    began = time.perf_counter()
     refused = [await proxy.post({"model": MODEL, "input": f"more {i}"}) for i in range(20)]
-    taken = time.perf_counter() - began
-    assert len(upstream.calls) + len(second.calls) <= calls + 2  # a probe each, on a slow machine
+    assert len(upstream.calls) + len(second.calls) == calls
     for reply in refused[:3]:
         error = (await reply.json())["error"]
         assert (reply.status, error["code"]) == (503, "upstream_unavailable")
         assert "openai: it failed 5 times in a row" in error["message"]
         assert "secret" not in error["message"]
-        assert 0 < int(reply.headers["retry-after-ms"]) <= 1000
-        assert reply.headers["Retry-After"] == "1"
-    assert taken / 20 < 0.25
+        wait_ms = int(reply.headers["retry-after-ms"])
+        assert 0 < wait_ms <= 100_000
+        assert int(reply.headers["Retry-After"]) == math.ceil(wait_ms / 1000)
     hit = await proxy.post({"model": MODEL, "input": "known"})
     assert (hit.status, hit.headers["x-cache"]) == (200, "hit")
 
