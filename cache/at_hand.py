@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from cache.file.reader import FEW
 from providers.base import Account, Outcome, Terms
 
 from .key import Keyring, Keys
@@ -11,9 +12,8 @@ from .record import Entry
 from .repeat import Repeat
 from .tiers import Tiers
 
-# Keys that are looked up in one go, in memory and on disk; between two goes, others get their turn.
+# Keys that are looked up in one go in memory; between two goes, others get their turn.
 _AT_A_TIME = 256
-_ON_DISK = 16
 
 
 def few(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms, account: Account) -> Answered | None:
@@ -39,8 +39,8 @@ async def first(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms) -> list[E
         if some is not None:
             entries += some
             await asyncio.sleep(0)
-        elif step > _ON_DISK:
-            look, step = tiers.at_sight, _ON_DISK
+        elif step > FEW:
+            look, step = tiers.at_sight, FEW
         else:
             break
     return entries

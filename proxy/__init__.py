@@ -32,6 +32,7 @@ Words, one meaning each::
     partition   the entries of one namespace in one space: counted and purged together
     pair        a text and its vector that somebody already owns
     tier        memory, disk
+    glance      a read from disk in the event loop's own thread, where nobody need wait for it
     worker      a process that serves; several may share the port and the store
     hit, join, miss   exclusive outcomes of a distinct input;
                 inputs = duplicates + hits + joins + misses

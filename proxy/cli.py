@@ -34,7 +34,7 @@ app = typer.Typer(
 @cache
 def complete() -> typer.Typer:
     """Return the app with all its commands. To import them takes a fifth of a second."""
-    from .commands import (  # noqa: PLC0415 - as said  # noqa: PLC0415
+    from .commands import (  # noqa: PLC0415 - as said
         cache,
         check,
         compare,

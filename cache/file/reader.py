@@ -17,8 +17,8 @@ log = logging.getLogger("embedding_proxy.store")
 
 SECONDS = 5.0
 """The longest wait for a read. Generous: what is taken for a miss is paid for again."""
-# Records that are read without a turn for others, in some tenths of a millisecond.
-_FEW = 16
+FEW = 16
+"""Records that are read without a turn for others, in some tenths of a millisecond."""
 
 
 class Reader:
@@ -33,17 +33,17 @@ class Reader:
     def at_once(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found] | None:
         """Return the records of a few addresses that are there; None if they are to be awaited."""
         glance = self._disk.glance
-        if glance is None or len(addresses) > _FEW or self.rest.resting:
+        if glance is None or len(addresses) > FEW or self.rest.resting:
             return None
         return glance.read_few(addresses, not_before=not_before)
 
     async def many(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
         """Return the records that are there, by address, but for those stored before a time."""
         found: dict[bytes, Found] = {}
-        for start in range(0, len(addresses), _FEW):
+        for start in range(0, len(addresses), FEW):
             if start:
                 await asyncio.sleep(0)
-            some = self.at_once(addresses[start : start + _FEW], not_before)
+            some = self.at_once(addresses[start : start + FEW], not_before)
             if some is None:
                 return found | await self._by_thread(addresses[start:], not_before)
             found |= some

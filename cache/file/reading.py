@@ -79,7 +79,8 @@ class Glance:
         self._connection.execute(f"PRAGMA cache_size = {CACHE_PAGES}")
         self._clock = clock
         self._rest = Rest(clock, failures=1)
-        self._disk_reads = _disk_reads()
+        # Of whichever thread reads: not known before it has read once.
+        self._disk_reads: int | None = None
 
     def read_few(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0

@@ -134,10 +134,14 @@ async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, 
     monkeypatch.setattr(reading, "read_many", slow)
     monkeypatch.setattr(reading, "_disk_reads", lambda: disk_reads)
     with contextlib.closing(Glance(disk.file.path, clock)) as glance:
+        # Of the first slow one nobody knows what it waited for.
+        assert glance.read_few(_addresses([1])) == _found([1])
+        assert glance.read_few(_addresses([1])) is None
+        clock.now += SHORTEST_SECONDS + 0.01
         for _ in range(2):
             assert glance.read_few(_addresses([1])) == _found([1])
             assert (glance.read_few(_addresses([1])) is None) == rests
-            clock.now += SHORTEST_SECONDS + 0.01
+            clock.now += LONGEST_SECONDS + 0.01
 
 
 @pytest.mark.parametrize("error", [sqlite3.DatabaseError("malformed"), ValueError(), MemoryError()])
