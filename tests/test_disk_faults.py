@@ -231,6 +231,5 @@ async def test_a_process_recovers_by_itself(fault, tmp_path):
     """No request fails, a silent proxy rests, and what was bought gets to the disk unasked."""
     seen = await disk_faults.suffer(fault, 2.0, tmp_path, in_short=True)
     assert not disk_faults.verdict(seen), (tmp_path / "log").read_text()
-    assert seen.requests > 50
     # A request takes no more of the processor than before; it is counted in steps of 10 ms.
     assert seen.fault_cpu_ms < 3 * max(seen.calm_cpu_ms, 2.0)

@@ -359,6 +359,9 @@ async def test_a_fault_in_one_part(name, place, at, world, caplog):
     failed = tries[: row.again] if row.status == 200 else [*tries]
     if row.url:
         assert world.health[world.name].failures == {"Unreachable": 2}
+    elif row.options:
+        # On a slow machine the time may be up before the call arrives.
+        assert world.health[world.name].attempts == 1
     else:
         assert len(tries) == min(row.again, 1) + 1
     if at == "second":
@@ -418,7 +421,7 @@ async def test_a_fault_of_the_only_provider(name, world):
     await world.start(options={k: 0.1 for k in row.options if k != "least_bytes_per_s"})
     response = await world.ask(world.part)
     health = world.health["openai"]
-    tries = health.attempts if row.url else len(holding(world.faulty, world.bad))
+    tries = health.attempts if row.url or row.options else len(holding(world.faulty, world.bad))
     assert tries == row.again + 1
     if row.status == 200:
         await right(response, world.part)
