@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -218,8 +219,8 @@ async def test_a_key_that_is_refused(check, upstream, second):
 @pytest.mark.parametrize(
     ("times", "reason"),
     [
-        (({"timeout_s": 0.1}, {}), "no answer within 0.1 s"),
-        (({}, {"request_timeout_s": 0.1}), "the time of the request was up"),
+        (({"timeout_s": 0.1}, {}), r"no answer within \d\.\d s"),
+        (({}, {"request_timeout_s": 0.5}), "the time of the request was up"),
     ],
 )
 async def test_an_upstream_that_hangs(times, reason, check, upstream, second):
@@ -228,7 +229,9 @@ async def test_an_upstream_that_hangs(times, reason, check, upstream, second):
     upstream.always = hang()
     sections = {"providers": _at(upstream, second, **keys), "server": server}
     done = await check("--json", **sections, models={SMALL: {}})
-    assert (done.code, done.json["problems"]) == (1, [f"{SMALL} at openai ({SMALL}): {reason}"])
+    (problem,) = done.json["problems"]
+    assert done.code == 1
+    assert re.fullmatch(rf"{SMALL} at openai \({SMALL}\): {reason}", problem)
     assert 90 <= done.json["routes"][0]["latency_ms"] < 10_000
     assert len(second.calls) == 1
 
