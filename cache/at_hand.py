@@ -10,10 +10,7 @@ from .key import Keyring, Keys
 from .ledger import Answered, Heading, usage_of_hits
 from .record import Entry
 from .repeat import Repeat
-from .tiers import Tiers
-
-# Keys that are looked up in one go in memory; between two goes, others get their turn.
-_AT_A_TIME = 256
+from .tiers import LOT, Tiers
 
 
 def few(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms, account: Account) -> Answered | None:
@@ -33,7 +30,7 @@ async def first(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms) -> list[E
     entries: list[Entry] = []
     if not _are_plain(ring, keys):
         return entries
-    look, step = tiers.at_hand, _AT_A_TIME
+    look, step = tiers.at_hand, LOT
     while len(entries) < len(keys):
         some = look(keys[len(entries) : len(entries) + step], ring.partition, terms)
         if some is not None:

@@ -37,8 +37,11 @@ Count: TypeAlias = Callable[[Heading, Usage], None]
 class Again(Protocol):
     """The same request once more; see `repeat`."""
 
-    def vectors(self) -> Sequence[Vector] | None:
-        """Return what it is answered with now, and count it; None if it has to be asked anew."""
+    async def vectors(self) -> Sequence[Vector] | None:
+        """Return what it is answered with now, and count it; None if it has to be asked anew.
+
+        Where there are many, others get their turn.
+        """
 
     def count(self) -> None:
         """Count an answer that is given."""

@@ -1,5 +1,6 @@
 """The same answer once more: nothing is parsed or hashed, only looked at whether it still holds."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from providers.base import NORMAL, Vector
 from .key import Keys
 from .ledger import Heading
 from .row import Partition
-from .tiers import Tiers
+from .tiers import LOT, Tiers
 from .usage import Usage
 
 
@@ -26,16 +27,22 @@ class Repeat:
     heading: Heading
     usage: Usage
 
-    def vectors(self) -> list[Vector] | None:
+    async def vectors(self) -> list[Vector] | None:
         """Return what the same request is answered with now, and count it.
 
-        None if it has to be asked anew.
+        None if it has to be asked anew. Where there are many, others get their turn.
         """
-        entries = self.tiers.at_hand(self.keys, self.partition, NORMAL)
-        if entries is None:
-            return None
+        vectors: list[Vector] = []
+        while len(vectors) < len(self.keys):
+            if vectors:
+                await asyncio.sleep(0)
+            some = self.keys[len(vectors) : len(vectors) + LOT]
+            entries = self.tiers.at_hand(some, self.partition, NORMAL)
+            if entries is None:
+                return None
+            vectors += [entry.vector for entry in entries]
         self.count()
-        return [entry.vector for entry in entries]
+        return vectors
 
     def serials_of(self, vectors: Sequence[Vector]) -> list[int] | None:
         """Return by which numbers `still` knows an answer again; None if it is another already."""

@@ -23,7 +23,9 @@ from .row import Partition
 from .store import Store
 from .usage import Usage
 
-# Entries that are looked up or kept in one go; between two goes, others get their turn.
+LOT = 256
+"""Keys that are looked up in memory in one go; between two goes, others get their turn."""
+# The same of entries that are looked up on disk as well, or are kept.
 _AT_A_TIME = 512
 _DIGEST, _VECTOR = attrgetter("digest"), attrgetter("vector")
 

@@ -37,8 +37,8 @@ class Embeddings:
         """Answer one request. Raises EmbeddingError."""
         control = ", ".join(request.headers.getall("Cache-Control", ()))
         model = request.match_info.get("model")
-        digest = self._answers.digest(body, caller, control, model)
-        known = self._answers.find(digest)
+        digest = await self._answers.digest(body, caller, control, model)
+        known = await self._answers.find(digest)
         if known is not None:
             answer, vectors = known
             return await self._send(request, answer, vectors)
@@ -93,11 +93,11 @@ class Embeddings:
         await response.prepare(request)
         if request.transport is not None:  # Else nobody is there any more.
             request.transport.set_write_buffer_limits(_CHUNKS_AT_A_TIME * wire.CHUNK)
-        for number, chunk in enumerate(chunks, 1):
-            await response.write(chunk)
+        for number, chunk in enumerate(chunks):
             # A write to a fast reader does not wait; other requests get their turn here.
             if number % _CHUNKS_AT_A_TIME == 0:
                 await asyncio.sleep(0)
+            await response.write(chunk)
         await response.write_eof()
         return response
 

@@ -225,8 +225,8 @@ class _WhileProved:
     is_proved: Callable[[], bool]
     answer: Again
 
-    def vectors(self) -> Sequence[Vector] | None:
-        return self.answer.vectors() if self.is_proved() else None
+    async def vectors(self) -> Sequence[Vector] | None:
+        return await self.answer.vectors() if self.is_proved() else None
 
     def count(self) -> None:
         self.answer.count()

@@ -4,6 +4,7 @@ For many inputs in one request, whose replies are too long to be kept (see `repl
 kept which entries answer it, and in which form. They are looked up each time.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from .replies import Replies
 
 SHORTEST = 1 << 10
 """Bytes; shorter bodies are parsed as quickly."""
+# Of a body: some fraction of a millisecond's work.
+_PIECE = 1 << 18
 # What an answer takes for each of its inputs, and besides: an address, a digest, places in lists.
 _A_INPUT = 120
 _OVERHEAD = 1500
@@ -36,22 +39,32 @@ class Answers:
     def __init__(self, replies: Replies) -> None:
         self._replies = replies
 
-    def digest(self, body: bytes, caller: Caller, control: str, model: str | None) -> bytes | None:
+    async def digest(
+        self, body: bytes, caller: Caller, control: str, model: str | None
+    ) -> bytes | None:
         """Return what a request is known by: all that decides its answer; None if it is short."""
         if len(body) < SHORTEST:
             return None
         parts = [*caller, control, model or ""]
         head = "".join(f"{len(part)}:{part}" for part in parts)
-        return self._replies.digest(head.encode(errors="surrogateescape") + body)
+        digest = self._replies.begin()
+        digest.update(head.encode(errors="surrogateescape"))
+        rest = memoryview(body)
+        while len(rest) > _PIECE:
+            digest.update(rest[:_PIECE])
+            rest = rest[_PIECE:]
+            await asyncio.sleep(0)
+        digest.update(rest)
+        return digest.digest()
 
-    def find(self, digest: bytes | None) -> tuple[Answer, Sequence[Vector]] | None:
+    async def find(self, digest: bytes | None) -> tuple[Answer, Sequence[Vector]] | None:
         """Return an answer and its vectors, already counted; None if it has to be asked for."""
         if digest is None:
             return None
         answer: Answer | None = self._replies.pool.get(("answer", digest))
         if answer is None or answer.again is None:
             return None
-        vectors = answer.again.vectors()
+        vectors = await answer.again.vectors()
         if vectors is None:
             self._replies.pool.drop(("answer", digest))
             return None

@@ -46,9 +46,13 @@ class Replies:
 
     def digest(self, request: bytes) -> bytes:
         """Return what a request is known by; `request` is all of it, head and body."""
-        digest = self._begun.copy()
+        digest = self.begin()
         digest.update(request)
         return digest.digest()
+
+    def begin(self) -> "hashlib._Hash":
+        """Return a digest of nothing yet, for a request that is taken in piece by piece."""
+        return self._begun.copy()
 
     def find(self, digest: bytes) -> Reply | None:
         """Return the reply to give, already counted; None if the request has to be answered."""

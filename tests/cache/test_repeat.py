@@ -1,7 +1,7 @@
 """The same answer once more: as long as memory holds the very vectors it was made of."""
 
-from collections.abc import Callable
-from functools import partial
+import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 from clock import Clock
@@ -10,7 +10,7 @@ from cache.embedder import CachingEmbedder
 from cache.flight import Flights
 from cache.key import keyring
 from cache.memory import Memory
-from cache.tiers import Tiers
+from cache.tiers import LOT, Tiers
 from providers.base import NORMAL, Account, Context, Space, Terms
 from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 
@@ -36,13 +36,18 @@ class Bench:
         context = Context(FAR, terms=terms, account=account)
         return await self.embedder.embed(SPACE, list(inputs), context)
 
-    async def known(self, *inputs: str) -> Callable[[], object]:
+    async def known(self, *inputs: str) -> Callable[[], Awaitable[object]]:
         """Return what tells whether the answer to these holds, once all are known."""
         await self.ask(*inputs)
         answer = await self.ask(*inputs)
-        return partial(answer.again.still, answer.again.serials_of(answer.vectors))
+        serials = answer.again.serials_of(answer.vectors)
 
-    async def looked_up(self, *inputs: str) -> Callable[[], object]:
+        async def still() -> bool:
+            return answer.again.still(serials)
+
+        return still
+
+    async def looked_up(self, *inputs: str) -> Callable[[], Awaitable[object]]:
         """Return what gives the vectors of these, once all are known."""
         await self.ask(*inputs)
         return (await self.ask(*inputs)).again.vectors
@@ -58,7 +63,7 @@ async def test_it_counts_as_another_request_and_notes_the_use(way):
     again = await way(bench, "a", "b")
     bench.store.touched.clear()
     sums, hits = dict(bench.store.sums), bench.tiers.counters.memory_hits
-    assert again()
+    assert await again()
     assert bench.store.touched == {key_of(item, SPACE).address for item in ("a", "b")}
     ((heading, usage),) = [(h, u) for h, u in bench.store.sums.items() if u != sums.get(h)]
     assert (heading.client, heading.model, heading.partition) == ("ci", "model", PARTITION)
@@ -75,7 +80,8 @@ async def test_it_asks_no_disk(way):
     bench = Bench()
     again = await way(bench, "a")
     bench.store.reads.clear()
-    assert all(again() for _ in range(3))
+    for _ in range(3):
+        assert await again()
     assert bench.store.reads == []
 
 
@@ -113,11 +119,11 @@ async def test_what_puts_an_end_to_an_entry_puts_one_to_it(end):
     bench = Bench(room=4, ttl_s=10)
     bench.store.stored = bench.clock.now
     again = await bench.known("a", "b")
-    assert again()
+    assert await again()
     await end(bench)
     before = bench.store.usage, bench.tiers.counters.memory_hits
-    assert not again()
-    assert not again()
+    assert not await again()
+    assert not await again()
     assert (bench.store.usage, bench.tiers.counters.memory_hits) == before
 
 
@@ -128,7 +134,7 @@ async def test_what_is_no_longer_in_memory_gives_no_vectors(end):
     again = await bench.looked_up("a", "b")
     await end(bench)
     before = bench.store.usage, bench.tiers.counters.memory_hits
-    assert again() is None
+    assert await again() is None
     assert (bench.store.usage, bench.tiers.counters.memory_hits) == before
 
 
@@ -139,7 +145,40 @@ async def test_the_vectors_are_those_of_now(end):
     again = await bench.looked_up("b", "a")
     await end(bench)
     now = (await bench.ask("b", "a")).vectors
-    assert all(one is other for one, other in zip(again(), now, strict=True))
+    assert all(one is other for one, other in zip(await again(), now, strict=True))
+
+
+async def _turns(work: Awaitable[object]) -> tuple[int, object]:
+    """Return how often others got their turn until something was done, and what it gave."""
+    task, turns = asyncio.ensure_future(work), 0
+    while not task.done():
+        await asyncio.sleep(0)
+        turns += 1
+    return turns, task.result()
+
+
+async def test_while_many_are_looked_up_others_get_their_turn():
+    """They come in lots, in their order, and are counted once."""
+    bench = Bench(room=5 * LOT)
+    inputs = [f"text {number}" for number in range(4 * LOT + 1)]
+    again = await bench.looked_up(*inputs)
+    before = bench.store.usage.hits
+    turns, vectors = await _turns(again())
+    assert turns > 4
+    assert vectors == (await bench.ask(*inputs)).vectors
+    assert bench.store.usage.hits == before + 2 * len(inputs)
+
+
+async def test_what_is_displaced_while_it_is_looked_up_is_asked_anew():
+    """Nothing is counted in the sums of an answer that is not given."""
+    bench = Bench(room=5 * LOT)
+    again = await bench.looked_up(*(f"text {number}" for number in range(2 * LOT)))
+    before = bench.store.usage
+    task = asyncio.ensure_future(again())
+    await asyncio.sleep(0)
+    bench.memory.clear()
+    assert await task is None
+    assert bench.store.usage == before
 
 
 @WAYS
@@ -149,7 +188,7 @@ async def test_it_is_a_use_in_memory_too(way):
     again = await way(bench, "a")
     for number in range(6):
         await bench.ask(f"other {number}")
-        assert again()
+        assert await again()
 
 
 ANEW = {
