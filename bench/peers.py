@@ -13,9 +13,9 @@ from pathlib import Path
 
 import uvloop
 
-from .client import Client, in_turns
+from .client import Client
 from .environment import python
-from .hits import BULK, MEMORY_MIB
+from .hits import BULK, CONNECTIONS, MEMORY_MIB
 from .material import MODEL, asking, make, prove, say
 from .misses import calls
 from .process import CLIENT_KEY, SERVING, Server, memory, on, proxy, upstream
@@ -67,20 +67,20 @@ def cases(
         if not wanted(target):
             continue
         say(f"{target} {what}")
+        connections, some = 1, [asking(range(inputs), encoding)]
+        requests = some
         if inputs == 1:
-            requests = [asking(number) for number in range(SINGLES)]
-        else:
-            requests = [asking(range(inputs), encoding)]
-        with (
-            Client(ours, 4 if inputs == 1 else 1) as first,
-            Client(peer, 4 if inputs == 1 else 1, expects=b"") as second,
-        ):
-            in_turns((first, second), [requests] * WARM_UPS)
+            # Of those that LiteLLM answers in a second, a round would be over as soon as begun.
+            connections, requests = CONNECTIONS, [asking(number) for number in range(KNOWN)]
+            some = requests[:SINGLES]
+        with Client(ours, connections) as first, Client(peer, connections, expects=b"") as second:
+            for _ in range(WARM_UPS):
+                first.load(requests), second.load(some)
             calls(up)
-            taken = in_turns((first, second), [requests] * ROUNDS)
+            taken = [(first.load(requests), second.load(some)) for _ in range(ROUNDS)]
         if bought := calls(up):
             raise RuntimeError(f"LiteLLM did not have everything cached: {sum(bought)} inputs")
-        compared = compare(taken[0], taken[1], "ms", "litellm")
+        compared = compare(*zip(*taken, strict=True), "ms", "litellm")
         yield Row(
             target=target,
             what=f"{what}, against LiteLLM",
