@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -75,10 +76,12 @@ def _module(name: str) -> str:
 
 
 MODULES = {_module(name): name for name in NAMES}
-IMPORTS = {
-    name: imported(file.read_text(encoding="utf-8"), _module(name))
-    for name, file in zip(NAMES, FILES, strict=True)
-}
+
+
+@cache
+def imports(name: str) -> set[str]:
+    """Return what a file imports."""
+    return imported((ROOT / name).read_text(encoding="utf-8"), _module(name))
 
 
 def _ours(names: set[str]) -> set[str]:
@@ -123,13 +126,13 @@ def test_there_is_something_to_look_at():
 def test_no_package_imports_one_above_it(name):
     """The arrows go proxy -> index -> cache -> providers, and never back."""
     above = PACKAGES[: PACKAGES.index(name.partition("/")[0])]
-    assert not [module for module in _ours(IMPORTS[name]) if module.partition(".")[0] in above]
+    assert not [module for module in _ours(imports(name)) if module.partition(".")[0] in above]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("cache/")])
 def test_the_cache_knows_no_provider(name):
     """The cache sees the words of `providers`, its vectors and its tokens; no provider by name."""
-    seen = {module for module in _ours(IMPORTS[name]) if module.startswith("providers.")}
+    seen = {module for module in _ours(imports(name)) if module.startswith("providers.")}
     assert seen <= SEEN_BY_CACHE
 
 
@@ -138,7 +141,7 @@ def test_modules_of_a_package_form_no_circle(package):
     """Inside a package too, modules import one another in one direction only."""
     inside = [name for name in NAMES if name.startswith(f"{package}/")]
     graph = {
-        name: {MODULES[module] for module in _ours(IMPORTS[name])} & set(inside) for name in inside
+        name: {MODULES[module] for module in _ours(imports(name))} & set(inside) for name in inside
     }
     order = tuple(graphlib.TopologicalSorter(graph).static_order())
     assert len(order) == len(inside)
@@ -148,9 +151,7 @@ def test_modules_of_a_package_form_no_circle(package):
 def test_each_library_has_its_door(library):
     """A library that is behind a door is imported there, and nowhere else."""
     users = {
-        name
-        for name, names in IMPORTS.items()
-        if any(other.partition(".")[0] == library for other in names)
+        name for name in NAMES if any(other.partition(".")[0] == library for other in imports(name))
     }
     assert users == DOORS[library]
 
@@ -158,7 +159,7 @@ def test_each_library_has_its_door(library):
 def test_the_wire_knows_no_http_library():
     """What is pure stays so: `wire` turns bytes into values and knows no HTTP."""
     http = {"aiohttp", "httpx", "http", "socket", "asyncio"}
-    assert not {name.partition(".")[0] for name in IMPORTS["proxy/wire.py"]} & http
+    assert not {name.partition(".")[0] for name in imports("proxy/wire.py")} & http
 
 
 @pytest.mark.parametrize("name", NAMES)
