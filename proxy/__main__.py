@@ -1,10 +1,16 @@
 """The command `embedding-proxy`; also `python -m proxy`."""
 
 import gc
+import os
 
 
 def main() -> None:
     """Import the command line, and run it."""
+    # numpy's products are of one vector or a few: threads to share them would only wait, each
+    # keeping a core busy while it does. And no plugin of pydantic is looked for in all that is
+    # installed. Whoever says otherwise is heeded.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # What is imported stays for good: to look it all through for garbage, again and again while it
     # grows, would be an eighth of the time it takes to start.
     gc.disable()

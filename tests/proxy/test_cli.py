@@ -260,10 +260,12 @@ LATER |= {"openai", "qdrant_client", "redis", "rich", "wordllama"}
 def test_it_is_ready_soon(tmp_path):
     """To serve, nothing is imported that only other commands or other configurations need.
 
-    What is imported is no garbage, and is not looked through for it; what comes later is.
+    What is imported is no garbage, and is not looked through for it; what comes later is. No
+    threads are made for products of large matrices, and no plugins are looked for.
     """
     (tmp_path / "config.yaml").write_text(QUIET)
-    told = "print(*sys.modules, gc.isenabled(), gc.get_freeze_count() > 10_000);"
+    told = "print(*sys.modules, gc.isenabled(), gc.get_freeze_count() > 10_000,"
+    told += "os.environ['OPENBLAS_NUM_THREADS'], os.environ['PYDANTIC_DISABLE_PLUGINS']);"
     told += "os.kill(os.getpid(), signal.SIGTERM)"
     code = f"""
 import gc, os, signal, sys
@@ -281,10 +283,10 @@ main()
         text=True,
         check=True,
     )
-    *modules, collects, frozen = done.stdout.split()
+    *modules, collects, frozen, threads, plugins = done.stdout.split()
     assert "proxy.service" in modules
     assert not LATER & set(modules)
-    assert (collects, frozen) == ("True", "True")
+    assert (collects, frozen, threads, plugins) == ("True", "True", "1", "__all__")
 
 
 @pytest.mark.parametrize("module", ["uvloop", "nothing"])
