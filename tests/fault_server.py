@@ -19,6 +19,7 @@ from weakref import WeakSet
 import numpy as np
 import orjson
 from aiohttp import web
+from ports import own_port
 
 Payload = dict[str, Any]
 Act = Callable[[web.Request, Payload], Awaitable[web.StreamResponse]]
@@ -81,7 +82,7 @@ class FaultServer:
     """What to play for calls that hold such an input, whenever they come; before `script`."""
     gate: asyncio.Event | None = None
     """When set, no request is answered before the event is."""
-    port: int = 0
+    port: int = field(default_factory=own_port)
     _runner: web.AppRunner | None = None
     _connections: WeakSet[asyncio.BaseTransport] = field(default_factory=WeakSet)
 
@@ -109,7 +110,6 @@ class FaultServer:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
-        self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
         """Refuse connections from now on."""

@@ -11,7 +11,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import aiohttp
 import numpy as np
 import orjson
 from fault_server import FaultServer, vector_of
+from ports import own_port
 from qdrant_server import QdrantServer
 
 CLIENTS = 8
@@ -61,11 +61,11 @@ class House:
     """The proxy as a process of its own, on a port that stays."""
 
     def __init__(self, folder: Path, upstream: FaultServer, qdrant: QdrantServer, workers: int):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = own_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._workers = workers
         self._config = folder / "config.yaml"
+        self._log = folder / "log.txt"
         self._process: asyncio.subprocess.Process | None = None
         model = {
             "space": "trial/m",
@@ -83,16 +83,17 @@ class House:
 
     async def start(self) -> None:
         """Return once it answers."""
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", "serve", "--port", str(self._port)),
-            *("--config", str(self._config), "--workers", str(self._workers)),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={**os.environ, "OPENAI_API_KEY": "k"},
-            start_new_session=True,
-        )
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "proxy", "serve", "--port", str(self._port)),
+                *("--config", str(self._config), "--workers", str(self._workers)),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "OPENAI_API_KEY": "k"},
+                start_new_session=True,
+            )
         assert self._process.stdout is not None
-        assert await self._process.stdout.readline()
+        assert await self._process.stdout.readline(), self._log.read_text()[-2000:]
 
     async def kill(self) -> None:
         """Kill it and its workers at once."""

@@ -29,6 +29,7 @@ import aiohttp
 import numpy as np
 import orjson
 from aiohttp import web
+from ports import own_port
 from pydantic import TypeAdapter, ValidationError
 from qdrant_client import QdrantClient, models
 
@@ -84,7 +85,7 @@ class QdrantServer:
     """What the upserts among them held."""
     waits: list[str | None] = field(default_factory=list)
     """What they said of `wait`."""
-    port: int = 0
+    port: int = field(default_factory=own_port)
     _engine: "_Engine | None" = None
     _runner: web.AppRunner | None = None
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -134,7 +135,6 @@ class QdrantServer:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
-        self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
         """Refuse connections from now on; the points stay."""

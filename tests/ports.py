@@ -1,0 +1,19 @@
+"""Ports that stay one's own while nobody listens on them."""
+
+import contextlib
+import secrets
+import socket
+
+LOWEST, BEYOND = 10_000, 30_000
+"""Below the ports that systems give to whoever takes any: Linux from 32,768 on, others later."""
+
+
+def own_port() -> int:
+    """Return a free port that nobody gets by chance.
+
+    One of the system's choice, let go and wanted back, may by then be another test's.
+    """
+    while True:
+        port = LOWEST + secrets.randbelow(BEYOND - LOWEST)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
