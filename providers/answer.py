@@ -1,56 +1,46 @@
 """Reads what an upstream sent back: vectors that passed every check, or an error of our tree.
 
 Pure: bytes in, values out. What is checked here is everything that stands between an upstream and
-the cache: nothing unchecked leaves this file.
+the cache: nothing unchecked leaves this file. What an error says is read by `error_body`.
 """
 
-import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
-import orjson
-
-from . import ratelimit, vector
-from .base import (
-    Charge,
-    CredentialsRefused,
-    EmbeddingError,
-    Input,
-    InputRefused,
-    InvalidAnswer,
-    ModelNotFound,
-    OutOfCredit,
-    ProviderError,
-    RateLimited,
-    Refusal,
-    Space,
-    Unreadable,
-    UpstreamFault,
-    Vector,
-)
+from . import error_body, vector
+from .base import Charge, Input, InvalidAnswer, ProviderError, Space, Unreadable, Vector
 from .batching import twins
 from .bill import MOST_NANODOLLARS, NANO
 
-_LONGEST_MESSAGE = 500
-_MOST_USD = MOST_NANODOLLARS / NANO
-_NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
-"""As Python's json writes them; no JSON has them, and the rest of the answer can be read."""
-_MOST_TOKENS = 1 << 31
+_MAX_USD = MOST_NANODOLLARS / NANO
+_MAX_TOKENS = 1 << 31
 """A total beyond it is no count; the answer is good without."""
+_WHOLE = re.compile(r"0|[1-9]\d{0,9}", re.ASCII)
+_MAX_WHOLE = float(1 << 53)
+_MAX_NAMED = 3
+"""Bad vectors that an error describes; it counts the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The checked content of a reply: vectors in the order of the inputs, and the token total."""
+    """The checked content of a reply.
+
+    Of n inputs, `places` and `problems` name each exactly once, and there is at least one good one.
+    """
 
     vectors: list[Vector]
+    """The good vectors, in the order of their inputs."""
+    places: Sequence[int]
+    """The places of their inputs in the call, ascending: 0…n-1 if all are good."""
+    problems: Mapping[int, str]
+    """What is wrong with each of the other vectors, by the place of its input."""
     charge: Charge | None
-    """What the upstream says it charged."""
+    """What the upstream says it charged, for all inputs."""
     model: str | None
     """Which model the upstream says it asked."""
+    is_numbered: bool
+    """Whether each embedding bore its index; else the missing ones were deduced."""
 
 
 def read(  # noqa: PLR0913 - who was asked what, and what came back
@@ -60,169 +50,164 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     headers: Mapping[str, str],
     body: bytes,
     *,
+    status: int = 200,
     unit_norm: bool = False,
+    redact: error_body.Redact = error_body.keep,
+    url: str = "",
 ) -> Answer:
-    """Take a reply of status 200 apart and check it against what was asked for.
+    """Take a reply with a status of success apart and check it against what was asked for.
 
-    Raises Unreadable unless it is a JSON object; InvalidAnswer unless that holds exactly one vector
-    an input, whose indices are a permutation, each of the width of the space if known, finite and
-    not zero, of length 1 if `unit_norm`, and none for two different inputs; the error that fits if
-    the reply is one, also inside a status of 200 (OpenRouter). What such a reply was charged is in
-    the error.
+    A vector is good if it has the width of the space, if that is known, is finite and not zero, has
+    length 1 if `unit_norm`, and came for no other input that differs from its own.
+
+    Raises Unreadable unless the reply is a JSON object; InvalidAnswer unless that holds exactly one
+    embedding an input, whose indices are a permutation or can be deduced, and at least one of them
+    is good; the error that fits if the reply is one (OpenRouter, vLLM). What such a reply was
+    charged is in the error.
     """
-    reply = _parsed(provider, body)
+    try:
+        reply = error_body.parsed(body)
+    except ValueError as error:
+        raise Unreadable(provider, _no_json(body, status, redact)) from error
+    if error_body.is_error(reply):
+        failure = error_body.refusal(provider, status, headers, body, redact=redact, url=url)
+        if isinstance(failure, ProviderError) and isinstance(reply, dict):
+            failure.charge = _charge(reply.get("usage"))
+        raise failure
     if not isinstance(reply, dict):
         raise Unreadable(provider, "the answer is not a JSON object")
     charge = _charge(reply.get("usage"))
     try:
-        if reply.get("error"):
-            raise refusal(provider, 200, headers, body)
-        vectors = _vectors(provider, space, inputs, reply, unit_norm)
-    except ProviderError as error:
+        items, is_numbered = _placed(provider, reply, len(inputs))
+        vectors, problems = _well_formed(space, items, unit_norm=unit_norm)
+        shared = _shared(inputs, vectors)
+        vectors = {place: numbers for place, numbers in vectors.items() if place not in shared}
+        problems |= shared
+        if not vectors:
+            bad = InvalidAnswer(provider, problems[min(problems)])
+            bad.indices = tuple(shared) if len(shared) == len(inputs) else ()
+            raise bad
+    except InvalidAnswer as error:
         error.charge = charge
         raise
     model = reply.get("model")
-    return Answer(vectors, charge, model if isinstance(model, str) and model else None)
+    return Answer(
+        vectors=[vectors[place] for place in sorted(vectors)],
+        places=sorted(vectors),
+        problems=dict(sorted(problems.items())),
+        charge=charge,
+        model=redact(model) if isinstance(model, str) and model else None,
+        is_numbered=is_numbered,
+    )
+
+
+def bad_vectors(provider: str, answer: Answer) -> InvalidAnswer:
+    """Return the error for those inputs of an answer whose vectors are bad."""
+    error = InvalidAnswer(provider, _described(answer.problems))
+    error.indices = tuple(answer.problems)
+    error.index = error.indices[0]
+    return error
+
+
+def _no_json(body: bytes, status: int, redact: error_body.Redact) -> str:
+    """Say why a reply is no JSON, as far as it can be told."""
+    if not body.strip():
+        return f"the answer is empty (status {status}), not JSON"
+    reason = error_body.reason_of(body, redact)
+    return "the answer is not JSON" if reason is None else f"the answer is not JSON: {reason}"
 
 
 def _charge(usage: object) -> Charge | None:
-    """Return what a reply says of its price: tokens, by some in total only; by OpenRouter USD."""
+    """Return what a reply says of its price: tokens, by some in total only; by OpenRouter USD.
+
+    A usage of 0 is none: gateways say so of what they served from a cache of their own.
+    """
     if not isinstance(usage, dict):
         return None
-    told = (usage.get("prompt_tokens"), usage.get("total_tokens"))
-    tokens = next((n for n in told if type(n) is int and 0 < n <= _MOST_TOKENS), None)
+    told = (_whole(usage.get("prompt_tokens")), _whole(usage.get("total_tokens")))
+    tokens = next((n for n in told if n is not None and 0 < n <= _MAX_TOKENS), None)
     cost = usage.get("cost")
-    if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost <= _MOST_USD:
+    if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost <= _MAX_USD:
         return None if tokens is None else Charge(tokens)
     return Charge(tokens, round(cost * NANO))
 
 
-def _vectors(
-    provider: str,
-    space: Space,
-    inputs: Sequence[Input],
-    reply: Mapping[str, object],
-    unit_norm: bool,  # noqa: FBT001
-) -> list[Vector]:
-    """Return the vectors of a reply in the order of the inputs, each of them checked."""
+def _whole(value: object) -> int | None:
+    """Return a whole number from 0, however JSON writes it: 1, 1.0 or "1"; else None.
+
+    >>> _whole(1), _whole(1.0), _whole("1"), _whole(True), _whole("01"), _whole(-1), _whole(0.5)
+    (1, 1, 1, None, None, None, None)
+    """
+    if isinstance(value, str):
+        return int(value) if _WHOLE.fullmatch(value) else None
+    if isinstance(value, float):
+        return int(value) if 0 <= value <= _MAX_WHOLE and value.is_integer() else None
+    return value if type(value) is int and value >= 0 else None
+
+
+def _placed(
+    provider: str, reply: Mapping[str, object], count: int
+) -> tuple[list[Mapping[str, object]], bool]:
+    """Return the embeddings by their indices, and whether each bore its own.
+
+    Where indices are there, the order in which the embeddings came proves nothing. An index that is
+    missing or null is deduced where that leaves no doubt: where all are missing the order counts,
+    and where one is, the place that is left (protocol buffers leave out 0: Google). Raises
+    InvalidAnswer.
+    """
     items = reply.get("data")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise InvalidAnswer(provider, "the answer holds no list of embeddings")
-    if len(items) != len(inputs):
-        raise InvalidAnswer(provider, f"{len(items)} embeddings for {len(inputs)} inputs")
-    embeddings = [item.get("embedding") for item in _placed(provider, items)]
-    vectors = [_vector(provider, space, i, e, unit_norm) for i, e in enumerate(embeddings)]
-    same = twins.find(inputs, vectors)
-    if same is not None:
-        i, j = same
-        raise InvalidAnswer(provider, f"embeddings {i} and {j} are one, of different inputs")
-    return vectors
+    if len(items) != count:
+        raise InvalidAnswer(provider, f"{len(items)} embeddings for {count} inputs")
+    numbered = [item for item in items if item.get("index") is not None]
+    if not numbered:
+        return items, False
+    placed: dict[int | None, Mapping[str, object]] = {
+        _whole(item["index"]): item for item in numbered
+    }
+    free = [place for place in range(count) if place not in placed]
+    # Of each number one embedding, none beyond the last, and at most one place to be deduced.
+    if len(placed) != len(numbered) or len(free) != count - len(numbered) or len(free) > 1:
+        raise InvalidAnswer(provider, "the indices of the embeddings are no permutation")
+    if free:
+        placed[free[0]] = next(item for item in items if item.get("index") is None)
+    return [placed[place] for place in range(count)], not free
 
 
-def _parsed(provider: str, body: bytes) -> object:
-    """Return what a body holds; a number that is not finite is null, for the checks to find."""
-    try:
-        with contextlib.suppress(orjson.JSONDecodeError):
-            return orjson.loads(body)
-        return orjson.loads(_NOT_FINITE.sub(b"null", body))
-    except orjson.JSONDecodeError as error:
-        raise Unreadable(provider, "the answer is not JSON") from error
+def _well_formed(
+    space: Space, items: Sequence[Mapping[str, object]], *, unit_norm: bool
+) -> tuple[dict[int, Vector], dict[int, str]]:
+    """Return the vectors that are good by themselves, and what is wrong with the others."""
+    vectors: dict[int, Vector] = {}
+    problems: dict[int, str] = {}
+    for place, item in enumerate(items):
+        try:
+            numbers = vector.from_wire(item.get("embedding"))
+            vector.check(numbers, space.dimensions or len(numbers) // 4, unit_norm=unit_norm)
+        except vector.VectorError as error:
+            problems[place] = f"embedding {place}: {error}"
+        else:
+            vectors[place] = numbers
+    return vectors, problems
 
 
-def _placed(provider: str, items: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Return the items by their index; the order in which they came proves nothing."""
-    placed: list[dict[str, object] | None] = [None] * len(items)
-    for item in items:
-        index = item.get("index")
-        if type(index) is not int or not 0 <= index < len(items) or placed[index] is not None:
-            raise InvalidAnswer(provider, "the indices of the embeddings are no permutation")
-        placed[index] = item
-    return [item for item in placed if item is not None]
+def _shared(inputs: Sequence[Input], vectors: Mapping[int, Vector]) -> dict[int, str]:
+    """Return the places of vectors that came for several inputs, which differ, and say so.
 
-
-def _vector(
-    provider: str,
-    space: Space,
-    index: int,
-    embedding: object,
-    unit_norm: bool,  # noqa: FBT001
-) -> Vector:
-    """Decode one embedding, whichever of the two forms the upstream chose, and check it."""
-    try:
-        numbers = vector.from_wire(embedding)
-        vector.check(numbers, space.dimensions or len(numbers) // 4, unit_norm=unit_norm)
-    except vector.VectorError as error:
-        raise InvalidAnswer(provider, f"embedding {index}: {error}") from error
-    return numbers
-
-
-def refusal(provider: str, status: int, headers: Mapping[str, str], body: bytes) -> EmbeddingError:
-    """Translate a refused call into the error tree.
-
-    An integer `code` inside the body counts as the status (OpenRouter, also inside a 200).
+    All of them are bad, also the first: whose vector it is, if anybody's, is not known.
     """
-    error = _error_object(body)
-    code = error.get("code")
-    if type(code) is int and 400 <= code <= 599:
-        status, code = code, None
-    kind = error.get("type")
-    message = error.get("message")
-    wait = retry_after(headers, datetime.now(UTC))
-    if wait is None and status == 429:
-        wait = ratelimit.reset_after(headers, kind)
-    said = Refusal(
-        status=status,
-        message=message[:_LONGEST_MESSAGE] if isinstance(message, str) else f"status {status}",
-        kind=kind if isinstance(kind, str) else None,
-        code=code if isinstance(code, str) else None,
-        retry_after=wait,
-    )
-    if status in (400, 413, 422):
-        param = error.get("param")
-        return InputRefused(
-            said.message,
-            status=status,
-            kind=said.kind or "invalid_request_error",
-            param=param if isinstance(param, str) else None,
-            code=said.code,
-        )
-    if status == 402 or (status == 429 and "insufficient_quota" in (said.kind, said.code)):
-        return OutOfCredit(provider, said.message, said)
-    kinds = {401: CredentialsRefused, 403: CredentialsRefused, 404: ModelNotFound, 429: RateLimited}
-    return kinds.get(status, UpstreamFault)(provider, said.message, said)
+    shared = {
+        place: f"embeddings {places[0]} and {places[1]} are one, of different inputs"
+        for places in twins.find_duplicate_vectors(inputs, vectors)
+        for place in places
+    }
+    return dict(sorted(shared.items()))
 
 
-def _error_object(body: bytes) -> dict[str, object]:
-    """Return the `error` object of a reply; empty when there is none to be read."""
-    with contextlib.suppress(orjson.JSONDecodeError):
-        reply = orjson.loads(body)
-        error = reply.get("error") if isinstance(reply, dict) else None
-        if isinstance(error, dict):
-            return error
-        if isinstance(error, str):
-            return {"message": error}
-    return {}
-
-
-def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
-    """Return the seconds an upstream asks to wait, or None.
-
-    Reads `retry-after-ms` (OpenAI) and `Retry-After` as seconds, fractions or a date (RFC 9110).
-
-    >>> retry_after({"Retry-After": "1.5"}, datetime.now(UTC))
-    1.5
-    """
-    for name, scale in (("retry-after-ms", 1000.0), ("Retry-After", 1.0)):
-        value = headers.get(name)
-        if value is None:
-            continue
-        with contextlib.suppress(ValueError):
-            seconds = float(value) / scale
-            if 0 <= seconds < float("inf"):
-                return seconds
-        # A date without a zone (asctime, `-0000`) is one of UTC.
-        with contextlib.suppress(ValueError, OverflowError):
-            date = parsedate_to_datetime(value)
-            date = date if date.tzinfo else date.replace(tzinfo=UTC)
-            return max(0.0, (date - now).total_seconds())
-    return None
+def _described(problems: Mapping[int, str]) -> str:
+    """Say what is wrong with some vectors: the first few in words, the others by their number."""
+    told = list(dict.fromkeys(problems[place] for place in sorted(problems)))
+    more = len(told) - _MAX_NAMED
+    text = "; ".join(told[:_MAX_NAMED])
+    return f"{text}; and {more} more" if more > 0 else text

@@ -9,9 +9,9 @@ It knows no provider, no cache and no wire format::
     ├── DeadlineExceeded     the request's own time is up
     ├── AllResting           no provider may be asked just now: each has failed or asked for rest
     └── ProviderError        one provider failed; another may do better
-        ├── CredentialsRefused   401, 403: the proxy's own key is not accepted
-        ├── OutOfCredit          402, or 429 with insufficient_quota: waiting will not help
-        ├── ModelNotFound        404: this provider does not serve the model
+        ├── CredentialsRefused   401, 403, 400 about a key: the proxy's key is not accepted
+        ├── OutOfCredit          402, or a code that speaks of billing: waiting will not help
+        ├── ModelNotFound        404, 403 about a model: this provider does not serve it
         └── PassingFailure       the same call may succeed in a moment
             ├── RateLimited      429
             │   └── Full         the proxy's own queue before the provider; no call was made
@@ -19,7 +19,7 @@ It knows no provider, no cache and no wire format::
             ├── UpstreamTimeout  no whole answer within the limit of one attempt
             ├── Unreachable      name resolution, connection, TLS or a cut connection
             ├── Unreadable       an answer that is no JSON: a gateway's page, or cut off
-            └── InvalidAnswer    an answer that fails a check: nothing of it is used
+            └── InvalidAnswer    an answer that fails a check, whole or in single vectors
 """
 
 from dataclasses import dataclass, field
@@ -34,8 +34,9 @@ class EmbeddingError(Exception):
 class InputRefused(EmbeddingError):
     """The request itself is wrong: a provider said so, or no provider can take such an input.
 
-    `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 413 or 422. `index` is
-    the place of the one input that is to blame, in the call that raises; None if it is not known.
+    `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 403 (moderation), 413 or
+    422. `index` is the place of the one input that is to blame, in the call that raises; None if it
+    is not known.
     """
 
     def __init__(  # noqa: PLR0913 - the fields of OpenAI's error object
@@ -104,6 +105,7 @@ class Refusal:
     """What an upstream said when it refused, as far as it may be shown to a client."""
 
     status: int
+    """The status a client is told: 401 or 402 where a 400 is about the key or the credit."""
     message: str
     kind: str | None = None
     code: str | None = None
@@ -120,6 +122,11 @@ class ProviderError(EmbeddingError):
         self.refusal = refusal
         self.charge: Charge | None = None
         """What the upstream says it charged for an answer that is no good; None for nothing."""
+        self.indices: tuple[int, ...] = ()
+        """The places, in the call that raises, of the inputs that are worth another call, each
+        alone: see `InvalidAnswer`. Empty if the failure is no single input's."""
+        self.index: int | None = None
+        """The first of them; None if the whole answer is bad."""
 
     @property
     def retry_after(self) -> float | None:
@@ -128,15 +135,21 @@ class ProviderError(EmbeddingError):
 
 
 class CredentialsRefused(ProviderError):
-    """401 or 403: the key that the proxy holds for this provider is not accepted."""
+    """The key that the proxy holds for this provider is not accepted.
+
+    401, 403 without another reason, or a 400 whose code says so (Google).
+    """
 
 
 class OutOfCredit(ProviderError):
-    """402, or 429 with insufficient_quota: asking again will not help."""
+    """The account has no credit: asking again will not help.
+
+    402, or any status with a code that speaks of billing (`insufficient_quota`, `Arrearage`).
+    """
 
 
 class ModelNotFound(ProviderError):
-    """404: this provider does not serve the model, or not to this key."""
+    """This provider does not serve the model, or not to this key: 404, or a code that says so."""
 
 
 class PassingFailure(ProviderError):
@@ -167,8 +180,18 @@ class Unreachable(PassingFailure):
 
 
 class Unreadable(PassingFailure):
-    """An answer with status 200 that is no JSON object: a gateway's page, or one cut off."""
+    """An answer with a status of success that is no JSON object: a gateway's page, or cut off."""
 
 
 class InvalidAnswer(PassingFailure):
-    """An answer with status 200 that fails a check; nothing of it is used."""
+    """An answer with a status of success that fails a check.
+
+    What of it may be used:
+
+    - The whole answer is bad (wrong count, no permutation, every vector bad): `index` is None and
+      `indices` is empty. Nothing of it is used.
+    - Single vectors are bad: `index` is the place of the first, `indices` are the places of all.
+      The others were told to `Context.on_part`, and are kept.
+    - One vector came for all inputs of the call, which differ: `index` is None, and `indices` are
+      all places. Nothing of it is used; the upstream may answer each input alone.
+    """

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import orjson
@@ -11,8 +12,9 @@ import orjson
 from providers.routing.admission import Admission
 from providers.routing.throttle import estimate
 
-from . import answer, tokens
+from . import answer, error_body, tokens
 from .base import (
+    Charge,
     ClientKeyRefused,
     Context,
     CredentialsRefused,
@@ -66,7 +68,9 @@ class HttpProvider:
         self.options = profile.options
         self.other_models: Counter[str] = Counter()
         """Replies that named another model than was asked for, by that name."""
+        self._base_url = profile.base_url.rstrip("/")
         self._declared = profile
+        self._has_unnumbered_answers = False
         self._key = (api_key or "").encode()
         headers = dict(profile.headers)
         connections = profile.limits.concurrency
@@ -109,8 +113,11 @@ class HttpProvider:
         """Make one attempt at the upstream's `model`; vectors come back checked, in input order.
 
         Asks for the native width, whatever width the client wants. Waits for room within the
-        limits per minute, and for a free place among the calls at the same time. Raises
-        EmbeddingError.
+        limits per minute, and for a free place among the calls at the same time.
+
+        Raises EmbeddingError. If only some vectors of an answer are bad, the others are told to
+        `context.on_part` first; the InvalidAnswer that is raised then names the places of the bad
+        ones. The `charge` of both is that of the whole call, and is to be billed once.
         """
         objection = self.objection(space)
         if objection is not None:
@@ -135,9 +142,11 @@ class HttpProvider:
         admission.learn(model, reply.headers)
         try:
             if len(reply.body) <= _READ_INLINE:
-                checked = self._read(reply, space, inputs, credential)
+                checked = self._read(reply, model, space, inputs, credential)
             else:
-                checked = await asyncio.to_thread(self._read, reply, space, inputs, credential)
+                checked = await asyncio.to_thread(
+                    self._read, reply, model, space, inputs, credential
+                )
         except RateLimited as error:
             if error.retry_after is not None:
                 admission.hold(model, error.retry_after)
@@ -147,16 +156,31 @@ class HttpProvider:
                 raise
             raise self._refused(credential, error) from error
         self._compare(model, checked.model)
-        total = checked.charge and checked.charge.tokens
-        counts, exact = await tokens.charged(inputs, total, space.tokenizer, context.counts)
-        return Embedded(
+        self._note_numbering(checked)
+        return await self._delivered(checked, space, inputs, context)
+
+    async def _delivered(
+        self, checked: answer.Answer, space: Space, inputs: Sequence[Input], context: Context
+    ) -> Embedded:
+        """Return an answer with its tokens; if it has bad vectors, tell the good ones and raise."""
+        charge = checked.charge or Charge()
+        counts, exact = await tokens.charged(inputs, charge.tokens, space.tokenizer, context.counts)
+        good = Embedded(
             vectors=checked.vectors,
-            tokens=counts,
+            tokens=[counts[place] for place in checked.places],
             counted=exact,
             providers=(self.name,),
-            outcomes=[Outcome.MISS] * len(inputs),
-            charge=checked.charge,
+            outcomes=[Outcome.MISS] * len(checked.places),
         )
+        if not checked.problems:
+            return replace(good, charge=checked.charge)
+        error = answer.bad_vectors(self.name, checked)
+        # The good ones were bought: the call is billed also where the upstream names no price.
+        total = sum(counts) if charge.tokens is None else charge.tokens
+        error.charge = Charge(total, charge.nanodollars)
+        if context.on_part is not None:
+            await context.on_part(checked.places, replace(good, charge=error.charge))
+        raise error
 
     def _key_header(self, key: str) -> dict[str, str]:
         return {self._declared.key_header: self._declared.key_prefix + key}
@@ -170,16 +194,47 @@ class HttpProvider:
         return ClientKeyRefused(str(error), status=said.status, kind=said.kind, code=said.code)
 
     def _read(
-        self, reply: Reply, space: Space, inputs: Sequence[Input], credential: Credential | None
+        self,
+        reply: Reply,
+        model: str,
+        space: Space,
+        inputs: Sequence[Input],
+        credential: Credential | None,
     ) -> answer.Answer:
-        body = reply.body
-        if b'"embedding"' not in body:
-            # Some upstreams repeat the key that they refuse.
-            body = credential.redacted(body) if credential else redacted(self._key, body)
-        if reply.status != 200:
-            raise answer.refusal(self.name, reply.status, reply.headers, body)
-        unit_norm = space.unit_norm or self._declared.unit_norm
-        return answer.read(self.name, space, inputs, reply.headers, body, unit_norm=unit_norm)
+        """Read a reply. Any status of success with good vectors is an answer."""
+
+        def redact(text: str) -> str:
+            """Take out the key that was sent: some upstreams repeat the one that they refuse."""
+            said = text.encode(errors="replace")
+            said = redacted(self._key, said) if credential is None else credential.redacted(said)
+            return said.decode(errors="replace")
+
+        url = self._base_url + self.path(model)
+        if not 200 <= reply.status < 300:
+            raise error_body.refusal(
+                self.name, reply.status, reply.headers, reply.body, redact=redact, url=url
+            )
+        return answer.read(
+            self.name,
+            space,
+            inputs,
+            reply.headers,
+            reply.body,
+            status=reply.status,
+            unit_norm=space.unit_norm or self._declared.unit_norm,
+            redact=redact,
+            url=url,
+        )
+
+    def _note_numbering(self, checked: answer.Answer) -> None:
+        """Say once that embeddings come without their index."""
+        if checked.is_numbered or self._has_unnumbered_answers:
+            return
+        self._has_unnumbered_answers = True
+        log.warning(
+            "%s: its answers leave out `index`; the missing ones are deduced, or follow the order",
+            self.name,
+        )
 
     def _compare(self, asked: str, answered: str | None) -> None:
         """Count replies that name another model; a version of the same model is no other one."""

@@ -1,32 +1,160 @@
-"""Reads when a rate limit ends where no Retry-After says so (OpenAI's x-ratelimit headers)."""
+"""Reads what an upstream's headers say of its rate limits: how much is left, and how long to wait.
 
+Pure: header text and the present time in, bounded numbers out. `seconds_until` is the one reader of
+a wait, whichever header holds it. Nothing here is negative, NaN, infinite, or beyond MAX_WAIT.
+"""
+
+import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
-from providers.routing.throttle import duration
+MAX_WAIT = 600.0
+"""Seconds. No header makes the proxy wait longer: after that time the upstream is asked again."""
 
-_LONGEST = 2 * 86_400.0
-"""Seconds; a larger number is a point in time rather than a wait."""
+_UNITS = {
+    "d": 86_400.0,
+    "h": 3600.0,
+    "m": 60.0,
+    "s": 1.0,
+    "ms": 1e-3,
+    "us": 1e-6,
+    "µs": 1e-6,
+    "ns": 1e-9,
+}
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|[dhms])")
+_DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|us|µs|ns|[dhms])){1,7}", re.ASCII)
+_NUMBER = re.compile(r"\d{1,20}(?:\.\d{1,12})?", re.ASCII)
+_QUANTITY = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
+_ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:", re.ASCII)
+_MAX_LENGTH = 64
+"""Characters of a header value that is read."""
+
+_MIN_EPOCH = 1e8
+"""A larger number is a point in time, not a duration: seconds since 1970, or a fraction of them."""
+_EPOCH_UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
+"""Below each bound, how many of the number's units one second has: s, ms, µs, ns."""
+
 _LIMITS = ("requests", "tokens")
+_SHARED_RESETS = ("x-ratelimit-reset", "ratelimit-reset")
+"""Names without the kind of limit, for upstreams that have only one."""
 
 
-def reset_after(headers: Mapping[str, str], kind: object) -> float | None:
-    """Return the seconds until the limit that was hit is whole again, or None.
+def seconds_until(text: str, now: float) -> float | None:
+    """Return the seconds until a wait is over, 0…MAX_WAIT; None if the text says no time.
 
-    Which one it was is told by the error's type (`requests`, `tokens`), else by what remains; if
-    neither tells, it is the one that takes longer.
+    Reads seconds (`1.5`), durations (`6m0s`, `12ms`), and points in time: seconds, milliseconds,
+    microseconds or nanoseconds since 1970, ISO 8601, HTTP dates (RFC 9110). A point in the past is
+    a wait of 0. `now` is the present time in seconds since 1970.
+
+    >>> seconds_until("6m0s", 0.0), seconds_until("1772366430", 1772366400.0)
+    (360.0, 30.0)
+    >>> seconds_until("9999h", 0.0), seconds_until("soon", 0.0), seconds_until("-1", 0.0)
+    (600.0, None, None)
+    """
+    text = text.strip()
+    if not text or len(text) > _MAX_LENGTH:
+        return None
+    if _NUMBER.fullmatch(text):
+        seconds = _seconds_of(float(text), now)
+    elif _DURATION.fullmatch(text):
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+    else:
+        instant = _instant(text)
+        if instant is None:
+            return None
+        seconds = instant - now
+    return min(max(seconds, 0.0), MAX_WAIT)
+
+
+def _seconds_of(number: float, now: float) -> float:
+    """Return the seconds that a bare number stands for."""
+    if number < _MIN_EPOCH:
+        return number
+    scale = next((scale for bound, scale in _EPOCH_UNITS if number < bound), None)
+    return MAX_WAIT if scale is None else number / scale - now
+
+
+def _instant(text: str) -> float | None:
+    """Return a date as seconds since 1970, or None; a date without a zone is one of UTC."""
+    try:
+        if _ISO_DATE.match(text):
+            date = datetime.fromisoformat(text)
+        else:
+            date = parsedate_to_datetime(text)
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        return date.timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def quantity(text: str) -> float | None:
+    """Return a number of requests or tokens, or None if the text is no such number.
+
+    >>> quantity("500"), quantity("-1"), quantity("500, 500;w=60"), quantity("nan")
+    (500.0, None, None, None)
+    """
+    text = text.strip()
+    return float(text) if _QUANTITY.fullmatch(text) else None
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Return the seconds that a reply asks to wait by `retry-after-ms` or `Retry-After`, or None.
+
+    `retry-after-ms` (OpenAI) is read first, and is a number of milliseconds.
+
+    >>> retry_after({"retry-after-ms": "250", "Retry-After": "9"}, 0.0)
+    0.25
+    """
+    milliseconds = quantity(headers.get("retry-after-ms", ""))
+    if milliseconds is not None:
+        return min(milliseconds / 1000, MAX_WAIT)
+    return seconds_until(headers.get("Retry-After", ""), now)
+
+
+def reset_after(headers: Mapping[str, str], kind: object, now: float) -> float | None:
+    """Return the seconds until the rate limit that was hit is whole again, or None.
+
+    `kind` is the error's type. If it names a limit (`requests`, `tokens`), that one counts; else
+    those of which nothing remains; else all. Of several the longest wait is returned.
     """
     waits = {
         limit: seconds
         for limit in _LIMITS
-        if (value := headers.get(f"x-ratelimit-reset-{limit}")) is not None
-        and (seconds := duration(value)) is not None
-        and seconds <= _LONGEST
+        if (seconds := seconds_until(headers.get(f"x-ratelimit-reset-{limit}", ""), now))
+        is not None
     }
+    if not waits:
+        shared = (seconds_until(headers.get(name, ""), now) for name in _SHARED_RESETS)
+        return next((seconds for seconds in shared if seconds is not None), None)
     if kind in waits:
         return waits[str(kind)]
     spent = [
         seconds
         for limit, seconds in waits.items()
-        if headers.get(f"x-ratelimit-remaining-{limit}") == "0"
+        if quantity(headers.get(f"x-ratelimit-remaining-{limit}", "")) == 0
     ]
-    return max(spent or waits.values(), default=None)
+    return max(spent or waits.values())
+
+
+def allowance(
+    headers: Mapping[str, str], kind: str, now: float
+) -> tuple[float, float, float] | None:
+    """Return the limit, what is left of it, and its growth in units per second; or None.
+
+    All three headers `x-ratelimit-{limit,remaining,reset}-<kind>` are needed. `reset` is the time
+    until nothing is used any more, so what is used divided by it is the rate at which the allowance
+    grows, whatever period the upstream counts by. A reset of 0 means that it is whole now. However
+    little the headers promise, an empty allowance is whole after MAX_WAIT.
+    """
+    limit, remaining = (
+        quantity(headers.get(f"x-ratelimit-{what}-{kind}", "")) for what in ("limit", "remaining")
+    )
+    reset = seconds_until(headers.get(f"x-ratelimit-reset-{kind}", ""), now)
+    if not limit or remaining is None or reset is None:
+        return None
+    remaining = min(remaining, limit)
+    used = limit - remaining
+    if reset == 0 or used == 0:
+        return limit, limit, limit / 60
+    return limit, remaining, max(used / reset, limit / MAX_WAIT)

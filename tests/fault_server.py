@@ -228,6 +228,16 @@ def status(code: int, body: object = None, headers: Mapping[str, str] | None = N
     return act
 
 
+def succeeding(code: int, prefix: bytes = b"") -> Act:
+    """Play the right answer under another status of success, after some bytes."""
+
+    async def act(request: web.Request, payload: Payload) -> web.StreamResponse:
+        reply = prefix + orjson.dumps(request[_SERVER].reply(payload))
+        return await status(code, reply)(request, payload)
+
+    return act
+
+
 def cut(body: bytes = b'{"object":"list","da') -> Act:
     """Play a reply that breaks off: the promised length never comes."""
 

@@ -24,6 +24,7 @@ from fault_server import (
     spoilt,
     stale,
     status,
+    succeeding,
     trickle,
     vector_of,
 )
@@ -53,6 +54,8 @@ class Row:
     """Seconds until it is asked again then."""
     of_input: bool = False
     """Whether it is the input that is refused, so that no other provider is asked."""
+    of_vector: bool = False
+    """Whether it is one vector that is bad, so that the others of the call are kept."""
     url: str = ""
     """The address of a provider all of whose calls fail."""
     options: Mapping[str, float] = field(default_factory=dict)
@@ -92,6 +95,11 @@ def failing(act, code=502, again=2, wait=1):
 
 def invalid(act, says, again=1):
     return Row(act, 502, "upstream_invalid_answer", again, says=says)
+
+
+def bad_vector(act, says):
+    """Return the row of one bad vector: its input alone is asked for again."""
+    return replace(invalid(act, says), of_vector=True)
 
 
 def late(act, says="no answer within", **options):
@@ -139,6 +147,43 @@ def literal(number):
 
 BOMB = gzip.compress(bytes(8 << 20), 1)
 
+ARREARAGE = {"error": {"message": "Access denied.", "type": "Arrearage", "code": "Arrearage"}}
+BAD_KEY = [
+    {
+        "error": {
+            "code": 400,
+            "message": "API key not valid. Please pass a valid API key.",
+            "status": "INVALID_ARGUMENT",
+            "details": [{"reason": "API_KEY_INVALID", "domain": "googleapis.com"}],
+        }
+    }
+]
+
+
+def unnumbered(reply, _):
+    for one in reply["data"]:
+        del one["index"]
+
+
+UPSTREAMS_IN_THE_WILD = {
+    "2-reset-epoch": limited(0, 600, x_ratelimit_reset_requests="99999999999"),
+    "3-arrearage": replace(spent(status(400, ARREARAGE), 402), code="Arrearage"),
+    "3-403-quota": spent(status(403, error("insufficient_quota")), 402),
+    "4-400-key": auth(status(400, BAD_KEY)),
+    "4b-403-model": replace(unknown(status(403, error("model_not_found"))), status=403),
+    "4b-403-moderation": replace(
+        refused(status(403, error("content_policy_violation")), 403),
+        code="content_policy_violation",
+    ),
+    "9-object-error": failing(status(200, {"object": "error", "message": "out of memory"})),
+    "28-201": mended(succeeding(201), 0),
+    "28-bom": mended(succeeding(200, b"\xef\xbb\xbf"), 0),
+    "28-no-index": mended(spoilt(unnumbered), 0),
+    "28-no-index-of-0": mended(spoilt(lambda reply, _: reply["data"][0].pop("index")), 0),
+    "28-204": invalid(status(204, b""), "is empty", again=2),
+}
+"""What upstreams were seen to answer beside what their documents say."""
+
 ROWS = {
     "1-fits": limited(2, 2, Retry_After="2"),
     "1-fits-in-ms": limited(2, 1.5, retry_after_ms="1500"),
@@ -172,15 +217,15 @@ ROWS = {
     "11-empty": invalid(data(lambda items, _: items.clear()), "0 embeddings for 2"),
     "12-beyond": invalid(item(index=2), "permutation"),
     "12-twice": invalid(data(lambda items, _: items[1].update(items[0])), "permutation"),
-    "13-null": invalid(item(embedding=[0.5, None] * 4), "not a number"),
-    "13-nan": invalid(one_vector(lambda v: np.append(v[:-1], np.nan)), "not finite"),
-    "13-inf": invalid(one_vector(lambda v: np.append(v[:-1], np.inf)), "not finite"),
+    "13-null": bad_vector(item(embedding=[0.5, None] * 4), "not a number"),
+    "13-nan": bad_vector(one_vector(lambda v: np.append(v[:-1], np.nan)), "not finite"),
+    "13-inf": bad_vector(one_vector(lambda v: np.append(v[:-1], np.inf)), "not finite"),
     "13-nan-literal": invalid(literal("NaN"), "not a number"),
-    "14-zeros": invalid(one_vector(np.zeros_like), "are zero"),
-    "15-narrow": invalid(one_vector(lambda v: v[:-1]), "7 dimensions"),
-    "15-wide": invalid(one_vector(lambda v: np.append(v, 0)), "9 dimensions"),
-    "15-base64": invalid(item(embedding="AAAA"), "whole number"),
-    "16-length": invalid(one_vector(lambda v: 1.1 * v), "length 1.1"),
+    "14-zeros": bad_vector(one_vector(np.zeros_like), "are zero"),
+    "15-narrow": bad_vector(one_vector(lambda v: v[:-1]), "7 dimensions"),
+    "15-wide": bad_vector(one_vector(lambda v: np.append(v, 0)), "9 dimensions"),
+    "15-base64": bad_vector(item(embedding="AAAA"), "whole number"),
+    "16-length": bad_vector(one_vector(lambda v: 1.1 * v), "length 1.1"),
     "16-alike": invalid(data(alike), "are one"),
     "17-model": mended(spoilt(lambda reply, _: reply.update(model="other")), 0),
     "18-form": mended(other_form(), 0),
@@ -194,6 +239,7 @@ ROWS = {
     "22-dns": lost(hang(), "does not resolve", "http://nowhere.invalid/v1"),
     "22-refused": lost(hang(), "was refused", "http://127.0.0.1:1/v1"),
     "22-tls": lost(hang(), "TLS", "https://127.0.0.1:{}/v1"),
+    **UPSTREAMS_IN_THE_WILD,
     "24-huge": failing(spoilt(lambda reply, _: reply.update(more="x" * (2 << 20))), again=0),
     "24-bomb": failing(status(200, BOMB, {"Content-Encoding": "gzip"}), again=0),
     "24-redirect": failing(status(302, headers={"Location": "/elsewhere"}), again=0),
@@ -370,16 +416,17 @@ async def test_a_fault_in_one_part(name, place, at, world, caplog):
     elif row.of_input or row.status == 200:
         assert not second.calls
     else:
-        assert [call.inputs for call in second.calls] == [world.part]
+        assert [call.inputs for call in second.calls] == [[bad] if row.of_vector else world.part]
     good, missing = world.good(failed), []
     if row.status == 200 or (at == "first" and not row.of_input):
         await right(response, INPUTS)
         named = response.headers["x-embedding-provider"].split(", ")
         assert sorted(named) == [name for name, inputs in good.items() if inputs]
     else:
-        missing = [bad] if row.of_input else world.part
+        missing = [bad] if row.of_input or row.of_vector else world.part
         await told(response, row, INPUTS.index(bad) if row.of_input else None)
-    bought = {*INPUTS} - {*missing} - {*world.there}
+    kept = {*world.part} - {bad} if row.of_vector else set()
+    bought = {*INPUTS} - {*missing} - {*world.there} - kept
     assert sorted(itertools.chain(*good.values())) == sorted(bought)
     assert ("KEY IS NOT ACCEPTED" in caplog.text) == (row.code == "upstream_auth")
     routes = world.proxy.service.models["m"].router.routes

@@ -54,9 +54,9 @@ class Upstream(FaultServer):
         tokens = reply["usage"]["prompt_tokens"]
         if self.cost is not None:
             reply["usage"]["cost"] = tokens * self.cost / 1e9
-        SPOILT.get(fault, self.bought.update)(
-            reply["data"] if fault in SPOILT else payload["input"]
-        )
+        if fault in SPOILT:
+            SPOILT[fault](reply["data"])
+        self.bought.update(KEPT.get(fault, lambda _: ())(payload["input"]))
         self.charged += tokens
         self.wasted += tokens * (fault in SPOILT)
         return web.Response(body=orjson.dumps(reply), content_type="application/json")
@@ -74,6 +74,12 @@ SPOILT = {
     "zeros": lambda data: data[-1].update(embedding=[0.0] * 8),
     "wrong width": lambda data: data[0].update(embedding=[0.5] * 7),
 }
+KEPT = {
+    "good": lambda inputs: inputs,
+    "zeros": lambda inputs: inputs[:-1],
+    "wrong width": lambda inputs: inputs[1:],
+}
+"""The inputs whose vectors are good, by what was played."""
 
 
 async def _load(proxies, chance, told):

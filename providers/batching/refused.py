@@ -24,6 +24,6 @@ def is_about_an_input(failure: Exception) -> TypeGuard[InputRefused]:
 
 def is_about_a_field(failure: InputRefused) -> bool:
     """Tell whether what is refused is not the input: then it is refused with every input."""
-    if failure.status not in (400, 413, 422):
+    if failure.status not in (400, 403, 413, 422):
         return True
     return failure.param is not None and not _INPUT.match(failure.param)

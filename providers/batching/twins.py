@@ -1,47 +1,114 @@
-"""One vector for different texts: a fault of some upstreams, told apart from what models may do.
+"""Finds one vector for different inputs: a fault of some upstreams, and what some models may do.
 
-Models may give one vector to different texts, and rightly so: those that fold case and accents, cut
-long texts, average words, or know neither emoji nor a script, give it to what differs in these
-alone. So texts count as different only if the sets of their first words, in ASCII and folded, are.
+A model may give one vector to different texts. Models fold case and accents, average words, and
+know neither emoji nor every script. Many cut long texts without a word: the MiniLM family at 128 or
+256 tokens, the BERT family at 512, text encoders of image models at 64 or 77. So two texts count as
+different only if a plain ASCII word near the beginning of one, where every model still reads,
+stands nowhere in the other.
 """
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from providers.base import Input, Vector
 
 _WORDS = re.compile(r"[a-z0-9]+")
-_FIRST = 1024
-"""Characters that are looked at; no model reads less."""
-_LONGEST_WORD = 64
+_PIECES = re.compile(r"[A-Za-z]+|\s+|.", re.DOTALL)
+_MAX_TOKENS = 60.0
+"""Estimated tokens at the beginning of a text that every model reads.
+
+Letters count half a token, so the true number is 120 at most, where each letter is one (base64,
+hashes): still below the smallest cut of a text model, 128, with its two special tokens. In prose it
+is about 150 characters and 30 tokens.
+"""
+_TOKENS_A_LETTER = 0.5
+_TOKENS_A_SPACE = 1.0
+"""Of a run of white space longer than one character; a single space costs nothing."""
+_MAX_IDS = 48
+"""Tokens of a token array that every model reads."""
+_SEARCHED = 2048
+"""Characters of the other text in which a word is looked for."""
+_MAX_WORD = 64
 """Characters; models of the BERT family take any longer word for one and the same."""
-_MOST_WORDS = 100
 _PREFIX = 64
 """Bytes by which two vectors are told apart at first."""
 
 
-def find(inputs: Sequence[Input], vectors: Sequence[Vector]) -> tuple[int, int] | None:
-    """Return the places of two inputs that differ but have one vector; None if there are none.
+def find_duplicate_vectors(
+    inputs: Sequence[Input], vectors: Mapping[int, Vector]
+) -> list[list[int]]:
+    """Return the groups of places that share one vector although their inputs differ.
 
-    >>> find(["yes", "no"], [b"same", b"same"])
-    (0, 1)
-    >>> find(["Yes", "yes!"], [b"same", b"same"])
+    `vectors` holds the vectors by place. Places come in ascending order. Which input of a group the
+    vector belongs to, if to any, is not known.
+
+    >>> find_duplicate_vectors(["yes", "no", "maybe"], {0: b"same", 1: b"same", 2: b"other"})
+    [[0, 1]]
+    >>> find_duplicate_vectors(["Yes", "yes!"], {0: b"same", 1: b"same"})
+    []
     """
-    if len({vector[:_PREFIX] for vector in vectors}) == len(vectors):
-        return None
-    first: dict[Vector, int] = {}
-    for i, vector in enumerate(vectors):
-        j = first.setdefault(vector, i)
-        if i != j and _gist(inputs[i]) != _gist(inputs[j]):
-            return j, i
-    return None
+    if len({vector[:_PREFIX] for vector in vectors.values()}) == len(vectors):
+        return []
+    groups: dict[Vector, list[int]] = {}
+    for place in sorted(vectors):
+        groups.setdefault(vectors[place], []).append(place)
+    return [
+        places
+        for places in groups.values()
+        if any(_are_different(inputs[places[0]], inputs[place]) for place in places[1:])
+    ]
 
 
-def _gist(item: Input) -> frozenset[str | int]:
-    """Return what no model may overlook of an input."""
-    if not isinstance(item, str):
-        return frozenset(item[:_MOST_WORDS])
-    plain = unicodedata.normalize("NFKD", item[:_FIRST]).encode("ascii", "ignore").decode()
-    words = [word for word in _WORDS.findall(plain.lower()) if len(word) <= _LONGEST_WORD]
-    return frozenset(words[:_MOST_WORDS])
+def _are_different(one: Input, other: Input) -> bool:
+    """Tell whether no published model could take two inputs for the same."""
+    if one == other:
+        return False
+    if isinstance(one, str) and isinstance(other, str):
+        return _has_own_word(one, other) or _has_own_word(other, one)
+    if isinstance(one, str) or isinstance(other, str):
+        return True
+    return not ({*one[:_MAX_IDS]} <= {*other} and {*other[:_MAX_IDS]} <= {*one})
+
+
+def _has_own_word(text: str, other: str) -> bool:
+    """Tell whether a word at the beginning of a text stands nowhere in the other."""
+    plain = _folded(text[:_SEARCHED])
+    end = len(_folded(text[: _length_read(text)]))
+    known = set(_WORDS.findall(_folded(other[:_SEARCHED])))
+    for match in _WORDS.finditer(plain):
+        if match.start() >= end:
+            break
+        word = match[0]
+        if len(word) > _MAX_WORD or word in known:
+            continue
+        # Of a word that is read in part, only that part is known to tell.
+        part = plain[match.start() : min(match.end(), end)]
+        if part == word or not any(another.startswith(part) for another in known):
+            return True
+    return False
+
+
+def _length_read(text: str) -> int:
+    """Return how many characters at the beginning of a text every model reads."""
+    tokens = 0.0
+    for match in _PIECES.finditer(text, 0, _SEARCHED):
+        piece = match[0]
+        if piece.isspace():
+            tokens += _TOKENS_A_SPACE if len(piece) > 1 else 0.0
+        elif piece.isascii() and piece.isalpha():
+            room = int((_MAX_TOKENS - tokens) / _TOKENS_A_LETTER)
+            if len(piece) > room:
+                return match.start() + room
+            tokens += len(piece) * _TOKENS_A_LETTER
+        else:
+            # No token is shorter than a byte.
+            tokens += len(piece.encode(errors="surrogatepass"))
+        if tokens > _MAX_TOKENS:
+            return match.start()
+    return min(len(text), _SEARCHED)
+
+
+def _folded(text: str) -> str:
+    """Return a text without case, accents, and what is not ASCII."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()

@@ -1,7 +1,7 @@
 """A route: a provider, and the name by which it knows a model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from providers import tokens
@@ -76,11 +76,27 @@ class Route:
         return await ask_within_limits(self._ask, limits, space, inputs, context)
 
     async def _ask(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        """Make one attempt, and tell what it was charged, whatever comes of its answer."""
+        """Make one attempt, and tell what it was charged, whatever comes of its answer.
+
+        The charge is told once, and before a part of the answer is: who keeps the part knows then
+        who was paid for it, and nothing is kept unpaid if the call is cancelled meanwhile.
+        """
+        is_billed = False
+
+        async def on_part(places: Sequence[int], part: Embedded) -> None:
+            nonlocal is_billed
+            if part.charge is not None and not is_billed:
+                is_billed = True
+                self._bill(part.charge, tokens.apportion(part.charge.tokens or 0, inputs), context)
+            if context.on_part is not None:
+                await context.on_part(places, replace(part, charge=None))
+
         try:
-            embedded = await self.provider.ask(self.model, space, inputs, context)
+            embedded = await self.provider.ask(
+                self.model, space, inputs, replace(context, on_part=on_part)
+            )
         except ProviderError as error:
-            if error.charge is not None:
+            if error.charge is not None and not is_billed:
                 # Nobody counted the tokens of an answer that is no good.
                 sizes = tokens.apportion(error.charge.tokens or 0, inputs)
                 self._bill(error.charge, sizes, context)

@@ -6,35 +6,17 @@ and may go to another route.
 """
 
 import asyncio
-import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from providers.base import Full, Input, Refusal
+from providers.ratelimit import MAX_WAIT, allowance
 
 LONGEST_HOLD = 60.0
 """Seconds for which an upstream that asked for a pause is left alone at most, without a try."""
 LONGEST_PAUSE = 20.0
 """Seconds of such a pause that a call waits out; beyond, it is for the next route."""
-
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_PART = re.compile(r"(\d+(?:\.\d+)?)(h|ms|us|µs|ns|m|s)")
-_WHOLE = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:h|ms|us|µs|ns|m|s)){1,7}", re.ASCII)
-_NUMBER = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
-
-
-def duration(text: str) -> float | None:
-    """Return the seconds of a header like `1s`, `6m0s` or `12ms`; a bare number is seconds.
-
-    >>> duration("6m0s"), duration("12ms"), duration("1h2m3.5s"), duration("59.9"), duration("x")
-    (360.0, 0.012, 3723.5, 59.9, None)
-    """
-    text = text.strip()
-    if _NUMBER.fullmatch(text):
-        return float(text)
-    if not _WHOLE.fullmatch(text):
-        return None
-    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
 
 
 def estimate(inputs: Sequence[Input]) -> int:
@@ -78,20 +60,23 @@ class Bucket:
 class Throttle:
     """The queue before one upstream, or before one model of it.
 
-    `clock` gives seconds on the event loop's clock, on which deadlines are; `sleep` takes seconds.
+    `clock` gives seconds on the event loop's clock, on which deadlines are; `wall_clock` gives
+    seconds since 1970, for headers that name a point in time; `sleep` takes seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - two limits, and what a test injects
         self,
         provider: str,
         *,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
         clock: Callable[[], float] | None = None,
+        wall_clock: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._provider = provider
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
+        self._wall_clock = wall_clock
         self._sleep = sleep
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets: dict[str, Bucket] = {}
@@ -169,23 +154,21 @@ class Throttle:
             raise Full(self._provider, message, said)
 
     def learn(self, headers: Mapping[str, str]) -> None:
-        """Take over the limits that a reply tells, if it tells all of limit, remaining and reset.
+        """Take over the limits that a reply tells; see `ratelimit.allowance`.
 
-        `reset` is the time until nothing is used any more, so it gives the rate at which the
-        allowance grows, whatever period the upstream counts by.
+        Whatever the headers say, and however many calls are under way, no call that comes next
+        waits longer than MAX_WAIT for what was learned here.
         """
-        now = self._clock()
+        now, wall = self._clock(), self._wall_clock()
         for kind in ("requests", "tokens"):
-            limit, remaining, reset = (
-                duration(headers.get(f"x-ratelimit-{what}-{kind}", ""))
-                for what in ("limit", "remaining", "reset")
-            )
-            if not limit or remaining is None or reset is None:
+            told = allowance(headers, kind, wall)
+            if told is None:
                 continue
-            used = limit - remaining
-            per_s = used / reset if used > 0 and reset > 0 else limit / 60
+            limit, remaining, per_s = told
             # The calls under way may not be counted in what remains.
-            self._buckets[kind] = Bucket(limit, remaining - self._flying[kind], per_s, now)
+            level = remaining - self._flying[kind]
+            per_s = max(per_s, (limit - level) / MAX_WAIT)
+            self._buckets[kind] = Bucket(limit, level, per_s, now)
 
     def hold(self, seconds: float) -> None:
         """Let nobody through for so long: the upstream said so when it refused a call.

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 import struct
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -27,6 +28,8 @@ from providers.base import (
     Unreadable,
     UpstreamFault,
 )
+from providers.error_body import refusal
+from providers.ratelimit import MAX_WAIT, retry_after
 
 SPACE = Space("vendor/model", 3)
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
@@ -103,19 +106,65 @@ def test_indices_are_a_permutation_or_the_answer_is_refused(indices):
             read(body, len(indices))
 
 
-@pytest.mark.parametrize("index", [None, "1", 1.0, True, -1, 2, [1], 1 << 70])
+@pytest.mark.parametrize(
+    "index", ["one", "", "01", " 1", "-1", "٣", 0.5, True, -1, 2, [1], 1 << 70]
+)
 def test_an_index_is_a_whole_number_in_range(index):
-    """JSON's true is no 1 and "1" is no 1; nothing is guessed."""
+    """JSON's true is no 1, and a text that is no number is refused, not guessed."""
     with pytest.raises(InvalidAnswer, match="permutation"):
         read(body_of([item(0, numbers_of(0)), item(index, numbers_of(1))]))
 
 
-def test_an_index_that_is_missing_is_not_made_up():
-    """An embedding without an index is not placed by its position."""
-    data = items(2)
-    del data[1]["index"]
-    with pytest.raises(InvalidAnswer, match="permutation"):
-        read(body_of(data))
+@pytest.mark.parametrize(
+    ("indices", "order", "is_numbered"),
+    [
+        ([0, 1, 2], [0, 1, 2], True),
+        (["0", "1", "2"], [0, 1, 2], True),
+        (["2", 0.0, 1], [2, 0, 1], True),
+        ([None, None, None], [0, 1, 2], False),
+        ([..., ..., ...], [0, 1, 2], False),
+        ([..., None, ...], [0, 1, 2], False),
+        ([..., 1, 2], [0, 1, 2], False),
+        ([2, ..., 1], [2, 0, 1], False),
+        ([2, 0, None], [2, 0, 1], False),
+        ([...], [0], False),
+        ([None], [0], False),
+    ],
+)
+def test_a_missing_index_is_deduced_where_there_is_no_doubt(indices, order, is_numbered):
+    """All missing: the order counts. One missing: the place that is left (Google leaves out 0)."""
+    data = [item(index, numbers_of(place)) for index, place in zip(indices, order, strict=True)]
+    for one in data:
+        if one["index"] is ...:
+            del one["index"]
+    checked = read(body_of(data), len(order))
+    assert checked.vectors == [packed(numbers_of(place)) for place in range(len(order))]
+    assert checked.is_numbered is is_numbered
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[None, None, 2], [..., 1, 1], [..., 3, 1], [..., "x", 1], [1, None], [None, 0, 0], [7]],
+)
+def test_a_missing_index_is_not_guessed(indices):
+    """Several missing of more, a double, a hole or no number: nobody knows whose vector it is."""
+    data = [item(index, numbers_of(0)) for index in indices]
+    for one in data:
+        if one["index"] is ...:
+            del one["index"]
+    count = len(data) if indices != [1, None] else 3
+    with pytest.raises(InvalidAnswer, match=r"permutation|2 embeddings for 3"):
+        read(body_of(data), count)
+
+
+BOMS = {"utf-8": b"\xef\xbb\xbf", "utf-16-le": b"\xff\xfe", "utf-16-be": b"\xfe\xff"}
+
+
+@pytest.mark.parametrize("encoding", BOMS)
+def test_a_byte_order_mark_is_read(encoding):
+    """A body that begins with one is read, in the encoding that it names."""
+    body = BOMS[encoding] + body_of(items(2)).decode().encode(encoding)
+    assert read(body).vectors == [packed(numbers_of(0)), packed(numbers_of(1))]
 
 
 @pytest.mark.parametrize("sent", [0, 1, 3, 4])
@@ -156,18 +205,45 @@ GOOD = base64.b64encode(packed([1.0, 2.0, 3.0])).decode()
         (1.0, "is missing"),
     ],
 )
-def test_one_bad_vector_spoils_the_answer_and_is_named(embedding, problem):
-    """Width, form, finiteness and zeros are checked for each; the error names the input."""
+def test_one_bad_vector_spoils_its_input_alone_and_is_named(embedding, problem):
+    """Width, form, finiteness and zeros are checked for each; the others are good."""
     data = [item(0, numbers_of(0)), item(1, embedding), item(2, numbers_of(2))]
-    with pytest.raises(InvalidAnswer, match=rf"acme: embedding 1: .*{problem}"):
-        read(body_of(data), 3)
+    checked = read(body_of(data, usage={"prompt_tokens": 7}), 3)
+    assert checked.vectors == [packed(numbers_of(0)), packed(numbers_of(2))]
+    assert list(checked.places) == [0, 2]
+    assert [*checked.problems] == [1]
+    assert re.match(rf"embedding 1: .*{problem}", checked.problems[1])
+    assert checked.charge == Charge(7)
+    error = answer.bad_vectors("acme", checked)
+    assert re.match(rf"acme: embedding 1: .*{problem}", str(error))
+    assert (error.index, error.indices) == (1, (1,))
+
+
+def test_of_many_bad_vectors_a_few_are_described():
+    """The error names all places, describes the first three, and counts the others."""
+    data = [item(place, numbers_of(place) if place == 1 else []) for place in range(6)]
+    error = answer.bad_vectors("acme", read(body_of(data), 6))
+    assert (error.index, error.indices) == (0, (0, 2, 3, 4, 5))
+    problem = "0 dimensions instead of 3"
+    told = "; ".join(f"embedding {place}: {problem}" for place in (0, 2, 3))
+    assert str(error) == f"acme: {told}; and 2 more"
+
+
+def test_an_answer_without_a_good_vector_is_refused_as_a_whole():
+    """Where every vector has another width, it is another model's: no single input is to blame."""
+    data = [item(place, [1.0, 2.0]) for place in range(5)]
+    with pytest.raises(
+        InvalidAnswer, match=r"^acme: embedding 0: 2 dimensions instead of 3$"
+    ) as caught:
+        read(body_of(data), 5)
+    assert (caught.value.index, caught.value.indices) == (None, ())
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_json_are_refused(number):
     """NaN and Infinity, as some servers write them, are a fault of the vector they stand in."""
-    with pytest.raises(InvalidAnswer, match="embedding 1: holds something that is not a number"):
-        read(body_of([item(0, numbers_of(1)), item(1, [1.0, number, 3.0])]))
+    checked = read(body_of([item(0, numbers_of(1)), item(1, [1.0, number, 3.0])]))
+    assert checked.problems == {1: "embedding 1: holds something that is not a number"}
 
 
 @pytest.mark.parametrize(
@@ -247,9 +323,15 @@ def test_an_error_inside_a_200_counts_as_what_it_says(error, kind):
         ({"prompt_tokens": 2**31 + 1}, None),
         ({"prompt_tokens": 10**30}, None),
         ({"prompt_tokens": -1}, None),
-        ({"prompt_tokens": 7.0}, None),
+        ({"prompt_tokens": 7.0}, Charge(7)),
+        ({"prompt_tokens": 7.5}, None),
         ({"prompt_tokens": True}, None),
-        ({"prompt_tokens": "7"}, None),
+        ({"prompt_tokens": "7"}, Charge(7)),
+        ({"prompt_tokens": "seven"}, None),
+        ({"prompt_tokens": "7" * 5000}, None),
+        ({"prompt_tokens": 0, "total_tokens": 0}, None),
+        ({"prompt_tokens": None, "total_tokens": None}, None),
+        ("7", None),
         ({"prompt_tokens": None, "total_tokens": 7}, Charge(7)),
         ({"total_tokens": 7}, Charge(7)),
         ({"prompt_tokens": 7, "cost": 0.00000014}, Charge(7, 140)),
@@ -286,7 +368,7 @@ def test_usage_may_be_missing():
         {"data": items(1)},
         {"data": [items(2)[0], items(2)[0]]},
         {"data": None},
-        {"data": [{**items(2)[0], "embedding": [0.0] * 3}, items(2)[1]]},
+        {"data": [{**one, "embedding": [0.0] * 3} for one in items(2)]},
         {"data": items(2), "error": {"message": "busy", "code": 503}},
     ],
     ids=["one too few", "no permutation", "no list", "zeros", "an error"],
@@ -328,14 +410,14 @@ STATUSES = [
 @pytest.mark.parametrize(("status", "code", "kind"), STATUSES)
 def test_a_refusal_is_known_by_its_status(status, code, kind):
     """Each status has one place in the tree; a quota that is used up is no passing limit."""
-    error = answer.refusal("acme", status, {}, error_body(code))
+    error = refusal("acme", status, {}, error_body(code))
     assert type(error) is kind
     if isinstance(error, InputRefused):
         said = (error.status, error.kind, error.code, str(error))
         assert said == (status, "some_type", code, "made up")
     else:
         assert isinstance(error, ProviderError)
-        assert (error.provider, str(error)) == ("acme", "acme: made up")
+        assert (error.provider, str(error)) == ("acme", f"acme: status {status}: made up")
         said = error.refusal
         assert (said.status, said.kind, said.code) == (status, "some_type", code)
         assert said.message == "made up"
@@ -345,7 +427,7 @@ def test_a_refusal_is_known_by_its_status(status, code, kind):
 def test_a_refusal_without_a_body_is_known_by_its_status_alone(status, code, kind):
     """Where nothing can be read, the status decides, and the message says which it was."""
     for body in (b"", b"<html>", b"[]", b'{"error": null}', b'{"error": 7}'):
-        error = answer.refusal("acme", status, {}, body)
+        error = refusal("acme", status, {}, body)
         assert type(error) is (RateLimited if status == 429 else kind)
         assert str(error).endswith(f"status {status}")
 
@@ -353,7 +435,7 @@ def test_a_refusal_without_a_body_is_known_by_its_status_alone(status, code, kin
 @pytest.mark.parametrize(("status", "code", "kind"), [row for row in STATUSES if row[0] != 429])
 def test_an_integer_code_in_the_body_is_the_status(status, code, kind):
     """OpenRouter's `code` is the true status, and no code of OpenAI's kind."""
-    error = answer.refusal("acme", 200, {}, error_body(status))
+    error = refusal("acme", 200, {}, error_body(status))
     assert type(error) is kind
     said = error if isinstance(error, InputRefused) else error.refusal
     assert (said.status, said.code) == (status, None)
@@ -364,53 +446,53 @@ def test_an_integer_code_in_the_body_is_the_status(status, code, kind):
 )
 def test_only_an_error_status_can_be_a_code(code, status):
     """Other numbers of an upstream's own do not hide the status it answered with."""
-    error = answer.refusal("acme", 503, {}, error_body(code))
+    error = refusal("acme", 503, {}, error_body(code))
     assert (error if isinstance(error, InputRefused) else error.refusal).status == status
 
 
 def test_a_quota_may_stand_in_the_type_alone():
     """`insufficient_quota` counts as type and as code."""
     body = error_body(None, kind="insufficient_quota")
-    assert type(answer.refusal("acme", 429, {}, body)) is OutOfCredit
+    assert type(refusal("acme", 429, {}, body)) is OutOfCredit
 
 
 def test_a_refused_input_keeps_what_openai_said():
     """Parameter, type and code of a refused request are the client's to read."""
     body = error_body("max_tokens_per_request", "max_tokens_per_request", param="input")
-    error = answer.refusal("acme", 400, {}, body)
+    error = refusal("acme", 400, {}, body)
     said = (error.param, error.kind, error.code)
     assert said == ("input", "max_tokens_per_request", "max_tokens_per_request")
 
 
 def test_a_refused_input_has_openais_type_when_none_was_given():
     """The four keys of OpenAI's error never lack a type."""
-    error = answer.refusal("acme", 422, {}, b'{"error": {"message": "no", "param": 3}}')
+    error = refusal("acme", 422, {}, b'{"error": {"message": "no", "param": 3}}')
     assert (error.kind, error.param, error.code) == ("invalid_request_error", None, None)
 
 
 def test_a_bare_string_is_a_message():
     """`{"error": "text"}`, as Ollama sends it, is read."""
-    assert str(answer.refusal("acme", 503, {}, b'{"error": "loading"}')) == "acme: loading"
+    assert str(refusal("acme", 503, {}, b'{"error": "loading"}')) == "acme: status 503: loading"
 
 
 def test_a_message_is_not_handed_on_at_any_length():
     """An upstream that echoes a whole input in its error does not get it into log and reply."""
     for status in (400, 500):
-        error = answer.refusal("acme", status, {}, error_body(message="x" * 100_000))
+        error = refusal("acme", status, {}, error_body(message="x" * 100_000))
         assert 400 < len(str(error)) < 600
 
 
 @pytest.mark.parametrize("status", [402, 403, 404, 429, 500, 503])
 def test_every_refusal_carries_the_wait(status):
     """Whoever handles the failure finds how long the upstream asked to wait."""
-    error = answer.refusal("acme", status, {"Retry-After": "7"}, b"")
+    error = refusal("acme", status, {"Retry-After": "7"}, b"")
     assert error.retry_after == 7
 
 
 def test_a_date_counts_from_now():
     """A refusal with a date asks to wait from the moment it is read."""
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
-    wait = answer.refusal("acme", 429, {"Retry-After": later}, b"").retry_after
+    wait = refusal("acme", 429, {"Retry-After": later}, b"").retry_after
     assert 60 < wait <= 90
 
 
@@ -425,7 +507,7 @@ def test_a_date_counts_from_now():
 )
 def test_a_rate_limit_says_when_it_ends_even_without_retry_after(status, headers, wait):
     """OpenAI's reset headers stand in for Retry-After on a 429, and on nothing else."""
-    assert answer.refusal("acme", status, headers, b"").retry_after == wait
+    assert refusal("acme", status, headers, b"").retry_after == wait
 
 
 @pytest.mark.parametrize(
@@ -436,7 +518,7 @@ def test_a_rate_limit_says_when_it_ends_even_without_retry_after(status, headers
         ({"Retry-After": "0"}, 0.0),
         ({"Retry-After": "1.25"}, 1.25),
         ({"Retry-After": " 3 "}, 3.0),
-        ({"Retry-After": "86400"}, 86400.0),
+        ({"Retry-After": "86400"}, MAX_WAIT),
         ({"retry-after-ms": "250"}, 0.25),
         ({"retry-after-ms": "0.5"}, 0.0005),
         ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25),
@@ -451,7 +533,15 @@ def test_a_rate_limit_says_when_it_ends_even_without_retry_after(status, headers
         ({"Retry-After": "nan"}, None),
         ({"Retry-After": "inf"}, None),
         ({"Retry-After": "1e400"}, None),
-        ({"Retry-After": "6m0s"}, None),
+        ({"Retry-After": "6m0s"}, 360.0),
+        ({"Retry-After": "1772366430"}, 30.0),
+        ({"Retry-After": "1772366430000"}, 30.0),
+        ({"Retry-After": "2026-03-01T12:00:30Z"}, 30.0),
+        ({"Retry-After": "Sun, 01 Mar 2066 12:00:30 GMT"}, MAX_WAIT),
+        ({"Retry-After": "9" * 20}, MAX_WAIT),
+        ({"Retry-After": "9" * 400}, None),
+        ({"retry-after-ms": "99999999999999"}, MAX_WAIT),
+        ({"retry-after-ms": "nan", "Retry-After": "nan"}, None),
         ({"Retry-After": "tomorrow"}, None),
         ({"Retry-After": ""}, None),
         ({"x-ratelimit-reset-tokens": "9"}, None),
@@ -459,7 +549,7 @@ def test_a_rate_limit_says_when_it_ends_even_without_retry_after(status, headers
 )
 def test_the_wait_an_upstream_asks_for(headers, wait):
     """Seconds, fractions, milliseconds and dates are read; whatever else stands there is none."""
-    assert answer.retry_after(headers, NOW) == wait
+    assert retry_after(headers, NOW.timestamp()) == wait
 
 
 JSON = st.recursive(
@@ -483,7 +573,7 @@ JSON = st.recursive(
 def test_whatever_json_comes_the_error_is_of_our_tree(value, status):
     """No body, however strange, makes the reader fail in a way that nobody handles."""
     body = json.dumps(value).encode()
-    assert isinstance(answer.refusal("acme", status, {}, body), EmbeddingError)
+    assert isinstance(refusal("acme", status, {}, body), EmbeddingError)
     with pytest.raises(EmbeddingError):
         read(body)
 
@@ -496,10 +586,12 @@ def test_one_strange_value_never_becomes_another_vector(field, position, value):
     data = items(2)
     data[position][field] = value
     try:
-        vectors = read(body_of(data)).vectors
+        checked = read(body_of(data))
     except PassingFailure:
         return
-    assert vectors == [packed(numbers_of(0)), packed(numbers_of(1))]
+    right = [packed(numbers_of(0)), packed(numbers_of(1))]
+    assert checked.vectors == [right[place] for place in checked.places]
+    assert checked.vectors == right or field == "embedding"
 
 
 @pytest.mark.parametrize(
@@ -512,7 +604,7 @@ def test_one_strange_value_never_becomes_another_vector(field, position, value):
 )
 def test_a_date_without_a_zone_is_utc(value, wait):
     """The older forms of an HTTP date are read, and nonsense is no wait."""
-    assert answer.retry_after({"Retry-After": value}, NOW) == wait
+    assert retry_after({"Retry-After": value}, NOW.timestamp()) == wait
 
 
 UNIT = [0.6, 0.8, 0.0]
@@ -532,16 +624,28 @@ def test_a_length_is_1_where_it_is_promised(scale, good):
     if good:
         assert len(checked(unit_norm=True).vectors) == 2
     else:
-        with pytest.raises(InvalidAnswer, match=r"acme: embedding 1: length \d"):
-            checked(unit_norm=True)
+        assert re.match(r"embedding 1: length \d", checked(unit_norm=True).problems[1])
 
 
-def test_one_vector_for_two_texts_is_no_answer():
-    """The same numbers for different texts are refused, with their places."""
+def test_one_vector_for_two_texts_is_neithers():
+    """Whose it is nobody knows: both are asked for again, and the third is kept."""
     body = body_of([item(0, numbers_of(0)), item(1, numbers_of(1)), item(2, numbers_of(0))])
     assert len(answer.read("acme", SPACE, ["a", "b", "A"], {}, body).vectors) == 3
-    with pytest.raises(InvalidAnswer, match="acme: embeddings 0 and 2 are one"):
+    checked = answer.read("acme", SPACE, ["a", "b", "c"], {}, body)
+    assert checked.vectors == [packed(numbers_of(1))]
+    assert list(checked.places) == [1]
+    error = answer.bad_vectors("acme", checked)
+    assert str(error) == "acme: embeddings 0 and 2 are one, of different inputs"
+    assert (error.index, error.indices) == (0, (0, 2))
+
+
+def test_one_vector_for_all_texts_is_no_answer():
+    """Nothing of it is used, and the places say that each input may be asked for alone."""
+    body = body_of([item(place, numbers_of(0)) for place in range(3)])
+    with pytest.raises(InvalidAnswer, match="acme: embeddings 0 and 1 are one") as caught:
         answer.read("acme", SPACE, ["a", "b", "c"], {}, body)
+    assert (caught.value.index, caught.value.indices) == (None, (0, 1, 2))
+    assert len(answer.read("acme", SPACE, ["a"], {}, body_of(items(1))).vectors) == 1
 
 
 @pytest.mark.parametrize(("told", "model"), [("m", "m"), ("", None), (None, None), (7, None)])

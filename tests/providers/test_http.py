@@ -5,10 +5,11 @@ import threading
 from dataclasses import replace
 
 import pytest
-from fault_server import status, vector_of
+from fault_server import status, succeeding, vector_of
 
 from providers import tokens
 from providers.base import (
+    Charge,
     Context,
     CredentialsRefused,
     DeadlineExceeded,
@@ -16,13 +17,16 @@ from providers.base import (
     InputRefused,
     InvalidAnswer,
     Outcome,
+    ProviderError,
     RateLimited,
     Space,
+    Unreadable,
     UpstreamFault,
 )
 from providers.http import HttpProvider
 from providers.limits import Limits
 from providers.profile import Profile
+from providers.routing.route import Route
 
 CL100K = Space("openai/m", 1536, tokenizer="cl100k_base")
 FOREIGN = Space("vendor/m", 1536)
@@ -164,12 +168,45 @@ async def test_a_refusal_keeps_status_wait_and_message(upstream):
     assert caught.value.refusal.message == "made-up 429"
 
 
-@pytest.mark.parametrize("code", [201, 202, 206])
-async def test_only_200_is_an_answer(code, upstream):
-    """Vectors under another status of success are not taken."""
-    upstream.script.append(status(code, upstream.reply({"model": "m", "input": ["a"]})))
-    with pytest.raises(UpstreamFault):
+@pytest.mark.parametrize("code", [201, 202, 203, 206, 299])
+async def test_any_status_of_success_with_a_good_body_is_an_answer(code, upstream):
+    """Gateways answer 201 to a POST: the vectors are good, and are paid for."""
+    upstream.script.append(succeeding(code))
+    got = await ask(upstream, ["a"])
+    assert list(got.vectors) == [vector_of("m", "a").tobytes()]
+    assert got.charge == Charge(1)
+
+
+@pytest.mark.parametrize("code", [200, 202, 204])
+async def test_an_empty_body_is_no_answer(code, upstream):
+    """A status of success without a body holds no vector, and the error says so."""
+    upstream.script.append(status(code, b""))
+    with pytest.raises(Unreadable, match=rf"the answer is empty \(status {code}\)"):
         await ask(upstream, ["a"])
+
+
+async def test_an_error_under_another_status_of_success_is_that_error(upstream):
+    """What holds for 200 holds for its siblings."""
+    upstream.script.append(status(201, {"object": "error", "code": 429, "message": "slow"}))
+    with pytest.raises(RateLimited):
+        await ask(upstream, ["a"])
+
+
+async def test_a_missing_index_is_told_once(upstream, caplog):
+    """Vectors without an index are placed, and the log says so at the first of them alone."""
+
+    def unnumbered(reply):
+        for item in reply["data"]:
+            del item["index"]
+
+    upstream.always = upstream.altered(unnumbered)
+    async with HttpProvider("acme", Profile(base_url=upstream.url)) as provider:
+        for _ in range(3):
+            got = await provider.ask("m", FOREIGN, ["a", "b"], NOBODY)
+    assert list(got.vectors) == [vector_of("m", item).tobytes() for item in "ab"]
+    assert [record.message for record in caplog.records] == [
+        "acme: its answers leave out `index`; the missing ones are deduced, or follow the order"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -178,16 +215,84 @@ async def test_only_200_is_an_answer(code, upstream):
         lambda reply: reply["data"].pop(),
         lambda reply: reply["data"].append(reply["data"][0]),
         lambda reply: reply["data"][1].update(index=0),
-        lambda reply: reply["data"][1].update(embedding=[0.0] * 1536),
-        lambda reply: reply["data"][1].update(embedding=[0.5] * 1024),
+        lambda reply: [one.update(embedding=[0.0] * 1536) for one in reply["data"]],
+        lambda reply: [one.update(embedding=[0.5] * 1024) for one in reply["data"]],
     ],
     ids=["too few", "too many", "index twice", "zeros", "width"],
 )
 async def test_an_answer_is_checked_against_the_question(spoil, upstream):
-    """Count and width are those of this very call; a spoilt answer gives nothing."""
+    """Count and width are those of this very call; an answer spoilt as a whole gives nothing."""
     upstream.script.append(upstream.altered(spoil))
-    with pytest.raises(InvalidAnswer):
-        await ask(upstream, ["a", "b"])
+    parts = Parts()
+    with pytest.raises(InvalidAnswer) as caught:
+        await ask(upstream, ["a", "b"], context=Context(on_part=parts))
+    assert (caught.value.index, caught.value.indices) == (None, ())
+    assert parts.told == []
+
+
+class Parts:
+    """Keeps what it is told of."""
+
+    def __init__(self):
+        self.told = []
+
+    async def __call__(self, places, part):
+        self.told.append((list(places), part))
+
+
+@pytest.mark.parametrize(
+    ("space", "usage", "tokens", "charge"),
+    [
+        (CL100K, _total(8), ([2, 5], True), Charge(8)),
+        (FOREIGN, _total(36), ([11, 20], False), Charge(36)),
+        (FOREIGN, _none, ([2, 5], False), Charge(8)),
+        (FOREIGN, lambda reply: reply.update(usage={"cost": 1e-9}), ([2, 5], False), Charge(8, 1)),
+    ],
+    ids=["exact", "apportioned", "estimated", "cost alone"],
+)
+async def test_a_bad_vector_spoils_its_input_alone(space, usage, tokens, charge, upstream):
+    """The others are handed on with their tokens; the error names the place and the whole price."""
+
+    def spoil(reply):
+        usage(reply)
+        reply["data"][1]["embedding"] = [0.0] * 1536
+
+    upstream.script.append(upstream.altered(spoil))
+    parts = Parts()
+    with pytest.raises(InvalidAnswer, match="acme: embedding 1: all numbers are zero") as caught:
+        await ask(upstream, INPUTS, space, Context(on_part=parts))
+    ((places, part),) = parts.told
+    assert places == [0, 2]
+    right = [vector_of("m", item).tobytes() for item in ("hello world", [1, 2, 3, 4, 5])]
+    assert list(part.vectors) == right
+    assert ((list(part.tokens), part.counted), part.charge) == (tokens, charge)
+    assert (part.providers, list(part.outcomes)) == (("acme",), [Outcome.MISS] * 2)
+    assert (caught.value.index, caught.value.indices) == (1, (1,))
+    assert caught.value.charge == charge
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_a_call_with_a_bad_vector_is_billed_once(keeps, upstream):
+    """Before its good part is told, shared among all inputs, whether it names a price or not."""
+    upstream.always = upstream.altered(
+        lambda reply: (reply.pop("usage"), reply["data"][0].update(embedding=None))
+    )
+    events = []
+
+    async def keep(places, part):
+        assert part.charge is None
+        events.append(("part", list(places)))
+
+    def charge(bill):
+        total = sum(bill.tokens), sum(bill.nanodollars)
+        events.append((bill.provider, list(bill.places), *total))
+
+    async with HttpProvider("acme", Profile(base_url=upstream.url)) as provider:
+        route = Route(provider, "m", price=1.0)
+        context = Context(on_charge=charge, on_part=keep if keeps else None)
+        with pytest.raises(InvalidAnswer):
+            await route.embed(CL100K, ["hello", "world"], context)
+    assert events == [("acme", [0, 1], 2, 2000), ("part", [1])][: 2 if keeps else 1]
 
 
 async def test_shuffled_answers_are_put_in_order(upstream):
@@ -292,6 +397,28 @@ async def test_a_key_that_is_repeated_is_not_passed_on(code, upstream):
     assert "made-up-key" not in repr(caught.value.refusal)
 
 
+@pytest.mark.parametrize("code", [200, 401, 500])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": 'made-up-key "embedding"', "code": "made-up-key"}, "embedding": 1},
+        {"detail": [{"loc": ["made-up-key"], "msg": "embedding of made-up-key-"}]},
+        b'"embedding" made-up-key',
+        b"<html><title>made-up-key</title>embedding",
+        b'\xef\xbb\xbf{"error": "made\\u002dup-key \\"embedding\\""}',
+    ],
+    ids=["object", "detail", "text", "html", "escaped"],
+)
+async def test_a_key_is_taken_out_of_every_error(body, code, upstream, caplog):
+    """Also of a body that speaks of an embedding, of codes, of pages, and however it is escaped."""
+    upstream.script.append(status(code, body))
+    with pytest.raises(ProviderError) as caught:
+        await ask(upstream, ["a"])
+    said = f"{caught.value} {caught.value.refusal!r} {caplog.text}"
+    assert "made-up" not in said
+    assert "***" in said
+
+
 @pytest.mark.parametrize("by", ["space", "profile"])
 async def test_a_length_that_is_promised_is_checked(by, upstream):
     """Twice a vector is no vector of a model, or of an upstream, whose vectors have length 1."""
@@ -307,15 +434,20 @@ async def test_a_length_that_is_promised_is_checked(by, upstream):
         await ask(upstream, ["a"], space, unit_norm=by == "profile")
 
 
-async def test_one_vector_for_two_texts_is_refused(upstream):
-    """An upstream that answers every text alike is not believed."""
+async def test_one_vector_for_all_texts_is_refused(upstream):
+    """An upstream that answers every text alike is not believed, but may be asked for each."""
 
     def alike(reply):
-        reply["data"][1]["embedding"] = reply["data"][0]["embedding"]
+        for item in reply["data"]:
+            item["embedding"] = reply["data"][0]["embedding"]
 
-    upstream.script.append(upstream.altered(alike))
-    with pytest.raises(InvalidAnswer, match="embeddings 0 and 1 are one"):
-        await ask(upstream, ["a", "b"])
+    upstream.always = upstream.altered(alike)
+    parts = Parts()
+    with pytest.raises(InvalidAnswer, match="embeddings 0 and 1 are one") as caught:
+        await ask(upstream, ["a", "b", "c"], context=Context(on_part=parts))
+    assert (caught.value.index, caught.value.indices) == (None, (0, 1, 2))
+    assert parts.told == []
+    assert len((await ask(upstream, ["a"])).vectors) == 1
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ async def test_another_base_url_is_used_instead(mocked_http):
     ("status", "kind", "code", "error"),
     [
         (401, "invalid_request_error", "invalid_api_key", CredentialsRefused),
-        (403, "invalid_request_error", "model_not_found", CredentialsRefused),
+        (403, "invalid_request_error", "model_not_found", ModelNotFound),
         (404, "invalid_request_error", "model_not_found", ModelNotFound),
         (429, "insufficient_quota", "insufficient_quota", OutOfCredit),
         (429, "tokens", "rate_limit_exceeded", RateLimited),
@@ -96,7 +96,7 @@ async def test_another_base_url_is_used_instead(mocked_http):
     ],
 )
 async def test_openais_errors_are_told_apart(status, kind, code, error, mocked_http):
-    """Type and code of OpenAI's error are kept, and its status decides what follows."""
+    """Type and code of OpenAI's error are kept, and with its status decide what follows."""
     body = {"error": {"message": "made up", "type": kind, "param": None, "code": code}}
     mocked_http.post(URL, status=status, payload=body, headers={"Retry-After": "2"})
     with pytest.raises(error) as caught:

@@ -99,7 +99,7 @@ async def test_openrouters_errors_are_told_apart(code, error, inside, mocked_htt
     assert type(caught.value) is error
     said = caught.value if error is InputRefused else caught.value.refusal
     assert (said.status, said.code) == (code, None)
-    assert str(caught.value).endswith("made up")
+    assert "made up" in str(caught.value)
 
 
 @pytest.mark.parametrize(

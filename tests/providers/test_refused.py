@@ -17,6 +17,7 @@ from providers.batching.refused import is_about_an_input, is_about_size
         (InputRefused("m", param="input", index=3), False, False),
         (InputRefused("m", param="input_type"), False, False),
         (InputRefused("m", param="model"), False, False),
+        (InputRefused("m", status=403), False, True),
         (InputRefused("m", status=404), False, False),
         (InputRefused("m", status=413), True, False),
         (InputRefused("m", kind="max_tokens_per_request"), True, False),

@@ -204,7 +204,7 @@ async def test_a_key_that_is_refused(check, upstream, second):
     done = await check(**sections)
     assert done.code == 1
     (problem,) = done.problems
-    assert problem.startswith(f"{SMALL} at openai ({SMALL}): Incorrect API key: ***")
+    assert problem.startswith(f"{SMALL} at openai ({SMALL}): status 401: Incorrect API key: ***")
     assert problem.endswith("(its key is that in OPENAI_API_KEY)")
     assert "\x1b" not in done.out
     assert f"  FAILED  openai      {SMALL} " in done.out
@@ -212,7 +212,7 @@ async def test_a_key_that_is_refused(check, upstream, second):
     assert "agree" not in done.out
     first = (await check("--json", **sections)).json["routes"][0]
     assert (first["ok"], first["tokens"], first["dimensions"]) == (False, None, None)
-    assert first["error"].startswith("Incorrect API key: ***")
+    assert first["error"].startswith("status 401: Incorrect API key: ***")
     assert first["latency_ms"] > 0
 
 

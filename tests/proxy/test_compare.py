@@ -122,7 +122,10 @@ async def test_the_table_says_it_for_people(compare, upstream, second):
     assert mine[-5:] == ["0.02", mine[-4], "1536", "6.1", "GB"]
     unknown = ["0/3", *["-"] * 4, "0.02", "?", "1536", "6.1", "GB"]
     assert rows[f"{SMALL} at openrouter"][3:] == unknown
-    assert f"  {SMALL} at openrouter: 3 x UpstreamFault; the last: made-up 503\n" in done.out
+    assert (
+        f"  {SMALL} at openrouter: 3 x UpstreamFault; the last: status 503: made-up 503\n"
+        in done.out
+    )
     assert "to choose" not in done.out, "there is nothing to choose from"
 
 

@@ -1,0 +1,337 @@
+"""What an upstream's error says, in every shape that upstreams send, and what it is about."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from providers.base import (
+    CredentialsRefused,
+    EmbeddingError,
+    InputRefused,
+    ModelNotFound,
+    OutOfCredit,
+    ProviderError,
+    RateLimited,
+    UpstreamFault,
+)
+from providers.error_body import MAX_REASON, is_error, reason_of, refusal
+
+GOOGLE_KEY = {
+    "error": {
+        "code": 400,
+        "message": "API key not valid. Please pass a valid API key.",
+        "status": "INVALID_ARGUMENT",
+        "details": [
+            {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
+        ],
+    }
+}
+
+
+def body_of(value: object) -> bytes:
+    """Return a body: bytes as they are, else JSON."""
+    return value if isinstance(value, bytes) else json.dumps(value).encode()
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"error": {"message": "no such field", "type": "t"}}, "no such field"),
+        ({"error": "model is loading"}, "model is loading"),
+        ({"error": ["one", "two"]}, "one; two"),
+        ({"detail": "Not Found"}, "Not Found"),
+        (
+            {"detail": [{"loc": ["body", "input", 3], "msg": "field required", "type": "missing"}]},
+            "body.input.3: field required",
+        ),
+        (
+            {"detail": [{"loc": ["body", "a"], "msg": "one"}, {"loc": ["body"], "msg": "two"}]},
+            "body.a: one; body: two",
+        ),
+        ({"detail": {"message": "too long", "code": "x"}}, "too long"),
+        ({"message": "invalid api token"}, "invalid api token"),
+        ({"object": "error", "message": "out of memory", "code": 500}, "out of memory"),
+        ({"object": "error", "message": {"detail": [{"loc": ["n"], "msg": "no"}]}}, "n: no"),
+        ({"object": "error", "message": '{"detail": [{"loc": ["n"], "msg": "no"}]}'}, "n: no"),
+        ([{"error": {"code": 400, "message": "from a list"}}], "from a list"),
+        (GOOGLE_KEY, "API key not valid. Please pass a valid API key."),
+        ({"errors": ["one", "two"]}, "one; two"),
+        ({"errors": [{"message": "one"}, {"detail": "two"}]}, "one; two"),
+        ({"errors": [{"title": "Bad", "status": "400"}]}, "Bad"),
+        ({"title": "Forbidden", "status": 403, "detail": "by policy"}, "by policy"),
+        ({"timestamp": 1, "status": 404, "error": "Not Found", "path": "/"}, "Not Found"),
+        ({"statusCode": 401, "message": "invalid subscription key"}, "invalid subscription key"),
+        ({"error_msg": "quota", "error_code": 17}, "quota"),
+        (
+            {"error": {"message": "Provider returned error", "metadata": {"raw": "too long"}}},
+            "Provider returned error: too long",
+        ),
+        (
+            {"error": {"message": "failed", "metadata": {"raw": '{"error": {"message": "m"}}'}}},
+            "failed: m",
+        ),
+        (b"upstream connect error", "upstream connect error"),
+        (b"\xef\xbb\xbfa text with a mark", "a text with a mark"),
+        (b'\xef\xbb\xbf{"error": "marked"}', "marked"),
+        ('{"error": "wide"}'.encode("utf-16"), "wide"),
+        (b"<html><head><title>502 Bad Gateway</title></head>", "502 Bad Gateway"),
+        (b"<!DOCTYPE html>\n<html><body><h1>Sorry</h1>", "Sorry"),
+        (b"  <HTML><TITLE lang=en>\n Sign\n in </TITLE>", "Sign in"),
+        ({"error": {"message": "a\x00b\x1b[31m\n\tc\u202e\u200b  d"}}, "ab[31m c d"),
+        ({"error": {"message": ""}, "detail": "said elsewhere"}, "said elsewhere"),
+        (b"", None),
+        (b"<html>", None),
+        (b"<html><title></title>", None),
+        (b"\x1f\x8b\x08\x00\xff\xfe\xfd", None),
+        (b'{"object": "list", "da', None),
+        (b"x" * 5000, None),
+        ({}, None),
+        ([], None),
+        ({"error": 7}, None),
+        ({"detail": []}, None),
+        ([1, 2], None),
+    ],
+)
+def test_a_reason_is_found_in_every_shape(value, reason):
+    """Whoever refuses, and in whatever form: the words for people are read, on one line."""
+    assert reason_of(body_of(value)) == reason
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429, 500, 503])
+def test_reason_and_status_are_told(status):
+    """A client that is refused is told why; of other failures the status too is part of it."""
+    error = refusal("acme", status, {}, body_of({"detail": "it is so"}))
+    if isinstance(error, InputRefused):
+        assert (str(error), error.status) == ("it is so", status)
+    else:
+        assert str(error) == f"acme: status {status}: it is so"
+        assert error.refusal.message == "it is so"
+    bare = refusal("acme", status, {}, b"")
+    assert str(bare) == f"acme: status {status}"
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://h.example/v1/embeddings", "(asked: POST https://h.example/v1/embeddings)"),
+        ("https://h.example/v1beta/openai/embeddings", "/v1beta/openai/embeddings)"),
+        ("http://h:9/embeddings", "h:9/embeddings; the base URL has no version path such as /v1)"),
+        ("https://user:pass@h.example/embeddings?key=pass", "POST https://h.example/embeddings;"),
+        ("https://h/openai/deployments/d/embeddings?api-version=1", "/deployments/d/embeddings)"),
+    ],
+)
+def test_a_page_that_is_not_there_is_named(url, told):
+    """The commonest cause of a 404 is a base URL without its version; no secret of it is told."""
+    for status in (404, 405):
+        message = str(refusal("acme", status, {}, b"", url=url))
+        assert told in message
+        assert "pass@" not in message
+        assert "key=" not in message
+    assert "asked" not in str(refusal("acme", 500, {}, b"", url=url))
+    hidden = refusal("acme", 404, {}, b"", url=url, redact=lambda text: text.replace("h", "***"))
+    assert "***" in str(hidden)
+    model = body_of({"error": {"message": "no", "code": "model_not_found"}})
+    assert "asked" not in str(refusal("acme", 404, {}, model, url=url))
+
+
+def coded(code: object = None, message: str = "no", **fields: object) -> dict[str, object]:
+    """Return an error in OpenAI's shape."""
+    return {"error": {"message": message, "code": code, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("status", "value", "kind", "told"),
+    [
+        # An account without credit, under statuses that say something else.
+        (400, coded("Arrearage"), OutOfCredit, 402),
+        (400, {"code": "Arrearage", "message": "Access denied."}, OutOfCredit, 402),
+        (400, coded(None, type="Arrearage"), OutOfCredit, 402),
+        (400, coded("insufficient_quota"), OutOfCredit, 402),
+        (403, coded("insufficient_quota"), OutOfCredit, 402),
+        (403, coded("insufficient_user_quota"), OutOfCredit, 402),
+        (400, coded("billing_hard_limit_reached"), OutOfCredit, 402),
+        (429, coded(None, type="billing_not_active"), OutOfCredit, 429),
+        (429, coded(None, type="exceeded_current_quota_error"), OutOfCredit, 429),
+        (403, coded("AccountOverdueError"), OutOfCredit, 402),
+        (403, coded("AllocationQuota.FreeTierOnly"), OutOfCredit, 402),
+        (403, coded(None, status="BILLING_DISABLED"), OutOfCredit, 402),
+        (403, coded(403, details=[{"reason": "BILLING_DISABLED"}]), OutOfCredit, 402),
+        (403, {"code": 30001, "message": "Sorry, your account balance is insufficient"},
+         OutOfCredit, 402),
+        (400, {"message": "Access denied, please make sure your account is in good standing."},
+         OutOfCredit, 402),
+        (422, coded("insufficient_balance"), OutOfCredit, 402),
+        (400, {"reason": "insufficient balance"}, OutOfCredit, 402),
+        (403, coded(None, "Insufficient Balance"), OutOfCredit, 402),
+        (200, coded("insufficient_quota"), OutOfCredit, 402),
+        (402, coded("anything"), OutOfCredit, 402),
+        # A key that is not accepted.
+        (400, GOOGLE_KEY, CredentialsRefused, 401),
+        (400, [GOOGLE_KEY], CredentialsRefused, 401),
+        (400, coded(400, "API key not valid. Please pass a valid API key."),
+         CredentialsRefused, 401),
+        (400, {"code": "Client specified an invalid argument",
+               "error": "Incorrect API key provided: ab***yz."}, CredentialsRefused, 401),
+        (400, coded("invalid_api_key"), CredentialsRefused, 401),
+        (400, coded("InvalidApiKey"), CredentialsRefused, 401),
+        (400, coded(None, errors=[{"reason": "keyInvalid"}]), CredentialsRefused, 401),
+        (403, coded(None, "Access denied"), CredentialsRefused, 403),
+        (403, b"", CredentialsRefused, 403),
+        (403, coded(None, type="permission_error"), CredentialsRefused, 403),
+        # A model, and no other.
+        (403, coded("model_not_found"), ModelNotFound, 403),
+        (403, coded("Model.AccessDenied"), ModelNotFound, 403),
+        (403, coded("access_denied", "Model access denied."), ModelNotFound, 403),
+        (400, coded("model_not_found"), ModelNotFound, 404),
+        (400, coded("model_not_supported"), ModelNotFound, 404),
+        # A rate limit.
+        (403, coded(None, errors=[{"reason": "rateLimitExceeded"}]), RateLimited, 429),
+        (400, coded("Throttling.RateQuota"), RateLimited, 429),
+        (429, coded("RESOURCE_EXHAUSTED", "You exceeded your current quota, please check your "
+                    "plan and billing details."), RateLimited, 429),
+        # An input that a provider does not want.
+        (403, coded("content_policy_violation"), InputRefused, 403),
+        (403, coded("content_filter"), InputRefused, 403),
+        (403, coded(None, type="moderation_blocked"), InputRefused, 403),
+        (403, coded(403, metadata={"reasons": ["violence"], "flagged_input": "a text"}),
+         InputRefused, 403),
+        (200, coded(403, metadata={"flagged_input": "a text"}), InputRefused, 403),
+        (403, coded(None, innererror={"code": "ResponsibleAIPolicyViolation"}), InputRefused, 403),
+        (400, coded("DataInspectionFailed"), InputRefused, 400),
+    ],
+)  # fmt: skip
+def test_what_an_error_is_about_is_read_from_its_codes(status, value, kind, told):
+    """A code says more than a status; the client is told a status that it reads rightly."""
+    error = refusal("acme", status, {}, body_of(value))
+    assert type(error) is kind
+    assert (error if kind is InputRefused else error.refusal).status == told
+    if kind is not InputRefused and status >= 400:
+        assert str(error).startswith(f"acme: status {status}")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        coded(None, "Invalid input: 'insufficient_quota, billing, API key not valid'"),
+        coded("invalid_input", "The text 'Access denied, please make sure your account is in good "
+              "standing.' is too long"),
+        coded(None, "input 3 is too long: API_KEY_INVALID Arrearage model_not_found"),
+        coded("invalid_request_error", "model_not_found", param="billing"),
+        coded("context_length_exceeded"),
+        coded("model_dimensions_not_supported"),
+        coded("invalid_model_input"),
+        {"detail": [{"loc": ["body", "billing"], "msg": "insufficient_quota", "type": "value",
+                     "input": "invalid_api_key"}]},
+        {"message": "your input speaks of an insufficient balance"},
+        {"message": "Insufficient balance of quotation marks in the input"},
+        {"code": "bad_input", "reason": "text 'billing' is too long"},
+        {"code": "bad_input", "reason": "the text about billing is too long"},
+        {"code": "the input overdue payment is too long"},
+        b"insufficient_quota",
+        coded("insufficient_quota " * 20),
+        GOOGLE_KEY["error"] | {"details": [], "message": "Invalid value: API_KEY_INVALID"},
+    ],
+)  # fmt: skip
+def test_an_honest_400_is_about_the_input_whatever_it_quotes(value):
+    """Free text may quote the user: no word in it takes a provider out of service."""
+    assert type(refusal("acme", 400, {}, body_of(value))) is InputRefused
+
+
+def test_the_users_text_in_a_moderation_error_is_not_repeated():
+    """OpenRouter sends the flagged input along; neither log nor reply get it."""
+    value = coded(403, "flagged", metadata={"reasons": ["x"], "flagged_input": "my secret text"})
+    assert str(refusal("acme", 403, {}, body_of(value))) == "flagged"
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ({"error": "x"}, True),
+        ({"error": {"message": "x"}, "data": []}, True),
+        ({"object": "error", "message": "x"}, True),
+        ({"object": "error", "data": []}, True),
+        ({"detail": "x"}, True),
+        ({"message": "x", "data": None}, True),
+        ({"errors": ["x"]}, True),
+        ([{"error": {"message": "x"}}], True),
+        ({"error": None, "data": []}, False),
+        ({"message": "x", "data": []}, False),
+        ({"data": None}, False),
+        ({}, False),
+        ([], False),
+        ([{"embedding": []}], False),
+        ("error", False),
+        (None, False),
+    ],
+)
+def test_an_error_under_a_status_of_success_is_told_apart(reply, found):
+    """What holds no list of embeddings but a reason is an error; a remark beside them is none."""
+    assert is_error(reply) is found
+
+
+def test_a_reply_that_is_an_error_counts_as_what_it_says():
+    """The error object of vLLM under status 200, with its code, is that refusal."""
+    body = body_of({"object": "error", "message": "too long", "code": 400, "type": "BadRequest"})
+    error = refusal("acme", 200, {}, body)
+    assert (type(error), error.status, str(error), error.kind) == (
+        InputRefused,
+        400,
+        "too long",
+        "BadRequest",
+    )
+    error = refusal("acme", 200, {}, body_of({"object": "error", "message": "broken"}))
+    assert (type(error), str(error)) == (UpstreamFault, "acme: status 200: broken")
+
+
+@pytest.mark.parametrize("field", ["message", "code", "type", "param"])
+def test_every_text_is_bounded_clean_and_without_keys(field):
+    """A megabyte in any field comes out as one short line, its keys taken out before it is cut."""
+    text = "x" * 490 + " sk-secret-key \x00\n" + "y" * 1_000_000
+    body = body_of({"error": {"message": "m", field: text}})
+    for status in (400, 500):
+        error = refusal(
+            "acme", status, {}, body, redact=lambda said: said.replace("sk-secret-key", "***")
+        )
+        said = error if isinstance(error, InputRefused) else error.refusal
+        for told in (str(error), said.code, said.kind, str(getattr(said, "param", ""))):
+            assert told is None or len(told) <= MAX_REASON + 30
+            assert told is None or not {"sk-secr", "\x00", "\n"} & {told, *told}
+            assert "sk-" not in (told or "")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-600, 600) | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["error", "code", "type", "status", "message", "detail", "details", "errors",
+                 "loc", "msg", "metadata", "raw", "reason", "param", "object", "innererror"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=15,
+)  # fmt: skip
+
+
+@given(JSON, st.sampled_from([200, 201, 400, 401, 403, 404, 413, 422, 429, 500]))
+@settings(deadline=None)
+def test_whatever_comes_is_an_error_of_our_tree(value, status):
+    """No shape makes the reader fail, and no text in what it reads is long or of several lines."""
+    error = refusal("acme", status, {}, body_of(value), url="http://h/embeddings")
+    assert isinstance(error, EmbeddingError)
+    assert isinstance(error, InputRefused | ProviderError)
+    assert str(error).isprintable()
+
+
+@given(st.binary(max_size=200), st.sampled_from([200, 400, 403, 500]))
+@settings(deadline=None)
+def test_whatever_bytes_come_are_an_error_of_our_tree(body, status):
+    """Nor do bytes that are no JSON, nor a text, nor anything."""
+    error = refusal("acme", status, {}, body)
+    assert isinstance(error, InputRefused | ProviderError)
+    assert str(error).isprintable()
