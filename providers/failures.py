@@ -12,12 +12,13 @@ It knows no provider, no cache and no wire format::
         ├── CredentialsRefused   401, 403: the proxy's own key is not accepted
         ├── OutOfCredit          402, or 429 with insufficient_quota: waiting will not help
         ├── ModelNotFound        404: this provider does not serve the model
+        ├── LoopDetected         508: the provider's address leads back to this proxy
         └── PassingFailure       the same call may succeed in a moment
             ├── RateLimited      429
             │   └── Full         the proxy's own queue before the provider; no call was made
             ├── UpstreamFault    408, 409, 5xx
             ├── UpstreamTimeout  no whole answer within the limit of one attempt
-            ├── Unreachable      name resolution, connection, TLS or a cut connection
+            ├── Unreachable      name resolution, connection, TLS or a lost connection
             ├── Unreadable       an answer that is no JSON: a gateway's page, or cut off
             └── InvalidAnswer    an answer that fails a check: nothing of it is used
 """
@@ -139,6 +140,17 @@ class ModelNotFound(ProviderError):
     """404: this provider does not serve the model, or not to this key."""
 
 
+class LoopDetected(ProviderError):
+    """508: the provider's address leads back to this proxy. Asking again does not help."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(
+            provider,
+            "its address leads back to this proxy (508 Loop Detected); set"
+            f" providers.{provider}.base_url to the upstream's own address",
+        )
+
+
 class PassingFailure(ProviderError):
     """The same call may succeed in a moment."""
 
@@ -163,7 +175,7 @@ class UpstreamTimeout(PassingFailure):
 
 
 class Unreachable(PassingFailure):
-    """Name resolution, connection or TLS failed, or the connection was cut."""
+    """Name resolution, connection or TLS failed, or the connection was lost."""
 
 
 class Unreadable(PassingFailure):

@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from providers.base import InputRefused, UpstreamTimeout
-from providers.transport import reason
+from providers.transport_errors import reason
 from proxy.http.body import BodyRefused
 from proxy.http.cors import Cors
 from proxy.settings.schema import Settings
