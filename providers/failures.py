@@ -143,13 +143,6 @@ class ModelNotFound(ProviderError):
 class LoopDetected(ProviderError):
     """508: the provider's address leads back to this proxy. Asking again does not help."""
 
-    def __init__(self, provider: str) -> None:
-        super().__init__(
-            provider,
-            "its address leads back to this proxy (508 Loop Detected); set"
-            f" providers.{provider}.base_url to the upstream's own address",
-        )
-
 
 class PassingFailure(ProviderError):
     """The same call may succeed in a moment."""

@@ -27,7 +27,7 @@ from .base import (
 from .content_encoding import ACCEPT_ENCODING, PIECE, DecodeError, Decoder
 from .limits import Timeouts
 from .network import Network
-from .transport_errors import is_oversize, reason
+from .transport_errors import PROXY_CREDENTIALS_REFUSED, is_final, reason
 
 _DIRECT = Network()
 
@@ -118,7 +118,7 @@ class Transport:
         Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
         is, or there is no connection in time, or the reply does not begin in time or arrives too
         slowly, Unreachable when there is no connection or it was lost, UpstreamFault for a reply
-        beyond `limit`, one that cannot be decoded, or a redirect, LoopDetected for a 508.
+        beyond `limit`, one that cannot be decoded, a redirect or a 407, LoopDetected for a 508.
         """
         now = asyncio.get_running_loop().time()
         left = None if context.deadline is None else context.deadline - now
@@ -140,8 +140,14 @@ class Transport:
                     response = await stack.enter_async_context(request)
                 if 300 <= response.status < 400:
                     raise UpstreamFault(self._provider, "answered with a redirect; not followed")
+                if response.status == 407:
+                    raise UpstreamFault(self._provider, PROXY_CREDENTIALS_REFUSED)
                 if response.status == 508:
-                    raise LoopDetected(self._provider)
+                    raise LoopDetected(
+                        self._provider,
+                        "its address leads back to this proxy (508 Loop Detected); set"
+                        f" providers.{self._provider}.base_url to the upstream's own address",
+                    )
                 body = await self._read(response, limit)
                 return Reply(response.status, response.headers, body)
         except TimeoutError as error:
@@ -154,8 +160,7 @@ class Transport:
                 ) from error
             raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
-            if is_oversize(error):
-                # The same call would bring the same headers, and be charged again.
+            if is_final(error):
                 raise UpstreamFault(self._provider, reason(error)) from error
             raise Unreachable(self._provider, reason(error)) from error
 

@@ -10,6 +10,8 @@ import ssl
 
 import aiohttp
 
+PROXY_CREDENTIALS_REFUSED = "HTTP proxy: it refuses the credentials, or wants some (407)"
+
 _NO_SUCH_HOST = {
     getattr(socket, name)
     for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY")
@@ -53,6 +55,8 @@ def reason(  # noqa: C901, PLR0911, PLR0912 - one case for each kind of failure
             return f"HTTP proxy: {_connect(error)}"
         case aiohttp.ClientConnectorError():
             return _connect(error)
+        case aiohttp.ClientHttpProxyError(status=407):
+            return PROXY_CREDENTIALS_REFUSED
         case aiohttp.ClientHttpProxyError():
             return f"HTTP proxy: the tunnel was refused with status {error.status}"
         case aiohttp.ClientResponseError():
@@ -73,11 +77,19 @@ def reason(  # noqa: C901, PLR0911, PLR0912 - one case for each kind of failure
             return "connection failed"
 
 
-def is_oversize(error: BaseException) -> bool:
-    """Tell whether the headers of a reply were larger than aiohttp takes."""
-    if not isinstance(error, aiohttp.ClientResponseError):
-        return False
-    return error.message.startswith(("Got more than", "Too many headers"))
+def is_final(error: BaseException) -> bool:
+    """Tell whether the same call would fail again in the same way.
+
+    So it is where the headers of a reply are larger than aiohttp takes (and each such reply is
+    charged), and where an HTTP proxy wants other credentials.
+    """
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return error.status == 407
+    return isinstance(error, aiohttp.ClientResponseError) and _is_oversize(error.message)
+
+
+def _is_oversize(message: str) -> bool:
+    return message.startswith(("Got more than", "Too many headers"))
 
 
 def _place(error: aiohttp.ClientConnectorError) -> str:
@@ -120,7 +132,7 @@ def _tls(error: ssl.SSLError | aiohttp.ClientConnectorSSLError, place: str) -> s
 
 def _not_http(message: str) -> str:
     """Say what is wrong with a reply that is no HTTP; what it holds is not quoted."""
-    if message.startswith(("Got more than", "Too many headers")):
+    if _is_oversize(message):
         return "reply headers too large"
     first = (message.splitlines() or [""])[0].partition(":")[0].partition(" b'")[0].strip()
     if not first or first.startswith(("Bad status line", "Bad Request")):

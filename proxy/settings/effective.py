@@ -1,7 +1,7 @@
 """What a configuration comes to: every key with the value that applies, ready to be a file again.
 
-No secret is in it: what only the environment should hold stands there as a reference `${NAME}`, that
-of the file or one made up, so that nobody serves with a placeholder for a key.
+No secret is in it: what only the environment should hold stands there as a reference `${NAME}`,
+that of the file or one made up, so that nobody serves with a placeholder for a key.
 """
 
 import os
