@@ -1,4 +1,4 @@
-"""An HTTP proxy on a real socket: it forwards, opens tunnels, and notes what it was asked."""
+"""Servers in between, on real sockets: an HTTP proxy, and a relay to a port known later."""
 
 import asyncio
 import base64
@@ -8,13 +8,10 @@ from typing import Self
 
 
 @dataclass
-class HttpProxy:
-    """Use it with `async with`. With `credentials` ("user:password") it asks for these."""
+class _Between:
+    """Takes connections, each in a task of its own. Use it with `async with`."""
 
-    credentials: str | None = None
-    asked: list[str] = field(default_factory=list)
-    """Method and target of each request, such as `CONNECT localhost:443`."""
-    heads: list[bytes] = field(default_factory=list)
+    connections: int = 0
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -28,22 +25,51 @@ class HttpProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._tasks.add(asyncio.current_task())
+        self.connections += 1
+        # The stream server of Python 3.11 would log a cancelled task as an error.
+        ends = (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.suppress(*ends):
+            await self._answer(reader, writer)
+        await _closed(writer)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raise NotImplementedError
+
     @property
     def port(self) -> int:
         return self._server.sockets[0].getsockname()[1]
+
+
+@dataclass
+class Relay(_Between):
+    """An address that leads to the port `to`, which may be set later."""
+
+    to: int = 0
+
+    @property
+    def url(self) -> str:
+        """The base URL for a provider."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _joined("127.0.0.1", self.to, reader, writer)
+
+
+@dataclass
+class HttpProxy(_Between):
+    """It forwards and opens tunnels. With `credentials` ("user:password") it asks for these."""
+
+    credentials: str | None = None
+    asked: list[str] = field(default_factory=list)
+    """Method and target of each request, such as `CONNECT localhost:443`."""
+    heads: list[bytes] = field(default_factory=list)
 
     @property
     def url(self) -> str:
         """The address with the right credentials."""
         return f"http://{f'{self.credentials}@' if self.credentials else ''}127.0.0.1:{self.port}"
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._tasks.add(asyncio.current_task())
-        # The stream server of Python 3.11 would log a cancelled task as an error.
-        ends = (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError)
-        with contextlib.suppress(*ends):
-            await self._answer(reader, writer)
-        writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -61,14 +87,25 @@ class HttpProxy:
             host, _, port = target.removeprefix("http://").partition("/")[0].partition(":")
             path = "/" + target.removeprefix("http://").partition("/")[2]
             first = head.replace(target.encode(), path.encode(), 1)
-        upstream_reader, upstream_writer = await asyncio.open_connection(host, int(port))
-        try:
-            if method == "CONNECT":
-                writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            upstream_writer.write(first)
-            await asyncio.gather(_pump(reader, upstream_writer), _pump(upstream_reader, writer))
-        finally:
-            upstream_writer.close()
+        if method == "CONNECT":
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        await _joined(host, int(port), reader, writer, first)
+
+
+async def _joined(
+    host: str,
+    port: int,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    first: bytes = b"",
+) -> None:
+    """Carry bytes both ways until both sides have ended."""
+    reader_there, writer_there = await asyncio.open_connection(host, port)
+    try:
+        writer_there.write(first)
+        await asyncio.gather(_pump(reader, writer_there), _pump(reader_there, writer))
+    finally:
+        await _closed(writer_there)
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -77,3 +114,9 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
             writer.write(data)
             await writer.drain()
         writer.write_eof()
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+        await writer.wait_closed()

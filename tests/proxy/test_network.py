@@ -66,7 +66,7 @@ async def message_of(response) -> str:
 
 async def test_embeddings_go_through_the_proxy(start, upstream):
     """The proxy sees the whole address and its own credentials; the upstream sees the key alone."""
-    async with HttpProxy("me:secret") as way:
+    async with HttpProxy(credentials="me:secret") as way:
         proxy = await start(upstream, proxy=way.url)
         for text in ("a", "b"):
             assert (await proxy.post({**GOOD, "input": text})).status == 200
@@ -77,7 +77,7 @@ async def test_embeddings_go_through_the_proxy(start, upstream):
 
 async def test_https_goes_through_a_tunnel(start, secure):
     """The proxy is asked for a tunnel, and sees neither the key nor the call."""
-    async with HttpProxy("me:secret") as way:
+    async with HttpProxy(credentials="me:secret") as way:
         proxy = await start(secure, proxy=way.url, ca_file=CA)
         assert (await proxy.post(GOOD)).status == 200
     assert way.asked == [f"CONNECT localhost:{secure.port}"]
@@ -116,7 +116,7 @@ async def test_a_proxy_that_refuses_the_credentials_is_named(
     """It is asked once, and neither the reply nor the log shows what was refused."""
     caplog.set_level(logging.DEBUG)
     server = upstream if scheme == "http" else secure
-    async with HttpProxy("me:other") as way:
+    async with HttpProxy(credentials="me:other") as way:
         given = way.url.replace("other", PASSWORD)
         proxy = await start(server, proxy=given, ca_file=CA)
         response = await proxy.post(GOOD)
