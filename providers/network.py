@@ -55,6 +55,12 @@ class Network:
             )
         return proxy
 
+    def place_of(self, base_url: str) -> str:
+        """Return the host and port that connections are made to, for people."""
+        proxy = self.proxy_for(base_url)
+        url = proxy or URL(base_url)
+        return f"{'HTTP proxy ' if proxy else ''}{url.host_subcomponent}:{url.port}"
+
     def open_session(
         self,
         base_url: str,

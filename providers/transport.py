@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import aiohttp
-from yarl import URL
 
 from . import hops
 from .base import (
@@ -155,21 +154,15 @@ class Transport:
             if left is not None and taken >= left:
                 raise DeadlineExceeded("the time of the request was up") from error
             if isinstance(error, aiohttp.ConnectionTimeoutError):
+                place = self._network.place_of(self._base_url)
                 raise UpstreamTimeout(
-                    self._provider, f"connection timed out to {self._place}, after {taken:.1f} s"
+                    self._provider, f"connection timed out to {place}, after {taken:.1f} s"
                 ) from error
             raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
             if is_final(error):
                 raise UpstreamFault(self._provider, reason(error)) from error
             raise Unreachable(self._provider, reason(error)) from error
-
-    @property
-    def _place(self) -> str:
-        """The host and port that a connection is made to."""
-        proxy = self._network.proxy_for(self._base_url)
-        url = proxy or URL(self._base_url)
-        return f"{'HTTP proxy ' if proxy else ''}{url.host_subcomponent}:{url.port}"
 
     async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """Return the decoded body, as long as it keeps coming; stop as soon as it passes `limit`.

@@ -17,7 +17,7 @@ from yarl import URL
 from providers import hops
 from providers.base import EmbeddingError, InputRefused, NoRoute, Unreachable, UpstreamTimeout
 from providers.content_encoding import ACCEPT_ENCODING, DecodeError, Decoder
-from providers.transport_errors import reason
+from providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
 from proxy.embedding.opening import check_network, key_of
 from proxy.http.access import Access
 from proxy.settings.schema import Settings
@@ -130,9 +130,19 @@ class Origin:
     def failure(self, error: Exception) -> EmbeddingError:
         """Return what a client is told when the origin could not be asked."""
         if isinstance(error, TimeoutError):
+            place = self._profile.network.place_of(self._base_url)
             seconds = self._profile.timeouts.connect_s
-            return UpstreamTimeout(self.name, f"no connection within {seconds:g} s")
+            return UpstreamTimeout(
+                self.name, f"connection timed out to {place}, after {seconds:.1f} s"
+            )
         return Unreachable(self.name, reason(error))
+
+    def checked(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+        """Return a reply of the upstream. Raises Unreachable for one of an HTTP proxy."""
+        if reply.status == 407:
+            reply.close()
+            raise Unreachable(self.name, PROXY_CREDENTIALS_REFUSED)
+        return reply
 
     async def models(self, request: web.Request) -> list[dict[str, Any]]:
         """Return the models that the origin lists; none if it does not do so, and soon."""

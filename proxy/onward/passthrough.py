@@ -84,7 +84,7 @@ class Passthrough:
     ) -> aiohttp.ClientResponse:
         """Send the call and return the reply as soon as it begins. Raises EmbeddingError."""
         try:
-            return await self._origin.session.request(
+            reply = await self._origin.session.request(
                 request.method,
                 url,
                 headers=headers,
@@ -95,6 +95,7 @@ class Passthrough:
             if upload.broke_off:
                 raise BodyRefused("The request body broke off.") from error
             raise self._origin.failure(error) from error
+        return self._origin.checked(reply)
 
     async def _returned(
         self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance

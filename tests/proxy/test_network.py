@@ -118,13 +118,18 @@ async def test_a_proxy_that_refuses_the_credentials_is_named(
     server = upstream if scheme == "http" else secure
     async with HttpProxy(credentials="me:other") as way:
         given = way.url.replace("other", PASSWORD)
-        proxy = await start(server, proxy=given, ca_file=CA)
+        proxy = await start(server, "openai", proxy=given, ca_file=CA)
         response = await proxy.post(GOOD)
-    assert response.status == 502
-    assert "openai: HTTP proxy: it refuses the credentials" in await message_of(response)
-    assert len(way.asked) == 1
+        assert len(way.asked) == 1
+        async with proxy.http.post(f"{proxy.url}/moderations", json=GOOD) as passed:
+            await passed.read()
+    shown = caplog.text
+    for one in (response, passed):
+        assert one.status == 502
+        assert "openai: HTTP proxy: it refuses the credentials" in await message_of(one)
+        shown += await one.text()
+    assert len(way.asked) == 2
     assert not server.calls
-    shown = await response.text() + caplog.text
     assert PASSWORD not in shown
     assert "very@secret" not in shown
 
