@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from providers.credential import key_mistake
+
 from .failures import Denied, NotInstalled
 from .translation import translated
 
@@ -75,8 +77,9 @@ class Connection:
                 raise Denied(
                     f"{self._api_key_env}, which should hold the key of Qdrant, is not set"
                 )
-            if not (key.isascii() and key.isprintable()):
-                raise Denied(f"{self._api_key_env}: its value is no key: a line break or the like")
+            mistake = key_mistake(key, self._api_key_env)
+            if mistake:
+                raise Denied(f"{self._api_key_env}: {mistake}")
         try:
             if self._path is not None:
                 self._thread = ThreadPoolExecutor(1, "qdrant")

@@ -22,6 +22,8 @@ _MASKED = re.compile(
     rb"|(?<![\w-])[\w-]{2,}+\.{3}[\w-]{2,}+"
 )
 
+_QUOTES = ("'", '"', "`")
+
 T = TypeVar("T")
 
 
@@ -55,6 +57,31 @@ def redacted(secret: bytes, body: bytes) -> bytes:
     if len(secret) > _BEGINNING:
         body = re.sub(re.escape(secret[:_BEGINNING]) + rb'[^\s"\\]*', b"***", body)
     return body
+
+
+def key_mistake(key: str, variable: str = "") -> str:
+    """Return what is probably wrong with a key from a variable, and the remedy; else nothing.
+
+    The key is not shown.
+
+    >>> key_mistake("'sk-123'")
+    'its value stands in quotes; set it without them'
+    >>> key_mistake("sk-123")
+    ''
+    """
+    lower = key.lower()
+    if not (key.isascii() and key.isprintable()):
+        return "its value is no key: it holds a line break or the like"
+    if key[:1] in _QUOTES or key[-1:] in _QUOTES:
+        return "its value stands in quotes; set it without them"
+    if variable and key.startswith(f"{variable}="):
+        return f"its value begins with {variable}= itself; set what stands behind that"
+    for word in ("authorization:", "bearer ", "bearer:", "export "):
+        if lower.startswith(word):
+            return f"its value begins with `{key[: len(word)].rstrip()}`; set the key alone"
+    if key.startswith(("$", "%")):
+        return "its value is the name of another variable, not expanded; set the key itself"
+    return ""
 
 
 class ByKey(Generic[T]):

@@ -12,12 +12,13 @@ It knows no provider, no cache and no wire format::
         ├── CredentialsRefused   401, 403, 400 about a key: the proxy's key is not accepted
         ├── OutOfCredit          402, or a code that speaks of billing: waiting will not help
         ├── ModelNotFound        404, 403 about a model: this provider does not serve it
+        ├── LoopDetected         508: the provider's address leads back to this proxy
         └── PassingFailure       the same call may succeed in a moment
             ├── RateLimited      429
             │   └── Full         the proxy's own queue before the provider; no call was made
             ├── UpstreamFault    408, 409, 5xx
             ├── UpstreamTimeout  no whole answer within the limit of one attempt
-            ├── Unreachable      name resolution, connection, TLS or a cut connection
+            ├── Unreachable      name resolution, connection, TLS or a lost connection
             ├── Unreadable       an answer that is no JSON: a gateway's page, or cut off
             └── InvalidAnswer    an answer that fails a check, whole or in single vectors
 """
@@ -152,6 +153,10 @@ class ModelNotFound(ProviderError):
     """This provider does not serve the model, or not to this key: 404, or a code that says so."""
 
 
+class LoopDetected(ProviderError):
+    """508: the provider's address leads back to this proxy. Asking again does not help."""
+
+
 class PassingFailure(ProviderError):
     """The same call may succeed in a moment."""
 
@@ -176,7 +181,7 @@ class UpstreamTimeout(PassingFailure):
 
 
 class Unreachable(PassingFailure):
-    """Name resolution, connection or TLS failed, or the connection was cut."""
+    """Name resolution, connection or TLS failed, or the connection was lost."""
 
 
 class Unreadable(PassingFailure):

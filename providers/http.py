@@ -78,7 +78,9 @@ class HttpProvider:
             connections = max(connections, _CONNECTIONS)
         elif api_key:
             headers |= self._key_header(api_key)
-        self._transport = Transport(name, profile.base_url, headers, profile.timeouts, connections)
+        self._transport = Transport(
+            name, profile.base_url, headers, profile.timeouts, connections, profile.network
+        )
         self._admission = Admission(name, profile.limits, sleep)
         self._admissions = ByKey(lambda: Admission(name, profile.limits, sleep))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .limits import Limits, Timeouts
+from .network import Network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,5 +40,7 @@ class Profile:
     """Whether its replies name a model as it was asked for; otherwise they are not compared."""
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    network: Network = field(default_factory=Network)
+    """How it is reached: directly, or through an HTTP proxy, and whom certificates must be of."""
     options: Mapping[str, object] = field(default_factory=dict)
     """What else its adapter can be told, with defaults; the configuration may set these alone."""

@@ -1,4 +1,4 @@
-"""One attempt at one upstream over HTTP: a pooled session, time limits, a bounded reply.
+"""One attempt at one upstream over HTTP: a pooled session, time limits, a bounded, decoded reply.
 
 The only file that asks providers for embeddings. A transport is bound to one origin, and the key
 in its headers goes nowhere else: redirects are not followed, and headers come from a list.
@@ -7,15 +7,28 @@ in its headers goes nowhere else: redirects are not followed, and headers come f
 import asyncio
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
 
 import aiohttp
 
-from .base import Context, DeadlineExceeded, Unreachable, UpstreamFault, UpstreamTimeout
+from . import hops
+from .base import (
+    Context,
+    DeadlineExceeded,
+    LoopDetected,
+    Unreachable,
+    UpstreamFault,
+    UpstreamTimeout,
+)
+from .content_encoding import ACCEPT_ENCODING, PIECE, DecodeError, Decoder
 from .limits import Timeouts
+from .network import Network
+from .transport_errors import PROXY_CREDENTIALS_REFUSED, is_final, reason
+
+_DIRECT = Network()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +43,23 @@ class Reply:
 class Transport:
     """Sends JSON to one origin. Open it with `async with`; it may be used many times at once."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - who is asked, and how
         self,
         provider: str,
         base_url: str,
         headers: Mapping[str, str],
         timeouts: Timeouts,
         connections: int = 64,
+        network: Network = _DIRECT,
     ) -> None:
+        """`headers` are sent with every call; `connections` is how many are open at most."""
         self._provider = provider
         self._base_url = base_url.rstrip("/")
-        self._headers = {**headers, "Content-Type": "application/json"}
+        own = {"Accept-Encoding": ACCEPT_ENCODING, "Content-Type": "application/json"}
+        self._headers = {**headers, **own}
         self._timeouts = timeouts
         self._connections = connections
+        self._network = network
         self._session: aiohttp.ClientSession | None = None
         self._under_way: Counter[aiohttp.ClientSession] = Counter()
 
@@ -57,10 +74,8 @@ class Transport:
                 await session.close()
 
     def _open(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections, ttl_dns_cache=60),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._headers,
+        return self._network.open_session(
+            self._base_url, connections=self._connections, headers=self._headers
         )
 
     @asynccontextmanager
@@ -77,7 +92,7 @@ class Transport:
             yield session
         except (TimeoutError, aiohttp.ClientConnectorError, ssl.SSLError):
             raise
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError, Unreachable):
             if self._session is session:
                 self._session = self._open()
             raise
@@ -96,12 +111,13 @@ class Transport:
         context: Context,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """POST `payload` and return the whole reply, of at most `limit` bytes, any status.
+        """POST `payload` and return the whole reply, decoded, of at most `limit` bytes, any status.
 
         `headers` are sent with this call alone, beside those of all calls.
         Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
-        is, or the reply does not begin in time or arrives too slowly, Unreachable when there is no
-        connection or it was cut, UpstreamFault for a reply beyond `limit` or a redirect.
+        is, or there is no connection in time, or the reply does not begin in time or arrives too
+        slowly, Unreachable when there is no connection or it was lost, UpstreamFault for a reply
+        beyond `limit`, one that cannot be decoded, a redirect or a 407, LoopDetected for a 508.
         """
         now = asyncio.get_running_loop().time()
         left = None if context.deadline is None else context.deadline - now
@@ -115,7 +131,7 @@ class Transport:
                 request = session.post(
                     self._base_url + path,
                     data=payload,
-                    headers=headers,
+                    headers={**(headers or {}), **hops.headers()},
                     allow_redirects=False,
                     timeout=timeout,
                 )
@@ -123,51 +139,89 @@ class Transport:
                     response = await stack.enter_async_context(request)
                 if 300 <= response.status < 400:
                     raise UpstreamFault(self._provider, "answered with a redirect; not followed")
+                if response.status == 407:
+                    raise UpstreamFault(self._provider, PROXY_CREDENTIALS_REFUSED)
+                if response.status == 508:
+                    raise LoopDetected(
+                        self._provider,
+                        "its address leads back to this proxy (508 Loop Detected); set"
+                        f" providers.{self._provider}.base_url to the upstream's own address",
+                    )
                 body = await self._read(response, limit)
                 return Reply(response.status, response.headers, body)
         except TimeoutError as error:
             taken = asyncio.get_running_loop().time() - now
             if left is not None and taken >= left:
                 raise DeadlineExceeded("the time of the request was up") from error
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                place = self._network.place_of(self._base_url)
+                raise UpstreamTimeout(
+                    self._provider, f"connection timed out to {place}, after {taken:.1f} s"
+                ) from error
             raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
+            if is_final(error):
+                raise UpstreamFault(self._provider, reason(error)) from error
             raise Unreachable(self._provider, reason(error)) from error
 
     async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        """Return the body, as long as it keeps coming; stop as soon as it passes `limit` bytes.
+        """Return the decoded body, as long as it keeps coming; stop as soon as it passes `limit`.
 
-        What counts is the decompressed size.
+        Both sizes are bounded, the sent and the decoded one. Between the pieces of a chunk that
+        decodes to many, the event loop runs. A body that cannot be decoded is empty where the
+        status says what is wrong. Raises UpstreamFault, UpstreamTimeout, Unreachable.
         """
         window = self._timeouts.rate_window_s
         clock = asyncio.get_running_loop().time
-        chunks: list[bytes] = []
-        size = before = 0
+        decoder = Decoder(response.headers.get("Content-Encoding", ""))
+        body = _Body(self._provider, limit)
+        received = before = 0
         end = clock() + window
-        while not response.content.at_eof():
-            try:
-                async with asyncio.timeout_at(end) as rest:
-                    chunks.append(await response.content.readany())
-                    size += len(chunks[-1])
-            except TimeoutError:
-                if not rest.expired():
-                    raise
-            if size > limit:
-                raise UpstreamFault(self._provider, "the answer is far larger than expected")
-            if clock() >= end:
-                if size - before < self._timeouts.least_bytes_per_s * window:
-                    raise UpstreamTimeout(self._provider, "the answer arrives too slowly")
-                before, end = size, clock() + window
-        return b"".join(chunks)
+        try:
+            while not response.content.at_eof():
+                try:
+                    async with asyncio.timeout_at(end) as rest:
+                        chunk = await response.content.readany()
+                except TimeoutError:
+                    if not rest.expired():
+                        raise
+                    chunk = b""
+                received += len(chunk)
+                body.check(received)
+                await body.take(decoder.feed(chunk))
+                if clock() >= end:
+                    if received - before < self._timeouts.least_bytes_per_s * window:
+                        raise UpstreamTimeout(self._provider, "the answer arrives too slowly")
+                    before, end = received, clock() + window
+            await body.take(decoder.finish())
+        except DecodeError as error:
+            if response.status >= 400:
+                return b""
+            raise UpstreamFault(self._provider, str(error)) from error
+        except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as error:
+            raise Unreachable(self._provider, reason(error, received)) from error
+        return b"".join(body.pieces)
 
 
-def reason(error: Exception) -> str:
-    """Say what kind of failure it was, without addresses or headers."""
-    match error:
-        case aiohttp.ClientConnectorDNSError():
-            return "the host name does not resolve"
-        case aiohttp.ClientSSLError() | ssl.SSLError():
-            return "the TLS connection failed"
-        case aiohttp.ClientConnectorError():
-            return "the connection was refused"
-        case _:
-            return "the connection was cut"
+class _Body:
+    """The decoded pieces of a reply, bounded together."""
+
+    def __init__(self, provider: str, limit: int) -> None:
+        self._provider = provider
+        self._limit = limit
+        self._size = 0
+        self.pieces: list[bytes] = []
+
+    async def take(self, pieces: Iterator[bytes]) -> None:
+        """Add pieces; after each full one the event loop runs. Raises UpstreamFault."""
+        for piece in pieces:
+            self.pieces.append(piece)
+            self._size += len(piece)
+            self.check(self._size)
+            if len(piece) == PIECE:
+                await asyncio.sleep(0)
+
+    def check(self, size: int) -> None:
+        """Raise UpstreamFault for a size beyond the limit."""
+        if size > self._limit:
+            raise UpstreamFault(self._provider, "the answer is far larger than expected")

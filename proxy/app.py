@@ -10,6 +10,7 @@ from proxy.http.connection import HEADS, REPLIES
 from proxy.http.cors import Cors
 from proxy.http.guard import CALLER, guard, stamp
 from proxy.http.heads import Heads
+from proxy.http.loop_guard import loop_guard
 from proxy.http.metrics import Metrics
 from proxy.http.models import Models
 from proxy.http.replies import Replies
@@ -34,7 +35,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     service = service or EmbeddingService(settings)
     server = settings.server
     access, cors = Access(server.keys), Cors(server.cors)
-    app = web.Application(middlewares=[guard(access, cors)])
+    app = web.Application(middlewares=[guard(access, cors), loop_guard(settings)])
     app[SERVICE] = service
     replies = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
     app[REPLIES] = replies

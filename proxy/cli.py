@@ -17,6 +17,7 @@ import typer
 
 from proxy.commands.common import ConfigOption, fail, one_line
 from proxy.http.cache_control import MEANING
+from proxy.own_address import check_own_address
 
 from . import config, server
 from . import workers as processes
@@ -94,6 +95,7 @@ def serve(
         logging.getLogger("embedding_proxy").warning(
             "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
         )
+    check_own_address(settings, config_file)
     with server.listen(settings) as listening:
 
         def announce() -> None:

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import itertools
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -83,12 +84,16 @@ class FaultServer:
     gate: asyncio.Event | None = None
     """When set, no request is answered before the event is."""
     port: int = field(default_factory=own_port)
+    tls: ssl.SSLContext | None = None
+    """What it serves HTTPS with, at https://localhost."""
     _runner: web.AppRunner | None = None
     _connections: WeakSet[asyncio.BaseTransport] = field(default_factory=WeakSet)
 
     @property
     def url(self) -> str:
         """The base URL for a provider."""
+        if self.tls is not None:
+            return f"https://localhost:{self.port}/v1"
         return f"http://127.0.0.1:{self.port}/v1"
 
     @property
@@ -109,7 +114,7 @@ class FaultServer:
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.tls).start()
 
     async def stop(self) -> None:
         """Refuse connections from now on."""
@@ -234,6 +239,17 @@ def succeeding(code: int, prefix: bytes = b"") -> Act:
     async def act(request: web.Request, payload: Payload) -> web.StreamResponse:
         reply = prefix + orjson.dumps(request[_SERVER].reply(payload))
         return await status(code, reply)(request, payload)
+
+    return act
+
+
+def labelled(content_encoding: str, pack: Callable[[bytes], bytes] = bytes) -> Act:
+    """Play the right answer, packed in some way, under a label that may say another."""
+
+    async def act(request: web.Request, payload: Payload) -> web.Response:
+        body = pack(orjson.dumps(request[_SERVER].reply(payload)))
+        headers = {"Content-Encoding": content_encoding}
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
     return act
 

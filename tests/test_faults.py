@@ -17,6 +17,7 @@ from fault_server import (
     Act,
     cut,
     hang,
+    labelled,
     larger_than,
     one_vector,
     other_form,
@@ -106,7 +107,7 @@ def late(act, says="no answer within", **options):
     return Row(act, 504, "upstream_timeout", says=says, options=options)
 
 
-def lost(act, says="was cut", url=""):
+def lost(act, says="connection reset", url=""):
     return Row(act, 502, "upstream_unreachable", 1, says=says, url=url)
 
 
@@ -235,13 +236,22 @@ ROWS = {
     "20-rate": late(trickle(), "too slowly", least_bytes_per_s=1000, rate_window_s=0.2),
     "21-reset": lost(reset()),
     "21-stale": mended(stale(), 1),
-    "21-cut": lost(cut()),
-    "22-dns": lost(hang(), "does not resolve", "http://nowhere.invalid/v1"),
-    "22-refused": lost(hang(), "was refused", "http://127.0.0.1:1/v1"),
-    "22-tls": lost(hang(), "TLS", "https://127.0.0.1:{}/v1"),
+    "21-cut": lost(cut(), "reply broke off after 20 bytes"),
+    "22-dns": lost(hang(), "no such host: nowhere.invalid", "http://nowhere.invalid/v1"),
+    "22-refused": lost(hang(), "connection refused by 127.0.0.1:1", "http://127.0.0.1:1/v1"),
+    "22-tls": lost(hang(), "does not speak TLS", "https://127.0.0.1:{}/v1"),
     **UPSTREAMS_IN_THE_WILD,
     "24-huge": failing(spoilt(lambda reply, _: reply.update(more="x" * (2 << 20))), again=0),
     "24-bomb": failing(status(200, BOMB, {"Content-Encoding": "gzip"}), again=0),
+    "28-gzip-is-plain": mended(labelled("gzip"), 0),
+    "28-plain-is-gzip": mended(labelled("identity", gzip.compress), 0),
+    "28-unreadable": replace(
+        failing(labelled("br", lambda body: b"\x80" + body), again=0),
+        says="reply could not be decoded (content-encoding br)",
+    ),
+    "28-loop": Row(
+        status(508), 508, "loop_detected", wait=None, says=".base_url", held="closed", rest=0
+    ),
     "24-redirect": failing(status(302, headers={"Location": "/elsewhere"}), again=0),
 }
 

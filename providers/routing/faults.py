@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from providers.base import (
     CredentialsRefused,
     InvalidAnswer,
+    LoopDetected,
     ModelNotFound,
     OutOfCredit,
     ProviderError,
@@ -47,6 +48,7 @@ _TABLE: dict[type[ProviderError], Rule] = {
     OutOfCredit: Rule(0, Verdict.NONE, NO_CREDIT_REST, "out of credit"),
     CredentialsRefused: Rule(0, Verdict.NONE, NO_KEY_REST, "key refused"),
     ModelNotFound: Rule(0, Verdict.NONE),
+    LoopDetected: Rule(0, Verdict.NONE),
     UpstreamFault: Rule(OFTEN, Verdict.BAD),
     UpstreamTimeout: Rule(0, Verdict.BAD),
     Unreachable: Rule(1, Verdict.BAD),

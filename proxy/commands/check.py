@@ -10,6 +10,7 @@ import typer
 from cache.upkeep import place
 from cache.upkeep.place import Inspection
 from proxy import config
+from proxy.own_address import check_own_address
 from proxy.service import GIB
 from proxy.settings.schema import Cache
 from proxy.trials import index_check
@@ -39,6 +40,7 @@ def check(
     lead to. Exit code 1 if something does not work.
     """
     settings, named = config.load_named(config_file)
+    check_own_address(settings, config_file)
     choice = Choice(
         model or named,
         # The built-in configuration names a model, too, but nobody asked for it.

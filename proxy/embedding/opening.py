@@ -14,6 +14,7 @@ from providers.base import Embedder
 from providers.batcher import Batcher
 from providers.batching.gather import Gatherer
 from providers.batching.within import limits_of
+from providers.credential import key_mistake
 from providers.limits import Limits
 from providers.local import Local
 from providers.router import Provider, Route, Router
@@ -47,6 +48,7 @@ async def open_providers(
         if variable and not key:
             log.warning("provider %s is skipped: %s is not set", name, variable)
             continue
+        check_network(name, entry)
         adapter = kinds.find(entry.kind).adapter
         opened[name] = await stack.enter_async_context(
             adapter(name, entry.as_profile(), api_key=key or None, sleep=sleep)
@@ -58,9 +60,19 @@ def key_of(entry: ProviderEntry) -> str:
     """Return a provider's key from the environment, or nothing. Raises ConfigError."""
     variable = entry.key_variable
     key = os.environ.get(variable, "").strip() if variable else ""
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{variable}: its value is no key: it holds a line break or the like")
+    mistake = key_mistake(key, variable or "")
+    if mistake:
+        raise ConfigError(f"{variable}: {mistake}")
     return key
+
+
+def check_network(name: str, entry: ProviderEntry) -> None:
+    """Raise ConfigError if a provider cannot be reached in the way that is configured for it."""
+    profile = entry.as_profile()
+    try:
+        profile.network.proxy_for(profile.base_url or "")
+    except ValueError as error:
+        raise ConfigError(f"providers.{name}.trust_env: {error}") from error
 
 
 def batched(router: Router, settings: Settings) -> Embedder:

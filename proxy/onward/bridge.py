@@ -51,7 +51,7 @@ async def connect(
             timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_SECONDS),
         )
     except aiohttp.WSServerHandshakeError as error:
-        again = error.status == 429 or error.status >= 500
+        again = error.status == 429 or (error.status >= 500 and error.status != 508)
         return Failure(
             error.status if error.status >= 400 else 502,
             f"{origin.name}: the WebSocket was refused with status {error.status}.",

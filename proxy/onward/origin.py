@@ -14,9 +14,11 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+from providers import hops
 from providers.base import EmbeddingError, InputRefused, NoRoute, Unreachable, UpstreamTimeout
-from providers.transport import reason
-from proxy.embedding.opening import key_of
+from providers.content_encoding import ACCEPT_ENCODING, DecodeError, Decoder
+from providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
+from proxy.embedding.opening import check_network, key_of
 from proxy.http.access import Access
 from proxy.settings.schema import Settings
 
@@ -47,16 +49,16 @@ class Origin:
         self._base_url = (self._profile.base_url or "").rstrip("/")
         self._variable = entry.key_variable
         self._key = key_of(entry)
+        check_network(self.name, entry)
         self._by_client = settings.passthrough_auth == "client" or entry.by_client
         self._access = access
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         timeouts = self._profile.timeouts
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
+        self._session = self._profile.network.open_session(
+            self._base_url,
+            connections=0,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
         )
@@ -92,7 +94,7 @@ class Origin:
 
     def headers(self, request: web.Request) -> CIMultiDict[str]:
         """Return what is sent of a call's headers, and the key. Raises EmbeddingError."""
-        own = {**self._profile.headers, **self._credentials(request)}
+        own = {**self._profile.headers, **self._credentials(request), **hops.headers()}
         return forwarded(request.headers, own)
 
     def _credentials(self, request: web.Request) -> Mapping[str, str]:
@@ -128,25 +130,45 @@ class Origin:
     def failure(self, error: Exception) -> EmbeddingError:
         """Return what a client is told when the origin could not be asked."""
         if isinstance(error, TimeoutError):
-            return UpstreamTimeout(self.name, "no connection within the time for it")
+            place = self._profile.network.place_of(self._base_url)
+            seconds = self._profile.timeouts.connect_s
+            return UpstreamTimeout(
+                self.name, f"connection timed out to {place}, after {seconds:.1f} s"
+            )
         return Unreachable(self.name, reason(error))
+
+    def checked(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+        """Return a reply of the upstream. Raises Unreachable for one of an HTTP proxy."""
+        if reply.status == 407:
+            reply.close()
+            raise Unreachable(self.name, PROXY_CREDENTIALS_REFUSED)
+        return reply
 
     async def models(self, request: web.Request) -> list[dict[str, Any]]:
         """Return the models that the origin lists; none if it does not do so, and soon."""
-        with suppress(EmbeddingError, aiohttp.ClientError, OSError, ssl.SSLError, ValueError):
-            headers = {**self._profile.headers, **self._credentials(request)}
+        failures = (EmbeddingError, aiohttp.ClientError, OSError, ssl.SSLError, ValueError)
+        with suppress(*failures, DecodeError):
+            headers = {
+                **self._profile.headers,
+                **self._credentials(request),
+                **hops.headers(),
+                "Accept": "application/json",
+                "Accept-Encoding": ACCEPT_ENCODING,
+            }
             async with self.session.get(
                 self._base_url + "/models",
-                headers={**headers, "Accept": "application/json"},
+                headers=headers,
                 allow_redirects=False,
-                auto_decompress=True,
                 timeout=aiohttp.ClientTimeout(total=_LIST_SECONDS),
             ) as reply:
+                decoder = Decoder(reply.headers.get("Content-Encoding", ""))
                 body = b""
                 async for chunk in reply.content.iter_any():
-                    body += chunk
-                    if len(body) > _LIST_BYTES:
-                        return []
+                    for piece in decoder.feed(chunk):
+                        body += piece
+                        if len(body) > _LIST_BYTES:
+                            return []
+                body += b"".join(decoder.finish())
                 return _listed(body) if reply.status == 200 else []
         return []
 

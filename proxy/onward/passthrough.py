@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from providers.base import InputRefused, UpstreamTimeout
-from providers.transport import reason
+from providers.transport_errors import reason
 from proxy.http.body import BodyRefused
 from proxy.http.cors import Cors
 from proxy.settings.schema import Settings
@@ -84,7 +84,7 @@ class Passthrough:
     ) -> aiohttp.ClientResponse:
         """Send the call and return the reply as soon as it begins. Raises EmbeddingError."""
         try:
-            return await self._origin.session.request(
+            reply = await self._origin.session.request(
                 request.method,
                 url,
                 headers=headers,
@@ -95,6 +95,7 @@ class Passthrough:
             if upload.broke_off:
                 raise BodyRefused("The request body broke off.") from error
             raise self._origin.failure(error) from error
+        return self._origin.checked(reply)
 
     async def _returned(
         self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance

@@ -1,7 +1,7 @@
 """What a configuration comes to: every key with the value that applies, ready to be a file again.
 
-No key is in it: what only the environment should hold stands there as a reference `${NAME}`, that
-of the file or one made up, so that nobody serves with a placeholder for a key.
+No secret is in it: what only the environment should hold stands there as a reference `${NAME}`,
+that of the file or one made up, so that nobody serves with a placeholder for a key.
 """
 
 import os
@@ -14,7 +14,7 @@ from providers import kinds
 
 from .schema import Settings
 from .section import Section
-from .upstreams import TIMEOUTS, Provider
+from .upstreams import NETWORK, TIMEOUTS, Provider
 
 _WHOLE_REFERENCE = re.compile(r"\$\{[^}]*\}")
 
@@ -35,7 +35,7 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
         entry["key"] = _reference(given, f"CLIENT_KEY_{i + 1}")
     for name, provider in settings.providers.items():
         if provider is not None:
-            written = _at(content, "providers", name, "headers")
+            written = _at(content, "providers", name)
             shown["providers"][name] = _provider(name, provider, written)
     if not everything:
         named = content.get("models") or {}
@@ -54,20 +54,29 @@ def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
 
 
 def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
-    """Return what applies to a provider: of what it does not say, its kind's defaults."""
+    """Return what applies to a provider: of what it does not say, its kind's defaults.
+
+    `written` is what the file says of it.
+    """
     if provider.kind == kinds.LOCAL:
         return {"kind": provider.kind, "timeout_s": _plain(provider.timeout_s)}
     profile = provider.as_profile()
+    written = written if isinstance(written, Mapping) else {}
+    headers = _at(written, "headers")
     shown = {field: _plain(getattr(profile, field, None)) for field in Provider.model_fields}
     shown |= {"kind": provider.kind, "key": provider.key, "share": provider.share}
     shown["retries"] = provider.retries
+    shown |= {key: _plain(getattr(profile.network, key)) for key in NETWORK}
+    if "@" in (profile.network.proxy or ""):
+        made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_PROXY".upper())
+        shown["proxy"] = _reference(written.get("proxy"), made_up)
     shown |= {key: _plain(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
     shown["limits"] = {
         field: getattr(profile.limits, field) for field in type(provider.limits).model_fields
     }
     shown["headers"] = dict(profile.headers)
     for header in provider.headers:
-        given = written.get(header) if isinstance(written, dict) else None
+        given = headers.get(header) if isinstance(headers, dict) else None
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
         shown["headers"][header] = _reference(given, f"HEADER_{made_up}")
     return shown

@@ -7,6 +7,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from proxy.http import cache_control
 
+from . import addresses
+
 
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):
@@ -17,12 +19,6 @@ def _no_bool(value: object) -> object:
 def _off(value: object) -> object:
     """Take YAML's `off`, which is its word for false, for the word that was written."""
     return "off" if value is False else value
-
-
-def _http_url(value: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#]*)?", value):
-        raise ValueError("expected an address like https://host/v1")
-    return value
 
 
 def _web_origin(value: str) -> str:
@@ -38,7 +34,9 @@ Name = Annotated[str, Field(min_length=1)]
 ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 WebOrigin = Annotated[str, AfterValidator(_web_origin)]
-HttpUrl = Annotated[str, AfterValidator(_http_url)]
+HttpUrl = Annotated[str, AfterValidator(addresses.http_url)]
+BaseUrl = Annotated[str, AfterValidator(addresses.base_url)]
+ProxyUrl = Annotated[str, AfterValidator(addresses.proxy_url)]
 
 
 class Section(BaseModel):

@@ -1,18 +1,22 @@
 """What a configuration may say of one provider: which kind it is, and how it differs from it."""
 
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from providers import kinds
+from providers.hops import HEADER as HOP_HEADER
 from providers.http import HttpProvider
 from providers.profile import Profile
 
-from .section import HttpUrl, Name, Number, Section, VariableName, Whole
+from . import addresses
+from .section import BaseUrl, Name, Number, ProxyUrl, Section, VariableName, Whole
 
 MOST_RETRIES = 100
 _COUNT = Field(ge=1, le=10**9)
@@ -22,6 +26,7 @@ _OWN_HEADERS = {
     "authorization",
     "api-key",
     "x-api-key",
+    "proxy-authorization",
     "cookie",
     "content-type",
     "content-length",
@@ -30,6 +35,7 @@ _OWN_HEADERS = {
     "transfer-encoding",
     "connection",
     "host",
+    HOP_HEADER,
 }
 
 # Keys of the configuration, and the fields of Timeouts they set.
@@ -40,6 +46,8 @@ TIMEOUTS = {
     "least_bytes_per_s": "least_bytes_per_s",
     "rate_window_s": "rate_window_s",
 }
+# Keys that say how an upstream is reached: the fields of Network.
+NETWORK = ("proxy", "trust_env", "ca_file")
 # Keys that override the field of a profile of the same name, null included.
 _FIELDS = ("encoding_format", "accepts_tokens", "dimensions_field", "sends_user", "unit_norm")
 
@@ -59,10 +67,13 @@ class Provider(Section):
     """One upstream. The defaults shown here are OpenAI's; a key that is not given is its kind's."""
 
     kind: Name
-    base_url: HttpUrl | None = None
+    base_url: BaseUrl | None = None
     api_key_env: VariableName | None = None
     key: Literal["client"] | None = None
     share: bool = False
+    proxy: Annotated[ProxyUrl | None, Field(repr=False)] = None
+    trust_env: bool = False
+    ca_file: Path | None = None
     timeout_s: Annotated[Number, Field(gt=0)] = 60
     connect_timeout_s: Annotated[Number, Field(gt=0)] = 10
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
@@ -101,6 +112,24 @@ class Provider(Section):
                 raise ValueError(str(error)) from error
         return value
 
+    @field_validator("ca_file")
+    @classmethod
+    def _holds_certificates(cls, value: Path | None) -> Path | None:
+        """Return the absolute path of a file with certificates. Raises ValueError."""
+        if value is None:
+            return None
+        remedy = "expected a PEM file with the certificate of your CA (BEGIN CERTIFICATE)"
+        try:
+            path = value.expanduser().absolute()
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+        except ssl.SSLError as error:
+            raise ValueError(f"holds no certificate; {remedy}") from error
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}; {remedy}") from error
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"is no path of a file; {remedy}") from error
+        return path
+
     @field_validator("headers")
     @classmethod
     def _plain_headers(cls, value: dict[str, str]) -> dict[str, str]:
@@ -129,6 +158,16 @@ class Provider(Section):
                 raise ValueError(f"options: unknown option; known to this kind: {known}")
         if self.base_url is None and profile.base_url is None:
             raise ValueError("base_url is missing; this kind has no address of its own")
+        if self.base_url is None and self.kind not in kinds.KINDS:
+            try:
+                addresses.base_url(profile.base_url or "")
+            except ValueError as error:
+                raise ValueError(f"the base_url of this kind: {error}") from error
+        if self.proxy is not None and self.trust_env:
+            raise ValueError(
+                "proxy and trust_env exclude each other: name the proxy, or take that of the"
+                " environment"
+            )
         return self
 
     def _take_the_clients_key(self) -> None:
@@ -181,6 +220,9 @@ class Provider(Section):
             known = self.extra_fields
             fields["extra_fields"] = None if known is None else frozenset(known)
         limits = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
+        network = {key: getattr(self, key) for key in NETWORK if key in given}
+        if self.ca_file is not None:
+            network["ca_file"] = str(self.ca_file)
         times = {field: getattr(self, key) for key, field in TIMEOUTS.items() if key in given}
         return replace(
             profile,
@@ -189,6 +231,7 @@ class Provider(Section):
             by_client=self.by_client,
             limits=replace(profile.limits, **limits),
             timeouts=replace(profile.timeouts, **times),
+            network=replace(profile.network, **network),
             headers={**_without(profile.headers, self.headers), **self.headers},
             options={**profile.options, **self.options},
             **fields,

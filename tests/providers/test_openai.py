@@ -18,6 +18,7 @@ from providers.base import (
     Unreachable,
     UpstreamFault,
 )
+from providers.content_encoding import ACCEPT_ENCODING
 from providers.openai import OpenAI
 
 URL = "https://api.openai.com/v1/embeddings"
@@ -61,6 +62,7 @@ async def test_the_request_is_openais(mocked_http):
     }
     assert call.kwargs["headers"] == {
         "Authorization": "Bearer sk-made-up",
+        "Accept-Encoding": ACCEPT_ENCODING,
         "Content-Type": "application/json",
     }
     assert call.kwargs["allow_redirects"] is False
@@ -109,5 +111,5 @@ async def test_openais_errors_are_told_apart(status, kind, code, error, mocked_h
 
 async def test_no_connection_is_a_failure_of_the_provider(mocked_http):
     """Whatever aiohttp raises becomes an error of our tree that names the provider alone."""
-    with pytest.raises(Unreachable, match=r"^openai: the connection was cut$"):
+    with pytest.raises(Unreachable, match=r"^openai: connection failed$"):
         await ask(["a"])

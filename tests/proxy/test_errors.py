@@ -47,6 +47,7 @@ TABLE = [
      "x", None),
     ("ModelNotFound", None, 404, "invalid_request_error", "model_not_found", None),
     ("ModelNotFound", Refusal(404, "m", "t", "c"), 404, "t", "c", None),
+    ("LoopDetected", None, 508, "server_error", "loop_detected", None),
     ("RateLimited", None, 429, "requests", "rate_limit_exceeded", RETRY_SECONDS),
     ("RateLimited", Refusal(429, "m", "tokens", None, 20.5), 429, "tokens", "rate_limit_exceeded",
      20.5),

@@ -1,0 +1,85 @@
+"""How an upstream is reached: through which HTTP proxy, and which certificates are trusted.
+
+By default directly, with the certificates that Python's `ssl` trusts: the system's, or those that
+the variables SSL_CERT_FILE and SSL_CERT_DIR name.
+"""
+
+import ssl
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from yarl import URL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """The way to one upstream. The credentials in `proxy` are never shown."""
+
+    proxy: str | None = field(default=None, repr=False)
+    """The URL of an HTTP proxy, with its credentials if it wants any."""
+    trust_env: bool = False
+    """Whether HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY of the environment are obeyed."""
+    ca_file: str | None = None
+    """A PEM file; certificates are checked against this file alone. None: Python's default."""
+
+    def proxy_for(self, base_url: str) -> URL | None:
+        """Return the proxy for calls to this address, or None.
+
+        Raises ValueError for a proxy of the environment that cannot be used; the message shows no
+        credentials.
+        """
+        if self.proxy is not None:
+            return URL(self.proxy)
+        if not self.trust_env:
+            return None
+        url = URL(base_url)
+        host = url.host or ""
+        if proxy_bypass(host) or proxy_bypass(f"{host}:{url.port}"):
+            return None
+        proxies = getproxies()
+        name = url.scheme if url.scheme in proxies else "all"
+        if name not in proxies:
+            return None
+        found = proxies[name]
+        try:
+            proxy = URL(found if "://" in found else f"http://{found}")
+            usable = proxy.scheme in ("http", "https") and bool(proxy.host) and proxy.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"the variable {name.upper()}_PROXY holds no address of an HTTP proxy;"
+                f" expected http://host:port"
+            )
+        return proxy
+
+    def place_of(self, base_url: str) -> str:
+        """Return the host and port that connections are made to, for people."""
+        proxy = self.proxy_for(base_url)
+        url = proxy or URL(base_url)
+        return f"{'HTTP proxy ' if proxy else ''}{url.host_subcomponent}:{url.port}"
+
+    def open_session(
+        self,
+        base_url: str,
+        *,
+        connections: int,
+        **options: Any,  # noqa: ANN401 - aiohttp's own
+    ) -> aiohttp.ClientSession:
+        """Return a session whose calls to `base_url` go this way; it keeps no cookies.
+
+        `connections` is how many it opens at most, 0 = any number. `options` are aiohttp's. Raises
+        ValueError as `proxy_for` does, OSError if `ca_file` cannot be read or holds no certificate.
+        """
+        trusted: ssl.SSLContext | bool = True
+        if self.ca_file is not None:
+            trusted = ssl.create_default_context(cafile=self.ca_file)
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=connections, ttl_dns_cache=60, ssl=trusted),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            proxy=self.proxy_for(base_url),
+            auto_decompress=False,
+            **options,
+        )
