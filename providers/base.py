@@ -208,6 +208,9 @@ class Context:
     """Point on the event loop's clock, in seconds, after which no answer is of use."""
     user: str | None = None
     """OpenAI's `user` field, passed on to providers that know it."""
+    neutral: tuple[tuple[str, bytes], ...] = ()
+    """Further request fields that change no number, as (name, JSON); for providers that declare
+    them in `Profile.neutral_fields`."""
     namespace: str = ""
     """The part of the cache that the client may see."""
     terms: Terms = NORMAL

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from providers import kinds
 from providers.http import HttpProvider
 from providers.profile import Profile
+from proxy.embedding import request_fields
 
 from .section import HttpUrl, Name, Number, Section, VariableName, Whole
 
@@ -75,6 +76,7 @@ class Provider(Section):
     dimensions_field: Name | None = "dimensions"
     sends_user: bool = True
     extra_fields: tuple[Name, ...] | None = None
+    neutral_fields: tuple[Name, ...] = ()
     unit_norm: bool = False
     headers: Annotated[dict[str, str], Field(repr=False)] = Field(default_factory=dict)
     options: dict[str, object] = Field(default_factory=dict)
@@ -99,6 +101,14 @@ class Provider(Section):
                 kinds.find(value)
             except kinds.UnknownKind as error:
                 raise ValueError(str(error)) from error
+        return value
+
+    @field_validator("neutral_fields")
+    @classmethod
+    def _fit_to_send(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        problem = request_fields.unfit(value)
+        if problem is not None:
+            raise ValueError(f"{problem}; remove it")
         return value
 
     @field_validator("headers")
@@ -180,6 +190,11 @@ class Provider(Section):
         if "extra_fields" in given:
             known = self.extra_fields
             fields["extra_fields"] = None if known is None else frozenset(known)
+        neutral = self.neutral_fields if "neutral_fields" in given else profile.neutral_fields
+        # A neutral field that is declared as an extra one is sent, and stays neutral.
+        fields["neutral_fields"] = frozenset(
+            (*neutral, *filter(request_fields.is_neutral, self.extra_fields or ()))
+        )
         limits = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
         times = {field: getattr(self, key) for key, field in TIMEOUTS.items() if key in given}
         return replace(
