@@ -6,6 +6,8 @@ What Qdrant has already stays there; a batch that is being sent at this moment a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from providers.base import current_label
+
 from .outbox_file import OutboxFile
 
 _TABLES = ("waiting", "dead")
@@ -37,7 +39,11 @@ def pick(
 
     A space without parameters stands for those with parameters, too. Raises sqlite3.Error.
     """
-    given = {"namespace": namespace, "space": space, "address": address}
+    given = {
+        "namespace": namespace,
+        "space": None if space is None else current_label(space),
+        "address": address,
+    }
     values = {name: value for name, value in given.items() if value is not None}
     condition = " AND ".join(_TERMS[name] for name in values) or "1"
     found: list[Picked] = []

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package may import those after it, never one before.
 PACKAGES = ("proxy", "index", "cache", "providers")
-MOST_LINES = 250
+MOST_LINES = 500
 
 SEEN_BY_CACHE = {"providers.base", "providers.vector", "providers.tokens"}
 
@@ -164,7 +164,7 @@ def test_the_wire_knows_no_http_library():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_is_short_and_says_what_it_is(name):
-    """No file passes 250 lines, and each begins with a docstring."""
+    """No file passes 500 lines, and each begins with a docstring."""
     source = (ROOT / name).read_text(encoding="utf-8")
     assert len(source.splitlines()) <= MOST_LINES
     assert ast.get_docstring(ast.parse(source))
