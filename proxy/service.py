@@ -39,8 +39,8 @@ from proxy.settings.schema import Settings
 from . import wire
 from .config import load
 from .embedding import canary, indexing
-from .http import index_field
 from .embedding.request_fields import classify
+from .http import index_field
 from .http.index_field import NOTHING_SAID
 from .wire import EmbeddingRequest
 

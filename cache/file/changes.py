@@ -147,7 +147,9 @@ class Changes:
         named |= {use.partition for use in self.used.values()}
         named |= {heading.partition for _, heading in self.usage}
         ids: dict[Partition | None, int | None] = {None: None}
-        for partition in named - {None}:
+        for partition in named:
+            if partition is None:
+                continue
             # An archive of an earlier version names spaces with the values of their parameters.
             columns = partition._replace(space=current_label(partition.space))
             connection.execute(

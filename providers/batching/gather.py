@@ -42,8 +42,7 @@ ROUNDS = 3
 
 
 class Line(NamedTuple):
-    """Those who may ride together: one call has one space, one user, one key, and neutral fields
-    that are equal."""
+    """Those who may ride together: one call has one space, user, key and neutral fields."""
 
     space: Space
     user: str | None

@@ -1,6 +1,6 @@
 """What each field of an embeddings request does to the vector: one table, with reasons. Pure.
 
-`model`, `input`, `dimensions`, `encoding_format`, `user` and `index` are read by `wire`. Every other
+`wire` reads `model`, `input`, `dimensions`, `encoding_format`, `user` and `index`. Every other
 field is placed here, in one of three groups:
 
 - key: it may change the numbers. It is sent to the provider and is part of the embedding space, so
@@ -11,8 +11,8 @@ field is placed here, in one of three groups:
 - refused: it asks for something that the proxy does not do, or must not do for a client.
 
 A new field must be placed in one of the groups. Sources: the API references of OpenAI, OpenRouter,
-Voyage, Cohere, Jina, Mistral, Nomic, Google, Amazon Bedrock and NVIDIA; the request schemas of vLLM;
-LiteLLM's list of the arguments that it keeps to itself (autumn 2026).
+Voyage, Cohere, Jina, Mistral, Nomic, Google, Amazon Bedrock and NVIDIA; the request schemas of
+vLLM; LiteLLM's list of the arguments that it keeps to itself (autumn 2026).
 """
 
 import enum
@@ -75,20 +75,18 @@ def _neutral(reason: str) -> Rule:
     return Rule(Group.NEUTRAL, reason)
 
 
-def _refused(message: str, *defaults: object) -> Rule:
+def _refused(message: str, defaults: tuple[str | bool, ...] = ()) -> Rule:
     return Rule(Group.REFUSED, message, defaults)
 
 
 _ELEMENT_TYPE = _refused(
-    "`{name}` is not supported: the proxy answers with float32 numbers only. Leave `{name}` out; for"
-    " the form of the numbers use `encoding_format`: `float` or `base64`.",
-    "float",
-    "float32",
-    "fp32",
+    "`{name}` is not supported: the proxy answers with float32 numbers only. Leave `{name}` out;"
+    " for the form of the numbers use `encoding_format`: `float` or `base64`.",
+    ("float", "float32", "fp32"),
 )
 _BYTE_ORDER = _refused(
     "`{name}` is not supported: base64 is little-endian float32, as at OpenAI. Leave it out.",
-    "little",
+    ("little",),
 )
 _WIDTH = _refused("`{name}` is not supported: ask for the width of a vector by `dimensions`.")
 _SPELLING = _refused("Unknown field `{name}`; names are case-sensitive. Use `{own}`.")
@@ -99,7 +97,7 @@ _CONNECTION = _refused(
 _OTHER_INPUT = _refused(
     "`{name}` is not supported: only text and token ids are taken, and only in `input`."
 )
-_STREAM = _refused("`{name}` is not supported: an embeddings reply is not streamed.", False)
+_STREAM = _refused("`{name}` is not supported: an embeddings reply is not streamed.", (False,))
 
 RULES: dict[str, Rule] = {
     # Known to change the numbers. They are listed so that nobody moves them by mistake.

@@ -2,8 +2,8 @@
 
 A field that changes no number, but that the proxy does not know as such, belongs to the space. When
 its value differs from request to request (an id, a time), no text is ever a cache hit, and each is
-bought again without a word. So the distinct parameter sets of a model are counted over a short time,
-and too many are told of once. Only digests of values are kept, and only names are logged.
+bought again without a word. So the distinct parameter sets of a model are counted over a short
+time, and too many are warned of once. Only digests of values are kept, and only names are logged.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """Paths that a server may take for its embeddings endpoint, however they are spelled. Pure.
 
 Calls for embeddings go through the cache, or nowhere. An upstream may read a path more freely than
-this proxy does: it may decode it twice, merge slashes, fold case, drop parameters. So a path that any
-such reading leads to `embeddings` is never passed on with the provider's key; it gets a 404 that
-names the right path.
+this proxy does: it may decode it twice, merge slashes, fold case, drop parameters. So a path that
+any such reading leads to `embeddings` is never passed on with the provider's key; it gets a 404
+that names the right path.
 """
 
 import re
@@ -23,8 +23,8 @@ _ENDPOINT = "embeddings"
 def may_be_embeddings(method: str, target: str) -> bool:
     """Tell whether a server could take a request for one to its embeddings endpoint.
 
-    `target` is the request target as it was sent: a path and a query, or a whole address. OpenRouter
-    lists its models at `GET /embeddings/models`; that is none.
+    `target` is the request target as it was sent: a path and a query, or a whole address.
+    OpenRouter lists its models at `GET /embeddings/models`; that does not count.
 
     >>> may_be_embeddings("POST", "/v1//%2565mbeddings;v=1"), may_be_embeddings("POST", "/v1/files")
     (True, False)

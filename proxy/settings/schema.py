@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 
 from providers import kinds
 from providers.catalogue import CATALOGUE
-
 from proxy.http.cache_control import Honor
 
 from .index_section import Index

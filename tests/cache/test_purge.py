@@ -23,7 +23,18 @@ from tests.cache.fakes import entry_of, key_of
 
 GIB = 1 << 30
 NAMESPACES = ["", "a", "a%", "A", "a_", "ab", "a'b"]
-LABELS = ["m", "m2", "m?task=~12549ea7d2d841ef", "m?task=~3972a881b65d9e6a", "M", "_", "%", "m%", "m_?x=1", "m\\"]
+LABELS = [
+    "m",
+    "m2",
+    "m?task=~12549ea7d2d841ef",
+    "m?task=~3972a881b65d9e6a",
+    "M",
+    "_",
+    "%",
+    "m%",
+    "m_?x=1",
+    "m\\",
+]
 PARTITIONS = [Partition(n, label, 4) for n in NAMESPACES for label in LABELS]
 NOW = 1_800_000_000
 
