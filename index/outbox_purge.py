@@ -13,7 +13,10 @@ from .outbox_file import OutboxFile
 _TABLES = ("waiting", "dead")
 _TERMS = {
     "namespace": "namespace = :namespace",
-    "space": "(space = :space OR substr(space, 1, length(:space) + 1) = :space || '?')",
+    "space": (
+        "(current_label(space) = :space"
+        " OR substr(current_label(space), 1, length(:space) + 1) = :space || '?')"
+    ),
     "address": "address = :address",
 }
 
@@ -45,6 +48,8 @@ def pick(
         "address": address,
     }
     values = {name: value for name, value in given.items() if value is not None}
+    # What waits since before an update names its space with the values of its parameters.
+    file.sql.create_function("current_label", 1, current_label, deterministic=True)
     condition = " AND ".join(_TERMS[name] for name in values) or "1"
     found: list[Picked] = []
     for table in _TABLES:
