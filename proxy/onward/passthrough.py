@@ -128,9 +128,13 @@ class Passthrough:
 
 
 def _is_below(target: str) -> bool:
-    """Tell whether a target is below one of PREFIXES as it is spelled, no character encoded."""
+    """Tell whether a target begins, as it is spelled, with what is routed here.
+
+    That is one of PREFIXES, or `/models/`. One that begins so only when it is decoded would be sent
+    below the base URL with its prefix.
+    """
     path = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
-    return path.startswith(tuple(f"{one}/" for one in PREFIXES))
+    return path.startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
 
 
 def _reset(transport: asyncio.Transport) -> None:
