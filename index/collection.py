@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from providers.base import current_label
+
 from .connection import Connection
 from .failures import Exists, Missing, OtherSpace
 
@@ -45,6 +47,10 @@ class Provenance:
     text: str | None = None
     """How the input is made from a payload: a template as `{title} {tags}`; None = as it came."""
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        """Take a label that an earlier version wrote for the one of the same space today."""
+        object.__setattr__(self, "space", current_label(self.space))
 
     def as_metadata(self) -> dict[str, object]:
         """Return it as the metadata of a collection."""

@@ -6,12 +6,17 @@ What Qdrant has already stays there; a batch that is being sent at this moment a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from providers.base import current_label
+
 from .outbox_file import OutboxFile
 
 _TABLES = ("waiting", "dead")
 _TERMS = {
     "namespace": "namespace = :namespace",
-    "space": "(space = :space OR substr(space, 1, length(:space) + 1) = :space || '?')",
+    "space": (
+        "(current_label(space) = :space"
+        " OR substr(current_label(space), 1, length(:space) + 1) = :space || '?')"
+    ),
     "address": "address = :address",
 }
 
@@ -37,8 +42,14 @@ def pick(
 
     A space without parameters stands for those with parameters, too. Raises sqlite3.Error.
     """
-    given = {"namespace": namespace, "space": space, "address": address}
+    given = {
+        "namespace": namespace,
+        "space": None if space is None else current_label(space),
+        "address": address,
+    }
     values = {name: value for name, value in given.items() if value is not None}
+    # What waits since before an update names its space with the values of its parameters.
+    file.sql.create_function("current_label", 1, current_label, deterministic=True)
     condition = " AND ".join(_TERMS[name] for name in values) or "1"
     found: list[Picked] = []
     for table in _TABLES:

@@ -7,11 +7,12 @@ what it charges: `bill`.
 import enum
 import hashlib
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Protocol, TypeAlias
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 import orjson
 
@@ -76,6 +77,7 @@ __all__ = [
     "UpstreamFault",
     "UpstreamTimeout",
     "Vector",
+    "current_label",
     "nanodollars",
 ]
 
@@ -86,8 +88,9 @@ Vector: TypeAlias = bytes
 """The numbers of one input: float32, little-endian, 4 bytes a dimension."""
 
 _word = lru_cache(maxsize=1024)(partial(quote, safe="/:@+"))
-# Longer parameters are named by a digest: header lines have limits.
+# Longer parameters are named by one digest: header lines have limits.
 _LONGEST_QUERY = 500
+_ONE_DIGEST = re.compile(r"blake2b=[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +136,20 @@ class Space:
 
     @property
     def label(self) -> str:
-        """The space in one printable word, fit for an HTTP header.
+        """The space in one printable word, fit for an HTTP header, a log and a database.
+
+        It names the parameters. Their values may be private, so only a digest of each is in it.
 
         >>> Space("m", 8).with_parameters({"task": "a b"}).label
+        'm?task=~62b59ddfc5c4d697'
+        """
+        return current_label(self.former_label) if self.parameters else _word(self.name)
+
+    @property
+    def former_label(self) -> str:
+        """The label as it was while it held values; names of Qdrant collections come from it.
+
+        >>> Space("m", 8).with_parameters({"task": "a b"}).former_label
         'm?task=%22a%20b%22'
         """
         name = _word(self.name)
@@ -145,6 +159,28 @@ class Space:
         if len(query) > _LONGEST_QUERY:
             query = f"blake2b={hashlib.blake2b(query.encode(), digest_size=16).hexdigest()}"
         return f"{name}?{query}"
+
+
+def current_label(label: str) -> str:
+    """Return a space's label in its present form, for one that an earlier version wrote.
+
+    A label of the present form comes back as it is.
+
+    >>> current_label("m?task=%22a%20b%22") == current_label(current_label("m?task=%22a%20b%22"))
+    True
+    """
+    name, mark, query = label.partition("?")
+    if not mark or _ONE_DIGEST.fullmatch(query):
+        return label
+    return f"{name}?{'&'.join(map(_without_value, query.split('&')))}"
+
+
+def _without_value(parameter: str) -> str:
+    name, equals, value = parameter.partition("=")
+    # JSON never begins with a tilde, so this one was written in the present form.
+    if not equals or value.startswith("~"):
+        return parameter
+    return f"{name}=~{hashlib.blake2b(unquote_to_bytes(value), digest_size=8).hexdigest()}"
 
 
 class Outcome(enum.StrEnum):
@@ -210,6 +246,9 @@ class Context:
     """Point on the event loop's clock, in seconds, after which no answer is of use."""
     user: str | None = None
     """OpenAI's `user` field, passed on to providers that know it."""
+    neutral: tuple[tuple[str, bytes], ...] = ()
+    """Further request fields that change no number, as (name, JSON); for providers that declare
+    them in `Profile.neutral_fields`."""
     namespace: str = ""
     """The part of the cache that the client may see."""
     terms: Terms = NORMAL

@@ -287,6 +287,9 @@ class HttpProvider:
             payload[declared.dimensions_field] = space.dimensions
         if context.user is not None and declared.sends_user:
             payload["user"] = context.user
+        for name, value in context.neutral:
+            if name in declared.neutral_fields:
+                payload[name] = orjson.Fragment(value)
         for name, value in space.parameters:
             payload[name] = orjson.Fragment(value)
         return {**payload, **self.fixed_fields()}

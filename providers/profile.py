@@ -34,6 +34,9 @@ class Profile:
     """Whether the request's `user` is passed on; else it is dropped, since it changes no number."""
     extra_fields: frozenset[str] | None = None
     """The further request fields it knows; others are refused. None passes every field on."""
+    neutral_fields: frozenset[str] = frozenset()
+    """Request fields that change no number and are passed on, as `Context.neutral`; they belong to
+    no space. The proxy drops such fields elsewhere."""
     unit_norm: bool = False
     """Whether all its vectors have length 1, whatever the model; one that has not is refused."""
     names_models: bool = True

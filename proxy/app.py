@@ -95,7 +95,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
         app.router.add_post(path, post_embeddings, expect_handler=body.expect)
     if passthrough is not None:
         for prefix in PREFIXES:
-            # What is ours is never passed on, whatever the method.
+            # At a path of ours another method is a 405; `Passthrough` refuses all its spellings.
             path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
             app.router.add_route("*", path, passthrough.handle, expect_handler=body.expect)
     app.router.add_get("/status", Status(service).get)

@@ -15,6 +15,7 @@ from proxy.http.repeating import AGAIN
 from proxy.http.texts import Texts
 
 from . import wire
+from .http import cache_control
 from .service import EmbeddingService
 
 # Up to this many bytes, reading a body is quicker than handing it to a thread.
@@ -35,7 +36,12 @@ class Embeddings:
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
-        control = ", ".join(request.headers.getall("Cache-Control", ()))
+        # `Pragma` is not looked at: RFC 9111 keeps it for HTTP/1.0 clients, and says no more.
+        control = cache_control.counted(
+            ", ".join(request.headers.getall("Cache-Control", ())),
+            self._service.settings.server.honor_cache_control,
+            is_admin=caller.is_admin,
+        )
         model = request.match_info.get("model")
         digest = await self._answers.digest(body, caller, control, model)
         known = await self._answers.find(digest)

@@ -39,6 +39,7 @@ from proxy.settings.schema import Settings
 from . import wire
 from .config import load
 from .embedding import canary, indexing
+from .embedding.request_fields import classify
 from .http import index_field
 from .http.index_field import NOTHING_SAID
 from .wire import EmbeddingRequest
@@ -174,7 +175,7 @@ class EmbeddingService(Questions):
         """Embed one text, one token array, or several texts or token arrays.
 
         `dimensions` below the native width cuts and renormalises, for models that allow it.
-        `parameters` are further request fields; they are sent on, and belong to the space.
+        `parameters` are further request fields, treated as a client's: see `request_fields`.
         `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
         `api_key` is the client's own, for providers with `key: client`.
         `cache_control` is what a client would say in the header of that name: "no-cache".
@@ -184,13 +185,16 @@ class EmbeddingService(Questions):
         if not isinstance(inputs, str):
             inputs = [item if isinstance(item, str | int) else list(item) for item in inputs]
         parsed = wire.parse_input(inputs, self.most_inputs)
+        given = {name: one for name, one in (parameters or {}).items() if one is not None}
+        further = classify(given)
         asked = EmbeddingRequest(
             model=model,
             inputs=parsed,
             dimensions=dimensions,
             encoding="base64",
             user=user,
-            parameters=parameters or {},
+            parameters=further.parameters,
+            neutral=further.neutral,
             index=index_field.parse(index, len(parsed)),
         )
         return await self.answer(asked, Caller(namespace, client, Secret(api_key)), cache_control)

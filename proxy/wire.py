@@ -3,8 +3,9 @@
 Source of the rules: OpenAI's API reference for `POST /v1/embeddings` (autumn 2026).
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +13,7 @@ import orjson
 
 from providers import vector
 from providers.base import Input, InputRefused, Vector
+from proxy.embedding.request_fields import classify
 from proxy.http.index_field import NOTHING_SAID, Wish
 
 from .http import index_field
@@ -25,6 +27,9 @@ memory for each, and to fault that in takes four times as long as to fill it."""
 _HEAD = b'{"object":"list","data":['
 _ITEM = b'{"object":"embedding","index":%d,"embedding":'
 _CLOSING: Mapping[str, bytes] = {"base64": b'"}', "float": b"}"}
+_TAKEN = "only text and token ids are taken"
+# Bytes; in a longer body that cannot be read, half of a surrogate pair is not looked for.
+_MAX_EXPLAINED = 8 << 20
 _POWERS = (10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
 
 Encoding: TypeAlias = Literal["float", "base64"]
@@ -40,9 +45,11 @@ class EmbeddingRequest:
     encoding: Encoding
     user: str | None
     parameters: Mapping[str, object]
-    """All other fields: they are sent on, and may change the numbers."""
+    """Further fields that may change the numbers: sent on, and part of the space."""
     index: Wish = NOTHING_SAID
     """What is to be indexed; it is for the proxy, and sent to nobody."""
+    neutral: Mapping[str, object] = field(default_factory=dict)
+    """Further fields that change no number: for providers that declare them."""
 
 
 def parse(
@@ -52,11 +59,12 @@ def parse(
 
     A field that is null is taken as absent. `most_inputs` is the longest `input`; None = any.
     `model` is what the path names, for older forms of the API; it counts before the body's.
+    Further fields are placed by `request_fields`.
     """
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InputRefused(f"The request body could not be parsed as JSON: {error}.") from error
+        raise _unreadable(body, error) from error
     if not isinstance(fields, dict):
         raise InputRefused("The request body must be a JSON object.")
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -77,9 +85,13 @@ def parse(
     user = fields.pop("user", None)
     if user is not None and not isinstance(user, str):
         raise InputRefused("'user' must be a string.", param="user")
-    inputs = parse_input(fields.pop("input", None), most_inputs)
-    index = index_field.parse(fields.pop("index", None), len(inputs))
-    return EmbeddingRequest(model, inputs, dimensions, encoding, user, fields, index)
+    value, wish = fields.pop("input", None), fields.pop("index", None)
+    further = classify(fields)
+    inputs = parse_input(value, most_inputs)
+    index = index_field.parse(wish, len(inputs))
+    return EmbeddingRequest(
+        model, inputs, dimensions, encoding, user, further.parameters, index, further.neutral
+    )
 
 
 def parse_input(
@@ -108,12 +120,14 @@ def parse_input(
         return [_text(item, f"[{i}]") for i, item in enumerate(value)]
     if first is list:
         return [_tokens(item, f"[{i}]") for i, item in enumerate(value)]
+    if first is not int:
+        raise _invalid(f"must be a string or an integer token; {_TAKEN}", "[0]")
     return [_tokens(value, "")]
 
 
 def _text(item: object, where: str) -> str:
     if not isinstance(item, str):
-        raise _invalid("must be a string, like the items before it", where)
+        raise _invalid(f"must be a string, like the items before it; {_TAKEN}", where)
     if not item:
         raise _invalid("must not be an empty string", where)
     return item
@@ -121,7 +135,7 @@ def _text(item: object, where: str) -> str:
 
 def _tokens(item: object, where: str) -> tuple[int, ...]:
     if not isinstance(item, list):
-        raise _invalid("must be an array of tokens, like the items before it", where)
+        raise _invalid(f"must be an array of tokens, like the items before it; {_TAKEN}", where)
     if not item:
         raise _invalid("must not be an empty array", where)
     if set(map(type, item)) == {int} and min(item) >= 0 and max(item) < 1 << 32:
@@ -129,10 +143,55 @@ def _tokens(item: object, where: str) -> tuple[int, ...]:
     for i, token in enumerate(item):
         # bool is an int to Python, not to JSON.
         if type(token) is not int:
-            raise _invalid("must be an integer token", f"{where}[{i}]")
+            raise _invalid(f"must be an integer token; {_TAKEN}", f"{where}[{i}]")
         if not 0 <= token < 1 << 32:
             raise _invalid("is no token of any model", f"{where}[{i}]")
     return tuple(item)
+
+
+def _unreadable(body: bytes, error: orjson.JSONDecodeError) -> InputRefused:
+    """Return why a body cannot be read; half of a surrogate pair is named by its place.
+
+    `json` reads it where orjson does not: it is well-formed JSON, but no Unicode.
+    """
+    try:
+        if len(body) <= _MAX_EXPLAINED:
+            found = _half_pair(json.loads(body.decode("utf-8", "surrogatepass")), ())
+            if found is not None:
+                place = "".join(f"[{one}]" if type(one) is int else f".{one}" for one in found)
+                return InputRefused(
+                    f"'${place}' is invalid: it holds half of a surrogate pair, which is no"
+                    " Unicode.",
+                    param=str(found[0]) if found else None,
+                )
+    except (ValueError, RecursionError):
+        pass
+    return InputRefused(f"The request body could not be parsed as JSON: {error}.")
+
+
+def _half_pair(value: object, place: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
+    """Return the place of the first text that has no UTF-8; None if each has."""
+    if isinstance(value, str):
+        return None if _is_unicode(value) else place
+    if isinstance(value, list):
+        found = (_half_pair(item, (*place, i)) for i, item in enumerate(value))
+    elif isinstance(value, dict):
+        shown = ((ascii(name)[1:-1][:100], name, item) for name, item in value.items())
+        found = (
+            _half_pair(item, (*place, plain)) if _is_unicode(name) else (*place, plain)
+            for plain, name, item in shown
+        )
+    else:
+        return None
+    return next((one for one in found if one is not None), None)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _invalid(problem: str, where: str) -> InputRefused:

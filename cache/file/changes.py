@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from cache.ledger import Heading
 from cache.row import Partition
 from cache.usage import Usage
+from providers.base import current_label
 
 TOUCH_MS = 3_600_000
 """A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
@@ -146,13 +147,17 @@ class Changes:
         named |= {use.partition for use in self.used.values()}
         named |= {heading.partition for _, heading in self.usage}
         ids: dict[Partition | None, int | None] = {None: None}
-        for partition in named - {None}:
+        for partition in named:
+            if partition is None:
+                continue
+            # An archive of an earlier version names spaces with the values of their parameters.
+            columns = partition._replace(space=current_label(partition.space))
             connection.execute(
                 "INSERT OR IGNORE INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)",
-                partition,
+                columns,
             )
             ((ids[partition],),) = connection.execute(
                 "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)",
-                partition,
+                columns,
             )
         return ids

@@ -130,6 +130,7 @@ class Database:
         with cache.transact():
             for statement in layout.missing_steps(cache._sql):  # noqa: SLF001 - see `sql`
                 cache._sql(statement)  # noqa: SLF001
+            layout.rename_spaces(cache._sql)  # noqa: SLF001
         return cache
 
     @property

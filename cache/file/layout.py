@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from providers.base import current_label
+
 PAGE_BYTES = 32_768
 """Five records of 1,536 dimensions a page: 1.07 bytes on disk a byte kept, 1.34 with 4 KiB."""
 MMAP_BYTES = 1 << 36
@@ -69,6 +71,16 @@ _FROM_1 = (
         FROM Usage_1 LEFT JOIN Partitions ON id = partition""",
     "DROP TABLE Usage_1",
 )
+_SUMS = (
+    *("hits", "joins", "misses", "duplicates", "tokens_saved", "tokens_billed"),
+    *("nanodollars_saved", "nanodollars_billed"),
+)
+_ADD_USAGE = f"""
+    INSERT INTO Usage (day, partition, model, provider, client, {", ".join(_SUMS)})
+    SELECT day, ?, model, provider, client, {", ".join(_SUMS)} FROM Usage WHERE partition = ?
+    ON CONFLICT (day, partition, model, provider, client) DO UPDATE SET
+        {", ".join(f"{name} = {name} + excluded.{name}" for name in _SUMS)}
+"""
 _STEPS = {0: _FROM_NONE, 1: _FROM_1}
 """From each older layout the statements that lead to the next."""
 
@@ -121,6 +133,37 @@ def give_back(sql: Sql, pages: int) -> int:
         sql("PRAGMA incremental_vacuum(1)").fetchall()
     ((after,),) = sql("PRAGMA freelist_count")
     return int(before - after)
+
+
+def rename_spaces(sql: Sql) -> None:
+    """Give partitions whose label still holds values of parameters their present label.
+
+    It is done at each opening: a process of an earlier version may have written such labels since,
+    so there may be two partitions of one space, and they become one. The layout stays the same.
+    """
+    rows = sql("SELECT id, namespace, space, dimensions FROM Partitions").fetchall()
+    former = [(row, label) for row in rows if (label := current_label(row[2])) != row[2]]
+    if not former:
+        return
+    # What is replaced is overwritten: the values were not meant to be kept.
+    sql("PRAGMA secure_delete = 1")
+    for (number, namespace, _, dimensions), label in former:
+        same = sql(
+            "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)",
+            (namespace, label, dimensions),
+        ).fetchall()
+        if not same:
+            sql("UPDATE Partitions SET space = ? WHERE id = ?", (label, number))
+            continue
+        ((kept,),) = same
+        sql("UPDATE Entries SET partition = ? WHERE partition = ?", (kept, number))
+        sql(_ADD_USAGE, (kept, number))
+        sql("DELETE FROM Usage WHERE partition = ?", (number,))
+        sql("DELETE FROM Partitions WHERE id = ?", (number,))
+    # Sums of which only the label was known when the ledger began; see `_FROM_1`.
+    for (_, _, old, _), label in former:
+        sql("UPDATE OR IGNORE Usage SET model = ? WHERE model = ?", (label, old))
+    sql("PRAGMA secure_delete = 0")
 
 
 def missing_steps(sql: Sql) -> Iterator[str]:

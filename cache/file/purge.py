@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from providers.base import current_label
+
 from .database import Database
 from .layout import give_back
 
@@ -121,7 +123,9 @@ def where(choice: Choice) -> tuple[str, dict[str, object]]:
     """Return a condition on Entries and Partitions, for an address on Cache, and its values."""
     terms = {
         "namespace = :namespace": choice.namespace,
-        "(space = :space OR substr(space, 1, length(:space) + 1) = :space || '?')": choice.space,
+        "(space = :space OR substr(space, 1, length(:space) + 1) = :space || '?')": (
+            None if choice.space is None else current_label(choice.space)
+        ),
         "stored < :stored": _ms(choice.stored_before),
         "used < :used": _ms(choice.used_before),
         "Cache.key = :address AND Cache.raw = 1": choice.address,

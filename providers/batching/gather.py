@@ -42,11 +42,12 @@ ROUNDS = 3
 
 
 class Line(NamedTuple):
-    """Those who may ride together: one call has one space, one user and one key."""
+    """Those who may ride together: one call has one space, user, key and neutral fields."""
 
     space: Space
     user: str | None
     credential: Credential | None = None
+    neutral: tuple[tuple[str, bytes], ...] = ()
 
 
 class Gatherer:
@@ -70,7 +71,7 @@ class Gatherer:
         """
         if len(inputs) > SMALL:
             return await self._alone.embed(space, inputs, context)
-        line = Line(space, context.user, context.credential)
+        line = Line(space, context.user, context.credential, context.neutral)
         ride = self._boarding.get(line)
         if ride is None:
             ride = self._boarding[line] = _Ride(self._together, line, self._limits)
@@ -217,6 +218,7 @@ class _Ride:
             account=riders[0].context.account,
             on_charge=charge,
             credential=self._line.credential,
+            neutral=self._line.neutral,
         )
         inputs = [rider.inputs[place] for rider, place in seats]
         try:

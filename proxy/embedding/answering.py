@@ -1,21 +1,22 @@
 """From a well-formed request to vectors: which model, what width, until when, on whose key."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from cache.ledger import Answered
-from providers.base import Account, Context, Input
+from providers.base import Account, Context, Input, Space
 from proxy.http.cache_control import terms
 from proxy.http.caller import Caller
 from proxy.settings.schema import Settings
 from proxy.wire import EmbeddingRequest
 
-from . import fallback, widths
+from . import fallback, request_fields, widths
 from .client_keys import Ask, ClientKeys
 from .inputs import are_short_texts, prepare
 from .registry import Model, Registry
 from .result import Result, checked
+from .space_watch import SpaceWatch
 
 
 class Answering:
@@ -30,6 +31,7 @@ class Answering:
         self._settings = settings
         self._registry = registry
         self._client_keys = client_keys
+        self._spaces = SpaceWatch()
 
     def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
         """Return what `answer` would, already counted, if it need not be waited for; else None.
@@ -44,7 +46,7 @@ class Answering:
         if not model.space.dimensions:
             return None
         width = _width(model, asked)
-        space = model.space.with_parameters(asked.parameters) if asked.parameters else model.space
+        space = _space(model, asked)
         allowed = terms(self._settings.cache.mode, control)
         account = Account(asked.model, caller.client, model.price)
         embedded = model.embedder.at_hand(space, asked.inputs, caller.namespace, allowed, account)
@@ -73,17 +75,20 @@ class Answering:
         async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
             inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
             account = Account(asked.model, caller.client, one.price)
+            neutral = _neutral(one, asked)
             return inputs, Context(
-                by, asked.user, caller.namespace, allowed, weigh=weigh, account=account
+                by, asked.user, neutral, caller.namespace, allowed, weigh=weigh, account=account
             )
 
+        if asked.parameters:
+            self._spaces.note(model.name, _space(model, asked).parameters)
         if not model.space.dimensions:
             inputs, context = await prepared(model, deadline)
             return await self._learn(model, asked, caller, inputs, context)
         width = _width(model, asked)
 
         async def ask(one: Model, by: float) -> Result:
-            space = one.space.with_parameters(asked.parameters) if asked.parameters else one.space
+            space = _space(one, asked)
             inputs, context = await prepared(one, by)
             if one.by_client is None:
                 embedded = await one.embedder.embed(space, inputs, context)
@@ -104,13 +109,14 @@ class Answering:
         context: Context,
     ) -> Result:
         """Answer with a model whose width the first answer tells."""
+        parameters = _parameters(model, asked)
 
         async def ask(some: Sequence[Input], context: Context) -> Answered:
             nonlocal model
             if not model.space.dimensions:
-                model, answer = await self._registry.learn(model, asked.parameters, some, context)
+                model, answer = await self._registry.learn(model, parameters, some, context)
                 return answer
-            space = model.space.with_parameters(asked.parameters)
+            space = model.space.with_parameters(parameters)
             return await model.embedder.embed(space, some, context)
 
         namespace = caller.namespace
@@ -118,7 +124,7 @@ class Answering:
             embedded = await ask(inputs, context)
         else:
             embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
-        space = model.space.with_parameters(asked.parameters)
+        space = model.space.with_parameters(parameters)
         return checked(model, model, space, _width(model, asked), inputs, embedded, namespace)
 
     async def _with_key(
@@ -128,6 +134,29 @@ class Answering:
         if model.by_client is None or self._client_keys is None:
             raise RuntimeError(f"{model.name}: takes no key of a client")
         return await self._client_keys.embed(model.by_client, caller, inputs, context, ask)
+
+
+def _parameters(model: Model, asked: EmbeddingRequest) -> Mapping[str, object]:
+    """Return the fields that belong to the space: what no provider of the model calls neutral."""
+    declared = model.neutral_fields
+    if not declared or declared.isdisjoint(asked.parameters):
+        return asked.parameters
+    return {name: value for name, value in asked.parameters.items() if name not in declared}
+
+
+def _space(model: Model, asked: EmbeddingRequest) -> Space:
+    """Return the space that a request is answered from. Raises InputRefused."""
+    parameters = _parameters(model, asked) if asked.parameters else None
+    return model.space.with_parameters(parameters) if parameters else model.space
+
+
+def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], ...]:
+    """Return the fields that a provider of the model declares as neutral. Raises InputRefused."""
+    declared = model.neutral_fields
+    if not declared:
+        return ()
+    given = {**asked.parameters, **asked.neutral}
+    return request_fields.canonical({n: given[n] for n in given if n in declared})
 
 
 def _width(model: Model, asked: EmbeddingRequest) -> int:

@@ -216,7 +216,8 @@ class Indexing:
 
 def collection_of(model: str, space: Space, dimensions: int, qdrant: Qdrant) -> str:
     """Return the collection of a space's vectors of a width, where none is named."""
-    told = re.search("[~?](.*)", space.label)
+    # Collections are named by a digest of the values, so the names stay as they were.
+    told = re.search("[~?](.*)", space.former_label)
     return name_of(model, dimensions, parameters=told[1] if told else "", prefix=qdrant.prefix)
 
 

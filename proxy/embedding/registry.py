@@ -10,6 +10,7 @@ from cache.flight import Flights
 from cache.ledger import Answered
 from cache.refusal import NotCached
 from cache.tiers import Tiers
+from providers import kinds
 from providers.base import Context, Input, InputRefused, Space
 from providers.batching.longest import NoneTooLong
 from providers.router import Provider, Router
@@ -65,6 +66,8 @@ class Model:
     """Models of other spaces that may stand in when no route answers, in this order."""
     by_client: ByClient | None = None
     """How it is asked for with the client's own key; None = it is not."""
+    neutral_fields: frozenset[str] = frozenset()
+    """Request fields that one of its providers declares to change no number."""
     by_name: bool = False
     """Whether nothing is known of it but its name."""
 
@@ -204,4 +207,12 @@ class Registry:
             truncate_to=entry.truncate_to,
             fallbacks=entry.fallback,
             by_client=by_client(settings, name, entry, self._usable),
+            neutral_fields=_neutral_fields(settings, entry),
         )
+
+
+def _neutral_fields(settings: Settings, entry: model_entry.Model) -> frozenset[str]:
+    """Return what the providers of a model declare as neutral; each is sent its own only."""
+    providers = (settings.providers.get(route.provider) for route in entry.routes)
+    remote = (one for one in providers if one is not None and one.kind != kinds.LOCAL)
+    return frozenset().union(*(one.as_profile().neutral_fields for one in remote))

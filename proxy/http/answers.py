@@ -45,7 +45,7 @@ class Answers:
         """Return what a request is known by: all that decides its answer; None if it is short."""
         if len(body) < SHORTEST:
             return None
-        parts = [*caller, control, model or ""]
+        parts = [caller.namespace, caller.client, caller.api_key, control, model or ""]
         head = "".join(f"{len(part)}:{part}" for part in parts)
         digest = self._replies.begin()
         digest.update(head.encode(errors="surrogateescape"))

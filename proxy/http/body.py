@@ -12,6 +12,8 @@ MIB = 1 << 20
 
 # Decompressed at a time: some two milliseconds of work.
 _PIECE = MIB
+_GZIP = b"\x1f\x8b"
+"""The first bytes of a gzip member (RFC 1952)."""
 
 
 async def expect(request: web.Request) -> None:
@@ -41,11 +43,15 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     if announced > most:
         raise _too_large(most)
     chunks: list[bytes] = []
-    size = 0
+    size = received = 0
     try:
         while not request.content.at_eof():
             async with asyncio.timeout(patience_s):
                 chunk = await request.content.readany()
+            received += len(chunk)
+            if received > most:
+                # What is compressed may come to nothing, and go on for ever.
+                raise _too_large(most)
             for piece in inflater.pieces(chunk):
                 size += len(piece)
                 if size > most:
@@ -68,7 +74,11 @@ def _too_large(most: int) -> BodyRefused:
 
 
 class _Inflater:
-    """Undoes the compression that a `Content-Encoding` names, if any."""
+    """Undoes the compression that a `Content-Encoding` names, if any.
+
+    Of gzip there may be several members, one behind another (RFC 1952, 2.2), as tools make them
+    that compress a body piece by piece; they stand for one body. Zeros may follow the last one.
+    """
 
     def __init__(self, encoding: str) -> None:
         encoding = encoding.strip().lower()
@@ -80,6 +90,9 @@ class _Inflater:
             )
         self._compressed = encoding not in ("", "identity")
         self._zlib: zlib._Decompress | None = None
+        self._begun = b""
+        """The first byte of a further member, while its second has not come."""
+        self._is_padding = False
 
     def pieces(self, chunk: bytes) -> Iterator[bytes]:
         """Yield what a part of the body stands for, little by little. Raises zlib.error."""
@@ -91,13 +104,34 @@ class _Inflater:
             bare = chunk[0] & 0x0F != 8 and chunk[0] != 0x1F
             self._zlib = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
         while self._zlib is not None:
+            if self._zlib.eof:
+                chunk = self._next_member(chunk)
+                if not chunk:
+                    return
             piece = self._zlib.decompress(chunk, _PIECE)
             yield piece
-            chunk = self._zlib.unconsumed_tail
+            chunk = self._zlib.unused_data if self._zlib.eof else self._zlib.unconsumed_tail
             if len(piece) < _PIECE and not chunk:
                 return
 
+    def _next_member(self, chunk: bytes) -> bytes:
+        """Begin another member if one follows; return what is to be decompressed of it."""
+        chunk = self._begun + chunk
+        if not self._is_padding:
+            self._is_padding = chunk.startswith(b"\0")
+        if self._is_padding:
+            if chunk.strip(b"\0"):
+                raise zlib.error("something follows the compressed body")
+            return b""
+        self._begun = chunk if len(chunk) < len(_GZIP) else b""
+        if not _GZIP.startswith(chunk[: len(_GZIP)]):
+            raise zlib.error("something follows the compressed body")
+        if self._begun or not chunk:
+            return b""
+        self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        return chunk
+
     def finish(self) -> None:
         """Take note of the end of the body. Raises zlib.error if something is missing."""
-        if self._zlib is not None and not self._zlib.eof:
+        if self._begun or (self._zlib is not None and not self._zlib.eof):
             raise zlib.error("the compressed body broke off")

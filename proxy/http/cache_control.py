@@ -26,6 +26,19 @@ _ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*"?)+', re.DOTALL)
 _SECONDS = re.compile(r"[0-9]+")
 
 
+Honor: TypeAlias = Literal["admin"] | bool
+"""`server.honor_cache_control`: whether a request's header counts, or only that of an admin."""
+
+
+def counted(header: str, honor: Honor, *, is_admin: bool) -> str:
+    """Return the header's value, or nothing where it does not count.
+
+    >>> counted("no-cache", "admin", is_admin=False), counted("no-cache", True, is_admin=False)
+    ('', 'no-cache')
+    """
+    return header if honor is True or (honor == "admin" and is_admin) else ""
+
+
 class CacheControl(NamedTuple):
     """What the header says, as far as it is of use here."""
 

@@ -21,3 +21,6 @@ class Caller(NamedTuple):
     """The name of the caller's key in the ledger; empty where no key is asked for."""
     api_key: Secret = Secret()
     """The caller's own key for a provider; empty where it sent none, or none is used."""
+    is_admin: bool = False
+    """Whether the caller may do what is the operator's: its key says `admin: true`, or no key is
+    asked for."""

@@ -15,6 +15,7 @@ from .access import Access
 from .body import BodyRefused
 from .caller import Caller
 from .cors import Cors
+from .paths import REMEDY, may_be_embeddings
 
 log = logging.getLogger("embedding_proxy.guard")
 
@@ -82,6 +83,8 @@ def _explained(request: web.Request, error: Exception) -> web.Response:
 def _unrouted(request: web.Request, error: web.HTTPException) -> Failure:
     """Return the error for a request that no handler takes."""
     what = f"({request.method} {request.path[:200]})"
+    if error.status == 404 and may_be_embeddings(request.method, request.raw_path):
+        what += f"; {REMEDY}"
     if error.status == 405:
         return Failure(405, f"Not allowed to do this here {what}.", "invalid_request_error")
     if error.status == 404:

@@ -6,6 +6,7 @@ redirects included, is what the client gets. What is sent waits for who receives
 
 import asyncio
 import logging
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -20,12 +21,13 @@ from providers.base import InputRefused, UpstreamTimeout
 from providers.transport_errors import reason
 from proxy.http.body import BodyRefused
 from proxy.http.cors import Cors
+from proxy.http.paths import may_be_embeddings
 from proxy.settings.schema import Settings
 
 from . import bridge
 from .attendance import Attendance, Stalled
 from .headers import returned
-from .origin import Origin
+from .origin import PREFIXES, Origin
 
 log = logging.getLogger("embedding_proxy.passthrough")
 
@@ -52,6 +54,9 @@ class Passthrough:
         origin = self._origin
         if request.method not in _METHODS:
             raise web.HTTPMethodNotAllowed(request.method, _METHODS)
+        if may_be_embeddings(request.method, request.raw_path) or not _is_below(request.raw_path):
+            # Embeddings go through the cache or nowhere, whatever the upstream makes of a path.
+            raise web.HTTPNotFound
         if self._frozen:
             raise InputRefused(
                 f"cache.mode is frozen: nothing is bought, so this call is not passed to"
@@ -121,6 +126,16 @@ class Passthrough:
             if request.version < HttpVersion11 and request.transport is not None:
                 _reset(request.transport)
             raise ConnectionAbortedError(f"{why} amid a reply") from error
+
+
+def _is_below(target: str) -> bool:
+    """Tell whether a target begins, as it is spelled, with what is routed here.
+
+    That is one of PREFIXES, or `/models/`. One that begins so only when it is decoded would be sent
+    below the base URL with its prefix.
+    """
+    path = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
+    return path.startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
 
 
 def _reset(transport: asyncio.Transport) -> None:

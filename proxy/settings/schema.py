@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from providers import kinds
 from providers.catalogue import CATALOGUE
+from proxy.http.cache_control import Honor
 
 from .index_section import Index
 from .model_entry import Model, from_catalogue
@@ -25,6 +26,7 @@ class ClientKey(Section):
     key: Annotated[Name, Field(repr=False)]
     namespace: str = ""
     name: str = ""
+    admin: Annotated[bool, Field(strict=True)] = False
 
 
 class Server(Section):
@@ -42,6 +44,14 @@ class Server(Section):
     canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
     cors: tuple[WebOrigin, ...] = ()
+    honor_cache_control: Honor = True
+
+    @field_validator("honor_cache_control", mode="before")
+    @classmethod
+    def _yes_no_or_admin(cls, value: object) -> object:
+        if not isinstance(value, bool) and value != "admin":
+            raise ValueError("expected true, admin or false")
+        return value
 
     @field_validator("cors", mode="before")
     @classmethod

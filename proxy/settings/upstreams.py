@@ -14,6 +14,7 @@ from providers import kinds
 from providers.hops import HEADER as HOP_HEADER
 from providers.http import HttpProvider
 from providers.profile import Profile
+from proxy.embedding import request_fields
 
 from . import addresses
 from .section import BaseUrl, Name, Number, ProxyUrl, Section, VariableName, Whole
@@ -86,6 +87,7 @@ class Provider(Section):
     dimensions_field: Name | None = "dimensions"
     sends_user: bool = True
     extra_fields: tuple[Name, ...] | None = None
+    neutral_fields: tuple[Name, ...] = ()
     unit_norm: bool = False
     headers: Annotated[dict[str, str], Field(repr=False)] = Field(default_factory=dict)
     options: dict[str, object] = Field(default_factory=dict)
@@ -129,6 +131,14 @@ class Provider(Section):
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"is no path of a file; {remedy}") from error
         return path
+
+    @field_validator("neutral_fields")
+    @classmethod
+    def _fit_to_send(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        problem = request_fields.unfit(value)
+        if problem is not None:
+            raise ValueError(f"{problem}; remove it")
+        return value
 
     @field_validator("headers")
     @classmethod
@@ -219,6 +229,11 @@ class Provider(Section):
         if "extra_fields" in given:
             known = self.extra_fields
             fields["extra_fields"] = None if known is None else frozenset(known)
+        neutral = self.neutral_fields if "neutral_fields" in given else profile.neutral_fields
+        # A neutral field that is declared as an extra one is sent, and stays neutral.
+        fields["neutral_fields"] = frozenset(
+            (*neutral, *filter(request_fields.is_neutral, self.extra_fields or ()))
+        )
         limits = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
         network = {key: getattr(self, key) for key in NETWORK if key in given}
         if self.ca_file is not None:

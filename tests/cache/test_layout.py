@@ -176,6 +176,53 @@ async def test_the_sums_of_layout_1_are_carried_over(old_1):
     assert _ask(old_1, "PRAGMA integrity_check") == [("ok",)]
 
 
+OLD_LABEL = "m?task=%22private%22"
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["alone", "beside the present form"])
+async def test_labels_with_values_become_labels_with_digests(both, path):
+    """Entries and sums of an earlier version stay, under one partition, and no value is left."""
+    label = Space("m", 8).with_parameters({"task": "private"}).label
+    ring = keyring(Space("m", 8).with_parameters({"task": "private"}))
+    keys = [ring.key(f"text {i}") for i in range(4)]
+    async with Store(path.parents[1], GIB) as store:
+        for key in keys[:2]:
+            assert await store.put_many({key.address: b"r"}, ring.partition)
+        store.count(Heading(ring.partition, "m", "p", "c"), Usage(misses=2, tokens_billed=7))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE Partitions SET space = ?", (OLD_LABEL,))
+    if both:
+        # What the store would do without the step at its opening: a second partition.
+        async with Store(path.parents[1], GIB) as store:
+            for key in keys[2:]:
+                assert await store.put_many({key.address: b"r"}, ring.partition)
+            store.count(Heading(ring.partition, "m", "p", "c"), Usage(misses=2, tokens_billed=7))
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute(
+                "INSERT INTO Partitions (namespace, space, dimensions) VALUES ('', ?, 8)",
+                (OLD_LABEL,),
+            )
+            ((old,),) = connection.execute("SELECT max(id) FROM Partitions")
+            connection.execute("UPDATE Entries SET partition = ? WHERE id > 2", (old,))
+            connection.execute(
+                "INSERT INTO Usage SELECT day, ?, model, provider, client, hits, joins, misses,"
+                " duplicates, tokens_saved, tokens_billed, nanodollars_saved, nanodollars_billed"
+                " FROM Usage",
+                (old,),
+            )
+    async with Store(path.parents[1], GIB):
+        pass
+    assert _is_laid_out(path)
+    assert _ask(path, "SELECT namespace, space, dimensions FROM Partitions") == [("", label, 8)]
+    entries = 4 if both else 2
+    assert _ask(path, "SELECT count(DISTINCT partition), count(*) FROM Entries") == [(1, entries)]
+    sums = (8, 28) if both else (2, 7)
+    assert _ask(path, "SELECT sum(misses), sum(tokens_billed) FROM Usage") == [sums]
+    assert _ask(path, "SELECT count(*) FROM Usage") == [(1,)]
+    assert _ask(path, "PRAGMA integrity_check") == [("ok",)]
+    assert b"private" not in path.read_bytes()
+
+
 # How the version before, which may still run, adds to the sums.
 COUNT_1 = """
     INSERT INTO Usage VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, partition) DO UPDATE SET

@@ -15,7 +15,7 @@ from cache.usage import Usage
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 4)
-PARAMETERS = Partition("", "a/space?task=%22q%22", 4)
+PARAMETERS = Partition("", "a/space?task=~12549ea7d2d841ef", 4)
 THERE = Partition("tenant ü", "a/space", 6)
 DAY = 20_000
 

@@ -17,7 +17,7 @@ from cache.upkeep import transfer
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 4)
-PARAMETERS = Partition("", "a/space?task=%22q%22", 4)
+PARAMETERS = Partition("", "a/space?task=~12549ea7d2d841ef", 4)
 LIKE = Partition("", "a/space-2", 4)
 THERE = Partition("tenant ü %", "a/space", 6)
 PARTITIONS = (HERE, PARAMETERS, LIKE, THERE, None)
@@ -79,7 +79,7 @@ def test_more_rows_than_a_batch_come_once_each(opened, monkeypatch):
         ({"namespace": "tenant ü %"}, (THERE,)),
         ({"namespace": "tenant"}, ()),
         ({"space": "a/space"}, (HERE, PARAMETERS, THERE)),
-        ({"space": "a/space?task=%22q%22"}, (PARAMETERS,)),
+        ({"space": "a/space?task=~12549ea7d2d841ef"}, (PARAMETERS,)),
         ({"space": "a/spac_"}, ()),
         ({"space": "a/space", "namespace": ""}, (HERE, PARAMETERS)),
     ],

@@ -20,6 +20,7 @@ from index.failures import (
     ServerFault,
     Unavailable,
 )
+from providers.base import Space
 
 SMALL = Provenance("openai/text-embedding-3-small", 4)
 OTHER = Provenance("openai/text-embedding-ada-002", 4)
@@ -46,6 +47,18 @@ async def test_a_collection_is_made_once_and_says_whose_vectors_it_holds(qdrant)
     assert not await ensure(qdrant, "docs", SMALL)
     assert await look(qdrant, "docs") == (4, SMALL)
     assert await look(qdrant, "nothing") is None
+
+
+async def test_a_collection_that_an_earlier_version_made_is_still_ours(qdrant):
+    """A label that holds values is taken for the same space's of today, and for no other's."""
+    space = Space("m", 4).with_parameters({"task": "q"})
+    params = models.VectorParams(size=4, distance=models.Distance.COSINE)
+    former = {"embedding_proxy": {"space": "m?task=%22q%22", "dimensions": 4, "version": 1}}
+    await qdrant.ask(lambda client: client.create_collection("docs", params, metadata=former))
+    assert not await ensure(qdrant, "docs", Provenance(space.label, 4))
+    other = Space("m", 4).with_parameters({"task": "p"})
+    with pytest.raises(OtherSpace, match="do not compare"):
+        await ensure(qdrant, "docs", Provenance(other.label, 4))
 
 
 @pytest.mark.parametrize("wanted", [OTHER, WIDER])

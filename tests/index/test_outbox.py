@@ -111,6 +111,19 @@ def test_several_processes_add_to_one_file(tmp_path, outbox):
         assert ids(outbox) == ids(second) == [1, 2]
 
 
+def test_a_space_is_purged_under_its_former_and_its_present_label(tmp_path, outbox):
+    """What waits since before an update is found by either label, and nothing else is."""
+    former, label = "m?task=%22q%22", "m?task=~12549ea7d2d841ef"
+    for number, space in enumerate([former, label, "m?task=%22p%22"]):
+        outbox.add(Target("docs", space, 2), [point(number)])
+    file = OutboxFile(tmp_path)
+    for asked in (former, label):
+        picked = outbox_purge.pick(file, space=asked)
+        assert {int.from_bytes(one.point) for one in picked} == {0, 1}
+    assert len(outbox_purge.pick(file, space="m")) == 3
+    file.close()
+
+
 def test_a_full_outbox_takes_nothing_and_a_drained_one_shrinks(tmp_path):
     """Beyond its limit the file refuses points and does not know them; emptied it takes them."""
     with closing(Outbox(tmp_path, 1 << 20)) as outbox:

@@ -152,8 +152,15 @@ async def test_the_limit_of_a_body_counts_however_it_comes(body, headers, upstre
         gzip.compress(json.dumps(GOOD).encode())[:-12],
         gzip.compress(json.dumps(GOOD).encode())[:-8] + b"12345678",
         gzip.compress(json.dumps(GOOD).encode())[:-8],
+        gzip.compress(json.dumps(GOOD).encode()) + gzip.compress(b" ")[:-9],
+        gzip.compress(json.dumps(GOOD).encode()) + b"\x1f",
+        gzip.compress(json.dumps(GOOD).encode()) + b"and more",
+        gzip.compress(json.dumps(GOOD).encode()) + b"\0\0more",
     ],
-    ids=["garbage", "cut", "wrong checksum", "no checksum"],
+    ids=[
+        *("garbage", "cut", "wrong checksum", "no checksum", "second member cut"),
+        *("second member not begun", "something behind", "something behind zeros"),
+    ],
 )
 async def test_a_broken_gzip_body_is_a_400(content, upstream, start_proxy, caplog):
     """A body that does not decompress is the client's mistake, and no alarm in the log."""
@@ -195,6 +202,77 @@ async def test_a_good_body_may_come_in_any_form(body, headers, upstream, start_p
     response, content = await _send(proxy, sent, **headers)
     assert (response.status, content["model"]) == (200, SMALL)
     assert upstream.inputs == ["a"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000], ids=lambda size: f"pieces of {size}")
+@pytest.mark.parametrize("padding", [b"", bytes(600)], ids=["", "padded"])
+async def test_a_gzip_body_of_several_members_is_one_body(size, padding, upstream, start_proxy):
+    """Members that stand one behind another are read to the end, wherever the pieces are cut."""
+    proxy = await start_proxy(openai=upstream)
+    text = json.dumps(GOOD).encode()
+    members = [gzip.compress(text[:10]), gzip.compress(b""), gzip.compress(text[10:])]
+    body = b"".join(members) + padding
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    response, content = await _send(proxy, _in_parts(*pieces), **{"Content-Encoding": "gzip"})
+    assert (response.status, content["model"]) == (200, SMALL)
+    assert upstream.inputs == ["a"]
+
+
+async def test_members_that_stand_for_nothing_do_not_go_on_for_ever(upstream, start_proxy):
+    """The limit of a body holds for what is sent, too, not only for what comes of it."""
+    proxy = await start_proxy(openai=upstream, server={"max_body_mib": 1 / 1024})
+    sent = _in_parts(*[gzip.compress(b"")] * 60)
+    response, error = await _send(proxy, sent, **{"Content-Encoding": "gzip"})
+    assert response.status == 413
+    assert "server.max_body_mib" in error["message"]
+
+
+HALF = "\ud800"
+HALVES = {
+    "an input": ({"input": ["a", HALF]}, "$.input[1]", "input"),
+    "the input": ({"input": f"a{HALF}"}, "$.input", "input"),
+    "the model": ({"model": HALF}, "$.model", "model"),
+    "the user": ({"user": HALF}, "$.user", "user"),
+    "deep": ({"note": {"x": [1, HALF]}}, "$.note.x[1]", "note"),
+    "a name": ({f"n{HALF}": 1}, r"$.n\ud800", r"n\ud800"),
+    "a payload": ({"index": {"payload": [{"t": HALF}]}}, "$.index.payload[0].t", "index"),
+}
+
+
+@pytest.mark.parametrize(("fields", "place", "param"), HALVES.values(), ids=HALVES)
+async def test_half_of_a_surrogate_pair_is_named(fields, place, param, upstream, start_proxy):
+    """A text that is no Unicode is a 400 that names its place, wherever it stands."""
+    proxy = await start_proxy(openai=upstream)
+    for escaped in (True, False):
+        text = json.dumps({**GOOD, **fields}, ensure_ascii=escaped)
+        response, error = await _send(proxy, text.encode("utf-8", "surrogatepass"))
+        assert (response.status, error["param"]) == (400, param)
+        assert f"'{place}' is invalid: it holds half of a surrogate pair" in error["message"]
+    assert not upstream.calls
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ([{"text": "a"}], "[0]"),
+        ([None], "[0]"),
+        ([["a"]], "[0][0]"),
+        ([1.5], "[0]"),
+        ([True], "[0]"),
+        (["a", {"text": "b"}], "[1]"),
+        ([[1], None], "[1]"),
+        ([1, None], "[1]"),
+        ([[1, 2.5]], "[0][1]"),
+    ],
+    ids=str,
+)
+async def test_what_is_neither_text_nor_tokens_is_told_what_is(given, place, upstream, start_proxy):
+    """An input of another kind is a 400 that names its place and says what is taken."""
+    proxy = await start_proxy(openai=upstream)
+    response, error = await _send(proxy, {**GOOD, "input": given})
+    assert (response.status, error["param"]) == (400, "input")
+    assert error["message"].startswith(f"'$.input{place}' is invalid")
+    assert "only text and token ids are taken" in error["message"]
 
 
 async def test_an_unknown_compression_is_a_415(upstream, start_proxy):

@@ -13,10 +13,13 @@ from fault_server import vector_of
 from qdrant_server import QdrantServer, answer, overloaded
 
 from cache.key import keyring
-from index.collection import Provenance, ensure
+from index.collection import Provenance, ensure, name_of
 from index.connection import Connection
 from index.outbox import Outbox
+from providers.base import Space
 from proxy.config import ConfigError
+from proxy.embedding.indexing import collection_of
+from proxy.settings.index_section import Qdrant
 
 SMALL = "text-embedding-3-small"
 COLLECTION = f"{SMALL}-1536"
@@ -591,3 +594,10 @@ async def test_what_was_put_aside_is_tried_again_by_the_next_start(start_proxy, 
     told = await _arrived(await start_proxy(upstream, index=_index(qdrant)))
     assert told["refused_points"] == 0
     assert len(await qdrant.points("docs")) == 1
+
+
+def test_a_collection_of_parameters_is_called_as_it_always_was():
+    """The label has another form today; a name that an earlier version gave stays the same."""
+    space = Space("m", 8).with_parameters({"task": "q", "n": 1})
+    name = name_of("m", 8, parameters="n=1&task=%22q%22", prefix="p_")
+    assert collection_of("m", space, 8, Qdrant(url="http://h", prefix="p_")) == name

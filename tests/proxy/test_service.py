@@ -156,7 +156,7 @@ async def test_parameters_make_a_space_of_their_own(opened, upstream):
         ]
     outcomes = [result.outcomes[0] for result in asked]
     assert outcomes == [Outcome.MISS, Outcome.MISS, Outcome.MISS, Outcome.HIT, Outcome.HIT]
-    assert asked[1].space.label == f"openai/{SMALL}?n=1&task=%22q%22"
+    assert asked[1].space.label == f"openai/{SMALL}?n=~f6fc42039fba3776&task=~12549ea7d2d841ef"
     sent = [{k: call.payload.get(k) for k in ("user", "task", "n")} for call in upstream.calls]
     assert sent == [
         {"user": "u", "task": None, "n": None},

@@ -1,0 +1,83 @@
+"""Warns of a request field that makes a new embedding space of nearly every request.
+
+A field that changes no number, but that the proxy does not know as such, belongs to the space. When
+its value differs from request to request (an id, a time), no text is ever a cache hit, and each is
+bought again without a word. So the distinct parameter sets of a model are counted over a short
+time, and too many are warned of once. Only digests of values are kept, and only names are logged.
+"""
+
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+MAX_SETS = 20
+"""Distinct parameter sets of one model within `WINDOW_S` that are nothing unusual."""
+WINDOW_S = 600.0
+_MAX_MODELS = 256
+"""Watched at a time; the one that was asked for longest ago is forgotten first."""
+
+log = logging.getLogger("embedding_proxy.spaces")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The parameter sets of one model."""
+
+    sets: OrderedDict[bytes, tuple[float, dict[str, bytes]]] = field(default_factory=OrderedDict)
+    """By digest: when it was last used, and the digest of each value. The newest is last."""
+    is_told: bool = False
+
+
+class SpaceWatch:
+    """Counts distinct parameter sets by model. For one event loop.
+
+    `clock` returns seconds; tests inject one that they move themselves.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._models: OrderedDict[str, _Seen] = OrderedDict()
+
+    def note(self, model: str, parameters: Sequence[tuple[str, bytes]]) -> None:
+        """Take note of one request's parameters, (name, canonical JSON); warn if they are many."""
+        if not parameters:
+            return
+        seen = self._models.setdefault(model, _Seen())
+        self._models.move_to_end(model)
+        if len(self._models) > _MAX_MODELS:
+            self._models.popitem(last=False)
+        if seen.is_told:
+            return
+        now = self._clock()
+        values = {name: _digest(value) for name, value in parameters}
+        whole = _digest(b"".join(_digest(name.encode()) + one for name, one in values.items()))
+        seen.sets[whole] = now, values
+        seen.sets.move_to_end(whole)
+        while next(iter(seen.sets.values()))[0] < now - WINDOW_S:
+            seen.sets.popitem(last=False)
+        if len(seen.sets) > MAX_SETS:
+            seen.is_told = True
+            self._warn(model, [one for _, one in seen.sets.values()])
+            seen.sets.clear()
+
+    @staticmethod
+    def _warn(model: str, sets: Sequence[dict[str, bytes]]) -> None:
+        names = sorted({name for one in sets for name in one})
+        distinct = {name: len({one.get(name) for one in sets}) for name in names}
+        field = max(names, key=lambda name: distinct[name])
+        log.warning(
+            "model %s: more than %d distinct sets of request fields within %d minutes; most differ"
+            " in the field %r, so the same text is bought for each of its values. If it changes no"
+            " vector, list it in providers.NAME.neutral_fields, or do not send it",
+            model,
+            MAX_SETS,
+            WINDOW_S // 60,
+            field[:100],
+        )
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
