@@ -4,8 +4,8 @@
 
 A script runs in the environment of its own client and knows nothing of the proxy but its address.
 
-With the argument `give-up` a script makes one request of the text on its input, in its first way and
-with the client's own retries, and says how it ended:
+With the argument `give-up` a script makes one request of the text on its input, in its first way
+and with the client's own retries, and says how it ended:
 
     echo '{"text": "a text"}' | python try_openai.py give-up
     {"versions": …, "ending": {"outcome": "gave up", "error": "RateLimitError", "status": 429,
