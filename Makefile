@@ -65,7 +65,8 @@ flow: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/flow.py $(MEGABYTES)
 
 # The libraries that people use, each in an environment of its own, at the upstream and at the proxy: what
-# they get, and then how they give up. Needs go, java and mvn; CLIENTS="node openai-3" tries only these.
+# they get, and then how they give up: some ten minutes. Needs go, java and mvn; CLIENTS="node openai-3" tries
+# only these.
 CLIENTS ?=
 clients: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/client_trial.py $(CLIENTS)

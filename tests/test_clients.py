@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 import client_environments
 import pytest
 from client_environments import ALWAYS, GO, JAVA, OWN, PINS, folder_of
-from client_failures import FAILURES, TRIED, proxied
+from client_failures import FAILURES, TRIED, Ending, Found, proxied
 from client_trial import CLIENTS, trial
 from pages import ROOT, fenced
 
@@ -109,6 +109,42 @@ async def test_a_client_gives_up_at_once_where_no_try_helps(failure):
     ending = await proxied(client, failure)
     assert ending.requests == 1
     assert (ending.status, ending.code) in failure.answers
+
+
+LIMITED = next(failure for failure in FAILURES if failure.name == "rate limit")
+REFUSED = next(failure for failure in FAILURES if failure.name == "key refused")
+DIRECT = Ending("RateLimitError", 429, "rate_limit_exceeded", 4.0, requests=3, calls=3)
+UNAUTHORIZED = Ending("AuthenticationError", 401, "invalid_api_key", 0.0, requests=1, calls=1)
+FORBIDDEN = Ending("PermissionDeniedError", 403, None, 0.0, requests=1, calls=1)
+ANSWERED = Ending(None, None, None, 4.0, requests=1, calls=3)
+
+
+@pytest.mark.parametrize(
+    ("failure", "direct", "proxied", "wrong"),
+    [
+        (LIMITED, DIRECT, DIRECT, []),
+        (LIMITED, DIRECT, replace(DIRECT, calls=9), ["9 calls of the upstream, directly 3"]),
+        (LIMITED, DIRECT, replace(DIRECT, status=503), ["status 503"]),
+        (LIMITED, DIRECT, replace(DIRECT, code="other"), ["code other"]),
+        (LIMITED, DIRECT, replace(DIRECT, error="Other"), ["Other, directly RateLimitError"]),
+        (LIMITED, DIRECT, replace(DIRECT, seconds=6.1), ["+2.1 s"]),
+        (LIMITED, DIRECT, replace(DIRECT, seconds=1.9), ["-2.1 s"]),
+        (LIMITED, DIRECT, replace(ANSWERED, calls=4, seconds=1.0), []),
+        (LIMITED, ANSWERED, DIRECT, ["gave up where it directly does not"]),
+        (LIMITED, ANSWERED, replace(ANSWERED, calls=4), ["4 calls of the upstream, directly 3"]),
+        (REFUSED, UNAUTHORIZED, UNAUTHORIZED, ["status 401"]),
+        (
+            REFUSED,
+            replace(UNAUTHORIZED, seconds=9),
+            replace(UNAUTHORIZED, status=403, code=None),
+            [],
+        ),
+    ],
+)
+def test_what_counts_as_giving_up_as_directly(failure, direct, proxied, wrong):
+    """More calls, another answer, another error and another time are each seen as a difference."""
+    client = next(one for one in TRIED if one.environment == OWN)
+    assert Found(client, failure, direct, proxied).differences() == wrong
 
 
 def _runs(script, snippet):

@@ -47,13 +47,21 @@ class TryOpenAI {
         return tokens;
     }
 
-    public static void main(String[] arguments) throws Exception {
-        OpenAIClient client = OpenAIOkHttpClient.fromEnv();
+    static Map<String, Cases.Way> ways(OpenAIClient client) {
         EncodingFormat decimal = EncodingFormat.FLOAT;
         Map<String, Cases.Way> ways = new LinkedHashMap<>();
         ways.put("default", given -> embed(client, request(given)));
         ways.put("decimal", given -> embed(client, request(given).encodingFormat(decimal)));
-        Cases.run(arguments, ways);
-        client.close();
+        return ways;
+    }
+
+    public static void main(String[] arguments) throws Exception {
+        OpenAIClient client = OpenAIOkHttpClient.fromEnv();
+        Cases.run(
+                arguments,
+                ways(client),
+                url -> ways(OpenAIOkHttpClient.builder().fromEnv().baseUrl(url).build()));
+        // The threads of the HTTP client would keep the program running.
+        System.exit(0);
     }
 }
