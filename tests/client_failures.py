@@ -168,15 +168,20 @@ class Found:
     direct: Ending
     proxied: Ending
 
+    @property
+    def is_answered_only_by_proxy(self) -> bool:
+        """Whether the proxy waited for what the client does not wait for directly."""
+        return self.proxied.error is None and self.direct.error is not None
+
     def differences(self) -> list[str]:
         """Return what is not as it is directly."""
+        if self.is_answered_only_by_proxy:
+            return []
         late = self.proxied.seconds - self.direct.seconds
         return [*self._other_answers(), *([f"{late:+.1f} s"] if self._is_off(late) else [])]
 
     def _other_answers(self) -> list[str]:
         failure, direct, proxied = self.failure, self.direct, self.proxied
-        if proxied.error is None and direct.error is not None:
-            return []  # The proxy has waited for what the client did not.
         found = []
         if proxied.calls > direct.calls:
             found.append(f"{proxied.calls} calls of the upstream, directly {direct.calls}")
@@ -206,8 +211,8 @@ class Found:
 
     def is_better(self) -> bool:
         """Tell whether the client was answered at the proxy alone, or sooner, or gave up sooner."""
-        answered = self.direct.error is not None and self.proxied.error is None
-        return answered or self.direct.seconds - self.proxied.seconds > TOLERANCE_S
+        sooner = self.direct.seconds - self.proxied.seconds > TOLERANCE_S
+        return sooner or self.is_answered_only_by_proxy
 
 
 class _Upstream(FaultServer):
