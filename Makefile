@@ -64,9 +64,13 @@ MEGABYTES ?= 100
 flow: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/flow.py $(MEGABYTES)
 
-# The libraries that people use, each in an environment of its own, at the upstream and at the proxy.
+# The libraries that people use, each in an environment of its own, at the upstream and at the proxy: what
+# they get, and then how they give up: some ten minutes. Needs go, java and mvn; CLIENTS="node openai-3" tries
+# only these.
+CLIENTS ?=
 clients: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/client_trial.py
+	PYTHONPATH=.:tests $(BIN)/python tests/client_trial.py $(CLIENTS)
+	PYTHONPATH=.:tests $(BIN)/python tests/client_failures.py $(CLIENTS)
 
 # The figures of this machine against their targets: all of them, or ONLY=T1,T3. ROUNDS=3 is quick and
 # rough, PEERS=litellm measures LiteLLM too, RECORD=yes puts a whole run onto the pages.
@@ -99,7 +103,8 @@ pins:
 	$(PIN) pyproject.toml --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
 	$(PIN) --group installer -o requirements/pip.txt
 
-# The same for the clients that are tried; needs uv and npm. What CI installs has its hashes.
+# The same for the clients that are tried; needs uv, npm, go and mvn. What CI installs has its hashes; go.sum
+# and package-lock.json have their own, and for Java every version stands in pom.xml.
 CLIENT_PIN = uv pip compile --universal --python-version 3.11 --no-annotate \
 	--no-emit-index-url --no-emit-find-links --upgrade \
 	--custom-compile-command "make client-pins" --quiet
@@ -111,6 +116,10 @@ client-pins:
 	cd tests/clients/node && npm install --save-exact --ignore-scripts openai@latest ai@latest \
 		@langchain/core@latest @langchain/openai@latest \
 		@ai-sdk/openai@latest @ai-sdk/openai-compatible@latest
+	cd tests/clients/go && go get github.com/openai/openai-go/v3@latest && go mod tidy
+	mvn --quiet --batch-mode --file tests/clients/java/pom.xml \
+		org.codehaus.mojo:versions-maven-plugin:2.18.0:use-latest-releases \
+		-DgenerateBackupPoms=false
 
 clean:
 	rm -rf .bench .clients tests/clients/node/node_modules .venv dist build .mypy_cache .pytest_cache \

@@ -26,7 +26,6 @@ import client_environments
 import orjson
 import splintr
 from aiohttp import web
-from client_environments import HERE
 from fault_server import Call, FaultServer, Payload, status, vector_of
 
 from proxy.app import build_app
@@ -81,6 +80,8 @@ CLIENTS = [
     Client("node", "try_langchain.mjs", 600),
     Client("node", "try_ai_sdk.mjs", 2100),
     Client("node", "try_openai_compatible.mjs", 2100),
+    Client("go", "try_openai.go", 20, token_arrays=True),
+    Client("java", "try_openai.java", 20, token_arrays=True),
 ]
 
 # Clients strip, join, count or cut some of these before they send them.
@@ -212,18 +213,19 @@ async def _proxy(folder: Path, upstream: OpenAI) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def _run(client: Client, url: str, folder: Path) -> dict[str, Any]:
+async def run(client: Client, url: str, folder: Path, told: object, *arguments: str) -> Any:
     """Run a client's script at an address, in an environment that holds nothing else.
 
-    Raises Broken when the script itself fails, TimeoutError when it does not end.
+    `told` is what it reads. Raises Broken when the script itself fails, TimeoutError when it does
+    not end.
     """
     settings = {
         name: value.format(url=url, root=url.removesuffix("/v1"), folder=folder)
         for name, value in (client.env or _PLAIN).items()
     }
     process = await asyncio.create_subprocess_exec(
-        client_environments.program(client.environment),
-        HERE / "clients" / ("node" if client.environment == "node" else "python") / client.script,
+        *client_environments.command(client.environment, client.script),
+        *arguments,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -238,7 +240,7 @@ async def _run(client: Client, url: str, folder: Path) -> dict[str, Any]:
     )
     try:
         async with asyncio.timeout(PATIENCE):
-            out, err = await process.communicate(json.dumps(cases(client)).encode())
+            out, err = await process.communicate(json.dumps(told).encode())
     finally:
         if process.returncode is None:
             process.kill()
@@ -275,19 +277,25 @@ def _unlike_the_upstream(client: Client, answers: Answers, model: str) -> list[s
     return wrong
 
 
-async def trial(client: Client, folder: Path) -> Found:
-    """Run a client three times: at the upstream, at a proxy with an empty cache, and again."""
+def prepare(client: Client, folder: Path) -> None:
+    """Put into a client's folder what it would download."""
     if client.environment == "langchain":
         write_vocabulary(CL100K, folder)
+
+
+async def trial(client: Client, folder: Path) -> Found:
+    """Run a client three times: at the upstream, at a proxy with an empty cache, and again."""
+    prepare(client, folder)
     async with OpenAI() as upstream, _proxy(folder, upstream) as url:
-        direct = await _run(client, upstream.url, folder)
+        told = cases(client)
+        direct = await run(client, upstream.url, folder, told)
         if not upstream.calls:
             raise Broken(f"{client.script} called something else than its upstream")
         model = upstream.calls[0].payload["model"]
         texts, before = len(set(upstream.answered)), len(upstream.answered)
-        first = await _run(client, url, folder)
+        first = await run(client, url, folder, told)
         bought, calls = len(upstream.answered) - before, len(upstream.calls)
-        second = await _run(client, url, folder)
+        second = await run(client, url, folder, told)
         calls = len(upstream.calls) - calls
     right, answers = direct["answers"], second["answers"]
     wrong = [

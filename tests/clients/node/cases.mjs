@@ -19,19 +19,44 @@ async function answer(embed, given) {
   }
 }
 
-// Answer every case in each of these ways, one after another.
+// Make one request with the client's own retries, and return how it ended.
+async function ending(embed, text) {
+  // The client's jitter is the same at each run, so that two runs can be compared.
+  Math.random = () => 0.5;
+  const result = { outcome: "ok", error: null, status: null, code: null };
+  const begun = performance.now();
+  try {
+    await embed(text);
+  } catch (raised) {
+    // The AI SDK puts the last failure into an error of its own.
+    const error = raised.lastError ?? raised;
+    result.outcome = "gave up";
+    result.error = error.name === "Error" ? error.constructor.name : error.name;
+    result.status = error.status ?? error.statusCode ?? null;
+    result.code = error.code ?? error.data?.error?.code ?? null;
+  }
+  return { ...result, seconds: (performance.now() - begun) / 1000 };
+}
+
+// Answer every case in each of these ways; or with the argument give-up, make one request.
 export async function run(packages, ways) {
   const cases = JSON.parse(readFileSync(0, "utf8"));
+  const versions = {};
+  for (const name of packages) {
+    const file = new URL(`node_modules/${name}/package.json`, import.meta.url);
+    versions[name] = JSON.parse(readFileSync(file, "utf8")).version;
+  }
+  if (process.argv[2] === "give-up") {
+    const [embed] = Object.values(ways);
+    const report = { versions, ending: await ending(embed, cases.text) };
+    process.stdout.write(JSON.stringify(report));
+    return;
+  }
   const answers = {};
   for (const [way, embed] of Object.entries(ways)) {
     for (const [name, given] of Object.entries(cases)) {
       answers[`${way}: ${name}`] = await answer(embed, given);
     }
-  }
-  const versions = {};
-  for (const name of packages) {
-    const file = new URL(`node_modules/${name}/package.json`, import.meta.url);
-    versions[name] = JSON.parse(readFileSync(file, "utf8")).version;
   }
   process.stdout.write(JSON.stringify({ versions, answers }));
 }
