@@ -18,7 +18,8 @@ READY: dict[str, Profile] = {
         dimensions_field="output_dimension",
         extra_fields=frozenset(),
         unit_norm=True,
-        limits=Limits(tokens=16_384),
+        # A call of 257 inputs is refused with code 3210 (public reports of 2026).
+        limits=Limits(inputs=256, tokens=16_384),
     ),
     "voyage": Profile(
         base_url="https://api.voyageai.com/v1",

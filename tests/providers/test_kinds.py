@@ -40,7 +40,7 @@ def test_ids_go_only_where_they_are_understood():
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("mistral", {"tokens": 16_384}),
+        ("mistral", {"inputs": 256, "tokens": 16_384}),
         ("voyage", {"inputs": 1000}),
         ("cohere", {"inputs": 96}),
         ("gemini", {"inputs": 100}),

@@ -39,12 +39,12 @@ def test_what_is_not_said_is_as_the_kind_declares(name):
         ({"extra_fields": None}, "extra_fields", None),
         ({"headers": {"X-A": "b"}}, "headers", {"X-A": "b"}),
         ({"limits": {"inputs": 3}}, "limits", Limits(inputs=3, tokens=16_384)),
-        ({"limits": {"tokens": None}}, "limits", Limits(tokens=None)),
-        ({"limits": {"learn": False}}, "limits", Limits(tokens=16_384, learn=False)),
+        ({"limits": {"tokens": None}}, "limits", Limits(inputs=256, tokens=None)),
+        ({"limits": {"learn": False}}, "limits", Limits(256, 16_384, learn=False)),
         (
             {"limits": {"concurrency": 1, "requests_per_minute": 2, "tokens_per_minute": 3}},
             "limits",
-            Limits(2048, 16_384, 1, 2, 3),
+            Limits(256, 16_384, 1, 2, 3),
         ),
         ({"timeout_s": 5}, "timeouts", Timeouts(total_s=5)),
         (
