@@ -1,4 +1,4 @@
-"""T5 to T7 and T13: what a miss adds to a direct call, and how few calls and inputs are bought."""
+"""T5 to T7, T13, T14: what a miss adds to a direct call, and how few are bought."""
 
 import json
 import statistics
@@ -21,6 +21,9 @@ ONES_A_ROUND = 60
 MANY = 2_000
 MANY_ROUNDS = 3
 AT_ONCE = 1_000
+CROWD = 300
+VERY_SLOW = ("1000", "0")
+"""Milliseconds a call and an input take at an upstream that a crowd has to queue for."""
 GATHER_MS = 5
 """`server.gather_ms`, which is off by default: it is for those who want few calls."""
 DOCUMENTS = 2_000
@@ -45,6 +48,10 @@ def rows(folder: Path, rounds: int, wanted: Callable[[str], bool]) -> Iterator[R
             store, section = folder / f"gather-{gather_ms}", {"gather_ms": gather_ms}
             with upstream(*SLOW) as up, proxy(store, provider=up, section=section) as running:
                 yield from at_once(running, up, gather_ms)
+    if wanted("T14"):
+        say("T14 300 clients of one text each, at a slow upstream")
+        with upstream(*VERY_SLOW) as up, proxy(folder / "crowd", provider=up) as running:
+            yield from crowd(running, up)
     if wanted("T13"):
         say("T13 a trace of indexing and re-indexing")
         with upstream() as up, proxy(folder / "trace", provider=up) as running:
@@ -126,7 +133,7 @@ def at_once(running: Server, up: Server, gather_ms: int) -> Iterator[Row]:
             calls(up)
             seconds = client.load([asking(number) for number in inputs]).seconds * AT_ONCE
             bought = calls(up)
-            most = 1 if what == "identical" else 16 if gather_ms else None
+            most = 1 if what == "identical" else 16
             yield Row(
                 target="T7",
                 what=f"1,000 {what} misses at once, gather_ms {gather_ms}",
@@ -135,6 +142,17 @@ def at_once(running: Server, up: Server, gather_ms: int) -> Iterator[Row]:
                 most=most,
                 figures={"seconds": seconds, "inputs": sum(bought), "largest_call": max(bought)},
             )
+
+
+def crowd(running: Server, up: Server) -> Iterator[Row]:
+    """T14: more clients than the provider has slots, each with a text of its own."""
+    with Client(running, CROWD, expects=b"") as client:
+        seconds = client.load([asking(number) for number in range(-600, CROWD - 600)]).seconds
+    bought = calls(up)
+    figures = {"inputs": sum(bought), "largest_call": max(bought)}
+    what = "300 clients, upstream of 1 s a call, 8 slots"
+    yield Row(target="T14", what=what, value=len(bought), unit="calls", most=60, figures=figures)
+    yield Row(target="T14", what=f"{what}: all", value=seconds * CROWD, unit="s", most=10)
 
 
 def traced(running: Server, up: Server) -> Row:

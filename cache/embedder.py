@@ -15,7 +15,6 @@ from providers.base import (
     Embedder,
     EmbeddingError,
     Input,
-    InputRefused,
     OnCharge,
     Outcome,
     Space,
@@ -29,9 +28,13 @@ from .flight import Fill, Flights
 from .key import Key, Keyring, Namespace, keyring
 from .ledger import Answered, Heading, Purchase
 from .record import Entry
-from .refusal import KeyRefused, NotCached, is_the_leaders_own, named
+from .refusal import KeyFailed, NotCached, is_the_leaders_own, named
 from .row import Partition
 from .tiers import Tiers
+
+MAX_ROUNDS_WITH_STRANGERS = 3
+"""Times that a request waits for purchases of clients with other keys, which may be refused; then
+it buys for itself. Else many clients with bad keys would fail one after the other."""
 
 
 class CachingEmbedder:
@@ -80,8 +83,8 @@ class CachingEmbedder:
             try:
                 async with asyncio.timeout_at(context.deadline):
                     bought, fills = await self._obtain(ring, missing, context, landed)
-            except KeyRefused as error:
-                raise named(error.refusal, keys.index(error.key), len(inputs)) from error
+            except KeyFailed as error:
+                raise named(error.failure, keys.index(error.key), len(inputs)) from error
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
@@ -116,48 +119,47 @@ class CachingEmbedder:
     ) -> tuple[dict[Key, Found], list[Filled]]:
         """Get what no tier had: wait for fills in progress, start one for the rest.
 
-        Also returns the fills that were this request's own.
+        What a fill fails with for a reason of its leader's own is asked for again. Also returns the
+        fills that were this request's own.
         """
-        joins, leads = self._flights.part(list(missing), context.terms)
-        own: Fill[Filled] | None = None
-        if leads:
-            # Between the look-up and here another fill may have ended, and have bought some of
-            # these: then it is neither among the fills nor among what was found. Look again.
-            look_again = landed != self._flights.landed
-            items = {key: missing[key] for key in leads}
-            own = self._flights.lead(
-                leads,
-                lambda fill: self._fill(fill, ring, items, context, look_again=look_again),
-                context.deadline,
-                context.terms,
-                context.credential,
-            )
-        await flight.wait([own] if own else [], joins)
-
         answers: dict[Key, Found] = {}
         fills: list[Filled] = []
-        if own is not None:
-            filled = own.task.result()
-            fills.append(filled)
-            for key in leads:
-                outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
-                answers[key] = Found(own.there[key], outcome)
-        again: dict[Key, Input] = {}
-        for key, fill in joins.items():
-            try:
-                # What it handed out before it failed is as good as any.
-                if key not in fill.there:
-                    fill.task.result()
-                answers[key] = Found(fill.there[key], Outcome.JOIN)
-            except EmbeddingError as error:
-                if not is_the_leaders_own(error, fill, missing, context.credential):
-                    raise
-                again[key] = missing[key]
-        if again:
-            more, further = await self._obtain(ring, again, context, landed)
-            answers.update(more)
-            fills += further
+        rounds = 0
+        while missing:
+            joins, leads = self._flights.part(list(missing), context.terms)
+            if rounds >= MAX_ROUNDS_WITH_STRANGERS:
+                strange = [k for k, fill in joins.items() if fill.credential != context.credential]
+                leads += strange
+                for key in strange:
+                    del joins[key]
+            own = self._lead(ring, {key: missing[key] for key in leads}, context, landed)
+            await flight.wait([own] if own else [], joins)
+            if own is not None:
+                filled = own.task.result()
+                fills.append(filled)
+                for key in leads:
+                    outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
+                    answers[key] = Found(own.there[key], outcome)
+            missing = _take_joined(joins, missing, context, answers)
+            rounds += 1
         return answers, fills
+
+    def _lead(
+        self, ring: Keyring, items: Mapping[Key, Input], context: Context, landed: int
+    ) -> Fill[Filled] | None:
+        """Start a fill for what nobody buys so far, if there is any."""
+        if not items:
+            return None
+        # Between the look-up and here another fill may have ended, and have bought some of these:
+        # then it is neither among the fills nor among what was found. Look again.
+        look_again = landed != self._flights.landed
+        return self._flights.lead(
+            list(items),
+            lambda fill: self._fill(fill, ring, items, context, look_again=look_again),
+            context.deadline,
+            context.terms,
+            context.credential,
+        )
 
     async def _fill(
         self,
@@ -204,18 +206,54 @@ class CachingEmbedder:
             return Filled(frozenset())
         inputs = [items[key] for key in wanted]
         try:
-            told = replace(context, on_part=keep, on_charge=purchase.charge)
+            told = replace(
+                context,
+                on_part=keep,
+                on_charge=purchase.charge,
+                on_begin=lambda places: fill.begun.update(wanted[place] for place in places),
+                abandoned=fill.abandonment,
+            )
             embedded = await self._inner.embed(ring.space, inputs, told)
             if len(bought) < len(wanted):
                 await keep(range(len(wanted)), embedded)
-        except InputRefused as error:
+        except EmbeddingError as error:
             if error.index is None:
                 raise
-            raise KeyRefused(error, wanted[error.index]) from error
+            raise KeyFailed(error, wanted[error.index]) from error
         finally:
             purchase.close()
             await asyncio.gather(*puts)
         return Filled(frozenset(bought), embedded.providers, purchase.charged)
+
+
+def _take_joined(
+    joins: Mapping[Key, Fill[Filled]],
+    missing: Mapping[Key, Input],
+    context: Context,
+    answers: dict[Key, Found],
+) -> dict[Key, Input]:
+    """Add what has come of the fills that were joined; return what has to be asked for again.
+
+    Raises EmbeddingError where the failure of a fill holds for this request, too.
+    """
+    again: dict[Key, Input] = {}
+    failed: set[Fill[Filled]] = set()
+    for key, fill in joins.items():
+        # What it handed out before it failed is as good as any.
+        entry = fill.there.get(key)
+        if entry is None and fill not in failed:
+            try:
+                fill.task.result()
+                entry = fill.there[key]
+            except EmbeddingError as error:
+                if not is_the_leaders_own(error, fill, missing, context.credential):
+                    raise
+                failed.add(fill)
+        if entry is None:
+            again[key] = missing[key]
+        else:
+            answers[key] = Found(entry, Outcome.JOIN)
+    return again
 
 
 def _partition(ring: Keyring, vector: Vector) -> Partition:

@@ -1,8 +1,9 @@
 """One fill a key: whoever asks for a key that is being bought waits for that purchase.
 
 A fill runs as a task of its own, and everyone, its leader too, only waits for it: a cancelled
-leader harms no joiner. It is cancelled when nobody waits any more. What is there before the rest is
-given to joiners at once, and stays given when the rest fails. For one thread: the event loop's.
+leader harms no joiner. When nobody waits any more it is cancelled, unless a call was begun for it:
+that is paid for, so it is finished and kept. What is there before the rest is given to joiners at
+once, and stays given when the rest fails. For one thread: the event loop's.
 """
 
 import asyncio
@@ -40,18 +41,22 @@ class Fill(Generic[R]):
         self.news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when more is there; then there is another."""
         self.waiting = 0
+        self.begun: set[Key] = set()
+        """Keys for which a call was begun: these are finished, though nobody may wait any more."""
         self.abandoned = False
-        """True once nobody waits any more: the fill is ending, and nobody may join it."""
+        """True once nobody waits any more: only what was begun may still be joined."""
+        self.abandonment: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done at the same moment."""
         self.task = asyncio.create_task(work(self))
 
-    def serves(self, terms: Terms) -> bool:
-        """Tell whether a request on these terms may wait for the fill.
+    def serves(self, key: Key, terms: Terms) -> bool:
+        """Tell whether a request on these terms may wait for a key of the fill.
 
         One that leaves no trace shows nobody that it waits. One that takes no entry, however new,
         takes no purchase that was begun before it came; and as a fill may find on its second look
         what its leader takes, no request joins one of a leader that takes older entries.
         """
-        if self.abandoned or not terms.write:
+        if (self.abandoned and key not in self.begun) or not terms.write:
             return False
         return terms.max_age > 0 and self._terms.max_age <= terms.max_age
 
@@ -62,11 +67,14 @@ class Fill(Generic[R]):
         self.news = asyncio.get_running_loop().create_future()
 
     def leave(self) -> None:
-        """Note that one who waited no longer does; the last one out cancels the fill."""
+        """Note that one who waited no longer does; the last one out ends what was not begun."""
         self.waiting -= 1
-        if not self.waiting:
+        if not self.waiting and not self.task.done():
             self.abandoned = True
-            self.task.cancel()
+            if not self.abandonment.done():
+                self.abandonment.set_result(None)
+            if not self.begun:
+                self.task.cancel()
 
 
 Work: TypeAlias = Callable[[Fill[R]], Coroutine[Any, Any, R]]
@@ -103,6 +111,9 @@ class Flights(Generic[R]):
 
     def __init__(self) -> None:
         self._fills: dict[Key, Fill[R]] = {}
+        """Those that may be joined."""
+        self._tasks: set[asyncio.Task[R]] = set()
+        """Of all fills: also of those that another has replaced, or that leave no trace."""
         self.landed = 0
         """How many fills, or parts of fills, have landed; a change since a look-up: look again."""
 
@@ -117,7 +128,7 @@ class Flights(Generic[R]):
         leads: list[Key] = []
         for key in keys:
             fill = self._fills.get(key)
-            if fill is not None and fill.serves(terms):
+            if fill is not None and fill.serves(key, terms):
                 joins[key] = fill
             else:
                 leads.append(key)
@@ -138,6 +149,7 @@ class Flights(Generic[R]):
         fill = Fill(keys, work, deadline, terms, credential)
         if terms.write:
             self._fills.update(dict.fromkeys(keys, fill))
+        self._tasks.add(fill.task)
         fill.task.add_done_callback(lambda _: self._end(fill))
         return fill
 
@@ -146,10 +158,18 @@ class Flights(Generic[R]):
         self.landed += 1
         fill.give(entries)
 
+    async def close(self) -> None:
+        """End all fills, and wait until what they have got is kept."""
+        while tasks := set(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
     def _end(self, fill: Fill[R]) -> None:
         # Read the failure: when nobody is left to hear of it, that is no news to report.
         _ = fill.task.cancelled() or fill.task.exception()
         self.landed += 1
+        self._tasks.discard(fill.task)
         for key in fill.keys:
             # It may have been replaced by a newer one of the same key.
             if self._fills.get(key) is fill:

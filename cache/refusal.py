@@ -51,31 +51,31 @@ class NotCached(InputRefused):
         )
 
 
-class KeyRefused(InputRefused):
-    """One input of a fill is refused; by its key, each who waits knows whether it is its own."""
+class KeyFailed(EmbeddingError):
+    """A fill failed because of one input; by its key, each who waits knows if it is its own."""
 
-    def __init__(self, refusal: InputRefused, key: Key) -> None:
-        super().__init__(str(refusal))
-        self.refusal = refusal
+    def __init__(self, failure: EmbeddingError, key: Key) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
         self.key = key
 
 
-def named(refusal: InputRefused, place: int, inputs: int) -> InputRefused:
-    """Return a refusal that says which input of the client's it is about, if there are several."""
+def named(failure: EmbeddingError, place: int, inputs: int) -> EmbeddingError:
+    """Return a failure that says which input of the client's it is about, if there are several."""
     if inputs == 1:
-        return refusal.at(place)
-    naming = refusal.at(place, f"{refusal} (input {place})")
+        return failure.at(place)
+    naming = failure.at(place, f"{failure} (input {place})")
     naming.param = naming.param or "input"
     return naming
 
 
-def renamed(refusal: InputRefused, whole: Sequence[int], inputs: int) -> InputRefused:
-    """Return a refusal as it reads in a larger request, whose inputs at `whole` were asked for."""
-    if refusal.index is None:
-        return refusal
-    cause = refusal.__cause__
-    bare = cause.refusal if isinstance(cause, KeyRefused) else refusal
-    return named(bare, whole[refusal.index], inputs)
+def renamed(failure: EmbeddingError, whole: Sequence[int], inputs: int) -> EmbeddingError:
+    """Return a failure as it reads in a larger request, whose inputs at `whole` were asked for."""
+    if failure.index is None:
+        return failure
+    cause = failure.__cause__
+    bare = cause.failure if isinstance(cause, KeyFailed) else failure
+    return named(bare, whole[failure.index], inputs)
 
 
 def is_the_leaders_own(
@@ -93,10 +93,13 @@ def is_the_leaders_own(
         error, AllResting | ClientKeyRefused | ProviderError
     ):
         return True
-    if isinstance(error, KeyRefused):
+    if isinstance(error, KeyFailed):
         return error.key not in wanted
     if isinstance(error, InputRefused):
         return not fill.keys <= set(wanted)
+    if fill.abandoned:
+        # It was joined after everybody had gone, and was not asked for again when it failed.
+        return True
     if isinstance(error, DeadlineExceeded | UpstreamTimeout):
         now = asyncio.get_running_loop().time()
         return fill.deadline is not None and fill.deadline <= now + _TICK

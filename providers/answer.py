@@ -1,7 +1,7 @@
-"""Reads what an upstream sent back: vectors that passed every check, or an error of our tree.
+"""Reads the body of a 2xx reply: vectors that passed every check, or an error of `failures`.
 
-Pure: bytes in, values out. What is checked here is everything that stands between an upstream and
-the cache: nothing unchecked leaves this file. What an error says is read by `error_body`.
+Pure: bytes in, values out. These are all the checks between an upstream and the cache. No unchecked
+vector leaves this file. `error_body` reads the replies that are errors.
 """
 
 import re
@@ -15,11 +15,11 @@ from .bill import MOST_NANODOLLARS, NANO
 
 _MAX_USD = MOST_NANODOLLARS / NANO
 _MAX_TOKENS = 1 << 31
-"""A total beyond it is no count; the answer is good without."""
+"""A larger total is not a token count, and is ignored."""
 _WHOLE = re.compile(r"0|[1-9]\d{0,9}", re.ASCII)
 _MAX_WHOLE = float(1 << 53)
 _MAX_NAMED = 3
-"""Bad vectors that an error describes; it counts the others."""
+"""Bad vectors that an error describes; of the others it gives the number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,15 @@ class Answer:
     vectors: list[Vector]
     """The good vectors, in the order of their inputs."""
     places: Sequence[int]
-    """The places of their inputs in the call, ascending: 0…n-1 if all are good."""
+    """The indices of their inputs in the call, ascending: 0…n-1 if all are good."""
     problems: Mapping[int, str]
-    """What is wrong with each of the other vectors, by the place of its input."""
+    """What is wrong with each of the other vectors, by the index of its input."""
     charge: Charge | None
-    """What the upstream says it charged, for all inputs."""
+    """What the upstream charged for all inputs; None if it does not say."""
     model: str | None
-    """Which model the upstream says it asked."""
+    """The model that the upstream names; None if it names none."""
     is_numbered: bool
-    """Whether each embedding bore its index; else the missing ones were deduced."""
+    """Whether each embedding had its index; else the missing ones were deduced."""
 
 
 def read(  # noqa: PLR0913 - who was asked what, and what came back
@@ -52,35 +52,35 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     *,
     status: int = 200,
     unit_norm: bool = False,
-    redact: error_body.Redact = error_body.keep,
+    redact: error_body.Redact = error_body.redact_nothing,
     url: str = "",
 ) -> Answer:
-    """Take a reply with a status of success apart and check it against what was asked for.
+    """Return the checked content of a reply with status 2xx.
 
-    A vector is good if it has the width of the space, if that is known, is finite and not zero, has
-    length 1 if `unit_norm`, and came for no other input that differs from its own.
+    A vector is good if it has the width of the space (where that is known), is finite and not zero,
+    has length 1 if `unit_norm`, and is not also the vector of a different input.
 
-    Raises Unreadable unless the reply is a JSON object; InvalidAnswer unless that holds exactly one
-    embedding an input, whose indices are a permutation or can be deduced, and at least one of them
-    is good; the error that fits if the reply is one (OpenRouter, vLLM). What such a reply was
-    charged is in the error.
+    Raises Unreadable for a body that is not a JSON object. Raises InvalidAnswer unless there is
+    exactly one embedding for each input, the indices are a permutation or can be deduced, and at
+    least one vector is good. Raises the error that the reply holds, if it holds one (OpenRouter,
+    vLLM). The `charge` of these errors is what the reply says that it cost.
     """
     try:
-        reply = error_body.parsed(body)
+        reply = error_body.parse_json(body)
     except ValueError as error:
-        raise Unreadable(provider, _no_json(body, status, redact)) from error
+        raise Unreadable(provider, _describe_non_json(body, status, redact)) from error
     if error_body.is_error(reply):
         failure = error_body.refusal(provider, status, headers, body, redact=redact, url=url)
         if isinstance(failure, ProviderError) and isinstance(reply, dict):
-            failure.charge = _charge(reply.get("usage"))
+            failure.charge = _parse_charge(reply.get("usage"))
         raise failure
     if not isinstance(reply, dict):
         raise Unreadable(provider, "the answer is not a JSON object")
-    charge = _charge(reply.get("usage"))
+    charge = _parse_charge(reply.get("usage"))
     try:
-        items, is_numbered = _placed(provider, reply, len(inputs))
-        vectors, problems = _well_formed(space, items, unit_norm=unit_norm)
-        shared = _shared(inputs, vectors)
+        items, is_numbered = _order_by_index(provider, reply, len(inputs))
+        vectors, problems = _validate_vectors(space, items, unit_norm=unit_norm)
+        shared = _find_shared_vectors(inputs, vectors)
         vectors = {place: numbers for place, numbers in vectors.items() if place not in shared}
         problems |= shared
         if not vectors:
@@ -103,28 +103,31 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
 
 def bad_vectors(provider: str, answer: Answer) -> InvalidAnswer:
     """Return the error for those inputs of an answer whose vectors are bad."""
-    error = InvalidAnswer(provider, _described(answer.problems))
+    error = InvalidAnswer(provider, _describe_problems(answer.problems))
     error.indices = tuple(answer.problems)
     error.index = error.indices[0]
     return error
 
 
-def _no_json(body: bytes, status: int, redact: error_body.Redact) -> str:
-    """Say why a reply is no JSON, as far as it can be told."""
+def _describe_non_json(body: bytes, status: int, redact: error_body.Redact) -> str:
+    """Say why a body is not JSON, as far as the body tells."""
     if not body.strip():
         return f"the answer is empty (status {status}), not JSON"
-    reason = error_body.reason_of(body, redact)
+    reason = error_body.parse_reason(body, redact)
     return "the answer is not JSON" if reason is None else f"the answer is not JSON: {reason}"
 
 
-def _charge(usage: object) -> Charge | None:
-    """Return what a reply says of its price: tokens, by some in total only; by OpenRouter USD.
+def _parse_charge(usage: object) -> Charge | None:
+    """Return what a reply was charged: tokens (some upstreams send only the total), or also USD.
 
-    A usage of 0 is none: gateways say so of what they served from a cache of their own.
+    Only OpenRouter sends USD. A usage of 0 tokens counts as missing: LM Studio always sends 0.
     """
     if not isinstance(usage, dict):
         return None
-    told = (_whole(usage.get("prompt_tokens")), _whole(usage.get("total_tokens")))
+    told = (
+        _parse_whole_number(usage.get("prompt_tokens")),
+        _parse_whole_number(usage.get("total_tokens")),
+    )
     tokens = next((n for n in told if n is not None and 0 < n <= _MAX_TOKENS), None)
     cost = usage.get("cost")
     if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost <= _MAX_USD:
@@ -132,11 +135,11 @@ def _charge(usage: object) -> Charge | None:
     return Charge(tokens, round(cost * NANO))
 
 
-def _whole(value: object) -> int | None:
-    """Return a whole number from 0, however JSON writes it: 1, 1.0 or "1"; else None.
+def _parse_whole_number(value: object) -> int | None:
+    """Return a whole number from 0, written as 1, 1.0 or "1"; else None.
 
-    >>> _whole(1), _whole(1.0), _whole("1"), _whole(True), _whole("01"), _whole(-1), _whole(0.5)
-    (1, 1, 1, None, None, None, None)
+    >>> [_parse_whole_number(value) for value in (1, 1.0, "1", True, "01", -1, 0.5)]
+    [1, 1, 1, None, None, None, None]
     """
     if isinstance(value, str):
         return int(value) if _WHOLE.fullmatch(value) else None
@@ -145,15 +148,14 @@ def _whole(value: object) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _placed(
+def _order_by_index(
     provider: str, reply: Mapping[str, object], count: int
 ) -> tuple[list[Mapping[str, object]], bool]:
-    """Return the embeddings by their indices, and whether each bore its own.
+    """Return the embeddings in the order of their inputs, and whether each had its index.
 
-    Where indices are there, the order in which the embeddings came proves nothing. An index that is
-    missing or null is deduced where that leaves no doubt: where all are missing the order counts,
-    and where one is, the place that is left (protocol buffers leave out 0: Google). Raises
-    InvalidAnswer.
+    Where indices are given, they alone decide. Where all are missing or null, the order of the
+    embeddings decides. Where one is missing, it is the one that is left: Google leaves out index 0,
+    as protocol buffers do. Raises InvalidAnswer.
     """
     items = reply.get("data")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
@@ -164,10 +166,10 @@ def _placed(
     if not numbered:
         return items, False
     placed: dict[int | None, Mapping[str, object]] = {
-        _whole(item["index"]): item for item in numbered
+        _parse_whole_number(item["index"]): item for item in numbered
     }
     free = [place for place in range(count) if place not in placed]
-    # Of each number one embedding, none beyond the last, and at most one place to be deduced.
+    # No index twice, none beyond the last, and at most one to be deduced.
     if len(placed) != len(numbered) or len(free) != count - len(numbered) or len(free) > 1:
         raise InvalidAnswer(provider, "the indices of the embeddings are no permutation")
     if free:
@@ -175,10 +177,10 @@ def _placed(
     return [placed[place] for place in range(count)], not free
 
 
-def _well_formed(
+def _validate_vectors(
     space: Space, items: Sequence[Mapping[str, object]], *, unit_norm: bool
 ) -> tuple[dict[int, Vector], dict[int, str]]:
-    """Return the vectors that are good by themselves, and what is wrong with the others."""
+    """Return the vectors that are good by themselves, and the problem of each other one."""
     vectors: dict[int, Vector] = {}
     problems: dict[int, str] = {}
     for place, item in enumerate(items):
@@ -192,10 +194,10 @@ def _well_formed(
     return vectors, problems
 
 
-def _shared(inputs: Sequence[Input], vectors: Mapping[int, Vector]) -> dict[int, str]:
-    """Return the places of vectors that came for several inputs, which differ, and say so.
+def _find_shared_vectors(inputs: Sequence[Input], vectors: Mapping[int, Vector]) -> dict[int, str]:
+    """Return the problem of each vector that is also the vector of a different input, by index.
 
-    All of them are bad, also the first: whose vector it is, if anybody's, is not known.
+    All of these are bad, the first one too: nothing tells which input the vector belongs to.
     """
     shared = {
         place: f"embeddings {places[0]} and {places[1]} are one, of different inputs"
@@ -205,8 +207,8 @@ def _shared(inputs: Sequence[Input], vectors: Mapping[int, Vector]) -> dict[int,
     return dict(sorted(shared.items()))
 
 
-def _described(problems: Mapping[int, str]) -> str:
-    """Say what is wrong with some vectors: the first few in words, the others by their number."""
+def _describe_problems(problems: Mapping[int, str]) -> str:
+    """Describe the first few problems, and give the number of the others."""
     told = list(dict.fromkeys(problems[place] for place in sorted(problems)))
     more = len(told) - _MAX_NAMED
     text = "; ".join(told[:_MAX_NAMED])

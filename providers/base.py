@@ -4,6 +4,7 @@ This file knows no provider, no cache and no wire format. How an embedder fails:
 what it charges: `bill`.
 """
 
+import asyncio
 import enum
 import hashlib
 import math
@@ -266,6 +267,24 @@ class Context:
     """Told what each call was charged."""
     credential: Credential | None = None
     """The client's own key, for the providers that are asked with that; None = it sent none."""
+    on_begin: "OnBegin | None" = field(default=None, compare=False)
+    """Told of inputs when the first call for them is about to be sent."""
+    abandoned: "asyncio.Future[None] | None" = field(default=None, compare=False)
+    """Done when nobody waits for the answer any more. What is queued then is dropped; a call that
+    was begun is finished, its answer told to `on_part`, and no further one is made."""
+    is_needed: Callable[[], bool] | None = field(default=None, compare=False)
+    """Asked before any attempt after the first: whether an answer is still of use to anybody."""
+    finishes_calls: bool = False
+    """Whether a call that was begun goes on when the deadline passes: it is paid for, and kept."""
+    client_retries: int | None = None
+    """0 = the client repeats requests by itself, and this is its first try; 1 = a later one; None =
+    it is not known to do so."""
+    max_attempts: int | None = field(default=None, compare=False)
+    """Attempts at each route, at most; None = as the policy of retries says."""
+
+
+OnBegin: TypeAlias = Callable[[Sequence[int]], None]
+"""Takes the indices of inputs. Never raises."""
 
 
 class OnPart(Protocol):

@@ -1,13 +1,15 @@
-"""Reads the error that an upstream answers with: its reason, its codes, and what it is about.
+"""Reads an upstream's error reply: its reason, its codes, and what kind of failure it is.
 
-Upstreams agree on no shape. Read are OpenAI's `error` object, FastAPI's `detail`, a top-level
-`message`, `error` as a string, `{"object": "error"}` (vLLM, Mistral), Google's list with one error,
-`errors`, plain text and the title of an HTML page. The status is not always the truth either: some
-upstreams answer 400 for a bad key or an unpaid bill, and 403 for an input or a model. What an error
-is about is read from its fields for codes alone, never from its free text, which may quote the
-user's input; a few whole sentences that upstreams are known to begin with are the exception.
+Upstreams share no shape. This file reads OpenAI's `error` object, FastAPI's `detail`, a top-level
+`message`, `error` as a string, `{"object": "error"}` (vLLM, Mistral), Google's list of one error,
+`errors`, a JSON string, plain text, and the title of an HTML page.
 
-Pure: bytes in, an error of our tree out. All text in it is one line, bounded, and without keys.
+The status alone does not tell the kind of failure. Some upstreams answer 400 for a bad key, an
+unpaid bill or an unknown model, and 403 for an input or a model. The fields for codes decide first
+(`_CODE_WORDS`). Where a provider sends no code, the sentence that it is known to begin its message
+with decides (`_SENTENCES`). The rest of a message decides nothing: it may quote the user's input.
+
+Pure: bytes in, an error of `failures` out. Each text in it is one line, bounded, and without keys.
 """
 
 import codecs
@@ -31,32 +33,32 @@ from .base import (
     Refusal,
     UpstreamFault,
 )
-from .ratelimit import reset_after, retry_after
+from .ratelimit import reset_after, retry_after, seconds_until
 
 MAX_REASON = 500
-"""Characters of a reason that are handed on."""
+"""Characters of a reason that clients and the log get."""
 _MAX_CODE = 100
 """Characters of a code, a type or the name of a parameter."""
 _MAX_READ = 4096
-"""Characters of a text that are looked at; a key is taken out of them before they are cut."""
+"""Characters of a text that are read. Keys are removed before it is cut to its final length."""
 _MAX_PARTS = 5
 """Entries of a list of errors that are joined."""
 _MAX_DEPTH = 8
 
 Redact = Callable[[str], str]
-"""Takes the keys out of a text that goes to clients and into the log."""
+"""Removes keys from a text that goes to clients and into the log."""
 
 _NOT_FINITE = re.compile(rb"-?\b(?:NaN|Infinity)\b")
-"""As Python's json writes them. No JSON has them, and the rest of the body can be read."""
+"""Python's json module writes these. They are not JSON; the rest of the body still is."""
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _HTML = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
-_TITLE = re.compile(r"<(title|h1)\b[^>]*>([^<]*)<", re.IGNORECASE)
+_TITLE = re.compile(r"<(title|h1)\b[^>]{0,200}>([^<]*)<", re.IGNORECASE)
 _MAX_TEXT = 300
-"""Characters of a plain text; a longer body is no message for people."""
+"""Characters of a plain text body; a longer one is not an error message."""
 
 _REASONS = (
     "message",
@@ -72,60 +74,98 @@ _REASONS = (
     "error",
     "errors",
 )
-"""Fields that hold a reason, the likeliest first."""
+"""Fields that hold a reason, in the order in which they are tried."""
 _CODES = ("code", "type", "status", "reason", "error_code", "error_type", "errorCode")
 """Fields that hold a code."""
 _CODE = re.compile(r"[\w.:/#-]+(?: [\w.:/#-]+){0,2}")
-"""A code has up to three words; a longer text, or one with quotation marks, may quote an input."""
+"""A code has one to three words. A longer text, or one with quotation marks, may quote an input."""
+_HTTP_STATUS = re.compile(r"[45]\d\d", re.ASCII)
+_NO_NAMES = ("None", "null")
+"""LiteLLM sends these strings where a type or a parameter is missing."""
 
-# What codes mean, in lower case and without punctuation.
-_BILLING = re.compile(
-    r"arrear|overdue|billing|payment|insufficient\w*(?:quota|balance|credit|fund)"
-    r"|outofcredit|nocredit|creditbalance|balancenotenough|exceededcurrentquota|freetieronly"
-)
-_KEY = re.compile(
-    r"(?:invalid|incorrect|expired|missing)apikey|apikey(?:invalid|incorrect|expired|notfound"
-    r"|missing|revoked|disabled|serviceblocked)|^keyinvalid|^keyexpired|^unauthenticated"
-    r"|authenticationerror|invalidauthentication|authenticationfailed|accountdeactivated"
-    r"|consumersuspended|consumerinvalid"
-)
-_MODEL = re.compile(
-    r"model(?:id|name)?(?:is|does)?(?:not(?:found|exist|allowed|available|open|supported|permitted)"
-    r"|(?:access|permission)(?:denied|error)|forbidden|restricted|disabled)"
-    r"|(?:unsupported|unknown|invalid)model(?:id|name|error)?$|noaccesstomodel|nosuchmodel"
-)
-_CONTENT = re.compile(
+# Codes are compared in lower case and without punctuation.
+_CODE_WORDS: dict[type[ProviderError], re.Pattern[str]] = {
+    OutOfCredit: re.compile(
+        r"arrear|overdue|billing|payment|insufficient\w*(?:quota|balance|credit|fund)"
+        r"|outofcredit|nocredit|creditbalance|balancenotenough|exceededcurrentquota|freetieronly"
+        r"|budgetexceeded"
+    ),
+    CredentialsRefused: re.compile(
+        r"(?:invalid|incorrect|expired|missing)apikey|apikey(?:invalid|incorrect|expired|notfound"
+        r"|missing|revoked|disabled|serviceblocked)|^keyinvalid|^keyexpired|^unauthenticated"
+        r"|authenticationerror|invalidauthentication|authenticationfailed|accountdeactivated"
+        r"|consumersuspended|consumerinvalid"
+    ),
+    ModelNotFound: re.compile(
+        r"model(?:id|name)?(?:is|does)?"
+        r"(?:not(?:found|exist|allowed|available|open|supported|permitted)"
+        r"|(?:access|permission)(?:denied|error)|forbidden|restricted|disabled)"
+        r"|(?:unsupported|unknown|invalid)model(?:id|name|error)?$|noaccesstomodel|nosuchmodel"
+    ),
+    RateLimited: re.compile(r"ratelimit|throttl|toomanyrequests"),
+}
+"""What a code means, most decisive first."""
+_MODERATION_WORDS = re.compile(
     r"contentpolicy|contentfilter|contentviolation|moderation|flagged|datainspection"
     r"|responsibleai|prohibitedcontent|promptblocked|unsafe|^safety"
 )
-_RATE = re.compile(r"ratelimit|throttl|toomanyrequests")
 
-
-def _sentences(*texts: str) -> re.Pattern[str]:
-    """Return what matches a reason that is one of these sentences, or begins with it."""
-    return re.compile(rf"(?:{'|'.join(map(re.escape, texts))})(?:$|[.,:;!(])", re.IGNORECASE)
-
-
-_BILLING_SENTENCES = _sentences(
-    "Access denied, please make sure your account is in good standing",
-    "Access denied due to overdue account",
-    "Your account is not active, please check your billing details on our website",
-    "Your account balance is insufficient",
-    "Sorry, your account balance is insufficient",
-    "Insufficient balance",
+_SENTENCES: tuple[tuple[str, type[ProviderError], str], ...] = (
+    ("azure", ModelNotFound, "The embeddings operation does not work with the specified model"),
+    ("dashscope", OutOfCredit, "Access denied, please make sure your account is in good standing"),
+    ("dashscope", OutOfCredit, "Access denied due to overdue account"),
+    ("dashscope", ModelNotFound, "Model access denied"),
+    ("dashscope", ModelNotFound, "Access to model denied"),
+    ("deepseek", OutOfCredit, "Insufficient balance"),
+    ("gemini", OutOfCredit, "Your prepayment credits are depleted"),
+    ("gemini", CredentialsRefused, "API key not valid"),
+    ("gemini", CredentialsRefused, "API key not found"),
+    ("gemini", CredentialsRefused, "API key expired"),
+    ("gemini", CredentialsRefused, "User location is not supported for the API use"),
+    ("gpustack", ModelNotFound, "Model not found"),
+    ("infinity", ModelNotFound, "Invalid model"),
+    ("jina", CredentialsRefused, "Invalid API key"),
+    ("litellm", OutOfCredit, "Budget has been exceeded"),
+    ("litellm", ModelNotFound, "Invalid model name passed in model={name}"),
+    ("lm_studio", ModelNotFound, "No models loaded"),
+    (
+        "openai",
+        OutOfCredit,
+        "Your account is not active, please check your billing details on our website",
+    ),
+    ("openai", CredentialsRefused, "Incorrect API key provided"),
+    ("openai", ModelNotFound, "You are not allowed to generate embeddings from this model"),
+    ("openrouter", OutOfCredit, "Key limit exceeded"),
+    ("openrouter", ModelNotFound, "{name} is not a valid model ID"),
+    ("siliconflow", OutOfCredit, "Your account balance is insufficient"),
+    ("siliconflow", OutOfCredit, "Sorry, your account balance is insufficient"),
+    ("siliconflow", OutOfCredit, "The selected model requires paid balance"),
+    ("siliconflow", ModelNotFound, "Model does not exist"),
+    ("voyage", ModelNotFound, "Model {name} is not supported. Supported models are"),
+    ("zhipu", OutOfCredit, "Insufficient balance or no resource package"),
+    ("zhipu", OutOfCredit, "余额不足或无可用资源包"),
 )
-_KEY_SENTENCES = _sentences(
-    "API key not valid",
-    "API key not found",
-    "API key expired",
-    "Incorrect API key provided",
-    "Invalid API key",
-)
-_MODEL_SENTENCES = _sentences("Model access denied", "Access to model denied")
-_NO_SENTENCES = re.compile(r"(?!)")
+"""Who begins a message so, what it means, and the sentence; `{name}` stands for the model's name.
+
+Each is from a public report or from the provider's documentation. It counts whoever sends it, since
+gateways repeat what their providers say.
+"""
+_NAME = r"""["'`]?[^\s"'`,;]{1,200}["'`]?"""
+_WRAPPER = r"(?:\[RID: \w{1,40}\] |/embeddings: |litellm\.\w{1,40}: (?:\w{1,40} - )?)?"
+"""What Jina and LiteLLM put before a provider's sentence."""
+
+
+def _sentences_of(error: type[ProviderError]) -> re.Pattern[str]:
+    """Return what matches a reason that is one of the sentences with this meaning, or begins so."""
+    texts = (re.escape(text) for _, meaning, text in _SENTENCES if meaning is error)
+    named = "|".join(text.replace(re.escape("{name}"), _NAME) for text in texts)
+    return re.compile(rf"{_WRAPPER}(?:{named})(?:$|[.,:;!]| ?[(\[])", re.IGNORECASE)
+
+
+_SENTENCES_OF = {error: _sentences_of(error) for error in {error for _, error, _ in _SENTENCES}}
 
 _ABOUT_THE_CALL = (400, 403, 404, 412, 422)
-"""Statuses that some upstreams give for what concerns the key or the model, not the input."""
+"""Statuses that some upstreams give for a failure of the key or the model, not of the input."""
 _BY_STATUS: dict[int, type[ProviderError]] = {
     401: CredentialsRefused,
     402: OutOfCredit,
@@ -136,28 +176,49 @@ _BY_STATUS: dict[int, type[ProviderError]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """What an error body says; each text is clean, bounded and without keys."""
+class _ErrorBody:
+    """The content of an error body. Each text is one line, bounded, and without keys."""
 
-    reason: str | None
     status: int
-    kind: str | None
-    code: str | None
-    param: str | None
-    codes: tuple[str, ...]
+    """The HTTP status; that in the body, if it names one."""
+    reason: str | None
+    kind: str | None = None
+    """OpenAI's `type`."""
+    code: str | None = None
+    param: str | None = None
+    codes: tuple[str, ...] = ()
     """All codes, in lower case and without punctuation."""
-    is_moderated: bool
+    retry_delay: str | None = None
+    """The wait in google.rpc.RetryInfo, as it stands there: `37s`."""
+    is_moderated: bool = False
+
+    def means(self, error: type[ProviderError]) -> bool:
+        """Tell whether a code, or else the message, has this meaning.
+
+        A message does not count where `param` blames the input: it may quote it.
+        """
+        if self.has_code(_CODE_WORDS[error]):
+            return True
+        sentences = _SENTENCES_OF.get(error)
+        if sentences is None or self.reason is None:
+            return False
+        blames_input = (self.param or "").removeprefix("$.").startswith("input")
+        return not blames_input and sentences.match(self.reason) is not None
+
+    def has_code(self, words: re.Pattern[str]) -> bool:
+        """Tell whether some code matches."""
+        return any(words.search(code) for code in self.codes)
 
 
-def keep(text: str) -> str:
-    """Redact nothing."""
+def redact_nothing(text: str) -> str:
+    """Return the text as it is."""
     return text
 
 
-def parsed(body: bytes) -> object:
-    """Return what a JSON body holds; a number that is not finite is null.
+def parse_json(body: bytes) -> object:
+    """Return the JSON value of a body; NaN and Infinity are null, a byte order mark is skipped.
 
-    A byte order mark is read as what it is. Raises ValueError for what is no JSON.
+    Raises ValueError for a body that is not JSON.
     """
     for mark, encoding in _BOMS:
         if body.startswith(mark):
@@ -174,47 +235,45 @@ def refusal(  # noqa: PLR0913 - the reply, and who gave it
     headers: Mapping[str, str],
     body: bytes,
     *,
-    redact: Redact = keep,
+    redact: Redact = redact_nothing,
     url: str = "",
     now: float | None = None,
 ) -> EmbeddingError:
-    """Translate a reply that is an error into the error tree.
+    """Return the error for an error reply.
 
-    An integer `code` in the body counts as the status (OpenRouter, also in a reply of status 200).
-    `url` is the address that was asked; an error about a missing page names it. `now` is the
-    present time in seconds since 1970, for headers that name a point in time.
+    A `code` in the body that is an HTTP status, as a number or a string, replaces `status`
+    (OpenRouter, Azure, LiteLLM; also in a reply of status 200). `url` is the address that was
+    asked; the error for a missing page names it. `now` is the present time in seconds since 1970,
+    for headers that name a point in time.
     """
     now = time.time() if now is None else now
-    said = _said(body, status, redact)
+    said = _parse(body, status, redact)
     status = said.status
     reason = f"status {status}" if said.reason is None else f"status {status}: {said.reason}"
-    if status in (404, 405) and url and not _speaks_of(said, _MODEL, _MODEL_SENTENCES):
-        reason = f"{reason} ({redact(_asked(url))})"
+    if status in (404, 405) and url and not said.means(ModelNotFound):
+        reason = f"{reason} ({redact(_describe_url(url))})"
     if _is_about_input(said):
         message = said.reason if said.reason is not None else f"{provider}: status {status}"
         kind = said.kind or "invalid_request_error"
         return InputRefused(message, status=status, kind=kind, param=said.param, code=said.code)
     error = _class_of(said)
-    wait = retry_after(headers, now)
-    if wait is None and error is RateLimited:
-        wait = reset_after(headers, said.kind, now)
     told = Refusal(
         status=_status_of(error, status),
         message=said.reason if said.reason is not None else f"status {status}",
         kind=said.kind,
         code=said.code,
-        retry_after=wait,
+        retry_after=_wait(said, headers, now, is_limit=error is RateLimited),
     )
     return error(provider, reason, told)
 
 
-def reason_of(body: bytes, redact: Redact = keep) -> str | None:
-    """Return the reason that a body gives, as one short line without keys, or None."""
-    return _said(body, 200, redact).reason
+def parse_reason(body: bytes, redact: Redact = redact_nothing) -> str | None:
+    """Return the reason in an error body as one short line without keys, or None."""
+    return _parse(body, 200, redact).reason
 
 
 def is_error(reply: object) -> bool:
-    """Tell whether the JSON of a reply with a status of success is an error all the same."""
+    """Tell whether the JSON value of a reply with status 2xx is an error."""
     if isinstance(reply, list):
         return len(reply) == 1 and isinstance(reply[0], dict) and is_error(reply[0])
     if not isinstance(reply, dict):
@@ -224,38 +283,36 @@ def is_error(reply: object) -> bool:
     return not isinstance(reply.get("data"), list) and any(reply.get(name) for name in _REASONS)
 
 
-def _class_of(said: _Said) -> type[ProviderError]:
-    """Return the kind of failure; codes say more than the status."""
-    if _speaks_of(said, _BILLING, _BILLING_SENTENCES):
-        return OutOfCredit
-    if said.status in _ABOUT_THE_CALL:
-        if _speaks_of(said, _KEY, _KEY_SENTENCES):
-            return CredentialsRefused
-        if _speaks_of(said, _MODEL, _MODEL_SENTENCES):
-            return ModelNotFound
-        if _speaks_of(said, _RATE):
-            return RateLimited
+def _class_of(said: _ErrorBody) -> type[ProviderError]:
+    """Return the kind of failure. Codes and known sentences decide before the status."""
+    for error in _CODE_WORDS:
+        if (error is OutOfCredit or said.status in _ABOUT_THE_CALL) and said.means(error):
+            return error
     return _BY_STATUS.get(said.status, UpstreamFault)
 
 
-def _is_about_input(said: _Said) -> bool:
-    """Tell whether it is the request that is refused, rather than the proxy's key or the model."""
+def _is_about_input(said: _ErrorBody) -> bool:
+    """Tell whether the request is refused, rather than the proxy's key or the model."""
     if said.status in (400, 413, 422):
         return _class_of(said) is UpstreamFault
-    is_moderation = said.is_moderated or _speaks_of(said, _CONTENT)
+    is_moderation = said.is_moderated or said.has_code(_MODERATION_WORDS)
     return said.status == 403 and is_moderation and _class_of(said) is CredentialsRefused
 
 
-def _speaks_of(
-    said: _Said, words: re.Pattern[str], sentences: re.Pattern[str] = _NO_SENTENCES
-) -> bool:
-    if any(words.search(code) for code in said.codes):
-        return True
-    return said.reason is not None and sentences.match(said.reason) is not None
+def _wait(
+    said: _ErrorBody, headers: Mapping[str, str], now: float, *, is_limit: bool
+) -> float | None:
+    """Return the seconds that the upstream asks to wait, from its headers or its body; or None."""
+    wait = retry_after(headers, now)
+    if wait is None and said.retry_delay is not None:
+        wait = seconds_until(said.retry_delay, now)
+    if wait is None and is_limit:
+        wait = reset_after(headers, said.kind, now)
+    return wait
 
 
 def _status_of(error: type[ProviderError], status: int) -> int:
-    """Return the status that a client is told of a failure: one that it reads rightly."""
+    """Return the status of a failure in OpenAI's terms, which clients know how to handle."""
     if error is OutOfCredit and status != 429:
         return 402
     if error is CredentialsRefused and status != 403:
@@ -267,8 +324,8 @@ def _status_of(error: type[ProviderError], status: int) -> int:
     return status
 
 
-def _asked(url: str) -> str:
-    """Name the address that was asked, without secrets, and the commonest mistake in it."""
+def _describe_url(url: str) -> str:
+    """Return the address that was asked, without secrets, and the most common mistake in it."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     text = f"asked: POST {parts.scheme}://{host}{parts.path}"
@@ -277,32 +334,33 @@ def _asked(url: str) -> str:
     return f"{text}; the base URL has no version path such as /v1"
 
 
-def _said(body: bytes, status: int, redact: Redact) -> _Said:
-    """Read an error body, whatever its shape."""
+def _parse(body: bytes, status: int, redact: Redact) -> _ErrorBody:
+    """Read an error body of any shape."""
     try:
-        reply = parsed(body)
+        reply = parse_json(body)
     except ValueError:
-        return _Said(_plain(body, redact), status, None, None, None, (), False)  # noqa: FBT003
+        return _ErrorBody(status, _parse_text(body, redact))
     if isinstance(reply, list) and len(reply) == 1:
         reply = reply[0]
     objects = list(_error_objects(reply))
     code = _innermost(objects, "code")
-    if type(code) is int and 400 <= code <= 599:
-        status, code = code, None
-    codes = tuple(dict.fromkeys(found for one in objects for found in _codes(one)))
-    return _Said(
+    if type(code) in (int, str) and _HTTP_STATUS.fullmatch(str(code)):
+        status, code = int(str(code)), None
+    delays = (detail.get("retryDelay") for one in objects for detail in _details(one))
+    return _ErrorBody(
+        status,
         reason=_clean(_reason(reply) or "", redact) or None,
-        status=status,
         kind=_name(_innermost(objects, "type"), redact),
         code=_name(code, redact),
         param=_name(_innermost(objects, "param"), redact),
-        codes=codes,
+        codes=tuple(dict.fromkeys(found for one in objects for found in _codes(one))),
+        retry_delay=next((delay for delay in delays if isinstance(delay, str)), None),
         is_moderated=any(_is_moderated(one.get("metadata")) for one in objects),
     )
 
 
 def _error_objects(reply: object) -> Iterator[dict[str, object]]:
-    """Yield the objects of a reply that may hold codes, from the outermost to the innermost."""
+    """Yield the nested objects of a reply that may hold codes, the outermost first."""
     for _ in range(_MAX_DEPTH):
         if not isinstance(reply, dict):
             return
@@ -312,30 +370,35 @@ def _error_objects(reply: object) -> Iterator[dict[str, object]]:
 
 
 def _innermost(objects: Sequence[Mapping[str, object]], name: str) -> object:
-    """Return what the innermost object that has such a field holds in it, or None."""
+    """Return the value of a field in the innermost object that has it, or None."""
     return next((one[name] for one in reversed(objects) if one.get(name) is not None), None)
 
 
 def _codes(error: Mapping[str, object]) -> Iterator[str]:
-    """Yield what stands in an error's fields for codes, and in those of its details (Google)."""
-    for name in _CODES:
-        value = error.get(name)
+    """Yield the codes in an error's own fields and in its details, normalized."""
+    fields = [error.get(name) for name in _CODES]
+    fields += [detail.get(name) for detail in _details(error) for name in ("reason", "code")]
+    for value in fields:
         if isinstance(value, str) and len(value) <= _MAX_CODE and _CODE.fullmatch(value):
             yield re.sub(r"[\W_]+", "", value.lower())
+
+
+def _details(error: Mapping[str, object]) -> Iterator[dict[str, object]]:
+    """Yield the objects in an error's details: google.rpc in `details`, Azure's `innererror`."""
     for name in ("details", "errors", "innererror"):
         details = error.get(name)
         for detail in details[:_MAX_PARTS] if isinstance(details, list) else [details]:
             if isinstance(detail, dict):
-                yield from _codes({key: detail.get(key) for key in ("reason", "code")})
+                yield detail
 
 
 def _is_moderated(metadata: object) -> bool:
-    """Tell whether OpenRouter says by its metadata that an input was flagged."""
+    """Tell whether OpenRouter's metadata says that an input was flagged."""
     return isinstance(metadata, dict) and ("flagged_input" in metadata or "reasons" in metadata)
 
 
 def _reason(value: object, depth: int = 0) -> str | None:
-    """Return the reason that some JSON holds, as it stands there, or None."""
+    """Return the reason in a JSON value, as it stands there, or None."""
     if depth > _MAX_DEPTH:
         return None
     if isinstance(value, str):
@@ -352,20 +415,20 @@ def _reason(value: object, depth: int = 0) -> str | None:
         reason = f"{'.'.join(str(part)[:_MAX_CODE] for part in location[:10])}: {reason}"
     metadata = value.get("metadata")
     raw = _reason(metadata.get("raw"), depth + 1) if isinstance(metadata, dict) else None
-    # OpenRouter's own message says only that a provider failed; `raw` is what that one said.
+    # OpenRouter's own message says only that a provider failed; `raw` is that provider's reason.
     return f"{reason}: {raw}" if reason is not None and raw else reason
 
 
 def _unwrapped(text: str, depth: int) -> str:
-    """Return a text, or the reason in it where it is JSON in a string (Mistral, Google)."""
+    """Return a text, or the reason in it if it is JSON in a string (Mistral, Google, LiteLLM)."""
     if text.lstrip()[:1] in ("{", "[") and len(text) <= _MAX_READ:
         with contextlib.suppress(orjson.JSONDecodeError):
             return _reason(orjson.loads(text), depth + 1) or text
     return text
 
 
-def _plain(body: bytes, redact: Redact) -> str | None:
-    """Return what a body says that is no JSON: a short text, or the title of a page."""
+def _parse_text(body: bytes, redact: Redact) -> str | None:
+    """Return the reason in a body that is not JSON: a short text, or the title of a page."""
     text = body[:_MAX_READ].decode(errors="replace").removeprefix("\ufeff")
     if _HTML.match(text):
         title = _TITLE.search(text)
@@ -376,11 +439,13 @@ def _plain(body: bytes, redact: Redact) -> str | None:
 
 def _name(value: object, redact: Redact) -> str | None:
     """Return a code, a type or the name of a parameter, if it is a text."""
-    return _clean(value, redact, _MAX_CODE) or None if isinstance(value, str) else None
+    if not isinstance(value, str) or value in _NO_NAMES:
+        return None
+    return _clean(value, redact, _MAX_CODE) or None
 
 
 def _clean(text: str, redact: Redact, limit: int = MAX_REASON) -> str:
-    """Return a text as one line without control characters and keys, at most `limit` long."""
+    """Return a text as one line of at most `limit` characters, without keys."""
     text = text[:_MAX_READ]
     printable = "".join(c for c in text if c.isprintable() or c.isspace())
     line = redact(" ".join(printable.split()))

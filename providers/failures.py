@@ -24,6 +24,7 @@ It knows no provider, no cache and no wire format::
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
 from .bill import Charge
 
@@ -31,13 +32,24 @@ from .bill import Charge
 class EmbeddingError(Exception):
     """Base of all that can go wrong. The message is for people and holds no key and no input."""
 
+    index: int | None = None
+    """The place of the one input to blame, in the call that raises; None if it is not known."""
+    param: str | None = None
+    """OpenAI's error field: which field of the request is to blame."""
+
+    def at(self, index: int | None, message: str | None = None) -> Self:
+        """Return the same error as it reads in another call, where the input has that place."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__, index=index)
+        other.args = self.args if message is None else (message,)
+        return other
+
 
 class InputRefused(EmbeddingError):
     """The request itself is wrong: a provider said so, or no provider can take such an input.
 
     `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 403 (moderation), 413 or
-    422. `index` is the place of the one input that is to blame, in the call that raises; None if it
-    is not known.
+    422.
     """
 
     def __init__(  # noqa: PLR0913 - the fields of OpenAI's error object
@@ -56,12 +68,6 @@ class InputRefused(EmbeddingError):
         self.kind = kind
         self.param = param
         self.code = code
-
-    def at(self, index: int, message: str | None = None) -> "InputRefused":
-        """Return the same refusal as it reads in another call, where the input has that place."""
-        other = InputRefused(message or str(self))
-        other.__dict__.update(self.__dict__, index=index)
-        return other
 
 
 class ClientKeyRefused(EmbeddingError):
@@ -121,13 +127,14 @@ class ProviderError(EmbeddingError):
         super().__init__(f"{provider}: {message}")
         self.provider = provider
         self.refusal = refusal
+        self.unexplained: tuple[str, ...] = ()
+        """Providers, once for each call of several inputs that failed so, where one input may be
+        the cause; it was not counted against them."""
         self.charge: Charge | None = None
         """What the upstream says it charged for an answer that is no good; None for nothing."""
         self.indices: tuple[int, ...] = ()
         """The places, in the call that raises, of the inputs that are worth another call, each
         alone: see `InvalidAnswer`. Empty if the failure is no single input's."""
-        self.index: int | None = None
-        """The first of them; None if the whole answer is bad."""
 
     @property
     def retry_after(self) -> float | None:

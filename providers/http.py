@@ -5,12 +5,14 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Self
 
 import orjson
 
 from providers.routing.admission import Admission
 from providers.routing.throttle import estimate
+from providers.scheduling.batch_limits import BatchLimits
 
 from . import answer, error_body, tokens
 from .base import (
@@ -19,6 +21,8 @@ from .base import (
     Context,
     CredentialsRefused,
     Embedded,
+    EmbeddingError,
+    Full,
     Input,
     InputRefused,
     Outcome,
@@ -26,6 +30,7 @@ from .base import (
     Space,
 )
 from .credential import ByKey, Credential, redacted
+from .limits import Limits
 from .profile import Profile
 from .transport import Reply, Transport
 
@@ -81,6 +86,7 @@ class HttpProvider:
         self._transport = Transport(
             name, profile.base_url, headers, profile.timeouts, connections, profile.network
         )
+        self._batch_limits = BatchLimits(name, profile.limits)
         self._admission = Admission(name, profile.limits, sleep)
         self._admissions = ByKey(lambda: Admission(name, profile.limits, sleep))
 
@@ -93,6 +99,21 @@ class HttpProvider:
     def by_client(self) -> bool:
         """Whether it is asked with each client's own key, and with no other."""
         return self._declared.by_client
+
+    def limits_of(self, model: str) -> Limits:
+        """Return what it takes of a model in one call: as declared, or less if it has shown so."""
+        return self._batch_limits.of(model)
+
+    def rate_limit_waits(self) -> dict[str, float]:
+        """Return the seconds that calls wait for the limit that was told, by model.
+
+        Of calls with the proxy's own key.
+        """
+        return self._admission.waits()
+
+    def learn_single(self, model: str) -> None:
+        """Ask for one input in a call of this model from now on: more of them get one vector."""
+        self._batch_limits.learn_single(model)
 
     def path(self, model: str) -> str:  # noqa: ARG002 - for upstreams whose path names the model
         """Return the path below the base URL at which a model is asked."""
@@ -140,25 +161,25 @@ class HttpProvider:
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
         async with admission.turn(model, estimate(inputs), context):
+            if context.is_needed is not None and not context.is_needed():
+                # Raised so, it gives back its room within the limits.
+                raise Full(self.name, "nobody waits for the answer any more")
             reply = await self._transport.post(self.path(model), payload, limit, context, headers)
         admission.learn(model, reply.headers)
+        read = partial(self._read, reply, model, space, inputs, credential)
         try:
-            if len(reply.body) <= _READ_INLINE:
-                checked = self._read(reply, model, space, inputs, credential)
-            else:
-                checked = await asyncio.to_thread(
-                    self._read, reply, model, space, inputs, credential
-                )
-        except RateLimited as error:
-            if error.retry_after is not None:
+            is_short = len(reply.body) <= _READ_INLINE
+            checked = read() if is_short else await asyncio.to_thread(read)
+        except EmbeddingError as error:
+            if isinstance(error, RateLimited) and error.retry_after is not None:
                 admission.hold(model, error.retry_after)
+            elif isinstance(error, InputRefused):
+                self._batch_limits.learn_refused(model, inputs, len(payload), error)
+            elif isinstance(error, CredentialsRefused) and credential is not None:
+                raise self._refused(credential, error) from error
             raise
-        except CredentialsRefused as error:
-            if credential is None:
-                raise
-            raise self._refused(credential, error) from error
-        self._compare(model, checked.model)
-        self._note_numbering(checked)
+        self._note(model, checked)
+        self._batch_limits.learn_accepted(model, inputs)
         return await self._delivered(checked, space, inputs, context)
 
     async def _delivered(
@@ -227,6 +248,11 @@ class HttpProvider:
             redact=redact,
             url=url,
         )
+
+    def _note(self, model: str, checked: answer.Answer) -> None:
+        """Take note of what is odd in a good answer."""
+        self._compare(model, checked.model)
+        self._note_numbering(checked)
 
     def _note_numbering(self, checked: answer.Answer) -> None:
         """Say once that embeddings come without their index."""

@@ -17,6 +17,8 @@ class Limits:
     tokens_per_minute: int | None = None
     learn: bool = True
     """Whether the limits that the upstream tells in its headers (`x-ratelimit-…`) are kept too."""
+    bytes: int | None = None
+    """Bytes of all texts in one call together; learned, where larger calls are refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Reads what an upstream's headers say of its rate limits: how much is left, and how long to wait.
+"""Reads an upstream's rate limits from its headers: how much is left, and how long to wait.
 
-Pure: header text and the present time in, bounded numbers out. `seconds_until` is the one reader of
-a wait, whichever header holds it. Nothing here is negative, NaN, infinite, or beyond MAX_WAIT.
+Pure: text and the present time in, bounded numbers out. `seconds_until` reads every wait, whether a
+header or an error body holds it. No result is negative, NaN or infinite; no wait exceeds MAX_WAIT.
 """
 
 import re

@@ -12,15 +12,19 @@ request goes on to the next route like any other.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
+from providers.batching.within import limits_of
 from providers.routing.counts import Counts
 from providers.routing.health import Upstreams
 from providers.routing.journey import ATTEMPTS, Journey, attempts
 from providers.routing.order import Latencies, Order, Prices
 from providers.routing.route import Provider, Route
 from providers.routing.turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Shut, Turn
+from providers.scheduling.dispatcher import NextRoute
 
 from .base import (
     AllResting,
@@ -29,15 +33,24 @@ from .base import (
     Credential,
     DeadlineExceeded,
     Embedded,
+    EmbeddingError,
     Full,
     Input,
     InputRefused,
     NoRoute,
     ProviderError,
+    RateLimited,
+    Refusal,
     Space,
 )
+from .limits import Limits
 
 __all__ = ["ATTEMPTS", "ATTEMPTS_A_ROUTE", "LONGEST_WAIT", "Order", "Provider", "Route", "Router"]
+
+MIN_TOLD_COOLDOWN = 1.0
+"""Seconds; a shorter rest after a rate limit that named no time is not told to clients."""
+MIN_COOLDOWN_WAIT = 0.1
+"""Seconds of its patience that each wait for the end of a rate limit takes from a request."""
 
 _jitter = wait_random_exponential(multiplier=0.2, max=4.0)
 
@@ -75,22 +88,91 @@ class Router:
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the first good answer. Raises EmbeddingError, and then what says most.
 
-        When no provider may be asked, AllResting is raised without waiting for anything.
+        When no provider may be asked it is raised without waiting for anything, unless only a rate
+        limit is in the way that ends soon.
         """
         credential = context.credential
         routes = self._preferred(self._able(space, inputs, credential), credential)
         journey = Journey(space, inputs, context, self.prices.charged, attempts(routes))
-        try:
-            if self._hedge_after_s is not None and len(routes) > 1:
-                return await self._race(routes, journey, self._hedge_after_s)
-            return await self._walk(routes, journey)
-        except Shut:
-            if journey.failure is not None:
-                raise journey.failure from None
-            self.counts.refused += 1
-            raise self._all_resting(routes, credential) from None
-        except TimeoutError as error:
-            raise DeadlineExceeded("the time of the request was up") from error
+        patience = LONGEST_WAIT
+        while True:
+            try:
+                answer = await self._ask_routes(routes, journey)
+            except Shut:
+                if journey.failure is not None:
+                    raise self._explained(journey, journey.failure) from None
+                wait = self._cooldown(routes, credential)
+                max_wait = min(patience, _time_left(context, self.upstreams.clock))
+                if wait is None or wait > max_wait or not journey.is_needed:
+                    self.counts.refused += 1
+                    raise self._unavailable(routes, credential) from None
+                patience -= max(wait, MIN_COOLDOWN_WAIT)
+                await self._sleep(wait)
+                if not journey.is_needed:
+                    raise self._unavailable(routes, credential) from None
+            except TimeoutError as error:
+                raise DeadlineExceeded("the time of the request was up") from error
+            else:
+                # Another try, or another route, has answered: it was none of the inputs.
+                for name in journey.unexplained:
+                    self.upstreams.of(name).blame()
+                return answer
+
+    def _explained(self, journey: Journey, failure: ProviderError) -> ProviderError:
+        """Return the failure of a request, with what is known of it besides."""
+        failure.unexplained = tuple(journey.unexplained)
+        said = failure.refusal
+        if isinstance(failure, RateLimited) and said is not None and said.retry_after is None:
+            credential = journey.context.credential
+            lanes = {one.name: one.lane(credential) for one in journey.asked}
+            wait = self.upstreams.of(failure.provider).rest(lanes.get(failure.provider, ""))
+            if wait > MIN_TOLD_COOLDOWN:
+                failure.refusal = replace(said, retry_after=wait)
+        return failure
+
+    async def _ask_routes(self, routes: Sequence[Route], journey: Journey) -> Embedded:
+        if self._hedge_after_s is not None and len(routes) > 1:
+            return await self._race(routes, journey, self._hedge_after_s)
+        return await self._walk(routes, journey)
+
+    def next_route(self, credential: Credential | None) -> NextRoute:
+        """Return the route that a batch would be sent to now: the first that may be asked."""
+        routes = [one for one in self.routes if one.takes(credential)] or self.routes
+        if not routes:
+            return NextRoute(Limits(), asyncio.Semaphore(1), has_alternative=False, call_s=None)
+        ready = [route for route in routes if self._ready(route, credential)]
+        route = self._preferred(ready or routes, credential)[0]
+        concurrency = limits_of(route.provider).concurrency
+        lane = route.lane(credential)
+        slots = self.upstreams.slots(route.name, lane, concurrency)
+        health = self.upstreams.of(route.name)
+        return NextRoute(
+            route.limits,
+            slots,
+            has_alternative=len(ready) > 1,
+            call_s=self.latencies.seconds(route),
+            is_blamed=partial(health.is_blamed, lane) if health.has_blamed else None,
+        )
+
+    def may_search(self, credential: Credential | None) -> bool:
+        """Tell whether two more calls may find out if one input is to blame; if so, count them."""
+        budget = self.upstreams.budget_of(credential)
+        if not budget.affords():
+            return False
+        budget.spend()
+        budget.spend()
+        return True
+
+    def blame_provider(self, error: ProviderError) -> None:
+        """Count a failure against the providers that it is of: no single input is to blame."""
+        for name in error.unexplained:
+            self.upstreams.of(name).blame()
+
+    def blame_input(self, error: ProviderError, item: Input, credential: Credential | None) -> None:
+        """Note that an input, and not the provider, is to blame for a failure."""
+        for route in self.routes:
+            if route.name == error.provider:
+                self.upstreams.of(route.name).blame_input(route.lane(credential), item)
 
     def _able(
         self, space: Space, inputs: Sequence[Input], credential: Credential | None
@@ -118,10 +200,7 @@ class Router:
 
     def _paid(self, credential: Credential | None) -> Sequence[Route]:
         """Return the routes for which there is a key. Raises ClientKeyRefused."""
-        if credential is not None and not credential.alone:
-            return self.routes
-        by_client = credential is not None
-        routes = [route for route in self.routes if route.by_client is by_client]
+        routes = [route for route in self.routes if route.takes(credential)]
         if not routes:
             raise ClientKeyRefused("This model is asked for with the client's own key; none came.")
         return routes
@@ -149,6 +228,8 @@ class Router:
                 continue
             turn = self._turn(route, journey, routes[place + 1 :])
             if journey.begun:
+                if not journey.is_needed:
+                    break
                 try:
                     await turn.go_on()
                 except Shut:
@@ -238,13 +319,44 @@ class Router:
             retry=retry_if_exception(turn.again), wait=wait, sleep=self._sleep, reraise=True
         )
 
-    def _all_resting(self, routes: Sequence[Route], credential: Credential | None) -> AllResting:
-        """Say which providers may not be asked, why, and when the first of them may."""
+    def _cooldown(self, routes: Sequence[Route], credential: Credential | None) -> float | None:
+        """Return the seconds until a rate limit ends, where nothing else is in the way; or None."""
+        waits = []
+        for route in routes:
+            health, lane = self.upstreams.of(route.name), route.lane(credential)
+            if health.lasting is not None:
+                continue
+            if health.breaker.wait:
+                return None
+            waits.append(health.rest(lane))
+        return min(waits, default=None)
+
+    def _unavailable(
+        self, routes: Sequence[Route], credential: Credential | None
+    ) -> EmbeddingError:
+        """Say why no provider may be asked, and when the first of them may.
+
+        Where no second try helps, that is what the provider itself said; where only rate limits are
+        in the way, it is one of those.
+        """
         known = [(self.upstreams.of(route.name), route.lane(credential)) for route in routes]
+        passing = [(health, lane) for health, lane in known if health.lasting is None]
+        if not passing:
+            # The error was raised before, and each who is told of it has a traceback of its own.
+            last = known[-1][0].lasting
+            assert last is not None  # noqa: S101 - none of them is passing
+            return last.at(None)
+        wait = min(health.wait(lane) for health, lane in passing)
         reasons = [
             f"{health.name}: {health.why(lane)}, asked again in {health.wait(lane):.1f} s"
             for health, lane in known
         ]
-        wait = min(health.wait(lane) for health, lane in known)
         told = "; ".join(dict.fromkeys(reasons))
-        return AllResting(f"No provider can be asked just now ({told}).", wait)
+        if any(health.breaker.wait for health, _ in passing):
+            return AllResting(f"No provider can be asked just now ({told}).", wait)
+        said = Refusal(429, told, "requests", "rate_limit_exceeded", wait)
+        return RateLimited(passing[0][0].name, f"rate limited, asked again in {wait:.1f} s", said)
+
+
+def _time_left(context: Context, clock: Callable[[], float]) -> float:
+    return float("inf") if context.deadline is None else context.deadline - clock()

@@ -123,7 +123,9 @@ class Transport:
         left = None if context.deadline is None else context.deadline - now
         if left is not None and left <= 0:
             raise DeadlineExceeded("the time of the request was up before it could be sent")
-        total = self._timeouts.total_s if left is None else min(self._timeouts.total_s, left)
+        total = self._timeouts.total_s
+        if left is not None and not context.finishes_calls:
+            total = min(total, left)
         timeout = aiohttp.ClientTimeout(total=total, connect=min(self._timeouts.connect_s, total))
         try:
             async with AsyncExitStack() as stack:
@@ -137,21 +139,12 @@ class Transport:
                 )
                 async with asyncio.timeout(self._timeouts.first_byte_s):
                     response = await stack.enter_async_context(request)
-                if 300 <= response.status < 400:
-                    raise UpstreamFault(self._provider, "answered with a redirect; not followed")
-                if response.status == 407:
-                    raise UpstreamFault(self._provider, PROXY_CREDENTIALS_REFUSED)
-                if response.status == 508:
-                    raise LoopDetected(
-                        self._provider,
-                        "its address leads back to this proxy (508 Loop Detected); set"
-                        f" providers.{self._provider}.base_url to the upstream's own address",
-                    )
+                self._check_status(response.status)
                 body = await self._read(response, limit)
                 return Reply(response.status, response.headers, body)
         except TimeoutError as error:
             taken = asyncio.get_running_loop().time() - now
-            if left is not None and taken >= left:
+            if left is not None and taken >= left and not context.finishes_calls:
                 raise DeadlineExceeded("the time of the request was up") from error
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 place = self._network.place_of(self._base_url)
@@ -163,6 +156,19 @@ class Transport:
             if is_final(error):
                 raise UpstreamFault(self._provider, reason(error)) from error
             raise Unreachable(self._provider, reason(error)) from error
+
+    def _check_status(self, status: int) -> None:
+        """Raise UpstreamFault or LoopDetected for a status that no upstream answers with itself."""
+        if 300 <= status < 400:
+            raise UpstreamFault(self._provider, "answered with a redirect; not followed")
+        if status == 407:
+            raise UpstreamFault(self._provider, PROXY_CREDENTIALS_REFUSED)
+        if status == 508:
+            raise LoopDetected(
+                self._provider,
+                "its address leads back to this proxy (508 Loop Detected); set"
+                f" providers.{self._provider}.base_url to the upstream's own address",
+            )
 
     async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         """Return the decoded body, as long as it keeps coming; stop as soon as it passes `limit`.

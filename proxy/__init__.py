@@ -11,7 +11,7 @@ What users and the other rooms ask for stands at the top of a package (`proxy.se
 `cache.embedder`, `providers.router`); what such a file is made of, in the folder beside it.
 
 One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which model) ->
-`cache.embedder` (look up, join, fill) -> `providers.batcher` (parts side by side) ->
+`cache.embedder` (look up, join, fill) -> `providers.scheduling.scheduler` (batches) ->
 `providers.router` (routes, retries) -> a provider's `ask` -> `providers.answer` (checks) ->
 `cache.tiers` (disk, then memory) -> `wire` (render).
 A full hit never leaves `cache`.

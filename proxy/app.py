@@ -24,6 +24,9 @@ from .embeddings import Embeddings
 from .http import body, ops
 from .service import MIB, REPLIES_SHARE, EmbeddingService
 
+RETRY_HEADER = "x-stainless-retry-count"
+"""Sent by OpenAI's own clients, and all that is built on them: they repeat a request by
+themselves."""
 SERVICE = web.AppKey("service", EmbeddingService)
 
 
@@ -80,6 +83,9 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
         caller = request[CALLER]
         if takes_keys:
             caller = caller._replace(api_key=access.own_key(request.headers))
+        retries = request.headers.get(RETRY_HEADER)
+        if retries is not None:
+            caller = caller._replace(retries=int(bool(retries.strip("0"))))
         return await embeddings.post(request, content, caller)
 
     for prefix in (*PREFIXES, ""):

@@ -76,10 +76,10 @@ def body(message: str, kind: str, param: str | None = None, code: str | None = N
 # (status, type, code, whether another try may help) of each error that is not the client's own.
 # The first class that fits counts.
 _TABLE: tuple[tuple[type[EmbeddingError], int, str, str, bool], ...] = (
-    (NoRoute, 503, "server_error", "provider_not_configured", False),
+    (NoRoute, 403, "server_error", "provider_not_configured", False),
     (DeadlineExceeded, 504, "server_error", "timeout", True),
     (AllResting, 503, "server_error", "upstream_unavailable", True),
-    (CredentialsRefused, 502, "server_error", "upstream_auth", False),
+    (CredentialsRefused, 403, "server_error", "upstream_auth", False),
     (OutOfCredit, 429, "insufficient_quota", "insufficient_quota", False),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found", False),
     (LoopDetected, 508, "server_error", "loop_detected", False),
@@ -112,7 +112,7 @@ def failure(error: EmbeddingError) -> Failure:
     if again:
         asked = error.retry_after if isinstance(error, AllResting | ProviderError) else None
         wait = RETRY_SECONDS if asked is None else asked
-    return Failure(status, str(error), type_, None, code, wait)
+    return Failure(status, str(error), type_, error.param, code, wait)
 
 
 INTERNAL = Failure(

@@ -104,6 +104,7 @@ class EmbeddingService(Questions):
                 Pins(store.folder / WIDTHS_FILE),
                 sleep=self._sleep,
             )
+            stack.push_async_callback(self._registry.close)
             client_keys = None
             if any(one.by_client for one in self.settings.providers.values() if one):
                 client_keys = ClientKeys(self.settings, store.folder)
@@ -147,6 +148,11 @@ class EmbeddingService(Questions):
     def models(self) -> Mapping[str, Model]:
         """The models that are configured, or have been asked for by name; none before opening."""
         return self._registry.models if self._registry else {}
+
+    @property
+    def rate_limit_waits(self) -> dict[str, dict[str, float]]:
+        """Seconds that calls wait for a rate limit, by provider and its own name for the model."""
+        return self._registry.rate_limit_waits() if self._registry else {}
 
     @property
     def other_models(self) -> dict[str, dict[str, int]]:

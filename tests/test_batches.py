@@ -263,13 +263,15 @@ async def test_who_queues_behind_a_rate_limit_goes_on_at_once(upstream, second, 
     proxy = await start_proxy(
         openai=upstream, openrouter=second, providers=narrow(upstream, second, concurrency=1)
     )
+    arrived, real = itertools.count(1), proxy.service.answer
+
+    async def answer(*arguments):
+        if next(arrived) == 40:
+            upstream.gate.set()
+        return await real(*arguments)
+
+    proxy.service.answer = answer
     crowd = [asyncio.create_task(ask(proxy, f"text {i}")) for i in range(40)]
-    health = proxy.service.upstreams.of("openai")
-    while health.attempts < 40:  # noqa: ASYNC110 - all are on their way or queue
-        await asyncio.sleep(0)
-    while not upstream.calls:  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    upstream.gate.set()
     replies = await asyncio.gather(*crowd)
     assert {reply.status for reply in replies} == {200}
     assert {reply.headers["x-embedding-provider"] for reply in replies} == {"openrouter"}

@@ -252,7 +252,7 @@ async def upstreams_order_proves_nothing(bench: Bench) -> None:
 
 
 def upstreams_order_is_believed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(answer, "_placed", lambda _provider, items: items)
+    patch.setattr(answer, "_order_by_index", lambda _provider, reply, _count: (reply["data"], True))
 
 
 async def routes_share_a_space(bench: Bench) -> None:

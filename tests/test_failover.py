@@ -144,7 +144,7 @@ async def test_total_outage_is_the_upstreams_not_ours(upstream, second, start_pr
 async def test_no_key_is_said_clearly(start_proxy):
     """Without a key the error names the variable to set, and the local model works."""
     proxy = await start_proxy()
-    with pytest.raises(openai.InternalServerError) as caught:
+    with pytest.raises(openai.PermissionDeniedError) as caught:
         await proxy.client.embeddings.create(model=MODEL, input="a")
     assert "OPENAI_API_KEY" in caught.value.body["message"]
     assert caught.value.response.headers["x-should-retry"] == "false"

@@ -28,6 +28,8 @@ ONE_CALL = OF_ACCOUNT | {Outcome.MODEL_NOT_FOUND}
 """What is so whatever the inputs are: one call tells it, and no other one is made to find out."""
 LIMITLESS = {"openai", "azure", "openai_compatible"}
 """Kinds whose limit is the client's own, or that of a gateway nobody knows."""
+ROUNDS = 6
+"""Requests with a bad input, one right after the other."""
 MAX_WAIT = 60
 """Seconds that a client is told to wait at most, where the provider names no time to come."""
 CODES = {
@@ -245,9 +247,8 @@ async def test_a_refusal_and_the_next_route(shape, world):
         assert not world.second.calls
         return
     await right(response)
-    assert set(world.second.inputs) == {
-        text for text in INPUTS if shape.outcome is not Outcome.INPUT_FAILS or text == INPUTS[BAD]
-    }
+    # A 500 may be the provider's own: the next route is asked for the whole batch at once.
+    assert set(world.second.inputs) == set(INPUTS)
     if shape.outcome in OF_ACCOUNT:
         calls = len(world.upstream.calls)
         await right(await world.ask("both", ["later"]), ["later"])
@@ -259,7 +260,7 @@ async def test_a_bad_input_is_not_held_against_the_provider(shape, world):
     """After many bad inputs the provider is asked for good ones as before."""
     await world.start(shape.kind)
     world.refuse(shape)
-    for i in range(6):
+    for i in range(ROUNDS):
         response = await world.ask("alone", [f"good text {i}", INPUTS[BAD]])
         assert response.status in statuses(shape)
     await right(await world.ask("alone", OTHERS), OTHERS)

@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 from providers.base import (
     Context,
-    DeadlineExceeded,
     Embedded,
     Full,
     Input,
@@ -82,12 +81,9 @@ class Calls:
 
         Raises EmbeddingError: a refusal before anything else, for no second try would change it.
         """
-        try:
-            async with asyncio.timeout_at(self._context.deadline), asyncio.TaskGroup() as group:
-                for part in parts:
-                    group.create_task(part)
-        except TimeoutError as error:
-            raise DeadlineExceeded("the time of the request was up") from error
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(part)
         if self.failures:
             raise min(self.failures, key=_weight)
         answered = sum(len(places) for places, _ in self._parts)
@@ -144,18 +140,20 @@ def assembled(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
     """Put the answers to all places of a request into their order."""
     if len(parts) == 1:
         return parts[0][1]
+    count = sum(len(places) for places, _ in parts)
+    vectors, tokens = [b""] * count, [0] * count
+    outcomes = [Outcome.MISS] * count
+    for places, part in parts:
+        rows = zip(places, part.vectors, part.tokens, _outcomes(part), strict=True)
+        for place, vector, number, outcome in rows:
+            vectors[place], tokens[place], outcomes[place] = vector, number, outcome
     ordered = sorted(parts, key=lambda part: part[0][0])
-    rows = sorted(
-        row
-        for places, part in ordered
-        for row in zip(places, part.vectors, part.tokens, _outcomes(part), strict=True)
-    )
     return Embedded(
-        vectors=[row[1] for row in rows],
-        tokens=[row[2] for row in rows],
+        vectors=vectors,
+        tokens=tokens,
         counted=all(part.counted for _, part in ordered),
         providers=tuple(dict.fromkeys(name for _, part in ordered for name in part.providers)),
-        outcomes=[row[3] for row in rows],
+        outcomes=outcomes,
     )
 
 

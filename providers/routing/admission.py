@@ -51,6 +51,11 @@ class Admission:
         """Let nobody through to a model for so long: it said so when it refused a call."""
         self._of(model).hold(seconds)
 
+    def waits(self) -> dict[str, float]:
+        """Return the seconds until there is room within the learned limit of each model, if any."""
+        waits = {model: throttle.wait_s for model, throttle in self._learned.items()}
+        return {model: wait for model, wait in waits.items() if wait > 0}
+
     @asynccontextmanager
     async def turn(self, model: str, tokens: int, context: Context) -> AsyncIterator[None]:
         """Hold a place within both sorts of limits, then among the calls at the same time.

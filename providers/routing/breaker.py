@@ -112,6 +112,11 @@ class Breaker:
         elif verdict is not Verdict.NONE:
             self._count(good=verdict is Verdict.GOOD)
 
+    def fail(self) -> None:
+        """Count a failure whose permit was given back before anyone knew that it was one."""
+        if not self._open:
+            self._count(good=False)
+
     def trip(self, permit: Permit, seconds: float, why: str) -> None:
         """Open for so long on a call's account: afterwards one call has to prove that it is over.
 

@@ -7,8 +7,10 @@ from providers.base import (
     Bill,
     Context,
     Embedded,
+    EmbeddingError,
     Input,
     InputRefused,
+    InvalidAnswer,
     PassingFailure,
     ProviderError,
     Space,
@@ -52,6 +54,13 @@ class Journey:
     """Whether a second route is or was asked beside the first."""
     failure: ProviderError | None = None
     """What to tell the client when no route answers."""
+    is_alone: bool = False
+    """Whether inputs go in calls of their own: an answer to several of them was bad in parts."""
+    is_fused: bool = False
+    """Whether one vector came for several inputs that differ."""
+    unexplained: list[str] = field(default_factory=list)
+    """Providers, once for each call of several inputs that failed in a way of which one input may
+    be the cause: it is not counted against them until that is known."""
 
     def __post_init__(self) -> None:
         """Begin with all of it missing."""
@@ -62,6 +71,11 @@ class Journey:
     def begun(self) -> bool:
         """Whether an attempt was made, or is being made."""
         return self.left < self.most
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether one more attempt would be of use to anybody."""
+        return self.context.is_needed is None or self.context.is_needed()
 
     async def ask(self, route: Route, begin_by: float | None) -> None:
         """Ask a route for all that is missing, and keep what comes, also when it fails then.
@@ -83,14 +97,25 @@ class Journey:
         context = replace(self.context, begin_by=begin_by, on_part=keep, on_charge=charged)
         try:
             inputs = [self.inputs[place] for place in missing]
-            embedded = await route.embed(self.space, inputs, context)
-        except InputRefused as error:
-            if error.index is None:
+            if self.is_alone:
+                embedded = await route.embed_alone(self.space, inputs, context)
+                if self.is_fused and len(set(embedded.vectors)) > 1:
+                    route.learn_single()
+            else:
+                embedded = await route.embed(self.space, inputs, context)
+        except EmbeddingError as error:
+            index = error.index
+            if index is None and self.is_alone and len(missing) == 1:
+                # Its vector was bad among good ones, and is bad alone.
+                index = 0
+            if index is None or not isinstance(error, InputRefused | InvalidAnswer):
                 raise
-            raise error.at(missing[error.index]) from error
+            raise error.at(missing[index]) from error
         self.parts.take(missing, embedded)
 
     def failed(self, error: ProviderError) -> None:
         """Keep the failure that says most: the last one that may pass, else the last one."""
+        self.is_alone = self.is_alone or bool(error.indices)
+        self.is_fused = self.is_fused or (error.index is None and bool(error.indices))
         if isinstance(error, PassingFailure) or not isinstance(self.failure, PassingFailure):
             self.failure = error

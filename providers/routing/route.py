@@ -18,6 +18,7 @@ from providers.base import (
     nanodollars,
 )
 from providers.batching.within import ask_within_limits, limits_of
+from providers.limits import Limits
 
 
 class Provider(Protocol):
@@ -58,6 +59,18 @@ class Route:
         """Whether the provider is asked with each client's own key."""
         return bool(getattr(self.provider, "by_client", False))
 
+    @property
+    def limits(self) -> Limits:
+        """What the provider takes of this model in one call, as declared or learned."""
+        learned = getattr(self.provider, "limits_of", None)
+        return learned(self.model) if learned else limits_of(self.provider)
+
+    def takes(self, credential: Credential | None) -> bool:
+        """Tell whether the provider may be asked by who has this key, or has none of its own."""
+        if credential is not None and not credential.alone:
+            return True
+        return self.by_client is (credential is not None)
+
     def lane(self, credential: Credential | None) -> str:
         """Return the name under which the provider's limits hold: a model's, or a key's for it."""
         if credential is None or not self.by_client:
@@ -72,7 +85,19 @@ class Route:
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Ask the provider once, or in several calls where it takes no more in one."""
-        limits = limits_of(self.provider)
+        return await ask_within_limits(self._ask, self.limits, space, inputs, context)
+
+    def learn_single(self) -> None:
+        """Have each input of this model go alone from now on, if the provider can be told so."""
+        learn = getattr(self.provider, "learn_single", None)
+        if learn is not None:
+            learn(self.model)
+
+    async def embed_alone(
+        self, space: Space, inputs: Sequence[Input], context: Context
+    ) -> Embedded:
+        """Ask the provider for each input in a call of its own."""
+        limits = replace(self.limits, inputs=1)
         return await ask_within_limits(self._ask, limits, space, inputs, context)
 
     async def _ask(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:

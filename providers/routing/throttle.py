@@ -104,6 +104,11 @@ class Throttle:
         finally:
             _add(self._flying, cost, -1)
 
+    @property
+    def wait_s(self) -> float:
+        """Seconds until there is room for one small call, if nobody queues before it."""
+        return self._seconds({"requests": 1, "tokens": 1}, {}, self._clock())
+
     async def pause(self, deadline: float | None) -> None:
         """Wait until nobody is held any more. Raises Full if that is not before the deadline."""
         now = self._clock()

@@ -9,10 +9,14 @@ from providers.base import (
     Embedded,
     EmbeddingError,
     Full,
+    InvalidAnswer,
     ProviderError,
     RateLimited,
+    Unreadable,
+    UpstreamFault,
     UpstreamTimeout,
 )
+from providers.scheduling.refusal import is_internal_error
 
 from . import faults
 from .breaker import Permit, Verdict
@@ -28,6 +32,8 @@ ATTEMPTS_A_ROUTE = 2
 """The most attempts at one route while another is left, unless the route says how many."""
 LONGEST_WAIT = 20.0
 """Seconds; an upstream that asks for more is left for the next route."""
+SHORT_WAIT = 0.5
+"""Seconds that a rate limit without a time is waited out where another route is left."""
 PROBE_LIMIT = 10.0
 """Seconds that a probe may take of a request that another route could answer."""
 
@@ -65,7 +71,14 @@ class Turn:
             most = ATTEMPTS_A_ROUTE if later else journey.left
         # Each later route keeps at least one attempt in reserve.
         self._most = max(1, min(most, journey.left - later))
+        if journey.context.max_attempts is not None:
+            self._most = min(self._most, journey.context.max_attempts)
+        # Who came when the limit was known to be used up has had its wait.
+        self._is_limited = self._health.is_limited(self._lane)
+        first = journey.inputs[next(iter(journey.parts.missing), 0)]
+        self._is_repeat = self._health.is_repeat(self._lane, first)
         self._failure: ProviderError | None = None
+        self._has_failed_alone = False
         self._receipt: float | None = None
         self._scouting = False
         self._rested = False
@@ -112,9 +125,9 @@ class Turn:
 
     async def _attempt(self) -> None:
         journey, health = self._journey, self._health
-        missing = len(journey.parts.missing)
+        missing = list(journey.parts.missing)
         # A hedge may have taken the last attempt, or have answered.
-        wanted = missing and journey.left > 0
+        wanted = bool(missing) and journey.left > 0
         permit = health.enter(self._lane, rested=self._rested) if wanted else None
         if permit is None:
             self._refund()
@@ -135,7 +148,7 @@ class Turn:
             await self._embed(permit)
         except Full as error:
             self._note(error)
-            if len(journey.parts.missing) < missing:
+            if len(journey.parts.missing) < len(missing):
                 # Some of several calls were made, and answered.
                 health.abandoned(permit)
             else:
@@ -145,7 +158,13 @@ class Turn:
             self._note(error)
             if free and faults.rule(error).verdict is Verdict.BAD:
                 self._budget.spend()
-            health.failed(permit, error, self._lane, by_client=self._route.by_client)
+            health.failed(
+                permit,
+                error,
+                self._lane,
+                by_client=self._route.by_client,
+                is_about_input=self._is_about_input(error),
+            )
             raise
         except ClientKeyRefused as error:
             # Of the provider it says nothing; it is counted all the same.
@@ -160,8 +179,8 @@ class Turn:
             health.scouts -= self._scouting
         if self._scouting:
             self._refund()
-        self._latencies.answered(self._route, self._upstreams.clock() - begun, missing)
-        health.answered(permit)
+        self._latencies.answered(self._route, self._upstreams.clock() - begun, len(missing))
+        health.answered(permit, self._lane, [journey.inputs[index] for index in missing])
 
     def again(self, error: BaseException) -> bool:
         """Tell whether the same provider is to be asked again after an error; if so, pay for it."""
@@ -169,12 +188,14 @@ class Turn:
             return False
         self._receipt, self._scouting = None, False
         # Who was told a time, and waits for it, has done its part of the provider's rest.
-        self._rested |= isinstance(error, RateLimited) and error.retry_after is not None
-        wait = error.retry_after or 0.0
+        self._rested |= isinstance(error, RateLimited)
+        wait = self._cooldown(error)
         again = (
             self._made < self._most
             and self._made <= faults.rule(error).again
-            and wait < self.time_left(LONGEST_WAIT)
+            and not self._is_clients_to_repeat(error)
+            and self._journey.is_needed
+            and wait < self.time_left(self._max_wait(error))
             and self._health.ready(self._lane, rested=self._rested)
             and self._budget.affords()
         )
@@ -182,10 +203,59 @@ class Turn:
             self._pay()
         return again
 
+    def _is_clients_to_repeat(self, error: ProviderError) -> bool:
+        """Tell whether another attempt is left to the client, which makes it by itself.
+
+        Else each of its tries would be three of ours. After a rate limit that is so from the first
+        try on of a client that says so; after another failure from the second on, also of one that
+        only shows it. While a limit is known to be used up each request makes one attempt.
+        """
+        retries = self._journey.context.client_retries
+        if isinstance(error, RateLimited):
+            return self._is_limited or retries is not None
+        is_passing = isinstance(error, UpstreamFault | Unreadable)
+        return is_passing and (bool(retries) or self._is_repeat)
+
     def wait(self, jitter: float) -> float:
         """Return the seconds to wait before the next attempt: what was asked for, or the jitter."""
-        asked = self._failure.retry_after if self._failure else None
-        return min(jitter, self.time_left(LONGEST_WAIT)) if asked is None else asked
+        if self._failure is None or self._failure.retry_after is None:
+            return min(self._cooldown(self._failure) + jitter, self.time_left(LONGEST_WAIT))
+        return self._failure.retry_after
+
+    def _max_wait(self, error: BaseException) -> float:
+        """Return the seconds that another attempt at this provider is worth waiting for.
+
+        Where another route is left, a wait that the provider did not ask for must be short.
+        """
+        is_asked = isinstance(error, ProviderError) and error.retry_after is not None
+        return LONGEST_WAIT if is_asked or not self._later else SHORT_WAIT
+
+    def _cooldown(self, error: BaseException | None) -> float:
+        """Return the seconds for which the provider is to be left alone after a failure."""
+        if isinstance(error, ProviderError) and error.retry_after is not None:
+            return error.retry_after
+        return self._health.rest(self._lane) if isinstance(error, RateLimited) else 0.0
+
+    def _is_about_input(self, error: ProviderError) -> bool:
+        """Tell whether one input may be to blame for a failure, and the provider is not for now.
+
+        Of several inputs in the call; or it is one that was to blame before.
+        """
+        journey = self._journey
+        inputs = [journey.inputs[index] for index in journey.parts.missing]
+        if isinstance(error, InvalidAnswer) and error.indices:
+            for item in inputs if error.index is not None else ():
+                self._health.blame_input(self._lane, item)
+            return True
+        if is_internal_error(error) and len(inputs) > 1:
+            journey.unexplained.append(self._route.name)
+            return True
+        if len(inputs) == 1 and (is_internal_error(error) or isinstance(error, InvalidAnswer)):
+            # That the same input fails again at once tells nothing new of the provider.
+            is_repeated = self._has_failed_alone and is_internal_error(error)
+            self._has_failed_alone = True
+            return is_repeated or self._health.is_blamed(self._lane, inputs[0])
+        return False
 
     def time_left(self, most: float | None = None) -> float:
         """Return the seconds until the request's deadline, at most `most`."""
@@ -231,7 +301,11 @@ class Turn:
             log.error("%s: THE PROXY'S OWN KEY IS NOT ACCEPTED: %s", self._route.name, error)
 
     def give_up(self) -> None:
-        """Say in the log why this route did not answer."""
+        """Say in the log why this route did not answer, and remember it."""
+        journey = self._journey
+        if journey.parts.missing:
+            first = journey.inputs[next(iter(journey.parts.missing))]
+            self._health.note_failed(self._lane, first)
         if self._failure is not None and not isinstance(self._failure, CredentialsRefused):
             log.warning("%s", self._failure)
 

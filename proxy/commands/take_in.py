@@ -18,7 +18,7 @@ from cache.upkeep.archive import ArchiveError
 from cache.upkeep.pairs import Source
 from providers.routing.health import Upstreams
 from proxy import config
-from proxy.embedding.opening import batched, make_router, open_providers
+from proxy.embedding.opening import make_router, open_providers, scheduled
 from proxy.settings.schema import Settings
 from proxy.sources import FORMATS, open_source
 
@@ -211,6 +211,6 @@ async def _compare(settings: Settings, model: str, adoption: Adoption, survey: S
                 f"{router.unavailable} Or trust the source without a sample: --sample 0"
             )
         try:
-            return await adoption.compare(survey.sample, batched(router, settings))
+            return await adoption.compare(survey.sample, scheduled(router, settings))
         except SampleDiffers as error:
             raise WorkFailed(str(error)) from error

@@ -77,7 +77,14 @@ class Answering:
             account = Account(asked.model, caller.client, one.price)
             neutral = _neutral(one, asked)
             return inputs, Context(
-                by, asked.user, neutral, caller.namespace, allowed, weigh=weigh, account=account
+                by,
+                asked.user,
+                neutral,
+                caller.namespace,
+                allowed,
+                weigh=weigh,
+                account=account,
+                client_retries=caller.retries,
             )
 
         if asked.parameters:

@@ -11,14 +11,11 @@ from contextlib import AsyncExitStack
 
 from providers import kinds
 from providers.base import Embedder
-from providers.batcher import Batcher
-from providers.batching.gather import Gatherer
-from providers.batching.within import limits_of
 from providers.credential import key_mistake
-from providers.limits import Limits
 from providers.local import Local
 from providers.router import Provider, Route, Router
 from providers.routing.health import Upstreams
+from providers.scheduling.scheduler import Scheduler
 from proxy.config import ConfigError
 from proxy.settings import model_entry
 from proxy.settings.schema import Settings
@@ -75,11 +72,9 @@ def check_network(name: str, entry: ProviderEntry) -> None:
         raise ConfigError(f"providers.{name}.trust_env: {error}") from error
 
 
-def batched(router: Router, settings: Settings) -> Embedder:
-    """Return what divides requests among calls of the routes, and gathers small ones if asked."""
-    limits = limits_of(router.routes[0].provider) if router.routes else Limits()
-    window_s = settings.server.gather_ms / 1000
-    return Gatherer(router, limits, window_s) if window_s else Batcher(router, limits)
+def scheduled(router: Router, settings: Settings) -> Embedder:
+    """Return what makes batches of the inputs of all requests, and sends them to the routes."""
+    return Scheduler(router, router.upstreams.tasks, settings.server.gather_ms / 1000)
 
 
 def make_router(  # noqa: PLR0913 - what a router is made of

@@ -13,6 +13,7 @@ from cache.tiers import Tiers
 from providers import kinds
 from providers.base import Context, Input, InputRefused, Space
 from providers.batching.longest import NoneTooLong
+from providers.http import HttpProvider
 from providers.router import Provider, Router
 from providers.routing.health import Upstreams
 from proxy.settings import model_entry
@@ -21,7 +22,7 @@ from proxy.settings.schema import Settings
 
 from .by_client import ByClient, by_client
 from .learned import Pins
-from .opening import batched, make_router
+from .opening import make_router, scheduled
 from .steps import one_before_others
 from .widths import WIDEST
 
@@ -120,6 +121,11 @@ class Registry:
         self._flights: Flights[Filled] = Flights()
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
 
+    async def close(self) -> None:
+        """End the calls under way, and keep what they have brought."""
+        await self._upstreams.tasks.close()
+        await self._flights.close()
+
     def get(self, name: str) -> Model:
         """Return a model; one that is not configured if it may be asked for by name.
 
@@ -132,6 +138,16 @@ class Registry:
             model = self._by_name(name)
         width = self._pins.width(model.space.name)
         return self._keep(model, width) if width else model
+
+    def rate_limit_waits(self) -> dict[str, dict[str, float]]:
+        """Return, by provider, the seconds that calls of a model wait for its rate limit."""
+        waits = {
+            route.name: route.provider.rate_limit_waits()
+            for model in self.models.values()
+            for route in model.router.routes
+            if isinstance(route.provider, HttpProvider)
+        }
+        return {name: models for name, models in sorted(waits.items()) if models}
 
     def other_models(self) -> dict[str, dict[str, int]]:
         """Return, by provider, how many of its replies named another model than was asked for."""
@@ -199,7 +215,7 @@ class Registry:
             price=entry.price,
             router=router,
             embedder=CachingEmbedder(
-                NoneTooLong(batched(router, settings), entry.context), self._tiers, self._flights
+                NoneTooLong(scheduled(router, settings), entry.context), self._tiers, self._flights
             ),
             dimensions_refused=entry.dimensions_refused,
             width=entry.width,

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from cache.ledger import Answered, answered
 from cache.refusal import renamed
-from providers.base import Embedded, Input, InputRefused
+from providers.base import Embedded, EmbeddingError, Input
 from providers.batching import calls
 
 Ask: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
@@ -27,7 +27,9 @@ async def one_before_others(
             continue
         try:
             answer = await ask([inputs[at] for at in places])
-        except InputRefused as error:
+        except EmbeddingError as error:
+            if error.index is None:
+                raise
             raise renamed(error, places, len(inputs)) from error
         parts.append((places, answer))
         usages.append(answer.usage)

@@ -24,3 +24,6 @@ class Caller(NamedTuple):
     is_admin: bool = False
     """Whether the caller may do what is the operator's: its key says `admin: true`, or no key is
     asked for."""
+    retries: int | None = None
+    """0 = the caller repeats requests by itself, and this is its first try; 1 = a later one; None =
+    it is not known to do so."""

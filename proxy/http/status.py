@@ -44,6 +44,10 @@ class Status:
                 for model in service.models.values()
             },
             "providers": upstreams.snapshot(),
+            "rate_limit_waits_s": {
+                provider: {model: round(wait, 3) for model, wait in waits.items()}
+                for provider, waits in service.rate_limit_waits.items()
+            },
             "other_models": service.other_models,
             "canaries": service.canaries.findings if service.canaries else [],
             "retry_budget": {

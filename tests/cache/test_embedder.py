@@ -14,12 +14,15 @@ from cache.file import database, purge
 from cache.file.disk import opened
 from cache.flight import Flights
 from cache.memory import Memory
+from cache.refusal import is_the_leaders_own
 from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import (
     Account,
+    ClientKeyRefused,
     Context,
+    Credential,
     DeadlineExceeded,
     EmbeddingError,
     InputRefused,
@@ -310,6 +313,46 @@ async def test_who_joins_a_fill_that_another_got_refused_asks_alone(own):
     assert embedded.providers == ("fake",)
     assert embedded.usage.tokens_billed == sum(map(tokens_of, {*inputs}))
     assert rig.inner.asked == ["bad", "good", *own, "good"]
+
+
+async def test_a_failure_that_many_inputs_share_is_judged_once(monkeypatch):
+    """Each judgement looks at all inputs: one for each input held the loop for a minute."""
+    rig, judged = Rig(), []
+
+    def judge(error, *others):
+        judged.append(error)
+        return is_the_leaders_own(error, *others)
+
+    monkeypatch.setattr("cache.embedder.is_the_leaders_own", judge)
+    rig.inner.failure = lambda call: InputRefused("bad") if "bad" in call else None
+    rig.inner.gate.shut()
+    inputs = [f"t{i}" for i in range(50)]
+    failing = rig.start("bad", *inputs)
+    await settle()
+    good = rig.start(*inputs)
+    await settle()
+    rig.inner.gate.open()
+    _right(await good, inputs)
+    with pytest.raises(InputRefused):
+        await failing
+    assert len(judged) == 1
+
+
+async def test_many_clients_with_bad_keys_fail_together():
+    """Nobody waits for the purchases of a hundred others, each of which fails by its own key."""
+    rig = Rig()
+    rig.inner.failure = lambda _: ClientKeyRefused("no")
+    rig.inner.gate.shut()
+    keys = [Credential(f"secret {i}", f"key-{i}") for i in range(100)]
+    tasks = [rig.start("a", context=Context(credential=key)) for key in keys]
+    await settle()
+    for _ in range(5):
+        while rig.inner.gate.held:
+            rig.inner.gate.let()
+        await settle()
+    assert all(task.done() for task in tasks)
+    assert {type(task.exception()) for task in tasks} == {ClientKeyRefused}
+    assert len(rig.inner.calls) == 100
 
 
 async def test_who_asked_for_what_was_refused_is_refused():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cache import flight
 from cache.flight import Flights
 from cache.key import Key
+from providers.base import Terms
 from tests.cache.fakes import Turnstile, settle
 
 KEYS = [Key(bytes([i]) * 16, bytes(16)) for i in range(4)]
@@ -240,6 +241,17 @@ async def test_a_failure_nobody_is_left_to_hear_of_is_no_news(when):
     gc.collect()
     await settle()
     assert reports == []
+
+
+@pytest.mark.parametrize("terms", [Terms(write=False), Terms(max_age=0)], ids=str)
+async def test_all_fills_are_ended_at_the_close(terms):
+    """Also one that leaves no trace, and one whose place another has taken."""
+    flights, works = Flights(), [Work(), Work()]
+    fills = [flights.lead([KEY], works[0].run), flights.lead([KEY], works[1].run, terms=terms)]
+    await settle()
+    await flights.close()
+    assert all(fill.task.done() for fill in fills)
+    assert len(flights) == 0
 
 
 @settings(deadline=None)

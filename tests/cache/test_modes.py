@@ -15,10 +15,10 @@ from cache.refusal import NotCached
 from cache.tiers import TierCounters
 from cache.usage import Usage
 from providers.base import Context, Embedded, RateLimited, Terms
-from providers.batcher import Batcher
 from providers.limits import Limits
 from tests.cache.fakes import FakeEmbedder, FakeStore, Turnstile, key_of, settle, tokens_of
 from tests.cache.test_embedder import ANY_TIME, DUPLICATE, HIT, JOIN, MIB, MISS, SPACE, Rig
+from tests.providers.fakes import schedule
 
 REFRESH = Context(terms=Terms(max_age=0))
 NO_STORE = Context(terms=Terms(write=False))
@@ -295,7 +295,7 @@ async def test_who_leaves_no_trace_and_who_keeps_do_not_meet(context):
 async def test_the_bill_is_whole_when_a_request_without_a_trace_fails():
     """Parts that were bought before the failure are in the sums, and nowhere else."""
     rig = Rig(Changing())
-    rig.embedder = rig.of(Batcher(rig.inner, Limits(inputs=1)))
+    rig.embedder = rig.of(schedule(rig.inner, Limits(inputs=1)))
     rig.inner.failure = lambda inputs: RateLimited("fake", "no") if "b" in inputs else None
     rig.inner.gate.shut()
     asking = rig.start("a", "b", "c", context=OFF)

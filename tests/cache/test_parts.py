@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers.base import Context, InputRefused, Outcome, RateLimited
-from providers.batcher import Batcher
 from providers.limits import Limits
 from tests.cache.fakes import FakeEmbedder, key_of, settle, tokens_of
 from tests.cache.test_embedder import ANY_TIME, HIT, JOIN, MISS, SPACE, Rig, _right
+from tests.providers.fakes import schedule
 
 LATE = RateLimited("fake", "too many")
 
@@ -19,7 +19,7 @@ LATE = RateLimited("fake", "too many")
 def batched(limits=Limits(inputs=1), **parts):  # noqa: B008 - it is frozen
     """Return a rig whose purchases go in parts of one input each."""
     rig = Rig(**parts)
-    rig.embedder = rig.of(Batcher(rig.inner, limits))
+    rig.embedder = rig.of(schedule(rig.inner, limits))
     return rig
 
 
@@ -132,8 +132,25 @@ async def test_a_joiner_of_what_was_bought_does_not_share_the_failure():
         await joiners[2]
 
 
+async def test_who_joins_an_abandoned_fill_does_not_suffer_for_its_other_inputs():
+    """A call was begun for both; what it is refused for is the input of one who is gone."""
+    rig = Rig()
+    rig.embedder = rig.of(schedule(rig.inner))
+    rig.inner.failure = refused("bad")
+    rig.inner.gate.shut()
+    gone = rig.start("bad", "good")
+    await settle()
+    gone.cancel()
+    await settle()
+    stays = rig.start("good")
+    await settle()
+    assert len(rig.inner.calls) == 1
+    rig.inner.gate.open()
+    _right(await stays, ["good"])
+
+
 async def test_what_an_abandoned_fill_had_bought_is_not_bought_again():
-    """One who looked before a part landed, and asks after its fill was given up, looks again."""
+    """One who looked before a part landed joins its fill, though everybody else has left that."""
     rig = batched()
     rig.inner.gate.shut()
     leader = rig.start("a", "b")
@@ -149,7 +166,7 @@ async def test_what_an_abandoned_fill_had_bought_is_not_bought_again():
     rig.store.reading.open()
     await settle()
     rig.inner.gate.open()
-    assert _right(await late, ["a"]).outcomes == [HIT]
+    assert _right(await late, ["a"]).outcomes == [JOIN]
     assert rig.inner.asked == ["a", "b"]
 
 

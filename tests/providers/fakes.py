@@ -3,6 +3,9 @@
 import asyncio
 
 from providers.base import Embedded, InputRefused, Outcome
+from providers.limits import Limits
+from providers.scheduling.dispatcher import NextRoute
+from providers.scheduling.scheduler import Scheduler
 
 
 def vector_of(item):
@@ -59,6 +62,39 @@ class Upstream:
             providers=(f"p{len(inputs)}",),
             outcomes=[Outcome.MISS] * len(inputs),
         )
+
+
+class Dispatch:
+    """A router of one route over an upstream, as a scheduler sees it."""
+
+    def __init__(self, upstream, limits=None, **route):
+        self.upstream = upstream
+        limits = limits or Limits()
+        slots = asyncio.Semaphore(limits.concurrency)
+        self.route = NextRoute(limits, slots, has_alternative=False, call_s=None)._replace(**route)
+        self.searches = 0
+        self.blamed = []
+
+    async def embed(self, space, inputs, context):
+        return await self.upstream.embed(space, inputs, context)
+
+    def next_route(self, credential):
+        return self.route
+
+    def may_search(self, credential):
+        self.searches += 1
+        return True
+
+    def blame_provider(self, error):
+        self.blamed.append(error)
+
+    def blame_input(self, error, item, credential):
+        self.blamed.append(item)
+
+
+def schedule(upstream, limits=None, window_s=0, **route):
+    """Return a scheduler over one route to an upstream."""
+    return Scheduler(Dispatch(upstream, limits, **route), window_s=window_s)
 
 
 def refusing(*bad, param="input"):

@@ -299,7 +299,8 @@ def test_an_empty_error_is_no_error(error):
         ({"code": 200, "message": "odd"}, UpstreamFault),
         ({"code": 4290, "message": "odd"}, UpstreamFault),
         ({"code": True, "message": "odd"}, UpstreamFault),
-        ({"code": "429", "message": "odd"}, UpstreamFault),
+        ({"code": "429", "message": "slow"}, RateLimited),
+        ({"code": "4290", "message": "odd"}, UpstreamFault),
         ({"message": "no code"}, UpstreamFault),
         ("just a text", UpstreamFault),
         (["a list"], UpstreamFault),
@@ -433,16 +434,30 @@ def test_a_refusal_without_a_body_is_known_by_its_status_alone(status, code, kin
 
 
 @pytest.mark.parametrize(("status", "code", "kind"), [row for row in STATUSES if row[0] != 429])
-def test_an_integer_code_in_the_body_is_the_status(status, code, kind):
-    """OpenRouter's `code` is the true status, and no code of OpenAI's kind."""
-    error = refusal("acme", 200, {}, error_body(status))
-    assert type(error) is kind
-    said = error if isinstance(error, InputRefused) else error.refusal
-    assert (said.status, said.code) == (status, None)
+def test_a_code_that_is_a_status_is_the_status(status, code, kind):
+    """OpenRouter's `code` is the true status, as is Azure's and LiteLLM's string."""
+    for written in (status, str(status)):
+        error = refusal("acme", 200, {}, error_body(written))
+        assert type(error) is kind
+        said = error if isinstance(error, InputRefused) else error.refusal
+        assert (said.status, said.code) == (status, None)
 
 
 @pytest.mark.parametrize(
-    ("code", "status"), [(399, 503), (400, 400), (599, 599), (600, 503), (True, 503), (429.0, 503)]
+    ("code", "status"),
+    [
+        (399, 503),
+        (400, 400),
+        (599, 599),
+        (600, 503),
+        (True, 503),
+        (429.0, 503),
+        (10**18, 503),
+        ("404", 404),
+        ("0404", 503),
+        ("404 ", 503),
+        ("\u0664\u0660\u0664", 503),
+    ],
 )
 def test_only_an_error_status_can_be_a_code(code, status):
     """Other numbers of an upstream's own do not hide the status it answered with."""

@@ -8,6 +8,7 @@ from fault_server import vector_of
 
 from providers.azure import Azure
 from providers.base import Context, Space
+from providers.content_encoding import ACCEPT_ENCODING
 
 SPACE = Space("openai/text-embedding-3-small", 1536, unit_norm=True)
 HOST = "https://mine.openai.azure.com"
@@ -48,6 +49,10 @@ async def test_both_addresses_of_azure_are_asked(base_url, options, url, mocked_
         "input": ["a"],
         "encoding_format": "base64",
     }
-    assert call.kwargs["headers"] == {"api-key": "made-up", "Content-Type": "application/json"}
+    assert call.kwargs["headers"] == {
+        "Accept-Encoding": ACCEPT_ENCODING,
+        "api-key": "made-up",
+        "Content-Type": "application/json",
+    }
     assert got.vectors[0] == vector_of("m", "a").tobytes()
     assert caplog.messages == []

@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers.base import Account, Bill, Charge, Context, InvalidAnswer, RateLimited, Space
-from providers.batcher import Batcher
-from providers.batching.gather import Gatherer
 from providers.bill import MOST_NANODOLLARS, nanodollars
 from providers.limits import Limits
 from providers.router import Router
 from providers.routing.route import Route
+from providers.scheduling.scheduler import Scheduler
 from providers.tokens import share
-from tests.providers.fakes import Upstream, tokens_of
+from tests.providers.fakes import Upstream, schedule, tokens_of
 
 SPACE = Space("m", 2)
 LIST_PRICE = Account("m", "c", price=0.02)
@@ -115,10 +114,10 @@ async def test_what_was_answered_is_not_billed_again():
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=12),
     st.integers(1, 7),
-    st.integers(0, 5),
+    st.integers(0, 4),
     st.integers(1, 1000),
 )
-async def test_who_ride_together_are_billed_their_shares(sizes, most, bad, total):
+async def test_who_share_a_call_are_billed_their_shares(sizes, most, bad, total):
     """Each is told of its own places only, and all of them together of every token and dollar."""
     left = [InvalidAnswer("shop", "no good")] * bad
     provider = Charging(
@@ -127,9 +126,9 @@ async def test_who_ride_together_are_billed_their_shares(sizes, most, bad, total
         lambda _: left.pop() if left else None,
     )
     router = Router([Route(provider, "m")], sleep=lambda _: asyncio.sleep(0))
-    gatherer = Gatherer(router, Limits(inputs=20), 0.001)
+    scheduler = Scheduler(router)
     told = await asyncio.gather(
-        *(_bills(gatherer, [f"{i}.{j}" for j in range(size)]) for i, size in enumerate(sizes))
+        *(_bills(scheduler, [f"{i}.{j}" for j in range(size)]) for i, size in enumerate(sizes))
     )
     for size, (bills, error) in zip(sizes, told, strict=True):
         places = {place for bill in bills for place in bill.places}
@@ -142,9 +141,9 @@ async def test_who_ride_together_are_billed_their_shares(sizes, most, bad, total
 
 async def test_parts_are_billed_at_their_places():
     """A request that is divided reads its bills by its own places."""
-    batcher = Batcher(Route(Charging(), "m"), Limits(inputs=2))
+    scheduler = schedule(Route(Charging(), "m"), Limits(inputs=2))
     inputs = [f"t{i}" for i in range(5)]
-    bills, _ = await _bills(batcher, inputs)
+    bills, _ = await _bills(scheduler, inputs)
     assert sorted(place for bill in bills for place in bill.places) == list(range(5))
     told = {p: n for bill in bills for p, n in zip(bill.places, bill.tokens, strict=True)}
     assert told == {place: tokens_of(item) for place, item in enumerate(inputs)}

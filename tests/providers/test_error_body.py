@@ -16,7 +16,8 @@ from providers.base import (
     RateLimited,
     UpstreamFault,
 )
-from providers.error_body import MAX_REASON, is_error, reason_of, refusal
+from providers.error_body import MAX_REASON, is_error, parse_reason, refusal
+from providers.ratelimit import MAX_WAIT
 
 GOOGLE_KEY = {
     "error": {
@@ -87,6 +88,9 @@ def body_of(value: object) -> bytes:
         (b"\x1f\x8b\x08\x00\xff\xfe\xfd", None),
         (b'{"object": "list", "da', None),
         (b"x" * 5000, None),
+        (b'"Invalid token"', "Invalid token"),
+        ({"detail": {"error": "Not authenticated"}}, "Not authenticated"),
+        ({"message": '{"error": "/embeddings: no"}'}, "/embeddings: no"),
         ({}, None),
         ([], None),
         ({"error": 7}, None),
@@ -96,7 +100,7 @@ def body_of(value: object) -> bytes:
 )
 def test_a_reason_is_found_in_every_shape(value, reason):
     """Whoever refuses, and in whatever form: the words for people are read, on one line."""
-    assert reason_of(body_of(value)) == reason
+    assert parse_reason(body_of(value)) == reason
 
 
 @pytest.mark.parametrize("status", [400, 404, 422, 429, 500, 503])
@@ -167,6 +171,11 @@ def coded(code: object = None, message: str = "no", **fields: object) -> dict[st
         (403, coded(None, "Insufficient Balance"), OutOfCredit, 402),
         (200, coded("insufficient_quota"), OutOfCredit, 402),
         (402, coded("anything"), OutOfCredit, 402),
+        (400, coded("400", type="budget_exceeded"), OutOfCredit, 402),
+        (429, coded(429, "Your prepayment credits are depleted. Please go to AI Studio."),
+         OutOfCredit, 429),
+        (429, coded("1113", "余额不足或无可用资源包,请充值。"), OutOfCredit, 429),
+        (403, coded(403, "Key limit exceeded (monthly limit). Manage it."), OutOfCredit, 402),
         # A key that is not accepted.
         (400, GOOGLE_KEY, CredentialsRefused, 401),
         (400, [GOOGLE_KEY], CredentialsRefused, 401),
@@ -186,6 +195,17 @@ def coded(code: object = None, message: str = "no", **fields: object) -> dict[st
         (403, coded("access_denied", "Model access denied."), ModelNotFound, 403),
         (400, coded("model_not_found"), ModelNotFound, 404),
         (400, coded("model_not_supported"), ModelNotFound, 404),
+        (400, coded(None, type="invalid_model"), ModelNotFound, 404),
+        (400, coded(400, "qwen/qwen3-embedding:8b is not a valid model ID"), ModelNotFound, 404),
+        (400, {"detail": "Model 'm' is not supported. Supported models are ['a', 'b']."},
+         ModelNotFound, 404),
+        (400, coded(400, "Invalid model: Engine for model name `m` not found."),
+         ModelNotFound, 404),
+        (400, coded(None, "Invalid model: m", param="model"), ModelNotFound, 404),
+        (400, {"error": "No models loaded. Please load a model."}, ModelNotFound, 404),
+        (403, coded(None, "You are not allowed to generate embeddings from this model"),
+         ModelNotFound, 403),
+        (400, {"detail": "[RID: 06b5f7bdde6ea380] Invalid API key"}, CredentialsRefused, 401),
         # A rate limit.
         (403, coded(None, errors=[{"reason": "rateLimitExceeded"}]), RateLimited, 429),
         (400, coded("Throttling.RateQuota"), RateLimited, 429),
@@ -225,6 +245,17 @@ def test_what_an_error_is_about_is_read_from_its_codes(status, value, kind, told
         {"detail": [{"loc": ["body", "billing"], "msg": "insufficient_quota", "type": "value",
                      "input": "invalid_api_key"}]},
         {"message": "your input speaks of an insufficient balance"},
+        coded(None, "Invalid model: Engine for model name `m` not found.", param="input"),
+        coded(None, "No models loaded.", param="$.input[3]"),
+        coded(None, "'m is not a valid model ID' is too long"),
+        coded(None, "a text m is not a valid model ID"),
+        coded(None, 'The text "No models loaded. Please load a model" is too long'),
+        coded(None, "Invalid model input"),
+        coded(None, "Model inputs are not supported. Supported models are below"),
+        coded(None, "This model does not support specifying dimensions."),
+        coded(None, "Budget has been exceeded by a word in the input"),
+        {"detail": [{"loc": ["body", "input", 0], "msg": "Invalid model: m", "type": "value"}]},
+        {"detail": "Invalid input: User location is not supported for the API use."},
         {"message": "Insufficient balance of quotation marks in the input"},
         {"code": "bad_input", "reason": "text 'billing' is too long"},
         {"code": "bad_input", "reason": "the text about billing is too long"},
@@ -237,6 +268,89 @@ def test_what_an_error_is_about_is_read_from_its_codes(status, value, kind, told
 def test_an_honest_400_is_about_the_input_whatever_it_quotes(value):
     """Free text may quote the user: no word in it takes a provider out of service."""
     assert type(refusal("acme", 400, {}, body_of(value))) is InputRefused
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "You have not yet added your payment method in the billing page and will have less.",
+        "You exceeded your current quota, please check your plan and billing details.",
+        "Resource has been exhausted (e.g. check quota).",
+        "Your text says: Your prepayment credits are depleted.",
+    ],
+)
+def test_a_rate_limit_that_mentions_billing_is_a_rate_limit(message):
+    """Voyage and Gemini speak of billing in rate limits that pass."""
+    for value in ({"detail": message}, coded(429, message, status="RESOURCE_EXHAUSTED")):
+        assert type(refusal("acme", 429, {}, body_of(value))) is RateLimited
+
+
+def retry_info(delay: object) -> list[object]:
+    """Return Google's error with a RetryInfo."""
+    kind = "type.googleapis.com/google.rpc."
+    details = [{"@type": f"{kind}QuotaFailure"}, {"@type": f"{kind}RetryInfo", "retryDelay": delay}]
+    return [coded(429, "slow", details=details)]
+
+
+@pytest.mark.parametrize(
+    ("delay", "wait"),
+    [
+        ("37s", 37.0),
+        ("37.404580985s", pytest.approx(37.404580985)),
+        ("0s", 0.0),
+        ("9999999s", MAX_WAIT),
+        ("-5s", None),
+        ("1e9s", None),
+        ("soon", None),
+        ("9" * 100_000 + "s", None),
+        (37, None),
+        ({"seconds": 37}, None),
+        (None, None),
+    ],
+)
+def test_googles_retry_delay_is_read(delay, wait):
+    """Google sends no Retry-After; RetryInfo in the body says how long to wait, within bounds."""
+    for status in (429, 503):
+        value = json.loads(json.dumps(retry_info(delay)).replace("429", str(status)))
+        assert refusal("acme", status, {}, body_of(value)).retry_after == wait
+    both = refusal("acme", 429, {"Retry-After": "2"}, body_of(retry_info(delay)))
+    assert both.retry_after == 2
+
+
+def test_a_missing_name_as_a_string_is_none():
+    """LiteLLM writes Python's None as a string; clients do not get it."""
+    value = coded("None", type="None", param="None")
+    error = refusal("acme", 400, {}, body_of(value))
+    assert (error.kind, error.code, error.param) == ("invalid_request_error", None, None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>" + b"<h1" * 350_000,
+        b"<html>" + b"<title>" * 150_000,
+        b" " * 1_000_000 + b"<html",
+        b'{"message": "' + b"<h1 " * 250_000 + b'"}',
+        b"-" * 1_000_000 + b"NaN",
+        b"-NaN" * 250_000,
+        b"[" * 1_000_000,
+        b'{"error":' * 110_000,
+        b'{"message": "' + b"a " * 500_000 + b'"}',
+        b'{"message": "' + b"\\u0000" * 160_000 + b'"}',
+        b'{"message": "' + b"model " * 160_000 + b"is not a valid model ID" + b'"}',
+        b'{"message": "' + b"[RID: a] " * 110_000 + b'"}',
+        b'{"code": "' + b"model" * 200_000 + b'"}',
+        b'{"code": "' + b"4" * 1_000_000 + b'"}',
+        b'{"errors": [' + b'{"reason": ["a", "b"]},' * 40_000 + b"0]}",
+        b'{"details": [' + b'{"retryDelay": 1},' * 55_000 + b"0]}",
+    ],
+    ids=lambda body: repr(body[:24]),
+)
+def test_a_megabyte_of_anything_is_read_in_linear_time(body):
+    """No hostile body keeps the reader busy: a quadratic step would take hours here."""
+    for status in (200, 400, 404, 429):
+        error = refusal("acme", status, {}, body, url="http://h/embeddings")
+        assert len(str(error)) <= MAX_REASON + 150
 
 
 def test_the_users_text_in_a_moderation_error_is_not_repeated():

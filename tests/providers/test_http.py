@@ -656,3 +656,10 @@ async def test_a_limit_that_lets_a_call_begin_too_late_refuses_it_at_once(upstre
         with pytest.raises(Full) as caught:
             await provider.ask("m", FOREIGN, ["c"], context)
     assert caught.value.retry_after == pytest.approx(30, abs=1)
+
+
+async def test_who_has_gone_while_queueing_for_a_limit_is_not_sent(upstream):
+    """The call is not made, and leaves its room within the limit to the next one."""
+    with pytest.raises(Full):
+        await ask(upstream, ["a"], context=Context(is_needed=lambda: False))
+    assert not upstream.calls

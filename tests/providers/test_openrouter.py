@@ -17,6 +17,7 @@ from providers.base import (
     Space,
     UpstreamFault,
 )
+from providers.content_encoding import ACCEPT_ENCODING
 from providers.openrouter import OpenRouter
 
 URL = "https://openrouter.ai/api/v1/embeddings"
@@ -52,6 +53,7 @@ async def test_the_request_is_openrouters(mocked_http):
         "provider": {"order": ["acme"]},
     }
     assert call.kwargs["headers"] == {
+        "Accept-Encoding": ACCEPT_ENCODING,
         "Authorization": "Bearer sk-or-made-up",
         "Content-Type": "application/json",
         "X-Title": "embedding-proxy",

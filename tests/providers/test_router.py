@@ -29,6 +29,7 @@ from providers.base import (
     UpstreamTimeout,
 )
 from providers.router import ATTEMPTS, LONGEST_WAIT, Route, Router
+from providers.routing.health import FIRST_COOLDOWN, Upstreams
 
 SPACE = Space("vendor/model", 2)
 NOBODY = Context()
@@ -77,8 +78,11 @@ class Stage:
         ]
         self.router = Router(
             [Route(player, f"{player.name}-model") for player in self.players],
-            **{"sleep": self._wait, **options},
+            **{"sleep": self._wait, "upstreams": Upstreams(self._clock), **options},
         )
+
+    def _clock(self):
+        return asyncio.get_running_loop().time() + sum(self.waits)
 
     async def _wait(self, seconds):
         self.waits.append(seconds)
@@ -176,7 +180,7 @@ async def test_a_provider_is_asked_again_as_often_as_is_said(retries, story):
 
 async def test_no_number_of_retries_beats_the_budget():
     """Requests that fail again and again make no more calls than all together may."""
-    stage = Stage()
+    stage = Stage(upstreams=Upstreams(lambda: 1000.0))
     for name in "abcd":
         # A breaker would end it before: each request meets another provider.
         stage.router.routes = (Route(Player(name, stage, always=limited(None)), "m", retries=100),)
@@ -263,7 +267,7 @@ async def test_each_failure_is_waited_for_as_it_asks():
     stage = Stage([limited(5.0), limited(None)])
     await stage.embed()
     assert stage.waits[0] == 5.0
-    assert stage.waits[1] <= 0.5
+    assert stage.waits[1] <= 2 * FIRST_COOLDOWN + 0.5
 
 
 @pytest.mark.parametrize("wait", [LONGEST_WAIT, 3600.0])
@@ -371,13 +375,13 @@ async def test_without_a_route_the_remedy_is_said(inputs):
         await stage.embed(inputs)
 
 
-async def test_requests_at_once_have_attempts_of_their_own():
-    """One request's failures use up nothing of another's attempts."""
+async def test_a_rate_limit_that_is_known_is_met_once_by_each_request():
+    """The first request tries again; those that come after it try once, when the rest is over."""
     stage = Stage()
     stage.router.routes = (Route(Player("a", stage, always=limited(None)), "m"),)
     results = await asyncio.gather(*(stage.embed() for _ in range(4)), return_exceptions=True)
     assert [type(result) for result in results] == [RateLimited] * 4
-    assert stage.story == "a" * 12
+    assert stage.story == "aaa" + "aaa"
 
 
 async def test_a_failed_route_is_logged(caplog):
@@ -453,3 +457,14 @@ async def test_no_wait_outlasts_the_request():
     with contextlib.suppress(RateLimited):
         await stage.embed(context=in_seconds(0.001))
     assert all(wait <= 0.001 for wait in stage.waits)
+
+
+async def test_no_call_is_made_after_a_cooldown_that_nobody_waited_for():
+    """A request that comes in a cooldown waits; if its client goes meanwhile, it is not sent."""
+    stage = Stage([limited(5.0)])
+    with pytest.raises(RateLimited):
+        await stage.embed(context=Context(max_attempts=1))
+    is_needed = iter([False])
+    with pytest.raises(RateLimited):
+        await stage.embed(context=Context(is_needed=lambda: next(is_needed)))
+    assert stage.story == "a"

@@ -164,6 +164,21 @@ async def test_an_attempt_ends_with_the_request(stuck):
     assert len(stuck.calls) == 1
 
 
+async def test_a_call_that_was_begun_outlives_its_request(upstream):
+    """It is paid for: when the request's time is up it goes on, to be kept."""
+    upstream.gate = asyncio.Event()
+    deadline = now() + 0.05
+    context = Context(deadline=deadline, finishes_calls=True)
+    async with transport_to(upstream.url) as transport:
+        payload = b'{"input": "a", "model": "m"}'
+        asking = transport.post("/embeddings", payload, NO_LIMIT, context)
+        posting = asyncio.create_task(asking)
+        while not upstream.calls or now() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        upstream.gate.set()
+        assert (await posting).status == 200
+
+
 async def test_a_server_that_does_not_accept_is_given_up_early():
     """Connecting has a limit of its own, far below that of an answer."""
     with socket.socket() as deaf:

@@ -386,7 +386,7 @@ EVERY_RESPONSE = {
     "no route": ("POST", "/v1/chat/completions", b"{}", 404, ()),
     "wrong method": ("PUT", "/v1/embeddings", b"{}", 405, ()),
     "too large": ("POST", "/v1/embeddings", b" " * 2000, 413, ()),
-    "no provider": ("POST", "/v1/embeddings", {**GOOD, "model": "baai/bge-m3"}, 503, ()),
+    "no provider": ("POST", "/v1/embeddings", {**GOOD, "model": "baai/bge-m3"}, 403, ()),
 }
 
 
@@ -436,7 +436,7 @@ async def test_what_is_not_there_is_told_in_openais_shape(
 
 # What the upstream does; then the status, code, and Retry-After that the client sees.
 UPSTREAM = {
-    "wrong key": (status(401), 502, "upstream_auth", None),
+    "wrong key": (status(401), 403, "upstream_auth", None),
     "no credit": (status(402), 402, "insufficient_quota", None),
     "unknown model": (status(404), 404, "model_not_found", None),
     "too many": (status(429, headers={"Retry-After": "7"}), 429, "rate_limit_exceeded", "7"),
@@ -480,10 +480,10 @@ async def test_a_request_does_not_wait_longer_than_its_time(upstream, start_prox
 
 
 async def test_a_model_without_a_provider_is_told_with_the_remedy(start_proxy):
-    """A model that nobody can be asked for is a 503 that names the variable, and is final."""
+    """A model that nobody can be asked for is a 403 that names the variable, and is final."""
     proxy = await start_proxy()
     response, error = await _send(proxy, GOOD)
-    assert (response.status, error["code"]) == (503, "provider_not_configured")
+    assert (response.status, error["code"]) == (403, "provider_not_configured")
     assert "set OPENAI_API_KEY or OPENROUTER_API_KEY" in error["message"]
     assert response.headers["x-should-retry"] == "false"
 

@@ -588,9 +588,9 @@ async def test_a_provider_without_a_key_is_told_with_the_remedy(other, start, mo
     proxy = await start(providers={"acme": {
         "kind": "openai", "base_url": other.url, "api_key_env": "ACME_KEY"
     }}, passthrough="acme")  # fmt: skip
-    with pytest.raises(openai.InternalServerError, match="set ACME_KEY") as caught:
+    with pytest.raises(openai.PermissionDeniedError, match="set ACME_KEY") as caught:
         await proxy.client.chat.completions.create(**CHAT)
-    assert (caught.value.status_code, caught.value.code) == (503, "provider_not_configured")
+    assert (caught.value.status_code, caught.value.code) == (403, "provider_not_configured")
     assert not other.seen
 
 

@@ -31,7 +31,7 @@ async def test_models_and_providers_are_told_with_what_ails_them(upstream, start
     """A model without a provider says what to set; a provider that fails says how."""
     upstream.always = status(401)
     proxy = await start_proxy(openai=upstream, models=MODELS)
-    assert (await proxy.post({"model": "m", "input": "a"})).status == 502
+    assert (await proxy.post({"model": "m", "input": "a"})).status == 403
     _, told = await _told(proxy)
     assert told["models"]["m"] == {"space": "s/m", "usable": True, "why": None}
     assert not told["models"]["n"]["usable"]

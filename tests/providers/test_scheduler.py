@@ -1,4 +1,4 @@
-"""Parts go side by side and come back in order; what fails costs no more than itself."""
+"""Batches go side by side and come back in order; what fails costs no more than itself."""
 
 import asyncio
 from dataclasses import replace
@@ -16,13 +16,24 @@ from providers.base import (
     RateLimited,
     Space,
 )
-from providers.batcher import Batcher
 from providers.batching.calls import assembled
-from providers.batching.split import LEAST
 from providers.batching.within import limits_of
 from providers.limits import Limits
 from providers.routing.route import Route
-from tests.providers.fakes import Kept, Upstream, check, refusing, settle, tokens_of, vector_of
+from providers.scheduling.batch_size import MIN_INPUTS as LEAST
+from providers.scheduling.scheduler import Scheduler
+from providers.scheduling.tasks import Tasks
+from tests.providers.fakes import (
+    Dispatch,
+    Kept,
+    Upstream,
+    check,
+    refusing,
+    schedule,
+    settle,
+    tokens_of,
+    vector_of,
+)
 
 SPACE = Space("m", 2)
 ANY_TIME = Context()
@@ -40,7 +51,7 @@ async def test_any_request_is_answered_in_order_within_the_limits(count, most, l
     """Whatever the limits, each input is bought once and no call breaks one of them."""
     inputs, upstream = texts(count), Upstream()
     limits = Limits(inputs=most, tokens=tokens, concurrency=lanes)
-    embedded = await Batcher(upstream, limits).embed(SPACE, inputs, ANY_TIME)
+    embedded = await schedule(upstream, limits).embed(SPACE, inputs, ANY_TIME)
     check(embedded, inputs)
     assert sorted(upstream.bought) == sorted(inputs)
     assert upstream.most <= lanes
@@ -52,7 +63,7 @@ async def test_any_request_is_answered_in_order_within_the_limits(count, most, l
 async def test_a_bulk_request_is_asked_for_side_by_side():
     """Two thousand inputs are eight calls in the air at once: the time of the largest of them."""
     upstream = Upstream()
-    embedded = await Batcher(upstream, Limits()).embed(SPACE, texts(2000), ANY_TIME)
+    embedded = await schedule(upstream, Limits()).embed(SPACE, texts(2000), ANY_TIME)
     assert [len(call) for call in upstream.calls] == [250] * 8
     assert upstream.most == 8
     assert embedded.providers == ("p250",)
@@ -61,7 +72,7 @@ async def test_a_bulk_request_is_asked_for_side_by_side():
 async def test_a_small_request_is_one_call_as_it_came():
     """What fits in a part goes on untouched, its context too, and nothing is told in between."""
     upstream, kept = Upstream(), Kept()
-    await Batcher(upstream, Limits()).embed(SPACE, texts(LEAST), Context(user="u", on_part=kept))
+    await schedule(upstream, Limits()).embed(SPACE, texts(LEAST), Context(user="u", on_part=kept))
     assert upstream.calls == [texts(LEAST)]
     assert upstream.contexts[0].user == "u"
     assert kept.rows == {}
@@ -71,8 +82,8 @@ async def test_the_providers_of_all_parts_are_named_in_order():
     """Whoever computed a part is named once, in the order of the inputs."""
     upstream = Upstream()
     upstream.hold()
-    batcher = Batcher(upstream, Limits(tokens=8, concurrency=3))
-    asking = asyncio.create_task(batcher.embed(SPACE, ["aaaa", "b", "c", "dddddddd"], ANY_TIME))
+    scheduler = schedule(upstream, Limits(tokens=8, concurrency=3))
+    asking = asyncio.create_task(scheduler.embed(SPACE, ["aaaa", "b", "c", "dddddddd"], ANY_TIME))
     await settle()
     for call in reversed(range(len(upstream.calls))):
         upstream.let(call)
@@ -84,14 +95,15 @@ async def test_each_part_is_told_as_soon_as_it_is_there():
     """Parts are handed on while others are still in the air."""
     upstream, kept, inputs = Upstream(), Kept(), texts(3)
     upstream.hold()
-    batcher = Batcher(upstream, Limits(inputs=1))
-    asking = asyncio.create_task(batcher.embed(SPACE, inputs, Context(on_part=kept)))
+    scheduler = schedule(upstream, Limits(inputs=1))
+    asking = asyncio.create_task(scheduler.embed(SPACE, inputs, Context(on_part=kept)))
     await settle()
-    for call, rows in ((1, {1}), (0, {0, 1}), (2, {0, 1, 2})):
+    for call, rows in ((1, {1}), (0, {0, 1})):
         upstream.let(call)
         await settle()
         assert kept.rows.keys() == rows
     kept.check(inputs)
+    upstream.let(2)
     check(await asking, inputs)
 
 
@@ -108,7 +120,7 @@ async def test_what_an_embedder_below_tells_of_a_part_is_told_in_places_of_the_w
             return answer
 
     with pytest.raises(RateLimited):
-        await Batcher(Telling(), Limits(inputs=2, concurrency=1)).embed(
+        await schedule(Telling(), Limits(inputs=2, concurrency=1)).embed(
             SPACE, inputs, Context(on_part=kept)
         )
     assert kept.rows.keys() == {0, 1, 3}
@@ -121,8 +133,8 @@ async def test_a_failed_part_lets_those_in_the_air_land_and_begins_no_other(fail
     upstream, kept, inputs = Upstream(), Kept(), texts(8)
     upstream.failure = lambda call: LATE if call == [f"t{failing}"] else None
     upstream.hold()
-    batcher = Batcher(upstream, Limits(inputs=1, concurrency=5))
-    asking = asyncio.create_task(batcher.embed(SPACE, inputs, Context(on_part=kept)))
+    scheduler = schedule(upstream, Limits(inputs=1, concurrency=5))
+    asking = asyncio.create_task(scheduler.embed(SPACE, inputs, Context(on_part=kept)))
     await settle()
     upstream.let(failing)
     await settle()
@@ -149,8 +161,8 @@ async def test_any_mixture_of_results_is_told_rightly(results, lanes, draw):
     errors = {"late": LATE, "bad": InputRefused("no"), "defect": KeyError("x"), "good": None}
     upstream.failure = lambda call: errors[results[int(call[0][1:])]]
     upstream.hold()
-    batcher = Batcher(upstream, Limits(inputs=1, concurrency=lanes))
-    asking = asyncio.create_task(batcher.embed(SPACE, inputs, Context(on_part=kept)))
+    scheduler = schedule(upstream, Limits(inputs=1, concurrency=lanes))
+    asking = asyncio.create_task(scheduler.embed(SPACE, inputs, Context(on_part=kept)))
     let = set()
     await settle()
     while not asking.done():
@@ -159,11 +171,11 @@ async def test_any_mixture_of_results_is_told_rightly(results, lanes, draw):
         upstream.let(call)
         await settle()
     called = [results[int(call[0][1:])] for call in upstream.calls]
-    assert (
-        sorted(upstream.bought) == sorted(inputs[place] for place in kept.rows) or len(inputs) == 1
-    )
-    kept.check(inputs)
     failure = asking.exception()
+    told = sorted(inputs[place] for place in kept.rows)
+    # The last part of a whole answer is returned with it.
+    assert sorted(upstream.bought) == told or (not failure and len(told) == len(inputs) - 1)
+    kept.check(inputs)
     if set(called) == {"good"}:
         check(asking.result(), inputs)
     elif "bad" in called:
@@ -173,29 +185,71 @@ async def test_any_mixture_of_results_is_told_rightly(results, lanes, draw):
         assert failure in (LATE, errors["defect"])
 
 
-async def test_a_cancelled_request_takes_its_calls_along():
-    """Who goes away leaves nothing in the air."""
-    upstream = Upstream()
+async def test_what_was_begun_for_a_cancelled_request_is_finished_and_told():
+    """Who goes away leaves nothing in the queue; calls under way are paid for, and are kept."""
+    upstream, kept, inputs = Upstream(), Kept(), texts(5)
     upstream.hold()
-    asking = asyncio.create_task(Batcher(upstream, Limits()).embed(SPACE, texts(500), ANY_TIME))
+    scheduler = schedule(upstream, Limits(inputs=1, concurrency=2))
+    asking = asyncio.create_task(scheduler.embed(SPACE, inputs, Context(on_part=kept)))
     await settle()
-    assert upstream.air == 8
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    assert upstream.air == 0
+    for call in (0, 1):
+        upstream.let(call)
+    await settle()
+    assert upstream.calls == [["t0"], ["t1"]]
+    assert kept.rows.keys() == {0, 1}
+    assert not scheduler._queues
 
 
-async def test_one_deadline_holds_for_all_parts():
-    """When the time is up the parts in the air are called off, and none is begun."""
+async def test_the_calls_under_way_end_when_the_tasks_are_closed():
+    """At the end of the process nothing goes on, whoever waits for it."""
     upstream = Upstream()
     upstream.hold()
-    batcher = Batcher(upstream, Limits(inputs=1, concurrency=2))
-    soon = Context(deadline=asyncio.get_running_loop().time() + 0.01)
+    tasks = Tasks()
+    scheduler = Scheduler(Dispatch(upstream), tasks)
+    asking = asyncio.create_task(scheduler.embed(SPACE, texts(500), ANY_TIME))
+    await settle()
+    assert upstream.air == 8
+    await tasks.close()
+    assert upstream.air == 0
     with pytest.raises(DeadlineExceeded):
-        await batcher.embed(SPACE, texts(5), soon)
-    assert (upstream.air, len(upstream.calls)) == (0, 2)
+        await asking
+
+
+async def test_a_task_that_is_closed_before_it_runs_leaves_nobody_waiting():
+    """What came in the very turn of the loop in which the process stops is failed, too."""
+    tasks = Tasks()
+    scheduler = Scheduler(Dispatch(Upstream()), tasks)
+    asking = asyncio.create_task(scheduler.embed(SPACE, ["a"], ANY_TIME))
+    while not tasks._tasks:  # noqa: ASYNC110 - it takes a few turns
+        await asyncio.sleep(0)
+    await tasks.close()
+    async with asyncio.timeout(20):
+        with pytest.raises(DeadlineExceeded):
+            await asking
+    assert not scheduler._queues
+
+
+async def test_after_the_deadline_no_call_is_begun_and_those_under_way_are_finished():
+    """The failure is told when what is paid for has ended, and is kept."""
+    upstream, kept = Upstream(), Kept()
+    upstream.hold()
+    scheduler = schedule(upstream, Limits(inputs=1, concurrency=2))
+    soon = Context(deadline=asyncio.get_running_loop().time() + 0.01, on_part=kept)
+    asking = asyncio.create_task(scheduler.embed(SPACE, texts(5), soon))
+    await settle()
+    while soon.deadline > asyncio.get_running_loop().time():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await settle()
+    for call in (0, 1):
+        upstream.let(call)
+    with pytest.raises(DeadlineExceeded):
+        await asking
+    assert len(upstream.calls) == 2
     assert {context.deadline for context in upstream.contexts} == {soon.deadline}
+    assert kept.rows.keys() == {0, 1}
 
 
 @given(st.permutations(range(8)), st.integers(1, 7))
@@ -233,7 +287,7 @@ async def test_a_bad_input_is_named_and_costs_few_calls(count, draw, param):
     inputs, kept = texts(count), Kept()
     upstream = Upstream(refusing(f"t{place}", param=param))
     with pytest.raises(InputRefused, match=r"^bad input$") as caught:
-        await Batcher(upstream, Limits()).embed(SPACE, inputs, Context(on_part=kept))
+        await schedule(upstream, Limits()).embed(SPACE, inputs, Context(on_part=kept))
     assert (caught.value.index, caught.value.param) == (place, param)
     parts = min(8, ceil(count / LEAST))
     assert len(upstream.calls) <= parts + 2 * ceil(log2(ceil(count / parts)))
@@ -249,7 +303,7 @@ async def test_of_several_bad_inputs_one_is_named(count, draw):
     places = draw.draw(st.sets(st.integers(0, count - 1), min_size=2))
     upstream = Upstream(refusing(*(f"t{i}" for i in places)))
     with pytest.raises(InputRefused) as caught:
-        await Batcher(upstream, Limits()).embed(SPACE, texts(count), ANY_TIME)
+        await schedule(upstream, Limits()).embed(SPACE, texts(count), ANY_TIME)
     assert caught.value.index in {*places, None}
     if len(places) < count / 2:
         assert caught.value.index is not None or len(upstream.bought) == 0
@@ -263,7 +317,7 @@ async def test_the_lowest_of_named_inputs_is_told():
     upstream = Upstream()
     upstream.failure = lambda call: InputRefused(f"no {call[0]}")
     with pytest.raises(InputRefused, match="no t0") as caught:
-        await Batcher(upstream, Limits(inputs=1)).embed(SPACE, texts(3), ANY_TIME)
+        await schedule(upstream, Limits(inputs=1)).embed(SPACE, texts(3), ANY_TIME)
     assert caught.value.index == 0
 
 
@@ -272,11 +326,11 @@ async def test_what_is_wrong_with_every_input_is_not_searched(param):
     """A refusal of another field is told as it came, after one call."""
     upstream = Upstream(refusing("t5", param=param))
     with pytest.raises(InputRefused) as caught:
-        await Batcher(upstream, Limits()).embed(SPACE, texts(50), ANY_TIME)
+        await schedule(upstream, Limits()).embed(SPACE, texts(50), ANY_TIME)
     assert caught.value.index is None
     assert len(upstream.calls) == 1
     with pytest.raises(InputRefused) as caught:
-        await Batcher(upstream, Limits()).embed(SPACE, ["t5"], ANY_TIME)
+        await schedule(upstream, Limits()).embed(SPACE, ["t5"], ANY_TIME)
     assert caught.value.index is None
 
 
@@ -285,7 +339,7 @@ async def test_an_extra_field_that_is_refused_is_not_searched_for_among_the_inpu
     upstream = Upstream(lambda _: InputRefused("Unrecognized request argument supplied: x"))
     space = SPACE.with_parameters({"x": 1})
     with pytest.raises(InputRefused) as caught:
-        await Batcher(upstream, Limits()).embed(space, texts(64), ANY_TIME)
+        await schedule(upstream, Limits()).embed(space, texts(64), ANY_TIME)
     assert caught.value.index is None
     assert len(upstream.calls) == 3
 
@@ -294,7 +348,7 @@ async def test_nobody_is_blamed_without_proof():
     """When even the last input is refused and no other was taken, none is named."""
     upstream = Upstream(lambda _: InputRefused("no"))
     with pytest.raises(InputRefused) as caught:
-        await Batcher(upstream, Limits()).embed(SPACE, texts(500), ANY_TIME)
+        await schedule(upstream, Limits()).embed(SPACE, texts(500), ANY_TIME)
     assert caught.value.index is None
     assert len(upstream.calls) <= 8 + 2 * 6, "and one part only is searched"
 
@@ -304,7 +358,7 @@ async def test_an_upstream_that_names_the_input_is_believed():
     upstream = Upstream()
     upstream.failure = lambda call: InputRefused("no", index=2) if "t102" in call else None
     with pytest.raises(InputRefused) as caught:
-        await Batcher(upstream, Limits(inputs=100)).embed(SPACE, texts(200), ANY_TIME)
+        await schedule(upstream, Limits(inputs=100)).embed(SPACE, texts(200), ANY_TIME)
     expected = next(call for call in upstream.calls if "t102" in call)[2]
     assert caught.value.index == texts(200).index(expected)
     assert len(upstream.calls) == 4
@@ -315,7 +369,7 @@ async def test_the_search_ends_with_a_failure_of_another_kind():
     upstream = Upstream()
     upstream.failure = lambda call: InputRefused("no") if len(call) > 4 else LATE
     with pytest.raises(RateLimited):
-        await Batcher(upstream, Limits()).embed(SPACE, texts(8), ANY_TIME)
+        await schedule(upstream, Limits()).embed(SPACE, texts(8), ANY_TIME)
     assert len(upstream.calls) == 3
 
 
@@ -332,9 +386,18 @@ async def test_a_call_that_is_too_large_is_divided_until_it_fits(count, most, ho
     """A refusal for size is nobody's business: the halves are asked for, and all is answered."""
     upstream = Upstream(lambda call: InputRefused("large", **how) if len(call) > most else None)
     inputs = texts(count)
-    check(await Batcher(upstream, Limits()).embed(SPACE, inputs, ANY_TIME), inputs)
+    check(await schedule(upstream, Limits()).embed(SPACE, inputs, ANY_TIME), inputs)
     assert sorted(upstream.bought) == sorted(inputs)
     assert upstream.most <= 8
+
+
+async def test_a_limit_that_is_named_and_not_learned_is_kept_to_all_the_same():
+    """The same call is not made again and again, whatever the route makes of the refusal."""
+    named = InputRefused("batch size 8, in tokens: at most 2 inputs", status=400)
+    upstream = Upstream(lambda call: named if len(call) > 2 else None)
+    async with asyncio.timeout(20):
+        check(await schedule(upstream).embed(SPACE, texts(8), ANY_TIME), texts(8))
+    assert [len(call) for call in upstream.calls] == [8, 2, 2, 2, 2]
 
 
 async def test_what_is_too_large_alone_is_named():
@@ -342,7 +405,7 @@ async def test_what_is_too_large_alone_is_named():
     upstream, kept = Upstream(), Kept()
     upstream.failure = lambda call: InputRefused("large", status=413) if "t9" in call else None
     with pytest.raises(InputRefused) as caught:
-        await Batcher(upstream, Limits()).embed(SPACE, texts(20), Context(on_part=kept))
+        await schedule(upstream, Limits()).embed(SPACE, texts(20), Context(on_part=kept))
     assert (caught.value.index, caught.value.status) == (9, 413)
     assert 9 not in kept.rows
 
@@ -355,7 +418,7 @@ async def test_calls_that_are_refused_only_together_are_answered_apart(count, mo
     upstream.failure = lambda call: (
         InputRefused("what") if len(call) > most or f"t{bad}" in call else None
     )
-    asking = Batcher(upstream, Limits()).embed(SPACE, inputs, Context(on_part=kept))
+    asking = schedule(upstream, Limits()).embed(SPACE, inputs, Context(on_part=kept))
     if bad is None or bad >= count:
         check(await asking, inputs)
         assert sorted(upstream.bought) == sorted(inputs)

@@ -1,0 +1,70 @@
+"""What a refusal is about: the size of the call, one of its inputs, or what all inputs share."""
+
+import re
+from typing import TypeGuard
+
+from providers.base import InputRefused, UpstreamFault
+
+_INPUT = re.compile(r"(\$\.)?input($|[.\[])")
+
+
+_TOO_MANY = re.compile(
+    r"batch[ _-]?size|in one batch|more batches|batch (is )?too (large|big|long)"
+    r"|too many (inputs|texts|items|documents|elements)"
+    r"|number of (inputs|texts|items|documents|elements)"
+    r"|(at most|maximum of|up to|more than) \d+ (inputs|texts|items|documents|elements|requests)"
+    r"|array too long|array with maximum length|batch of \d+",
+    re.IGNORECASE,
+)
+"""How upstreams say that a call has too many inputs: DashScope, TEI, Gemini, Cohere, OpenAI,
+Voyage, Mistral, and whatever is made with pydantic."""
+_NUMBER = re.compile(r"(?<![\w.])\d{1,6}(?![\w])")
+_MAX_MESSAGE = 1000
+
+
+def is_about_size(failure: Exception) -> TypeGuard[InputRefused]:
+    """Tell whether a call was refused as too large, which its parts may not be."""
+    if not isinstance(failure, InputRefused):
+        return False
+    if failure.status == 413 or "max_tokens_per_request" in (failure.kind, failure.code):
+        return True
+    return _TOO_MANY.search(str(failure)[:_MAX_MESSAGE]) is not None
+
+
+def is_about_tokens(failure: InputRefused) -> bool:
+    """Tell whether a refusal speaks of tokens: then it says nothing of the number of inputs."""
+    return "token" in f"{failure.kind} {failure.code} {failure}"[:_MAX_MESSAGE].lower()
+
+
+def named_batch_limit(failure: InputRefused, count: int) -> int | None:
+    """Return the number of inputs that a refusal of so many names as the most; None for none.
+
+    >>> named_batch_limit(InputRefused("batch size 33 > maximum allowed batch size 32"), 33)
+    32
+    """
+    message = str(failure)[:_MAX_MESSAGE]
+    if not _TOO_MANY.search(message):
+        return None
+    numbers = (int(number) for number in _NUMBER.findall(message))
+    return max((number for number in numbers if 0 < number < count), default=None)
+
+
+def is_about_an_input(failure: Exception) -> TypeGuard[InputRefused]:
+    """Tell whether a call was refused for one of its inputs, and it is not said which."""
+    if not isinstance(failure, InputRefused) or is_about_size(failure):
+        return False
+    return failure.index is None and not is_about_a_field(failure)
+
+
+def is_internal_error(failure: Exception) -> bool:
+    """Tell whether the upstream failed with 500, which one input may be the cause of."""
+    if not isinstance(failure, UpstreamFault) or failure.index is not None:
+        return False
+    return failure.refusal is not None and failure.refusal.status == 500
+
+
+def is_about_a_field(failure: InputRefused) -> bool:
+    """Tell whether what is refused is not the input: then it is refused with every input."""
+    if failure.status not in (400, 403, 413, 422):
+        return True
+    return failure.param is not None and not _INPUT.match(failure.param)

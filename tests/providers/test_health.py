@@ -1,0 +1,31 @@
+"""What is known of a provider holds however long its trouble lasts."""
+
+import pytest
+
+from providers.base import RateLimited, Refusal
+from providers.routing.health import MAX_COOLDOWN, Health
+
+
+class Rig:
+    """The health of one provider, over a clock that a test moves."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.health = Health("p", lambda: self.now, lambda: 0.0)
+
+    def limit(self, lane, wait=None):
+        """Let a call in a lane meet a rate limit, when the lane has rested."""
+        self.now += self.health.rest(lane) + 1
+        permit = self.health.enter(lane)
+        error = RateLimited("p", "too many", Refusal(429, "too many", retry_after=wait))
+        self.health.failed(permit, error, lane)
+
+
+@pytest.mark.parametrize("wait", [None, 1.0])
+def test_a_rate_limit_that_lasts_for_days_is_one_all_the_same(wait):
+    """The cooldown has a greatest length, however often the limit was met in a row."""
+    rig = Rig()
+    for _ in range(1200):
+        rig.limit("m", wait)
+    rig.limit("m")
+    assert 0 < rig.health.rest("m") <= MAX_COOLDOWN
