@@ -12,7 +12,7 @@ deadline. A call that was begun is finished, and its answer is kept.
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from providers.base import Context, Credential, DeadlineExceeded, Embedded, Input, Space
@@ -157,52 +157,62 @@ class _Queue:
 
     async def _work(self) -> None:
         """Send batches until nothing waits any more."""
-        is_idle, has_worked = True, False
+        has_worked = False
         try:
             while self._inputs and self._workers <= self._max_workers():
-                async with self._slot() as (route, had_to_wait):
-                    batch = self._take(route, is_delayed=had_to_wait or has_worked)
-                    has_worked = True
-                    if batch:
-                        self._idle_workers -= 1
-                        is_idle = False
-                        self._start_workers()
-                        await self._sender.send(batch)
-                        self._idle_workers += 1
-                        is_idle = True
-        except asyncio.CancelledError:
-            # The proxy is stopping: nobody else will send what is left.
-            while self._inputs:
-                self._inputs.popleft().request.fail(DeadlineExceeded("the proxy is stopping"))
+                await self._send_one(has_worked=has_worked)
+                has_worked = True
+        except BaseException as error:
+            # The proxy is stopping, or this is a defect: nobody else will send what is left.
+            self._fail_all(error)
             raise
         finally:
             self._workers -= 1
-            self._idle_workers -= is_idle
+            self._idle_workers -= 1
             self._start_workers()
 
-    @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[tuple[NextRoute, bool]]:
-        """Hold a slot of the next route; where another route is left, wait for it only so long.
+    def _fail_all(self, error: BaseException) -> None:
+        """Fail the requests of all that waits."""
+        told = error if isinstance(error, Exception) else DeadlineExceeded("the proxy is stopping")
+        waiting = list(self._inputs)
+        self._inputs.clear()
+        # Where the event loop is closed, nobody is left to be told.
+        with contextlib.suppress(RuntimeError):
+            for one in waiting:
+                one.request.fail(told)
 
-        Gives the route, and whether there was no free slot.
-        """
+    async def _send_one(self, *, has_worked: bool) -> None:
+        """Wait for a slot, take a batch and send it. `has_worked`: others waited meanwhile."""
         route = self._router.next_route(self._key.credential)
         had_to_wait = route.slots.locked()
+        has_slot = await self._acquire(route)
+        try:
+            # Another route may be the next one by now.
+            now = self._router.next_route(self._key.credential)
+            batch = self._take(now, is_delayed=had_to_wait or has_worked)
+            if batch:
+                self._idle_workers -= 1
+                try:
+                    self._start_workers()
+                    await self._sender.send(batch)
+                finally:
+                    self._idle_workers += 1
+        finally:
+            if has_slot:
+                route.slots.release()
+
+    async def _acquire(self, route: NextRoute) -> bool:
+        """Wait for a slot, for a while where another route is left; return whether there is one."""
         max_wait = None
         if route.has_alternative and self._inputs:
             deadline = self._inputs[0].request.context.deadline
             if deadline is not None:
                 # The same share of the time that the router leaves to each of two routes.
                 max_wait = max(0.0, deadline - asyncio.get_running_loop().time()) / 4
-        has_slot = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max_wait):
-                has_slot = await route.slots.acquire()
-        try:
-            yield self._router.next_route(self._key.credential), had_to_wait
-        finally:
-            if has_slot:
-                route.slots.release()
+                return await route.slots.acquire()
+        return False
 
     def _take(self, route: NextRoute, *, is_delayed: bool) -> list[PendingInput]:
         """Take from the queue what fits into one call.

@@ -1,6 +1,7 @@
 """Batches go side by side and come back in order; what fails costs no more than itself."""
 
 import asyncio
+import gc
 from dataclasses import replace
 from math import ceil, log2
 
@@ -230,6 +231,25 @@ async def test_a_task_that_is_closed_before_it_runs_leaves_nobody_waiting():
         with pytest.raises(DeadlineExceeded):
             await asking
     assert not scheduler._queues
+
+
+def test_a_queue_that_is_dropped_amid_a_call_starts_nothing():
+    """Where nobody runs the event loop any more, what is collected makes no new work."""
+
+    async def begin():
+        upstream = Upstream()
+        upstream.hold()
+        scheduler = schedule(upstream, Limits(inputs=1, concurrency=1))
+        task = asyncio.create_task(scheduler.embed(SPACE, texts(3), ANY_TIME))
+        await settle()
+        assert upstream.air == 1
+        del task
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)
+    loop.run_until_complete(begin())
+    gc.collect()
+    loop.close()
 
 
 async def test_after_the_deadline_no_call_is_begun_and_those_under_way_are_finished():
