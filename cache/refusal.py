@@ -65,7 +65,9 @@ def named(failure: EmbeddingError, place: int, inputs: int) -> EmbeddingError:
     if inputs == 1:
         return failure.at(place)
     naming = failure.at(place, f"{failure} (input {place})")
-    naming.param = naming.param or "input"
+    if naming.param is None or naming.param.startswith("input"):
+        # The upstream's own place, `input[0]`, is that in a call of ours.
+        naming.param = "input"
     return naming
 
 

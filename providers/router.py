@@ -122,7 +122,7 @@ class Router:
         """Return the failure of a request, with what is known of it besides."""
         failure.unexplained = tuple(journey.unexplained)
         said = failure.refusal
-        if isinstance(failure, RateLimited) and said is not None and said.retry_after is None:
+        if isinstance(failure, RateLimited) and said is not None and not said.retry_after:
             credential = journey.context.credential
             lanes = {one.name: one.lane(credential) for one in journey.asked}
             wait = self.upstreams.of(failure.provider).rest(lanes.get(failure.provider, ""))

@@ -28,6 +28,7 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
+from providers.routing.faults import is_passing
 
 RETRY_SECONDS = 1
 """What `Retry-After` says of a passing failure when the upstream said nothing."""
@@ -108,6 +109,8 @@ def failure(error: EmbeddingError) -> Failure:
         status, type_, code = said.status, said.kind or type_, said.code or code
     elif said is not None and isinstance(error, UpstreamFault) and said.status in (503, 504):
         status = said.status
+    if isinstance(error, UpstreamFault) and not is_passing(error):
+        again = False
     wait = None
     if again:
         asked = error.retry_after if isinstance(error, AllResting | ProviderError) else None

@@ -218,6 +218,7 @@ ROWS = {
     **{f"8-{code}": failing(status(code)) for code in (408, 409, 502, 524, 529)},
     "8-500": choking(status(500)),
     **{f"8-{code}": failing(status(code), code) for code in (503, 504)},
+    **{f"8-{code}-final": failing(status(code), again=0, wait=None) for code in (405, 501)},
     "8-503-wait": failing(status(503, headers={"Retry-After": "3"}), 503, wait=3),
     "9-502": failing(inside(502)),
     "9-no-code": failing(status(200, {"error": "sorry"})),
@@ -256,18 +257,20 @@ ROWS = {
     "22-refused": lost(hang(), "connection refused by 127.0.0.1:1", "http://127.0.0.1:1/v1"),
     "22-tls": lost(hang(), "does not speak TLS", "https://127.0.0.1:{}/v1"),
     **UPSTREAMS_IN_THE_WILD,
-    "24-huge": failing(spoilt(lambda reply, _: reply.update(more="x" * (2 << 20))), again=0),
-    "24-bomb": failing(status(200, BOMB, {"Content-Encoding": "gzip"}), again=0),
+    "24-huge": failing(
+        spoilt(lambda reply, _: reply.update(more="x" * (2 << 20))), again=0, wait=None
+    ),
+    "24-bomb": failing(status(200, BOMB, {"Content-Encoding": "gzip"}), again=0, wait=None),
     "28-gzip-is-plain": mended(labelled("gzip"), 0),
     "28-plain-is-gzip": mended(labelled("identity", gzip.compress), 0),
     "28-unreadable": replace(
-        failing(labelled("br", lambda body: b"\x80" + body), again=0),
+        failing(labelled("br", lambda body: b"\x80" + body), again=0, wait=None),
         says="reply could not be decoded (content-encoding br)",
     ),
     "28-loop": Row(
         status(508), 508, "loop_detected", wait=None, says=".base_url", held="closed", rest=0
     ),
-    "24-redirect": failing(status(302, headers={"Location": "/elsewhere"}), again=0),
+    "24-redirect": failing(status(302, headers={"Location": "/elsewhere"}), again=0, wait=None),
 }
 
 

@@ -86,6 +86,36 @@ async def test_that_text_keeps_nobody_else_from_the_upstream(upstream, start_pro
     assert (shown["state"], shown["opened"]) == ("closed", 0)
 
 
+async def test_around_several_such_texts_all_others_are_kept(upstream, start_proxy):
+    """Each is found, in a few tries of the client at most, and the good ones are bought once."""
+    inputs = texts(98)
+    bad = {inputs[3], inputs[60]}
+    upstream.always = unless(upstream, lambda call: bad & {*call}, status(500))
+    proxy = await start_proxy(openai=upstream)
+    for _ in range(2):
+        assert (await ask(proxy, inputs)).status == 502
+    others = [text for text in inputs if text not in bad]
+    good = [text for call in upstream.calls if not bad & {*call.inputs} for text in call.inputs]
+    assert sorted(good) == sorted(others)
+    upstream.calls.clear()
+    await right(await ask(proxy, others), others)
+    assert upstream.calls == []
+    assert health(proxy).snapshot()["state"] == "closed"
+
+
+@pytest.mark.parametrize("code", [500, 502, 503])
+async def test_one_text_alone_that_always_fails_keeps_nobody_from_the_upstream(
+    code, upstream, start_proxy
+):
+    """That the same text fails again tells nothing new of the provider."""
+    upstream.always = unless(upstream, lambda call: "bad" in call, status(code))
+    proxy = await start_proxy(openai=upstream)
+    for i in range(15):
+        assert (await ask(proxy, "bad")).status in (502, 503)
+        await right(await ask(proxy, f"innocent {i}"), [f"innocent {i}"])
+    assert health(proxy).snapshot()["opened"] == 0
+
+
 async def test_an_outage_is_not_searched_for_a_bad_input(upstream, start_proxy):
     """Where every call fails with 500 a few calls tell, and the circuit of the provider opens."""
     upstream.always = status(500)
@@ -123,6 +153,47 @@ async def test_bad_vectors_are_named_by_the_clients_own_index(count, upstream, s
     await right(await ask(proxy, good), good)
     assert upstream.calls == []
     assert health(proxy).snapshot()["state"] == "closed"
+
+
+@pytest.mark.parametrize("act", ["zero", "500"])
+async def test_the_one_input_that_is_not_cached_is_named(act, upstream, start_proxy):
+    """Though it goes alone, the client has sent it among others, and knows it by its index."""
+    inputs = texts(10)
+    proxy = await start_proxy(openai=upstream)
+    await ask(proxy, [*inputs[:8], inputs[9]])
+
+    async def zero(_, payload):
+        reply = upstream.reply(payload)
+        reply["data"][0]["embedding"] = [0.0] * 1536
+        return web.Response(body=orjson.dumps(reply), content_type=JSON)
+
+    upstream.always = zero if act == "zero" else status(500)
+    response = await ask(proxy, inputs)
+    error = (await response.json())["error"]
+    assert response.status == 502
+    assert error["message"].endswith("(input 8)")
+    assert error["param"] == "input"
+
+
+async def test_one_vector_for_all_texts_is_never_kept(upstream, second, start_proxy):
+    """Also where it comes for each of them alone: then the next route is asked, and it is right."""
+    one = vector_of(MODEL, "always the same").tolist()
+
+    async def act(_, payload):
+        reply = upstream.reply(payload)
+        for item in reply["data"]:
+            item["embedding"] = one
+        return web.Response(body=orjson.dumps(reply), content_type=JSON)
+
+    upstream.always = act
+    words = ["apple", "river", "castle", "number", "window"]
+    proxy = await start_proxy(openai=upstream)
+    response = await ask(proxy, words)
+    assert response.status == 502
+    assert "one vector for inputs that differ" in (await response.json())["error"]["message"]
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    await right(await ask(proxy, words), words)
+    assert [call.inputs for call in second.calls] == [words]
 
 
 async def test_a_model_that_fuses_inputs_is_asked_for_each_alone(upstream, start_proxy):
@@ -251,6 +322,19 @@ async def test_a_limit_that_is_used_up_is_shown(upstream, start_proxy):
     async with proxy.http.get(proxy.url.removesuffix("/v1") + "/status") as response:
         shown = await response.json()
     assert 0 < shown["rate_limit_waits_s"]["openai"][MODEL] <= 600
+
+
+@pytest.mark.parametrize("wait", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"])
+async def test_a_rate_limit_that_is_over_already_has_a_cooldown(wait, upstream, start_proxy):
+    """A clock that is ahead, or a careless header, makes no storm of calls."""
+    upstream.always = status(429, headers={"Retry-After": wait})
+    proxy = await start_proxy(openai=upstream)
+    clock = _own_clock(proxy)
+    for i in range(4):
+        assert (await ask(proxy, f"text {i}")).status == 429
+    assert len(upstream.calls) <= 3 + 3
+    assert len(clock.waits) >= 3
+    assert min(clock.waits) > 0
 
 
 @pytest.mark.parametrize("headers", [{}, {"Retry-After": "2"}])

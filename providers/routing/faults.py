@@ -58,12 +58,21 @@ _TABLE: dict[type[ProviderError], Rule] = {
 _OTHER = Rule(0, Verdict.BAD)
 
 
-def rule(error: ProviderError) -> Rule:
-    """Return what follows from a failure.
+def is_passing(error: UpstreamFault) -> bool:
+    """Tell whether asking again may mend a fault of an upstream.
 
-    A fault that the upstream did not name itself (a redirect, a reply beyond all bounds) is one
-    that asking again does not mend.
+    Not one that it did not name itself (a redirect, a reply beyond all bounds, one that cannot be
+    decoded), nor a status that says that it is asked in the wrong way (405, 501).
     """
-    if isinstance(error, UpstreamFault) and error.refusal is None:
+    if error.refusal is None:
+        return False
+    status = error.refusal.status
+    is_clients = 400 <= status < 500 and status not in (408, 409, 423, 424, 425, 429)
+    return not is_clients and status not in (501, 505)
+
+
+def rule(error: ProviderError) -> Rule:
+    """Return what follows from a failure."""
+    if isinstance(error, UpstreamFault) and not is_passing(error):
         return _OTHER
     return next((_TABLE[kind] for kind in type(error).mro() if kind in _TABLE), _OTHER)

@@ -204,7 +204,7 @@ class Health:
         rule = faults.rule(error)
         opened = self.breaker.opened
         verdict = rule.verdict
-        if is_about_input and not permit.probe:
+        if is_about_input:
             verdict = Verdict.NONE
         elif verdict is Verdict.BAD:
             self._proof = None
@@ -237,7 +237,7 @@ class Health:
             # Calls that were under way together meet one limit once.
             self._limited[lane] = min(self._limited.get(lane, 0) + 1, MAX_COUNTED)
             _bounded(self._limited)
-        if wait is None:
+        if not wait:
             if self.rest(lane):
                 return
             wait = min(FIRST_COOLDOWN * 2 ** (self._limited[lane] - 1), MAX_COOLDOWN)

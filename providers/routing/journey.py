@@ -15,7 +15,8 @@ from providers.base import (
     ProviderError,
     Space,
 )
-from providers.batching.calls import Parts
+from providers.batching.calls import Parts, assembled, rows_of
+from providers.batching.twins import find_duplicate_vectors
 
 from .route import Route
 
@@ -97,10 +98,8 @@ class Journey:
         context = replace(self.context, begin_by=begin_by, on_part=keep, on_charge=charged)
         try:
             inputs = [self.inputs[place] for place in missing]
-            if self.is_alone:
-                embedded = await route.embed_alone(self.space, inputs, context)
-                if self.is_fused and len(set(embedded.vectors)) > 1:
-                    route.learn_single()
+            if self.is_alone and len(missing) > 1:
+                embedded = await self._ask_each(route, inputs, context)
             else:
                 embedded = await route.embed(self.space, inputs, context)
         except EmbeddingError as error:
@@ -112,6 +111,41 @@ class Journey:
                 raise
             raise error.at(missing[index]) from error
         self.parts.take(missing, embedded)
+
+    async def _ask_each(self, route: Route, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Ask for each input in a call of its own, and keep no vector that several of them get.
+
+        One vector for inputs that differ may be a call's fault; alone it is the upstream's. Raises
+        EmbeddingError.
+        """
+        parts: dict[int, Embedded] = {}
+
+        async def collect(places: Sequence[int], part: Embedded) -> None:
+            parts.update({place: rows_of(part, [row]) for row, place in enumerate(places)})
+
+        failure: EmbeddingError | None = None
+        try:
+            answer = await route.embed_alone(self.space, inputs, replace(context, on_part=collect))
+        except EmbeddingError as error:
+            failure = error
+        else:
+            parts = {place: rows_of(answer, [place]) for place in range(len(inputs))}
+        vectors = {place: part.vectors[0] for place, part in parts.items()}
+        groups = find_duplicate_vectors(inputs, vectors)
+        shared = sorted({place for group in groups for place in group})
+        good = [place for place in parts if place not in shared]
+        if good and context.on_part is not None:
+            await context.on_part(good, assembled([([place], parts[place]) for place in good]))
+        if shared:
+            self.is_alone = False
+            problem = "one vector for inputs that differ, also when each is asked for alone"
+            failure = InvalidAnswer(route.name, problem)
+            failure.index = shared[0] if len(shared) < len(inputs) else None
+        if failure is not None:
+            raise failure
+        if self.is_fused:
+            route.learn_single()
+        return assembled([([place], parts[place]) for place in good])
 
     def failed(self, error: ProviderError) -> None:
         """Keep the failure that says most: the last one that may pass, else the last one."""

@@ -163,7 +163,7 @@ class Turn:
                 error,
                 self._lane,
                 by_client=self._route.by_client,
-                is_about_input=self._is_about_input(error),
+                is_about_input=self._is_about_input(error, permit),
             )
             raise
         except ClientKeyRefused as error:
@@ -218,7 +218,7 @@ class Turn:
 
     def wait(self, jitter: float) -> float:
         """Return the seconds to wait before the next attempt: what was asked for, or the jitter."""
-        if self._failure is None or self._failure.retry_after is None:
+        if self._failure is None or not self._failure.retry_after:
             return min(self._cooldown(self._failure) + jitter, self.time_left(LONGEST_WAIT))
         return self._failure.retry_after
 
@@ -232,28 +232,28 @@ class Turn:
 
     def _cooldown(self, error: BaseException | None) -> float:
         """Return the seconds for which the provider is to be left alone after a failure."""
-        if isinstance(error, ProviderError) and error.retry_after is not None:
+        if isinstance(error, ProviderError) and error.retry_after:
             return error.retry_after
         return self._health.rest(self._lane) if isinstance(error, RateLimited) else 0.0
 
-    def _is_about_input(self, error: ProviderError) -> bool:
+    def _is_about_input(self, error: ProviderError, permit: Permit) -> bool:
         """Tell whether one input may be to blame for a failure, and the provider is not for now.
 
-        Of several inputs in the call; or it is one that was to blame before.
+        Of several inputs in the call, unless the call is a probe; or it is one that has failed
+        before, which tells nothing new of the provider.
         """
         journey = self._journey
         inputs = [journey.inputs[index] for index in journey.parts.missing]
         if isinstance(error, InvalidAnswer) and error.indices:
             for item in inputs if error.index is not None else ():
                 self._health.blame_input(self._lane, item)
-            return True
-        if is_internal_error(error) and len(inputs) > 1:
+            return not permit.probe
+        if is_internal_error(error) and len(inputs) > 1 and not permit.probe:
             journey.unexplained.append(self._route.name)
             return True
-        if len(inputs) == 1 and (is_internal_error(error) or isinstance(error, InvalidAnswer)):
-            # That the same input fails again at once tells nothing new of the provider.
-            is_repeated = self._has_failed_alone and is_internal_error(error)
-            self._has_failed_alone = True
+        if len(inputs) == 1 and faults.rule(error).verdict is Verdict.BAD:
+            is_repeated = self._is_repeat or self._has_failed_alone
+            self._has_failed_alone = is_internal_error(error)
             return is_repeated or self._health.is_blamed(self._lane, inputs[0])
         return False
 

@@ -15,6 +15,7 @@ from providers.base import (
     DeadlineExceeded,
     EmbeddingError,
     InputRefused,
+    InvalidAnswer,
     ProviderError,
     Space,
 )
@@ -71,9 +72,11 @@ class BatchSender:
             for request in requests:
                 request.end_call()
 
-    async def _answer(self, batch: list[PendingInput], searches: int = 0) -> None:
+    async def _answer(
+        self, batch: list[PendingInput], searches: int = 0, max_attempts: int | None = None
+    ) -> None:
         """Make a call for a batch, and more calls where its failure is not that of the whole."""
-        failure = await self._call(batch)
+        failure = await self._call(batch, max_attempts)
         batch = [one for one in batch if one.is_missing]
         if failure is None or not batch:
             return
@@ -86,7 +89,7 @@ class BatchSender:
         elif (
             len(batch) > 1
             and failure.is_about_some_input
-            and _is_any_wanted(batch)
+            and failure.is_worth_a_search(batch)
             and (not is_internal_error(error) or self._may_search())
         ):
             await self._search(batch, failure, searches)
@@ -125,11 +128,6 @@ class BatchSender:
             one.max_batch = max_batch
         self._queue(batch)
 
-    def _is_blamed(self, one: PendingInput) -> bool:
-        """Tell whether calls are known to fail because of an input."""
-        is_blamed = self._router.next_route(self._credential).is_blamed
-        return is_blamed is not None and is_blamed(one.input)
-
     def _may_search(self) -> bool:
         return self._router.may_search(self._credential)
 
@@ -147,8 +145,16 @@ class BatchSender:
         if len(requests) > 1:
             await self._answer_rest([one for half in held for one in half], searches)
             return
+        if not is_internal_error(failure.error):
+            for half in held:
+                await self._answer_rest(half, 0)
+            return
+        # Its request has failed, but the good inputs around further bad ones are kept as well.
+        request = requests[0]
+        request.searches += 1
         for half in held:
-            await self._answer_rest(half, 0)
+            if request.is_waited_for and request.searches < MAX_SEARCHES:
+                await self._answer([one for one in half if one.is_missing], max_attempts=1)
 
     async def _bisect(
         self, batch: Sequence[PendingInput], failure: "_Failure"
@@ -166,7 +172,7 @@ class BatchSender:
             failures=[failure],
         )
         while len(batch) > 1 and failure.is_about_some_input and not search.is_hopeless:
-            if not _is_any_wanted(batch) or (search.must_pay and not self._may_search()):
+            if not failure.is_worth_a_search(batch) or (search.must_pay and not self._may_search()):
                 break
             failed = await self._send_halves(batch, search)
             if not failed:
@@ -185,7 +191,11 @@ class BatchSender:
     ) -> list[tuple[Sequence[PendingInput], "_Failure"]]:
         """Make a call for each half of a batch; return what is left of those that may go on."""
         middle = len(batch) // 2
-        halves = [half for half in (batch[:middle], batch[middle:]) if _is_any_wanted(half)]
+        halves = [
+            half
+            for half in (batch[:middle], batch[middle:])
+            if search.failures[-1].is_worth_a_search(half)
+        ]
         max_attempts = 1 if search.is_internal else None
         results = await asyncio.gather(*(self._call(half, max_attempts) for half in halves))
         failed: list[tuple[Sequence[PendingInput], _Failure]] = []
@@ -215,7 +225,8 @@ class BatchSender:
         if culprit is None and len(batch) == 1:
             is_refused = isinstance(error, InputRefused) and not is_about_a_field(error)
             is_only = is_proven is None or len(batch[0].request.inputs) == 1
-            is_found = is_proven or self._is_blamed(batch[0]) or (is_refused and is_only)
+            is_bad = isinstance(error, InvalidAnswer) or is_internal_error(error)
+            is_found = is_proven or (is_refused and is_only) or (is_bad and is_proven is None)
             if is_found and isinstance(error, EmbeddingError):
                 culprit = batch[0]
         if culprit is None:
@@ -225,7 +236,7 @@ class BatchSender:
                 self._router.blame_provider(error)
         elif isinstance(error, EmbeddingError):
             culprit.request.fail(error.at(culprit.index))
-            if isinstance(error, ProviderError):
+            if isinstance(error, ProviderError) and (is_proven or failure.culprit is not None):
                 self._router.blame_input(error, culprit.input, self._credential)
 
 
@@ -242,6 +253,16 @@ class _Failure(NamedTuple):
         if self.culprit is not None:
             return False
         return is_about_an_input(self.error) or is_internal_error(self.error)
+
+    def is_worth_a_search(self, batch: Sequence[PendingInput]) -> bool:
+        """Tell whether it is of use to anybody to find out which input is to blame.
+
+        For a refusal one bad input of a request is enough. Inputs around one that an upstream
+        fails with are kept, also those of a request that has failed, as long as somebody waits.
+        """
+        if is_internal_error(self.error):
+            return any(one.request.is_waited_for for one in batch)
+        return any(one.is_wanted for one in batch)
 
 
 @dataclass(slots=True)
@@ -280,11 +301,6 @@ class _Search:
         self.is_hopeless = (
             self.unproven >= MAX_UNPROVEN if self.is_internal else is_alike and self.has_own_fields
         )
-
-
-def _is_any_wanted(inputs: Sequence[PendingInput]) -> bool:
-    """Tell whether another call for these inputs would be of use to anybody."""
-    return any(one.is_wanted for one in inputs)
 
 
 def _requests(inputs: Sequence[PendingInput]) -> list[PendingRequest]:

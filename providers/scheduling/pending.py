@@ -71,6 +71,9 @@ class PendingRequest:
         self._parts = Parts(len(inputs))
         self._failures: list[Exception] = []
         self._calls = 0
+        self._is_over = False
+        self.searches = 0
+        """Bad inputs of it that were searched for."""
         self._answer: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
 
     @property
@@ -82,6 +85,11 @@ class PendingRequest:
     def is_open(self) -> bool:
         """Whether further calls may be made for it."""
         return not self._failures and not self._answer.done()
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether its caller still waits, though it may have failed by now."""
+        return not (self._is_over or self._answer.done())
 
     @property
     def has_answers(self) -> bool:
@@ -117,10 +125,12 @@ class PendingRequest:
 
     def expire(self) -> None:
         """Drop what is queued: the time is up."""
+        self._is_over = True
         self.fail(DeadlineExceeded("the time of the request was up"))
 
     def _leave(self, _: object = None) -> None:
         """Drop what is queued: nobody waits any more."""
+        self._is_over = True
         if not self._answer.done():
             self.fail(DeadlineExceeded("nobody waits for the answer any more"))
 
@@ -221,5 +231,9 @@ def call_context(inputs: Sequence[PendingInput], *, max_attempts: int | None = N
         on_begin=None,
         abandoned=None,
         finishes_calls=True,
-        is_needed=lambda: any(one.is_wanted for one in inputs),
+        # A call of a search is also for the inputs of a request that has failed: they are kept.
+        is_needed=lambda: any(
+            one.is_wanted or (max_attempts is not None and one.request.is_waited_for)
+            for one in inputs
+        ),
     )
