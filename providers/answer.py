@@ -188,7 +188,8 @@ def _validate_vectors(
             numbers = vector.from_wire(item.get("embedding"))
             vector.check(numbers, space.dimensions or len(numbers) // 4, unit_norm=unit_norm)
         except vector.VectorError as error:
-            problems[place] = f"embedding {place}: {error}"
+            which = f"embedding {place}: " if len(items) > 1 else ""
+            problems[place] = f"{which}{error}"
         else:
             vectors[place] = numbers
     return vectors, problems

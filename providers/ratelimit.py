@@ -67,12 +67,20 @@ def seconds_until(text: str, now: float) -> float | None:
     return min(max(seconds, 0.0), MAX_WAIT)
 
 
+_FIRST_INSTANT = 1_262_304_000.0
+"""2010, in seconds since 1970; a number that would be an earlier point in time is none."""
+
+
 def _seconds_of(number: float, now: float) -> float:
     """Return the seconds that a bare number stands for."""
     if number < _MIN_EPOCH:
         return number
     scale = next((scale for bound, scale in _EPOCH_UNITS if number < bound), None)
-    return MAX_WAIT if scale is None else number / scale - now
+    if scale is None:
+        return MAX_WAIT
+    instant = number / scale
+    # No upstream is that far behind: it is an absurdly long wait.
+    return MAX_WAIT if instant < _FIRST_INSTANT else instant - now
 
 
 def _instant(text: str) -> float | None:

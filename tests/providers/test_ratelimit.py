@@ -49,6 +49,7 @@ REQUESTS, TOKENS = "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"
         ("1767225600", 0.0),
         ("4102444800", MAX_WAIT),
         ("9" * 20, MAX_WAIT),
+        ("999999999999", MAX_WAIT),
         ("2026-03-01T12:00:30Z", 30.0),
         ("2026-03-01T12:00:30.250Z", 30.25),
         ("2026-03-01T13:00:30+01:00", 30.0),
