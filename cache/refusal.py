@@ -91,8 +91,9 @@ def is_the_leaders_own(
     What was refused may be another's input that was bought along; or the leader's time was up; or
     its own key is refused, or has used up its limits. `credential` is that of who joined.
     """
+    failure = error.failure if isinstance(error, KeyFailed) else error
     if fill.credential != credential and isinstance(
-        error, AllResting | ClientKeyRefused | ProviderError
+        failure, AllResting | ClientKeyRefused | ProviderError
     ):
         return True
     if isinstance(error, KeyFailed):
