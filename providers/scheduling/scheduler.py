@@ -106,7 +106,7 @@ class _Queue:
         """Queue inputs, and see to it that they are sent: in this turn of the loop, or later."""
         self._inputs += inputs
         self._min_inputs = min_inputs
-        is_full = len(self._inputs) >= self._router.next_route(self._key.credential).limits.inputs
+        is_full = bool(wait_s) and len(self._inputs) >= self._next_route().limits.inputs
         if self._flush is not None and not (wait_s and not is_full):
             self._flush.cancel()
             self._flush = None
@@ -130,8 +130,9 @@ class _Queue:
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
-        self._plan(self._router.next_route(self._key.credential).limits)
-        self._start_workers()
+        limits = self._next_route().limits
+        self._plan(limits)
+        self._start_workers(limits.concurrency)
 
     def _plan(self, limits: Limits) -> None:
         """Choose the size of the batches for all that waits."""
@@ -141,10 +142,15 @@ class _Queue:
             share = batch_size.share(waiting, limits, self._min_inputs)
             self._batch_inputs = batch_size.even(waiting, share)
 
-    def _start_workers(self) -> None:
+    def _next_route(self) -> NextRoute:
+        return self._router.next_route(self._key.credential)
+
+    def _start_workers(self, max_workers: int | None = None) -> None:
+        """Start a worker for each batch that waits, as many as may work at a time."""
         wanted = -(-len(self._inputs) // self._batch_inputs)
-        max_workers = self._max_workers() if wanted else 0
-        while self._idle_workers < wanted and self._workers < max_workers:
+        if wanted and max_workers is None:
+            max_workers = self._max_workers()
+        while self._idle_workers < wanted and self._workers < (max_workers or 0):
             self._workers += 1
             self._idle_workers += 1
             self._tasks.start(self._work())
@@ -153,7 +159,7 @@ class _Queue:
 
     def _max_workers(self) -> int:
         """Return how many calls may be made at a time; fewer while a limit is searched for."""
-        return self._router.next_route(self._key.credential).limits.concurrency
+        return self._next_route().limits.concurrency
 
     async def _work(self) -> None:
         """Send batches until nothing waits any more."""
@@ -183,13 +189,15 @@ class _Queue:
 
     async def _send_one(self, *, has_worked: bool) -> None:
         """Wait for a slot, take a batch and send it. `has_worked`: others waited meanwhile."""
-        route = self._router.next_route(self._key.credential)
-        had_to_wait = route.slots.locked()
+        route = self._next_route()
+        slots = route.slots
+        had_to_wait = slots.locked()
         has_slot = await self._acquire(route)
         try:
-            # Another route may be the next one by now.
-            now = self._router.next_route(self._key.credential)
-            batch = self._take(now, is_delayed=had_to_wait or has_worked)
+            if had_to_wait:
+                # Another route may be the next one by now.
+                route = self._next_route()
+            batch = self._take(route, is_delayed=had_to_wait or has_worked)
             if batch:
                 self._idle_workers -= 1
                 try:
@@ -199,16 +207,15 @@ class _Queue:
                     self._idle_workers += 1
         finally:
             if has_slot:
-                route.slots.release()
+                slots.release()
 
     async def _acquire(self, route: NextRoute) -> bool:
         """Wait for a slot, for a while where another route is left; return whether there is one."""
-        max_wait = None
-        if route.has_alternative and self._inputs:
-            deadline = self._inputs[0].request.context.deadline
-            if deadline is not None:
-                # The same share of the time that the router leaves to each of two routes.
-                max_wait = max(0.0, deadline - asyncio.get_running_loop().time()) / 4
+        deadline = self._inputs[0].request.context.deadline if self._inputs else None
+        if not (route.has_alternative and route.slots.locked()) or deadline is None:
+            return await route.slots.acquire()
+        # The same share of the time that the router leaves to each of two routes.
+        max_wait = max(0.0, deadline - asyncio.get_running_loop().time()) / 4
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max_wait):
                 return await route.slots.acquire()
