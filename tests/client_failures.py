@@ -55,9 +55,10 @@ NAMES = (
     "node ai_sdk",
 )
 """The clients with retries of their own, and those that set the official client's."""
-SOONER = ("node ai_sdk",)
-"""Clients whose own backoff is longer than the Retry-After of the proxy, which they obey: while a
-failure lasts they may give up sooner than directly."""
+UNTOLD = ("node ai_sdk",)
+"""Clients that do not say that they retry by themselves: while a rate limit lasts, the proxy waits
+and tries again for their first try, as for any client. In an outage they give up sooner, since their
+own backoff is longer than the Retry-After of the proxy. Their time is not compared."""
 TRIED = [client for client in CLIENTS if client.name in NAMES]
 
 
@@ -187,7 +188,8 @@ class Found:
         found = []
         # In an outage the proxy makes further attempts by itself for the client's first try.
         is_outage = failure.passes and 429 not in dict(failure.answers)
-        own = OWN_RETRIES if is_outage else 0
+        is_own = is_outage or (failure.passes and self.client.name in UNTOLD)
+        own = OWN_RETRIES if is_own else 0
         if proxied.calls > direct.calls + own:
             found.append(f"{proxied.calls} calls of the upstream, directly {direct.calls}")
         if proxied.error is None:
@@ -210,8 +212,9 @@ class Found:
 
         To be answered sooner is well, and so is to learn sooner of what does not pass by waiting.
         """
+        if self.failure.passes and self.client.name in UNTOLD:
+            return False
         hasty = self.failure.passes and self.proxied.error is not None
-        hasty = hasty and self.client.name not in SOONER
         return late > TOLERANCE_S or (hasty and late < -TOLERANCE_S)
 
     def is_better(self) -> bool:
