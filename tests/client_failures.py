@@ -57,8 +57,8 @@ NAMES = (
 """The clients with retries of their own, and those that set the official client's."""
 UNTOLD = ("node ai_sdk",)
 """Clients that do not say that they retry by themselves: while a rate limit lasts, the proxy waits
-and tries again for their first try, as for any client. In an outage they give up sooner, since their
-own backoff is longer than the Retry-After of the proxy. Their time is not compared."""
+and tries again for their first try, as for any client. In an outage they give up sooner, since
+their own backoff is longer than the Retry-After of the proxy. Their time is not compared."""
 TRIED = [client for client in CLIENTS if client.name in NAMES]
 
 
