@@ -16,10 +16,10 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from cache.disk.store import Store
 from cache.key import keyring
 from cache.memory import Memory
 from cache.record import Entry
-from cache.store import Store
 from cache.tiers import Tiers
 from providers.base import Space
 

@@ -19,9 +19,9 @@ import numpy as np
 import orjson
 
 from cache import record
+from cache.disk.store import Store
 from cache.key import Keyring
 from cache.record import Entry
-from cache.store import Store
 from providers.base import Space
 from providers.catalogue import CATALOGUE
 

@@ -16,7 +16,7 @@ from statistics import median
 
 import uvloop
 
-from cache.file.layout import LAYOUT, PAGE_BYTES
+from cache.disk.schema import LAYOUT, PAGE_BYTES
 
 from .client import Client
 from .environment import KEPT

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from cache.file.reader import FEW
+from cache.disk.reader import FEW
 from providers.base import Account, Outcome, Terms
 
 from .key import Keyring, Keys

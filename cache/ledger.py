@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from cache.file.layout import Sql
+from cache.disk.schema import Sql
 from providers.base import Account, Bill, Embedded, Outcome, Vector, nanodollars
 
 from .key import Key

@@ -15,12 +15,12 @@ from operator import attrgetter, is_
 from providers.base import NORMAL, Terms, Vector
 
 from . import record
+from .disk.store import Store
 from .key import Key, Keys
 from .ledger import Heading
 from .memory import Memory
 from .record import Entry
 from .row import Partition
-from .store import Store
 from .usage import Usage
 
 LOT = 256

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from cache.file.rest import Rest
+from cache.disk.backoff import Rest
 
 from .collection import Making
 from .connection import Connection

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from cache.file.database import is_damage
-from cache.file.lock import WriterLock
+from cache.disk.database import is_damage
+from cache.disk.lock import WriterLock
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from cache.upkeep.pairs import Pair, Refused, SourceError, listed, to_pair
+from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient

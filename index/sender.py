@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.file.lock import WriterLock
+from cache.disk.lock import WriterLock
 
 from .collection import Making, Provenance, ensure
 from .connection import Connection

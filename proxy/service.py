@@ -15,10 +15,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Self
 
+from cache.disk.store import Store
 from cache.key import Namespace
 from cache.ledger import By, Heading, Line
 from cache.memory import Memory
-from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
 from providers.routing.health import Upstreams

@@ -15,10 +15,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from cache.disk.store import Store
 from cache.key import Key, keyring
 from cache.memory import Memory
 from cache.record import Entry
-from cache.store import Store
 from cache.tiers import Tiers
 from providers.base import Space
 

@@ -44,10 +44,10 @@ PATIENCE_SECONDS = 120.0
 """Longer than the longest rest and the time between two flushes together."""
 
 IN_SHORT = {
-    "cache.file.database.BUSY_SECONDS": 0.1,
-    "cache.file.rest.SHORTEST_SECONDS": 0.05,
-    "cache.file.rest.LONGEST_SECONDS": 1.5,
-    "cache.store.TICK_SECONDS": 0.05,
+    "cache.disk.database.BUSY_SECONDS": 0.1,
+    "cache.disk.backoff.SHORTEST_SECONDS": 0.05,
+    "cache.disk.backoff.LONGEST_SECONDS": 1.5,
+    "cache.disk.store.TICK_SECONDS": 0.05,
 }
 """What the proxy waits for, at a twentieth."""
 _START = """
@@ -311,7 +311,7 @@ async def suffer(fault: str, seconds: float, folder: Path, *, in_short: bool = F
     async with contextlib.AsyncExitStack() as stack:
         if fault == "full":
             # To the last byte, and not as far as the proxy would leave some of it to others.
-            constants["cache.file.database.FREE_BYTES"] = 0
+            constants["cache.disk.database.FREE_BYTES"] = 0
         if "full" in fault:
             stack.enter_context(file_system(directory, 256 << 20))
         upstream = await stack.enter_async_context(FaultServer())

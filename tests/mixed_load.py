@@ -27,10 +27,10 @@ from typing import Any
 import aiohttp
 from fault_server import FaultServer, tokens_of, vector_of
 
+from cache.disk.store import Store
 from cache.key import FORMAT
 from cache.ledger import Heading
 from cache.row import Partition
-from cache.store import Store
 from cache.usage import Usage
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ SEEN_BY_CACHE = {"providers.base", "providers.vector", "providers.tokens"}
 # A library, and the only files that may import it.
 DOORS = {
     "xxhash": {"cache/key.py"},
-    "diskcache": {"cache/file/database.py"},
+    "diskcache": {"cache/disk/database.py"},
     "tenacity": {"providers/router.py"},
     "yaml": {"proxy/config.py"},
     "splintr": {"providers/tokens.py"},

@@ -15,7 +15,7 @@ import disk_faults
 import pytest
 from disk_faults import CannotMount, count_right, file_system, full, locked, read_only, refusing
 
-from cache.file import database
+from cache.disk import database
 
 MODEL = disk_faults.MODEL
 

@@ -9,8 +9,8 @@ from itertools import islice
 
 import pytest
 
+from cache.disk.store import Store
 from cache.row import Partition
-from cache.store import Store
 
 MIB = 1 << 20
 DAY = 86_400

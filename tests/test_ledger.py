@@ -11,7 +11,7 @@ from fault_server import FaultServer, cut, status, tokens_of
 from splintr import Tokenizer
 
 from cache import ledger
-from cache.file import disk
+from cache.disk import connection
 from cache.ledger import By
 
 GIB = 1 << 30
@@ -112,7 +112,7 @@ async def _load(proxies, chance, told):
 
 
 def _bill(directory, *by):
-    with disk.opened(directory, GIB) as file:
+    with connection.opened(directory, GIB) as file:
         return dict(ledger.read(file.sql, by))
 
 

@@ -16,7 +16,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from cache.store import Store
+from cache.disk.store import Store
 
 WRITERS = 2
 SIZE_LIMIT = 1 << 40

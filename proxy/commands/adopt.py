@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from cache import record
 from cache.key import Keyring
+from cache.maintenance.import_source import Pair, Refused, Source
 from cache.record import Entry
 from cache.row import Row
-from cache.upkeep.pairs import Pair, Refused, Source
 from providers import tokens, vector
 from providers.base import Context, Embedder, Vector
 from providers.probe import SAME

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from cache.file import disk, purge
-from cache.file.database import Database
+from cache.disk import connection, purge
+from cache.disk.database import Database
 from cache.key import Namespace, keyring
-from cache.upkeep import backup
+from cache.maintenance import backup
 from index import outbox_purge
 from index.outbox_file import FILE_NAME, OutboxFile
 from proxy import config
@@ -48,7 +48,7 @@ def opened(settings: Settings, *, create: bool = False) -> Iterator[Database]:
     """Give the store that a configuration names. Raises StoreError."""
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
-    with disk.opened(cache.directory, limit, cache.pinned, create=create) as file:
+    with connection.opened(cache.directory, limit, cache.pinned, create=create) as file:
         yield file
 
 
@@ -169,7 +169,7 @@ def back_up(
     try:
         with opened(settings) as file, progress("copying") as tell:
             backup.copy(file, target, lambda done, _total: tell(done))
-    except disk.StoreError as error:
+    except connection.StoreError as error:
         # SQLite does not say which of the two it means.
         raise WorkFailed(f"{target}: not written: {error}") from error
     written = target.stat().st_size

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cache.upkeep import place
-from cache.upkeep.place import Inspection
+from cache.maintenance import place
+from cache.maintenance.place import Inspection
 from proxy import config
 from proxy.own_address import check_own_address
 from proxy.service import GIB

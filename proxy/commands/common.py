@@ -56,9 +56,9 @@ def one_line() -> Iterator[None]:
 
 def _foreseeable() -> tuple[type[Exception], ...]:
     """Return the failures whose message is all there is to say; imported once there is one."""
-    from cache.file.disk import StoreError  # noqa: PLC0415
-    from cache.upkeep.archive import ArchiveError  # noqa: PLC0415
-    from cache.upkeep.pairs import SourceError  # noqa: PLC0415
+    from cache.disk.connection import StoreError  # noqa: PLC0415
+    from cache.maintenance.archive import ArchiveError  # noqa: PLC0415
+    from cache.maintenance.import_source import SourceError  # noqa: PLC0415
     from index.failures import QdrantFailure  # noqa: PLC0415
     from index.migrate import MigrationRefused  # noqa: PLC0415
     from index.migration.journal import JournalError  # noqa: PLC0415

@@ -9,9 +9,9 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from cache.file.purge import Choice, count
+from cache.disk.purge import Choice, count
+from cache.maintenance import archive, transfer
 from cache.row import Row
-from cache.upkeep import archive, transfer
 from proxy import config
 
 from .cache import NamespaceOption, SpaceOption, app, opened

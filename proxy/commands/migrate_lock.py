@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from cache.file.lock import WriterLock
+from cache.disk.lock import WriterLock
 from index.migrate import MigrationRefused
 from index.migration.journal import Journal, JournalError
 

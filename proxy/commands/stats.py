@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cache import ledger
-from cache.upkeep import stats
+from cache.maintenance import stats
 from proxy import config
 from proxy.http import sums
 from proxy.service import GIB

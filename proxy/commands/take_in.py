@@ -12,10 +12,10 @@ from typing import Annotated, BinaryIO
 import typer
 
 from cache.key import Namespace, keyring
+from cache.maintenance import archive, transfer
+from cache.maintenance.archive import ArchiveError
+from cache.maintenance.import_source import Source
 from cache.row import Row
-from cache.upkeep import archive, transfer
-from cache.upkeep.archive import ArchiveError
-from cache.upkeep.pairs import Source
 from providers.routing.health import Upstreams
 from proxy import config
 from proxy.embedding.opening import make_router, open_providers, scheduled

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cache.file import disk
-from cache.file.database import FILE_NAME, set_aside
-from cache.file.disk import StoreError
+from cache.disk import connection
+from cache.disk.connection import StoreError
+from cache.disk.database import FILE_NAME, set_aside
+from cache.maintenance import salvage, transfer, verify
+from cache.maintenance.verify import Findings
 from cache.row import Row
-from cache.upkeep import salvage, transfer, verify
-from cache.upkeep.verify import Findings
 from proxy import config
 from proxy.settings.schema import Settings
 
@@ -80,7 +80,7 @@ def _scan(settings: Settings) -> Findings:
                 for seen in verify.scan(database, findings):
                     tell(seen)
     except StoreError as error:
-        if not disk.is_damaged(error):
+        if not connection.is_damaged(error):
             raise
         findings.broken = str(error.__cause__)
     return findings
@@ -109,8 +109,8 @@ def _start_anew(settings: Settings) -> transfer.Written:
     """Move the damaged store aside, and what is whole in it into a fresh one."""
     directory = settings.cache.directory
     try:
-        with contextlib.closing(disk.lock_of(directory)) as lock, lock:
-            aside = set_aside(disk.folder_of(directory))
+        with contextlib.closing(connection.lock_of(directory)) as lock, lock:
+            aside = set_aside(connection.folder_of(directory))
     except OSError as error:
         raise WorkFailed(f"{directory}: {error}") from error
     typer.echo(f"moved to {aside}", err=True)
@@ -118,7 +118,7 @@ def _start_anew(settings: Settings) -> transfer.Written:
 
 
 def _salvage(settings: Settings, path: Path, *, as_json: bool) -> None:
-    own = disk.folder_of(settings.cache.directory) / FILE_NAME
+    own = connection.folder_of(settings.cache.directory) / FILE_NAME
     if not path.is_file():
         raise WorkFailed(f"{path}: there is no such file")
     if own.exists() and own.samefile(path):

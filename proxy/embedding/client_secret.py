@@ -9,7 +9,7 @@ import os
 import secrets
 from pathlib import Path
 
-from cache.store import StoreError
+from cache.disk.store import StoreError
 
 FILE = "client-keys.secret"
 """The name of the file, in the folder of the store."""

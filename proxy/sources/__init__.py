@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cache.upkeep.pairs import Source, SourceError
+from cache.maintenance.import_source import Source, SourceError
 from index.points import SCHEMES, Points
 
 from .jsonl import JsonLines, is_jsonl

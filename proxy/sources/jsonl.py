@@ -9,7 +9,7 @@ from typing import IO, TypeAlias
 
 import orjson
 
-from cache.upkeep.pairs import Pair, Refused, SourceError, listed, to_pair
+from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair
 
 Object: TypeAlias = dict[str, object]
 

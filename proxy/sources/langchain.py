@@ -16,7 +16,7 @@ from uuid import UUID, uuid5
 
 import orjson
 
-from cache.upkeep.pairs import Pair, Refused, SourceError, listed, to_pair, to_text
+from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair, to_text
 
 from .jsonl import TOO_LONG, is_jsonl, lines, need_fields, objects
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.upkeep.pairs import Pair, Refused, SourceError, listed, to_pair
+from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair
 
 if TYPE_CHECKING:
     from pyarrow import Array, DataType

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cache.file import disk
+from cache.disk import connection
 from providers import kinds, local
 from providers.base import Space
 from providers.router import Router
@@ -55,7 +55,7 @@ async def find(settings: Settings, choice: Choice, stack: AsyncExitStack) -> Can
         name: make_router(settings, name, model, usable, upstreams)
         for name, model in models.items()
     }
-    pins = Pins(disk.folder_of(settings.cache.directory) / WIDTHS_FILE)
+    pins = Pins(connection.folder_of(settings.cache.directory) / WIDTHS_FILE)
     return Candidates(standings, models, routers, _findings(models, routers, standings, pins))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.upkeep.pairs import Refused, SourceError
+from cache.maintenance.import_source import Refused, SourceError
 from providers.probe import TEXTS
 from proxy import corpus
 from proxy.sources.jsonl import is_jsonl, lines, need_fields, objects

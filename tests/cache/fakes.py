@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from cache.file.changes import Found
+from cache.disk.changes import Found
 from cache.key import DEFAULT_NAMESPACE, Key, Namespace, keyring
 from cache.ledger import Heading
 from cache.record import Entry

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.key import checksum
+from cache.maintenance.archive import FORMAT, MOST_BYTES, ArchiveError, Report, read, write
 from cache.record import Entry, encode
 from cache.row import Partition, Row
-from cache.upkeep.archive import FORMAT, MOST_BYTES, ArchiveError, Report, read, write
 
 HERE = Partition("", "openai/text-embedding-3-small", 2)
 THERE = Partition("tenant ü", "m?task=%22a%22", 3)

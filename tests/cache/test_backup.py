@@ -8,13 +8,13 @@ from contextlib import closing
 
 import pytest
 
-from cache.file import disk
-from cache.file.disk import StoreError
-from cache.file.purge import Choice
+from cache.disk import connection
+from cache.disk.connection import StoreError
+from cache.disk.purge import Choice
+from cache.disk.store import Store
+from cache.maintenance import backup, transfer
 from cache.record import Entry, encode
 from cache.row import Partition, Row
-from cache.store import Store
-from cache.upkeep import backup, transfer
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)
@@ -36,7 +36,7 @@ MORE = [_row(i) for i in range(400, 800)]
 def database(tmp_path, monkeypatch):
     """Give a store of some rows, copied a page at a time."""
     monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
-    with disk.opened(tmp_path / "store", GIB, create=True) as file:
+    with connection.opened(tmp_path / "store", GIB, create=True) as file:
         list(transfer.put(file, ROWS))
         yield file
 
@@ -53,7 +53,7 @@ def _restored(target, directory):
     """Return the rows of a store that a copy was put into."""
     (directory / "v1").mkdir(parents=True)
     (directory / "v1" / "cache.db").write_bytes(target.read_bytes())
-    with disk.opened(directory, GIB) as file:
+    with connection.opened(directory, GIB) as file:
         assert file.sql("PRAGMA integrity_check").fetchall() == [("ok",)]
         return list(transfer.rows(file, Choice(), transfer.Read()))
 
@@ -91,7 +91,7 @@ def test_what_is_written_meanwhile_is_not_in_the_copy(database, target, tmp_path
         nonlocal steps
         steps += 1
         if waiting:
-            with disk.opened(tmp_path / "store", GIB) as other:
+            with connection.opened(tmp_path / "store", GIB) as other:
                 list(transfer.put(other, waiting.pop()))
                 other.sql("DELETE FROM Cache WHERE rowid = ?", (steps,))
 
@@ -159,6 +159,6 @@ def test_a_store_that_is_damaged_is_not_copied(tmp_path, target):
     path = tmp_path / "store" / "v1" / "cache.db"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a database" * 1_000)
-    with pytest.raises(StoreError), disk.opened(tmp_path / "store", GIB) as file:
+    with pytest.raises(StoreError), connection.opened(tmp_path / "store", GIB) as file:
         backup.copy(file, target, lambda *_: None)
     assert list(target.parent.iterdir()) == []

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.file import changes as changes_module
-from cache.file.changes import TOUCH_MS, Changes, Found, Kept, Use
-from cache.file.database import FAILURES, Database
-from cache.file.disk import folder_of, lock_of
+from cache.disk import changes as changes_module
+from cache.disk.changes import TOUCH_MS, Changes, Found, Kept, Use
+from cache.disk.connection import folder_of, lock_of
+from cache.disk.database import FAILURES, Database
 from cache.ledger import Heading
 from cache.row import Partition
 from cache.usage import Usage

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from cache.file import database, purge
-from cache.file import disk as disk_module
-from cache.file.changes import Changes, Kept
-from cache.file.database import Database
-from cache.file.disk import Disk, StoreError
-from cache.file.layout import PAGE_BYTES
+from cache.disk import connection as disk_module
+from cache.disk import database, purge
+from cache.disk.changes import Changes, Kept
+from cache.disk.connection import Disk, StoreError
+from cache.disk.database import Database
+from cache.disk.schema import PAGE_BYTES
+from cache.disk.store import Store
 from cache.key import FORMAT
 from cache.row import Partition
-from cache.store import Store
 from tests.cache.fakes import settle
 
 GIB = 1 << 30

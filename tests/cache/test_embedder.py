@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.disk import database, purge
+from cache.disk.connection import opened
+from cache.disk.store import Store
 from cache.embedder import CachingEmbedder
-from cache.file import database, purge
-from cache.file.disk import opened
 from cache.flight import Flights
 from cache.memory import Memory
 from cache.refusal import is_the_leaders_own
-from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import (

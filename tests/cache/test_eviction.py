@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.file import changes as changes_module
-from cache.file import eviction, purge
-from cache.file.changes import Changes, Kept, Use
-from cache.file.database import Database
-from cache.file.disk import folder_of, lock_of
-from cache.file.layout import PAGE_BYTES
+from cache.disk import changes as changes_module
+from cache.disk import eviction, purge
+from cache.disk.changes import Changes, Kept, Use
+from cache.disk.connection import folder_of, lock_of
+from cache.disk.database import Database
+from cache.disk.schema import PAGE_BYTES
 from cache.row import Partition
 
 COMMON, OTHER, PINNED = (Partition(name, "m", 4) for name in ("", "other", "pinned"))

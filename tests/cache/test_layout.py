@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from cache.file import layout
-from cache.file.database import is_damage
+from cache.disk import schema
+from cache.disk.database import is_damage
+from cache.disk.store import Store, StoreError
 from cache.key import FORMAT, keyring
 from cache.ledger import Heading
 from cache.memory import Memory
-from cache.store import Store, StoreError
 from cache.tiers import Tiers
 from cache.usage import Usage
 from providers.base import Space
 
 GIB = 1 << 30
-ROOT = Path(layout.__file__).parents[1]
-FIXTURES = {n: Path(__file__).parent / "data" / f"layout-{n}.db.gz" for n in range(layout.LAYOUT)}
+ROOT = Path(schema.__file__).parents[1]
+FIXTURES = {n: Path(__file__).parent / "data" / f"layout-{n}.db.gz" for n in range(schema.LAYOUT)}
 RING = keyring(Space("openai/text-embedding-3-small", 8))
 KEYS = [RING.key(f"old {i}") for i in range(20)]
 TABLES = {"Settings", "Cache", "Partitions", "Entries", "Usage", "Purges"}
@@ -76,7 +76,7 @@ def _is_layout_0(path):
 def _is_laid_out(path):
     """Tell whether a file is of this layout."""
     return (
-        _ask(path, "PRAGMA user_version") == [(layout.LAYOUT,)]
+        _ask(path, "PRAGMA user_version") == [(schema.LAYOUT,)]
         and _names(path, "table") == TABLES
         and "Entries_delete" in _names(path, "trigger")
         and "Entries_used" in _names(path, "index")
@@ -94,10 +94,10 @@ async def _all_are_served(store):
 
 def test_a_fresh_file_has_all_tables_and_gives_pages_back(path):
     """A new store has the narrow tables beside diskcache's, and can be made shorter."""
-    layout.prepare(path)
-    assert _ask(path, "PRAGMA page_size") == [(layout.PAGE_BYTES,)]
-    assert _ask(path, "PRAGMA auto_vacuum") == [(layout.INCREMENTAL,)]
-    assert layout.INCREMENTAL == 2
+    schema.prepare(path)
+    assert _ask(path, "PRAGMA page_size") == [(schema.PAGE_BYTES,)]
+    assert _ask(path, "PRAGMA auto_vacuum") == [(schema.INCREMENTAL,)]
+    assert schema.INCREMENTAL == 2
 
 
 async def test_opening_again_changes_no_table(path):
@@ -151,7 +151,7 @@ async def test_an_old_entry_can_be_replaced_deleted_and_evicted(old):
         assert await store.delete_many({a: one.record for a, one in found.items()})
     assert _ask(old, "SELECT count(*), count(partition) FROM Entries") == [(19, 1)]
     assert _ask(old, "SELECT count(*) FROM Cache") == [(19,)]
-    async with Store(old.parents[1], 32 * layout.PAGE_BYTES) as store:
+    async with Store(old.parents[1], 32 * schema.PAGE_BYTES) as store:
         records = {i.to_bytes(16): bytes(30_000) for i in range(30)}
         for address, record in records.items():
             assert await store.put_many({address: record}, RING.partition)
@@ -241,18 +241,18 @@ async def test_a_process_of_the_version_before_does_not_take_the_file_for_damage
     assert not is_damage(caught.value)
 
 
-STATEMENTS = sum(map(len, layout._STEPS.values()))
+STATEMENTS = sum(map(len, schema._STEPS.values()))
 
 
 @pytest.mark.parametrize("place", range(STATEMENTS + 1))
 async def test_an_upgrade_that_fails_leaves_the_old_file_whole(old, monkeypatch, place):
     """Whichever statement fails, the file is as it was, stays there, and the next try succeeds."""
-    version = int(place > len(layout._FROM_NONE))
-    steps = list(layout._STEPS[version])
-    steps.insert(place - version * len(layout._FROM_NONE), "SELECT no_such_function()")
+    version = int(place > len(schema._FROM_NONE))
+    steps = list(schema._STEPS[version])
+    steps.insert(place - version * len(schema._FROM_NONE), "SELECT no_such_function()")
     before = _ask(old, "SELECT * FROM Cache ORDER BY rowid")
     with monkeypatch.context() as patch:
-        patch.setitem(layout._STEPS, version, tuple(steps))
+        patch.setitem(schema._STEPS, version, tuple(steps))
         async with Store(old.parents[1], GIB) as store:
             assert await store.put_many({KEYS[0].address: b"not yet"}) is False
             store._pending.backlog.clear()
@@ -269,11 +269,11 @@ async def test_an_upgrade_that_fails_leaves_the_old_file_whole(old, monkeypatch,
 OPENER = """
 import os, signal, sys
 from pathlib import Path
-from cache.file import layout
-from cache.file.database import Database
-from cache.file.disk import folder_of, lock_of
+from cache.disk import schema
+from cache.disk.database import Database
+from cache.disk.connection import folder_of, lock_of
 
-directory, place, steps, ran = Path(sys.argv[1]), int(sys.argv[2]), layout.missing_steps, []
+directory, place, steps, ran = Path(sys.argv[1]), int(sys.argv[2]), schema.missing_steps, []
 
 def counting(sql):
     for number, statement in enumerate(steps(sql)):
@@ -282,7 +282,7 @@ def counting(sql):
         ran.append(statement)
         yield statement
 
-layout.missing_steps = counting
+schema.missing_steps = counting
 lock = lock_of(directory)
 print("ready", flush=True)
 input()
@@ -350,7 +350,7 @@ async def test_a_newer_layout_is_refused_and_left_alone(path):
     """A file of a later version is neither opened, nor changed, nor moved; the message says so."""
     async with Store(path.parents[1], GIB) as store:
         await store.put_many({KEYS[0].address: b"record"}, RING.partition)
-    _ask(path, f"PRAGMA user_version = {layout.LAYOUT + 1}")
+    _ask(path, f"PRAGMA user_version = {schema.LAYOUT + 1}")
     before = path.read_bytes()
     with pytest.raises(StoreError, match=r"has layout 3, this version knows 2: use a newer"):
         async with Store(path.parents[1], GIB):

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import ledger
+from cache.disk.changes import Changes
+from cache.disk.connection import opened
+from cache.disk.store import Store
 from cache.embedder import CachingEmbedder
-from cache.file.changes import Changes
-from cache.file.disk import opened
 from cache.flight import Flights
 from cache.key import Namespace, keyring
 from cache.ledger import By, Heading, usage_of
 from cache.memory import Memory
 from cache.row import Partition
-from cache.store import Store
 from cache.tiers import Tiers
 from cache.usage import Usage
 from providers.base import Account, Bill, Context, Outcome, RateLimited, Space

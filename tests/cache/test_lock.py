@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from cache.file.lock import WriterLock
+from cache.disk.lock import WriterLock
 
 ROOT = Path(__file__).parents[2]
 
 HOLD = """
 import sys
 from pathlib import Path
-from cache.file.lock import WriterLock
+from cache.disk.lock import WriterLock
 with WriterLock(Path(sys.argv[1]), 1.0):
     print("held", flush=True)
     sys.stdin.read()

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.file import pending as pending_module
-from cache.file.changes import Changes, Kept, Use
-from cache.file.pending import Pending
+from cache.disk import pending as pending_module
+from cache.disk.changes import Changes, Kept, Use
+from cache.disk.pending import Pending
 from cache.row import Partition
 from cache.usage import Usage
 

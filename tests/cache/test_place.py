@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from disk_faults import CannotMount, read_only
 
-from cache.file import disk
-from cache.upkeep import place
+from cache.disk import connection
+from cache.maintenance import place
 
 GIB = 1 << 30
 MOUNTS = """\
@@ -80,7 +80,7 @@ def test_a_file_in_the_way_is_a_problem(where, tmp_path):
 def test_a_place_that_takes_no_writes(there, tmp_path):
     """A store there cannot be used, and none can be made; it is said what that means."""
     if there:
-        with disk.opened(tmp_path, GIB, create=True):
+        with connection.opened(tmp_path, GIB, create=True):
             pass
     try:
         with read_only(tmp_path):
@@ -97,7 +97,7 @@ def test_a_place_that_takes_no_writes(there, tmp_path):
 def test_free_space_is_compared_with_the_limit(there, tmp_path, monkeypatch):
     """A disk smaller than the limit is told, and is a problem once nothing would be written."""
     if there:
-        with disk.opened(tmp_path, GIB, create=True):
+        with connection.opened(tmp_path, GIB, create=True):
             pass
     disk_of = SimpleNamespace(free=100_000_000)
     monkeypatch.setattr(place.shutil, "disk_usage", lambda _: disk_of)
@@ -111,7 +111,7 @@ def test_free_space_is_compared_with_the_limit(there, tmp_path, monkeypatch):
 
 def test_a_store_is_looked_at_as_it_is(tmp_path):
     """Its entries are counted; one that is damaged is left where it is, with the remedy."""
-    with disk.opened(tmp_path, GIB, create=True) as file:
+    with connection.opened(tmp_path, GIB, create=True) as file:
         path = file.path
     found = place.inspect(tmp_path, GIB)
     assert (found.exists, found.held.entries, found.problem) == (True, 0, "")
@@ -124,8 +124,8 @@ def test_a_store_is_looked_at_as_it_is(tmp_path):
 
 def test_a_store_that_is_locked_is_a_problem_of_the_moment(tmp_path, monkeypatch):
     """Who keeps the lock is waited for with a limit, and then told of."""
-    with disk.opened(tmp_path, GIB, create=True):
+    with connection.opened(tmp_path, GIB, create=True):
         pass
-    monkeypatch.setattr("cache.file.database.BUSY_SECONDS", 0.0)
-    with closing(disk.lock_of(tmp_path)) as lock, lock:
+    monkeypatch.setattr("cache.disk.database.BUSY_SECONDS", 0.0)
+    with closing(connection.lock_of(tmp_path)) as lock, lock:
         assert "another process keeps writing" in place.inspect(tmp_path, GIB).problem

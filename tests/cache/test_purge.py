@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.file import changes as changes_module
-from cache.file import purge
-from cache.file.changes import TOUCH_MS, Changes, Kept, Use
-from cache.file.database import Database
-from cache.file.disk import folder_of, lock_of
-from cache.file.purge import Choice
+from cache.disk import changes as changes_module
+from cache.disk import purge
+from cache.disk.changes import TOUCH_MS, Changes, Kept, Use
+from cache.disk.connection import folder_of, lock_of
+from cache.disk.database import Database
+from cache.disk.purge import Choice
+from cache.disk.store import Store
 from cache.memory import Memory
 from cache.record import encode
 from cache.row import Partition
-from cache.store import Store
 from cache.tiers import Tiers
 from providers.base import Space
 from tests.cache.fakes import entry_of, key_of

@@ -10,14 +10,14 @@ from unittest.mock import Mock
 import pytest
 from clock import Clock
 
-from cache.file import reading
-from cache.file.changes import Changes, Found, Kept
-from cache.file.disk import Disk
-from cache.file.reader import Reader
-from cache.file.reading import SLOW_SECONDS, Glance
-from cache.file.rest import LONGEST_SECONDS, SHORTEST_SECONDS
+from cache.disk import reading
+from cache.disk.backoff import LONGEST_SECONDS, SHORTEST_SECONDS
+from cache.disk.changes import Changes, Found, Kept
+from cache.disk.connection import Disk
+from cache.disk.reader import Reader
+from cache.disk.reading import SLOW_SECONDS, Glance
+from cache.disk.store import Store
 from cache.row import Partition
-from cache.store import Store
 
 GIB = 1 << 30
 P = Partition("", "m", 4)
@@ -177,7 +177,7 @@ async def test_another_file_gets_another_glance(disk):
 
 async def test_a_glance_that_cannot_be_had_is_done_without(tmp_path, monkeypatch):
     """The file is open all the same, whatever went wrong."""
-    monkeypatch.setattr("cache.file.disk.Glance", Mock(side_effect=ValueError()))
+    monkeypatch.setattr("cache.disk.connection.Glance", Mock(side_effect=ValueError()))
     disk = Disk(tmp_path, GIB, ())
     await disk.open()
     assert (disk.file is None, disk.glance) == (False, None)
@@ -255,6 +255,6 @@ async def test_a_store_gives_what_it_may(tmp_path, monkeypatch):
         assert store.at_once([address])[address].record == b"record"
         later = time.time() + 101
         with monkeypatch.context() as patch:
-            patch.setattr("cache.store.time.time", lambda: later)
+            patch.setattr("cache.disk.store.time.time", lambda: later)
             assert store.at_once([address]) == {}
     assert store.at_once([address]) is None

@@ -1,6 +1,6 @@
 """Leaving alone what keeps failing, for longer each time, and no longer than it must be."""
 
-from cache.file.rest import FAILURES_IN_A_ROW, LONGEST_SECONDS, SHORTEST_SECONDS, Rest
+from cache.disk.backoff import FAILURES_IN_A_ROW, LONGEST_SECONDS, SHORTEST_SECONDS, Rest
 
 
 def test_rests_grow_and_end():

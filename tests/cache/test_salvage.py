@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cache.maintenance.pages import MOST_UNREADABLE
+from cache.maintenance.salvage import Report, rows
 from cache.record import Entry, encode
 from cache.row import Partition, Row
-from cache.upkeep.pages import MOST_UNREADABLE
-from cache.upkeep.salvage import Report, rows
 
 PAGE = 32_768
 BEGAN = 1_700_000_000

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from cache.file import disk
-from cache.file.changes import Changes, Kept
+from cache.disk import connection
+from cache.disk.changes import Changes, Kept
 from cache.ledger import Heading
+from cache.maintenance import stats
 from cache.record import Entry, encode
 from cache.row import Partition
-from cache.upkeep import stats
 from cache.usage import Usage
 
 GIB = 1 << 30
@@ -23,7 +23,7 @@ DAY = 20_000
 @pytest.fixture
 def database(tmp_path):
     """Give the file of an empty store."""
-    with disk.opened(tmp_path, GIB, create=True) as file:
+    with connection.opened(tmp_path, GIB, create=True) as file:
         yield file
 
 

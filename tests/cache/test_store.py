@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import diskcache
 import pytest
 
-from cache import store as store_module
-from cache.file import database
-from cache.file.database import PAGE_BYTES, RawDisk
+from cache.disk import database
+from cache.disk import store as store_module
+from cache.disk.database import PAGE_BYTES, RawDisk
+from cache.disk.store import Store, StoreError
 from cache.key import FORMAT
-from cache.store import Store, StoreError
 from tests.cache.fakes import settle
 
 GIB = 1 << 30
@@ -602,7 +602,7 @@ async def test_below_the_limit_nothing_goes(tmp_path):
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from cache.store import Store
+from cache.disk.store import Store
 
 async def main(directory, start):
     async with Store(Path(directory), 1 << 30) as store:
@@ -786,7 +786,7 @@ async def test_what_is_too_old_is_deleted_in_time(tmp_path, monkeypatch):
     """Now and then the old records go from the file, and no younger one with them."""
     now = 1_800_000_000.0
     monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now))
-    monkeypatch.setattr("cache.file.purge.ROWS_A_TRANSACTION", 10)
+    monkeypatch.setattr("cache.disk.purge.ROWS_A_TRANSACTION", 10)
     async with Store(tmp_path, GIB, ttl_s=100) as store:
         await store.put_many(_records(range(25)))
         now += 60

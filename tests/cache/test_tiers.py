@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import record
+from cache.disk.store import Store
 from cache.key import Key, Keys, keyring
 from cache.ledger import Heading
 from cache.memory import Memory
-from cache.store import Store
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import NORMAL, Space

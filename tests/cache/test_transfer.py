@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from cache.file import disk
-from cache.file.purge import Choice
+from cache.disk import connection
+from cache.disk.purge import Choice
+from cache.maintenance import transfer
 from cache.record import Entry, encode
 from cache.row import Partition, Row
-from cache.upkeep import transfer
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 4)
@@ -36,7 +36,7 @@ ROWS = [_row(i, PARTITIONS[i % 5], 1_000 + i / 4) for i in range(50)]
 @pytest.fixture
 def opened(tmp_path):
     """Give a function that opens a store by name, a new one if need be."""
-    return lambda name="one": disk.opened(tmp_path / name, GIB, create=True)
+    return lambda name="one": connection.opened(tmp_path / name, GIB, create=True)
 
 
 def _put(database, rows, **options):

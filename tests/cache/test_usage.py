@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import store as store_module
-from cache.file import database
+from cache.disk import database
+from cache.disk import store as store_module
+from cache.disk.store import Store
 from cache.ledger import Heading
 from cache.row import Partition
-from cache.store import Store
 from cache.usage import Usage
 
 GIB = 1 << 30

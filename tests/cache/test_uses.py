@@ -3,9 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import uses as uses_module
-from cache.file.changes import Use
-from cache.uses import Uses
+from cache.disk import uses as uses_module
+from cache.disk.changes import Use
+from cache.disk.uses import Uses
 
 ADDRESSES = [bytes([i]) for i in range(8)]
 

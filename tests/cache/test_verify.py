@@ -6,15 +6,15 @@ import struct
 
 import pytest
 
-from cache.file import disk
-from cache.file.database import FILE_NAME
-from cache.file.disk import StoreError
-from cache.file.layout import PAGE_BYTES
-from cache.file.purge import Choice
+from cache.disk import connection
+from cache.disk.connection import StoreError
+from cache.disk.database import FILE_NAME
+from cache.disk.purge import Choice
+from cache.disk.schema import PAGE_BYTES
+from cache.maintenance import transfer, verify
+from cache.maintenance.verify import Findings
 from cache.record import Entry, encode
 from cache.row import Partition, Row
-from cache.upkeep import transfer, verify
-from cache.upkeep.verify import Findings
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)
@@ -36,7 +36,7 @@ def store(tmp_path):
     """Give a function that opens a store; it holds the rows."""
 
     def opened():
-        return disk.opened(tmp_path, GIB, create=True)
+        return connection.opened(tmp_path, GIB, create=True)
 
     with opened() as database:
         list(transfer.put(database, ROWS))
@@ -65,7 +65,7 @@ def test_a_sound_store_is_sound(store):
 
 def test_an_empty_store_is_sound(tmp_path):
     """Where nothing is, nothing is damaged."""
-    with disk.opened(tmp_path, GIB, create=True) as database:
+    with connection.opened(tmp_path, GIB, create=True) as database:
         assert _scan(database)[0] == Findings()
 
 
@@ -171,12 +171,12 @@ def _pages(path, kind):
 def test_pages_that_cannot_be_read_are_noted_not_raised(tmp_path):
     """Damage below the rows ends the scan, with what SQLite says of it."""
     rows = [_row(i) for i in range(400)]
-    with disk.opened(tmp_path, GIB, create=True) as database:
+    with connection.opened(tmp_path, GIB, create=True) as database:
         list(transfer.put(database, rows))
         path = database.path
     leaf = _pages(path, 0x0D)[-1]
     _overwrite(path, leaf, bytes(PAGE_BYTES))
-    with disk.opened(tmp_path, GIB) as database:
+    with connection.opened(tmp_path, GIB) as database:
         findings, _ = _scan(database)
     assert "malformed" in findings.broken
     assert not findings.sound
@@ -204,7 +204,7 @@ def test_a_header_that_is_gone_is_damage(store, tmp_path):
     _overwrite(tmp_path / "v1" / FILE_NAME, 0, bytes(100))
     with pytest.raises(StoreError) as caught, store():
         pass
-    assert disk.is_damaged(caught.value)
+    assert connection.is_damaged(caught.value)
 
 
 def test_a_failure_of_the_moment_is_raised(store, monkeypatch):

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.file import pending as pending_module
-from cache.file.changes import Kept, Use
-from cache.file.database import FileReplaced
-from cache.file.writer import Writer
+from cache.disk import pending as pending_module
+from cache.disk.changes import Kept, Use
+from cache.disk.database import FileReplaced
+from cache.disk.writer import Writer
 from cache.ledger import Heading
 from cache.row import Partition
 from cache.usage import Usage

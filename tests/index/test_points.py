@@ -21,7 +21,7 @@ from qdrant_client.models import (
     VectorParams,
 )
 
-from cache.upkeep.pairs import Pair, Refused, SourceError
+from cache.maintenance.import_source import Pair, Refused, SourceError
 from index.points import Points
 
 DOT = VectorParams(size=2, distance=Distance.DOT)

@@ -9,7 +9,7 @@ import pytest
 from clock import Clock
 from qdrant_server import QdrantServer, answer, overloaded
 
-from cache.file.rest import FAILURES_IN_A_ROW, SHORTEST_SECONDS, Rest
+from cache.disk.backoff import FAILURES_IN_A_ROW, SHORTEST_SECONDS, Rest
 from index import sender
 from index.collection import Making
 from index.connection import Connection

@@ -9,7 +9,7 @@ import pytest
 
 from cache import record
 from cache.key import Namespace, keyring
-from cache.upkeep.pairs import Pair, Refused
+from cache.maintenance.import_source import Pair, Refused
 from providers.base import Embedded, ProviderError, Space
 from providers.vector import from_numbers
 from proxy.commands.adopt import Adoption, SampleDiffers

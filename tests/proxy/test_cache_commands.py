@@ -19,14 +19,14 @@ import pytest
 from command import Done
 from fault_server import vector_of
 
-from cache.file import database, disk, purge
-from cache.file.changes import Changes
-from cache.file.layout import PAGE_BYTES
+from cache.disk import connection, database, purge
+from cache.disk.changes import Changes
+from cache.disk.schema import PAGE_BYTES
 from cache.key import Namespace, keyring
 from cache.ledger import Heading
+from cache.maintenance import backup, transfer, verify
 from cache.record import Entry, encode
 from cache.row import Row
-from cache.upkeep import backup, transfer, verify
 from cache.usage import Usage
 from index import outbox_purge
 from index.outbox import Outbox
@@ -98,7 +98,7 @@ def fill(tmp_path):
     """Give a function that puts rows into the store in `cache` and returns the file's path."""
 
     def put(*rows):
-        with disk.opened(tmp_path / "cache", GIB, create=True) as file:
+        with connection.opened(tmp_path / "cache", GIB, create=True) as file:
             list(transfer.put(file, rows))
             return file.path
 
@@ -110,7 +110,7 @@ def rows(tmp_path):
     """Give a function that returns what the store in `cache` holds."""
 
     def read():
-        with disk.opened(tmp_path / "cache", GIB) as file:
+        with connection.opened(tmp_path / "cache", GIB) as file:
             return list(transfer.rows(file, purge.Choice(), transfer.Read()))
 
     return read
@@ -151,7 +151,7 @@ def test_stats_as_json(run, fill, tmp_path):
         _row("a", OTHER, "tenant %ü"),
     )
     small, tasked = keyring(SPACE).partition, keyring(task).partition
-    with disk.opened(tmp_path / "cache", GIB) as file:
+    with connection.opened(tmp_path / "cache", GIB) as file:
         usage = {
             (20_000, Heading(small)): Usage(5, 1, 3, 1, 1_500_000, 500_000, 3 * NANO, NANO),
             (20_001, Heading(tasked)): Usage(
@@ -210,7 +210,7 @@ def test_stats_as_json(run, fill, tmp_path):
 def test_stats_for_people(run, fill, tmp_path):
     """A line for each partition, none of it cut or taken for markup, and a sum in words."""
     fill(*(_row(text, days=3) for text in TEXTS), _row("a", OTHER, "[red]tenant %s"))
-    with disk.opened(tmp_path / "cache", GIB) as file:
+    with connection.opened(tmp_path / "cache", GIB) as file:
         usage = {
             (20_000, Heading(keyring(SPACE).partition)): Usage(
                 3, 0, 1, 0, 600_000, 200_000, 6 * NANO // 5, 2 * NANO // 5
@@ -254,7 +254,7 @@ BILL = {
 
 
 def _write_bill(tmp_path):
-    with disk.opened(tmp_path / "cache", GIB, create=True) as file:
+    with connection.opened(tmp_path / "cache", GIB, create=True) as file:
         file.write(Changes(usage=BILL))
 
 
@@ -824,7 +824,7 @@ def test_a_store_that_is_locked_is_one_line(run, fill, monkeypatch):
     """Where another process does not let go, that is said, and nothing is moved aside."""
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
     path = fill(_row("a"))
-    with disk.lock_of(path.parents[1]):
+    with connection.lock_of(path.parents[1]):
         for command in (["stats"], ["purge", "--all"], ["verify", "--mend"]):
             _failed(run(*command), 1, "another process keeps writing")
     assert run("verify").code == 0

@@ -21,12 +21,12 @@ from pyarrow import parquet
 from qdrant_client import QdrantClient
 from qdrant_client.models import Distance, PointStruct, VectorParams
 
-from cache.file import disk
-from cache.file.purge import Choice
+from cache.disk import connection
+from cache.disk.purge import Choice
 from cache.key import Namespace, checksum, keyring
+from cache.maintenance import archive, transfer
 from cache.record import Entry, decode, encode
 from cache.row import Row
-from cache.upkeep import archive, transfer
 from providers.base import Space
 from proxy import cli
 from proxy.sources.langchain import _uuid
@@ -126,7 +126,7 @@ def fill(tmp_path):
     """Give a function that puts rows into a store."""
 
     def put(*rows, store="cache"):
-        with disk.opened(tmp_path / store, GIB, create=True) as file:
+        with connection.opened(tmp_path / store, GIB, create=True) as file:
             list(transfer.put(file, rows))
 
     return put
@@ -139,7 +139,7 @@ def held(tmp_path):
     def read(store="cache"):
         if not (tmp_path / store).exists():
             return {}
-        with disk.opened(tmp_path / store, GIB) as file:
+        with connection.opened(tmp_path / store, GIB) as file:
             found = transfer.rows(file, Choice(), transfer.Read())
             return {row.address: row for row in found}
 
@@ -334,7 +334,7 @@ def test_what_is_no_archive_is_refused(content, run, held, tmp_path):
 def test_damaged_records_are_left_out_of_an_export(run, fill, held, tmp_path):
     """They are counted; the file holds the others and is whole."""
     fill(*ROWS)
-    with disk.opened(tmp_path / "cache", GIB) as file:
+    with connection.opened(tmp_path / "cache", GIB) as file:
         file.sql("UPDATE Cache SET value = zeroblob(80) WHERE rowid IN (3, 5)")
         file.sql("UPDATE Cache SET mode = 4 WHERE rowid = 7")
     done = run("export", tmp_path / "a.emba")

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cache.store import StoreError
+from cache.disk.store import StoreError
 from proxy import cli
 from proxy.demo import DemoFailed
 from proxy.http.cache_control import MEANING

@@ -6,9 +6,9 @@ import sys
 import orjson
 import pytest
 
-from cache.file.disk import StoreError
-from cache.upkeep.archive import ArchiveError
-from cache.upkeep.pairs import SourceError
+from cache.disk.connection import StoreError
+from cache.maintenance.archive import ArchiveError
+from cache.maintenance.import_source import SourceError
 from providers.base import NoRoute
 from proxy.commands import common, spans
 from proxy.commands.common import WorkFailed

@@ -6,8 +6,8 @@ from contextlib import AsyncExitStack
 import pytest
 from conftest import no_wait
 
+from cache.disk.store import Store
 from cache.memory import Memory
-from cache.store import Store
 from cache.tiers import Tiers
 from providers.base import Context, NoRoute
 from providers.catalogue import CATALOGUE

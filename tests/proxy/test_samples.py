@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from cache.upkeep.pairs import SourceError
+from cache.maintenance.import_source import SourceError
 from proxy.trials import samples
 from proxy.trials.samples import read
 

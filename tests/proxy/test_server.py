@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cache.store import StoreError
+from cache.disk.store import StoreError
 from proxy import server
 from proxy.server import PortUnavailable, base_url, listen, serve
 from proxy.settings.schema import Settings

@@ -8,7 +8,7 @@ import pytest
 from conftest import no_wait
 from fault_server import FaultServer, vector_of
 
-from cache.store import StoreError
+from cache.disk.store import StoreError
 from providers.base import InputRefused, NoRoute, Outcome
 from proxy.embedding.registry import ModelUnknown
 from proxy.service import EmbeddingService

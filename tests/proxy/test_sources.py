@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from cache.upkeep.pairs import Pair, Refused, SourceError, listed, to_pair
+from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair
 from proxy.sources import open_source
 
 JSONL = "pairs.jsonl"

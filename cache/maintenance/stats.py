@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cache.file.database import Database
+from cache.disk.database import Database
 from cache.row import Partition
 from cache.usage import Usage
 

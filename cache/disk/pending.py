@@ -6,7 +6,7 @@ Pure bookkeeping, for one thread: the event loop's.
 from collections.abc import Mapping
 from itertools import islice
 
-from cache.uses import Uses
+from cache.disk.uses import Uses
 
 from .changes import Changes, Kept
 

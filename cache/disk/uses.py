@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
-from cache.file.changes import Use
+from cache.disk.changes import Use
 
 MOST = 50_000
 """About how many uses are remembered at most. Of those noted last, at least half as many are."""

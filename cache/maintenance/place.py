@@ -8,8 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.file import disk
-from cache.file.database import FREE_BYTES
+from cache.disk import connection
+from cache.disk.database import FREE_BYTES
 
 from . import stats
 from .stats import Stats
@@ -59,15 +59,15 @@ class Inspection:
 
 def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> Inspection:
     """Open the store in `directory` as its proxies do, beside them. Raises OSError."""
-    place, exists, held, problem = look(directory), disk.exists(directory), None, ""
+    place, exists, held, problem = look(directory), connection.exists(directory), None, ""
     if exists:
         try:
             # To open it is to write to it: diskcache notes its settings in the file.
-            with disk.opened(directory, size_limit, pinned) as file:
+            with connection.opened(directory, size_limit, pinned) as file:
                 held = stats.gather(file)
-        except disk.StoreError as error:
+        except connection.StoreError as error:
             problem = str(error)
-            if disk.is_damaged(error):
+            if connection.is_damaged(error):
                 problem += "; `embedding-proxy cache verify --mend` saves what is whole"
             elif not place.writable:
                 problem += "; what is in it is served, and nothing is kept"
@@ -86,7 +86,7 @@ def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> I
 
 def look(directory: Path) -> Place:
     """Look at the place of the store in `directory`. Raises OSError."""
-    folder = disk.folder_of(directory).absolute()
+    folder = connection.folder_of(directory).absolute()
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     mounts = ""
     with contextlib.suppress(OSError):

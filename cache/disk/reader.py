@@ -8,10 +8,10 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+from .backoff import Rest
 from .changes import Found
+from .connection import Disk
 from .database import FAILURES, Database, is_damage
-from .disk import Disk
-from .rest import Rest
 
 log = logging.getLogger("embedding_proxy.store")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cache import record
-from cache.file.database import Database, is_damage
+from cache.disk.database import Database, is_damage
 
 from .transfer import RECORD_COLUMNS, is_record
 

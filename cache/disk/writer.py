@@ -7,11 +7,11 @@ import asyncio
 import logging
 from functools import partial
 
+from .backoff import Rest
 from .changes import Changes
+from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage
-from .disk import Disk
 from .pending import Pending
-from .rest import Rest
 
 log = logging.getLogger("embedding_proxy.store")
 

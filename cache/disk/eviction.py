@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from .layout import PAGE_BYTES, Sql, give_back
+from .schema import PAGE_BYTES, Sql, give_back
 
 PASSES = 8
 """The most passes over the cold end that one round makes to find what may go."""

@@ -21,17 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from cache.file.changes import Changes, Found, Kept, Use
-from cache.file.database import FAILURES, FILE_NAME
-from cache.file.disk import Disk, StoreError
-from cache.file.reader import Reader
-from cache.file.reading import read_ledger
-from cache.file.writer import Writer
+from cache.disk.changes import Changes, Found, Kept, Use
+from cache.disk.connection import Disk, StoreError
+from cache.disk.database import FAILURES, FILE_NAME
+from cache.disk.reader import Reader
+from cache.disk.reading import read_ledger
+from cache.disk.writer import Writer
+from cache.ledger import By, Heading, Line
+from cache.row import Partition
+from cache.usage import Usage
 
-from .file import purge
-from .ledger import By, Heading, Line
-from .row import Partition
-from .usage import Usage
+from . import purge
 
 log = logging.getLogger("embedding_proxy.store")
 

@@ -13,9 +13,9 @@ from cache.key import FORMAT
 
 from . import database
 from .database import FAILURES, Database, is_damage
-from .layout import NewerLayout
 from .lock import WriterLock
 from .reading import Glance, ReadOnlyFile
+from .schema import NewerLayout
 
 log = logging.getLogger("embedding_proxy.store")
 

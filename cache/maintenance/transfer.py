@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cache import record
-from cache.file.changes import Changes, Kept
-from cache.file.database import Database
-from cache.file.purge import Choice, where
+from cache.disk.changes import Changes, Kept
+from cache.disk.database import Database
+from cache.disk.purge import Choice, where
 from cache.row import Partition, Row
 
 ROWS_A_BATCH = 500

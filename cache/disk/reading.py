@@ -9,9 +9,9 @@ from pathlib import Path
 
 from cache import ledger
 
+from .backoff import Rest
 from .changes import Found
-from .layout import CACHE_PAGES, MMAP_BYTES, Sql
-from .rest import Rest
+from .schema import CACHE_PAGES, MMAP_BYTES, Sql
 
 ADDRESSES_A_SELECT = 512
 SLOW_SECONDS = 0.005

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from providers.base import current_label
 
 from .database import Database
-from .layout import give_back
+from .schema import give_back
 
 ROWS_A_TRANSACTION = 1000
 PAGES_A_STEP = 512

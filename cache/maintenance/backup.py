@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cache.file.database import Database
+from cache.disk.database import Database
 
 PAGES_A_STEP = 512
 

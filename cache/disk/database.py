@@ -14,10 +14,10 @@ from typing import Any
 
 import diskcache
 
-from . import eviction, layout, reading
+from . import eviction, reading, schema
 from .changes import Changes, Found, Use
-from .layout import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
 from .lock import WriterLock
+from .schema import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
 
 BUSY_SECONDS = 2.0
 """The longest wait for another process's write; then the write is given up."""
@@ -110,8 +110,8 @@ class Database:
         self._inode: int = self.path.stat().st_ino
 
     def _open(self) -> diskcache.Cache:
-        layout.prepare(self.path)
-        layout.check(self.path, BUSY_SECONDS)
+        schema.prepare(self.path)
+        schema.check(self.path, BUSY_SECONDS)
         cache = diskcache.Cache(
             str(self.folder),
             timeout=BUSY_SECONDS,
@@ -119,7 +119,7 @@ class Database:
             # Eviction is ours: diskcache's counts pages that are already free.
             cull_limit=0,
             eviction_policy="none",
-            sqlite_auto_vacuum=layout.INCREMENTAL,
+            sqlite_auto_vacuum=schema.INCREMENTAL,
             sqlite_cache_size=CACHE_PAGES,
             sqlite_journal_size_limit=self._log_pages * PAGE_BYTES,
             sqlite_mmap_size=MMAP_BYTES,
@@ -128,15 +128,15 @@ class Database:
             sqlite_wal_autocheckpoint=self._log_pages,
         )
         with cache.transact():
-            for statement in layout.missing_steps(cache._sql):  # noqa: SLF001 - see `sql`
+            for statement in schema.missing_steps(cache._sql):  # noqa: SLF001 - see `sql`
                 cache._sql(statement)  # noqa: SLF001
-            layout.rename_spaces(cache._sql)  # noqa: SLF001
+            schema.rename_spaces(cache._sql)  # noqa: SLF001
         return cache
 
     @property
-    def sql(self) -> layout.Sql:
+    def sql(self) -> schema.Sql:
         """The calling thread's way to run a statement; diskcache has no calls for many."""
-        run: layout.Sql = self.cache._sql  # noqa: SLF001
+        run: schema.Sql = self.cache._sql  # noqa: SLF001
         return run
 
     @property
