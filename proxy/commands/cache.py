@@ -160,15 +160,17 @@ def back_up(
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy the whole store, as it is at this moment, to FILE, while proxies go on."""
+    """Copy all entries and the ledger to FILE, itself a store's file, while proxies go on."""
     if target.exists():
         raise WorkFailed(f"{target} exists; it is not overwritten")
     if not target.parent.is_dir():
         raise WorkFailed(f"{target}: there is no such folder")
     settings = config.load(config_file)
     try:
-        with opened(settings) as file, progress("copying") as tell:
-            backup.copy(file, target, lambda done, _total: tell(done))
+        with opened(settings) as file:
+            ((total,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'")
+            with progress("copying", total) as tell:
+                backup.copy(file, target, lambda done, _total: tell(done))
     except connection.StoreError as error:
         # SQLite does not say which of the two it means.
         raise WorkFailed(f"{target}: not written: {error}") from error
