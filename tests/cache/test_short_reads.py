@@ -130,8 +130,8 @@ def test_a_backup_lets_the_log_begin_anew(database, writer, monkeypatch, tmp_pat
 
 def test_an_export_of_few_lets_the_log_begin_anew(database, writer, monkeypatch):
     """Entries that are far from one another are looked for in steps, too."""
-    monkeypatch.setattr(transfer, "ENTRIES_A_RANGE", 100, raising=False)
-    writer.beside(database.cache._con, 2_000)
+    monkeypatch.setattr(transfer, "ENTRIES_A_RANGE", 50, raising=False)
+    writer.beside(database.cache._con, 1_000)
     found = list(transfer.rows(database, Choice(namespace="tenant"), transfer.Read()))
     database.cache._con.set_progress_handler(None, 0)
     assert found == [row for row in ROWS if row.partition == THERE]
