@@ -10,6 +10,8 @@ from cache.row import Partition
 from cache.usage import Usage
 from providers.base import current_label
 
+from . import bounds
+
 TOUCH_MS = 3_600_000
 """A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
 
@@ -135,14 +137,11 @@ class Changes:
         )
         connection.executemany(
             _COUNT,
-            (
-                (day, ids[heading.partition], *heading[1:], *usage)
-                for (day, heading), usage in self.usage.items()
-            ),
+            list(bounds.usage_rows(connection.execute, self.usage, ids)),
         )
 
     def _partition_ids(self, connection: Any) -> dict[Partition | None, int | None]:  # noqa: ANN401
-        """Return the numbers of the partitions that are named here; new ones get theirs."""
+        """Return the numbers of the partitions that are named here, see `bounds`."""
         named = {kept.partition for kept in self.records.values()}
         named |= {use.partition for use in self.used.values()}
         named |= {heading.partition for _, heading in self.usage}
@@ -151,13 +150,6 @@ class Changes:
             if partition is None:
                 continue
             # An archive of an earlier version names spaces with the values of their parameters.
-            columns = partition._replace(space=current_label(partition.space))
-            connection.execute(
-                "INSERT OR IGNORE INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)",
-                columns,
-            )
-            ((ids[partition],),) = connection.execute(
-                "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)",
-                columns,
-            )
+            current = partition._replace(space=current_label(partition.space))
+            ids[partition] = bounds.partition_id(connection.execute, current)
         return ids

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from cache.disk.changes import Changes, Found, Kept, Use
@@ -27,7 +28,7 @@ from cache.disk.database import FAILURES, FILE_NAME
 from cache.disk.reader import Reader
 from cache.disk.reading import read_ledger
 from cache.disk.writer import Writer
-from cache.ledger import By, Heading, Line
+from cache.ledger import MAX_HEADINGS, By, Heading, Headings, Line
 from cache.row import Partition
 from cache.usage import Usage
 
@@ -71,7 +72,10 @@ class Store:
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
         self.counted: dict[Heading, Usage] = {}
-        """The sums of what this process has counted since it opened the store."""
+        """The sums of what this process has counted since it opened the store: of the first
+        MAX_HEADINGS headings, and of all others together."""
+        self._day = 0
+        self._headings_of_day = Headings()
 
     @property
     def folder(self) -> Path:
@@ -145,17 +149,29 @@ class Store:
 
     def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered; written with the next change, or in a while."""
-        self._pending.changes.count(int(time.time() // 86_400), heading, usage)
+        day = int(time.time() // 86_400)
+        if day != self._day:
+            self._day, self._headings_of_day = day, Headings()
+        self._pending.changes.count(day, self._headings_of_day.line_of(heading), usage)
         known = self.counted.get(heading)
+        if known is None and len(self.counted) >= MAX_HEADINGS:
+            heading = heading.rest
+            known = self.counted.get(heading)
         self.counted[heading] = usage if known is None else known.plus(usage)
 
-    async def ledger(self, by: Sequence[By]) -> list[Line] | None:
+    async def ledger(
+        self,
+        by: Sequence[By],
+        max_lines: int | None = None,
+        preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
+    ) -> list[Line] | None:
         """Return the sums on disk, see `ledger.read`; None if they cannot be read. Never raises.
 
         It is read in a thread of its own: nobody who looks for a record waits for it.
         """
         try:
-            return await asyncio.to_thread(read_ledger, self.folder / FILE_NAME, by)
+            path = self.folder / FILE_NAME
+            return await asyncio.to_thread(read_ledger, path, by, max_lines, preferred)
         except FAILURES as error:
             log.warning("the ledger cannot be read: %s", error)
             return None
