@@ -98,7 +98,9 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         deleted = 0 if dry_run else _delete(file, [choice, *shared], entries)
     if as_json:
         told = {"chosen": entries, "bytes": held, "deleted": deleted, "waiting": len(waiting)}
-        print_json({**told, "of_shared_partitions": of_others, "dry_run": dry_run})
+        if of_others:
+            told["of_shared_partitions"] = of_others
+        print_json({**told, "dry_run": dry_run})
         return
     done = "would be deleted" if dry_run else "deleted"
     if dry_run:

@@ -18,8 +18,8 @@ from providers.base import InvalidAnswer
 WIDTHS_FILE = "widths.json"
 """The name of the file, in the folder of the store."""
 MAX_WIDTHS = 10_000
-"""Spaces whose width is pinned. Further ones are learned by each process for itself: clients name
-the models."""
+"""Spaces whose width is pinned. Clients name the models; of further ones each process learns the
+width for itself, from an input that it buys."""
 PATIENCE_S = 2.0
 """The longest wait for another worker that writes the file."""
 
