@@ -50,21 +50,23 @@ class Store:
     """Records on disk, of at most about `size_limit` bytes. Open it with `async with`.
 
     `directory` gets a folder for this format version; another version's files are left alone.
-    Records older than `ttl_s` seconds are misses, and deleted in time. Those of namespaces in
-    `pinned` are never evicted. `on_purge` is called when another process has deleted entries.
+    Records older than `ttl_s` seconds are misses, and deleted in time, unless told not to. Those
+    of namespaces in `pinned` are never evicted. `on_purge` is called when another process has deleted entries.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by name
         self,
         directory: Path,
         size_limit: int,
         *,
         ttl_s: float | None = None,
+        deletes_expired: bool = True,
         pinned: Collection[str] = (),
         on_purge: Callable[[], None] = lambda: None,
     ) -> None:
         self._disk = Disk(directory, size_limit, pinned)
         self._ttl_s = ttl_s
+        self._deletes_expired = deletes_expired
         self.on_purge = on_purge
         self._closing = False
         self._writer = Writer(self._disk)
@@ -190,7 +192,7 @@ class Store:
         await self._heed_purges()
         if tick % FLUSH_TICKS == 0:
             await self._writer.flush()
-        if self._ttl_s and tick % EXPIRY_TICKS == 1:
+        if self._ttl_s and self._deletes_expired and tick % EXPIRY_TICKS == 1:
             await self._expire(time.time() - self._ttl_s)
 
     async def _heed_purges(self) -> None:
