@@ -87,7 +87,14 @@ class EmbeddingService(Questions):
             size_limit = int(cache.size_limit_gib * GIB)
             pinned = (*cache.pinned, canary.NAMESPACE)
             store = await stack.enter_async_context(
-                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=pinned)
+                Store(
+                    cache.directory,
+                    size_limit,
+                    ttl_s=ttl_s,
+                    # Frozen, nothing could be bought again.
+                    deletes_expired=cache.mode != "frozen",
+                    pinned=pinned,
+                )
             )
             self._store = store
             memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)

@@ -25,6 +25,7 @@ from typing import Self
 from cache.disk.changes import Changes, Found, Kept, Use
 from cache.disk.connection import Disk, StoreError
 from cache.disk.database import FAILURES, FILE_NAME
+from cache.disk.lock import WriterLock
 from cache.disk.reader import Reader
 from cache.disk.reading import read_ledger
 from cache.disk.writer import Writer
@@ -42,27 +43,31 @@ TICK_SECONDS = 1.0
 FLUSH_TICKS = 10
 """What can wait is written every so many ticks."""
 EXPIRY_TICKS = 600
+EXPIRY_LOCK = "expiry.lock"
+"""Beside the folder: whoever holds it deletes what has expired, for all processes."""
 
 
 class Store:
     """Records on disk, of at most about `size_limit` bytes. Open it with `async with`.
 
     `directory` gets a folder for this format version; another version's files are left alone.
-    Records older than `ttl_s` seconds are misses, and deleted in time. Those of namespaces in
-    `pinned` are never evicted. `on_purge` is called when another process has deleted entries.
+    Records older than `ttl_s` seconds are misses, and deleted in time, unless told not to. Those
+    of namespaces in `pinned` are never evicted. `on_purge` is called when another process has deleted entries.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by name
         self,
         directory: Path,
         size_limit: int,
         *,
         ttl_s: float | None = None,
+        deletes_expired: bool = True,
         pinned: Collection[str] = (),
         on_purge: Callable[[], None] = lambda: None,
     ) -> None:
         self._disk = Disk(directory, size_limit, pinned)
         self._ttl_s = ttl_s
+        self._deletes_expired = deletes_expired
         self.on_purge = on_purge
         self._closing = False
         self._writer = Writer(self._disk)
@@ -203,7 +208,7 @@ class Store:
         await self._heed_purges()
         if tick % FLUSH_TICKS == 0:
             await self._writer.flush()
-        if self._ttl_s and tick % EXPIRY_TICKS == 1:
+        if self._ttl_s and self._deletes_expired and tick % EXPIRY_TICKS == 1:
             await self._expire(time.time() - self._ttl_s)
 
     async def _heed_purges(self) -> None:
@@ -228,12 +233,17 @@ class Store:
             return None
 
     async def _expire(self, before: float) -> None:
+        """Delete what is too old, unless another process is at it."""
         target = self._disk.file
         if target is None or not self._writer.ready:
             return
         try:
-            steps = purge.delete(target, purge.Choice(stored_before=before))
-            while await self._disk.write(partial(next, steps, None)) is not None:
-                pass
+            with contextlib.closing(WriterLock(self.folder.parent / EXPIRY_LOCK, 0)) as lock, lock:
+                # Nobody asked for it to be made unreadable: it is only too old to be served.
+                steps = purge.delete(target, purge.Choice(stored_before=before), overwrite=False)
+                while await self._disk.write(partial(next, steps, None)) is not None:
+                    pass
+        except TimeoutError as error:
+            log.debug("deleting expired entries waits: %s", error)
         except FAILURES as error:
             log.warning("deleting expired entries failed: %s", error)
