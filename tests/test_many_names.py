@@ -15,7 +15,7 @@ from cache.row import OTHER_NAMESPACE
 from providers.http import MAX_OTHER_MODELS
 from proxy.embedding.client_secret import FILE
 
-REQUESTS = 5000
+REQUESTS = 2400
 AT_ONCE = 50
 PRICE = 2.0
 TEXT = "three short words"
@@ -116,7 +116,7 @@ async def test_further_fields_and_names_in_replies(upstream, start_proxy, tmp_pa
 @pytest.mark.untraced
 async def test_clients_own_keys(upstream, start_proxy, tmp_path, monkeypatch):
     """Each request has a key of its own, and so a namespace and a client of its own."""
-    monkeypatch.setattr(bounds, "MAX_PARTITIONS", 2000)
+    monkeypatch.setattr(bounds, "MAX_PARTITIONS", 800)
     upstream.widths = {"m": 8}
     providers = {"openai": {"base_url": upstream.url, "key": "client"}}
     sections = {"models": MODELS, "providers": providers}

@@ -88,15 +88,14 @@ def usage_rows(
     A heading that the day has no row of is summed under its `rest` once the day has MAX_HEADINGS
     rows. `ids` are the numbers of the partitions that are named in `usage`.
     """
-    days = {day for day, _ in usage}
-    rows = {
-        day: sql("SELECT count(*) FROM Usage WHERE day = ?", (day,)).fetchone()[0] for day in days
-    }
+    rows: dict[int, int] = {}
     new: set[tuple[Any, ...]] = set()
     rest_id: int | None = None
     for (day, heading), sums in usage.items():
         key = (day, ids[heading.partition], *heading[1:])
         if heading != heading.rest and key not in new and not _is_there(sql, key):
+            if day not in rows:
+                ((rows[day],),) = sql("SELECT count(*) FROM Usage WHERE day = ?", (day,))
             if rows[day] >= MAX_HEADINGS:
                 rest = heading.rest
                 rest_id = rest_id or partition_id(sql, rest.partition)

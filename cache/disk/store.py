@@ -52,7 +52,8 @@ class Store:
 
     `directory` gets a folder for this format version; another version's files are left alone.
     Records older than `ttl_s` seconds are misses, and deleted in time, unless told not to. Those
-    of namespaces in `pinned` are never evicted. `on_purge` is called when another process has deleted entries.
+    of namespaces in `pinned` are never evicted. `on_purge` is called when another process has
+    deleted entries.
     """
 
     def __init__(  # noqa: PLR0913 - by name
