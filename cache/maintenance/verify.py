@@ -27,6 +27,8 @@ ENTRIES_A_BATCH = 10_000
 MAX_PLACES = 1000
 """How many stretches of the file are remembered for mending; then they are joined."""
 _END = (1 << 63) - 1
+_DIGEST = slice(16, 32)
+"""Where a record has its check digest."""
 _BATCH = f"""
     SELECT Cache.rowid, {RECORD_COLUMNS}, Entries.id, dimensions,
         (SELECT other.rowid FROM Cache AS other INDEXED BY Cache_key_raw
@@ -93,11 +95,17 @@ class _Row(NamedTuple):
     """The row to which the index of addresses leads."""
 
     @property
-    def width(self) -> int | None:
-        """The dimensions of the record; None if it is not whole."""
+    def is_damaged(self) -> bool:
+        """Whether the record does not verify. One that a later version wrote does."""
         if not is_record(self.key, self.raw, self.mode, self.value):
-            return None
-        return record.width(self.value)
+            return True
+        return record.is_damaged(self.value, self.value[_DIGEST])
+
+    @property
+    def is_in_wrong_partition(self) -> bool:
+        """Whether the record, which verifies, is of another width than its partition says."""
+        width = record.width(self.value)
+        return width is not None and self.dimensions not in (None, width)
 
 
 def scan(database: Database, findings: Findings) -> Iterator[int]:
@@ -132,14 +140,13 @@ def _scan_records(sql: Sql, findings: Findings) -> Iterator[int]:
         is_mendable = orphans > 0
         findings.orphans += orphans
         for row in map(_Row._make, batch):
-            width = row.width
-            if width is None:
+            if row.is_damaged:
                 findings.damaged += 1
                 is_mendable = True
                 continue
             findings.records += 1
             not_found += row.found_at != row.number
-            lost, wrong = row.entry is None, row.dimensions not in (None, width)
+            lost, wrong = row.entry is None, row.is_in_wrong_partition
             findings.lost_sight_of += lost
             findings.wrong_partition += wrong
             is_mendable |= lost or wrong
@@ -255,12 +262,11 @@ def mend(database: Database, findings: Findings) -> None:
                 count = len(batch)
                 last = batch[-1][0] if count == ROWS_A_BATCH else end
                 for row in map(_Row._make, batch):
-                    width = row.width
-                    if width is None:
+                    if row.is_damaged:
                         connection.execute("DELETE FROM Cache WHERE rowid = ?", (row.number,))
                     elif row.entry is None:
                         connection.execute(_ENTER, (row.number,))
-                    elif row.dimensions not in (None, width):
+                    elif row.is_in_wrong_partition:
                         connection.execute(
                             "UPDATE Entries SET partition = NULL WHERE id = ?", (row.number,)
                         )

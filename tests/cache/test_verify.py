@@ -12,6 +12,7 @@ from cache.disk.connection import StoreError
 from cache.disk.database import FILE_NAME
 from cache.disk.purge import Choice
 from cache.disk.schema import PAGE_BYTES
+from cache.key import checksum
 from cache.maintenance import transfer, verify
 from cache.maintenance.verify import Findings
 from cache.record import Entry, encode
@@ -135,6 +136,18 @@ def test_a_record_of_another_width_than_its_partition_is_kept(store):
         found = {row.address: row for row in _rows(database)}
         assert found.pop(VICTIM.address) == VICTIM._replace(record=wide, partition=None)
         assert found == {row.address: row for row in OTHERS}
+
+
+def test_a_record_of_a_later_version_is_kept(store):
+    """What a later version wrote verifies, and was paid for, though this one cannot serve it."""
+    later = bytearray(VICTIM.record)
+    later[4] += 1
+    body = bytes(later[:-8])
+    with store() as database:
+        sql = "UPDATE Cache SET value = ? WHERE key = ?"
+        database.sql(sql, (body + checksum(body), VICTIM.address))
+        findings, _ = _scan(database)
+        assert findings == Findings(records=20)
 
 
 def test_records_that_nobody_entered_are_entered_again(store):
