@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -184,7 +184,7 @@ def _entry_row(ids: dict[Any, int], number: int) -> tuple[object, ...]:
     return number + 1, ids[space_of(number), namespace_of(number)], stored, used
 
 
-@lru_cache(maxsize=None)
+@cache
 def _vector(number: int, width: int) -> bytes:
     """Return numbers between 1 and 2 as little-endian float32; their low halves are noise."""
     noise = random.Random(number).randbytes(2 * width)  # noqa: S311 - the same in every run
