@@ -41,10 +41,12 @@ TRIALS = {
     "test_example",
     "test_faults",
     "test_flow",
+    "test_full_store",
     "test_index_trial",
     "test_migrate",
     "test_oracle",
     "test_outage",
+    "test_page_damage",
     "test_shared_store",
 }
 """The tests that try the whole for long; what they pass through is tested room by room."""
