@@ -41,9 +41,9 @@ async def _write(store, word, numbers, partition, batch=50):
 
 async def test_two_processes_at_the_limit(tmp_path):
     """No write is refused, what is hot or pinned stays, and the ledger has every charge."""
-    came = await full_store.through_stores(tmp_path, groups=600, size_mib=16)
+    came = await full_store.through_stores(tmp_path, groups=700, size_mib=16)
     assert not came["wrong"]
-    assert came["bought"] > 3 * 16 * MIB // full_store.ENTRY_BYTES
+    assert came["bought"] > 2 * 16 * MIB // full_store.ENTRY_BYTES
 
 
 async def test_writes_go_on_where_everything_was_used_just_now(tmp_path, caplog):
