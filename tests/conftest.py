@@ -48,6 +48,7 @@ TRIALS = {
     "test_outage",
     "test_page_damage",
     "test_shared_store",
+    "test_storage_promises",
 }
 """The tests that try the whole for long; what they pass through is tested room by room."""
 
