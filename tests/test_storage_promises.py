@@ -43,11 +43,11 @@ PROMISES = {
         f"{HERE}::test_after_a_power_cut_the_last_transactions_are_missing_as_a_whole",
     ),
     "A file of an older layout is brought up to the current one": (
-        "tests/cache/test_layout.py::test_an_old_file_is_brought_up_where_it_lies",
-        "tests/cache/test_layout.py::test_an_upgrade_that_is_killed_leaves_the_old_file_whole",
+        "tests/cache/test_schema.py::test_an_old_file_is_brought_up_where_it_lies",
+        "tests/cache/test_schema.py::test_an_upgrade_that_is_killed_leaves_the_old_file_whole",
     ),
     "one of a newer layout is refused and left as it is": (
-        "tests/cache/test_layout.py::test_a_newer_layout_is_refused_and_left_alone",
+        "tests/cache/test_schema.py::test_a_newer_layout_is_refused_and_left_alone",
     ),
     # The ledger.
     "A charge is counted the moment an upstream's answer is read": (
@@ -72,7 +72,7 @@ PROMISES = {
     ),
     "`cache purge` deletes entries, never sums": (f"{HERE}::test_a_purge_leaves_the_sums",),
     "Sums of layout 1 are kept": (
-        "tests/cache/test_layout.py::test_the_sums_of_layout_1_are_carried_over",
+        "tests/cache/test_schema.py::test_the_sums_of_layout_1_are_carried_over",
     ),
     # When something is wrong: one for each row of the table.
     "about something else": (
