@@ -12,9 +12,6 @@ from providers.base import current_label
 
 from . import bounds
 
-TOUCH_MS = 3_600_000
-"""A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
-
 # Writes a record whether or not there is one; a row that was anything else becomes raw bytes.
 _PUT = """
     INSERT INTO Cache (key, raw, store_time, access_time, mode, value) VALUES (?, 1, ?, ?, 1, ?)
@@ -123,12 +120,12 @@ class Changes:
             list(bounds.usage_rows(connection.execute, self.usage, ids)),
         )
 
-    def put_uses(self, connection: Any) -> None:  # noqa: ANN401
-        """Note when entries were used."""
+    def put_uses(self, connection: Any, interval_ms: int) -> None:  # noqa: ANN401
+        """Note when entries were used, where the last use that was noted is older than that."""
         ids = _partition_ids(connection, {use.partition for use in self.used.values()})
         connection.executemany(
             _TOUCH,
-            ((use.at, ids[use.partition], a, use.at - TOUCH_MS) for a, use in self.used.items()),
+            ((use.at, ids[use.partition], a, use.at - interval_ms) for a, use in self.used.items()),
         )
 
     def put_records(self, connection: Any) -> None:  # noqa: ANN401
