@@ -26,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from cache.disk.database import Database
+from cache.disk.schema import CACHE_PAGES, MMAP_BYTES
 
 from .short_reads import Pauses
 
 STEP_BYTES = 8 << 20
 """What a step copies at most, about."""
-MAX_ROWS_A_STEP = 10_000
+MAX_ROWS_A_STEP = 5_000
+MAX_KEYS_A_STEP = 1_000
+"""How many entries are looked up in the store at a time, in the order of their addresses."""
 MAX_TURNS, MAX_ROWS_AT_LEAST = 4, 1_000_000
 """A copy is given up after so many times the store's entries, and so many more."""
 MAX_CHECKS = 10
@@ -93,7 +96,7 @@ def copy(database: Database, target: Path, progress: Callable[[int, int], None])
         part = Path(folder) / target.name
         address = f"{part.absolute().as_uri()}?mode=rwc"
         with contextlib.closing(sqlite3.connect(address, isolation_level=None, uri=True)) as own:
-            _Copy(own, database.path).make(progress)
+            _Copy(own, database).make(progress)
         with part.open("rb") as written:
             os.fsync(written.fileno())
         try:
@@ -109,13 +112,15 @@ def copy(database: Database, target: Path, progress: Callable[[int, int], None])
 class _Copy:
     """The copy is `main`, the store `source`, both in one connection."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+    def __init__(self, connection: sqlite3.Connection, database: Database) -> None:
         self._sql = connection.execute
-        self._sql("ATTACH ? AS source", (f"{path.absolute().as_uri()}?mode=ro",))
+        self._sql("ATTACH ? AS source", (f"{database.path.absolute().as_uri()}?mode=ro",))
         self._page_bytes = self._one("PRAGMA source.page_size")
         self._sql(f"PRAGMA main.page_size = {self._page_bytes}")
         self._sql(f"PRAGMA main.auto_vacuum = {self._one('PRAGMA source.auto_vacuum')}")
         self._sql(f"PRAGMA main.cache_size = -{_CACHE_KIB}")
+        self._sql(f"PRAGMA source.cache_size = {CACHE_PAGES}")
+        self._sql(f"PRAGMA source.mmap_size = {MMAP_BYTES}").fetchall()
         # Nobody reads the copy before it is whole, and on the disk.
         self._sql("PRAGMA main.journal_mode = MEMORY")
         self._sql("PRAGMA main.synchronous = OFF")
@@ -125,7 +130,7 @@ class _Copy:
             "SELECT type, name, sql FROM source.sqlite_master"
             " WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         ).fetchall()
-        self._pauses = Pauses(self._sql, "source")
+        self._pauses = Pauses(database, self._sql, "source")
 
     def make(self, progress: Callable[[int, int], None]) -> None:
         """Do all of it. Raises FAILURES."""
@@ -221,7 +226,7 @@ class _Copy:
             with self._transaction():
                 last = self._one(
                     f"SELECT max(key) FROM (SELECT key FROM main.Cache INDEXED BY {_KEY_INDEX}"
-                    f" WHERE key > ? ORDER BY key LIMIT {MAX_ROWS_A_STEP})",
+                    f" WHERE key > ? ORDER BY key LIMIT {MAX_KEYS_A_STEP})",
                     after,
                 )
                 if last is None:

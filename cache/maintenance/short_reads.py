@@ -43,53 +43,6 @@ def connect(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(address, isolation_level=None, uri=True, check_same_thread=False)
 
 
-class Pauses:
-    """Time for others between the short reads of one connection.
-
-    A log that is always read is never begun anew. Where nobody writes there is no pause.
-    """
-
-    def __init__(self, sql: Sql, schema: str = "main") -> None:
-        self._sql = sql
-        self._version_of = f"PRAGMA {schema}.data_version"
-        self._version = self._read_version()
-
-    def pause(self, began: float) -> None:
-        """Wait as long as the read took that began at this `time.monotonic`, if others wrote."""
-        took = time.monotonic() - began
-        version = self._read_version()
-        if version != self._version:
-            self._version = version
-            time.sleep(min(max(MIN_PAUSE_SECONDS, took), MAX_PAUSE_SECONDS))
-
-    def _read_version(self) -> int:
-        ((version,),) = self._sql(self._version_of).fetchall()
-        return int(version)
-
-
-def id_ranges(sql: Sql, rows: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges (first - 1, last) of ids of `Entries` that hold at most `rows` rows each.
-
-    They cover all entries that are there at the beginning. Eviction may give an entry a larger id
-    meanwhile; such an entry may be left out. Pauses between two ranges. Raises FAILURES.
-    """
-    pauses = Pauses(sql)
-    ((end,),) = sql("SELECT coalesce(max(id), 0) FROM Entries").fetchall()
-    last = 0
-    while last < end:
-        began = time.monotonic()
-        ((following,),) = sql(
-            "SELECT max(id) FROM (SELECT id FROM Entries WHERE id > ? AND id <= ?"
-            " ORDER BY id LIMIT ?)",
-            (last, end, rows),
-        ).fetchall()
-        if following is None:
-            return
-        yield last, following
-        last = following
-        pauses.pause(began)
-
-
 class LogWatch:
     """The write-ahead log of a store: how much of it is used, and statements that respect it."""
 
@@ -139,7 +92,7 @@ class LogWatch:
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
                     raise
-            self._wait_for_room()
+            self.wait_for_room()
         return None
 
     @contextlib.contextmanager
@@ -150,7 +103,7 @@ class LogWatch:
         def watch() -> None:
             while not over.wait(POLL_SECONDS):
                 # A log that was full before, and into which nobody writes, is no reason.
-                if before != (used := self.used_bytes()) and used >= self.limit_bytes * 7 // 8:
+                if self.used_bytes() != before and self.is_nearly_full():
                     connection.interrupt()
 
         thread = threading.Thread(target=watch, name="log-watch", daemon=True)
@@ -161,7 +114,66 @@ class LogWatch:
             over.set()
             thread.join()
 
-    def _wait_for_room(self) -> None:
-        used, deadline = self.used_bytes(), time.monotonic() + ROOM_SECONDS
-        while self.used_bytes() >= used and time.monotonic() < deadline:
+    def is_nearly_full(self) -> bool:
+        """Tell whether the log has seven eighths of its limit."""
+        return self.used_bytes() >= self.limit_bytes * 7 // 8
+
+    def wait_for_room(self) -> None:
+        """Wait until a writer begins the log anew, if it is nearly full, and not for long."""
+        deadline = time.monotonic() + ROOM_SECONDS
+        while self.is_nearly_full() and time.monotonic() < deadline:
             time.sleep(MIN_PAUSE_SECONDS)
+
+
+class Pauses:
+    """Time for others between the short reads of one connection.
+
+    A log that is always read is never begun anew. Where nobody writes there is no pause.
+    """
+
+    def __init__(self, database: Database, sql: Sql | None = None, schema: str = "main") -> None:
+        """Look at the store in `schema` of the connection behind `sql`; else at its own."""
+        self._watch = LogWatch(database)
+        self._sql = sql or database.sql
+        self._version_of = f"PRAGMA {schema}.data_version"
+        self._version = self._read_version()
+
+    def pause(self, began: float) -> None:
+        """Wait as long as the read took that began at this `time.monotonic`, if others wrote.
+
+        If they have nearly filled the log, wait until they begin it anew: a checkpoint may take
+        longer than a read.
+        """
+        took = time.monotonic() - began
+        version = self._read_version()
+        if version != self._version:
+            self._version = version
+            time.sleep(min(max(MIN_PAUSE_SECONDS, took), MAX_PAUSE_SECONDS))
+            self._watch.wait_for_room()
+
+    def _read_version(self) -> int:
+        ((version,),) = self._sql(self._version_of).fetchall()
+        return int(version)
+
+
+def id_ranges(database: Database, rows: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges (first - 1, last) of ids of `Entries` that hold at most `rows` rows each.
+
+    They cover all entries that are there at the beginning. Eviction may give an entry a larger id
+    meanwhile; such an entry may be left out. Pauses between two ranges. Raises FAILURES.
+    """
+    sql, pauses = database.sql, Pauses(database)
+    ((end,),) = sql("SELECT coalesce(max(id), 0) FROM Entries").fetchall()
+    last = 0
+    while last < end:
+        began = time.monotonic()
+        ((following,),) = sql(
+            "SELECT max(id) FROM (SELECT id FROM Entries WHERE id > ? AND id <= ?"
+            " ORDER BY id LIMIT ?)",
+            (last, end, rows),
+        ).fetchall()
+        if following is None:
+            return
+        yield last, following
+        last = following
+        pauses.pause(began)

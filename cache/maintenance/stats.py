@@ -85,7 +85,7 @@ def gather(database: Database) -> Stats:
         for number, *columns in sql("SELECT id, namespace, space, dimensions FROM Partitions")
     }
     usage = _usage(sql)
-    entered = _entries(sql)
+    entered = _entries(database)
     held = []
     for number in sorted(entered.keys() | usage.keys(), key=lambda n: n or 0):
         partition = partitions.get(number or 0, UNKNOWN)
@@ -100,11 +100,11 @@ def gather(database: Database) -> Stats:
     return Stats(on_disk, since, tuple(held))
 
 
-def _entries(sql: Sql) -> dict[int | None, _Entered]:
+def _entries(database: Database) -> dict[int | None, _Entered]:
     """Return number, first and last purchase, and last use of the entries, by partition."""
     sums: dict[int | None, _Entered] = {}
-    for after, last in id_ranges(sql, ROWS_A_STEP):
-        for number, *found in sql(
+    for after, last in id_ranges(database, ROWS_A_STEP):
+        for number, *found in database.sql(
             "SELECT partition, count(*), min(stored), max(stored), max(used) FROM Entries"
             " WHERE id > ? AND id <= ? GROUP BY partition",
             (after, last),

@@ -55,7 +55,7 @@ def rows(database: Database, choice: Choice, report: Read) -> Iterator[Row]:
     else:
         # The narrow table is read in ranges: few of its rows may be chosen, far from one another.
         tables = "Entries CROSS JOIN Cache ON Cache.rowid = Entries.id"
-        ranges = id_ranges(database.sql, ENTRIES_A_RANGE)
+        ranges = id_ranges(database, ENTRIES_A_RANGE)
     number = "Cache.rowid" if choice == Choice() else "Entries.id"
     statement = (
         f"SELECT {number}, {RECORD_COLUMNS},"

@@ -114,9 +114,9 @@ def scan(database: Database, findings: Findings) -> Iterator[int]:
     Damage of the file is not raised but noted.
     """
     try:
-        yield from _scan_records(database.sql, findings)
+        yield from _scan_records(database, findings)
         database.sql("SELECT namespace, space FROM Partitions").fetchall()
-        _compare_indexes(database.sql, findings)
+        _compare_indexes(database, findings)
         with contextlib.closing(connect(database.path)) as connection:
             watch = LogWatch(database)
             _compare_counts(watch, connection, findings)
@@ -127,8 +127,8 @@ def scan(database: Database, findings: Findings) -> Iterator[int]:
         findings.broken = str(error)
 
 
-def _scan_records(sql: Sql, findings: Findings) -> Iterator[int]:
-    pauses = Pauses(sql)
+def _scan_records(database: Database, findings: Findings) -> Iterator[int]:
+    sql, pauses = database.sql, Pauses(database)
     seen = after = not_found = 0
     count = ROWS_A_BATCH
     while count == ROWS_A_BATCH:
@@ -166,8 +166,9 @@ def _remember(places: list[tuple[int, int]], after: int, last: int) -> None:
     places.append((after, last))
 
 
-def _compare_indexes(sql: Sql, findings: Findings) -> None:
+def _compare_indexes(database: Database, findings: Findings) -> None:
     """Look up each row of `Entries` in each index of it: what is not there is never evicted."""
+    sql = database.sql
     names = _indexes(sql, "Entries")
     lookups = [
         f"SELECT {place}, count(*) FROM Entries AS own NOT INDEXED"
@@ -178,7 +179,7 @@ def _compare_indexes(sql: Sql, findings: Findings) -> None:
         for place, (name, columns) in enumerate(names.items())
     ]
     missing = [0] * len(names)
-    for after, last in id_ranges(sql, ENTRIES_A_BATCH) if names else ():
+    for after, last in id_ranges(database, ENTRIES_A_BATCH) if names else ():
         for place, count in sql(" UNION ALL ".join(lookups), {"after": after, "last": last}):
             missing[place] += count
     for name, count in zip(names, missing, strict=True):
@@ -249,7 +250,7 @@ def _indexes(sql: Sql, table: str) -> dict[str, list[str]]:
 
 def mend(database: Database, findings: Findings) -> None:
     """Delete the damaged rows and enter the others again, a batch at a time. Raises FAILURES."""
-    pauses = Pauses(database.sql)
+    pauses = Pauses(database)
     for start, end in findings.places:
         after, count = start, ROWS_A_BATCH
         while count == ROWS_A_BATCH:

@@ -39,6 +39,9 @@ MORE = [_row(i) for i in range(400, 800)]
 def database(tmp_path, monkeypatch):
     """Give a store of some rows, copied a few rows at a time."""
     monkeypatch.setattr(backup, "MAX_ROWS_A_STEP", 20)
+    monkeypatch.setattr(backup, "MAX_KEYS_A_STEP", 20)
+    # Nobody writes during a pause.
+    monkeypatch.setattr(short_reads, "ROOM_SECONDS", 0.0)
     with connection.opened(tmp_path / "store", GIB, create=True) as file:
         list(transfer.put(file, ROWS))
         yield file

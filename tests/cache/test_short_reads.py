@@ -118,6 +118,7 @@ def test_stats_let_the_log_begin_anew(database, writer, monkeypatch):
 def test_a_backup_lets_the_log_begin_anew(database, writer, monkeypatch, tmp_path):
     """While it is made somebody writes all the time, and it has all that was there before."""
     monkeypatch.setattr(backup, "MAX_ROWS_A_STEP", 100, raising=False)
+    monkeypatch.setattr(backup, "MAX_KEYS_A_STEP", 100, raising=False)
     monkeypatch.setattr(backup, "PAGES_A_STEP", 1, raising=False)
     writer.max_writes = 200
     backup.copy(database, tmp_path / "copy.db", writer.write)
@@ -239,7 +240,7 @@ def test_how_much_of_a_log_is_used(database, writer):
 def test_there_is_no_pause_where_nobody_writes(database, monkeypatch):
     """A command on an idle store takes no longer than it must."""
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waited"))
-    assert len(list(id_ranges(database.sql, 10))) == len(ROWS) // 10
+    assert len(list(id_ranges(database, 10))) == len(ROWS) // 10
 
 
 @pytest.mark.parametrize("size", [1, 7, 1_999, 2_000, 2_001])
@@ -247,7 +248,7 @@ def test_ranges_hold_each_entry_once(size, database):
     """However many rows a range has, together they have all, gaps between ids or not."""
     database.sql("DELETE FROM Entries WHERE id BETWEEN 50 AND 1500 AND id % 3 = 0")
     database.sql("UPDATE Entries SET id = id + 1000000 WHERE id > 1900")
-    ranges = list(id_ranges(database.sql, size))
+    ranges = list(id_ranges(database, size))
     counts = [
         database.sql("SELECT count(*) FROM Entries WHERE id > ? AND id <= ?", one).fetchone()[0]
         for one in ranges
