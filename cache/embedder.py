@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from providers.base import (
     Account,
+    Bill,
     Context,
     DeadlineExceeded,
-    Embedded,
     Embedder,
     EmbeddingError,
     Input,
@@ -19,7 +19,6 @@ from providers.base import (
     Outcome,
     Space,
     Terms,
-    Vector,
 )
 
 from . import at_hand, flight
@@ -28,8 +27,8 @@ from .flight import Fill, Flights
 from .key import Key, Keyring, Namespace, keyring
 from .ledger import Answered, Heading, Purchase
 from .record import Entry
+from .recorder import OnWidth, Recorder, partition
 from .refusal import KeyFailed, NotCached, is_the_leaders_own, named
-from .row import Partition
 from .tiers import Tiers
 
 MAX_ROUNDS_WITH_STRANGERS = 3
@@ -40,8 +39,19 @@ it buys for itself. Else many clients with bad keys would fail one after the oth
 class CachingEmbedder:
     """The cache around an embedder. Tiers and flights are shared by the embedders of all models."""
 
-    def __init__(self, inner: Embedder, tiers: Tiers, flights: Flights[Filled]) -> None:
+    def __init__(
+        self,
+        inner: Embedder,
+        tiers: Tiers,
+        flights: Flights[Filled],
+        on_width: OnWidth = lambda _space, _width: None,
+    ) -> None:
+        """`on_width` is told the width of a space that has none when its first vector arrives.
+
+        It is told before the vector is kept, and though nobody may wait for it any more.
+        """
         self._inner = inner
+        self._on_width = on_width
         self._tiers = tiers
         self._flights = flights
 
@@ -89,8 +99,8 @@ class CachingEmbedder:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
         answer = assemble(keys, answers, fills, context.account)
-        partition, account = _partition(ring, answer.vectors[0]), context.account
-        heading = Heading(partition, account.model, client=account.client)
+        place, account = partition(ring, answer.vectors[0]), context.account
+        heading = Heading(place, account.model, client=account.client)
         self._tiers.count(heading, answer.usage.unpaid)
         return answer
 
@@ -110,9 +120,16 @@ class CachingEmbedder:
         return at_hand.few(self._tiers, ring, ring.keys_at_once(inputs), terms, account)
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
-        """Return what counts the bills of calls that are made without the cache."""
-        partition = keyring(space, Namespace(context.namespace)).partition
-        return Purchase(self._tiers.count, partition, context.account).charge
+        """Return what counts, and writes, the bills of calls that are made without the cache."""
+        ring = keyring(space, Namespace(context.namespace))
+        purchase = Purchase(self._tiers.count, ring.partition, context.account)
+
+        def charge(bill: Bill) -> None:
+            purchase.charge(bill)
+            purchase.close()
+            self._flights.write(self._tiers.flush_counts())
+
+        return charge
 
     async def _obtain(
         self, ring: Keyring, missing: Mapping[Key, Input], context: Context, landed: int
@@ -170,7 +187,11 @@ class CachingEmbedder:
         *,
         look_again: bool,
     ) -> Filled:
-        """Ask, store, hand out, each part as it comes. A failure keeps the parts before it."""
+        """Ask, store, hand out, each part as it comes. A failure keeps the parts before it.
+
+        When it ends, all that was charged is on disk, also where nothing is to be kept. A call that
+        nobody waits for any more may bring its answer after the end: that is kept and billed, too.
+        """
         keys = list(items)
         found: dict[Key, Entry] = {}
         if look_again and ring.space.dimensions:
@@ -178,52 +199,28 @@ class CachingEmbedder:
         if found:
             self._flights.give(fill, found)
         wanted = [key for key in keys if key not in found]
-        bought: set[Key] = set()
-        puts: list[asyncio.Task[None]] = []
-        purchase = Purchase(self._tiers.count, ring.partition, context.account)
-
-        async def put(entries: Mapping[Key, Entry]) -> None:
-            partition = _partition(ring, next(iter(entries.values())).vector)
-            await self._tiers.put_many(entries, partition, context.terms)
-            self._flights.give(fill, entries)
-
-        async def keep(places: Sequence[int], part: Embedded) -> None:
-            rows = zip(places, part.vectors, part.tokens, strict=True)
-            new = [row for row in rows if wanted[row[0]] not in bought]
-            if not new:
-                return
-            entries = {
-                (key := wanted[place]): Entry(vector, tokens, part.counted, key.digest)
-                for place, vector, tokens in new
-            }
-            bought.update(entries)
-            purchase.bought([place for place, *_ in new], len(part.vectors[0]) // 4)
-            # Who brings it may be called off while it is written; it is bought all the same.
-            puts.append(asyncio.create_task(put(entries)))
-            await asyncio.shield(puts[-1])
-
         if not wanted:
             return Filled(frozenset())
+        recorder = Recorder(fill, self._flights, self._tiers, ring, wanted, context, self._on_width)
         inputs = [items[key] for key in wanted]
         try:
             told = replace(
                 context,
-                on_part=keep,
-                on_charge=purchase.charge,
-                on_begin=lambda places: fill.begun.update(wanted[place] for place in places),
+                on_part=recorder.keep,
+                on_charge=recorder.charge,
+                on_begin=recorder.begin,
                 abandoned=fill.abandonment,
             )
             embedded = await self._inner.embed(ring.space, inputs, told)
-            if len(bought) < len(wanted):
-                await keep(range(len(wanted)), embedded)
+            if len(recorder.bought) < len(wanted):
+                await recorder.keep(range(len(wanted)), embedded)
         except EmbeddingError as error:
             if error.index is None:
                 raise
             raise KeyFailed(error, wanted[error.index]) from error
         finally:
-            purchase.close()
-            await asyncio.gather(*puts)
-        return Filled(frozenset(bought), embedded.providers, purchase.charged)
+            await recorder.close()
+        return Filled(frozenset(recorder.bought), embedded.providers, recorder.charged)
 
 
 def _take_joined(
@@ -254,8 +251,3 @@ def _take_joined(
         else:
             answers[key] = Found(entry, Outcome.JOIN)
     return again
-
-
-def _partition(ring: Keyring, vector: Vector) -> Partition:
-    """Return where entries belong; the width is the vector's where the space has none yet."""
-    return ring.partition._replace(dimensions=ring.partition.dimensions or len(vector) // 4)

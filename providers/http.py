@@ -161,7 +161,8 @@ class HttpProvider:
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
         async with admission.turn(model, estimate(inputs), context):
-            if context.is_needed is not None and not context.is_needed():
+            is_abandoned = context.attempt is not None and context.attempt.is_abandoned
+            if is_abandoned or (context.is_needed is not None and not context.is_needed()):
                 # Raised so, it gives back its room within the limits.
                 raise Full(self.name, "nobody waits for the answer any more")
             reply = await self._transport.post(self.path(model), payload, limit, context, headers)

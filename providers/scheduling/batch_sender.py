@@ -116,7 +116,7 @@ class BatchSender:
         except Exception as error:  # noqa: BLE001 - raised where someone waits
             index = error.index if isinstance(error, EmbeddingError) else None
             return _Failure(error, None if index is None else batch[index])
-        if context.on_part is not None:
+        if context.on_part is not None and any(one.is_missing for one in batch):
             await context.on_part(range(len(batch)), answer)
         return None
 
