@@ -21,10 +21,10 @@ from providers.base import (
     Terms,
 )
 
-from . import at_hand, flight
+from . import at_hand, flight, slicing
 from .assembly import Filled, Found, assemble
 from .flight import Fill, Flights
-from .key import Key, Keyring, Namespace, keyring
+from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import Answered, Heading, Purchase
 from .record import Entry
 from .recorder import OnWidth, Recorder, partition
@@ -65,6 +65,37 @@ class CachingEmbedder:
         """
         ring = keyring(space, Namespace(context.namespace))
         keys = await ring.keys(inputs)
+        if len(keys) > slicing.MAX_INPUTS and context.weigh is None:
+            return await self._embed_slices(ring, keys, inputs, context)
+        return await self._embed(ring, keys, inputs, context, [])
+
+    async def _embed_slices(
+        self, ring: Keyring, keys: Keys, inputs: Sequence[Input], context: Context
+    ) -> Answered:
+        """Answer a request that is too large to be looked at as a whole in one step."""
+
+        async def ask(some: Keys, items: Sequence[Input], fills: slicing.Fills) -> Answered:
+            return await self._embed(ring, some, items, context, fills)
+
+        account, deadline = context.account, context.deadline
+        sliced = await slicing.answer_in_slices(ask, keys, inputs, account, deadline)
+        answer = replace(sliced.answer, keys=keys)
+        heading = self._heading(ring, answer, account)
+        self._tiers.count(heading, sliced.duplicates)
+        if not sliced.is_repeatable:
+            return answer
+        again = at_hand.repeat(self._tiers, ring, keys, answer.usage, account)
+        return replace(answer, again=again)
+
+    async def _embed(
+        self,
+        ring: Keyring,
+        keys: Keys,
+        inputs: Sequence[Input],
+        context: Context,
+        own: slicing.Fills,
+    ) -> Answered:
+        """Answer a request, or a slice of one. The fills that it starts are added to `own`."""
         # By far the most requests: all is known, and nothing stands in them twice.
         first = await at_hand.first(self._tiers, ring, keys, context.terms)
         if len(first) == len(keys):
@@ -78,7 +109,7 @@ class CachingEmbedder:
         landed = self._flights.landed
         found = dict(zip(keys, first, strict=False))
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
-        rest = [key for key in distinct if key not in found] if space.dimensions else []
+        rest = [key for key in distinct if key not in found] if ring.space.dimensions else []
         found |= await self._tiers.get_many(rest, ring.partition, context.terms)
         fills: list[Filled] = []
         answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
@@ -92,17 +123,22 @@ class CachingEmbedder:
                 raise NotCached(context.terms, places, len(inputs))
             try:
                 async with asyncio.timeout_at(context.deadline):
-                    bought, fills = await self._obtain(ring, missing, context, landed)
+                    bought, fills = await self._obtain(ring, missing, context, landed, own)
             except KeyFailed as error:
                 raise named(error.failure, keys.index(error.key), len(inputs)) from error
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
         answer = assemble(keys, answers, fills, context.account)
-        place, account = partition(ring, answer.vectors[0]), context.account
-        heading = Heading(place, account.model, client=account.client)
+        heading = self._heading(ring, answer, context.account)
         self._tiers.count(heading, answer.usage.unpaid)
         return answer
+
+    @staticmethod
+    def _heading(ring: Keyring, answer: Answered, account: Account) -> Heading:
+        """Return under what the sums of an answer stand that was not bought."""
+        place = partition(ring, answer.vectors[0])
+        return Heading(place, account.model, client=account.client)
 
     def at_hand(
         self,
@@ -132,7 +168,12 @@ class CachingEmbedder:
         return charge
 
     async def _obtain(
-        self, ring: Keyring, missing: Mapping[Key, Input], context: Context, landed: int
+        self,
+        ring: Keyring,
+        missing: Mapping[Key, Input],
+        context: Context,
+        landed: int,
+        started: slicing.Fills,
     ) -> tuple[dict[Key, Found], list[Filled]]:
         """Get what no tier had: wait for fills in progress, start one for the rest.
 
@@ -150,6 +191,8 @@ class CachingEmbedder:
                 for key in strange:
                     del joins[key]
             own = self._lead(ring, {key: missing[key] for key in leads}, context, landed)
+            if own is not None:
+                started.append(own)
             await flight.wait([own] if own else [], joins)
             if own is not None:
                 filled = own.task.result()

@@ -41,8 +41,9 @@ _BYTES_A_NUMBER = 32
 _BYTES_A_REPLY = 1 << 20
 _WIDEST = 1 << 16
 
-# Up to this many bytes, reading a reply is quicker than handing it to a thread.
+# Up to this many bytes, and inputs, reading a reply is quicker than handing it to a thread.
 _READ_INLINE = 1 << 20
+_READ_INLINE_INPUTS = 128
 
 # Connections at a time where each client pays with its own key, and has its own limits.
 _CONNECTIONS = 100
@@ -169,7 +170,7 @@ class HttpProvider:
         admission.learn(model, reply.headers)
         read = partial(self._read, reply, model, space, inputs, credential)
         try:
-            is_short = len(reply.body) <= _READ_INLINE
+            is_short = len(reply.body) <= _READ_INLINE and len(inputs) <= _READ_INLINE_INPUTS
             checked = read() if is_short else await asyncio.to_thread(read)
         except EmbeddingError as error:
             if isinstance(error, RateLimited) and error.retry_after is not None:
