@@ -27,7 +27,7 @@ from .flight import Fill, Flights
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import Answered, Heading, Purchase
 from .record import Entry
-from .recorder import OnWidth, Recorder, partition
+from .recorder import OnWidth, Recorder, ignore_width, partition
 from .refusal import KeyFailed, NotCached, is_the_leaders_own, named
 from .tiers import Tiers
 
@@ -44,7 +44,7 @@ class CachingEmbedder:
         inner: Embedder,
         tiers: Tiers,
         flights: Flights[Filled],
-        on_width: OnWidth = lambda _space, _width: None,
+        on_width: OnWidth = ignore_width,
     ) -> None:
         """`on_width` is told the width of a space that has none when its first vector arrives.
 

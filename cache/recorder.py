@@ -5,7 +5,7 @@ billed like any other. Whatever is being written is written to its end.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from providers.base import Bill, Context, Embedded, Space, Vector
@@ -18,8 +18,12 @@ from .row import Partition
 from .tiers import Tiers
 from .usage import Usage
 
-OnWidth: TypeAlias = Callable[[Space, int], None]
+OnWidth: TypeAlias = Callable[[Space, int], Awaitable[None]]
 """Takes a space that has no width yet, and the width of its first vector. Never raises."""
+
+
+async def ignore_width(_space: Space, _width: int) -> None:
+    """Take no note of it."""
 
 
 class Recorder:
@@ -78,17 +82,16 @@ class Recorder:
             (key := self._wanted[place]): Entry(vector, tokens, part.counted, key.digest)
             for place, vector, tokens in new
         }
-        width = len(part.vectors[0]) // 4
-        if not self._ring.space.dimensions:
-            self._on_width(self._ring.space, width)
         self.bought.update(entries)
-        self._purchase.bought([place for place, *_ in new], width)
+        self._purchase.bought([place for place, *_ in new], len(part.vectors[0]) // 4)
         # Who brings it may be called off while it is written; it is bought all the same.
         write = self._flights.write(self._put(entries, part.vectors[0]))
         self._writes.append(write)
         await asyncio.shield(write)
 
     async def _put(self, entries: Mapping[Key, Entry], vector: Vector) -> None:
+        if not self._ring.space.dimensions:
+            await self._on_width(self._ring.space, len(vector) // 4)
         if self._context.terms.write:
             # What was charged so far goes into the same transaction.
             self._purchase.is_written = True

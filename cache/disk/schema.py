@@ -18,7 +18,7 @@ MMAP_BYTES = 1 << 36
 """Reads go through the page cache without copies; most builds of SQLite map at most 2 GiB."""
 CACHE_PAGES = 1024
 """A connection's own cache, 32 MiB: beyond what is mapped it saves the index from being re-read."""
-LAYOUT = 2
+LAYOUT = 3
 """Kept in `PRAGMA user_version`; a file of an older layout is brought up to it when opened."""
 
 INCREMENTAL = 2
@@ -81,7 +81,22 @@ _ADD_USAGE = f"""
     ON CONFLICT (day, partition, model, provider, client) DO UPDATE SET
         {", ".join(f"{name} = {name} + excluded.{name}" for name in _SUMS)}
 """
-_STEPS = {0: _FROM_NONE, 1: _FROM_1}
+_FROM_2 = (
+    "DROP INDEX IF EXISTS Entries_used",
+    # What is used longest ago, without those of partitions that are never evicted.
+    "CREATE INDEX Entries_used ON Entries (used, partition)",
+    # What expires or is purged is found by partition and age.
+    "CREATE INDEX Entries_stored ON Entries (partition, stored)",
+    # Holds each row of the ledger a second time, on other pages: one damaged page costs no sum.
+    f"CREATE INDEX Usage_copy ON Usage ({', '.join(_SUMS)})",
+    # Whose sums were taken over, by the name of the folder it was moved to; see `salvage`.
+    "CREATE TABLE Salvaged (name TEXT PRIMARY KEY) WITHOUT ROWID",
+    # diskcache's index; no row here has an expiry time, and each would stand in it.
+    "DROP INDEX IF EXISTS Cache_expire_time",
+    """CREATE INDEX Cache_expire_time ON Cache (expire_time)
+        WHERE expire_time IS NOT NULL""",
+)
+_STEPS = {0: _FROM_NONE, 1: _FROM_1, 2: _FROM_2}
 """From each older layout the statements that lead to the next."""
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cache.assembly import Filled
@@ -11,7 +12,7 @@ from cache.ledger import Answered
 from cache.refusal import NotCached
 from cache.tiers import Tiers
 from providers import kinds
-from providers.base import Context, Input, InputRefused, Space
+from providers.base import Context, Input, InputRefused, InvalidAnswer, Space
 from providers.batching.longest import NoneTooLong
 from providers.http import HttpProvider
 from providers.router import Provider, Router
@@ -184,7 +185,7 @@ class Registry:
             nonlocal model
             begun = await ask(some)
             width = len(begun.vectors[0]) // 4
-            self._pins.pin(model.space.name, width)
+            await self._pins.pin(model.space.name, width)
             model = self._keep(model, width)
             return begun
 
@@ -204,10 +205,11 @@ class Registry:
             raise ModelUnknown(name)
         return model
 
-    def _note_width(self, space: Space, width: int) -> None:
+    async def _note_width(self, space: Space, width: int) -> None:
         """Pin the first width that an answer tells, though who asked may be gone by now."""
-        if not self._pins.width(space.name):
-            self._pins.pin(space.name, width)
+        # Whoever still waits is told if it is another one than before.
+        with suppress(InvalidAnswer):
+            await self._pins.pin(space.name, width)
 
     def _keep(self, model: Model, width: int) -> Model:
         """Return a model that has learned its width; the next one who asks finds it so."""

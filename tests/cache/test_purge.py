@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from cache.disk import changes as changes_module
 from cache.disk import purge
-from cache.disk.changes import TOUCH_MS, Changes, Kept, Use
+from cache.disk.changes import Changes, Kept, Use
 from cache.disk.connection import folder_of, lock_of
 from cache.disk.database import Database
+from cache.disk.eviction import TOUCH_MS
 from cache.disk.purge import Choice
 from cache.disk.store import Store
 from cache.memory import Memory
@@ -80,7 +81,7 @@ def _delete_and_undo(database, choice):
         patch.setattr(purge, "_give_back", lambda _: iter(()))
         # No transactions of its own: all is in one that is undone.
         patch.setattr(
-            Database, "transaction", lambda db: contextlib.nullcontext(db.cache._con), raising=True
+            Database, "transaction", lambda db, _pages: contextlib.nullcontext(db.cache._con)
         )
         before = {key for (key,) in database.sql("SELECT key FROM Cache")}
         deleted = sum(purge.delete(database, choice))

@@ -26,7 +26,8 @@ ROOT = Path(schema.__file__).parents[1]
 FIXTURES = {n: Path(__file__).parent / "data" / f"layout-{n}.db.gz" for n in range(schema.LAYOUT)}
 RING = keyring(Space("openai/text-embedding-3-small", 8))
 KEYS = [RING.key(f"old {i}") for i in range(20)]
-TABLES = {"Settings", "Cache", "Partitions", "Entries", "Usage", "Purges"}
+TABLES = {"Settings", "Cache", "Partitions", "Entries", "Usage", "Purges", "Salvaged"}
+INDEXES = {"Entries_used", "Entries_stored", "Usage_copy", "Cache_expire_time", "Cache_key_raw"}
 
 
 @pytest.fixture
@@ -47,6 +48,12 @@ def _written(layout_number, path):
 def old(path):
     """Give a file that the first version wrote."""
     return _written(0, path)
+
+
+@pytest.fixture
+def old_2(path):
+    """Give a file of layout 2, with a bill of two clients."""
+    return _written(2, path)
 
 
 @pytest.fixture
@@ -79,8 +86,7 @@ def _is_laid_out(path):
         _ask(path, "PRAGMA user_version") == [(schema.LAYOUT,)]
         and _names(path, "table") == TABLES
         and "Entries_delete" in _names(path, "trigger")
-        and "Entries_used" in _names(path, "index")
-        and "Cache_access_time" not in _names(path, "index")
+        and {name for name in _names(path, "index") if "autoindex" not in name} == INDEXES
     )
 
 
@@ -176,6 +182,23 @@ async def test_the_sums_of_layout_1_are_carried_over(old_1):
     assert _ask(old_1, "PRAGMA integrity_check") == [("ok",)]
 
 
+async def test_a_file_of_layout_2_keeps_its_bill_and_gets_a_second_copy_of_it(old_2):
+    """Entries and sums stay as they are; each sum stands in an index too, and no expiry does."""
+    before = _ask(old_2, "SELECT * FROM Usage ORDER BY day, partition")
+    assert len(before) == 2
+    async with Store(old_2.parents[1], GIB) as store:
+        await _all_are_served(store)
+    assert _is_laid_out(old_2)
+    assert _ask(old_2, "SELECT * FROM Usage ORDER BY day, partition") == before
+    copy = "SELECT * FROM Usage INDEXED BY Usage_copy WHERE hits >= 0 ORDER BY day, partition"
+    ((_, _, _, how),) = _ask(old_2, f"EXPLAIN QUERY PLAN {copy}")[:1]
+    assert "COVERING INDEX Usage_copy" in how
+    assert _ask(old_2, copy) == before
+    ((expiry,),) = _ask(old_2, "SELECT sql FROM sqlite_master WHERE name = 'Cache_expire_time'")
+    assert "WHERE expire_time IS NOT NULL" in expiry
+    assert _ask(old_2, "PRAGMA integrity_check") == [("ok",)]
+
+
 OLD_LABEL = "m?task=%22private%22"
 
 
@@ -247,9 +270,12 @@ STATEMENTS = sum(map(len, schema._STEPS.values()))
 @pytest.mark.parametrize("place", range(STATEMENTS + 1))
 async def test_an_upgrade_that_fails_leaves_the_old_file_whole(old, monkeypatch, place):
     """Whichever statement fails, the file is as it was, stays there, and the next try succeeds."""
-    version = int(place > len(schema._FROM_NONE))
+    version, within = 0, place
+    while within > len(schema._STEPS[version]):
+        within -= len(schema._STEPS[version])
+        version += 1
     steps = list(schema._STEPS[version])
-    steps.insert(place - version * len(schema._FROM_NONE), "SELECT no_such_function()")
+    steps.insert(within, "SELECT no_such_function()")
     before = _ask(old, "SELECT * FROM Cache ORDER BY rowid")
     with monkeypatch.context() as patch:
         patch.setitem(schema._STEPS, version, tuple(steps))
@@ -352,7 +378,7 @@ async def test_a_newer_layout_is_refused_and_left_alone(path):
         await store.put_many({KEYS[0].address: b"record"}, RING.partition)
     _ask(path, f"PRAGMA user_version = {schema.LAYOUT + 1}")
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=r"has layout 3, this version knows 2: use a newer"):
+    with pytest.raises(StoreError, match=r"has layout 4, this version knows 3: use a newer"):
         async with Store(path.parents[1], GIB):
             pytest.fail("the store opened")
     assert path.read_bytes() == before
