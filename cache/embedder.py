@@ -67,7 +67,9 @@ class CachingEmbedder:
         keys = await ring.keys(inputs)
         if len(keys) > slicing.MAX_INPUTS and context.weigh is None:
             return await self._embed_slices(ring, keys, inputs, context)
-        return await self._embed(ring, keys, inputs, context, [])
+        answer = await self._embed(ring, keys, inputs, context, [])
+        self._count(ring, answer, context.account)
+        return answer
 
     async def _embed_slices(
         self, ring: Keyring, keys: Keys, inputs: Sequence[Input], context: Context
@@ -80,8 +82,8 @@ class CachingEmbedder:
         account, deadline = context.account, context.deadline
         sliced = await slicing.answer_in_slices(ask, keys, inputs, account, deadline)
         answer = replace(sliced.answer, keys=keys)
-        heading = self._heading(ring, answer, account)
-        self._tiers.count(heading, sliced.duplicates)
+        # Only now: a request that fails in one slice has saved nothing in the others.
+        self._count(ring, answer, account)
         if not sliced.is_repeatable:
             return answer
         again = at_hand.repeat(self._tiers, ring, keys, answer.usage, account)
@@ -95,15 +97,16 @@ class CachingEmbedder:
         context: Context,
         own: slicing.Fills,
     ) -> Answered:
-        """Answer a request, or a slice of one. The fills that it starts are added to `own`."""
+        """Answer a request, or a slice of one. The fills that it starts are added to `own`.
+
+        What was bought is counted; what was not is for the caller to count.
+        """
         # By far the most requests: all is known, and nothing stands in them twice.
         first = await at_hand.first(self._tiers, ring, keys, context.terms)
         if len(first) == len(keys):
             known_all = at_hand.answered(self._tiers, ring, keys, first, context.account)
             if context.weigh is not None:
                 await context.weigh(known_all.tokens)
-            if known_all.again is not None:
-                known_all.again.count()
             return known_all
         distinct = dict(zip(keys, inputs, strict=True))
         landed = self._flights.landed
@@ -129,16 +132,13 @@ class CachingEmbedder:
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
-        answer = assemble(keys, answers, fills, context.account)
-        heading = self._heading(ring, answer, context.account)
-        self._tiers.count(heading, answer.usage.unpaid)
-        return answer
+        return assemble(keys, answers, fills, context.account)
 
-    @staticmethod
-    def _heading(ring: Keyring, answer: Answered, account: Account) -> Heading:
-        """Return under what the sums of an answer stand that was not bought."""
+    def _count(self, ring: Keyring, answer: Answered, account: Account) -> None:
+        """Count what of an answer was not bought."""
         place = partition(ring, answer.vectors[0])
-        return Heading(place, account.model, client=account.client)
+        heading = Heading(place, account.model, client=account.client)
+        self._tiers.count(heading, answer.usage.unpaid)
 
     def at_hand(
         self,
@@ -184,7 +184,7 @@ class CachingEmbedder:
         fills: list[Filled] = []
         rounds = 0
         while missing:
-            joins, leads = self._flights.part(list(missing), context.terms)
+            joins, leads = self._flights.part(list(missing), context.terms, context.credential)
             if rounds >= MAX_ROUNDS_WITH_STRANGERS:
                 strange = [k for k, fill in joins.items() if fill.credential != context.credential]
                 leads += strange

@@ -33,8 +33,6 @@ class Sliced(NamedTuple):
     """The answer to a request that was answered in slices."""
 
     answer: Answered
-    duplicates: Usage
-    """What of its usage no slice has counted: that of inputs which are equal to earlier ones."""
     is_repeatable: bool
     """Whether all of it was a hit, to a request that takes any entry."""
 
@@ -178,4 +176,4 @@ async def _assemble(
         outcomes=whole.outcomes,
         usage=usage.plus(copies),
     )
-    return Sliced(answer, copies, is_repeatable)
+    return Sliced(answer, is_repeatable)

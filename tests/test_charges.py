@@ -7,9 +7,9 @@ import sys
 
 import aiohttp
 import pytest
-from fault_server import tokens_of
+from fault_server import status, tokens_of
 
-from cache import ledger
+from cache import ledger, slicing
 from cache.disk import connection
 from cache.ledger import By
 from cache.usage import Usage
@@ -138,3 +138,26 @@ async def test_a_disk_that_takes_nothing_holds_no_request(upstream, start_proxy)
     assert await store.flush_counts()
     ((_, bill),) = await proxy.service.ledger([])
     assert bill.tokens_billed == tokens_of("a")
+
+
+@pytest.mark.parametrize("control", ["only-if-cached", ""], ids=["not cached", "refused"])
+async def test_a_large_request_that_fails_has_saved_nothing(
+    control, upstream, start_proxy, monkeypatch
+):
+    """As for a small one: hits in slices before the failure were given to nobody."""
+    monkeypatch.setattr(slicing, "MAX_INPUTS", 4)
+    monkeypatch.setattr(slicing, "SLICE", 2)
+    proxy = await start_proxy(openai=upstream)
+    known = [f"known {i}" for i in range(10)]
+    assert (await proxy.post({"model": MODEL, "input": known})).status == 200
+    upstream.holding["bad"] = status(400, {"error": {"message": "no"}})
+    body = {"model": MODEL, "input": [*known, "bad", *known]}
+    reply = await proxy.post(body, **{"Cache-Control": control})
+    assert reply.status == (504 if control else 400)
+    del upstream.holding["bad"]
+    assert (await proxy.post(body)).headers["x-cache-hits"] == "10"
+    await proxy.service._store.flush_counts()
+    ((_, sums),) = await proxy.service.ledger([])
+    assert (sums.hits, sums.misses, sums.duplicates) == (10, 11, 10)
+    counted = sum(map(tokens_of, [*known, "bad"]))
+    assert sums.tokens_billed == counted
