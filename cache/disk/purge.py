@@ -76,19 +76,21 @@ def delete(database: Database, choice: Choice, *, overwrite: bool = True) -> Ite
     """Delete the chosen entries, yielding after each transaction how many it deleted.
 
     What is deleted is overwritten with zeros unless told not to. Entries that are stored meanwhile
-    may be left. In the end the pages that are free are given back. Raises FAILURES.
+    are left: where much is stored, it would not end, and delete what was bought after it began. In
+    the end the pages that are free are given back. Raises FAILURES.
     """
     if choice.address is not None or choice == Choice():
         yield from _delete_records(database, choice, overwrite=overwrite)
     else:
         for partition, _ in _partitions(database.sql, choice):
+            end = _end(database.sql, partition)
             last: Position | None = _FIRST
             while last is not None:
                 began = time.monotonic()
                 # Looked for anew each time: others move rows to the end of the file meanwhile.
                 with _deleting(database, overwrite=overwrite) as connection:
                     rows, last = _oldest(
-                        connection.execute, choice, partition, last, ROWS_A_TRANSACTION
+                        connection.execute, choice, partition, last, ROWS_A_TRANSACTION, end
                     )
                     _delete(connection, rows)
                 _let_others(began)
@@ -107,18 +109,31 @@ def _partitions(sql: Sql, choice: Choice) -> list[tuple[int | None, int]]:
     return rows
 
 
-def _oldest(
-    sql: Sql, choice: Choice, partition: int | None, last: Position, count: int
+def _end(sql: Sql, partition: int | None) -> int:
+    """Return the time, in milliseconds since 1970, before which all entries were stored so far."""
+    ((newest,),) = sql("SELECT max(stored) FROM Entries WHERE partition IS ?", (partition,))
+    return _FOREVER if newest is None else int(newest) + 1
+
+
+def _oldest(  # noqa: PLR0913, PLR0917 - where to look, and how far
+    sql: Sql,
+    choice: Choice,
+    partition: int | None,
+    last: Position,
+    count: int,
+    end: int = _FOREVER,
 ) -> tuple[list[tuple[int]], Position | None]:
     """Return the chosen rows among the next `count` of a partition, and where they end.
 
-    By the index of partition and age: no read is long. None stands for the end of the partition.
+    By the index of partition and age: no read is long. None stands for the end of the partition,
+    or of what was stored before `end`, in milliseconds since 1970.
     """
     stored_before = _ms(choice.stored_before)
+    end = end if stored_before is None else min(end, stored_before)
     rows = sql(
         "SELECT stored, id, used FROM Entries WHERE partition IS ? AND (stored, id) > (?, ?)"
         " AND stored < ? ORDER BY stored, id LIMIT ?",
-        (partition, *last, _FOREVER if stored_before is None else stored_before, count),
+        (partition, *last, end, count),
     ).fetchall()
     used_before = _ms(choice.used_before)
     chosen = [(row,) for _, row, used in rows if used_before is None or used < used_before]
@@ -133,13 +148,17 @@ def _delete(connection: Any, rows: Sequence[tuple[int]]) -> None:  # noqa: ANN40
 def _delete_records(database: Database, choice: Choice, *, overwrite: bool) -> Iterator[int]:
     """Delete the record at an address, or all records, whatever else is known of them."""
     condition, values = where(choice)
+    # A row that others move to the end of the file meanwhile is known by its time.
+    values["began"] = time.time()
+    ((values["newest"],),) = database.sql("SELECT max(rowid) FROM Cache")
+    is_old = "(Cache.rowid <= :newest OR coalesce(CAST(store_time AS REAL), 0) < :began)"
     last, deleted = 0, ROWS_A_TRANSACTION
     while deleted == ROWS_A_TRANSACTION:
         began = time.monotonic()
         with _deleting(database, overwrite=overwrite) as connection:
             some = connection.execute(
-                f"SELECT Cache.rowid FROM {_RECORDS} WHERE Cache.rowid > :last AND {condition}"
-                f" ORDER BY Cache.rowid LIMIT {ROWS_A_TRANSACTION}",
+                f"SELECT Cache.rowid FROM {_RECORDS} WHERE Cache.rowid > :last AND {is_old}"
+                f" AND {condition} ORDER BY Cache.rowid LIMIT {ROWS_A_TRANSACTION}",
                 {**values, "last": last},
             ).fetchall()
             _delete(connection, some)

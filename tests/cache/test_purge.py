@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.disk import changes as changes_module
-from cache.disk import purge
+from cache.disk import eviction, purge
 from cache.disk.changes import Changes, Kept, Use
 from cache.disk.connection import folder_of, lock_of
 from cache.disk.database import Database
@@ -182,6 +182,29 @@ def test_a_large_purge_goes_a_little_at_a_time(tmp_path, monkeypatch):
             assert other.sql("SELECT count(*) FROM Entries").fetchall() == [(left + 1,)]
         assert set(steps) <= {0}
         assert purge.count(other, Choice()) == (451, 450 * 56)
+
+
+@pytest.mark.parametrize("choice", [Choice(), Choice(namespace="")], ids=["all", "namespace"])
+def test_a_purge_ends_while_others_store_more_than_it_deletes(choice, tmp_path):
+    """It deletes what was there when it began, moved or not, and nothing that came later."""
+    lot = 2 * purge.ROWS_A_TRANSACTION
+    with _opened(tmp_path) as database, _opened(tmp_path) as other:
+
+        def store(number):
+            records = {_address(number * lot + i): Kept(b"x", PARTITIONS[0]) for i in range(lot)}
+            other.write(Changes(records=records))
+
+        for number in range(3):
+            store(number)
+        deleted = 0
+        for step, count in enumerate(purge.delete(database, choice)):
+            assert step < 20
+            deleted += count
+            eviction._move_first(other.sql, 1)
+            store(3 + step)
+        assert deleted == 3 * lot
+        ((left,),) = other.sql("SELECT count(*) FROM Entries")
+        assert left == (step + 1) * lot
 
 
 @pytest.mark.parametrize("moved", [1, 200])
