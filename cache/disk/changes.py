@@ -24,14 +24,16 @@ _PUT_NEWER = f"""{_PUT}
     WHERE excluded.store_time > coalesce(CAST(Cache.store_time AS REAL), 0)
     OR Cache.mode != 1 OR typeof(Cache.value) != 'blob'
 """
+# The time is that of the record that is there: the one that was given may have been left out.
 _ENTER = """
     INSERT INTO Entries (id, partition, stored, used)
-    SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
+    SELECT rowid, ?, coalesce(CAST(1000 * CAST(store_time AS REAL) AS INTEGER), ?), ? FROM Cache
+    WHERE key = ? AND raw = 1
     ON CONFLICT (id) DO UPDATE SET
         partition = coalesce(excluded.partition, partition),
         stored = excluded.stored, used = excluded.used
 """
-_ENTER_NEWER = f"{_ENTER} WHERE excluded.stored > Entries.stored"
+_ENTER_CHANGED = f"{_ENTER} WHERE excluded.stored != Entries.stored"
 _DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND value = ?"
 # An entry of an early version learns here which partition it belongs to.
 _TOUCH = """
@@ -138,7 +140,7 @@ class Changes:
             ((a, times[a], now, kept.record) for a, kept in self.records.items()),
         )
         connection.executemany(
-            _ENTER_NEWER if self.keep_newer else _ENTER,
+            _ENTER_CHANGED if self.keep_newer else _ENTER,
             (
                 (ids[kept.partition], int(1000 * times[a]), int(1000 * now), a)
                 for a, kept in self.records.items()

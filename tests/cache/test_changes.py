@@ -241,6 +241,20 @@ def test_a_huge_transaction_is_one(database):
     }
 
 
+@pytest.mark.parametrize("spoilt", ["record", "entry"])
+def test_an_entry_has_the_time_of_the_record_that_is_there(spoilt, database):
+    """Also where an older record takes the place of a damaged one, or an entry is missing."""
+    database.write(Changes(records={A: Kept(b"first", HERE, NOW)}))
+    if spoilt == "record":
+        database.sql("UPDATE Cache SET mode = 4, value = 'text'")
+    else:
+        database.sql("DELETE FROM Entries")
+    database.write(Changes(records={A: Kept(b"second", HERE, NOW - 1)}, keep_newer=True))
+    found = database.read_many([A])[A]
+    assert found.record == (b"second" if spoilt == "record" else b"first")
+    assert _entries(database) == {A: (HERE, int(1000 * found.stored), int(1000 * NOW))}
+
+
 STEPS = st.lists(
     st.tuples(
         st.dictionaries(
