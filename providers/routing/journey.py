@@ -9,6 +9,7 @@ from providers.base import (
     Context,
     Embedded,
     EmbeddingError,
+    Full,
     Input,
     InputRefused,
     InvalidAnswer,
@@ -84,9 +85,12 @@ class Journey:
 
         What comes is told to `context.on_part` as well: nobody may wait for it any more.
 
-        Raises EmbeddingError; the index of a refused input is its place in the whole request.
+        Raises EmbeddingError; the index of a refused input is its place in the whole request. Full
+        where another attempt has answered all of it before this one begins.
         """
         missing = list(self.parts.missing)
+        if not missing:
+            raise Full(route.name, "all of it was answered meanwhile")
 
         async def keep(places: Sequence[int], part: Embedded) -> None:
             new, part = self.parts.take([missing[place] for place in places], part)

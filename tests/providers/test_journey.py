@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from providers.attempts import Attempt
 from providers.base import (
     Context,
     Full,
@@ -19,6 +20,7 @@ from providers.base import (
 from providers.limits import Limits
 from providers.router import Route, Router
 from providers.routing.health import Upstreams
+from providers.routing.journey import Journey
 from tests.providers.fakes import Kept, Upstream, check, settle
 
 SPACE = Space("vendor/model", 2)
@@ -65,6 +67,17 @@ async def no_wait(_):
 def router_over(*providers, **options):
     """Return a router over these providers."""
     return Router([Route(provider, "m") for provider in providers], **{"sleep": no_wait, **options})
+
+
+async def test_what_another_attempt_has_answered_by_then_is_not_asked_for():
+    """An attempt that begins when nothing is missing any more makes no call."""
+    provider, context = Provider("a"), Context()
+    journey = Journey(SPACE, texts(2), context, lambda *_: None)
+    answer = await provider.ask("m", SPACE, texts(2), context)
+    journey.parts.take(range(2), answer)
+    with pytest.raises(Full):
+        await journey.ask(Route(provider, "m"), None, Attempt())
+    assert len(provider.upstream.calls) == 1
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "nobody listens"])
