@@ -49,16 +49,18 @@ class Fill(Generic[R]):
         """Done at the same moment."""
         self.task = asyncio.create_task(work(self))
 
-    def serves(self, key: Key, terms: Terms) -> bool:
+    def serves(self, key: Key, terms: Terms, credential: Credential | None) -> bool:
         """Tell whether a request on these terms may wait for a key of the fill.
 
         One that leaves no trace shows nobody that it waits. One that takes no entry, however new,
-        takes no purchase that was begun before it came; and as a fill may find on its second look
-        what its leader takes, no request joins one of a leader that takes older entries.
+        takes no purchase that was begun before it came, unless its terms name that of the same key;
+        and as a fill may find on its second look what its leader takes, no request joins one of a
+        leader that takes older entries.
         """
         if (self.abandoned and key not in self.begun) or not terms.write:
             return False
-        return terms.max_age > 0 and self._terms.max_age <= terms.max_age
+        is_taken = terms.max_age > 0 or (terms.joins_same_key and self.credential == credential)
+        return is_taken and self._terms.max_age <= terms.max_age
 
     def give(self, entries: Mapping[Key, Entry]) -> None:
         """Note what is there, and wake those who wait."""
@@ -123,14 +125,14 @@ class Flights(Generic[R]):
         return len(self._fills)
 
     def part(
-        self, keys: Sequence[Key], terms: Terms = NORMAL
+        self, keys: Sequence[Key], terms: Terms = NORMAL, credential: Credential | None = None
     ) -> tuple[dict[Key, Fill[R]], list[Key]]:
         """Part keys into joins, with the fill to wait for, and leads, which are nobody's yet."""
         joins: dict[Key, Fill[R]] = {}
         leads: list[Key] = []
         for key in keys:
             fill = self._fills.get(key)
-            if fill is not None and fill.serves(key, terms):
+            if fill is not None and fill.serves(key, terms, credential):
                 joins[key] = fill
             else:
                 leads.append(key)

@@ -226,6 +226,8 @@ class Terms:
     """Whether nothing is bought, for anyone."""
     only_if_cached: bool = False
     """Whether the client wants an error rather than a purchase."""
+    joins_same_key: bool = False
+    """Whether a purchase under way with the same client's key will do, though no entry will."""
 
     @property
     def spend(self) -> bool:

@@ -231,6 +231,29 @@ async def test_a_key_is_proved_though_its_client_is_gone(upstream, start_proxy, 
     assert len(upstream.calls) == 1
 
 
+@pytest.mark.parametrize(("control", "calls"), [("", 1), ("no-cache", 2)], ids=["any", "no-cache"])
+async def test_the_call_that_proves_a_key_is_waited_for_by_the_next_request(
+    control, calls, upstream, start_proxy, move
+):
+    """It is not made again while it is under way, unless the client wants a new answer."""
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    proxy = await start(start_proxy, upstream, provider={"key": "client"})
+    key = {"Authorization": "Bearer sk-anne-0123456789"}
+    request = ask(proxy, **key)
+    await reading(proxy, reply)
+    await move(REQUEST_S + 1)
+    assert (await request).status == 504
+    again = ask(proxy, **key, **{"Cache-Control": control})
+    flights = proxy.service._registry._flights
+    await until(lambda: any(fill.waiting for fill in flights._fills.values()))
+    await until(lambda: len(upstream.calls) == calls)
+    reply.may_end.set()
+    assert (await again).status == 200
+    assert len(upstream.calls) == calls
+    assert await billed(proxy) == (calls * tokens_of("a"), calls)
+
+
 async def test_a_reply_that_is_arriving_when_the_proxy_stops_is_kept(upstream, start_proxy):
     """It is read, stored and billed before the process ends."""
     reply = Halves(upstream)

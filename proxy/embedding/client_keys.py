@@ -179,10 +179,12 @@ class _Visit:
     async def _first(self, inputs: Sequence[Input]) -> Answered:
         """Ask for the inputs past the cache, unless the key is proved when its turn comes."""
         # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
+        # A call that an earlier request left under way is such a purchase, and is not made again.
+        terms = self._own.terms
         proving = replace(
             self._own,
             credential=replace(self._credential, alone=True),
-            terms=replace(self._own.terms, max_age=0.0),
+            terms=replace(terms, max_age=0.0, joins_same_key=terms.max_age > 0),
             on_charge=self._accept,
         )
         async with self._keys.turn(self._proof, self._own.deadline):
