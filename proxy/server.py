@@ -53,7 +53,8 @@ async def serve(
     """
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
-    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
+    # aiohttp waits for that time twice: before and after it ends the bodies that still arrive.
+    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS / 2)
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from aiohttp import web
+from fault_server import hang
 
 from cache.disk.store import StoreError
 from proxy import server
@@ -25,12 +26,12 @@ def settings(tmp_path, upstream, monkeypatch) -> Settings:
     return _settings(tmp_path, upstream)
 
 
-def _settings(tmp_path, upstream, **keys) -> Settings:
+def _settings(tmp_path, upstream, timeout_s=60, **keys) -> Settings:
     return Settings.model_validate(
         {
             "server": {"port": 0, **keys},
             "cache": {"directory": str(tmp_path / "cache")},
-            "providers": {"openai": {"base_url": upstream.url}},
+            "providers": {"openai": {"base_url": upstream.url, "timeout_s": timeout_s}},
         }
     )
 
@@ -80,6 +81,34 @@ async def test_a_request_that_outlasts_the_grace_is_dropped(settings, upstream, 
                 await request
     finally:
         release.set()
+
+
+async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, caplog):
+    """An upstream that says nothing holds the end up for GRACE_SECONDS, and not for twice that."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    caplog.set_level("INFO", "embedding_proxy.server")
+    ahead, loop = 0.0, asyncio.get_running_loop()
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
+    upstream.script.append(hang())
+    patient = _settings(tmp_path, upstream, timeout_s=10 * server.GRACE_SECONDS)
+    task, url = await _started(patient)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+        request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
+        while not upstream.calls:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while "stopping" not in caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(2):
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert not task.done()
+            ahead += server.GRACE_SECONDS / 2 + 2
+        async with asyncio.timeout(server.GRACE_SECONDS / 2):
+            assert await task is signal.SIGTERM
+        with pytest.raises(aiohttp.ClientError):
+            await request
 
 
 async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
