@@ -69,8 +69,10 @@ class Admission:
             try:
                 async with asyncio.timeout_at(until):
                     held = learned.held_until
-                    await stack.enter_async_context(learned.turn(tokens, until))
-                    await stack.enter_async_context(self._declared.turn(tokens, until))
+                    rooms = [
+                        await stack.enter_async_context(throttle.turn(tokens, until))
+                        for throttle in (learned, self._declared)
+                    ]
                     await self._slots.acquire()
                     while learned.held_until != held:
                         # A call was refused meanwhile, as this one would be.
@@ -79,6 +81,8 @@ class Admission:
                         await learned.pause(until)
                         await self._slots.acquire()
                     stack.callback(self._slots.release)
+                    for room in rooms:
+                        room.is_used = True
             except TimeoutError as error:
                 if context.begin_by is not None:
                     message = "all the calls that it takes at a time are under way"

@@ -57,6 +57,16 @@ class Bucket:
         self._level -= cost
 
 
+class Room:
+    """Room that one call holds in a queue. Whoever makes the call sets `is_used`."""
+
+    __slots__ = ("is_used",)
+
+    def __init__(self) -> None:
+        self.is_used = False
+        """Whether nothing is left to wait for: who is cancelled before gives the room back."""
+
+
 class Throttle:
     """The queue before one upstream, or before one model of it.
 
@@ -87,19 +97,22 @@ class Throttle:
         """Until when nobody is let through; changed by each `hold` that is for longer."""
 
     @asynccontextmanager
-    async def turn(self, tokens: int, deadline: float | None) -> AsyncIterator[None]:
+    async def turn(self, tokens: int, deadline: float | None) -> AsyncIterator[Room]:
         """Wait for room for one call of so many tokens, and hold it for the length of the call.
 
         Raises Full, with the wait, if there is no room before the deadline. A call that another
-        queue behind this one raises Full for is given its room back.
+        queue behind this one raises Full for gives its room back, and so does one that is cancelled
+        while it waits there.
         """
         cost = {"requests": 1, "tokens": tokens}
         await self._wait(cost, deadline)
         _add(self._flying, cost)
+        room = Room()
         try:
-            yield
-        except Full:
-            self._take(cost, -1)
+            yield room
+        except (Full, asyncio.CancelledError) as error:
+            if isinstance(error, Full) or not room.is_used:
+                self._take(cost, -1)
             raise
         finally:
             _add(self._flying, cost, -1)

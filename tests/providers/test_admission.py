@@ -49,3 +49,23 @@ async def test_nothing_is_learned_where_that_is_not_wanted():
         admission.learn("m", told)
         await _turn(admission, "m")
         assert bool(waits) == learn
+
+
+async def test_who_is_cancelled_in_the_queue_takes_no_room():
+    """A hedge that loses while it waits for a slot leaves the limits per minute to others."""
+    limits = Limits(requests_per_minute=2, concurrency=1)
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    admission = Admission("acme", limits, sleep)
+    async with admission.turn("m", 1, Context()):
+        for _ in range(5):
+            waiting = asyncio.create_task(_turn(admission, "m"))
+            while admission._declared._flying["requests"] < 2:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+    await _turn(admission, "m")
+    assert waits == []
