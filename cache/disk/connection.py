@@ -14,7 +14,7 @@ from cache.key import FORMAT
 from . import database
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
-from .reading import Glance, ReadOnlyFile
+from .read_only import Glance, ReadOnlyFile
 from .schema import NewerLayout
 
 log = logging.getLogger("embedding_proxy.store")

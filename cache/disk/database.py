@@ -14,7 +14,7 @@ from typing import Any
 
 import diskcache
 
-from . import eviction, reading, schema
+from . import eviction, read_only, schema, set_aside
 from .changes import Changes, Found, Use
 from .lock import WriterLock
 from .schema import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
@@ -100,14 +100,16 @@ class Database:
         self.most_bytes = max(size_limit // 64, 1 << 20)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self._full_until = 0.0
+        self._is_let_go = False
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with lock:
+            set_aside.complete(self.path)
             try:
                 self.cache = self._open()
             except (ArithmeticError, LookupError, ValueError) as error:
                 # What diskcache, or sqlite3 itself, makes of a settings table that is damaged.
                 raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
-        self._inode: int = self.path.stat().st_ino
+            self._inode = set_aside.inode_of(self.path)
 
     def _open(self) -> diskcache.Cache:
         schema.prepare(self.path)
@@ -135,17 +137,23 @@ class Database:
 
     @property
     def sql(self) -> schema.Sql:
-        """The calling thread's way to run a statement; diskcache has no calls for many."""
+        """The calling thread's way to run a statement; diskcache has no calls for many.
+
+        Raises FileReplaced after `let_go`: diskcache would open what is at the path by now.
+        """
+        if self._is_let_go:
+            raise FileReplaced("the file was let go")
         run: schema.Sql = self.cache._sql  # noqa: SLF001
         return run
 
     @property
     def replaced(self) -> bool:
         """Whether the file that is open is no longer the one at its path."""
-        try:
-            return bool(self.path.stat().st_ino != self._inode)
-        except FileNotFoundError:
-            return True
+        return set_aside.inode_of(self.path) != self._inode
+
+    def let_go(self) -> None:
+        """Refuse all further work, of any thread; each still closes its own connection."""
+        self._is_let_go = True
 
     def close(self) -> None:
         """Close the calling thread's connection; the last one of all does a checkpoint."""
@@ -153,18 +161,19 @@ class Database:
             self.cache.close()
 
     def set_aside(self) -> Path | None:
-        """Move the damaged store out of the way; return where it lies now. Nothing is deleted.
+        """Move the damaged file out of the way; return its folder (see `set_aside`).
 
         Returns None if it was already replaced, by another process that found the same damage.
         """
         with self._lock:
-            return None if self.replaced else set_aside(self.folder)
+            aside = set_aside.move(self.path, self._inode)
+        return None if aside is None else aside.folder
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, Found]:
         """Return the records that are there, by address, but for those stored before a time."""
-        return reading.read_many(self.sql, addresses, not_before)
+        return read_only.read_many(self.sql, addresses, not_before)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Any]:
@@ -222,16 +231,6 @@ class Database:
 
 _FULL_OF_PINS = "the store is full of what is pinned; nothing is written"
 _DAMAGE = ("no such table", "no such column", "malformed", "Could not decode")
-
-
-def set_aside(folder: Path) -> Path:
-    """Move a damaged store out of the way and return where it lies now; nothing is deleted."""
-    stamp = time.strftime("%Y%m%dT%H%M%S")
-    for attempt in range(1000):
-        aside = folder.with_name(f"{folder.name}.damaged-{stamp}-{attempt}")
-        if not aside.exists():
-            return folder.rename(aside)
-    raise FileExistsError(f"{folder}: there are too many damaged stores beside it")
 
 
 def is_damage(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from cache.disk.changes import Changes, Found, Kept, Use
 from cache.disk.connection import Disk, StoreError
 from cache.disk.database import FAILURES, FILE_NAME
 from cache.disk.reader import Reader
-from cache.disk.reading import read_ledger
+from cache.disk.read_only import read_ledger
 from cache.disk.writer import Writer
 from cache.ledger import By, Heading, Line
 from cache.row import Partition

@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 
 from cache.disk.database import Database
-from cache.row import Partition
+from cache.row import UNKNOWN, Partition
 from cache.usage import Usage
-
-UNKNOWN = Partition("", "(not known)", 0)
-"""Stands for entries of which it is not known where they belong, until they are used."""
-
 
 @dataclass(frozen=True, slots=True)
 class Held:

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache.maintenance.pages import MOST_UNREADABLE
-from cache.maintenance.salvage import Report, rows
+from cache.disk.carver import Report, rows
+from cache.disk.pages import MAX_UNREADABLE
 from cache.record import Entry, encode
 from cache.row import Partition, Row
 
@@ -541,7 +541,7 @@ def test_a_page_of_noise_is_given_up(tmp_path, kind):
     (tmp_path / "cache.db").write_bytes(bytes(PAGE) + noise)
     found, report = salvaged(tmp_path / "cache.db")
     assert found == []
-    assert report.damaged <= 4 * (MOST_UNREADABLE + 1)
+    assert report.damaged <= 4 * (MAX_UNREADABLE + 1)
 
 
 def test_an_empty_file_gives_nothing_and_a_missing_one_is_an_error(tmp_path):

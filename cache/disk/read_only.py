@@ -1,4 +1,4 @@
-"""Reading records from a store's file, one that can be written or one that cannot."""
+"""Connections that only read a store's file: beside a writer, for want of one, or of a damaged file."""
 
 import contextlib
 import resource
@@ -12,6 +12,7 @@ from cache import ledger
 from .backoff import Rest
 from .changes import Found
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
+from .set_aside import SetAside
 
 ADDRESSES_A_SELECT = 512
 SLOW_SECONDS = 0.005
@@ -63,6 +64,58 @@ class ReadOnlyFile:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+
+class DamagedFile:
+    """A damaged file that was set aside, read as far as SQLite can. For one thread. Never raises."""
+
+    def __init__(self, aside: SetAside) -> None:
+        self.aside = aside
+        self._connection: sqlite3.Connection | None = None
+        for query in ("mode=ro", "mode=ro&immutable=1"):
+            # The second where SQLite can make no file beside it.
+            self.close()
+            with contextlib.suppress(sqlite3.Error):
+                self._connection = _connected(aside.path, query, patience_s=0.0)
+                self._connection.execute("PRAGMA schema_version").fetchall()
+                return
+
+    def read_many(
+        self, addresses: Sequence[bytes], *, not_before: float = 0.0
+    ) -> tuple[dict[bytes, Found], set[bytes]]:
+        """Return the records that can be read, by address, and the addresses that cannot be looked up.
+
+        What is in neither is not in the file. After `close`, nothing can be looked up.
+        """
+        found: dict[bytes, Found] = {}
+        unreadable: set[bytes] = set()
+        for start in range(0, len(addresses), ADDRESSES_A_SELECT):
+            some = addresses[start : start + ADDRESSES_A_SELECT]
+            read = self._read(some, not_before)
+            if read is not None:
+                found |= read
+                continue
+            for address in some:
+                one = self._read([address], not_before)
+                if one is None:
+                    unreadable.add(address)
+                else:
+                    found |= one
+        return found, unreadable
+
+    def _read(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found] | None:
+        if self._connection is None:
+            return None
+        try:
+            return read_many(self._connection.execute, addresses, not_before)
+        except Exception:  # noqa: BLE001 - of damage, sqlite3 makes errors of many kinds
+            return None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 class Glance:
@@ -121,9 +174,13 @@ def _disk_reads() -> int | None:
     return spent.ru_majflt + spent.ru_inblock
 
 
-def _connect(path: Path, query: str, patience_s: float = 5.0) -> sqlite3.Connection:
+def _connected(path: Path, query: str, patience_s: float) -> sqlite3.Connection:
     address = f"{path.absolute().as_uri()}?{query}"
-    connection = sqlite3.connect(address, patience_s, uri=True, check_same_thread=False)
+    return sqlite3.connect(address, patience_s, uri=True, check_same_thread=False)
+
+
+def _connect(path: Path, query: str, patience_s: float = 5.0) -> sqlite3.Connection:
+    connection = _connected(path, query, patience_s)
     try:
         connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
     except sqlite3.Error:
