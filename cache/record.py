@@ -62,6 +62,19 @@ def decode(record: bytes, digest: bytes, dimensions: int) -> Entry | None:
     return Entry(record[_HEADER.size : end], tokens, bool(counted), digest)
 
 
+def is_damaged(record: bytes, digest: bytes) -> bool:
+    """Tell whether a record fails its checksum, or is about something else than the digest's input.
+
+    One that verifies at another width than is asked for, or that a later version wrote, is not: it
+    was paid for, and may be what another configuration asks for.
+    """
+    end = len(record) - _CHECKSUM
+    if end < _HEADER.size or checksum(memoryview(record)[:end]) != record[end:]:
+        return True
+    magic, version, *_, found = _HEADER.unpack_from(record)
+    return bool(magic != _MAGIC or (version == FORMAT and found != digest))
+
+
 def width(record: bytes) -> int | None:
     """Return the dimensions of a record that is whole, whatever it is about; None if it is not."""
     if len(record) < _HEADER.size + _CHECKSUM:

@@ -5,6 +5,7 @@ as far as it can be. Neither raises.
 """
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,13 @@ from .record import Entry
 from .row import Partition
 from .usage import Usage
 
+log = logging.getLogger("embedding_proxy.store")
+
 LOT = 256
 """Keys that are looked up in memory in one go; between two goes, others get their turn."""
 # The same of entries that are looked up on disk as well, or are kept.
 _AT_A_TIME = 512
+_MAX_TOLD = 100
 _DIGEST, _VECTOR = attrgetter("digest"), attrgetter("vector")
 
 
@@ -49,6 +53,7 @@ class Tiers:
         self._store = store
         store.on_purge = memory.clear
         self.counters = TierCounters()
+        self._told: set[tuple[int, int]] = set()
 
     async def get_many(
         self, keys: Sequence[Key], partition: Partition, terms: Terms = NORMAL
@@ -171,25 +176,47 @@ class Tiers:
     async def _from_disk(
         self, keys: Sequence[Key], dimensions: int, not_before: float, terms: Terms
     ) -> dict[Key, Entry]:
-        """Return the entries on disk that verify and are new enough; delete the damaged records."""
+        """Return the entries on disk that verify and are new enough; delete the damaged records.
+
+        A record of another width is a miss, and stays. A request that may not buy, or leaves no
+        trace, deletes nothing: what it takes for damage may be all there is.
+        """
         records = await self._store.get_many([key.address for key in keys])
         found: dict[Key, Entry] = {}
+        damaged: dict[bytes, bytes] = {}
         for key in keys:
             raw = records.get(key.address)
-            entry = None if raw is None else record.decode(raw.record, key.digest, dimensions)
-            if raw is not None and entry is not None:
-                del records[key.address]
-                if raw.stored < not_before:
-                    continue
+            if raw is None:
+                continue
+            entry = record.decode(raw.record, key.digest, dimensions)
+            if entry is None:
+                if record.is_damaged(raw.record, key.digest):
+                    damaged[key.address] = raw.record
+                else:
+                    self._warn_of_width(raw.record, dimensions)
+            elif raw.stored >= not_before:
                 if terms.write:
                     self._memory.put(key.address, entry, raw.stored)
                 found[key] = entry
         self.counters.disk_hits += len(found)
         self.counters.misses += len(keys) - len(found)
-        if records:
-            self.counters.mismatches += len(records)
-            await self._store.delete_many({a: bad.record for a, bad in records.items()})
+        if damaged:
+            self.counters.mismatches += len(damaged)
+            if terms.spend and terms.write:
+                await self._store.delete_many(damaged)
         return found
+
+    def _warn_of_width(self, raw: bytes, dimensions: int) -> None:
+        """Say once for each pair of widths that records are not served for their width's sake."""
+        width = record.width(raw)
+        if width is None or (width, dimensions) in self._told or len(self._told) >= _MAX_TOLD:
+            return
+        self._told.add((width, dimensions))
+        log.warning(
+            "the cache holds vectors of %d dimensions for a model that is configured with"
+            " dimensions: %d; they are kept and not served",
+            *(width, dimensions),
+        )
 
     async def put_many(
         self, entries: Mapping[Key, Entry], partition: Partition, terms: Terms = NORMAL

@@ -1,7 +1,7 @@
 """What one transaction on the disk tier does, and the statements that do it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -20,8 +20,11 @@ _PUT = """
         store_time = excluded.store_time, access_time = excluded.access_time,
         expire_time = NULL, size = 0, mode = 1, filename = NULL, value = excluded.value
 """
-# The same, but for those where there is a record.
-_PUT_NEW = f"{_PUT} WHERE Cache.mode != 1 OR typeof(Cache.value) != 'blob'"
+# The same, but for those where there is a record that was stored at that time or later.
+_PUT_NEWER = f"""{_PUT}
+    WHERE excluded.store_time > coalesce(CAST(Cache.store_time AS REAL), 0)
+    OR Cache.mode != 1 OR typeof(Cache.value) != 'blob'
+"""
 _ENTER = """
     INSERT INTO Entries (id, partition, stored, used)
     SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
@@ -29,10 +32,7 @@ _ENTER = """
         partition = coalesce(excluded.partition, partition),
         stored = excluded.stored, used = excluded.used
 """
-_ENTER_NEW = """
-    INSERT OR IGNORE INTO Entries (id, partition, stored, used)
-    SELECT rowid, ?, ?, ? FROM Cache WHERE key = ? AND raw = 1
-"""
+_ENTER_NEWER = f"{_ENTER} WHERE excluded.stored > Entries.stored"
 _DELETE = "DELETE FROM Cache WHERE key = ? AND raw = 1 AND value = ?"
 # An entry of an early version learns here which partition it belongs to.
 _TOUCH = """
@@ -85,8 +85,8 @@ class Changes:
     """Written, by address."""
     dead: list[tuple[bytes, bytes]] = field(default_factory=list)
     """Deleted: address and record, so that a newer record under the address stays."""
-    only_new: bool = False
-    """Whether records that are there stay; else they are replaced."""
+    keep_newer: bool = False
+    """Whether records that are there and were not stored earlier stay; else all are replaced."""
     used: dict[bytes, Use] = field(default_factory=dict)
     """Uses noted, by address."""
     usage: dict[tuple[int, Heading], Usage] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Changes:
         for address, kept in self.records.items():
             if size and size + len(kept.record) > most_bytes:
                 yield part
-                part, size = Changes(only_new=self.only_new), 0
+                part, size = Changes(keep_newer=self.keep_newer), 0
             part.records[address] = kept
             size += len(kept.record)
         yield part
@@ -113,26 +113,9 @@ class Changes:
         if self.dead:
             connection.executemany(_DELETE, self.dead)
 
-    def put(self, connection: Any) -> None:  # noqa: ANN401
-        """Write everything else."""
-        ids = self._partition_ids(connection)
-        now = time.time()
-        times = {a: now if kept.stored is None else kept.stored for a, kept in self.records.items()}
-        connection.executemany(
-            _PUT_NEW if self.only_new else _PUT,
-            ((a, times[a], now, kept.record) for a, kept in self.records.items()),
-        )
-        connection.executemany(
-            _ENTER_NEW if self.only_new else _ENTER,
-            (
-                (ids[kept.partition], int(1000 * times[a]), int(1000 * now), a)
-                for a, kept in self.records.items()
-            ),
-        )
-        connection.executemany(
-            _TOUCH,
-            ((use.at, ids[use.partition], a, use.at - TOUCH_MS) for a, use in self.used.items()),
-        )
+    def put_sums(self, connection: Any) -> None:  # noqa: ANN401
+        """Add to the sums."""
+        ids = _partition_ids(connection, {heading.partition for _, heading in self.usage})
         connection.executemany(
             _COUNT,
             (
@@ -141,23 +124,49 @@ class Changes:
             ),
         )
 
-    def _partition_ids(self, connection: Any) -> dict[Partition | None, int | None]:  # noqa: ANN401
-        """Return the numbers of the partitions that are named here; new ones get theirs."""
-        named = {kept.partition for kept in self.records.values()}
-        named |= {use.partition for use in self.used.values()}
-        named |= {heading.partition for _, heading in self.usage}
-        ids: dict[Partition | None, int | None] = {None: None}
-        for partition in named:
-            if partition is None:
-                continue
-            # An archive of an earlier version names spaces with the values of their parameters.
-            columns = partition._replace(space=current_label(partition.space))
-            connection.execute(
-                "INSERT OR IGNORE INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)",
-                columns,
-            )
-            ((ids[partition],),) = connection.execute(
-                "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)",
-                columns,
-            )
-        return ids
+    def put_uses(self, connection: Any) -> None:  # noqa: ANN401
+        """Note when entries were used."""
+        ids = _partition_ids(connection, {use.partition for use in self.used.values()})
+        connection.executemany(
+            _TOUCH,
+            ((use.at, ids[use.partition], a, use.at - TOUCH_MS) for a, use in self.used.items()),
+        )
+
+    def put_records(self, connection: Any) -> None:  # noqa: ANN401
+        """Write the records, and enter them."""
+        ids = _partition_ids(connection, {kept.partition for kept in self.records.values()})
+        now = time.time()
+        times = {a: now if kept.stored is None else kept.stored for a, kept in self.records.items()}
+        connection.executemany(
+            _PUT_NEWER if self.keep_newer else _PUT,
+            ((a, times[a], now, kept.record) for a, kept in self.records.items()),
+        )
+        connection.executemany(
+            _ENTER_NEWER if self.keep_newer else _ENTER,
+            (
+                (ids[kept.partition], int(1000 * times[a]), int(1000 * now), a)
+                for a, kept in self.records.items()
+            ),
+        )
+
+
+def _partition_ids(
+    connection: Any,  # noqa: ANN401
+    named: Iterable[Partition | None],
+) -> dict[Partition | None, int | None]:
+    """Return the numbers of partitions; new ones get theirs."""
+    ids: dict[Partition | None, int | None] = {None: None}
+    for partition in named:
+        if partition is None:
+            continue
+        # An archive of an earlier version names spaces with the values of their parameters.
+        columns = partition._replace(space=current_label(partition.space))
+        connection.execute(
+            "INSERT OR IGNORE INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)",
+            columns,
+        )
+        ((ids[partition],),) = connection.execute(
+            "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)",
+            columns,
+        )
+    return ids

@@ -16,6 +16,7 @@ import diskcache
 
 from . import eviction, read_only, schema, set_aside
 from .changes import Changes, Found, Use
+from .eviction import Eviction, StoreFull
 from .lock import WriterLock
 from .schema import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
 
@@ -24,12 +25,19 @@ BUSY_SECONDS = 2.0
 FREE_BYTES = 64 << 20
 """Nothing is written when less than this would be left on the file system."""
 
+LOG_WAIT_MS = 100
+"""How long a writer waits for readers to let go of a write-ahead log that has grown too long."""
+_OTHER_PAGES = 16
+"""About how many pages one transaction writes beside those of records."""
+
 FULL_SECONDS = 10.0
 """How long a store that is full of what is pinned is not asked again."""
 
 FILE_NAME: str = diskcache.core.DBNAME
 
-STORE_FAILURES = (sqlite3.Error, diskcache.Timeout)
+Timeout: type[Exception] = diskcache.Timeout
+"""Raised when another process keeps the file locked for too long."""
+STORE_FAILURES = (sqlite3.Error, Timeout)
 FAILURES = (*STORE_FAILURES, OSError)
 """What any call here may raise."""
 
@@ -75,6 +83,10 @@ def _only_bytes(value: object) -> bytes:
     return value
 
 
+class LogHeld(TimeoutError):
+    """A reader keeps the write-ahead log from being emptied, and there is no room for more."""
+
+
 class FileReplaced(OSError):
     """The file that is open is no longer the one at its path: what is written would be lost."""
 
@@ -92,11 +104,12 @@ class Database:
         self.folder = folder
         self.path = folder / FILE_NAME
         self._lock = lock
-        self._pinned = pinned
         limit = max(1, size_limit // PAGE_BYTES)
         # A fiftieth, at most 32 MiB, is for the write-ahead log.
         self._log_pages = min(max(limit // 50, 4), 1000)
-        self._most_pages = max(1, limit - self._log_pages)
+        self._eviction = Eviction(max(1, limit - self._log_pages), pinned)
+        self._size_limit = size_limit
+        self._log = folder / f"{FILE_NAME}-wal"
         self.most_bytes = max(size_limit // 64, 1 << 20)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self._full_until = 0.0
@@ -176,30 +189,68 @@ class Database:
         return read_only.read_many(self.sql, addresses, not_before)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Any]:
-        """Give the connection for changes that are made together, while nobody else writes."""
-        if self.replaced:
-            raise FileReplaced("the file was taken away")
-        with self._lock, self.cache.transact():
-            yield self.cache._con  # noqa: SLF001
+    def transaction(self, pages: int = 0) -> Iterator[Any]:
+        """Give the connection for changes that are made together, while nobody else writes.
+
+        `pages` is about how many pages will be written. Raises LogHeld where there is no room for
+        them.
+        """
+        with self._lock:
+            if self.replaced:
+                raise FileReplaced("the file was taken away")
+            self._heed_log(pages)
+            with self.cache.transact():
+                yield self.cache._con  # noqa: SLF001
+
+    def _heed_log(self, pages: int) -> None:
+        """Raise LogHeld if the write-ahead log would grow beyond what the file leaves of the limit.
+
+        SQLite empties the log when nobody reads what is in it; a reader that does not end keeps it
+        growing. Below its limit the store has room for a longer log.
+        """
+        log = _size(self._log)
+        if log <= 2 * self._log_pages * PAGE_BYTES:
+            return
+        if _size(self.path) + log + pages * PAGE_BYTES <= self._size_limit:
+            return
+        self.sql(f"PRAGMA busy_timeout = {LOG_WAIT_MS}").fetchall()
+        try:
+            ((is_busy, *_),) = self.sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self.sql(f"PRAGMA busy_timeout = {int(1000 * BUSY_SECONDS)}").fetchall()
+        if is_busy:
+            raise LogHeld(
+                "somebody reads the store without an end, so its write-ahead log cannot be emptied:"
+                " nothing is written until that reader ends"
+            )
 
     def write(self, changes: Changes, recent: Mapping[bytes, Use] | None = None) -> None:
         """Make all changes in one transaction, and room for them before.
 
-        `recent` has uses that are not written yet; for them, too, an entry is not evicted.
+        `recent` has uses that are not written yet; for them, too, an entry is not evicted. Where
+        there is no room for the records, sums and uses are written, and taken out of `changes`,
+        before StoreFull is raised.
         """
-        if self.replaced:
-            raise FileReplaced("the file was taken away")
         if changes.records and shutil.disk_usage(self.folder).free < FREE_BYTES:
             raise OSError("the file system is nearly full; nothing is written")
-        with self.transaction() as connection:
+        wanted = eviction.pages_for([len(kept.record) for kept in changes.records.values()])
+        full: StoreFull | None = None
+        with self.transaction(2 * wanted + _OTHER_PAGES) as connection:
             changes.delete_dead(connection)
-            lengths = [len(kept.record) for kept in changes.records.values()]
-            wanted = eviction.pages_for(lengths)
-            there_is_room = self._make_room(wanted, wanted, changes, recent or {})
-            changes.put(connection)
-            if not there_is_room:
+            changes.put_sums(connection)
+            there_is_room = True
+            try:
+                there_is_room = self._make_room(wanted, wanted, changes, recent or {})
+            except StoreFull as error:
+                full = error
+            else:
+                changes.put_records(connection)
+            changes.put_uses(connection)
+            if full is None and not there_is_room:
                 self._make_room(0, wanted, changes, recent or {})
+        if full is not None:
+            changes.dead, changes.used, changes.usage = [], {}, {}
+            raise full
 
     def _make_room(
         self, wanted: int, effort: int, changes: Changes, recent: Mapping[bytes, Use]
@@ -209,27 +260,22 @@ class Database:
             return use.at if use else 0
 
         if wanted and time.monotonic() < self._full_until:
-            raise OSError(_FULL_OF_PINS)
-        pinned: set[int] = set()
-        if self._pinned:
-            rows = self.sql("SELECT id, namespace FROM Partitions")
-            pinned = {number for number, namespace in rows if namespace in self._pinned}
-        room = eviction.make_room(
-            self.sql,
-            limit=self._most_pages,
-            wanted=wanted,
-            used_at=used_at,
-            pinned=pinned,
-            effort=effort,
-        )
-        if room.lacking > 0 and pinned and not room.deleted and wanted:
+            raise StoreFull(eviction.FULL)
+        try:
+            return self._eviction.make_room(self.sql, wanted, used_at, effort)
+        except StoreFull:
             # Found out at some cost, and not to change soon.
             self._full_until = time.monotonic() + FULL_SECONDS
-            raise OSError(_FULL_OF_PINS)
-        return room.lacking <= 0
+            raise
 
 
-_FULL_OF_PINS = "the store is full of what is pinned; nothing is written"
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 _DAMAGE = ("no such table", "no such column", "malformed", "Could not decode")
 
 

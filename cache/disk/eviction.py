@@ -8,12 +8,12 @@ moved to the end, and their pages become free as a whole.
 
 import math
 from collections.abc import Callable, Collection
-from typing import NamedTuple
 
 from .schema import PAGE_BYTES, Sql, give_back
 
 PASSES = 8
 """The most passes over the cold end that one round makes to find what may go."""
+TRANSACTIONS_A_FULL_LOOK = 256
 MOST_PAGES = 512
 """The most pages (16 MiB) that one transaction deletes or moves beside what it needs itself."""
 _ROW_BYTES = 64
@@ -34,50 +34,120 @@ def pages_for(lengths: Collection[int]) -> int:
     )
 
 
-class Room(NamedTuple):
-    """What came of making room."""
-
-    lacking: int
-    """Pages that are still lacking; 0 or less: there is room."""
-    deleted: int
-    """Entries that had to go."""
+FULL = "the store is full of what is pinned; nothing is written"
 
 
-def make_room(  # noqa: PLR0913 - by name
-    sql: Sql,
-    *,
-    limit: int,
-    wanted: int,
-    used_at: Callable[[bytes], int],
-    pinned: Collection[int] = (),
-    effort: int = 0,
-) -> Room:
-    """Make room for `wanted` pages in a file of at most `limit` pages, as far as that is quick.
+class StoreFull(OSError):
+    """There is no room: what is left is pinned, and is never evicted."""
 
-    What is left to do the next transaction does. `used_at` tells, by address, of a use that is not
-    in the file yet, in milliseconds, or 0; such an entry is given that time instead of being
-    deleted. So is one of a `pinned` partition. `effort` is how many pages the transaction writes
-    besides: a large one may as well delete and move more.
+
+class Eviction:
+    """Makes room in a file of at most `limit` pages. For one thread.
+
+    Entries of namespaces in `pinned` are never evicted.
     """
-    budget = 2 * max(wanted, effort) + max(4 * _SPARE_PAGES, min(MOST_PAGES, limit // 32))
-    lacking, deleted = _lacking(sql, limit, wanted), 0
-    while lacking > 0 and budget > 0:
-        goal = min(lacking + _SPARE_PAGES, budget)
-        gone = _delete_coldest(sql, goal, used_at, pinned)
-        deleted += gone
-        budget -= goal
-        before, lacking = lacking, _lacking(sql, limit, wanted)
-        if 2 * lacking > min(before, goal) and budget > 0:
-            _move_first(sql, min(2 * lacking, budget))
-            budget -= 2 * lacking
-            lacking = _lacking(sql, limit, wanted)
-        if not gone and lacking >= before:
-            break
-    ((pages,),) = sql("PRAGMA page_count")
-    if pages > limit:
-        # As after the limit was lowered.
-        give_back(sql, min(pages - limit, MOST_PAGES))
-    return Room(lacking, deleted)
+
+    def __init__(self, limit: int, pinned: Collection[str] = ()) -> None:
+        self._limit = limit
+        self._pinned = pinned
+        self._coldest = 0
+        """Nothing that may go was used before, in milliseconds since 1970: where much is pinned,
+        each look for the coldest would pass over all of that."""
+        self._transactions = 0
+
+    def make_room(
+        self, sql: Sql, wanted: int, used_at: Callable[[bytes], int], effort: int = 0
+    ) -> bool:
+        """Make room for `wanted` pages, as far as that is quick; return whether there is room.
+
+        What is left to do the next transaction does. `used_at` tells, by address, of a use that is
+        not in the file yet, in milliseconds, or 0: such an entry is as young as that use. `effort`
+        is how many pages the transaction writes besides: a large one may as well delete and move
+        more. Raises StoreFull where nothing is left that may go; what was moved counts all the
+        same.
+        """
+        limit = self._limit
+        budget = 2 * max(wanted, effort) + max(4 * _SPARE_PAGES, min(MOST_PAGES, limit // 32))
+        lacking, is_empty = _lacking(sql, limit, wanted), False
+        pinned = self._pinned_ids(sql) if lacking > 0 else ""
+        self._transactions += lacking > 0
+        if self._transactions % TRANSACTIONS_A_FULL_LOOK == 0:
+            # What was entered with an old time since, as by a repair, is to be found in the end.
+            self._coldest = 0
+        coldest: int | None = None
+        while lacking > 0 and budget > 0:
+            goal = min(lacking + _SPARE_PAGES, budget)
+            gone, used = self._delete_coldest(sql, _rows_of(sql, goal), used_at, pinned)
+            coldest = used if coldest is None else coldest
+            is_empty = not gone
+            budget -= goal
+            before, lacking = lacking, _lacking(sql, limit, wanted)
+            if 2 * lacking > min(before, goal) and budget > 0:
+                _move_first(sql, min(2 * lacking, budget))
+                budget -= 2 * lacking
+                lacking = _lacking(sql, limit, wanted)
+            if not gone and lacking >= before:
+                break
+        # Of the first look only: should the transaction fail, all is as it was then.
+        self._coldest = coldest or self._coldest
+        ((pages,),) = sql("PRAGMA page_count")
+        if pages > limit:
+            # As after the limit was lowered.
+            give_back(sql, min(pages - limit, MOST_PAGES))
+        if lacking > 0 and is_empty and self._pinned and wanted:
+            raise StoreFull(FULL)
+        return lacking <= 0
+
+    def _pinned_ids(self, sql: Sql) -> str:
+        """Return the numbers of the pinned partitions, for a list in SQL."""
+        if not self._pinned:
+            return ""
+        rows = sql("SELECT id, namespace FROM Partitions")
+        return ",".join(str(int(number)) for number, name in rows if name in self._pinned)
+
+    def _delete_coldest(
+        self, sql: Sql, wanted: int, used_at: Callable[[bytes], int], pinned: str
+    ) -> tuple[int, int]:
+        """Delete so many of the entries used longest ago, but for pinned ones.
+
+        Returns how many were deleted, and when the coldest of all was used, 0 if there is none. A
+        use that is only in memory is written for those that would go else; where all have one, the
+        coldest of them go.
+        """
+        deleted, coldest = 0, 0
+        for number in range(PASSES):
+            rows = self._coldest_rows(sql, wanted - deleted, pinned)
+            if not rows:
+                break
+            if not number:
+                coldest = rows[0][1]
+            is_last = number == PASSES - 1
+            used_later = [(at, row) for row, used, key in rows if (at := used_at(key)) > used]
+            if is_last:
+                used_later = []
+            later = {row for _, row in used_later}
+            gone = [(row,) for row, _, _ in rows if row not in later]
+            for at, row in used_later:
+                sql("UPDATE Entries SET used = ? WHERE id = ?", (at, row))
+            for (row,) in gone:
+                sql("DELETE FROM Cache WHERE rowid = ?", (row,))
+                sql("DELETE FROM Entries WHERE id = ?", (row,))
+            deleted += len(gone)
+            if deleted >= wanted:
+                break
+        return deleted, coldest
+
+    def _coldest_rows(self, sql: Sql, count: int, pinned: str) -> list[tuple[int, int, bytes]]:
+        for since in dict.fromkeys((self._coldest, 0)):
+            rows: list[tuple[int, int, bytes]] = sql(
+                "SELECT id, used, key FROM Entries LEFT JOIN Cache ON Cache.rowid = id"
+                f" WHERE used >= ? AND (partition IS NULL OR partition NOT IN ({pinned}))"
+                " ORDER BY used LIMIT ?",
+                (since, count),
+            ).fetchall()
+            if rows:
+                return rows
+        return []
 
 
 def _lacking(sql: Sql, limit: int, wanted: int) -> int:
@@ -93,35 +163,6 @@ def _rows_of(sql: Sql, pages: int) -> int:
     ((entries,),) = sql("SELECT value FROM Settings WHERE key = 'count'")
     share: float = pages / max(1, total - free)
     return math.ceil(share * int(entries))
-
-
-def _delete_coldest(
-    sql: Sql, pages: int, used_at: Callable[[bytes], int], pinned: Collection[int]
-) -> int:
-    """Delete as many of the entries used longest ago as fill so many pages; return how many."""
-    wanted = _rows_of(sql, pages)
-    ((newest,),) = sql("SELECT max(used) FROM Entries")
-    deleted = 0
-    for _ in range(PASSES):
-        rows = sql(
-            "SELECT id, used, partition, key FROM Entries LEFT JOIN Cache ON Cache.rowid = id"
-            " ORDER BY used LIMIT ?",
-            (wanted,),
-        ).fetchall()
-        kept = 0
-        for row, used, partition, key in rows:
-            newer = newest if partition in pinned else used_at(key)
-            if newer > used or partition in pinned:
-                sql("UPDATE Entries SET used = ? WHERE id = ?", (newer, row))
-                kept += 1
-            else:
-                sql("DELETE FROM Cache WHERE rowid = ?", (row,))
-                sql("DELETE FROM Entries WHERE id = ?", (row,))
-                deleted += 1
-        if not kept or len(rows) < wanted:
-            break
-        wanted = kept
-    return deleted
 
 
 def _move_first(sql: Sql, pages: int) -> None:

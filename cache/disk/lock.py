@@ -6,6 +6,7 @@ overlap. Whoever holds this lock is the only one that does either.
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -17,15 +18,18 @@ _POLL_SECONDS = 0.001
 
 
 class WriterLock:
-    """A context manager for one thread of each process; not reentrant.
+    """A context manager, for one thread of one process at a time; not reentrant.
 
-    The kernel lets go of the lock when its holder dies, however it dies.
+    The kernel lets go of the lock when its holder dies, however it dies. Threads of one process
+    share one open file, which the kernel locks once for all of them: a lock of their own keeps
+    them apart.
     """
 
     def __init__(self, path: Path, patience_s: float) -> None:
         self._path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._patience_s = patience_s
+        self._threads = threading.Lock()
 
     @property
     def stale(self) -> bool:
@@ -36,8 +40,17 @@ class WriterLock:
             return True
 
     def __enter__(self) -> None:
-        """Take the lock. Raises TimeoutError when another process keeps it for too long."""
+        """Take the lock. Raises TimeoutError when somebody else keeps it for too long."""
         deadline = time.monotonic() + self._patience_s
+        if not self._threads.acquire(timeout=self._patience_s):
+            raise TimeoutError("another thread keeps writing to the store")
+        try:
+            self._wait_until(deadline)
+        except BaseException:
+            self._threads.release()
+            raise
+
+    def _wait_until(self, deadline: float) -> None:
         while not self._taken():
             if time.monotonic() >= deadline:
                 raise TimeoutError("another process keeps writing to the store")
@@ -58,8 +71,11 @@ class WriterLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if sys.platform != "win32":
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+        try:
+            if sys.platform != "win32":
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+        finally:
+            self._threads.release()
 
     def close(self) -> None:
         """Give the file back; the lock cannot be taken afterwards."""

@@ -72,4 +72,4 @@ class Pending:
             return None
         usage, self._changes.usage = self._changes.usage, {}
         records = dict(islice(self.backlog.items(), self._most_records))
-        return Changes(records=records, only_new=True, used=uses, usage=usage)
+        return Changes(records=records, keep_newer=True, used=uses, usage=usage)

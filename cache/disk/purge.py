@@ -1,18 +1,31 @@
 """Deleting entries on purpose: chosen by partition, age or address, a little at a time."""
 
+import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from providers.base import current_label
 
 from .database import Database
-from .schema import give_back
+from .schema import Sql, give_back
 
-ROWS_A_TRANSACTION = 1000
+ROWS_A_TRANSACTION = 500
+ENTRIES_A_READ = 5000
 PAGES_A_STEP = 512
 """16 MiB: given back in one transaction."""
+
+
+Position: TypeAlias = tuple[int, int]
+"""When an entry was stored, in milliseconds since 1970, and its row."""
+_FIRST: Position = (-1 << 63, 0)
+_FOREVER = (1 << 63) - 1
+_RECORDS = (
+    "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
+    " LEFT JOIN Partitions ON Partitions.id = partition"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,52 +43,119 @@ class Choice:
 
 def count(database: Database, choice: Choice) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
-    row, tables = _tables(choice)
-    condition, values = where(choice)
-    ((entries, size),) = database.sql(
-        f"SELECT count({row}), coalesce(sum(40 + 4 * dimensions), 0) FROM {tables}"
-        f" WHERE {condition}",
-        values,
-    )
-    return int(entries), int(size)
+    entries = size = 0
+    if choice.address is not None or choice == Choice():
+        condition, values = where(choice)
+        ((entries, size),) = database.sql(
+            f"SELECT count(*), coalesce(sum(40 + 4 * dimensions), 0) FROM {_RECORDS}"
+            f" WHERE {condition}",
+            values,
+        )
+        return int(entries), int(size)
+    for partition, dimensions in _partitions(database.sql, choice):
+        last: Position | None = _FIRST
+        while last is not None:
+            rows, last = _oldest(database.sql, choice, partition, last, ENTRIES_A_READ)
+            entries += len(rows)
+            size += len(rows) * (40 + 4 * dimensions) if dimensions else 0
+    return entries, size
 
 
 def is_chosen(database: Database, choice: Choice, address: bytes) -> bool:
     """Tell whether the entry at an address is there, and among those chosen. Raises FAILURES."""
-    one = replace(choice, address=address)
-    row, tables = _tables(one)
-    condition, values = where(one)
+    condition, values = where(replace(choice, address=address))
     return bool(
-        database.sql(f"SELECT {row} FROM {tables} WHERE {condition} LIMIT 1", values).fetchone()
+        database.sql(f"SELECT 1 FROM {_RECORDS} WHERE {condition} LIMIT 1", values).fetchone()
     )
 
 
-def delete(database: Database, choice: Choice) -> Iterator[int]:
+def delete(database: Database, choice: Choice, *, overwrite: bool = True) -> Iterator[int]:
     """Delete the chosen entries, yielding after each transaction how many it deleted.
 
-    Those that are stored meanwhile may be left. In the end the pages that are free are given back.
-    Raises FAILURES.
+    What is deleted is overwritten with zeros unless told not to. Entries that are stored meanwhile
+    may be left. In the end the pages that are free are given back. Raises FAILURES.
     """
-    row, tables = _tables(choice)
+    if choice.address is not None or choice == Choice():
+        yield from _delete_records(database, choice, overwrite=overwrite)
+    else:
+        for partition, _ in _partitions(database.sql, choice):
+            last: Position | None = _FIRST
+            while last is not None:
+                began = time.monotonic()
+                # Looked for anew each time: others move rows to the end of the file meanwhile.
+                with _deleting(database, overwrite=overwrite) as connection:
+                    rows, last = _oldest(
+                        connection.execute, choice, partition, last, ROWS_A_TRANSACTION
+                    )
+                    _delete(connection, rows)
+                _let_others(began)
+                yield len(rows)
+    yield from _give_back(database)
+
+
+def _partitions(sql: Sql, choice: Choice) -> list[tuple[int | None, int]]:
+    """Return the numbers and widths of the partitions that are chosen; None is what is in none."""
+    condition, values = where(replace(choice, stored_before=None, used_before=None))
+    rows: list[tuple[int | None, int]] = sql(
+        f"SELECT id, dimensions FROM Partitions WHERE {condition}", values
+    ).fetchall()
+    if choice.namespace is None and choice.space is None:
+        rows.append((None, 0))
+    return rows
+
+
+def _oldest(
+    sql: Sql, choice: Choice, partition: int | None, last: Position, count: int
+) -> tuple[list[tuple[int]], Position | None]:
+    """Return the chosen rows among the next `count` of a partition, and where they end.
+
+    By the index of partition and age: no read is long. None stands for the end of the partition.
+    """
+    stored_before = _ms(choice.stored_before)
+    rows = sql(
+        "SELECT stored, id, used FROM Entries WHERE partition IS ? AND (stored, id) > (?, ?)"
+        " AND stored < ? ORDER BY stored, id LIMIT ?",
+        (partition, *last, _FOREVER if stored_before is None else stored_before, count),
+    ).fetchall()
+    used_before = _ms(choice.used_before)
+    chosen = [(row,) for _, row, used in rows if used_before is None or used < used_before]
+    return chosen, rows[-1][:2] if len(rows) == count else None
+
+
+def _delete(connection: Any, rows: Sequence[tuple[int]]) -> None:  # noqa: ANN401 - of SQLite
+    connection.executemany("DELETE FROM Cache WHERE rowid = ?", rows)
+    connection.executemany("DELETE FROM Entries WHERE id = ?", rows)
+
+
+def _delete_records(database: Database, choice: Choice, *, overwrite: bool) -> Iterator[int]:
+    """Delete the record at an address, or all records, whatever else is known of them."""
     condition, values = where(choice)
     last, deleted = 0, ROWS_A_TRANSACTION
     while deleted == ROWS_A_TRANSACTION:
         began = time.monotonic()
-        # Looked for anew each time: others move rows to the end of the file meanwhile.
-        with database.transaction() as connection:
-            connection.execute("PRAGMA secure_delete = 1")
+        with _deleting(database, overwrite=overwrite) as connection:
             some = connection.execute(
-                f"SELECT {row} FROM {tables} WHERE {row} > :last AND {condition}"
-                f" ORDER BY {row} LIMIT {ROWS_A_TRANSACTION}",
+                f"SELECT Cache.rowid FROM {_RECORDS} WHERE Cache.rowid > :last AND {condition}"
+                f" ORDER BY Cache.rowid LIMIT {ROWS_A_TRANSACTION}",
                 {**values, "last": last},
             ).fetchall()
-            connection.executemany("DELETE FROM Cache WHERE rowid = ?", some)
-            connection.executemany("DELETE FROM Entries WHERE id = ?", some)
+            _delete(connection, some)
         deleted = len(some)
         last = some[-1][0] if some else last
         _let_others(began)
         yield deleted
-    yield from _give_back(database)
+
+
+@contextlib.contextmanager
+def _deleting(database: Database, *, overwrite: bool) -> Iterator[Any]:
+    """Give a transaction in which what is deleted is overwritten, or is not."""
+    with database.transaction(ROWS_A_TRANSACTION // 4) as connection:
+        connection.execute(f"PRAGMA secure_delete = {int(overwrite)}").fetchall()
+        try:
+            yield connection
+        finally:
+            # The same connection writes, and evicts, when nobody purges.
+            connection.execute("PRAGMA secure_delete = 0").fetchall()
 
 
 def announce(database: Database, entries: int) -> None:
@@ -105,18 +185,6 @@ def _give_back(database: Database) -> Iterator[int]:
 def _let_others(began: float) -> None:
     """Leave as much time to other writers as was taken: the lock goes to whoever asks first."""
     time.sleep(max(0.002, time.monotonic() - began))
-
-
-def _tables(choice: Choice) -> tuple[str, str]:
-    """Return which row numbers to choose, and from what: a scan of `Cache` only where it must be.
-
-    An address, or everything, also means rows of which nothing else is known.
-    """
-    partitions = "LEFT JOIN Partitions ON Partitions.id = partition"
-    if choice == Choice(address=choice.address) or choice.address is not None:
-        entries = "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
-        return "Cache.rowid", f"{entries} {partitions}"
-    return "Entries.id", f"Entries {partitions}"
 
 
 def where(choice: Choice) -> tuple[str, dict[str, object]]:

@@ -24,6 +24,7 @@ from typing import Self
 from cache.disk.changes import Changes, Found, Kept, Use
 from cache.disk.connection import Disk, StoreError
 from cache.disk.database import FAILURES, FILE_NAME
+from cache.disk.lock import WriterLock
 from cache.disk.reader import Reader
 from cache.disk.read_only import read_ledger
 from cache.disk.writer import Writer
@@ -41,6 +42,8 @@ TICK_SECONDS = 1.0
 FLUSH_TICKS = 10
 """What can wait is written every so many ticks."""
 EXPIRY_TICKS = 600
+EXPIRY_LOCK = "expiry.lock"
+"""Beside the folder: whoever holds it deletes what has expired, for all processes."""
 
 
 class Store:
@@ -212,12 +215,17 @@ class Store:
             return None
 
     async def _expire(self, before: float) -> None:
+        """Delete what is too old, unless another process is at it."""
         target = self._disk.file
         if target is None or not self._writer.ready:
             return
         try:
-            steps = purge.delete(target, purge.Choice(stored_before=before))
-            while await self._disk.write(partial(next, steps, None)) is not None:
-                pass
+            with contextlib.closing(WriterLock(self.folder.parent / EXPIRY_LOCK, 0)) as lock, lock:
+                # Nobody asked for it to be made unreadable: it is only too old to be served.
+                steps = purge.delete(target, purge.Choice(stored_before=before), overwrite=False)
+                while await self._disk.write(partial(next, steps, None)) is not None:
+                    pass
+        except TimeoutError as error:
+            log.debug("deleting expired entries waits: %s", error)
         except FAILURES as error:
             log.warning("deleting expired entries failed: %s", error)

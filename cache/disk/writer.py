@@ -10,7 +10,7 @@ from functools import partial
 from .backoff import Rest
 from .changes import Changes
 from .connection import Disk
-from .database import FAILURES, Database, FileReplaced, is_damage
+from .database import FAILURES, Database, FileReplaced, Timeout, is_damage
 from .pending import Pending
 
 log = logging.getLogger("embedding_proxy.store")
@@ -81,6 +81,8 @@ class Writer:
                 count = len(changes.records)
                 why = str(error) or "it is locked"
                 log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
+                if not isinstance(error, TimeoutError | Timeout):
+                    await self._write_sums(target, changes)
                 return False
             except Exception:
                 self.rest.failed()
@@ -90,6 +92,17 @@ class Writer:
             self.pending.written(changes.records)
             return True
         return False
+
+    async def _write_sums(self, target: Database, changes: Changes) -> None:
+        """Write the sums of changes that failed: a record that cannot be kept is paid for, too."""
+        if not (changes.records and changes.usage):
+            return
+        try:
+            await self._disk.write(partial(target.write, Changes(usage=changes.usage)))
+        except FAILURES as error:
+            log.debug("the sums wait as well: %s", error)
+        else:
+            changes.usage = {}
 
     async def finish(self) -> None:
         """Wait for what is being written, and write what could wait, whatever failed before."""

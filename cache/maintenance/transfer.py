@@ -100,7 +100,7 @@ def put(database: Database, new: Iterable[Row], *, dry_run: bool = False) -> Ite
             address: wanted[address] for address, _ in bad
         }
         if missing and not dry_run:
-            database.write(Changes(records=missing, dead=bad, only_new=True))
+            database.write(Changes(records=missing, dead=bad, keep_newer=True))
         sums.stored += len(missing)
         sums.present += whole - len(missing)
         yield sums

@@ -14,7 +14,9 @@ from cache.disk.changes import Changes, Kept, Use
 from cache.disk.connection import folder_of, lock_of
 from cache.disk.database import Database
 from cache.disk.schema import PAGE_BYTES
+from cache.ledger import Heading
 from cache.row import Partition
+from cache.usage import Usage
 
 COMMON, OTHER, PINNED = (Partition(name, "m", 4) for name in ("", "other", "pinned"))
 LIMIT = 40
@@ -182,6 +184,71 @@ def test_a_store_full_of_what_is_pinned_takes_nothing_more(tmp_path, clock):
         assert 1000 in _here(database)
 
 
+def test_many_pinned_and_cold_entries_stop_no_write(tmp_path, clock):
+    """A third of a full store is pinned and coldest: writes go on, and no pinned one goes."""
+    with _opened(tmp_path, pages=160) as database:
+        _put(database, range(250), PINNED, size=6000)
+        for start in range(1000, 3000, 20):
+            clock.now += 1
+            _put(database, range(start, start + 20), size=6000)
+            assert set(range(start, start + 20)) <= _here(database)
+            assert _pages(database)[1] <= 160
+        assert set(range(250)) <= _here(database)
+        # Nobody used them: the time of their last use is that of their purchase.
+        assert database.sql(
+            "SELECT DISTINCT used FROM Entries JOIN Partitions ON Partitions.id = partition"
+            " WHERE namespace = 'pinned'"
+        ).fetchall() == [(1_800_000_000_000,)]
+
+
+def test_where_all_was_just_used_and_something_is_pinned_writes_go_on(tmp_path, clock):
+    """As with the drift checks' few entries, which are always pinned, in a small busy store."""
+    with _opened(tmp_path) as database:
+        _put(database, range(2), PINNED)
+        for i in range(100, 160):
+            clock.now += 1
+            recent = {_address(n): Use(clock.ms, COMMON) for n in _here(database)}
+            database.write(Changes(records={_address(i): Kept(bytes(PAGEFUL), COMMON)}), recent)
+            assert {0, 1, i} <= _here(database)
+            assert _pages(database)[1] <= LIMIT
+
+
+def test_a_store_full_of_what_is_pinned_still_keeps_the_bill(tmp_path, clock):
+    """The records are refused; their sums and the uses noted are written, and only once."""
+    heading = Heading(COMMON, "m", "p", "c")
+    with _opened(tmp_path) as database:
+        with contextlib.suppress(OSError):
+            for number in range(100):
+                _put(database, [number], PINNED)
+        clock.now += LONG
+        changes = Changes(
+            records={_address(1000): Kept(bytes(PAGEFUL), COMMON)},
+            usage={(1, heading): Usage(misses=1, tokens_billed=7)},
+            used={_address(0): Use(clock.ms, PINNED)},
+        )
+        for _ in range(2):
+            with pytest.raises(eviction.StoreFull):
+                database.write(changes)
+        assert database.sql("SELECT misses, tokens_billed FROM Usage").fetchall() == [(1, 7)]
+        assert database.sql("SELECT max(used) FROM Entries").fetchall() == [(clock.ms,)]
+
+
+def test_entries_colder_than_any_before_are_found(tmp_path, clock, monkeypatch):
+    """What is entered with an old time of use, as by a repair, is not passed over for ever."""
+    monkeypatch.setattr(eviction, "TRANSACTIONS_A_FULL_LOOK", 8)
+    with _opened(tmp_path) as database:
+        for i in range(30):
+            clock.now += 1
+            _put(database, [i])
+        assert 29 in _here(database)
+        database.sql("UPDATE Entries SET used = 5")
+        for i in range(100, 140):
+            clock.now += 1
+            _put(database, [i])
+            assert _pages(database)[1] <= LIMIT
+        assert not set(range(30)) & _here(database)
+
+
 @pytest.mark.parametrize("size", [0, 1, 100, 6184, 16_000, PAGEFUL, 40_000, 300_000])
 def test_the_estimate_is_what_records_take(tmp_path, size):
     """As many pages are foreseen for records as they take, or a few more."""
@@ -217,7 +284,7 @@ def test_a_write_larger_than_the_limit_leaves_a_store_within_it(tmp_path, clock)
 
 def test_what_lies_on_half_empty_pages_is_moved_together(tmp_path, clock):
     """When the coldest lie scattered, deleting them frees no page; what is left moves together."""
-    with _opened(tmp_path, pages=60) as database:
+    with _opened(tmp_path, pages=63) as database:
         for start in range(0, 400, 10):
             _put(database, range(start, start + 10), size=3000)
         order = [i * 149 % 400 for i in range(400) if i * 149 % 400 in _here(database)]
@@ -227,12 +294,12 @@ def test_what_lies_on_half_empty_pages_is_moved_together(tmp_path, clock):
         for start in range(1000, 1200, 10):
             clock.now += 1
             _put(database, range(start, start + 10), size=3000)
-            assert _pages(database)[1] <= 60
+            assert _pages(database)[1] <= 63
         here = _here(database)
         old = len(here & set(range(400)))
         assert set(range(1000, 1200)) <= here
         assert here & set(range(400)) == set(order[-old:])
-        assert old > 88  # 83 where nothing moves
+        assert old > 82  # 76 where nothing moves
         lengths = database.sql("SELECT DISTINCT length(value) FROM Cache").fetchall()
         assert lengths == [(3000,)]
 

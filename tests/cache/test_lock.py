@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,5 +47,29 @@ def test_the_lock_is_one_process_at_a_time(tmp_path, end):
     with lock:
         pass
     with lock:
+        pass
+    lock.close()
+
+
+def test_a_thread_that_lets_go_does_not_free_another_threads_lock(tmp_path):
+    """Closing in one thread amid a transaction of another leaves other processes outside."""
+    lock = WriterLock(tmp_path / "lock", patience_s=0.01)
+    refused = []
+
+    def close():
+        try:
+            with lock:
+                pass
+        except TimeoutError as error:
+            refused.append(str(error))
+
+    with lock:
+        other = threading.Thread(target=close)
+        other.start()
+        other.join()
+        with pytest.raises(TimeoutError), WriterLock(tmp_path / "lock", patience_s=0.01):
+            pytest.fail("two hold it")
+    assert refused == ["another thread keeps writing to the store"]
+    with WriterLock(tmp_path / "lock", patience_s=0.01):
         pass
     lock.close()

@@ -47,7 +47,7 @@ def test_uses_sums_and_backlog_go_together():
     taken = pending.take_what_can_wait()
     assert taken == Changes(
         records={C: Kept(b"c", P)},
-        only_new=True,
+        keep_newer=True,
         used=dict.fromkeys([A, B], Use(1, P)),
         usage={(1, P): Usage(hits=1)},
     )

@@ -80,7 +80,7 @@ def _delete_and_undo(database, choice):
         patch.setattr(purge, "_give_back", lambda _: iter(()))
         # No transactions of its own: all is in one that is undone.
         patch.setattr(
-            Database, "transaction", lambda db: contextlib.nullcontext(db.cache._con), raising=True
+            Database, "transaction", lambda db, _pages: contextlib.nullcontext(db.cache._con)
         )
         before = {key for (key,) in database.sql("SELECT key FROM Cache")}
         deleted = sum(purge.delete(database, choice))

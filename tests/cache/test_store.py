@@ -14,11 +14,14 @@ from types import SimpleNamespace
 import diskcache
 import pytest
 
-from cache.disk import database
+from cache.disk import connection, database, purge
 from cache.disk import store as store_module
+from cache.disk.changes import Changes, Kept
 from cache.disk.database import PAGE_BYTES, RawDisk
+from cache.disk.lock import WriterLock
 from cache.disk.store import Store, StoreError
 from cache.key import FORMAT
+from cache.row import Partition
 from tests.cache.fakes import settle
 
 GIB = 1 << 30
@@ -565,8 +568,8 @@ async def test_the_file_stays_at_its_limit_and_the_oldest_go(tmp_path, batch):
             kept = [key for (key,) in connection.execute("SELECT key FROM Cache")]
             assert set(kept) == {_address(i) for i in range(end - len(kept), end)}
             if end * size > limit:
-                assert len(kept) * size > 0.85 * limit
-        assert 0.85 * limit < len(kept) * size <= limit
+                assert len(kept) * size > 0.84 * limit
+        assert 0.84 * limit < len(kept) * size <= limit
         survivors = _records(range(total - len(kept), total), size)
         assert await _read(store, [_address(i) for i in range(total)]) == survivors
     # Freed pages are used again: the file never grew by more than one write past the limit.
@@ -807,3 +810,134 @@ async def test_without_a_time_to_live_nothing_is_deleted(tmp_path, monkeypatch):
         monkeypatch.undo()
         await store._tick(store_module.EXPIRY_TICKS + 1)
         assert await _read(store, [_address(1)]) == _records([1])
+
+
+async def test_one_process_at_a_time_deletes_what_has_expired(tmp_path, monkeypatch):
+    """While another process is at it a worker does nothing, and the next time it does its part."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now))
+    async with Store(tmp_path, GIB, ttl_s=100) as store:
+        await store.put_many(_records(range(5)))
+        now += 200
+        lock = WriterLock(tmp_path / store_module.EXPIRY_LOCK, 0)
+        with contextlib.closing(lock), lock:
+            await store._tick(1)
+            assert _rows(tmp_path) == 5
+        await store._tick(1)
+        assert _rows(tmp_path) == 0
+
+
+async def test_what_expires_is_found_by_an_index_and_not_overwritten(tmp_path, monkeypatch):
+    """No step reads the whole table, and what is evicted later is not overwritten either."""
+    monkeypatch.setattr("cache.disk.purge.ROWS_A_TRANSACTION", 10)
+    statements = []
+    async with Store(tmp_path, GIB, ttl_s=100) as store:
+        await store.put_many(_records(range(40)), Partition("a", "m", 4))
+        await store.put_many(_records(range(40, 60)))
+        with _foreign(tmp_path) as connection:
+            connection.execute("UPDATE Entries SET stored = 5 WHERE id % 2")
+        await store._disk.write(
+            lambda: store._disk.file.cache._con.set_trace_callback(statements.append)
+        )
+        await store._tick(1)
+        (secure,) = await store._disk.write(
+            lambda: store._disk.file.sql("PRAGMA secure_delete").fetchone()
+        )
+        assert secure == 0
+        assert _rows(tmp_path) == 30
+        looks = [one for one in statements if one.startswith("SELECT stored, id, used")]
+        assert len(looks) >= 4
+        with _foreign(tmp_path) as connection:
+            for look in looks:
+                ((*_, how),) = connection.execute(f"EXPLAIN QUERY PLAN {look}").fetchall()
+                assert "USING INDEX Entries_stored (partition=? AND stored>? AND stored<?)" in how
+
+
+async def test_a_purge_leaves_the_connection_as_it_was(tmp_path):
+    """What is purged is overwritten; what is evicted afterwards by the same connection is not."""
+    with connection.opened(tmp_path, GIB, create=True) as file:
+        file.write(Changes(records={a: Kept(r, None) for a, r in _records(range(5)).items()}))
+        steps = purge.delete(file, purge.Choice())
+        assert next(steps) == 5
+        assert file.sql("PRAGMA secure_delete").fetchall() == [(0,)]
+        assert list(steps) == [0]
+
+
+async def test_the_purchase_that_is_newer_wins(tmp_path):
+    """What a busy disk refused is written later in place of an older record, not of a newer one."""
+    old, new = b"the expired one", b"bought anew"
+    address = _address(1)
+    for first, second, expected in ((5.0, 9.0, new), (9.0, 5.0, old)):
+        with connection.opened(tmp_path, GIB, create=True) as file:
+            file.write(Changes(records={address: Kept(old, None, first)}))
+            backlog = {address: Kept(new, None, second)}
+            file.write(Changes(records=backlog, keep_newer=True))
+            ((value, stored),) = file.sql(
+                "SELECT value, Entries.stored FROM Cache JOIN Entries ON id = Cache.rowid"
+            )
+            assert (value, stored) == (expected, 9000)
+
+
+async def test_a_purchase_for_an_expired_record_outlives_a_busy_disk(tmp_path, monkeypatch):
+    """Its write fails, the old record is still there; the flush puts the new one in its place."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now))
+    async with Store(tmp_path, GIB, ttl_s=100) as store:
+        await store.put_many({_address(1): b"old"})
+        now += 200
+        write = store._disk.file.write
+        monkeypatch.setattr(store._disk.file, "write", _refuse)
+        assert await store.put_many({_address(1): b"new"}) is False
+        monkeypatch.setattr(store._disk.file, "write", write)
+        await store._writer.flush()
+    async with Store(tmp_path, GIB, ttl_s=100) as store:
+        assert await _read(store, [_address(1)]) == {_address(1): b"new"}
+
+
+def _refuse(*_):
+    raise OSError("busy")
+
+
+async def test_a_file_that_is_replaced_while_a_write_waits_gets_nothing(tmp_path):
+    """Whoever waits for the lock looks at the file only once it has it: no write is lost."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records([1]))
+        lock = connection.lock_of(tmp_path)
+        with contextlib.closing(lock):
+            with lock:
+                write = asyncio.create_task(store.put_many(_records([2])))
+                await settle()
+                _database(tmp_path).rename(tmp_path / "elsewhere.db")
+                for tail in ("-wal", "-shm"):
+                    _database(tmp_path).with_name(f"cache.db{tail}").unlink(missing_ok=True)
+            assert await write
+        assert await _read(store, [_address(2)]) == _records([2])
+        assert _rows(tmp_path) == 1
+
+
+async def test_a_reader_without_an_end_does_not_make_the_log_outgrow_the_limit(tmp_path):
+    """File and log stay within the limit; what waits meanwhile is read, and written afterwards."""
+    limit, size = 8 << 20, 6000
+    total = dict.fromkeys(range(2500))
+    async with Store(tmp_path, limit) as store:
+        await store.put_many(_records(range(100), size))
+        with _foreign(tmp_path) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM Cache").fetchall()
+            written = []
+            for start in range(100, len(total), 20):
+                store._writer.rest.succeeded()
+                written.append(await store.put_many(_records(range(start, start + 20), size)))
+                files = (_database(tmp_path), _database(tmp_path).with_name("cache.db-wal"))
+                assert sum(file.stat().st_size for file in files) <= 1.05 * limit
+            # There is some room for a longer log, and then there is none.
+            assert written[:10] == [True] * 10
+            assert written[-10:] == [False] * 10
+            late = _records(range(len(total) - 20, len(total)), size)
+            assert await _read(store, list(late)) == late
+        store._writer.rest.succeeded()
+        await store._writer.flush()
+        assert not store._pending.backlog
+        assert await store.put_many(_records([9999], size))
+        assert _database(tmp_path).with_name("cache.db-wal").stat().st_size <= limit // 8
+        assert await _read(store, list(late)) == late

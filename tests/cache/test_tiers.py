@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from cache import record
 from cache.disk.store import Store
-from cache.key import Key, Keys, keyring
+from cache.key import Key, Keys, checksum, keyring
 from cache.ledger import Heading
 from cache.memory import Memory
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
-from providers.base import NORMAL, Space
+from providers.base import NORMAL, Space, Terms
 from tests.cache.fakes import FakeStore, entry_of, key_of
 
 SPACE = Space("m", 3)
@@ -154,7 +154,6 @@ async def test_without_memory_the_disk_serves(store):
         pytest.param(lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], id="flipped bit"),
         pytest.param(lambda _: b"", id="empty"),
         pytest.param(lambda _: record.encode(ENTRIES[OTHER]), id="another's record"),
-        pytest.param(lambda _: record.encode(ENTRY._replace(vector=bytes(16))), id="other width"),
     ],
 )
 async def test_a_record_that_does_not_verify_is_a_miss(tiers, store, spoil):
@@ -167,6 +166,46 @@ async def test_a_record_that_does_not_verify_is_a_miss(tiers, store, spoil):
     await tiers.put_many({KEY: ENTRY}, PARTITION)
     assert store.records == {KEY.address: record.encode(ENTRY)}
     assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+
+
+@pytest.mark.parametrize(
+    "record_of",
+    [
+        pytest.param(lambda: record.encode(ENTRY._replace(vector=bytes(16))), id="other width"),
+        pytest.param(lambda: _later_version(record.encode(ENTRY)), id="later version"),
+    ],
+)
+async def test_a_record_that_verifies_is_never_deleted(tiers, store, record_of, caplog):
+    """A configuration with another width, or an earlier program, misses it and leaves it there."""
+    store.records = {KEY.address: record_of()}
+    for _ in range(2):
+        assert await tiers.get_many([KEY], PARTITION) == {}
+        assert tiers.at_sight(Keys([KEY.address], [KEY.digest]), PARTITION, NORMAL) is None
+    assert store.records == {KEY.address: record_of()}
+    assert tiers.counters == TierCounters(misses=2)
+    if len(record_of()) > len(record.encode(ENTRY)):
+        told = "the cache holds vectors of 4 dimensions for a model that is configured with"
+        assert caplog.text.count(told) == 1
+
+
+def _later_version(raw):
+    body = raw[:4] + bytes([raw[4] + 1]) + raw[5:-8]
+    return body + checksum(body)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [Terms(frozen=True), Terms(only_if_cached=True), Terms(write=False)],
+    ids=["frozen", "only-if-cached", "no-store"],
+)
+async def test_a_request_that_may_not_buy_or_keep_deletes_nothing(tiers, store, terms):
+    """What such a request takes for damage is a miss, and stays for those who may replace it."""
+    store.records = {KEY.address: b"damaged"}
+    assert await tiers.get_many([KEY], PARTITION, terms) == {}
+    assert store.records == {KEY.address: b"damaged"}
+    assert tiers.counters == TierCounters(misses=1, mismatches=1)
+    assert await tiers.get_many([KEY], PARTITION) == {}
+    assert store.records == {}
 
 
 async def test_a_collision_in_memory_is_a_miss(tiers, store):

@@ -34,7 +34,7 @@ class FakeFile:
         self.failure = lambda _: None
         self.most_bytes = 1 << 30
 
-    def write(self, changes, _):
+    def write(self, changes, _=None):
         self.sizes.append(len(changes.records))
         error = self.failure(changes)
         if error is not None:
@@ -295,6 +295,30 @@ async def test_finishing_writes_all_there_is(rig):
     assert await _told(*waiting) == [True, True]
     assert (rig.numbers, rig.disk.file.hits, rig.backlog) == ({1, 2, 3}, 1, set())
     assert rig.writer.pending.take_what_can_wait() is None
+
+
+async def test_sums_do_not_share_the_fate_of_a_record_that_cannot_be_kept(rig):
+    """Where a record fails the transaction, what was paid is written without it, and once."""
+    rig.disk.file.failure = lambda changes: OSError("no") if changes.records else None
+    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=3))
+    assert await _told(rig.put(1)) == [False]
+    assert rig.disk.file.hits == 3
+    assert rig.backlog == {1}
+    rig.disk.file.failure = lambda _: None
+    await rig.writer.finish()
+    assert (rig.disk.file.hits, rig.numbers) == (3, {1})
+
+
+@pytest.mark.parametrize("error", [TimeoutError("locked"), diskcache.Timeout("locked")])
+async def test_sums_wait_with_the_record_where_the_file_is_locked(rig, error):
+    """A second wait for the same lock would hold up those who wait, and come to nothing."""
+    rig.disk.file.failure = lambda _: error
+    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=3))
+    assert await _told(rig.put(1)) == [False]
+    assert rig.disk.file.sizes == [1]
+    rig.disk.file.failure = lambda _: None
+    await rig.writer.finish()
+    assert (rig.disk.file.hits, rig.numbers) == (3, {1})
 
 
 async def test_what_is_lost_in_the_end_is_said(rig, caplog):
