@@ -44,13 +44,14 @@ _MIN_MS = 1 << 32  # A time in milliseconds is higher, the number of a partition
 _MAX_SUM = 1 << 62
 _MAX_DAYS = 1 << 17  # Since 1970.
 
-# The shapes of rows (see `pages`): those of tables begin with the row's number, which is NULL there.
+# The shapes of rows (see `pages`). Those of tables begin with the row's number: it is NULL there.
 _PARTITIONS, _INDEX_OF_PARTITIONS = "nssi", "ssii"
 _ENTRIES, _INDEX_OF_ENTRIES = ("niii", "nnii"), "iii"
 _RECORD_COLUMNS, _INDEX_OF_CACHE = 12, "bii"
 _PURGES, _SALVAGED = "nii", "s"
 _USAGE, _USAGE_COPY, _LAYOUT_1 = "iisssiiiiiiii", "iiiiiiiiiisss", "iiiiiiii"
 _LEDGER = _USAGE, _USAGE_COPY, _LAYOUT_1
+_SUMS = len(Usage._fields)
 _LEARNED = {*_LEDGER, *_ENTRIES, _PARTITIONS, _PURGES, _SALVAGED}
 _LEARNED |= {_INDEX_OF_PARTITIONS, _INDEX_OF_ENTRIES, _INDEX_OF_CACHE}
 
@@ -217,8 +218,8 @@ class Carver:
                 continue
             if shape not in _LEDGER:
                 self._note_values(shape, cell.rowid, values)
-            elif place[3] and (line := _line(values)) is not None:
-                lines[shape].append(line)
+            elif place[3] and (whole := _line(shape, values)) is not None:
+                lines[shape].append(whole)
                 # Sorted by what they hold, in the index as in the table.
                 is_sound &= before[0] in ("", shape) and before[1] < values
                 before = shape, values
@@ -236,20 +237,17 @@ class Carver:
             number, stored, owner = values
             if number < _MIN_MS < stored:
                 self._note_entry(owner, number, stored)
-        elif shape == _INDEX_OF_PARTITIONS:
-            namespace, space, dimensions, number = values
-            self._said[number].add(Partition(namespace, current_label(space), dimensions))
-        elif shape == _SALVAGED:
-            self.salvaged |= {name for name in values if is_name(name)}
-        elif not rowid:
-            return
         elif shape in _ENTRIES:
             self._note_entry(rowid, *values[1:3])
-        elif shape == _PARTITIONS:
-            _, namespace, space, dimensions = values
-            self._said[rowid].add(Partition(namespace, current_label(space), dimensions))
+        elif shape == _SALVAGED:
+            self.salvaged |= {name for name in values if is_name(name)}
         elif shape == _PURGES:
-            self._is_purged |= _MIN_MS < values[1] < self._future_ms
+            self._is_purged |= bool(rowid) and _MIN_MS < values[1] < self._future_ms
+        else:
+            # Of partitions: the index ends with the row's number.
+            number = rowid if shape == _PARTITIONS else values[-1]
+            namespace, space, dimensions = values[1:] if shape == _PARTITIONS else values[:-1]
+            self._said[number].add(Partition(namespace, current_label(space), dimensions))
 
     def _note_entry(self, rowid: int, number: int | None, stored: int) -> None:
         noted, at = self._of(rowid)
@@ -257,9 +255,7 @@ class Carver:
         if noted[at + _STORED] < stored < self._future_ms:
             noted[at + _STORED] = stored
 
-    def _record_cells(
-        self, page: bytes, place: _Place, *, is_first: bool = True
-    ) -> Iterator[Cell]:
+    def _record_cells(self, page: bytes, place: _Place, *, is_first: bool = True) -> Iterator[Cell]:
         for cell in cells(page, self._size, place[2], TABLE_LEAF):
             if cell is not None and len(cell.layout.types) == _RECORD_COLUMNS:
                 yield cell
@@ -308,19 +304,18 @@ class Carver:
         return next(iter(said)) if len(said) == 1 else None
 
 
-def _line(values: tuple[Any, ...]) -> tuple[_Line, Usage] | None:
-    """Return a line of the ledger, from a row of table `Usage` or of its copy; None if it is none."""
-    key: tuple[Any, ...]
-    if len(values) == _LAYOUT_1:
-        key, sums = (*values[:2], "", "", ""), values[2:]
-    elif type(values[2]) is str:
-        key, sums = values[:_KEY], values[_KEY:]
+def _line(shape: str, values: tuple[Any, ...]) -> tuple[_Line, Usage] | None:
+    """Return a line of the ledger from a row of one of its shapes; None if it cannot be one."""
+    line: _Line
+    if shape == _USAGE_COPY:
+        line, sums = values[_SUMS:], values[:_SUMS]
+    elif shape == _USAGE:
+        line, sums = values[:-_SUMS], values[-_SUMS:]
     else:
-        key, sums = values[_SUMS:], values[:_SUMS]
-    whole = [type(value) for value in key] == [int, int, str, str, str]
-    if not (whole and all(type(n) is int and 0 <= n < _MAX_SUM for n in sums)):
+        line, sums = (values[0], values[1], "", "", ""), values[2:]
+    if not (0 <= line[0] < _MAX_DAYS and 0 <= line[1] < _MIN_MS):
         return None
-    return (key, Usage(*sums)) if 0 <= key[0] < _MAX_DAYS and key[1] >= 0 else None  # type: ignore[return-value]
+    return (line, Usage(*sums)) if all(0 <= n < _MAX_SUM for n in sums) else None
 
 
 def _keep_higher(

@@ -224,6 +224,11 @@ class Database:
                 " nothing is written until that reader ends"
             )
 
+    @property
+    def room(self) -> int:
+        """By how many bytes the file and its log are below their limit."""
+        return self._size_limit - _size(self.path) - _size(self._log)
+
     def write(self, changes: Changes, recent: Mapping[bytes, Use] | None = None) -> None:
         """Make all changes in one transaction, and room for them before.
 

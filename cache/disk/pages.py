@@ -55,8 +55,9 @@ def cells(page: bytes, size: int, start: int, *kinds: int) -> Iterator[Cell | No
 
     `size` is that of all pages, `start` is where this one's own header begins.
     """
-    unreadable, is_table = 0, len(page) > start and page[start] == TABLE_LEAF
-    for at in _pointers(page, start, kinds):
+    unreadable, pointers = 0, _pointers(page, start, kinds)
+    is_table = bool(pointers) and page[start] == TABLE_LEAF
+    for at in pointers:
         try:
             yield _cell(page, size, at, is_table=is_table)
         except (IndexError, ValueError):
@@ -70,7 +71,10 @@ def shapes(page: bytes, size: int, start: int, *kinds: int) -> set[str]:
 
     All cells of a sound page belong to one table or index (1.6).
     """
-    pointers, is_table = _pointers(page, start, kinds), len(page) > start and page[start] == TABLE_LEAF
+    pointers, is_table = (
+        _pointers(page, start, kinds),
+        len(page) > start and page[start] == TABLE_LEAF,
+    )
     found: set[str] = set()
     for at in pointers[:: max(1, len(pointers) // 4)]:
         try:

@@ -1,4 +1,4 @@
-"""Connections that only read a store's file: beside a writer, for want of one, or of a damaged file."""
+"""Connections that only read: beside a writer, for want of one, or of a file that is damaged."""
 
 import contextlib
 import resource
@@ -67,7 +67,7 @@ class ReadOnlyFile:
 
 
 class DamagedFile:
-    """A damaged file that was set aside, read as far as SQLite can. For one thread. Never raises."""
+    """A damaged file that was set aside, read as far as that goes. For one thread; never raises."""
 
     def __init__(self, aside: SetAside) -> None:
         self.aside = aside
@@ -83,7 +83,7 @@ class DamagedFile:
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> tuple[dict[bytes, Found], set[bytes]]:
-        """Return the records that can be read, by address, and the addresses that cannot be looked up.
+        """Return the records that can be read, by address, and which addresses cannot be looked up.
 
         What is in neither is not in the file. After `close`, nothing can be looked up.
         """

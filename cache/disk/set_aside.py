@@ -65,7 +65,7 @@ class SetAside:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What `salvage.json` says: nothing if there is none, that all is to do if it is damaged."""
+        """What `salvage.json` says; nothing without one; that all is to do if it is damaged."""
         try:
             state = json.loads((self.folder / STATE_FILE).read_bytes())
         except FileNotFoundError:
@@ -162,7 +162,7 @@ def _made_folder(folder: Path) -> Path:
 def _all(path: Path) -> list[SetAside]:
     """Return all that was set aside of the store at `path`."""
     try:
-        names = os.listdir(path.parent.parent)
+        names = [folder.name for folder in path.parent.parent.iterdir()]
     except OSError:
         return []
     prefix = f"{path.parent.name}.damaged-"

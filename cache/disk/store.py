@@ -23,10 +23,11 @@ from typing import Self
 
 from cache.disk.changes import Changes, Found, Kept, Use
 from cache.disk.connection import Disk, StoreError
-from cache.disk.database import FAILURES, FILE_NAME
+from cache.disk.database import FAILURES, FILE_NAME, is_damage
 from cache.disk.lock import WriterLock
-from cache.disk.reader import Reader
 from cache.disk.read_only import read_ledger
+from cache.disk.reader import Reader
+from cache.disk.salvager import Salvager
 from cache.disk.writer import Writer
 from cache.ledger import By, Heading, Line
 from cache.row import Partition
@@ -69,7 +70,8 @@ class Store:
         self._closing = False
         self._writer = Writer(self._disk)
         self._pending = self._writer.pending
-        self._reader = Reader(self._disk, self._writer.replace)
+        self._salvager = Salvager(self._disk, self._writer.replace)
+        self._reader = Reader(self._disk, self._writer.replace, self._salvager.finished)
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
@@ -84,6 +86,7 @@ class Store:
     async def __aenter__(self) -> Self:
         """Open the file. Raises StoreError if the directory cannot be used."""
         await self._disk.open()
+        self._salvager.start()
         await self._heed_purges()
         self._ticking = asyncio.create_task(self._tick_for_ever())
         return self
@@ -94,6 +97,7 @@ class Store:
         try:
             if self._ticking is not None:
                 await self._ticking
+            await self._salvager.stop()
             await self._writer.finish()
         finally:
             await self._disk.close()
@@ -142,6 +146,10 @@ class Store:
         self._pending.changes.dead.extend(dead.items())
         return await self._writer.written()
 
+    async def salvaged(self) -> None:
+        """Wait until all that is whole in damaged files is in the present one. Never raises."""
+        await self._salvager.finished()
+
     def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
         """Note that entries were used; it is written in a while, not for its own sake."""
         self._pending.uses.note(addresses, Use(int(1000 * time.time()), partition))
@@ -157,11 +165,17 @@ class Store:
 
         It is read in a thread of its own: nobody who looks for a record waits for it.
         """
-        try:
-            return await asyncio.to_thread(read_ledger, self.folder / FILE_NAME, by)
-        except FAILURES as error:
-            log.warning("the ledger cannot be read: %s", error)
-            return None
+        for is_last_try in (False, True):
+            file = self._disk.file
+            try:
+                return await asyncio.to_thread(read_ledger, self.folder / FILE_NAME, by)
+            except FAILURES as error:
+                if is_last_try or file is None or not is_damage(error):
+                    log.warning("the ledger cannot be read: %s", error)
+                    return None
+                await self._writer.replace(file)
+                await self._reader.is_salvaged()
+        return None
 
     @property
     def _cannot_write(self) -> bool:
@@ -187,11 +201,22 @@ class Store:
                 await self._disk.try_again()
             except FAILURES:
                 self._writer.rest.failed()
+        await self._heed_damage()
         await self._heed_purges()
         if tick % FLUSH_TICKS == 0:
             await self._writer.flush()
         if self._ttl_s and tick % EXPIRY_TICKS == 1:
             await self._expire(time.time() - self._ttl_s)
+
+    async def _heed_damage(self) -> None:
+        """Notice that another process has replaced the file, or has saved what was damaged."""
+        file = self._disk.file
+        with contextlib.suppress(OSError):
+            if file is not None and file.replaced:
+                await self._writer.replace(file)
+        if self._disk.damaged:
+            await self._disk.close_saved()
+            self._salvager.start()
 
     async def _heed_purges(self) -> None:
         """Forget what another process has deleted, if it has."""

@@ -6,6 +6,7 @@ from cache.disk.database import Database
 from cache.row import UNKNOWN, Partition
 from cache.usage import Usage
 
+
 @dataclass(frozen=True, slots=True)
 class Held:
     """The sums of one partition; times are seconds since 1970, None without entries."""
