@@ -173,3 +173,16 @@ def read(sql: Sql, by: Sequence[By]) -> list[Line]:
     rows = sql(f"SELECT {columns} FROM Usage LEFT JOIN Partitions ON id = partition{groups}")
     # Without groups, the sums of nothing are one row of NULLs.
     return [(tuple(row[: len(by)]), Usage(*row[len(by) :])) for row in rows if row[-1] is not None]
+
+
+def copies_agree(sql: Sql) -> bool:
+    """Tell whether both copies of the sums on disk say the same (see `disk.schema`).
+
+    SQLite notices a page that is no page, but not a number that has changed. Raises FAILURES.
+    """
+    sums = ", ".join(f"total({name})" for name in Usage._fields)
+    first, second = (
+        sql(f"SELECT count(*), {sums} FROM Usage {which}").fetchall()
+        for which in ("NOT INDEXED", "INDEXED BY Usage_copy")
+    )
+    return bool(first == second)

@@ -41,7 +41,7 @@ _int = int.from_bytes  # All numbers are big-endian.
 # Noted of each row, 64 rows a block; 0 if nothing is known, -1 (no hash is) if copies disagree.
 _WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
 _MIN_MS = 1 << 32  # A time in milliseconds is higher, the number of a partition is lower.
-_MAX_SUM = 1 << 62
+_MAX_SUM = 1 << 53  # Nine million dollars, in nanodollars: more is noise.
 _MAX_DAYS = 1 << 17  # Since 1970.
 
 # The shapes of rows (see `pages`). Those of tables begin with the row's number: it is NULL there.

@@ -14,6 +14,8 @@ from typing import Any
 
 import diskcache
 
+from cache import ledger
+
 from . import eviction, read_only, schema, set_aside
 from .changes import Changes, Found, Use
 from .eviction import Eviction, StoreFull
@@ -146,6 +148,8 @@ class Database:
             for statement in schema.missing_steps(cache._sql):  # noqa: SLF001 - see `sql`
                 cache._sql(statement)  # noqa: SLF001
             schema.rename_spaces(cache._sql)  # noqa: SLF001
+            if not ledger.copies_agree(cache._sql):  # noqa: SLF001
+                raise sqlite3.DatabaseError(read_only.LEDGER_DAMAGED)
         return cache
 
     @property

@@ -17,6 +17,7 @@ from .set_aside import SetAside
 ADDRESSES_A_SELECT = 512
 SLOW_SECONDS = 0.005
 """Shorter ones hold up nobody to speak of, wherever the page comes from."""
+LEDGER_DAMAGED = "the ledger is damaged: its two copies disagree"
 _RAW = 1  # diskcache's mode of a value that is bytes and nothing else
 
 
@@ -38,8 +39,13 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
 
 
 def read_ledger(path: Path, by: Sequence[ledger.By]) -> list[ledger.Line]:
-    """Return the sums of a store's file (see `ledger.read`), by a connection of its own."""
+    """Return the sums of a store's file (see `ledger.read`), by a connection of its own.
+
+    Raises sqlite3.DatabaseError also where the two copies of the sums disagree.
+    """
     with contextlib.closing(_connect(path, "mode=ro")) as connection:
+        if not ledger.copies_agree(connection.execute):
+            raise sqlite3.DatabaseError(LEDGER_DAMAGED)
         return ledger.read(connection.execute, by)
 
 
