@@ -16,7 +16,7 @@ import diskcache
 
 from cache import ledger
 
-from . import eviction, read_only, schema, set_aside
+from . import eviction, pages, read_only, schema, set_aside
 from .changes import Changes, Found, Use
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
@@ -121,6 +121,10 @@ class Database:
             set_aside.complete(self.path)
             try:
                 self.cache = self._open()
+            except (sqlite3.OperationalError, schema.NewerLayout) as error:
+                if not (_may_be_header(error) and pages.is_header_damaged(_head(self.path))):
+                    raise
+                raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
             except (ArithmeticError, LookupError, ValueError) as error:
                 # What diskcache, or sqlite3 itself, makes of a settings table that is damaged.
                 raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
@@ -278,6 +282,17 @@ class Database:
             raise
 
 
+def _may_be_header(error: BaseException) -> bool:
+    """Tell whether an error may come of a damaged header, as well as of the moment."""
+    return isinstance(error, schema.NewerLayout) or "readonly" in str(error)
+
+
+def _head(path: Path) -> bytes:
+    # To close it takes the locks of other connections of this process; there is none that writes.
+    with path.open("rb") as file:
+        return file.read(100)
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -285,7 +300,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-_DAMAGE = ("no such table", "no such column", "malformed", "Could not decode")
+_DAMAGE = (
+    *("no such table", "no such column", "malformed", "Could not decode"),
+    "unsupported file format",
+)
 
 
 def is_damage(error: BaseException) -> bool:

@@ -17,6 +17,27 @@ _LENGTHS = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # 2.1: of the serial types 0…9
 _int = int.from_bytes  # All numbers are big-endian.
 
 
+MAX_LAYOUT = 1_000
+"""No version of the store's tables is higher; what claims to be is noise."""
+
+
+def is_header_damaged(head: bytes) -> bool:
+    """Tell whether the first 100 bytes of a file are not those of a database (1.3).
+
+    SQLite takes some of that for a file that it may not write, or of a format to come.
+    """
+    size = _int(head[16:18])
+    layout = _int(head[60:64], signed=True)
+    return (
+        head[:16] != b"SQLite format 3\0"
+        or not (size == 1 or (512 <= size <= 32_768 and size & (size - 1) == 0))
+        or not {head[18], head[19]} <= {1, 2}
+        or head[20:24] != bytes([0, 64, 32, 32])
+        or not 0 <= _int(head[44:48]) <= 4
+        or not 0 <= layout <= MAX_LAYOUT
+    )
+
+
 class Layout(NamedTuple):
     """What the header of a payload says of its columns (2.1)."""
 

@@ -1,4 +1,4 @@
-"""Which page of a store's file holds what, read as SQLite lays it out; and ways to damage a page."""
+"""Which page of a store's file holds what, and ways to damage a page."""
 
 import contextlib
 import random

@@ -14,8 +14,8 @@ from cache.disk import read_only
 from cache.disk.backoff import LONGEST_SECONDS, SHORTEST_SECONDS
 from cache.disk.changes import Changes, Found, Kept
 from cache.disk.connection import Disk
-from cache.disk.reader import Reader
 from cache.disk.read_only import SLOW_SECONDS, Glance
+from cache.disk.reader import Reader
 from cache.disk.store import Store
 from cache.row import Partition
 

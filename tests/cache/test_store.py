@@ -403,7 +403,7 @@ async def test_garbage_in_the_file_is_a_miss_and_a_new_file(tmp_path, caplog):
             connection.execute("INSERT INTO Settings VALUES ('foreign', 1)")
             _fill_with_garbage(tmp_path)
             assert await _read(store, list(records)) == {}
-        assert "taken as a miss" in caplog.text
+        assert "reading from the disk tier failed" in caplog.text
         assert "a new one is begun" in caplog.text
         assert await store.put_many(records)
         assert await _read(store, list(records)) == records

@@ -734,14 +734,16 @@ def test_what_is_whole_is_taken_out_of_another_file(run, fill, tmp_path, rows):
     fill(*(_row(text) for text in TEXTS[:100]))
     done = run("verify", "--salvage", str(damaged), "--json")
     assert (done.code, done.err) == (0, "")
-    assert done.json == {"stored": 401, "present": 100, "damaged": 0}
+    assert done.json == {"stored": 401, "present": 100, "damaged": 0, "sums": 0}
     assert damaged.read_bytes() == before
     assert {row.partition for row in rows()} == {
         keyring(SPACE).partition,
         keyring(OTHER, Namespace("tenant")).partition,
     }
     done = run("verify", "--salvage", str(damaged))
-    assert done.out == "0 records saved, 501 were there already, 0 are damaged\n"
+    assert done.out == (
+        "0 records saved, 501 were there already, 0 are damaged; 0 sums added to the ledger\n"
+    )
 
 
 def test_salvage_needs_another_file(run, fill, tmp_path):
