@@ -9,9 +9,6 @@ the number that says to which partition an entry belongs, stand in one place onl
 
 Rows that nothing else names come last (`late_rows`): SQLite may have given them up. Old versions of
 pages are among them, unless something was ever purged: what was deleted on purpose stays deleted.
-
-Sums have a second copy, too: table `Usage` and its index `Usage_copy`. Of each sum the higher one
-counts, as sums only grow; one on a page that is out of order counts only for want of another.
 """
 
 import contextlib
@@ -31,6 +28,8 @@ from cache.row import UNKNOWN, Partition, Row
 from cache.usage import Usage
 from providers.base import current_label
 
+from . import carved_ledger
+from .carved_ledger import CarvedLedger
 from .pages import ADDRESS, INDEX_INTERIOR, INDEX_LEAF, ONE, TABLE_LEAF, Cell, cells, shapes
 from .set_aside import is_name
 
@@ -41,24 +40,17 @@ _int = int.from_bytes  # All numbers are big-endian.
 # Noted of each row, 64 rows a block; 0 if nothing is known, -1 (no hash is) if copies disagree.
 _WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
 _MIN_MS = 1 << 32  # A time in milliseconds is higher, the number of a partition is lower.
-_MAX_SUM = 1 << 53  # Nine million dollars, in nanodollars: more is noise.
-_MAX_DAYS = 1 << 17  # Since 1970.
 
 # The shapes of rows (see `pages`). Those of tables begin with the row's number: it is NULL there.
 _PARTITIONS, _INDEX_OF_PARTITIONS = "nssi", "ssii"
 _ENTRIES, _INDEX_OF_ENTRIES = ("niii", "nnii"), "iii"
 _RECORD_COLUMNS, _INDEX_OF_CACHE = 12, "bii"
 _PURGES, _SALVAGED = "nii", "s"
-_USAGE, _USAGE_COPY, _LAYOUT_1 = "iisssiiiiiiii", "iiiiiiiiiisss", "iiiiiiii"
-_LEDGER = _USAGE, _USAGE_COPY, _LAYOUT_1
-_SUMS = len(Usage._fields)
-_LEARNED = {*_LEDGER, *_ENTRIES, _PARTITIONS, _PURGES, _SALVAGED}
+_LEARNED = {*carved_ledger.SHAPES, *_ENTRIES, _PARTITIONS, _PURGES, _SALVAGED}
 _LEARNED |= {_INDEX_OF_PARTITIONS, _INDEX_OF_ENTRIES, _INDEX_OF_CACHE}
 
 # A version of a page: file, offset, where its own header begins (1.3), whether it is the last one.
 _Place = tuple[int, int, int, bool]
-# One line of the ledger: day, number of the partition, model, provider and client.
-_Line = tuple[int, int, str, str, str]
 
 
 @dataclass
@@ -105,8 +97,7 @@ class Carver:
         self._noted: defaultdict[int, array[int]] = defaultdict(lambda: array("q", bytes(2048)))
         # By id, what the table of partitions and its index say.
         self._said: defaultdict[int, set[Partition]] = defaultdict(set)
-        self._lines: dict[_Line, tuple[bool, Usage]] = {}
-        self._lines_1: dict[_Line, tuple[bool, Usage]] = {}
+        self._ledger = CarvedLedger()
         self._is_purged = False
         self._late = bytearray()
         self._bytes_read, self._future_ms = 0, int(1000 * (time.time() + 86_400))
@@ -115,8 +106,12 @@ class Carver:
 
     def __enter__(self) -> Self:
         """Read everything once, and learn what stands beside the records."""
-        for place in self._places():
-            self._learn(place)
+        try:
+            for place in self._places():
+                self._learn(place)
+        except BaseException:
+            self._opened.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,13 +121,11 @@ class Carver:
     def usage(self) -> dict[tuple[int, Heading], Usage]:
         """The sums of the ledger, by day (since 1970, UTC) and heading."""
         found: dict[tuple[int, Heading], Usage] = {}
-        # Sums of layout 1 that are left in a file of a later one are counted there, too.
-        for line, (_, usage) in (self._lines or self._lines_1).items():
-            day, number, model, provider, client = line
-            partition = self._partition(number) or UNKNOWN
-            if not self._lines:
-                model = partition.space if partition is not UNKNOWN else ""
-            key = day, Heading(partition, model, provider, client)
+        for (day, number, *names), usage in self._ledger.lines():
+            partition = self._partition(number)
+            if self._ledger.is_of_layout_1:
+                names[0] = partition.space if partition else ""
+            key = day, Heading(partition or UNKNOWN, *names)
             found[key] = found[key].plus(usage) if key in found else usage
         return found
 
@@ -205,28 +198,21 @@ class Carver:
         kinds = TABLE_LEAF, INDEX_LEAF, INDEX_INTERIOR
         if shapes(page, self._size, place[2], *kinds).isdisjoint(_LEARNED | {""}):
             return
-        lines: dict[str, list[tuple[_Line, Usage]]] = {shape: [] for shape in _LEDGER}
-        is_sound, before = True, ("", ())
+        ledger = carved_ledger.Page()
         for cell in cells(page, self._size, place[2], *kinds):
             if cell is None or cell.missing or (shape := cell.layout.shape) not in _LEARNED:
-                is_sound &= cell is not None
+                ledger.is_sound &= cell is not None
                 continue
             try:
                 values = cell.values(page)
             except UnicodeDecodeError:
-                is_sound = False
+                ledger.is_sound = False
                 continue
-            if shape not in _LEDGER:
+            if shape not in carved_ledger.SHAPES:
                 self._note_values(shape, cell.rowid, values)
-            elif place[3] and (whole := _line(shape, values)) is not None:
-                lines[shape].append(whole)
-                # Sorted by what they hold, in the index as in the table.
-                is_sound &= before[0] in ("", shape) and before[1] < values
-                before = shape, values
-        for shape, some in lines.items():
-            kept = self._lines_1 if shape == _LAYOUT_1 else self._lines
-            for line, usage in some:
-                _keep_higher(kept, line, usage, is_sound=is_sound)
+            elif place[3]:
+                ledger.add(shape, values)
+        self._ledger.add(ledger)
 
     def _note_values(self, shape: str, rowid: int, values: tuple[Any, ...]) -> None:
         if shape == _INDEX_OF_CACHE:
@@ -302,30 +288,6 @@ class Carver:
     def _partition(self, number: int) -> Partition | None:
         said = self._said.get(number, ())
         return next(iter(said)) if len(said) == 1 else None
-
-
-def _line(shape: str, values: tuple[Any, ...]) -> tuple[_Line, Usage] | None:
-    """Return a line of the ledger from a row of one of its shapes; None if it cannot be one."""
-    line: _Line
-    if shape == _USAGE_COPY:
-        line, sums = values[_SUMS:], values[:_SUMS]
-    elif shape == _USAGE:
-        line, sums = values[:-_SUMS], values[-_SUMS:]
-    else:
-        line, sums = (values[0], values[1], "", "", ""), values[2:]
-    if not (0 <= line[0] < _MAX_DAYS and 0 <= line[1] < _MIN_MS):
-        return None
-    return (line, Usage(*sums)) if all(0 <= n < _MAX_SUM for n in sums) else None
-
-
-def _keep_higher(
-    kept: dict[_Line, tuple[bool, Usage]], line: _Line, usage: Usage, *, is_sound: bool
-) -> None:
-    known = kept.get(line)
-    if known is None or known[0] < is_sound:
-        kept[line] = is_sound, usage
-    elif known[0] == is_sound:
-        kept[line] = is_sound, Usage(*map(max, known[1], usage))
 
 
 def _read(file: int, size: int, offset: int) -> bytes:
