@@ -6,7 +6,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test cover serve lint bench profile torture damage outage oracle index flow kills clients pins client-pins clean
+.PHONY: demo test cover serve lint bench profile torture damage pages full outage oracle index flow kills clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -37,6 +37,19 @@ FLIPS ?= 10000
 CUTS ?= 1000
 damage: .venv/test
 	PYTHONPATH=. $(BIN)/python tests/damage.py $(FLIPS) $(CUTS) $(SEED)
+
+# One page of the database damaged under two processes, ROUNDS times: what lay on it is lost, no more.
+# A round that failed names its seed: make pages ROUNDS=1 SEED=that.
+pages: ROUNDS = 1000
+pages: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/page_damage.py $(ROUNDS) $(SEED)
+
+# A store of SIZE_MIB at its limit, 30 % of it pinned, under a mixed load of two workers for SECONDS,
+# beside one that has room: some twelve minutes, and 4 GiB on disk (in BENCH_DIR, if that is set).
+SECONDS ?= 600
+SIZE_MIB ?= 1024
+full: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/full_store.py $(SECONDS) $(SIZE_MIB) $(SEED)
 
 # The first provider killed and revived KILLS times under load; then both dead, three ways.
 KILLS ?= 100

@@ -27,6 +27,9 @@ from .row import Partition
 FORMAT = 1
 """Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
 
+MAX_KEPT_PARAMETERS = 4096
+"""Bytes of further fields with which a keyring is kept for the next request."""
+
 # About a millisecond of work: so many inputs, or characters and ids in all.
 _MANY = 256
 _LONG = 1 << 17
@@ -125,10 +128,17 @@ class Keyring:
         return Keys([xxhash.xxh3_128_digest(self._head + tail) for tail in tails], digests)
 
 
-@lru_cache(maxsize=1024)
 def keyring(space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Keyring:
-    """Return the keyring of a namespace and a space; those in use are kept."""
-    return Keyring(space, namespace)
+    """Return the keyring of a namespace and a space; those in use are kept, unless they are large.
+
+    A client's further fields may be as long as a request.
+    """
+    if space.parameters and sum(len(n) + len(v) for n, v in space.parameters) > MAX_KEPT_PARAMETERS:
+        return Keyring(space, namespace)
+    return _kept_keyring(space, namespace)
+
+
+_kept_keyring = lru_cache(maxsize=1024)(Keyring)
 
 
 def _lots(items: Sequence[Input]) -> Iterator[Sequence[Input]]:

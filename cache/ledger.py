@@ -6,16 +6,22 @@ charge is counted as soon as it is known, so before what was bought with it is w
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import orjson
 
 from cache.disk.schema import Sql
 from providers.base import Account, Bill, Embedded, Outcome, Vector, nanodollars
 
 from .key import Key
-from .row import Partition
+from .row import OTHER, OTHER_NAMESPACE, Partition
 from .usage import Usage
+
+MAX_HEADINGS = 1000
+"""Headings that have a line of their own: of a process since its start, and of a day on disk."""
 
 
 class Heading(NamedTuple):
@@ -28,6 +34,30 @@ class Heading(NamedTuple):
     """Who was paid; empty where nobody was."""
     client: str = ""
     """The name of a client's key; empty where none is asked for."""
+
+    @property
+    def rest(self) -> "Heading":
+        """The heading under which this one is summed where there are too many others.
+
+        The provider stays: providers come from the configuration, all else may be a client's word.
+        """
+        return Heading(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
+
+
+class Headings:
+    """The headings that came first: each has a line of its own, further ones are summed."""
+
+    def __init__(self) -> None:
+        self._known: set[Heading] = set()
+
+    def line_of(self, heading: Heading) -> Heading:
+        """Return the heading to count under: the same one, or `rest` of it."""
+        if heading in self._known:
+            return heading
+        if len(self._known) >= MAX_HEADINGS:
+            return heading.rest
+        self._known.add(heading)
+        return heading
 
 
 Count: TypeAlias = Callable[[Heading, Usage], None]
@@ -161,16 +191,56 @@ Line: TypeAlias = tuple[tuple[Any, ...], Usage]
 """What some sums are about, and the sums."""
 
 
-def read(sql: Sql, by: Sequence[By]) -> list[Line]:
+_IN_REST = {
+    By.MODEL: f"'{OTHER}'",
+    By.CLIENT: f"'{OTHER}'",
+    By.SPACE: f"'{OTHER}'",
+    By.NAMESPACE: f"'{OTHER_NAMESPACE}'",
+}
+"""What lines beyond a limit are called; the other columns keep what they have."""
+
+
+def read(
+    sql: Sql,
+    by: Sequence[By],
+    max_lines: int | None = None,
+    preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
+) -> list[Line]:
     """Return the sums on disk by what is named in `by`, in that order; days count from 1970, UTC.
+
+    With `max_lines`, the lines beyond so many are summed under OTHER, one for each provider and
+    day. First come those whose names are all among the `preferred` ones, then those that were
+    counted on the earliest day. A line that is beyond the limit stays there, so no sum shrinks.
 
     What running proxies have not written yet, ten seconds' worth at most, is not in it. Raises
     FAILURES.
     """
-    sums = ", ".join(f"sum({name})" for name in Usage._fields)
-    columns = ", ".join((*by, sums))
-    groups = f" GROUP BY {', '.join(by)} ORDER BY {', '.join(by)}" if by else ""
-    rows = sql(f"SELECT {columns} FROM Usage LEFT JOIN Partitions ON id = partition{groups}")
+    names = ", ".join(by)
+    sums = ", ".join(f"sum({name}) AS {name}" for name in Usage._fields)
+    groups = f" GROUP BY {names}" if by else ""
+    table = f"FROM Usage LEFT JOIN Partitions ON id = partition{groups}"
+    order = f" ORDER BY {names}" if by else ""
+    statement = f"SELECT {', '.join((*by, sums))} {table}{order}"
+    values: dict[str, Any] = {}
+    if by and max_lines is not None:
+        terms = [f"{column} IN (SELECT value FROM json_each(:{column}))" for column in preferred]
+        values = {
+            column.value: orjson.dumps(list(preferred[column])).decode() for column in preferred
+        }
+        rank = f"({' AND '.join(terms) or '1'}) DESC, first_day, {names}"
+        values["max_lines"] = max_lines
+        shown = ", ".join(
+            f"CASE WHEN place <= :max_lines THEN {column} ELSE {_IN_REST.get(column, column)} END"
+            f" AS {column}_shown"
+            for column in by
+        )
+        shown_names = ", ".join(f"{column}_shown" for column in by)
+        statement = (
+            f"WITH line AS (SELECT {names}, {sums}, min(day) AS first_day {table}),"
+            f" ranked AS (SELECT *, row_number() OVER (ORDER BY {rank}) AS place FROM line)"
+            f" SELECT {shown}, {sums} FROM ranked GROUP BY {shown_names} ORDER BY {shown_names}"
+        )
+    rows = sql(statement, values)
     # Without groups, the sums of nothing are one row of NULLs.
     return [(tuple(row[: len(by)]), Usage(*row[len(by) :])) for row in rows if row[-1] is not None]
 

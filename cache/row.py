@@ -2,6 +2,13 @@
 
 from typing import NamedTuple
 
+RESERVED_NAMESPACES = "embedding-proxy/"
+"""How the namespaces begin that are the proxy's own; no client is given such a one."""
+OTHER_NAMESPACE = f"{RESERVED_NAMESPACES}other"
+"""The namespace of what is kept and counted together, because there were too many of its kind."""
+OTHER = "other"
+"""What stands for all further names, which clients or upstreams chose."""
+
 
 class Partition(NamedTuple):
     """The entries of one namespace in one space: what is counted, purged and exported together."""

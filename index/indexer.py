@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 MOST_REMEMBERED = 1 << 18
 """Ids that a process keeps in memory, some 100 bytes each; then it begins anew."""
+_TARGET = 16
+"""As many ids as a target counts for: requests name collections, and each may have few points."""
 
 
 class Indexer:
@@ -147,9 +149,11 @@ class Indexer:
             log.exception("not indexed, %d points", len(wanted))
             return
         self._rest.succeeded()
-        if sum(map(len, self._remembered.values())) > MOST_REMEMBERED:
-            self._remembered.clear()
-        self._remembered[target].update(one.id for one in wanted.values() if one.mark == 0)
+        ids = [one.id for one in wanted.values() if one.mark == 0]
+        if ids:
+            if sum(_TARGET + len(known) for known in self._remembered.values()) > MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[target].update(ids)
         if added:
             self.added += added
             self._sender.wake.set()

@@ -44,6 +44,13 @@ _WIDEST = 1 << 16
 # Up to this many bytes, reading a reply is quicker than handing it to a thread.
 _READ_INLINE = 1 << 20
 
+MAX_OTHER_MODELS = 100
+"""Distinct model names in replies that are counted each on its own."""
+MAX_NAME = 100
+"""Characters of such a name that are kept."""
+OTHER = "other"
+"""The name under which the replies with further names are counted."""
+
 # Connections at a time where each client pays with its own key, and has its own limits.
 _CONNECTIONS = 100
 
@@ -72,7 +79,8 @@ class HttpProvider:
         self.limits = profile.limits
         self.options = profile.options
         self.other_models: Counter[str] = Counter()
-        """Replies that named another model than was asked for, by that name."""
+        """Replies that named another model than was asked for, by that name; those of names beyond
+        MAX_OTHER_MODELS are counted together, as OTHER."""
         self._base_url = profile.base_url.rstrip("/")
         self._declared = profile
         self._has_unnumbered_answers = False
@@ -271,8 +279,11 @@ class HttpProvider:
         one, other = (name.rpartition("/")[2].lower() for name in (asked, answered))
         if one.startswith(other) or other.startswith(one):
             return
-        answered = answered[:100]
-        if answered not in self.other_models and len(self.other_models) < 100:
+        answered = answered[:MAX_NAME]
+        if answered not in self.other_models:
+            if len(self.other_models) >= MAX_OTHER_MODELS:
+                self.other_models[OTHER] += 1
+                return
             log.warning(
                 "%s: answers as %r when asked for %r; `embedding-proxy check` compares the routes",
                 self.name,

@@ -17,7 +17,7 @@ from typing import Self
 
 from cache.disk.store import Store
 from cache.key import Namespace
-from cache.ledger import By, Heading, Line
+from cache.ledger import MAX_HEADINGS, By, Heading, Line
 from cache.memory import Memory
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
@@ -87,7 +87,14 @@ class EmbeddingService(Questions):
             size_limit = int(cache.size_limit_gib * GIB)
             pinned = (*cache.pinned, canary.NAMESPACE)
             store = await stack.enter_async_context(
-                Store(cache.directory, size_limit, ttl_s=ttl_s, pinned=pinned)
+                Store(
+                    cache.directory,
+                    size_limit,
+                    ttl_s=ttl_s,
+                    # Frozen, nothing could be bought again.
+                    deletes_expired=cache.mode != "frozen",
+                    pinned=pinned,
+                )
             )
             self._store = store
             memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
@@ -141,8 +148,18 @@ class EmbeddingService(Questions):
         return self._store.counted if self._store else {}
 
     async def ledger(self, by: Sequence[By]) -> list[Line] | None:
-        """Return the sums since ever, of all processes; None while they cannot be read."""
-        return await self._store.ledger(by) if self._store else None
+        """Return the sums since ever, of all processes; None while they cannot be read.
+
+        At most MAX_HEADINGS lines, and one for each provider with what is left: what is configured
+        comes first, then what was counted first.
+        """
+        if self._store is None:
+            return None
+        server = self.settings.server
+        namespaces = ["", canary.NAMESPACE, *(key.namespace for key in server.keys)]
+        named = {By.MODEL: list(self.settings.models), By.NAMESPACE: namespaces}
+        preferred = {column: names for column, names in named.items() if column in by}
+        return await self._store.ledger(by, MAX_HEADINGS, preferred)
 
     @property
     def models(self) -> Mapping[str, Model]:

@@ -41,19 +41,23 @@ TRIALS = {
     "test_example",
     "test_faults",
     "test_flow",
+    "test_full_store",
     "test_index_trial",
     "test_migrate",
     "test_oracle",
     "test_outage",
+    "test_page_damage",
     "test_shared_store",
+    "test_storage_promises",
 }
 """The tests that try the whole for long; what they pass through is tested room by room."""
 
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
 
-# New examples are drawn at each run: fewer at a time lose little, and keep the suite short.
-hypothesis.settings.register_profile("suite", max_examples=25)
+# New examples are drawn at each run: fewer at a time lose little, and keep the suite short. None may
+# fail for the time it takes.
+hypothesis.settings.register_profile("suite", max_examples=25, deadline=None)
 hypothesis.settings.load_profile("suite")
 
 

@@ -1,7 +1,9 @@
 """Canaries: a provider that changes its model in silence is noticed; nobody else is troubled."""
 
+import asyncio
 import logging
 
+import orjson
 import pytest
 from clock import Clock
 from fault_server import status, vector_of
@@ -168,3 +170,49 @@ async def test_a_model_that_was_asked_for_by_name(upstream, start_proxy, clock):
     assert (await proxy.post({"model": "text-embedding-9", "input": "a"})).status == 200
     (found,) = await proxy.service.canaries.look()
     assert found["upstream_model"] == "text-embedding-9"
+
+
+async def test_one_worker_at_a_time_asks(upstream, start_proxy, clock):
+    """Of several that look at the same moment one asks; what it found is known to the others."""
+    upstream.gate = asyncio.Event()
+    proxies = [await start_proxy(openai=upstream) for _ in range(3)]
+    asked = [proxy.post({"model": MODEL, "input": f"{i}"}) for i, proxy in enumerate(proxies)]
+    upstream.gate.set()
+    assert [reply.status for reply in await asyncio.gather(*asked)] == [200] * 3
+    looks = await asyncio.gather(*(proxy.service.canaries.look() for proxy in proxies))
+    assert sorted(map(len, looks)) == [0, 0, 1]
+    assert [await proxy.service.canaries.look() for proxy in proxies] == [[], [], []]
+    # Four texts bought first, and four asked anew.
+    assert len(_asked(upstream)) == 2
+    (file,) = proxies[0].service.settings.cache.directory.rglob("canaries.json")
+    assert not list(file.parent.glob("*.part"))
+
+
+async def test_a_route_that_failed_is_not_asked_by_another_worker(upstream, start_proxy, clock):
+    """That a route was asked counts for all workers, whether or not it has answered."""
+    proxy, other = await start_proxy(openai=upstream), await start_proxy(openai=upstream)
+    assert len(await _look(proxy, "a")) == 1
+    clock.now += DAY
+    for one, text in ((proxy, "b"), (other, "c")):
+        assert (await one.post({"model": MODEL, "input": text})).status == 200
+    upstream.always = status(404)
+    calls = len(upstream.calls)
+    assert await proxy.service.canaries.look() == []
+    assert await other.service.canaries.look() == []
+    assert len(upstream.calls) == calls + 1
+
+
+async def test_what_is_kept_of_routes_is_bounded(upstream, start_proxy, clock, monkeypatch):
+    """Clients name models: of so many routes something is kept, of the ones asked last."""
+    monkeypatch.setattr(canary, "MAX_ROUTES", 3)
+    proxy = await start_proxy(openai=upstream)
+    for i in range(5):
+        clock.now += 1
+        assert (await proxy.post({"model": f"text-embedding-{i}", "input": "a"})).status == 200
+        assert len(await proxy.service.canaries.look()) == 1
+    (file,) = proxy.service.settings.cache.directory.rglob("canaries.json")
+    content = orjson.loads(file.read_bytes())
+    names = [f"text-embedding-{i}" for i in (2, 3, 4)]
+    assert [one["upstream_model"] for one in content["routes"]] == names
+    assert [row[2] for row in content["asked"]] == names
+    assert [one["upstream_model"] for one in proxy.service.canaries.findings] == names

@@ -875,6 +875,20 @@ def test_a_proof_by_the_clock(tmp_path):
     assert not list((tmp_path / "p").iterdir())
 
 
+def test_the_files_of_proofs_are_bounded(tmp_path, monkeypatch):
+    """Of keys without end the newest have a file; the others are proved again."""
+    monkeypatch.setattr(proofs, "MOST", 5)
+    monkeypatch.setattr(proofs, "SWEEP_EVERY", 10)
+    now = 1_800_000_000.0
+    known = Proofs(tmp_path / "p", lambda: now)
+    for number in range(20):
+        now += 1
+        known.accepted(f"{number:02}")
+    assert sorted(file.name for file in (tmp_path / "p").iterdir()) == [
+        f"{number:02}" for number in range(15, 20)
+    ]
+
+
 def test_a_refusal_by_the_clock(tmp_path):
     """A refused key is refused for a minute, and unknown then, to every worker."""
     now = 1_800_000_000.0

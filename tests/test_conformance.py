@@ -331,13 +331,13 @@ ROWS: list[tuple[Check, Mistake]] = [
 
 @pytest.fixture
 def bench(start_proxy, upstream, second):
-    key.keyring.cache_clear()
+    key._kept_keyring.cache_clear()
     made = Keyring.keys_at_once
     # One for mistakes and checks alike: two would not undo in the reverse order of what was done.
     with pytest.MonkeyPatch.context() as patch:
         yield Bench(start_proxy, upstream, second, patch)
     assert Keyring.keys_at_once is made, "a mistake would go on in the tests to come"
-    key.keyring.cache_clear()
+    key._kept_keyring.cache_clear()
 
 
 @pytest.mark.parametrize("check", dict(ROWS), ids=lambda check: check.__name__)

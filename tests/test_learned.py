@@ -3,8 +3,13 @@
 import asyncio
 
 import numpy as np
+import orjson
 import pytest
 from fault_server import status, tokens_of, vector_of
+
+from providers.base import InvalidAnswer
+from proxy.embedding import learned
+from proxy.embedding.learned import Pins
 
 NEW = "text-embedding-9"
 ROUTES = [{"provider": "openai", "model": "own"}]
@@ -203,3 +208,37 @@ async def test_a_refused_input_has_the_clients_own_place(upstream, start_proxy):
     reply, _ = await _embed(proxy, ["a", "b", "a", "bad", "c"])
     error = (await reply.json())["error"]
     assert (reply.status, error["message"]) == (400, "too long (input 3)")
+
+
+async def test_several_workers_pin_at_the_same_time(tmp_path):
+    """None of their widths is lost, and of one space the first counts for all."""
+    file = tmp_path / "widths.json"
+    workers = [Pins(file) for _ in range(8)]
+    await asyncio.gather(*(pins.pin(f"space {i}", i + 1) for i, pins in enumerate(workers)))
+    widths = {f"space {i}": i + 1 for i in range(8)}
+    assert orjson.loads(file.read_bytes()) == widths
+    assert [pins.width("space 5") for pins in workers] == [6] * 8
+    ends = await asyncio.gather(
+        *(pins.pin("new", 10 + i) for i, pins in enumerate(workers)), return_exceptions=True
+    )
+    assert ends.count(None) == 1
+    assert sum(isinstance(end, InvalidAnswer) for end in ends) == 7
+    assert len({pins.width("new") for pins in workers}) == 1
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["widths.json", "widths.lock"]
+
+
+async def test_the_pinned_widths_are_bounded(upstream, start_proxy, monkeypatch, caplog):
+    """Clients name models: beyond the bound each process learns a width anew, from one input."""
+    monkeypatch.setattr(learned, "MAX_WIDTHS", 2)
+    for _ in range(2):
+        proxy = await start_proxy(openai=upstream)
+        for i in range(4):
+            upstream.widths[f"text-embedding-{i}9"] = 40 + i
+            _, (got,) = await _embed(proxy, "a", f"text-embedding-{i}9")
+            assert got.shape == (40 + i,)
+        assert len(proxy.service._registry._pins._known) <= 2
+        (file,) = proxy.service.settings.cache.directory.rglob("widths.json")
+        assert len(orjson.loads(file.read_bytes())) == 2
+        await start_proxy.stop()
+    assert caplog.text.count("further ones are not kept") == 2
+    assert len(upstream.inputs) == 4 + 2, "the first two are hits after the restart"

@@ -2,6 +2,7 @@
 
 python tests/torture.py ROUNDS — the suite runs a few rounds, `make torture` two thousand. What was
 acknowledged is noted in a log outside the store, and every round must find all of it, unharmed.
+In the end the ledger must have the charge of every record that is there.
 """
 
 import asyncio
@@ -17,10 +18,14 @@ from contextlib import closing
 from pathlib import Path
 
 from cache.disk.store import Store
+from cache.ledger import Heading
+from cache.row import Partition
+from cache.usage import Usage
 
 WRITERS = 2
 SIZE_LIMIT = 1 << 40
 ADDRESS_BYTES = 16
+HEADING = Heading(Partition("", "m", 1536), "m", "p")
 
 
 def record_of(address: bytes) -> bytes:
@@ -37,6 +42,7 @@ def write_for_ever(directory: Path, log: int, seed: int) -> None:
         async with Store(directory, SIZE_LIMIT) as store:
             while True:
                 addresses = [chance.randbytes(ADDRESS_BYTES) for _ in range(chance.randint(1, 20))]
+                store.count(HEADING, Usage(misses=len(addresses)))
                 if await store.put_many({address: record_of(address) for address in addresses}):
                     os.write(log, b"".join(addresses))
 
@@ -81,7 +87,10 @@ def noted(log: Path, skip: int) -> list[bytes]:
 
 
 def torture(directory: Path, rounds: int, seed: int) -> tuple[int, int, int]:
-    """Return how many records were acknowledged, lost and wrong; raise if the file is corrupt."""
+    """Return how many records were acknowledged, lost and wrong; raise if the file is corrupt.
+
+    So it does if a record is there without its charge.
+    """
     chance = random.Random(seed)
     log_path = directory / "acknowledged"
     seen = lost = wrong = 0
@@ -95,8 +104,13 @@ def torture(directory: Path, rounds: int, seed: int) -> tuple[int, int, int]:
     (database,) = directory.glob("v*/cache.db")
     with closing(sqlite3.connect(database)) as connection:
         ((verdict,),) = connection.execute("PRAGMA integrity_check").fetchall()
+        ((records, charged),) = connection.execute(
+            "SELECT (SELECT count(*) FROM Cache), (SELECT sum(misses) FROM Usage)"
+        ).fetchall()
     if verdict != "ok" or list(directory.glob("*.damaged-*")):
         raise RuntimeError(f"the file is corrupt: {verdict}")
+    if not seen <= records <= charged:
+        raise RuntimeError(f"{seen} acknowledged, {records} records, {charged} charged")
     return seen, lost + missing, wrong + bad
 
 

@@ -10,8 +10,7 @@ from cache.row import Partition
 from cache.usage import Usage
 from providers.base import current_label
 
-TOUCH_MS = 3_600_000
-"""A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
+from . import bounds
 
 # Writes a record whether or not there is one; a row that was anything else becomes raw bytes.
 _PUT = """
@@ -118,18 +117,15 @@ class Changes:
         ids = _partition_ids(connection, {heading.partition for _, heading in self.usage})
         connection.executemany(
             _COUNT,
-            (
-                (day, ids[heading.partition], *heading[1:], *usage)
-                for (day, heading), usage in self.usage.items()
-            ),
+            list(bounds.usage_rows(connection.execute, self.usage, ids)),
         )
 
-    def put_uses(self, connection: Any) -> None:  # noqa: ANN401
-        """Note when entries were used."""
+    def put_uses(self, connection: Any, interval_ms: int) -> None:  # noqa: ANN401
+        """Note when entries were used, where the last use that was noted is older than that."""
         ids = _partition_ids(connection, {use.partition for use in self.used.values()})
         connection.executemany(
             _TOUCH,
-            ((use.at, ids[use.partition], a, use.at - TOUCH_MS) for a, use in self.used.items()),
+            ((use.at, ids[use.partition], a, use.at - interval_ms) for a, use in self.used.items()),
         )
 
     def put_records(self, connection: Any) -> None:  # noqa: ANN401
@@ -154,19 +150,12 @@ def _partition_ids(
     connection: Any,  # noqa: ANN401
     named: Iterable[Partition | None],
 ) -> dict[Partition | None, int | None]:
-    """Return the numbers of partitions; new ones get theirs."""
+    """Return the numbers of partitions; new ones get theirs, see `bounds`."""
     ids: dict[Partition | None, int | None] = {None: None}
     for partition in named:
         if partition is None:
             continue
         # An archive of an earlier version names spaces with the values of their parameters.
-        columns = partition._replace(space=current_label(partition.space))
-        connection.execute(
-            "INSERT OR IGNORE INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)",
-            columns,
-        )
-        ((ids[partition],),) = connection.execute(
-            "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)",
-            columns,
-        )
+        current = partition._replace(space=current_label(partition.space))
+        ids[partition] = bounds.partition_id(connection.execute, current)
     return ids

@@ -112,7 +112,7 @@ class Database:
         self._eviction = Eviction(max(1, limit - self._log_pages), pinned)
         self._size_limit = size_limit
         self._log = folder / f"{FILE_NAME}-wal"
-        self.most_bytes = max(size_limit // 64, 1 << 20)
+        self.most_bytes = max(size_limit // 64, 1 << 18)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self._full_until = 0.0
         self._is_let_go = False
@@ -125,8 +125,9 @@ class Database:
                 if not (_may_be_header(error) and pages.is_header_damaged(_head(self.path))):
                     raise
                 raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
-            except (ArithmeticError, LookupError, ValueError) as error:
-                # What diskcache, or sqlite3 itself, makes of a settings table that is damaged.
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                # What diskcache, sqlite3 itself, or the way up from an older layout makes of a
+                # table that holds what it cannot hold.
                 raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
             self._inode = set_aside.inode_of(self.path)
 
@@ -258,7 +259,10 @@ class Database:
                 full = error
             else:
                 changes.put_records(connection)
-            changes.put_uses(connection)
+            if changes.used:
+                last_ms = max(use.at for use in changes.used.values())
+                interval_ms = self._eviction.use_interval_ms(self.sql, last_ms)
+                changes.put_uses(connection, interval_ms)
             if full is None and not there_is_room:
                 self._make_room(0, wanted, changes, recent or {})
         if full is not None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 
 from .schema import PAGE_BYTES, Sql, give_back
 
+TOUCH_MS = 3_600_000
+"""A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
 PASSES = 8
 """The most passes over the cold end that one round makes to find what may go."""
 TRANSACTIONS_A_FULL_LOOK = 256
@@ -97,6 +99,17 @@ class Eviction:
         if lacking > 0 and is_empty and self._pinned and wanted:
             raise StoreFull(FULL)
         return lacking <= 0
+
+    def use_interval_ms(self, sql: Sql, now_ms: int) -> int:
+        """Return how old the last use of an entry that was written must be for another to be.
+
+        Other processes know of no use but those that are written. In a store that fills up
+        an entry must not become the coldest between two of them.
+        """
+        if _lacking(sql, self._limit, self._limit // 2) <= 0:
+            return TOUCH_MS
+        coldest = self._coldest_rows(sql, 1, self._pinned_ids(sql))
+        return max(0, min(TOUCH_MS, (now_ms - coldest[0][1]) // 4)) if coldest else TOUCH_MS
 
     def _pinned_ids(self, sql: Sql) -> str:
         """Return the numbers of the pinned partitions, for a list in SQL."""

@@ -43,8 +43,7 @@ class Choice:
 
 def count(database: Database, choice: Choice) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
-    entries = size = 0
-    if choice.address is not None or choice == Choice():
+    if choice.address is not None:
         condition, values = where(choice)
         ((entries, size),) = database.sql(
             f"SELECT count(*), coalesce(sum(40 + 4 * dimensions), 0) FROM {_RECORDS}"
@@ -52,13 +51,17 @@ def count(database: Database, choice: Choice) -> tuple[int, int]:
             values,
         )
         return int(entries), int(size)
+    entries = size = 0
     for partition, dimensions in _partitions(database.sql, choice):
         last: Position | None = _FIRST
         while last is not None:
             rows, last = _oldest(database.sql, choice, partition, last, ENTRIES_A_READ)
             entries += len(rows)
             size += len(rows) * (40 + 4 * dimensions) if dimensions else 0
-    return entries, size
+    if choice == Choice():
+        # Of some records nothing else may be known.
+        ((entries,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
+    return int(entries), size
 
 
 def is_chosen(database: Database, choice: Choice, address: bytes) -> bool:

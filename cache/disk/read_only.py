@@ -4,8 +4,9 @@ import contextlib
 import resource
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from cache import ledger
 
@@ -38,7 +39,12 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
     return found
 
 
-def read_ledger(path: Path, by: Sequence[ledger.By]) -> list[ledger.Line]:
+def read_ledger(
+    path: Path,
+    by: Sequence[ledger.By],
+    max_lines: int | None = None,
+    preferred: Mapping[ledger.By, Collection[str]] = MappingProxyType({}),
+) -> list[ledger.Line]:
     """Return the sums of a store's file (see `ledger.read`), by a connection of its own.
 
     Raises sqlite3.DatabaseError also where the two copies of the sums disagree.
@@ -46,7 +52,7 @@ def read_ledger(path: Path, by: Sequence[ledger.By]) -> list[ledger.Line]:
     with contextlib.closing(_connect(path, "mode=ro")) as connection:
         if not ledger.copies_agree(connection.execute):
             raise sqlite3.DatabaseError(LEDGER_DAMAGED)
-        return ledger.read(connection.execute, by)
+        return ledger.read(connection.execute, by, max_lines, preferred)
 
 
 class ReadOnlyFile:

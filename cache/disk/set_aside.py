@@ -11,12 +11,13 @@ what was begun (`complete`), before SQLite sees the folder.
 
 import contextlib
 import json
-import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cache import atomic_file
 
 STATE_FILE = "salvage.json"
 MAX_FOLDERS = 1000
@@ -76,12 +77,7 @@ class SetAside:
 
     def note(self, **changed: object) -> None:
         """Write to `salvage.json`, all or nothing. Raises OSError."""
-        part = self.folder / f"{STATE_FILE}.part"
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(self.state | changed, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.folder / STATE_FILE)
+        atomic_file.write(self.folder / STATE_FILE, json.dumps(self.state | changed).encode())
 
 
 def is_name(name: str) -> bool:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from cache.disk.changes import Changes, Found, Kept, Use
@@ -29,7 +30,7 @@ from cache.disk.read_only import read_ledger
 from cache.disk.reader import Reader
 from cache.disk.salvager import Salvager
 from cache.disk.writer import Writer
-from cache.ledger import By, Heading, Line
+from cache.ledger import MAX_HEADINGS, By, Heading, Headings, Line
 from cache.row import Partition
 from cache.usage import Usage
 
@@ -51,21 +52,24 @@ class Store:
     """Records on disk, of at most about `size_limit` bytes. Open it with `async with`.
 
     `directory` gets a folder for this format version; another version's files are left alone.
-    Records older than `ttl_s` seconds are misses, and deleted in time. Those of namespaces in
-    `pinned` are never evicted. `on_purge` is called when another process has deleted entries.
+    Records older than `ttl_s` seconds are misses, and deleted in time, unless told not to. Those
+    of namespaces in `pinned` are never evicted. `on_purge` is called when another process has
+    deleted entries.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by name
         self,
         directory: Path,
         size_limit: int,
         *,
         ttl_s: float | None = None,
+        deletes_expired: bool = True,
         pinned: Collection[str] = (),
         on_purge: Callable[[], None] = lambda: None,
     ) -> None:
         self._disk = Disk(directory, size_limit, pinned)
         self._ttl_s = ttl_s
+        self._deletes_expired = deletes_expired
         self.on_purge = on_purge
         self._closing = False
         self._writer = Writer(self._disk)
@@ -76,7 +80,10 @@ class Store:
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
         self.counted: dict[Heading, Usage] = {}
-        """The sums of what this process has counted since it opened the store."""
+        """The sums of what this process has counted since it opened the store: of the first
+        MAX_HEADINGS headings, and of all others together."""
+        self._day = 0
+        self._headings_of_day = Headings()
 
     @property
     def folder(self) -> Path:
@@ -156,19 +163,31 @@ class Store:
 
     def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered; written with the next change, or in a while."""
-        self._pending.changes.count(int(time.time() // 86_400), heading, usage)
+        day = int(time.time() // 86_400)
+        if day != self._day:
+            self._day, self._headings_of_day = day, Headings()
+        self._pending.changes.count(day, self._headings_of_day.line_of(heading), usage)
         known = self.counted.get(heading)
+        if known is None and len(self.counted) >= MAX_HEADINGS:
+            heading = heading.rest
+            known = self.counted.get(heading)
         self.counted[heading] = usage if known is None else known.plus(usage)
 
-    async def ledger(self, by: Sequence[By]) -> list[Line] | None:
+    async def ledger(
+        self,
+        by: Sequence[By],
+        max_lines: int | None = None,
+        preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
+    ) -> list[Line] | None:
         """Return the sums on disk, see `ledger.read`; None if they cannot be read. Never raises.
 
         It is read in a thread of its own: nobody who looks for a record waits for it.
         """
+        path = self.folder / FILE_NAME
         for is_last_try in (False, True):
             file = self._disk.file
             try:
-                return await asyncio.to_thread(read_ledger, self.folder / FILE_NAME, by)
+                return await asyncio.to_thread(read_ledger, path, by, max_lines, preferred)
             except FAILURES as error:
                 if is_last_try or file is None or not is_damage(error):
                     log.warning("the ledger cannot be read: %s", error)
@@ -205,7 +224,7 @@ class Store:
         await self._heed_purges()
         if tick % FLUSH_TICKS == 0:
             await self._writer.flush()
-        if self._ttl_s and tick % EXPIRY_TICKS == 1:
+        if self._ttl_s and self._deletes_expired and tick % EXPIRY_TICKS == 1:
             await self._expire(time.time() - self._ttl_s)
 
     async def _heed_damage(self) -> None:

@@ -5,15 +5,21 @@ What could not be written is kept in memory, as far as there is room, and tried 
 
 import asyncio
 import logging
+import time
 from functools import partial
 
 from .backoff import Rest
 from .changes import Changes
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, Timeout, is_damage
+from .eviction import StoreFull
 from .pending import Pending
 
 log = logging.getLogger("embedding_proxy.store")
+
+
+WARNING_SECONDS = 10.0
+"""How long the same failure is not said again."""
 
 
 class Writer:
@@ -23,6 +29,7 @@ class Writer:
         self._disk = disk
         self.rest = Rest()
         self.pending = Pending()
+        self._warned = "", 0.0
         # What those will be told whose changes wait, and the task that writes them.
         self._landing: asyncio.Future[bool] | None = None
         self._drain: asyncio.Task[None] | None = None
@@ -77,12 +84,12 @@ class Writer:
                 if not last_try and (is_damage(error) or isinstance(error, FileReplaced)):
                     await self.replace(target)
                     continue
-                self.rest.failed()
-                count = len(changes.records)
-                why = str(error) or "it is locked"
-                log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
-                if not isinstance(error, TimeoutError | Timeout):
-                    await self._write_sums(target, changes)
+                self._warn(error, len(changes.records))
+                # Where the sums can be written, it is not the disk that fails.
+                if not isinstance(error, StoreFull) and not await self._sums_written(
+                    target, changes, error
+                ):
+                    self.rest.failed()
                 return False
             except Exception:
                 self.rest.failed()
@@ -93,16 +100,28 @@ class Writer:
             return True
         return False
 
-    async def _write_sums(self, target: Database, changes: Changes) -> None:
-        """Write the sums of changes that failed: a record that cannot be kept is paid for, too."""
-        if not (changes.records and changes.usage):
-            return
+    async def _sums_written(self, target: Database, changes: Changes, error: BaseException) -> bool:
+        """Write the sums of changes that failed: a record that cannot be kept is paid for, too.
+
+        Returns whether there were any, and they are on disk.
+        """
+        if not (changes.records and changes.usage) or isinstance(error, TimeoutError | Timeout):
+            # A second wait for the same lock would come to nothing.
+            return False
         try:
             await self._disk.write(partial(target.write, Changes(usage=changes.usage)))
-        except FAILURES as error:
-            log.debug("the sums wait as well: %s", error)
-        else:
-            changes.usage = {}
+        except FAILURES:
+            return False
+        changes.usage = {}
+        return True
+
+    def _warn(self, error: BaseException, count: int) -> None:
+        """Say what failed; the same again only after a while."""
+        why = str(error) or "it is locked"
+        now = time.monotonic()
+        if self._warned[0] != why or now >= self._warned[1]:
+            self._warned = why, now + WARNING_SECONDS
+            log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
 
     async def finish(self) -> None:
         """Wait for what is being written, and write what could wait, whatever failed before."""

@@ -17,6 +17,8 @@ from typing import Any
 
 import orjson
 
+from cache import atomic_file
+
 FORMAT = 1
 """Version of the file; one of another version is not touched."""
 
@@ -170,19 +172,8 @@ def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file
 
 def _replace(path: Path, content: bytes) -> None:
     """Replace a file as a whole: whoever reads it finds the old content or the new one."""
-    beside = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        atomic_file.write(path, content, mode=0o666)
     except OSError as error:
         raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -2,19 +2,22 @@
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache.disk import connection, purge
+from cache.disk import bounds, connection, purge
 from cache.disk.database import Database
 from cache.key import Namespace, keyring
 from cache.maintenance import backup
+from cache.row import OTHER_NAMESPACE
 from index import outbox_purge
 from index.outbox_file import FILE_NAME, OutboxFile
+from providers.base import current_label
 from proxy import config
 from proxy.service import GIB
 from proxy.settings.schema import Settings
@@ -85,23 +88,18 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     if choice == purge.Choice() and not everything:
         raise config.ConfigError("cache purge: say what to delete, or --all; see --help")
     with opened(settings) as file, _outbox(settings) as outbox:
-        entries, held = purge.count(file, choice)
-        waiting = [] if outbox is None else _waiting(outbox, file, choice)
-        deleted = 0
+        shared = [one for one in _shared(choice) if purge.count(file, one)[0]]
+        counts = [purge.count(file, one) for one in (choice, *shared)]
+        entries, held = (sum(column) for column in zip(*counts, strict=True))
+        of_others = entries - counts[0][0]
+        waiting = [] if outbox is None else _waiting(outbox, file, [choice, *shared])
         if outbox is not None and not dry_run:
             outbox_purge.remove(outbox, waiting)
-        if not dry_run:
-            try:
-                with progress("deleting", entries) as tell:
-                    for count in purge.delete(file, choice):
-                        deleted += count
-                        tell(deleted)
-            finally:
-                # Also what an interruption cut short is to be forgotten.
-                if deleted:
-                    purge.announce(file, deleted)
+        deleted = 0 if dry_run else _delete(file, [choice, *shared], entries)
     if as_json:
         told = {"chosen": entries, "bytes": held, "deleted": deleted, "waiting": len(waiting)}
+        if of_others:
+            told["of_shared_partitions"] = of_others
         print_json({**told, "dry_run": dry_run})
         return
     done = "would be deleted" if dry_run else "deleted"
@@ -109,8 +107,44 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         typer.echo(f"{entries:,} entries, {size(held)}, {done}")
     else:
         typer.echo(f"{deleted:,} entries {done}, {size(held)}")
+    if of_others:
+        typer.echo(
+            f"{of_others:,} of them lie in a partition that several namespaces or spaces share:"
+            " they cannot be told apart, so all of them go"
+        )
     if outbox is not None:
         typer.echo(f"{len(waiting):,} points that wait for Qdrant {done}; those in Qdrant stay")
+
+
+def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> int:
+    """Delete what is chosen, and return how many entries that were; `entries` are expected."""
+    deleted = 0
+    try:
+        with progress("deleting", entries) as tell:
+            for choice in choices:
+                for count in purge.delete(file, choice):
+                    deleted += count
+                    tell(deleted)
+    finally:
+        # Also what an interruption cut short is to be forgotten.
+        if deleted:
+            purge.announce(file, deleted)
+    return deleted
+
+
+def _shared(choice: purge.Choice) -> list[purge.Choice]:
+    """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
+
+    See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
+    """
+    found = []
+    rest = None if choice.space is None else bounds.rest_of(current_label(choice.space))
+    if rest is not None and rest != choice.space:
+        found.append(replace(choice, space=rest))
+    is_chosen_by_name = choice.namespace is not None or choice.space is not None
+    if is_chosen_by_name and choice.namespace != OTHER_NAMESPACE:
+        found.append(replace(choice, namespace=OTHER_NAMESPACE, space=None))
+    return found
 
 
 @contextmanager
@@ -127,14 +161,21 @@ def _outbox(settings: Settings) -> Iterator[OutboxFile | None]:
         raise WorkFailed(f"{folder / FILE_NAME}: {error}") from error
 
 
-def _waiting(outbox: OutboxFile, file: Database, choice: purge.Choice) -> list[outbox_purge.Picked]:
-    """Return the points that wait of what is chosen; by age the entry in the cache counts."""
+def _waiting(
+    outbox: OutboxFile, file: Database, choices: Sequence[purge.Choice]
+) -> list[outbox_purge.Picked]:
+    """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
+    choice = choices[0]
     found = outbox_purge.pick(
         outbox, namespace=choice.namespace, space=choice.space, address=choice.address
     )
     if choice.stored_before is None and choice.used_before is None:
         return found
-    return [one for one in found if purge.is_chosen(file, choice, one.address)]
+    return [
+        one
+        for one in found
+        if any(purge.is_chosen(file, chosen, one.address) for chosen in choices)
+    ]
 
 
 def _address(

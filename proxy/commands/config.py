@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cache import atomic_file
 from proxy import config
 from proxy.settings import effective
 from proxy.settings.conversion import Converted, convert
@@ -69,7 +70,10 @@ def convert_old(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        output.write_text(text, encoding="utf-8")
+        try:
+            atomic_file.write(output, text.encode(), mode=0o666, exclusive=True)
+        except FileExistsError as error:
+            raise WorkFailed(f"{path_text(output)} exists; it is not overwritten") from error
     for line in _told(done):
         typer.echo(line, err=True)
 

@@ -1,7 +1,6 @@
 """`embedding-proxy cache export`: entries in one file, to be carried elsewhere."""
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
+from cache import atomic_file
 from cache.disk.purge import Choice, count
 from cache.maintenance import archive, transfer
 from cache.row import Row
@@ -53,20 +53,13 @@ def _written(target: str) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     path = Path(target)
-    part = None
+    if not path.name or path.is_dir():
+        raise WorkFailed(f"{target}: is a directory; name a file")
     try:
-        if not path.name or path.is_dir():
-            raise WorkFailed(f"{target}: is a directory; name a file")
-        handle, part = tempfile.mkstemp(".part", f"{path.name}-", path.parent)
-        with open(handle, "wb") as file:  # noqa: PTH123 - it is open already
+        with atomic_file.opened(path) as file:
             yield file
-        Path(part).replace(path)
-        part = None
     except OSError as error:
         raise WorkFailed(f"{target}: {error.strerror or error}") from error
-    finally:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
 
 
 def _told(rows: Iterator[Row], tell: Any) -> Iterator[Row]:  # noqa: ANN401 - a function

@@ -11,12 +11,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Any, Self, TypedDict, TypeVar
 
 import orjson
 
+from cache import atomic_file
+from cache.disk.lock import WriterLock
 from providers.base import Account, Context, EmbeddingError
 from providers.probe import SAME, TEXTS, agreement, probe
 from providers.routing.health import Upstreams
@@ -31,8 +34,12 @@ LOOK_S = 600.0
 PATIENCE_S = 60.0
 """How long one route may take."""
 HOUR = 3600.0
+MAX_ROUTES = 1000
+"""Routes of which something is kept in the file; of more, those asked longest ago are forgotten."""
 
 log = logging.getLogger("embedding_proxy.canary")
+
+T = TypeVar("T")
 
 
 class Finding(TypedDict):
@@ -47,11 +54,16 @@ class Finding(TypedDict):
     """Seconds since 1970."""
 
 
+_RouteKey = tuple[str, str, str]
+"""A route: the label of the space, the provider, and the provider's name for the model."""
+
+
 class Canaries:
     """Asks each route of every model that is in use, once in so many hours.
 
-    The findings are kept in a file, which all workers share: one of them asks for all, and a
-    restart does not begin anew. Open them with `async with`; `clock` gives seconds since 1970.
+    What was asked and found is kept in a file, which all workers share: one of them at a time asks
+    for all, and a restart does not begin anew. Open them with `async with`; `clock` gives seconds
+    since 1970.
     """
 
     def __init__(
@@ -66,17 +78,19 @@ class Canaries:
         self._models = models
         self._upstreams = upstreams
         self._file = file
+        self._lock_file = file.with_suffix(".lock")
         self._hours = hours
         self._clock = clock
         self._attempts: Counter[str] = Counter()
-        self._asked: dict[tuple[str, str, str], float] = {}
+        self._asked: dict[_RouteKey, float] = {}
+        """When a route was asked last by this worker, whether or not it has answered."""
         self._looking: asyncio.Task[None] | None = None
 
     @property
     def findings(self) -> list[Finding]:
-        """What was found last of each route, by any worker."""
+        """What was found last of each route, by any worker; of MAX_ROUTES routes at most."""
         try:
-            return [
+            found = [
                 Finding(
                     space=str(one["space"]),
                     provider=str(one["provider"]),
@@ -84,10 +98,36 @@ class Canaries:
                     cosine=float(one["cosine"]),
                     at=float(one["at"]),
                 )
-                for one in orjson.loads(self._file.read_bytes())["routes"]
+                for one in self._read()["routes"]
             ]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, ValueError, TypeError):
             return []
+        return _newest({_name(one): one for one in found}, lambda one: one["at"])
+
+    @property
+    def _asked_by_any(self) -> dict[_RouteKey, float]:
+        """When each route was asked last, by any worker, whether or not it has answered."""
+        asked = dict(self._asked)
+        told = [(_name(one), one["at"]) for one in self.findings]
+        try:
+            rows = self._read().get("asked", [])
+            told += [
+                ((str(space), str(provider), str(model)), float(at))
+                for space, provider, model, at in rows
+            ]
+        except (ValueError, TypeError):
+            pass
+        for key, at in told:
+            asked[key] = max(asked.get(key, -math.inf), at)
+        return asked
+
+    def _read(self) -> dict[str, Any]:
+        """Return what the file holds; nothing where it cannot be read."""
+        try:
+            content = orjson.loads(self._file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     async def __aenter__(self) -> Self:
         """Begin to look, in the background."""
@@ -108,22 +148,39 @@ class Canaries:
                 log.exception("the canaries could not be asked")
 
     async def look(self) -> list[Finding]:
-        """Ask the routes that are due, one after the other, and return what was found."""
+        """Ask the routes that are due, one after the other, and return what was found.
+
+        While another worker does so, nothing is asked: what is due then is seen at the next look.
+        """
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(closing(WriterLock(self._lock_file, 0)))
+                stack.enter_context(lock)
+            except TimeoutError:
+                return []
+            except OSError as error:
+                # Where there can be no lock there can be no file: each worker asks for itself.
+                log.info("%s: cannot be locked: %s", self._lock_file, error)
+            return await self._look()
+
+    async def _look(self) -> list[Finding]:
         found: list[Finding] = []
         for name, model in list(self._models.items()):
-            if model.space.dimensions and model.router.counts.attempts > self._attempts[name]:
-                found += await self._ask(model, self._due(model))
-                self._attempts[name] = model.router.counts.attempts
-        if found:
-            newest = {_name(one): one for one in (*self.findings, *found)}
-            self._keep(list(newest.values()))
+            attempts = model.router.counts.attempts
+            if not model.space.dimensions or attempts <= self._attempts[name]:
+                continue
+            routes = self._due(model)
+            if routes:
+                some = await self._ask(model, routes)
+                found += some
+                # After each model, so that what was paid for is known if the next one is cut short.
+                await asyncio.to_thread(self._keep, some)
+            self._attempts[name] = model.router.counts.attempts
         return found
 
     def _due(self, model: Model) -> list[Route]:
         """Return the routes that may be asked, and that no worker has asked for long."""
-        asked = dict(self._asked)
-        for one in self.findings:
-            asked[_name(one)] = max(asked.get(_name(one), -math.inf), one["at"])
+        asked = self._asked_by_any
         now = self._clock()
         return [
             route
@@ -137,8 +194,6 @@ class Canaries:
 
     async def _ask(self, model: Model, routes: Sequence[Route]) -> list[Finding]:
         """Hold the answers of routes against those that were bought first."""
-        if not routes:
-            return []
         self._asked.update({_key(model, route): self._clock() for route in routes})
         try:
             first = await model.embedder.embed(model.space, TEXTS, self._context(model))
@@ -178,18 +233,31 @@ class Canaries:
         deadline = self._upstreams.clock() + PATIENCE_S
         return Context(deadline, namespace=NAMESPACE, account=account)
 
-    def _keep(self, findings: list[Finding]) -> None:
-        part = self._file.with_suffix(".part")
+    def _keep(self, found: Sequence[Finding]) -> None:
+        """Add to the file what was asked and found. For the worker that holds the lock."""
+        findings = {_name(one): one for one in (*self.findings, *found)}
+        asked = {key: (*key, at) for key, at in self._asked_by_any.items()}
+        content = {
+            "routes": _newest(findings, lambda one: one["at"]),
+            "asked": _newest(asked, lambda row: row[-1]),
+        }
         try:
-            part.write_bytes(orjson.dumps({"routes": findings}, option=orjson.OPT_INDENT_2))
-            part.replace(self._file)
+            atomic_file.write(self._file, orjson.dumps(content, option=orjson.OPT_INDENT_2))
         except OSError as error:
             log.warning("%s: the canaries' findings cannot be kept: %s", self._file, error)
 
 
-def _name(finding: Finding) -> tuple[str, str, str]:
+def _newest(rows: Mapping[_RouteKey, T], at: Callable[[T], float]) -> list[T]:
+    """Return the rows of the MAX_ROUTES routes asked last, in their order."""
+    if len(rows) <= MAX_ROUTES:
+        return list(rows.values())
+    kept = set(sorted(rows, key=lambda key: at(rows[key]))[-MAX_ROUTES:])
+    return [row for key, row in rows.items() if key in kept]
+
+
+def _name(finding: Finding) -> _RouteKey:
     return finding["space"], finding["provider"], finding["upstream_model"]
 
 
-def _key(model: Model, route: Route) -> tuple[str, str, str]:
+def _key(model: Model, route: Route) -> _RouteKey:
     return model.space.label, route.name, route.model

@@ -5,10 +5,10 @@ With it, and with nothing else, a digest can be held against a key. All workers 
 
 import contextlib
 import logging
-import os
 import secrets
 from pathlib import Path
 
+from cache import atomic_file
 from cache.disk.store import StoreError
 
 FILE = "client-keys.secret"
@@ -46,17 +46,5 @@ def load(folder: Path) -> bytes:
 
 def _make(file: Path) -> None:
     """Write a new secret, whole or not at all; if another process is first, its own stays."""
-    part = file.with_suffix(f".{os.getpid()}.part")
-    with contextlib.suppress(FileNotFoundError):
-        part.unlink()
-    try:
-        part.touch(mode=0o600, exist_ok=False)
-        with part.open("r+b") as writing:
-            writing.write(secrets.token_bytes(SIZE))
-            writing.flush()
-            os.fsync(writing.fileno())
-        # Unlike a rename, a link never takes the place of another.
-        with contextlib.suppress(FileExistsError):
-            os.link(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):
+        atomic_file.write(file, secrets.token_bytes(SIZE), exclusive=True)

@@ -32,7 +32,7 @@ MOST = 10_000
 """Keys that are remembered, of either sort; those noted longest ago are forgotten."""
 
 SWEEP_EVERY = 1000
-"""New files after which the old ones are looked for."""
+"""New files after which the old ones are looked for, and those beyond MOST."""
 
 T = TypeVar("T")
 
@@ -115,13 +115,14 @@ class Proofs:
         return at
 
     def _sweep(self) -> None:
-        """Delete the files that prove nothing any more."""
+        """Delete the files that prove nothing any more, and all but the newest MOST."""
         before = self._clock() - STALE_S
         try:
             with os.scandir(self._folder) as files:
-                old = [Path(file) for file in files if file.stat().st_mtime < before]
-            for path in old:
-                path.unlink(missing_ok=True)
+                ages = sorted(((file.stat().st_mtime, file.path) for file in files), reverse=True)
+            for place, (at, path) in enumerate(ages):
+                if at < before or place >= MOST:
+                    Path(path).unlink(missing_ok=True)
         except OSError as error:
             log.info("%s: proofs of clients' keys are not kept: %s", self._folder, error.strerror)
 

@@ -179,7 +179,7 @@ class Registry:
             nonlocal model
             begun = await ask(some)
             width = len(begun.vectors[0]) // 4
-            self._pins.pin(model.space.name, width)
+            await self._pins.pin(model.space.name, width)
             model = self._keep(model, width)
             return begun
 

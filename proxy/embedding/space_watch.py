@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 MAX_SETS = 20
 """Distinct parameter sets of one model within `WINDOW_S` that are nothing unusual."""
 WINDOW_S = 600.0
+MAX_FIELDS = 100
+"""Fields of one request that are looked at."""
+MAX_NAME = 100
+"""Characters of a field's name that are kept."""
 _MAX_MODELS = 256
 """Watched at a time; the one that was asked for longest ago is forgotten first."""
 
@@ -52,8 +56,8 @@ class SpaceWatch:
         if seen.is_told:
             return
         now = self._clock()
-        values = {name: _digest(value) for name, value in parameters}
-        whole = _digest(b"".join(_digest(name.encode()) + one for name, one in values.items()))
+        whole = _digest(b"".join(_digest(name.encode()) + _digest(one) for name, one in parameters))
+        values = {name[:MAX_NAME]: _digest(value) for name, value in parameters[:MAX_FIELDS]}
         seen.sets[whole] = now, values
         seen.sets.move_to_end(whole)
         while next(iter(seen.sets.values()))[0] < now - WINDOW_S:
@@ -75,7 +79,7 @@ class SpaceWatch:
             model,
             MAX_SETS,
             WINDOW_S // 60,
-            field[:100],
+            field,
         )
 
 

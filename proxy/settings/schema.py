@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cache.row import RESERVED_NAMESPACES
 from providers import kinds
 from providers.catalogue import CATALOGUE
 from proxy.http.cache_control import Honor
@@ -27,6 +28,16 @@ class ClientKey(Section):
     namespace: str = ""
     name: str = ""
     admin: Annotated[bool, Field(strict=True)] = False
+
+    @field_validator("namespace")
+    @classmethod
+    def _not_the_proxys_own(cls, value: str) -> str:
+        if value.startswith(RESERVED_NAMESPACES):
+            raise ValueError(
+                f"namespaces that begin with {RESERVED_NAMESPACES} are the proxy's own; choose"
+                " another name"
+            )
+        return value
 
 
 class Server(Section):

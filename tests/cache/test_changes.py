@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.disk import changes as changes_module
-from cache.disk.changes import TOUCH_MS, Changes, Found, Kept, Use
+from cache.disk.changes import Changes, Found, Kept, Use
 from cache.disk.connection import folder_of, lock_of
 from cache.disk.database import FAILURES, Database
+from cache.disk.eviction import TOUCH_MS
 from cache.ledger import Heading
 from cache.row import Partition
 from cache.usage import Usage

@@ -22,7 +22,7 @@ COMMON, OTHER, PINNED = (Partition(name, "m", 4) for name in ("", "other", "pinn
 LIMIT = 40
 """Pages of a small store; some 15 are the schema's and the log's, the rest hold a record each."""
 PAGEFUL = 30_000
-LONG = 2 * changes_module.TOUCH_MS / 1000
+LONG = 2 * eviction.TOUCH_MS / 1000
 """Seconds after which a use is written for certain."""
 
 
@@ -469,3 +469,15 @@ def test_the_clock_may_stand_still(tmp_path, monkeypatch):
             _put(database, [i])
             assert i in _here(database)
             assert _pages(database)[1] <= LIMIT
+
+
+def test_what_another_process_uses_again_and_again_stays(tmp_path, clock):
+    """In a full store its uses are written often enough that who evicts knows of them."""
+    with _opened(tmp_path) as mine, _opened(tmp_path) as theirs:
+        _put(mine, range(3))
+        for i in range(100, 200):
+            clock.now += 10
+            # One process only reads, and writes its uses now and then; the other only buys.
+            theirs.write(Changes(used={_address(n): Use(clock.ms, COMMON) for n in range(3)}))
+            _put(mine, [i])
+            assert {0, 1, 2, i} <= _here(mine)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cache.key import Keyring, Namespace, checksum, input_part, keyring, part
+from cache.key import MAX_KEPT_PARAMETERS, Keyring, Namespace, checksum, input_part, keyring, part
 from providers.base import Space
 from tests.cache.fakes import key_of
 
@@ -209,3 +209,12 @@ def test_the_checksum_sees_any_changed_byte(data, draw):
     changed = bytearray(data)
     changed[place] ^= draw.draw(st.integers(1, 255))
     assert checksum(bytes(changed)) != checksum(data)
+
+
+def test_no_keyring_of_large_fields_is_kept():
+    """A client's further fields may be as long as a request: they are not kept for the next one."""
+    small = Space("m", 8).with_parameters({"task": "query"})
+    assert keyring(small) is keyring(small)
+    large = Space("m", 8).with_parameters({"task": "x" * MAX_KEPT_PARAMETERS})
+    assert keyring(large) is not keyring(large)
+    assert keyring(large).key("a") == keyring(large).key("a") != keyring(small).key("a")

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from cache.disk import changes as changes_module
 from cache.disk import purge
-from cache.disk.changes import TOUCH_MS, Changes, Kept, Use
+from cache.disk.changes import Changes, Kept, Use
 from cache.disk.connection import folder_of, lock_of
 from cache.disk.database import Database
+from cache.disk.eviction import TOUCH_MS
 from cache.disk.purge import Choice
 from cache.disk.store import Store
 from cache.memory import Memory

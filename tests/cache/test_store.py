@@ -22,6 +22,8 @@ from cache.disk.lock import WriterLock
 from cache.disk.store import Store, StoreError
 from cache.key import FORMAT
 from cache.row import Partition
+from proxy.service import EmbeddingService
+from proxy.settings.schema import Settings
 from tests.cache.fakes import settle
 
 GIB = 1 << 30
@@ -825,6 +827,22 @@ async def test_one_process_at_a_time_deletes_what_has_expired(tmp_path, monkeypa
             assert _rows(tmp_path) == 5
         await store._tick(1)
         assert _rows(tmp_path) == 0
+
+
+async def test_a_frozen_cache_deletes_nothing_that_has_expired(tmp_path, monkeypatch):
+    """What is too old is not served, and stays for a proxy that may buy it again."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now))
+    settings = Settings.model_validate(
+        {"cache": {"directory": str(tmp_path), "mode": "frozen", "ttl_days": 1}}
+    )
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records(range(5)))
+    now += 200_000
+    async with EmbeddingService(settings) as service:
+        await service._store._tick(1)
+        assert await _read(service._store, list(_records(range(5)))) == {}
+    assert _rows(tmp_path) == 5
 
 
 async def test_what_expires_is_found_by_an_index_and_not_overwritten(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cache.disk import pending as pending_module
 from cache.disk.changes import Kept, Use
 from cache.disk.database import FileReplaced
+from cache.disk.eviction import StoreFull
 from cache.disk.writer import Writer
 from cache.ledger import Heading
 from cache.row import Partition
@@ -319,6 +320,16 @@ async def test_sums_wait_with_the_record_where_the_file_is_locked(rig, error):
     rig.disk.file.failure = lambda _: None
     await rig.writer.finish()
     assert (rig.disk.file.hits, rig.numbers) == (3, {1})
+
+
+async def test_a_full_store_is_not_left_alone_and_said_once(rig, caplog):
+    """Each write goes to the file, which keeps the sums of it; the log tells why once a while."""
+    rig.disk.file.failure = lambda _: StoreFull("the store is full of what is pinned")
+    for number in range(5):
+        assert await _told(rig.put(number)) == [False]
+    assert rig.writer.ready
+    assert len(rig.disk.file.sizes) == 5
+    assert caplog.text.count("full of what is pinned") == 1
 
 
 async def test_what_is_lost_in_the_end_is_said(rig, caplog):

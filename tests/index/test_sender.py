@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import orjson
 import pytest
@@ -10,6 +11,7 @@ from clock import Clock
 from qdrant_server import QdrantServer, answer, overloaded
 
 from cache.disk.backoff import FAILURES_IN_A_ROW, SHORTEST_SECONDS, Rest
+from index import indexer as indexer_module
 from index import sender
 from index.collection import Making
 from index.connection import Connection
@@ -197,3 +199,16 @@ async def test_an_outbox_that_keeps_failing_is_left_alone_for_a_while(
         await indexer.add(TARGET, points(9))
         await drained(indexer)
         assert len(await server.points("docs")) == 9
+
+
+async def test_what_is_remembered_of_collections_is_bounded(tmp_path, monkeypatch):
+    """Requests name collections: those without a point to remember, or with few, fill no memory."""
+    monkeypatch.setattr(indexer_module, "MOST_REMEMBERED", 100)
+    async with QdrantServer() as server, sending(tmp_path, server.url) as (indexer, _):
+        for number in range(20):
+            target = TARGET._replace(collection=f"docs-{number}")
+            await indexer.add(target, points(1))
+            assert indexer.knows(target, points(1)[0].id)
+            marked = TARGET._replace(collection=f"marked-{number}")
+            await indexer.add(marked, [replace(points(1)[0], mark=1)])
+            assert len(indexer._remembered) <= 7

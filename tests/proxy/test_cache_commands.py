@@ -19,14 +19,14 @@ import pytest
 from command import Done
 from fault_server import vector_of
 
-from cache.disk import connection, database, purge
-from cache.disk.changes import Changes
+from cache.disk import bounds, connection, database, purge
+from cache.disk.changes import Changes, Kept
 from cache.disk.schema import PAGE_BYTES
 from cache.key import Namespace, keyring
 from cache.ledger import Heading
 from cache.maintenance import backup, transfer, verify
 from cache.record import Entry, encode
-from cache.row import Row
+from cache.row import OTHER_NAMESPACE, Partition, Row
 from cache.usage import Usage
 from index import outbox_purge
 from index.outbox import Outbox
@@ -408,6 +408,53 @@ def test_exactly_the_chosen_entries_are_deleted(arguments, gone, run, mixed, wai
     done = run("purge", *arguments)
     nothing = "0 points that wait for Qdrant deleted; those in Qdrant stay\n"
     assert (done.code, done.out, done.err) == (0, f"0 entries deleted, 0 B\n{nothing}", "")
+
+
+@pytest.fixture
+def crowded(tmp_path, monkeypatch):
+    """Give the file of a store with more namespaces and spaces than have a partition each."""
+    monkeypatch.setattr(bounds, "MAX_PARAMETER_SETS", 1)
+    monkeypatch.setattr(bounds, "MAX_PARTITIONS", 4)
+    rows = [("", f"{SPACE.name}?task=~{str(i) * 16}") for i in (1, 3)]
+    rows += [(f"team {i}", SPACE.name) for i in range(4)]
+    with connection.opened(tmp_path / "cache", GIB, create=True) as file:
+        for number, (namespace, space) in enumerate(rows):
+            key = keyring(SPACE, Namespace(namespace)).key(str(number - 2))
+            partition = Partition(namespace, space, WIDTH)
+            file.write(Changes(records={key.address: Kept(b"record", partition)}))
+        return file.path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shared", "left"),
+    [
+        (["--namespace", "team 0"], 2, {"team 1", "?", "?!"}),
+        (["--namespace", "team 3"], 2, {"team 0", "team 1", "?", "?!"}),
+        (["--namespace", "team 3", "--older-than", "30d"], 0, None),
+        (["--space", SPACE.name], 2, set()),
+        (["--space", f"{SPACE.name}?task=~3333333333333333"], 3, {"team 0", "team 1", "?"}),
+        (["--input", "3", "--model", "small", "--namespace", "team 3"], 1, None),
+        (["--namespace", OTHER_NAMESPACE], 0, {"team 0", "team 1", "?", "?!"}),
+        (["--all"], 0, set()),
+    ],
+)
+def test_what_shares_a_partition_goes_with_what_is_purged(arguments, shared, left, run, crowded):
+    """Nothing of a namespace, or of a space, is left: what cannot be told from it goes as well."""
+    places = (
+        "SELECT CASE WHEN namespace != '' THEN namespace WHEN space LIKE '%?other' THEN '?!'"
+        " ELSE '?' END FROM Entries JOIN Partitions ON Partitions.id = partition"
+    )
+    before = [place for (place,) in _sql(crowded, places)]
+    assert sorted(before) == sorted(["?", "?!", "team 0", "team 1", *[OTHER_NAMESPACE] * 2])
+    told = run("purge", *arguments, "--dry-run", "--json").json
+    assert told.get("of_shared_partitions", 0) == shared
+    assert [place for (place,) in _sql(crowded, places)] == before
+    done = run("purge", *arguments)
+    assert ("cannot be told apart, so all of them go" in done.out) == (shared > 0)
+    if left is not None:
+        assert {place for (place,) in _sql(crowded, places)} == left
+    else:
+        assert len(_sql(crowded, places)) == len(before) - shared
 
 
 def test_purge_says_what_it_would_and_what_it_did(run, mixed):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from providers.base import InputRefused
 from proxy.embedding import request_fields
 from proxy.embedding.request_fields import OWN_FIELDS, RULES, Group, classify, rule_of
-from proxy.embedding.space_watch import MAX_SETS, WINDOW_S, SpaceWatch
+from proxy.embedding.space_watch import MAX_FIELDS, MAX_NAME, MAX_SETS, WINDOW_S, SpaceWatch
 
 SMALL = "text-embedding-3-small"
 SPACE = f"openai/{SMALL}"
@@ -286,3 +286,19 @@ def test_few_sets_and_sets_of_long_ago_are_nothing_unusual(caplog):
     assert caplog.text == ""
     watch.note("m", (("task", b"new"),))
     assert "model m: more than 20 distinct sets" in caplog.text
+
+
+def test_of_large_requests_little_is_remembered(caplog):
+    """Names as long as a request, and as many as fit in one, are cut short."""
+    watch = SpaceWatch(_Clock())
+    for number in range(MAX_SETS):
+        fields = tuple((f"{i:04}{'x' * 10_000}", b"%d" % number) for i in range(200))
+        watch.note("m", fields)
+    (seen,) = watch._models.values()
+    assert len(seen.sets) == MAX_SETS
+    for _, values in seen.sets.values():
+        assert len(values) == MAX_FIELDS
+        assert max(map(len, values)) == MAX_NAME
+    # Sets that differ beyond what is remembered are distinct all the same.
+    watch.note("m", (*fields[:-1], (fields[-1][0], b"another")))
+    assert "more than 20 distinct sets" in caplog.text

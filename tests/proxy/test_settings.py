@@ -163,3 +163,13 @@ def test_settings_do_not_change():
         _settings().server.port = 1
     with pytest.raises(ValidationError, match="valid dictionary"):
         Settings.model_validate(["server"])
+
+
+@pytest.mark.parametrize("namespace", ["embedding-proxy/other", "embedding-proxy/canary"])
+def test_no_key_is_given_a_namespace_of_the_proxys_own(namespace):
+    """A client would see what is not its own, and any purge would take what it has."""
+    keys = [{"key": "k", "namespace": namespace}]
+    with pytest.raises(ValidationError, match="are the proxy's own; choose another name"):
+        _settings(server={"keys": keys})
+    for other in ("other", "embedding-proxy", "embedding-proxy2"):
+        _settings(server={"keys": [{"key": "k", "namespace": other}]})

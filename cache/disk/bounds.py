@@ -1,0 +1,113 @@
+"""How many rows the tables `Partitions` and `Usage` get, whatever clients and upstreams name.
+
+Further fields of requests make spaces, clients' keys make namespaces, and open models make both. So
+the first so many have a row of their own, and what comes later shares one. Nothing is lost by it:
+records are found by their addresses, and the sums stay exact. The tables themselves are asked each
+time, so the limits hold for all processes together, and over restarts.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cache.ledger import MAX_HEADINGS, Heading
+from cache.row import OTHER, OTHER_NAMESPACE, Partition
+from cache.usage import Usage
+
+from .schema import Sql
+
+MAX_PARTITIONS = 10_000
+"""Partitions in all; further ones are one partition for each width, in OTHER_NAMESPACE."""
+MAX_PARAMETER_SETS = 100
+"""Spaces of one model with parameters, in one namespace; further ones are one space."""
+
+_FIND = "SELECT id FROM Partitions WHERE (namespace, space, dimensions) = (?, ?, ?)"
+_ADD = "INSERT INTO Partitions (namespace, space, dimensions) VALUES (?, ?, ?)"
+
+
+def partition_id(sql: Sql, partition: Partition) -> int:
+    """Return the number of a partition; one that is new gets its own, or one that it shares.
+
+    `sql` runs statements in a transaction that may write. The space's label is in its present form.
+    """
+    found = sql(_FIND, partition).fetchone()
+    if found is None:
+        partition = _shared(sql, partition)
+        found = sql(_FIND, partition).fetchone()
+    if found is None:
+        sql(_ADD, partition)
+        found = sql(_FIND, partition).fetchone()
+    return int(found[0])
+
+
+def rest_of(space: str) -> str | None:
+    """Return the label that further parameter sets of a model share; None without parameters.
+
+    No space has it as its own: each parameter in a label has a value.
+
+    >>> rest_of("m?task=~62b59ddfc5c4d697"), rest_of("m")
+    ('m?other', None)
+    """
+    model, mark, _ = space.partition("?")
+    return f"{model}?{OTHER}" if mark else None
+
+
+def _shared(sql: Sql, partition: Partition) -> Partition:
+    """Return the partition that a new one is put into: itself as long as there is room."""
+    if partition.namespace == OTHER_NAMESPACE:
+        return partition
+    rest = rest_of(partition.space)
+    if rest is not None and partition.space != rest:
+        model = rest.partition("?")[0]
+        # The labels with parameters: "@" comes next after "?".
+        ((sets,),) = sql(
+            "SELECT count(DISTINCT space) FROM Partitions"
+            " WHERE namespace = ? AND space > ? AND space < ? AND space != ?",
+            (partition.namespace, f"{model}?", f"{model}@", rest),
+        )
+        if sets >= MAX_PARAMETER_SETS:
+            partition = partition._replace(space=rest)
+            if sql(_FIND, partition).fetchone() is not None:
+                return partition
+    # The largest number is no smaller than the count, and found at once.
+    ((largest,),) = sql("SELECT coalesce(max(id), 0) FROM Partitions")
+    if largest < MAX_PARTITIONS:
+        return partition
+    ((count,),) = sql("SELECT count(*) FROM Partitions")
+    if count < MAX_PARTITIONS:
+        return partition
+    return Partition(OTHER_NAMESPACE, OTHER, partition.dimensions)
+
+
+def usage_rows(
+    sql: Sql,
+    usage: Mapping[tuple[int, Heading], Usage],
+    ids: Mapping[Partition | None, int | None],
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of table `Usage` to be added: day, partition, model, provider, client, sums.
+
+    A heading that the day has no row of is summed under its `rest` once the day has MAX_HEADINGS
+    rows. `ids` are the numbers of the partitions that are named in `usage`.
+    """
+    rows: dict[int, int] = {}
+    new: set[tuple[Any, ...]] = set()
+    rest_id: int | None = None
+    for (day, heading), sums in usage.items():
+        key = (day, ids[heading.partition], *heading[1:])
+        if heading != heading.rest and key not in new and not _is_there(sql, key):
+            if day not in rows:
+                ((rows[day],),) = sql("SELECT count(*) FROM Usage WHERE day = ?", (day,))
+            if rows[day] >= MAX_HEADINGS:
+                rest = heading.rest
+                rest_id = rest_id or partition_id(sql, rest.partition)
+                key = (day, rest_id, *rest[1:])
+            else:
+                rows[day] += 1
+                new.add(key)
+        yield (*key, *sums)
+
+
+def _is_there(sql: Sql, key: tuple[Any, ...]) -> bool:
+    found = sql(
+        "SELECT 1 FROM Usage WHERE (day, partition, model, provider, client) = (?, ?, ?, ?, ?)", key
+    )
+    return found.fetchone() is not None
