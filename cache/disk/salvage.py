@@ -34,8 +34,9 @@ log = logging.getLogger("embedding_proxy.store")
 
 LOCK_FILE = "salvage.lock"
 """Beside the writer's lock: whoever holds it salvages, for all processes."""
-RECORDS_A_STEP = 500
+RECORDS_A_STEP = 2_000
 BYTES_A_STEP = 1 << 20
+MAX_PAUSE_SECONDS = 0.01
 POLL_SECONDS = 0.1
 
 
@@ -80,8 +81,11 @@ def steps(
 
 
 def pause_after(began: float) -> float:
-    """Return for how long others get their turn, in seconds: as long as the step took."""
-    return max(0.002, time.monotonic() - began)
+    """Return for how long others get their turn, in seconds: as long as the step took, or enough.
+
+    Who waits for the writer's lock asks for it every millisecond.
+    """
+    return min(max(0.002, time.monotonic() - began), MAX_PAUSE_SECONDS)
 
 
 def salvage_file(
@@ -205,8 +209,9 @@ def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> N
     bad = [(a, found.record) for a, found in there.items() if width(found.record) is None]
     missing = {a: kept for a, kept in wanted.items() if a not in there}
     missing |= {address: wanted[address] for address, _ in bad}
-    if missing:
-        database.write(Changes(records=missing, dead=bad, keep_newer=True))
+    changes = Changes(records=missing, dead=bad, keep_newer=True)
+    for part in changes.parts(database.most_bytes) if missing else []:
+        database.write(part)
     outcome.records += len(missing)
     outcome.present += len(wanted) - len(missing)
 
