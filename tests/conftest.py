@@ -55,8 +55,8 @@ TRIALS = {
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
 
-# New examples are drawn at each run: fewer at a time lose little, and keep the suite short. None may
-# fail for the time it takes.
+# New examples are drawn at each run: fewer at a time lose little, and keep the suite short. None
+# may fail for the time it takes.
 hypothesis.settings.register_profile("suite", max_examples=25, deadline=None)
 hypothesis.settings.load_profile("suite")
 
