@@ -180,7 +180,7 @@ async def test_a_file_deleted_under_load_fails_no_request(gone, directory, upstr
 
 @pytest.mark.parametrize("kind", ["page 1", "Cache_key_raw", "Entries", "Usage", "Partitions"])
 async def test_a_damaged_page_buys_nothing_again(kind, directory, upstream, start_proxy):
-    """What the page held stands elsewhere, too: all is a hit, no sum is lower, no file is missing."""
+    """What the page held stands elsewhere, too: all is a hit, and no sum and no file is lost."""
     proxy = await start_proxy(openai=upstream, cache=_cache(directory))
     texts = _texts("before", 300)
     assert await _ask(proxy, texts) == (0, 300)
@@ -195,6 +195,11 @@ async def test_a_damaged_page_buys_nothing_again(kind, directory, upstream, star
     for start in range(0, 300, 50):
         assert await _ask(proxy, texts[start : start + 50]) == (50, 0)
     assert await _ask(proxy, _texts("during")) == (0, 50)
+    await _store(proxy).salvaged()
+    assert await _ask(proxy, texts + _texts("during")) == (350, 0)
+    await start_proxy.stop()
+    # Damage that nobody came upon is found at the start.
+    proxy = await start_proxy(openai=upstream, cache=_cache(directory))
     await _store(proxy).salvaged()
     assert await _ask(proxy, texts + _texts("during")) == (350, 0)
     await start_proxy.stop()
