@@ -4,6 +4,7 @@ Failure licence: a read that fails is a miss.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -58,12 +59,23 @@ class Reader:
         """
         damaged = self._disk.damaged
         found = await self._from_file(addresses, not_before)
+        if len(found) < len(addresses) and await self._is_replaced():
+            found |= await self._from_file([a for a in addresses if a not in found], not_before)
         # Also those that were set aside meanwhile, and those that were salvaged meanwhile.
         damaged = tuple(dict.fromkeys((*damaged, *self._disk.damaged)))
         if damaged and len(found) < len(addresses):
             missing = [address for address in addresses if address not in found]
             found |= await self._from_damaged(damaged, missing, not_before)
         return found
+
+    async def _is_replaced(self) -> bool:
+        """Tell whether another process has begun a new file, after opening that."""
+        file = self._disk.file
+        with contextlib.suppress(OSError):
+            if file is not None and file.replaced:
+                await self._replace(file)
+                return True
+        return False
 
     async def _from_file(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
         found: dict[bytes, Found] = {}

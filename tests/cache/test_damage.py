@@ -223,14 +223,17 @@ async def test_a_second_store_goes_on_with_the_file_that_the_first_has_begun(dir
         assert await _sums(store) == SUMS | more
 
 
-async def test_a_store_notices_that_another_has_set_its_file_aside(directory):
+@pytest.mark.parametrize("by", ["tick", "look-up"])
+async def test_a_store_notices_that_another_has_set_its_file_aside(directory, by):
     """One that only reads finds what the other writes into the new file."""
     async with Store(directory, GIB) as reading, Store(directory, GIB) as writing:
         _damage(directory, "Entries")
         file = writing._disk.file
         await writing._writer.replace(file)
         assert await writing.put_many(NEW, PARTITIONS[0])
-        await reading._tick(1)
+        if by == "tick":
+            await reading._tick(1)
+            assert not reading._disk.file.replaced
         assert await _found(reading, RECORDS | NEW) == set(RECORDS | NEW)
 
 
