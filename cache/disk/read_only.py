@@ -16,6 +16,8 @@ from .schema import CACHE_PAGES, MMAP_BYTES, Sql
 from .set_aside import SetAside
 
 ADDRESSES_A_SELECT = 512
+PATIENCE_SECONDS = 5.0
+"""The longest wait for another process that reads the log of a damaged file for the first time."""
 SLOW_SECONDS = 0.005
 """Shorter ones hold up nobody to speak of, wherever the page comes from."""
 LEDGER_DAMAGED = "the ledger is damaged: its two copies disagree"
@@ -84,13 +86,15 @@ class DamagedFile:
     def __init__(self, aside: SetAside) -> None:
         self.aside = aside
         self._connection: sqlite3.Connection | None = None
+        self._is_whole = True
         for query in ("mode=ro", "mode=ro&immutable=1"):
-            # The second where SQLite can make no file beside it.
+            # The second where SQLite can make no file beside it; then it reads no log.
             self.close()
             with contextlib.suppress(sqlite3.Error):
-                self._connection = _connected(aside.path, query, patience_s=0.0)
-                self._connection.execute("PRAGMA schema_version").fetchall()
+                self._connection = _connected(aside.path, query, patience_s=PATIENCE_SECONDS)
+                self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
                 return
+            self._is_whole = not aside.log.exists()
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
@@ -106,10 +110,11 @@ class DamagedFile:
             read = self._read(some, not_before)
             if read is not None:
                 found |= read
+                unreadable |= set() if self._is_whole else set(some) - read.keys()
                 continue
             for address in some:
                 one = self._read([address], not_before)
-                if one is None:
+                if one is None or not (one or self._is_whole):
                     unreadable.add(address)
                 else:
                     found |= one
