@@ -6,7 +6,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test cover serve lint bench profile torture damage pages full outage oracle index flow kills clients pins client-pins clean
+.PHONY: demo test cover serve lint bench bench-10m profile torture damage pages full outage oracle index flow kills clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -90,6 +90,12 @@ clients: .venv/test
 bench: ROUNDS = 7
 bench: .venv/test
 	$(BIN)/python -m bench --rounds $(ROUNDS) --only "$(ONLY)" --peers "$(PEERS)" $(if $(RECORD),--record)
+
+# A store of TEN_M small vectors: start, hits, stats, verify, backup, purge and expiry, each with its time
+# and memory. RECORD as above.
+TEN_M ?= 10000000
+bench-10m: .venv/test
+	$(BIN)/python -m bench.ten_million $(TEN_M) $(if $(RECORD),--record)
 
 # Where a hit's processor time goes, part by part; ONLY and RECORD as above.
 profile: .venv/test

@@ -1,7 +1,7 @@
 """A provider that does as it is told, in OpenAI's format: unlike vectors for unlike inputs.
 
-python -m bench.upstream [CALL_MS INPUT_MS] — waits so long for a call, and for each of its inputs;
-prints its port. GET /v1/calls tells how many inputs each call had since it was last asked.
+python -m bench.upstream [CALL_MS INPUT_MS [WIDTH]] — waits so long for a call, and for each of its
+inputs; prints its port. GET /v1/calls tells how many inputs each call had since it was last asked.
 """
 
 import asyncio
@@ -10,26 +10,31 @@ import hashlib
 import math
 import struct
 import sys
+from functools import cache
 
 import orjson
 import uvloop
 from aiohttp import web
 
 WIDTH = 1536
-# Three numbers are sixteen characters of base64, so only the first of them are made anew.
-ZEROS = base64.b64encode(bytes(4 * (WIDTH - 3))).decode()
 TURN = math.tau / 2**32
 
 
-def encoded(given: object) -> str:
+@cache
+def zeros(width: int) -> str:
+    """Return the end of a vector: of three numbers, which are sixteen characters, each is new."""
+    return base64.b64encode(bytes(4 * (width - 3))).decode()
+
+
+def encoded(given: object, width: int = WIDTH) -> str:
     """Return the vector of an input, of length 1: a point of a sphere."""
     digest = hashlib.blake2b(orjson.dumps(given), digest_size=8).digest()
     along, up = (number * TURN for number in struct.unpack("<2I", digest))
     numbers = math.cos(along) * math.cos(up), math.sin(along) * math.cos(up), math.sin(up)
-    return base64.b64encode(struct.pack("<3f", *numbers)).decode() + ZEROS
+    return base64.b64encode(struct.pack("<3f", *numbers)).decode() + zeros(width)
 
 
-async def main(call_ms: float, input_ms: float) -> None:
+async def main(call_ms: float, input_ms: float, width: int) -> None:
     """Serve until killed."""
     calls: list[int] = []
 
@@ -43,7 +48,7 @@ async def main(call_ms: float, input_ms: float) -> None:
         if wait_ms := call_ms + input_ms * len(inputs):
             await asyncio.sleep(wait_ms / 1000)
         rows = ",".join(
-            f'{{"object":"embedding","index":{i},"embedding":"{encoded(given)}"}}'
+            f'{{"object":"embedding","index":{i},"embedding":"{encoded(given, width)}"}}'
             for i, given in enumerate(inputs)
         )
         usage = f'"usage":{{"prompt_tokens":{len(inputs)},"total_tokens":{len(inputs)}}}'
@@ -66,5 +71,5 @@ async def main(call_ms: float, input_ms: float) -> None:
 
 
 if __name__ == "__main__":
-    waits = (*map(float, sys.argv[1:]), 0.0, 0.0)
-    uvloop.run(main(*waits[:2]))
+    waits = (*map(float, sys.argv[1:3]), 0.0, 0.0)
+    uvloop.run(main(*waits[:2], int(*sys.argv[3:4]) or WIDTH))

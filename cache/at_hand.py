@@ -11,6 +11,7 @@ from .ledger import Answered, Heading, usage_of_hits
 from .record import Entry
 from .repeat import Repeat
 from .tiers import LOT, Tiers
+from .usage import Usage
 
 
 def few(tiers: Tiers, ring: Keyring, keys: Keys, terms: Terms, account: Account) -> Answered | None:
@@ -54,7 +55,6 @@ def answered(
     """Return the answer that these entries of keys are, all of them hits."""
     tokens = [entry.tokens for entry in entries]
     usage = usage_of_hits(tokens, account)
-    heading = Heading(ring.partition, account.model, client=account.client)
     return Answered(
         vectors=[entry.vector for entry in entries],
         tokens=tokens,
@@ -62,5 +62,11 @@ def answered(
         outcomes=[Outcome.HIT] * len(entries),
         usage=usage,
         keys=keys,
-        again=Repeat(tiers, keys, ring.partition, heading, usage),
+        again=repeat(tiers, ring, keys, usage, account),
     )
+
+
+def repeat(tiers: Tiers, ring: Keyring, keys: Keys, usage: Usage, account: Account) -> Repeat:
+    """Return what gives the same answer again, which is all hits, and counts its usage."""
+    heading = Heading(ring.partition, account.model, client=account.client)
+    return Repeat(tiers, keys, ring.partition, heading, usage)

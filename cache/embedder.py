@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from providers.base import (
     Account,
+    Bill,
     Context,
     DeadlineExceeded,
-    Embedded,
     Embedder,
     EmbeddingError,
     Input,
@@ -19,17 +19,16 @@ from providers.base import (
     Outcome,
     Space,
     Terms,
-    Vector,
 )
 
-from . import at_hand, flight
+from . import at_hand, flight, slicing
 from .assembly import Filled, Found, assemble
 from .flight import Fill, Flights
-from .key import Key, Keyring, Namespace, keyring
+from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import Answered, Heading, Purchase
 from .record import Entry
+from .recorder import OnWidth, Recorder, ignore_width, partition
 from .refusal import KeyFailed, NotCached, is_the_leaders_own, named
-from .row import Partition
 from .tiers import Tiers
 
 MAX_ROUNDS_WITH_STRANGERS = 3
@@ -40,8 +39,19 @@ it buys for itself. Else many clients with bad keys would fail one after the oth
 class CachingEmbedder:
     """The cache around an embedder. Tiers and flights are shared by the embedders of all models."""
 
-    def __init__(self, inner: Embedder, tiers: Tiers, flights: Flights[Filled]) -> None:
+    def __init__(
+        self,
+        inner: Embedder,
+        tiers: Tiers,
+        flights: Flights[Filled],
+        on_width: OnWidth = ignore_width,
+    ) -> None:
+        """`on_width` is told the width of a space that has none when its first vector arrives.
+
+        It is told before the vector is kept, and though nobody may wait for it any more.
+        """
         self._inner = inner
+        self._on_width = on_width
         self._tiers = tiers
         self._flights = flights
 
@@ -55,6 +65,37 @@ class CachingEmbedder:
         """
         ring = keyring(space, Namespace(context.namespace))
         keys = await ring.keys(inputs)
+        if len(keys) > slicing.MAX_INPUTS and context.weigh is None:
+            return await self._embed_slices(ring, keys, inputs, context)
+        return await self._embed(ring, keys, inputs, context, [])
+
+    async def _embed_slices(
+        self, ring: Keyring, keys: Keys, inputs: Sequence[Input], context: Context
+    ) -> Answered:
+        """Answer a request that is too large to be looked at as a whole in one step."""
+
+        async def ask(some: Keys, items: Sequence[Input], fills: slicing.Fills) -> Answered:
+            return await self._embed(ring, some, items, context, fills)
+
+        account, deadline = context.account, context.deadline
+        sliced = await slicing.answer_in_slices(ask, keys, inputs, account, deadline)
+        answer = replace(sliced.answer, keys=keys)
+        heading = self._heading(ring, answer, account)
+        self._tiers.count(heading, sliced.duplicates)
+        if not sliced.is_repeatable:
+            return answer
+        again = at_hand.repeat(self._tiers, ring, keys, answer.usage, account)
+        return replace(answer, again=again)
+
+    async def _embed(
+        self,
+        ring: Keyring,
+        keys: Keys,
+        inputs: Sequence[Input],
+        context: Context,
+        own: slicing.Fills,
+    ) -> Answered:
+        """Answer a request, or a slice of one. The fills that it starts are added to `own`."""
         # By far the most requests: all is known, and nothing stands in them twice.
         first = await at_hand.first(self._tiers, ring, keys, context.terms)
         if len(first) == len(keys):
@@ -68,7 +109,7 @@ class CachingEmbedder:
         landed = self._flights.landed
         found = dict(zip(keys, first, strict=False))
         # Of a space whose width is not known, nothing can be read; what is bought tells it.
-        rest = [key for key in distinct if key not in found] if space.dimensions else []
+        rest = [key for key in distinct if key not in found] if ring.space.dimensions else []
         found |= await self._tiers.get_many(rest, ring.partition, context.terms)
         fills: list[Filled] = []
         answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
@@ -82,17 +123,22 @@ class CachingEmbedder:
                 raise NotCached(context.terms, places, len(inputs))
             try:
                 async with asyncio.timeout_at(context.deadline):
-                    bought, fills = await self._obtain(ring, missing, context, landed)
+                    bought, fills = await self._obtain(ring, missing, context, landed, own)
             except KeyFailed as error:
                 raise named(error.failure, keys.index(error.key), len(inputs)) from error
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             answers.update(bought)
         answer = assemble(keys, answers, fills, context.account)
-        partition, account = _partition(ring, answer.vectors[0]), context.account
-        heading = Heading(partition, account.model, client=account.client)
+        heading = self._heading(ring, answer, context.account)
         self._tiers.count(heading, answer.usage.unpaid)
         return answer
+
+    @staticmethod
+    def _heading(ring: Keyring, answer: Answered, account: Account) -> Heading:
+        """Return under what the sums of an answer stand that was not bought."""
+        place = partition(ring, answer.vectors[0])
+        return Heading(place, account.model, client=account.client)
 
     def at_hand(
         self,
@@ -110,12 +156,24 @@ class CachingEmbedder:
         return at_hand.few(self._tiers, ring, ring.keys_at_once(inputs), terms, account)
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
-        """Return what counts the bills of calls that are made without the cache."""
-        partition = keyring(space, Namespace(context.namespace)).partition
-        return Purchase(self._tiers.count, partition, context.account).charge
+        """Return what counts, and writes, the bills of calls that are made without the cache."""
+        ring = keyring(space, Namespace(context.namespace))
+        purchase = Purchase(self._tiers.count, ring.partition, context.account)
+
+        def charge(bill: Bill) -> None:
+            purchase.charge(bill)
+            purchase.close()
+            self._flights.write(self._tiers.flush_counts())
+
+        return charge
 
     async def _obtain(
-        self, ring: Keyring, missing: Mapping[Key, Input], context: Context, landed: int
+        self,
+        ring: Keyring,
+        missing: Mapping[Key, Input],
+        context: Context,
+        landed: int,
+        started: slicing.Fills,
     ) -> tuple[dict[Key, Found], list[Filled]]:
         """Get what no tier had: wait for fills in progress, start one for the rest.
 
@@ -133,6 +191,8 @@ class CachingEmbedder:
                 for key in strange:
                     del joins[key]
             own = self._lead(ring, {key: missing[key] for key in leads}, context, landed)
+            if own is not None:
+                started.append(own)
             await flight.wait([own] if own else [], joins)
             if own is not None:
                 filled = own.task.result()
@@ -170,7 +230,11 @@ class CachingEmbedder:
         *,
         look_again: bool,
     ) -> Filled:
-        """Ask, store, hand out, each part as it comes. A failure keeps the parts before it."""
+        """Ask, store, hand out, each part as it comes. A failure keeps the parts before it.
+
+        When it ends, all that was charged is on disk, also where nothing is to be kept. A call that
+        nobody waits for any more may bring its answer after the end: that is kept and billed, too.
+        """
         keys = list(items)
         found: dict[Key, Entry] = {}
         if look_again and ring.space.dimensions:
@@ -178,52 +242,28 @@ class CachingEmbedder:
         if found:
             self._flights.give(fill, found)
         wanted = [key for key in keys if key not in found]
-        bought: set[Key] = set()
-        puts: list[asyncio.Task[None]] = []
-        purchase = Purchase(self._tiers.count, ring.partition, context.account)
-
-        async def put(entries: Mapping[Key, Entry]) -> None:
-            partition = _partition(ring, next(iter(entries.values())).vector)
-            await self._tiers.put_many(entries, partition, context.terms)
-            self._flights.give(fill, entries)
-
-        async def keep(places: Sequence[int], part: Embedded) -> None:
-            rows = zip(places, part.vectors, part.tokens, strict=True)
-            new = [row for row in rows if wanted[row[0]] not in bought]
-            if not new:
-                return
-            entries = {
-                (key := wanted[place]): Entry(vector, tokens, part.counted, key.digest)
-                for place, vector, tokens in new
-            }
-            bought.update(entries)
-            purchase.bought([place for place, *_ in new], len(part.vectors[0]) // 4)
-            # Who brings it may be called off while it is written; it is bought all the same.
-            puts.append(asyncio.create_task(put(entries)))
-            await asyncio.shield(puts[-1])
-
         if not wanted:
             return Filled(frozenset())
+        recorder = Recorder(fill, self._flights, self._tiers, ring, wanted, context, self._on_width)
         inputs = [items[key] for key in wanted]
         try:
             told = replace(
                 context,
-                on_part=keep,
-                on_charge=purchase.charge,
-                on_begin=lambda places: fill.begun.update(wanted[place] for place in places),
+                on_part=recorder.keep,
+                on_charge=recorder.charge,
+                on_begin=recorder.begin,
                 abandoned=fill.abandonment,
             )
             embedded = await self._inner.embed(ring.space, inputs, told)
-            if len(bought) < len(wanted):
-                await keep(range(len(wanted)), embedded)
+            if len(recorder.bought) < len(wanted):
+                await recorder.keep(range(len(wanted)), embedded)
         except EmbeddingError as error:
             if error.index is None:
                 raise
             raise KeyFailed(error, wanted[error.index]) from error
         finally:
-            purchase.close()
-            await asyncio.gather(*puts)
-        return Filled(frozenset(bought), embedded.providers, purchase.charged)
+            await recorder.close()
+        return Filled(frozenset(recorder.bought), embedded.providers, recorder.charged)
 
 
 def _take_joined(
@@ -254,8 +294,3 @@ def _take_joined(
         else:
             answers[key] = Found(entry, Outcome.JOIN)
     return again
-
-
-def _partition(ring: Keyring, vector: Vector) -> Partition:
-    """Return where entries belong; the width is the vector's where the space has none yet."""
-    return ring.partition._replace(dimensions=ring.partition.dimensions or len(vector) // 4)

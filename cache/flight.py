@@ -114,6 +114,8 @@ class Flights(Generic[R]):
         """Those that may be joined."""
         self._tasks: set[asyncio.Task[R]] = set()
         """Of all fills: also of those that another has replaced, or that leave no trace."""
+        self._writes: set[asyncio.Task[None]] = set()
+        """What is being kept of them; some is brought after the end of its fill."""
         self.landed = 0
         """How many fills, or parts of fills, have landed; a change since a look-up: look again."""
 
@@ -158,12 +160,21 @@ class Flights(Generic[R]):
         self.landed += 1
         fill.give(entries)
 
+    def write(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start to write what a fill has got, or what it was charged: nothing ends that early."""
+        task = asyncio.create_task(work)
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        return task
+
     async def close(self) -> None:
         """End all fills, and wait until what they have got is kept."""
         while tasks := set(self._tasks):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+        while self._writes:
+            await asyncio.wait(self._writes)
 
     def _end(self, fill: Fill[R]) -> None:
         # Read the failure: when nobody is left to hear of it, that is no news to report.

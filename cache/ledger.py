@@ -118,13 +118,17 @@ class Purchase:
         """What was charged while the width of the space was not known."""
         self.charged = Usage()
         """The sums of all charges so far; inputs are not in it."""
+        self.is_written = True
+        """Whether nothing was counted since the caller last began to write; it sets this then."""
+        self._is_over = False
 
     def charge(self, bill: Bill) -> None:
         """Count what a call was charged, whether or not anything is kept of its answer."""
         self._sellers.update(dict.fromkeys(bill.places, bill.provider))
         usage = Usage(tokens_billed=sum(bill.tokens), nanodollars_billed=sum(bill.nanodollars))
         self.charged = self.charged.plus(usage)
-        if self._partition.dimensions:
+        self.is_written = False
+        if self._partition.dimensions or self._is_over:
             self._count(self._heading(bill.provider), usage)
         else:
             self._unplaced.append((bill.provider, usage))
@@ -133,13 +137,21 @@ class Purchase:
         """Count inputs whose vectors, of that width, are about to be kept."""
         if not self._partition.dimensions:
             self._partition = self._partition._replace(dimensions=dimensions)
-            self.close()
+            self._place()
+        self.is_written = False
         sellers = Counter(self._sellers.get(place, "") for place in places)
         for seller, inputs in sellers.items():
             self._count(self._heading(seller), Usage(misses=inputs))
 
     def close(self) -> None:
-        """Count what is left: charges for which nothing came that tells the width."""
+        """Count what is left: charges for which nothing came that tells the width.
+
+        What is charged later is counted at once.
+        """
+        self._is_over = True
+        self._place()
+
+    def _place(self) -> None:
         for provider, usage in self._unplaced:
             self._count(self._heading(provider), usage)
         self._unplaced.clear()

@@ -34,6 +34,8 @@ class NotCached(InputRefused):
 
     def __init__(self, terms: Terms, missing: Sequence[int], inputs: int) -> None:
         """`missing` are the places among so many inputs."""
+        self.terms = terms
+        self.missing = missing
         count = f"{len(missing)} of {inputs} inputs {'is' if len(missing) == 1 else 'are'}"
         where = "in the cache" if terms.max_age == math.inf else "cached as newly as is asked for"
         which = f"input {missing[0]}" if len(missing) == 1 else f"the first is input {missing[0]}"

@@ -243,3 +243,7 @@ class Tiers:
     def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered."""
         self._store.count(heading, usage)
+
+    async def flush_counts(self) -> None:
+        """Wait until what was counted so far is on disk, or the disk does not take it."""
+        await self._store.flush_counts()

@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 import orjson
 
+from .attempts import Attempt
 from .bill import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
 from .credential import Credential
 from .failures import (
@@ -276,6 +277,8 @@ class Context:
     """Asked before any attempt after the first: whether an answer is still of use to anybody."""
     finishes_calls: bool = False
     """Whether a call that was begun goes on when the deadline passes: it is paid for, and kept."""
+    attempt: Attempt | None = field(default=None, compare=False)
+    """Told by the provider how far its call has got; see `attempts`."""
     client_retries: int | None = None
     """0 = the client repeats requests by itself, and this is its first try; 1 = a later one; None =
     it is not known to do so."""

@@ -41,8 +41,9 @@ _BYTES_A_NUMBER = 32
 _BYTES_A_REPLY = 1 << 20
 _WIDEST = 1 << 16
 
-# Up to this many bytes, reading a reply is quicker than handing it to a thread.
+# Up to this many bytes, and inputs, reading a reply is quicker than handing it to a thread.
 _READ_INLINE = 1 << 20
+_READ_INLINE_INPUTS = 128
 
 MAX_OTHER_MODELS = 100
 """Distinct model names in replies that are counted each on its own."""
@@ -169,14 +170,15 @@ class HttpProvider:
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
         async with admission.turn(model, estimate(inputs), context):
-            if context.is_needed is not None and not context.is_needed():
+            is_abandoned = context.attempt is not None and context.attempt.is_abandoned
+            if is_abandoned or (context.is_needed is not None and not context.is_needed()):
                 # Raised so, it gives back its room within the limits.
                 raise Full(self.name, "nobody waits for the answer any more")
             reply = await self._transport.post(self.path(model), payload, limit, context, headers)
         admission.learn(model, reply.headers)
         read = partial(self._read, reply, model, space, inputs, credential)
         try:
-            is_short = len(reply.body) <= _READ_INLINE
+            is_short = len(reply.body) <= _READ_INLINE and len(inputs) <= _READ_INLINE_INPUTS
             checked = read() if is_short else await asyncio.to_thread(read)
         except EmbeddingError as error:
             if isinstance(error, RateLimited) and error.retry_after is not None:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 
 from . import hops
+from .attempts import EXTRA_SHARE, Attempt
 from .base import (
     Context,
     DeadlineExceeded,
@@ -114,6 +116,10 @@ class Transport:
         """POST `payload` and return the whole reply, decoded, of at most `limit` bytes, any status.
 
         `headers` are sent with this call alone, beside those of all calls.
+        A reply that has begun within the attempt's time is read for EXTRA_SHARE of that time longer
+        at most: it is paid for. `context.attempt` is told when the request is sent, and when the
+        reply begins.
+
         Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
         is, or there is no connection in time, or the reply does not begin in time or arrives too
         slowly, Unreachable when there is no connection or it was lost, UpstreamFault for a reply
@@ -124,23 +130,29 @@ class Transport:
         if left is not None and left <= 0:
             raise DeadlineExceeded("the time of the request was up before it could be sent")
         total = self._timeouts.total_s
+        longest = total * (1 + EXTRA_SHARE)
         if left is not None and not context.finishes_calls:
-            total = min(total, left)
-        timeout = aiohttp.ClientTimeout(total=total, connect=min(self._timeouts.connect_s, total))
+            total, longest = min(total, left), min(longest, left)
+        first_byte = min(self._timeouts.first_byte_s or total, total)
+        connect = min(self._timeouts.connect_s, total)
+        timeout = aiohttp.ClientTimeout(total=None, connect=connect)
+        attempt = context.attempt or Attempt()
         try:
             async with AsyncExitStack() as stack:
                 session = await stack.enter_async_context(self._lend())
                 request = session.post(
                     self._base_url + path,
-                    data=payload,
+                    data=_Payload(payload, attempt),
                     headers={**(headers or {}), **hops.headers()},
                     allow_redirects=False,
                     timeout=timeout,
                 )
-                async with asyncio.timeout(self._timeouts.first_byte_s):
+                async with asyncio.timeout_at(now + first_byte):
                     response = await stack.enter_async_context(request)
+                attempt.has_reply = True
                 self._check_status(response.status)
-                body = await self._read(response, limit)
+                async with asyncio.timeout_at(now + longest):
+                    body = await self._read(response, limit)
                 return Reply(response.status, response.headers, body)
         except TimeoutError as error:
             taken = asyncio.get_running_loop().time() - now
@@ -207,6 +219,20 @@ class Transport:
         except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as error:
             raise Unreachable(self._provider, reason(error, received)) from error
         return b"".join(body.pieces)
+
+
+class _Payload(aiohttp.BytesPayload):
+    """The body of a request; it notes when it is sent: until then the upstream charges nothing."""
+
+    def __init__(self, value: bytes, attempt: Attempt) -> None:
+        super().__init__(value)
+        self._attempt = attempt
+
+    async def write_with_length(
+        self, writer: AbstractStreamWriter, content_length: int | None
+    ) -> None:
+        self._attempt.is_sent = True
+        await super().write_with_length(writer, content_length)
 
 
 class _Body:

@@ -21,7 +21,9 @@ from cache.ledger import MAX_HEADINGS, By, Heading, Line
 from cache.memory import Memory
 from cache.tiers import TierCounters, Tiers
 from cache.usage import Usage
+from providers.base import Input
 from providers.routing.health import Upstreams
+from providers.slices import SLICE
 from proxy.commands.known import Known, known
 from proxy.embedding.answering import Answering
 from proxy.embedding.bringing import brought
@@ -205,9 +207,14 @@ class EmbeddingService(Questions):
         `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.
         """
-        if not isinstance(inputs, str):
-            inputs = [item if isinstance(item, str | int) else list(item) for item in inputs]
-        parsed = wire.parse_input(inputs, self.most_inputs)
+
+        def parse() -> list[Input]:
+            if isinstance(inputs, str):
+                return wire.parse_input(inputs)
+            plain = [item if isinstance(item, str | int) else list(item) for item in inputs]
+            return wire.parse_input(plain, self.most_inputs)
+
+        parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
         given = {name: one for name, one in (parameters or {}).items() if one is not None}
         further = classify(given)
         asked = EmbeddingRequest(

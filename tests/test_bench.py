@@ -5,11 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from bench import pages, record, upstream
+from bench import pages, record, ten_million, upstream
 from bench.chart import Bar, Panel, svg
 from bench.client import Load
 from bench.profile import shares
 from bench.table import Row, compare, markdown, percentile, plain
+from cache.disk import connection
+from cache.key import Namespace, keyring
+from cache.maintenance import stats, verify
+from cache.maintenance.verify import Findings
+from cache.record import decode
 
 BARE = [Load(2.0, 1.0, 0.5), Load(4.0, 1.0, 0.5), Load(2.0, 2.0, 0.5)]
 OURS = [Load(3.0, 2.0, 0.7), Load(4.0, 4.0, 0.5), Load(8.0, 6.0, 0.1)]
@@ -106,7 +111,10 @@ def test_words_around_stay():
 
 def test_the_pages_have_places():
     """The pages of this checkout take what a recorded run writes."""
-    for page, names in ((pages.PERFORMANCE, ("run", "profile")), (pages.README, ("figures",))):
+    for page, names in (
+        (pages.PERFORMANCE, ("run", "ten-million", "profile")),
+        (pages.README, ("figures",)),
+    ):
         text = page.read_text(encoding="utf-8")
         for name in names:
             assert "MARK" in pages.between(text, name, "MARK")
@@ -155,6 +163,36 @@ def test_a_stack_belongs_to_the_innermost_that_is_known():
     assert parts == {"key": 0.4, "parse": 0.3, "look-up": 0.2, "other": 0.1}
     assert files["cache/key.py"] == 0.4
     assert samples == 10
+
+
+def test_the_store_of_many_small_vectors_is_a_real_one(tmp_path, monkeypatch):
+    """What is written with SQL verifies as a store, and each input has its record in it."""
+    monkeypatch.setattr(ten_million, "A_WRITE", 70)
+    ten_million.make(tmp_path / "store", 200)
+    findings = Findings()
+    with connection.opened(tmp_path / "store", 1 << 30) as file:
+        list(verify.scan(file, findings))
+        held = stats.gather(file)
+        for number in range(200):
+            space = ten_million.space_of(number)
+            ring = keyring(space, Namespace(ten_million.namespace_of(number)))
+            key = ring.key(ten_million.text(number))
+            found = file.read_many([key.address])[key.address]
+            assert decode(found.record, key.digest, space.dimensions) is not None
+    assert findings == Findings(records=200)
+    assert findings.sound
+    assert sorted(one.entries for one in held.held) == [10, 10, 90, 90]
+
+
+def test_the_table_of_many_small_vectors():
+    """A line for each figure, with what is not known left out."""
+    lines = ten_million.markdown(
+        [
+            ten_million.Figure("start", 0.5),
+            ten_million.Figure("`stats`", 12.34, 50, 1234, {"a": "b"}),
+        ]
+    ).splitlines()
+    assert lines[2:] == ["| start | 0.5 |  |  |  |", "| `stats` | 12.3 | 50 | 1,234 | a b |"]
 
 
 def test_the_upstream_has_a_vector_for_each_input():

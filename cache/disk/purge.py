@@ -12,7 +12,7 @@ from providers.base import current_label
 from .database import Database
 from .schema import Sql, give_back
 
-ROWS_A_TRANSACTION = 500
+ROWS_A_TRANSACTION = 100
 ENTRIES_A_READ = 5000
 PAGES_A_STEP = 512
 """16 MiB: given back in one transaction."""

@@ -173,6 +173,12 @@ class Store:
             known = self.counted.get(heading)
         self.counted[heading] = usage if known is None else known.plus(usage)
 
+    async def flush_counts(self) -> bool:
+        """Write the sums so far; return whether they are on disk. Never raises."""
+        if self._cannot_write:
+            return False
+        return await self._writer.written()
+
     async def ledger(
         self,
         by: Sequence[By],

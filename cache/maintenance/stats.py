@@ -1,10 +1,34 @@
 """What a store holds and what it has saved, summed by partition."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cache.disk.database import Database
+from cache.disk.schema import Sql
 from cache.row import UNKNOWN, Partition
 from cache.usage import Usage
+
+from .short_reads import id_ranges
+
+ROWS_A_STEP = 100_000
+
+
+class _Entered(NamedTuple):
+    """Sums of a partition's entries; times in milliseconds."""
+
+    entries: int
+    oldest: int
+    newest: int
+    last_used: int
+
+    def plus(self, other: "_Entered") -> "_Entered":
+        """Return the sums of both."""
+        return _Entered(
+            self.entries + other.entries,
+            min(self.oldest, other.oldest),
+            max(self.newest, other.newest),
+            max(self.last_used, other.last_used),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +70,21 @@ class Stats:
 
 
 def gather(database: Database) -> Stats:
-    """Return the sums of a store. Raises FAILURES."""
+    """Return the sums of a store. Raises FAILURES.
+
+    It reads in steps, so that the write-ahead log does not grow meanwhile; the sums of a store that
+    is written to are those of the time that this takes.
+    """
     sql = database.sql
     partitions = {
         number: Partition(*columns)
         for number, *columns in sql("SELECT id, namespace, space, dimensions FROM Partitions")
     }
-    usage = {
-        number: Usage(*sums)
-        for number, *sums in sql(
-            f"SELECT partition, {', '.join(f'sum({name})' for name in Usage._fields)}"
-            " FROM Usage GROUP BY partition"
-        )
-    }
+    usage = _usage(sql)
+    entered = _entries(database)
     held = []
-    entered = {
-        number: columns
-        for number, *columns in sql(
-            "SELECT partition, count(*), min(stored), max(stored), max(used)"
-            " FROM Entries GROUP BY partition"
-        )
-    }
     for number in sorted(entered.keys() | usage.keys(), key=lambda n: n or 0):
-        partition = partitions.get(number, UNKNOWN)
+        partition = partitions.get(number or 0, UNKNOWN)
         count, *times = entered.get(number, (0, None, None, None))
         oldest, newest, last_used = (None if ms is None else ms / 1000 for ms in times)
         size = count * (40 + 4 * partition.dimensions)
@@ -78,3 +94,32 @@ def gather(database: Database) -> Stats:
     files = database.folder.glob(f"{database.path.name}*")
     on_disk = sum(file.stat().st_size for file in files if not file.name.endswith("-shm"))
     return Stats(on_disk, since, tuple(held))
+
+
+def _entries(database: Database) -> dict[int | None, _Entered]:
+    """Return number, first and last purchase, and last use of the entries, by partition."""
+    sums: dict[int | None, _Entered] = {}
+    for after, last in id_ranges(database, ROWS_A_STEP):
+        for number, *found in database.sql(
+            "SELECT partition, count(*), min(stored), max(stored), max(used) FROM Entries"
+            " WHERE id > ? AND id <= ? GROUP BY partition",
+            (after, last),
+        ):
+            one = _Entered(*found)
+            known = sums.get(number)
+            sums[number] = one if known is None else known.plus(one)
+    return sums
+
+
+def _usage(sql: Sql) -> dict[int | None, Usage]:
+    """Return the sums of what was answered, by partition; a step for each day."""
+    sums: dict[int | None, Usage] = {}
+    columns = ", ".join(f"sum({name})" for name in Usage._fields)
+    day = -1
+    while True:
+        ((day,),) = sql("SELECT min(day) FROM Usage WHERE day > ?", (day,)).fetchall()
+        if day is None:
+            return sums
+        statement = f"SELECT partition, {columns} FROM Usage WHERE day = ? GROUP BY partition"
+        for number, *found in sql(statement, (day,)).fetchall():
+            sums[number] = sums.get(number, Usage()).plus(Usage(*found))

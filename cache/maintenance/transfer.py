@@ -14,7 +14,11 @@ from cache.disk.database import Database
 from cache.disk.purge import Choice, where
 from cache.row import Partition, Row
 
+from .short_reads import id_ranges
+
 ROWS_A_BATCH = 500
+ENTRIES_A_RANGE = 20_000
+_END = (1 << 63) - 1
 RECORD_COLUMNS = (
     "CASE typeof(key) WHEN 'blob' THEN key END, raw, mode,"
     " CASE typeof(value) WHEN 'blob' THEN value END"
@@ -44,25 +48,34 @@ class Written:
 def rows(database: Database, choice: Choice, report: Read) -> Iterator[Row]:
     """Yield the chosen rows that are whole, in the order in which they lie. Raises FAILURES."""
     condition, values = where(choice)
-    last = 0
-    while True:
-        some = database.sql(
-            f"SELECT Cache.rowid, {RECORD_COLUMNS},"
-            " coalesce(stored / 1000.0, CAST(store_time AS REAL), 0),"
-            " namespace, space, dimensions FROM Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
-            " LEFT JOIN Partitions ON Partitions.id = partition"
-            f" WHERE Cache.rowid > :last AND {condition} ORDER BY Cache.rowid LIMIT {ROWS_A_BATCH}",
-            {**values, "last": last},
-        ).fetchall()
-        for last, key, raw, mode, value, stored, *names in some:  # noqa: B007 - the last one counts
-            width = record.width(value) if is_record(key, raw, mode, value) else None
-            if width is None:
-                report.damaged += 1
-                continue
-            partition = None if names[1] is None or names[2] != width else Partition(*names)
-            yield Row(key, value, stored, partition)
-        if len(some) < ROWS_A_BATCH:
-            return
+    if choice == Choice():
+        # Also rows that no row of `Entries` knows.
+        tables = "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
+        ranges = iter([(0, _END)])
+    else:
+        # The narrow table is read in ranges: few of its rows may be chosen, far from one another.
+        tables = "Entries CROSS JOIN Cache ON Cache.rowid = Entries.id"
+        ranges = id_ranges(database, ENTRIES_A_RANGE)
+    number = "Cache.rowid" if choice == Choice() else "Entries.id"
+    statement = (
+        f"SELECT {number}, {RECORD_COLUMNS},"
+        " coalesce(stored / 1000.0, CAST(store_time AS REAL), 0), namespace, space, dimensions"
+        f" FROM {tables} LEFT JOIN Partitions ON Partitions.id = partition"
+        f" WHERE {number} > :after AND {number} <= :last AND {condition}"
+        f" ORDER BY {number} LIMIT {ROWS_A_BATCH}"
+    )
+    for start, last in ranges:
+        after, count = start, ROWS_A_BATCH
+        while count == ROWS_A_BATCH:
+            some = database.sql(statement, {**values, "after": after, "last": last}).fetchall()
+            count = len(some)
+            for after, key, raw, mode, value, stored, *names in some:  # noqa: B007 - the last one counts
+                width = record.width(value) if is_record(key, raw, mode, value) else None
+                if width is None:
+                    report.damaged += 1
+                    continue
+                partition = None if names[1] is None or names[2] != width else Partition(*names)
+                yield Row(key, value, stored, partition)
 
 
 def is_record(key: object, raw: object, mode: object, value: object) -> bool:

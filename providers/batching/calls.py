@@ -16,7 +16,9 @@ from providers.base import (
     InputRefused,
     Outcome,
     Space,
+    Vector,
 )
+from providers.slices import slices
 
 Ask: TypeAlias = Callable[[Space, Sequence[Input], Context], Awaitable[Embedded]]
 """Asks for the vectors of some inputs, in one call."""
@@ -140,21 +142,54 @@ def assembled(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
     """Put the answers to all places of a request into their order."""
     if len(parts) == 1:
         return parts[0][1]
-    count = sum(len(places) for places, _ in parts)
-    vectors, tokens = [b""] * count, [0] * count
-    outcomes = [Outcome.MISS] * count
+    whole = Whole(sum(len(places) for places, _ in parts))
     for places, part in parts:
-        rows = zip(places, part.vectors, part.tokens, _outcomes(part), strict=True)
-        for place, vector, number, outcome in rows:
-            vectors[place], tokens[place], outcomes[place] = vector, number, outcome
-    ordered = sorted(parts, key=lambda part: part[0][0])
-    return Embedded(
-        vectors=vectors,
-        tokens=tokens,
-        counted=all(part.counted for _, part in ordered),
-        providers=tuple(dict.fromkeys(name for _, part in ordered for name in part.providers)),
-        outcomes=outcomes,
-    )
+        whole.add(places, part.vectors, part.tokens, _outcomes(part))
+    return whole.embedded(parts)
+
+
+async def assembled_in_steps(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
+    """Do the same for any number of places; others get their turn."""
+    whole = Whole(sum(len(places) for places, _ in parts))
+    for places, part in parts:
+        outcomes = _outcomes(part)
+        async for rows in slices(range(len(places))):
+            some = slice(rows[0], rows[-1] + 1)
+            whole.add(places[some], part.vectors[some], part.tokens[some], outcomes[some])
+    return whole.embedded(parts)
+
+
+class Whole:
+    """The answer to `count` inputs, put together of parts; `outcome` is that of all others."""
+
+    def __init__(self, count: int, outcome: Outcome = Outcome.MISS) -> None:
+        self.vectors: list[Vector] = [b""] * count
+        self.tokens = [0] * count
+        self.outcomes = [outcome] * count
+
+    def add(
+        self,
+        places: Sequence[int],
+        vectors: Sequence[Vector],
+        tokens: Sequence[int],
+        outcomes: Sequence[Outcome],
+    ) -> None:
+        """Add the answers to some places."""
+        for place, vector, number, outcome in zip(places, vectors, tokens, outcomes, strict=True):
+            self.vectors[place] = vector
+            self.tokens[place] = number
+            self.outcomes[place] = outcome
+
+    def embedded(self, parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
+        """Return it, when all parts are in it."""
+        ordered = sorted(parts, key=lambda part: part[0][0])
+        return Embedded(
+            vectors=self.vectors,
+            tokens=self.tokens,
+            counted=all(part.counted for _, part in ordered),
+            providers=tuple(dict.fromkeys(name for _, part in ordered for name in part.providers)),
+            outcomes=self.outcomes,
+        )
 
 
 def _outcomes(part: Embedded) -> Sequence[Outcome]:

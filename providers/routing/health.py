@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TypedDict, TypeVar
 from weakref import WeakValueDictionary
 
+from providers.attempts import Attempts
 from providers.base import Credential, Input, ProviderError, RateLimited
 from providers.credential import ByKey
 from providers.scheduling.tasks import Tasks
@@ -288,7 +289,9 @@ class Upstreams:
     ) -> None:
         self.clock = clock
         self.tasks = Tasks()
-        """The calls under way, which are finished though nobody may wait for them any more."""
+        """The workers that send batches, for requests that may be gone by now."""
+        self.attempts = Attempts()
+        """The attempts under way, which are finished though nobody may wait for them any more."""
         self.budget = Budget(clock)
         self._budgets = ByKey(lambda: Budget(clock))
         self._chance = chance

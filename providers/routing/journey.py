@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from providers.attempts import Attempt
 from providers.base import (
     Bill,
     Context,
@@ -78,8 +79,10 @@ class Journey:
         """Whether one more attempt would be of use to anybody."""
         return self.context.is_needed is None or self.context.is_needed()
 
-    async def ask(self, route: Route, begin_by: float | None) -> None:
+    async def ask(self, route: Route, begin_by: float | None, attempt: Attempt) -> None:
         """Ask a route for all that is missing, and keep what comes, also when it fails then.
+
+        What comes is told to `context.on_part` as well: nobody may wait for it any more.
 
         Raises EmbeddingError; the index of a refused input is its place in the whole request.
         """
@@ -95,7 +98,9 @@ class Journey:
             if self.context.on_charge is not None:
                 self.context.on_charge(bill.at(missing))
 
-        context = replace(self.context, begin_by=begin_by, on_part=keep, on_charge=charged)
+        context = replace(
+            self.context, begin_by=begin_by, on_part=keep, on_charge=charged, attempt=attempt
+        )
         try:
             inputs = [self.inputs[place] for place in missing]
             if self.is_alone and len(missing) > 1:
@@ -110,7 +115,7 @@ class Journey:
             if index is None or not isinstance(error, InputRefused | InvalidAnswer):
                 raise
             raise error.at(missing[index]) from error
-        self.parts.take(missing, embedded)
+        await keep(range(len(missing)), embedded)
 
     async def _ask_each(self, route: Route, inputs: Sequence[Input], context: Context) -> Embedded:
         """Ask for each input in a call of its own, and keep no vector that several of them get.

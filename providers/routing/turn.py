@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from functools import partial
 
 from providers.base import (
     ClientKeyRefused,
@@ -266,7 +267,8 @@ class Turn:
     async def _embed(self, permit: Permit) -> None:
         """Ask for what is missing, within the time that leaves the later routes theirs.
 
-        Raises UpstreamTimeout; who queues for half of that time, and would be late, is told Full.
+        A call that was sent goes on when that time is up, and what it brings is kept. Raises
+        UpstreamTimeout; who queues for half of that time, and would be late, is told Full.
         """
         journey, limit = self._journey, None
         if self._later and journey.context.deadline is not None:
@@ -274,13 +276,9 @@ class Turn:
         if self._later and permit.probe:
             limit = min(limit or PROBE_LIMIT, PROBE_LIMIT)
         begin_by = None if limit is None else asyncio.get_running_loop().time() + limit / 2
-        try:
-            async with asyncio.timeout(limit) as scope:
-                await journey.ask(self._route, begin_by)
-        except TimeoutError as error:
-            if limit is None or not scope.expired():
-                raise
-            raise UpstreamTimeout(self._route.name, f"no answer within {limit:.1f} s") from error
+        work = partial(journey.ask, self._route, begin_by)
+        if not await self._upstreams.attempts.make(work, limit):
+            raise UpstreamTimeout(self._route.name, f"no answer within {limit:.1f} s")
 
     def _take_back(self, permit: Permit, call: float | None) -> None:
         """Count an attempt no more that was not made."""

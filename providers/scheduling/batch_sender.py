@@ -116,7 +116,7 @@ class BatchSender:
         except Exception as error:  # noqa: BLE001 - raised where someone waits
             index = error.index if isinstance(error, EmbeddingError) else None
             return _Failure(error, None if index is None else batch[index])
-        if context.on_part is not None:
+        if context.on_part is not None and any(one.is_missing for one in batch):
             await context.on_part(range(len(batch)), answer)
         return None
 
@@ -224,7 +224,7 @@ class BatchSender:
         error, culprit = failure
         if culprit is None and len(batch) == 1:
             is_refused = isinstance(error, InputRefused) and not is_about_a_field(error)
-            is_only = is_proven is None or len(batch[0].request.inputs) == 1
+            is_only = is_proven is None or batch[0].request.count == 1
             is_bad = isinstance(error, InvalidAnswer) or is_internal_error(error)
             is_found = is_proven or (is_refused and is_only) or (is_bad and is_proven is None)
             if is_found and isinstance(error, EmbeddingError):

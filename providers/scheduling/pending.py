@@ -66,6 +66,8 @@ class PendingRequest:
             PendingInput(self, index, item, tokens, counts[index])
             for index, (item, tokens) in enumerate(zip(inputs, max_tokens, strict=True))
         ]
+        self.count = len(inputs)
+        """How many inputs it has."""
         self.search_lock = asyncio.Lock()
         """Held while one of its batches is searched for a bad input: one is enough."""
         self._parts = Parts(len(inputs))
@@ -94,7 +96,7 @@ class PendingRequest:
     @property
     def has_answers(self) -> bool:
         """Whether any of its inputs was answered so far."""
-        return len(self.missing) < len(self.inputs)
+        return len(self.missing) < self.count
 
     @property
     def has_refusal(self) -> bool:
@@ -117,6 +119,8 @@ class PendingRequest:
         try:
             return await self._answer
         finally:
+            # They know their request: left like this, only the collector of garbage could end both.
+            self.inputs.clear()
             self._leave()
             if expiry is not None:
                 expiry.cancel()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cache.disk import bounds, connection, purge
+from cache.disk import bounds, connection, purge, salvage
 from cache.disk.database import Database
 from cache.key import Namespace, keyring
 from cache.maintenance import backup
@@ -87,6 +87,10 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     )
     if choice == purge.Choice() and not everything:
         raise config.ConfigError("cache purge: say what to delete, or --all; see --help")
+    if not dry_run:
+        # What is deleted must not come back from a damaged file that is not salvaged yet.
+        limit = int(settings.cache.size_limit_gib * GIB)
+        salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned)
     with opened(settings) as file, _outbox(settings) as outbox:
         shared = [one for one in _shared(choice) if purge.count(file, one)[0]]
         counts = [purge.count(file, one) for one in (choice, *shared)]
@@ -201,15 +205,17 @@ def back_up(
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy the whole store, as it is at this moment, to FILE, while proxies go on."""
+    """Copy all entries and the ledger to FILE, itself a store's file, while proxies go on."""
     if target.exists():
         raise WorkFailed(f"{target} exists; it is not overwritten")
     if not target.parent.is_dir():
         raise WorkFailed(f"{target}: there is no such folder")
     settings = config.load(config_file)
     try:
-        with opened(settings) as file, progress("copying") as tell:
-            backup.copy(file, target, lambda done, _total: tell(done))
+        with opened(settings) as file:
+            ((total,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'")
+            with progress("copying", total) as tell:
+                backup.copy(file, target, lambda done, _total: tell(done))
     except connection.StoreError as error:
         # SQLite does not say which of the two it means.
         raise WorkFailed(f"{target}: not written: {error}") from error

@@ -50,7 +50,7 @@ def verify_store(
     if mend and findings.broken:
         saved = _start_anew(settings)
         mended = True
-    elif mend and not findings.sound:
+    elif mend and findings.is_mendable:
         with opened(settings) as database:
             verify.mend(database, findings)
         mended = True
@@ -58,17 +58,19 @@ def verify_store(
         print_json(
             {
                 "records": findings.records,
-                "damaged": len(findings.damaged),
-                "lost_sight_of": len(findings.lost_sight_of),
+                "damaged": findings.damaged,
+                "lost_sight_of": findings.lost_sight_of,
+                "wrong_partition": findings.wrong_partition,
                 "orphans": findings.orphans,
                 "broken": findings.broken,
+                "unchecked": findings.unchecked,
                 "mended": mended,
                 "salvaged": None if saved is None else saved.records,
             }
         )
     else:
         _tell(findings, mended=mended, saved=saved)
-    if not (findings.sound or mended):
+    if not (findings.sound or mended) or (findings.unchecked and not findings.broken):
         raise typer.Exit(1)
 
 
@@ -76,7 +78,7 @@ def _scan(settings: Settings) -> Findings:
     findings = Findings()
     try:
         with opened(settings) as database:
-            ((total,),) = database.sql("SELECT count(*) FROM Entries")
+            ((total,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
             with progress("verifying", total) as tell:
                 for seen in verify.scan(database, findings):
                     tell(seen)
@@ -91,13 +93,22 @@ def _tell(findings: Findings, *, mended: bool, saved: Outcome | None) -> None:
     typer.echo(f"{findings.records:,} records are whole")
     if findings.damaged:
         verb = "deleted" if mended else "damaged; --mend deletes them"
-        typer.echo(f"{len(findings.damaged):,} records {verb}")
+        typer.echo(f"{findings.damaged:,} records {verb}")
     if findings.lost_sight_of:
         verb = "entered again" if mended else "not entered; --mend does it"
-        typer.echo(f"{len(findings.lost_sight_of):,} records {verb}")
+        typer.echo(f"{findings.lost_sight_of:,} records {verb}")
+    if findings.wrong_partition:
+        verb = "now have an unknown space" if mended else "have a space of another width"
+        remedy = "" if mended else "; --mend keeps them, with their space unknown"
+        typer.echo(f"{findings.wrong_partition:,} whole records {verb}{remedy}")
     if findings.orphans:
         verb = "deleted" if mended else "without a record; --mend deletes them"
         typer.echo(f"{findings.orphans:,} rows of the list of entries {verb}")
+    if findings.unchecked and not findings.broken:
+        typer.echo(
+            f"not checked, because the proxy wrote too much meanwhile: {findings.unchecked};"
+            " run it again when less is written"
+        )
     if findings.broken:
         typer.echo(f"the file is damaged: {findings.broken}")
         if saved is None:

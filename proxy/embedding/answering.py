@@ -15,7 +15,7 @@ from . import fallback, request_fields, widths
 from .client_keys import Ask, ClientKeys
 from .inputs import are_short_texts, prepare
 from .registry import Model, Registry
-from .result import Result, checked
+from .result import Result, check, check_in_steps, made
 from .space_watch import SpaceWatch
 
 
@@ -52,7 +52,8 @@ class Answering:
         embedded = model.embedder.at_hand(space, asked.inputs, caller.namespace, allowed, account)
         if embedded is None or embedded.again is None:
             return None
-        result = checked(model, model, space, width, asked.inputs, embedded, caller.namespace)
+        check(space, width, embedded.vectors)
+        result = made(model, model, space, width, asked.inputs, embedded, caller.namespace)
         embedded.again.count()
         return result
 
@@ -97,12 +98,14 @@ class Answering:
         async def ask(one: Model, by: float) -> Result:
             space = _space(one, asked)
             inputs, context = await prepared(one, by)
+            namespace = caller.namespace
             if one.by_client is None:
                 embedded = await one.embedder.embed(space, inputs, context)
-                return checked(model, one, space, width, inputs, embedded, caller.namespace)
-            embed = partial(one.embedder.embed, space)
-            embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
-            return checked(model, one, space, width, inputs, embedded, namespace)
+            else:
+                embed = partial(one.embedder.embed, space)
+                embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
+            await check_in_steps(space, width, embedded.vectors)
+            return made(model, one, space, width, inputs, embedded, namespace)
 
         models = [model, *fallback.stand_ins(model, self._registry.models, width)]
         return await fallback.first_answer(ask, models, deadline)
@@ -132,7 +135,9 @@ class Answering:
         else:
             embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
         space = model.space.with_parameters(parameters)
-        return checked(model, model, space, _width(model, asked), inputs, embedded, namespace)
+        width = _width(model, asked)
+        await check_in_steps(space, width, embedded.vectors)
+        return made(model, model, space, width, inputs, embedded, namespace)
 
     async def _with_key(
         self, model: Model, caller: Caller, inputs: Sequence[Input], context: Context, ask: Ask

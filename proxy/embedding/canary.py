@@ -203,7 +203,8 @@ class Canaries:
         found = []
         for route in routes:
             context = self._context(model)
-            context = replace(context, on_charge=model.embedder.on_charge(model.space, context))
+            charge = model.embedder.on_charge(model.space, context)
+            context = replace(context, on_charge=charge, finishes_calls=True)
             answer = await probe(route, model.space, context, self._upstreams.clock)
             if answer.failure is not None:
                 log.info("%s: the canaries were not answered: %s", route.name, answer.failure)

@@ -23,6 +23,7 @@ from cache.key import part
 from cache.ledger import Again, Answered
 from providers.base import (
     AllResting,
+    Bill,
     ClientKeyRefused,
     Context,
     Credential,
@@ -182,6 +183,7 @@ class _Visit:
             self._own,
             credential=replace(self._credential, alone=True),
             terms=replace(self._own.terms, max_age=0.0),
+            on_charge=self._accept,
         )
         async with self._keys.turn(self._proof, self._own.deadline):
             standing = self._keys.standing(self._proof)
@@ -196,6 +198,11 @@ class _Visit:
                     raise
                 log.info("%s is served on an older proof: %s", self._credential.name, error)
         return await self._asked(inputs)
+
+    def _accept(self, bill: Bill) -> None:
+        """Note that the key was charged, though its client may be gone: that proves it as well."""
+        if bill.provider in self._how.providers:
+            self._keys.proofs.accepted(self._proof)
 
     async def _asked(self, inputs: Sequence[Input], context: Context | None = None) -> Answered:
         """Ask, and note what it says of the key."""

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +26,7 @@ from index.indexer import Indexer
 from index.point import Point, Target, id_bytes
 from providers import vector
 from providers.base import InputRefused, Outcome, Space
+from providers.slices import slices
 from proxy.config import ConfigError
 from proxy.http import cache_control
 from proxy.http.index_field import NOTHING_SAID, Wish
@@ -41,6 +43,8 @@ LOOK_SECONDS = 5.0
 """How long the start waits to learn whether the collections belong to the models."""
 # Points made on the event loop; more are made in a thread.
 _INLINE = 32
+# Points that go into the outbox in one transaction.
+_POINTS_AT_A_TIME = 2048
 
 
 def refused(settings: Settings, wish: Wish) -> InputRefused | None:
@@ -149,24 +153,31 @@ class Indexing:
         if not keys:
             ring = keyring(result.space, Namespace(result.namespace))
             keys = await ring.keys(result.inputs)
-        outcomes = result.outcomes
-        if wish.ids is None and wish.payload is None:
-            knows = self.indexer.knows
-            places = [
-                place
-                for place, key in enumerate(keys)
-                if outcomes[place] is Outcome.MISS or not knows(target, key.address)
-            ]
-        else:
-            places = list(range(len(keys)))
-        if not places:
-            return
+        # Of equal ids the last counts, also where they are added one after the other.
+        async for some in slices(range(len(keys)), _POINTS_AT_A_TIME):
+            places = self._wanted(wish, result, keys, some, target)
+            if places:
+                points = partial(self._points, wish, result, keys, places)
+                few = len(places) <= _INLINE
+                await self.indexer.add(target, points() if few else await asyncio.to_thread(points))
 
-        def points() -> list[Point]:
-            return self._points(wish, result, keys, places)
-
-        made = points() if len(places) <= _INLINE else await asyncio.to_thread(points)
-        await self.indexer.add(target, made)
+    def _wanted(
+        self,
+        wish: Wish,
+        result: Result,
+        keys: Sequence[Key],
+        places: Sequence[int],
+        target: Target,
+    ) -> Sequence[int]:
+        """Return those of some places whose points are new, or not known to be indexed."""
+        if wish.ids is not None or wish.payload is not None:
+            return places
+        outcomes, knows = result.outcomes, self.indexer.knows
+        return [
+            place
+            for place in places
+            if outcomes[place] is Outcome.MISS or not knows(target, keys[place].address)
+        ]
 
     def _points(
         self,

@@ -7,6 +7,7 @@ it so: the cache sees the input whose vector it keeps.
 import asyncio
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 from providers import tokens
@@ -22,6 +23,7 @@ MOST_IDS = 1 << 17
 
 # Up to this many token ids, or characters to be cut, preparing is quicker than a thread.
 _INLINE = 8192
+_INLINE_INPUTS = 512
 
 
 class Prepared(NamedTuple):
@@ -53,9 +55,10 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
         ]
         return texts if most is None else [tokens.cut(item, most, encoding) for item in texts]
 
-    work = sum(len(item) for item in inputs if most is not None or not isinstance(item, str))
+    work = accumulate(len(item) for item in inputs if most is not None or type(item) is not str)
     try:
-        changed = await asyncio.to_thread(change) if work > _INLINE else change()
+        is_long = len(inputs) > _INLINE_INPUTS or any(so_far > _INLINE for so_far in work)
+        changed = await asyncio.to_thread(change) if is_long else change()
     except UnicodeEncodeError:
         # Half a surrogate pair cannot be cut; the cache refuses it, and says so.
         return Prepared(inputs)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cache.assembly import Filled
@@ -11,7 +12,7 @@ from cache.ledger import Answered
 from cache.refusal import NotCached
 from cache.tiers import Tiers
 from providers import kinds
-from providers.base import Context, Input, InputRefused, Space
+from providers.base import Context, Input, InputRefused, InvalidAnswer, Space
 from providers.batching.longest import NoneTooLong
 from providers.http import HttpProvider
 from providers.router import Provider, Router
@@ -122,8 +123,13 @@ class Registry:
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
 
     async def close(self) -> None:
-        """End the calls under way, and keep what they have brought."""
+        """End the calls under way, and keep what they have brought.
+
+        What is queued is dropped, and no call is made any more. A reply that is arriving is read,
+        kept and billed, for `attempts.CLOSE_S` seconds at most; a call without one is given up.
+        """
         await self._upstreams.tasks.close()
+        await self._upstreams.attempts.close()
         await self._flights.close()
 
     def get(self, name: str) -> Model:
@@ -199,6 +205,12 @@ class Registry:
             raise ModelUnknown(name)
         return model
 
+    async def _note_width(self, space: Space, width: int) -> None:
+        """Pin the first width that an answer tells, though who asked may be gone by now."""
+        # Whoever still waits is told if it is another one than before.
+        with suppress(InvalidAnswer):
+            await self._pins.pin(space.name, width)
+
     def _keep(self, model: Model, width: int) -> Model:
         """Return a model that has learned its width; the next one who asks finds it so."""
         model = replace(model, space=replace(model.space, dimensions=width))
@@ -215,7 +227,10 @@ class Registry:
             price=entry.price,
             router=router,
             embedder=CachingEmbedder(
-                NoneTooLong(scheduled(router, settings), entry.context), self._tiers, self._flights
+                NoneTooLong(scheduled(router, settings), entry.context),
+                self._tiers,
+                self._flights,
+                self._note_width,
             ),
             dimensions_refused=entry.dimensions_refused,
             width=entry.width,

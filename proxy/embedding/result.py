@@ -7,7 +7,8 @@ from typing import Optional
 from cache.ledger import Answered
 from cache.usage import Usage
 from providers import likeness, vector
-from providers.base import Input, InvalidAnswer, Outcome, Space
+from providers.base import Input, InvalidAnswer, Outcome, Space, Vector
+from providers.slices import slices
 
 from .registry import Model
 
@@ -76,7 +77,7 @@ class Result:
         return self.embedded.usage
 
 
-def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer
+def made(  # noqa: PLR0913, PLR0917 - what is known of an answer
     asked: Model,
     answering: Model,
     space: Space,
@@ -85,11 +86,21 @@ def checked(  # noqa: PLR0913, PLR0917 - what is known of an answer
     embedded: Answered,
     namespace: str,
 ) -> Result:
-    """Return an answer of which every vector can be brought to the width. Raises InvalidAnswer."""
-    if width < space.dimensions:
-        try:
-            vector.check_heads(embedded.vectors, width)
-        except vector.VectorError as error:
-            raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
+    """Return the result that an answer is, of which every vector can be brought to the width."""
     fallback = answering.name != asked.name
     return Result(asked, space, width, embedded, fallback, answering.name, inputs, namespace)
+
+
+def check(space: Space, width: int, vectors: Sequence[Vector]) -> None:
+    """Check that vectors of a space can be brought to a width. Raises InvalidAnswer."""
+    if width < space.dimensions:
+        try:
+            vector.check_heads(vectors, width)
+        except vector.VectorError as error:
+            raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
+
+
+async def check_in_steps(space: Space, width: int, vectors: Sequence[Vector]) -> None:
+    """Do the same for many vectors. Raises InvalidAnswer."""
+    async for some in slices(vectors if width < space.dimensions else ()):
+        check(space, width, some)

@@ -7,6 +7,7 @@ from cache.ledger import Answered, answered
 from cache.refusal import renamed
 from providers.base import Embedded, EmbeddingError, Input
 from providers.batching import calls
+from providers.slices import slices
 
 Ask: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
 
@@ -20,13 +21,24 @@ async def one_before_others(
     """
     parts: list[tuple[Sequence[int], Embedded]] = []
     usages = []
-    same = [at for at, item in enumerate(inputs) if item == inputs[place]]
-    rest = [at for at, item in enumerate(inputs) if item != inputs[place]]
-    for places, ask in ((same, first), (rest, others)):
+    same: list[int] = []
+    rest: list[int] = []
+    others_inputs: list[Input] = []
+    async for some in slices(range(len(inputs))):
+        for at in some:
+            if inputs[at] == inputs[place]:
+                same.append(at)
+            else:
+                rest.append(at)
+                others_inputs.append(inputs[at])
+    for places, items, ask in (
+        (same, [inputs[place]] * len(same), first),
+        (rest, others_inputs, others),
+    ):
         if not places:
             continue
         try:
-            answer = await ask([inputs[at] for at in places])
+            answer = await ask(items)
         except EmbeddingError as error:
             if error.index is None:
                 raise
@@ -35,4 +47,5 @@ async def one_before_others(
         usages.append(answer.usage)
     if not rest:
         return answer
-    return answered(calls.assembled(parts), usages[0].plus(usages[1]))
+    whole = await calls.assembled_in_steps(parts)
+    return answered(whole, usages[0].plus(usages[1]))

@@ -117,6 +117,8 @@ class FakeStore:
         """When all that it holds was bought, in seconds since 1970."""
         self.usage = Usage()
         self.sums: dict[Heading, Usage] = {}
+        self.flushed = Usage()
+        """What was counted when that was last written by itself."""
         self.on_purge = lambda: None
         self.is_quick = False
         """Whether what it holds can be read at once."""
@@ -157,6 +159,10 @@ class FakeStore:
     def count(self, heading: Heading, usage: Usage) -> None:
         self.usage = self.usage.plus(usage)
         self.sums[heading] = self.sums.get(heading, Usage()).plus(usage)
+
+    async def flush_counts(self) -> bool:
+        self.flushed = self.usage
+        return not self.broken
 
 
 async def settle() -> None:

@@ -1,4 +1,4 @@
-"""Backups: the store as it was at one moment, whole, or nothing at all."""
+"""Backups: whole, consistent, without what was purged meanwhile, or nothing at all."""
 
 import hashlib
 import os
@@ -8,13 +8,16 @@ from contextlib import closing
 
 import pytest
 
-from cache.disk import connection
+from cache.disk import connection, purge
+from cache.disk.changes import Changes, Kept
 from cache.disk.connection import StoreError
 from cache.disk.purge import Choice
 from cache.disk.store import Store
-from cache.maintenance import backup, transfer
+from cache.ledger import Heading
+from cache.maintenance import backup, short_reads, transfer
 from cache.record import Entry, encode
 from cache.row import Partition, Row
+from cache.usage import Usage
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)
@@ -34,8 +37,11 @@ MORE = [_row(i) for i in range(400, 800)]
 
 @pytest.fixture
 def database(tmp_path, monkeypatch):
-    """Give a store of some rows, copied a page at a time."""
-    monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
+    """Give a store of some rows, copied a few rows at a time."""
+    monkeypatch.setattr(backup, "MAX_ROWS_A_STEP", 20)
+    monkeypatch.setattr(backup, "MAX_KEYS_A_STEP", 20)
+    # Nobody writes during a pause.
+    monkeypatch.setattr(short_reads, "ROOM_SECONDS", 0.0)
     with connection.opened(tmp_path / "store", GIB, create=True) as file:
         list(transfer.put(file, ROWS))
         yield file
@@ -82,9 +88,57 @@ async def test_a_copy_is_served_from(database, target, tmp_path):
     assert {a: one.record for a, one in found.items()} == {r.address: r.record for r in ROWS}
 
 
-def test_what_is_written_meanwhile_is_not_in_the_copy(database, target, tmp_path):
-    """Others go on writing and deleting; the copy is of the moment it was begun, and ends."""
-    waiting = [MORE[i : i + 20] for i in range(0, len(MORE), 20)]
+@pytest.fixture
+def between(monkeypatch):
+    """Give a list of functions; one is called between two steps, and each only once."""
+    waiting = []
+
+    class Steps(short_reads.Pauses):
+        def pause(self, began):
+            if waiting:
+                waiting.pop(0)()
+            super().pause(began)
+
+    monkeypatch.setattr(backup, "Pauses", Steps)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    return waiting
+
+
+def _sound(target):
+    """Return the copy's counts of entries by what is said of them, after a look at all of it."""
+    with closing(sqlite3.connect(target)) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        ((records,),) = copy.execute("SELECT count(*) FROM Cache JOIN Entries ON id = rowid")
+        counts = [
+            copy.execute(f"SELECT {count}").fetchone()[0]
+            for count in (
+                "count(*) FROM Cache",
+                "count(*) FROM Entries",
+                "value FROM Settings WHERE key = 'count'",
+                "count(DISTINCT key) FROM Cache",
+            )
+        ]
+        assert counts == [records] * 4
+        names = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
+        return records, copy.execute(names).fetchall()
+
+
+def test_a_copy_is_laid_out_as_the_store_is(database, target):
+    """Tables, indexes, triggers, layout and page size are the store's own."""
+    backup.copy(database, target, lambda *_: None)
+    records, schema = _sound(target)
+    assert records == len(ROWS)
+    names = "SELECT type, name, sql FROM sqlite_master ORDER BY type, name"
+    assert schema == database.sql(names).fetchall()
+    with closing(sqlite3.connect(target)) as copy:
+        for pragma in ("user_version", "page_size", "auto_vacuum"):
+            sql = f"PRAGMA {pragma}"
+            assert copy.execute(sql).fetchall() == database.sql(sql).fetchall()
+
+
+def test_others_write_meanwhile(database, target, tmp_path):
+    """A copy has all that was there before and was not deleted, and comes to an end."""
+    waiting = [MORE[i : i + 10] for i in range(0, len(MORE), 10)]
     steps = 0
 
     def write(*_):
@@ -97,9 +151,137 @@ def test_what_is_written_meanwhile_is_not_in_the_copy(database, target, tmp_path
 
     backup.copy(database, target, write)
     assert steps > 3
-    assert _restored(target, tmp_path / "new") == ROWS
-    ((there,),) = database.sql("SELECT count(*) FROM Cache")
-    assert there == len(ROWS) + len(MORE) - 20 * len(waiting) - min(steps, 20)
+    _sound(target)
+    found = _restored(target, tmp_path / "new")
+    assert found[: len(ROWS) - steps] == ROWS[steps:]
+    assert {row.address for row in found} <= {row.address for row in (*ROWS, *MORE)}
+
+
+def test_entries_that_eviction_moves_come_once(database, target, tmp_path, between):
+    """An entry whose row gets another place is in the copy, whether or not it was copied before."""
+
+    def move():
+        for old in range(1 + 15 * (len(between) % 3), 400, 45):
+            ((new,),) = database.sql("SELECT max(rowid) + 1 FROM Cache")
+            database.sql("UPDATE Cache SET rowid = ? WHERE rowid = ?", (new, old))
+            database.sql("UPDATE Entries SET id = ? WHERE id = ?", (new, old))
+
+    between += [move] * 15
+    backup.copy(database, target, lambda *_: None)
+    assert not between
+    assert _sound(target)[0] == len(ROWS)
+    assert {row.address: row for row in _restored(target, tmp_path / "new")} == {
+        row.address: row for row in ROWS
+    }
+
+
+def test_a_place_that_becomes_free_is_used_again(database, target, tmp_path, between):
+    """Where the last rows are deleted, others move to places that were not copied yet."""
+
+    def delete_and_move():
+        database.sql("DELETE FROM Cache WHERE rowid > 200")
+        for new, old in enumerate(range(1, 11), start=201):
+            database.sql("UPDATE Cache SET rowid = ? WHERE rowid = ?", (new, old))
+            database.sql("UPDATE Entries SET id = ? WHERE id = ?", (new, old))
+
+    between.append(delete_and_move)
+    backup.copy(database, target, lambda *_: None)
+    assert _sound(target)[0] == 200
+    addresses = {row.address for row in _restored(target, tmp_path / "new")}
+    assert addresses == {row.address for row in ROWS[:200]}
+
+
+@pytest.mark.parametrize("step", [0, 5, 19, 25, 35, 39])
+def test_what_is_purged_meanwhile_is_not_in_the_copy(step, database, target, between):
+    """Whenever a purge ends before the backup, nothing of what it deleted is left in the file."""
+
+    def purge_tenant():
+        list(purge.delete(database, Choice(namespace="tenant")))
+        purge.announce(database, 1)
+
+    between += [lambda: None] * step + [purge_tenant]
+    backup.copy(database, target, lambda *_: None)
+    assert not between
+    kept = [row for row in ROWS if row.partition == HERE]
+    assert _sound(target)[0] == len(kept)
+    content = target.read_bytes()
+    assert all(row.record in content for row in kept)
+    assert not [row for row in ROWS if row.partition == THERE and row.record in content]
+
+
+def test_purges_that_never_end_end_a_backup(database, target, monkeypatch):
+    """Where each check is overtaken by another purge no copy is made, and that is said."""
+    check = backup._Copy._take_over_changes
+
+    def overtaken(self):
+        check(self)
+        purge.announce(database, 1)
+
+    monkeypatch.setattr(backup._Copy, "_take_over_changes", overtaken)
+    with pytest.raises(OSError, match="entries are purged all the time"):
+        backup.copy(database, target, lambda *_: None)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_what_is_bought_again_meanwhile_is_copied_again(database, target, tmp_path, between):
+    """An entry that was purged, and bought anew, has its new vector in the copy."""
+    digest = ROWS[3].address
+    vector = struct.pack("<I", 999) * 64
+    new = Row(digest, encode(Entry(vector, 7, True, digest)), 9_000.5, HERE)  # noqa: FBT003
+
+    def buy_again():
+        database.sql("DELETE FROM Cache WHERE key = ?", (digest,))
+        list(transfer.put(database, [new]))
+
+    between += [lambda: None] * 10 + [buy_again]
+    backup.copy(database, target, lambda *_: None)
+    _sound(target)
+    found = {row.address: row for row in _restored(target, tmp_path / "new")}
+    assert found == {row.address: row for row in (*ROWS, new)}
+    assert ROWS[3].record not in target.read_bytes()
+
+
+def test_what_is_in_the_copy_is_billed_in_it(database, target, between):
+    """The ledger is copied last: what was bought meanwhile stands in it, whether copied or not."""
+
+    def buy():
+        usage = {(20_000, Heading(HERE, "m", "p")): Usage(misses=1, tokens_billed=7)}
+        row = MORE[len(between)]
+        kept = {row.address: Kept(row.record, row.partition)}
+        database.write(Changes(records=kept, usage=usage))
+
+    between += [buy] * 30
+    backup.copy(database, target, lambda *_: None)
+    records = _sound(target)[0]
+    with closing(sqlite3.connect(target)) as copy:
+        sums = copy.execute("SELECT sum(misses), sum(tokens_billed) FROM Usage").fetchall()
+    assert sums == [(30, 210)]
+    assert len(ROWS) < records <= len(ROWS) + 30
+
+
+def test_a_record_that_nobody_entered_is_entered_in_the_copy(database, target, tmp_path):
+    """What the store lost sight of is copied, what is no record is not, nor what has none."""
+    database.sql("DELETE FROM Entries WHERE id = 8")
+    database.sql("INSERT INTO Entries VALUES (5000, 1, 0, 0)")
+    database.sql("UPDATE Cache SET mode = 4 WHERE rowid = 9")
+    backup.copy(database, target, lambda *_: None)
+    assert _sound(target)[0] == len(ROWS) - 1
+    found = {row.address: row for row in _restored(target, tmp_path / "new")}
+    assert found.pop(ROWS[7].address) == ROWS[7]._replace(partition=None)
+    assert found == {row.address: row for row in (*ROWS[:7], *ROWS[9:])}
+
+
+def test_a_store_that_is_written_faster_than_it_is_copied(database, target, monkeypatch):
+    """A copy that would never end is given up, and that is said."""
+    monkeypatch.setattr(backup, "MAX_ROWS_AT_LEAST", 0)
+    numbers = iter(range(1_000, 100_000))
+
+    def write(*_):
+        list(transfer.put(database, [_row(next(numbers)) for _ in range(25)]))
+
+    with pytest.raises(OSError, match="faster than it can be copied"):
+        backup.copy(database, target, write)
+    assert list(target.parent.iterdir()) == []
 
 
 def test_nothing_is_overwritten(database, target):
@@ -161,4 +343,18 @@ def test_a_store_that_is_damaged_is_not_copied(tmp_path, target):
     path.write_bytes(b"not a database" * 1_000)
     with pytest.raises(StoreError), connection.opened(tmp_path / "store", GIB) as file:
         backup.copy(file, target, lambda *_: None)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_page_that_cannot_be_read_ends_a_backup(database, target):
+    """Damage in the midst of a store is not copied silently."""
+    page = database.sql("SELECT page_count / 2 FROM pragma_page_count").fetchone()[0]
+    database.sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    with database.path.open("r+b") as file:
+        data = file.read()
+        leaves = [i for i in range(page, len(data) // 32_768) if data[i * 32_768] == 0x0D]
+        file.seek(leaves[0] * 32_768)
+        file.write(bytes(32_768))
+    with pytest.raises(sqlite3.DatabaseError):
+        backup.copy(database, target, lambda *_: None)
     assert list(target.parent.iterdir()) == []

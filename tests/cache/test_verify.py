@@ -3,6 +3,7 @@
 import hashlib
 import sqlite3
 import struct
+from contextlib import closing
 
 import pytest
 
@@ -11,6 +12,7 @@ from cache.disk.connection import StoreError
 from cache.disk.database import FILE_NAME
 from cache.disk.purge import Choice
 from cache.disk.schema import PAGE_BYTES
+from cache.key import checksum
 from cache.maintenance import transfer, verify
 from cache.maintenance.verify import Findings
 from cache.record import Entry, encode
@@ -101,7 +103,7 @@ def test_a_damaged_record_is_found_and_mending_deletes_it(damage, store):
     with store() as database:
         database.sql(f"UPDATE Cache SET {damage} WHERE key = ?", (VICTIM.address,))
         findings, _ = _scan(database)
-        assert (findings.records, findings.damaged, findings.sound) == (19, [8], False)
+        assert (findings.records, findings.damaged, findings.sound) == (19, 1, False)
         assert not findings.lost_sight_of
         verify.mend(database, findings)
         assert _scan(database)[0] == Findings(records=19)
@@ -118,16 +120,34 @@ def test_any_flipped_bit_of_a_record_is_found(store):
             record[bit // 8] ^= 1 << bit % 8
             sql = "UPDATE Cache SET value = ? WHERE key = ?"
             database.sql(sql, (bytes(record), VICTIM.address))
-            assert _scan(database)[0] == Findings(records=19, damaged=[8]), bit
+            assert _scan(database)[0] == Findings(records=19, damaged=1), bit
 
 
-def test_a_record_of_another_width_than_its_partition_is_damaged(store):
-    """A whole record that is no vector of its partition's model could never be served."""
+def test_a_record_of_another_width_than_its_partition_is_kept(store):
+    """A whole record was paid for: mending forgets where it belongs, and it is found as before."""
     wide = encode(Entry(bytes(4 * 65), 7, True, VICTIM.address))  # noqa: FBT003
     with store() as database:
         database.sql("UPDATE Cache SET value = ? WHERE key = ?", (wide, VICTIM.address))
         findings, _ = _scan(database)
-        assert (findings.records, findings.damaged) == (19, [8])
+        assert findings == Findings(records=20, wrong_partition=1)
+        assert not findings.sound
+        verify.mend(database, findings)
+        assert _scan(database)[0] == Findings(records=20)
+        found = {row.address: row for row in _rows(database)}
+        assert found.pop(VICTIM.address) == VICTIM._replace(record=wide, partition=None)
+        assert found == {row.address: row for row in OTHERS}
+
+
+def test_a_record_of_a_later_version_is_kept(store):
+    """What a later version wrote verifies, and was paid for, though this one cannot serve it."""
+    later = bytearray(VICTIM.record)
+    later[4] += 1
+    body = bytes(later[:-8])
+    with store() as database:
+        sql = "UPDATE Cache SET value = ? WHERE key = ?"
+        database.sql(sql, (body + checksum(body), VICTIM.address))
+        findings, _ = _scan(database)
+        assert findings == Findings(records=20)
 
 
 def test_records_that_nobody_entered_are_entered_again(store):
@@ -136,7 +156,7 @@ def test_records_that_nobody_entered_are_entered_again(store):
     with store() as database:
         database.sql("DELETE FROM Entries WHERE id BETWEEN 4 AND 6")
         findings, _ = _scan(database)
-        assert (findings.records, findings.lost_sight_of) == (20, [4, 5, 6])
+        assert (findings.records, findings.lost_sight_of) == (20, 3)
         assert not findings.sound
         verify.mend(database, findings)
         assert _scan(database)[0] == Findings(records=20)
@@ -151,10 +171,91 @@ def test_a_lost_record_that_is_damaged_is_only_deleted(store):
         database.sql("DELETE FROM Entries WHERE id = 8")
         database.sql("UPDATE Cache SET value = x'00' WHERE rowid = 8")
         findings, _ = _scan(database)
-        assert (findings.damaged, findings.lost_sight_of) == ([8], [])
+        assert (findings.damaged, findings.lost_sight_of) == (1, 0)
         verify.mend(database, findings)
         assert _rows(database) == OTHERS
         assert database.sql("SELECT count(*) FROM Entries").fetchone() == (19,)
+
+
+def test_orphans_are_found_wherever_they_are(store, monkeypatch):
+    """Rows of `Entries` without a record are counted and deleted: before, amid, behind all."""
+    monkeypatch.setattr(verify, "ROWS_A_BATCH", 3)
+    with store() as database:
+        database.sql("UPDATE Cache SET rowid = rowid + 1000")
+        database.sql("UPDATE Entries SET id = id + 1000")
+        database.sql("UPDATE Cache SET rowid = rowid + 100 WHERE rowid > 1010")
+        database.sql("UPDATE Entries SET id = id + 100 WHERE id > 1010")
+        for number in (1, 1015, 9999):
+            database.sql("INSERT INTO Entries VALUES (?, NULL, 0, 0)", (number,))
+        findings, _ = _scan(database)
+        assert findings == Findings(records=20, orphans=3)
+        verify.mend(database, findings)
+        assert _scan(database)[0] == Findings(records=20)
+        assert _rows(database) == ROWS
+
+
+def test_mending_remembers_places_and_no_rows(store, monkeypatch):
+    """However many records are damaged, what is remembered of them is bounded; all are deleted."""
+    monkeypatch.setattr(verify, "ROWS_A_BATCH", 1)
+    monkeypatch.setattr(verify, "MAX_PLACES", 3)
+    with store() as database:
+        database.sql("UPDATE Cache SET value = x'00' WHERE rowid % 2 = 0")
+        findings, _ = _scan(database)
+        assert (findings.records, findings.damaged) == (10, 10)
+        assert len(findings.places) == 3
+        verify.mend(database, findings)
+        assert _scan(database)[0] == Findings(records=10)
+        assert _rows(database) == ROWS[::2]
+
+
+def test_what_became_whole_meanwhile_is_not_deleted(store):
+    """Between looking and mending a proxy may have put a good record in the place of a bad one."""
+    with store() as database:
+        database.sql("UPDATE Cache SET value = x'00' WHERE key = ?", (VICTIM.address,))
+        findings, _ = _scan(database)
+        database.sql("UPDATE Cache SET value = ? WHERE key = ?", (VICTIM.record, VICTIM.address))
+        verify.mend(database, findings)
+        assert _rows(database) == ROWS
+
+
+@pytest.mark.parametrize("index", ["Cache_key_raw", "Entries_used", "Entries_stored"])
+@pytest.mark.parametrize("kind", ["lacks", "has more"])
+def test_an_index_that_does_not_agree_is_found(index, kind, store, tmp_path):
+    """A row that an index does not know, or one that it knows too well: SQLite trusts it."""
+    with store() as database:
+        path = database.path
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA writable_schema = ON")
+        # The index is taken away for a moment in which the table is changed.
+        sql = "SELECT sql FROM sqlite_master WHERE name = ?"
+        ((statement,),) = other.execute(sql, (index,)).fetchall()
+        other.execute(
+            "UPDATE sqlite_master SET sql = ? WHERE name = ?", (f"{statement} WHERE 0", index)
+        )
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("DROP TRIGGER Entries_delete")
+        table = index.partition("_")[0]
+        if kind == "has more":
+            other.execute(f"DELETE FROM {table} WHERE rowid = 8")
+            other.execute(
+                f"DELETE FROM {'Entries' if table == 'Cache' else 'Cache'} WHERE rowid = 8"
+            )
+        elif table == "Cache":
+            other.execute(
+                "INSERT INTO Cache SELECT 99, x'0011', raw, 0, NULL, 0, 0, NULL, 0, mode,"
+                " NULL, value FROM Cache WHERE rowid = 8"
+            )
+            other.execute("UPDATE Cache SET key = zeroblob(16) WHERE rowid = 99")
+            other.execute("INSERT INTO Entries VALUES (99, 1, 0, 0)")
+        else:
+            other.execute("UPDATE Entries SET used = 5, stored = 5 WHERE id = 8")
+        other.execute("PRAGMA writable_schema = ON")
+        other.execute("UPDATE sqlite_master SET sql = ? WHERE name = ?", (statement, index))
+    with store() as database:
+        findings, _ = _scan(database)
+    assert findings.broken
+    assert "index" in findings.broken
+    assert not findings.sound
 
 
 def _overwrite(path, page, data):

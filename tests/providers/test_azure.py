@@ -44,7 +44,7 @@ async def test_both_addresses_of_azure_are_asked(base_url, options, url, mocked_
     mocked_http.post(url, payload=REPLY)
     got = await ask(base_url, **options)
     ((_, (call,)),) = mocked_http.requests.items()
-    assert orjson.loads(call.kwargs["data"]) == {
+    assert orjson.loads(call.kwargs["data"].decode()) == {
         "model": "my small one",
         "input": ["a"],
         "encoding_format": "base64",

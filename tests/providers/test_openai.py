@@ -54,7 +54,7 @@ async def test_the_request_is_openais(mocked_http):
     await ask(["a", "b"])
     ((key, (call,)),) = mocked_http.requests.items()
     assert (key[0], str(key[1])) == ("POST", URL)
-    assert orjson.loads(call.kwargs["data"]) == {
+    assert orjson.loads(call.kwargs["data"].decode()) == {
         "model": MODEL,
         "input": ["a", "b"],
         "encoding_format": "base64",

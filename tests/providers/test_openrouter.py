@@ -46,7 +46,7 @@ async def test_the_request_is_openrouters(mocked_http):
     await ask(["a"], SPACE.with_parameters({"provider": {"order": ["acme"]}}))
     ((key, (call,)),) = mocked_http.requests.items()
     assert (key[0], str(key[1])) == ("POST", URL)
-    assert orjson.loads(call.kwargs["data"]) == {
+    assert orjson.loads(call.kwargs["data"].decode()) == {
         "model": MODEL,
         "input": ["a"],
         "encoding_format": "float",
@@ -131,7 +131,7 @@ async def test_the_configured_routing_is_sent(mocked_http):
     mocked_http.post(URL, payload=reply_to("a"))
     await ask(["a"], profile=replace(OpenRouter.profile, options={"provider": ROUTING}))
     ((_, (call,)),) = mocked_http.requests.items()
-    assert orjson.loads(call.kwargs["data"])["provider"] == ROUTING
+    assert orjson.loads(call.kwargs["data"].decode())["provider"] == ROUTING
 
 
 async def test_a_client_does_not_undo_the_configured_routing(mocked_http):

@@ -19,12 +19,12 @@ import pytest
 from command import Done
 from fault_server import vector_of
 
-from cache.disk import bounds, connection, database, purge
+from cache.disk import bounds, connection, database, purge, set_aside
 from cache.disk.changes import Changes, Kept
 from cache.disk.schema import PAGE_BYTES
 from cache.key import Namespace, keyring
 from cache.ledger import Heading
-from cache.maintenance import backup, transfer, verify
+from cache.maintenance import backup, short_reads, transfer, verify
 from cache.record import Entry, encode
 from cache.row import OTHER_NAMESPACE, Partition, Row
 from cache.usage import Usage
@@ -581,7 +581,7 @@ async def test_a_backup_of_a_busy_store_is_served_from(
     run, start_proxy, upstream, tmp_path, monkeypatch
 ):
     """While requests come in the copy is made; in another directory all it holds are hits."""
-    monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
+    monkeypatch.setattr(backup, "MAX_ROWS_A_STEP", 20)
     upstream.widths = {"small": WIDTH}
     proxy = await start_proxy(upstream, models=MODELS)
     await _texts_served(proxy)
@@ -628,7 +628,7 @@ def test_a_backup_that_ends_early_leaves_nothing(error, *, code, run, fill, tmp_
     fill(*(_row(text) for text in TEXTS))
     folder = tmp_path / "copies"
     folder.mkdir()
-    monkeypatch.setattr(backup, "PAGES_A_STEP", 1)
+    monkeypatch.setattr(backup, "MAX_ROWS_A_STEP", 20)
 
     def end(*_):
         assert list(folder.iterdir())
@@ -662,8 +662,10 @@ def test_a_sound_store_verifies(run, fill):
         "records": 500,
         "damaged": 0,
         "lost_sight_of": 0,
+        "wrong_partition": 0,
         "orphans": 0,
         "broken": None,
+        "unchecked": None,
         "mended": False,
         "salvaged": None,
     }
@@ -681,8 +683,10 @@ async def test_damaged_records_are_reported_and_mended(damage, run, fill, start_
         "records": 495,
         "damaged": 5,
         "lost_sight_of": 1,
+        "wrong_partition": 0,
         "orphans": 0,
         "broken": None,
+        "unchecked": None,
         "salvaged": None,
     }
     assert (done.code, done.json, done.err) == (1, {**found, "mended": False}, "")
@@ -703,6 +707,40 @@ async def test_damaged_records_are_reported_and_mended(damage, run, fill, start_
     proxy = await start_proxy(upstream, models=MODELS)
     assert await _texts_served(proxy) == 495
     assert len(upstream.inputs) == 5
+
+
+async def test_whole_records_in_a_wrong_space_are_kept(run, fill, tmp_path, start_proxy, upstream):
+    """What was entered under another width was paid for: --mend keeps it, and it is served."""
+    path = fill(*(_row(text) for text in TEXTS))
+    _sql(path, "UPDATE Partitions SET dimensions = dimensions + 1")
+    done = await asyncio.to_thread(run, "verify")
+    assert done == (
+        1,
+        (
+            "500 records are whole\n500 whole records have a space of another width;"
+            " --mend keeps them, with their space unknown\n"
+        ),
+        "",
+    )
+    done = await asyncio.to_thread(run, "verify", "--mend", "--json")
+    assert (done.code, done.json["damaged"], done.json["wrong_partition"]) == (0, 0, 500)
+    assert (await asyncio.to_thread(run, "verify")).out == "500 records are whole\n"
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS, cache={"directory": str(tmp_path / "cache")})
+    assert await _texts_served(proxy) == 500
+    assert not upstream.calls
+
+
+@pytest.mark.parametrize("mend", [[], ["--mend"]])
+def test_what_was_not_checked_is_said(mend, run, fill, monkeypatch):
+    """A check that had to be given up is code 1, whatever else was found or mended."""
+    path = fill(*(_row(text) for text in TEXTS))
+    _sql(path, "DELETE FROM Entries WHERE id = 20")
+    monkeypatch.setattr(short_reads.LogWatch, "fetch", lambda *_: None)
+    done = run("verify", *mend)
+    assert (done.code, done.err) == (1, "")
+    assert "not checked, because the proxy wrote too much meanwhile: the structure" in done.out
+    assert run("verify", "--json").json["unchecked"] == "the structure of the file"
 
 
 def _header_zeroed(path):
@@ -791,6 +829,16 @@ def test_what_is_whole_is_taken_out_of_another_file(run, fill, tmp_path, rows):
     assert done.out == (
         "0 records saved, 501 were there already, 0 are damaged; 0 sums added to the ledger\n"
     )
+
+
+def test_a_purge_deletes_what_is_not_salvaged_yet_as_well(run, fill, tmp_path, rows):
+    """What lies in a file that was set aside is saved first, and does not come back later."""
+    path = fill(*(_row(text) for text in TEXTS[:50]), _row("t", OTHER, "tenant"))
+    assert set_aside.move(path, path.stat().st_ino) is not None
+    done = run("purge", "--namespace", "tenant", "--json")
+    assert (done.code, done.err, done.json["deleted"]) == (0, "", 1)
+    assert not set_aside.pending(path)
+    assert {row.partition for row in rows()} == {keyring(SPACE).partition}
 
 
 def test_salvage_needs_another_file(run, fill, tmp_path):

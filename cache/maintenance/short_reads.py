@@ -1,0 +1,179 @@
+"""Reading a whole store without holding its write-ahead log.
+
+SQLite begins its log anew only while no reader uses it
+(https://www.sqlite.org/wal.html#avoiding_excessively_large_wal_files). One long read beside a proxy
+that writes makes the log grow without bound. So a command reads in steps of bounded rows, each a
+read of its own, and leaves writers as much time as it takes. What SQLite does in one statement only
+is interrupted when the log is nearly full, and tried again.
+
+Of a log only its headers are read here (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
+The file of the wal-index (`-shm`) must never be opened beside SQLite: closing it drops SQLite's
+locks.
+"""
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cache.disk.database import Database
+from cache.disk.schema import Sql
+
+MIN_PAUSE_SECONDS = 0.002
+MAX_PAUSE_SECONDS = 0.25
+POLL_SECONDS = 0.005
+"""How often the log is looked at during a long statement."""
+ROOM_SECONDS = 1.0
+"""The longest wait for the log to be begun anew."""
+TRIES = 5
+"""How often a long statement is tried before it is given up."""
+NO_LIMIT_BYTES = 64 << 20
+"""The limit of a log that has none of its own."""
+
+_LOG_HEADER, _FRAME_HEADER = 32, 24
+_int = int.from_bytes  # All numbers of a log are big-endian.
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Return a connection of its own to a store's file that only reads. Raises sqlite3.Error."""
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(address, isolation_level=None, uri=True, check_same_thread=False)
+
+
+class LogWatch:
+    """The write-ahead log of a store: how much of it is used, and statements that respect it."""
+
+    def __init__(self, database: Database) -> None:
+        self._path = database.path.with_name(f"{database.path.name}-wal")
+        # The connection knows what the proxies keep to: all have the same configuration.
+        ((limit,),) = database.sql("PRAGMA journal_size_limit").fetchall()
+        self.limit_bytes: int = limit if limit > 0 else NO_LIMIT_BYTES
+        """The size that the log should not pass."""
+
+    def used_bytes(self) -> int:
+        """Return how much was written to the log since it was last begun anew; 0 without a log."""
+        try:
+            with self._path.open("rb", buffering=0) as log:
+                header = log.read(_LOG_HEADER)
+                size = log.seek(0, 2)
+                frame = _FRAME_HEADER + _int(header[8:12])
+                salts = header[16:24]
+
+                def is_current(number: int) -> bool:
+                    log.seek(_LOG_HEADER + number * frame + 8)
+                    return log.read(8) == salts
+
+                # Frames of the present log come first; behind them are those of earlier ones.
+                low, high = 0, max(0, size - _LOG_HEADER) // frame
+                while low < high:
+                    middle = (low + high) // 2
+                    if is_current(middle):
+                        low = middle + 1
+                    else:
+                        high = middle
+                return low * frame
+        except FileNotFoundError:
+            return 0
+
+    def fetch(self, connection: sqlite3.Connection, statement: str) -> list[Any] | None:
+        """Return the rows of a long statement; None if the log never left it enough time.
+
+        Writers keep the log below its limit while nobody reads. So a statement that is interrupted
+        is tried again after a while, with a log that was begun anew. Raises sqlite3.Error.
+        """
+        for _ in range(TRIES):
+            before = self.used_bytes()
+            try:
+                with self._interrupting(connection, before):
+                    return connection.execute(statement).fetchall()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                    raise
+            self.wait_for_room()
+        return None
+
+    @contextlib.contextmanager
+    def _interrupting(self, connection: sqlite3.Connection, before: int) -> Iterator[None]:
+        """Interrupt the connection as soon as others have nearly filled the log."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(POLL_SECONDS):
+                # A log that was full before, and into which nobody writes, is no reason.
+                if self.used_bytes() != before and self.is_nearly_full():
+                    connection.interrupt()
+
+        thread = threading.Thread(target=watch, name="log-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def is_nearly_full(self) -> bool:
+        """Tell whether the log has seven eighths of its limit."""
+        return self.used_bytes() >= self.limit_bytes * 7 // 8
+
+    def wait_for_room(self) -> None:
+        """Wait until a writer begins the log anew, if it is nearly full, and not for long."""
+        deadline = time.monotonic() + ROOM_SECONDS
+        while self.is_nearly_full() and time.monotonic() < deadline:
+            time.sleep(MIN_PAUSE_SECONDS)
+
+
+class Pauses:
+    """Time for others between the short reads of one connection.
+
+    A log that is always read is never begun anew. Where nobody writes there is no pause.
+    """
+
+    def __init__(self, database: Database, sql: Sql | None = None, schema: str = "main") -> None:
+        """Look at the store in `schema` of the connection behind `sql`; else at its own."""
+        self._watch = LogWatch(database)
+        self._sql = sql or database.sql
+        self._version_of = f"PRAGMA {schema}.data_version"
+        self._version = self._read_version()
+
+    def pause(self, began: float) -> None:
+        """Wait as long as the read took that began at this `time.monotonic`, if others wrote.
+
+        If they have nearly filled the log, wait until they begin it anew: a checkpoint may take
+        longer than a read.
+        """
+        took = time.monotonic() - began
+        version = self._read_version()
+        if version != self._version:
+            self._version = version
+            time.sleep(min(max(MIN_PAUSE_SECONDS, took), MAX_PAUSE_SECONDS))
+            self._watch.wait_for_room()
+
+    def _read_version(self) -> int:
+        ((version,),) = self._sql(self._version_of).fetchall()
+        return int(version)
+
+
+def id_ranges(database: Database, rows: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges (first - 1, last) of ids of `Entries` that hold at most `rows` rows each.
+
+    They cover all entries that are there at the beginning. Eviction may give an entry a larger id
+    meanwhile; such an entry may be left out. Pauses between two ranges. Raises FAILURES.
+    """
+    sql, pauses = database.sql, Pauses(database)
+    ((end,),) = sql("SELECT coalesce(max(id), 0) FROM Entries").fetchall()
+    last = 0
+    while last < end:
+        began = time.monotonic()
+        ((following,),) = sql(
+            "SELECT max(id) FROM (SELECT id FROM Entries WHERE id > ? AND id <= ?"
+            " ORDER BY id LIMIT ?)",
+            (last, end, rows),
+        ).fetchall()
+        if following is None:
+            return
+        yield last, following
+        last = following
+        pauses.pause(began)

@@ -1,0 +1,98 @@
+"""Attempts at providers: a request that was sent is finished, though nobody may wait for it.
+
+An upstream charges for what it was asked, whether or not the answer is read. So the time of a
+request, or a client that goes, ends the wait for an attempt, and never the attempt itself: its
+answer is checked, kept and billed. The provider's own limits of time end it. What was not sent yet
+is dropped. When the process ends, a reply that is arriving has CLOSE_S seconds to be kept.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
+
+CLOSE_S = 5.0
+"""Seconds that replies that are arriving have, when the process ends, to be read and kept."""
+EXTRA_SHARE = 0.5
+"""The part of its time limit by which the wait for an attempt is longer once its reply has begun:
+to ask the next route in its place would be paid twice."""
+
+log = logging.getLogger("embedding_proxy.attempts")
+
+
+class Attempt:
+    """How far an attempt has got. Whoever makes its calls sets `is_sent` and `has_reply`."""
+
+    __slots__ = ("has_reply", "is_abandoned", "is_sent")
+
+    def __init__(self) -> None:
+        self.is_sent = False
+        """Whether a request of it was sent, at least in part: the upstream may charge for it."""
+        self.has_reply = False
+        """Whether the head of a reply has arrived."""
+        self.is_abandoned = False
+        """Whether nobody waits for it any more: what is not sent yet is not to be sent."""
+
+
+Work: TypeAlias = Callable[[Attempt], Coroutine[Any, Any, None]]
+"""Makes an attempt, and hands out its answer itself."""
+
+
+class Attempts:
+    """The attempts under way. For one thread: the event loop's."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[asyncio.Task[None], Attempt] = {}
+
+    async def make(self, work: Work, limit_s: float | None = None) -> bool:
+        """Make an attempt and wait for its end; return False if `limit_s` seconds are up before.
+
+        An attempt that was sent goes on when the time is up or the caller is cancelled; one that
+        was not is cancelled. Raises what the attempt fails with.
+        """
+        attempt = Attempt()
+        task = asyncio.create_task(work(attempt))
+        self._tasks[task] = attempt
+        task.add_done_callback(self._end)
+        try:
+            await asyncio.wait((task,), timeout=limit_s)
+            if limit_s is not None and attempt.has_reply:
+                await asyncio.wait((task,), timeout=EXTRA_SHARE * limit_s)
+        except asyncio.CancelledError:
+            await _abandon(task, attempt)
+            raise
+        if not task.done():
+            await _abandon(task, attempt)
+            return False
+        task.result()
+        return True
+
+    async def close(self) -> None:
+        """End the attempts under way; those whose reply is arriving have CLOSE_S seconds to end."""
+        for task, attempt in self._tasks.items():
+            attempt.is_abandoned = True
+            if not attempt.has_reply:
+                task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_S)
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        attempt = self._tasks.pop(task)
+        if task.cancelled():
+            return
+        # Read the failure: of an abandoned attempt nobody else does.
+        error = task.exception()
+        if error is not None and attempt.is_abandoned:
+            log.info("a call that nobody waits for any more failed: %s", error)
+
+
+async def _abandon(task: asyncio.Task[None], attempt: Attempt) -> None:
+    """Let go of an attempt: it goes on by itself if it was sent, else it ends."""
+    attempt.is_abandoned = True
+    if not (attempt.is_sent or task.done()):
+        task.cancel()
+        await asyncio.wait((task,))

@@ -1,0 +1,321 @@
+"""What was paid for outlives its request: a deadline, a client or a process that goes ends nothing.
+
+The clock of the event loop is moved by hand, so that nothing here waits or depends on speed.
+"""
+
+import asyncio
+from dataclasses import replace
+
+import aiohttp
+import orjson
+import pytest
+from aiohttp import web
+from fault_server import hang, tokens_of
+
+from providers import attempts
+from providers.base import EmbeddingError
+
+MODEL = "text-embedding-3-small"
+NEW = "text-embedding-9"
+FOR_EVER = 1e6
+"""Seconds; the provider's own limits of time are not what is tried."""
+FIRST_ROUTE_S, EXTRA_S, REQUEST_S = 150, 75, 300
+"""What a request of 300 s leaves the first of two routes; then for a reply that is arriving."""
+
+
+class Halves:
+    """Plays a good reply in two parts, the second when the test says so."""
+
+    def __init__(self, server):
+        self.server = server
+        self.has_begun = asyncio.Event()
+        self.may_end = asyncio.Event()
+
+    async def __call__(self, request, payload):
+        body = orjson.dumps(self.server.reply(payload))
+        response = web.StreamResponse(headers={"Content-Length": str(len(body))})
+        response.content_type = "application/json"
+        await response.prepare(request)
+        await response.write(body[: len(body) // 2])
+        self.has_begun.set()
+        await self.may_end.wait()
+        await response.write(body[len(body) // 2 :])
+        return response
+
+
+@pytest.fixture
+def move(monkeypatch):
+    """Give a function that moves the clock of the event loop."""
+    ahead = 0.0
+    loop = asyncio.get_event_loop_policy().get_event_loop()
+    real = loop.time
+    monkeypatch.setattr(loop, "time", lambda: real() + ahead)
+
+    async def forward(seconds):
+        nonlocal ahead
+        ahead += seconds
+        await some_turns()
+
+    return forward
+
+
+async def some_turns():
+    """Let everything go on that can."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+async def until(condition):
+    """Wait until something holds."""
+    async with asyncio.timeout(FOR_EVER):
+        while not condition():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0)
+
+
+def under_way(proxy):
+    """Return how far each attempt of a proxy has got."""
+    return list(proxy.service.upstreams.attempts._tasks.values())
+
+
+def ask(proxy, text="a", model=MODEL, **headers):
+    """Start a request that waits as long as it takes."""
+
+    async def post():
+        timeout = aiohttp.ClientTimeout(total=None)
+        body = {"model": model, "input": text}
+        url = f"{proxy.url}/embeddings"
+        async with proxy.http.post(url, json=body, headers=headers, timeout=timeout) as response:
+            await response.read()
+            return response
+
+    return asyncio.create_task(post())
+
+
+async def start(start_proxy, openai, openrouter=None, **sections):
+    """Start a proxy whose providers have all the time."""
+    servers = {"openai": openai, "openrouter": openrouter}
+    providers = {
+        name: {"base_url": server.url, "timeout_s": FOR_EVER}
+        for name, server in servers.items()
+        if server is not None
+    }
+    extra = sections.pop("provider", {})
+    providers["openai"] |= extra
+    sections["providers"] = providers
+    proxy = await start_proxy(openai=openai, openrouter=openrouter, **sections)
+    for route in proxy.service.models[MODEL].router.routes:
+        transport = route.provider._transport
+        transport._timeouts = replace(transport._timeouts, least_bytes_per_s=0.0)
+    return proxy
+
+
+async def billed(proxy):
+    """Return the tokens and inputs that the ledger has on disk as bought."""
+    ((_, usage),) = await proxy.service.ledger([]) or [((), None)]
+    return (usage.tokens_billed, usage.misses) if usage else (0, 0)
+
+
+async def reading(proxy, reply):
+    """Wait until the proxy reads a reply of which half has come."""
+    await reply.has_begun.wait()
+    await until(lambda: any(one.has_reply for one in under_way(proxy)))
+
+
+@pytest.mark.parametrize("leaving", ["the deadline", "cancelled"])
+async def test_a_reply_that_arrives_when_the_client_is_gone_is_kept_and_billed(
+    leaving, upstream, second, start_proxy, move
+):
+    """It gets its 504, or is cancelled; the reply is read to its end: asked again it is a hit.
+
+    Another route is left, so the first one has only a share of the request's time.
+    """
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    proxy = await start(start_proxy, upstream, second)
+    if leaving == "the deadline":
+        request = ask(proxy)
+    else:
+        request = asyncio.create_task(proxy.service.embed("a", MODEL))
+    await reading(proxy, reply)
+    if leaving == "the deadline":
+        await move(REQUEST_S + 1)
+        assert (await request).status == 504
+    else:
+        request.cancel()
+        await move(FIRST_ROUTE_S + 1)
+    await move(EXTRA_S + 1)
+    reply.may_end.set()
+    await until(lambda: not under_way(proxy))
+    again = await ask(proxy)
+    assert (again.status, again.headers["x-cache"]) == (200, "hit")
+    assert (len(upstream.calls), len(second.calls)) == (1, 0)
+    assert await billed(proxy) == (tokens_of("a"), 1)
+
+
+async def test_a_share_of_the_time_ends_no_call(upstream, second, start_proxy, move):
+    """The next route answers the client; what the first one then brings is billed as well."""
+    upstream.gate = asyncio.Event()
+    proxy = await start(start_proxy, upstream, second)
+    request = ask(proxy)
+    await until(lambda: any(one.is_sent for one in under_way(proxy)) and upstream.calls)
+    await move(FIRST_ROUTE_S + 1)
+    assert (await request).headers["x-embedding-provider"] == "openrouter"
+    upstream.gate.set()
+    await until(lambda: not under_way(proxy))
+    await proxy.service._registry._flights.close()
+    assert (len(upstream.calls), len(second.calls)) == (1, 1)
+    assert await billed(proxy) == (2 * tokens_of("a"), 1)
+
+
+async def test_the_slower_of_two_routes_side_by_side_is_billed(upstream, second, start_proxy):
+    """A hedge that answers first does not hang up on the other, which charges for its answer."""
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    second.gate = reply.has_begun
+    models = {MODEL: {"hedge_after_s": 0.5}}
+    proxy = await start(start_proxy, upstream, second, models=models)
+    assert (await ask(proxy)).headers["x-embedding-provider"] == "openrouter"
+    reply.may_end.set()
+    await until(lambda: not under_way(proxy))
+    await proxy.service._registry._flights.close()
+    assert await billed(proxy) == (2 * tokens_of("a"), 1)
+
+
+async def test_a_reply_that_has_begun_is_read_beyond_the_time_of_its_attempt(
+    upstream, start_proxy, move
+):
+    """For half of that time more: then the upstream is given up, as it was not paid for silence."""
+    proxy = await start(start_proxy, upstream, provider={"timeout_s": 200, "retries": 0})
+    for text, seconds, status in (("a", 299, 200), ("b", 301, 504)):
+        reply = Halves(upstream)
+        upstream.script.append(reply)
+        request = ask(proxy, text)
+        await reading(proxy, reply)
+        await move(199)
+        await move(seconds - 199)
+        reply.may_end.set()
+        assert (await request).status == status, await (await request).text()
+
+
+async def test_a_width_is_learned_though_nobody_waits_for_it(upstream, start_proxy, move):
+    """The first answer of a model of unknown width tells it after the deadline, too."""
+    upstream.widths = {NEW: 40}
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    proxy = await start(start_proxy, upstream)
+    request = ask(proxy, model=NEW)
+    await reading(proxy, reply)
+    await move(REQUEST_S + 1)
+    assert (await request).status == 504
+    reply.may_end.set()
+    await until(lambda: not under_way(proxy))
+    again = await ask(proxy, model=NEW)
+    assert (again.status, again.headers["x-cache"]) == (200, "hit")
+    assert len(upstream.calls) == 1
+
+
+async def test_a_key_is_proved_though_its_client_is_gone(upstream, start_proxy, move):
+    """What proves a client's key is not bought once more when the deadline has passed."""
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    proxy = await start(start_proxy, upstream, provider={"key": "client"})
+    key = {"Authorization": "Bearer sk-anne-0123456789"}
+    request = ask(proxy, **key)
+    await reading(proxy, reply)
+    await move(REQUEST_S + 1)
+    assert (await request).status == 504
+    reply.may_end.set()
+    await until(lambda: not under_way(proxy))
+    again = await ask(proxy, **key)
+    assert (again.status, again.headers["x-cache"]) == (200, "hit")
+    assert len(upstream.calls) == 1
+
+
+async def test_a_reply_that_is_arriving_when_the_proxy_stops_is_kept(upstream, start_proxy):
+    """It is read, stored and billed before the process ends."""
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    proxy = await start(start_proxy, upstream)
+    request = ask(proxy)
+    await reading(proxy, reply)
+    (attempt,) = under_way(proxy)
+    stopping = asyncio.create_task(start_proxy.stop())
+    await until(lambda: attempt.is_abandoned)
+    reply.may_end.set()
+    await stopping
+    await asyncio.wait([request])
+    assert request.exception() is not None or request.result().status >= 500
+    proxy = await start(start_proxy, upstream)
+    assert (await ask(proxy)).headers["x-cache"] == "hit"
+    assert len(upstream.calls) == 1
+    assert await billed(proxy) == (tokens_of("a"), 1)
+
+
+@pytest.mark.parametrize(
+    ("is_arriving", "close_s"), [(True, 0.01), (False, FOR_EVER)], ids=["arriving", "silent"]
+)
+async def test_the_proxy_stops_in_time(is_arriving, close_s, upstream, start_proxy, monkeypatch):
+    """A reply that goes on arriving has a few seconds; an upstream that says nothing has none."""
+    monkeypatch.setattr(attempts, "CLOSE_S", close_s)
+    reply = Halves(upstream)
+    upstream.script.append(reply if is_arriving else hang())
+    proxy = await start(start_proxy, upstream)
+    request = ask(proxy)
+    if is_arriving:
+        await reading(proxy, reply)
+    else:
+        await until(lambda: upstream.calls)
+    async with asyncio.timeout(20):
+        await start_proxy.stop()
+    await asyncio.wait([request])
+    assert request.exception() is not None or request.result().status >= 500
+
+
+async def _played(made, steps, attempt):
+    """Note how far an attempt gets; `sent` marks it as sent, other steps are waited for."""
+    made.append("begun")
+    for step in steps:
+        if step == "sent":
+            attempt.is_sent = True
+        elif isinstance(step, Exception):
+            raise step
+        else:
+            await step.wait()
+    made.append("ended")
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+@pytest.mark.parametrize("ending", ["time", "cancelled"])
+async def test_only_what_was_sent_goes_on(is_sent, ending):
+    """An attempt that waits for its turn ends with its request, and no call is made for it."""
+    all_attempts, going_on, made = attempts.Attempts(), asyncio.Event(), []
+    steps = ["sent", going_on] if is_sent else [going_on]
+
+    def work(attempt):
+        return _played(made, steps, attempt)
+
+    if ending == "time":
+        assert not await all_attempts.make(work, 0.001)
+    else:
+        waiting = asyncio.create_task(all_attempts.make(work))
+        await until(lambda: made)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+    going_on.set()
+    await until(lambda: not all_attempts._tasks)
+    assert made == (["begun", "ended"] if is_sent else ["begun"])
+
+
+async def test_a_late_failure_is_told_in_the_log_alone(caplog):
+    """Nobody waits for an abandoned attempt, so its failure is no error of anybody."""
+    caplog.set_level("INFO")
+    all_attempts, going_on = attempts.Attempts(), asyncio.Event()
+
+    def work(attempt):
+        return _played([], ["sent", going_on, EmbeddingError("made up")], attempt)
+
+    assert not await all_attempts.make(work, 0.001)
+    going_on.set()
+    await until(lambda: not all_attempts._tasks)
+    assert "nobody waits for any more failed: made up" in caplog.text
