@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cache.disk import reader as reader_module
-from cache.disk import salvage, set_aside
+from cache.disk import read_only, salvage, set_aside
 from cache.disk.connection import opened
 from cache.disk.database import Database
 from cache.disk.read_only import DamagedFile
@@ -273,20 +273,26 @@ async def test_closing_a_moved_file_leaves_the_log_of_the_new_one(tmp_path):
     assert aside.log.read_bytes() == old_log
 
 
-async def test_without_its_log_a_damaged_file_tells_nothing_of_what_it_lacks(tmp_path):
+@pytest.mark.parametrize("has_log", [False, True])
+async def test_without_its_log_a_damaged_file_tells_nothing_of_what_it_lacks(
+    tmp_path, monkeypatch, has_log
+):
     """Where SQLite can make no file beside it, what may be in the log cannot be looked up."""
     await _fill(tmp_path)
     aside = _set_aside(tmp_path)
+    if has_log:
+        aside.log.write_bytes(bytes(32))
+    connected = read_only._connected
+
+    def refusing(path, query, patience_s):
+        if "immutable" not in query:
+            raise sqlite3.OperationalError("unable to open database file")
+        return connected(path, query, patience_s)
+
+    monkeypatch.setattr(read_only, "_connected", refusing)
+    file = DamagedFile(aside)
     addresses = [*RECORDS, b"n" * 16]
-    for has_log, lacking in [(False, set()), (True, {b"n" * 16})]:
-        if has_log:
-            aside.log.write_bytes(bytes(32))
-            # SQLite cannot open this, as where the folder takes no files.
-            shared = aside.path.with_name("cache.db-shm")
-            shared.unlink(missing_ok=True)
-            shared.mkdir()
-        file = DamagedFile(aside)
-        found, unreadable = file.read_many(addresses)
-        file.close()
-        assert (found.keys(), unreadable) == (RECORDS.keys(), lacking)
-        assert file.read_many(addresses) == ({}, set(addresses))
+    found, unreadable = file.read_many(addresses)
+    file.close()
+    assert (found.keys(), unreadable) == (RECORDS.keys(), {b"n" * 16} if has_log else set())
+    assert file.read_many(addresses) == ({}, set(addresses))
