@@ -63,7 +63,7 @@ PROMISES = {
         "tests/cache/test_usage.py::test_sums_are_written_with_the_next_change",
         "tests/test_full_store.py::test_a_store_of_pins_answers_and_counts",
     ),
-    "After `kill -9` at most the hits, joins and refused answers of these ten seconds": (
+    "After `kill -9` at most the hits and joins of": (
         f"{HERE}::test_after_a_kill_the_charges_are_there",
         f"{HERE}::test_charges_are_written_where_records_cannot_be",
     ),
