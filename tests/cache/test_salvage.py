@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.disk import reader as reader_module
 from cache.disk import read_only, salvage, set_aside
+from cache.disk import reader as reader_module
 from cache.disk.connection import opened
 from cache.disk.database import Database
 from cache.disk.read_only import DamagedFile
