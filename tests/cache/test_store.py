@@ -936,7 +936,7 @@ async def test_a_file_that_is_replaced_while_a_write_waits_gets_nothing(tmp_path
 async def test_a_reader_without_an_end_does_not_make_the_log_outgrow_the_limit(tmp_path):
     """File and log stay within the limit; what waits meanwhile is read, and written afterwards."""
     limit, size = 8 << 20, 6000
-    total = dict.fromkeys(range(2500))
+    total = dict.fromkeys(range(1600))
     async with Store(tmp_path, limit) as store:
         await store.put_many(_records(range(100), size))
         with _foreign(tmp_path) as reader:
