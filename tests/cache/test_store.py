@@ -933,8 +933,11 @@ async def test_a_file_that_is_replaced_while_a_write_waits_gets_nothing(tmp_path
         assert _rows(tmp_path) == 1
 
 
-async def test_a_reader_without_an_end_does_not_make_the_log_outgrow_the_limit(tmp_path):
+async def test_a_reader_without_an_end_does_not_make_the_log_outgrow_the_limit(
+    tmp_path, monkeypatch
+):
     """File and log stay within the limit; what waits meanwhile is read, and written afterwards."""
+    monkeypatch.setattr(database, "LOG_WAIT_MS", 0)
     limit, size = 8 << 20, 6000
     total = dict.fromkeys(range(1600))
     async with Store(tmp_path, limit) as store:
