@@ -255,3 +255,20 @@ def read(
     rows = sql(statement, values)
     # Without groups, the sums of nothing are one row of NULLs.
     return [(tuple(row[: len(by)]), Usage(*row[len(by) :])) for row in rows if row[-1] is not None]
+
+
+def copies_agree(sql: Sql) -> bool:
+    """Tell whether both copies of the sums on disk say the same (see `disk.schema`).
+
+    SQLite notices a page that is no page, but not a number that has changed. A file of an earlier
+    layout has one copy. Raises FAILURES.
+    """
+    if not sql("SELECT 1 FROM sqlite_master WHERE name = 'Usage_copy'").fetchall():
+        return True
+    sums = ", ".join(f"total({name})" for name in Usage._fields)
+    # SQLite prefers the index, but for a condition that the table alone can answer.
+    first, second = (
+        sql(f"SELECT count(*), {sums} FROM Usage {which}").fetchall()
+        for which in ("WHERE day >= 0", "INDEXED BY Usage_copy")
+    )
+    return bool(first == second)

@@ -19,6 +19,10 @@ class Partition(NamedTuple):
     dimensions: int
 
 
+UNKNOWN = Partition("", "(not known)", 0)
+"""Stands for entries and sums of which it is not known where they belong."""
+
+
 class Row(NamedTuple):
     """One entry as it lies in a store or in an archive."""
 

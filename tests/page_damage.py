@@ -55,7 +55,7 @@ SIZES = ((2000, 600, 0, 0, 4), (300, 100, 400, 150, 4), (100, 50, 50, 300, 8))
 """How many entries of each ring the good stores hold."""
 THROWN_AWAY = 250
 """Entries of `trial/wide` that are deleted again, so that there are free pages."""
-CLIENTS = (1200, 40, 40)
+CLIENTS = (900, 40, 40)
 """So many lines have their ledgers; the first one's lie on several pages."""
 LIMITS = (64 << 20, 1 << 30)
 """The write-ahead log of the first is merged under load, that of the second at the end."""

@@ -16,6 +16,9 @@ import pytest
 from disk_faults import CannotMount, count_right, file_system, full, locked, read_only, refusing
 
 from cache.disk import database
+from cache.disk.connection import opened
+from cache.disk.schema import PAGE_BYTES
+from tests.cache.page_kinds import overwrite, page_kinds
 
 MODEL = disk_faults.MODEL
 
@@ -170,6 +173,40 @@ async def test_a_file_deleted_under_load_fails_no_request(gone, directory, upstr
     proxy = await start_proxy(openai=upstream, cache=_cache(directory))
     assert await _ask(proxy, _texts("after")) == (50, 0)
     assert set(Counter(upstream.inputs).values()) == {1}
+
+
+# A page of the file is damaged.
+
+
+@pytest.mark.parametrize("kind", ["page 1", "Cache_key_raw", "Entries", "Usage", "Partitions"])
+async def test_a_damaged_page_buys_nothing_again(kind, directory, upstream, start_proxy):
+    """What the page held stands elsewhere, too: all is a hit, and no sum and no file is lost."""
+    proxy = await start_proxy(openai=upstream, cache=_cache(directory))
+    texts = _texts("before", 300)
+    assert await _ask(proxy, texts) == (0, 300)
+    await start_proxy.stop()
+    path = directory / "v1" / "cache.db"
+    number = page_kinds(path)[kind][0]
+    secret = path.with_name("client-keys.secret")
+    secret.write_bytes(b"s" * 32)
+    proxy = await start_proxy(openai=upstream, cache=_cache(directory))
+    assert await _ask(proxy, texts) == (300, 0)
+    overwrite(path, number, bytes(PAGE_BYTES))
+    for start in range(0, 300, 50):
+        assert await _ask(proxy, texts[start : start + 50]) == (50, 0)
+    assert await _ask(proxy, _texts("during")) == (0, 50)
+    await _store(proxy).salvaged()
+    assert await _ask(proxy, texts + _texts("during")) == (350, 0)
+    await start_proxy.stop()
+    # Damage that nobody came upon is found at the start.
+    proxy = await start_proxy(openai=upstream, cache=_cache(directory))
+    await _store(proxy).salvaged()
+    assert await _ask(proxy, texts + _texts("during")) == (350, 0)
+    await start_proxy.stop()
+    assert secret.read_bytes() == b"s" * 32
+    with opened(directory, 1 << 30) as file:
+        ((misses,),) = file.sql("SELECT sum(misses) FROM Usage")
+    assert misses == len(upstream.inputs) == 350
 
 
 # No file can be made, or opened for writing.

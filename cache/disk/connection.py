@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from cache.key import FORMAT
 
-from . import database
+from . import database, set_aside
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
-from .reading import Glance, ReadOnlyFile
+from .read_only import DamagedFile, Glance, ReadOnlyFile
 from .schema import NewerLayout
 
 log = logging.getLogger("embedding_proxy.store")
@@ -42,7 +42,8 @@ def folder_of(directory: Path) -> Path:
 
 def exists(directory: Path) -> bool:
     """Tell whether there is a store in `directory`."""
-    return _is_there(folder_of(directory) / database.FILE_NAME)
+    path = folder_of(directory) / database.FILE_NAME
+    return _is_there(path) or bool(set_aside.pending(path))
 
 
 @contextlib.contextmanager
@@ -82,7 +83,8 @@ class Disk:
     """One thread reads, one writes. `file` is None while no file can be opened for writing.
 
     Then `read_only` may hold one that can be read. `glance` is at the same file as `file`, for the
-    event loop's thread.
+    event loop's thread. `damaged` are files that were set aside, by whatever process, and are not
+    salvaged yet: the latest first, for the reading thread.
     """
 
     def __init__(self, directory: Path, size_limit: int, pinned: Collection[str]) -> None:
@@ -92,6 +94,7 @@ class Disk:
         self.file: Database | None = None
         self.glance: Glance | None = None
         self.read_only: ReadOnlyFile | None = None
+        self.damaged: tuple[DamagedFile, ...] = ()
         self._lock: WriterLock | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
@@ -113,6 +116,7 @@ class Disk:
             with contextlib.suppress(*FAILURES):
                 work = partial(ReadOnlyFile, self.folder / database.FILE_NAME)
                 self.read_only = await self.read(work)
+                await self._open_damaged()
                 log.warning("the disk tier is read and not written")
 
     async def try_again(self) -> None:
@@ -137,6 +141,7 @@ class Disk:
             if self.file is not old:
                 return
             self.file = None
+            old.let_go()
             await self._close(old)
             aside = await self._in(self._writer, old.set_aside)
             if aside is not None:
@@ -145,6 +150,19 @@ class Disk:
                 log.warning("%s was taken away or replaced: opened anew", old.path)
             await self._open_file()
 
+    async def opened(self) -> None:
+        """Wait while the file is being opened, or replaced."""
+        async with self._opening:
+            pass
+
+    async def close_saved(self) -> None:
+        """Close the damaged files of which all is saved."""
+        async with self._opening:
+            damaged = await self.read(self._still_damaged)
+            closed, self.damaged = set(self.damaged) - set(damaged), damaged
+            for one in closed:
+                await self.read(one.close)
+
     async def close(self) -> None:
         """Close the file and end the threads."""
         async with self._opening:
@@ -152,6 +170,9 @@ class Disk:
                 await self._close(self.file)
                 self.file = None
             await self._close_read_only()
+            for one in self.damaged:
+                await self.read(one.close)
+            self.damaged = ()
         self.shut_down()
 
     async def _open_file(self) -> None:
@@ -159,6 +180,18 @@ class Disk:
         # Without one, everything is read by the thread, whatever it was that failed.
         with contextlib.suppress(Exception):
             self.glance = await self.read(partial(Glance, file.path))
+        await self._open_damaged()
+
+    async def _open_damaged(self) -> None:
+        path = self.folder / database.FILE_NAME
+        known = {one.aside: one for one in self.damaged}
+        for aside in await self.read(partial(set_aside.pending, path)):
+            if aside not in known:
+                known[aside] = await self.read(partial(DamagedFile, aside))
+        self.damaged = tuple(sorted(known.values(), key=_number, reverse=True))
+
+    def _still_damaged(self) -> tuple[DamagedFile, ...]:
+        return tuple(one for one in self.damaged if one.aside.is_pending)
 
     def _open(self) -> Database:
         if self._lock is not None and self._lock.stale:
@@ -166,14 +199,18 @@ class Disk:
             self._lock = None
         if self._lock is None:
             self._lock = lock_of(self.folder.parent)
+        path = self.folder / database.FILE_NAME
+        inode = set_aside.inode_of(path)
         try:
             return Database(self.folder, self._size_limit, self._lock, self._pinned)
         except FAILURES as error:
             if not is_damage(error):
                 raise
         with self._lock:
-            aside = database.set_aside(self.folder)
-        log.error("%s is damaged: moved to %s, a new one is begun", self.folder, aside)
+            # Another process that found the same may have moved it already.
+            aside = set_aside.move(path, inode)
+        if aside is not None:
+            log.error("%s is damaged: moved to %s, a new one is begun", path, aside.folder)
         return Database(self.folder, self._size_limit, self._lock, self._pinned)
 
     async def _close(self, old: Database) -> None:
@@ -201,6 +238,10 @@ class Disk:
     @staticmethod
     async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+def _number(file: DamagedFile) -> int:
+    return file.aside.number
 
 
 def _is_there(path: Path) -> bool:

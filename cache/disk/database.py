@@ -14,7 +14,9 @@ from typing import Any
 
 import diskcache
 
-from . import eviction, reading, schema
+from cache import ledger
+
+from . import eviction, pages, read_only, schema, set_aside
 from .changes import Changes, Found, Use
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
@@ -113,15 +115,21 @@ class Database:
         self.most_bytes = max(size_limit // 64, 1 << 18)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self._full_until = 0.0
+        self._is_let_go = False
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with lock:
+            set_aside.complete(self.path)
             try:
                 self.cache = self._open()
+            except (sqlite3.OperationalError, schema.NewerLayout) as error:
+                if not (_may_be_header(error) and pages.is_header_damaged(_head(self.path))):
+                    raise
+                raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 # What diskcache, sqlite3 itself, or the way up from an older layout makes of a
                 # table that holds what it cannot hold.
                 raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
-        self._inode: int = self.path.stat().st_ino
+            self._inode = set_aside.inode_of(self.path)
 
     def _open(self) -> diskcache.Cache:
         schema.prepare(self.path)
@@ -145,21 +153,29 @@ class Database:
             for statement in schema.missing_steps(cache._sql):  # noqa: SLF001 - see `sql`
                 cache._sql(statement)  # noqa: SLF001
             schema.rename_spaces(cache._sql)  # noqa: SLF001
+            if not ledger.copies_agree(cache._sql):  # noqa: SLF001
+                raise sqlite3.DatabaseError(read_only.LEDGER_DAMAGED)
         return cache
 
     @property
     def sql(self) -> schema.Sql:
-        """The calling thread's way to run a statement; diskcache has no calls for many."""
+        """The calling thread's way to run a statement; diskcache has no calls for many.
+
+        Raises FileReplaced after `let_go`: diskcache would open what is at the path by now.
+        """
+        if self._is_let_go:
+            raise FileReplaced("the file was let go")
         run: schema.Sql = self.cache._sql  # noqa: SLF001
         return run
 
     @property
     def replaced(self) -> bool:
         """Whether the file that is open is no longer the one at its path."""
-        try:
-            return bool(self.path.stat().st_ino != self._inode)
-        except FileNotFoundError:
-            return True
+        return set_aside.inode_of(self.path) != self._inode
+
+    def let_go(self) -> None:
+        """Refuse all further work, of any thread; each still closes its own connection."""
+        self._is_let_go = True
 
     def close(self) -> None:
         """Close the calling thread's connection; the last one of all does a checkpoint."""
@@ -167,18 +183,19 @@ class Database:
             self.cache.close()
 
     def set_aside(self) -> Path | None:
-        """Move the damaged store out of the way; return where it lies now. Nothing is deleted.
+        """Move the damaged file out of the way; return its folder (see `set_aside`).
 
         Returns None if it was already replaced, by another process that found the same damage.
         """
         with self._lock:
-            return None if self.replaced else set_aside(self.folder)
+            aside = set_aside.move(self.path, self._inode)
+        return None if aside is None else aside.folder
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
     ) -> dict[bytes, Found]:
         """Return the records that are there, by address, but for those stored before a time."""
-        return reading.read_many(self.sql, addresses, not_before)
+        return read_only.read_many(self.sql, addresses, not_before)
 
     @contextlib.contextmanager
     def transaction(self, pages: int = 0) -> Iterator[Any]:
@@ -215,6 +232,11 @@ class Database:
                 "somebody reads the store without an end, so its write-ahead log cannot be emptied:"
                 " nothing is written until that reader ends"
             )
+
+    @property
+    def room(self) -> int:
+        """By how many bytes the file and its log are below their limit."""
+        return self._size_limit - _size(self.path) - _size(self._log)
 
     def write(self, changes: Changes, recent: Mapping[bytes, Use] | None = None) -> None:
         """Make all changes in one transaction, and room for them before.
@@ -264,6 +286,17 @@ class Database:
             raise
 
 
+def _may_be_header(error: BaseException) -> bool:
+    """Tell whether an error may come of a damaged header, as well as of the moment."""
+    return isinstance(error, schema.NewerLayout) or "readonly" in str(error)
+
+
+def _head(path: Path) -> bytes:
+    # To close it takes the locks of other connections of this process; there is none that writes.
+    with path.open("rb") as file:
+        return file.read(100)
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -271,17 +304,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-_DAMAGE = ("no such table", "no such column", "malformed", "Could not decode")
-
-
-def set_aside(folder: Path) -> Path:
-    """Move a damaged store out of the way and return where it lies now; nothing is deleted."""
-    stamp = time.strftime("%Y%m%dT%H%M%S")
-    for attempt in range(1000):
-        aside = folder.with_name(f"{folder.name}.damaged-{stamp}-{attempt}")
-        if not aside.exists():
-            return folder.rename(aside)
-    raise FileExistsError(f"{folder}: there are too many damaged stores beside it")
+_DAMAGE = (
+    *("no such table", "no such column", "malformed", "Could not decode"),
+    "unsupported file format",
+)
 
 
 def is_damage(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ moved to the end, and their pages become free as a whole.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection
 
 from .schema import PAGE_BYTES, Sql, give_back
@@ -30,10 +31,16 @@ def pages_for(lengths: Collection[int]) -> int:
     """Return the pages that records of these lengths, in bytes, take in a file."""
     if not lengths:
         return 0
-    row = max(lengths) + _ROW_BYTES
-    return _OTHER_PAGES + math.ceil(len(lengths) / max(1, PAGE_BYTES // row)) * math.ceil(
-        row / PAGE_BYTES
-    )
+    # By how many share a page: what is salvaged or imported is of all lengths at once.
+    sharing: Counter[int] = Counter()
+    pages = _OTHER_PAGES
+    for length in lengths:
+        row = length + _ROW_BYTES
+        if row > PAGE_BYTES:
+            pages += math.ceil(row / PAGE_BYTES)
+        else:
+            sharing[PAGE_BYTES // row] += 1
+    return pages + sum(math.ceil(rows / on_page) for on_page, rows in sharing.items())
 
 
 FULL = "the store is full of what is pinned; nothing is written"

@@ -4,6 +4,7 @@ Failure licence: a read that fails is a miss.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -11,12 +12,15 @@ from functools import partial
 from .backoff import Rest
 from .changes import Found
 from .connection import Disk
-from .database import FAILURES, Database, is_damage
+from .database import FAILURES, Database, FileReplaced, is_damage
+from .read_only import DamagedFile, ReadOnlyFile
 
 log = logging.getLogger("embedding_proxy.store")
 
 SECONDS = 5.0
 """The longest wait for a read. Generous: what is taken for a miss is paid for again."""
+TRIES = 3
+"""How often a read begins anew because the file was damaged, or replaced."""
 FEW = 16
 """Records that are read without a turn for others, in some tenths of a millisecond."""
 
@@ -24,11 +28,21 @@ FEW = 16
 class Reader:
     """Reads records. For one thread: the event loop's. Never raises."""
 
-    def __init__(self, disk: Disk, replace: Callable[[Database], Awaitable[None]]) -> None:
-        """`replace` is told of a file that turns out to be damaged."""
+    def __init__(
+        self,
+        disk: Disk,
+        replace: Callable[[Database], Awaitable[None]],
+        salvaged: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`replace` is told of a file that turns out to be damaged.
+
+        `salvaged` waits until all that is whole in the damaged files is in the present one.
+        """
         self._disk = disk
         self._replace = replace
+        self._salvaged = salvaged
         self.rest = Rest()
+        self._waiting = Rest(failures=1)
 
     def at_once(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found] | None:
         """Return the records of a few addresses that are there; None if they are to be awaited."""
@@ -38,7 +52,32 @@ class Reader:
         return glance.read_few(addresses, not_before=not_before)
 
     async def many(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
-        """Return the records that are there, by address, but for those stored before a time."""
+        """Return the records that are there, by address, but for those stored before a time.
+
+        What the file does not have is looked for in those that were set aside, damaged, and are
+        not salvaged yet.
+        """
+        damaged = self._disk.damaged
+        found = await self._from_file(addresses, not_before)
+        if len(found) < len(addresses) and await self._is_replaced():
+            found |= await self._from_file([a for a in addresses if a not in found], not_before)
+        # Also those that were set aside meanwhile, and those that were salvaged meanwhile.
+        damaged = tuple(dict.fromkeys((*damaged, *self._disk.damaged)))
+        if damaged and len(found) < len(addresses):
+            missing = [address for address in addresses if address not in found]
+            found |= await self._from_damaged(damaged, missing, not_before)
+        return found
+
+    async def _is_replaced(self) -> bool:
+        """Tell whether another process has begun a new file, after opening that."""
+        file = self._disk.file
+        with contextlib.suppress(OSError):
+            if file is not None and file.replaced:
+                await self._replace(file)
+                return True
+        return False
+
+    async def _from_file(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
         found: dict[bytes, Found] = {}
         for start in range(0, len(addresses), FEW):
             if start:
@@ -50,18 +89,35 @@ class Reader:
         return found
 
     async def _by_thread(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
-        source = self._disk.file or self._disk.read_only
-        if source is None or self.rest.resting:
-            return {}
+        for _ in range(TRIES):
+            if self.rest.resting:
+                return {}
+            found = await self._try_by_thread(addresses, not_before)
+            if found is not None:
+                return found
+        return {}
+
+    async def _try_by_thread(
+        self, addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, Found] | None:
+        """Return what is there; None if there is another file now."""
+        source: Database | ReadOnlyFile | None = None
         try:
             async with asyncio.timeout(SECONDS):
+                source = await self._source()
+                if source is None:
+                    return {}
                 work = partial(source.read_many, addresses, not_before=not_before)
                 found = await self._disk.read(work)
+        except FileReplaced:
+            return None
         except FAILURES as error:
+            if is_damage(error) and isinstance(source, Database):
+                log.warning("reading from the disk tier failed: %s", error)
+                await self._replace(source)
+                return None
             self.rest.failed()
             log.warning("reading from the disk tier failed, taken as a miss: %s", error)
-            if is_damage(error) and isinstance(source, Database):
-                await self._replace(source)
             return {}
         except Exception:
             self.rest.failed()
@@ -69,3 +125,47 @@ class Reader:
             return {}
         self.rest.succeeded()
         return found
+
+    async def _source(self) -> Database | ReadOnlyFile | None:
+        """Return the file to read from, after it was replaced if it is about to be."""
+        if self._disk.file is None:
+            await self._disk.opened()
+        return self._disk.file or self._disk.read_only
+
+    async def _from_damaged(
+        self, files: Sequence[DamagedFile], addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, Found]:
+        """Return what the damaged files have of these, or the file, once all is saved."""
+        if self.rest.resting:
+            return {}
+        found: dict[bytes, Found] = {}
+        unreadable: set[bytes] = set()
+        try:
+            async with asyncio.timeout(SECONDS):
+                for file in files:
+                    missing = [address for address in addresses if address not in found]
+                    work = partial(file.read_many, missing, not_before=not_before)
+                    some, others = await self._disk.read(work)
+                    found |= some
+                    unreadable |= others
+        except TimeoutError as error:
+            self.rest.failed()
+            log.warning("reading from a damaged file failed, taken as a miss: %s", error)
+        unreadable -= found.keys()
+        if unreadable and await self.is_salvaged():
+            found |= await self._from_file(list(unreadable), not_before)
+        return found
+
+    async def is_salvaged(self) -> bool:
+        """Wait until what can be saved is in the file, but not for long."""
+        if self._waiting.resting:
+            return False
+        try:
+            async with asyncio.timeout(SECONDS):
+                await self._salvaged()
+        except TimeoutError:
+            # A large file takes longer than anybody should wait.
+            self._waiting.failed()
+            return False
+        self._waiting.succeeded()
+        return True

@@ -24,10 +24,11 @@ from typing import Self
 
 from cache.disk.changes import Changes, Found, Kept, Use
 from cache.disk.connection import Disk, StoreError
-from cache.disk.database import FAILURES, FILE_NAME
+from cache.disk.database import FAILURES, FILE_NAME, is_damage
 from cache.disk.lock import WriterLock
+from cache.disk.read_only import read_ledger
 from cache.disk.reader import Reader
-from cache.disk.reading import read_ledger
+from cache.disk.salvager import Salvager
 from cache.disk.writer import Writer
 from cache.ledger import MAX_HEADINGS, By, Heading, Headings, Line
 from cache.row import Partition
@@ -73,7 +74,8 @@ class Store:
         self._closing = False
         self._writer = Writer(self._disk)
         self._pending = self._writer.pending
-        self._reader = Reader(self._disk, self._writer.replace)
+        self._salvager = Salvager(self._disk, self._writer.replace)
+        self._reader = Reader(self._disk, self._writer.replace, self._salvager.finished)
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
@@ -91,6 +93,7 @@ class Store:
     async def __aenter__(self) -> Self:
         """Open the file. Raises StoreError if the directory cannot be used."""
         await self._disk.open()
+        self._salvager.start()
         await self._heed_purges()
         self._ticking = asyncio.create_task(self._tick_for_ever())
         return self
@@ -101,6 +104,7 @@ class Store:
         try:
             if self._ticking is not None:
                 await self._ticking
+            await self._salvager.stop()
             await self._writer.finish()
         finally:
             await self._disk.close()
@@ -149,6 +153,10 @@ class Store:
         self._pending.changes.dead.extend(dead.items())
         return await self._writer.written()
 
+    async def salvaged(self) -> None:
+        """Wait until all that is whole in damaged files is in the present one. Never raises."""
+        await self._salvager.finished()
+
     def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
         """Note that entries were used; it is written in a while, not for its own sake."""
         self._pending.uses.note(addresses, Use(int(1000 * time.time()), partition))
@@ -181,12 +189,18 @@ class Store:
 
         It is read in a thread of its own: nobody who looks for a record waits for it.
         """
-        try:
-            path = self.folder / FILE_NAME
-            return await asyncio.to_thread(read_ledger, path, by, max_lines, preferred)
-        except FAILURES as error:
-            log.warning("the ledger cannot be read: %s", error)
-            return None
+        path = self.folder / FILE_NAME
+        for is_last_try in (False, True):
+            file = self._disk.file
+            try:
+                return await asyncio.to_thread(read_ledger, path, by, max_lines, preferred)
+            except FAILURES as error:
+                if is_last_try or file is None or not is_damage(error):
+                    log.warning("the ledger cannot be read: %s", error)
+                    return None
+                await self._writer.replace(file)
+                await self._reader.is_salvaged()
+        return None
 
     @property
     def _cannot_write(self) -> bool:
@@ -212,11 +226,22 @@ class Store:
                 await self._disk.try_again()
             except FAILURES:
                 self._writer.rest.failed()
+        await self._heed_damage()
         await self._heed_purges()
         if tick % FLUSH_TICKS == 0:
             await self._writer.flush()
         if self._ttl_s and self._deletes_expired and tick % EXPIRY_TICKS == 1:
             await self._expire(time.time() - self._ttl_s)
+
+    async def _heed_damage(self) -> None:
+        """Notice that another process has replaced the file, or has saved what was damaged."""
+        file = self._disk.file
+        with contextlib.suppress(OSError):
+            if file is not None and file.replaced:
+                await self._writer.replace(file)
+        if self._disk.damaged:
+            await self._disk.close_saved()
+            self._salvager.start()
 
     async def _heed_purges(self) -> None:
         """Forget what another process has deleted, if it has."""

@@ -5,14 +5,10 @@ from typing import NamedTuple
 
 from cache.disk.database import Database
 from cache.disk.schema import Sql
-from cache.row import Partition
+from cache.row import UNKNOWN, Partition
 from cache.usage import Usage
 
 from .short_reads import id_ranges
-
-UNKNOWN = Partition("", "(not known)", 0)
-"""Stands for entries of which it is not known where they belong, until they are used."""
-
 
 ROWS_A_STEP = 100_000
 

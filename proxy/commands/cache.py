@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from cache.disk import bounds, connection, purge
+from cache.disk import bounds, connection, purge, salvage
 from cache.disk.database import Database
 from cache.key import Namespace, keyring
 from cache.maintenance import backup
@@ -87,6 +87,10 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     )
     if choice == purge.Choice() and not everything:
         raise config.ConfigError("cache purge: say what to delete, or --all; see --help")
+    if not dry_run:
+        # What is deleted must not come back from a damaged file that is not salvaged yet.
+        limit = int(settings.cache.size_limit_gib * GIB)
+        salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned)
     with opened(settings) as file, _outbox(settings) as outbox:
         shared = [one for one in _shared(choice) if purge.count(file, one)[0]]
         counts = [purge.count(file, one) for one in (choice, *shared)]

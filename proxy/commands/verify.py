@@ -1,19 +1,20 @@
 """`embedding-proxy cache verify`: every record read, what is damaged mended or salvaged."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache.disk import connection
+from cache.disk import connection, salvage, set_aside
+from cache.disk.carver import Report
 from cache.disk.connection import StoreError
-from cache.disk.database import FILE_NAME, set_aside
-from cache.maintenance import salvage, transfer, verify
+from cache.disk.database import FILE_NAME
+from cache.disk.salvage import Outcome
+from cache.maintenance import verify
 from cache.maintenance.verify import Findings
-from cache.row import Row
 from proxy import config
+from proxy.service import GIB
 from proxy.settings.schema import Settings
 
 from .cache import app, opened
@@ -45,7 +46,7 @@ def verify_store(
         return
     findings = _scan(settings)
     mended = False
-    saved: transfer.Written | None = None
+    saved: Outcome | None = None
     if mend and findings.broken:
         saved = _start_anew(settings)
         mended = True
@@ -64,7 +65,7 @@ def verify_store(
                 "broken": findings.broken,
                 "unchecked": findings.unchecked,
                 "mended": mended,
-                "salvaged": None if saved is None else saved.stored,
+                "salvaged": None if saved is None else saved.records,
             }
         )
     else:
@@ -88,7 +89,7 @@ def _scan(settings: Settings) -> Findings:
     return findings
 
 
-def _tell(findings: Findings, *, mended: bool, saved: transfer.Written | None) -> None:
+def _tell(findings: Findings, *, mended: bool, saved: Outcome | None) -> None:
     typer.echo(f"{findings.records:,} records are whole")
     if findings.damaged:
         verb = "deleted" if mended else "damaged; --mend deletes them"
@@ -113,19 +114,26 @@ def _tell(findings: Findings, *, mended: bool, saved: transfer.Written | None) -
         if saved is None:
             typer.echo("--mend moves it aside and saves what is whole in it")
         else:
-            typer.echo(f"it was moved aside; {saved.stored:,} records were saved out of it")
+            typer.echo(f"it was moved aside; {saved.records:,} records were saved out of it")
 
 
-def _start_anew(settings: Settings) -> transfer.Written:
-    """Move the damaged store aside, and what is whole in it into a fresh one."""
-    directory = settings.cache.directory
+def _start_anew(settings: Settings) -> Outcome:
+    """Move the damaged file aside, and what is whole in it into a fresh one."""
+    cache = settings.cache
+    path = connection.folder_of(cache.directory) / FILE_NAME
+    limit = int(cache.size_limit_gib * GIB)
     try:
-        with contextlib.closing(connection.lock_of(directory)) as lock, lock:
-            aside = set_aside(connection.folder_of(directory))
+        inode = set_aside.inode_of(path)
+        with contextlib.closing(connection.lock_of(cache.directory)) as lock, lock:
+            aside = set_aside.move(path, inode)
+        if aside is not None:
+            typer.echo(f"moved to {aside.folder}", err=True)
+        size = 0 if aside is None else aside.path.stat().st_size
+        with progress("salvaging", size) as tell:
+            saved = salvage.salvage_pending(cache.directory, limit, cache.pinned, tell)
     except OSError as error:
-        raise WorkFailed(f"{directory}: {error}") from error
-    typer.echo(f"moved to {aside}", err=True)
-    return _put(settings, aside / FILE_NAME)[0]
+        raise WorkFailed(f"{cache.directory}: {error}") from error
+    return saved[0] if saved else Outcome()
 
 
 def _salvage(settings: Settings, path: Path, *, as_json: bool) -> None:
@@ -134,26 +142,28 @@ def _salvage(settings: Settings, path: Path, *, as_json: bool) -> None:
         raise WorkFailed(f"{path}: there is no such file")
     if own.exists() and own.samefile(path):
         raise WorkFailed(f"{path} is the store itself: `cache verify --mend` mends it")
-    sums, report = _put(settings, path)
-    if not report.records:
+    saved, report = _put(settings, path)
+    if not (report.records or saved.sums):
         raise WorkFailed(f"{path}: there is no record in it that is whole")
     if as_json:
-        print_json({"stored": sums.stored, "present": sums.present, "damaged": report.damaged})
+        print_json(
+            {
+                "stored": saved.records,
+                "present": saved.present,
+                "damaged": report.damaged,
+                "sums": saved.sums,
+            }
+        )
     else:
         typer.echo(
-            f"{sums.stored:,} records saved, {sums.present:,} were there already,"
-            f" {report.damaged:,} are damaged"
+            f"{saved.records:,} records saved, {saved.present:,} were there already,"
+            f" {report.damaged:,} are damaged; {saved.sums:,} sums added to the ledger"
         )
 
 
-def _put(settings: Settings, path: Path) -> tuple[transfer.Written, salvage.Report]:
-    report = salvage.Report()
-    sums = transfer.Written()
+def _put(settings: Settings, path: Path) -> tuple[Outcome, Report]:
     with (
         opened(settings, create=True) as database,
         progress("salvaging", path.stat().st_size) as tell,
     ):
-        rows: Iterator[Row] = salvage.rows(path, report, tell)
-        for sums in transfer.put(database, rows):  # noqa: B007 - the last one counts
-            pass
-    return sums, report
+        return salvage.salvage_file(path, database, tell)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache.disk import connection as disk_module
-from cache.disk import database, purge
+from cache.disk import database, purge, set_aside
 from cache.disk.changes import Changes, Kept
 from cache.disk.connection import Disk, StoreError
 from cache.disk.database import Database
@@ -383,6 +383,32 @@ def test_is_damage_tells_the_file_from_the_moment():
 
 def test_a_thousand_stores_set_aside_are_enough(tmp_path, monkeypatch):
     """Setting aside gives up before it looks for a name for ever."""
-    monkeypatch.setattr(Path, "exists", lambda _: True)
+    path = tmp_path / "v1" / "cache.db"
+    path.parent.mkdir()
+    path.write_bytes(b"damaged")
+    monkeypatch.setattr(Path, "mkdir", _failing(FileExistsError()))
     with pytest.raises(FileExistsError, match="too many damaged stores"):
-        database.set_aside(tmp_path / "v1")
+        set_aside.move(path, path.stat().st_ino)
+    assert path.read_bytes() == b"damaged"
+
+
+# Where in the file's header, what is written there.
+HEADERS = {
+    "write version": (18, b"\x09"),
+    "read version": (19, b"\x09"),
+    "reserved bytes": (20, b"\x40"),
+    "format of the schema": (44, b"\x00\x00\x00\x77"),
+    "layout": (60, b"\x50\xa8\x00\x03"),
+    "negative layout": (60, b"\xd0\xa8\x00\x03"),
+}
+
+
+@pytest.mark.parametrize("place", HEADERS)
+async def test_a_damaged_header_is_no_matter_of_the_moment(tmp_path, place):
+    """What SQLite takes for a file that must not be written, or of a version to come, is damage."""
+    whole = await _fill(tmp_path)
+    offset, noise = HEADERS[place]
+    _path(tmp_path).write_bytes(whole[:offset] + noise + whole[offset + len(noise) :])
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many({b"n" * 16: b"new"}, P)
+    assert len(list(tmp_path.glob(f"v{FORMAT}.damaged-*/cache.db"))) == 1

@@ -10,12 +10,12 @@ from unittest.mock import Mock
 import pytest
 from clock import Clock
 
-from cache.disk import reading
+from cache.disk import read_only
 from cache.disk.backoff import LONGEST_SECONDS, SHORTEST_SECONDS
 from cache.disk.changes import Changes, Found, Kept
 from cache.disk.connection import Disk
+from cache.disk.read_only import SLOW_SECONDS, Glance
 from cache.disk.reader import Reader
-from cache.disk.reading import SLOW_SECONDS, Glance
 from cache.disk.store import Store
 from cache.row import Partition
 
@@ -49,14 +49,14 @@ async def _write(disk, numbers):
     await disk.write(lambda: disk.file.write(Changes(records=_kept(numbers))))
 
 
-async def _nobody(_):
+async def _nobody(*_):
     pytest.fail("no file is damaged here")
 
 
 @pytest.fixture
 def reader(disk):
     """Give a reader of that disk, for a file that stays whole."""
-    return Reader(disk, _nobody)
+    return Reader(disk, _nobody, _nobody)
 
 
 @pytest.fixture
@@ -95,14 +95,14 @@ async def test_what_was_just_written_is_seen(disk):
 async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
     """What it read is given; then comes a rest, longer each time the first one after is slow."""
     clock, reads = Clock(), itertools.count()
-    monkeypatch.setattr(reading, "_disk_reads", lambda: next(reads))
+    monkeypatch.setattr(read_only, "_disk_reads", lambda: next(reads))
 
     def slow(*given):
         clock.now += 1.1 * SLOW_SECONDS
         return quick(*given)
 
-    quick = reading.read_many
-    monkeypatch.setattr(reading, "read_many", slow)
+    quick = read_only.read_many
+    monkeypatch.setattr(read_only, "read_many", slow)
     with contextlib.closing(Glance(disk.file.path, clock)) as glance:
         rest = SHORTEST_SECONDS
         for _ in range(8):
@@ -111,10 +111,10 @@ async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
             assert glance.read_few(_addresses([1])) is None
             clock.now += 0.02
             rest = min(2 * rest, LONGEST_SECONDS)
-        monkeypatch.setattr(reading, "read_many", quick)
+        monkeypatch.setattr(read_only, "read_many", quick)
         for _ in range(2):
             assert glance.read_few(_addresses([1])) == _found([1])
-        monkeypatch.setattr(reading, "read_many", slow)
+        monkeypatch.setattr(read_only, "read_many", slow)
         assert glance.read_few(_addresses([1])) == _found([1])
         assert glance.read_few(_addresses([1])) is None
         clock.now += SHORTEST_SECONDS + 0.01
@@ -130,9 +130,9 @@ async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, 
         clock.now += 1.1 * SLOW_SECONDS
         return quick(*given)
 
-    quick = reading.read_many
-    monkeypatch.setattr(reading, "read_many", slow)
-    monkeypatch.setattr(reading, "_disk_reads", lambda: disk_reads)
+    quick = read_only.read_many
+    monkeypatch.setattr(read_only, "read_many", slow)
+    monkeypatch.setattr(read_only, "_disk_reads", lambda: disk_reads)
     with contextlib.closing(Glance(disk.file.path, clock)) as glance:
         # Of the first slow one nobody knows what it waited for.
         assert glance.read_few(_addresses([1])) == _found([1])
@@ -147,7 +147,7 @@ async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, 
 @pytest.mark.parametrize("error", [sqlite3.DatabaseError("malformed"), ValueError(), MemoryError()])
 async def test_a_glance_that_fails_is_none_taken(disk, monkeypatch, error):
     """Whatever comes out of SQLite: the thread finds the same, and tells of it."""
-    monkeypatch.setattr(reading, "read_many", Mock(side_effect=error))
+    monkeypatch.setattr(read_only, "read_many", Mock(side_effect=error))
     assert disk.glance.read_few(_addresses([1])) is None
 
 
@@ -155,7 +155,7 @@ async def test_a_lock_is_not_waited_for(disk, monkeypatch, reader):
     """While another has the file for itself the loop is not held up, and does not ask again."""
     assert disk.glance._connection.execute("PRAGMA busy_timeout").fetchall() == [(0,)]
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "read_many", _locked)
+        patch.setattr(read_only, "read_many", _locked)
         assert disk.glance.read_few(_addresses([1])) is None
     assert reader.at_once(_addresses([1]), 0.0) is None
     assert await reader.many(_addresses([1]), 0.0) == _found([1])

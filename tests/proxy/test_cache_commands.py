@@ -19,7 +19,7 @@ import pytest
 from command import Done
 from fault_server import vector_of
 
-from cache.disk import bounds, connection, database, purge
+from cache.disk import bounds, connection, database, purge, set_aside
 from cache.disk.changes import Changes, Kept
 from cache.disk.schema import PAGE_BYTES
 from cache.key import Namespace, keyring
@@ -819,14 +819,26 @@ def test_what_is_whole_is_taken_out_of_another_file(run, fill, tmp_path, rows):
     fill(*(_row(text) for text in TEXTS[:100]))
     done = run("verify", "--salvage", str(damaged), "--json")
     assert (done.code, done.err) == (0, "")
-    assert done.json == {"stored": 401, "present": 100, "damaged": 0}
+    assert done.json == {"stored": 401, "present": 100, "damaged": 0, "sums": 0}
     assert damaged.read_bytes() == before
     assert {row.partition for row in rows()} == {
         keyring(SPACE).partition,
         keyring(OTHER, Namespace("tenant")).partition,
     }
     done = run("verify", "--salvage", str(damaged))
-    assert done.out == "0 records saved, 501 were there already, 0 are damaged\n"
+    assert done.out == (
+        "0 records saved, 501 were there already, 0 are damaged; 0 sums added to the ledger\n"
+    )
+
+
+def test_a_purge_deletes_what_is_not_salvaged_yet_as_well(run, fill, tmp_path, rows):
+    """What lies in a file that was set aside is saved first, and does not come back later."""
+    path = fill(*(_row(text) for text in TEXTS[:50]), _row("t", OTHER, "tenant"))
+    assert set_aside.move(path, path.stat().st_ino) is not None
+    done = run("purge", "--namespace", "tenant", "--json")
+    assert (done.code, done.err, done.json["deleted"]) == (0, "", 1)
+    assert not set_aside.pending(path)
+    assert {row.partition for row in rows()} == {keyring(SPACE).partition}
 
 
 def test_salvage_needs_another_file(run, fill, tmp_path):

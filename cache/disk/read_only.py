@@ -1,4 +1,4 @@
-"""Reading records from a store's file, one that can be written or one that cannot."""
+"""Connections that only read: beside a writer, for want of one, or of a file that is damaged."""
 
 import contextlib
 import resource
@@ -13,10 +13,14 @@ from cache import ledger
 from .backoff import Rest
 from .changes import Found
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
+from .set_aside import SetAside
 
 ADDRESSES_A_SELECT = 512
+PATIENCE_SECONDS = 5.0
+"""The longest wait for another process that reads the log of a damaged file for the first time."""
 SLOW_SECONDS = 0.005
 """Shorter ones hold up nobody to speak of, wherever the page comes from."""
+LEDGER_DAMAGED = "the ledger is damaged: its two copies disagree"
 _RAW = 1  # diskcache's mode of a value that is bytes and nothing else
 
 
@@ -43,8 +47,13 @@ def read_ledger(
     max_lines: int | None = None,
     preferred: Mapping[ledger.By, Collection[str]] = MappingProxyType({}),
 ) -> list[ledger.Line]:
-    """Return the sums of a store's file (see `ledger.read`), by a connection of its own."""
+    """Return the sums of a store's file (see `ledger.read`), by a connection of its own.
+
+    Raises sqlite3.DatabaseError also where the two copies of the sums disagree.
+    """
     with contextlib.closing(_connect(path, "mode=ro")) as connection:
+        if not ledger.copies_agree(connection.execute):
+            raise sqlite3.DatabaseError(LEDGER_DAMAGED)
         return ledger.read(connection.execute, by, max_lines, preferred)
 
 
@@ -69,6 +78,61 @@ class ReadOnlyFile:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+
+class DamagedFile:
+    """A damaged file that was set aside, read as far as that goes. For one thread; never raises."""
+
+    def __init__(self, aside: SetAside) -> None:
+        self.aside = aside
+        self._connection: sqlite3.Connection | None = None
+        self._is_whole = True
+        for query in ("mode=ro", "mode=ro&immutable=1"):
+            # The second where SQLite can make no file beside it; then it reads no log.
+            self.close()
+            with contextlib.suppress(sqlite3.Error):
+                self._connection = _connected(aside.path, query, patience_s=PATIENCE_SECONDS)
+                self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+                return
+            self._is_whole = not aside.log.exists()
+
+    def read_many(
+        self, addresses: Sequence[bytes], *, not_before: float = 0.0
+    ) -> tuple[dict[bytes, Found], set[bytes]]:
+        """Return the records that can be read, by address, and which addresses cannot be looked up.
+
+        What is in neither is not in the file. After `close`, nothing can be looked up.
+        """
+        found: dict[bytes, Found] = {}
+        unreadable: set[bytes] = set()
+        for start in range(0, len(addresses), ADDRESSES_A_SELECT):
+            some = addresses[start : start + ADDRESSES_A_SELECT]
+            read = self._read(some, not_before)
+            if read is not None:
+                found |= read
+                unreadable |= set() if self._is_whole else set(some) - read.keys()
+                continue
+            for address in some:
+                one = self._read([address], not_before)
+                if one is None or not (one or self._is_whole):
+                    unreadable.add(address)
+                else:
+                    found |= one
+        return found, unreadable
+
+    def _read(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found] | None:
+        if self._connection is None:
+            return None
+        try:
+            return read_many(self._connection.execute, addresses, not_before)
+        except Exception:  # noqa: BLE001 - of damage, sqlite3 makes errors of many kinds
+            return None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
 
 class Glance:
@@ -127,9 +191,13 @@ def _disk_reads() -> int | None:
     return spent.ru_majflt + spent.ru_inblock
 
 
-def _connect(path: Path, query: str, patience_s: float = 5.0) -> sqlite3.Connection:
+def _connected(path: Path, query: str, patience_s: float) -> sqlite3.Connection:
     address = f"{path.absolute().as_uri()}?{query}"
-    connection = sqlite3.connect(address, patience_s, uri=True, check_same_thread=False)
+    return sqlite3.connect(address, patience_s, uri=True, check_same_thread=False)
+
+
+def _connect(path: Path, query: str, patience_s: float = 5.0) -> sqlite3.Connection:
+    connection = _connected(path, query, patience_s)
     try:
         connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
     except sqlite3.Error:

@@ -1,0 +1,297 @@
+"""A damaged SQLite file -> the rows and the sums that are still whole in it. Carved, not opened.
+
+Nothing but the pages themselves is believed (see `pages`): neither the schema nor any tree above
+them. Numbers in brackets are sections of https://www.sqlite.org/fileformat2.html.
+
+A record proves itself with its checksum. An address has a second copy in the index of `Cache`, and
+a partition in the index of `Partitions`; where the copies disagree neither is believed. A time, and
+the number that says to which partition an entry belongs, stand in one place only, without proof.
+
+Rows that nothing else names come last (`late_rows`): SQLite may have given them up. Old versions of
+pages are among them, unless something was ever purged: what was deleted on purpose stays deleted.
+"""
+
+import contextlib
+import os
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import Any, Self
+
+from cache.ledger import Heading
+from cache.record import width
+from cache.row import UNKNOWN, Partition, Row
+from cache.usage import Usage
+from providers.base import current_label
+
+from . import carved_ledger
+from .carved_ledger import CarvedLedger
+from .pages import ADDRESS, INDEX_INTERIOR, INDEX_LEAF, ONE, TABLE_LEAF, Cell, cells, shapes
+from .set_aside import is_name
+
+PAGE_BYTES = 32_768  # Where the file does not tell.
+MAX_RECORD_BYTES = 4 << 20  # Of a row that are looked for outside its page: a million dimensions.
+_SIZES = {1: 65_536} | {512 << i: 512 << i for i in range(8)}  # 1.3.2
+_int = int.from_bytes  # All numbers are big-endian.
+# Noted of each row, 64 rows a block; 0 if nothing is known, -1 (no hash is) if copies disagree.
+_WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
+_MIN_MS = 1 << 32  # A time in milliseconds is higher, the number of a partition is lower.
+
+# The shapes of rows (see `pages`). Those of tables begin with the row's number: it is NULL there.
+_PARTITIONS, _INDEX_OF_PARTITIONS = "nssi", "ssii"
+_ENTRIES, _INDEX_OF_ENTRIES = ("niii", "nnii"), "iii"
+_RECORD_COLUMNS, _INDEX_OF_CACHE = 12, "bii"
+_PURGES, _SALVAGED = "nii", "s"
+_LEARNED = {*carved_ledger.SHAPES, *_ENTRIES, _PARTITIONS, _PURGES, _SALVAGED}
+_LEARNED |= {_INDEX_OF_PARTITIONS, _INDEX_OF_ENTRIES, _INDEX_OF_CACHE}
+
+# A version of a page: file, offset, where its own header begins (1.3), whether it is the last one.
+_Place = tuple[int, int, int, bool]
+
+
+@dataclass
+class Report:
+    """What came of a file."""
+
+    records: int = 0  # Whole, and handed out; old versions count as well.
+    damaged: int = 0  # Rows of table `Cache` that do not verify, and cells that cannot be read.
+    pages: int = 0
+    unreadable_pages: int = 0  # Those that the disk did not give.
+
+
+def rows(
+    database: Path, report: Report, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Row]:
+    """Yield every whole row of a database file (see `Carver`)."""
+    with Carver(database, report, progress) as carver:
+        yield from carver.rows()
+        yield from carver.late_rows()
+
+
+class Carver:
+    """A database file and the write-ahead log beside it. A context manager, for one thread.
+
+    `progress` is told the bytes read, of those of both files. Raises OSError if one cannot be
+    opened, and nothing for what is in it. The first reading (`learn`) precedes all else.
+    """
+
+    def __init__(
+        self, database: Path, report: Report, progress: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self._report, self._tell = report, progress
+        self._opened = contextlib.ExitStack()
+        self._file = self._opened.enter_context(database.open("rb", buffering=0)).fileno()
+        self._log = -1
+        with contextlib.suppress(FileNotFoundError):
+            log = Path(f"{database}-wal").open("rb", buffering=0)  # noqa: SIM115 - closed by the stack
+            self._log = self._opened.enter_context(log).fileno()
+        head, log_head = _read(self._file, 18, 0), _read(self._log, 32, 0)
+        self._size = _SIZES.get(_int(head[16:18])) or _SIZES.get(_int(log_head[8:12]), PAGE_BYTES)
+        log_bytes = os.fstat(self._log).st_size if self._log >= 0 else 0
+        self._ends = os.fstat(self._file).st_size, log_bytes
+        self._frames = self._last_frames(log_head)
+        self._noted: defaultdict[int, array[int]] = defaultdict(lambda: array("q", bytes(2048)))
+        # By id, what the table of partitions and its index say.
+        self._said: defaultdict[int, set[Partition]] = defaultdict(set)
+        self._ledger = CarvedLedger()
+        self._is_purged = False
+        self._late = bytearray()
+        self._bytes_read, self._future_ms = 0, int(1000 * (time.time() + 86_400))
+        self.salvaged: set[str] = set()
+        """The names of files whose sums are among the sums here."""
+
+    def __enter__(self) -> Self:
+        """Read everything once, and learn what stands beside the records."""
+        try:
+            for place in self._places():
+                self._learn(place)
+        except BaseException:
+            self._opened.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    @property
+    def usage(self) -> dict[tuple[int, Heading], Usage]:
+        """The sums of the ledger, by day (since 1970, UTC) and heading."""
+        found: dict[tuple[int, Heading], Usage] = {}
+        for (day, number, *names), usage in self._ledger.lines():
+            partition = self._partition(number)
+            if self._ledger.is_of_layout_1:
+                names[0] = partition.space if partition else ""
+            key = day, Heading(partition or UNKNOWN, *names)
+            found[key] = found[key].plus(usage) if key in found else usage
+        return found
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of which no later version is seen, and that something else names."""
+        self._late.clear()
+        for place in self._places():
+            self._report.pages += 1
+            page = self._page(*place[:2])
+            self._report.unreadable_pages += not page
+            has_others = False
+            for cell in self._record_cells(page, place):
+                if self._is_certain(cell, place):
+                    yield from self._carve(page, cell, place)
+                else:
+                    has_others = True
+            self._late.append(has_others)
+
+    def late_rows(self) -> Iterator[Row]:
+        """Yield the others, after `rows`: they may be older, and know less."""
+        for place in compress(self._places(), self._late):
+            if self._is_purged and not place[3]:
+                continue
+            page = self._page(*place[:2])
+            for cell in self._record_cells(page, place, is_first=False):
+                if not self._is_certain(cell, place):
+                    yield from self._carve(page, cell, place)
+        self._tell(sum(self._ends))
+
+    def _last_frames(self, log_head: bytes) -> dict[int, tuple[int, int]]:
+        """Return where in the log the last version of each page lies, by the page's number (4.1).
+
+        Frames of other salts are older, left from before the log was begun anew; those behind the
+        last commit were never valid.
+        """
+        salts = log_head[16:24] if log_head[:3] == b"\x37\x7f\x06" else _read(self._log, 8, 32 + 8)
+        frames: dict[int, tuple[int, int]] = {}
+        begun: dict[int, tuple[int, int]] = {}
+        for offset in range(32 + 24, self._ends[1], 24 + self._size):
+            head = _read(self._log, 24, offset - 24)
+            if head[8:16] != salts:
+                continue
+            begun[_int(head[:4])] = self._log, offset
+            if _int(head[4:8]):  # A commit (4.1): the size of the database after it.
+                frames |= begun
+                begun = {}
+        return frames
+
+    def _places(self) -> Iterator[_Place]:
+        for number, offset in enumerate(range(0, self._ends[0], self._size), 1):
+            yield self._file, offset, 100 * (number == 1), number not in self._frames
+        for offset in range(32 + 24, self._ends[1], 24 + self._size):
+            number, place = _int(_read(self._log, 4, offset - 24)), (self._log, offset)
+            yield *place, 100 * (number == 1), self._frames.get(number) == place
+
+    def _page(self, file: int, offset: int) -> bytes:
+        self._bytes_read += self._size
+        self._tell(min(self._bytes_read // 2, sum(self._ends)))  # All is read twice.
+        return _read(file, self._size, offset)
+
+    def _of(self, rowid: int) -> tuple["array[int]", int]:
+        return self._noted[rowid >> 6], (rowid & 63) * 4
+
+    def _note(self, rowid: int, what: int, number: int) -> None:
+        noted, at = self._of(rowid)
+        noted[at + what] = number if noted[at + what] in (0, number) else -1
+
+    def _learn(self, place: _Place) -> None:
+        page = self._page(*place[:2])
+        kinds = TABLE_LEAF, INDEX_LEAF, INDEX_INTERIOR
+        if shapes(page, self._size, place[2], *kinds).isdisjoint(_LEARNED | {""}):
+            return
+        ledger = carved_ledger.Page()
+        for cell in cells(page, self._size, place[2], *kinds):
+            if cell is None or cell.missing or (shape := cell.layout.shape) not in _LEARNED:
+                ledger.is_sound &= cell is not None
+                continue
+            try:
+                values = cell.values(page)
+            except UnicodeDecodeError:
+                ledger.is_sound = False
+                continue
+            if shape not in carved_ledger.SHAPES:
+                self._note_values(shape, cell.rowid, values)
+            elif place[3]:
+                ledger.add(shape, values)
+        self._ledger.add(ledger)
+
+    def _note_values(self, shape: str, rowid: int, values: tuple[Any, ...]) -> None:
+        if shape == _INDEX_OF_CACHE:
+            address, raw, owner = values
+            if raw == 1 and len(address) == 16:
+                self._note(owner, _WITNESS, hash(address))
+        elif shape == _INDEX_OF_ENTRIES:
+            number, stored, owner = values
+            if number < _MIN_MS < stored:
+                self._note_entry(owner, number, stored)
+        elif shape in _ENTRIES:
+            self._note_entry(rowid, *values[1:3])
+        elif shape == _SALVAGED:
+            self.salvaged |= {name for name in values if is_name(name)}
+        elif shape == _PURGES:
+            self._is_purged |= bool(rowid) and _MIN_MS < values[1] < self._future_ms
+        else:
+            # Of partitions: the index ends with the row's number.
+            number = rowid if shape == _PARTITIONS else values[-1]
+            namespace, space, dimensions = values[1:] if shape == _PARTITIONS else values[:-1]
+            self._said[number].add(Partition(namespace, current_label(space), dimensions))
+
+    def _note_entry(self, rowid: int, number: int | None, stored: int) -> None:
+        noted, at = self._of(rowid)
+        self._note(rowid, _PARTITION, number or noted[at + _PARTITION])
+        if noted[at + _STORED] < stored < self._future_ms:
+            noted[at + _STORED] = stored
+
+    def _record_cells(self, page: bytes, place: _Place, *, is_first: bool = True) -> Iterator[Cell]:
+        for cell in cells(page, self._size, place[2], TABLE_LEAF):
+            if cell is not None and len(cell.layout.types) == _RECORD_COLUMNS:
+                yield cell
+            else:
+                self._report.damaged += cell is None and place[3] and is_first
+
+    def _is_certain(self, cell: Cell, place: _Place) -> bool:
+        noted, at = self._of(cell.rowid)
+        return place[3] and bool(noted[at + _STORED] or noted[at + _WITNESS])
+
+    def _carve(self, page: bytes, cell: Cell, place: _Place) -> Iterator[Row]:
+        """Yield the row of a cell if it is whole, and was not handed out already."""
+        noted, at = self._of(cell.rowid)
+        witness, number, stored, yielded = noted[at : at + 4]
+        address, record, own = self._content(page, cell)
+        dimensions, trace = width(record), hash(address + record[-8:])
+        if dimensions is None or witness not in (0, -1, hash(address)):
+            self._report.damaged += place[3]
+        elif yielded != trace:
+            noted[at + _YIELDED] = trace
+            self._report.records += 1
+            partition = self._partition(number)
+            known = partition is not None and partition.dimensions == dimensions
+            when = stored / 1000 if stored and place[3] else own
+            yield Row(address, record, when, partition if known else None)
+
+    def _content(self, page: bytes, cell: Cell) -> tuple[bytes, bytes, float]:
+        """Return a row's address, record and time; all empty if it holds no raw bytes."""
+        types, starts, _ = cell.layout
+        start = cell.begin + starts[11]
+        sound = types[:3] == [0, ADDRESS, ONE] and types[9] == ONE and types[11] % 2 == 0
+        if not sound or types[3] >= 12 or start > cell.end or cell.missing > MAX_RECORD_BYTES:
+            return b"", b"", 0
+        # 1.6: each overflow page begins with the number of the next one.
+        record, missing, own = page[start : cell.end], cell.missing, cell.value(page, 3) or 0
+        part = link = page[cell.end : cell.end + 4]
+        while missing and part:
+            file, at = self._frames.get(_int(link), (self._file, (_int(link) - 1) * self._size))
+            more = _read(file, self._size, at)
+            link, part = more[:4], more[4 : 4 + missing]
+            record, missing = record + part, missing - len(part)
+        return cell.value(page, 1), record, float(own) if 0 < 1000 * own < self._future_ms else 0.0
+
+    def _partition(self, number: int) -> Partition | None:
+        said = self._said.get(number, ())
+        return next(iter(said)) if len(said) == 1 else None
+
+
+def _read(file: int, size: int, offset: int) -> bytes:
+    """Return up to so many bytes, none if the disk does not give them."""
+    with contextlib.suppress(OSError):
+        return os.pread(file, size, offset)
+    return b""

@@ -1,0 +1,243 @@
+"""What is whole in a damaged file goes into the store's file: its sums once, then its records.
+
+The work comes in small steps, each a transaction of its own, so that others write between them. It
+can be broken off anywhere and begun anew: the sums are added in one transaction with a mark that
+they are (table `Salvaged`), and a record that is there stays. Of several files the latest comes
+first: its sums hold those that were taken over from the earlier ones, and its marks say so.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+from cache.ledger import Heading
+from cache.record import width
+from cache.row import Row
+from cache.usage import Usage
+
+from . import set_aside
+from .carver import Carver, Report
+from .changes import Changes, Kept
+from .connection import folder_of, opened
+from .database import FILE_NAME, Database
+from .lock import WriterLock
+from .set_aside import SetAside
+
+log = logging.getLogger("embedding_proxy.store")
+
+LOCK_FILE = "salvage.lock"
+"""Beside the writer's lock: whoever holds it salvages, for all processes."""
+RECORDS_A_STEP = 2_000
+BYTES_A_STEP = 1 << 20
+MAX_PAUSE_SECONDS = 0.01
+POLL_SECONDS = 0.1
+
+
+@dataclass
+class Outcome:
+    """What came of a file."""
+
+    records: int = 0
+    """Records that were saved."""
+    present: int = 0
+    """Records that were in the store's file already."""
+    damaged: int = 0
+    """Records that are not whole."""
+    sums: int = 0
+    """Lines of the ledger that were added to the store's."""
+
+
+Step: TypeAlias = Callable[[Database, Outcome], None]
+"""One transaction on the store's file. Raises FAILURES; then it can be tried again."""
+
+
+def steps(
+    path: Path,
+    name: str,
+    report: Report,
+    progress: Callable[[int], None] = lambda _: None,
+    *,
+    with_sums: bool = True,
+) -> Generator[Step, None, None]:
+    """Yield what is to be done so that all that is whole in a damaged file is in the store's.
+
+    `name` is the mark that its sums were taken. The steps do not depend on one another, but for
+    their order. Raises OSError if the file cannot be opened, and what `progress` raises.
+    """
+    with Carver(path, report, progress) as carver:
+        if with_sums:
+            yield partial(_put_sums, carver.usage, carver.salvaged | {name}, name)
+        for rows in _batches(carver.rows()):
+            yield partial(_put_records, rows)
+        for rows in _batches(carver.late_rows()):
+            yield partial(_put_late_records, rows)
+
+
+def pause_after(began: float) -> float:
+    """Return for how long others get their turn, in seconds: as long as the step took, or enough.
+
+    Who waits for the writer's lock asks for it every millisecond.
+    """
+    return min(max(0.002, time.monotonic() - began), MAX_PAUSE_SECONDS)
+
+
+def salvage_file(
+    path: Path, database: Database, progress: Callable[[int], None] = lambda _: None
+) -> tuple[Outcome, Report]:
+    """Put what is whole in any damaged file into the store's. Raises FAILURES.
+
+    A file's sums are added once: it is known by the name of the folder that it was set aside to,
+    one that lies elsewhere by its content.
+    """
+    folder = path.absolute().parent.name
+    name = folder if set_aside.is_name(folder) else f"content:{_digest(path)}"
+    return _run(database, path, name, progress)
+
+
+def salvage_pending(
+    directory: Path,
+    size_limit: int,
+    pinned: Collection[str] = (),
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Outcome]:
+    """Finish the salvage of all that was set aside of a store, or wait until another process has.
+
+    Returns what came of each file. Raises StoreError.
+    """
+    path = folder_of(directory) / FILE_NAME
+    if not (waiting := set_aside.pending(path)):
+        return []
+    with opened(directory, size_limit, pinned, create=True) as database:
+        while set_aside.pending(path):
+            with alone(directory) as is_alone:
+                for aside in set_aside.pending(path) if is_alone else []:
+                    outcome, _ = _run(
+                        database, aside.path, aside.folder.name, progress, aside=aside
+                    )
+                    finish(aside, outcome)
+            if not is_alone:
+                time.sleep(POLL_SECONDS)
+    return [outcome_of(aside) for aside in waiting]
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[bool]:
+    """Give whether nobody else salvages in this directory; then nobody does meanwhile.
+
+    Raises OSError.
+    """
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(contextlib.closing(WriterLock(directory / LOCK_FILE, 0.0)))
+        try:
+            stack.enter_context(lock)
+        except TimeoutError:
+            is_alone = False
+        else:
+            is_alone = True
+        yield is_alone
+
+
+def finish(aside: SetAside, outcome: Outcome) -> None:
+    """Note that all is in the store's file. Raises OSError."""
+    aside.note(done=True, **asdict(outcome))
+    log.warning(
+        "%s: %d records and %d sums were saved; the folder is not needed any more,"
+        " and is kept until you delete it",
+        *(aside.folder, outcome.records, outcome.sums),
+    )
+
+
+def outcome_of(aside: SetAside) -> Outcome:
+    """Return what came of a file, as it was noted."""
+    state = aside.state
+    return Outcome(**{name: int(state.get(name, 0)) for name in asdict(Outcome())})
+
+
+def _run(
+    database: Database,
+    path: Path,
+    name: str,
+    progress: Callable[[int], None],
+    *,
+    aside: SetAside | None = None,
+) -> tuple[Outcome, Report]:
+    outcome, report = Outcome(), Report()
+    with_sums = aside is None or not aside.has_given_sums
+    for number, step in enumerate(steps(path, name, report, progress, with_sums=with_sums)):
+        began = time.monotonic()
+        step(database, outcome)
+        if number == 0 and aside is not None:
+            aside.note(sums=True)
+        time.sleep(pause_after(began))
+    outcome.damaged = report.damaged
+    return outcome, report
+
+
+def _put_sums(
+    usage: dict[tuple[int, Heading], Usage],
+    names: Collection[str],
+    name: str,
+    database: Database,
+    outcome: Outcome,
+) -> None:
+    with database.transaction(len(usage)) as connection:
+        rows = connection.execute("SELECT 1 FROM Salvaged WHERE name = ?", (name,))
+        if rows.fetchone() is not None:
+            return
+        Changes(usage=usage).put_sums(connection)
+        connection.executemany(
+            "INSERT OR IGNORE INTO Salvaged (name) VALUES (?)", [(one,) for one in names]
+        )
+    outcome.sums += len(usage)
+
+
+def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> None:
+    now = time.time()
+    wanted: dict[bytes, Kept] = {}
+    for row in rows:
+        stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
+        # Of two rows of one address the first is the better known.
+        wanted.setdefault(row.address, Kept(row.record, row.partition, stored))
+    there = database.read_many(list(wanted))
+    bad = [(a, found.record) for a, found in there.items() if width(found.record) is None]
+    missing = {a: kept for a, kept in wanted.items() if a not in there}
+    missing |= {address: wanted[address] for address, _ in bad}
+    changes = Changes(records=missing, dead=bad, keep_newer=True)
+    for part in changes.parts(database.most_bytes) if missing else []:
+        database.write(part)
+    outcome.records += len(missing)
+    outcome.present += len(wanted) - len(missing)
+
+
+def _put_late_records(rows: Collection[Row], database: Database, outcome: Outcome) -> None:
+    # They may have been deleted to make room; nothing that is certain makes room for them.
+    if database.room > 2 * sum(len(row.record) for row in rows):
+        _put_records(rows, database, outcome)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.record)
+        if len(batch) >= RECORDS_A_STEP or size >= BYTES_A_STEP:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()

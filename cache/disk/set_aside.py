@@ -1,0 +1,169 @@
+"""A damaged store file that was moved out of the way: where it lies, and how far its salvage is.
+
+`v1/cache.db` goes to `v1.damaged-STAMP-N/cache.db`, its write-ahead log with it. Nothing else in
+`v1/` moves, and nothing is deleted. `salvage.json` in the new folder says what is still to be done;
+a folder without one was set aside by an earlier version, and is left alone.
+
+The order of events makes a kill at any point harmless: the folder is made, `salvage.json` says that
+the file is to be moved, the database is moved, then the log. Whoever opens the store next finishes
+what was begun (`complete`), before SQLite sees the folder.
+"""
+
+import contextlib
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache import atomic_file
+
+STATE_FILE = "salvage.json"
+MAX_FOLDERS = 1000
+"""Of one second."""
+_NAME = re.compile(r"v\d+\.damaged-\d{8}T\d{6}-\d+")
+_LOG, _SHARED_MEMORY = "-wal", "-shm"
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A folder with one damaged database, named `name`, and its write-ahead log."""
+
+    folder: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The database."""
+        return self.folder / self.name
+
+    @property
+    def log(self) -> Path:
+        """The write-ahead log; it may be missing."""
+        return self.folder / f"{self.name}{_LOG}"
+
+    @property
+    def number(self) -> int:
+        """Counts the files that were set aside here: a later one has a higher number."""
+        number = self.state.get("number")
+        return number if type(number) is int else 0
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there may be something in it that is not in the store's file yet."""
+        return not self.state.get("done", True)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the file lies here; else it is still to be moved (`complete`)."""
+        return bool(self.state.get("moved"))
+
+    @property
+    def has_given_sums(self) -> bool:
+        """Whether the sums of its ledger are in the store's file."""
+        return bool(self.state.get("sums"))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `salvage.json` says; nothing without one; that all is to do if it is damaged."""
+        try:
+            state = json.loads((self.folder / STATE_FILE).read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError):
+            state = None
+        return state if isinstance(state, dict) else {"done": False, "moved": self.path.exists()}
+
+    def note(self, **changed: object) -> None:
+        """Write to `salvage.json`, all or nothing. Raises OSError."""
+        atomic_file.write(self.folder / STATE_FILE, json.dumps(self.state | changed).encode())
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a folder's name is one that files are set aside under."""
+    return _NAME.fullmatch(name) is not None
+
+
+def move(path: Path, inode: int | None) -> SetAside | None:
+    """Move the database at `path` out of the way, if it is still the one with that inode.
+
+    The caller holds the writer's lock. Raises OSError; what is then left to do `complete` does.
+    """
+    if inode is None or inode_of(path) != inode:
+        return None
+    aside = SetAside(_made_folder(path.parent), path.name)
+    number = 1 + max((other.number for other in _all(path)), default=0)
+    aside.note(done=False, moved=False, number=number, inode=inode)
+    _finish_move(aside, path)
+    return aside
+
+
+def complete(path: Path) -> None:
+    """Finish what a process began that was killed in `move`. The caller holds the writer's lock.
+
+    Raises OSError.
+    """
+    for aside in _all(path):
+        if aside.is_pending and not aside.is_moved:
+            _finish_move(aside, path)
+
+
+def pending(path: Path) -> list[SetAside]:
+    """Return what was set aside of the store at `path` and is not salvaged, the latest first."""
+    found = [aside for aside in _all(path) if aside.is_pending and aside.is_moved]
+    return sorted(found, key=lambda aside: aside.number, reverse=True)
+
+
+def inode_of(path: Path) -> int | None:
+    """Return the inode of a file; None if there is none. Raises OSError."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _finish_move(aside: SetAside, path: Path) -> None:
+    if not aside.path.exists():
+        if inode_of(path) != aside.state.get("inode"):
+            # Somebody has put another file there since.
+            aside.note(done=True, moved=True)
+            return
+        path.rename(aside.path)
+    # The log is that of the moved file as long as no other file stands at its path.
+    if not _has_content(path):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(f"{path.name}{_LOG}").rename(aside.log)
+        path.with_name(f"{path.name}{_SHARED_MEMORY}").unlink(missing_ok=True)
+    aside.note(moved=True)
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _made_folder(folder: Path) -> Path:
+    stamp = time.strftime("%Y%m%dT%H%M%S")
+    for attempt in range(MAX_FOLDERS):
+        aside = folder.with_name(f"{folder.name}.damaged-{stamp}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            aside.mkdir(mode=0o700)
+            return aside
+    raise FileExistsError(f"{folder}: there are too many damaged stores beside it")
+
+
+def _all(path: Path) -> list[SetAside]:
+    """Return all that was set aside of the store at `path`."""
+    try:
+        names = [folder.name for folder in path.parent.parent.iterdir()]
+    except OSError:
+        return []
+    prefix = f"{path.parent.name}.damaged-"
+    return [
+        SetAside(path.parent.with_name(name), path.name)
+        for name in sorted(names)
+        if name.startswith(prefix) and is_name(name)
+    ]
