@@ -114,6 +114,8 @@ class Database:
         self._log = folder / f"{FILE_NAME}-wal"
         self.most_bytes = max(size_limit // 64, 1 << 18)
         """What one transaction should write at most, so that log and file stay within the limit."""
+        self.uses_last_room = False
+        """Whether records are also written when less than FREE_BYTES is free."""
         self._full_until = 0.0
         self._is_let_go = False
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -220,7 +222,11 @@ class Database:
         log = _size(self._log)
         if log <= 2 * self._log_pages * PAGE_BYTES:
             return
-        if _size(self.path) + log + pages * PAGE_BYTES <= self._size_limit:
+        # What is in the log is in the file, too, once it is copied there.
+        ((in_file,),) = self.sql("PRAGMA page_count")
+        if max(_size(self.path), in_file * PAGE_BYTES) + log + pages * PAGE_BYTES <= (
+            self._size_limit
+        ):
             return
         self.sql(f"PRAGMA busy_timeout = {LOG_WAIT_MS}").fetchall()
         try:
@@ -245,7 +251,8 @@ class Database:
         there is no room for the records, sums and uses are written, and taken out of `changes`,
         before StoreFull is raised.
         """
-        if changes.records and shutil.disk_usage(self.folder).free < FREE_BYTES:
+        is_spared = changes.records and not self.uses_last_room
+        if is_spared and shutil.disk_usage(self.folder).free < FREE_BYTES:
             raise OSError("the file system is nearly full; nothing is written")
         wanted = eviction.pages_for([len(kept.record) for kept in changes.records.values()])
         full: StoreFull | None = None

@@ -14,8 +14,10 @@ from .schema import PAGE_BYTES, Sql, give_back
 
 TOUCH_MS = 3_600_000
 """A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
-PASSES = 8
-"""The most passes over the cold end that one round makes to find what may go."""
+MIN_LOOK = 64
+"""Entries at the cold end that are looked at in one go, at least."""
+MAX_DATED = 5_000
+"""Uses that one transaction writes at most while it looks for what may go."""
 TRANSACTIONS_A_FULL_LOOK = 256
 MOST_PAGES = 512
 """The most pages (16 MiB) that one transaction deletes or moves beside what it needs itself."""
@@ -84,11 +86,12 @@ class Eviction:
             # What was entered with an old time since, as by a repair, is to be found in the end.
             self._coldest = 0
         coldest: int | None = None
+        deleted = 0
         while lacking > 0 and budget > 0:
             goal = min(lacking + _SPARE_PAGES, budget)
-            gone, used = self._delete_coldest(sql, _rows_of(sql, goal), used_at, pinned)
+            gone, used, is_empty = self._delete_coldest(sql, _rows_of(sql, goal), used_at, pinned)
             coldest = used if coldest is None else coldest
-            is_empty = not gone
+            deleted += gone
             budget -= goal
             before, lacking = lacking, _lacking(sql, limit, wanted)
             if 2 * lacking > min(before, goal) and budget > 0:
@@ -103,7 +106,7 @@ class Eviction:
         if pages > limit:
             # As after the limit was lowered.
             give_back(sql, min(pages - limit, MOST_PAGES))
-        if lacking > 0 and is_empty and self._pinned and wanted:
+        if lacking > 0 and is_empty and not deleted and self._pinned and wanted:
             raise StoreFull(FULL)
         return lacking <= 0
 
@@ -127,35 +130,31 @@ class Eviction:
 
     def _delete_coldest(
         self, sql: Sql, wanted: int, used_at: Callable[[bytes], int], pinned: str
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, bool]:
         """Delete so many of the entries used longest ago, but for pinned ones.
 
-        Returns how many were deleted, and when the coldest of all was used, 0 if there is none. A
-        use that is only in memory is written for those that would go else; where all have one, the
-        coldest of them go.
+        Returns how many were deleted, when the coldest of all was used (0 if there is none), and
+        whether that is all there is. A use that is only in memory is written for those that would
+        go else; they are no longer the coldest then. Where all have one, the coldest of them go.
         """
-        deleted, coldest = 0, 0
-        for number in range(PASSES):
-            rows = self._coldest_rows(sql, wanted - deleted, pinned)
+        deleted = dated = coldest = 0
+        while deleted < wanted and dated < MAX_DATED:
+            rows = self._coldest_rows(sql, max(wanted - deleted, MIN_LOOK), pinned)
             if not rows:
-                break
-            if not number:
-                coldest = rows[0][1]
-            is_last = number == PASSES - 1
-            used_later = [(at, row) for row, used, key in rows if (at := used_at(key)) > used]
-            if is_last:
-                used_later = []
-            later = {row for _, row in used_later}
-            gone = [(row,) for row, _, _ in rows if row not in later]
-            for at, row in used_later:
-                sql("UPDATE Entries SET used = ? WHERE id = ?", (at, row))
-            for (row,) in gone:
-                sql("DELETE FROM Cache WHERE rowid = ?", (row,))
-                sql("DELETE FROM Entries WHERE id = ?", (row,))
-            deleted += len(gone)
-            if deleted >= wanted:
-                break
-        return deleted, coldest
+                return deleted, coldest, True
+            coldest = coldest or rows[0][1]
+            for row, used, key in rows:
+                at = used_at(key)
+                if at > used:
+                    sql("UPDATE Entries SET used = ? WHERE id = ?", (at, row))
+                    dated += 1
+                else:
+                    sql("DELETE FROM Cache WHERE rowid = ?", (row,))
+                    sql("DELETE FROM Entries WHERE id = ?", (row,))
+                    deleted += 1
+                if deleted >= wanted:
+                    break
+        return deleted, coldest, False
 
     def _coldest_rows(self, sql: Sql, count: int, pinned: str) -> list[tuple[int, int, bytes]]:
         for since in dict.fromkeys((self._coldest, 0)):

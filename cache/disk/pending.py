@@ -32,6 +32,11 @@ class Pending:
         """What goes into the next transaction; add to it."""
         return self._changes
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits that would be lost: neither records nor sums."""
+        return not (self.backlog or self._changes.usage or self._changes.records)
+
     def take(self) -> Changes:
         """Return what is to be written now; what comes later is another transaction's."""
         taken, self._changes = self._changes, Changes()

@@ -18,6 +18,7 @@ from .pending import Pending
 log = logging.getLogger("embedding_proxy.store")
 
 
+LAST_TRIES = 3
 WARNING_SECONDS = 10.0
 """How long the same failure is not said again."""
 
@@ -124,13 +125,25 @@ class Writer:
             log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
 
     async def finish(self) -> None:
-        """Wait for what is being written, and write what could wait, whatever failed before."""
+        """Wait for what is being written, and write what could wait, whatever failed before.
+
+        What is still refused is lost: so it is tried some times, and the room that is otherwise
+        left free on the file system is used.
+        """
         if self._drain is not None:
             await self._drain
-        self.rest.succeeded()
-        await self.flush()
-        if self.pending.backlog:
-            log.error("%d records could not be kept on disk", len(self.pending.backlog))
+        for _ in range(LAST_TRIES):
+            if self._disk.file is not None:
+                self._disk.file.uses_last_room = True
+            self.rest.succeeded()
+            await self.flush()
+            if self.pending.is_empty:
+                return
+        sums = len(self.pending.changes.usage)
+        log.error(
+            "%d records could not be kept on disk, nor %d lines of the ledger: they are lost",
+            *(len(self.pending.backlog), sums),
+        )
 
     async def flush(self) -> None:
         """Write what could wait, some thousand rows a transaction."""

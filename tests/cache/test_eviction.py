@@ -481,3 +481,18 @@ def test_what_another_process_uses_again_and_again_stays(tmp_path, clock):
             theirs.write(Changes(used={_address(n): Use(clock.ms, COMMON) for n in range(3)}))
             _put(mine, [i])
             assert {0, 1, 2, i} <= _here(mine)
+
+
+def test_many_hot_entries_at_the_cold_end_all_stay(tmp_path, clock):
+    """However many were used a moment ago without a note: they outlive what nobody asks for."""
+    with _opened(tmp_path, pages=400) as database:
+        hot = range(600)
+        _put(database, hot, size=3000)
+        recent = {}
+        for start in range(1000, 9000, 20):
+            clock.now += 1
+            recent |= {_address(i): Use(clock.ms, COMMON) for i in hot}
+            records = {_address(i): Kept(bytes(3000), COMMON) for i in range(start, start + 20)}
+            database.write(Changes(records=records), recent)
+        assert set(hot) <= _here(database)
+        assert _pages(database)[1] <= 400
