@@ -3,7 +3,7 @@
 An upstream charges for what it was asked, whether or not the answer is read. So the time of a
 request, or a client that goes, ends the wait for an attempt, and never the attempt itself: its
 answer is checked, kept and billed. The provider's own limits of time end it. What was not sent yet
-is dropped. When the process ends, a reply that is arriving has CLOSE_S seconds to be kept.
+is dropped. When the process ends, each call that was sent has CLOSE_S seconds to be answered.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
 CLOSE_S = 5.0
-"""Seconds that replies that are arriving have, when the process ends, to be read and kept."""
+"""Seconds that calls that were sent have, when the process ends, to be answered and kept."""
 EXTRA_SHARE = 0.5
 """The part of its time limit by which the wait for an attempt is longer once its reply has begun:
 to ask the next route in its place would be paid twice."""
@@ -43,6 +43,7 @@ class Attempts:
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[None], Attempt] = {}
+        self._is_closing = False
 
     async def make(self, work: Work, limit_s: float | None = None) -> bool:
         """Make an attempt and wait for its end; return False if `limit_s` seconds are up before.
@@ -51,6 +52,7 @@ class Attempts:
         was not is cancelled. Raises what the attempt fails with.
         """
         attempt = Attempt()
+        attempt.is_abandoned = self._is_closing
         task = asyncio.create_task(work(attempt))
         self._tasks[task] = attempt
         task.add_done_callback(self._end)
@@ -68,17 +70,31 @@ class Attempts:
         return True
 
     async def close(self) -> None:
-        """End the attempts under way; those whose reply is arriving have CLOSE_S seconds to end."""
+        """End the attempts under way; those that were sent have CLOSE_S seconds to be answered.
+
+        Those that were not sent end at once. Nothing is sent from now until the return.
+        """
+        self._is_closing = True
         for task, attempt in self._tasks.items():
             attempt.is_abandoned = True
-            if not attempt.has_reply:
+            if not (attempt.is_sent or attempt.has_reply):
                 task.cancel()
+        sent = sum(one.is_sent or one.has_reply for one in self._tasks.values())
+        if sent:
+            log.info("stopping: waiting up to %g s for the answers to %d calls", CLOSE_S, sent)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_S)
+        if sent and self._tasks:
+            log.warning(
+                "stopping: %d calls were not answered within %g s; what they cost is not known",
+                len(self._tasks),
+                CLOSE_S,
+            )
         while self._tasks:
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks)
+        self._is_closing = False
 
     def _end(self, task: asyncio.Task[None]) -> None:
         attempt = self._tasks.pop(task)

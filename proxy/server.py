@@ -19,7 +19,8 @@ from .app import build_app
 log = logging.getLogger("embedding_proxy.server")
 
 GRACE_SECONDS = 30.0
-"""How long requests in progress may take after the signal to stop."""
+"""How long requests in progress may take after the signal to stop. Then calls that were sent have
+`attempts.CLOSE_S` seconds more to be answered, whether or not a client waits for them."""
 
 
 class PortUnavailable(Exception):

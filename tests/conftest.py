@@ -20,6 +20,7 @@ from aioresponses import aioresponses
 from command import Run, runner
 from fault_server import FaultServer
 
+from providers import attempts
 from proxy.app import SERVICE, build_app
 from proxy.http.connection import Runner
 from proxy.http.heads import Heads
@@ -90,6 +91,12 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("OPENAI_API_KEY", "OPENROUTER_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(autouse=True)
+def _short_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no upstream that says nothing hold up the end of a test."""
+    monkeypatch.setattr(attempts, "CLOSE_S", 0.01)
 
 
 @pytest.fixture

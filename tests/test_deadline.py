@@ -5,6 +5,7 @@ The clock of the event loop is moved by hand, so that nothing here waits or depe
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 import aiohttp
 import orjson
@@ -21,6 +22,8 @@ FOR_EVER = 1e6
 """Seconds; the provider's own limits of time are not what is tried."""
 FIRST_ROUTE_S, EXTRA_S, REQUEST_S = 150, 75, 300
 """What a request of 300 s leaves the first of two routes; then for a reply that is arriving."""
+CLOSE_S = 100.0
+"""Seconds that calls have when the proxy stops; more than any of this takes by the real clock."""
 
 
 class Halves:
@@ -57,6 +60,12 @@ def move(monkeypatch):
         await some_turns()
 
     return forward
+
+
+@pytest.fixture
+def close_s(monkeypatch):
+    """Give the calls that were sent CLOSE_S seconds when the proxy stops."""
+    monkeypatch.setattr(attempts, "CLOSE_S", CLOSE_S)
 
 
 async def some_turns():
@@ -254,44 +263,121 @@ async def test_the_call_that_proves_a_key_is_waited_for_by_the_next_request(
     assert await billed(proxy) == (calls * tokens_of("a"), calls)
 
 
-async def test_a_reply_that_is_arriving_when_the_proxy_stops_is_kept(upstream, start_proxy):
-    """It is read, stored and billed before the process ends."""
+async def sent(proxy, upstream):
+    """Wait until the upstream has a call of the proxy."""
+    await until(lambda: any(one.is_sent for one in under_way(proxy)) and upstream.calls)
+
+
+async def stopping(start_proxy, proxy):
+    """Begin to stop the proxy; return the task when only CLOSE_S is left to the calls."""
+    all_attempts = proxy.service.upstreams.attempts
+    task = asyncio.create_task(start_proxy.stop())
+    await until(lambda: all_attempts._is_closing or task.done())
+    return task
+
+
+@pytest.mark.usefixtures("close_s")
+@pytest.mark.parametrize("is_arriving", [True, False], ids=["arriving", "silent"])
+@pytest.mark.parametrize("client", ["waits", "has a 504", "is cancelled"])
+async def test_a_call_that_was_sent_is_kept_when_the_proxy_stops(
+    client, is_arriving, upstream, start_proxy, move
+):
+    """It is answered within CLOSE_S, stored and billed, though its reply had not begun."""
     reply = Halves(upstream)
     upstream.script.append(reply)
+    if not is_arriving:
+        upstream.gate = asyncio.Event()
     proxy = await start(start_proxy, upstream)
-    request = ask(proxy)
-    await reading(proxy, reply)
-    (attempt,) = under_way(proxy)
-    stopping = asyncio.create_task(start_proxy.stop())
-    await until(lambda: attempt.is_abandoned)
+    if client == "is cancelled":
+        request = asyncio.create_task(proxy.service.embed("a", MODEL))
+    else:
+        request = ask(proxy)
+    await sent(proxy, upstream)
+    if is_arriving:
+        await reading(proxy, reply)
+    if client == "has a 504":
+        await move(REQUEST_S + 1)
+        assert (await request).status == 504
+    elif client == "is cancelled":
+        request.cancel()
+        await some_turns()
+    stop = await stopping(start_proxy, proxy)
+    await move(CLOSE_S / 2)
+    assert not stop.done()
+    if upstream.gate is not None:
+        upstream.gate.set()
     reply.may_end.set()
-    await stopping
+    await stop
     await asyncio.wait([request])
-    assert request.exception() is not None or request.result().status >= 500
+    upstream.gate = None
     proxy = await start(start_proxy, upstream)
     assert (await ask(proxy)).headers["x-cache"] == "hit"
     assert len(upstream.calls) == 1
     assert await billed(proxy) == (tokens_of("a"), 1)
 
 
-@pytest.mark.parametrize(
-    ("is_arriving", "close_s"), [(True, 0.01), (False, FOR_EVER)], ids=["arriving", "silent"]
-)
-async def test_the_proxy_stops_in_time(is_arriving, close_s, upstream, start_proxy, monkeypatch):
-    """A reply that goes on arriving has a few seconds; an upstream that says nothing has none."""
-    monkeypatch.setattr(attempts, "CLOSE_S", close_s)
+@pytest.mark.usefixtures("close_s")
+@pytest.mark.parametrize("is_arriving", [True, False], ids=["arriving", "silent"])
+async def test_a_hung_upstream_delays_the_stop_by_the_time_it_has(
+    is_arriving, upstream, start_proxy, move, caplog
+):
+    """After CLOSE_S the call is given up, the log says so, and the proxy has stopped."""
     reply = Halves(upstream)
     upstream.script.append(reply if is_arriving else hang())
     proxy = await start(start_proxy, upstream)
     request = ask(proxy)
+    await sent(proxy, upstream)
     if is_arriving:
         await reading(proxy, reply)
-    else:
-        await until(lambda: upstream.calls)
-    async with asyncio.timeout(20):
-        await start_proxy.stop()
+    stop = await stopping(start_proxy, proxy)
+    await move(CLOSE_S - 1)
+    assert not stop.done()
+    await move(2)
+    await stop
     await asyncio.wait([request])
     assert request.exception() is not None or request.result().status >= 500
+    assert "1 calls were not answered" in caplog.text
+
+
+@pytest.mark.usefixtures("close_s")
+async def test_a_call_that_was_not_sent_ends_at_once_when_the_proxy_stops(upstream, start_proxy):
+    """What waits for a place among the calls is dropped; what was sent before it is kept."""
+    upstream.gate = asyncio.Event()
+    limits = {"limits": {"concurrency": 1}}
+    proxy = await start(start_proxy, upstream, provider=limits)
+    first = ask(proxy)
+    await until(lambda: upstream.calls)
+    second = ask(proxy, "b")
+    await until(lambda: len(proxy.service._registry._flights) == 2)
+    stop = await stopping(start_proxy, proxy)
+    await some_turns()
+    assert not stop.done()
+    upstream.gate.set()
+    await stop
+    await asyncio.wait([first, second])
+    assert len(upstream.calls) == 1
+    proxy = await start(start_proxy, upstream)
+    assert await billed(proxy) == (tokens_of("a"), 1)
+
+
+@pytest.mark.usefixtures("close_s")
+async def test_a_canary_that_was_sent_is_billed_when_the_proxy_stops(upstream, start_proxy):
+    """Its answer is read within CLOSE_S, as the upstream charges for it."""
+    proxy = await start(start_proxy, upstream)
+    assert (await ask(proxy)).status == 200
+    looking = asyncio.create_task(proxy.service.canaries.look())
+    await until(lambda: len(upstream.calls) == 2)
+    upstream.gate = asyncio.Event()
+    await until(lambda: len(upstream.calls) == 3)
+    looking.cancel()
+    await asyncio.wait([looking])
+    stop = await stopping(start_proxy, proxy)
+    upstream.gate.set()
+    await stop
+    upstream.gate = None
+    proxy = await start(start_proxy, upstream)
+    charged = sum(tokens_of(text) for call in upstream.calls for text in call.inputs)
+    assert (await billed(proxy))[0] == charged
 
 
 async def _played(made, steps, attempt):
@@ -328,6 +414,31 @@ async def test_only_what_was_sent_goes_on(is_sent, ending):
     going_on.set()
     await until(lambda: not all_attempts._tasks)
     assert made == (["begun", "ended"] if is_sent else ["begun"])
+
+
+async def test_no_call_is_sent_once_the_proxy_stops(monkeypatch):
+    """What was not sent ends at once, what was sent goes on, what begins now is not sent."""
+    monkeypatch.setattr(attempts, "CLOSE_S", FOR_EVER)
+    all_attempts, going_on, later = attempts.Attempts(), asyncio.Event(), []
+    sent_steps, unsent_steps = [], []
+    plans = [(sent_steps, ["sent", going_on]), (unsent_steps, [going_on])]
+    tasks = [
+        asyncio.create_task(all_attempts.make(partial(_played, made, steps)))
+        for made, steps in plans
+    ]
+    await until(lambda: sent_steps and unsent_steps)
+    closing = asyncio.create_task(all_attempts.close())
+    await some_turns()
+    assert [task.done() for task in (closing, *tasks)] == [False, False, True]
+
+    async def late(attempt):
+        later.append(attempt.is_abandoned)
+
+    await all_attempts.make(late)
+    going_on.set()
+    await asyncio.wait([closing, tasks[0]])
+    assert tasks[1].cancelled()
+    assert (sent_steps, unsent_steps, later) == (["begun", "ended"], ["begun"], [True])
 
 
 async def test_a_late_failure_is_told_in_the_log_alone(caplog):

@@ -20,8 +20,9 @@ import orjson
 
 from cache import atomic_file
 from cache.disk.lock import WriterLock
+from providers.attempts import Attempt
 from providers.base import Account, Context, EmbeddingError
-from providers.probe import SAME, TEXTS, agreement, probe
+from providers.probe import SAME, TEXTS, Probe, agreement, probe
 from providers.routing.health import Upstreams
 from providers.routing.route import Route
 
@@ -202,10 +203,7 @@ class Canaries:
             return []
         found = []
         for route in routes:
-            context = self._context(model)
-            charge = model.embedder.on_charge(model.space, context)
-            context = replace(context, on_charge=charge, finishes_calls=True)
-            answer = await probe(route, model.space, context, self._upstreams.clock)
+            answer = await self._probe(model, route)
             if answer.failure is not None:
                 log.info("%s: the canaries were not answered: %s", route.name, answer.failure)
                 continue
@@ -228,6 +226,20 @@ class Canaries:
                 )
             )
         return found
+
+    async def _probe(self, model: Model, route: Route) -> Probe:
+        """Ask a route past the cache. The call is billed, also if the proxy stops meanwhile."""
+        context = self._context(model)
+        charge = model.embedder.on_charge(model.space, context)
+        context = replace(context, on_charge=charge, finishes_calls=True)
+        answers: list[Probe] = []
+
+        async def work(attempt: Attempt) -> None:
+            own = replace(context, attempt=attempt)
+            answers.append(await probe(route, model.space, own, self._upstreams.clock))
+
+        await self._upstreams.attempts.make(work)
+        return answers[0]
 
     def _context(self, model: Model) -> Context:
         account = Account(model.name, price=model.price)

@@ -123,10 +123,11 @@ class Registry:
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
 
     async def close(self) -> None:
-        """End the calls under way, and keep what they have brought.
+        """End the calls under way, and keep what they bring.
 
-        What is queued is dropped, and no call is made any more. A reply that is arriving is read,
-        kept and billed, for `attempts.CLOSE_S` seconds at most; a call without one is given up.
+        What is queued is dropped, and no call is made any more. Calls that were sent have
+        `attempts.CLOSE_S` seconds to be answered; what comes is kept and billed. The store and the
+        providers must be open until this returns.
         """
         await self._upstreams.tasks.close()
         await self._upstreams.attempts.close()

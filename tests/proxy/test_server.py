@@ -12,6 +12,7 @@ from aiohttp import web
 from fault_server import hang
 
 from cache.disk.store import StoreError
+from providers import attempts
 from proxy import server
 from proxy.server import PortUnavailable, base_url, listen, serve
 from proxy.settings.schema import Settings
@@ -84,9 +85,10 @@ async def test_a_request_that_outlasts_the_grace_is_dropped(settings, upstream, 
 
 
 async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, caplog):
-    """An upstream that says nothing holds the end up for GRACE_SECONDS, and not for twice that."""
+    """A hung upstream holds the end up for GRACE_SECONDS and CLOSE_S, and not for longer."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    caplog.set_level("INFO", "embedding_proxy.server")
+    caplog.set_level("INFO", "embedding_proxy")
+    monkeypatch.setattr(attempts, "CLOSE_S", 4 * server.GRACE_SECONDS)
     ahead, loop = 0.0, asyncio.get_running_loop()
     real = loop.time
     monkeypatch.setattr(loop, "time", lambda: real() + ahead)
@@ -105,6 +107,10 @@ async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, c
                 await asyncio.sleep(0)
             assert not task.done()
             ahead += server.GRACE_SECONDS / 2 + 2
+        while "waiting up to" not in caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert not task.done()
+        ahead += attempts.CLOSE_S
         async with asyncio.timeout(server.GRACE_SECONDS / 2):
             assert await task is signal.SIGTERM
         with pytest.raises(aiohttp.ClientError):
