@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from cache.disk.database import is_damage
 from cache.disk.lock import WriterLock
+from cache.disk.read_only import connect_read_only
 
 T = TypeVar("T")
 
@@ -173,6 +174,25 @@ class OutboxFile:
         finally:
             self.sql.close()
             self._lock.close()
+
+
+class ReadOnlyOutbox:
+    """The file in `folder`, where it cannot be written. Everything raises sqlite3.Error."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / FILE_NAME
+        self.sql, _ = connect_read_only(path, "target")
+        (version,) = self.sql.execute("PRAGMA user_version").fetchone()
+        if version != _VERSION:
+            self.sql.close()
+            raise sqlite3.OperationalError(
+                f"{path} has version {version} and cannot be written; version {_VERSION} is read:"
+                " open it once where it can be written"
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self.sql.close()
 
 
 def _is_cut_short(path: Path) -> bool:

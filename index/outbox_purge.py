@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from providers.base import current_label
 
-from .outbox_file import OutboxFile
+from .outbox_file import OutboxFile, ReadOnlyOutbox
 
 _TABLES = ("waiting", "dead")
 _TERMS = {
@@ -32,7 +32,7 @@ class Picked:
 
 
 def pick(
-    file: OutboxFile,
+    file: OutboxFile | ReadOnlyOutbox,
     *,
     namespace: str | None = None,
     space: str | None = None,

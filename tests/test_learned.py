@@ -166,7 +166,7 @@ async def test_a_failure_teaches_nothing(upstream, start_proxy):
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"[]", b'{"a": "b"}', b"{"])
-async def test_a_spoilt_file_is_learned_anew(spoilt, upstream, start_proxy):
+async def test_a_spoilt_file_is_learned_anew(spoilt, upstream, start_proxy, caplog):
     """Without what was pinned, the first answer tells again, and what was kept is found again."""
     upstream.widths = {NEW: 40}
     proxy = await start_proxy(openai=upstream)
@@ -178,6 +178,9 @@ async def test_a_spoilt_file_is_learned_anew(spoilt, upstream, start_proxy):
     await _embed(proxy, "b")
     reply, _ = await _embed(proxy, "a")
     assert reply.headers["x-cache"] == "hit"
+    told = [one.message for one in caplog.records if one.name == "embedding_proxy.learned"]
+    (line,) = [message for message in told if "is damaged or cannot be read" in message]
+    assert str(file) in line
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -105,6 +105,22 @@ PROMISES = {
     "the directory takes no writes at the start": (
         "tests/test_disk_faults.py::test_a_start_on_a_store_that_cannot_be_opened",
     ),
+    "a directory stands in the place of": (
+        "tests/proxy/test_reading_commands.py::test_a_directory_in_the_place_of_a_file_is_named",
+    ),
+    "`widths.json` is damaged": ("tests/test_learned.py::test_a_spoilt_file_is_learned_anew",),
+    "also work where the store cannot be written": (
+        (
+            "tests/proxy/test_reading_commands.py"
+            "::test_what_only_reads_works_where_nothing_can_be_written"
+        ),
+    ),
+    "also in such a folder that was renamed": (
+        (
+            "tests/proxy/test_cache_commands.py"
+            "::test_sums_that_are_in_the_ledger_already_are_not_added"
+        ),
+    ),
     "None of these fails a request": (
         "tests/test_disk_faults.py::test_nothing_is_bought_twice_for_a_fault_of_the_disk",
         "tests/test_disk_faults.py::test_a_process_recovers_by_itself",

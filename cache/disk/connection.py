@@ -2,27 +2,52 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
+import sqlite3
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from cache import ledger
 from cache.key import FORMAT
 
-from . import database, set_aside
+from . import database, schema, set_aside
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
-from .read_only import DamagedFile, Glance, ReadOnlyFile
+from .read_only import (
+    LEDGER_DAMAGED,
+    DamagedFile,
+    Glance,
+    ReadableFile,
+    ReadOnlyFile,
+    primary_code,
+)
 from .schema import NewerLayout
 
 log = logging.getLogger("embedding_proxy.store")
 
 T = TypeVar("T")
 
+LOCKED = "another process keeps it locked"
+
+_NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_SQL_NO_ACCESS = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN)
+_SQL_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+class NotAFile(OSError):
+    """Something else is where the store needs a file of its own."""
+
+
 # Mistakes of the configuration, not of the moment.
-_NEVER = (NotADirectoryError, FileExistsError, IsADirectoryError, NewerLayout)
+_NEVER = (NotADirectoryError, FileExistsError, IsADirectoryError, NewerLayout, NotAFile)
+
+
+_LOCK_NAME = "writer.lock"
 
 
 class StoreError(Exception):
@@ -30,9 +55,25 @@ class StoreError(Exception):
 
 
 def lock_of(directory: Path) -> WriterLock:
-    """Return the lock that all who write to the store in `directory` take. Raises OSError."""
+    """Return the lock that all who write to the store in `directory` take.
+
+    Raises OSError, also where something that is no file is in the place of one of the store's.
+    """
+    if (obstacle := _obstacle(directory)) is not None:
+        kind = "a directory" if obstacle.is_dir() else "no regular file"
+        raise NotAFile(f"{obstacle} is {kind}, and the store needs a file there: move it away")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return WriterLock(directory / "writer.lock", database.BUSY_SECONDS)
+    return WriterLock(directory / _LOCK_NAME, database.BUSY_SECONDS)
+
+
+def _obstacle(directory: Path) -> Path | None:
+    """Return what is where a file of the store belongs, and is none. Raises OSError."""
+    folder = folder_of(directory)
+    names = [f"{database.FILE_NAME}{end}" for end in ("", "-wal", "-shm")]
+    for path in (directory / _LOCK_NAME, *(folder / name for name in names)):
+        if path.exists() and not path.is_file():
+            return path
+    return None
 
 
 def folder_of(directory: Path) -> Path:
@@ -41,9 +82,16 @@ def folder_of(directory: Path) -> Path:
 
 
 def exists(directory: Path) -> bool:
-    """Tell whether there is a store in `directory`."""
+    """Tell whether there is a store in `directory`, or something in the place of its files."""
     path = folder_of(directory) / database.FILE_NAME
-    return _is_there(path) or bool(set_aside.pending(path))
+    try:
+        obstacle = _obstacle(directory)
+    except NotADirectoryError:
+        return False
+    except OSError:
+        # Who may not look may not say that there is none.
+        return True
+    return _is_there(path) or obstacle is not None or bool(set_aside.pending(path))
 
 
 @contextlib.contextmanager
@@ -70,8 +118,77 @@ def opened(
             raise _explained(folder, error) from error
 
 
+@contextlib.contextmanager
+def opened_for_reading(
+    directory: Path, size_limit: int, pinned: Collection[str] = ()
+) -> Iterator[ReadableFile]:
+    """Give the file of a store to one thread that only reads, beside proxies that may be running.
+
+    The file is opened as `opened` does it. Where it cannot be written (no access, no space, locked
+    by another process), it is a ReadOnlyFile that says why. Raises StoreError as `opened` does, and
+    for a file of an older layout that cannot be brought up to the present one.
+    """
+    with contextlib.ExitStack() as stack:
+        file: ReadableFile
+        try:
+            file = stack.enter_context(opened(directory, size_limit, pinned))
+        except StoreError as error:
+            if not _is_only_unwritable(error.__cause__):
+                raise
+            file = stack.enter_context(_only_read(folder_of(directory), error))
+        yield file
+
+
+@contextlib.contextmanager
+def _only_read(folder: Path, failure: StoreError) -> Iterator[ReadOnlyFile]:
+    """Give a store's file for reading only, after a `failure` to open it for writing."""
+    path = folder / database.FILE_NAME
+    reason = str(failure.__cause__) or LOCKED
+    try:
+        file = ReadOnlyFile(path, reason)
+    except FAILURES as error:
+        # The first failure has the remedy, but damage is found by whoever can read.
+        raise _explained(folder, error) if is_damage(error) else failure from error
+    with contextlib.closing(file):
+        try:
+            ((layout,),) = file.sql("PRAGMA user_version").fetchall()
+            schema.refuse_newer(path, layout)
+            if layout < schema.LAYOUT:
+                raise StoreError(
+                    f"{path} has layout {layout}, and can only be read ({reason}); this version"
+                    f" reads layout {schema.LAYOUT}: to bring it up to that, open it once where it"
+                    " can be written, or copy its folder to such a place"
+                )
+            if not ledger.copies_agree(file.sql):
+                raise sqlite3.DatabaseError(LEDGER_DAMAGED)
+            yield file
+        except (*database.STORE_FAILURES, NewerLayout) as error:
+            raise _explained(folder, error) from error
+
+
+def _is_only_unwritable(error: BaseException | None) -> bool:
+    """Tell whether a file that could not be opened may still be one that can be read."""
+    if error is None or is_damage(error) or isinstance(error, NewerLayout | NotAFile):
+        return False
+    is_io = primary_code(error) == sqlite3.SQLITE_IOERR  # Also of shared memory on a full disk.
+    return is_io or _remedy(error) != ""
+
+
+def _remedy(error: BaseException) -> str:
+    """Return what to do about an error of the moment; empty where nothing is known."""
+    number, code = getattr(error, "errno", None), primary_code(error)
+    if number in _NO_ACCESS or code in _SQL_NO_ACCESS:
+        return "give this user write access to the folder and all files in it"
+    if number in _NO_SPACE or code == sqlite3.SQLITE_FULL:
+        return "free some space on the disk"
+    if type(error) in (TimeoutError, database.Timeout) or code in _SQL_LOCKED:
+        return "end or continue the process that keeps the lock, and try again"
+    return ""
+
+
 def _explained(folder: Path, error: BaseException) -> StoreError:
-    return StoreError(f"{folder}: {str(error) or 'another process keeps it locked'}")
+    remedy = _remedy(error)
+    return StoreError(f"{folder}: {str(error) or LOCKED}{remedy and '; '}{remedy}")
 
 
 def is_damaged(error: StoreError) -> bool:

@@ -171,6 +171,11 @@ class Database:
         return run
 
     @property
+    def address(self) -> str:
+        """The URI by which another connection of SQLite reads the same file."""
+        return read_only.address_of(self.path)
+
+    @property
     def replaced(self) -> bool:
         """Whether the file that is open is no longer the one at its path."""
         return set_aside.inode_of(self.path) != self._inode

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from providers.base import current_label
 
 from .database import Database
+from .read_only import ReadableFile
 from .schema import Sql, give_back
 
 ROWS_A_TRANSACTION = 100
@@ -41,7 +42,7 @@ class Choice:
     address: bytes | None = None
 
 
-def count(database: Database, choice: Choice) -> tuple[int, int]:
+def count(database: ReadableFile, choice: Choice) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
     if choice.address is not None:
         condition, values = where(choice)
@@ -64,7 +65,7 @@ def count(database: Database, choice: Choice) -> tuple[int, int]:
     return int(entries), size
 
 
-def is_chosen(database: Database, choice: Choice, address: bytes) -> bool:
+def is_chosen(database: ReadableFile, choice: Choice, address: bytes) -> bool:
     """Tell whether the entry at an address is there, and among those chosen. Raises FAILURES."""
     condition, values = where(replace(choice, address=address))
     return bool(

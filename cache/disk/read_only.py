@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 from cache import ledger
 
@@ -21,7 +22,33 @@ PATIENCE_SECONDS = 5.0
 SLOW_SECONDS = 0.005
 """Shorter ones hold up nobody to speak of, wherever the page comes from."""
 LEDGER_DAMAGED = "the ledger is damaged: its two copies disagree"
+_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _RAW = 1  # diskcache's mode of a value that is bytes and nothing else
+
+
+class ReadableFile(Protocol):
+    """A store's file as far as it is read: by `Database`, or by `ReadOnlyFile`. For one thread."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the format version."""
+
+    @property
+    def path(self) -> Path:
+        """The database in it."""
+
+    @property
+    def address(self) -> str:
+        """The URI by which another connection of SQLite reads the same file."""
+
+    @property
+    def sql(self) -> Sql:
+        """Runs one statement with its parameters, and returns the rows. Raises sqlite3.Error."""
+
+    def read_many(
+        self, addresses: Sequence[bytes], *, not_before: float = 0.0
+    ) -> dict[bytes, Found]:
+        """Return the records that are there, by address, but for those stored before a time."""
 
 
 def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
@@ -58,16 +85,30 @@ def read_ledger(
 
 
 class ReadOnlyFile:
-    """A store's file on a medium that takes no writes. For one thread. Raises sqlite3.Error.
+    """A store's file that cannot be written now. For one thread. Raises sqlite3.Error.
 
-    Where SQLite can make no lock beside it, the file is taken for one that nobody changes.
+    `reason` says why it is not opened for writing; empty where nobody is told.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reason: str = "") -> None:
+        self.folder = path.parent
+        self.path = path
+        self.reason = reason
+        self._connection, self.address = connect_read_only(path)
+
+    @property
+    def sql(self) -> Sql:
+        """Runs one statement with its parameters, and returns the rows."""
+        return self._connection.execute
+
+    @property
+    def lacks_log(self) -> bool:
+        """Whether there is a write-ahead log with content that cannot be read."""
+        log = self.path.with_name(f"{self.path.name}-wal")
         try:
-            self._connection = _connect(path, "mode=ro")
-        except sqlite3.OperationalError:
-            self._connection = _connect(path, "mode=ro&immutable=1")
+            return "immutable" in self.address and log.stat().st_size > 0
+        except OSError:
+            return False
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
@@ -191,15 +232,43 @@ def _disk_reads() -> int | None:
     return spent.ru_majflt + spent.ru_inblock
 
 
+def address_of(path: Path, query: str = "mode=ro") -> str:
+    """Return the URI by which SQLite opens a file (https://www.sqlite.org/uri.html)."""
+    return f"{path.absolute().as_uri()}?{query}"
+
+
+def connect_read_only(path: Path, table: str = "Cache") -> tuple[sqlite3.Connection, str]:
+    """Return a connection that only reads a file with this table, and the URI that it was made by.
+
+    Where SQLite can make no lock or shared memory beside the file, the file is taken for one that
+    nobody changes, and its write-ahead log is not read. A file that somebody keeps locked is not:
+    its pages change. Raises sqlite3.Error.
+    """
+    query = "mode=ro"
+    try:
+        return _connect(path, query, table=table), address_of(path, query)
+    except sqlite3.OperationalError as error:
+        if primary_code(error) in _LOCKED:
+            raise
+    query = "mode=ro&immutable=1"
+    return _connect(path, query, table=table), address_of(path, query)
+
+
+def primary_code(error: BaseException) -> int:
+    """Return SQLite's primary result code; 0 for an error that SQLite did not make."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
 def _connected(path: Path, query: str, patience_s: float) -> sqlite3.Connection:
-    address = f"{path.absolute().as_uri()}?{query}"
-    return sqlite3.connect(address, patience_s, uri=True, check_same_thread=False)
+    return sqlite3.connect(address_of(path, query), patience_s, uri=True, check_same_thread=False)
 
 
-def _connect(path: Path, query: str, patience_s: float = 5.0) -> sqlite3.Connection:
+def _connect(
+    path: Path, query: str, patience_s: float = 5.0, table: str = "Cache"
+) -> sqlite3.Connection:
     connection = _connected(path, query, patience_s)
     try:
-        connection.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+        connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchall()
     except sqlite3.Error:
         connection.close()
         raise

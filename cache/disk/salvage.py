@@ -89,16 +89,21 @@ def pause_after(began: float) -> float:
 
 
 def salvage_file(
-    path: Path, database: Database, progress: Callable[[int], None] = lambda _: None
+    path: Path,
+    database: Database,
+    progress: Callable[[int], None] = lambda _: None,
+    *,
+    add_sums: bool = False,
 ) -> tuple[Outcome, Report]:
     """Put what is whole in any damaged file into the store's. Raises FAILURES.
 
-    A file's sums are added once: it is known by the name of the folder that it was set aside to,
-    one that lies elsewhere by its content.
+    The sums of a file that was set aside are added once: it is known by the name of its folder. The
+    sums of any other file may be in the ledger already, as those of a backup are. They are added
+    only if `add_sums` says so, and once: such a file is known by its content.
     """
-    folder = path.absolute().parent.name
-    name = folder if set_aside.is_name(folder) else f"content:{_digest(path)}"
-    return _run(database, path, name, progress)
+    if set_aside.is_in_folder(path):
+        return _run(database, path, path.absolute().parent.name, progress)
+    return _run(database, path, f"content:{_digest(path)}" if add_sums else None, progress)
 
 
 def salvage_pending(
@@ -163,14 +168,15 @@ def outcome_of(aside: SetAside) -> Outcome:
 def _run(
     database: Database,
     path: Path,
-    name: str,
+    name: str | None,
     progress: Callable[[int], None],
     *,
     aside: SetAside | None = None,
 ) -> tuple[Outcome, Report]:
     outcome, report = Outcome(), Report()
-    with_sums = aside is None or not aside.has_given_sums
-    for number, step in enumerate(steps(path, name, report, progress, with_sums=with_sums)):
+    # Without a mark no sums are taken.
+    with_sums = name is not None and not (aside is not None and aside.has_given_sums)
+    for number, step in enumerate(steps(path, name or "", report, progress, with_sums=with_sums)):
         began = time.monotonic()
         step(database, outcome)
         if number == 0 and aside is not None:

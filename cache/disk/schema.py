@@ -130,6 +130,11 @@ def check(path: Path, patience_s: float) -> None:
         ((layout,),) = connection.execute("PRAGMA user_version")
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
+    refuse_newer(path, layout)
+
+
+def refuse_newer(path: Path, layout: int) -> None:
+    """Raise NewerLayout for a layout that this version does not know."""
     if layout > LAYOUT:
         raise NewerLayout(
             f"{path} has layout {layout}, this version knows {LAYOUT}:"

@@ -85,6 +85,11 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def is_in_folder(path: Path) -> bool:
+    """Tell whether a file lies in a folder of such a name, wherever that is."""
+    return is_name(path.absolute().parent.name)
+
+
 def move(path: Path, inode: int | None) -> SetAside | None:
     """Move the database at `path` out of the way, if it is still the one with that inode.
 

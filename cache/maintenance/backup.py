@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache.disk.database import Database
+from cache.disk.read_only import ReadableFile
 from cache.disk.schema import CACHE_PAGES, MMAP_BYTES
 
 from .short_reads import Pauses
@@ -83,7 +83,7 @@ _FIND_CHANGED = f"""
 """
 
 
-def copy(database: Database, target: Path, progress: Callable[[int, int], None]) -> None:
+def copy(database: ReadableFile, target: Path, progress: Callable[[int, int], None]) -> None:
     """Write the store's entries and ledger to `target`, which must not exist.
 
     `progress` is told the entries copied and all entries. Others read and write meanwhile. Raises
@@ -112,9 +112,9 @@ def copy(database: Database, target: Path, progress: Callable[[int, int], None])
 class _Copy:
     """The copy is `main`, the store `source`, both in one connection."""
 
-    def __init__(self, connection: sqlite3.Connection, database: Database) -> None:
+    def __init__(self, connection: sqlite3.Connection, database: ReadableFile) -> None:
         self._sql = connection.execute
-        self._sql("ATTACH ? AS source", (f"{database.path.absolute().as_uri()}?mode=ro",))
+        self._sql("ATTACH ? AS source", (database.address,))
         self._page_bytes = self._one("PRAGMA source.page_size")
         self._sql(f"PRAGMA main.page_size = {self._page_bytes}")
         self._sql(f"PRAGMA main.auto_vacuum = {self._one('PRAGMA source.auto_vacuum')}")

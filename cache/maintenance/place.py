@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cache.disk import connection
 from cache.disk.database import FREE_BYTES
+from cache.disk.read_only import ReadOnlyFile
 
 from . import stats
 from .stats import Stats
@@ -62,9 +63,13 @@ def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> I
     place, exists, held, problem = look(directory), connection.exists(directory), None, ""
     if exists:
         try:
-            # To open it is to write to it: diskcache notes its settings in the file.
-            with connection.opened(directory, size_limit, pinned) as file:
+            with connection.opened_for_reading(directory, size_limit, pinned) as file:
                 held = stats.gather(file)
+                if isinstance(file, ReadOnlyFile):
+                    problem = (
+                        f"{file.folder}: cannot be written: {file.reason};"
+                        " what is in it is served, and nothing is kept"
+                    )
         except connection.StoreError as error:
             problem = str(error)
             if connection.is_damaged(error):

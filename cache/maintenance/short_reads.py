@@ -16,10 +16,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from cache.disk.database import Database
+from cache.disk.read_only import ReadableFile
 from cache.disk.schema import Sql
 
 MIN_PAUSE_SECONDS = 0.002
@@ -37,16 +36,15 @@ _LOG_HEADER, _FRAME_HEADER = 32, 24
 _int = int.from_bytes  # All numbers of a log are big-endian.
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(file: ReadableFile) -> sqlite3.Connection:
     """Return a connection of its own to a store's file that only reads. Raises sqlite3.Error."""
-    address = f"{path.absolute().as_uri()}?mode=ro"
-    return sqlite3.connect(address, isolation_level=None, uri=True, check_same_thread=False)
+    return sqlite3.connect(file.address, isolation_level=None, uri=True, check_same_thread=False)
 
 
 class LogWatch:
     """The write-ahead log of a store: how much of it is used, and statements that respect it."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: ReadableFile) -> None:
         self._path = database.path.with_name(f"{database.path.name}-wal")
         # The connection knows what the proxies keep to: all have the same configuration.
         ((limit,),) = database.sql("PRAGMA journal_size_limit").fetchall()
@@ -131,7 +129,9 @@ class Pauses:
     A log that is always read is never begun anew. Where nobody writes there is no pause.
     """
 
-    def __init__(self, database: Database, sql: Sql | None = None, schema: str = "main") -> None:
+    def __init__(
+        self, database: ReadableFile, sql: Sql | None = None, schema: str = "main"
+    ) -> None:
         """Look at the store in `schema` of the connection behind `sql`; else at its own."""
         self._watch = LogWatch(database)
         self._sql = sql or database.sql
@@ -156,7 +156,7 @@ class Pauses:
         return int(version)
 
 
-def id_ranges(database: Database, rows: int) -> Iterator[tuple[int, int]]:
+def id_ranges(database: ReadableFile, rows: int) -> Iterator[tuple[int, int]]:
     """Yield ranges (first - 1, last) of ids of `Entries` that hold at most `rows` rows each.
 
     They cover all entries that are there at the beginning. Eviction may give an entry a larger id

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cache.disk.database import Database
+from cache.disk.read_only import ReadableFile
 from cache.disk.schema import Sql
 from cache.row import UNKNOWN, Partition
 from cache.usage import Usage
@@ -69,7 +69,7 @@ class Stats:
         return total
 
 
-def gather(database: Database) -> Stats:
+def gather(database: ReadableFile) -> Stats:
     """Return the sums of a store. Raises FAILURES.
 
     It reads in steps, so that the write-ahead log does not grow meanwhile; the sums of a store that
@@ -96,7 +96,7 @@ def gather(database: Database) -> Stats:
     return Stats(on_disk, since, tuple(held))
 
 
-def _entries(database: Database) -> dict[int | None, _Entered]:
+def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
     """Return number, first and last purchase, and last use of the entries, by partition."""
     sums: dict[int | None, _Entered] = {}
     for after, last in id_ranges(database, ROWS_A_STEP):

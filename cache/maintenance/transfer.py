@@ -12,6 +12,7 @@ from cache import record
 from cache.disk.changes import Changes, Kept
 from cache.disk.database import Database
 from cache.disk.purge import Choice, where
+from cache.disk.read_only import ReadableFile
 from cache.row import Partition, Row
 
 from .short_reads import id_ranges
@@ -45,7 +46,7 @@ class Written:
     """Those whose record does not verify."""
 
 
-def rows(database: Database, choice: Choice, report: Read) -> Iterator[Row]:
+def rows(database: ReadableFile, choice: Choice, report: Read) -> Iterator[Row]:
     """Yield the chosen rows that are whole, in the order in which they lie. Raises FAILURES."""
     condition, values = where(choice)
     if choice == Choice():
@@ -83,10 +84,11 @@ def is_record(key: object, raw: object, mode: object, value: object) -> bool:
     return raw == 1 and mode == 1 and type(value) is bytes and type(key) is bytes and len(key) == 16
 
 
-def put(database: Database, new: Iterable[Row], *, dry_run: bool = False) -> Iterator[Written]:
+def put(database: ReadableFile, new: Iterable[Row], *, dry_run: bool = False) -> Iterator[Written]:
     """Write the rows that are not there yet; yield the sums so far after each batch.
 
-    Raises FAILURES, and what `new` raises.
+    Any readable file serves `dry_run`; else it is a Database. Raises FAILURES, and what `new`
+    raises.
     """
     sums = Written()
     for batch in _batches(new):
@@ -113,6 +115,8 @@ def put(database: Database, new: Iterable[Row], *, dry_run: bool = False) -> Ite
             address: wanted[address] for address, _ in bad
         }
         if missing and not dry_run:
+            if not isinstance(database, Database):
+                raise TypeError("the file is open for reading only")
             database.write(Changes(records=missing, dead=bad, keep_newer=True))
         sums.stored += len(missing)
         sums.present += whole - len(missing)

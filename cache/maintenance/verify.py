@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from cache import record
 from cache.disk.database import Database, is_damage
+from cache.disk.read_only import ReadableFile
 from cache.disk.schema import Sql
 
 from .short_reads import LogWatch, Pauses, connect, id_ranges
@@ -108,7 +109,7 @@ class _Row(NamedTuple):
         return width is not None and self.dimensions not in (None, width)
 
 
-def scan(database: Database, findings: Findings) -> Iterator[int]:
+def scan(database: ReadableFile, findings: Findings) -> Iterator[int]:
     """Look at every record, yielding how many were looked at so far. Raises FAILURES.
 
     Damage of the file is not raised but noted.
@@ -117,7 +118,7 @@ def scan(database: Database, findings: Findings) -> Iterator[int]:
         yield from _scan_records(database, findings)
         database.sql("SELECT namespace, space FROM Partitions").fetchall()
         _compare_indexes(database, findings)
-        with contextlib.closing(connect(database.path)) as connection:
+        with contextlib.closing(connect(database)) as connection:
             watch = LogWatch(database)
             _compare_counts(watch, connection, findings)
             _check_structure(watch, connection, findings)
@@ -127,7 +128,7 @@ def scan(database: Database, findings: Findings) -> Iterator[int]:
         findings.broken = str(error)
 
 
-def _scan_records(database: Database, findings: Findings) -> Iterator[int]:
+def _scan_records(database: ReadableFile, findings: Findings) -> Iterator[int]:
     sql, pauses = database.sql, Pauses(database)
     seen = after = not_found = 0
     count = ROWS_A_BATCH
@@ -166,7 +167,7 @@ def _remember(places: list[tuple[int, int]], after: int, last: int) -> None:
     places.append((after, last))
 
 
-def _compare_indexes(database: Database, findings: Findings) -> None:
+def _compare_indexes(database: ReadableFile, findings: Findings) -> None:
     """Look up each row of `Entries` in each index of it: what is not there is never evicted."""
     sql = database.sql
     names = _indexes(sql, "Entries")

@@ -3,8 +3,8 @@
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +12,12 @@ import typer
 
 from cache.disk import bounds, connection, purge, salvage
 from cache.disk.database import Database
+from cache.disk.read_only import ReadableFile, ReadOnlyFile
 from cache.key import Namespace, keyring
 from cache.maintenance import backup
 from cache.row import OTHER_NAMESPACE
 from index import outbox_purge
-from index.outbox_file import FILE_NAME, OutboxFile
+from index.outbox_file import FILE_NAME, OutboxFile, ReadOnlyOutbox
 from providers.base import current_label
 from proxy import config
 from proxy.service import GIB
@@ -30,6 +31,7 @@ from .common import (
     path_text,
     plain,
     print_json,
+    printable,
     progress,
     size,
 )
@@ -52,6 +54,23 @@ def opened(settings: Settings, *, create: bool = False) -> Iterator[Database]:
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
     with connection.opened(cache.directory, limit, cache.pinned, create=create) as file:
+        yield file
+
+
+@contextmanager
+def opened_for_reading(settings: Settings) -> Iterator[ReadableFile]:
+    """Give the store that a configuration names to a command that only reads.
+
+    Says on stderr when it cannot be written, and why. Raises StoreError.
+    """
+    cache = settings.cache
+    limit = int(cache.size_limit_gib * GIB)
+    with connection.opened_for_reading(cache.directory, limit, cache.pinned) as file:
+        if isinstance(file, ReadOnlyFile):
+            line = f"{file.folder}: the store is only read, it cannot be written: {file.reason}"
+            if file.lacks_log:
+                line += f"; what its log {file.path.name}-wal holds cannot be read, and is left out"
+            typer.echo(printable(path_text(line)), err=True)
         yield file
 
 
@@ -91,33 +110,65 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         # What is deleted must not come back from a damaged file that is not salvaged yet.
         limit = int(settings.cache.size_limit_gib * GIB)
         salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned)
-    with opened(settings) as file, _outbox(settings) as outbox:
-        shared = [one for one in _shared(choice) if purge.count(file, one)[0]]
-        counts = [purge.count(file, one) for one in (choice, *shared)]
-        entries, held = (sum(column) for column in zip(*counts, strict=True))
-        of_others = entries - counts[0][0]
-        waiting = [] if outbox is None else _waiting(outbox, file, [choice, *shared])
-        if outbox is not None and not dry_run:
-            outbox_purge.remove(outbox, waiting)
-        deleted = 0 if dry_run else _delete(file, [choice, *shared], entries)
+    deleted = 0
+    if dry_run:
+        with opened_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
+            chosen = _look_up(file, waiting, choice)
+    else:
+        with opened(settings) as store, _outbox(settings) as outbox:
+            chosen = _look_up(store, outbox, choice)
+            if outbox is not None:
+                outbox_purge.remove(outbox, chosen.points)
+            deleted = _delete(store, chosen.choices, chosen.entries)
     if as_json:
-        told = {"chosen": entries, "bytes": held, "deleted": deleted, "waiting": len(waiting)}
-        if of_others:
-            told["of_shared_partitions"] = of_others
+        told = {
+            "chosen": chosen.entries,
+            "bytes": chosen.bytes,
+            "deleted": deleted,
+            "waiting": len(chosen.points),
+        }
+        if chosen.of_others:
+            told["of_shared_partitions"] = chosen.of_others
         print_json({**told, "dry_run": dry_run})
         return
     done = "would be deleted" if dry_run else "deleted"
     if dry_run:
-        typer.echo(f"{entries:,} entries, {size(held)}, {done}")
+        typer.echo(f"{chosen.entries:,} entries, {size(chosen.bytes)}, {done}")
     else:
-        typer.echo(f"{deleted:,} entries {done}, {size(held)}")
-    if of_others:
+        typer.echo(f"{deleted:,} entries {done}, {size(chosen.bytes)}")
+    if chosen.of_others:
         typer.echo(
-            f"{of_others:,} of them lie in a partition that several namespaces or spaces share:"
-            " they cannot be told apart, so all of them go"
+            f"{chosen.of_others:,} of them lie in a partition that several namespaces or spaces"
+            " share: they cannot be told apart, so all of them go"
         )
-    if outbox is not None:
-        typer.echo(f"{len(waiting):,} points that wait for Qdrant {done}; those in Qdrant stay")
+    if chosen.has_outbox:
+        typer.echo(
+            f"{len(chosen.points):,} points that wait for Qdrant {done}; those in Qdrant stay"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What a purge is about to delete."""
+
+    choices: list[purge.Choice]
+    entries: int
+    bytes: int
+    of_others: int
+    """Those of the entries that lie in a partition that several namespaces or spaces share."""
+    points: list[outbox_purge.Picked]
+    """What waits for Qdrant."""
+    has_outbox: bool
+
+
+def _look_up(
+    file: ReadableFile, outbox: OutboxFile | ReadOnlyOutbox | None, choice: purge.Choice
+) -> _Chosen:
+    choices = [choice, *(one for one in _shared(choice) if purge.count(file, one)[0])]
+    counts = [purge.count(file, one) for one in choices]
+    entries, held = (sum(column) for column in zip(*counts, strict=True))
+    points = [] if outbox is None else _waiting(outbox, file, choices)
+    return _Chosen(choices, entries, held, entries - counts[0][0], points, outbox is not None)
 
 
 def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> int:
@@ -161,12 +212,30 @@ def _outbox(settings: Settings) -> Iterator[OutboxFile | None]:
     try:
         with closing(OutboxFile(folder)) as file:
             yield file
-    except (sqlite3.Error, TimeoutError) as error:
+    except (sqlite3.Error, OSError) as error:
         raise WorkFailed(f"{folder / FILE_NAME}: {error}") from error
 
 
+@contextmanager
+def _outbox_for_reading(
+    settings: Settings,
+) -> Iterator[OutboxFile | ReadOnlyOutbox | None]:
+    """Give what waits for Qdrant, though it cannot be written. Raises WorkFailed."""
+    folder = settings.cache.directory
+    with ExitStack() as stack:
+        found: OutboxFile | ReadOnlyOutbox | None
+        try:
+            found = stack.enter_context(_outbox(settings))
+        except WorkFailed as failure:
+            try:
+                found = stack.enter_context(closing(ReadOnlyOutbox(folder)))
+            except sqlite3.Error as error:
+                raise failure from error
+        yield found
+
+
 def _waiting(
-    outbox: OutboxFile, file: Database, choices: Sequence[purge.Choice]
+    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.Choice]
 ) -> list[outbox_purge.Picked]:
     """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
     choice = choices[0]
@@ -212,7 +281,7 @@ def back_up(
         raise WorkFailed(f"{target}: there is no such folder")
     settings = config.load(config_file)
     try:
-        with opened(settings) as file:
+        with opened_for_reading(settings) as file:
             ((total,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'")
             with progress("copying", total) as tell:
                 backup.copy(file, target, lambda done, _total: tell(done))

@@ -14,7 +14,7 @@ from cache.maintenance import archive, transfer
 from cache.row import Row
 from proxy import config
 
-from .cache import NamespaceOption, SpaceOption, app, opened
+from .cache import NamespaceOption, SpaceOption, app, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, path_text, print_json, progress
 
 STREAM = "-"
@@ -33,7 +33,7 @@ def export(
     settings = config.load(config_file)
     choice = Choice(namespace=namespace, space=space)
     report = transfer.Read()
-    with opened(settings) as database:
+    with opened_for_reading(settings) as database:
         total, _ = count(database, choice)
         with _written(target) as file, progress("exporting", total) as tell:
             rows = _told(transfer.rows(database, choice, report), tell)

@@ -13,7 +13,7 @@ from proxy.http import sums
 from proxy.service import GIB
 from proxy.settings.schema import Settings
 
-from .cache import app, opened
+from .cache import app, opened_for_reading
 from .common import ConfigOption, JsonOption, age, console, path_text, print_json, size
 
 WIDEST = 120
@@ -33,7 +33,7 @@ def show_stats(
     """Show what is kept, by namespace and space, how often it was used, and what that saved."""
     settings = config.load(config_file)
     columns = list(dict.fromkeys(by or ()))
-    with opened(settings) as file:
+    with opened_for_reading(settings) as file:
         if columns:
             bill = [sums.line(columns, *line) for line in ledger.read(file.sql, columns)]
         else:

@@ -5,12 +5,13 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import typer
 
+from cache.disk.read_only import ReadableFile
 from cache.key import Namespace, keyring
 from cache.maintenance import archive, transfer
 from cache.maintenance.archive import ArchiveError
@@ -23,7 +24,7 @@ from proxy.settings.schema import Settings
 from proxy.sources import FORMATS, open_source
 
 from .adopt import Adoption, SampleDiffers, Survey
-from .cache import app, opened
+from .cache import app, opened, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
 
 _MAGIC = b"EMBA"
@@ -179,7 +180,13 @@ def _put(
     sums = transfer.Written()
     # The first is looked at before a store is made for it.
     rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
-    with opened(settings, create=not dry_run) as database, progress("importing", total) as tell:
+    with ExitStack() as stack:
+        tell = stack.enter_context(progress("importing", total))
+        database: ReadableFile
+        if dry_run:
+            database = stack.enter_context(opened_for_reading(settings))
+        else:
+            database = stack.enter_context(opened(settings, create=True))
         for sums in transfer.put(database, rows, dry_run=dry_run):
             tell(sums.stored + sums.present)
     return sums

@@ -17,7 +17,7 @@ from proxy import config
 from proxy.service import GIB
 from proxy.settings.schema import Settings
 
-from .cache import app, opened
+from .cache import app, opened, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
 
 
@@ -37,14 +37,22 @@ def verify_store(
             "--salvage", metavar="FILE", help="Take what is whole out of a damaged cache.db."
         ),
     ] = None,
+    add_sums: Annotated[
+        bool,
+        typer.Option(
+            help="Add the sums of FILE to the ledger, once; never those of a copy of this store."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Read every record and say what is damaged. Exit code 1 if something is left that is."""
     settings = config.load(config_file)
+    if add_sums and salvage_file is None:
+        raise config.ConfigError("--add-sums: is about the FILE of --salvage")
     if salvage_file is not None:
-        _salvage(settings, salvage_file, as_json=as_json)
+        _salvage(settings, salvage_file, add_sums=add_sums, as_json=as_json)
         return
-    findings = _scan(settings)
+    findings = _scan(settings, for_writing=mend)
     mended = False
     saved: Outcome | None = None
     if mend and findings.broken:
@@ -74,10 +82,12 @@ def verify_store(
         raise typer.Exit(1)
 
 
-def _scan(settings: Settings) -> Findings:
+def _scan(settings: Settings, *, for_writing: bool) -> Findings:
     findings = Findings()
+    # Who is going to mend learns at once that the store cannot be written.
+    open_store = opened if for_writing else opened_for_reading
     try:
-        with opened(settings) as database:
+        with open_store(settings) as database:
             ((total,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
             with progress("verifying", total) as tell:
                 for seen in verify.scan(database, findings):
@@ -136,15 +146,19 @@ def _start_anew(settings: Settings) -> Outcome:
     return saved[0] if saved else Outcome()
 
 
-def _salvage(settings: Settings, path: Path, *, as_json: bool) -> None:
+def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -> None:
     own = connection.folder_of(settings.cache.directory) / FILE_NAME
     if not path.is_file():
         raise WorkFailed(f"{path}: there is no such file")
     if own.exists() and own.samefile(path):
         raise WorkFailed(f"{path} is the store itself: `cache verify --mend` mends it")
-    saved, report = _put(settings, path)
+    add_sums = add_sums or set_aside.is_in_folder(path)
+    saved, report = _put(settings, path, add_sums=add_sums)
+    left_out = "" if add_sums else f"the sums of {path} are not added; --add-sums adds them"
     if not (report.records or saved.sums):
-        raise WorkFailed(f"{path}: there is no record in it that is whole")
+        raise WorkFailed(
+            f"{path}: there is no record in it that is whole{left_out and '; '}{left_out}"
+        )
     if as_json:
         print_json(
             {
@@ -152,6 +166,7 @@ def _salvage(settings: Settings, path: Path, *, as_json: bool) -> None:
                 "present": saved.present,
                 "damaged": report.damaged,
                 "sums": saved.sums,
+                "sums_left_out": not add_sums,
             }
         )
     else:
@@ -159,11 +174,13 @@ def _salvage(settings: Settings, path: Path, *, as_json: bool) -> None:
             f"{saved.records:,} records saved, {saved.present:,} were there already,"
             f" {report.damaged:,} are damaged; {saved.sums:,} sums added to the ledger"
         )
+        if left_out:
+            typer.echo(left_out)
 
 
-def _put(settings: Settings, path: Path) -> tuple[Outcome, Report]:
+def _put(settings: Settings, path: Path, *, add_sums: bool) -> tuple[Outcome, Report]:
     with (
         opened(settings, create=True) as database,
         progress("salvaging", path.stat().st_size) as tell,
     ):
-        return salvage.salvage_file(path, database, tell)
+        return salvage.salvage_file(path, database, tell, add_sums=add_sums)

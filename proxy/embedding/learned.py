@@ -89,11 +89,18 @@ class Pins:
         version = (found.st_ino, found.st_mtime_ns, found.st_size)
         if version != self._version:
             self._version = version
-            self._known |= self._read()
+            self._known |= self._read(is_told=True)
 
-    def _read(self) -> dict[str, int]:
+    def _read(self, *, is_told: bool = False) -> dict[str, int]:
+        """Return what the file holds: nothing where it cannot be read, or is not one of ours."""
         try:
             found = orjson.loads(self._file.read_bytes())
             return {str(space): int(width) for space, width in found.items() if int(width) > 0}
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if is_told:
+                log.warning(
+                    "%s: is damaged or cannot be read (%s): widths are learned anew from the"
+                    " next answers; to declare them, set `dimensions` of the models",
+                    *(self._file, type(error).__name__),
+                )
             return {}

@@ -78,7 +78,7 @@ def test_a_file_in_the_way_is_a_problem(where, tmp_path):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_place_that_takes_no_writes(there, tmp_path):
-    """A store there cannot be used, and none can be made; it is said what that means."""
+    """A store there is only read, and none can be made; it is said what that means."""
     if there:
         with connection.opened(tmp_path, GIB, create=True):
             pass
@@ -87,7 +87,7 @@ def test_a_place_that_takes_no_writes(there, tmp_path):
             found = place.inspect(tmp_path, GIB)
     except CannotMount as error:
         pytest.skip(str(error))
-    assert (found.exists, found.held) == (there, None)
+    assert (found.exists, found.held is not None) == (there, there)
     assert str(tmp_path) in found.problem
     says = "nothing is kept" if there else "takes no writes, and the store would be made there"
     assert says in found.problem
@@ -128,4 +128,16 @@ def test_a_store_that_is_locked_is_a_problem_of_the_moment(tmp_path, monkeypatch
         pass
     monkeypatch.setattr("cache.disk.database.BUSY_SECONDS", 0.0)
     with closing(connection.lock_of(tmp_path)) as lock, lock:
-        assert "another process keeps writing" in place.inspect(tmp_path, GIB).problem
+        found = place.inspect(tmp_path, GIB)
+    assert "another process keeps writing" in found.problem
+    assert found.held.entries == 0
+
+
+@pytest.mark.parametrize("name", ["writer.lock", "v1/cache.db", "v1/cache.db-wal"])
+def test_what_is_in_the_place_of_a_file_is_a_problem(name, tmp_path):
+    """A directory there is named, with the remedy: no store can be opened or made."""
+    (tmp_path / name).mkdir(parents=True)
+    found = place.inspect(tmp_path, GIB)
+    assert found.problem.endswith(
+        f"{tmp_path / name} is a directory, and the store needs a file there: move it away"
+    )

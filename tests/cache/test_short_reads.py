@@ -159,9 +159,9 @@ def watched(database, writer, monkeypatch):
     Interrupted.interrupts = 0
     limit = LOG_PAGES * PAGE_BYTES
 
-    def connect(path):
+    def connect(file):
         made = sqlite3.connect(
-            f"{path.as_uri()}?mode=ro",
+            file.address,
             uri=True,
             isolation_level=None,
             check_same_thread=False,

@@ -819,7 +819,8 @@ def test_what_is_whole_is_taken_out_of_another_file(run, fill, tmp_path, rows):
     fill(*(_row(text) for text in TEXTS[:100]))
     done = run("verify", "--salvage", str(damaged), "--json")
     assert (done.code, done.err) == (0, "")
-    assert done.json == {"stored": 401, "present": 100, "damaged": 0, "sums": 0}
+    told = {"stored": 401, "present": 100, "damaged": 0, "sums": 0, "sums_left_out": True}
+    assert done.json == told
     assert damaged.read_bytes() == before
     assert {row.partition for row in rows()} == {
         keyring(SPACE).partition,
@@ -828,7 +829,53 @@ def test_what_is_whole_is_taken_out_of_another_file(run, fill, tmp_path, rows):
     done = run("verify", "--salvage", str(damaged))
     assert done.out == (
         "0 records saved, 501 were there already, 0 are damaged; 0 sums added to the ledger\n"
+        f"the sums of {damaged} are not added; --add-sums adds them\n"
     )
+
+
+def _billed(run):
+    return [line["usd_billed"] for line in run("stats", "--by", "model", "--json").json]
+
+
+@pytest.mark.parametrize("of", ["backup", "copy", "renamed folder"])
+def test_sums_that_are_in_the_ledger_already_are_not_added(of, run, tmp_path):
+    """A file of this store has them, too: they are left out, and it is said how to add them."""
+    _write_bill(tmp_path)
+    path = tmp_path / "cache" / "v1" / "cache.db"
+    file = tmp_path / "file.db"
+    if of == "backup":
+        assert run("backup", file).code == 0
+    elif of == "copy":
+        shutil.copy(path, file)
+    else:
+        aside = set_aside.move(path, path.stat().st_ino)
+        assert run("verify", "--salvage", aside.path).code == 0
+        file = aside.folder.rename(tmp_path / "kept") / "cache.db"
+    before = _billed(run)
+    assert before
+    left_out = f"the sums of {file} are not added; --add-sums adds them"
+    _failed(run("verify", "--salvage", file), 1, "no record in it that is whole", left_out)
+    assert _billed(run) == before
+    for _ in range(2):
+        run("verify", "--salvage", file, "--add-sums")
+        assert _billed(run) == [2 * usd for usd in before]
+
+
+def test_sums_of_a_file_that_was_set_aside_are_added(run, tmp_path):
+    """They are in no other file, and are known by the folder's name: added once, unasked."""
+    _write_bill(tmp_path)
+    before = _billed(run)
+    path = tmp_path / "cache" / "v1" / "cache.db"
+    aside = set_aside.move(path, path.stat().st_ino)
+    done = run("verify", "--salvage", aside.path, "--json")
+    assert (done.json["sums"] > 0, done.json["sums_left_out"]) == (True, False)
+    run("verify", "--salvage", aside.path)
+    assert _billed(run) == before
+
+
+def test_sums_are_those_of_a_file_to_be_salvaged(run):
+    """--add-sums without --salvage is wrong usage."""
+    _failed(run("verify", "--add-sums"), 2, "--add-sums", "--salvage")
 
 
 def test_a_purge_deletes_what_is_not_salvaged_yet_as_well(run, fill, tmp_path, rows):
@@ -922,8 +969,8 @@ def test_a_store_that_is_locked_is_one_line(run, fill, monkeypatch):
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
     path = fill(_row("a"))
     with connection.lock_of(path.parents[1]):
-        for command in (["stats"], ["purge", "--all"], ["verify", "--mend"]):
-            _failed(run(*command), 1, "another process keeps writing")
+        for command in (["purge", "--all"], ["verify", "--mend"]):
+            _failed(run(*command), 1, "another process keeps writing", "end or continue")
     assert run("verify").code == 0
 
 
