@@ -16,6 +16,7 @@ from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
 from .read_only import DamagedFile, Glance, ReadOnlyFile
 from .schema import NewerLayout
+from .write_ahead_log import damage_of
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -43,7 +44,7 @@ def folder_of(directory: Path) -> Path:
 def exists(directory: Path) -> bool:
     """Tell whether there is a store in `directory`."""
     path = folder_of(directory) / database.FILE_NAME
-    return _is_there(path) or bool(set_aside.pending(path))
+    return _is_there(path) or _has_log_only(path) or bool(set_aside.pending(path))
 
 
 @contextlib.contextmanager
@@ -242,6 +243,14 @@ class Disk:
 
 def _number(file: DamagedFile) -> int:
     return file.aside.number
+
+
+def _has_log_only(path: Path) -> bool:
+    """Tell whether the file is empty, but its write-ahead log is not."""
+    try:
+        return path.is_file() and bool(damage_of(path))
+    except OSError:
+        return False
 
 
 def _is_there(path: Path) -> bool:

@@ -16,7 +16,7 @@ import diskcache
 
 from cache import ledger
 
-from . import eviction, pages, read_only, schema, set_aside
+from . import eviction, pages, read_only, schema, set_aside, write_ahead_log
 from .changes import Changes, Found, Use
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
@@ -119,6 +119,7 @@ class Database:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with lock:
             set_aside.complete(self.path)
+            write_ahead_log.check(self.path)
             try:
                 self.cache = self._open()
             except (sqlite3.OperationalError, schema.NewerLayout) as error:
