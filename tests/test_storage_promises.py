@@ -96,6 +96,11 @@ PROMISES = {
         "tests/test_disk_faults.py::test_a_file_deleted_under_load_fails_no_request",
         f"{HERE}::test_a_write_that_waited_goes_into_the_file_at_the_path",
     ),
+    "`cache.db-wal` or `cache.db-shm` is deleted under the running proxy": (
+        "tests/cache/test_lost_log.py::test_all_is_there_after_a_kill",
+        "tests/cache/test_lost_log.py::test_all_of_two_processes_is_there_after_a_kill",
+        "tests/cache/test_lost_log.py::test_a_store_notices_it_by_itself",
+    ),
     "less than 64 MiB are free on the file system": (
         "tests/cache/test_store.py::test_a_disk_that_is_nearly_full_is_spared",
     ),

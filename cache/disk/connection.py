@@ -141,6 +141,9 @@ class Disk:
         async with self._opening:
             if self.file is not old:
                 return
+            # While its connections are open; and whoever writes meanwhile is refused.
+            if await self._in(self._writer, old.save_log):
+                log.error("%s: %s", old.path, database.LOG_DELETED)
             self.file = None
             old.let_go()
             await self._close(old)

@@ -5,6 +5,7 @@ That is right for a transaction that a kill has cut off, and wrong for a damaged
 follow. Numbers in brackets are sections of https://www.sqlite.org/fileformat2.html.
 """
 
+import contextlib
 import os
 import sqlite3
 from functools import lru_cache
@@ -115,6 +116,27 @@ def check(path: Path) -> None:
         raise sqlite3.DatabaseError(f"the file is damaged: {damage}")
 
 
+def is_open_without_log(path: Path) -> bool:
+    """Tell whether another connection has the database open, and there is no log at its path.
+
+    Every connection that has read a database has a log and
+    a shared lock. One that asks for an exclusive lock is refused then.
+    """
+    if path.with_name(path.name + LOG).exists() or not _has_content(path):
+        return False
+    try:
+        with contextlib.closing(
+            sqlite3.connect(path, timeout=0.0, isolation_level=None)
+        ) as connection:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+            connection.execute("PRAGMA user_version").fetchall()
+    except sqlite3.OperationalError as error:
+        return "locked" in str(error)
+    except sqlite3.DatabaseError:
+        return False  # Whoever opens it finds out.
+    return False
+
+
 def damage_of(path: Path) -> str:
     """Return how the log of the database at `path` is damaged; "" if it is not. Raises OSError."""
     try:
@@ -144,6 +166,13 @@ def _read_frames(file: int, length: int, at: int, size: int) -> bytes:
             return bytes(size)
         return b"".join(_read_frames(file, size, at + i, size) for i in range(0, length, size))
     return data[: len(data) // size * size]
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _page_bytes(path: Path) -> int:
