@@ -87,9 +87,19 @@ PROMISES = {
         "tests/test_page_damage.py::test_a_damaged_page_costs_what_lay_on_it",
         "tests/cache/test_disk.py::test_a_damaged_file_is_moved_aside_and_kept",
     ),
+    "the write-ahead log is damaged, or `cache.db` is empty beside it": (
+        "tests/cache/test_write_ahead_log.py::test_one_bit_of_the_log_costs_a_record_at_most",
+        "tests/cache/test_write_ahead_log.py::test_an_empty_database_beside_its_log",
+        "tests/cache/test_write_ahead_log.py::test_a_torn_last_transaction_is_no_damage",
+    ),
     "the file is deleted or replaced under the running proxy": (
         "tests/test_disk_faults.py::test_a_file_deleted_under_load_fails_no_request",
         f"{HERE}::test_a_write_that_waited_goes_into_the_file_at_the_path",
+    ),
+    "`cache.db-wal` or `cache.db-shm` is deleted under the running proxy": (
+        "tests/cache/test_lost_log.py::test_all_is_there_after_a_kill",
+        "tests/cache/test_lost_log.py::test_all_of_two_processes_is_there_after_a_kill",
+        "tests/cache/test_lost_log.py::test_a_store_notices_it_by_itself",
     ),
     "less than 64 MiB are free on the file system": (
         "tests/cache/test_store.py::test_a_disk_that_is_nearly_full_is_spared",

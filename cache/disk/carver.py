@@ -32,10 +32,10 @@ from . import carved_ledger
 from .carved_ledger import CarvedLedger
 from .pages import ADDRESS, INDEX_INTERIOR, INDEX_LEAF, ONE, TABLE_LEAF, Cell, cells, shapes
 from .set_aside import is_name
+from .write_ahead_log import SIZES, Log
 
 PAGE_BYTES = 32_768  # Where the file does not tell.
 MAX_RECORD_BYTES = 4 << 20  # Of a row that are looked for outside its page: a million dimensions.
-_SIZES = {1: 65_536} | {512 << i: 512 << i for i in range(8)}  # 1.3.2
 _int = int.from_bytes  # All numbers are big-endian.
 # Noted of each row, 64 rows a block; 0 if nothing is known, -1 (no hash is) if copies disagree.
 _WITNESS, _PARTITION, _STORED, _YIELDED = range(4)
@@ -90,10 +90,11 @@ class Carver:
             log = Path(f"{database}-wal").open("rb", buffering=0)  # noqa: SIM115 - closed by the stack
             self._log = self._opened.enter_context(log).fileno()
         head, log_head = _read(self._file, 18, 0), _read(self._log, 32, 0)
-        self._size = _SIZES.get(_int(head[16:18])) or _SIZES.get(_int(log_head[8:12]), PAGE_BYTES)
+        self._size = SIZES.get(_int(head[16:18])) or SIZES.get(_int(log_head[8:12]), PAGE_BYTES)
         log_bytes = os.fstat(self._log).st_size if self._log >= 0 else 0
         self._ends = os.fstat(self._file).st_size, log_bytes
-        self._frames = self._last_frames(log_head)
+        self._unsound: set[int] = set()  # Offsets of pages that their frame's checksum denies.
+        self._frames = self._last_frames()
         self._noted: defaultdict[int, array[int]] = defaultdict(lambda: array("q", bytes(2048)))
         # By id, what the table of partitions and its index say.
         self._said: defaultdict[int, set[Partition]] = defaultdict(set)
@@ -155,23 +156,28 @@ class Carver:
                     yield from self._carve(page, cell, place)
         self._tell(sum(self._ends))
 
-    def _last_frames(self, log_head: bytes) -> dict[int, tuple[int, int]]:
+    def _last_frames(self) -> dict[int, tuple[int, int]]:
         """Return where in the log the last version of each page lies, by the page's number (4.1).
 
         Frames of other salts are older, left from before the log was begun anew; those behind the
-        last commit were never valid.
+        last commit were never valid. What a damaged frame says may be right, but for its sums.
         """
-        salts = log_head[16:24] if log_head[:3] == b"\x37\x7f\x06" else _read(self._log, 8, 32 + 8)
         frames: dict[int, tuple[int, int]] = {}
         begun: dict[int, tuple[int, int]] = {}
-        for offset in range(32 + 24, self._ends[1], 24 + self._size):
-            head = _read(self._log, 24, offset - 24)
-            if head[8:16] != salts:
-                continue
-            begun[_int(head[:4])] = self._log, offset
-            if _int(head[4:8]):  # A commit (4.1): the size of the database after it.
-                frames |= begun
-                begun = {}
+        with contextlib.suppress(OSError):
+            log = Log(self._log, self._size)
+            self._size = log.page_bytes  # A checksum proves it.
+            rows = zip(log.belongs, log.continues, log.pages, log.commits, strict=True)
+            for row, (belongs, is_sound, page, is_commit) in enumerate(rows):
+                if not belongs:
+                    continue
+                offset = 32 + 24 + row * (24 + self._size)
+                begun[int(page)] = self._log, offset
+                if not is_sound:
+                    self._unsound.add(offset)
+                if is_commit:
+                    frames |= begun
+                    begun = {}
         return frames
 
     def _places(self) -> Iterator[_Place]:
@@ -199,6 +205,7 @@ class Carver:
         if shapes(page, self._size, place[2], *kinds).isdisjoint(_LEARNED | {""}):
             return
         ledger = carved_ledger.Page()
+        ledger.is_sound = place[0] != self._log or place[1] not in self._unsound
         for cell in cells(page, self._size, place[2], *kinds):
             if cell is None or cell.missing or (shape := cell.layout.shape) not in _LEARNED:
                 ledger.is_sound &= cell is not None

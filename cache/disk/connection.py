@@ -26,6 +26,7 @@ from .read_only import (
     primary_code,
 )
 from .schema import NewerLayout
+from .write_ahead_log import damage_of
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -91,7 +92,8 @@ def exists(directory: Path) -> bool:
     except OSError:
         # Who may not look may not say that there is none.
         return True
-    return _is_there(path) or obstacle is not None or bool(set_aside.pending(path))
+    is_there = _is_there(path) or _has_log_only(path) or obstacle is not None
+    return is_there or bool(set_aside.pending(path))
 
 
 @contextlib.contextmanager
@@ -257,6 +259,9 @@ class Disk:
         async with self._opening:
             if self.file is not old:
                 return
+            # While its connections are open; and whoever writes meanwhile is refused.
+            if await self._in(self._writer, old.save_log):
+                log.error("%s: %s", old.path, database.LOG_DELETED)
             self.file = None
             old.let_go()
             await self._close(old)
@@ -359,6 +364,14 @@ class Disk:
 
 def _number(file: DamagedFile) -> int:
     return file.aside.number
+
+
+def _has_log_only(path: Path) -> bool:
+    """Tell whether the file is empty, but its write-ahead log is not."""
+    try:
+        return path.is_file() and bool(damage_of(path))
+    except OSError:
+        return False
 
 
 def _is_there(path: Path) -> bool:

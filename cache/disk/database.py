@@ -16,7 +16,7 @@ import diskcache
 
 from cache import ledger
 
-from . import eviction, pages, read_only, schema, set_aside
+from . import eviction, pages, read_only, schema, set_aside, write_ahead_log
 from .changes import Changes, Found, Use
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
@@ -32,8 +32,15 @@ LOG_WAIT_MS = 100
 _OTHER_PAGES = 16
 """About how many pages one transaction writes beside those of records."""
 
+OWNER_SECONDS = 3.0
+"""How long a process that opens the file waits for one that must save a log that was deleted."""
+_OWNER_POLL_SECONDS = 0.05
+_SAVE_TRIES = 10
+
 FULL_SECONDS = 10.0
 """How long a store that is full of what is pinned is not asked again."""
+
+LOG_DELETED = "the write-ahead log was deleted while the file was open"
 
 FILE_NAME: str = diskcache.core.DBNAME
 
@@ -111,7 +118,8 @@ class Database:
         self._log_pages = min(max(limit // 50, 4), 1000)
         self._eviction = Eviction(max(1, limit - self._log_pages), pinned)
         self._size_limit = size_limit
-        self._log = folder / f"{FILE_NAME}-wal"
+        self._log = folder / f"{FILE_NAME}{write_ahead_log.LOG}"
+        self._shared_memory = folder / f"{FILE_NAME}{write_ahead_log.SHARED_MEMORY}"
         self.most_bytes = max(size_limit // 64, 1 << 18)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self.uses_last_room = False
@@ -119,8 +127,25 @@ class Database:
         self._full_until = 0.0
         self._is_let_go = False
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with lock:
+        deadline = time.monotonic() + OWNER_SECONDS
+        while not self._is_opened():
+            if time.monotonic() >= deadline:
+                raise sqlite3.OperationalError(
+                    "the file is locked by a process whose write-ahead log was deleted; stop that"
+                    " process, and what it has written is kept"
+                )
+            time.sleep(_OWNER_POLL_SECONDS)
+
+    def _is_opened(self) -> bool:
+        """Open the file, unless a process that has it open must first notice that its log is gone.
+
+        That process has to save what is in it. A second log beside it would be its undoing.
+        """
+        with self._lock:
             set_aside.complete(self.path)
+            if write_ahead_log.is_open_without_log(self.path):
+                return False
+            write_ahead_log.check(self.path)
             try:
                 self.cache = self._open()
             except (sqlite3.OperationalError, schema.NewerLayout) as error:
@@ -132,6 +157,8 @@ class Database:
                 # table that holds what it cannot hold.
                 raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
             self._inode = set_aside.inode_of(self.path)
+            self._log_inodes = self._inodes_of_log()
+        return True
 
     def _open(self) -> diskcache.Cache:
         schema.prepare(self.path)
@@ -180,6 +207,50 @@ class Database:
         """Whether the file that is open is no longer the one at its path."""
         return set_aside.inode_of(self.path) != self._inode
 
+    @property
+    def has_lost_log(self) -> bool:
+        """Whether the log that is open, or its shared memory, is no longer at its path.
+
+        SQLite deletes them when the last connection is closed, not while this one is open.
+        """
+        pairs = zip(self._log_inodes, self._inodes_of_log(), strict=True)
+        return any(noted is not None and noted != present for noted, present in pairs)
+
+    def _inodes_of_log(self) -> tuple[int | None, int | None]:
+        return set_aside.inode_of(self._log), set_aside.inode_of(self._shared_memory)
+
+    def save_log(self) -> bool:
+        """Bring what is in a log that was deleted into the file; return whether it was deleted.
+
+        The file is then to be set aside: another process may have its pages from the log. Raises
+        LogHeld while a reader is in the way; nobody writes meanwhile, as whoever does looks first.
+        """
+        with self._lock:
+            if self.replaced or not self.has_lost_log:
+                return False
+            self._save_log()
+        return True
+
+    def _save_log(self) -> None:
+        if set_aside.inode_of(self._log) == self._log_inodes[0]:
+            return  # Only the shared memory is gone: the log is moved with the file.
+        self.sql(f"PRAGMA busy_timeout = {LOG_WAIT_MS}").fetchall()
+        try:
+            for _ in range(_SAVE_TRIES):
+                ((is_busy, *_),) = self.sql("PRAGMA wal_checkpoint(FULL)").fetchall()
+                if not is_busy:
+                    return
+        except sqlite3.OperationalError:
+            raise  # Of the moment: the log is all there is of what was written.
+        except sqlite3.DatabaseError:
+            return  # Of damage: what is in the file is all that can be saved.
+        finally:
+            self.sql(f"PRAGMA busy_timeout = {int(1000 * BUSY_SECONDS)}").fetchall()
+        raise LogHeld(
+            "the write-ahead log was deleted, and what is in it cannot be saved while somebody reads"
+            " the store: nothing is written until that reader ends"
+        )
+
     def let_go(self) -> None:
         """Refuse all further work, of any thread; each still closes its own connection."""
         self._is_let_go = True
@@ -214,6 +285,9 @@ class Database:
         with self._lock:
             if self.replaced:
                 raise FileReplaced("the file was taken away")
+            if self.has_lost_log:
+                self._save_log()
+                raise sqlite3.DatabaseError(LOG_DELETED)
             self._heed_log(pages)
             with self.cache.transact():
                 yield self.cache._con  # noqa: SLF001

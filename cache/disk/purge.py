@@ -210,7 +210,6 @@ def _let_others(began: float) -> None:
     time.sleep(max(0.003, (time.monotonic() - began) / 4))
 
 
-
 def where(choice: Choice) -> tuple[str, dict[str, object]]:
     """Return a condition on Entries and Partitions, for an address on Cache, and its values."""
     terms = {

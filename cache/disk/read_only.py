@@ -15,6 +15,7 @@ from .backoff import Rest
 from .changes import Found
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
 from .set_aside import SetAside
+from .write_ahead_log import damage_of
 
 ADDRESSES_A_SELECT = 512
 PATIENCE_SECONDS = 5.0
@@ -127,7 +128,12 @@ class DamagedFile:
     def __init__(self, aside: SetAside) -> None:
         self.aside = aside
         self._connection: sqlite3.Connection | None = None
-        self._is_whole = True
+        self._is_whole = False
+        with contextlib.suppress(OSError):
+            # SQLite reads a damaged log in part, and deletes the one of an empty file.
+            self._is_whole = not damage_of(aside.path)
+            if aside.path.stat().st_size == 0:
+                return
         for query in ("mode=ro", "mode=ro&immutable=1"):
             # The second where SQLite can make no file beside it; then it reads no log.
             self.close()
@@ -135,7 +141,7 @@ class DamagedFile:
                 self._connection = _connected(aside.path, query, patience_s=PATIENCE_SECONDS)
                 self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
                 return
-            self._is_whole = not aside.log.exists()
+            self._is_whole = self._is_whole and not aside.log.exists()
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0

@@ -234,10 +234,10 @@ class Store:
             await self._expire(time.time() - self._ttl_s)
 
     async def _heed_damage(self) -> None:
-        """Notice that another process has replaced the file, or has saved what was damaged."""
+        """Notice that the file was replaced, lost its log, or that another process has saved it."""
         file = self._disk.file
         with contextlib.suppress(OSError):
-            if file is not None and file.replaced:
+            if file is not None and (file.replaced or file.has_lost_log):
                 await self._writer.replace(file)
         if self._disk.damaged:
             await self._disk.close_saved()
