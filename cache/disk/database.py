@@ -247,8 +247,8 @@ class Database:
         finally:
             self.sql(f"PRAGMA busy_timeout = {int(1000 * BUSY_SECONDS)}").fetchall()
         raise LogHeld(
-            "the write-ahead log was deleted, and what is in it cannot be saved while somebody reads"
-            " the store: nothing is written until that reader ends"
+            "the write-ahead log was deleted, and what is in it cannot be saved while somebody"
+            " reads the store: nothing is written until that reader ends"
         )
 
     def let_go(self) -> None:

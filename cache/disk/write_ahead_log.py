@@ -119,8 +119,8 @@ def check(path: Path) -> None:
 def is_open_without_log(path: Path) -> bool:
     """Tell whether another connection has the database open, and there is no log at its path.
 
-    Every connection that has read a database has a log and
-    a shared lock. One that asks for an exclusive lock is refused then.
+    Every connection that has read a database of this mode has its log open, and a shared lock: who
+    asks for an exclusive one is refused.
     """
     if path.with_name(path.name + LOG).exists() or not _has_content(path):
         return False

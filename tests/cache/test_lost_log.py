@@ -161,7 +161,7 @@ async def _assert_there(store, groups):
 
 @pytest.mark.parametrize("what", DELETED)
 async def test_all_is_there_after_a_kill(tmp_path, start, what):
-    """What was put before the log was deleted and after it is on disk when the process is killed."""
+    """What was put before the log was deleted, and after, is on disk when the process is killed."""
     other = start(tmp_path)
     assert await other.do("put", 0) == "True"
     _delete(tmp_path, what)
