@@ -270,15 +270,17 @@ async def test_nothing_is_set_aside_while_a_reader_keeps_a_part_of_the_log(tmp_p
 
 async def test_a_command_saves_the_log_when_it_ends(tmp_path):
     """It says what happened, and its file, closed, has all that it wrote."""
-    with (
-        pytest.raises(Exception, match=database.LOG_DELETED),
-        opened(tmp_path, GIB, create=True) as file,
-    ):
-        with file.transaction() as connection:
-            connection.execute("INSERT INTO Salvaged (name) VALUES ('a')")
-        _delete(tmp_path, "both")
-        with file.transaction():
-            pass
+
+    def write_twice():
+        with opened(tmp_path, GIB, create=True) as file:
+            with file.transaction() as connection:
+                connection.execute("INSERT INTO Salvaged (name) VALUES ('a')")
+            _delete(tmp_path, "both")
+            with file.transaction():
+                pass
+
+    with pytest.raises(Exception, match=database.LOG_DELETED):
+        write_twice()
     with opened(tmp_path, GIB) as file:
         assert file.sql("SELECT name FROM Salvaged").fetchall() == [("a",)]
 
