@@ -118,8 +118,8 @@ class Database:
         self._log_pages = min(max(limit // 50, 4), 1000)
         self._eviction = Eviction(max(1, limit - self._log_pages), pinned)
         self._size_limit = size_limit
-        self._log = folder / f"{FILE_NAME}{write_ahead_log.LOG}"
-        self._shared_memory = folder / f"{FILE_NAME}{write_ahead_log.SHARED_MEMORY}"
+        self._log = write_ahead_log.beside(self.path, write_ahead_log.LOG)
+        self._shared_memory = write_ahead_log.beside(self.path, write_ahead_log.SHARED_MEMORY)
         self.most_bytes = max(size_limit // 64, 1 << 18)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self.uses_last_room = False

@@ -106,6 +106,12 @@ class Log:
         return f"frame {bad[0] + 1} of the write-ahead log does not verify, and commits follow"
 
 
+def beside(path: Path, name: str) -> Path:
+    """Return where SQLite keeps its LOG or SHARED_MEMORY: beside the file that a link leads to."""
+    real = path.resolve()
+    return real.with_name(real.name + name)
+
+
 def check(path: Path) -> None:
     """Raise sqlite3.DatabaseError if the log of the database at `path` would not be read whole.
 
@@ -122,7 +128,7 @@ def is_open_without_log(path: Path) -> bool:
     Every connection that has read a database of this mode has its log open, and a shared lock: who
     asks for an exclusive one is refused.
     """
-    if path.with_name(path.name + LOG).exists() or not _has_content(path):
+    if beside(path, LOG).exists() or not _has_content(path):
         return False
     try:
         with contextlib.closing(
@@ -140,9 +146,11 @@ def is_open_without_log(path: Path) -> bool:
 def damage_of(path: Path) -> str:
     """Return how the log of the database at `path` is damaged; "" if it is not. Raises OSError."""
     try:
-        if path.with_name(path.name + LOG).stat().st_size <= HEADER_BYTES + FRAME_HEADER_BYTES:
+        if not (log_path := beside(path, LOG)).is_file():
+            return ""  # SQLite says what else it is.
+        if log_path.stat().st_size <= HEADER_BYTES + FRAME_HEADER_BYTES:
             return ""
-        file = os.open(path.with_name(path.name + LOG), os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(log_path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return ""
     try:

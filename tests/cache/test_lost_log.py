@@ -14,7 +14,7 @@ import pytest
 
 import cache
 from cache.disk import database
-from cache.disk.connection import lock_of, opened
+from cache.disk.connection import StoreError, lock_of, opened
 from cache.disk.database import Database, LogHeld
 from cache.disk.store import Store
 from cache.ledger import By, Heading
@@ -271,7 +271,7 @@ async def test_nothing_is_set_aside_while_a_reader_keeps_a_part_of_the_log(tmp_p
 async def test_a_command_saves_the_log_when_it_ends(tmp_path):
     """It says what happened, and its file, closed, has all that it wrote."""
 
-    def write_twice():
+    def work():
         with opened(tmp_path, GIB, create=True) as file:
             with file.transaction() as connection:
                 connection.execute("INSERT INTO Salvaged (name) VALUES ('a')")
@@ -279,8 +279,8 @@ async def test_a_command_saves_the_log_when_it_ends(tmp_path):
             with file.transaction():
                 pass
 
-    with pytest.raises(Exception, match=database.LOG_DELETED):
-        write_twice()
+    with pytest.raises(StoreError, match=database.LOG_DELETED):
+        work()
     with opened(tmp_path, GIB) as file:
         assert file.sql("SELECT name FROM Salvaged").fetchall() == [("a",)]
 
@@ -296,6 +296,23 @@ async def test_a_file_whose_owner_does_not_notice_is_not_opened(tmp_path, monkey
         assert not (tmp_path / "v1" / "cache.db-wal").exists()
         owner.close()
         Database(tmp_path / "v1", GIB, lock).close()
+
+
+async def test_a_second_process_opens_a_file_behind_a_symbolic_link(tmp_path, start):
+    """SQLite keeps the log beside the file that the link leads to."""
+    async with Store(tmp_path, GIB):
+        pass
+    path = tmp_path / "v1" / "cache.db"
+    path.rename(tmp_path / "elsewhere.db")
+    path.symlink_to(tmp_path / "elsewhere.db")
+    async with Store(tmp_path, GIB) as store:
+        assert await store.put_many(group(0), PARTITION)
+        other = await asyncio.to_thread(start, tmp_path)
+        assert await other.do("get", 0) == "40"
+        (tmp_path / "elsewhere.db-wal").unlink()
+        assert store._disk.file.has_lost_log
+        (tmp_path / "elsewhere.db-wal").touch()
+        other.kill()
 
 
 async def test_processes_that_open_and_close_in_turn_set_nothing_aside(tmp_path):
