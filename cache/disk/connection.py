@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import sqlite3
+import stat
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -72,8 +73,10 @@ def _obstacle(directory: Path) -> Path | None:
     folder = folder_of(directory)
     names = [f"{database.FILE_NAME}{end}" for end in ("", "-wal", "-shm")]
     for path in (directory / _LOCK_NAME, *(folder / name for name in names)):
-        if path.exists() and not path.is_file():
-            return path
+        # Asked once: another process that ends may take away the log and its index at any moment.
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):
+                return path
     return None
 
 

@@ -412,3 +412,18 @@ async def test_a_damaged_header_is_no_matter_of_the_moment(tmp_path, place):
     async with Store(tmp_path, GIB) as store:
         assert await store.put_many({b"n" * 16: b"new"}, P)
     assert len(list(tmp_path.glob(f"v{FORMAT}.damaged-*/cache.db"))) == 1
+
+
+def test_a_file_that_goes_away_meanwhile_is_no_obstacle(tmp_path, monkeypatch):
+    """A process that ends takes away the log's index while another one opens the store."""
+    path = tmp_path / f"v{FORMAT}" / "cache.db-shm"
+    path.parent.mkdir()
+    path.touch()
+    is_file = Path.is_file
+
+    def vanishing(self, **how):
+        self.unlink(missing_ok=True)
+        return is_file(self, **how)
+
+    monkeypatch.setattr(Path, "is_file", vanishing)
+    disk_module.lock_of(tmp_path).close()

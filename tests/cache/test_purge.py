@@ -236,7 +236,7 @@ def test_a_file_that_gives_nothing_back_is_no_endless_work(tmp_path):
         for pragma in ("journal_mode = delete", "auto_vacuum = 0"):
             database.sql(f"PRAGMA {pragma}").fetchall()
         database.sql("VACUUM")
-        database.sql("PRAGMA journal_mode = wal").fetchall()
+    with _opened(tmp_path) as database:
         assert database.sql("PRAGMA auto_vacuum").fetchall() == [(0,)]
         assert sum(purge.delete(database, Choice())) == 50
         ((free,),) = database.sql("PRAGMA freelist_count")
