@@ -74,7 +74,7 @@ def _obstacle(directory: Path) -> Path | None:
     names = [f"{database.FILE_NAME}{end}" for end in ("", "-wal", "-shm")]
     for path in (directory / _LOCK_NAME, *(folder / name for name in names)):
         # Asked once: another process that ends may take away the log and its index at any moment.
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if not stat.S_ISREG(path.stat().st_mode):
                 return path
     return None
