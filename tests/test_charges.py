@@ -1,13 +1,11 @@
 """What a reply cost is on disk before it leaves: in every mode, whatever the answer was worth."""
 
-import asyncio
-import os
 import signal
-import sys
 
 import aiohttp
 import pytest
 from fault_server import status, tokens_of
+from own_process import own_process
 
 from cache import ledger, slicing
 from cache.disk import connection
@@ -39,28 +37,13 @@ def no_vectors(data):
 
 async def killed_after(directory, upstream, mode, body, **headers):
     """Run the proxy as a process of its own, kill it after one reply, and read its ledger."""
-    config = directory / "config.yaml"
-    config.write_text(
-        f"cache: {{directory: {directory / 'cache'}, mode: '{mode}'}}\n"
-        f"providers: {{openai: {{base_url: '{upstream.url}'}}}}\n"
-    )
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "OPENAI_API_KEY": "k"},
-    )
-    try:
-        line = (await process.stdout.readline()).decode().strip()
-        url = line.removeprefix("export OPENAI_BASE_URL=")
-        async with aiohttp.ClientSession() as session:
-            async with session.post(f"{url}/embeddings", json=body, headers=headers) as response:
-                await response.read()
-            process.send_signal(signal.SIGKILL)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    async with own_process(directory, upstream, mode) as (process, url):
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/embeddings", json=body, headers=headers) as response,
+        ):
+            await response.read()
+        process.send_signal(signal.SIGKILL)
     with connection.opened(directory / "cache", GIB) as file:
         sums = dict(ledger.read(file.sql, [By.PROVIDER]))
     return response, sums.get(("openai",), Usage())

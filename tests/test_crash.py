@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import openai
+from own_process import own_process
 
 MODEL = "text-embedding-3-small"
 
@@ -16,26 +17,11 @@ MODEL = "text-embedding-3-small"
 @asynccontextmanager
 async def _process(tmp_path, upstream):
     """Run the proxy as a process of its own; give the process and a client."""
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"cache: {{directory: {tmp_path / 'cache'}}}\n"
-        f"providers: {{openai: {{base_url: '{upstream.url}'}}}}\n"
-    )
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**os.environ, "OPENAI_API_KEY": "k"},
-    )
-    try:
-        line = (await process.stdout.readline()).decode().strip()
-        url = line.removeprefix("export OPENAI_BASE_URL=")
-        async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as client:
-            yield process, client
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+    async with (
+        own_process(tmp_path, upstream) as (process, url),
+        openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as client,
+    ):
+        yield process, client
 
 
 async def test_killed_right_after_a_reply(tmp_path, upstream):
