@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Collection, Iterator
@@ -50,6 +51,9 @@ _NEVER = (NotADirectoryError, FileExistsError, IsADirectoryError, NewerLayout, N
 
 
 _LOCK_NAME = "writer.lock"
+_FREE_SPACE = "free some space on the disk"
+_MIN_BYTES = 1 << 16
+"""Less than that is no room for what SQLite makes beside a file when it is opened."""
 
 
 class StoreError(Exception):
@@ -185,7 +189,7 @@ def _remedy(error: BaseException) -> str:
     if number in _NO_ACCESS or code in _SQL_NO_ACCESS:
         return "give this user write access to the folder and all files in it"
     if number in _NO_SPACE or code == sqlite3.SQLITE_FULL:
-        return "free some space on the disk"
+        return _FREE_SPACE
     if type(error) in (TimeoutError, database.Timeout) or code in _SQL_LOCKED:
         return "end or continue the process that keeps the lock, and try again"
     return ""
@@ -193,7 +197,17 @@ def _remedy(error: BaseException) -> str:
 
 def _explained(folder: Path, error: BaseException) -> StoreError:
     remedy = _remedy(error)
+    if primary_code(error) == sqlite3.SQLITE_IOERR and _has_no_space(folder):
+        # SQLite says no more where there is no room for the index of its log.
+        remedy = _FREE_SPACE
     return StoreError(f"{folder}: {str(error) or LOCKED}{remedy and '; '}{remedy}")
+
+
+def _has_no_space(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _MIN_BYTES
+    except OSError:
+        return False
 
 
 def is_damaged(error: StoreError) -> bool:

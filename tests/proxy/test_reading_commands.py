@@ -12,6 +12,7 @@ import sqlite3
 import time
 from contextlib import closing
 from functools import partial
+from types import SimpleNamespace
 
 import disk_faults
 import pytest
@@ -209,6 +210,18 @@ def test_what_writes_says_why_it_cannot(failure, run, fill, monkeypatch, tmp_pat
             assert str(INJECTED[failure]) in done.err
             assert REMEDIES[failure] in done.err
     assert run("stats", "--json").json["entries"] == ENTRIES
+
+
+def test_a_full_disk_is_named_where_sqlite_says_less(run, fill, monkeypatch):
+    """Without room for shared memory it speaks of an I/O error; who writes is told the cause."""
+    fill()
+    with _failing(INJECTED["shared memory"], monkeypatch):
+        assert "free some space" not in run("purge", "--all").err
+        full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0))
+        monkeypatch.setattr(connection, "shutil", full)
+        done = run("purge", "--all")
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "disk I/O error; free some space on the disk" in done.err
 
 
 @pytest.mark.parametrize(
