@@ -24,6 +24,8 @@ from providers.base import Space
 
 SPACE = Space("damaged/space", 96)
 RECORDS = 400
+A_COMMIT = 10
+"""Records a commit to the log: one each would make nearly all of it old versions of pages."""
 SIZE_LIMIT = 1 << 30
 
 
@@ -46,8 +48,9 @@ async def prepare(folder: Path) -> Path:
         await tiers.put_many({key: entry_of(key) for key in KEYS[: RECORDS // 2]}, PARTITION)
     async with Store(folder / "made", SIZE_LIMIT) as store:
         tiers = Tiers(Memory(0), store)
-        for key in KEYS[RECORDS // 2 :]:
-            await tiers.put_many({key: entry_of(key)}, PARTITION)
+        for start in range(RECORDS // 2, RECORDS, A_COMMIT):
+            some = KEYS[start : start + A_COMMIT]
+            await tiers.put_many({key: entry_of(key) for key in some}, PARTITION)
         # As a kill would leave it: the log has not been merged.
         shutil.copytree(folder / "made", good)
     for shared in good.rglob("*-shm"):
