@@ -17,7 +17,7 @@ from proxy.http.cache_control import Honor
 
 from .index_section import Index
 from .model_entry import Model, from_catalogue
-from .section import CacheMode, Name, Number, ProviderName, Section, WebOrigin, Whole
+from .section import CacheMode, HostName, Name, Number, ProviderName, Section, WebOrigin, Whole
 from .upstreams import Provider
 
 
@@ -55,6 +55,7 @@ class Server(Section):
     canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
     cors: tuple[WebOrigin, ...] = ()
+    allowed_hosts: tuple[HostName, ...] = ()
     honor_cache_control: Honor = True
 
     @field_validator("honor_cache_control", mode="before")
@@ -64,7 +65,7 @@ class Server(Section):
             raise ValueError("expected true, admin or false")
         return value
 
-    @field_validator("cors", mode="before")
+    @field_validator("cors", "allowed_hosts", mode="before")
     @classmethod
     def _one_alone(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
