@@ -19,7 +19,7 @@ from yarl import URL
 
 from providers.base import InputRefused, UpstreamTimeout
 from providers.transport_errors import reason
-from proxy.http.body import BodyRefused
+from proxy.http.body import MIB, BodyRefused
 from proxy.http.paths import may_be_embeddings
 from proxy.settings.schema import Settings
 
@@ -40,6 +40,7 @@ class Passthrough:
     def __init__(self, origin: Origin, settings: Settings) -> None:
         self._origin = origin
         self._idle_s = settings.passthrough_idle_s
+        self._max_message = int(settings.passthrough_max_message_mib * MIB)
         self._frozen = settings.cache.mode == "frozen"
 
     async def models(self, request: web.Request) -> list[dict[str, Any]]:
@@ -65,7 +66,9 @@ class Passthrough:
         try:
             async with Attendance(request, self._idle_s) as attendance:
                 if bridge.is_wanted(request):
-                    return await bridge.connect(request, origin, url, headers, attendance)
+                    return await bridge.connect(
+                        request, origin, url, headers, attendance, self._max_message
+                    )
                 upload = _Upload(request, attendance)
                 async with await self._begun(request, url, headers, upload) as reply:
                     attendance.moved()

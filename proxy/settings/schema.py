@@ -143,6 +143,7 @@ class Settings(Section):
     """The provider that answers all other calls. The default one need not be configured."""
     passthrough_auth: Literal["provider", "client"] = "provider"
     passthrough_idle_s: Annotated[Number, Field(gt=0)] = 1800
+    passthrough_max_message_mib: Annotated[Number, Field(gt=0, le=1024)] = 16
 
     @model_validator(mode="before")
     @classmethod
