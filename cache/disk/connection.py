@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from cache import private_files
 from cache.key import FORMAT
 
 from . import database, set_aside
@@ -31,7 +32,8 @@ class StoreError(Exception):
 
 def lock_of(directory: Path) -> WriterLock:
     """Return the lock that all who write to the store in `directory` take. Raises OSError."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_files.make_folder(directory)
+    private_files.secure(directory)
     return WriterLock(directory / "writer.lock", database.BUSY_SECONDS)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import diskcache
 
-from cache import ledger
+from cache import ledger, private_files
 
 from . import eviction, pages, read_only, schema, set_aside
 from .changes import Changes, Found, Use
@@ -116,7 +116,7 @@ class Database:
         """What one transaction should write at most, so that log and file stay within the limit."""
         self._full_until = 0.0
         self._is_let_go = False
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_files.make_folder(folder)
         with lock:
             set_aside.complete(self.path)
             try:
