@@ -19,7 +19,7 @@ from .app import build_app
 log = logging.getLogger("embedding_proxy.server")
 
 GRACE_SECONDS = 30.0
-"""How long requests in progress may take after the signal to stop."""
+"""How long requests in progress may take after the signal to stop, bodies that arrive included."""
 
 
 class PortUnavailable(Exception):
@@ -53,8 +53,7 @@ async def serve(
     """
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
-    # aiohttp waits for that time twice: before and after it ends the bodies that still arrive.
-    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS / 2)
+    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()

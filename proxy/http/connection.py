@@ -105,6 +105,12 @@ class Server(web.Server):
         self._replies = replies
         self._heads = heads
 
+    def pre_shutdown(self) -> None:
+        """Let every connection answer what it has begun to read."""
+        for connection in self.connections:
+            if isinstance(connection, Connection):
+                connection.drain()
+
     def __call__(self) -> Connection:
         """Return the protocol object for a new connection."""
         return Connection(self._replies, self._heads, self, loop=self._loop, **self._kwargs)
@@ -125,6 +131,7 @@ class Runner(web.AppRunner):
         ) -> web.BaseRequest:
             if isinstance(connection, Connection):
                 connection.body = body
+                connection.begin()
             return plain.request_factory(message, body, connection, writer, task)
 
         replies = self.app.get(REPLIES, Replies(0))
