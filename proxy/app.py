@@ -6,8 +6,10 @@ from aiohttp import web
 
 from proxy.http.access import Access
 from proxy.http.answers import Answers
-from proxy.http.connection import HEADS, REPLIES
+from proxy.http.connection import HEAD_TIMEOUT_S, HEADS, LIMITS, REPLIES
+from proxy.http.connection_limits import ConnectionLimits
 from proxy.http.cors import Cors
+from proxy.http.descriptor_watch import watch_descriptors
 from proxy.http.guard import CALLER, for_admins, guard, stamp
 from proxy.http.heads import Heads
 from proxy.http.loop_guard import loop_guard
@@ -45,6 +47,8 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app[SERVICE] = service
     replies = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
     app[REPLIES] = replies
+    app[LIMITS] = ConnectionLimits.of(server)
+    app[HEAD_TIMEOUT_S] = server.head_timeout_s
     passthrough = None
     if settings.passes_to is not None:
         origin = Origin(settings, access)
@@ -61,6 +65,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
             yield
 
     app.cleanup_ctx.append(open_service)
+    app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))

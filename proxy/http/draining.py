@@ -5,7 +5,8 @@ and its request fails after some time. Here a request is in progress from the mo
 was read. Such requests are read to their end and answered within the grace period, the last one
 with `Connection: close`; connections without one are closed at once.
 
-What is read of aiohttp's private parts: `_messages`, the requests that were read and not begun.
+What is used of aiohttp's private parts: `_messages`, the requests that were read and not begun, and
+`_task_handler`, which takes them up.
 """
 
 import asyncio
@@ -67,6 +68,9 @@ class Draining(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Take note that there is nobody to answer."""
+        if self._messages and not self._is_answering and self._task_handler is not None:
+            # Else aiohttp's task would take up a request that came in the same moment, and fail.
+            self._task_handler.cancel()
         super().connection_lost(exc)
         if self._closed is not None:
             self._closed.set()

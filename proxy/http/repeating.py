@@ -133,6 +133,20 @@ class Repeating(Draining):
         return resp, failed
 
     @property
+    def is_amid_head(self) -> bool:
+        """Whether the head of a request has begun to arrive, and no request is in progress.
+
+        False where that cannot be told from outside of aiohttp's parser.
+        """
+        is_between = not (self._messages or self._is_answering or self._boundary.reached)
+        return is_between and not self._held
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether bytes of a next request came behind the one that was answered last."""
+        return self._boundary.is_passed and not self._messages
+
+    @property
     def _is_idle(self) -> bool:
         """Whether no request is in progress, and the client takes what it is sent."""
         waits = self._answered or (self._waiter is not None and not self._waiter.done())

@@ -48,6 +48,7 @@ class Server(Section):
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     allow_oversize: bool = True
+    head_timeout_s: Annotated[Number, Field(gt=0)] = 10
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
@@ -56,6 +57,8 @@ class Server(Section):
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
     cors: tuple[WebOrigin, ...] = ()
     allowed_hosts: tuple[HostName, ...] = ()
+    max_connections: Annotated[Whole, Field(ge=1, le=1_000_000)] = 4096
+    max_connections_per_address: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
     honor_cache_control: Honor = True
 
     @field_validator("honor_cache_control", mode="before")
