@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from cache import private_files
 from cache.disk.database import is_damage
 from cache.disk.lock import WriterLock
 from cache.disk.read_only import connect_read_only
@@ -64,7 +65,7 @@ class OutboxFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_files.make_folder(folder)
         self.path = folder / FILE_NAME
         self.damaged = 0
         """How often this process has moved a damaged file aside."""
@@ -209,6 +210,7 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def _prepared(path: Path) -> sqlite3.Connection:
+    private_files.create(path)
     sql = sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_SECONDS)
     try:
         # Vectors leave gaps of whole pages, and the file shrinks again.

@@ -7,6 +7,7 @@ It knows no provider, no cache and no wire format::
     ├── ClientKeyRefused     the client's own key is not accepted, or there is none
     ├── NoRoute              no provider is configured that could answer
     ├── DeadlineExceeded     the request's own time is up
+    ├── OutOfDescriptors     this process can open no further connection
     ├── AllResting           no provider may be asked just now: each has failed or asked for rest
     └── ProviderError        one provider failed; another may do better
         ├── CredentialsRefused   401, 403, 400 about a key: the proxy's key is not accepted
@@ -97,6 +98,16 @@ class NoRoute(EmbeddingError):
 
 class DeadlineExceeded(EmbeddingError):
     """The time of the request was up before an answer came."""
+
+
+class OutOfDescriptors(EmbeddingError):
+    """This process can open no further connection: it says nothing about any provider."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The proxy is overloaded: it has no file descriptor left for a connection. Raise its"
+            " limit on open files (ulimit -n)."
+        )
 
 
 class AllResting(EmbeddingError):

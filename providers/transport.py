@@ -15,12 +15,13 @@ from typing import Self
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 
-from . import hops
+from . import descriptors, hops
 from .attempts import EXTRA_SHARE, Attempt
 from .base import (
     Context,
     DeadlineExceeded,
     LoopDetected,
+    OutOfDescriptors,
     Unreachable,
     UpstreamFault,
     UpstreamTimeout,
@@ -165,6 +166,9 @@ class Transport:
                 ) from error
             raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
+            if descriptors.is_cause(error):
+                descriptors.warn(f"no connection to {self._provider} can be made")
+                raise OutOfDescriptors from error
             if is_final(error):
                 raise UpstreamFault(self._provider, reason(error)) from error
             raise Unreachable(self._provider, reason(error)) from error

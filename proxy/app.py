@@ -6,13 +6,16 @@ from aiohttp import web
 
 from proxy.http.access import Access
 from proxy.http.answers import Answers
-from proxy.http.connection import HEADS, REPLIES
+from proxy.http.connection import HEAD_TIMEOUT_S, HEADS, LIMITS, REPLIES
+from proxy.http.connection_limits import ConnectionLimits
 from proxy.http.cors import Cors
-from proxy.http.guard import CALLER, guard, stamp
+from proxy.http.descriptor_watch import watch_descriptors
+from proxy.http.guard import CALLER, for_admins, guard, stamp
 from proxy.http.heads import Heads
 from proxy.http.loop_guard import loop_guard
 from proxy.http.metrics import Metrics
 from proxy.http.models import Models
+from proxy.http.origin_check import OriginCheck
 from proxy.http.replies import Replies
 from proxy.http.status import Status
 from proxy.http.texts import Texts
@@ -38,14 +41,18 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     service = service or EmbeddingService(settings)
     server = settings.server
     access, cors = Access(server.keys), Cors(server.cors)
-    app = web.Application(middlewares=[guard(access, cors), loop_guard(settings)])
+    app = web.Application(
+        middlewares=[guard(access, cors, OriginCheck(server, cors)), loop_guard(settings)]
+    )
     app[SERVICE] = service
     replies = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
     app[REPLIES] = replies
+    app[LIMITS] = ConnectionLimits.of(server)
+    app[HEAD_TIMEOUT_S] = server.head_timeout_s
     passthrough = None
     if settings.passes_to is not None:
         origin = Origin(settings, access)
-        passthrough = Passthrough(origin, settings, cors)
+        passthrough = Passthrough(origin, settings)
 
         async def open_origin(_: web.Application) -> AsyncIterator[None]:
             async with origin:
@@ -58,6 +65,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
             yield
 
     app.cleanup_ctx.append(open_service)
+    app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(stamp)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
@@ -104,7 +112,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
             # At a path of ours another method is a 405; `Passthrough` refuses all its spellings.
             path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
             app.router.add_route("*", path, passthrough.handle, expect_handler=body.expect)
-    app.router.add_get("/status", Status(service).get)
-    app.router.add_get("/metrics", Metrics(service).get)
+    app.router.add_get("/status", for_admins(Status(service).get))
+    app.router.add_get("/metrics", for_admins(Metrics(service).get))
     app.router.add_get("/livez", ops.live)
     app.router.add_get("/readyz", ops.ready)

@@ -21,6 +21,7 @@ from providers.base import (
     ModelNotFound,
     NoRoute,
     OutOfCredit,
+    OutOfDescriptors,
     ProviderError,
     RateLimited,
     Unreachable,
@@ -79,6 +80,7 @@ def body(message: str, kind: str, param: str | None = None, code: str | None = N
 _TABLE: tuple[tuple[type[EmbeddingError], int, str, str, bool], ...] = (
     (NoRoute, 403, "server_error", "provider_not_configured", False),
     (DeadlineExceeded, 504, "server_error", "timeout", True),
+    (OutOfDescriptors, 503, "server_error", "proxy_overloaded", True),
     (AllResting, 503, "server_error", "upstream_unavailable", True),
     (CredentialsRefused, 403, "server_error", "upstream_auth", False),
     (OutOfCredit, 429, "insufficient_quota", "insufficient_quota", False),

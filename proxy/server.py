@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from providers import descriptors
 from proxy.http.connection import Runner
 from proxy.settings.schema import Settings
 
@@ -52,10 +53,10 @@ async def serve(
 
     `announce` is called once requests are answered. Raises StoreError, ConfigError.
     """
+    descriptors.raise_limit()
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
-    # aiohttp waits for that time twice: before and after it ends the bodies that still arrive.
-    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS / 2)
+    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()

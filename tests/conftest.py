@@ -173,6 +173,8 @@ class StartProxy:
             sections = {"providers": urls, **sections}
         # Nothing is passed through unless a test says so.
         sections = {"passthrough": None, **sections}
+        # Tests that write requests byte by byte name the host `h`.
+        sections["server"] = {"allowed_hosts": ["h"], **sections.get("server", {})}
         cache = {"directory": str(self._directory), **sections.get("cache", {})}
         sections = {**sections, "cache": cache}
         settings = Settings.model_validate(sections)

@@ -184,6 +184,7 @@ def test_the_page_on_clients_names_every_header_that_is_kept_back():
 def test_what_the_page_on_clients_shows_is_a_configuration(text, tmp_path, monkeypatch):
     """Each snippet of docs/clients.md is taken as it stands."""
     monkeypatch.setenv("TEAM_KEY", "k")
+    monkeypatch.setenv("PROMETHEUS_KEY", "p")
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert load(file).passes_to is not None

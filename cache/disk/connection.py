@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from cache import ledger
+from cache import ledger, private_files
 from cache.key import FORMAT
 
 from . import database, schema, set_aside
@@ -68,7 +68,8 @@ def lock_of(directory: Path) -> WriterLock:
     if (obstacle := _obstacle(directory)) is not None:
         kind = "a directory" if obstacle.is_dir() else "no regular file"
         raise NotAFile(f"{obstacle} is {kind}, and the store needs a file there: move it away")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_files.make_folder(directory)
+    private_files.secure(directory)
     return WriterLock(directory / _LOCK_NAME, database.BUSY_SECONDS)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import diskcache
 
-from cache import ledger
+from cache import ledger, private_files
 
 from . import eviction, pages, read_only, schema, set_aside, write_ahead_log
 from .changes import Changes, Found, Use
@@ -126,7 +126,7 @@ class Database:
         """Whether records are also written when less than FREE_BYTES is free."""
         self._full_until = 0.0
         self._is_let_go = False
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_files.make_folder(folder)
         deadline = time.monotonic() + OWNER_SECONDS
         while not self._is_opened():
             if time.monotonic() >= deadline:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cache import private_files
 from providers.base import current_label
 
 PAGE_BYTES = 32_768
@@ -111,6 +112,7 @@ def prepare(path: Path) -> None:
     for rest in ("-wal", "-shm"):
         # Of a file that was taken away.
         path.with_name(path.name + rest).unlink(missing_ok=True)
+    private_files.create(path)
     # Both hold only if they are set before diskcache sets the journal mode.
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cache import private_files
 from cache.disk.read_only import ReadableFile
 from cache.disk.schema import CACHE_PAGES, MMAP_BYTES
 
@@ -94,6 +95,7 @@ def copy(database: ReadableFile, target: Path, progress: Callable[[int, int], No
     # A folder of its own, for SQLite makes files beside the one it writes.
     with tempfile.TemporaryDirectory(".part", f"{target.name}-", target.parent) as folder:
         part = Path(folder) / target.name
+        private_files.create(part)
         address = f"{part.absolute().as_uri()}?mode=rwc"
         with contextlib.closing(sqlite3.connect(address, isolation_level=None, uri=True)) as own:
             _Copy(own, database).make(progress)

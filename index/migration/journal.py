@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from cache import atomic_file
+from cache import atomic_file, private_files
 
 FORMAT = 1
 """Version of the file; one of another version is not touched."""
@@ -151,8 +151,8 @@ class Journal:
             _replace(self.dead_letters, lines)
         elif lines:
             try:
-                self.dead_letters.parent.mkdir(parents=True, exist_ok=True)
-                with self.dead_letters.open("ab") as file:
+                private_files.make_folder(self.dead_letters.parent)
+                with open(self.dead_letters, "ab", opener=private_files.opener) as file:
                     file.write(lines)
                     file.flush()
                     os.fsync(file.fileno())
@@ -173,7 +173,7 @@ def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file
 def _replace(path: Path, content: bytes) -> None:
     """Replace a file as a whole: whoever reads it finds the old content or the new one."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_file.write(path, content, mode=0o666)
+        private_files.make_folder(path.parent)
+        atomic_file.write(path, content)
     except OSError as error:
         raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import orjson
 
+from cache import private_files
+
 from .journal import JournalError, PointId
 from .points import Point
 
@@ -40,7 +42,8 @@ class Seen:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_files.make_folder(path.parent)
+            private_files.create(path)
             self._sql = sqlite3.connect(path, isolation_level=None)
         except (sqlite3.Error, OSError) as error:
             raise JournalError(f"{path}: {error}") from error

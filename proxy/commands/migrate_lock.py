@@ -12,6 +12,7 @@ from pathlib import Path
 
 import typer
 
+from cache import private_files
 from cache.disk.lock import WriterLock
 from index.migrate import MigrationRefused
 from index.migration.journal import Journal, JournalError
@@ -82,7 +83,7 @@ def _free(path: Path) -> bool:
 
 def _open(path: Path) -> WriterLock:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_files.make_folder(path.parent)
         return WriterLock(path, 0)
     except OSError as error:
         raise JournalError(f"{path}: {error.strerror or error}") from error
@@ -90,5 +91,5 @@ def _open(path: Path) -> WriterLock:
 
 def _say(path: Path, what: bytes) -> None:
     # On a disk that is full, others are refused instead of let wait.
-    with contextlib.suppress(OSError):
-        path.write_bytes(what)
+    with contextlib.suppress(OSError), open(path, "wb", opener=private_files.opener) as file:
+        file.write(what)

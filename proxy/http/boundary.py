@@ -16,6 +16,8 @@ class Boundary:
 
     def __init__(self) -> None:
         self._left: int | None = 0
+        self.is_passed = False
+        """Whether bytes are known to have come that belong to the next request."""
 
     @property
     def reached(self) -> bool:
@@ -30,12 +32,14 @@ class Boundary:
         """
         whole = None if headers is None else _length(data, headers)
         left = -1 if whole is None else whole - len(data)
+        self.is_passed = whole is not None and left < 0
         self._left = left if left >= 0 else None
 
     def go_on(self, data: bytes) -> None:
         """Take note of bytes that came when it was not."""
         if self._left is not None:
             left = self._left - len(data)
+            self.is_passed = left < 0
             self._left = left if left >= 0 else None
 
 

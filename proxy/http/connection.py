@@ -1,22 +1,24 @@
-"""One client connection: aiohttp's, with three gaps closed.
+"""One client connection: aiohttp's, with four gaps closed.
 
 aiohttp drops a connection whose client stops in the midst of a body and listens on; here the
 request fails, so that the client hears why. What is no HTTP at all is refused in OpenAI's shape
-too. And bodies come as they were sent: who wants them decompressed does so (`body`). How requests
-that come again are answered is told in `repeating`.
+too. A head has a time limit, before the first request too, and the number of connections is bounded
+(`connection_limits`). And bodies come as they were sent: who wants them decompressed does so
+(`body`). How requests that come again are answered is told in `repeating`.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpProcessingError, RawRequestMessage
 
-from proxy.errors import Failure, new_request_id
+from proxy.errors import RETRY_SECONDS, Failure, new_request_id
 
+from .connection_limits import ConnectionLimits
 from .heads import Heads
 from .repeating import Repeating
 from .replies import Replies
@@ -25,21 +27,128 @@ log = logging.getLogger("embedding_proxy.connection")
 
 REPLIES = web.AppKey("replies", Replies)
 HEADS = web.AppKey("heads", Heads)
+LIMITS = web.AppKey("limits", ConnectionLimits)
+HEAD_TIMEOUT_S = web.AppKey("head_timeout_s", float)
+
+_NO_LIMITS = 1 << 30
+_HEAD_SECONDS = 10.0
+_OVERLOADED = Failure(
+    503,
+    "The proxy is overloaded: it has no room for another connection (server.max_connections).",
+    "server_error",
+    code="proxy_overloaded",
+    retry_after=RETRY_SECONDS,
+)
 
 
 class Connection(Repeating):
     """aiohttp's protocol object; there is one for each connection."""
 
-    __slots__ = ("body", "has_left", "on_leave")
+    __slots__ = (
+        "_head_deadline",
+        "_head_timeout_s",
+        "_is_refused",
+        "_limits",
+        "body",
+        "has_left",
+        "on_leave",
+    )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        head_timeout_s: float,
+        *args: Any,  # noqa: ANN401 - aiohttp's own
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__(*args, **{**kwargs, "auto_decompress": False})
+        self._limits = limits
+        self._head_timeout_s = head_timeout_s
+        self._head_deadline: asyncio.TimerHandle | None = None
+        self._is_refused = False
         self.body: StreamReader | None = None
         """The body of the request that was taken up last."""
         self.has_left = False
         """Whether the client sends no more; mostly it does not listen either."""
         self.on_leave: Callable[[], None] | None = None
         """Called as soon as the client has left; for the request in progress to set and unset."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take up a connection for which there is room; refuse it otherwise."""
+        peer = transport.get_extra_info("peername")
+        address = str(peer[0]) if isinstance(peer, tuple) else ""
+        if not self._limits.enter(self, address):
+            self._is_refused = True
+            self._say_last(transport, _OVERLOADED)
+            transport.close()
+            return
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; the time for a head runs from its first byte on."""
+        if self._is_refused:
+            return
+        super().data_received(data)
+        if not data:
+            return
+        is_reading = self.body is not None and not self.body.is_eof()
+        if is_reading or not self.is_amid_head:
+            self._stop_head_deadline()
+        elif data.strip(b"\r\n"):
+            self._await_head()
+
+    def begin(self) -> None:
+        """Take note that a request is handed to its handler."""
+        super().begin()
+        self._stop_head_deadline()
+        self._limits.busy(self)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send a reply; what has come of the next head is given its time from now on."""
+        sent = await super().finish_response(request, resp, start_time)
+        if not self._messages:
+            self._limits.idle(self)
+        if self.has_rest:
+            self._await_head()
+        return sent
+
+    def _stay_open(self) -> None:
+        super()._stay_open()
+        self._limits.idle(self)
+
+    def _await_head(self) -> None:
+        if self._head_deadline is None:
+            self._head_deadline = self._loop.call_later(self._head_timeout_s, self._give_up_head)
+
+    def _stop_head_deadline(self) -> None:
+        if self._head_deadline is not None:
+            self._head_deadline.cancel()
+            self._head_deadline = None
+
+    def _give_up_head(self) -> None:
+        """Close the connection: no whole head came in time. Who has begun one is told so."""
+        self._head_deadline = None
+        if self.transport is None or self._is_answering:
+            return
+        if self.is_amid_head:
+            log.info("a connection was closed: no whole request head came in time")
+            message = f"No whole request head arrived within {self._head_timeout_s:g} s."
+            self._say_last(self.transport, Failure(408, message, "invalid_request_error"))
+        self.force_close()
+
+    @staticmethod
+    def _say_last(transport: asyncio.BaseTransport, failure: Failure) -> None:
+        """Write a reply without a request; the connection is closed behind it."""
+        response = failure.response()
+        body = response.body if isinstance(response.body, bytes) else b""
+        lines = [f"HTTP/1.1 {response.status} {response.reason}"]
+        lines += [f"{name}: {value}" for name, value in response.headers.items()]
+        lines += [f"Content-Length: {len(body)}", f"x-request-id: {new_request_id()}"]
+        head = "\r\n".join((*lines, "Connection: close")) + "\r\n\r\n"
+        cast("asyncio.WriteTransport", transport).write(head.encode() + body)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Take note that the client sends no more; return True to keep the way back open."""
@@ -60,6 +169,8 @@ class Connection(Repeating):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Take note that the connection is no more."""
+        self._limits.leave(self)
+        self._stop_head_deadline()
         super().connection_lost(exc)
         self._leave()
 
@@ -98,16 +209,42 @@ class Connection(Repeating):
 
 
 class Server(web.Server):
-    """aiohttp's server over such connections, which share the replies and heads that are kept."""
+    """aiohttp's server over such connections.
 
-    def __init__(self, replies: Replies, heads: Heads, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    They share the limits, and the replies and heads that are kept.
+    """
+
+    connection_type = Connection
+
+    def __init__(
+        self,
+        app: web.Application,
+        *args: Any,  # noqa: ANN401 - aiohttp's own
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._replies = replies
-        self._heads = heads
+        self._limits = app.get(LIMITS, ConnectionLimits(_NO_LIMITS))
+        self._head_timeout_s = app.get(HEAD_TIMEOUT_S, _HEAD_SECONDS)
+        self._replies = app.get(REPLIES, Replies(0))
+        self._heads = app.get(HEADS, Heads(self._replies, lambda *_: None))
+
+    def pre_shutdown(self) -> None:
+        """Let every connection answer what it has begun to read."""
+        for connection in self.connections:
+            if isinstance(connection, Connection):
+                connection.drain()
 
     def __call__(self) -> Connection:
         """Return the protocol object for a new connection."""
-        return Connection(self._replies, self._heads, self, loop=self._loop, **self._kwargs)
+        return self.connection_type(
+            self._limits,
+            self._head_timeout_s,
+            self._replies,
+            self._heads,
+            self,
+            loop=self._loop,
+            **self._kwargs,
+        )
 
 
 class Runner(web.AppRunner):
@@ -125,12 +262,11 @@ class Runner(web.AppRunner):
         ) -> web.BaseRequest:
             if isinstance(connection, Connection):
                 connection.body = body
+                connection.begin()
             return plain.request_factory(message, body, connection, writer, task)
 
-        replies = self.app.get(REPLIES, Replies(0))
         return Server(
-            replies,
-            self.app.get(HEADS, Heads(replies, lambda *_: None)),
+            self.app,
             plain.request_handler,
             request_factory=make_request,
             loop=plain._loop,  # noqa: SLF001 - aiohttp has no other way to choose the protocol

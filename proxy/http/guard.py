@@ -1,4 +1,4 @@
-"""What stands around every request: keys first, an id, and every error in OpenAI's shape."""
+"""What stands around every request: host, origin and key, an id, and errors in OpenAI's shape."""
 
 import logging
 
@@ -15,6 +15,7 @@ from .access import Access
 from .body import BodyRefused
 from .caller import Caller
 from .cors import Cors
+from .origin_check import OriginCheck
 from .paths import REMEDY, may_be_embeddings
 
 log = logging.getLogger("embedding_proxy.guard")
@@ -31,16 +32,23 @@ async def stamp(request: web.Request, response: web.StreamResponse) -> None:
     request[STARTED] = True
 
 
-def guard(access: Access, cors: Cors) -> Middleware:
-    """Return the middleware around everything: keys first, and every error in OpenAI's shape."""
+def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
+    """Return the middleware around everything: host, origin and key are checked first.
+
+    It gives every error OpenAI's shape. Probes (`ops.OPEN_PATHS`) are not checked.
+    """
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = errors.new_request_id()
-        preflight = cors.preflight(request)
+        is_probe = request.path in ops.OPEN_PATHS
+        refusal = None if is_probe else origin_check.refusal(request)
+        preflight = cors.preflight(request) if refusal is None else None
         if preflight is not None:
             return preflight
-        if request.path not in ops.OPEN_PATHS:
+        if refusal is not None:
+            return refusal.response()
+        if not is_probe:
             admitted = access.admit(
                 request.headers.get("Authorization"),
                 *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
@@ -61,6 +69,23 @@ def guard(access: Access, cors: Cors) -> Middleware:
             return response
 
     return guarded
+
+
+def for_admins(handler: Handler) -> Handler:
+    """Return a handler that serves admins alone: keys with `admin: true`, or all without keys."""
+
+    async def checked(request: web.Request) -> web.StreamResponse:
+        if not request[CALLER].is_admin:
+            return Failure(
+                403,
+                f"This key may not read {request.path}: that is for keys of server.keys with"
+                " `admin: true`.",
+                "invalid_request_error",
+                code="insufficient_permissions",
+            ).response()
+        return await handler(request)
+
+    return checked
 
 
 def _explained(request: web.Request, error: Exception) -> web.Response:

@@ -2,7 +2,7 @@
 
 A reply is looked for where whole requests come one at a time: when the last one was answered, and
 what arrives begins a new one (see `boundary`). Whatever is unusual goes aiohttp's way. Its private
-parts are read here and nowhere else: whether it waits for a request, and when it will wait no more.
+parts are read here and in `draining` alone: whether it waits for a request, and when it will not.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from aiohttp.http import RawRequestMessage
 from proxy.errors import new_request_id
 
 from .boundary import Boundary
+from .draining import Draining
 from .heads import ADMITTED, Heads
 from .replies import LONGEST_REQUEST, Replies, Reply
 
@@ -30,7 +31,7 @@ _OWN = frozenset(("date", "x-request-id"))
 """Headers that each reply has of its own."""
 
 
-class Repeating(web.RequestHandler):
+class Repeating(Draining):
     """aiohttp's protocol object; there is one for each connection."""
 
     __slots__ = (
@@ -98,6 +99,11 @@ class Repeating(web.RequestHandler):
                 return
         self._read(data, digest, head)
 
+    def drain(self) -> None:
+        """Take up what is held before the server stops: its head was read."""
+        self._release()
+        super().drain()
+
     def eof_received(self) -> None:
         """Read what is held, for nothing follows it."""
         self._release()
@@ -125,6 +131,20 @@ class Repeating(web.RequestHandler):
             if head and ADMITTED in request:
                 self._heads.keep(head, request[ADMITTED], resp)
         return resp, failed
+
+    @property
+    def is_amid_head(self) -> bool:
+        """Whether the head of a request has begun to arrive, and no request is in progress.
+
+        False where that cannot be told from outside of aiohttp's parser.
+        """
+        is_between = not (self._messages or self._is_answering or self._boundary.reached)
+        return is_between and not self._held
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether bytes of a next request came behind the one that was answered last."""
+        return self._boundary.is_passed and not self._messages
 
     @property
     def _is_idle(self) -> bool:

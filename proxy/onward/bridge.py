@@ -5,7 +5,7 @@ import logging
 from contextlib import suppress
 
 import aiohttp
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -13,6 +13,8 @@ from proxy.errors import RETRY_SECONDS, Failure
 
 from .attendance import Attendance
 from .origin import Origin
+
+log = logging.getLogger("embedding_proxy.passthrough")
 
 # It would log the protocols that a client offers; browsers put their key among them.
 logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
@@ -29,16 +31,18 @@ def is_wanted(request: web.Request) -> bool:
     return "Upgrade" in request.headers and bool(web.WebSocketResponse().can_prepare(request))
 
 
-async def connect(
+async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its bounds
     request: web.Request,
     origin: Origin,
     url: URL,
     headers: CIMultiDict[str],
     attendance: Attendance,
+    max_message: int,
 ) -> web.StreamResponse:
     """Carry messages both ways until either side closes; a refused call is answered with why.
 
-    Raises EmbeddingError.
+    A message is held until it is whole. One of `max_message` bytes or more, in however many
+    fragments, closes both connections with 1009 (RFC 6455, 7.4.1). Raises EmbeddingError.
     """
     offered = ", ".join(request.headers.getall("Sec-WebSocket-Protocol", ())).split(",")
     protocols = [one for one in map(str.strip, offered) if one and _may_go(origin, one)]
@@ -47,7 +51,7 @@ async def connect(
             url,
             headers=headers,
             protocols=protocols,
-            max_msg_size=0,
+            max_msg_size=max_message,
             timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_SECONDS),
         )
     except aiohttp.WSServerHandshakeError as error:
@@ -65,7 +69,7 @@ async def connect(
         attendance.moved()
         chosen = (upstream.protocol,) if upstream.protocol else ()
         client = web.WebSocketResponse(
-            protocols=chosen, max_msg_size=0, compress=False, timeout=_CLOSE_SECONDS
+            protocols=chosen, max_msg_size=max_message, compress=False, timeout=_CLOSE_SECONDS
         )
         await client.prepare(request)
         async with asyncio.TaskGroup() as pumps:
@@ -94,5 +98,15 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
                 break
         if message.type is WSMsgType.CLOSE:
             code, why = message.data or _NORMAL, message.extra or ""
+        elif _is_too_large(message.data):
+            log.info("passthrough: a WebSocket message larger than the limit closed a connection")
+            code, why = WSCloseCode.MESSAGE_TOO_BIG, "a message is too large"
     with suppress(ConnectionError, aiohttp.ClientError):
         await sink.close(code=code, message=why.encode())
+
+
+def _is_too_large(error: object) -> bool:
+    """Tell whether a connection failed because a message passed the limit."""
+    if not isinstance(error, aiohttp.WebSocketError):
+        return False
+    return error.code == WSCloseCode.MESSAGE_TOO_BIG

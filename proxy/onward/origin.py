@@ -14,8 +14,15 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from providers import hops
-from providers.base import EmbeddingError, InputRefused, NoRoute, Unreachable, UpstreamTimeout
+from providers import descriptors, hops
+from providers.base import (
+    EmbeddingError,
+    InputRefused,
+    NoRoute,
+    OutOfDescriptors,
+    Unreachable,
+    UpstreamTimeout,
+)
 from providers.content_encoding import ACCEPT_ENCODING, DecodeError, Decoder
 from providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
 from proxy.embedding.opening import check_network, key_of
@@ -135,6 +142,9 @@ class Origin:
             return UpstreamTimeout(
                 self.name, f"connection timed out to {place}, after {seconds:.1f} s"
             )
+        if descriptors.is_cause(error):
+            descriptors.warn(f"no connection to {self.name} can be made")
+            return OutOfDescriptors()
         return Unreachable(self.name, reason(error))
 
     def checked(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:

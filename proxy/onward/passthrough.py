@@ -19,8 +19,7 @@ from yarl import URL
 
 from providers.base import InputRefused, UpstreamTimeout
 from providers.transport_errors import reason
-from proxy.http.body import BodyRefused
-from proxy.http.cors import Cors
+from proxy.http.body import MIB, BodyRefused
 from proxy.http.paths import may_be_embeddings
 from proxy.settings.schema import Settings
 
@@ -38,12 +37,11 @@ _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 class Passthrough:
     """Passes calls to an origin."""
 
-    def __init__(self, origin: Origin, settings: Settings, cors: Cors) -> None:
+    def __init__(self, origin: Origin, settings: Settings) -> None:
         self._origin = origin
-        self._cors = cors
         self._idle_s = settings.passthrough_idle_s
+        self._max_message = int(settings.passthrough_max_message_mib * MIB)
         self._frozen = settings.cache.mode == "frozen"
-        self._is_open = not settings.server.keys
 
     async def models(self, request: web.Request) -> list[dict[str, Any]]:
         """Return the models that the origin lists besides ours; none if it cannot be asked."""
@@ -64,19 +62,13 @@ class Passthrough:
                 status=404,
                 code="not_cached",
             )
-        if self._is_open and self._cors.is_foreign(request):
-            # Else every page that the operator looks at could spend, and delete, in their name.
-            raise InputRefused(
-                "Web pages may not call this proxy: name their origin in server.cors, or set"
-                " server.keys.",
-                status=403,
-                code="origin_not_allowed",
-            )
         url, headers = origin.address(request), origin.headers(request)
         try:
             async with Attendance(request, self._idle_s) as attendance:
                 if bridge.is_wanted(request):
-                    return await bridge.connect(request, origin, url, headers, attendance)
+                    return await bridge.connect(
+                        request, origin, url, headers, attendance, self._max_message
+                    )
                 upload = _Upload(request, attendance)
                 async with await self._begun(request, url, headers, upload) as reply:
                     attendance.moved()

@@ -17,7 +17,7 @@ from proxy.http.cache_control import Honor
 
 from .index_section import Index
 from .model_entry import Model, from_catalogue
-from .section import CacheMode, Name, Number, ProviderName, Section, WebOrigin, Whole
+from .section import CacheMode, HostName, Name, Number, ProviderName, Section, WebOrigin, Whole
 from .upstreams import Provider
 
 
@@ -48,6 +48,7 @@ class Server(Section):
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     allow_oversize: bool = True
+    head_timeout_s: Annotated[Number, Field(gt=0)] = 10
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
@@ -55,6 +56,9 @@ class Server(Section):
     canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
     cors: tuple[WebOrigin, ...] = ()
+    allowed_hosts: tuple[HostName, ...] = ()
+    max_connections: Annotated[Whole, Field(ge=1, le=1_000_000)] = 4096
+    max_connections_per_address: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
     honor_cache_control: Honor = True
 
     @field_validator("honor_cache_control", mode="before")
@@ -64,7 +68,7 @@ class Server(Section):
             raise ValueError("expected true, admin or false")
         return value
 
-    @field_validator("cors", mode="before")
+    @field_validator("cors", "allowed_hosts", mode="before")
     @classmethod
     def _one_alone(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
@@ -142,6 +146,7 @@ class Settings(Section):
     """The provider that answers all other calls. The default one need not be configured."""
     passthrough_auth: Literal["provider", "client"] = "provider"
     passthrough_idle_s: Annotated[Number, Field(gt=0)] = 1800
+    passthrough_max_message_mib: Annotated[Number, Field(gt=0, le=1024)] = 16
 
     @model_validator(mode="before")
     @classmethod

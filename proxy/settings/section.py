@@ -27,6 +27,12 @@ def _web_origin(value: str) -> str:
     return value
 
 
+def _host_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f:.]+\]?", value):
+        raise ValueError("expected a host name like proxy.example.com, without scheme and port")
+    return value
+
+
 CacheMode = Annotated[cache_control.Mode, BeforeValidator(_off)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
@@ -34,6 +40,7 @@ Name = Annotated[str, Field(min_length=1)]
 ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 WebOrigin = Annotated[str, AfterValidator(_web_origin)]
+HostName = Annotated[str, AfterValidator(_host_name)]
 HttpUrl = Annotated[str, AfterValidator(addresses.http_url)]
 BaseUrl = Annotated[str, AfterValidator(addresses.base_url)]
 ProxyUrl = Annotated[str, AfterValidator(addresses.proxy_url)]

@@ -27,13 +27,13 @@ async def _ask(proxy, path="/embeddings", **headers):
 
 @pytest.mark.parametrize("path", ["/embeddings", "/models", "/chat/completions"])
 async def test_without_configuration_no_page_is_let_in(path, upstream, start_proxy):
-    """By default a preflight is no special request, and no reply has a header for browsers."""
+    """By default a preflight is refused, and so is a simple request of a page."""
     proxy = await start_proxy(openai=upstream, server={"keys": ["ours"]})
     assert (await _ask(proxy, path)).status == 401
     proxy = await start_proxy(openai=upstream)
-    assert (await _ask(proxy, path)).status in (404, 405)
+    assert (await _ask(proxy, path)).status == 403
     reply = await proxy.post(GOOD, Origin=PAGE)
-    assert (reply.status, _cors(reply), "Vary" in reply.headers) == (200, {}, False)
+    assert (reply.status, _cors(reply), "Vary" in reply.headers) == (403, {}, False)
 
 
 @pytest.mark.parametrize("origins", [PAGE, [PAGE, "https://b.example"]])
@@ -66,7 +66,7 @@ async def test_another_page_is_not_let_in(upstream, start_proxy):
     """What is not listed gets no leave, and caches are told that the answer depends on who asks."""
     proxy = await start_proxy(openai=upstream, server={"cors": [PAGE]})
     for origin in ("https://app.example.evil", "http://app.example", "null"):
-        assert (await _ask(proxy, Origin=origin)).status == 405
+        assert (await _ask(proxy, Origin=origin)).status == 403
         reply = await proxy.post(GOOD, Origin=origin)
         assert (_cors(reply), reply.headers["Vary"]) == ({}, "Origin")
 

@@ -10,7 +10,7 @@ from providers.probe import TEXTS
 LINE = re.compile(r'(\w+)\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (\S+)')
 MODEL = {"space": "s/m", "dimensions": 8, "price": 2.0, "routes": [
     {"provider": "openai", "model": "m"}]}  # fmt: skip
-KEYS = [{"key": "k", "name": 'a "b"\\\n', "namespace": "team"}]
+KEYS = [{"key": "k", "admin": True, "name": 'a "b"\\\n', "namespace": "team"}]
 WORKER = ("worker", str(os.getpid()))
 
 

@@ -85,8 +85,7 @@ class PlainConnection(Connection):
 
 
 class PlainServer(Server):
-    def __call__(self) -> Connection:
-        return PlainConnection(self._replies, self._heads, self, loop=self._loop, **self._kwargs)
+    connection_type = PlainConnection
 
 
 class PlainRunner(Runner):

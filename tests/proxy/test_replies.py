@@ -320,7 +320,7 @@ async def test_a_wrong_key_gets_nothing(upstream, start_proxy, repeated):
 
 async def test_each_is_counted_as_any_other(upstream, start_proxy, repeated):
     """Ledger, status and metrics say the same of a reply, however it came to be."""
-    keys = [{"key": "k", "name": "ci"}, {"key": "l", "name": "dev"}]
+    keys = [{"key": "k", "name": "ci", "admin": True}, {"key": "l", "name": "dev"}]
     proxy = await start_proxy(openai=upstream, server={"keys": keys})
     counts = {"k": 7, "l": 4}
     for key, count in counts.items():

@@ -11,7 +11,7 @@ MODELS = {
     "n": {"space": "s/n", "dimensions": 8, "routes": [
         {"provider": "openrouter", "model": "n"}]},
 }  # fmt: skip
-KEYS = [{"key": "k", "name": "ci"}]
+KEYS = [{"key": "k", "admin": True, "name": "ci"}]
 
 
 async def _told(proxy, key="k"):

@@ -1,0 +1,96 @@
+"""Keeps what the proxy stores from other users of the machine: files 0600, folders 0700.
+
+Vectors, texts that wait for Qdrant, dead letters and the ledger lie in the cache directory. SQLite
+makes its files readable by everybody (0644 less the umask), and gives a log the mode of its
+database. So databases are created here before SQLite opens them. A process's umask is not changed:
+the library runs inside the programs of others.
+"""
+
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger("embedding_proxy.store")
+
+FILE_MODE = 0o600
+FOLDER_MODE = 0o700
+_OF_OTHERS = 0o077
+"""The bits that let the group and everybody else in."""
+
+_OWN_NAMES = re.compile(r"v\d+$|v\d+\.|writer\.lock|index-outbox|migrations$")
+"""How the names begin of what the proxy puts into a cache directory; other files are not ours."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that only its owner can enter, unless it is there. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
+
+
+def create(path: Path) -> None:
+    """Create an empty file with mode 0600, unless there is one. Raises OSError."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), FILE_MODE))
+
+
+def opener(path: str, flags: int) -> int:
+    """Open a file for `open(…, opener=opener)`: one that is made has mode 0600."""
+    return os.open(path, flags, FILE_MODE)
+
+
+def secure(directory: Path) -> None:
+    """Take the permissions of others from a cache directory and from what is ours in it.
+
+    What was changed is told in the log, once; so is what could not be changed. Nothing is raised.
+    Symbolic links are not followed, except that `directory` may be one.
+    """
+    if os.name != "posix":
+        return
+    mended: list[Path] = []
+    failed: list[tuple[Path, str]] = []
+    for path in (directory, *_own(directory)):
+        try:
+            mode = stat.S_IMODE((path.stat() if path == directory else path.lstat()).st_mode)
+            if not mode & _OF_OTHERS:
+                continue
+            if mode & stat.S_ISVTX:
+                # As /tmp: others work in it, by intention.
+                failed.append((path, "it is a common folder"))
+                continue
+            path.chmod(mode & ~_OF_OTHERS)
+            mended.append(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            failed.append((path, error.strerror or str(error)))
+    if mended:
+        log.info(
+            "%s could be read by other users; it is now its owner's alone%s",
+            mended[0],
+            f", as are {len(mended) - 1} more files in it" if len(mended) > 1 else "",
+        )
+    if failed:
+        path, why = failed[0]
+        log.warning(
+            "%s can be read by other users, and its permissions cannot be changed: %s;"
+            " use a cache.directory that is its owner's alone (chmod 700)",
+            path,
+            why,
+        )
+
+
+def _own(directory: Path) -> Iterator[Path]:
+    """Yield the files and folders of the proxy in a cache directory, folders first."""
+    try:
+        entries = [one for one in os.scandir(directory) if _OWN_NAMES.match(one.name)]
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            continue
+        yield Path(entry.path)
+        if entry.is_dir():
+            for folder, folders, files in os.walk(entry.path):
+                inside = [Path(folder, name) for name in (*folders, *files)]
+                yield from (path for path in inside if not path.is_symlink())

@@ -1,0 +1,130 @@
+"""The cache directory is its owner's alone: what is made in it, and what was there before."""
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from qdrant_server import QdrantServer
+
+from cache import private_files
+from cache.disk.connection import opened
+from cache.maintenance import backup
+from index.migration.journal import Journal
+from index.migration.seen import Seen
+
+MODEL = "text-embedding-3-small"
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+
+
+@pytest.fixture(autouse=True)
+def _usual_umask() -> Iterator[None]:
+    """Set the umask that most systems have."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def _open_to_others(directory: Path) -> list[str]:
+    """Return what others could enter, read or change."""
+    paths = [directory, *directory.rglob("*")]
+    return [
+        f"{path.relative_to(directory)} {stat.S_IMODE(path.lstat().st_mode):o}"
+        for path in paths
+        if not path.is_symlink() and path.lstat().st_mode & 0o077
+    ]
+
+
+async def _use(start_proxy, upstream, **sections) -> None:
+    proxy = await start_proxy(openai=upstream, **sections)
+    response = await proxy.post(
+        {"model": MODEL, "input": ["a", "b"]}, Authorization="Bearer sk-client"
+    )
+    assert response.status == 200
+
+
+@pytest.mark.parametrize("kind", ["plain", "indexed", "with clients' keys"])
+async def test_everything_in_the_directory_is_private(kind, start_proxy, upstream, tmp_path):
+    """Databases, their logs, the outbox, proofs of keys and locks: while open, and after."""
+    async with QdrantServer() as qdrant:
+        sections = {}
+        if kind == "indexed":
+            sections["index"] = {"qdrant": {"url": qdrant.url}}
+        if kind == "with clients' keys":
+            sections["providers"] = {"openai": {"base_url": upstream.url, "key": "client"}}
+        await _use(start_proxy, upstream, **sections)
+        files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+        assert len(files) > 3
+        assert _open_to_others(tmp_path / "cache") == []
+        await start_proxy.stop()
+        assert _open_to_others(tmp_path / "cache") == []
+
+
+async def test_what_was_there_before_is_mended(start_proxy, upstream, tmp_path, caplog):
+    """A directory of an earlier version is closed to others, with one line in the log."""
+    caplog.set_level(logging.INFO, "embedding_proxy.store")
+    directory = tmp_path / "cache"
+    await _use(start_proxy, upstream)
+    await start_proxy.stop()
+    aside = directory / "v1.damaged-20260101T000000-0"
+    aside.mkdir()
+    (aside / "cache.db").touch()
+    (directory / "index-outbox.db").touch()
+    foreign = directory / "notes.txt"
+    foreign.touch()
+    outside = tmp_path / "outside"
+    outside.touch()
+    (directory / "v1" / "link").symlink_to(outside)
+    for path in directory.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    directory.chmod(0o755)
+    assert len(_open_to_others(directory)) > 5
+    caplog.clear()
+    await _use(start_proxy, upstream)
+    assert _open_to_others(directory) == ["notes.txt 644"]
+    assert outside.stat().st_mode & 0o044
+    lines = [one.getMessage() for one in caplog.records if "other users" in one.getMessage()]
+    assert len(lines) == 1
+    assert str(directory) in lines[0]
+    await start_proxy.stop()
+    caplog.clear()
+    await _use(start_proxy, upstream)
+    assert "other users" not in caplog.text
+
+
+@pytest.mark.parametrize("why", ["not its owner", "a common folder"])
+def test_what_cannot_be_mended_is_a_warning(why, tmp_path, monkeypatch, caplog):
+    """A directory of somebody else, or one that all may use, is left as it is, and told."""
+    tmp_path.chmod(0o1777 if why == "a common folder" else 0o755)
+    before = tmp_path.stat().st_mode
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if why == "not its owner":
+        monkeypatch.setattr(Path, "chmod", refuse)
+    private_files.secure(tmp_path)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert str(tmp_path) in record.getMessage()
+    assert "chmod 700" in record.getMessage()
+    assert tmp_path.stat().st_mode == before
+
+
+async def test_files_of_migrations_and_copies_are_private(start_proxy, upstream, tmp_path):
+    """State, dead letters and vectors that are copied hold what the cache holds."""
+    folder = tmp_path / "migrations"
+    journal = Journal(folder, "http://localhost:6333", "docs")
+    journal.bury([{"id": 1}])
+    Seen(journal.seen).anew()
+    assert len(list(folder.iterdir())) >= 2
+    await _use(start_proxy, upstream)
+    await start_proxy.stop()
+    target = tmp_path / "copy.db"
+    with opened(tmp_path / "cache", 1 << 30) as database:
+        backup.copy(database, target, lambda *_: None)
+    assert _open_to_others(folder) == []
+    assert target.stat().st_mode & 0o077 == 0
