@@ -5,12 +5,12 @@ import logging
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from providers.base import EmbeddingError
+from providers.base import EmbeddingError, InputRefused
 from proxy import errors
 from proxy.errors import Failure
 from proxy.onward.headers import KEY_HEADERS
 
-from . import ops
+from . import ops, target
 from .access import Access
 from .body import BodyRefused
 from .caller import Caller
@@ -32,11 +32,18 @@ async def stamp(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def guard(access: Access, cors: Cors) -> Middleware:
-    """Return the middleware around everything: keys first, and every error in OpenAI's shape."""
+    """Return the middleware around everything.
+
+    The target and the keys are looked at first. Every error is in OpenAI's shape.
+    """
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = errors.new_request_id()
+        try:
+            target.check(request.method, request.raw_path)
+        except InputRefused as refusal:
+            return errors.failure(refusal).response()
         preflight = cors.preflight(request)
         if preflight is not None:
             return preflight

@@ -6,7 +6,6 @@ redirects included, is what the client gets. What is sent waits for who receives
 
 import asyncio
 import logging
-import re
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -22,6 +21,7 @@ from providers.transport_errors import reason
 from proxy.http.body import BodyRefused
 from proxy.http.cors import Cors
 from proxy.http.paths import may_be_embeddings
+from proxy.http.target import path_of
 from proxy.settings.schema import Settings
 
 from . import bridge
@@ -72,7 +72,8 @@ class Passthrough:
                 status=403,
                 code="origin_not_allowed",
             )
-        url, headers = origin.address(request), origin.headers(request)
+        url = origin.address(request)
+        headers = origin.headers(request, url)
         try:
             async with Attendance(request, self._idle_s) as attendance:
                 if bridge.is_wanted(request):
@@ -134,8 +135,7 @@ def _is_below(target: str) -> bool:
     That is one of PREFIXES, or `/models/`. One that begins so only when it is decoded would be sent
     below the base URL with its prefix.
     """
-    path = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
-    return path.startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
+    return path_of(target).startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
 
 
 def _reset(transport: asyncio.Transport) -> None:
