@@ -69,8 +69,8 @@ async def connect(
         )
         await client.prepare(request)
         async with asyncio.TaskGroup() as pumps:
-            pumps.create_task(_pump(client, upstream, attendance))
-            pumps.create_task(_pump(upstream, client, attendance))
+            pumps.create_task(_pump(client, upstream, attendance, origin))
+            pumps.create_task(_pump(upstream, client, attendance, origin))
     return client
 
 
@@ -79,7 +79,7 @@ def _may_go(origin: Origin, protocol: str) -> bool:
     return secret == protocol or origin.may_forward(secret)
 
 
-async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
+async def _pump(source: _Socket, sink: _Socket, attendance: Attendance, origin: Origin) -> None:
     """Send on what comes, and at last how it ended; a side that is gone ends it too."""
     code, why = _BROKEN, ""
     with suppress(ConnectionError, aiohttp.ClientError):
@@ -87,7 +87,7 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
             message = await source.receive()
             attendance.moved()
             if message.type is WSMsgType.TEXT:
-                await sink.send_str(message.data)
+                await sink.send_str(origin.redactor.overwrite(message.data))
             elif message.type is WSMsgType.BINARY:
                 await sink.send_bytes(message.data)
             else:
@@ -95,4 +95,4 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
         if message.type is WSMsgType.CLOSE:
             code, why = message.data or _NORMAL, message.extra or ""
     with suppress(ConnectionError, aiohttp.ClientError):
-        await sink.close(code=code, message=why.encode())
+        await sink.close(code=code, message=origin.redactor.redact(why.encode()))

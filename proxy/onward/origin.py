@@ -18,6 +18,7 @@ from providers import hops
 from providers.base import EmbeddingError, InputRefused, NoRoute, Unreachable, UpstreamTimeout
 from providers.base_url import BaseUrl
 from providers.content_encoding import ACCEPT_ENCODING, DecodeError, Decoder
+from providers.redaction import Redactor
 from providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
 from proxy.embedding.opening import check_network, key_of
 from proxy.http.access import Access
@@ -52,6 +53,8 @@ class Origin:
         self._base = BaseUrl(self._base_url)
         self._variable = entry.key_variable
         self._key = key_of(entry)
+        self.redactor = Redactor(*self._profile.secrets(self._key))
+        """Removes the provider's key from what its upstream says."""
         check_network(self.name, entry)
         self._by_client = settings.passthrough_auth == "client" or entry.by_client
         self._access = access

@@ -1,7 +1,7 @@
 """Every call that is not ours: streamed to one provider, and back, as it is.
 
-Nothing is gathered, tried again, decompressed or followed: what the upstream says, its errors and
-redirects included, is what the client gets. What is sent waits for who receives, both ways.
+Nothing is tried again or followed: what the upstream says, its errors and redirects included, is
+what the client gets, but for the provider's key. What is sent waits for who receives, both ways.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ from . import bridge
 from .attendance import Attendance, Stalled
 from .headers import returned
 from .origin import PREFIXES, Origin
+from .refusal import redacted_headers, redacted_reason, redacted_reply
 
 log = logging.getLogger("embedding_proxy.passthrough")
 
@@ -107,16 +108,31 @@ class Passthrough:
         self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance
     ) -> web.StreamResponse:
         """Give the client the reply as it comes. Raises ConnectionError if it breaks off."""
-        response = web.StreamResponse(
-            status=reply.status, reason=reply.reason, headers=returned(reply.headers)
-        )
+        redactor = self._origin.redactor
+        headers = redacted_headers(returned(reply.headers), redactor)
+        reason = redacted_reason(reply.reason, redactor)
+        is_good = 200 <= reply.status < 300
+        chunks = self._chunks(request, reply, attendance)
+        if not (is_good or request.method == "HEAD" or reply.status == 304):
+            return await redacted_reply(reply.status, reason, headers, chunks, redactor)
+        response = web.StreamResponse(status=reply.status, reason=reason, headers=headers)
         await response.prepare(request)
-        while chunk := await self._next(request, reply):
+        passing = None if "Content-Encoding" in headers else redactor.stream()
+        async for chunk in chunks:
+            if passed := chunk if passing is None else passing.feed(chunk):
+                await response.write(passed)
             attendance.moved()
-            await response.write(chunk)
-            attendance.moved()
+        if passing is not None and (rest := passing.finish()):
+            await response.write(rest)
         await response.write_eof()
         return response
+
+    async def _chunks(
+        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance
+    ) -> AsyncIterator[bytes]:
+        while chunk := await self._next(request, reply):
+            attendance.moved()
+            yield chunk
 
     async def _next(self, request: web.Request, reply: aiohttp.ClientResponse) -> bytes:
         try:
