@@ -22,7 +22,7 @@ _UNITS = {
     "µs": 1e-6,
     "ns": 1e-9,
 }
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|[dhms])")
+_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|us|µs|ns|[dhms])")
 _DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|us|µs|ns|[dhms])){1,7}", re.ASCII)
 _NUMBER = re.compile(r"\d{1,20}(?:\.\d{1,12})?", re.ASCII)
 _QUANTITY = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
