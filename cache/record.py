@@ -81,3 +81,8 @@ def width(record: bytes) -> int | None:
         return None
     *_, dimensions, _, digest = _HEADER.unpack_from(record)
     return None if decode(record, digest, dimensions) is None else int(dimensions)
+
+
+def vector_of(record: bytes) -> Vector:
+    """Return the vector in a record that is whole."""
+    return record[_HEADER.size : -_CHECKSUM]

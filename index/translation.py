@@ -1,9 +1,11 @@
 """What the client of Qdrant raises, in our own words: one line each, and no key."""
 
 import sqlite3
-from contextlib import suppress
+import time
 
 import orjson
+
+from providers.ratelimit import seconds_until
 
 from .failures import (
     Denied,
@@ -37,7 +39,9 @@ def translated(error: Exception) -> Exception:  # noqa: PLR0911 - a table
     if isinstance(error, UnexpectedResponse):
         return _refusal(error.status_code or 0, error.content, error.headers.get("retry-after"))
     if isinstance(error, ResourceExhaustedResponse):
-        return Unavailable(f"overloaded: {_short(error)}", float(error.retry_after_s))
+        return Unavailable(
+            f"overloaded: {_short(error)}", seconds_until(str(error.retry_after_s), time.time())
+        )
     if isinstance(error, ResponseHandlingException):
         source = error.source
         return Unavailable(_short(source) or type(source).__name__)
@@ -58,10 +62,7 @@ def _refusal(status: int, content: bytes, wait: str | None) -> QdrantFailure:
     if status == 500:
         return ServerFault(words)
     if status in _PASSING:
-        seconds = None
-        with suppress(ValueError):
-            seconds = max(0.0, float(wait or ""))
-        return Unavailable(words, seconds)
+        return Unavailable(words, seconds_until(wait or "", time.time()))
     if status == 404:
         return Missing(words)
     if status == 409 or b"already exists" in content:

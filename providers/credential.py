@@ -3,24 +3,15 @@
 Limits, rests and budgets belong to the key; what keeps them by key remembers the newest so many.
 """
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from .redaction import Redactor
+
 MOST_KEYS = 1000
 """Keys of which something is remembered; those used longest ago are forgotten."""
-
-# A shorter key may be a part of any word, and so may a shorter beginning of one.
-_SHORTEST_SECRET = 8
-_BEGINNING = 8
-# As vendors show a key without telling it: `sk-ab***yz`, `sk-ab...yz`. Each alternative is tried
-# only where a word begins, and none gives back what it has taken: the time is linear in the text.
-_MASKED = re.compile(
-    rb'(?<![^\s"\\])(?:[^\s"\\*]++|\*{1,2}+(?!\*))*+\*{3}[^\s"\\]*+'
-    rb"|(?<![\w-])[\w-]{2,}+\.{3}[\w-]{2,}+"
-)
 
 _QUOTES = ("'", '"', "`")
 
@@ -43,20 +34,7 @@ class Credential:
         >>> Credential("sk-123456789xyz", "key-1").redacted(b"Wrong: sk-12***xyz, sk-123456789xyz.")
         b'Wrong: *** ***.'
         """
-        return redacted(self.secret.encode(), _MASKED.sub(b"***", body))
-
-
-def redacted(secret: bytes, body: bytes) -> bytes:
-    """Return what an upstream said without a key, whole or cut short; short keys are no secrets.
-
-    The time is linear in the length of the text.
-    """
-    if len(secret) < _SHORTEST_SECRET:
-        return body
-    body = body.replace(secret, b"***")
-    if len(secret) > _BEGINNING:
-        body = re.sub(re.escape(secret[:_BEGINNING]) + rb'[^\s"\\]*', b"***", body)
-    return body
+        return Redactor(self.secret, every_mask=True).redact(body)
 
 
 def key_mistake(key: str, variable: str = "") -> str:

@@ -29,9 +29,10 @@ from .base import (
     RateLimited,
     Space,
 )
-from .credential import ByKey, Credential, redacted
+from .credential import ByKey, Credential
 from .limits import Limits
 from .profile import Profile
+from .redaction import Redactor
 from .transport import Reply, Transport
 
 log = logging.getLogger("embedding_proxy.provider")
@@ -85,7 +86,7 @@ class HttpProvider:
         self._base_url = profile.base_url.rstrip("/")
         self._declared = profile
         self._has_unnumbered_answers = False
-        self._key = (api_key or "").encode()
+        self._redactor = Redactor(*profile.secrets(api_key))
         headers = dict(profile.headers)
         connections = profile.limits.concurrency
         if profile.by_client:
@@ -238,9 +239,9 @@ class HttpProvider:
 
         def redact(text: str) -> str:
             """Take out the key that was sent: some upstreams repeat the one that they refuse."""
-            said = text.encode(errors="replace")
-            said = redacted(self._key, said) if credential is None else credential.redacted(said)
-            return said.decode(errors="replace")
+            if credential is not None:
+                text = credential.redacted(text.encode(errors="replace")).decode(errors="replace")
+            return self._redactor.redact_text(text)
 
         url = self._base_url + self.path(model)
         if not 200 <= reply.status < 300:

@@ -12,6 +12,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
+from .base_url import BaseUrl
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
@@ -70,6 +72,8 @@ class Network:
     ) -> aiohttp.ClientSession:
         """Return a session whose calls to `base_url` go this way; it keeps no cookies.
 
+        A call to another origin fails with ForeignOrigin.
+
         `connections` is how many it opens at most, 0 = any number. `options` are aiohttp's. Raises
         ValueError as `proxy_for` does, OSError if `ca_file` cannot be read or holds no certificate.
         """
@@ -81,5 +85,6 @@ class Network:
             cookie_jar=aiohttp.DummyCookieJar(),
             proxy=self.proxy_for(base_url),
             auto_decompress=False,
+            middlewares=(BaseUrl(base_url).guard,),
             **options,
         )

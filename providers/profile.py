@@ -1,11 +1,16 @@
 """What is to be known of an upstream before it is asked: a declaration, as data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from yarl import URL
+
 from .limits import Limits, Timeouts
 from .network import Network
+
+_PLAIN_HEADERS = frozenset({"http-referer", "referer", "user-agent", "x-title"})
+"""Headers whose values an operator tells everybody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,3 +52,15 @@ class Profile:
     """How it is reached: directly, or through an HTTP proxy, and whom certificates must be of."""
     options: Mapping[str, object] = field(default_factory=dict)
     """What else its adapter can be told, with defaults; the configuration may set these alone."""
+
+    def secrets(self, api_key: str | None) -> Iterator[str]:
+        """Yield what this upstream is sent and nobody else may see: keys and passwords."""
+        if api_key:
+            yield api_key
+        for name, value in self.headers.items():
+            if name.lower() not in _PLAIN_HEADERS and value.split():
+                # Without the scheme, such as `Bearer`.
+                yield value.split()[-1]
+        password = URL(self.network.proxy).password if self.network.proxy else None
+        if password:
+            yield password

@@ -1,7 +1,8 @@
 """Reads an upstream's rate limits from its headers: how much is left, and how long to wait.
 
 Pure: text and the present time in, bounded numbers out. `seconds_until` reads every wait, whether a
-header or an error body holds it. No result is negative, NaN or infinite; no wait exceeds MAX_WAIT.
+header or an error body holds it. No result is negative, NaN or infinite; no wait exceeds
+MAX_TOLD_WAIT, and none that the proxy itself keeps exceeds MAX_WAIT.
 """
 
 import re
@@ -9,8 +10,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-MAX_WAIT = 600.0
+MAX_WAIT = 3600.0
 """Seconds. No header makes the proxy wait longer: after that time the upstream is asked again."""
+MAX_TOLD_WAIT = 86_400.0
+"""Seconds. No client is told to wait longer."""
 
 _UNITS = {
     "d": 86_400.0,
@@ -22,7 +25,7 @@ _UNITS = {
     "µs": 1e-6,
     "ns": 1e-9,
 }
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|ns|[dhms])")
+_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|us|µs|ns|[dhms])")
 _DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|us|µs|ns|[dhms])){1,7}", re.ASCII)
 _NUMBER = re.compile(r"\d{1,20}(?:\.\d{1,12})?", re.ASCII)
 _QUANTITY = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
@@ -38,10 +41,12 @@ _EPOCH_UNITS = ((1e11, 1.0), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
 _LIMITS = ("requests", "tokens")
 _SHARED_RESETS = ("x-ratelimit-reset", "ratelimit-reset")
 """Names without the kind of limit, for upstreams that have only one."""
+_RESETS = ("x-ratelimit-reset", "ratelimit-reset")
+"""How the names of all headers begin that say when a limit is whole again."""
 
 
 def seconds_until(text: str, now: float) -> float | None:
-    """Return the seconds until a wait is over, 0…MAX_WAIT; None if the text says no time.
+    """Return the seconds until a wait is over, 0…MAX_TOLD_WAIT; None if the text says no time.
 
     Reads seconds (`1.5`), durations (`6m0s`, `12ms`), and points in time: seconds, milliseconds,
     microseconds or nanoseconds since 1970, ISO 8601, HTTP dates (RFC 9110). A point in the past is
@@ -50,7 +55,7 @@ def seconds_until(text: str, now: float) -> float | None:
     >>> seconds_until("6m0s", 0.0), seconds_until("1772366430", 1772366400.0)
     (360.0, 30.0)
     >>> seconds_until("9999h", 0.0), seconds_until("soon", 0.0), seconds_until("-1", 0.0)
-    (600.0, None, None)
+    (86400.0, None, None)
     """
     text = text.strip()
     if not text or len(text) > _MAX_LENGTH:
@@ -64,7 +69,7 @@ def seconds_until(text: str, now: float) -> float | None:
         if instant is None:
             return None
         seconds = instant - now
-    return min(max(seconds, 0.0), MAX_WAIT)
+    return min(max(seconds, 0.0), MAX_TOLD_WAIT)
 
 
 _FIRST_INSTANT = 1_262_304_000.0
@@ -77,10 +82,10 @@ def _seconds_of(number: float, now: float) -> float:
         return number
     scale = next((scale for bound, scale in _EPOCH_UNITS if number < bound), None)
     if scale is None:
-        return MAX_WAIT
+        return MAX_TOLD_WAIT
     instant = number / scale
     # No upstream is that far behind: it is an absurdly long wait.
-    return MAX_WAIT if instant < _FIRST_INSTANT else instant - now
+    return MAX_TOLD_WAIT if instant < _FIRST_INSTANT else instant - now
 
 
 def _instant(text: str) -> float | None:
@@ -92,7 +97,7 @@ def _instant(text: str) -> float | None:
             date = parsedate_to_datetime(text)
         date = date if date.tzinfo else date.replace(tzinfo=UTC)
         return date.timestamp()
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError, IndexError):
         return None
 
 
@@ -116,8 +121,39 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """
     milliseconds = quantity(headers.get("retry-after-ms", ""))
     if milliseconds is not None:
-        return min(milliseconds / 1000, MAX_WAIT)
+        return min(milliseconds / 1000, MAX_TOLD_WAIT)
     return seconds_until(headers.get("Retry-After", ""), now)
+
+
+def tellable(seconds: float) -> float:
+    """Return a wait as a client may be told it: 0…MAX_TOLD_WAIT, whatever the number is.
+
+    >>> tellable(7.5), tellable(1e308), tellable(-1.0), tellable(float("nan"))
+    (7.5, 86400.0, 0.0, 86400.0)
+    """
+    return max(seconds, 0.0) if seconds <= MAX_TOLD_WAIT else MAX_TOLD_WAIT
+
+
+def told_header(name: str, value: str, now: float) -> str | None:
+    """Return a header of a reply that is passed on; None for a wait that no client should read.
+
+    `name` is in lower case. A wait beyond MAX_TOLD_WAIT is replaced by that; other headers, and
+    waits within it, stay as they are.
+
+    >>> told_header("retry-after", "1e308", 0.0), told_header("retry-after", "9999999", 0.0)
+    (None, '86400')
+    """
+    if name == "retry-after-ms":
+        milliseconds = quantity(value)
+        wait = None if milliseconds is None else milliseconds / 1000
+    elif name == "retry-after" or name.startswith(_RESETS):
+        wait = seconds_until(value, now)
+    else:
+        return value
+    if wait is None:
+        return None
+    unit = 1000 if name == "retry-after-ms" else 1
+    return value if wait < MAX_TOLD_WAIT else f"{MAX_TOLD_WAIT * unit:.0f}"
 
 
 def reset_after(headers: Mapping[str, str], kind: object, now: float) -> float | None:
@@ -161,7 +197,7 @@ def allowance(
     reset = seconds_until(headers.get(f"x-ratelimit-reset-{kind}", ""), now)
     if not limit or remaining is None or reset is None:
         return None
-    remaining = min(remaining, limit)
+    remaining, reset = min(remaining, limit), min(reset, MAX_WAIT)
     used = limit - remaining
     if reset == 0 or used == 0:
         return limit, limit, limit / 60

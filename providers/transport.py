@@ -26,6 +26,7 @@ from .base import (
     UpstreamFault,
     UpstreamTimeout,
 )
+from .base_url import BaseUrl
 from .content_encoding import ACCEPT_ENCODING, PIECE, DecodeError, Decoder
 from .limits import Timeouts
 from .network import Network
@@ -58,6 +59,7 @@ class Transport:
         """`headers` are sent with every call; `connections` is how many are open at most."""
         self._provider = provider
         self._base_url = base_url.rstrip("/")
+        self._base = BaseUrl(base_url)
         own = {"Accept-Encoding": ACCEPT_ENCODING, "Content-Type": "application/json"}
         self._headers = {**headers, **own}
         self._timeouts = timeouts
@@ -142,7 +144,7 @@ class Transport:
             async with AsyncExitStack() as stack:
                 session = await stack.enter_async_context(self._lend())
                 request = session.post(
-                    self._base_url + path,
+                    self._base.join(path),
                     data=_Payload(payload, attempt),
                     headers={**(headers or {}), **hops.headers()},
                     allow_redirects=False,

@@ -10,6 +10,8 @@ import ssl
 
 import aiohttp
 
+from .base_url import ForeignOrigin
+
 PROXY_CREDENTIALS_REFUSED = "HTTP proxy: it refuses the credentials, or wants some (407)"
 
 _NO_SUCH_HOST = {
@@ -43,6 +45,8 @@ def reason(  # noqa: C901, PLR0911, PLR0912 - one case for each kind of failure
     if received is not None:
         return f"reply broke off after {received:,} bytes"
     match error:
+        case ForeignOrigin():
+            return f"the call was not sent: {error}"
         case aiohttp.ClientConnectorCertificateError():
             return _certificate(error.certificate_error, _place(error))
         case aiohttp.ClientConnectorSSLError():
@@ -81,8 +85,10 @@ def is_final(error: BaseException) -> bool:
     """Tell whether the same call would fail again in the same way.
 
     So it is where the headers of a reply are larger than aiohttp takes (and each such reply is
-    charged), and where an HTTP proxy wants other credentials.
+    charged), where an HTTP proxy wants other credentials, and where a call would leave its origin.
     """
+    if isinstance(error, ForeignOrigin):
+        return True
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return error.status == 407
     return isinstance(error, aiohttp.ClientResponseError) and _is_oversize(error.message)

@@ -82,6 +82,11 @@ def check(vector: Vector, dimensions: int, *, unit_norm: bool = False) -> None:
         raise VectorError(f"length {square**0.5:.3g} where the model's vectors have length 1")
 
 
+def is_finite(vector: Vector) -> bool:
+    """Tell whether no number is NaN or an infinity."""
+    return bool(np.isfinite(np.frombuffer(vector, dtype=_FLOAT32)).all())
+
+
 def length(vector: Vector) -> float:
     """Return the Euclidean length of a vector, computed in float64."""
     return float(np.linalg.norm(np.frombuffer(vector, dtype=_FLOAT32).astype(np.float64)))

@@ -19,7 +19,7 @@ from proxy.commands.common import ConfigOption, fail, one_line
 from proxy.http.cache_control import MEANING
 from proxy.own_address import check_own_address
 
-from . import config, server
+from . import config, log, server
 from . import workers as processes
 
 T = TypeVar("T")
@@ -72,9 +72,7 @@ def _root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
     ] = False,
 ) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.ERROR, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logging.basicConfig(level=logging.ERROR, handlers=[log.handler()])
 
 
 @app.command()

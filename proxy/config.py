@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
+from proxy.settings.pasted_keys import MASK, hide_keys
 from proxy.settings.schema import Settings
 from proxy.settings.section import Section
 
@@ -20,10 +21,10 @@ BUILT_IN = "the built-in configuration"
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; one line, with file, key and remedy."""
+    """The configuration cannot be used; one line, with file, key and remedy, and without a key."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
+        super().__init__(hide_keys(message).replace("\r", "\\r").replace("\n", "\\n"))
 
 
 def load(path: Path | None = None, *, overrides: Mapping[str, object] | None = None) -> Settings:
@@ -188,18 +189,30 @@ _EXPECTED = {
 }
 
 
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z_]{0,39}")
+"""An unknown key that is shown though it is like none that is known."""
+_NEAR_NAME = re.compile(r"[\w .-]{1,40}")
+"""A name that is not valid and is shown."""
+
+
 def _first_problem(error: ValidationError) -> str:
     """Say what is wrong first, as `key: problem; remedy`; no value is repeated, it may be a key."""
     problems = error.errors(include_url=False, include_input=False)
     # A misspelt key is unknown here and missing there; the first says more.
     problem = min(problems, key=lambda one: one["type"] != "extra_forbidden")
     where = [str(part) for part in problem["loc"] if part != "[key]"]
-    key = ".".join(where)
     kind = problem["type"]
+    is_name = kind == "string_pattern_mismatch" and problem["loc"][-1] == "[key]"
+    if is_name and not _NEAR_NAME.fullmatch(where[-1]):
+        # With other characters it is probably a key or an address.
+        where.pop()
+    key = ".".join(where)
     if kind == "extra_forbidden":
         known = list(_known_keys(where[:-1]))
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        if not near and not _PLAIN_NAME.fullmatch(where[-1]):
+            key = ".".join([*where[:-1], MASK])
         return f"{key}: unknown key; {hint}"
     if kind == "missing":
         return f"{key}: is missing; add it"

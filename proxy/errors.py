@@ -3,6 +3,7 @@
 Every error a client sees is made here, whoever's fault it was.
 """
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
+from providers.ratelimit import tellable
 from providers.routing.faults import is_passing
 
 RETRY_SECONDS = 1
@@ -54,8 +56,9 @@ class Failure:
             headers["x-should-retry"] = "false"
         else:
             # Whole seconds (RFC 9110), rounded up; the exact wait where clients know the header.
-            headers["Retry-After"] = str(int(-(-self.retry_after // 1)))
-            headers["retry-after-ms"] = str(round(self.retry_after * 1000))
+            wait = tellable(self.retry_after)
+            headers["Retry-After"] = str(math.ceil(wait))
+            headers["retry-after-ms"] = str(round(wait * 1000))
         return web.Response(
             status=self.status,
             body=body(self.message, self.kind, self.param, self.code),

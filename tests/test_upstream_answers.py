@@ -152,7 +152,7 @@ async def test_a_call_with_a_bad_vector_is_on_the_bill_once(upstream, start_prox
 @pytest.mark.parametrize("reset", ["4102444800", "4102444800000", "2100-01-01T00:00:00Z", "9999h"])
 @pytest.mark.parametrize("code", [200, 429])
 async def test_no_header_locks_a_model_out(code, reset, upstream, start_proxy):
-    """Whatever date or time an upstream names, its model is asked again within ten minutes."""
+    """Whatever date or time an upstream names, its model is asked again within an hour."""
     headers = {
         "x-ratelimit-limit-requests": "1",
         "x-ratelimit-remaining-requests": "0",
@@ -164,7 +164,7 @@ async def test_no_header_locks_a_model_out(code, reset, upstream, start_proxy):
     await proxy.post({"model": MODEL, "input": "a"})
     reply = await proxy.post({"model": MODEL, "input": "b"})
     assert reply.status in (429, 503)
-    assert 0 < int(reply.headers["Retry-After"]) <= 600
+    assert 0 < int(reply.headers["Retry-After"]) <= 3600
 
 
 @pytest.mark.parametrize("reset", ["0", "0s", "1767225600", "2026-01-01T00:00:00Z"])

@@ -25,6 +25,7 @@ Where no whole frame is, the reader looks for the next one, so damage costs the 
 other. A checksum finds damage, not malice.
 """
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ from typing import BinaryIO
 import orjson
 
 from cache.key import checksum
-from cache.record import width
+from cache.record import vector_of, width
 from cache.row import Partition, Row
+from providers.vector import is_finite
 
 FORMAT = 1
 """Version of the bytes described above."""
@@ -104,8 +106,9 @@ def read(file: BinaryIO, report: Report) -> Iterator[Row]:
     """Yield the row of every whole entry, and fill the report meanwhile.
 
     A row comes out as it was written, or not at all; only its partition may have become None. The
-    file is read forward, to its end. Raises ArchiveError if not one frame is whole, or as soon as a
-    later format begins.
+    file is read forward, to its end. Raises ArchiveError if not one frame is whole, as soon as a
+    later format begins, and at a whole frame that no release can have written: a vector without
+    numbers or with one that is not finite, a width below 1, a time that is not finite.
     """
     known: dict[bytes, Partition | None] = {}
     kind, begun, whole, seen = None, False, True, 0
@@ -127,6 +130,7 @@ def read(file: BinaryIO, report: Report) -> Iterator[Row]:
                 report.damage(_AROUND + len(payload))
                 continue
             stored, address, reference = _ENTRY_HEADER.unpack_from(payload)
+            _check_entry(report.entries + 1, record, stored)
             whole &= reference in known
             report.entries += 1
             yield Row(address, record, stored, known.get(reference))
@@ -150,12 +154,29 @@ def _check_version(payload: bytes) -> None:
         raise ArchiveError(f"The archive has format {version}; this release reads {FORMAT} only.")
 
 
+def _check_entry(number: int, record: bytes, stored: float) -> None:
+    """Raise ArchiveError for an entry that no release writes, though it is not damaged."""
+    problem = None
+    if width(record) == 0:
+        problem = "its vector holds no number"
+    elif not is_finite(vector_of(record)):
+        problem = "its vector holds a number that is not finite"
+    elif not math.isfinite(stored):
+        problem = "the time when it was stored is not finite"
+    if problem is not None:
+        raise ArchiveError(f"Entry {number:,} of the archive cannot be used: {problem}.")
+
+
 def _learn(text: bytes, known: dict[bytes, Partition | None]) -> bool:
     """Remember a partition, forget one that no entry to come names; return whether it was one."""
     found = None
     try:
         match orjson.loads(text):
             case {"namespace": str(namespace), "space": str(space), "dimensions": int(dimensions)}:
+                if dimensions < 1:
+                    raise ArchiveError(
+                        f"The archive cannot be used: it names vectors of {dimensions} dimensions."
+                    )
                 found = Partition(namespace, space, dimensions)
             case said if said is not None:
                 return False

@@ -12,6 +12,7 @@ import orjson
 import typer
 
 from proxy.config import ConfigError
+from proxy.log import escape
 from proxy.workers import WorkerFailed
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ ConfigOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
+MAX_LINE = 20_000
+"""Characters of the line with which a command fails."""
 LINE_SECONDS = 5.0
 """How often long work says how far it is where there is no terminal."""
 
@@ -82,8 +85,7 @@ def _foreseeable() -> tuple[type[Exception], ...]:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print one line to stderr and exit."""
-    line = r"\n".join(message.splitlines())
-    typer.echo(f"embedding-proxy: {line}", err=True)
+    typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
     sys.exit(code)
 
 

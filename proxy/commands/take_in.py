@@ -149,6 +149,12 @@ def _take_archive(
 ) -> None:
     report = archive.Report()
     try:
+        if file.seekable():
+            # The whole is checked before anything of it is taken in.
+            begin = file.tell()
+            for _ in archive.read(file, archive.Report()):
+                pass
+            file.seek(begin)
         sums = _put(settings, archive.read(file, report), None, dry_run=dry_run)
     except ArchiveError as error:
         raise WorkFailed(f"{source}: {error}") from error

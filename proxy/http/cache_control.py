@@ -22,7 +22,7 @@ MEANING: dict[Mode, str] = {
 
 # What stands between commas. One inside quotes parts nothing; quotes that are never closed take in
 # all that follows.
-_ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*"?)+', re.DOTALL)
+_ITEM = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+"?)++', re.DOTALL)
 _SECONDS = re.compile(r"[0-9]+")
 
 

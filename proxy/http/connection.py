@@ -16,7 +16,7 @@ from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpProcessingError, RawRequestMessage
 
-from proxy.errors import RETRY_SECONDS, Failure, new_request_id
+from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
 
 from .connection_limits import ConnectionLimits
 from .heads import Heads
@@ -39,6 +39,19 @@ _OVERLOADED = Failure(
     code="proxy_overloaded",
     retry_after=RETRY_SECONDS,
 )
+_MAX_PROBLEM = 200
+"""Characters of what aiohttp says is wrong with a request."""
+
+
+TIMED_OUT = Failure(504, "The request timed out.", "server_error", code="timeout", retry_after=1)
+
+
+def _problem(message: str) -> str:
+    """Return what is wrong with a request, without what was sent: it may hold a password."""
+    # The beginning says what is wrong; the rest quotes.
+    problem = (message.splitlines() or [""])[0].partition(": b")[0].rstrip(":. ")
+    is_quoted = "/" in problem or "@" in problem or not problem.isprintable() or problem == "*"
+    return "its target cannot be read" if is_quoted or not problem else problem[:_MAX_PROBLEM]
 
 
 class Connection(Repeating):
@@ -107,7 +120,14 @@ class Connection(Repeating):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send a reply; what has come of the next head is given its time from now on."""
+        """Send a reply; what has come of the next head is given its time from now on.
+
+        An error that aiohttp made before any handler is put into OpenAI's shape: an expectation
+        that it does not know (417).
+        """
+        if isinstance(resp, web.HTTPException) and resp.status >= 400:
+            failure = Failure(resp.status, f"{resp.reason}.", "invalid_request_error")
+            resp = self._sent(failure)
         sent = await super().finish_response(request, resp, start_time)
         if not self._messages:
             self._limits.idle(self)
@@ -188,13 +208,18 @@ class Connection(Repeating):
     ) -> web.StreamResponse:
         """Return the reply to what could not be parsed as a request, and close the connection."""
         if status >= 500 or not isinstance(exc, HttpProcessingError):
-            return super().handle_error(request, status, exc, message)
-        # The beginning says what is wrong; the rest quotes what was sent.
-        problem = (message or "cannot be parsed").splitlines()[0].partition(": b")[0].rstrip(":")
+            self.log_exception("a request failed outside of its handler", exc_info=exc)
+            if request.writer.output_size > 0:
+                raise ConnectionError("a reply has begun; there is no room for another")
+            return self._sent(INTERNAL if status != 504 else TIMED_OUT)
+        problem = _problem(message or "")
         log.info("a request that is no HTTP was refused: %s", problem)
-        response = Failure(
-            status, f"The request is not valid HTTP: {problem}.", "invalid_request_error"
-        ).response()
+        told = f"The request is not valid HTTP: {problem}."
+        return self._sent(Failure(status, told, "invalid_request_error"))
+
+    def _sent(self, failure: Failure) -> web.Response:
+        """Return the last reply of this connection."""
+        response = failure.response()
         response.headers["x-request-id"] = new_request_id()
         response.force_close()
         return response

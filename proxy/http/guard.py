@@ -5,12 +5,12 @@ import logging
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from providers.base import EmbeddingError
+from providers.base import EmbeddingError, InputRefused
 from proxy import errors
 from proxy.errors import Failure
 from proxy.onward.headers import KEY_HEADERS
 
-from . import ops
+from . import ops, target
 from .access import Access
 from .body import BodyRefused
 from .caller import Caller
@@ -33,7 +33,7 @@ async def stamp(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
-    """Return the middleware around everything: host, origin and key are checked first.
+    """Return the middleware around everything: target, host, origin and key are checked first.
 
     It gives every error OpenAI's shape. Probes (`ops.OPEN_PATHS`) are not checked.
     """
@@ -41,6 +41,10 @@ def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = errors.new_request_id()
+        try:
+            target.check(request.method, request.raw_path)
+        except InputRefused as refused:
+            return errors.failure(refused).response()
         is_probe = request.path in ops.OPEN_PATHS
         refusal = None if is_probe else origin_check.refusal(request)
         preflight = cors.preflight(request) if refusal is None else None

@@ -30,11 +30,11 @@ def may_be_embeddings(method: str, target: str) -> bool:
     (True, False)
     """
     path = _SCHEME_AND_HOST.sub("", target).partition("?")[0].partition("#")[0]
-    decoded = _decoded(path)
-    if _CONTROL.search(decoded):
+    plain = decoded(path)
+    if _CONTROL.search(plain):
         # Where a server ends the path at such a character cannot be known.
         return True
-    segments = [_plain(one) for one in re.split(r"[/\\?#]", decoded)]
+    segments = [_plain(one) for one in re.split(r"[/\\?#]", plain)]
     segments = [one for one in segments if one]
     if _ENDPOINT not in segments:
         return False
@@ -42,7 +42,8 @@ def may_be_embeddings(method: str, target: str) -> bool:
     return not (is_list and method in ("GET", "HEAD"))
 
 
-def _decoded(path: str) -> str:
+def decoded(path: str) -> str:
+    """Return a path with its percent-encoding undone, however often it was encoded."""
     for _ in range(_MAX_DECODINGS):
         further = _UNICODE_ESCAPE.sub(lambda found: chr(int(found[1], 16)), unquote(path))
         if further == path:

@@ -73,8 +73,8 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
         )
         await client.prepare(request)
         async with asyncio.TaskGroup() as pumps:
-            pumps.create_task(_pump(client, upstream, attendance))
-            pumps.create_task(_pump(upstream, client, attendance))
+            pumps.create_task(_pump(client, upstream, attendance, origin))
+            pumps.create_task(_pump(upstream, client, attendance, origin))
     return client
 
 
@@ -83,7 +83,7 @@ def _may_go(origin: Origin, protocol: str) -> bool:
     return secret == protocol or origin.may_forward(secret)
 
 
-async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
+async def _pump(source: _Socket, sink: _Socket, attendance: Attendance, origin: Origin) -> None:
     """Send on what comes, and at last how it ended; a side that is gone ends it too."""
     code, why = _BROKEN, ""
     with suppress(ConnectionError, aiohttp.ClientError):
@@ -91,7 +91,7 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
             message = await source.receive()
             attendance.moved()
             if message.type is WSMsgType.TEXT:
-                await sink.send_str(message.data)
+                await sink.send_str(origin.redactor.overwrite(message.data))
             elif message.type is WSMsgType.BINARY:
                 await sink.send_bytes(message.data)
             else:
@@ -102,7 +102,7 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance) -> None:
             log.info("passthrough: a WebSocket message larger than the limit closed a connection")
             code, why = WSCloseCode.MESSAGE_TOO_BIG, "a message is too large"
     with suppress(ConnectionError, aiohttp.ClientError):
-        await sink.close(code=code, message=why.encode())
+        await sink.close(code=code, message=origin.redactor.redact(why.encode()))
 
 
 def _is_too_large(error: object) -> bool:

@@ -4,9 +4,12 @@ Everything does but what is listed here: applications and SDKs use headers that 
 (Upstream calls for embeddings are the opposite: they are built from a list.)
 """
 
+import time
 from collections.abc import Iterable, Mapping
 
 from multidict import CIMultiDict, CIMultiDictProxy
+
+from providers.ratelimit import told_header
 
 KEY_HEADERS = ("x-proxy-key", "api-key", "x-api-key")
 """Where a client may give its key, besides `Authorization: Bearer …`."""
@@ -62,9 +65,15 @@ def forwarded(headers: CIMultiDictProxy[str], own: Mapping[str, str]) -> CIMulti
     return kept
 
 
-def returned(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    """Return what a client is sent of an upstream's headers."""
-    return _kept(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
+def returned(headers: CIMultiDictProxy[str], now: float | None = None) -> CIMultiDict[str]:
+    """Return what a client is sent of an upstream's headers; waits are bounded.
+
+    `now` is the present time in seconds since 1970.
+    """
+    now = time.time() if now is None else now
+    kept = _kept(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
+    told = ((name, told_header(name.lower(), value, now)) for name, value in kept.items())
+    return CIMultiDict((name, value) for name, value in told if value is not None)
 
 
 def _kept(

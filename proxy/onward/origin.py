@@ -23,10 +23,13 @@ from providers.base import (
     Unreachable,
     UpstreamTimeout,
 )
+from providers.base_url import BaseUrl
 from providers.content_encoding import ACCEPT_ENCODING, DecodeError, Decoder
+from providers.redaction import Redactor
 from providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
 from proxy.embedding.opening import check_network, key_of
 from proxy.http.access import Access
+from proxy.http.target import path_of
 from proxy.settings.schema import Settings
 
 from .headers import forwarded
@@ -54,8 +57,11 @@ class Origin:
         self.name = settings.passthrough
         self._profile = entry.as_profile()
         self._base_url = (self._profile.base_url or "").rstrip("/")
+        self._base = BaseUrl(self._base_url)
         self._variable = entry.key_variable
         self._key = key_of(entry)
+        self.redactor = Redactor(*self._profile.secrets(self._key))
+        """Removes the provider's key from what its upstream says."""
         check_network(self.name, entry)
         self._by_client = settings.passthrough_auth == "client" or entry.by_client
         self._access = access
@@ -91,16 +97,20 @@ class Origin:
         Raises HTTPNotFound for a path that leads out from there.
         """
         # A client that takes this for a forward proxy sends the whole address.
-        target = re.sub(r"^https?://[^/?#]*", "", request.raw_path, flags=re.IGNORECASE)
+        target = path_of(request.raw_path)
         prefix = next((one for one in PREFIXES if target.startswith(one + "/")), "")
         path = target.partition("?")[0]
         segments = set(re.split(r"[/\\]", unquote(path)))
         if not target.isascii() or segments & {".", ".."}:
             raise web.HTTPNotFound
-        return URL(self._base_url + target.removeprefix(prefix), encoded=True)
+        return self._base.join(target.removeprefix(prefix))
 
-    def headers(self, request: web.Request) -> CIMultiDict[str]:
-        """Return what is sent of a call's headers, and the key. Raises EmbeddingError."""
+    def headers(self, request: web.Request, url: URL) -> CIMultiDict[str]:
+        """Return what is sent of a call's headers to an address, and the key.
+
+        Raises EmbeddingError, and ForeignOrigin for an address that is not the provider's.
+        """
+        self._base.verify(url)
         own = {**self._profile.headers, **self._credentials(request), **hops.headers()}
         return forwarded(request.headers, own)
 
@@ -166,7 +176,7 @@ class Origin:
                 "Accept-Encoding": ACCEPT_ENCODING,
             }
             async with self.session.get(
-                self._base_url + "/models",
+                self._base.join("/models"),
                 headers=headers,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=_LIST_SECONDS),

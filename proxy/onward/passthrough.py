@@ -1,12 +1,11 @@
 """Every call that is not ours: streamed to one provider, and back, as it is.
 
-Nothing is gathered, tried again, decompressed or followed: what the upstream says, its errors and
-redirects included, is what the client gets. What is sent waits for who receives, both ways.
+Nothing is tried again or followed: what the upstream says, its errors and redirects included, is
+what the client gets, but for the provider's key. What is sent waits for who receives, both ways.
 """
 
 import asyncio
 import logging
-import re
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -21,12 +20,14 @@ from providers.base import InputRefused, UpstreamTimeout
 from providers.transport_errors import reason
 from proxy.http.body import MIB, BodyRefused
 from proxy.http.paths import may_be_embeddings
+from proxy.http.target import path_of
 from proxy.settings.schema import Settings
 
 from . import bridge
 from .attendance import Attendance, Stalled
 from .headers import returned
 from .origin import PREFIXES, Origin
+from .refusal import redacted_headers, redacted_reason, redacted_reply
 
 log = logging.getLogger("embedding_proxy.passthrough")
 
@@ -62,7 +63,8 @@ class Passthrough:
                 status=404,
                 code="not_cached",
             )
-        url, headers = origin.address(request), origin.headers(request)
+        url = origin.address(request)
+        headers = origin.headers(request, url)
         try:
             async with Attendance(request, self._idle_s) as attendance:
                 if bridge.is_wanted(request):
@@ -98,16 +100,31 @@ class Passthrough:
         self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance
     ) -> web.StreamResponse:
         """Give the client the reply as it comes. Raises ConnectionError if it breaks off."""
-        response = web.StreamResponse(
-            status=reply.status, reason=reply.reason, headers=returned(reply.headers)
-        )
+        redactor = self._origin.redactor
+        headers = redacted_headers(returned(reply.headers), redactor)
+        reason = redacted_reason(reply.reason, redactor)
+        is_good = 200 <= reply.status < 300
+        chunks = self._chunks(request, reply, attendance)
+        if not (is_good or request.method == "HEAD" or reply.status == 304):
+            return await redacted_reply(reply.status, reason, headers, chunks, redactor)
+        response = web.StreamResponse(status=reply.status, reason=reason, headers=headers)
         await response.prepare(request)
-        while chunk := await self._next(request, reply):
+        passing = None if "Content-Encoding" in headers else redactor.stream()
+        async for chunk in chunks:
+            if passed := chunk if passing is None else passing.feed(chunk):
+                await response.write(passed)
             attendance.moved()
-            await response.write(chunk)
-            attendance.moved()
+        if passing is not None and (rest := passing.finish()):
+            await response.write(rest)
         await response.write_eof()
         return response
+
+    async def _chunks(
+        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance
+    ) -> AsyncIterator[bytes]:
+        while chunk := await self._next(request, reply):
+            attendance.moved()
+            yield chunk
 
     async def _next(self, request: web.Request, reply: aiohttp.ClientResponse) -> bytes:
         try:
@@ -126,8 +143,7 @@ def _is_below(target: str) -> bool:
     That is one of PREFIXES, or `/models/`. One that begins so only when it is decoded would be sent
     below the base URL with its prefix.
     """
-    path = re.sub(r"^https?://[^/?#]*", "", target, flags=re.IGNORECASE)
-    return path.startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
+    return path_of(target).startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
 
 
 def _reset(transport: asyncio.Transport) -> None:

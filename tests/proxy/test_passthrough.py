@@ -151,7 +151,7 @@ async def test_paths_and_queries_arrive_byte_by_byte(prefix, target, other, star
     assert [call.target for call in other.seen] == ["/v1" + target]
 
 
-@pytest.mark.parametrize("path", ["../admin", "f/../../admin", "%2e%2E/admin", "a/./b", "..\\x"])
+@pytest.mark.parametrize("path", ["../admin", "f/../../admin", "%2e%2E/admin", "a/./b"])
 async def test_a_path_does_not_lead_out_of_the_base_url(path, other, start):
     """The key is used below the provider's base URL and nowhere else."""
     proxy = await start()

@@ -1,0 +1,176 @@
+"""What reads foreign bytes takes a time that grows with their number, not with its square."""
+
+import ast
+import importlib
+import pkgutil
+import re
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+
+from providers.error_body import refusal
+from providers.redaction import Redactor
+from proxy import config
+from proxy.http import cache_control
+from proxy.http.paths import may_be_embeddings
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("proxy", "index", "cache", "providers")
+MEGABYTE = 1 << 20
+KEY = "sk-canary-0123456789"
+
+PIECES = {
+    "blanks": " ",
+    "one letter": "a",
+    "one digit": "1",
+    "quotes": '"',
+    "base64": "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo0",
+    "Japanese": "今日は朝から雨が降っているので、家で本を読みます。",
+    "stars": "*",
+    "keys": "sk-canary-***",
+    "newlines": "\r\ncontent-length: 0",
+}
+METHODS = ("search", "match", "fullmatch", "sub", "split", "findall", "finditer")
+
+
+def _used(tree):
+    """Yield the pattern, or the name that holds it, and the method, of each use of `re`."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        holder, method = node.func.value, node.func.attr
+        if method not in METHODS:
+            continue
+        if isinstance(holder, ast.Name) and holder.id == "re" and node.args:
+            if isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value, method
+        elif isinstance(holder, ast.Name):
+            yield "=" + holder.id, method
+
+
+def _held(module):
+    """Yield the patterns that a module holds, alone or in a mapping, with their names."""
+    for name, value in vars(module).items():
+        for one in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(one, re.Pattern):
+                yield name, one
+
+
+def _patterns():
+    """Return every pattern of the packages with the methods by which it is applied."""
+    found = {}
+    for package in PACKAGES:
+        for info in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            if info.ispkg or info.name == "proxy.__main__":
+                continue
+            module = importlib.import_module(info.name)
+            source = Path(module.__file__).read_text(encoding="utf-8")
+            uses = list(_used(ast.parse(source)))
+            for what, method in uses:
+                if isinstance(what, bytes) or not what.startswith("="):
+                    found.setdefault(re.compile(what), set()).add(method)
+            for name, pattern in _held(module):
+                methods = {method for what, method in uses if what == "=" + name}
+                # One that is handed on is applied in every way.
+                found.setdefault(pattern, set()).update(methods or {"search", "match"})
+    return found
+
+
+PATTERNS = _patterns()
+NOT_FOREIGN = {config._REFERENCE}
+"""What reads the operator's own files alone."""
+
+
+def _seconds(work, text, runs=1):
+    """Return the least processor time of some runs."""
+    spent = []
+    for _ in range(runs):
+        begun = time.process_time()
+        work(text)
+        spent.append(time.process_time() - begun)
+    return min(spent)
+
+
+def _is_linear(work, piece):
+    """Tell whether eight times the text takes less than 24 times as long, up to a megabyte.
+
+    A quadratic reader takes 64 times as long. It is found out at a few kilobytes, so the test ends.
+    What takes less than ten milliseconds is not compared; what seems slow is measured again.
+    """
+    texts = [piece * (MEGABYTE // scale // len(piece) + 1) for scale in (512, 64, 8, 1)]
+    before = None
+    for i, text in enumerate(texts):
+        spent = _seconds(work, text)
+        if before is not None and spent > max(0.01, 24 * before):
+            before, spent = _seconds(work, texts[i - 1], 3), _seconds(work, text, 3)
+            if spent > max(0.01, 24 * before):
+                return False
+        before = max(spent, 0.0002)
+    return True
+
+
+def _applied(pattern, method):
+    def work(text):
+        text = text.encode() if isinstance(pattern.pattern, bytes) else text
+        if method == "sub":
+            pattern.sub(type(text)(), text)
+        elif method == "finditer":
+            for _ in pattern.finditer(text):
+                pass
+        else:
+            getattr(pattern, method)(text)
+
+    return work
+
+
+def test_the_patterns_are_found():
+    """There are some dozens, those of flags and bytes among them."""
+    assert len(PATTERNS) > 50
+    assert any(isinstance(one.pattern, bytes) for one in PATTERNS)
+
+
+def test_a_quadratic_pattern_is_found_out():
+    """The measure tells the pattern that once froze the proxy from a linear one."""
+    assert not _is_linear(_applied(re.compile(r"[^\s]*\*{3}"), "search"), "a")
+    assert _is_linear(_applied(re.compile(r"(?<!\S)\S*+\*{3}"), "search"), "a")
+
+
+@pytest.mark.untraced
+@pytest.mark.parametrize("name", PIECES)
+def test_every_pattern_reads_a_megabyte_in_linear_time(name):
+    """Each regular expression, applied as the code applies it."""
+    slow = {
+        (pattern.pattern, method)
+        for pattern, methods in PATTERNS.items()
+        if pattern not in NOT_FOREIGN
+        for method in methods
+        if not _is_linear(_applied(pattern, method), PIECES[name])
+    }
+    assert not slow
+
+
+READERS = {
+    "redaction": lambda text: Redactor(KEY).redact_text(text + KEY),
+    "redaction of masks": lambda text: Redactor(KEY, every_mask=True).redact(text.encode()),
+    "redaction of a stream": lambda text: Redactor(KEY).stream().feed(text.encode()),
+    "an error as text": lambda text: refusal("acme", 400, {}, text.encode()),
+    "an error as JSON": lambda text: refusal(
+        "acme",
+        422,
+        {},
+        orjson.dumps({"error": {"message": text, "code": text}}),
+        redact=Redactor(KEY).redact_text,
+    ),
+    "Cache-Control": cache_control.parse,
+    "a path": lambda text: may_be_embeddings("POST", "/v1/" + text),
+}
+
+
+@pytest.mark.untraced
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", PIECES)
+def test_every_reader_reads_a_megabyte_in_linear_time(name, reader):
+    """What is built from the expressions is linear as well."""
+    assert _is_linear(READERS[reader], PIECES[name])
