@@ -33,7 +33,7 @@ def test_the_demo_computes_once_and_then_serves_from_disk(monkeypatch, capsys):
     assert counts == {
         "first pass": [str(INPUTS), str(INPUTS), "0"],
         "after a restart": [str(INPUTS), "0", str(INPUTS)],
-        "floats, 128 wide": [str(INPUTS), "0", str(INPUTS)],
+        "cut to 128 wide": [str(INPUTS), "0", str(INPUTS)],
     }
     near = [out.split(f"Nearest to {query}\n")[1].split("\n")[0] for query in demo.QUERIES]
     assert ["os.rmdir: Remove" in near[0], "random.random: Return" in near[1]] == [True, True]
