@@ -10,7 +10,7 @@ from proxy.http.connection import HEAD_TIMEOUT_S, HEADS, LIMITS, REPLIES
 from proxy.http.connection_limits import ConnectionLimits
 from proxy.http.cors import Cors
 from proxy.http.descriptor_watch import watch_descriptors
-from proxy.http.guard import CALLER, for_admins, guard, stamp
+from proxy.http.guard import CALLER, for_admins, guard
 from proxy.http.heads import Heads
 from proxy.http.loop_guard import loop_guard
 from proxy.http.metrics import Metrics
@@ -24,7 +24,7 @@ from proxy.onward.passthrough import Passthrough
 from proxy.settings.schema import Settings
 
 from .embeddings import Embeddings
-from .http import body, ops
+from .http import body, ops, request_log
 from .service import MIB, REPLIES_SHARE, EmbeddingService
 
 RETRY_HEADER = "x-stainless-retry-count"
@@ -66,7 +66,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
 
     app.cleanup_ctx.append(open_service)
     app.cleanup_ctx.append(watch_descriptors)
-    app.on_response_prepare.append(stamp)
+    app.on_response_prepare.append(request_log.stamp)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
     app[HEADS] = Heads(replies, embeddings.at_once)

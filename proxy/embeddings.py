@@ -12,6 +12,7 @@ from proxy.http.answers import Answer, Answers
 from proxy.http.caller import Caller
 from proxy.http.heads import ADMITTED, Admitted, Given
 from proxy.http.repeating import AGAIN
+from proxy.http.request_log import MODEL
 from proxy.http.texts import Texts
 
 from . import wire
@@ -50,6 +51,7 @@ class Embeddings:
             return await self._send(request, answer, vectors)
         parse = partial(wire.parse, body, self._service.most_inputs, model)
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
+        request[MODEL] = asked.model
         result = await self._service.answer(asked, caller, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
         # What stood in may not be needed again; and indexing is done anew for each request.

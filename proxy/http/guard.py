@@ -17,62 +17,68 @@ from .caller import Caller
 from .cors import Cors
 from .origin_check import OriginCheck
 from .paths import REMEDY, may_be_embeddings
+from .request_log import REQUEST_ID, STARTED, identify, tell
 
 log = logging.getLogger("embedding_proxy.guard")
 
-STARTED = web.RequestKey("started", bool)
 CALLER = web.RequestKey("caller", Caller)
-REQUEST_ID = web.RequestKey("request_id", str)
-
-
-async def stamp(request: web.Request, response: web.StreamResponse) -> None:
-    """Give every response its request's id, streamed ones too; an upstream's own is kept."""
-    own = request.get(REQUEST_ID) or errors.new_request_id()
-    response.headers.setdefault("x-request-id", own)
-    request[STARTED] = True
 
 
 def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
-    It gives every error OpenAI's shape. Probes (`ops.OPEN_PATHS`) are not checked.
+    It gives every error OpenAI's shape. Of probes (`ops.OPEN_PATHS`) only the target is checked.
     """
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request[REQUEST_ID] = errors.new_request_id()
-        try:
-            target.check(request.method, request.raw_path)
-        except InputRefused as refused:
-            return errors.failure(refused).response()
-        is_probe = request.path in ops.OPEN_PATHS
-        refusal = None if is_probe else origin_check.refusal(request)
-        preflight = cors.preflight(request) if refusal is None else None
-        if preflight is not None:
-            return preflight
-        if refusal is not None:
-            return refusal.response()
-        if not is_probe:
-            admitted = access.admit(
-                request.headers.get("Authorization"),
-                *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
-            )
-            if isinstance(admitted, Failure):
-                return admitted.response()
-            request[CALLER] = admitted
-        try:
-            return await handler(request)
-        except ConnectionError:
-            # The client is gone, perhaps in the midst of a reply; nobody is left to tell.
-            raise
-        except Exception as error:
-            response = _explained(request, error)
-            if request.get(STARTED):
-                # Amid a reply there is no room for another; only a cut tells that it is not whole.
-                raise ConnectionAbortedError("the reply could not be finished") from error
-            return response
+        identify(request)
+        refused = _refused(request, access, cors, origin_check)
+        response = await _answered(request, handler) if refused is None else refused
+        tell(request, response)
+        return response
 
     return guarded
+
+
+def _refused(
+    request: web.Request, access: Access, cors: Cors, origin_check: OriginCheck
+) -> web.Response | None:
+    """Return the reply to a request that no handler gets to see; None to all others."""
+    try:
+        target.check(request.method, request.raw_path)
+    except InputRefused as error:
+        return errors.failure(error).response()
+    is_probe = request.path in ops.OPEN_PATHS
+    refusal = None if is_probe else origin_check.refusal(request)
+    if refusal is not None:
+        return refusal.response()
+    preflight = cors.preflight(request)
+    if preflight is not None or is_probe:
+        return preflight
+    admitted = access.admit(
+        request.headers.get("Authorization"),
+        *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
+    )
+    if isinstance(admitted, Failure):
+        return admitted.response()
+    request[CALLER] = admitted
+    return None
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Return the reply of a handler, or the one that explains its error."""
+    try:
+        return await handler(request)
+    except ConnectionError:
+        # The client is gone, perhaps in the midst of a reply; nobody is left to tell.
+        raise
+    except Exception as error:
+        response = _explained(request, error)
+        if request.get(STARTED):
+            # Amid a reply there is no room for another; only a cut tells that it is not whole.
+            raise ConnectionAbortedError("the reply could not be finished") from error
+        return response
 
 
 def for_admins(handler: Handler) -> Handler:

@@ -20,6 +20,7 @@ from .boundary import Boundary
 from .draining import Draining
 from .heads import ADMITTED, Heads
 from .replies import LONGEST_REQUEST, Replies, Reply
+from .request_log import has_own_id
 
 AGAIN: web.RequestKey[tuple[Callable[[], bool], int]] = web.RequestKey("again")
 """Set on a request whose reply may be given again: the last two fields of a `Reply`."""
@@ -123,7 +124,9 @@ class Repeating(Draining):
         again = request.get(AGAIN)
         # One that came in the meantime is answered before any that is yet to come.
         self._answered = bool(resp.keep_alive) and not failed and not self._messages
-        if not digest or failed or request.version != HttpVersion11 or not resp.keep_alive:
+        if not digest or has_own_id(request):
+            return resp, failed
+        if failed or request.version != HttpVersion11 or not resp.keep_alive:
             return resp, failed
         if isinstance(resp, web.Response) and isinstance(resp.body, bytes) and resp.status == 200:
             if again:
