@@ -101,9 +101,26 @@ bench-10m: .venv/test
 profile: .venv/test
 	$(BIN)/python -m bench.profile --only "$(ONLY)" $(if $(RECORD),--record)
 
+# A .venv that does not run, is too old or not of the PYTHON that was asked for is made anew.
+IS_NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+VERSION = -c 'import platform; print(*platform.python_version_tuple()[:2], sep=".")'
+ifneq ($(wildcard .venv),)
+STALE := $(shell $(BIN)/python $(IS_NEW_ENOUGH) 2>/dev/null || echo yes)
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) $(VERSION) 2>&1),$(shell $(BIN)/python $(VERSION) 2>&1))
+STALE = yes
+endif
+endif
+endif
+ifneq ($(STALE),)
+.PHONY: .venv/demo
+endif
+
 # The checkout is installed as it stands (editable), at the pinned versions, hashes checked.
 .venv/demo: requirements/pip.txt requirements/demo.txt pyproject.toml
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) $(IS_NEW_ENOUGH) 2>/dev/null || { echo "embedding-proxy needs Python 3.11 or newer," \
+		"and $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(STALE),--clear) .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/pip.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .

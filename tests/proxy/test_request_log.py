@@ -1,4 +1,4 @@
-"""Each request has an id, the client's own if it brings one; the log names failed requests by it."""
+"""Each request has an id, its client's own if it brings one; the log names failed ones by it."""
 
 import logging
 

@@ -1,0 +1,77 @@
+"""The Makefile says which Python it needs, and replaces a `.venv` that cannot be used."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import ROOT
+
+OLD = """#!/bin/sh
+# Python 3.10, as far as the Makefile asks.
+case "$*" in
+*version_info*) exit 1 ;;
+*version_tuple*) echo 3.10 ;;
+*) echo "Python 3.10.13" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Give a folder with what `make demo` looks at."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    return tmp_path
+
+
+def _python(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # What the make that runs the suite was told is not meant for this one.
+    environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "PYTHON")}
+    command = ["make", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_python_that_is_too_old_is_refused_before_pip(checkout):
+    """The message names the version that is needed, the one that was found, and a remedy."""
+    old = _python(checkout / "old", OLD)
+    made = _make(checkout, "demo", f"PYTHON={old}")
+    assert made.returncode != 0
+    assert "needs Python 3.11 or newer" in made.stderr
+    assert f"{old} is Python 3.10.13" in made.stderr
+    assert "try: make PYTHON=python3.12 demo" in made.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("text", [OLD, "#!/nowhere/python"])
+def test_a_stale_environment_is_replaced(text, checkout):
+    """One that is too old, or whose Python is gone, is made anew even if its stamp is there."""
+    _python(checkout / ".venv" / "bin" / "python", text)
+    (checkout / ".venv" / "demo").touch()
+    planned = _make(checkout, "-n", "demo", f"PYTHON={sys.executable}").stdout
+    assert "-m venv --clear .venv" in planned
+
+
+def test_an_environment_of_another_python_than_asked_for_is_replaced(checkout):
+    """Who names a PYTHON gets it."""
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (checkout / ".venv" / "demo").touch()
+    assert "-m venv" not in _make(checkout, "-n", "demo").stdout
+    assert "-m venv" not in _make(checkout, "-n", "demo", f"PYTHON={sys.executable}").stdout
+
+    other = _python(checkout / "other", '#!/bin/sh\necho "3.99"\n')
+    planned = _make(checkout, "-n", "demo", f"PYTHON={other}").stdout
+    assert "-m venv --clear .venv" in planned
