@@ -46,7 +46,7 @@ class NotInstalled(QdrantFailure):
     """The package that speaks with Qdrant is not installed; the message holds the command."""
 
     def __init__(self) -> None:
-        super().__init__("Qdrant needs more: pip install 'embedding-proxy[qdrant]'")
+        super().__init__("Qdrant needs more: pip install 'qdrant-client>=1.16'")
 
 
 class Unusable(QdrantFailure):

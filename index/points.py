@@ -83,7 +83,7 @@ class Points:
             from qdrant_client.common.client_exceptions import QdrantException  # noqa: PLC0415
             from qdrant_client.http.exceptions import ApiException  # noqa: PLC0415
         except ImportError as error:
-            remedy = "pip install 'embedding-proxy[qdrant]'"
+            remedy = "pip install 'qdrant-client>=1.16'"
             raise SourceError(f"Qdrant needs more: {remedy}") from error
         known = (ApiException, QdrantException, OSError, RuntimeError, ValueError, sqlite3.Error)
         try:

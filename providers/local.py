@@ -35,7 +35,7 @@ _LONGEST_PIECE = 16
 """Characters of the longest token in the vocabulary: longer texts are refused unread."""
 
 
-MISSING = "The local model is not installed; `pip install 'embedding-proxy[local]'` adds it."
+MISSING = "The local model is not installed; `pip install 'wordllama>=0.4'` adds it."
 
 
 def is_installed() -> bool:

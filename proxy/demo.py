@@ -27,7 +27,9 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    raise ImportError("the demo needs more: pip install 'embedding-proxy[demo]'") from error
+    raise ImportError(
+        "the demo needs more: pip install 'wordllama>=0.4' 'openai>=1.60' 'rich>=13.9'"
+    ) from error
 
 MODEL = "wordllama-embed"
 PAID_MODEL = "text-embedding-3-small"

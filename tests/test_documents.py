@@ -2,6 +2,7 @@
 
 import re
 import struct
+import tomllib
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -188,3 +189,38 @@ def test_what_the_page_on_clients_shows_is_a_configuration(text, tmp_path, monke
     file = tmp_path / "config.yaml"
     file.write_text(text)
     assert load(file).passes_to is not None
+
+
+def _told_to_install() -> list[tuple[str, str]]:
+    """Return each `pip install` of a library that code or a page names, and where it stands."""
+    folders = ("proxy", "index", "cache", "providers")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    return [
+        (library, str(path.relative_to(ROOT)))
+        for path in (*sources, *pages)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "pip install '" in line
+        for library in re.findall(r"'([^']+)'", line.partition("pip install ")[2])
+    ]
+
+
+@pytest.mark.parametrize(("library", "place"), _told_to_install())
+def test_what_is_told_to_install_is_what_an_extra_holds(library, place):
+    """A library is named itself, with the bound of the extra, which works without a release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert library in {
+        named for name in ("local", "demo", "parquet", "qdrant") for named in extras[name]
+    }
+
+
+def test_the_messages_about_extras_are_found():
+    """The test above sees every extra."""
+    assert {library.partition(">")[0] for library, _ in _told_to_install()} >= {
+        "wordllama",
+        "openai",
+        "rich",
+        "pyarrow",
+        "qdrant-client",
+    }

@@ -59,7 +59,7 @@ class Parquet:
             from pyarrow.lib import ArrowException  # noqa: PLC0415 - an extra, and slow to import
             from pyarrow.parquet import ParquetFile  # noqa: PLC0415
         except ImportError as error:
-            remedy = "pip install 'embedding-proxy[parquet]'"
+            remedy = "pip install 'pyarrow>=21'"
             raise SourceError(f"Parquet needs more: {remedy}") from error
         try:
             with ParquetFile(

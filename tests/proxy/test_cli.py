@@ -346,4 +346,7 @@ def test_a_demo_without_its_extra_says_how_to_install_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     code, _, err = run("demo")
     assert code == 1
-    assert err == ("embedding-proxy: the demo needs more: pip install 'embedding-proxy[demo]'\n")
+    assert err == (
+        "embedding-proxy: the demo needs more:"
+        " pip install 'wordllama>=0.4' 'openai>=1.60' 'rich>=13.9'\n"
+    )

@@ -446,7 +446,7 @@ async def test_without_the_package_the_start_says_which_command_installs_it(
 ):
     """Qdrant is an extra; who has configured it without is told what to do."""
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'embedding-proxy[qdrant]'")):
+    with pytest.raises(ConfigError, match=re.escape("pip install 'qdrant-client>=1.16'")):
         await start_proxy(upstream, index=_index(qdrant))
 
 
