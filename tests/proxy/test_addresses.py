@@ -66,7 +66,7 @@ def test_a_base_url_that_leads_nowhere_is_refused(address, remedy, passthrough, 
     file = _written(tmp_path, providers=providers, passthrough=passthrough)
     done = command("check", "--config", file)
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"embedding-proxy: {file}: providers.mine.base_url: ")
+    assert done.err.startswith(f"embedding-proxy: {file}:6: providers.mine.base_url: ")
     assert remedy in done.err
     assert done.err.count("\n") == 1
     assert SECRET not in done.err
@@ -108,7 +108,7 @@ def test_qdrants_address_is_checked_as_well(tmp_path):
     file = _written(tmp_path, index={"qdrant": {"url": "http://host:99999"}})
     with pytest.raises(ConfigError) as caught:
         load(file)
-    assert str(caught.value).startswith(f"{file}: index.qdrant.url: expected an address")
+    assert str(caught.value).startswith(f"{file}:5: index.qdrant.url: expected an address")
     assert "its port is no number" in str(caught.value)
 
 
