@@ -97,7 +97,10 @@ def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
         field: getattr(profile.limits, field) for field in type(provider.limits).model_fields
     }
     shown["headers"] = dict(profile.headers)
-    for header in provider.headers:
+    own = kinds.find(provider.kind).profile.headers
+    for header, value in provider.headers.items():
+        if own.get(header) == value:
+            continue  # What the kind says itself is no secret.
         given = headers.get(header) if isinstance(headers, dict) else None
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
         shown["headers"][header] = _reference(given, f"HEADER_{made_up}")

@@ -25,7 +25,9 @@ def absolute(text: str | Path, folder: Path | None) -> Path:
         raise ValueError(
             "is a relative path, and this configuration lies in no folder; write an absolute path"
         )
-    return folder.absolute() / path
+    path = folder.absolute() / path
+    # `..` behind a link leads elsewhere than it reads: so it is resolved, and not left to be read.
+    return path.resolve() if ".." in path.parts else path
 
 
 def home() -> Path:
@@ -45,7 +47,8 @@ def _at_home(text: str) -> Path:
         if first == "~":
             raise ValueError("the home directory is not known; set HOME") from error
         raise ValueError(f"there is no such user: {first}") from error
-    if not found.is_absolute():
+    is_empty = first == "~" and os.environ.get("HOME") == ""
+    if is_empty or not found.is_absolute():
         raise ValueError("HOME is no absolute path; set it to one")
     return found
 

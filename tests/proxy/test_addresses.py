@@ -126,6 +126,11 @@ def test_qdrants_address_is_checked_as_well(tmp_path):
         ("$MY_KEY", "its value is the name of another variable, not expanded"),
         ("${MY_KEY}", "its value is the name of another variable, not expanded"),
         (f"{SECRET}\nx", "its value is no key: it holds a line break or the like"),
+        (f"\u201c{SECRET}\u201d", "its value stands in quotes; set it without them"),
+        (f"\u201e{SECRET}", "its value stands in quotes; set it without them"),
+        (f"{SECRET}\u2019", "its value stands in quotes; set it without them"),
+        (f"{SECRET} abc", "its value is no key: it holds a blank; set the key alone"),
+        (f"{SECRET}\u00a0abc", "its value is no key: it holds a character that is not ASCII"),
     ],
 )
 @pytest.mark.parametrize("name", ["check", "serve"])
