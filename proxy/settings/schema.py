@@ -104,6 +104,20 @@ class Server(Section):
         return [entry if isinstance(entry, dict | ClientKey) else {"key": entry} for entry in value]
 
     @model_validator(mode="after")
+    def _each_key_once(self) -> "Server":
+        """Refuse a key that stands there twice: only one entry could hold."""
+        first: dict[str, int] = {}
+        refuse(
+            Problem(
+                ("keys", i, "key"),
+                f"is the key of server.keys.{first[entry.key.strip()]}, too; remove one",
+            )
+            for i, entry in enumerate(self.keys)
+            if first.setdefault(entry.key.strip(), i) != i
+        )
+        return self
+
+    @model_validator(mode="after")
     def _open_only_at_home(self) -> "Server":
         """Refuse to offer somebody's credit to a whole network without asking for a key."""
         if not self.keys and not _is_loopback(self.host):

@@ -197,6 +197,14 @@ def test_a_clients_key_that_nobody_can_send_is_refused(key, problem, folder, mon
         assert "team-key" not in str(caught.value)
 
 
+def test_a_clients_key_stands_there_once(folder):
+    """Of two entries with one key only one could hold, with its namespace and its rights."""
+    file = _written(folder, "server:\n  keys:\n  - {key: k, name: a}\n  - {key: k, admin: true}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    assert str(caught.value).startswith(f"{file}:4: server.keys.1.key: is the key of server.keys.0")
+
+
 @pytest.mark.parametrize("place", ["/proc/nowhere", "file"])
 def test_a_folder_that_cannot_be_made_is_said_in_words(place, folder, command):
     """The reason, and not the number of an error."""

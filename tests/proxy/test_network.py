@@ -178,9 +178,18 @@ def test_nothing_of_netrc_is_read(monkeypatch, tmp_path):
     assert (way.user, way.host, way.port) == (None, "127.0.0.1", 3128)
 
 
-async def test_a_variable_that_holds_no_proxy_is_a_config_error(monkeypatch):
+@pytest.mark.parametrize("value", ["http://proxy.example", "proxy.example:3128"])
+def test_a_proxy_of_the_environment_has_a_scheme_or_a_port(value, monkeypatch):
+    """One of the two tells an address from a word."""
+    monkeypatch.setenv("HTTPS_PROXY", value)
+    way = Network(trust_env=True).proxy_for("https://h.example/v1")
+    assert way.host == "proxy.example"
+
+
+@pytest.mark.parametrize("value", [f"socks5://me:{PASSWORD}@h:1", "junk", f"{PASSWORD}", "a b:1"])
+async def test_a_variable_that_holds_no_proxy_is_a_config_error(value, monkeypatch):
     """It is named, and not shown: it may hold a password."""
-    monkeypatch.setenv("HTTPS_PROXY", f"socks5://me:{PASSWORD}@h:1")
+    monkeypatch.setenv("HTTPS_PROXY", value)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     settings = Settings.model_validate({"providers": {"openai": {"trust_env": True}}})
     said = r"^providers\.openai\.trust_env: the variable HTTPS_PROXY holds no address of an HTTP"
