@@ -47,7 +47,10 @@ class Network:
         found = proxies[name]
         try:
             proxy = URL(found if "://" in found else f"http://{found}")
+            # A bare word is no address: neither a scheme nor a port says that it is meant as one.
             usable = proxy.scheme in ("http", "https") and bool(proxy.host) and proxy.port != 0
+            usable = usable and ("://" in found or proxy.explicit_port is not None)
+            usable = usable and len(found.split()) == 1
         except ValueError:
             usable = False
         if not usable:

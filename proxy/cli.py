@@ -19,7 +19,7 @@ from proxy.commands.common import ConfigOption, fail, one_line
 from proxy.http.cache_control import MEANING
 from proxy.own_address import check_own_address
 
-from . import config, log, server
+from . import config, log, server, start
 from . import workers as processes
 
 T = TypeVar("T")
@@ -88,15 +88,17 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     given = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in given.items() if value is not None}
-    settings = config.load(config_file, overrides=overrides)
+    configuration = config.read_configuration(config_file, overrides=overrides, purpose="serve")
+    settings = configuration.settings
     if settings.cache.mode != "normal":
         logging.getLogger("embedding_proxy").warning(
             "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
         )
-    check_own_address(settings, config_file)
+    check_own_address(configuration)
     with server.listen(settings) as listening:
 
         def announce() -> None:
+            start.report(settings)
             typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
 
         def work(ready: Callable[[], None]) -> signal.Signals:

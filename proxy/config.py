@@ -1,79 +1,136 @@
-"""YAML -> validated settings. The only importer of yaml.
+"""Configuration files -> validated settings.
 
-A mistake in the file is a ConfigError of one line that names the file, the key and the remedy.
+All mistakes of a file are told at once: a ConfigError has a line for each that names the file, the
+line, the key and the remedy.
 """
 
-import difflib
-import os
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from proxy.settings.pasted_keys import MASK, hide_keys
+from proxy.settings import references, yaml_file
+from proxy.settings.explanation import explain
+from proxy.settings.problem import ConfigError, Problem
+from proxy.settings.problem import Path as KeyPath
+from proxy.settings.references import Purpose
 from proxy.settings.schema import Settings
-from proxy.settings.section import Section
+from proxy.settings.section import FOLDER, INSPECTED
+from proxy.settings.yaml_file import YamlError, YamlFile, dump
+
+__all__ = [
+    "BUILT_IN",
+    "ConfigError",
+    "Configuration",
+    "dump",
+    "load",
+    "load_mapping",
+    "load_named",
+    "read",
+    "read_configuration",
+    "validated",
+]
 
 BUILT_IN = "the built-in configuration"
+COMMAND_LINE = "the command line"
+_RELATED = ("providers", "models", "passthrough", "passthrough_auth")
+"""The sections and keys that refer to one another."""
+MAX_PROBLEMS = 50
+"""Mistakes that are told of one file; more are counted."""
 
 
-class ConfigError(Exception):
-    """The configuration cannot be used; one line, with file, key and remedy, and without a key."""
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A configuration file, or the built-in one, and what it comes to."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(hide_keys(message).replace("\r", "\\r").replace("\n", "\\n"))
+    settings: Settings
+    content: Mapping[Any, Any]
+    """What the file says, not validated, `${NAME}` as it stands."""
+    file: Path | None
+    """None = the built-in one."""
+    unresolved: tuple[str, ...] = ()
+    """Variables of the file that are not set and that nobody needs now; a line for each, as in
+    ConfigError."""
+    _source: "_Source | None" = field(default=None, repr=False)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that the file itself names; the settings hold the whole catalogue."""
+        return tuple(self.content.get("models") or ())
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The providers that the file of a user names, but for those that are null."""
+        if self.file is None or not self.settings.names_providers:
+            return ()
+        named = self.content.get("providers") or {}
+        return tuple(name for name in named if self.settings.providers.get(name) is not None)
+
+    def problem(self, path: KeyPath, message: str) -> str:
+        """Return a line that tells what is wrong with a key, as in ConfigError."""
+        source = self._source or _Source(_name_of(self.file))
+        return source.line(Problem(path, message))
 
 
-def load(path: Path | None = None, *, overrides: Mapping[str, object] | None = None) -> Settings:
+def load(
+    path: Path | None = None,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    purpose: Purpose = "embed",
+) -> Settings:
     """Read a configuration file, or the built-in one, and return its settings.
 
-    `overrides` replaces keys of the `server` section (the command line's options). Raises
-    ConfigError.
+    See `read_configuration`. Raises ConfigError.
     """
-    return load_named(path, overrides=overrides)[0]
+    return read_configuration(path, overrides=overrides, purpose=purpose).settings
 
 
-def load_named(
-    path: Path | None = None, *, overrides: Mapping[str, object] | None = None
-) -> tuple[Settings, tuple[str, ...]]:
+def load_named(path: Path | None = None) -> tuple[Settings, tuple[str, ...]]:
     """Return the settings as `load` does, and the models that the file itself names.
 
-    The settings hold the whole catalogue and do not say which these are. Raises ConfigError.
+    Raises ConfigError.
     """
-    name = BUILT_IN if path is None else str(path)
-    content = _content(_built_in_file() if path is None else path, name)
+    found = read_configuration(path)
+    return found.settings, found.models
+
+
+def read_configuration(
+    path: Path | None = None,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    purpose: Purpose = "embed",
+) -> Configuration:
+    """Read a configuration file, or the built-in one. Raises ConfigError.
+
+    `overrides` replaces keys of the `server` section (the command line's options). Variables that
+    `purpose` does not need may be unset: in place of a client's key there is then one that nobody
+    knows. Relative paths are below the folder of the file.
+    """
+    source = _Source(_name_of(path), _parsed(_built_in_file() if path is None else path, path))
+    written = _mapping(source)
+    content = dict(written)
     if path is None:
         # The file shows where the default leads; XDG_DATA_HOME may lead elsewhere.
-        content["cache"].pop("directory")
+        content["cache"] = {k: v for k, v in content["cache"].items() if k != "directory"}
+        # Nobody has named these: they are what is there by default.
+        content.pop("providers", None)
     if overrides:
         server = content.get("server") or {}
         content["server"] = {**server, **overrides} if isinstance(server, dict) else server
-    settings = validated(content, name, overrides or {})
-    return settings, tuple(content.get("models") or ())
+        source.overrides = frozenset(overrides)
+    settings, unresolved = _settings(content, source, _folder_of(path), purpose)
+    lines = tuple(source.line(one) for one in unresolved)
+    return Configuration(settings, written, path, lines, source)
 
 
-def validated(content: Mapping[Any, Any], name: str, overrides: Collection[str] = ()) -> Settings:
+def validated(content: Mapping[Any, Any], name: str) -> Settings:
     """Return the settings that a file of that name holds. Raises ConfigError.
 
-    `overrides` are keys of the `server` section that do not come from the file.
+    Relative paths are below the working directory.
     """
-    try:
-        return Settings.model_validate(_substituted(content, name, ()))
-    except ValidationError as error:
-        if error.errors()[0]["loc"] in {("server", key) for key in overrides}:
-            name = "the command line"
-        raise ConfigError(f"{name}: {_first_problem(error)}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name}: an anchor holds itself; write the values out") from error
-
-
-def dump(value: object) -> str:
-    """Return plain values as YAML, in their order."""
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
-    return text
+    return _settings(dict(content), _Source(name), Path(), "embed")[0]
 
 
 def read(path: Path | None) -> dict[Any, Any]:
@@ -81,34 +138,48 @@ def read(path: Path | None) -> dict[Any, Any]:
 
     Raises ConfigError.
     """
-    return _content(path or _built_in_file(), BUILT_IN if path is None else str(path))
+    return _mapping(_Source(_name_of(path), _parsed(path or _built_in_file(), path)))
 
 
 def load_mapping(path: Path) -> dict[Any, Any]:
     """Return what a YAML file beside the configuration holds, a mapping. Raises ConfigError."""
-    return _content(path, str(path))
+    return read(path)
 
 
-def _content(source: Path, name: str) -> dict[Any, Any]:
-    """Return what a file holds, not yet validated. Raises ConfigError."""
-    try:
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: is not UTF-8 text") from error
-    try:
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: {_yaml_problem(error)}") from error
-    except (ValueError, KeyError, RecursionError) as error:
-        # PyYAML's own way with values that look like a date, a number or a truth, and are none.
-        raise ConfigError(f"{name}: holds a value that YAML cannot read: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{name}: expected keys such as `server:`, found something else")
-    return content
+@dataclass(slots=True)
+class _Source:
+    """Where a configuration comes from: what makes lines of its mistakes."""
+
+    name: str
+    file: YamlFile = field(default_factory=lambda: YamlFile(None))
+    overrides: Collection[str] = ()
+    """Keys of the `server` section that do not come from the file."""
+
+    def where(self, path: KeyPath) -> tuple[str, int]:
+        """Return the file, and the line of a key in it; 0 where that is not known."""
+        if len(path) > 1 and path[0] == "server" and path[1] in self.overrides:
+            return COMMAND_LINE, 0
+        return self.name, self.file.line_of(path) or 0
+
+    def line(self, problem: Problem) -> str:
+        """Return a problem as `file:line: key: problem; remedy`, without what is not known."""
+        name, line = self.where(problem.path)
+        if name == BUILT_IN:
+            line = 0
+        place = f"{name}:{line}" if line else name
+        return ": ".join(part for part in (place, problem.key, problem.message) if part)
+
+    def error(self, problems: Iterable[Problem]) -> ConfigError:
+        """Return the error that tells of problems, in the order of the file's lines."""
+        found = sorted(dict.fromkeys(problems), key=lambda one: self.where(one.path)[1])
+        lines = [self.line(one) for one in found[:MAX_PROBLEMS]]
+        if len(found) > MAX_PROBLEMS:
+            lines.append(f"{self.name}: and {len(found) - MAX_PROBLEMS} more mistakes")
+        return ConfigError(*lines)
+
+
+def _name_of(path: Path | None) -> str:
+    return BUILT_IN if path is None else str(path)
 
 
 def _built_in_file() -> Path:
@@ -117,124 +188,102 @@ def _built_in_file() -> Path:
     return installed if installed.exists() else Path(__file__).parents[1] / "config.yaml"
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice instead of forgetting the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is written twice", key_node.start_mark
-                )
-            if isinstance(key, str):
-                seen.add(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
+def _folder_of(path: Path | None) -> Path | None:
+    """Return the folder that a file's relative paths are below; None where it lies in none."""
+    if path is None:
+        return Path()
+    whole = path.absolute()
+    in_folder = path.is_file() and whole.parts[1:2] not in (("dev",), ("proc",))
+    return whole.parent if in_folder else None
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}: " if mark else ""
-    problem = getattr(error, "problem", None) or "is not valid YAML"
-    return f"{where}{problem}; correct the YAML there"
+def _parsed(source: Path, path: Path | None) -> YamlFile:
+    """Return what a file holds. Raises ConfigError."""
+    name = _name_of(path)
+    try:
+        return yaml_file.parse(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "; for standard input give /dev/stdin" if name == "-" else ""
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}{hint}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: is not UTF-8 text; save it as UTF-8") from error
+    except YamlError as error:
+        where = f"{name}:{error.line}" if error.line else name
+        raise ConfigError(f"{where}: {error}") from error
 
 
-_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+def _mapping(source: _Source) -> dict[Any, Any]:
+    """Return what a file holds, keys with values. Raises ConfigError."""
+    content = source.file.content
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{source.name}: expected keys such as `server:`, found something else")
+    return content or {}
 
 
-def _substituted(value: object, file: str, path: tuple[str, ...]) -> object:
-    """Replace ${NAME} and ${NAME:-default} in all strings; an empty variable counts as unset."""
+def _settings(
+    content: dict[Any, Any], source: _Source, folder: Path | None, purpose: Purpose
+) -> tuple[Settings, list[Problem]]:
+    """Return the settings of a content, and its variables that nobody needs now.
 
-    def look_up(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name) or default
-        if found is None:
-            raise ConfigError(
-                f"{file}: {'.'.join(path)}: the variable {name} is not set;"
-                f" set it, or write ${{{name}:-default}}"
-            )
-        return found
-
-    if isinstance(value, str):
-        return _REFERENCE.sub(look_up, value)
-    if isinstance(value, dict):
-        return {key: _substituted(v, file, (*path, str(key))) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_substituted(v, file, (*path, str(i))) for i, v in enumerate(value)]
-    return value
-
-
-_EXPECTED = {
-    "string_too_long": "a shorter string",
-    "string_pattern_mismatch": "a name of letters, digits and the like; no key and no address",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-    "dict_type": "keys with values below it",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "model_type": "keys with values below it",
-    "none_required": "null; this version has nothing else",
-    "path_type": "a path",
-    "string_too_short": "something, not an empty string",
-    "string_type": "a string; put it in quotes",
-    "too_short": "at least one entry",
-    "tuple_type": "a list",
-}
+    Raises ConfigError with all mistakes.
+    """
+    problems = [
+        Problem(one.path, f"is written twice, first in line {one.first_line}; remove one")
+        for one in source.file.duplicates
+    ]
+    context = {FOLDER: folder, INSPECTED: purpose == "inspect"}
+    try:
+        resolved, needed, spared = references.resolve(content, purpose)
+        problems += needed
+        try:
+            settings = Settings.model_validate(resolved, context=context)
+        except ValidationError as error:
+            found = list(explain(error))
+            problems += found
+            problems += _between_sections(resolved, [*needed, *found], context)
+    except RecursionError as error:
+        raise ConfigError(f"{source.name}: an anchor holds itself; write the values out") from error
+    # A key whose variable is not set is also of a wrong type, perhaps.
+    unset = {one.path for one in needed}
+    problems = [one for one in problems if one in needed or one.path not in unset]
+    if problems:
+        raise source.error(problems)
+    return settings, spared
 
 
-_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z_]{0,39}")
-"""An unknown key that is shown though it is like none that is known."""
-_NEAR_NAME = re.compile(r"[\w .-]{1,40}")
-"""A name that is not valid and is shown."""
+def _between_sections(
+    content: Any,  # noqa: ANN401 - whatever YAML holds
+    problems: Collection[Problem],
+    context: Mapping[str, Any],
+) -> Iterator[Problem]:
+    """Yield what does not fit between sections that are right in themselves.
 
-
-def _first_problem(error: ValidationError) -> str:
-    """Say what is wrong first, as `key: problem; remedy`; no value is repeated, it may be a key."""
-    problems = error.errors(include_url=False, include_input=False)
-    # A misspelt key is unknown here and missing there; the first says more.
-    problem = min(problems, key=lambda one: one["type"] != "extra_forbidden")
-    where = [str(part) for part in problem["loc"] if part != "[key]"]
-    kind = problem["type"]
-    is_name = kind == "string_pattern_mismatch" and problem["loc"][-1] == "[key]"
-    if is_name and not _NEAR_NAME.fullmatch(where[-1]):
-        # With other characters it is probably a key or an address.
-        where.pop()
-    key = ".".join(where)
-    if kind == "extra_forbidden":
-        known = list(_known_keys(where[:-1]))
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-        if not near and not _PLAIN_NAME.fullmatch(where[-1]):
-            key = ".".join([*where[:-1], MASK])
-        return f"{key}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{key}: is missing; add it"
-    if kind == "value_error":
-        message = problem["msg"].removeprefix("Value error, ")
-        return f"{key}: {message}" if key else message
-    expected = _EXPECTED.get(kind) or problem["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {expected}"
-
-
-def _known_keys(path: list[str]) -> Iterator[str]:
-    """Yield the keys of the section at `path`."""
-    section: Any = Settings
-    for part in path:
-        fields = getattr(section, "model_fields", None)
-        if fields is not None and part in fields:
-            section = _section_of(fields[part].annotation)
-    yield from getattr(section, "model_fields", {})
-
-
-def _section_of(annotation: Any) -> Any:  # noqa: ANN401 - any annotation
-    """Return the Section inside an annotation, as in `dict[str, Provider | None]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+    pydantic looks at that only where each section is right. So providers that are not are taken
+    for disabled, and models that are not are left out.
+    """
+    wrong = {one.path[:2] for one in problems}
+    kept = {key: content[key] for key in _RELATED if key in content and (key,) not in wrong}
+    entries = {name: kept.get(name) or {} for name in ("providers", "models")}
+    if wrong & {("providers",), ("models",)} or not all(
+        isinstance(one, dict) for one in entries.values()
+    ):
+        return
+    if "providers" in kept:
+        kept["providers"] = {
+            name: None if ("providers", name) in wrong else entry
+            for name, entry in entries["providers"].items()
+        }
+    kept["models"] = {
+        name: entry for name, entry in entries["models"].items() if ("models", name) not in wrong
+    }
+    if ("providers", kept.get("passthrough")) in wrong:
+        del kept["passthrough"]
+    try:
+        Settings.model_validate(kept, context=context)
+    except ValidationError as error:
+        known = {one.path for one in problems}
+        lacks_models = any(path[:1] == ("models",) for path in wrong)
+        for one in explain(error):
+            depends = lacks_models and "fallback" in one.path
+            if one.path not in known and not depends:
+                yield one

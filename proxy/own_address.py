@@ -6,13 +6,11 @@ A loop over other machines or names is found by the requests in it: `proxy.http.
 import ipaddress
 import socket
 from contextlib import closing, suppress
-from pathlib import Path
 
 from yarl import URL
 
 from providers import kinds
-from proxy.config import BUILT_IN, ConfigError
-from proxy.settings.schema import Settings
+from proxy.config import ConfigError, Configuration
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LOOPBACK: dict[int, _Address] = {
@@ -21,23 +19,26 @@ _LOOPBACK: dict[int, _Address] = {
 }
 
 
-def check_own_address(settings: Settings, file: Path | None) -> None:
-    """Raise ConfigError if a provider's base_url is this proxy's own address.
+def check_own_address(configuration: Configuration) -> None:
+    """Raise ConfigError if the base_url of providers is this proxy's own address.
 
-    Host names are resolved only for a provider with the same port. `file` is the configuration's,
-    None = the built-in one.
+    Host names are resolved only for a provider with the same port.
     """
+    problems = []
+    settings = configuration.settings
     host, port = settings.server.host, settings.server.port
     for name, entry in settings.providers.items():
         if entry is None or entry.kind == kinds.LOCAL:
             continue
         url = URL(entry.as_profile().base_url or "")
         if url.port == port and url.host and _is_own(url.host, host):
-            raise ConfigError(
-                f"{file or BUILT_IN}: providers.{name}.base_url: is the address that this proxy"
-                f" listens on (port {port}), so it would ask itself; set the upstream's own"
-                " address, or another server.port"
+            message = (
+                f"is the address that this proxy listens on (port {port}), so it would ask itself;"
+                " set the upstream's own address, or another server.port"
             )
+            problems.append(configuration.problem(("providers", name, "base_url"), message))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _is_own(host: str, listening: str) -> bool:

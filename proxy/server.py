@@ -24,6 +24,9 @@ GRACE_SECONDS = 30.0
 `attempts.CLOSE_S` seconds more to be answered, whether or not a client waits for them."""
 
 
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
+
+
 class PortUnavailable(Exception):
     """The address cannot be listened on; the message says which and why."""
 
@@ -40,8 +43,12 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def base_url(listening: socket.socket) -> str:
-    """Return the base URL for clients, with the port that was really taken."""
+    """Return the base URL for clients of this machine, with the port that was really taken.
+
+    A socket that listens on all addresses (0.0.0.0, ::) is reached by the loopback address.
+    """
     host, port = listening.getsockname()[:2]
+    host = _LOOPBACK.get(host, host)
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}/v1"
 

@@ -25,7 +25,7 @@ DOORS = {
     "xxhash": {"cache/key.py"},
     "diskcache": {"cache/disk/database.py"},
     "tenacity": {"providers/router.py"},
-    "yaml": {"proxy/config.py"},
+    "yaml": {"proxy/settings/yaml_file.py"},
     "splintr": {"providers/tokens.py"},
     "wordllama": {"providers/local.py"},
     # The vectors' forms; what measures many at once; what makes its own; what shows off; what
@@ -54,6 +54,7 @@ DOORS = {
         "proxy/settings/upstreams.py",
         "proxy/settings/schema.py",
         "proxy/settings/index_section.py",
+        "proxy/settings/explanation.py",
         "proxy/config.py",
     },
 }

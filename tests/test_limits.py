@@ -194,7 +194,7 @@ def test_truncating_needs_a_tokenizer_and_a_context(model, missing, tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(file)
     said = str(caught.value)
-    assert said.startswith(f"{file}: models.{model}.truncate: needs the model's `{missing}`")
+    assert said.startswith(f"{file}:1: models.{model}.truncate: needs the model's `{missing}`")
     assert "leave `truncate` out" in said
 
 

@@ -51,6 +51,7 @@ _NEVER = (NotADirectoryError, FileExistsError, IsADirectoryError, NewerLayout, N
 
 
 _LOCK_NAME = "writer.lock"
+_OTHER_PLACE = "name another cache.directory"
 _FREE_SPACE = "free some space on the disk"
 _MIN_BYTES = 1 << 16
 """Less than that is no room for what SQLite makes beside a file when it is opened."""
@@ -201,7 +202,15 @@ def _explained(folder: Path, error: BaseException) -> StoreError:
     if primary_code(error) == sqlite3.SQLITE_IOERR and _has_no_space(folder):
         # SQLite says no more where there is no room for the index of its log.
         remedy = _FREE_SPACE
-    return StoreError(f"{folder}: {str(error) or LOCKED}{remedy and '; '}{remedy}")
+    return StoreError(f"{folder}: {_cause(error)}{remedy and '; '}{remedy}")
+
+
+def _cause(error: BaseException) -> str:
+    """Say what an error is about, in words and not in numbers."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
+    return str(error) or LOCKED
 
 
 def _has_no_space(folder: Path) -> bool:
@@ -248,7 +257,9 @@ class Disk:
         except FAILURES as error:
             if isinstance(error, _NEVER) or not _is_there(self.folder / database.FILE_NAME):
                 self.shut_down()
-                raise StoreError(f"{self.folder}: {error}") from error
+                remedy = _remedy(error) or _OTHER_PLACE if isinstance(error, OSError) else ""
+                message = f"{_cause(error)}{remedy and '; '}{remedy}"
+                raise StoreError(f"{self.folder}: {message}") from error
             log.error("the disk tier cannot be opened, nothing is kept: %s", error)  # noqa: TRY400 - a line
             with contextlib.suppress(*FAILURES):
                 work = partial(ReadOnlyFile, self.folder / database.FILE_NAME)

@@ -95,7 +95,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     as_json: JsonOption = False,
 ) -> None:
     """Delete the entries for which all that is given holds; running proxies forget them soon."""
-    settings = config.load(config_file)
+    settings = config.load(config_file, purpose="inspect")
     now = time.time()
     choice = purge.Choice(
         namespace=namespace,
@@ -279,7 +279,7 @@ def back_up(
         raise WorkFailed(f"{target} exists; it is not overwritten")
     if not target.parent.is_dir():
         raise WorkFailed(f"{target}: there is no such folder")
-    settings = config.load(config_file)
+    settings = config.load(config_file, purpose="inspect")
     try:
         with opened_for_reading(settings) as file:
             ((total,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'")

@@ -10,6 +10,7 @@ import typer
 from cache.maintenance import place
 from cache.maintenance.place import Inspection
 from proxy import config
+from proxy.config import Configuration
 from proxy.own_address import check_own_address
 from proxy.service import GIB
 from proxy.settings.schema import Cache
@@ -17,6 +18,7 @@ from proxy.trials import index_check
 from proxy.trials.checkup import Checkup, examine
 from proxy.trials.choice import Choice
 from proxy.trials.finding import Finding
+from proxy.trials.usable import unusable
 
 from .common import ConfigOption, JsonOption, path_text, print_json, printable, progress, size
 
@@ -37,12 +39,14 @@ def check(
     """Try the cache, Qdrant, and every provider with a real embedding, and compare the routes.
 
     Tried are the models that the configuration names, and one of each provider that these do not
-    lead to. Exit code 1 if something does not work.
+    lead to. Exit code 1 if something does not work, or if a provider that the configuration names
+    is of no use.
     """
-    settings, named = config.load_named(config_file)
-    check_own_address(settings, config_file)
+    configuration = config.read_configuration(config_file)
+    settings = configuration.settings
+    check_own_address(configuration)
     choice = Choice(
-        model or named,
+        model or configuration.models,
         # The built-in configuration names a model, too, but nobody asked for it.
         must_work=bool(model or config_file),
         also="all" if everything else "nothing" if model else "each provider",
@@ -52,7 +56,9 @@ def check(
     with progress("asking") as tell:
         found = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
     qdrant = asyncio.run(index_check.look(settings, offline=offline))
-    problems = found.problems
+    problems = [*_unset(configuration), *found.problems]
+    if not model:
+        problems += unusable(configuration, found.providers)
     if qdrant is not None and qdrant.problem:
         problems = [path_text(qdrant.problem), *problems]
     if store.problem:
@@ -75,6 +81,12 @@ def check(
         _tell_problems(problems, offline=offline)
     if problems:
         raise typer.Exit(1)
+
+
+def _unset(configuration: Configuration) -> Iterator[str]:
+    """Yield the variables that the proxy needs to start, and a check does not."""
+    for line in configuration.unresolved:
+        yield f"{line}; without it `serve` does not start"
 
 
 def _cache_dict(cache: Cache, store: Inspection) -> dict[str, Any]:

@@ -35,11 +35,17 @@ class WorkFailed(Exception):
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """End with one line and an exit code when something foreseeable goes wrong."""
+    """End with one line and an exit code when something foreseeable goes wrong.
+
+    A configuration gets a line for each of its mistakes.
+    """
     try:
         yield
     except ConfigError as error:
-        fail(str(error), 2)
+        *others, last = error.problems
+        for problem in others:
+            say(problem)
+        fail(last, 2)
     except BrokenPipeError:
         # Whoever read our output has had enough; nothing more can be said to it.
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123
@@ -85,8 +91,13 @@ def _foreseeable() -> tuple[type[Exception], ...]:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print one line to stderr and exit."""
-    typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
+    say(message)
     sys.exit(code)
+
+
+def say(message: str) -> None:
+    """Print one line to stderr."""
+    typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
 
 
 def plain(option: str | None) -> str | None:

@@ -27,11 +27,12 @@ def show(
 ) -> None:
     """Show what applies: every key with its value, and which variables with keys are set.
 
-    It is a configuration that loads again. No key is in it, only variables' names.
+    It is a configuration that `config show` reads again. No key is in it: a secret of the file is
+    shown as ${NAME}, and to serve with it that variable has to be set.
     """
-    settings = config.load(config_file)
-    content = config.read(config_file)
-    values = effective.values(settings, content, everything=everything)
+    found = config.read_configuration(config_file, purpose="inspect")
+    settings = found.settings
+    values = effective.values(settings, found.content, everything=everything)
     keys = effective.keys_of(settings)
     if as_json:
         told = {name: {"variable": one, "set": there} for name, (one, there) in keys.items()}
@@ -45,6 +46,10 @@ def show(
     for name, (variable, there) in keys.items():
         state = "is set" if there else "is not set: this provider is skipped"
         typer.echo(f"# {name}: {variable} {state}")
+    for line in found.unresolved:
+        typer.echo(printable(f"# {line}"))
+    for name in effective.made_up(values, found.content):
+        typer.echo(f"# {name} stands for a secret of that file; set this variable to serve with it")
     typer.echo(config.dump(values), nl=False)
 
 

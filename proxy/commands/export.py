@@ -30,7 +30,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write entries to one file, to be carried elsewhere; such files can be joined with cat."""
-    settings = config.load(config_file)
+    settings = config.load(config_file, purpose="inspect")
     choice = Choice(namespace=namespace, space=space)
     report = transfer.Read()
     with opened_for_reading(settings) as database:

@@ -31,7 +31,7 @@ def show_stats(
     as_json: JsonOption = False,
 ) -> None:
     """Show what is kept, by namespace and space, how often it was used, and what that saved."""
-    settings = config.load(config_file)
+    settings = config.load(config_file, purpose="inspect")
     columns = list(dict.fromkeys(by or ()))
     with opened_for_reading(settings) as file:
         if columns:

@@ -46,7 +46,7 @@ def verify_store(
     as_json: JsonOption = False,
 ) -> None:
     """Read every record and say what is damaged. Exit code 1 if something is left that is."""
-    settings = config.load(config_file)
+    settings = config.load(config_file, purpose="inspect")
     if add_sums and salvage_file is None:
         raise config.ConfigError("--add-sums: is about the FILE of --salvage")
     if salvage_file is not None:

@@ -31,7 +31,10 @@ async def open_providers(
     stack: AsyncExitStack,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> dict[str, Provider]:
-    """Open every provider that can be used; name the others in the log. Raises ConfigError."""
+    """Open every provider that can be used. Raises ConfigError.
+
+    The log names the others, if the configuration does.
+    """
     opened: dict[str, Provider] = {}
     for name, entry in settings.providers.items():
         if entry is None:
@@ -43,7 +46,9 @@ async def open_providers(
             log.info("provider %s: %s", name, CLIENTS_PAY)
         variable, key = entry.key_variable, key_of(entry)
         if variable and not key:
-            log.warning("provider %s is skipped: %s is not set", name, variable)
+            # One that nobody has named is there for whoever has its key.
+            level = logging.WARNING if settings.names_providers else logging.DEBUG
+            log.log(level, "provider %s is skipped: %s is not set", name, variable)
             continue
         check_network(name, entry)
         adapter = kinds.find(entry.kind).adapter

@@ -29,11 +29,12 @@ class Status:
     async def get(self, _: web.Request) -> web.Response:
         """Answer with everything."""
         service = self._service
-        upstreams = service.upstreams
+        upstreams, directory = service.upstreams, service.settings.cache.directory
         content = {
             "version": version("embedding-proxy"),
             "worker": os.getpid(),
             "started": int(self._started),
+            "cache": {"directory": os.fsencode(directory).decode(errors="replace")},
             "uptime_s": round(time.time() - self._started, 1),
             "models": {
                 model.name: {

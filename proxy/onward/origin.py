@@ -75,7 +75,8 @@ class Origin:
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
         )
-        log.info("calls that are not ours are passed to %s", self.name)
+        if self._variable is None or self._key or self._by_client:
+            log.info("calls that are not ours are passed to %s", self.name)
         # aiohttp would send some methods again over a stale connection; whether to is the client's.
         self._session._retry_connection = False  # noqa: SLF001 - there is no other way to say so
         return self

@@ -1,12 +1,13 @@
 """What a configuration comes to: every key with the value that applies, ready to be a file again.
 
 No secret is in it: what only the environment should hold stands there as a reference `${NAME}`,
-that of the file or one made up, so that nobody serves with a placeholder for a key.
+that of the file or one made up. `config show` reads such a file as it is; to serve with it, the
+variables have to be set, so that nobody serves with a placeholder for a key.
 """
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .section import Section
 from .upstreams import NETWORK, TIMEOUTS, Provider
 
 _WHOLE_REFERENCE = re.compile(r"\$\{[^}]*\}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)")
 
 
 def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) -> dict[str, Any]:
@@ -28,6 +30,8 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
     shown: dict[str, Any] = {
         name: _plain(getattr(settings, name)) for name in Settings.model_fields
     }
+    # The default is a provider that need not be there; one that is named has to be.
+    shown["passthrough"] = settings.passthrough if settings.passes_to else None
     keys = _at(content, "server", "keys")
     for i, entry in enumerate(shown["server"]["keys"]):
         given = keys[i] if isinstance(keys, list) else None
@@ -43,6 +47,12 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
     return shown
 
 
+def made_up(shown: object, content: object) -> list[str]:
+    """Return the variables of what is shown that the file does not refer to, in order."""
+    known = set(_variables(content))
+    return [name for name in dict.fromkeys(_variables(shown)) if name not in known]
+
+
 def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
     """Return, by provider, the variable that holds its key, and whether it is set."""
     named = {name: one.key_variable for name, one in settings.providers.items() if one}
@@ -51,6 +61,18 @@ def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
         for name, variable in named.items()
         if variable
     }
+
+
+def _variables(value: object) -> Iterator[str]:
+    """Yield the names of all `${NAME}` below a value."""
+    if isinstance(value, Mapping):
+        for one in value.values():
+            yield from _variables(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _variables(one)
+    elif isinstance(value, str):
+        yield from _VARIABLE.findall(value)
 
 
 def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
@@ -75,7 +97,10 @@ def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
         field: getattr(profile.limits, field) for field in type(provider.limits).model_fields
     }
     shown["headers"] = dict(profile.headers)
-    for header in provider.headers:
+    own = kinds.find(provider.kind).profile.headers
+    for header, value in provider.headers.items():
+        if own.get(header) == value:
+            continue  # What the kind says itself is no secret.
         given = headers.get(header) if isinstance(headers, dict) else None
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
         shown["headers"][header] = _reference(given, f"HEADER_{made_up}")

@@ -1,13 +1,12 @@
 """The section `index` of a configuration: the vector store behind the proxy."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from index.collection import LONGEST_NAME, FieldType, not_in_names
 
-from .section import HttpUrl, Name, Number, Section, VariableName
+from .section import FilePath, HttpUrl, Name, Number, Section, VariableName
 
 MOST_MIB = 4.5
 """Of one request to Qdrant."""
@@ -17,7 +16,7 @@ class Qdrant(Section):
     """Where vectors are indexed, and how."""
 
     url: HttpUrl | None = None
-    path: Path | None = None
+    path: FilePath | None = None
     api_key_env: VariableName | None = None
     timeout_s: Annotated[Number, Field(ge=1, le=3600)] = 60
     collection: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)] | None = None
@@ -30,17 +29,12 @@ class Qdrant(Section):
     batch_mib: Annotated[Number, Field(gt=0, le=MOST_MIB)] = 1
     outbox_gib: Annotated[Number, Field(gt=0, le=1e6)] = 10
 
-    @field_validator("path")
+    @field_validator("path", mode="before")
     @classmethod
-    def _expand(cls, value: Path | None) -> Path | None:
-        if value is None:
-            return None
-        if not str(value).strip(".") or "\0" in str(value):
+    def _a_folder_of_its_own(cls, value: object) -> object:
+        if isinstance(value, str) and not value.strip(" ."):
             raise ValueError("expected a folder for Qdrant's files")
-        try:
-            return value.expanduser()
-        except RuntimeError as error:
-            raise ValueError(f"there is no such user: {value.parts[0]}") from error
+        return value
 
     @field_validator("collection", "prefix")
     @classmethod

@@ -8,7 +8,7 @@ from a key, so a key that is made of words is not recognised.
 import re
 
 MASK = "***"
-_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|://|\.ya?ml\W*$")
+_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|://|\.ya?ml(?::\d+)?\W*$")
 _WORD = re.compile(r"\S+")
 _TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
 _PART = re.compile(r"[A-Za-z0-9]+")

@@ -5,6 +5,7 @@ Settings objects stay in `proxy`; the rooms below take plain arguments.
 
 import ipaddress
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,11 +14,24 @@ from pydantic import Field, field_validator, model_validator
 from cache.row import RESERVED_NAMESPACES
 from providers import kinds
 from providers.catalogue import CATALOGUE
+from providers.credential import client_key_mistake
 from proxy.http.cache_control import Honor
 
+from . import file_path
 from .index_section import Index
 from .model_entry import Model, from_catalogue
-from .section import CacheMode, HostName, Name, Number, ProviderName, Section, WebOrigin, Whole
+from .problem import ConfigError, Problem, Problems, refuse
+from .section import (
+    CacheMode,
+    FilePath,
+    HostName,
+    Name,
+    Number,
+    ProviderName,
+    Section,
+    WebOrigin,
+    Whole,
+)
 from .upstreams import Provider
 
 
@@ -28,6 +42,14 @@ class ClientKey(Section):
     namespace: str = ""
     name: str = ""
     admin: Annotated[bool, Field(strict=True)] = False
+
+    @field_validator("key")
+    @classmethod
+    def _one_that_can_be_sent(cls, value: str) -> str:
+        mistake = client_key_mistake(value)
+        if mistake:
+            raise ValueError(mistake)
+        return value
 
     @field_validator("namespace")
     @classmethod
@@ -82,12 +104,25 @@ class Server(Section):
         return [entry if isinstance(entry, dict | ClientKey) else {"key": entry} for entry in value]
 
     @model_validator(mode="after")
+    def _each_key_once(self) -> "Server":
+        """Refuse a key that stands there twice: only one entry could hold."""
+        first: dict[str, int] = {}
+        refuse(
+            Problem(
+                ("keys", i, "key"),
+                f"is the key of server.keys.{first[entry.key.strip()]}, too; remove one",
+            )
+            for i, entry in enumerate(self.keys)
+            if first.setdefault(entry.key.strip(), i) != i
+        )
+        return self
+
+    @model_validator(mode="after")
     def _open_only_at_home(self) -> "Server":
         """Refuse to offer somebody's credit to a whole network without asking for a key."""
         if not self.keys and not _is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host} can be reached by others: set server.keys, or host 127.0.0.1"
-            )
+            message = f"{self.host} can be reached by others: set server.keys, or host 127.0.0.1"
+            raise Problems([Problem(("host",), message)])
         return self
 
 
@@ -100,30 +135,23 @@ def _is_loopback(host: str) -> bool:
 
 def _default_directory() -> Path:
     home = os.environ.get("XDG_DATA_HOME", "")
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "share"
+    try:
+        base = Path(home) if Path(home).is_absolute() else file_path.home() / ".local" / "share"
+    except ValueError as error:
+        raise ConfigError(f"cache.directory: {error}, or XDG_DATA_HOME, or this key") from error
     return base / "embedding-proxy"
 
 
 class Cache(Section):
     """What is kept, where, and how much of it."""
 
-    directory: Path = Field(default_factory=_default_directory)
+    directory: FilePath = Field(default_factory=_default_directory)
     size_limit_gib: Annotated[Number, Field(gt=0, le=1e6)] = 50
     memory_mib: Annotated[Number, Field(ge=0, le=1e7)] = 256
     ttl_days: Annotated[Number, Field(gt=0)] | None = None
     pinned: tuple[str, ...] = ()
     mode: CacheMode = "normal"
     shared: None = None
-
-    @field_validator("directory")
-    @classmethod
-    def _expand(cls, value: Path) -> Path:
-        if "\0" in str(value):
-            raise ValueError("holds a NUL character")
-        try:
-            return value.expanduser()
-        except RuntimeError as error:
-            raise ValueError(f"there is no such user: {value.parts[0]}") from error
 
 
 KINDS: tuple[str, ...] = (*kinds.KINDS, kinds.LOCAL)
@@ -183,56 +211,90 @@ class Settings(Section):
         return {**known, **given}
 
     @model_validator(mode="after")
-    def _keys_have_variables(self) -> "Settings":
-        """Refuse to send the key of one origin to another, for want of a name."""
+    def _sections_fit(self) -> "Settings":
+        """Refuse what each section may say for itself, and not beside the others."""
+        refuse(
+            problem
+            for check in (
+                self._keys_without_variable,
+                self._routes_to_nowhere,
+                self._passes_to_nobody,
+                self._origins_for_clients,
+                self._fallbacks_that_cannot_answer,
+                self._spaces_described_twice,
+            )
+            for problem in check()
+        )
+        return self
+
+    def _keys_without_variable(self) -> Iterator[Problem]:
+        """Yield providers that would be sent the key of another origin, for want of a name."""
         for name, entry in self.providers.items():
             if entry is None or entry.kind == name or entry.api_key_env is not None:
                 continue
             if entry.key_variable is not None:
-                raise ValueError(
-                    f"providers.{name}.api_key_env: is missing; name the variable that holds the"
-                    f" key of this provider (OpenAI's key is for the provider named openai)"
+                yield Problem(
+                    ("providers", name, "api_key_env"),
+                    "is missing; name the variable that holds the key of this provider (OpenAI's"
+                    " key is for the provider named openai)",
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _routes_lead_somewhere(self) -> "Settings":
-        """Refuse a misspelt provider; one of the catalogue's that is not configured is no error."""
+    def _routes_to_nowhere(self) -> Iterator[Problem]:
+        """Yield misspelt providers; one of the catalogue's that is not configured is no error."""
         for name, model in self.models.items():
             for i, route in enumerate(model.routes):
                 if route.provider not in self.providers and route.provider not in KINDS:
-                    raise ValueError(
-                        f"models.{name}.routes.{i}.provider: there is no provider"
-                        f" {route.provider!r}; known: {', '.join(sorted(self.providers))}"
+                    yield Problem(
+                        ("models", name, "routes", i, "provider"),
+                        f"there is no provider {route.provider!r}; known:"
+                        f" {', '.join(sorted(self.providers))}",
                     )
-        return self
 
-    @model_validator(mode="after")
-    def _passes_to_somebody(self) -> "Settings":
-        """Refuse a misspelt provider, and the local model, which knows nothing but embeddings."""
+    def _passes_to_nobody(self) -> Iterator[Problem]:
+        """Yield a misspelt provider, and the local model, which knows nothing but embeddings."""
         if "passthrough" in self.model_fields_set and self.passthrough and not self.passes_to:
             remote = (n for n, entry in self.providers.items() if entry and entry.kind != "local")
-            raise ValueError(
-                f"passthrough: there is no such provider to pass calls to; known:"
-                f" {', '.join(sorted(remote)) or 'none'}; null = nobody"
+            yield Problem(
+                ("passthrough",),
+                f"there is no such provider to pass calls to; known:"
+                f" {', '.join(sorted(remote)) or 'none'}; null = nobody",
             )
-        return self
 
-    @model_validator(mode="after")
-    def _one_origin_for_clients(self) -> "Settings":
-        """Refuse to send one key to two origins: a client sends one, and it belongs to one."""
+    def _origins_for_clients(self) -> Iterator[Problem]:
+        """Yield a second origin for one key: a client sends one, and it belongs to one."""
         taking = {name: one for name, one in self.providers.items() if one and one.by_client}
         if taking and self.passthrough_auth == "client" and self.passes_to:
             taking[self.passthrough or ""] = self.passes_to
         (first, *others) = taking or [""]
         for other in others:
             if taking[other].origin != taking[first].origin:
-                raise ValueError(
-                    f"providers.{first}: a client sends one key, and it would go to two origins,"
-                    f" those of {first} and {other}; let one of them have a key of the proxy's"
-                    f" (api_key_env, passthrough_auth: provider), or run a second proxy for it"
+                yield Problem(
+                    ("providers", first),
+                    f"a client sends one key, and it would go to two origins, those of {first} and"
+                    f" {other}; let one of them have a key of the proxy's (api_key_env,"
+                    " passthrough_auth: provider), or run a second proxy for it",
                 )
-        return self
+
+    def _fallbacks_that_cannot_answer(self) -> Iterator[Problem]:
+        for name, model in self.models.items():
+            for fallback in model.fallback:
+                problem = fallback.objection(model, self.models.get(fallback.model))
+                if problem is not None:
+                    yield Problem(("models", name, "fallback"), f"{fallback.model}: {problem}")
+
+    def _spaces_described_twice(self) -> Iterator[Problem]:
+        """Yield two descriptions of one space: they would disagree about the same records."""
+        first: dict[str, tuple[str, Model]] = {}
+        for name, model in self.models.items():
+            other, described = first.setdefault(model.space, (name, model))
+            for key in ("dimensions", "matryoshka"):
+                if getattr(described, key) != getattr(model, key):
+                    yield Problem(
+                        ("models", name, key),
+                        f"{getattr(model, key)} here, but {getattr(described, key)} in"
+                        f" models.{other}, of the same space {model.space}; make them equal, or"
+                        " give this model a space of its own",
+                    )
 
     @property
     def passes_to(self) -> Provider | None:
@@ -240,29 +302,10 @@ class Settings(Section):
         entry = self.providers.get(self.passthrough or "")
         return None if entry is None or entry.kind == kinds.LOCAL else entry
 
-    @model_validator(mode="after")
-    def _fallbacks_can_answer(self) -> "Settings":
-        for name, model in self.models.items():
-            for fallback in model.fallback:
-                problem = fallback.objection(model, self.models.get(fallback.model))
-                if problem is not None:
-                    raise ValueError(f"models.{name}.fallback: {fallback.model}: {problem}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_model_a_space(self) -> "Settings":
-        """Refuse two descriptions of one space: they would disagree about the same records."""
-        first: dict[str, tuple[str, Model]] = {}
-        for name, model in self.models.items():
-            other, described = first.setdefault(model.space, (name, model))
-            for key in ("dimensions", "matryoshka"):
-                if getattr(described, key) != getattr(model, key):
-                    raise ValueError(
-                        f"models.{name}.{key}: {getattr(model, key)} here, but"
-                        f" {getattr(described, key)} in models.{other}, of the same space"
-                        f" {model.space}; make them equal, or give this model a space of its own"
-                    )
-        return self
+    @property
+    def names_providers(self) -> bool:
+        """Whether somebody has named the providers; the default ones are there for whoever can."""
+        return "providers" in self.model_fields_set
 
 
 def _is_kind(name: object) -> bool:

@@ -1,13 +1,27 @@
 """The types of values in a configuration, and what every section of one does."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+)
 
 from proxy.http import cache_control
 
-from . import addresses
+from . import addresses, file_path
+
+FOLDER = "folder"
+"""In the context of a validation: the folder of the file (see `file_path.absolute`). Without it
+relative paths are below the working directory."""
+INSPECTED = "inspected"
+"""In the context of a validation: whether nobody will be asked, so that files for it may lack."""
 
 
 def _no_bool(value: object) -> object:
@@ -27,6 +41,13 @@ def _web_origin(value: str) -> str:
     return value
 
 
+def _absolute(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, str | Path):
+        return value
+    context = info.context or {}
+    return file_path.absolute(value, context.get(FOLDER, Path()))
+
+
 def _host_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f:.]+\]?", value):
         raise ValueError("expected a host name like proxy.example.com, without scheme and port")
@@ -40,6 +61,8 @@ Name = Annotated[str, Field(min_length=1)]
 ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 WebOrigin = Annotated[str, AfterValidator(_web_origin)]
+FilePath = Annotated[Path, BeforeValidator(_absolute)]
+"""An absolute path, made of what the file says."""
 HostName = Annotated[str, AfterValidator(_host_name)]
 HttpUrl = Annotated[str, AfterValidator(addresses.http_url)]
 BaseUrl = Annotated[str, AfterValidator(addresses.base_url)]

@@ -2,13 +2,13 @@
 
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from providers import kinds
 from providers.hops import HEADER as HOP_HEADER
@@ -17,7 +17,18 @@ from providers.profile import Profile
 from proxy.embedding import request_fields
 
 from . import addresses
-from .section import BaseUrl, Name, Number, ProxyUrl, Section, VariableName, Whole
+from .problem import Problem, refuse
+from .section import (
+    INSPECTED,
+    BaseUrl,
+    FilePath,
+    Name,
+    Number,
+    ProxyUrl,
+    Section,
+    VariableName,
+    Whole,
+)
 
 MOST_RETRIES = 100
 _COUNT = Field(ge=1, le=10**9)
@@ -74,7 +85,7 @@ class Provider(Section):
     share: bool = False
     proxy: Annotated[ProxyUrl | None, Field(repr=False)] = None
     trust_env: bool = False
-    ca_file: Path | None = None
+    ca_file: FilePath | None = None
     timeout_s: Annotated[Number, Field(gt=0)] = 60
     connect_timeout_s: Annotated[Number, Field(gt=0)] = 10
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
@@ -116,21 +127,21 @@ class Provider(Section):
 
     @field_validator("ca_file")
     @classmethod
-    def _holds_certificates(cls, value: Path | None) -> Path | None:
-        """Return the absolute path of a file with certificates. Raises ValueError."""
-        if value is None:
-            return None
+    def _holds_certificates(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        """Return the path of a file with certificates. Raises ValueError.
+
+        A command that asks no provider does not need the file.
+        """
+        if value is None or (info.context or {}).get(INSPECTED):
+            return value
         remedy = "expected a PEM file with the certificate of your CA (BEGIN CERTIFICATE)"
         try:
-            path = value.expanduser().absolute()
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=value)
         except ssl.SSLError as error:
             raise ValueError(f"holds no certificate; {remedy}") from error
         except OSError as error:
-            raise ValueError(f"cannot be read: {error.strerror}; {remedy}") from error
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"is no path of a file; {remedy}") from error
-        return path
+            raise ValueError(f"{value}: cannot be read: {error.strerror}; {remedy}") from error
+        return value
 
     @field_validator("neutral_fields")
     @classmethod
@@ -160,42 +171,51 @@ class Provider(Section):
             if said - {"timeout_s"}:
                 raise ValueError(f"the local model has no {', '.join(sorted(said))}")
             return self
+        refuse(self._misfits())
+        return self
+
+    def _misfits(self) -> Iterator[Problem]:
+        """Yield what does not go together."""
         profile = kinds.find(self.kind).profile
-        self._take_the_clients_key()
+        yield from self._misfits_of_the_clients_key()
         for name in self.options:
             if name not in profile.options:
                 known = ", ".join(sorted(profile.options)) or "none"
-                raise ValueError(f"options: unknown option; known to this kind: {known}")
+                yield Problem(("options",), f"unknown option; known to this kind: {known}")
         if self.base_url is None and profile.base_url is None:
-            raise ValueError("base_url is missing; this kind has no address of its own")
+            yield Problem((), "base_url is missing; this kind has no address of its own")
         if self.base_url is None and self.kind not in kinds.KINDS:
             try:
                 addresses.base_url(profile.base_url or "")
             except ValueError as error:
-                raise ValueError(f"the base_url of this kind: {error}") from error
+                yield Problem((), f"the base_url of this kind: {error}")
         if self.proxy is not None and self.trust_env:
-            raise ValueError(
+            yield Problem(
+                (),
                 "proxy and trust_env exclude each other: name the proxy, or take that of the"
-                " environment"
+                " environment",
             )
-        return self
 
-    def _take_the_clients_key(self) -> None:
-        """Refuse what does not go with a client's key, or with the lack of one."""
+    def _misfits_of_the_clients_key(self) -> Iterator[Problem]:
+        """Yield what does not go with a client's key, or with the lack of one."""
         if not self.by_client:
             if self.share:
-                raise ValueError("share: is for key: client; other entries are shared in any case")
+                yield Problem(
+                    ("share",), "is for key: client; other entries are shared in any case"
+                )
             return
         if self.api_key_env is not None:
-            raise ValueError(
+            yield Problem(
+                (),
                 "key: client and api_key_env exclude each other: the key is the client's own, or"
-                " that of the variable; remove one of them"
+                " that of the variable; remove one of them",
             )
         adapter = kinds.find(self.kind).adapter
         if not (isinstance(adapter, type) and issubclass(adapter, HttpProvider)):
-            raise ValueError(  # noqa: TRY004 - pydantic reports ValueErrors
+            yield Problem(
+                (),
                 f"key: client is for kinds that send a key over HTTP; {self.kind} does not say so:"
-                " name a variable in api_key_env, or leave it out"
+                " name a variable in api_key_env, or leave it out",
             )
 
     @property

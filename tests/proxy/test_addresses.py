@@ -66,7 +66,7 @@ def test_a_base_url_that_leads_nowhere_is_refused(address, remedy, passthrough, 
     file = _written(tmp_path, providers=providers, passthrough=passthrough)
     done = command("check", "--config", file)
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"embedding-proxy: {file}: providers.mine.base_url: ")
+    assert done.err.startswith(f"embedding-proxy: {file}:6: providers.mine.base_url: ")
     assert remedy in done.err
     assert done.err.count("\n") == 1
     assert SECRET not in done.err
@@ -108,7 +108,7 @@ def test_qdrants_address_is_checked_as_well(tmp_path):
     file = _written(tmp_path, index={"qdrant": {"url": "http://host:99999"}})
     with pytest.raises(ConfigError) as caught:
         load(file)
-    assert str(caught.value).startswith(f"{file}: index.qdrant.url: expected an address")
+    assert str(caught.value).startswith(f"{file}:5: index.qdrant.url: expected an address")
     assert "its port is no number" in str(caught.value)
 
 
@@ -126,6 +126,11 @@ def test_qdrants_address_is_checked_as_well(tmp_path):
         ("$MY_KEY", "its value is the name of another variable, not expanded"),
         ("${MY_KEY}", "its value is the name of another variable, not expanded"),
         (f"{SECRET}\nx", "its value is no key: it holds a line break or the like"),
+        (f"\u201c{SECRET}\u201d", "its value stands in quotes; set it without them"),
+        (f"\u201e{SECRET}", "its value stands in quotes; set it without them"),
+        (f"{SECRET}\u2019", "its value stands in quotes; set it without them"),
+        (f"{SECRET} abc", "its value is no key: it holds a blank; set the key alone"),
+        (f"{SECRET}\u00a0abc", "its value is no key: it holds a character that is not ASCII"),
     ],
 )
 @pytest.mark.parametrize("name", ["check", "serve"])

@@ -950,7 +950,7 @@ def test_a_configuration_that_cannot_be_read_is_code_2(run, tmp_path):
     """Every command names the file and the key, in one line."""
     (tmp_path / "config.yaml").write_text("cache: {directry: x}")
     for command in (["stats"], ["purge", "--all"], ["verify"], ["backup", "x"], ["export", "x"]):
-        _failed(run(*command), 2, "config.yaml: cache.directry: unknown key")
+        _failed(run(*command), 2, "config.yaml:1: cache.directry: unknown key")
 
 
 def test_a_newer_store_is_left_alone(run, fill, tmp_path):

@@ -285,11 +285,14 @@ async def test_offline_asks_nobody(check, upstream, second):
     assert (await check("--offline", **bad)).code == 1
 
 
-async def test_one_key_of_two_is_enough(check, upstream, second):
-    """A provider without its key is said to be skipped, once, and is no failure."""
+async def test_a_named_provider_without_its_key_is_a_problem(check, upstream, second, tmp_path):
+    """The file names it, so somebody counts on it, whichever other provider answers."""
     keys = {"openai": KEYS["openai"]}
     done = await check(keys=keys, providers=_at(upstream, second), models={SMALL: {}})
-    assert (done.code, done.err, second.calls) == (0, "", [])
+    assert (done.code, done.err, second.calls) == (1, "", [])
+    (problem,) = done.problems
+    assert problem.startswith(f"{tmp_path / 'config.yaml'}:1: providers.openrouter: this provider")
+    assert problem.endswith("is skipped: OPENROUTER_API_KEY is not set")
     assert "skipped   openrouter  OPENROUTER_API_KEY is not set\n" in done.out
     assert f"  -   openrouter  {SPACE}  OPENROUTER_API_KEY is not set\n" in done.out
 
@@ -301,21 +304,28 @@ async def test_a_named_model_without_any_key(how, check, upstream, second):
     sections = {"providers": _at(upstream, second), "models": models}
     done = await check(*arguments, keys={}, **sections)
     assert done.code == 1
-    assert [f"`{SMALL}`" in one for one in done.problems] == [True]
+    assert f"`{SMALL}`" in done.problems[0]
     assert "set OPENAI_API_KEY or OPENROUTER_API_KEY" in done.problems[0]
+    skipped = [one for one in done.problems if "this provider is skipped" in one]
+    assert len(skipped) == (2 if how == "in the file" else 0)
+    assert len(done.problems) == 1 + len(skipped)
 
 
 async def test_the_built_in_configuration_without_a_key(check):
-    """Nothing is wrong with it: the local model works, the others are said to want keys."""
+    """The local model works; that no other does is a problem, and one key of two solves it."""
     done = await check(keys={})
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (1, "")
+    (problem,) = done.problems
+    assert problem.startswith("no remote provider can be asked: every input that is not in the")
+    assert "openai: OPENAI_API_KEY is not set; openrouter: OPENROUTER_API_KEY is not" in problem
     assert "configuration: built in\n" in done.out
     assert "  ok  local       l2_supercat_256 " in done.out
-    assert done.out.count("OPENAI_API_KEY is not set") == 2
     found = (await check("--json", "--offline", keys={})).json
-    assert (found["config"], found["ok"]) == (None, True)
+    assert (found["config"], found["ok"]) == (None, False)
     done = await check("--model", SMALL, "--offline", keys={})
     assert (done.code, len(done.problems)) == (1, 1)
+    found = (await check("--json", "--offline", keys={"openrouter": "k"})).json
+    assert (found["config"], found["ok"]) == (None, True)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -324,18 +334,58 @@ async def test_without_the_local_model(named, check, monkeypatch):
     monkeypatch.setitem(sys.modules, "wordllama", None)
     done = await check(keys={}, providers={}, models={"wordllama-embed": {}} if named else {})
     assert "skipped  local  The local model is not installed; `pip install " in done.out
-    assert done.code == named
-    if named:
-        (problem,) = done.problems
-        assert problem.startswith("The local model is not installed; ")
+    assert done.code == 1
+    *missing, problem = done.problems
+    assert problem.startswith("no provider can be asked: every input that is not in the cache is")
+    assert "(local: The local model is not installed; `pip install " in problem
+    assert [one.startswith("The local model is not installed; ") for one in missing] == [
+        True
+    ] * named
 
 
 async def test_a_provider_to_which_no_model_leads(check, upstream):
-    """It is usable and of no use, which is said."""
-    providers = {"gateway": {"kind": "openai_compatible", "base_url": upstream.url}}
-    done = await check(providers=providers)
-    assert done.code == 0
+    """It is usable and of no use, which is a problem, unless other calls are passed to it."""
+    providers = {"gateway": {"kind": "openai_compatible", "base_url": upstream.url}, "openai": {}}
+    sections = {"providers": providers, "models": {"wordllama-embed": {}}}
+    done = await check("--offline", **sections)
+    assert done.code == 1
+    (problem,) = done.problems
+    assert problem.endswith(
+        "providers.gateway: is never asked: no model has a route to it; add one to `models`"
+    )
     assert "usable  gateway  no model has a route to it; add one to `models`\n" in done.out
+    assert (await check("--offline", **sections, passthrough="gateway")).code == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "problems"),
+    [
+        ({"server": {"port": 1}}, 1),
+        ({"providers": {"openai": {}}}, 1),
+        ({"providers": {"openai": None, "openrouter": {}}}, 1),
+        ({"providers": {"openai": None, "openrouter": None}}, 0),
+        ({"providers": {"local": {}}}, 0),
+        ({"providers": {"local": None}}, 1),
+        ({"providers": {"openai": {"key": "client"}}}, 0),
+        ({"providers": {"ollama": {"base_url": "http://127.0.0.1:1/v1"}, "local": None}}, 0),
+        ({"providers": {"openai": {}}, "cache": {"mode": "frozen"}}, 0),
+    ],
+)
+async def test_a_configuration_under_which_misses_fail_is_a_problem(sections, problems, check):
+    """Unless the file chooses the local model alone, clients bring keys, or nothing is bought."""
+    found = (await check("--json", "--offline", keys={}, **sections)).json
+    assert (len(found["problems"]), found["ok"]) == (problems, not problems)
+
+
+async def test_what_serve_would_need_is_a_problem(check, upstream, tmp_path):
+    """A key of clients whose variable is not set stops no check, and is told by it."""
+    server = {"keys": [{"key": "${EMBEDDING_PROXY_NOWHERE}"}]}
+    done = await check(providers=_at(upstream), models={SMALL: {}}, server=server)
+    assert done.code == 1
+    (problem,) = done.problems
+    assert "server.keys.0.key: the variable EMBEDDING_PROXY_NOWHERE is not set" in problem
+    assert problem.endswith("without it `serve` does not start")
+    assert len(upstream.calls) == 1
 
 
 # Which models are asked for

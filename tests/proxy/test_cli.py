@@ -111,7 +111,7 @@ async def test_a_second_signal_ends_it_at_once(tmp_path, upstream):
 
 
 FAILED_STARTS = {
-    "unknown key": (f"{QUIET}\nserver: {{prot: 1}}", 2, "config.yaml: server.prot: unknown key"),
+    "unknown key": (f"{QUIET}\nserver: {{prot: 1}}", 2, "config.yaml:2: server.prot: unknown key"),
     "cache in a file": (f"{QUIET}\ncache: {{directory: config.yaml}}", 1, "config.yaml/v1: "),
     "port in use": (QUIET, 1, "cannot listen on 127.0.0.1:"),
     "no key in the variable": ("", 2, "OPENAI_API_KEY: its value is no key"),
@@ -244,7 +244,7 @@ def test_a_mode_that_is_not_the_usual_one_is_said(mode, run, serving, tmp_path, 
     """Who starts with another mode reads in the log what it means; YAML's `off` is one of them."""
     noted = serving(signal.SIGTERM)
     config = tmp_path / "config.yaml"
-    config.write_text(f"cache:\n  mode: {mode}")
+    config.write_text(f"{QUIET}\ncache:\n  mode: {mode}")
     assert run("serve", "--config", str(config))[0] == 0
     meant = "off" if "off" in mode else mode
     assert noted[0].cache.mode == meant

@@ -1,5 +1,6 @@
 """Reading a configuration: what may be written, and how each mistake is named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,11 @@ MISTAKES = {
     "providers are a list": ("providers: [openai]", "providers", "expected keys with values below"),
     "models are a list": ("models: [m]", "models", "expected keys with values below it"),
     "a model is nothing": ("models: {m: null}", "models.m", "expected keys with values below it"),
-    "key name is a number": ("models: {1: {}}", "models.1", "expected a string; put it in quotes"),
+    "key name is a number": (
+        "models: {1: {space: s, routes: [{provider: local, model: m}]}}",
+        "models.1",
+        "expected a string; put it in quotes",
+    ),
     "text for a whole number": ("server: {port: 80a}", "server.port", "expected a whole number"),
     "fraction for a whole number": (
         "server: {port: 1.5}",
@@ -186,10 +191,14 @@ MISTAKES = {
     ),
     "open to a network": (
         "server: {host: 0.0.0.0}",
-        "server",
+        "server.host",
         "set server.keys, or host 127.0.0.1",
     ),
-    "open to a network, by name": ("server: {host: h.example}", "server", "set server.keys, or"),
+    "open to a network, by name": (
+        "server: {host: h.example}",
+        "server.host",
+        "set server.keys, or",
+    ),
     "variable not set": (
         "server: {keys: [a, 'x${EMBEDDING_PROXY_NOWHERE}']}",
         "server.keys.1",
@@ -197,22 +206,22 @@ MISTAKES = {
     ),
     "key written twice": (
         "server:\n  port: 1\n  port: 2\n",
-        "line 3",
-        "the key 'port' is written twice; correct the YAML there",
+        "server.port",
+        "is written twice, first in line 2; remove one",
     ),
     "key written twice, deep": (
         "providers:\n  local: {kind: local}\n  local: null\n",
-        "line 3",
-        "the key 'local' is written twice",
+        "providers.local",
+        "is written twice, first in line 2; remove one",
     ),
-    "bracket not closed": ("server: {keys: [a}", "line 1", "correct the YAML there"),
-    "tab for indentation": ("server:\n\thost: h\n", "line 2", "cannot start any token"),
+    "bracket not closed": ("server: {keys: [a}", "", "correct the YAML there"),
+    "tab for indentation": ("server:\n\thost: h\n", "", "cannot start any token"),
     "code in a tag": (
         "server: !!python/object/apply:os.getcwd []",
-        "line 1",
+        "",
         "could not determine a constructor for the tag",
     ),
-    "list as a key": ("server:\n  [a]: 1\n", "line 2", "found unhashable key"),
+    "list as a key": ("server:\n  [a]: 1\n", "", "found unhashable key"),
 }
 
 
@@ -232,8 +241,8 @@ def _refused(file: Path | None, **options) -> str:
 def test_each_mistake_is_one_line_with_file_key_and_remedy(text, key, remedy, tmp_path):
     """A mistake of any kind is told in one line: the file, the key, and what to write instead."""
     file = _written(tmp_path, text)
-    message = _refused(file)
-    assert message.startswith(f"{file}: {key}: ")
+    message = _refused(file, purpose="serve")
+    assert re.match(rf"{re.escape(str(file))}:\d+: {re.escape(key)}{': ' if key else ''}", message)
     assert remedy in message
     assert "\n" not in message
 
@@ -241,18 +250,18 @@ def test_each_mistake_is_one_line_with_file_key_and_remedy(text, key, remedy, tm
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"server: {host: \xff}", "is not UTF-8 text"),
-        (b"server: \x07", "is not valid YAML; correct the YAML there"),
-        (b"- server", "expected keys such as `server:`, found something else"),
-        (b"server", "expected keys such as `server:`, found something else"),
-        (b"false", "expected keys such as `server:`, found something else"),
-        (b"{}\n---\n{}\n", "line 2: but found another document; correct the YAML there"),
+        (b"server: {host: \xff}", ": is not UTF-8 text; save it as UTF-8"),
+        (b"#\nserver: \x07", ":2: is not valid YAML; correct the YAML there"),
+        (b"- server", ": expected keys such as `server:`, found something else"),
+        (b"server", ": expected keys such as `server:`, found something else"),
+        (b"false", ": expected keys such as `server:`, found something else"),
+        (b"{}\n---\n{}\n", ":2: but found another document; correct the YAML there"),
     ],
 )
 def test_a_file_that_holds_no_configuration_is_named(content, problem, tmp_path):
     """A file that cannot be understood as a whole is named, with the reason, in one line."""
     file = _written(tmp_path, content)
-    assert _refused(file) == f"{file}: {problem}"
+    assert _refused(file) == f"{file}{problem}"
 
 
 @pytest.mark.parametrize(
@@ -327,7 +336,7 @@ def test_variables_are_put_in_place(text, variable, host, tmp_path, monkeypatch)
 def test_an_empty_variable_without_a_default_counts_as_unset(tmp_path, monkeypatch):
     """${NAME} of an empty variable is refused, so that a key cannot be empty by accident."""
     monkeypatch.setenv("PROXY_KEY", "")
-    message = _refused(_written(tmp_path, "server: {keys: ['${PROXY_KEY}']}"))
+    message = _refused(_written(tmp_path, "server: {keys: ['${PROXY_KEY}']}"), purpose="serve")
     assert "server.keys.0: the variable PROXY_KEY is not set" in message
 
 
@@ -353,7 +362,7 @@ def test_overrides_are_checked_like_the_file(tmp_path):
     file = _written(tmp_path, "{}")
     assert _refused(file, overrides={"port": -1}).startswith("the command line: server.port: ")
     assert _refused(_written(tmp_path, "server: x"), overrides={"port": 1}).startswith(
-        f"{file}: server: expected keys"
+        f"{file}:1: server: expected keys"
     )
 
 
@@ -363,7 +372,15 @@ def test_without_a_file_the_built_in_one_applies(monkeypatch, tmp_path):
     settings = load()
     shipped = load(Path(config.__file__).parents[1] / "config.yaml")
     assert settings.cache.directory == tmp_path / "embedding-proxy"
-    assert settings == shipped.model_copy(update={"cache": settings.cache})
+    same = {"cache": settings.cache, "providers": settings.providers}
+    assert settings == shipped.model_copy(update=same)
+    assert _profiles(settings) == _profiles(shipped)
+
+
+def _profiles(settings):
+    """Return what providers are asked with."""
+    named = settings.providers.items()
+    return {name: one.kind != "local" and one.as_profile() for name, one in named}
 
 
 def test_an_installation_reads_the_copy_beside_the_package(monkeypatch, tmp_path):
@@ -402,10 +419,11 @@ def test_an_installation_reads_the_copy_beside_the_package(monkeypatch, tmp_path
     ],
     ids=lambda text: text[:40],
 )
-def test_even_odd_mistakes_are_one_line_and_show_no_key(text, tmp_path):
-    """Whatever YAML makes of it, and wherever a key was pasted, it is one line that hides it."""
+def test_even_odd_mistakes_are_whole_lines_and_show_no_key(text, tmp_path):
+    """Whatever YAML makes of it, and wherever a key was pasted, each line names the file."""
     message = _refused(_written(tmp_path, text))
-    assert "\n" not in message
+    lines = message.splitlines()
+    assert all(line.startswith(f"{tmp_path / 'config.yaml'}:") for line in lines)
     assert "canary" not in message
 
 

@@ -130,7 +130,7 @@ def test_what_is_shown_loads_and_comes_to_the_same(everything, run, write, monke
     assert (done.code, done.err) == (0, "")
     again = write(done.out, "again.yaml")
     with pytest.raises(ConfigError, match="the variable CLIENT_KEY_2 is not set"):
-        load(again)
+        load(again, purpose="serve")
     variables = ("CLIENT_KEY_2", "HEADER_OPENAI_X_TEAM")
     for name in variables:
         monkeypatch.setenv(name, SECRET)
@@ -480,7 +480,7 @@ def test_a_key_that_lies_open_is_refused(path, old, run, write, tmp_path):
             "fallback_providers: an entry is empty",
         ),
         ({"vector_store": {"embedding_dimension": "x"}}, "embedding_dimension: expected a number"),
-        ("llm: [", "line 1: "),
+        ("llm: [", "old.yaml:1: "),
     ],
 )
 def test_an_old_file_that_is_none_is_code_2(old, message, run, write):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import ssl
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -177,9 +178,18 @@ def test_nothing_of_netrc_is_read(monkeypatch, tmp_path):
     assert (way.user, way.host, way.port) == (None, "127.0.0.1", 3128)
 
 
-async def test_a_variable_that_holds_no_proxy_is_a_config_error(monkeypatch):
+@pytest.mark.parametrize("value", ["http://proxy.example", "proxy.example:3128"])
+def test_a_proxy_of_the_environment_has_a_scheme_or_a_port(value, monkeypatch):
+    """One of the two tells an address from a word."""
+    monkeypatch.setenv("HTTPS_PROXY", value)
+    way = Network(trust_env=True).proxy_for("https://h.example/v1")
+    assert way.host == "proxy.example"
+
+
+@pytest.mark.parametrize("value", [f"socks5://me:{PASSWORD}@h:1", "junk", f"{PASSWORD}", "a b:1"])
+async def test_a_variable_that_holds_no_proxy_is_a_config_error(value, monkeypatch):
     """It is named, and not shown: it may hold a password."""
-    monkeypatch.setenv("HTTPS_PROXY", f"socks5://me:{PASSWORD}@h:1")
+    monkeypatch.setenv("HTTPS_PROXY", value)
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     settings = Settings.model_validate({"providers": {"openai": {"trust_env": True}}})
     said = r"^providers\.openai\.trust_env: the variable HTTPS_PROXY holds no address of an HTTP"
@@ -234,7 +244,7 @@ async def test_a_certificate_that_is_not_trusted_says_why(certificate, keys, why
         ),
         ({"ca_file": "/"}, "ca_file", "expected a PEM file"),
         ({"ca_file": __file__}, "ca_file", "holds no certificate; expected a PEM file"),
-        ({"ca_file": "~nobody-of-that-name/x"}, "ca_file", "expected a PEM file"),
+        ({"ca_file": "~nobody-of-that-name/x"}, "ca_file", "there is no such user"),
         ({"proxy": "socks5://h:1"}, "proxy", "SOCKS is not supported"),
         ({"proxy": "h:3128"}, "proxy", "it has no http://"),
         ({"proxy": f"http://me:{PASSWORD}@h:x"}, "proxy", "its port is no number"),
@@ -254,7 +264,7 @@ def test_a_mistake_is_named_with_file_key_and_remedy(keys, key, remedy, tmp_path
     with pytest.raises(ConfigError) as caught:
         load(file)
     where = ".".join(part for part in ("providers.openai", key) if part)
-    assert str(caught.value).startswith(f"{file}: {where}: ")
+    assert re.match(rf"{re.escape(str(file))}:\d: {where}: ", str(caught.value))
     assert remedy in str(caught.value)
     assert PASSWORD not in str(caught.value)
 

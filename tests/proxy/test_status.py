@@ -41,6 +41,8 @@ async def test_models_and_providers_are_told_with_what_ails_them(upstream, start
     assert told["retry_budget"] == {"calls": 1, "extras": 0, "affords_more": True}
     assert (told["version"], told["worker"]) == (version("embedding-proxy"), os.getpid())
     assert told["uptime_s"] >= 0
+    assert told["cache"] == {"directory": str(proxy.service.settings.cache.directory)}
+    assert told["cache"]["directory"].startswith("/")
 
 
 async def test_the_bill_is_told_since_the_start_and_since_ever(upstream, start_proxy):

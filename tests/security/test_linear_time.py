@@ -12,9 +12,9 @@ import pytest
 
 from providers.error_body import refusal
 from providers.redaction import Redactor
-from proxy import config
 from proxy.http import cache_control
 from proxy.http.paths import may_be_embeddings
+from proxy.settings import file_path, references
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("proxy", "index", "cache", "providers")
@@ -79,7 +79,7 @@ def _patterns():
 
 
 PATTERNS = _patterns()
-NOT_FOREIGN = {config._REFERENCE}
+NOT_FOREIGN = {references._REFERENCE, file_path._VARIABLE}
 """What reads the operator's own files alone."""
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from providers.catalogue import CATALOGUE
 from providers.kinds import KINDS
-from proxy import config
 from proxy.config import ConfigError, load
+from proxy.settings.explanation import known_keys
 from proxy.settings.pasted_keys import hide_keys, looks_like_key
 
 KEYS = {
@@ -62,12 +62,12 @@ def test_no_error_repeats_a_pasted_name(place, vendor, tmp_path):
         load(file)
     except ConfigError as error:
         message = str(error)
-        assert message.startswith(f"{file}: ")
+        assert message.startswith(f"{file}:")
         for part in key.replace("/", ".").replace("+", ".").split("."):
             assert part.strip("=") not in message
 
 
-@pytest.mark.parametrize("name", [*CATALOGUE, *KINDS, *config._known_keys([])])
+@pytest.mark.parametrize("name", [*CATALOGUE, *KINDS, *known_keys([])])
 def test_names_of_models_kinds_and_sections_are_shown(name):
     """What is hidden is a key; what people name things is not."""
     assert not looks_like_key(name)

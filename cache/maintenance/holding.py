@@ -1,0 +1,33 @@
+"""How much a store holds, told in no time: its entries are not read."""
+
+import contextlib
+import sqlite3
+from pathlib import Path
+from typing import NamedTuple
+
+from cache.disk import connection
+from cache.disk.database import FILE_NAME
+from cache.disk.read_only import ReadOnlyFile
+
+
+class Holding(NamedTuple):
+    """What a store holds."""
+
+    entries: int
+    file_bytes: int
+    """On disk, with the write-ahead log."""
+
+
+def holding(directory: Path) -> Holding | None:
+    """Return what the store in `directory` holds; None where there is none that can be read.
+
+    The file is opened read-only, beside proxies that may be running.
+    """
+    path = connection.folder_of(directory) / FILE_NAME
+    try:
+        with contextlib.closing(ReadOnlyFile(path)) as file:
+            ((entries,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'").fetchall()
+        files = (path, path.with_name(f"{FILE_NAME}-wal"))
+        return Holding(int(entries), sum(one.stat().st_size for one in files if one.exists()))
+    except (OSError, sqlite3.Error, ValueError):
+        return None

@@ -1,0 +1,135 @@
+"""The text of a YAML file -> plain values, and the line of each. The only importer of yaml.
+
+Values are made by PyYAML's SafeLoader: no tag of a file makes an object of a class.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import yaml
+
+_MERGE = "tag:yaml.org,2002:merge"
+# What PyYAML's constructors raise for a value that looks like a date, a number or a truth value, or
+# is tagged as one, and is none.
+_UNREADABLE = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
+
+
+class YamlError(Exception):
+    """A text is not usable YAML: why, and in which line, if that is known."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class Duplicate(NamedTuple):
+    """A key that is written twice in one mapping."""
+
+    path: tuple[str | int, ...]
+    line: int
+    first_line: int
+
+
+@dataclass(frozen=True, slots=True)
+class YamlFile:
+    """The values of a file, and where they stand."""
+
+    content: object
+    root: yaml.Node | None = None
+    duplicates: tuple[Duplicate, ...] = ()
+
+    def line_of(self, path: Sequence[str | int]) -> int | None:
+        """Return the line of a key, or of the nearest section above it; None if there is neither.
+
+        `path` holds the names of keys and the positions in lists.
+        """
+        node, line = self.root, None
+        for part in path:
+            step = None if node is None else _step(node, part)
+            if step is None:
+                break
+            node, line = step
+        return line
+
+
+def parse(text: str) -> YamlFile:
+    """Return what a text holds. Raises YamlError.
+
+    Of a key that is written twice the last value is returned, and the key is in `duplicates`.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return YamlFile(None)
+            # Before merge keys (`<<`) are resolved, which adds to the nodes.
+            duplicates = tuple(_duplicates(root, (), set()))
+            return YamlFile(loader.construct_document(root), root, duplicates)
+        finally:
+            loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlError("is not valid YAML; correct the YAML there", line) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "is not valid YAML"
+        raise YamlError(f"{problem}; correct the YAML there", mark and mark.line + 1) from error
+    except RecursionError as error:
+        raise YamlError("is nested too deeply; write it with fewer levels") from error
+
+
+def dump(value: object) -> str:
+    """Return plain values as YAML, in their order."""
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that names the line of a value that it cannot read."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002
+        try:
+            return super().construct_object(node, deep)
+        except _UNREADABLE as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, "holds a value that YAML cannot read", node.start_mark
+            ) from error
+
+
+def _step(node: yaml.Node, part: str | int) -> tuple[yaml.Node, int] | None:
+    """Return the node below another one at a key or a position, and the line where it begins."""
+    if isinstance(node, yaml.MappingNode):
+        # Of merged and repeated keys the last one counts.
+        for key, value in reversed(node.value):
+            if isinstance(key, yaml.ScalarNode) and key.value == str(part):
+                return value, key.start_mark.line + 1
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        value = node.value[part]
+        return value, value.start_mark.line + 1
+    return None
+
+
+def _duplicates(
+    node: yaml.Node, path: tuple[str | int, ...], seen: set[int]
+) -> Iterator[Duplicate]:
+    """Yield the keys that are written twice in one mapping; each node is looked at once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, entry in enumerate(node.value):
+            yield from _duplicates(entry, (*path, i), seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            place = path
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                place = (*path, key.value)
+                line = key.start_mark.line + 1
+                if (key.tag, key.value) in first:
+                    yield Duplicate(place, line, first[key.tag, key.value])
+                else:
+                    first[key.tag, key.value] = line
+            yield from _duplicates(value, place, seen)

@@ -1,0 +1,66 @@
+"""What the log says at a start: the version, the cache, and which providers can be asked."""
+
+import logging
+from collections.abc import Iterator
+from importlib import metadata
+
+from cache.maintenance.holding import holding
+from providers import kinds, local
+from proxy.commands.common import path_text, size
+from proxy.embedding.opening import key_of
+from proxy.service import GIB
+from proxy.settings.schema import Settings
+
+log = logging.getLogger("embedding_proxy.start")
+
+
+def report(settings: Settings) -> None:
+    """Say it, once the proxy answers requests."""
+    log.info("embedding-proxy %s", metadata.version("embedding-proxy"))
+    log.info("%s", _cache_line(settings))
+    if settings.cache.mode == "frozen":
+        return
+    ready = list(_ready(settings))
+    log.info("providers ready: %s", ", ".join(ready) or "none")
+    remote = [name for name in ready if not _is_local(settings, name)]
+    named = [name for name in settings.providers if not _is_local(settings, name)]
+    if named and not remote:
+        entries = (entry for entry in settings.providers.values() if entry is not None)
+        variables = dict.fromkeys(one.key_variable for one in entries if one.key_variable)
+        log.warning(
+            "no remote provider is ready, so an input that is not in the cache is answered with an"
+            " error%s; set %s and start again",
+            " unless its model is local" if ready else "",
+            " or ".join(variables),
+        )
+
+
+def _cache_line(settings: Settings) -> str:
+    cache = settings.cache
+    limit = size(cache.size_limit_gib * GIB)
+    held = holding(cache.directory)
+    if held is None:
+        return f"cache: {path_text(cache.directory)}: cannot be read; at most {limit}"
+    noun = "entry" if held.entries == 1 else "entries"
+    return (
+        f"cache: {path_text(cache.directory)}: {held.entries:,} {noun},"
+        f" {size(held.file_bytes)} of at most {limit}"
+    )
+
+
+def _ready(settings: Settings) -> Iterator[str]:
+    """Yield the providers that can be asked."""
+    for name, entry in settings.providers.items():
+        if entry is None:
+            continue
+        if entry.kind == kinds.LOCAL:
+            if local.is_installed():
+                yield name
+        elif entry.key_variable is None or key_of(entry):
+            yield name
+
+
+def _is_local(settings: Settings, name: str) -> bool:
+    """Tell whether a provider is no remote one: disabled, or in this process."""
+    entry = settings.providers[name]
+    return entry is None or entry.kind == kinds.LOCAL

@@ -1,0 +1,227 @@
+"""A configuration with several mistakes: each is told, with its line, in one go."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.config import ConfigError, load
+from proxy.settings import yaml_file
+from proxy.settings.yaml_file import YamlError
+
+MANY = """\
+server:
+  prot: 1
+  host: [a]
+cache:
+  size_limit_gib: -1
+  directory: "${EMBEDDING_PROXY_NOWHERE}/x"
+providers:
+  openai:
+    timeout_s: soon
+    timeout_s: 5
+  mine:
+    kind: openai
+    base_url: http://h/v1
+  mistral: {share: true, options: {a: 1}}
+models:
+  m:
+    space: s
+    dimensions: 8
+    routes:
+      - {provider: opnai, model: m}
+      - {provider: local, model: m}
+  n: {space: s, dimensions: 9, routes: [{provider: local, model: n}]}
+"""
+# The line, the key and a part of the message.
+TOLD = [
+    (2, "server.prot", "did you mean port?"),
+    (3, "server.host", "expected a string"),
+    (5, "cache.size_limit_gib", "greater than 0"),
+    (6, "cache.directory", "the variable EMBEDDING_PROXY_NOWHERE is not set"),
+    (10, "providers.openai.timeout_s", "is written twice, first in line 9"),
+    (11, "providers.mine.api_key_env", "is missing; name the variable"),
+    (14, "providers.mistral.share", "is for key: client"),
+    (14, "providers.mistral.options", "unknown option"),
+    (20, "models.m.routes.0.provider", "there is no provider 'opnai'"),
+    (22, "models.n.dimensions", "9 here, but 8 in models.m"),
+]
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Give a function that loads a text, and returns what is wrong as (line, key, message)."""
+    file = tmp_path / "config.yaml"
+
+    def load_text(text: str) -> list[tuple[int, str, str]]:
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load(file)
+        assert str(caught.value) == "\n".join(caught.value.problems)
+        found = [
+            re.fullmatch(rf"{re.escape(str(file))}:(\d+): (\S+): (.+)", line)
+            for line in caught.value.problems
+        ]
+        return [(int(one[1]), one[2], one[3]) for one in found]
+
+    return load_text
+
+
+def test_all_mistakes_are_told_at_once(refused):
+    """Unknown keys, types, values, references, duplicates, and what does not fit together."""
+    found = refused(MANY)
+    assert [one[:2] for one in found] == [one[:2] for one in TOLD]
+    for (_, _, message), (_, _, part) in zip(found, TOLD, strict=True):
+        assert part in message
+
+
+def test_the_command_prints_a_line_for_each(command, tmp_path):
+    """Each line can be read alone: the command's name, the file, the line, the key."""
+    file = tmp_path / "config.yaml"
+    file.write_text(MANY)
+    for name in ("check", "serve"):
+        done = command(name, "--config", file)
+        assert (done.code, done.out) == (2, "")
+        lines = done.err.splitlines()
+        assert [
+            line.partition(f"embedding-proxy: {file}:")[2].split(": ")[:2] for line in lines
+        ] == [[str(line), key] for line, key, _ in TOLD]
+
+
+WRONG_PROVIDER = """
+providers: {mine: {kind: opnai}}
+models: {m: {space: s, routes: [{provider: mine, model: m}]}}
+passthrough: mine
+"""
+WRONG_MODEL = """
+models:
+  text-embedding-3-small: {fallback: m}
+  m: {space: s, dimensions: x, routes: [{provider: local, model: m}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        # A provider that is wrong in itself is not also one that there is not.
+        (WRONG_PROVIDER, ["providers.mine.kind"]),
+        # A model that is wrong in itself is not also one that cannot stand in.
+        (WRONG_MODEL, ["models.m.dimensions"]),
+        # A misspelt key is not also missing, and a list whose entry is wrong is not also empty.
+        (
+            "models: {m: {spce: s, routes: [{provder: local, model: m}]}}",
+            ["models.m.spce", "models.m.routes.0.provder"],
+        ),
+        # A variable that is not set has no wrong type, too.
+        ("server: {port: '${EMBEDDING_PROXY_NOWHERE}'}", ["server.port"]),
+        # Without its keys, nobody knows whether a host is open.
+        ("server: {host: 0.0.0.0, keys: [{key: 7}]}", ["server.keys.0.key"]),
+        ("providers: [a]\nmodels: {m: {space: s}}", ["providers", "models.m.routes"]),
+    ],
+)
+def test_no_mistake_is_told_that_only_follows_from_another(text, keys, refused):
+    """What is told is what has to be changed."""
+    assert sorted(key for _, key, _ in refused(text)) == sorted(keys)
+
+
+def test_what_is_missing_or_merged_has_the_nearest_line(refused):
+    """A key that is not there has the line of its section, a merged one that of its anchor."""
+    text = (
+        "models:\n"
+        "  a: &a\n"
+        "    space: s\n"
+        "    dimensions: 0\n"
+        "    routes: [{provider: local, model: a}]\n"
+        "  b:\n"
+        "    <<: *a\n"
+        "    space: t\n"
+        "providers:\n"
+        "  mine:\n"
+        "    base_url: http://h/v1\n"
+    )
+    assert [one[:2] for one in refused(text)] == [
+        (4, "models.a.dimensions"),
+        (4, "models.b.dimensions"),
+        (10, "providers.mine.kind"),
+    ]
+
+
+def test_very_many_mistakes_are_counted(refused, tmp_path):
+    """A wrong file of another program does not fill a screen many times."""
+    file = tmp_path / "many.yaml"
+    file.write_text("".join(f"key_of_number_{i}: 1\n" for i in range(200)))
+    with pytest.raises(ConfigError) as caught:
+        load(file)
+    assert len(caught.value.problems) == 51
+    assert caught.value.problems[-1] == f"{file}: and 150 more mistakes"
+
+
+@pytest.mark.parametrize("section", ["llm: {embedding: {model: m}}", "vector_store: {}"])
+def test_an_older_configuration_is_led_to_its_converter(section, refused):
+    """Its sections are known, and so is what to do with them."""
+    ((line, _, message),) = refused(f"#\n{section}")
+    assert line == 2
+    assert "`embedding-proxy config convert FILE`" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: 1\nb: !!int ''", 2),
+        ("a: 1\nb: !!timestamp x", 2),
+        ("a: 1\nb:\n  - 2024-13-45", 3),
+        ("a: 1\nb: !!float {}", 2),
+        ("a: 1\nb: \x07", 2),
+        ("a: 1\nb: [", 2),
+        ("a: 1\nb: !!python/name:os.system", 2),
+    ],
+)
+def test_what_yaml_cannot_read_has_a_line(text, line):
+    """No way in which PyYAML fails is a traceback."""
+    with pytest.raises(YamlError) as caught:
+        yaml_file.parse(text)
+    assert caught.value.line == line
+
+
+@given(st.text(alphabet="ab12:-[]{}&*!<>|'\"#,?% \n\t~é", max_size=60))
+def test_any_text_is_read_or_refused(text):
+    """Whatever stands in a file, it is values, or a mistake of YAML with its line."""
+    try:
+        found = yaml_file.parse(text)
+    except YamlError:
+        return
+    assert found.line_of(()) is None
+
+
+KEYS = st.text(alphabet="abcxyz_", min_size=1, max_size=6)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+def _paths(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
+    for part, below in items:
+        yield from _paths(below, (*path, part))
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=5))
+def test_what_is_dumped_is_read_and_each_key_has_its_line(content):
+    """Lines grow with the place in the file, and hold the key."""
+    text = yaml_file.dump(content)
+    found = yaml_file.parse(text)
+    assert (found.content or {}) == content
+    assert found.duplicates == ()
+    lines = text.splitlines()
+    before = 0
+    for path in list(_paths(content))[1:]:
+        line = found.line_of(path)
+        assert line >= before
+        before = line
+        if isinstance(path[-1], str):
+            assert path[-1] in lines[line - 1]
