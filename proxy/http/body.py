@@ -16,12 +16,8 @@ _GZIP = b"\x1f\x8b"
 """The first bytes of a gzip member (RFC 1952)."""
 
 
-async def expect(request: web.Request) -> None:
-    """Tell a client that waits for it to go on; other expectations may be ignored (RFC 9110)."""
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # What was sent is no part of the reply.
-        request.writer.output_size = 0
+class MalformedBody(web.RequestPayloadError):
+    """The chunks of a body are malformed; the message says why."""
 
 
 class BodyRefused(InputRefused):
@@ -59,10 +55,15 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
                 chunks.append(piece)
                 if len(piece) == _PIECE:
                     await asyncio.sleep(0)
+        if (broken := request.content.exception()) is not None:
+            # It broke off before anything of it came.
+            raise broken
         inflater.finish()
     except TimeoutError as error:
         message = f"The request body stopped arriving; nothing came for {patience_s:g} s."
         raise BodyRefused(message, status=408) from error
+    except MalformedBody as error:
+        raise BodyRefused(str(error)) from error
     except (web.RequestPayloadError, OSError, zlib.error) as error:
         raise BodyRefused("The request body broke off or could not be decoded.") from error
     return b"".join(chunks)
