@@ -117,3 +117,4 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     app.router.add_get("/metrics", for_admins(Metrics(service).get))
     app.router.add_get("/livez", ops.live)
     app.router.add_get("/readyz", ops.ready)
+    app.router.add_get(ops.DESCRIPTION_PATH, ops.describe)

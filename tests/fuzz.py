@@ -27,15 +27,18 @@ from typing import Any
 from fault_server import FaultServer, status
 from fuzz_cases import MODEL, Case, bases, connections, generate, splits, variants
 from own_process import own_process
+from schema_cases import schema_cases
 from strict_http import Malformed, Response, exchange, parse
 
 CLIENTS = 128
 WIDTH = 8
+DRAWN = 20
+"""Requests for each example that is drawn: examples are sent in variants, and take long to draw."""
 MEMORY_MIB = 32
 """Of the cache; what a proxy takes besides is told by `Seen.memory`."""
 ROUND = 10_000
 """Requests, after each of which the memory is measured."""
-SHOWN, MAX_SHOWN = 8, 1500
+SHOWN, MAX_SHOWN = 8, 2500
 """Failures that are printed, and characters of each."""
 _COUNTS = ("x-cache", "x-tokens-", "x-embedding-provider")
 _OWN = ("date", "x-request-id")
@@ -155,6 +158,8 @@ def problem(case: Case, responses: list[Response]) -> str | None:
             return f"no x-request-id: {told}"
         if response.status >= 400 and (wrong := not_in_shape(response)):
             return f"{wrong}: {told}"
+    if case.statuses and responses[0].status not in case.statuses:
+        return f"a status that /openapi.json does not tell of: {responses[0]}"
     if any(one.is_last for one in responses[:-1]):
         return "an answer behind the last one"
     if case.is_well_formed and not is_closing_reply(responses[-1]):
@@ -190,20 +195,14 @@ def comparable(case: Case, responses: list[Response]) -> list[Any]:
     Where the client ends, it is a matter of time whether a reply tells that it is the last.
     """
     own = (*_OWN, "connection") if case.is_ended else _OWN
-    return [
-        (
-            one.status,
-            one.is_old,
-            sorted((name, value) for name, value in one.headers if name.lower() not in own),
-            _body(one.body),
-        )
-        for one in responses
-    ]
-
-
-def _body(body: bytes) -> bytes:
-    # /status and /metrics tell of the process, its time and what it has counted.
-    return b"" if b"uptime" in body or b"# TYPE" in body else body
+    found = []
+    for one in responses:
+        # /status and /metrics tell of the process, its time and what it has counted.
+        is_told = b"uptime" in one.body or b"# TYPE" in one.body
+        left_out = (*own, "content-length") if is_told else own
+        headers = sorted((name, value) for name, value in one.headers if name.lower() not in left_out)
+        found.append((one.status, one.is_old, headers, b"" if is_told else one.body))
+    return found
 
 
 async def ask(case: Case, proxy: Proxy, gap_s: float) -> tuple[list[Response], str | None]:
@@ -277,15 +276,21 @@ def shown(case: Case) -> str:
 
 
 def all_cases(requests: int, seed: int) -> Iterator[Case]:
-    """Yield cases of all kinds in turn, of so many requests together."""
+    """Yield cases of all kinds in turn, of so many requests together.
+
+    What takes long to draw is drawn before the first one: meanwhile nothing could be sent.
+    """
     chance = random.Random(seed)
-    drawn = (
+    drawn = [
         variant
-        for case in generate(connections(), requests, seed)
+        for case in generate(connections(), max(10, requests // DRAWN), seed)
         for variant in variants(case, chance)
-    )
+    ]
+    chance.shuffle(drawn)
+    schema = list(schema_cases(max(60, requests // DRAWN), seed))
+    kinds = (itertools.cycle(drawn), splits(seed), itertools.cycle(schema))
     made = 0
-    for case in itertools.chain.from_iterable(zip(drawn, splits(seed), strict=False)):
+    for case in itertools.chain.from_iterable(zip(*kinds, strict=False)):
         yield case
         made += case.requests
         if made >= requests:
@@ -295,6 +300,7 @@ def all_cases(requests: int, seed: int) -> Iterator[Case]:
 async def run(cases: Iterable[Case], limit: int = 20) -> Seen:
     """Send the cases to both proxies; stop when `limit` of them went wrong."""
     seen, left = Seen(), iter(cases)
+    left = itertools.chain([next(left)], left)
     with tempfile.TemporaryDirectory() as folder:
         async with proxies(Path(folder)) as pair:
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import hypothesis
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 
 CLOSE = b"GET /livez HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
 """The last request of a connection: a server that is in step answers it and closes."""
@@ -42,6 +43,8 @@ class Case(NamedTuple):
     gap_s: float = 0.0
     is_well_formed: bool = False
     """Whether every request is to be answered, the closing one too."""
+    statuses: frozenset[int] = frozenset()
+    """Those that the first request may get; empty = any below 500."""
 
     @property
     def sent(self) -> tuple[bytes, ...]:
@@ -267,7 +270,7 @@ def _pause(chance: random.Random) -> float:
 
 
 def generate(strategy: st.SearchStrategy[Any], count: int, seed: int) -> Iterator[Any]:
-    """Yield so many examples, the same ones for the same seed."""
+    """Yield so many examples, the same ones for the same seed; none if there are none."""
     left = count
     while left > 0:
         found: list[Any] = []
@@ -284,7 +287,10 @@ def generate(strategy: st.SearchStrategy[Any], count: int, seed: int) -> Iterato
         def collect(one: Any) -> None:
             found.append(one)  # noqa: B023 - it is called before the next round begins
 
-        collect()
+        try:
+            collect()
+        except Unsatisfiable:
+            return
         yield from found[:left]
         left -= len(found)
         seed += 1
