@@ -1,4 +1,4 @@
-"""100,000 malformed requests: what is wrong with the answers, and do both paths answer alike?
+"""100,000 malformed requests: each gets a right answer, and both paths answer alike.
 
 python tests/fuzz.py REQUESTS SEED — the suite runs some hundred, `make fuzz` 100,000 at each path.
 Two proxies, each a process of its own in front of an upstream of its own, get the same bytes: one
@@ -6,7 +6,8 @@ with the fast path (`server.fast_path`), one without. Three kinds of cases: requ
 hypothesis, well-formed and malformed requests split at every byte, and what schemathesis makes of
 /openapi.json. Every answer is parsed by a strict client. Wrong are: no answer and no close, bytes
 that are no HTTP, a status of 500 or above, an error that is not JSON in OpenAI's shape or has no
-x-request-id, a connection that is out of step behind well-formed requests, and any difference between the two proxies.
+x-request-id, a connection that is out of step behind well-formed requests, and any difference
+between the two proxies.
 """
 
 import asyncio
@@ -38,6 +39,9 @@ MEMORY_MIB = 32
 """Of the cache; what a proxy takes besides is told by `Seen.memory`."""
 ROUND = 10_000
 """Requests, after each of which the memory is measured."""
+MAX_GROWTH_MIB = 64
+"""From the first round on: twice what the cache may take."""
+MAX_UNSTEADY = 0.01
 SHOWN, MAX_SHOWN = 8, 2500
 """Failures that are printed, and characters of each."""
 _COUNTS = ("x-cache", "x-tokens-", "x-embedding-provider")
@@ -145,7 +149,9 @@ async def proxies(folder: Path) -> AsyncIterator[tuple[Proxy, Proxy]]:
             assert "Traceback" not in log, log[log.index("Traceback") - 300 :][:3000]
 
 
-def problem(case: Case, responses: list[Response]) -> str | None:
+def problem(  # noqa: PLR0911 - one for each kind of fault
+    case: Case, responses: list[Response]
+) -> str | None:
     """Return what is wrong with the answers to a case; None if nothing is."""
     if not responses:
         # Without a whole head there is nobody to answer, if the client sends no more.
@@ -200,7 +206,9 @@ def comparable(case: Case, responses: list[Response]) -> list[Any]:
         # /status and /metrics tell of the process, its time and what it has counted.
         is_told = b"uptime" in one.body or b"# TYPE" in one.body
         left_out = (*own, "content-length") if is_told else own
-        headers = sorted((name, value) for name, value in one.headers if name.lower() not in left_out)
+        headers = sorted(
+            (name, value) for name, value in one.headers if name.lower() not in left_out
+        )
         found.append((one.status, one.is_old, headers, b"" if is_told else one.body))
     return found
 
@@ -314,13 +322,24 @@ async def run(cases: Iterable[Case], limit: int = 20) -> Seen:
                     seen.cases[case.kind.split()[0]] += 1
                     if before // ROUND != seen.requests // ROUND:
                         seen.memory.append((pair[0].memory_mib, pair[1].memory_mib))
-                        print(f"{seen.requests:,} requests, memory {seen.memory[-1]} MiB", flush=True)
+                        print(
+                            f"{seen.requests:,} requests, memory {seen.memory[-1]} MiB", flush=True
+                        )
 
             warm = Case("warm", tuple(bases().values())[:2], 2)
             await try_case(warm, pair, seen)
             await asyncio.gather(*(client() for _ in range(CLIENTS)))
             seen.memory.append((pair[0].memory_mib, pair[1].memory_mib))
     return seen
+
+
+def check(seen: Seen) -> None:
+    """Raise AssertionError unless all answers were right, and the memory is bounded."""
+    assert not seen.wrong, f"{len(seen.wrong)} wrong, the first: {seen.wrong[0]}"
+    assert seen.repeated > 0
+    assert seen.unsteady <= MAX_UNSTEADY * seen.requests
+    for first, last in zip(seen.memory[0], seen.memory[-1], strict=True):
+        assert last <= first + MAX_GROWTH_MIB, f"memory grew from {first} to {last} MiB"
 
 
 def main() -> None:
@@ -337,7 +356,7 @@ def main() -> None:
         f" {seen.unsteady} unsteady,"
         f" {len(seen.wrong)} wrong"
     )
-    sys.exit(bool(seen.wrong))
+    check(seen)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ and a hit when it is repeated, whatever else is sent at the same time.
 """
 
 import gzip
+import itertools
 import json
 import random
 import zlib
@@ -27,7 +28,8 @@ OTHER_TARGETS = (
     "http://h/v1/embeddings", "http://h/livez", "ftp://h/v1", "http://u:p@h/v1/models", "h:80",
     "http://[::1/v1", "http://h:x/v1/models", "/v1/models/%00", "/v1/models/%zz", "/%ff%fe",
     "/v1/models/" + "a" * 3000, "/v1/models/" + "%2e%2e/" * 50, "/\\h\\v1", "/v1/models?a=%00&b",
-    "/v1/embeddings?" + "a=1&" * 200, "/v1/embeddings#x", "/v1/models/\u00e9", "/..", "/v1/../livez",
+    "/v1/embeddings?" + "a=1&" * 200, "/v1/embeddings#x", "/v1/models/\u00e9", "/..",
+    "/v1/../livez",
     "/v1/models;a=b", "/livez/", "/status/x", "/v1/embeddings/models", "/a?b?c#d#e", "/" + "/" * 50,
 )  # fmt: skip
 
@@ -129,7 +131,8 @@ _VERSIONS = ("HTTP/1.1",) * 12 + ("HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1.2"
              "HTTP/1.1 ", "HTTP/11", "XTTP/1.1")  # fmt: skip
 _HEADERS = (
     "Content-Type: application/json", "content-type: text/plain", "Content-Type: application/xml",
-    "Content-Type: multipart/form-data; boundary=x", "Content-Type: application/json; charset=utf-7",
+    "Content-Type: multipart/form-data; boundary=x",
+    "Content-Type: application/json; charset=utf-7",
     "Content-Type: ", "Content-Type: ;;;", "Expect: 100-continue", "Expect: 200-ok", "Expect: ",
     "Content-Encoding: gzip", "Content-Encoding: deflate", "Content-Encoding: br", "Via: 1.1 x",
     "Content-Encoding: gzip, gzip", "Content-Encoding: identity", "Content-Encoding: x-gzip",
@@ -147,10 +150,11 @@ _HEADERS = (
     "Origin: http://[", "Sec-Fetch-Site: cross-site", "Accept: text/html", "Accept: text/plain",
     "Accept-Encoding: gzip", "Range: bytes=0-1", "If-None-Match: *", "Cookie: a=b; c", "X: \x00",
     "If-Modified-Since: x", "Max-Forwards: 0", "Cache-Control: no-store", "X:\x01", "X: \x7f",
-    "Cache-Control: max-age=99999999999999999999999, no-cache", "Cache-Control: \"", "X: y\rz",
+    "Cache-Control: max-age=99999999999999999999999, no-cache", 'Cache-Control: "', "X: y\rz",
     "Cache-Control: only-if-cached", "x-embedding-proxy-hop: a", "x-stainless-retry-count: \x80",
     "x-stainless-retry-count: 0", "x-stainless-retry-count: 99", "X: y\nZ: w", " folded: x",
-    "X: a\r\n b", "X: a\r\n\tb", "X", ": empty", "X Y: z", "(X): y", "X: \u00e9", "X: " + "a" * 9000,
+    "X: a\r\n b", "X: a\r\n\tb", "X", ": empty", "X Y: z", "(X): y", "X: \u00e9",
+    "X: " + "a" * 9000,
     "Access-Control-Request-Method: POST", "Access-Control-Request-Method: \x01", "X-\x00: y",
     "X-Forwarded-For: ::1", "Forwarded: for=x", "Date: x", "x-request-id: mine", "Pragma: no-cache",
 )  # fmt: skip
@@ -158,7 +162,9 @@ _HEADERS = (
 
 def _chunked(body: bytes, draw: st.DrawFn) -> bytes:
     at = draw(st.integers(0, len(body)))
-    extension = draw(st.sampled_from([b"", b"", b";a=b", b';a="\\""', b";", b" ", b";" + b"x" * 99]))
+    extension = draw(
+        st.sampled_from([b"", b"", b";a=b", b';a="\\""', b";", b" ", b";" + b"x" * 99])
+    )
     sent = b""
     for part in (body[:at], body[at:]):
         if part:
@@ -169,7 +175,8 @@ def _chunked(body: bytes, draw: st.DrawFn) -> bytes:
 
 
 _CHUNK_ENDS = (
-    b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\nContent-Length: 3\r\n\r\n",
+    b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n",
+    b"0\r\nContent-Length: 3\r\n\r\n",
     b"0\r\nbad trailer\r\n\r\n", b"0;x\r\n\r\n", b"00\r\n\r\n", b"0\n\n", b"zz\r\n\r\n",
     b"-1\r\n\r\n", b"ffffffffffffffffff\r\n", b"5\r\nabc", b"\r\n", b"", b"0\r\n", b"3\r\nabcd\r\n",
     b"0\r\n" + b"X: y\r\n" * 300 + b"\r\n", b"0\r\nX: " + b"a" * 9000 + b"\r\n\r\n", b"0 \r\n\r\n",
@@ -212,7 +219,7 @@ def requests(draw: st.DrawFn, own: str, targets: Sequence[str]) -> bytes:
     if framing == "wrong":
         lines.append(f"Content-Length: {max(0, len(body) + draw(st.integers(-5, 5)))}")
     newline = draw(st.sampled_from(["\r\n"] * 12 + ["\n", "\r", "\r\n\r\n"]))
-    head = newline.join((" ".join((method, target, version)), *lines, "", ""))
+    head = newline.join((f"{method} {target} {version}", *lines, "", ""))
     before = draw(st.sampled_from([b""] * 8 + [b"\r\n", b"\n", b"\r\n\r\n", b" ", b"\x00"]))
     return before + head.encode("utf-8", "surrogatepass") + body
 
@@ -237,7 +244,7 @@ def connections(draw: st.DrawFn, targets: Sequence[str] = ROUTES + OTHER_TARGETS
 
 def _cut(sent: bytes, cuts: Sequence[int]) -> tuple[bytes, ...]:
     edges = [0, *cuts, len(sent)]
-    pieces = [sent[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [sent[start:end] for start, end in itertools.pairwise(edges)]
     return tuple(piece for piece in pieces if piece) or (b"",)
 
 
@@ -246,7 +253,9 @@ def variants(case: Case, chance: random.Random) -> Iterator[Case]:
     yield case
     sent = b"".join(case.pieces)
     yield case._replace(kind="cut", pieces=_at_random(sent, chance), gap_s=_pause(chance))
-    yield case._replace(kind="twice", pieces=_at_random(sent * 2, chance), requests=2 * case.requests)
+    yield case._replace(
+        kind="twice", pieces=_at_random(sent * 2, chance), requests=2 * case.requests
+    )
     damaged = bytearray(sent)
     for _ in range(chance.randint(1, 3)):
         place = chance.randrange(len(damaged) + 1)
@@ -254,11 +263,13 @@ def variants(case: Case, chance: random.Random) -> Iterator[Case]:
         place = min(place, chance.choice((80, 300, len(damaged))))
         width = chance.choice((0, 1, 1, 2, 20))
         damaged[place : place + width] = chance.choice(_DAMAGES) or chance.randbytes(1)
-    yield case._replace(kind="damaged", pieces=_at_random(bytes(damaged), chance), gap_s=_pause(chance))
+    yield case._replace(
+        kind="damaged", pieces=_at_random(bytes(damaged), chance), gap_s=_pause(chance)
+    )
 
 
-_DAMAGES = (b"", b"\r\n", b"\n", b"\r", b"\0", b":", b" ", b"\x80", b"0", b"9", b"chunked", b"\r\n\r\n",
-            b",", b"POST / HTTP/1.1\r\nHost: h\r\n\r\n", b"\t")  # fmt: skip
+_DAMAGES = (b"", b"\r\n", b"\n", b"\r", b"\0", b":", b" ", b"\x80", b"0", b"9", b"chunked",
+            b"\r\n\r\n", b",", b"POST / HTTP/1.1\r\nHost: h\r\n\r\n", b"\t")  # fmt: skip
 
 
 def _at_random(sent: bytes, chance: random.Random) -> tuple[bytes, ...]:
@@ -336,8 +347,8 @@ def bases() -> dict[str, bytes]:
 
 
 WELL_FORMED = frozenset(
-    {"good", "floats", "gzip", "chunked", "expect", "expect other", "absolute", "models", "bad JSON",
-     "two", "upgrade", "empty lines", "unknown path"}
+    {"good", "floats", "gzip", "chunked", "expect", "expect other", "absolute", "models",
+     "bad JSON", "two", "upgrade", "empty lines", "unknown path"}
 )  # fmt: skip
 """The names of the base requests after which the connection goes on."""
 

@@ -31,12 +31,13 @@ async def own_process(
             "providers": {"openai": {"base_url": upstream.url}},
         }
     config.write_text(json.dumps(settings))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL if errors is None else errors.open("wb"),
-        env={**os.environ, "OPENAI_API_KEY": "k"},
-    )
+    with (errors or Path(os.devnull)).open("wb") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, "OPENAI_API_KEY": "k"},
+        )
     assert process.stdout is not None
     try:
         line = (await process.stdout.readline()).decode().strip()

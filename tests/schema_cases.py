@@ -1,4 +1,4 @@
-"""What schemathesis makes of the proxy's OpenAPI description: fitting requests, and unfitting ones."""
+"""What schemathesis makes of the OpenAPI description: fitting requests, and unfitting ones."""
 
 import json
 import random

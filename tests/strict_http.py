@@ -58,7 +58,7 @@ async def exchange(
     """
     loop = asyncio.get_running_loop()
     with socket.socket() as connection:
-        connection.setblocking(False)
+        connection.settimeout(0)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         async with asyncio.timeout(timeout_s):
             await loop.sock_connect(connection, address)
@@ -98,7 +98,9 @@ def parse(data: bytes, *, has_head: bool = False) -> list[Response]:
     return found
 
 
-def _first(data: bytes, *, has_head: bool) -> tuple[Response, bytes]:
+def _first(  # noqa: C901 - one check after the other
+    data: bytes, *, has_head: bool
+) -> tuple[Response, bytes]:
     head, end, rest = data.partition(b"\r\n\r\n")
     if not end:
         raise Malformed(f"no end of a head: {data[:200]!r}")

@@ -41,9 +41,7 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     chunks: list[bytes] = []
     size = received = 0
     try:
-        while not request.content.at_eof():
-            async with asyncio.timeout(patience_s):
-                chunk = await request.content.readany()
+        while chunk := await _next(request, patience_s):
             received += len(chunk)
             if received > most:
                 # What is compressed may come to nothing, and go on for ever.
@@ -55,18 +53,28 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
                 chunks.append(piece)
                 if len(piece) == _PIECE:
                     await asyncio.sleep(0)
-        if (broken := request.content.exception()) is not None:
-            # It broke off before anything of it came.
-            raise broken
         inflater.finish()
     except TimeoutError as error:
         message = f"The request body stopped arriving; nothing came for {patience_s:g} s."
         raise BodyRefused(message, status=408) from error
-    except MalformedBody as error:
-        raise BodyRefused(str(error)) from error
     except (web.RequestPayloadError, OSError, zlib.error) as error:
-        raise BodyRefused("The request body broke off or could not be decoded.") from error
+        told = "The request body broke off or could not be decoded."
+        raise BodyRefused(str(error) if isinstance(error, MalformedBody) else told) from error
     return b"".join(chunks)
+
+
+async def _next(request: web.Request, patience_s: float) -> bytes:
+    """Return the next part of a body, nothing at its end. Raises TimeoutError.
+
+    Raises what it broke off with, also where nothing of it came.
+    """
+    if request.content.at_eof():
+        broken = request.content.exception()
+        if broken is not None:
+            raise broken
+        return b""
+    async with asyncio.timeout(patience_s):
+        return await request.content.readany()
 
 
 def _too_large(most: int) -> BodyRefused:

@@ -17,6 +17,9 @@ from aiohttp.http import RawRequestMessage
 
 _END = b"\r\n\r\n"
 """The end of a head, and of a body in chunks (RFC 9112, 2.1 and 7.1)."""
+_MAX_FRUITLESS = 8
+"""Cuts of a segment at which no request ends; what is left goes as a whole. A body in chunks may be
+full of empty lines, and to hand it to the parser line by line would cost a hundred times as much."""
 # Python reads no number of thousands of digits; a body is at most as long as the largest file.
 _LENGTH = re.compile("[0-9]{1,20}")
 
@@ -24,7 +27,7 @@ _LENGTH = re.compile("[0-9]{1,20}")
 class Framing(web.RequestHandler):
     """aiohttp's protocol object; there is one for each connection."""
 
-    __slots__ = ("_body_left", "_head_tail")
+    __slots__ = ("_body_left", "_head_tail", "_is_broken")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
         super().__init__(*args, **kwargs)
@@ -32,21 +35,30 @@ class Framing(web.RequestHandler):
         """Bytes of a body of a known length that have not come yet."""
         self._head_tail = b""
         """The last bytes of what came, where the end of a head may be begun."""
+        self._is_broken = False
+        """Whether the parser has failed."""
 
     def data_received(self, data: bytes) -> None:
         """Hand bytes to the parser, part by part."""
+        if self._is_broken:
+            return
         if not data:
             # aiohttp asks itself to go on with what it has.
             super().data_received(data)
             return
-        start = 0
-        while start < len(data):
-            end = self._end_of_part(data, start)
+        start = fruitless = 0
+        while start < len(data) and not self._is_broken:
+            is_body = self._body_left > 0
+            end = self._end_of_part(data, start) if fruitless < _MAX_FRUITLESS else len(data)
             count = len(self._messages)
             super().data_received(data if end - start == len(data) else data[start:end])
             if len(self._messages) > count:
                 message, _ = self._messages[-1]
                 self._body_left = _length(message)
+                # Nothing can be read behind what was no HTTP.
+                self._is_broken = not isinstance(message, RawRequestMessage)
+            elif not is_body:
+                fruitless += 1
             start = end
 
     def _end_of_part(self, data: bytes, start: int) -> int:
