@@ -19,7 +19,7 @@ _END = b"\r\n\r\n"
 """The end of a head, and of a body in chunks (RFC 9112, 2.1 and 7.1)."""
 _MAX_FRUITLESS = 8
 """Cuts of a segment at which no request ends; what is left goes as a whole. A body in chunks may be
-full of empty lines, and to hand it to the parser line by line would cost a hundred times as much."""
+full of empty lines; to hand it to the parser line by line would cost a hundred times as much."""
 # Python reads no number of thousands of digits; a body is at most as long as the largest file.
 _LENGTH = re.compile("[0-9]{1,20}")
 
