@@ -6,7 +6,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test slow cover serve lint bench bench-10m profile torture damage pages full outage oracle index flow kills clients pins client-pins clean
+.PHONY: demo test slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow kills clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -68,6 +68,11 @@ outage: .venv/test
 REQUESTS ?= 100000
 oracle: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/oracle.py $(REQUESTS) $(SEED)
+
+# Malformed requests, at the proxy with its fast path and without it: both answer alike, with errors in
+# OpenAI's shape.
+fuzz: .venv/test
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz.py $(REQUESTS) $(SEED)
 
 # kill -9 amid a migration, MIGRATE_KILLS times, and the same command again; the suite does a few.
 MIGRATE_KILLS ?= 20

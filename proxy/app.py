@@ -45,7 +45,8 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
         middlewares=[guard(access, cors, OriginCheck(server, cors)), loop_guard(settings)]
     )
     app[SERVICE] = service
-    replies = Replies(int(settings.cache.memory_mib * MIB * REPLIES_SHARE))
+    reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
+    replies = Replies(reply_bytes, is_enabled=server.fast_path)
     app[REPLIES] = replies
     app[LIMITS] = ConnectionLimits.of(server)
     app[HEAD_TIMEOUT_S] = server.head_timeout_s
@@ -99,20 +100,21 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     for prefix in (*PREFIXES, ""):
         for slash in ("", "/"):
             path = f"{prefix}/embeddings{slash}"
-            app.router.add_post(path, post_embeddings, expect_handler=body.expect)
+            app.router.add_post(path, post_embeddings)
             app.router.add_get(f"{prefix}/models{slash}", models.list)
         # The ids of OpenRouter's models hold slashes.
         app.router.add_get(f"{prefix}/models/{{id:.+?}}{{slash:/?}}", models.get)
     # OpenAI's first form, and Azure's.
     for place in ("/v1/engines", "/openai/deployments"):
         path = f"{place}/{{model:.+?}}/embeddings{{slash:/?}}"
-        app.router.add_post(path, post_embeddings, expect_handler=body.expect)
+        app.router.add_post(path, post_embeddings)
     if passthrough is not None:
         for prefix in PREFIXES:
             # At a path of ours another method is a 405; `Passthrough` refuses all its spellings.
             path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
-            app.router.add_route("*", path, passthrough.handle, expect_handler=body.expect)
+            app.router.add_route("*", path, passthrough.handle)
     app.router.add_get("/status", for_admins(Status(service).get))
     app.router.add_get("/metrics", for_admins(Metrics(service).get))
     app.router.add_get("/livez", ops.live)
     app.router.add_get("/readyz", ops.ready)
+    app.router.add_get(ops.DESCRIPTION_PATH, ops.describe)

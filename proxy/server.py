@@ -63,7 +63,13 @@ async def serve(
     descriptors.raise_limit()
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
-    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
+    runner = Runner(
+        app,
+        access_log=None,
+        shutdown_timeout=GRACE_SECONDS,
+        # For the rest of a body behind an error that was answered before it came.
+        lingering_time=settings.server.body_timeout_s,
+    )
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()

@@ -43,6 +43,7 @@ TRIALS = {
     "test_faults",
     "test_flow",
     "test_full_store",
+    "test_fuzz",
     "test_index_trial",
     "test_migrate",
     "test_oracle",

@@ -42,8 +42,11 @@ class Answers:
     async def digest(
         self, body: bytes, caller: Caller, control: str, model: str | None
     ) -> bytes | None:
-        """Return what a request is known by: all that decides its answer; None if it is short."""
-        if len(body) < SHORTEST:
+        """Return what a request is known by: all that decides its answer.
+
+        None if the body is short, or replies are not given again.
+        """
+        if len(body) < SHORTEST or not self._replies.is_enabled:
             return None
         parts = [caller.namespace, caller.client, caller.api_key, control, model or ""]
         head = "".join(f"{len(part)}:{part}" for part in parts)

@@ -16,12 +16,8 @@ _GZIP = b"\x1f\x8b"
 """The first bytes of a gzip member (RFC 1952)."""
 
 
-async def expect(request: web.Request) -> None:
-    """Tell a client that waits for it to go on; other expectations may be ignored (RFC 9110)."""
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        # What was sent is no part of the reply.
-        request.writer.output_size = 0
+class MalformedBody(web.RequestPayloadError):
+    """The chunks of a body are malformed; the message says why."""
 
 
 class BodyRefused(InputRefused):
@@ -45,9 +41,7 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     chunks: list[bytes] = []
     size = received = 0
     try:
-        while not request.content.at_eof():
-            async with asyncio.timeout(patience_s):
-                chunk = await request.content.readany()
+        while chunk := await _next(request, patience_s):
             received += len(chunk)
             if received > most:
                 # What is compressed may come to nothing, and go on for ever.
@@ -64,8 +58,23 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
         message = f"The request body stopped arriving; nothing came for {patience_s:g} s."
         raise BodyRefused(message, status=408) from error
     except (web.RequestPayloadError, OSError, zlib.error) as error:
-        raise BodyRefused("The request body broke off or could not be decoded.") from error
+        told = "The request body broke off or could not be decoded."
+        raise BodyRefused(str(error) if isinstance(error, MalformedBody) else told) from error
     return b"".join(chunks)
+
+
+async def _next(request: web.Request, patience_s: float) -> bytes:
+    """Return the next part of a body, nothing at its end. Raises TimeoutError.
+
+    Raises what it broke off with, also where nothing of it came.
+    """
+    if request.content.at_eof():
+        broken = request.content.exception()
+        if broken is not None:
+            raise broken
+        return b""
+    async with asyncio.timeout(patience_s):
+        return await request.content.readany()
 
 
 def _too_large(most: int) -> BodyRefused:

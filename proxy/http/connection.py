@@ -12,12 +12,14 @@ import logging
 from collections.abc import Callable
 from typing import Any, cast
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpProcessingError, RawRequestMessage
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
 
+from .body import MalformedBody
 from .connection_limits import ConnectionLimits
 from .heads import Heads
 from .repeating import Repeating
@@ -39,6 +41,15 @@ _OVERLOADED = Failure(
     code="proxy_overloaded",
     retry_after=RETRY_SECONDS,
 )
+_VERSIONS = (HttpVersion10, HttpVersion11)
+_HAS_OTHER_VERSION = web.RequestKey("has_other_version", bool)
+_IS_WAITING = web.RequestKey("is_waiting", bool)
+"""Whether the client waits to be told that it may send the body."""
+_OTHER_VERSION = Failure(
+    400,
+    "The request is not valid HTTP: its version is neither HTTP/1.0 nor HTTP/1.1.",
+    "invalid_request_error",
+)
 _MAX_PROBLEM = 200
 """Characters of what aiohttp says is wrong with a request."""
 
@@ -52,6 +63,27 @@ def _problem(message: str) -> str:
     problem = (message.splitlines() or [""])[0].partition(": b")[0].rstrip(":. ")
     is_quoted = "/" in problem or "@" in problem or not problem.isprintable() or problem == "*"
     return "its target cannot be read" if is_quoted or not problem else problem[:_MAX_PROBLEM]
+
+
+def _refused(message: str) -> str:
+    """Return what a client is told of bytes that aiohttp cannot read, for the reason it gives."""
+    problem = _problem(message)
+    log.info("a request that is no HTTP was refused: %s", problem)
+    return f"The request is not valid HTTP: {problem}."
+
+
+def _break_off(body: StreamReader, error: web.RequestPayloadError) -> None:
+    """Let who reads a body fail. Nothing more is read, nor waited for after the reply."""
+    body.set_exception(error)
+    body.feed_eof()
+
+
+def last_reply(failure: Failure) -> web.Response:
+    """Return an error without a handler; the connection is closed behind it."""
+    response = failure.response()
+    response.headers["x-request-id"] = new_request_id()
+    response.force_close()
+    return response
 
 
 class Connection(Repeating):
@@ -103,6 +135,7 @@ class Connection(Repeating):
         if self._is_refused:
             return
         super().data_received(data)
+        self._end_malformed_body()
         if not data:
             return
         is_reading = self.body is not None and not self.body.is_eof()
@@ -122,12 +155,11 @@ class Connection(Repeating):
     ) -> tuple[web.StreamResponse, bool]:
         """Send a reply; what has come of the next head is given its time from now on.
 
-        An error that aiohttp made before any handler is put into OpenAI's shape: an expectation
-        that it does not know (417).
+        An error that aiohttp made outside of every handler is put into OpenAI's shape.
         """
         if isinstance(resp, web.HTTPException) and resp.status >= 400:
             failure = Failure(resp.status, f"{resp.reason}.", "invalid_request_error")
-            resp = self._sent(failure)
+            resp = last_reply(failure)
         sent = await super().finish_response(request, resp, start_time)
         if not self._messages:
             self._limits.idle(self)
@@ -178,14 +210,27 @@ class Connection(Repeating):
         # aiohttp waits for a request only when there is none in progress.
         if body is None or (self._waiter is not None and not self._messages):
             return None
-        self.close()
+        if not self.end_after_replies():
+            self.close()
         if body.is_eof():
             self._leave()
             return True
-        body.set_exception(web.RequestPayloadError("the body broke off"))
-        # Nothing more is to be read, nor to be waited for after the reply.
-        body.feed_eof()
+        _break_off(body, web.RequestPayloadError("the body broke off"))
         return True
+
+    def _end_malformed_body(self) -> None:
+        """Fail the request whose body turned out malformed; aiohttp would let it wait for more."""
+        error = self._messages[-1][0] if self._messages else None
+        if error is None or isinstance(error, RawRequestMessage):
+            return
+        body = self._messages[-2][1] if len(self._messages) > 1 else self.body
+        if body is None or body.is_eof():
+            return
+        # It is told in the reply to that request.
+        self._messages.pop()
+        _break_off(body, MalformedBody(_refused(error.message)))
+        if not self.end_after_replies():
+            self.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Take note that the connection is no more."""
@@ -211,18 +256,8 @@ class Connection(Repeating):
             self.log_exception("a request failed outside of its handler", exc_info=exc)
             if request.writer.output_size > 0:
                 raise ConnectionError("a reply has begun; there is no room for another")
-            return self._sent(INTERNAL if status != 504 else TIMED_OUT)
-        problem = _problem(message or "")
-        log.info("a request that is no HTTP was refused: %s", problem)
-        told = f"The request is not valid HTTP: {problem}."
-        return self._sent(Failure(status, told, "invalid_request_error"))
-
-    def _sent(self, failure: Failure) -> web.Response:
-        """Return the last reply of this connection."""
-        response = failure.response()
-        response.headers["x-request-id"] = new_request_id()
-        response.force_close()
-        return response
+            return last_reply(INTERNAL if status != 504 else TIMED_OUT)
+        return last_reply(Failure(status, _refused(message or ""), "invalid_request_error"))
 
     def log_exception(self, *args: object, **kwargs: object) -> None:
         """Log what aiohttp found wrong; for a client's own mistakes a line without traceback."""
@@ -273,7 +308,12 @@ class Server(web.Server):
 
 
 class Runner(web.AppRunner):
-    """aiohttp's runner over such a server."""
+    """aiohttp's runner over such a server.
+
+    The parser reads requests of HTTP/0.9, 2.0 and others too; they are refused, under HTTP/1.1.
+    `Expect` is dealt with here: a client that waits is told to go on, other expectations are
+    ignored (RFC 9110, 10.1.1). aiohttp would do so route by route, and fail at what is no UTF-8.
+    """
 
     async def _make_server(self) -> web.Server:
         plain = await super()._make_server()
@@ -288,11 +328,31 @@ class Runner(web.AppRunner):
             if isinstance(connection, Connection):
                 connection.body = body
                 connection.begin()
-            return plain.request_factory(message, body, connection, writer, task)
+            is_known = message.version in _VERSIONS
+            if not is_known:
+                message = message._replace(version=HttpVersion11, should_close=True)
+            expected = message.headers.get("Expect")
+            if expected is not None:
+                headers = CIMultiDict(message.headers)
+                headers.popall("Expect")
+                message = message._replace(headers=CIMultiDictProxy(headers))
+            request = plain.request_factory(message, body, connection, writer, task)
+            request[_HAS_OTHER_VERSION] = not is_known
+            request[_IS_WAITING] = expected is not None and expected.lower() == "100-continue"
+            return request
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            if request[_HAS_OTHER_VERSION]:
+                return last_reply(_OTHER_VERSION)
+            if request[_IS_WAITING] and request.version == HttpVersion11:
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                # What was sent is no part of the reply.
+                request.writer.output_size = 0
+            return await plain.request_handler(request)
 
         return Server(
             self.app,
-            plain.request_handler,
+            handle,
             request_factory=make_request,
             loop=plain._loop,  # noqa: SLF001 - aiohttp has no other way to choose the protocol
             **plain._kwargs,  # noqa: SLF001

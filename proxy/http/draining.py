@@ -15,11 +15,13 @@ from typing import Any
 
 from aiohttp import web
 
+from .framing import Framing
+
 _LAST_SECONDS = 0.1
 """For a handler to end after the grace period is over and its request was cancelled."""
 
 
-class Draining(web.RequestHandler):
+class Draining(Framing):
     """aiohttp's protocol object; there is one for each connection."""
 
     __slots__ = ("_closed", "_is_answering", "_to_answer")
@@ -28,7 +30,7 @@ class Draining(web.RequestHandler):
         super().__init__(*args, **kwargs)
         self._is_answering = False
         self._to_answer = 0
-        """While it is drained: the requests that are still to be answered."""
+        """Once the connection is to be closed: the requests that are still to be answered."""
         self._closed: asyncio.Event | None = None
         """Set when the connection is lost; made when it is drained."""
 
@@ -38,11 +40,15 @@ class Draining(web.RequestHandler):
 
     def drain(self) -> None:
         """Answer the requests whose head was read, then close; close at once if there is none."""
-        self._to_answer = len(self._messages) + self._is_answering
-        if self._to_answer and self.transport is not None:
+        if self.end_after_replies() and self.transport is not None:
             self._closed = asyncio.Event()
         else:
             self.close()
+
+    def end_after_replies(self) -> int:
+        """Close the connection behind the last reply; return how many are still to be given."""
+        self._to_answer = len(self._messages) + self._is_answering
+        return self._to_answer
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
         """Wait up to `timeout` seconds for the requests in progress, then end them."""

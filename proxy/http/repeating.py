@@ -3,6 +3,7 @@
 A reply is looked for where whole requests come one at a time: when the last one was answered, and
 what arrives begins a new one (see `boundary`). Whatever is unusual goes aiohttp's way. Its private
 parts are read here and in `draining` alone: whether it waits for a request, and when it will not.
+With `server.fast_path: false` every request goes aiohttp's way; both ways answer alike.
 """
 
 import asyncio
@@ -72,6 +73,9 @@ class Repeating(Draining):
         if not (data and self._boundary.reached):
             self._boundary.go_on(data)
             super().data_received(data)
+            return
+        if not self._replies.is_enabled:
+            self._read(data)
             return
         idle = self._is_idle
         if self._held:

@@ -38,7 +38,9 @@ class Reply(NamedTuple):
 class Replies:
     """A map of at most `limit` bytes, least recently used out first. For one thread."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, is_enabled: bool = True) -> None:
+        """`is_enabled` is `server.fast_path`: whether replies may be given again at all."""
+        self.is_enabled = is_enabled
         # A whole block, which is hashed once. Nobody is shown a digest, to lengthen its request.
         self._begun = hashlib.sha256(secrets.token_bytes(64))
         self.pool = Pool(limit)

@@ -82,6 +82,7 @@ class Server(Section):
     max_connections: Annotated[Whole, Field(ge=1, le=1_000_000)] = 4096
     max_connections_per_address: Annotated[Whole, Field(ge=1, le=1_000_000)] | None = None
     honor_cache_control: Honor = True
+    fast_path: Annotated[bool, Field(strict=True)] = True
 
     @field_validator("honor_cache_control", mode="before")
     @classmethod

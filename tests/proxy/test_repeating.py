@@ -552,3 +552,21 @@ async def test_the_official_client_is_answered_so(upstream, start_proxy, repeate
     assert len(repeated) == 4
     assert all(vector == vectors[0] for vector in vectors)
     assert upstream.inputs == ["a", "b"]
+
+
+async def test_without_the_fast_path_nothing_is_repeated(upstream, start_proxy, repeated, at_once):
+    """`server.fast_path: false` has every request parsed; the replies are the same."""
+    bodies = []
+    for fast_path in (True, False):
+        proxy = await start_proxy(openai=upstream, server={"fast_path": fast_path})
+        async with Talk(proxy.url, b"") as talk:
+            for _ in range(3):
+                await talk.send(_post(_body("known")))
+                bodies.append((await talk.response())[2])
+        if fast_path:
+            assert repeated
+            repeated.clear()
+            at_once.clear()
+    assert not repeated
+    assert not at_once
+    assert all(body == bodies[0] for body in bodies)
