@@ -12,7 +12,9 @@ from providers.base import (
     DeadlineExceeded,
     EmbeddingError,
     InputRefused,
+    PermissionDenied,
     ProviderError,
+    ScopedQuotaExceeded,
     Terms,
     UpstreamTimeout,
 )
@@ -100,7 +102,7 @@ def is_the_leaders_own(
         return True
     if isinstance(error, KeyFailed):
         return error.key not in wanted
-    if isinstance(error, InputRefused):
+    if isinstance(error, InputRefused | PermissionDenied | ScopedQuotaExceeded):
         return not fill.keys <= set(wanted)
     if fill.abandoned:
         # It was joined after everybody had gone, and was not asked for again when it failed.

@@ -23,15 +23,38 @@ log = logging.getLogger("embedding_proxy.attempts")
 class Attempt:
     """How far an attempt has got. Whoever makes its calls sets `is_sent` and `has_reply`."""
 
-    __slots__ = ("has_reply", "is_abandoned", "is_sent")
+    __slots__ = ("_calls", "has_begun", "has_reply", "is_abandoned", "is_sent", "waiting_since")
 
     def __init__(self) -> None:
         self.is_sent = False
         """Whether a request of it was sent, at least in part: the upstream may charge for it."""
+        self.has_begun = False
+        """Whether a call of it has gone to the provider, as far as the provider's code tells."""
         self.has_reply = False
         """Whether the head of a reply has arrived."""
+        self.waiting_since: float | None = None
+        """Since when, on the event loop's clock, the provider owes an answer: since a call left our
+        own queues, or since the last sign of life; None while no call is under way."""
+        self._calls = 0
         self.is_abandoned = False
         """Whether nobody waits for it any more: what is not sent yet is not to be sent."""
+
+    def begin(self, now: float) -> None:
+        """Note that a call of it goes to the provider, after all queues of our own."""
+        self.has_begun = True
+        if not self._calls:
+            self.waiting_since = now
+        self._calls += 1
+
+    def note_life(self, now: float) -> None:
+        """Note that the provider has begun to answer a call."""
+        self.waiting_since = now
+
+    def end(self) -> None:
+        """Note that a call has ended, in whatever way."""
+        self._calls -= 1
+        if not self._calls:
+            self.waiting_since = None
 
 
 Work: TypeAlias = Callable[[Attempt], Coroutine[Any, Any, None]]

@@ -23,6 +23,7 @@ from .credential import Credential
 from .failures import (
     AllResting,
     ClientKeyRefused,
+    ConnectionTimeout,
     CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
@@ -35,9 +36,11 @@ from .failures import (
     OutOfCredit,
     OutOfDescriptors,
     PassingFailure,
+    PermissionDenied,
     ProviderError,
     RateLimited,
     Refusal,
+    ScopedQuotaExceeded,
     Unreachable,
     Unreadable,
     UpstreamFault,
@@ -51,6 +54,7 @@ __all__ = [
     "Bill",
     "Charge",
     "ClientKeyRefused",
+    "ConnectionTimeout",
     "Context",
     "Credential",
     "CredentialsRefused",
@@ -71,9 +75,11 @@ __all__ = [
     "OutOfDescriptors",
     "Outcome",
     "PassingFailure",
+    "PermissionDenied",
     "ProviderError",
     "RateLimited",
     "Refusal",
+    "ScopedQuotaExceeded",
     "Space",
     "Terms",
     "Unreachable",
@@ -250,6 +256,9 @@ class Context:
 
     deadline: float | None = None
     """Point on the event loop's clock, in seconds, after which no answer is of use."""
+    begun: float | None = None
+    """Point on the same clock at which the time of the request began; None = not known. Then no
+    provider is held to have failed when that time is up."""
     user: str | None = None
     """OpenAI's `user` field, passed on to providers that know it."""
     neutral: tuple[tuple[str, bytes], ...] = ()
@@ -279,6 +288,8 @@ class Context:
     was begun is finished, its answer told to `on_part`, and no further one is made."""
     is_needed: Callable[[], bool] | None = field(default=None, compare=False)
     """Asked before any attempt after the first: whether an answer is still of use to anybody."""
+    has_waiters: Callable[[], bool] | None = field(default=None, compare=False)
+    """Tells at the deadline whether a client has waited until then; None = it has."""
     finishes_calls: bool = False
     """Whether a call that was begun goes on when the deadline passes: it is paid for, and kept."""
     attempt: Attempt | None = field(default=None, compare=False)

@@ -5,9 +5,11 @@ Upstreams share no shape. This file reads OpenAI's `error` object, FastAPI's `de
 `errors`, a JSON string, plain text, and the title of an HTML page.
 
 The status alone does not tell the kind of failure. Some upstreams answer 400 for a bad key, an
-unpaid bill or an unknown model, and 403 for an input or a model. The fields for codes decide first
-(`_CODE_WORDS`). Where a provider sends no code, the sentence that it is known to begin its message
-with decides (`_SENTENCES`). The rest of a message decides nothing: it may quote the user's input.
+unpaid bill or an unknown model, 401 for a model, and 403 for an input or a model. The fields for
+codes decide first (`error_words`). Where a provider sends no code, the sentence that it is known to
+begin its message with decides (`SENTENCES`). The rest of a message decides nothing: it may quote
+the user's input. A 403 that says nothing known is a PermissionDenied, never a refused key: one
+client may cause it by the model or the input that it sends.
 
 Pure: bytes in, an error of `failures` out. Each text in it is one line, bounded, and without keys.
 """
@@ -28,10 +30,19 @@ from .base import (
     InputRefused,
     ModelNotFound,
     OutOfCredit,
+    PermissionDenied,
     ProviderError,
     RateLimited,
     Refusal,
+    ScopedQuotaExceeded,
     UpstreamFault,
+)
+from .error_words import (
+    BUDGET_WORDS,
+    CODE_WORDS,
+    MODERATION_WORDS,
+    SCOPED_QUOTA_WORDS,
+    SENTENCES_OF,
 )
 from .ratelimit import reset_after, retry_after, seconds_until
 
@@ -83,93 +94,12 @@ _HTTP_STATUS = re.compile(r"[45]\d\d", re.ASCII)
 _NO_NAMES = ("None", "null")
 """LiteLLM sends these strings where a type or a parameter is missing."""
 
-# Codes are compared in lower case and without punctuation.
-_CODE_WORDS: dict[type[ProviderError], re.Pattern[str]] = {
-    OutOfCredit: re.compile(
-        r"arrear|overdue|billing|payment|insufficient\w*(?:quota|balance|credit|fund)"
-        r"|outofcredit|nocredit|creditbalance|balancenotenough|exceededcurrentquota|freetieronly"
-        r"|budgetexceeded"
-    ),
-    CredentialsRefused: re.compile(
-        r"(?:invalid|incorrect|expired|missing)apikey|apikey(?:invalid|incorrect|expired|notfound"
-        r"|missing|revoked|disabled|serviceblocked)|^keyinvalid|^keyexpired|^unauthenticated"
-        r"|authenticationerror|invalidauthentication|authenticationfailed|accountdeactivated"
-        r"|consumersuspended|consumerinvalid"
-    ),
-    ModelNotFound: re.compile(
-        r"model(?:id|name)?(?:is|does)?"
-        r"(?:not(?:found|exist|allowed|available|open|supported|permitted)"
-        r"|(?:access|permission)(?:denied|error)|forbidden|restricted|disabled)"
-        r"|(?:unsupported|unknown|invalid)model(?:id|name|error)?$|noaccesstomodel|nosuchmodel"
-    ),
-    RateLimited: re.compile(r"ratelimit|throttl|toomanyrequests"),
-}
-"""What a code means, most decisive first."""
-_MODERATION_WORDS = re.compile(
-    r"contentpolicy|contentfilter|contentviolation|moderation|flagged|datainspection"
-    r"|responsibleai|prohibitedcontent|promptblocked|unsafe|^safety"
-)
-
-_SENTENCES: tuple[tuple[str, type[ProviderError], str], ...] = (
-    ("azure", ModelNotFound, "The embeddings operation does not work with the specified model"),
-    ("dashscope", OutOfCredit, "Access denied, please make sure your account is in good standing"),
-    ("dashscope", OutOfCredit, "Access denied due to overdue account"),
-    ("dashscope", ModelNotFound, "Model access denied"),
-    ("dashscope", ModelNotFound, "Access to model denied"),
-    ("deepseek", OutOfCredit, "Insufficient balance"),
-    ("gemini", OutOfCredit, "Your prepayment credits are depleted"),
-    ("gemini", CredentialsRefused, "API key not valid"),
-    ("gemini", CredentialsRefused, "API key not found"),
-    ("gemini", CredentialsRefused, "API key expired"),
-    ("gemini", CredentialsRefused, "User location is not supported for the API use"),
-    ("gpustack", ModelNotFound, "Model not found"),
-    ("infinity", ModelNotFound, "Invalid model"),
-    ("jina", CredentialsRefused, "Invalid API key"),
-    ("litellm", OutOfCredit, "Budget has been exceeded"),
-    ("litellm", ModelNotFound, "Invalid model name passed in model={name}"),
-    ("lm_studio", ModelNotFound, "No models loaded"),
-    (
-        "openai",
-        OutOfCredit,
-        "Your account is not active, please check your billing details on our website",
-    ),
-    ("openai", CredentialsRefused, "Incorrect API key provided"),
-    ("openai", ModelNotFound, "You are not allowed to generate embeddings from this model"),
-    ("openrouter", OutOfCredit, "Key limit exceeded"),
-    ("openrouter", ModelNotFound, "{name} is not a valid model ID"),
-    ("siliconflow", OutOfCredit, "Your account balance is insufficient"),
-    ("siliconflow", OutOfCredit, "Sorry, your account balance is insufficient"),
-    ("siliconflow", OutOfCredit, "The selected model requires paid balance"),
-    ("siliconflow", ModelNotFound, "Model does not exist"),
-    ("voyage", ModelNotFound, "Model {name} is not supported. Supported models are"),
-    ("zhipu", OutOfCredit, "Insufficient balance or no resource package"),
-    ("zhipu", OutOfCredit, "余额不足或无可用资源包"),
-)
-"""Who begins a message so, what it means, and the sentence; `{name}` stands for the model's name.
-
-Each is from a public report or from the provider's documentation. It counts whoever sends it, since
-gateways repeat what their providers say.
-"""
-_NAME = r"""["'`]?[^\s"'`,;]{1,200}["'`]?"""
-_WRAPPER = r"(?:\[RID: \w{1,40}\] |/embeddings: |litellm\.\w{1,40}: (?:\w{1,40} - )?)?"
-"""What Jina and LiteLLM put before a provider's sentence."""
-
-
-def _sentences_of(error: type[ProviderError]) -> re.Pattern[str]:
-    """Return what matches a reason that is one of the sentences with this meaning, or begins so."""
-    texts = (re.escape(text) for _, meaning, text in _SENTENCES if meaning is error)
-    named = "|".join(text.replace(re.escape("{name}"), _NAME) for text in texts)
-    return re.compile(rf"{_WRAPPER}(?:{named})(?:$|[.,:;!]| ?[(\[])", re.IGNORECASE)
-
-
-_SENTENCES_OF = {error: _sentences_of(error) for error in {error for _, error, _ in _SENTENCES}}
-
-_ABOUT_THE_CALL = (400, 403, 404, 412, 422)
+_ABOUT_THE_CALL = (400, 401, 403, 404, 412, 422)
 """Statuses that some upstreams give for a failure of the key or the model, not of the input."""
 _BY_STATUS: dict[int, type[ProviderError]] = {
     401: CredentialsRefused,
     402: OutOfCredit,
-    403: CredentialsRefused,
+    403: PermissionDenied,
     404: ModelNotFound,
     429: RateLimited,
 }
@@ -191,15 +121,19 @@ class _ErrorBody:
     retry_delay: str | None = None
     """The wait in google.rpc.RetryInfo, as it stands there: `37s`."""
     is_moderated: bool = False
+    is_of_inner_provider: bool = False
+    """Whether a gateway passes on what a provider behind it said (OpenRouter's `provider_name`)."""
 
     def means(self, error: type[ProviderError]) -> bool:
         """Tell whether a code, or else the message, has this meaning.
 
         A message does not count where `param` blames the input: it may quote it.
         """
-        if self.has_code(_CODE_WORDS[error]):
-            return True
-        sentences = _SENTENCES_OF.get(error)
+        return self.has_code(CODE_WORDS[error]) or self.has_sentence(error)
+
+    def has_sentence(self, error: type[ProviderError]) -> bool:
+        """Tell whether the message begins with a known sentence of this meaning."""
+        sentences = SENTENCES_OF.get(error)
         if sentences is None or self.reason is None:
             return False
         blames_input = (self.param or "").removeprefix("$.").startswith("input")
@@ -284,19 +218,45 @@ def is_error(reply: object) -> bool:
 
 
 def _class_of(said: _ErrorBody) -> type[ProviderError]:
-    """Return the kind of failure. Codes and known sentences decide before the status."""
-    for error in _CODE_WORDS:
+    """Return the kind of failure: as narrow as what is said allows.
+
+    What a gateway passes on of a provider behind it concerns the models of that provider, and not
+    the gateway's own key and credit.
+    """
+    error = _named_class_of(said)
+    if issubclass(error, OutOfCredit):
+        return ScopedQuotaExceeded if _is_scoped_quota(said) else error
+    if error in (CredentialsRefused, PermissionDenied) and said.is_of_inner_provider:
+        return PermissionDenied
+    if error is CredentialsRefused and said.param == "model" and not said.means(error):
+        return ModelNotFound
+    return error
+
+
+def _named_class_of(said: _ErrorBody) -> type[ProviderError]:
+    """Return what codes and known sentences name, else what the status means."""
+    for error in CODE_WORDS:
         if (error is OutOfCredit or said.status in _ABOUT_THE_CALL) and said.means(error):
             return error
     return _BY_STATUS.get(said.status, UpstreamFault)
+
+
+def _is_scoped_quota(said: _ErrorBody) -> bool:
+    """Tell whether credit is missing for one model, one end user, or so large a call alone."""
+    if said.is_of_inner_provider or said.has_code(SCOPED_QUOTA_WORDS):
+        return True
+    if said.has_sentence(ScopedQuotaExceeded):
+        return True
+    return said.has_code(BUDGET_WORDS) and not said.has_sentence(OutOfCredit)
 
 
 def _is_about_input(said: _ErrorBody) -> bool:
     """Tell whether the request is refused, rather than the proxy's key or the model."""
     if said.status in (400, 413, 422):
         return _class_of(said) is UpstreamFault
-    is_moderation = said.is_moderated or said.has_code(_MODERATION_WORDS)
-    return said.status == 403 and is_moderation and _class_of(said) is CredentialsRefused
+    is_moderation = said.is_moderated or said.has_code(MODERATION_WORDS)
+    # OpenRouter names the provider behind it also where it has moderated the input itself.
+    return said.status == 403 and is_moderation and _named_class_of(said) is PermissionDenied
 
 
 def _wait(
@@ -313,7 +273,7 @@ def _wait(
 
 def _status_of(error: type[ProviderError], status: int) -> int:
     """Return the status of a failure in OpenAI's terms, which clients know how to handle."""
-    if error is OutOfCredit and status != 429:
+    if issubclass(error, OutOfCredit) and status != 429:
         return 402
     if error is CredentialsRefused and status != 403:
         return 401
@@ -321,6 +281,8 @@ def _status_of(error: type[ProviderError], status: int) -> int:
         return 429
     if error is ModelNotFound and status != 403:
         return 404
+    if error is PermissionDenied:
+        return 403
     return status
 
 
@@ -356,6 +318,7 @@ def _parse(body: bytes, status: int, redact: Redact) -> _ErrorBody:
         codes=tuple(dict.fromkeys(found for one in objects for found in _codes(one))),
         retry_delay=next((delay for delay in delays if isinstance(delay, str)), None),
         is_moderated=any(_is_moderated(one.get("metadata")) for one in objects),
+        is_of_inner_provider=any(_names_provider(one.get("metadata")) for one in objects),
     )
 
 
@@ -395,6 +358,11 @@ def _details(error: Mapping[str, object]) -> Iterator[dict[str, object]]:
 def _is_moderated(metadata: object) -> bool:
     """Tell whether OpenRouter's metadata says that an input was flagged."""
     return isinstance(metadata, dict) and ("flagged_input" in metadata or "reasons" in metadata)
+
+
+def _names_provider(metadata: object) -> bool:
+    """Tell whether OpenRouter's metadata names a provider behind it that has answered so."""
+    return isinstance(metadata, dict) and bool(metadata.get("provider_name"))
 
 
 def _reason(value: object, depth: int = 0) -> str | None:

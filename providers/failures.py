@@ -10,8 +10,10 @@ It knows no provider, no cache and no wire format::
     ├── OutOfDescriptors     this process can open no further connection
     ├── AllResting           no provider may be asked just now: each has failed or asked for rest
     └── ProviderError        one provider failed; another may do better
-        ├── CredentialsRefused   401, 403, 400 about a key: the proxy's key is not accepted
+        ├── CredentialsRefused   401, or a code that speaks of the key: it is not accepted
+        ├── PermissionDenied     403 without a reason: it concerns this model or this input
         ├── OutOfCredit          402, or a code that speaks of billing: waiting will not help
+        │   └── ScopedQuotaExceeded  the quota of one model, one end user, or for so large a call
         ├── ModelNotFound        404, 403 about a model: this provider does not serve it
         ├── LoopDetected         508: the provider's address leads back to this proxy
         └── PassingFailure       the same call may succeed in a moment
@@ -19,6 +21,7 @@ It knows no provider, no cache and no wire format::
             │   └── Full         the proxy's own queue before the provider; no call was made
             ├── UpstreamFault    408, 409, 5xx
             ├── UpstreamTimeout  no whole answer within the limit of one attempt
+            │   └── ConnectionTimeout  no connection within its limit
             ├── Unreachable      name resolution, connection, TLS or a lost connection
             ├── Unreadable       an answer that is no JSON: a gateway's page, or cut off
             └── InvalidAnswer    an answer that fails a check, whole or in single vectors
@@ -138,9 +141,9 @@ class ProviderError(EmbeddingError):
         super().__init__(f"{provider}: {message}")
         self.provider = provider
         self.refusal = refusal
-        self.unexplained: tuple[str, ...] = ()
-        """Providers, once for each call of several inputs that failed so, where one input may be
-        the cause; it was not counted against them."""
+        self.unexplained: tuple[tuple[str, str], ...] = ()
+        """Providers and lanes, once for each call of several inputs that failed so, where one input
+        may be the cause; it was not counted against them."""
         self.charge: Charge | None = None
         """What the upstream says it charged for an answer that is no good; None for nothing."""
         self.indices: tuple[int, ...] = ()
@@ -154,9 +157,17 @@ class ProviderError(EmbeddingError):
 
 
 class CredentialsRefused(ProviderError):
-    """The key that the proxy holds for this provider is not accepted.
+    """The key that the proxy holds for this provider is not accepted, whatever is asked with it.
 
-    401, 403 without another reason, or a 400 whose code says so (Google).
+    401, or a 400 or 403 whose code or sentence says so (Google, DeepInfra).
+    """
+
+
+class PermissionDenied(ProviderError):
+    """403 without a reason that is known: the model is not for this key, or the input is refused.
+
+    Which of them is not known. Other models and other inputs may be answered, so it says nothing
+    about the provider.
     """
 
 
@@ -164,6 +175,14 @@ class OutOfCredit(ProviderError):
     """The account has no credit: asking again will not help.
 
     402, or any status with a code that speaks of billing (`insufficient_quota`, `Arrearage`).
+    """
+
+
+class ScopedQuotaExceeded(OutOfCredit):
+    """Credit is missing for this request, and not for the whole account.
+
+    It is that of one model (DashScope's free tier), of one end user (`user`, LiteLLM), or too
+    little for so large a call (OpenRouter). Other requests may be answered.
     """
 
 
@@ -196,6 +215,10 @@ class UpstreamFault(PassingFailure):
 
 class UpstreamTimeout(PassingFailure):
     """No whole answer within the limit of one attempt."""
+
+
+class ConnectionTimeout(UpstreamTimeout):
+    """No connection within its limit: no request reached the provider."""
 
 
 class Unreachable(PassingFailure):

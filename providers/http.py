@@ -11,10 +11,12 @@ from typing import ClassVar, Self
 import orjson
 
 from providers.routing.admission import Admission
+from providers.routing.lane import scoped
 from providers.routing.throttle import estimate
 from providers.scheduling.batch_limits import BatchLimits
+from providers.scheduling.refusal import is_quoted
 
-from . import answer, error_body, tokens
+from . import answer, descriptors, error_body, tokens
 from .base import (
     Charge,
     ClientKeyRefused,
@@ -53,8 +55,9 @@ MAX_NAME = 100
 OTHER = "other"
 """The name under which the replies with further names are counted."""
 
-# Connections at a time where each client pays with its own key, and has its own limits.
-_CONNECTIONS = 100
+# Of the files that this process may open, the part that connections to one provider may take
+# where each client pays with its own key, and has its own limits.
+_CONNECTIONS_SHARE = 0.5
 
 
 class HttpProvider:
@@ -88,17 +91,20 @@ class HttpProvider:
         self._has_unnumbered_answers = False
         self._redactor = Redactor(*profile.secrets(api_key))
         headers = dict(profile.headers)
-        connections = profile.limits.concurrency
+        connections = None
         if profile.by_client:
-            connections = max(connections, _CONNECTIONS)
+            most = int(descriptors.left() * _CONNECTIONS_SHARE)
+            connections = asyncio.Semaphore(max(1, most))
         elif api_key:
             headers |= self._key_header(api_key)
+        # How many calls there are at a time is decided in `Admission`. A limit of the transport
+        # would be a second queue, whose waits would count as the provider's.
         self._transport = Transport(
-            name, profile.base_url, headers, profile.timeouts, connections, profile.network
+            name, profile.base_url, headers, profile.timeouts, network=profile.network
         )
         self._batch_limits = BatchLimits(name, profile.limits)
         self._admission = Admission(name, profile.limits, sleep)
-        self._admissions = ByKey(lambda: Admission(name, profile.limits, sleep))
+        self._admissions = ByKey(lambda: Admission(name, profile.limits, sleep, connections))
 
     @property
     def accepts_tokens(self) -> bool:
@@ -170,21 +176,22 @@ class HttpProvider:
             raise InputRefused(f"The request cannot be sent on: {error}.") from error
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
-        async with admission.turn(model, estimate(inputs), context):
+        scope = scoped(model, space)
+        async with admission.turn(scope, estimate(inputs), context):
             is_abandoned = context.attempt is not None and context.attempt.is_abandoned
             if is_abandoned or (context.is_needed is not None and not context.is_needed()):
                 # Raised so, it gives back its room within the limits.
                 raise Full(self.name, "nobody waits for the answer any more")
             reply = await self._transport.post(self.path(model), payload, limit, context, headers)
-        admission.learn(model, reply.headers)
+        admission.learn(scope, reply.headers)
         read = partial(self._read, reply, model, space, inputs, credential)
         try:
             is_short = len(reply.body) <= _READ_INLINE and len(inputs) <= _READ_INLINE_INPUTS
             checked = read() if is_short else await asyncio.to_thread(read)
         except EmbeddingError as error:
             if isinstance(error, RateLimited) and error.retry_after is not None:
-                admission.hold(model, error.retry_after)
-            elif isinstance(error, InputRefused):
+                admission.hold(scope, error.retry_after)
+            elif isinstance(error, InputRefused) and not is_quoted(error, payload):
                 self._batch_limits.learn_refused(model, inputs, len(payload), error)
             elif isinstance(error, CredentialsRefused) and credential is not None:
                 raise self._refused(credential, error) from error

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeAlias
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
@@ -21,6 +22,7 @@ from providers.batching.within import limits_of
 from providers.routing.counts import Counts
 from providers.routing.health import Upstreams
 from providers.routing.journey import ATTEMPTS, Journey, attempts
+from providers.routing.lane import Lane
 from providers.routing.order import Latencies, Order, Prices
 from providers.routing.route import Provider, Route
 from providers.routing.turn import ATTEMPTS_A_ROUTE, LONGEST_WAIT, Shut, Turn
@@ -51,6 +53,9 @@ MIN_TOLD_COOLDOWN = 1.0
 """Seconds; a shorter rest after a rate limit that named no time is not told to clients."""
 MIN_COOLDOWN_WAIT = 0.1
 """Seconds of its patience that each wait for the end of a rate limit takes from a request."""
+
+LaneOf: TypeAlias = Callable[[Route], Lane]
+"""Returns the lane of a route that a request is in."""
 
 _jitter = wait_random_exponential(multiplier=0.2, max=4.0)
 
@@ -92,7 +97,11 @@ class Router:
         limit is in the way that ends soon.
         """
         credential = context.credential
-        routes = self._preferred(self._able(space, inputs, credential), credential)
+
+        def lane(route: Route) -> Lane:
+            return route.lane(credential, space)
+
+        routes = self._preferred(self._able(space, inputs, credential), lane)
         journey = Journey(space, inputs, context, self.prices.charged, attempts(routes))
         patience = LONGEST_WAIT
         while True:
@@ -101,21 +110,21 @@ class Router:
             except Shut:
                 if journey.failure is not None:
                     raise self._explained(journey, journey.failure) from None
-                wait = self._cooldown(routes, credential)
+                wait = self._cooldown(routes, lane)
                 max_wait = min(patience, _time_left(context, self.upstreams.clock))
                 if wait is None or wait > max_wait or not journey.is_needed:
                     self.counts.refused += 1
-                    raise self._unavailable(routes, credential) from None
+                    raise self._unavailable(routes, lane) from None
                 patience -= max(wait, MIN_COOLDOWN_WAIT)
                 await self._sleep(wait)
                 if not journey.is_needed:
-                    raise self._unavailable(routes, credential) from None
+                    raise self._unavailable(routes, lane) from None
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             else:
                 # Another try, or another route, has answered: it was none of the inputs.
-                for name in journey.unexplained:
-                    self.upstreams.of(name).blame()
+                for name, blamed in journey.unexplained:
+                    self.upstreams.of(name).blame(blamed)
                 return answer
 
     def _explained(self, journey: Journey, failure: ProviderError) -> ProviderError:
@@ -123,8 +132,7 @@ class Router:
         failure.unexplained = tuple(journey.unexplained)
         said = failure.refusal
         if isinstance(failure, RateLimited) and said is not None and not said.retry_after:
-            credential = journey.context.credential
-            lanes = {one.name: one.lane(credential) for one in journey.asked}
+            lanes = {one.name: journey.lane(one) for one in journey.asked}
             wait = self.upstreams.of(failure.provider).rest(lanes.get(failure.provider, ""))
             if wait > MIN_TOLD_COOLDOWN:
                 failure.refusal = replace(said, retry_after=wait)
@@ -135,15 +143,19 @@ class Router:
             return await self._race(routes, journey, self._hedge_after_s)
         return await self._walk(routes, journey)
 
-    def next_route(self, credential: Credential | None) -> NextRoute:
+    def next_route(self, credential: Credential | None, space: Space | None = None) -> NextRoute:
         """Return the route that a batch would be sent to now: the first that may be asked."""
         routes = [one for one in self.routes if one.takes(credential)] or self.routes
         if not routes:
             return NextRoute(Limits(), asyncio.Semaphore(1), has_alternative=False, call_s=None)
-        ready = [route for route in routes if self._ready(route, credential)]
-        route = self._preferred(ready or routes, credential)[0]
+
+        def lane_of(route: Route) -> Lane:
+            return route.lane(credential, space)
+
+        ready = [route for route in routes if self._ready(route, lane_of)]
+        route = self._preferred(ready or routes, lane_of)[0]
         concurrency = limits_of(route.provider).concurrency
-        lane = route.lane(credential)
+        lane = lane_of(route)
         slots = self.upstreams.slots(route.name, lane, concurrency)
         health = self.upstreams.of(route.name)
         return NextRoute(
@@ -165,14 +177,20 @@ class Router:
 
     def blame_provider(self, error: ProviderError) -> None:
         """Count a failure against the providers that it is of: no single input is to blame."""
-        for name in error.unexplained:
-            self.upstreams.of(name).blame()
+        for name, lane in error.unexplained:
+            self.upstreams.of(name).blame(lane)
 
-    def blame_input(self, error: ProviderError, item: Input, credential: Credential | None) -> None:
+    def blame_input(
+        self,
+        error: ProviderError,
+        item: Input,
+        credential: Credential | None,
+        space: Space | None = None,
+    ) -> None:
         """Note that an input, and not the provider, is to blame for a failure."""
         for route in self.routes:
             if route.name == error.provider:
-                self.upstreams.of(route.name).blame_input(route.lane(credential), item)
+                self.upstreams.of(route.name).blame_input(route.lane(credential, space), item)
 
     def _able(
         self, space: Space, inputs: Sequence[Input], credential: Credential | None
@@ -205,26 +223,26 @@ class Router:
             raise ClientKeyRefused("This model is asked for with the client's own key; none came.")
         return routes
 
-    def _preferred(self, routes: Sequence[Route], credential: Credential | None) -> Sequence[Route]:
+    def _preferred(self, routes: Sequence[Route], lane: LaneOf) -> Sequence[Route]:
         match self._order:
             case "listed":
                 return routes
             case "cheapest":
                 return self.prices.arrange(routes)
             case "fastest":
-                ready = [route for route in routes if self._ready(route, credential)]
+                ready = [route for route in routes if self._ready(route, lane)]
                 rest = [route for route in routes if route not in ready]
                 return [*self.latencies.arrange(ready), *rest]
 
-    def _ready(self, route: Route, credential: Credential | None) -> bool:
-        return self.upstreams.of(route.name).ready(route.lane(credential))
+    def _ready(self, route: Route, lane: LaneOf) -> bool:
+        return self.upstreams.of(route.name).ready(lane(route))
 
     async def _walk(self, routes: Sequence[Route], journey: Journey) -> Embedded:
         """Ask one route after the other. Raises Shut when none has answered."""
         for place, route in enumerate(routes):
             if journey.left <= 0:
                 break
-            if route in journey.asked or not self._ready(route, journey.context.credential):
+            if route in journey.asked or not self._ready(route, journey.lane):
                 continue
             turn = self._turn(route, journey, routes[place + 1 :])
             if journey.begun:
@@ -282,7 +300,7 @@ class Router:
         """Ask the next route once when the time has come. Raises Shut when that gives nothing."""
         await self._sleep(after)
         for route in routes:
-            if route in journey.asked or not self._ready(route, journey.context.credential):
+            if route in journey.asked or not self._ready(route, journey.lane):
                 continue
             turn = self._turn(route, journey, ())
             if not turn.hedge():
@@ -300,12 +318,11 @@ class Router:
         raise Shut
 
     def _turn(self, route: Route, journey: Journey, after: Sequence[Route]) -> Turn:
-        credential = journey.context.credential
         later = (other for other in after if other not in journey.asked)
         return Turn(
             route,
             journey,
-            sum(self._ready(other, credential) for other in later),
+            sum(self._ready(other, journey.lane) for other in later),
             upstreams=self.upstreams,
             latencies=self.latencies,
             counts=self.counts,
@@ -319,27 +336,25 @@ class Router:
             retry=retry_if_exception(turn.again), wait=wait, sleep=self._sleep, reraise=True
         )
 
-    def _cooldown(self, routes: Sequence[Route], credential: Credential | None) -> float | None:
+    def _cooldown(self, routes: Sequence[Route], lane_of: LaneOf) -> float | None:
         """Return the seconds until a rate limit ends, where nothing else is in the way; or None."""
         waits = []
         for route in routes:
-            health, lane = self.upstreams.of(route.name), route.lane(credential)
+            health, lane = self.upstreams.of(route.name), lane_of(route)
             if health.lasting is not None:
                 continue
-            if health.breaker.wait:
+            if health.held(lane):
                 return None
             waits.append(health.rest(lane))
         return min(waits, default=None)
 
-    def _unavailable(
-        self, routes: Sequence[Route], credential: Credential | None
-    ) -> EmbeddingError:
+    def _unavailable(self, routes: Sequence[Route], lane_of: LaneOf) -> EmbeddingError:
         """Say why no provider may be asked, and when the first of them may.
 
         Where no second try helps, that is what the provider itself said; where only rate limits are
         in the way, it is one of those.
         """
-        known = [(self.upstreams.of(route.name), route.lane(credential)) for route in routes]
+        known = [(self.upstreams.of(route.name), lane_of(route)) for route in routes]
         passing = [(health, lane) for health, lane in known if health.lasting is None]
         if not passing:
             # The error was raised before, and each who is told of it has a traceback of its own.
@@ -352,7 +367,7 @@ class Router:
             for health, lane in known
         ]
         told = "; ".join(dict.fromkeys(reasons))
-        if any(health.breaker.wait for health, _ in passing):
+        if any(health.held(lane) for health, lane in passing):
             return AllResting(f"No provider can be asked just now ({told}).", wait)
         said = Refusal(429, told, "requests", "rate_limit_exceeded", wait)
         return RateLimited(passing[0][0].name, f"rate limited, asked again in {wait:.1f} s", said)

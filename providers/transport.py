@@ -18,6 +18,7 @@ from aiohttp.abc import AbstractStreamWriter
 from . import descriptors, hops
 from .attempts import EXTRA_SHARE, Attempt
 from .base import (
+    ConnectionTimeout,
     Context,
     DeadlineExceeded,
     LoopDetected,
@@ -53,10 +54,13 @@ class Transport:
         base_url: str,
         headers: Mapping[str, str],
         timeouts: Timeouts,
-        connections: int = 64,
+        connections: int = 0,
         network: Network = _DIRECT,
     ) -> None:
-        """`headers` are sent with every call; `connections` is how many are open at most."""
+        """`headers` are sent with every call; `connections` is how many are open at most, 0 = any.
+
+        Who sets a limit sees to it that no call waits for a connection: its time is the provider's.
+        """
         self._provider = provider
         self._base_url = base_url.rstrip("/")
         self._base = BaseUrl(base_url)
@@ -124,9 +128,10 @@ class Transport:
         reply begins.
 
         Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
-        is, or there is no connection in time, or the reply does not begin in time or arrives too
-        slowly, Unreachable when there is no connection or it was lost, UpstreamFault for a reply
-        beyond `limit`, one that cannot be decoded, a redirect or a 407, LoopDetected for a 508.
+        is (ConnectionTimeout when there is no connection in time), or the reply does not begin in
+        time or arrives too slowly, Unreachable when there is no connection or it was lost,
+        UpstreamFault for a reply beyond `limit`, one that cannot be decoded, a redirect or a 407,
+        LoopDetected for a 508.
         """
         now = asyncio.get_running_loop().time()
         left = None if context.deadline is None else context.deadline - now
@@ -140,6 +145,7 @@ class Transport:
         connect = min(self._timeouts.connect_s, total)
         timeout = aiohttp.ClientTimeout(total=None, connect=connect)
         attempt = context.attempt or Attempt()
+        attempt.begin(now)
         try:
             async with AsyncExitStack() as stack:
                 session = await stack.enter_async_context(self._lend())
@@ -153,6 +159,7 @@ class Transport:
                 async with asyncio.timeout_at(now + first_byte):
                     response = await stack.enter_async_context(request)
                 attempt.has_reply = True
+                attempt.note_life(asyncio.get_running_loop().time())
                 self._check_status(response.status)
                 async with asyncio.timeout_at(now + longest):
                     body = await self._read(response, limit)
@@ -163,7 +170,7 @@ class Transport:
                 raise DeadlineExceeded("the time of the request was up") from error
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 place = self._network.place_of(self._base_url)
-                raise UpstreamTimeout(
+                raise ConnectionTimeout(
                     self._provider, f"connection timed out to {place}, after {taken:.1f} s"
                 ) from error
             raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
@@ -174,6 +181,8 @@ class Transport:
             if is_final(error):
                 raise UpstreamFault(self._provider, reason(error)) from error
             raise Unreachable(self._provider, reason(error)) from error
+        finally:
+            attempt.end()
 
     def _check_status(self, status: int) -> None:
         """Raise UpstreamFault or LoopDetected for a status that no upstream answers with itself."""

@@ -10,6 +10,7 @@ from providers.base import EmbeddingError, Vector
 from proxy.embedding.result import Result
 from proxy.http.answers import Answer, Answers
 from proxy.http.caller import Caller
+from proxy.http.connection import Connection
 from proxy.http.heads import ADMITTED, Admitted, Given
 from proxy.http.repeating import AGAIN
 from proxy.http.request_log import MODEL
@@ -52,7 +53,8 @@ class Embeddings:
         parse = partial(wire.parse, body, self._service.most_inputs, model)
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         request[MODEL] = asked.model
-        result = await self._service.answer(asked, caller, control)
+        waiting = caller._replace(is_connected=partial(_is_connected, request))
+        result = await self._service.answer(asked, waiting, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
         # What stood in may not be needed again; and indexing is done anew for each request.
         anew = result.fallback or self._service.indexing is not None
@@ -108,6 +110,14 @@ class Embeddings:
             await response.write(chunk)
         await response.write_eof()
         return response
+
+
+def _is_connected(request: web.Request) -> bool:
+    """Tell whether the client is there, and has not closed its direction of the connection."""
+    connection = request.protocol
+    if isinstance(connection, Connection) and connection.has_left:
+        return False
+    return request.transport is not None and not request.transport.is_closing()
 
 
 def _headers(result: Result) -> dict[str, str]:

@@ -23,6 +23,7 @@ from providers.base import (
     NoRoute,
     OutOfCredit,
     OutOfDescriptors,
+    PermissionDenied,
     ProviderError,
     RateLimited,
     Unreachable,
@@ -86,6 +87,7 @@ _TABLE: tuple[tuple[type[EmbeddingError], int, str, str, bool], ...] = (
     (OutOfDescriptors, 503, "server_error", "proxy_overloaded", True),
     (AllResting, 503, "server_error", "upstream_unavailable", True),
     (CredentialsRefused, 403, "server_error", "upstream_auth", False),
+    (PermissionDenied, 403, "invalid_request_error", "upstream_permission_denied", False),
     (OutOfCredit, 429, "insufficient_quota", "insufficient_quota", False),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found", False),
     (LoopDetected, 508, "server_error", "loop_detected", False),
@@ -109,7 +111,9 @@ def failure(error: EmbeddingError) -> Failure:
         return INTERNAL
     _, status, type_, code, again = row
     said = error.refusal if isinstance(error, ProviderError) else None
-    if said is not None and isinstance(error, OutOfCredit | RateLimited | ModelNotFound):
+    if said is not None and isinstance(
+        error, OutOfCredit | RateLimited | ModelNotFound | PermissionDenied
+    ):
         # These are for the client to act on: it gets the upstream's own words and codes.
         status, type_, code = said.status, said.kind or type_, said.code or code
     elif said is not None and isinstance(error, UpstreamFault) and said.status in (503, 504):

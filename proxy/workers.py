@@ -2,7 +2,8 @@
 
 The parent takes the address and forks before anything else is opened; it serves nothing itself. A
 worker that dies is replaced. Requests for the same input that reach two workers at the same moment
-are not joined: each worker has its own flights.
+are not joined: each worker has its own flights. Of the declared limits of a provider each worker
+uses its share (`Limits.share`).
 """
 
 import logging

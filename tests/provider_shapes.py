@@ -21,6 +21,10 @@ class Outcome(Enum):
 
     KEY_REFUSED = "key_refused"
     OUT_OF_CREDIT = "out_of_credit"
+    QUOTA_EXCEEDED = "quota_exceeded"
+    """Credit is missing for this model or this call, and not for the account."""
+    DENIED = "denied"
+    """The model or the input is denied, and it is not said which."""
     RATE_LIMITED = "rate_limited"
     MODEL_NOT_FOUND = "model_not_found"
     INPUT_REFUSED = "input_refused"

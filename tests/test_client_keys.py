@@ -810,7 +810,7 @@ async def test_a_refused_key_as_a_probe_leaves_its_place(start, upstream):
     upstream.always = status(500)
     for i in range(5):
         await _ask(proxy, ANNE, f"text {i}")
-    breaker = proxy.service.upstreams.of("openai").breaker
+    breaker = proxy.service.upstreams.of("openai").breaker_of(MODEL)
     assert not breaker.ready()
     breaker._until = 0.0
     upstream.always = _refusing(upstream, ANNE)

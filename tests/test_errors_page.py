@@ -40,7 +40,10 @@ class Failure:
 LIMIT = "rate_limit_exceeded"
 FAILURES = {
     "the proxy's key is refused: 401": Failure(status(401, _error("invalid_api_key"))),
-    "the proxy's key is refused: 403": Failure(status(403)),
+    "the proxy's key is refused: 403 `invalid_api_key`": Failure(
+        status(403, _error("invalid_api_key"))
+    ),
+    "a model or an input is denied: 403 without a reason": Failure(status(403)),
     "the client's own key is refused (`key: client`)": Failure(
         status(401, _error("invalid_api_key")), {"key": "client"}
     ),

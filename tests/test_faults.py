@@ -83,6 +83,10 @@ def auth(act):
     return Row(act, 403, "upstream_auth", wait=None, rest=30)
 
 
+def denied(act):
+    return Row(act, 403, "upstream_permission_denied", wait=None, held="closed", rest=0)
+
+
 def unknown(act):
     return Row(act, 404, "model_not_found", wait=None, held="closed", rest=0)
 
@@ -208,7 +212,7 @@ ROWS = {
     "3-quota": spent(status(429, error("insufficient_quota")), 429),
     "3-402": spent(status(402), 402),
     "4-401": auth(status(401)),
-    "4-403": auth(status(403)),
+    "4-403": denied(status(403)),
     "5-400": refused(status(400, error())),
     "6-400": mended(larger_than(1, status(400, error("max_tokens_per_request"))), 1),
     "6-413": mended(larger_than(1, status(413)), 1),
@@ -485,7 +489,7 @@ async def keeps(world, missing):
 
 def state(health):
     """Say whether the provider is asked for the model, and if not, what holds it back."""
-    return "resting" if health.rest("m") else health.breaker.state
+    return "resting" if health.rest("m") else health.snapshot()["state"]
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "21-stale"])

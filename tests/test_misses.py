@@ -370,7 +370,6 @@ async def test_a_rate_limit_that_lasts_is_not_met_three_times_by_every_request(
     ("act", "expected"),
     [
         (status(401), (403, "upstream_auth")),
-        (status(403), (403, "upstream_auth")),
         (status(429, {"error": {"message": "m", "type": "insufficient_quota", "param": None,
                                 "code": "insufficient_quota"}}), (429, "insufficient_quota")),
         (status(402), (402, "insufficient_quota")),

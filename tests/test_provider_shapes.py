@@ -24,7 +24,7 @@ OTHERS = [text for text in INPUTS if text != INPUTS[BAD]]
 WIDTH = 8
 OF_ONE_INPUT = {Outcome.INPUT_REFUSED, Outcome.INPUT_FAILS}
 OF_ACCOUNT = {Outcome.KEY_REFUSED, Outcome.OUT_OF_CREDIT}
-ONE_CALL = OF_ACCOUNT | {Outcome.MODEL_NOT_FOUND}
+ONE_CALL = OF_ACCOUNT | {Outcome.MODEL_NOT_FOUND, Outcome.QUOTA_EXCEEDED, Outcome.DENIED}
 """What is so whatever the inputs are: one call tells it, and no other one is made to find out."""
 LIMITLESS = {"openai", "azure", "openai_compatible"}
 """Kinds whose limit is the client's own, or that of a gateway nobody knows."""
@@ -35,6 +35,8 @@ MAX_WAIT = 60
 CODES = {
     Outcome.KEY_REFUSED: {"upstream_auth"},
     Outcome.OUT_OF_CREDIT: {"insufficient_quota"},
+    Outcome.QUOTA_EXCEEDED: {"insufficient_quota"},
+    Outcome.DENIED: {"upstream_permission_denied"},
     Outcome.RATE_LIMITED: {"rate_limit_exceeded"},
     Outcome.MODEL_NOT_FOUND: {"model_not_found"},
     Outcome.INPUT_REFUSED: {None},
@@ -51,6 +53,8 @@ def statuses(shape):
     return {
         Outcome.KEY_REFUSED: {403},
         Outcome.OUT_OF_CREDIT: {402, 429},
+        Outcome.QUOTA_EXCEEDED: {402, 429},
+        Outcome.DENIED: {403},
         Outcome.RATE_LIMITED: {429},
         Outcome.MODEL_NOT_FOUND: {404, shape.status},
         Outcome.INPUT_REFUSED: {400, shape.status},

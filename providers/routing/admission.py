@@ -18,8 +18,14 @@ class Admission:
     """Lets calls through to one provider. `sleep` takes seconds."""
 
     def __init__(
-        self, provider: str, limits: Limits, sleep: Callable[[float], Awaitable[None]]
+        self,
+        provider: str,
+        limits: Limits,
+        sleep: Callable[[float], Awaitable[None]],
+        connections: asyncio.Semaphore | None = None,
     ) -> None:
+        """Take `connections` as shared by several queues of one provider; None = any number."""
+        self._connections = connections
         self._provider = provider
         self._learns = limits.learn
         self._sleep = sleep
@@ -81,6 +87,9 @@ class Admission:
                         await learned.pause(until)
                         await self._slots.acquire()
                     stack.callback(self._slots.release)
+                    if self._connections is not None:
+                        await self._connections.acquire()
+                        stack.callback(self._connections.release)
                     for room in rooms:
                         room.is_used = True
             except TimeoutError as error:

@@ -52,7 +52,10 @@ class Permit:
 
 
 class Breaker:
-    """The breaker of one provider. `clock` gives seconds, `chance` a number in [0, 1)."""
+    """The breaker of one provider, or of one scope of it.
+
+    `clock` gives seconds, `chance` a number in [0, 1).
+    """
 
     def __init__(
         self, clock: Callable[[], float], chance: Callable[[], float] = random.random
@@ -84,6 +87,11 @@ class Breaker:
         """Seconds until a call may go through; 0 when one may now."""
         left = self._until - self._clock() if self._open else 0.0
         return max(left, 0.0 if self._probe is None else PROBE_WAIT, 0.0)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is closed, and no failure is counted."""
+        return not self._open and not self.in_a_row
 
     def ready(self) -> bool:
         """Tell whether `enter` would give a permit."""

@@ -7,13 +7,16 @@ error never. `Full` is not in it: no attempt was made, and nothing follows from 
 from dataclasses import dataclass
 
 from providers.base import (
+    ConnectionTimeout,
     CredentialsRefused,
     InvalidAnswer,
     LoopDetected,
     ModelNotFound,
     OutOfCredit,
+    PermissionDenied,
     ProviderError,
     RateLimited,
+    ScopedQuotaExceeded,
     Unreachable,
     Unreadable,
     UpstreamFault,
@@ -41,17 +44,24 @@ class Rule:
     """Seconds for which the provider is not asked at all; then one call has to prove it well."""
     why: str = ""
     """What it is not asked for, in a few words."""
+    is_of_model: bool = True
+    """Whether it concerns the model that was asked for, and not the provider as a whole."""
+    is_of_request: bool = False
+    """Whether another request for the same model may be answered."""
 
 
 _TABLE: dict[type[ProviderError], Rule] = {
     RateLimited: Rule(OFTEN, Verdict.NONE),
-    OutOfCredit: Rule(0, Verdict.NONE, NO_CREDIT_REST, "out of credit"),
-    CredentialsRefused: Rule(0, Verdict.NONE, NO_KEY_REST, "key refused"),
+    OutOfCredit: Rule(0, Verdict.NONE, NO_CREDIT_REST, "out of credit", is_of_model=False),
+    ScopedQuotaExceeded: Rule(0, Verdict.NONE, is_of_request=True),
+    CredentialsRefused: Rule(0, Verdict.NONE, NO_KEY_REST, "key refused", is_of_model=False),
+    PermissionDenied: Rule(0, Verdict.NONE, is_of_request=True),
     ModelNotFound: Rule(0, Verdict.NONE),
     LoopDetected: Rule(0, Verdict.NONE),
     UpstreamFault: Rule(OFTEN, Verdict.BAD),
     UpstreamTimeout: Rule(0, Verdict.BAD),
-    Unreachable: Rule(1, Verdict.BAD),
+    ConnectionTimeout: Rule(0, Verdict.BAD, is_of_model=False),
+    Unreachable: Rule(1, Verdict.BAD, is_of_model=False),
     Unreadable: Rule(OFTEN, Verdict.BAD),
     InvalidAnswer: Rule(1, Verdict.BAD),
 }

@@ -1,9 +1,14 @@
 """What is known of the providers, shared by the routers of all models: breakers, proofs, counters.
 
-A breaker is a provider's, for what is down is down for every model. Rate limits are a lane's: a
-model's, or, at a provider that is asked with clients' own keys, a key's for a model. A lane that
-says when it wants to be asked again rests, and the provider's others are asked on. After a rest
-calls go through as before: that the provider answers was never in doubt.
+There are breakers of two sorts. That of the provider counts what is down for every model: failed
+connections; and it opens where the provider refuses the proxy's key or has no credit for it. Each
+scope (see `lane`) has a breaker of its own, which counts what may be due to the model or to fields
+of the request: errors of the upstream, time-outs, bad answers. So a client that asks for a broken
+model harms those alone who ask for the same.
+
+Rate limits are a lane's: a model's, or, at a provider that is asked with clients' own keys, a key's
+for a model. A lane that says when it wants to be asked again rests, and the provider's others are
+asked on. After a rest calls go through as before: that the provider answers was never in doubt.
 
 The numbers here are read by whoever shows them; `snapshot` gives them as plain values.
 """
@@ -13,6 +18,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypedDict, TypeVar
 from weakref import WeakValueDictionary
 
@@ -24,6 +30,7 @@ from providers.scheduling.tasks import Tasks
 from . import faults
 from .breaker import Breaker, Permit, State, Verdict
 from .budget import Budget
+from .lane import scope_of
 
 log = logging.getLogger("embedding_proxy.health")
 
@@ -53,6 +60,9 @@ MOST_LANES = 2000
 """Lanes of a provider of which something is remembered; half of them go when there are more."""
 
 
+_SEVERITY = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+
+
 def _bounded(lanes: dict[str, T]) -> dict[str, T]:
     """Return the same lanes, without those noted longest ago if there are too many."""
     if len(lanes) >= MOST_LANES:
@@ -61,12 +71,29 @@ def _bounded(lanes: dict[str, T]) -> dict[str, T]:
     return lanes
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Pass:
+    """The right to make one call: a permit of the provider's breaker, and one of the scope's."""
+
+    of_provider: Permit
+    of_scope: Permit
+    scope: str
+
+    @property
+    def probe(self) -> bool:
+        """Whether the call decides if a breaker closes."""
+        return self.of_provider.probe or self.of_scope.probe
+
+
 class Snapshot(TypedDict):
     """A provider's state, for people and metrics."""
 
     state: State
+    """The worst of its breakers."""
     until_s: float
-    """Seconds until it may be asked again."""
+    """Seconds until it may be asked again for what is held back the longest."""
+    held: dict[str, float]
+    """Seconds for which calls of one scope are held back: a model, with fields of requests."""
     rests: dict[str, float]
     """Seconds for which it may not be asked in a lane: a model by its own name for it."""
     why: str
@@ -83,6 +110,11 @@ class Health:
     def __init__(self, name: str, clock: Callable[[], float], chance: Callable[[], float]) -> None:
         self.name = name
         self.breaker = Breaker(clock, chance)
+        """That of the provider as a whole."""
+        self._chance = chance
+        self._opened = 0
+        self._breakers: dict[str, Breaker] = {}
+        """Those of its scopes, the one that was asked longest ago first."""
         self.attempts = 0
         self.failures: Counter[str] = Counter()
         self.scouts = 0
@@ -153,30 +185,62 @@ class Health:
         """Return the seconds for which it still wants no call in a lane, whatever its breaker."""
         return max(self._rests.get(lane, 0.0) - self._clock(), 0.0)
 
+    def breaker_of(self, lane: str) -> Breaker:
+        """Return the breaker of a lane's scope."""
+        scope = scope_of(lane)
+        breaker = self._breakers.pop(scope, None) or Breaker(self._clock, self._chance)
+        self._breakers[scope] = breaker
+        if len(self._breakers) > MOST_LANES:
+            self._forget_breakers()
+        return breaker
+
+    def _forget_breakers(self) -> None:
+        """Forget half of the breakers: first those that count no failure, the oldest of them."""
+        newest = reversed(self._breakers)
+        ordered = sorted(newest, key=lambda scope: self._breakers[scope].is_clear)
+        kept = {*ordered[: MOST_LANES // 2]}
+        self._breakers = {scope: one for scope, one in self._breakers.items() if scope in kept}
+
+    def held(self, lane: str) -> float:
+        """Return the seconds for which a breaker holds a lane back; 0 when none does."""
+        scope = self._breakers.get(scope_of(lane))
+        return max(self.breaker.wait, 0.0 if scope is None else scope.wait)
+
     def wait(self, lane: str) -> float:
         """Return the seconds until it may be asked in a lane; 0 when it may now."""
-        return max(self.rest(lane), self.breaker.wait)
+        return max(self.rest(lane), self.held(lane))
 
     def why(self, lane: str) -> str:
         """Say why it may not be asked in a lane: what holds it back the longest."""
-        return "rate limited" if self.rest(lane) > self.breaker.wait else self.breaker.why
+        if self.rest(lane) > self.held(lane):
+            return "rate limited"
+        scope = self._breakers.get(scope_of(lane))
+        if scope is not None and scope.wait > self.breaker.wait:
+            return scope.why
+        return self.breaker.why
 
     def ready(self, lane: str, *, rested: bool = False) -> bool:
         """Tell whether `enter` would give a permit. `rested`: the caller has done its own rest."""
-        return (rested or not self.rest(lane)) and self.breaker.ready()
+        if not rested and self.rest(lane):
+            return False
+        scope = self._breakers.get(scope_of(lane))
+        return self.breaker.ready() and (scope is None or scope.ready())
 
     async def news(self) -> None:
         """Wait until the next call of this provider ends, in whatever way."""
         await self._news.wait()
 
-    def enter(self, lane: str, *, rested: bool = False) -> Permit | None:
+    def enter(self, lane: str, *, rested: bool = False) -> Pass | None:
         """Return the permit for one call, and count it; None when none may be made now."""
-        permit = self.breaker.enter() if self.ready(lane, rested=rested) else None
-        if permit is not None:
-            self.attempts += 1
-        return permit
+        if not self.ready(lane, rested=rested):
+            return None
+        of_provider, of_scope = self.breaker.enter(), self.breaker_of(lane).enter()
+        if of_provider is None or of_scope is None:
+            raise RuntimeError(f"{self.name}: a breaker that is ready gives no permit")
+        self.attempts += 1
+        return Pass(of_provider, of_scope, scope_of(lane))
 
-    def answered(self, permit: Permit, lane: str, inputs: Sequence[Input]) -> None:
+    def answered(self, permit: Pass, lane: str, inputs: Sequence[Input]) -> None:
         """Note a good answer in a lane, to these inputs."""
         if self._blamed and len(inputs) == 1:
             # Calls failed because of it once; they do no more.
@@ -189,47 +253,59 @@ class Health:
 
     def failed(
         self,
-        permit: Permit,
+        permit: Pass,
         error: ProviderError,
         lane: str,
         *,
         by_client: bool = False,
-        is_about_input: bool = False,
+        is_uncounted: bool = False,
     ) -> None:
-        """Note a failure; afterwards the breaker may be open, or the lane rest.
+        """Note a failure; afterwards a breaker may be open, or the lane rest.
 
-        `by_client`: the key was a client's own, whose credit is nobody else's. `is_about_input`: it
-        may be due to one input alone, and does not count against the provider for now.
+        `by_client`: the key was a client's own, whose credit is nobody else's. `is_uncounted`: it
+        may be due to one input alone, or to a wait of our own, and counts against nobody for now.
         """
         self.failures[type(error).__name__] += 1
         rule = faults.rule(error)
-        opened = self.breaker.opened
         verdict = rule.verdict
-        if is_about_input:
+        if is_uncounted:
             verdict = Verdict.NONE
         elif verdict is Verdict.BAD:
             self._proof = None
-        elif verdict is Verdict.NONE:
+        elif verdict is Verdict.NONE and not rule.is_of_request:
             _bounded(self._declined)[lane] = self._clock()
         if rule.trips is not None and not by_client:
             self._lasting = error
-            self.breaker.trip(permit, rule.trips, rule.why)
+            before = self.breaker.opened
+            self.breaker.trip(permit.of_provider, rule.trips, rule.why)
+            self._tell(self.breaker, before)
         elif isinstance(error, RateLimited):
             self._cool_down(lane, error.retry_after, PROBE_REST if permit.probe else 0.0)
-        self._leave(permit, verdict)
-        if self.breaker.opened > opened:
-            log.warning(
-                "%s: not asked for %.1f s: %s", self.name, self.breaker.wait, self.breaker.why
-            )
+        self._leave(permit, verdict, is_of_model=rule.is_of_model)
 
-    def blame(self) -> None:
-        """Count a failure against the provider that did not count at first."""
-        opened = self.breaker.opened
+    def hung(self, permit: Pass) -> None:
+        """Count a call that is under way as failed: its request's time was up while it waited.
+
+        Its permit is given back; what comes of the call later is not counted again.
+        """
         self._proof = None
-        self.breaker.fail()
-        if self.breaker.opened > opened:
+        self._leave(permit, Verdict.BAD)
+
+    def blame(self, lane: str) -> None:
+        """Count a failure against the provider, in a scope, that did not count at first."""
+        breaker = self.breaker_of(lane)
+        before = breaker.opened
+        self._proof = None
+        breaker.fail()
+        self._tell(breaker, before, scope_of(lane))
+
+    def _tell(self, breaker: Breaker, opened: int, scope: str = "") -> None:
+        """Say in the log that a breaker has opened, if it has since it had done so so often."""
+        if breaker.opened > opened:
+            self._opened += 1
+            what = f" for {scope}" if scope else ""
             log.warning(
-                "%s: not asked for %.1f s: %s", self.name, self.breaker.wait, self.breaker.why
+                "%s: not asked%s for %.1f s: %s", self.name, what, breaker.wait, breaker.why
             )
 
     def _cool_down(self, lane: str, wait: float | None, min_wait: float) -> None:
@@ -246,30 +322,55 @@ class Health:
         until = self._clock() + min(wait, LONGEST_REST)
         _bounded(self._rests)[lane] = max(self._rests.get(lane, until), until)
 
-    def abandoned(self, permit: Permit) -> None:
+    def abandoned(self, permit: Pass) -> None:
         """Note a call that ended without saying anything about the provider."""
         self._leave(permit, Verdict.NONE)
 
-    def unsent(self, permit: Permit) -> None:
+    def unsent(self, permit: Pass) -> None:
         """Take back a call that was not made after all."""
         self.attempts -= 1
         self._leave(permit, Verdict.NONE)
 
-    def _leave(self, permit: Permit, verdict: Verdict) -> None:
-        self.breaker.leave(permit, verdict)
+    def _leave(self, permit: Pass, verdict: Verdict, *, is_of_model: bool = True) -> None:
+        """Give back a permit. What is of the model says nothing of the provider, unless it is good.
+
+        A provider that was probed and has answered, if only with an error, can be reached again.
+        """
+        is_good = verdict is Verdict.GOOD
+        of_provider, of_scope = verdict, verdict
+        if not is_good and is_of_model:
+            is_reached = verdict is Verdict.BAD and permit.of_provider.probe
+            of_provider = Verdict.GOOD if is_reached else Verdict.NONE
+        elif not is_good:
+            of_scope = Verdict.NONE
+        breaker = self._breakers.get(permit.scope)
+        for one, part, told, scope in (
+            (self.breaker, permit.of_provider, of_provider, ""),
+            (breaker, permit.of_scope, of_scope, permit.scope),
+        ):
+            if one is not None:
+                before = one.opened
+                one.leave(part, told)
+                self._tell(one, before, scope)
         self._news.set()
         self._news = asyncio.Event()
 
     def snapshot(self) -> Snapshot:
         """Return the present state."""
-        held = self.breaker.state is not State.CLOSED
+        breakers = [self.breaker, *self._breakers.values()]
+        worst = max(breakers, key=lambda one: (_SEVERITY[one.state], one.wait))
         return Snapshot(
-            state=self.breaker.state,
-            until_s=round(self.breaker.wait, 3),
+            state=worst.state,
+            until_s=round(worst.wait, 3),
+            held={
+                scope: round(one.wait, 3)
+                for scope, one in self._breakers.items()
+                if one.state is not State.CLOSED
+            },
             rests={m: round(left, 3) for m in self._rests if (left := self.rest(m))},
-            why=self.breaker.why if held else "",
-            failures_in_a_row=self.breaker.in_a_row,
-            opened=self.breaker.opened,
+            why="" if worst.state is State.CLOSED else worst.why,
+            failures_in_a_row=max(one.in_a_row for one in breakers),
+            opened=self._opened,
             attempts=self.attempts,
             failures=dict(self.failures),
         )

@@ -20,6 +20,7 @@ from providers.base import (
 from providers.batching.calls import Parts, assembled, rows_of
 from providers.batching.twins import find_duplicate_vectors
 
+from .lane import Lane
 from .route import Route
 
 ATTEMPTS = 3
@@ -61,9 +62,9 @@ class Journey:
     """Whether inputs go in calls of their own: an answer to several of them was bad in parts."""
     is_fused: bool = False
     """Whether one vector came for several inputs that differ."""
-    unexplained: list[str] = field(default_factory=list)
-    """Providers, once for each call of several inputs that failed in a way of which one input may
-    be the cause: it is not counted against them until that is known."""
+    unexplained: list[tuple[str, Lane]] = field(default_factory=list)
+    """Providers and lanes, once for each call of several inputs that failed in a way of which one
+    input may be the cause: it is not counted against them until that is known."""
 
     def __post_init__(self) -> None:
         """Begin with all of it missing."""
@@ -74,6 +75,10 @@ class Journey:
     def begun(self) -> bool:
         """Whether an attempt was made, or is being made."""
         return self.left < self.most
+
+    def lane(self, route: Route) -> Lane:
+        """Return the lane of a route that this request is in."""
+        return route.lane(self.context.credential, self.space)
 
     @property
     def is_needed(self) -> bool:

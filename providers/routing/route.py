@@ -20,6 +20,8 @@ from providers.base import (
 from providers.batching.within import ask_within_limits, limits_of
 from providers.limits import Limits
 
+from .lane import Lane, scoped
+
 
 class Provider(Protocol):
     """What a route needs of a provider: its name, and one attempt."""
@@ -71,11 +73,15 @@ class Route:
             return True
         return self.by_client is (credential is not None)
 
-    def lane(self, credential: Credential | None) -> str:
-        """Return the name under which the provider's limits hold: a model's, or a key's for it."""
+    def lane(self, credential: Credential | None, space: Space | None = None) -> Lane:
+        """Return the name under which the provider's limits hold: a model's, or a key's for it.
+
+        Its scope is the model, and what clients of this space add to their requests.
+        """
+        scope = self.model if space is None else scoped(self.model, space)
         if credential is None or not self.by_client:
-            return self.model
-        return f"{self.model} ({credential.name})"
+            return Lane(scope)
+        return Lane(f"{scope} ({credential.name})", scope)
 
     def objection(self, space: Space) -> InputRefused | None:
         """Return why the provider cannot serve this space: a field that it does not take."""

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import partial
 
+from providers.attempts import Attempt
 from providers.base import (
     ClientKeyRefused,
     CredentialsRefused,
@@ -20,9 +22,9 @@ from providers.base import (
 from providers.scheduling.refusal import is_internal_error
 
 from . import faults
-from .breaker import Permit, Verdict
+from .breaker import Verdict
 from .counts import Counts
-from .health import Upstreams
+from .health import Pass, Upstreams
 from .journey import Journey
 from .order import Latencies
 from .route import Route
@@ -37,6 +39,9 @@ SHORT_WAIT = 0.5
 """Seconds that a rate limit without a time is waited out where another route is left."""
 PROBE_LIMIT = 10.0
 """Seconds that a probe may take of a request that another route could answer."""
+HANG_SHARE = 0.5
+"""The part of the time of a request, or of a route's share of it, that a provider must have had to
+be held to have failed when that time is up. The rest may have been spent in queues of our own."""
 
 
 class Shut(EmbeddingError):
@@ -62,7 +67,7 @@ class Turn:
         self._upstreams = upstreams
         self._budget = upstreams.budget_of(journey.context.credential)
         self._health = upstreams.of(route.name)
-        self._lane = route.lane(journey.context.credential)
+        self._lane = journey.lane(route)
         self._latencies = latencies
         self._counts = counts
         self._made = 0
@@ -83,6 +88,9 @@ class Turn:
         self._receipt: float | None = None
         self._scouting = False
         self._rested = False
+        self._is_uncounted = False
+        """Whether a failure of the attempt counts against nobody: the provider had too little of
+        the time for its silence to mean anything, or it was counted when the time was up."""
 
     async def go_on(self) -> None:
         """Wait until the request, having failed elsewhere, may go on to this route.
@@ -164,7 +172,7 @@ class Turn:
                 error,
                 self._lane,
                 by_client=self._route.by_client,
-                is_about_input=self._is_about_input(error, permit),
+                is_uncounted=self._is_about_input(error, permit) or self._is_uncounted,
             )
             raise
         except ClientKeyRefused as error:
@@ -237,7 +245,7 @@ class Turn:
             return error.retry_after
         return self._health.rest(self._lane) if isinstance(error, RateLimited) else 0.0
 
-    def _is_about_input(self, error: ProviderError, permit: Permit) -> bool:
+    def _is_about_input(self, error: ProviderError, permit: Pass) -> bool:
         """Tell whether one input may be to blame for a failure, and the provider is not for now.
 
         Of several inputs in the call, unless the call is a probe; or it is one that has failed
@@ -250,7 +258,7 @@ class Turn:
                 self._health.blame_input(self._lane, item)
             return not permit.probe
         if is_internal_error(error) and len(inputs) > 1 and not permit.probe:
-            journey.unexplained.append(self._route.name)
+            journey.unexplained.append((self._route.name, self._lane))
             return True
         if len(inputs) == 1 and faults.rule(error).verdict is Verdict.BAD:
             is_repeated = self._is_repeat or self._has_failed_alone
@@ -264,7 +272,7 @@ class Turn:
         left = float("inf") if deadline is None else deadline - self._upstreams.clock()
         return max(left if most is None else min(left, most), 0.0)
 
-    async def _embed(self, permit: Permit) -> None:
+    async def _embed(self, permit: Pass) -> None:
         """Ask for what is missing, within the time that leaves the later routes theirs.
 
         A call that was sent goes on when that time is up, and what it brings is kept. Raises
@@ -276,11 +284,64 @@ class Turn:
         if self._later and permit.probe:
             limit = min(limit or PROBE_LIMIT, PROBE_LIMIT)
         begin_by = None if limit is None else asyncio.get_running_loop().time() + limit / 2
-        work = partial(journey.ask, self._route, begin_by)
+        attempts: list[Attempt] = []
+        self._is_uncounted = False
+
+        async def work(attempt: Attempt) -> None:
+            attempts.append(attempt)
+            timer = self._at_deadline(partial(self._note_hang, permit, attempt))
+            try:
+                await journey.ask(self._route, begin_by, attempt)
+            finally:
+                if timer is not None:
+                    timer.cancel()
+
         if not await self._upstreams.attempts.make(work, limit):
+            whole = self._whole_time()
+            if whole is not None and limit is not None:
+                share = min(whole / (self._later + 1), PROBE_LIMIT)
+                # Of a provider whose code tells nothing of its calls, all of the time was its own.
+                told = [one for one in attempts if one.has_begun]
+                self._is_uncounted = any(not self._has_hung(one, share) for one in told)
             raise UpstreamTimeout(self._route.name, f"no answer within {limit:.1f} s")
 
-    def _take_back(self, permit: Permit, call: float | None) -> None:
+    def _at_deadline(self, note: Callable[[], None]) -> asyncio.TimerHandle | None:
+        """Have something noted when the time of the request is up; None where it has no end."""
+        context = self._journey.context
+        if self._later or context.deadline is None or context.begun is None:
+            return None
+        return asyncio.get_running_loop().call_at(context.deadline, note)
+
+    def _whole_time(self) -> float | None:
+        """Return the seconds that the request has from its arrival on; None if not known."""
+        context = self._journey.context
+        if context.deadline is None or context.begun is None:
+            return None
+        return context.deadline - context.begun
+
+    def _has_hung(self, attempt: Attempt, share: float) -> bool:
+        """Tell whether a call has waited for the provider for most of a share of time."""
+        since = attempt.waiting_since
+        if since is None:
+            return False
+        return asyncio.get_running_loop().time() - since >= HANG_SHARE * share
+
+    def _note_hang(self, permit: Pass, attempt: Attempt) -> None:
+        """Count a failure of the provider whose call was not answered when the time was up.
+
+        Only where the call had most of the time, and a client waited to the end: one that has left
+        proves nothing. The call goes on; what it brings is kept, and counts as failed but once.
+        """
+        whole, context = self._whole_time(), self._journey.context
+        if whole is None or not self._has_hung(attempt, whole):
+            return
+        if context.has_waiters is not None and not context.has_waiters():
+            return
+        self._is_uncounted = True
+        log.warning("%s: no answer when the time of a request was up", self._route.name)
+        self._health.hung(permit)
+
+    def _take_back(self, permit: Pass, call: float | None) -> None:
         """Count an attempt no more that was not made."""
         self._health.unsent(permit)
         self._journey.left += 1

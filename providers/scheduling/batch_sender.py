@@ -6,6 +6,7 @@ failure is found by halving: the inputs around it are answered, and only its own
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +17,9 @@ from providers.base import (
     EmbeddingError,
     InputRefused,
     InvalidAnswer,
+    PermissionDenied,
     ProviderError,
+    ScopedQuotaExceeded,
     Space,
 )
 
@@ -87,6 +90,12 @@ class BatchSender:
             self._fail(batch, failure)
             await self._answer_rest(batch, searches)
         elif (
+            isinstance(error, PermissionDenied | ScopedQuotaExceeded)
+            and len(_requests(batch)) > 1
+            and self._may_search()
+        ):
+            await self._answer_halves(batch, searches)
+        elif (
             len(batch) > 1
             and failure.is_about_some_input
             and failure.is_worth_a_search(batch)
@@ -95,6 +104,13 @@ class BatchSender:
             await self._search(batch, failure, searches)
         else:
             self._fail(batch, failure)
+
+    async def _answer_halves(self, batch: Sequence[PendingInput], searches: int) -> None:
+        """Send the requests of a batch in two calls: what one is denied, another may be given."""
+        own = list(_by_request([one for one in batch if one.is_wanted]).values())
+        middle = len(own) // 2
+        halves = [list(itertools.chain(*half)) for half in (own[:middle], own[middle:])]
+        await asyncio.gather(*(self._answer(half, searches) for half in halves if half))
 
     async def _answer_rest(self, batch: Sequence[PendingInput], searches: int) -> None:
         """Go on with the requests that have not failed, when an input of another one was bad."""
@@ -237,7 +253,7 @@ class BatchSender:
         elif isinstance(error, EmbeddingError):
             culprit.request.fail(error.at(culprit.index))
             if isinstance(error, ProviderError) and (is_proven or failure.culprit is not None):
-                self._router.blame_input(error, culprit.input, self._credential)
+                self._router.blame_input(error, culprit.input, self._credential, self._space)
 
 
 class _Failure(NamedTuple):

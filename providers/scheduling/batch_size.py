@@ -98,7 +98,7 @@ def share(count: int, limits: Limits, min_inputs: int = MIN_INPUTS) -> int:
     """
     lanes = limits.concurrency
     if limits.requests_per_minute is not None:
-        lanes = min(lanes, max(1, limits.requests_per_minute // 60))
+        lanes = min(lanes, max(1, int(limits.requests_per_minute // 60)))
     inputs = max(min_inputs, -(-count // lanes))
     if limits.requests_per_minute is None:
         inputs = min(inputs, max(min_inputs, MAX_INPUTS))

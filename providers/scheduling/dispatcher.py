@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from providers.base import Credential, Embedder, Input, ProviderError
+from providers.base import Credential, Embedder, Input, ProviderError, Space
 from providers.limits import Limits
 
 
@@ -26,7 +26,7 @@ class NextRoute(NamedTuple):
 class Dispatcher(Embedder, Protocol):
     """What answers a batch: the router over the routes of a model."""
 
-    def next_route(self, credential: Credential | None) -> NextRoute:
+    def next_route(self, credential: Credential | None, space: Space | None = None) -> NextRoute:
         """Return the route that a batch would be sent to now."""
         ...
 
@@ -38,6 +38,12 @@ class Dispatcher(Embedder, Protocol):
         """Count a failure against the providers that it is of: no single input is to blame."""
         ...
 
-    def blame_input(self, error: ProviderError, item: Input, credential: Credential | None) -> None:
+    def blame_input(
+        self,
+        error: ProviderError,
+        item: Input,
+        credential: Credential | None,
+        space: Space | None = None,
+    ) -> None:
         """Note that an input, and not the provider, is to blame for a failure."""
         ...

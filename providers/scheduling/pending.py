@@ -74,6 +74,8 @@ class PendingRequest:
         self._failures: list[Exception] = []
         self._calls = 0
         self._is_over = False
+        self.has_left = False
+        """Whether its client has gone before its time was up."""
         self.searches = 0
         """Bad inputs of it that were searched for."""
         self._answer: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
@@ -92,6 +94,12 @@ class PendingRequest:
     def is_waited_for(self) -> bool:
         """Whether its caller still waits, though it may have failed by now."""
         return not (self._is_over or self._answer.done())
+
+    @property
+    def has_client(self) -> bool:
+        """Whether its client waits, or has waited until its time was up."""
+        told = self.context.has_waiters
+        return not self.has_left and (told is None or told())
 
     @property
     def has_answers(self) -> bool:
@@ -134,6 +142,10 @@ class PendingRequest:
 
     def _leave(self, _: object = None) -> None:
         """Drop what is queued: nobody waits any more."""
+        deadline = self.context.deadline
+        if not self._is_over and not self._answer.done():
+            now = self._answer.get_loop().time()
+            self.has_left = deadline is None or now < deadline
         self._is_over = True
         if not self._answer.done():
             self.fail(DeadlineExceeded("nobody waits for the answer any more"))
@@ -205,9 +217,11 @@ def call_context(inputs: Sequence[PendingInput], *, max_attempts: int | None = N
     The call has the time of the most patient request. Each request is told of its own inputs, and
     is charged for them.
     """
-    contexts = [request.context for request in dict.fromkeys(one.request for one in inputs)]
+    requests = [*dict.fromkeys(one.request for one in inputs)]
+    contexts = [request.context for request in requests]
     deadlines = [context.deadline for context in contexts]
     known = [deadline for deadline in deadlines if deadline is not None]
+    last = max(contexts, key=lambda one: -1.0 if one.deadline is None else one.deadline)
 
     async def hand_out(places: Sequence[int], part: Embedded) -> None:
         for request, positions in by_request(inputs, places).items():
@@ -223,6 +237,8 @@ def call_context(inputs: Sequence[PendingInput], *, max_attempts: int | None = N
     return replace(
         contexts[0],
         deadline=max(known) if len(known) == len(deadlines) else None,
+        begun=last.begun,
+        has_waiters=lambda: any(request.has_client for request in requests),
         on_part=hand_out,
         counts={
             one.input: one.count

@@ -31,6 +31,18 @@ def is_about_size(failure: Exception) -> TypeGuard[InputRefused]:
     return _TOO_MANY.search(str(failure)[:_MAX_MESSAGE]) is not None
 
 
+def is_quoted(failure: InputRefused, payload: bytes) -> bool:
+    """Tell whether the words on the size of a call may be quoted from the call itself.
+
+    `payload` is its body. What a client writes must teach no limit that holds for others.
+
+    >>> is_quoted(InputRefused("bad input: 'batch size 1'"), b'{"input": ["Batch size 1"]}')
+    True
+    """
+    found = _TOO_MANY.search(str(failure)[:_MAX_MESSAGE])
+    return found is not None and found[0].lower().encode() in payload.lower()
+
+
 def is_about_tokens(failure: InputRefused) -> bool:
     """Tell whether a refusal speaks of tokens: then it says nothing of the number of inputs."""
     return "token" in f"{failure.kind} {failure.code} {failure}"[:_MAX_MESSAGE].lower()

@@ -53,7 +53,7 @@ class Scheduler:
         place among the inputs. When the deadline passes, or the caller goes, what is queued is
         dropped, and what is on the wire is finished.
         """
-        limits = self._router.next_route(context.credential).limits
+        limits = self._router.next_route(context.credential, space).limits
         sizes, are_exact = await batch_size.sizes(space, inputs, limits.tokens, context)
         counts: Sequence[int | None] = sizes
         if not are_exact:
@@ -143,7 +143,7 @@ class _Queue:
             self._batch_inputs = batch_size.even(waiting, share)
 
     def _next_route(self) -> NextRoute:
-        return self._router.next_route(self._key.credential)
+        return self._router.next_route(self._key.credential, self._key.space)
 
     def _start_workers(self, max_workers: int | None = None) -> None:
         """Start a worker for each batch that waits, as many as may work at a time."""

@@ -74,18 +74,21 @@ class Answering:
         allowed = terms(self._settings.cache.mode, control)
 
         async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+            begun = asyncio.get_running_loop().time()
             inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
             account = Account(asked.model, caller.client, one.price)
             neutral = _neutral(one, asked)
             return inputs, Context(
                 by,
-                asked.user,
-                neutral,
-                caller.namespace,
-                allowed,
+                begun=begun,
+                user=asked.user,
+                neutral=neutral,
+                namespace=caller.namespace,
+                terms=allowed,
                 weigh=weigh,
                 account=account,
                 client_retries=caller.retries,
+                has_waiters=caller.is_connected,
             )
 
         if asked.parameters:

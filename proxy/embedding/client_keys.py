@@ -49,6 +49,9 @@ AT_ONCE = 16
 """Keys that are proved at a time: bad ones cannot flood a provider, however many come."""
 RETRY_S = 1.0
 """When to try again to prove a key, where nobody named a time."""
+PROOF_S = 5.0
+"""Seconds that a request waits for a proof of its key at most, its turn for it included. A call
+that was sent goes on, and proves the key when its answer comes."""
 LONGEST = 4096
 """Characters of a key."""
 
@@ -181,24 +184,37 @@ class _Visit:
         # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
         # A call that an earlier request left under way is such a purchase, and is not made again.
         terms = self._own.terms
+        clock = asyncio.get_running_loop().time
+        limit = clock() + PROOF_S
+        by = limit if self._own.deadline is None else min(self._own.deadline, limit)
         proving = replace(
             self._own,
+            deadline=by,
+            # That the short time of a proof is up says nothing of the provider.
+            begun=None,
             credential=replace(self._credential, alone=True),
             terms=replace(terms, max_age=0.0, joins_same_key=terms.max_age > 0),
             on_charge=self._accept,
         )
-        async with self._keys.turn(self._proof, self._own.deadline):
-            standing = self._keys.standing(self._proof)
-            if standing is Standing.DUE:
-                # Others need not wait: they are served on the older proof meanwhile.
-                self._keys.proofs.defer(self._proof)
-            try:
+        try:
+            async with self._keys.turn(self._proof, by):
+                standing = self._keys.standing(self._proof)
+                if standing is Standing.DUE:
+                    # Others need not wait: they are served on the older proof meanwhile.
+                    self._keys.proofs.defer(self._proof)
                 if standing is not Standing.PROVED:
                     return await self._asked(inputs, proving)
-            except (AllResting, ProviderError) as error:
-                if standing is Standing.UNKNOWN:
+        except (AllResting, ProviderError, DeadlineExceeded) as error:
+            is_late = isinstance(error, DeadlineExceeded)
+            if is_late and self._own.deadline is not None and self._own.deadline <= clock():
+                raise
+            if self._keys.standing(self._proof) is Standing.UNKNOWN:
+                if not is_late:
                     raise
-                log.info("%s is served on an older proof: %s", self._credential.name, error)
+                told = f"Your key cannot be proved just now (no answer within {PROOF_S:g} s)."
+                raise AllResting(told, RETRY_S) from error
+            self._keys.proofs.defer(self._proof)
+            log.info("%s is served on an older proof: %s", self._credential.name, error)
         return await self._asked(inputs)
 
     def _accept(self, bill: Bill) -> None:

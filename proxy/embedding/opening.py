@@ -8,10 +8,12 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 from providers import kinds
 from providers.base import Embedder
 from providers.credential import key_mistake
+from providers.limits import Limits
 from providers.local import Local
 from providers.router import Provider, Route, Router
 from providers.routing.health import Upstreams
@@ -52,10 +54,23 @@ async def open_providers(
             continue
         check_network(name, entry)
         adapter = kinds.find(entry.kind).adapter
+        profile = entry.as_profile()
+        profile = replace(profile, limits=_share(name, profile.limits, settings.server.workers))
         opened[name] = await stack.enter_async_context(
-            adapter(name, entry.as_profile(), api_key=key or None, sleep=sleep)
+            adapter(name, profile, api_key=key or None, sleep=sleep)
         )
     return opened
+
+
+def _share(name: str, limits: Limits, workers: int) -> Limits:
+    """Return what each of so many worker processes may use of the limits of a provider."""
+    if limits.concurrency < workers:
+        log.warning(
+            "provider %s: limits.concurrency is %d, and server.workers %d: each worker makes one"
+            " call at a time, so there may be %d; set fewer workers to keep to the limit",
+            *(name, limits.concurrency, workers, workers),
+        )
+    return limits.share(workers)
 
 
 def key_of(entry: ProviderEntry) -> str:

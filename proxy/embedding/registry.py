@@ -120,6 +120,8 @@ class Registry:
         self._usable = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
         self._flights: Flights[Filled] = Flights()
+        self._widths: dict[str, int] = {}
+        """By the label of a space with parameters, where the model's own width is not known."""
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
 
     async def close(self) -> None:
@@ -176,6 +178,11 @@ class Registry:
         """
         if not context.terms.spend:
             raise NotCached(context.terms, range(len(inputs)), len(inputs))
+        label = model.space.with_parameters(parameters).label if parameters else ""
+        known = self._widths.get(label)
+        if known is not None:
+            # Of requests with the same fields; other widths are not known from it.
+            model = replace(model, space=replace(model.space, dimensions=known))
 
         async def ask(some: Sequence[Input]) -> Answered:
             return await model.embedder.embed(
@@ -186,9 +193,16 @@ class Registry:
             nonlocal model
             begun = await ask(some)
             width = len(begun.vectors[0]) // 4
-            await self._pins.pin(model.space.name, width)
-            model = self._keep(model, width)
+            if parameters:
+                self._note_own_width(label, width)
+                model = replace(model, space=replace(model.space, dimensions=width))
+            else:
+                await self._pins.pin(model.space.name, width)
+                model = self._keep(model, width)
             return begun
+
+        if known is not None:
+            return model, await ask(inputs)
 
         answer = await one_before_others(inputs, 0, first, ask)
         return model, answer
@@ -208,9 +222,19 @@ class Registry:
 
     async def _note_width(self, space: Space, width: int) -> None:
         """Pin the first width that an answer tells, though who asked may be gone by now."""
+        if space.parameters:
+            # A client's own fields may change the width: it holds for the same fields alone.
+            self._note_own_width(space.label, width)
+            return
         # Whoever still waits is told if it is another one than before.
         with suppress(InvalidAnswer):
             await self._pins.pin(space.name, width)
+
+    def _note_own_width(self, label: str, width: int) -> None:
+        """Remember the width of requests with fields of their own, in this process."""
+        self._widths[label] = width
+        if len(self._widths) > MOST_KEPT:
+            del self._widths[next(iter(self._widths))]
 
     def _keep(self, model: Model, width: int) -> Model:
         """Return a model that has learned its width; the next one who asks finds it so."""

@@ -1,5 +1,6 @@
 """Who a request comes from, as far as that matters behind the door."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -27,3 +28,5 @@ class Caller(NamedTuple):
     retries: int | None = None
     """0 = the caller repeats requests by itself, and this is its first try; 1 = a later one; None =
     it is not known to do so."""
+    is_connected: Callable[[], bool] | None = None
+    """Tells whether the caller still waits for the answer; None = it does."""

@@ -78,7 +78,7 @@ class Dispatch:
     async def embed(self, space, inputs, context):
         return await self.upstream.embed(space, inputs, context)
 
-    def next_route(self, credential):
+    def next_route(self, credential, space=None):
         return self.route
 
     def may_search(self, credential):
@@ -88,7 +88,7 @@ class Dispatch:
     def blame_provider(self, error):
         self.blamed.append(error)
 
-    def blame_input(self, error, item, credential):
+    def blame_input(self, error, item, credential, space=None):
         self.blamed.append(item)
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 
-from providers.base import Context
+import pytest
+
+from providers.base import Context, DeadlineExceeded, Full
 from providers.limits import Limits
 from providers.routing.admission import MOST_MODELS, Admission
 
@@ -69,3 +71,35 @@ async def test_who_is_cancelled_in_the_queue_takes_no_room():
             await asyncio.wait([waiting])
     await _turn(admission, "m")
     assert waits == []
+
+
+async def test_a_wait_for_a_connection_is_our_own():
+    """Queues that share connections wait for one within their time, and no call is begun late."""
+    connections = asyncio.Semaphore(1)
+    one, other = (Admission("acme", Limits(), asyncio.sleep, connections) for _ in range(2))
+    loop = asyncio.get_running_loop()
+    async with one.turn("m", 1, Context()):
+        with pytest.raises(DeadlineExceeded):
+            async with other.turn("m", 1, Context(deadline=loop.time() + 0.01)):
+                raise AssertionError("two calls on one connection")
+        with pytest.raises(Full):
+            async with other.turn("m", 1, Context(begin_by=loop.time() + 0.01)):
+                raise AssertionError("two calls on one connection")
+    # Whoever has given up holds nothing.
+    for _ in range(2 * Limits().concurrency):
+        await asyncio.wait_for(_turn(other, "m"), 1)
+
+
+async def test_a_share_of_less_than_one_call_a_minute_lets_calls_through():
+    """Four workers that share three calls a minute make one each, and the next after 80 seconds."""
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    limits = Limits(requests_per_minute=3).share(4)
+    admission = Admission("acme", limits, sleep)
+    await _turn(admission, "m")
+    assert waits == []
+    await _turn(admission, "m")
+    assert waits == [pytest.approx(80, abs=1)]

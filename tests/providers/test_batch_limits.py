@@ -65,7 +65,7 @@ async def test_small_requests_do_not_wait_for_a_limit_that_nobody_needs():
         limits.learn_accepted("m", ["x"])
 
     class Learned(Dispatch):
-        def next_route(self, credential):
+        def next_route(self, credential, space=None):
             return self.route._replace(limits=limits.of("m"))
 
     upstream = Upstream()

@@ -13,6 +13,7 @@ from providers.base import (
     InvalidAnswer,
     ModelNotFound,
     OutOfCredit,
+    PermissionDenied,
     RateLimited,
     Space,
     UpstreamFault,
@@ -80,7 +81,7 @@ async def test_the_answer_needs_no_usage(usage, counts, mocked_http):
         (400, InputRefused),
         (401, CredentialsRefused),
         (402, OutOfCredit),
-        (403, CredentialsRefused),
+        (403, PermissionDenied),
         (404, ModelNotFound),
         (408, UpstreamFault),
         (413, InputRefused),
@@ -94,7 +95,7 @@ async def test_the_answer_needs_no_usage(usage, counts, mocked_http):
 )
 async def test_openrouters_errors_are_told_apart(code, error, inside, mocked_http):
     """The integer code in the body decides, whether or not the status says the same."""
-    body = {"error": {"code": code, "message": "made up", "metadata": {"provider_name": "Acme"}}}
+    body = {"error": {"code": code, "message": "made up", "metadata": {"provider_name": None}}}
     mocked_http.post(URL, status=200 if inside else code, payload=body)
     with pytest.raises(error) as caught:
         await ask(["a"])

@@ -21,6 +21,7 @@ from providers.base import (
     InvalidAnswer,
     ModelNotFound,
     OutOfCredit,
+    PassingFailure,
     ProviderError,
     RateLimited,
     Refusal,
@@ -105,7 +106,7 @@ class World:
         return self.a.calls, self.b.calls
 
     def state(self, name):
-        return self.upstreams.of(name).breaker.state
+        return self.upstreams.of(name).snapshot()["state"]
 
 
 async def turn():
@@ -293,7 +294,7 @@ async def test_a_failed_probe_costs_no_client_its_answer():
     world.clock.now += 1
     assert await world.ask() == "b"
     assert world.a.calls == calls + 1
-    assert world.upstreams.of("a").breaker.wait == 2
+    assert world.upstreams.of("a").wait("m") == 2
 
 
 async def test_a_cancelled_probe_frees_its_place():
@@ -584,6 +585,7 @@ async def test_what_happened_can_be_read():
     assert shown["a"] == {
         "state": "open",
         "until_s": 1.0,
+        "held": {"m": 1.0},
         "rests": {},
         "why": "it failed 5 times in a row",
         "failures_in_a_row": 5,
@@ -594,7 +596,7 @@ async def test_what_happened_can_be_read():
     assert (shown["b"]["state"], shown["b"]["why"], shown["b"]["attempts"]) == ("closed", "", 3)
 
 
-@pytest.mark.parametrize("kind", [k for k in ProviderError.__subclasses__() if k.__subclasses__()])
+@pytest.mark.parametrize("kind", [PassingFailure, ProviderError])
 def test_an_error_nobody_foresaw_counts_and_is_not_repeated(kind):
     """A class without a row of its own has the careful one."""
     found = rule(kind("acme", "made up"))
@@ -630,7 +632,7 @@ async def test_a_slow_route_is_hedged():
     assert await task == "b"
     assert (world.calls, world.a.ended, world.router.counts.hedges) == ((1, 1), 1, 1)
     assert world.upstreams.budget.extras == 1
-    assert world.upstreams.of("a").breaker.in_a_row == 0
+    assert world.upstreams.of("a").breaker_of("m").in_a_row == 0
     assert not world.upstreams.of("a").failures
 
 
@@ -651,7 +653,7 @@ async def test_the_first_route_may_still_win():
     assert world.calls == (1, 1)
     world.a.gate.set()
     assert await task == "a"
-    assert world.upstreams.of("b").breaker.in_a_row == 1
+    assert world.upstreams.of("b").breaker_of("m").in_a_row == 1
 
 
 async def test_a_first_route_that_fails_leaves_the_matter_to_its_hedge():
@@ -734,7 +736,7 @@ async def test_a_probe_that_meets_a_rate_limit_proves_nothing():
 
     Another model's call may be the probe at once.
     """
-    world = World(lambda: error(UpstreamFault))
+    world = World(lambda: error(Unreachable))
     while world.state("a") is State.CLOSED:
         await world.ask()
     world.clock.now += 1
@@ -774,6 +776,7 @@ async def test_a_full_queue_is_no_call():
     assert shown["a"] == {
         "state": "closed",
         "until_s": 0.0,
+        "held": {},
         "rests": {},
         "why": "",
         "failures_in_a_row": 0,
@@ -943,17 +946,46 @@ async def test_nobody_rests_past_an_open_breaker():
     health = world.upstreams.of("a")
     health.failed(health.enter("small"), error(RateLimited, wait=1.0), "small")
     for _ in range(5):
-        health.failed(health.enter("large"), error(UpstreamFault), "large")
+        health.failed(health.enter("large"), error(Unreachable), "large")
     assert health.enter("small", rested=True) is None
+
+
+async def test_each_model_has_a_breaker_and_the_provider_has_one():
+    """Answers that are wrong shut a model; that nothing can be connected to shuts all of them."""
+    world = Models()
+    health = world.upstreams.of("a")
+    for _ in range(5):
+        health.failed(health.enter("large"), error(UpstreamFault), "large")
+    assert (health.wait("large"), health.wait("small"), health.wait("other")) == (1, 0, 0)
+    assert health.snapshot()["held"] == {"large": 1.0}
+    for _ in range(5):
+        health.failed(health.enter("small"), error(Unreachable), "small")
+    assert (health.wait("small"), health.wait("other")) == (1, 1)
+    world.clock.now += 1
+    # The provider is reached again, though it fails on: that is the matter of the model.
+    health.failed(health.enter("small"), error(UpstreamFault), "small")
+    assert (health.wait("other"), health.breaker.state) == (0, State.CLOSED)
+
+
+async def test_breakers_of_made_up_models_are_forgotten(monkeypatch):
+    """Names without end fill no memory, and forget no breaker that holds a model back."""
+    monkeypatch.setattr("providers.routing.health.MOST_LANES", 10)
+    health = World().upstreams.of("a")
+    for _ in range(5):
+        health.failed(health.enter("down"), error(UpstreamFault), "down")
+    for i in range(50):
+        health.answered(health.enter(f"made up {i}"), f"made up {i}", ["text"])
+    assert health.wait("down")
+    assert len(health._breakers) <= 10
 
 
 async def test_breaker_and_rest_are_told_together():
     """What holds back the longest is said, and the client comes back when both are over."""
-    world = Models(lambda: error(UpstreamFault))
+    world = Models(lambda: error(Unreachable))
     health = world.upstreams.of("a")
     health.failed(health.enter("small"), error(RateLimited, wait=30.0), "small")
     for _ in range(5):
-        health.failed(health.enter("large"), error(UpstreamFault), "large")
+        health.failed(health.enter("large"), error(Unreachable), "large")
     small, large = await world.ask(world.only_small), await world.ask(world.only_large)
     assert (small.retry_after, large.retry_after) == (30, 1)
     assert "a: rate limited, asked again in 30.0 s" in str(small)
@@ -981,3 +1013,25 @@ async def test_a_model_that_declines_does_not_speak_for_another():
     world.b.does = None
     assert isinstance(await world.ask(world.small), ModelNotFound)
     assert await world.ask(world.large) == "b"
+
+
+@pytest.mark.parametrize(("earlier", "tells", "counted"), [(0, 1, 1), (60, 1, 0), (60, 0, 1)])
+async def test_what_is_left_of_a_wait_in_our_queue_is_no_time_to_answer(earlier, tells, counted):
+    """A route that had the last of a request's time alone is not held to have failed.
+
+    Of a provider that does not tell when its calls begin, all of the time counts as its own.
+    """
+    world = World()
+    loop = asyncio.get_running_loop()
+    world.upstreams.clock = loop.time
+
+    async def ask(model, space, inputs, context):
+        if tells:
+            context.attempt.begin(loop.time())
+        await asyncio.Event().wait()
+
+    world.a.ask = ask
+    now = loop.time()
+    context = Context(deadline=now + 0.1, begun=now - earlier)
+    assert await world.ask(context=context) == "b"
+    assert world.upstreams.of("a").breaker_of("m").in_a_row == counted

@@ -9,9 +9,12 @@ from providers.base import (
     AllResting,
     EmbeddingError,
     InputRefused,
+    OutOfCredit,
+    OutOfDescriptors,
     ProviderError,
     RateLimited,
     Refusal,
+    UpstreamTimeout,
 )
 from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
@@ -22,12 +25,14 @@ def _leaves(cls: type) -> list[type]:
     return [leaf for child in below for leaf in _leaves(child)] if below else [cls]
 
 
-RAISED = [*_leaves(EmbeddingError), RateLimited]
+RAISED = [*_leaves(EmbeddingError), RateLimited, OutOfCredit, UpstreamTimeout]
 
 
 def _made(cls: type, refusal: Refusal | None = None) -> EmbeddingError:
     if issubclass(cls, ProviderError):
         return cls("acme", "said no", refusal)
+    if cls is OutOfDescriptors:
+        return cls()
     return cls("said no", 2.5) if cls is AllResting else cls("said no")
 
 
@@ -41,6 +46,13 @@ TABLE = [
     ("CredentialsRefused", None, 403, "server_error", "upstream_auth", None),
     ("CredentialsRefused", Refusal(401, "m", "t", "invalid_api_key"), 403, "server_error",
      "upstream_auth", None),
+    ("OutOfDescriptors", None, 503, "server_error", "proxy_overloaded", RETRY_SECONDS),
+    ("PermissionDenied", None, 403, "invalid_request_error", "upstream_permission_denied", None),
+    ("PermissionDenied", Refusal(403, "m", "t", "c"), 403, "t", "c", None),
+    ("ScopedQuotaExceeded", None, 429, "insufficient_quota", "insufficient_quota", None),
+    ("ScopedQuotaExceeded", Refusal(402, "m"), 402, "insufficient_quota", "insufficient_quota",
+     None),
+    ("ConnectionTimeout", None, 504, "server_error", "upstream_timeout", RETRY_SECONDS),
     ("OutOfCredit", None, 429, "insufficient_quota", "insufficient_quota", None),
     ("OutOfCredit", Refusal(402, "m"), 402, "insufficient_quota", "insufficient_quota", None),
     ("OutOfCredit", Refusal(429, "m", "insufficient_quota", "x", 9), 429, "insufficient_quota",
@@ -101,7 +113,7 @@ def test_the_body_always_has_the_four_keys(leaf):
     content = json.loads(response.body)
     assert content.keys() == {"error"}
     assert content["error"].keys() == {"message", "type", "param", "code"}
-    assert content["error"]["message"].endswith("said no")
+    assert content["error"]["message"] == str(_made(leaf))
 
 
 def test_a_body_of_only_a_message_has_nulls():
