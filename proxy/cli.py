@@ -99,11 +99,12 @@ def serve(
         def announce() -> None:
             typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
 
+        count = settings.server.workers
+
         def work(ready: Callable[[], None]) -> signal.Signals:
             with one_line():
-                return _run(server.serve(settings, listening, ready))
+                return _run(server.serve(settings, listening, ready, is_worker=count > 1))
 
-        count = settings.server.workers
         told = work(announce) if count == 1 else processes.run(count, work, announce)
     if told is signal.SIGINT:
         raise typer.Exit(130)

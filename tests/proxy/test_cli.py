@@ -88,7 +88,9 @@ async def _told_while_busy(number, tmp_path, upstream):
             release.set()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
 async def test_serve_announces_answers_and_ends_in_good_order(number, code, tmp_path, upstream):
     """The process prints the line to paste, answers, and at a signal finishes what it began."""
     async with _told_while_busy(number, tmp_path, upstream) as (process, request, release):
@@ -108,6 +110,39 @@ async def test_a_second_signal_ends_it_at_once(tmp_path, upstream):
         assert await process.wait() == -signal.SIGTERM
         with pytest.raises(aiohttp.ClientError):
             await request
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+async def test_a_hangup_is_never_the_second_signal(first, tmp_path, upstream):
+    """A closed terminal sends SIGHUP twice; what is in progress is answered all the same."""
+    async with _told_while_busy(first, tmp_path, upstream) as (process, request, release):
+        process.send_signal(signal.SIGHUP)
+        release.set()
+        async with await request as response:
+            assert (response.status, response.headers["x-cache"]) == (200, "partial")
+        await process.communicate()
+    assert process.returncode == 0
+
+
+async def test_under_nohup_a_hangup_ends_nothing(tmp_path, upstream):
+    """Where SIGHUP is ignored from the start, it stays ignored, and requests are answered."""
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        served = _served(tmp_path, upstream)
+        process, url = await served.__aenter__()
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    try:
+        process.send_signal(signal.SIGHUP)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/embeddings", json=GOOD) as response,
+        ):
+            assert response.status == 200
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        await served.__aexit__(None, None, None)
 
 
 FAILED_STARTS = {
@@ -201,7 +236,7 @@ def serving(monkeypatch):
     noted = []
 
     def end_with(outcome: signal.Signals | Exception) -> list:
-        async def serve(settings, _listening, announce):
+        async def serve(settings, _listening, announce, *, is_worker):
             noted.append(settings)
             if isinstance(outcome, Exception):
                 raise outcome
@@ -216,7 +251,7 @@ def serving(monkeypatch):
     return end_with
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_options_stand_in_for_keys_of_the_configuration(number, run, serving, tmp_path):
     """What is given as an option counts more than the file; the rest is the file's."""
     noted = serving(number)
