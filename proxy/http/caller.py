@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from aiohttp import web
+
 
 class Secret(str):
     """A key; it is not shown where values are."""
@@ -27,3 +29,7 @@ class Caller(NamedTuple):
     retries: int | None = None
     """0 = the caller repeats requests by itself, and this is its first try; 1 = a later one; None =
     it is not known to do so."""
+
+
+CALLER = web.RequestKey("caller", Caller)
+"""Where the guard puts the caller of a request that it lets in."""

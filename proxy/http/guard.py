@@ -13,7 +13,7 @@ from proxy.onward.headers import KEY_HEADERS
 from . import ops, target
 from .access import Access
 from .body import BodyRefused
-from .caller import Caller
+from .caller import CALLER
 from .cors import Cors
 from .origin_check import OriginCheck
 from .paths import REMEDY, may_be_embeddings
@@ -21,7 +21,6 @@ from .paths import REMEDY, may_be_embeddings
 log = logging.getLogger("embedding_proxy.guard")
 
 STARTED = web.RequestKey("started", bool)
-CALLER = web.RequestKey("caller", Caller)
 REQUEST_ID = web.RequestKey("request_id", str)
 
 
@@ -35,7 +34,8 @@ async def stamp(request: web.Request, response: web.StreamResponse) -> None:
 def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
-    It gives every error OpenAI's shape. Probes (`ops.OPEN_PATHS`) are not checked.
+    It gives every error OpenAI's shape. Probes (`ops.OPEN_PATHS`) are not checked, and `ops.ROOT`
+    is answered without a key; without a CALLER in its request then.
     """
 
     @web.middleware
@@ -52,14 +52,9 @@ def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
             return preflight
         if refusal is not None:
             return refusal.response()
-        if not is_probe:
-            admitted = access.admit(
-                request.headers.get("Authorization"),
-                *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
-            )
-            if isinstance(admitted, Failure):
-                return admitted.response()
-            request[CALLER] = admitted
+        refusal = None if is_probe else _admit(request, access)
+        if refusal is not None:
+            return refusal.response()
         try:
             return await handler(request)
         except ConnectionError:
@@ -73,6 +68,18 @@ def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
             return response
 
     return guarded
+
+
+def _admit(request: web.Request, access: Access) -> Failure | None:
+    """Note on a request who sent it; return the error if it may not come in."""
+    admitted = access.admit(
+        request.headers.get("Authorization"),
+        *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
+    )
+    if isinstance(admitted, Failure):
+        return None if request.path == ops.ROOT else admitted
+    request[CALLER] = admitted
+    return None
 
 
 def for_admins(handler: Handler) -> Handler:

@@ -1,9 +1,26 @@
-"""What operators' tools ask: whether the process is alive, and whether it takes requests."""
+"""The probes of operators' tools, and the page at `/` for whoever opens it in a browser."""
 
+from importlib.metadata import version
+
+import orjson
 from aiohttp import web
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+from .caller import CALLER
+
+LIVE_PATHS = ("/livez", "/healthz", "/health")
+"""Other tools' names for the first lead to the same answer."""
+OPEN_PATHS = frozenset({*LIVE_PATHS, "/readyz"})
 """Answered without a key: probes have none."""
+ROOT = "/"
+"""Answered without a key, too: whoever opens the address in a browser sends none."""
+
+_PLACES = {
+    "embeddings": "POST /v1/embeddings",
+    "models": "GET /v1/models",
+    "status": "GET /status",
+    "metrics": "GET /metrics",
+    "probes": "GET /livez, GET /readyz",
+}
 
 
 async def live(_: web.Request) -> web.Response:
@@ -14,3 +31,20 @@ async def live(_: web.Request) -> web.Response:
 async def ready(_: web.Request) -> web.Response:
     """Answer 200: the store was opened before the port was. It never depends on a provider."""
     return web.json_response({"status": "ok"})
+
+
+async def root(request: web.Request) -> web.Response:
+    """Answer with what this is and where to look, as JSON that people can read.
+
+    The version is for those who may use the proxy: for others it would be a hint at its faults.
+    """
+    caller = request.get(CALLER)
+    content: dict[str, object] = {"name": "embedding-proxy"}
+    if caller is not None:
+        content["version"] = version("embedding-proxy")
+    else:
+        content["key"] = "send one of this proxy's keys as `Authorization: Bearer KEY`"
+    content["base_url"] = "this address, with /v1 appended"
+    content["routes"] = _PLACES
+    body = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    return web.Response(body=body, content_type="application/json", charset="utf-8")
