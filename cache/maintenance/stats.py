@@ -1,10 +1,12 @@
 """What a store holds and what it has saved, summed by partition."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from cache.disk.read_only import ReadableFile
 from cache.disk.schema import Sql
+from cache.disk.write_ahead_log import LOG, beside
 from cache.row import UNKNOWN, Partition
 from cache.usage import Usage
 
@@ -49,11 +51,18 @@ class Held:
 class Stats:
     """The sums of a store."""
 
-    file_bytes: int
-    """What the database and its write-ahead log take on disk."""
+    data_bytes: int
+    """What the database takes on disk."""
+    log_bytes: int
+    """What its write-ahead log takes."""
     since_day: int | None
     """The first day that was counted, in days since 1970; None if nothing was."""
     held: tuple[Held, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """What both take on disk: `cache.size_limit_gib` is about that."""
+        return self.data_bytes + self.log_bytes
 
     @property
     def entries(self) -> int:
@@ -91,9 +100,16 @@ def gather(database: ReadableFile) -> Stats:
         sums = usage.get(number, Usage())
         held.append(Held(partition, count, size, oldest, newest, last_used, sums))
     ((since,),) = sql("SELECT min(day) FROM Usage")
-    files = database.folder.glob(f"{database.path.name}*")
-    on_disk = sum(file.stat().st_size for file in files if not file.name.endswith("-shm"))
-    return Stats(on_disk, since, tuple(held))
+    sizes = _size(database.path), _size(beside(database.path, LOG))
+    return Stats(*sizes, since, tuple(held))
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file; 0 where there is none, as of a log that was just deleted."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _entries(database: ReadableFile) -> dict[int | None, _Entered]:

@@ -34,6 +34,7 @@ from .common import (
     printable,
     progress,
     size,
+    tell_store,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Look at the cache, mend it, copy it, delete from it.")
@@ -50,26 +51,30 @@ SpaceOption = Annotated[
 
 @contextmanager
 def opened(settings: Settings, *, create: bool = False) -> Iterator[Database]:
-    """Give the store that a configuration names. Raises StoreError."""
+    """Give the store that a configuration names, and say on stderr which it is. Raises StoreError.
+
+    See `tell_store`.
+    """
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
     with connection.opened(cache.directory, limit, cache.pinned, create=create) as file:
+        tell_store(settings)
         yield file
 
 
 @contextmanager
 def opened_for_reading(settings: Settings) -> Iterator[ReadableFile]:
-    """Give the store that a configuration names to a command that only reads.
+    """Give the store that a configuration names to a command that only reads, and say which it is.
 
-    Says on stderr when it cannot be written, and why. Raises StoreError.
+    Says on stderr, too, when what its write-ahead log holds is left out. Raises StoreError.
     """
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
     with connection.opened_for_reading(cache.directory, limit, cache.pinned) as file:
-        if isinstance(file, ReadOnlyFile):
-            line = f"{file.folder}: the store is only read, it cannot be written: {file.reason}"
-            if file.lacks_log:
-                line += f"; what its log {file.path.name}-wal holds cannot be read, and is left out"
+        tell_store(settings)
+        if isinstance(file, ReadOnlyFile) and file.lacks_log:
+            why = file.reason or "the folder takes no writes"
+            line = f"what the log {file.path.name}-wal holds cannot be read, and is left out: {why}"
             typer.echo(printable(path_text(line)), err=True)
         yield file
 

@@ -13,6 +13,7 @@ import typer
 
 from proxy.config import ConfigError
 from proxy.log import escape
+from proxy.settings.schema import Settings
 from proxy.workers import WorkerFailed
 
 if TYPE_CHECKING:
@@ -102,6 +103,15 @@ def plain(option: str | None) -> str | None:
 def path_text(path: Path | str) -> str:
     """Return a path as text that can be printed, whatever bytes it is made of."""
     return os.fsencode(path).decode(errors="replace")
+
+
+def tell_store(settings: Settings) -> None:
+    """Say on stderr which store a command works on: the folder of the cache, as absolute path.
+
+    Not on stdout, which is for what was asked for.
+    """
+    directory = path_text(settings.cache.directory.absolute())
+    typer.echo(printable(f"store: {directory}"), err=True)
 
 
 def printable(line: str) -> str:
