@@ -61,11 +61,13 @@ def listen(settings: Settings) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         # The resolver's errors have numbers of their own, which `strerror` does not know.
-        is_resolver = isinstance(error, socket.gaierror) or not error.errno
-        reason = (error.strerror or str(error)) if is_resolver else os.strerror(error.errno)
-        remedy = _REMEDIES.get(socket.gaierror if is_resolver else error.errno, "")
+        is_of_host = isinstance(error, socket.gaierror)
+        reason = error.strerror if is_of_host or not error.errno else os.strerror(error.errno)
+        remedy = _REMEDIES.get(socket.gaierror if is_of_host else error.errno, "")
         shown = f"[{host}]" if ":" in host else host
-        raise PortUnavailable(f"cannot listen on {shown}:{port}: {reason}{remedy}") from error
+        raise PortUnavailable(
+            f"cannot listen on {shown}:{port}: {reason or error}{remedy}"
+        ) from error
 
 
 def base_url(listening: socket.socket) -> str:

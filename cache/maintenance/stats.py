@@ -1,5 +1,6 @@
 """What a store holds and what it has saved, summed by partition."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +90,7 @@ def gather(database: ReadableFile) -> Stats:
         number: Partition(*columns)
         for number, *columns in sql("SELECT id, namespace, space, dimensions FROM Partitions")
     }
-    usage = _usage(sql)
+    usage = usage_by_partition(sql)
     entered = _entries(database)
     held = []
     for number in sorted(entered.keys() | usage.keys(), key=lambda n: n or 0):
@@ -127,7 +128,7 @@ def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
     return sums
 
 
-def _usage(sql: Sql) -> dict[int | None, Usage]:
+def usage_by_partition(sql: Sql) -> dict[int | None, Usage]:
     """Return the sums of what was answered, by partition; a step for each day."""
     sums: dict[int | None, Usage] = {}
     columns = ", ".join(f"sum({name})" for name in Usage._fields)
@@ -139,3 +140,20 @@ def _usage(sql: Sql) -> dict[int | None, Usage]:
         statement = f"SELECT partition, {columns} FROM Usage WHERE day = ? GROUP BY partition"
         for number, *found in sql(statement, (day,)).fetchall():
             sums[number] = sums.get(number, Usage()).plus(Usage(*found))
+
+
+def value(database: ReadableFile, entries: Mapping[int | None, int]) -> tuple[int, int]:
+    """Return about what entries cost, in nanodollars, and of how many that is not known.
+
+    `entries` are their numbers by partition. What was billed for the partition since ever is
+    divided by what was bought; nothing is known where all was imported. Raises FAILURES.
+    """
+    usage = usage_by_partition(database.sql)
+    total, unknown = 0.0, 0
+    for partition, number in entries.items():
+        sums = usage.get(partition, Usage())
+        if sums.misses:
+            total += number * sums.nanodollars_billed / sums.misses
+        else:
+            unknown += number
+    return round(total), unknown
