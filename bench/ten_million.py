@@ -423,13 +423,20 @@ def figures(entries: int) -> Iterator[Figure]:
         tenth = f"{entries // 10:,}"
         figure, out = command(
             f"`cache purge --namespace`, {tenth} entries",
-            *(copy, "purge", "--namespace", TENANT, "--json"),
+            *(copy, "purge", "--namespace", TENANT, "--yes", "--json"),
         )
         _expect(json.loads(out)["deleted"], entries // 10)
         yield figure
         figure, out = command(
             f"`cache purge --older-than`, {tenth} entries",
-            *(copy, "purge", "--older-than", f"{(OLDEST_DAYS + OLD_DAYS) // 2}d", "--json"),
+            *(
+                copy,
+                "purge",
+                "--older-than",
+                f"{(OLDEST_DAYS + OLD_DAYS) // 2}d",
+                "--yes",
+                "--json",
+            ),
         )
         _expect(json.loads(out)["deleted"], entries // 10)
         yield figure

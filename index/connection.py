@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
+from urllib.parse import urlsplit
 
 from providers.credential import key_mistake
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
 
 T = TypeVar("T")
+
+DEFAULT_PORT = 6333
 
 
 class Connection:
@@ -59,6 +62,13 @@ class Connection:
 
     def __str__(self) -> str:
         return self._url or str(self._path)
+
+    @property
+    def _place(self) -> str:
+        """The host and port of the server."""
+        url = urlsplit(self._url or "")
+        host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
+        return f"{host}:{url.port or DEFAULT_PORT}"
 
     @property
     def embedded(self) -> bool:
@@ -136,7 +146,7 @@ class Connection:
         try:
             return await call()
         except Exception as error:
-            raise translated(error) from error
+            raise translated(error, self._place) from error
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()

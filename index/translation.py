@@ -23,8 +23,11 @@ _LONGEST = 300
 _PASSING = frozenset({408, 425, 429, 502, 503, 504, 507})
 
 
-def translated(error: Exception) -> Exception:  # noqa: PLR0911 - a table
-    """Return a failure in our words; an error of the caller's own code stays what it is."""
+def translated(error: Exception, place: str = "") -> Exception:  # noqa: PLR0911 - a table
+    """Return a failure in our words; an error of the caller's own code stays what it is.
+
+    `place` is the host and port of the server, for a failure to reach it.
+    """
     if isinstance(error, QdrantFailure):
         return error
     from qdrant_client.common.client_exceptions import (  # noqa: PLC0415 - see above
@@ -43,8 +46,7 @@ def translated(error: Exception) -> Exception:  # noqa: PLR0911 - a table
             f"overloaded: {_short(error)}", seconds_until(str(error.retry_after_s), time.time())
         )
     if isinstance(error, ResponseHandlingException):
-        source = error.source
-        return Unavailable(_short(source) or type(source).__name__)
+        return Unavailable(_unreached(error.source, place))
     if isinstance(error, RuntimeError) and "already accessed" in str(error):
         return InUse("the folder is open in another process; only one can have it (see `url`)")
     if isinstance(error, QdrantException | OSError | sqlite3.Error | TimeoutError):
@@ -53,6 +55,15 @@ def translated(error: Exception) -> Exception:  # noqa: PLR0911 - a table
         # The embedded mode has no statuses.
         return _by_words(_short(error))
     return error
+
+
+def _unreached(source: BaseException, place: str) -> str:
+    """Return why a server gave no answer, with its host and port."""
+    why = _short(source) or type(source).__name__
+    if "refused" in why.lower() or why == "All connection attempts failed":
+        # The second is what the client says where a name has several addresses.
+        return f"connection refused by {place}" if place else why
+    return f"{why} ({place})" if place else why
 
 
 def _refusal(status: int, content: bytes, wait: str | None) -> QdrantFailure:

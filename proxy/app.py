@@ -6,11 +6,12 @@ from aiohttp import web
 
 from proxy.http.access import Access
 from proxy.http.answers import Answers
+from proxy.http.caller import CALLER
 from proxy.http.connection import HEAD_TIMEOUT_S, HEADS, LIMITS, REPLIES
 from proxy.http.connection_limits import ConnectionLimits
 from proxy.http.cors import Cors
 from proxy.http.descriptor_watch import watch_descriptors
-from proxy.http.guard import CALLER, for_admins, guard
+from proxy.http.guard import for_admins, guard
 from proxy.http.heads import Heads
 from proxy.http.loop_guard import loop_guard
 from proxy.http.metrics import Metrics
@@ -115,6 +116,8 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
             app.router.add_route("*", path, passthrough.handle)
     app.router.add_get("/status", for_admins(Status(service).get))
     app.router.add_get("/metrics", for_admins(Metrics(service).get))
-    app.router.add_get("/livez", ops.live)
+    for path in ops.LIVE_PATHS:
+        app.router.add_get(path, ops.live)
     app.router.add_get("/readyz", ops.ready)
     app.router.add_get(ops.DESCRIPTION_PATH, ops.describe)
+    app.router.add_get(ops.ROOT, ops.root)

@@ -1,65 +1,42 @@
 """The command `embedding-proxy`.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 interrupted.
+Exit codes: 0 done, 1 the work failed or something is wrong, 2 wrong usage or configuration, 130
+interrupted. What a command needs is imported when it is called: `--help` and `--version` need
+nothing of it.
 """
 
-import asyncio
-import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from functools import cache
-from importlib import metadata
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from proxy.commands.common import ConfigOption, fail, one_line
-from proxy.http.cache_control import MEANING
-from proxy.own_address import check_own_address
+from proxy.commands.groups import OTHERS, cache_app, group, migrate_app
+from proxy.imports import EXIT_CODE, importing
 
-from . import config, log, server, start
-from . import workers as processes
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Coroutine
 
 T = TypeVar("T")
 
-app = typer.Typer(
+app = group(
+    "A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
+    OTHERS,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
 )
-
-
-@cache
-def complete() -> typer.Typer:
-    """Return the app with all its commands. To import them takes a fifth of a second."""
-    from .commands import (  # noqa: PLC0415 - as said
-        cache,
-        check,
-        compare,
-        config,
-        export,
-        migrate,
-        migrate_end,
-        stats,
-        take_in,
-        verify,
-    )
-
-    # These add themselves to the groups `cache` and `migrate`.
-    _ = export, stats, take_in, verify, migrate_end
-    app.add_typer(cache.app, name="cache")
-    app.add_typer(config.app, name="config")
-    app.add_typer(migrate.app, name="migrate")
-    app.command()(check.check)
-    app.command()(compare.compare)
-    return app
+app.add_typer(cache_app, name="cache")
+app.add_typer(migrate_app, name="migrate")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
     if value:
+        from importlib import metadata  # noqa: PLC0415 - as all that is imported late
+
         typer.echo(f"embedding-proxy {metadata.version('embedding-proxy')}")
         raise typer.Exit
 
@@ -72,6 +49,10 @@ def _root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
     ] = False,
 ) -> None:
+    import logging  # noqa: PLC0415
+
+    from proxy import log  # noqa: PLC0415
+
     logging.basicConfig(level=logging.ERROR, handlers=[log.handler()])
 
 
@@ -83,6 +64,15 @@ def serve(
     workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
 ) -> None:
     """Run the proxy until it is told to stop."""
+    with importing():
+        import logging  # noqa: PLC0415
+
+        from proxy.http.cache_control import MEANING  # noqa: PLC0415
+        from proxy.own_address import check_own_address  # noqa: PLC0415
+
+        from . import config, server, start  # noqa: PLC0415
+        from . import workers as processes  # noqa: PLC0415
+
     logging.getLogger().setLevel(logging.INFO)
     # The client of Qdrant would have each of its calls in the log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -101,21 +91,23 @@ def serve(
             start.report(settings)
             typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
 
+        count = settings.server.workers
+
         def work(ready: Callable[[], None]) -> signal.Signals:
             with one_line():
-                return _run(server.serve(settings, listening, ready))
+                return _run(server.serve(settings, listening, ready, is_worker=count > 1))
 
-        count = settings.server.workers
         told = work(announce) if count == 1 else processes.run(count, work, announce)
     if told is signal.SIGINT:
-        raise typer.Exit(130)
+        raise typer.Exit(EXIT_CODE)
 
 
 @app.command()
 def demo() -> None:
     """Embed real text on the local model, twice, and show what came from the cache."""
     try:
-        from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
+        with importing():
+            from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
     except ImportError as error:
         fail(str(error), 1)
     try:
@@ -124,12 +116,14 @@ def demo() -> None:
         fail(f"demo: {error}", 1)
 
 
-def _run(main: Coroutine[Any, Any, T]) -> T:
+def _run(main: "Coroutine[Any, Any, T]") -> T:
+    import asyncio  # noqa: PLC0415
+
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(main)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
     try:
         from uvloop import new_event_loop  # noqa: PLC0415 - not there on Windows
     except ImportError:
@@ -143,5 +137,4 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
     with one_line():
-        # Whoever serves is waited for.
-        (app if sys.argv[1:2] == ["serve"] else complete())()
+        app()

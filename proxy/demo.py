@@ -21,6 +21,7 @@ from providers import tokens, vector
 from providers.catalogue import CATALOGUE
 
 from .corpus import Docstring, standard_library
+from .formatting import money, saved
 
 try:
     import openai
@@ -142,7 +143,7 @@ def _table(passes: list[Pass], inputs: int, price: float) -> Table:
     for one in passes:
         cost = price * one.computed / inputs
         row = (len(one.vectors), one.computed, one.hits)
-        table.add_row(one.title, *(f"{n:,}" for n in row), f"{one.seconds:.2f}", f"${cost:.4f}")
+        table.add_row(one.title, *(f"{n:,}" for n in row), f"{one.seconds:.2f}", money(cost))
     return table
 
 
@@ -151,8 +152,8 @@ def _summary(first: Pass, second: Pass, price: float) -> str:
     return (
         f"Served again from disk at {rate:,.0f} inputs/s, client included"
         f" ({first.seconds / second.seconds:.1f} × as fast as the local model)."
-        f" At OpenAI ({PAID_MODEL}) the three passes would have cost ${3 * price:.4f} without the"
-        f" cache, ${price:.4f} with it."
+        f" At OpenAI ({PAID_MODEL}) the three passes would have cost {money(3 * price)} without"
+        f" the cache, {money(price)} with it: {saved(2 * price, price)}."
     )
 
 

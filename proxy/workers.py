@@ -18,10 +18,12 @@ from multiprocessing.process import BaseProcess
 log = logging.getLogger("embedding_proxy.workers")
 
 Work = Callable[[Callable[[], None]], object]
-"""What a worker does until it is told to stop; it calls back once it answers requests."""
+"""What a worker does until SIGTERM; it calls back once it answers requests."""
 
 RESTART_SECONDS = 1.0
-_TO_STOP = (signal.SIGINT, signal.SIGTERM)
+_HURRY = (signal.SIGINT, signal.SIGTERM)
+"""The signals of which a second one ends the workers at once."""
+_TO_STOP = (*_HURRY, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _READY = b"."
 
 
@@ -37,15 +39,18 @@ class WorkerFailed(Exception):
 
 
 def run(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
-    """Run workers until SIGINT or SIGTERM, and return which it was.
+    """Run workers until SIGINT, SIGTERM or SIGHUP, and return which it was.
 
-    `announce` is called once all workers answer. Raises WorkerFailed if one ends before that.
+    The workers then answer what they have begun; another SIGINT or SIGTERM ends them at once.
+    SIGHUP is ignored where it was from the start, as under `nohup`. `announce` is called once all
+    workers answer. Raises WorkerFailed if one ends before that.
     """
     told_read, told_write = os.pipe()
     os.set_blocking(told_write, False)
     signal.set_wakeup_fd(told_write)
     for number in _TO_STOP:
-        signal.signal(number, lambda _number, _frame: None)
+        if number in _HURRY or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
     workers: list[BaseProcess] = []
     ready_read, ready_write = os.pipe()
     life = os.pipe()
@@ -62,19 +67,31 @@ def run(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
                     workers.append(_start(work, ready_write, life))
         return signal.Signals(os.read(told_read, 1)[0])
     finally:
-        signal.set_wakeup_fd(-1)
         for worker in workers:
             worker.terminate()
-        for worker in workers:
-            worker.join()
+        _join(workers, told_read)
+        signal.set_wakeup_fd(-1)
+
+
+def _join(workers: list[BaseProcess], told: int) -> None:
+    """Wait for the end of workers that were told to stop; a second signal kills them."""
+    while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
+        if told in wait([told, *alive]) and os.read(told, 1)[0] in _HURRY:
+            for worker in workers:
+                worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 def _start(work: Work, ready: int, life: tuple[int, int]) -> BaseProcess:
     def main() -> None:
         signal.set_wakeup_fd(-1)
-        # Until the worker has handlers of its own: Ctrl-C is the parent's to pass on.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Until the worker has a handler of its own. SIGTERM is never ignored, not even for a
+        # moment: one that waits would be lost.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # What the terminal sends is the parent's to pass on.
+        for number in set(_TO_STOP) - {signal.SIGTERM}:
+            signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_STOP)
         os.close(life[1])
         threading.Thread(target=_end_with_parent, args=(life[0],), daemon=True).start()

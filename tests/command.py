@@ -1,6 +1,7 @@
 """The command line, run in this process as it is typed."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +10,12 @@ import pytest
 
 from proxy import cli
 
+STORE = re.compile(r"^store: (.*)\n", re.MULTILINE)
+"""The line by which a command says which store it works on."""
+
 
 class Done(NamedTuple):
-    """How a command ended."""
+    """How a command ended. STORE is left out of `err`, so that this is what it complains of."""
 
     code: int
     out: str
@@ -35,7 +39,8 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         monkeypatch.setattr(sys, "argv", ["embedding-proxy", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        done = Done(caught.value.code or 0, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        done = Done(caught.value.code or 0, out, STORE.sub("", err))
         assert "Traceback" not in done.out + done.err
         return done
 

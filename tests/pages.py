@@ -6,7 +6,8 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-from proxy.cli import complete
+from proxy import cli
+from proxy.commands.groups import LazyGroup
 from proxy.config import load
 from proxy.settings.schema import Settings
 
@@ -37,8 +38,10 @@ def unknown(command: str) -> str:
     ('--per', 'cash')
     """
     _, *words = command.split()
-    here = typer.main.get_command(complete())
+    here = typer.main.get_command(cli.app)
     while isinstance(here, TyperGroup) and words and not words[0].startswith("-"):
+        if isinstance(here, LazyGroup):
+            here.load(words[0])
         below = here.commands.get(words[0])
         if below is None:
             return words[0]

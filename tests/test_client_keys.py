@@ -773,7 +773,7 @@ async def test_a_namespace_can_be_purged(start, start_proxy, tmp_path, run_cli):
     await start_proxy.stop()
     assert name in await run_cli("cache", "stats", "--by", "namespace")
     await run_cli("cache", "export", tmp_path / "out", "--namespace", name)
-    await run_cli("cache", "purge", "--namespace", name)
+    await run_cli("cache", "purge", "--namespace", name, "--yes")
     with closing(sqlite3.connect(next((tmp_path / "cache").rglob("*.db")))) as database:
         assert database.execute("SELECT count(*) FROM Cache").fetchone() == (1,)
 

@@ -131,14 +131,12 @@ def test_every_model_of_a_default_provider_is_in_the_readme():
 
 async def test_every_route_is_in_the_readme(start_proxy):
     """Each method and path stands in the README; other beginnings and ends of it are told."""
-    bare = (
-        *("/livez", "/readyz", "/status", "/metrics", "/openapi.json"),
-        "/openai/deployments/{model}/embeddings",
-    )
+    bare = ("/livez", "/readyz", "/healthz", "/health", "/status", "/metrics", "/openapi.json")
+    bare += ("/openai/deployments/{model}/embeddings", "/")
     proxy = await start_proxy()
     routes = set()
     for route in proxy.app.router.routes():
-        path = route.resource.canonical.replace("{slash}", "").rstrip("/")
+        path = route.resource.canonical.replace("{slash}", "").rstrip("/") or "/"
         for prefix in PREFIXES:
             path = path.removeprefix(prefix) if path not in bare else path
         path = path if path in bare else "/v1" + path

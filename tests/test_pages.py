@@ -99,6 +99,20 @@ def test_every_link_leads_to_a_file(page):
     assert wrong == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_table_is_split(page):
+    """Each block of rows begins with its titles and the line below them, and all rows are equal."""
+    text = re.sub(
+        r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    for block in re.findall(r"(?:^ *\|.*\n?)+", text, re.MULTILINE):
+        titles, line, *rows = [*block.splitlines(), ""]
+        assert re.fullmatch(r" *\|( *:?-+:? *\|)+", line), f"no titles: {titles[:100]}"
+        for row in rows:
+            count = len(re.findall(r"(?<!\\)\|", titles))
+            assert not row or len(re.findall(r"(?<!\\)\|", row)) == count, row[:100]
+
+
 @pytest.mark.parametrize("code", PYTHON, ids=["client", "service"])
 async def test_the_python_of_the_readme_runs(code, upstream, start_proxy, monkeypatch):
     """The snippets do what they show, as they stand: the client's through a proxy."""

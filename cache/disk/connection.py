@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import sqlite3
 import stat
@@ -28,7 +29,7 @@ from .read_only import (
     primary_code,
 )
 from .schema import NewerLayout
-from .write_ahead_log import damage_of
+from .write_ahead_log import LOG, beside, damage_of, is_open_without_log
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -135,12 +136,19 @@ def opened_for_reading(
 ) -> Iterator[ReadableFile]:
     """Give the file of a store to one thread that only reads, beside proxies that may be running.
 
-    The file is opened as `opened` does it. Where it cannot be written (no access, no space, locked
-    by another process), it is a ReadOnlyFile that says why. Raises StoreError as `opened` does, and
-    for a file of an older layout that cannot be brought up to the present one.
+    Neither the file nor its write-ahead log is written. A file that is not of the present form (of
+    an older layout, empty, damaged) is opened as `opened` does it; where such a one cannot be
+    written (no access, no space, locked by another process), it is a ReadOnlyFile that says why.
+    Raises StoreError as `opened` does, and for an older layout that cannot be brought up to date.
     """
     with contextlib.ExitStack() as stack:
-        file: ReadableFile
+        file: ReadableFile | None = stack.enter_context(_looked_at(directory, size_limit))
+        if file is not None:
+            try:
+                yield file
+            except database.STORE_FAILURES as error:
+                raise _explained(folder_of(directory), error) from error
+            return
         try:
             file = stack.enter_context(opened(directory, size_limit, pinned))
         except StoreError as error:
@@ -148,6 +156,77 @@ def opened_for_reading(
                 raise
             file = stack.enter_context(_only_read(folder_of(directory), error))
         yield file
+
+
+@contextlib.contextmanager
+def _looked_at(directory: Path, size_limit: int) -> Iterator[ReadOnlyFile | None]:
+    """Give a store's file for reading only; None where it has to be opened for writing first."""
+    path = folder_of(directory) / database.FILE_NAME
+    with contextlib.ExitStack() as stack:
+        file = None
+        # Whatever is wrong is found, and told, by who opens it for writing.
+        with contextlib.suppress(Exception):
+            file = _seen(directory, path, size_limit, stack)
+        if file is None:
+            stack.close()
+        yield file
+
+
+def _seen(
+    directory: Path, path: Path, size_limit: int, stack: contextlib.ExitStack
+) -> ReadOnlyFile | None:
+    is_idle = not beside(path, LOG).exists()
+    if not _is_there(path) or _obstacle(directory) is not None or not _is_sound(directory, path):
+        return None
+    file = ReadOnlyFile(path, log_bytes=database.log_bytes(size_limit))
+    if is_idle:
+        # A connection that only reads leaves an empty log behind it.
+        stack.callback(_tidy, directory, path)
+    stack.callback(file.close)
+    is_usable = schema.is_current(file.sql) and ledger.copies_agree(file.sql)
+    return file if is_usable else None
+
+
+def _is_sound(directory: Path, path: Path) -> bool:
+    """Tell whether the log of a store is whole, and no process has it open after it was deleted."""
+    is_idle = not beside(path, LOG).exists()
+    if not is_idle and not damage_of(path):
+        return True
+    # A log that is written meanwhile may look damaged, and a proxy may be about to begin one.
+    with _held(directory):
+        return not (damage_of(path) or (is_idle and is_open_without_log(path)))
+
+
+def _tidy(directory: Path, path: Path) -> None:
+    """Let SQLite delete an empty log and its index, unless another process uses them by now."""
+    with contextlib.suppress(*FAILURES), _held(directory):
+        if beside(path, LOG).stat().st_size == 0:
+            with contextlib.closing(sqlite3.connect(path, timeout=0.0)) as last:
+                last.execute("PRAGMA user_version").fetchall()
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Hold the writer's lock where there is one that can be had; it is not made. Raises OSError."""
+    path = directory / _LOCK_NAME
+    if not path.exists() or not os.access(path, os.W_OK):
+        yield
+        return
+    with contextlib.closing(WriterLock(path, database.BUSY_SECONDS)) as lock, lock:
+        yield
+
+
+def write_obstacle(directory: Path) -> str:
+    """Return why the store in `directory` cannot be written now; "" if it can.
+
+    To find out, its lock is taken and a transaction is begun; nothing is written.
+    """
+    try:
+        with contextlib.closing(lock_of(directory)) as lock, lock:
+            schema.check(folder_of(directory) / database.FILE_NAME, database.BUSY_SECONDS)
+    except FAILURES as error:
+        return str(error) or LOCKED
+    return ""
 
 
 @contextlib.contextmanager

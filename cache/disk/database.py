@@ -92,6 +92,11 @@ def _only_bytes(value: object) -> bytes:
     return value
 
 
+def log_bytes(size_limit: int) -> int:
+    """Return the limit of the write-ahead log of a store: a fiftieth of its own, at most 32 MiB."""
+    return min(max(size_limit // PAGE_BYTES // 50, 4), 1000) * PAGE_BYTES
+
+
 class LogHeld(TimeoutError):
     """A reader keeps the write-ahead log from being emptied, and there is no room for more."""
 
@@ -114,8 +119,7 @@ class Database:
         self.path = folder / FILE_NAME
         self._lock = lock
         limit = max(1, size_limit // PAGE_BYTES)
-        # A fiftieth, at most 32 MiB, is for the write-ahead log.
-        self._log_pages = min(max(limit // 50, 4), 1000)
+        self._log_pages = log_bytes(size_limit) // PAGE_BYTES
         self._eviction = Eviction(max(1, limit - self._log_pages), pinned)
         self._size_limit = size_limit
         self._log = write_ahead_log.beside(self.path, write_ahead_log.LOG)

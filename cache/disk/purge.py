@@ -44,25 +44,33 @@ class Choice:
 
 def count(database: ReadableFile, choice: Choice) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
-    if choice.address is not None:
-        condition, values = where(choice)
-        ((entries, size),) = database.sql(
-            f"SELECT count(*), coalesce(sum(40 + 4 * dimensions), 0) FROM {_RECORDS}"
-            f" WHERE {condition}",
-            values,
-        )
-        return int(entries), int(size)
-    entries = size = 0
-    for partition, dimensions in _partitions(database.sql, choice):
-        last: Position | None = _FIRST
-        while last is not None:
-            rows, last = _oldest(database.sql, choice, partition, last, ENTRIES_A_READ)
-            entries += len(rows)
-            size += len(rows) * (40 + 4 * dimensions) if dimensions else 0
+    counts = count_by_partition(database, choice).values()
+    entries, size = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
     if choice == Choice():
         # Of some records nothing else may be known.
         ((entries,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
     return int(entries), size
+
+
+def count_by_partition(database: ReadableFile, choice: Choice) -> dict[int | None, tuple[int, int]]:
+    """Return entries and bytes of what is chosen, by the number of their partition, as `count`."""
+    if choice.address is not None:
+        condition, values = where(choice)
+        rows = database.sql(
+            "SELECT partition, count(*), coalesce(sum(40 + 4 * dimensions), 0)"
+            f" FROM {_RECORDS} WHERE {condition} GROUP BY partition",
+            values,
+        )
+        return {partition: (entries, size) for partition, entries, size in rows}
+    found: dict[int | None, tuple[int, int]] = {}
+    for partition, dimensions in _partitions(database.sql, choice):
+        last: Position | None = _FIRST
+        entries = 0
+        while last is not None:
+            rows, last = _oldest(database.sql, choice, partition, last, ENTRIES_A_READ)
+            entries += len(rows)
+        found[partition] = (entries, entries * (40 + 4 * dimensions) if dimensions else 0)
+    return found
 
 
 def is_chosen(database: ReadableFile, choice: Choice, address: bytes) -> bool:

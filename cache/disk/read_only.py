@@ -88,14 +88,20 @@ def read_ledger(
 class ReadOnlyFile:
     """A store's file that cannot be written now. For one thread. Raises sqlite3.Error.
 
-    `reason` says why it is not opened for writing; empty where nobody is told.
+    `reason` says why it is not opened for writing; empty where nobody is told. `log_bytes` is the
+    size that writers keep the write-ahead log below, for `PRAGMA journal_size_limit`.
     """
 
-    def __init__(self, path: Path, reason: str = "") -> None:
+    def __init__(self, path: Path, reason: str = "", log_bytes: int | None = None) -> None:
         self.folder = path.parent
         self.path = path
         self.reason = reason
         self._connection, self.address = connect_read_only(path)
+        # These hold for this connection, and change nothing on disk.
+        self._connection.execute(f"PRAGMA mmap_size = {MMAP_BYTES}").fetchall()
+        self._connection.execute(f"PRAGMA cache_size = {CACHE_PAGES}")
+        if log_bytes is not None:
+            self._connection.execute(f"PRAGMA journal_size_limit = {log_bytes}").fetchall()
 
     @property
     def sql(self) -> Sql:

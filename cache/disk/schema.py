@@ -188,6 +188,13 @@ def rename_spaces(sql: Sql) -> None:
     sql("PRAGMA secure_delete = 0")
 
 
+def is_current(sql: Sql) -> bool:
+    """Tell whether a file has the present layout, and no label of an earlier form in it."""
+    if sql("PRAGMA user_version").fetchall() != [(LAYOUT,)]:
+        return False
+    return all(current_label(space) == space for (space,) in sql("SELECT space FROM Partitions"))
+
+
 def missing_steps(sql: Sql) -> Iterator[str]:
     """Yield the statements that bring a file to this layout, to be run in one transaction."""
     ((layout,),) = sql("PRAGMA user_version")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cache.disk import connection
 from cache.disk.database import FREE_BYTES
-from cache.disk.read_only import ReadOnlyFile
 
 from . import stats
 from .stats import Stats
@@ -59,17 +58,17 @@ class Inspection:
 
 
 def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> Inspection:
-    """Open the store in `directory` as its proxies do, beside them. Raises OSError."""
+    """Look at the store in `directory`, beside its proxies; nothing is written. Raises OSError."""
     place, exists, held, problem = look(directory), connection.exists(directory), None, ""
     if exists:
         try:
             with connection.opened_for_reading(directory, size_limit, pinned) as file:
                 held = stats.gather(file)
-                if isinstance(file, ReadOnlyFile):
-                    problem = (
-                        f"{file.folder}: cannot be written: {file.reason};"
-                        " what is in it is served, and nothing is kept"
-                    )
+            if reason := connection.write_obstacle(directory):
+                problem = (
+                    f"{connection.folder_of(directory)}: cannot be written: {reason};"
+                    " what is in it is served, and nothing is kept"
+                )
         except connection.StoreError as error:
             problem = str(error)
             if connection.is_damaged(error):

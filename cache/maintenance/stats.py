@@ -1,10 +1,13 @@
 """What a store holds and what it has saved, summed by partition."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from cache.disk.read_only import ReadableFile
 from cache.disk.schema import Sql
+from cache.disk.write_ahead_log import LOG, beside
 from cache.row import UNKNOWN, Partition
 from cache.usage import Usage
 
@@ -49,11 +52,18 @@ class Held:
 class Stats:
     """The sums of a store."""
 
-    file_bytes: int
-    """What the database and its write-ahead log take on disk."""
+    data_bytes: int
+    """What the database takes on disk."""
+    log_bytes: int
+    """What its write-ahead log takes."""
     since_day: int | None
     """The first day that was counted, in days since 1970; None if nothing was."""
     held: tuple[Held, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """What both take on disk: `cache.size_limit_gib` is about that."""
+        return self.data_bytes + self.log_bytes
 
     @property
     def entries(self) -> int:
@@ -80,7 +90,7 @@ def gather(database: ReadableFile) -> Stats:
         number: Partition(*columns)
         for number, *columns in sql("SELECT id, namespace, space, dimensions FROM Partitions")
     }
-    usage = _usage(sql)
+    usage = usage_by_partition(sql)
     entered = _entries(database)
     held = []
     for number in sorted(entered.keys() | usage.keys(), key=lambda n: n or 0):
@@ -91,9 +101,16 @@ def gather(database: ReadableFile) -> Stats:
         sums = usage.get(number, Usage())
         held.append(Held(partition, count, size, oldest, newest, last_used, sums))
     ((since,),) = sql("SELECT min(day) FROM Usage")
-    files = database.folder.glob(f"{database.path.name}*")
-    on_disk = sum(file.stat().st_size for file in files if not file.name.endswith("-shm"))
-    return Stats(on_disk, since, tuple(held))
+    sizes = _size(database.path), _size(beside(database.path, LOG))
+    return Stats(*sizes, since, tuple(held))
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file; 0 where there is none, as of a log that was just deleted."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
@@ -111,7 +128,7 @@ def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
     return sums
 
 
-def _usage(sql: Sql) -> dict[int | None, Usage]:
+def usage_by_partition(sql: Sql) -> dict[int | None, Usage]:
     """Return the sums of what was answered, by partition; a step for each day."""
     sums: dict[int | None, Usage] = {}
     columns = ", ".join(f"sum({name})" for name in Usage._fields)
@@ -123,3 +140,20 @@ def _usage(sql: Sql) -> dict[int | None, Usage]:
         statement = f"SELECT partition, {columns} FROM Usage WHERE day = ? GROUP BY partition"
         for number, *found in sql(statement, (day,)).fetchall():
             sums[number] = sums.get(number, Usage()).plus(Usage(*found))
+
+
+def value(database: ReadableFile, entries: Mapping[int | None, int]) -> tuple[int, int]:
+    """Return about what entries cost, in nanodollars, and of how many that is not known.
+
+    `entries` are their numbers by partition. What was billed for the partition since ever is
+    divided by what was bought; nothing is known where all was imported. Raises FAILURES.
+    """
+    usage = usage_by_partition(database.sql)
+    total, unknown = 0.0, 0
+    for partition, number in entries.items():
+        sums = usage.get(partition, Usage())
+        if sums.misses:
+            total += number * sums.nanodollars_billed / sums.misses
+        else:
+            unknown += number
+    return round(total), unknown

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import orjson
 
@@ -113,7 +113,17 @@ class Journal:
     def __init__(self, folder: Path, place: str, collection: str) -> None:
         digest = hashlib.blake2b(orjson.dumps([place, collection]), digest_size=6).hexdigest()
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", collection)[:80]
-        self.path = folder / f"{readable}--{digest}.json"
+        self._put_at(folder / f"{readable}--{digest}.json")
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """Return the journal that is kept in a file."""
+        journal = cls.__new__(cls)
+        journal._put_at(path)  # noqa: SLF001 - of this class
+        return journal
+
+    def _put_at(self, path: Path) -> None:
+        self.path = path
         self.dead_letters = self.path.with_suffix(".dead.jsonl")
         self.seen = self.path.with_suffix(".seen.db")
         """See `seen`; there during a cutover only."""
@@ -158,6 +168,11 @@ class Journal:
                     os.fsync(file.fileno())
             except OSError as error:
                 raise JournalError(f"{self.dead_letters}: {error.strerror}") from error
+
+
+def journals_in(folder: Path) -> list[Journal]:
+    """Return all journals of a folder, by the names of their files; none where there is none."""
+    return [Journal.at(path) for path in sorted(folder.glob("*--*.json"))]
 
 
 def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import orjson
 import typer
 
-from proxy.config import ConfigError
+from proxy.formatting import age as age  # noqa: PLC0414 - for the commands
+from proxy.formatting import size as size  # noqa: PLC0414
 from proxy.log import escape
-from proxy.workers import WorkerFailed
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from proxy.settings.schema import Settings
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
@@ -33,6 +34,13 @@ class WorkFailed(Exception):
     """The work of a command failed; the message is one line."""
 
 
+class WrongUsage(Exception):
+    """The command line asks for what cannot be; the message is one line.
+
+    Unlike that of a ConfigError, it is shown as it is: it repeats what is in the store.
+    """
+
+
 @contextmanager
 def one_line() -> Iterator[None]:
     """End with one line and an exit code when something foreseeable goes wrong.
@@ -41,23 +49,29 @@ def one_line() -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError as error:
-        *others, last = error.problems
-        for problem in others:
-            say(problem)
-        fail(last, 2)
     except BrokenPipeError:
         # Whoever read our output has had enough; nothing more can be said to it.
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         sys.exit(1)
-    except WorkerFailed as error:
-        if error.has_said_why:
-            sys.exit(error.code)
-        fail(str(error), error.code)
+    except WrongUsage as error:
+        fail(str(error), 2)
     except OSError as error:
         fail(str(error), 1)
     except Exception as error:
+        # Imported once there is a failure: what could not be imported could not fail either.
+        from proxy.config import ConfigError  # noqa: PLC0415
+        from proxy.workers import WorkerFailed  # noqa: PLC0415
+
+        if isinstance(error, ConfigError):
+            *others, last = error.problems
+            for problem in others:
+                say(problem)
+            fail(last, 2)
+        if isinstance(error, WorkerFailed):
+            if error.has_said_why:
+                sys.exit(error.code)
+            fail(str(error), error.code)
         if not isinstance(error, _foreseeable()):
             raise
         fail(str(error), 1)
@@ -106,6 +120,8 @@ def plain(option: str | None) -> str | None:
         try:
             option.encode()
         except UnicodeEncodeError as error:
+            from proxy.config import ConfigError  # noqa: PLC0415 - see `one_line`
+
             raise ConfigError(f"{option!r}: is not UTF-8") from error
     return option
 
@@ -113,6 +129,31 @@ def plain(option: str | None) -> str | None:
 def path_text(path: Path | str) -> str:
     """Return a path as text that can be printed, whatever bytes it is made of."""
     return os.fsencode(path).decode(errors="replace")
+
+
+def has_terminal() -> bool:
+    """Tell whether a question can be asked on stderr, and answered on stdin."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def need_terminal(command: str, option: str, *, is_sure: bool) -> None:
+    """Raise WrongUsage where a question would have to be asked and there is no terminal for it.
+
+    A script must not hang, nor go on with what nobody has agreed to.
+    """
+    if not (is_sure or has_terminal()):
+        raise WrongUsage(
+            f"{command}: there is no terminal to ask on; say {option} if it is to be done"
+        )
+
+
+def tell_store(settings: "Settings") -> None:
+    """Say on stderr which store a command works on: the folder of the cache, as absolute path.
+
+    Not on stdout, which is for what was asked for.
+    """
+    directory = path_text(settings.cache.directory.absolute())
+    typer.echo(printable(f"store: {directory}"), err=True)
 
 
 def printable(line: str) -> str:
@@ -131,6 +172,8 @@ def console(width: int) -> "Console":
 
 def print_json(value: object) -> None:
     """Print a value as JSON of several lines."""
+    import orjson  # noqa: PLC0415 - for `--help`, which is spared it
+
     typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
@@ -163,28 +206,3 @@ def _lines(what: str, total: float | None) -> Callable[[float], None]:
             typer.echo(f"{what}: {far}", err=True)
 
     return tell
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for people.
-
-    >>> size(999), size(6_184_000)
-    ('999 B', '6.2 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def age(seconds: float) -> str:
-    """Return a span of time for people.
-
-    >>> age(30), age(3 * 3600), age(40 * 86_400)
-    ('30 s', '3 h', '40 d')
-    """
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"

@@ -12,6 +12,7 @@ import typer
 from providers import tokens
 from proxy import config
 from proxy.config import ConfigError
+from proxy.formatting import money
 from proxy.settings.schema import Settings
 from proxy.trials import comparison, samples
 from proxy.trials.candidates import Candidates, find
@@ -65,7 +66,7 @@ def compare(  # noqa: PLR0913 - one parameter an option
         bool, typer.Option(help="Only say what would be asked, and what it costs.")
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help=f"Spend more than ${ASK_ABOVE_USD:.2f}, too.")
+        bool, typer.Option("--yes", help=f"Spend more than {money(ASK_ABOVE_USD)}, too.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -191,14 +192,14 @@ class _Work:
         count, total = (sum(each) for each in zip(*costs, strict=True))
         told = (
             f"inputs: {len(self.plan.inputs):,}, routes: {len(trials)}, calls of each:"
-            f" {self.plan.calls:,}; about {count:,} tokens for ${total:,.4f}"
+            f" {self.plan.calls:,}; about {count:,} tokens for {money(total)}"
         )
         unknown = [comparison.name_of(trial) for trial in trials if trial.price is None]
         if unknown:
-            told += f" (${UNKNOWN_USD:.2f} a million for {', '.join(unknown)}, price not known)"
+            told += f" ({money(UNKNOWN_USD)} a million for {', '.join(unknown)}, price not known)"
         typer.echo(printable(told), err=True)
         if self.budget is not None and total > self.budget and not self.dry_run:
             raise ConfigError(
-                f"that is more than ${self.budget:.2f}: say --yes if you want it, or take fewer"
+                f"that is more than {money(self.budget)}: say --yes if you want it, or take fewer"
                 " texts or --rounds; nobody was asked"
             )

@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from proxy.formatting import price
 from proxy.trials import plot
 from proxy.trials.comparison import Likeness, Report, Row, name_of
 from proxy.trials.plot import Point
@@ -144,7 +145,7 @@ def _cells(row: Row, *, with_recall: bool) -> Iterator[str]:
     for value in (row.p50_ms, row.p95_ms, row.batch_p50_ms, row.batch_p95_ms):
         yield "-" if value is None else f"{value:,.0f} ms" if value >= 10 else f"{value:.1f} ms"
     for usd in (row.usd_per_million_tokens, row.usd_per_million_inputs):
-        yield "?" if usd is None else f"{usd:,.4f}".rstrip("0").rstrip(".")
+        yield "?" if usd is None else price(usd)
     yield str(trial.width or "-")
     yield size(MILLION * row.bytes_per_vector) if trial.width else "-"
     if with_recall:
@@ -203,7 +204,7 @@ def drawn(report: Report) -> str:
             "no answer" if row.p50_ms is None else f"{row.p50_ms:,.1f} ms",
             "cost not known"
             if row.usd_per_million_inputs is None
-            else f"${row.usd_per_million_inputs:,.4g} per million inputs",
+            else f"${price(row.usd_per_million_inputs)} per million inputs",
             *([f"recall {row.recall:.3f}"] if row.recall is not None else []),
         ]
         points.append(Point(printable(row.name), row.p50_ms, y, ", ".join(told)))

@@ -1,7 +1,6 @@
 """`embedding-proxy migrate plan | run`: what it would cost, and the work itself."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -23,20 +22,11 @@ from proxy.service import EmbeddingService
 
 from . import migrate_ask as ask
 from . import migrate_show as show
-from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
+from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress, tell_store
+from .groups import migrate_app as app
 from .migrate_lock import held, let_finish
 from .migrating import Target, settings_for
 from .outliving import outlive, until_left
-
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Move Qdrant collections to the vectors of another model or provider, and back.",
-)
-
-
-@app.callback()
-def _say_what_is_waited_for() -> None:
-    logging.getLogger("embedding_proxy.migrate").setLevel(logging.WARNING)
 
 
 @app.command()
@@ -69,6 +59,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         texts=ask.Texts(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
+    tell_store(what.settings)
     pace = Pace(sample=sample)
     plans = asyncio.run(_plan(what, qdrant, namespace, pace))
     if as_json:
@@ -135,6 +126,7 @@ def run(  # noqa: PLR0913 - one parameter an option
         texts=ask.Texts(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
+    tell_store(what.settings)
     pace = Pace(page, ahead, points_per_second, sample, passes)
     life = outlive()
     try:

@@ -197,5 +197,10 @@ def connection(settings: Settings, place: str | None) -> Connection:
 
 
 def journal_of(settings: Settings, qdrant: Connection, collection: str) -> Journal:
-    """Return where the state of a migration is kept: beside the store."""
-    return Journal(settings.cache.directory / "migrations", str(qdrant).rstrip("/"), collection)
+    """Return where the state of a migration is kept."""
+    return Journal(journal_folder(settings), str(qdrant).rstrip("/"), collection)
+
+
+def journal_folder(settings: Settings) -> Path:
+    """Return the folder of all journals: beside the store."""
+    return settings.cache.directory / "migrations"

@@ -13,20 +13,29 @@ import typer
 from index.migrate import DEFAULT, Migration, MigrationRefused, Pace
 from index.migration import collections
 from index.migration import switch as switching
-from index.migration.journal import Journal, State
+from index.migration.journal import Journal, JournalError, State, journals_in
 from index.migration.points import Points
 from index.migration.template import Rule
 from index.migration.verify import Verdict
 from providers.probe import SAME
-from proxy import config
+from proxy import config, formatting
 from proxy.config import ConfigError
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
 from . import migrate_ask as ask
 from . import migrate_show as show
-from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
-from .migrate import app
+from .common import (
+    ConfigOption,
+    JsonOption,
+    WorkFailed,
+    need_terminal,
+    print_json,
+    printable,
+    progress,
+    tell_store,
+)
+from .groups import migrate_app as app
 from .migrate_lock import held, let_finish
 from .migrating import Target, named, settings_for
 
@@ -46,8 +55,15 @@ def status(  # noqa: PLR0913 - one parameter an option
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how far migrations are, and what comes next."""
+    """Say how far migrations are, and what comes next.
+
+    Without COLLECTION, all that were begun here; Qdrant is not asked then.
+    """
     settings = config.load(config_file)
+    tell_store(settings)
+    if not names and file is None:
+        _show_all(settings, qdrant, to, as_json=as_json)
+        return
 
     async def look(points: Points, journal: Journal) -> dict[str, int]:
         state = switching.begun(journal)
@@ -63,6 +79,34 @@ def status(  # noqa: PLR0913 - one parameter an option
     else:
         for state, journal, sizes in found:
             show.state(state, journal, sizes)
+
+
+def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json: bool) -> None:
+    """Show the journals there are, of one Qdrant and one model if these are named.
+
+    Raises WorkFailed in the end for those that cannot be read.
+    """
+    wanted = None if place is None else str(ask.connection(settings, place)).rstrip("/")
+    found, failed = [], []
+    for journal in journals_in(ask.journal_folder(settings)):
+        try:
+            state = journal.load()
+        except JournalError as error:
+            failed.append(str(error))
+            continue
+        if state and wanted in (None, state.place) and to in (None, state.model):
+            found.append((state, journal))
+    found.sort(key=lambda one: (one[0].place, one[0].collection))
+    if as_json:
+        print_json([show.state_dict(state, journal) for state, journal in found])
+    else:
+        for state, journal in found:
+            show.state(state, journal)
+            typer.echo(printable(f"  in {state.place}"))
+        if not found and not failed:
+            typer.echo("no migration was begun here")
+    if failed:
+        raise WorkFailed("; ".join(failed))
 
 
 @app.command()
@@ -87,6 +131,7 @@ def cutover(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Verify the new collections, and let the aliases of the old ones point to them."""
     settings = config.load(config_file)
+    tell_store(settings)
     chosen = ask.names_of(names, file)
     if alias is not None and len(chosen) > 1 and "{collection}" not in alias:
         raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
@@ -136,14 +181,18 @@ def rollback(  # noqa: PLR0913 - one parameter an option
     async def back(points: Points, journal: Journal) -> int:
         return (await switching.rollback(points, journal))[1]
 
-    found = _each(config.load(config_file), qdrant, ask.names_of(names, file), to, back)
+    settings = config.load(config_file)
+    tell_store(settings)
+    found = _each(settings, qdrant, ask.names_of(names, file), to, back)
     if as_json:
         print_json([{**show.state_dict(s, j), "only_in_new": count} for s, j, count in found])
         return
     for state, journal, count in found:
         show.state(state, journal)
         if count:
-            typer.echo(f"  {count:,} points of {state.target} are not in {state.source}")
+            typer.echo(
+                f"  {state.source} lacks {formatting.count(count, 'point')} of {state.target}"
+            )
 
 
 @app.command()
@@ -164,8 +213,9 @@ def finalize(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Delete the old collections for good. Asks twice."""
     settings = config.load(config_file)
-
     chosen = ask.names_of(names, file)
+    tell_store(settings)
+    need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
 
     async def look(points: Points, journal: Journal) -> int:
         state = switching.begun(journal)
@@ -173,7 +223,7 @@ def finalize(  # noqa: PLR0913 - one parameter an option
         return await points.count(state.source) if there else 0
 
     before = _each(settings, qdrant, chosen, to, look, lock=False)
-    doomed = [f"{s.source} ({count:,} points)" for s, _, count in before]
+    doomed = [f"{s.source} ({formatting.count(points, 'point')})" for s, _, points in before]
     if yes < 1:
         typer.confirm(f"Delete {', '.join(doomed)} for good?", abort=True, err=True)
     if yes < 2:

@@ -9,8 +9,9 @@ import typer
 from index.migration.journal import Journal, Phase, State
 from index.migration.plan import Plan
 from index.migration.verify import Verdict
+from proxy.formatting import age, count, money
 
-from .common import age, path_text
+from .common import path_text
 
 _NEXT = {
     Phase.COPYING: "run it again to go on",
@@ -37,21 +38,24 @@ def plans(found: Sequence[Plan], *, exact: bool) -> None:
         if one.source != one.collection:
             typer.echo(f"  {one.collection} is an alias of {one.source}")
         typer.echo(f"  {one.source} ({one.width}) -> {one.target} ({one.dimensions})")
-        ids = f"{one.numeric_ids:,} numbers, {one.uuid_ids:,} UUIDs"
-        typer.echo(f"  {one.points:,} points (ids: {ids}), {one.without_text:,} without text")
-        for why, count in sorted(one.odd_vectors.items()):
-            typer.echo(f"  {count:,} odd vectors: {why}")
+        ids = f"{count(one.numeric_ids, 'number')}, {count(one.uuid_ids, 'UUID')}"
+        typer.echo(
+            f"  {count(one.points, 'point')} (ids: {ids}), {one.without_text:,} without text"
+        )
+        for why, number in sorted(one.odd_vectors.items()):
+            typer.echo(f"  {count(number, 'odd vector')}: {why}")
         if one.dead:
             first = ", ".join(map(str, one.first_dead))
-            typer.echo(f"  {one.dead:,} points cannot be carried: {first}")
+            typer.echo(f"  {count(one.dead, 'point')} cannot be carried: {first}")
         about = "" if exact else "about "
         typer.echo(
-            f"  {one.to_embed:,} to embed: {one.distinct:,} distinct texts,"
-            f" {about}{one.tokens:,} tokens; {one.cached:,} are in the cache"
+            f"  {one.to_embed:,} to embed: {count(one.distinct, 'distinct text')},"
+            f" {about}{count(one.tokens, 'token')};"
+            f" {count(one.cached, 'is', 'are')} in the cache"
         )
         typer.echo(
-            f"  to buy: {one.to_buy:,} texts, {about}{one.tokens_to_buy:,} tokens,"
-            f" ${one.dollars:.4f}"
+            f"  to buy: {count(one.to_buy, 'text')}, {about}{count(one.tokens_to_buy, 'token')},"
+            f" {money(one.dollars)}"
         )
         typer.echo(
             f"  about {age(one.seconds)}, an estimate: {age(one.seconds_buying)} to buy (calls:"
@@ -59,9 +63,9 @@ def plans(found: Sequence[Plan], *, exact: bool) -> None:
         )
     if len(found) > 1:
         typer.echo(
-            f"in all: {sum(one.points for one in found):,} points,"
-            f" {sum(one.to_buy for one in found):,} texts to buy,"
-            f" ${sum(one.dollars for one in found):.4f},"
+            f"in all: {count(sum(one.points for one in found), 'point')},"
+            f" {count(sum(one.to_buy for one in found), 'text')} to buy,"
+            f" {money(sum(one.dollars for one in found))},"
             f" about {age(sum(one.seconds for one in found))}"
         )
 
@@ -83,12 +87,12 @@ def state(state: State, journal: Journal, sizes: Mapping[str, int] | None = None
     if state.proof is not None:
         typer.echo(f"  proved on {len(state.proved)} texts: cosine {state.proof:.5f} at least")
     typer.echo(
-        f"  {counts.points:,} points seen: {counts.copied:,} copied, {counts.embedded:,} embedded,"
-        f" {counts.bought:,} bought; {counts.updated:,} updated and {counts.deleted:,} deleted"
-        " since"
+        f"  {count(counts.points, 'point')} seen: {counts.copied:,} copied,"
+        f" {counts.embedded:,} embedded, {counts.bought:,} bought;"
+        f" {counts.updated:,} updated and {counts.deleted:,} deleted since"
     )
-    for name, count in (sizes or {}).items():
-        typer.echo(f"  {count:,} points in {name}")
+    for name, number in (sizes or {}).items():
+        typer.echo(f"  {count(number, 'point')} in {name}")
     if state.aliases:
         typer.echo(f"  aliases: {', '.join(state.aliases)}")
     if counts.dead:
@@ -114,6 +118,7 @@ def verdict(found: Verdict) -> None:
         return
     cosine = "" if found.cosine is None else f", cosine {found.cosine:.5f} at least"
     typer.echo(
-        f"  verified: {found.new_points:,} of {found.old_points:,} points, ids and payloads equal;"
-        f" {found.sampled} sampled{cosine}; {found.recalled} found by their own vectors"
+        f"  verified: {found.new_points:,} of {count(found.old_points, 'point')},"
+        f" ids and payloads equal; {found.sampled} sampled{cosine};"
+        f" {found.recalled} found by their own vectors"
     )

@@ -9,12 +9,14 @@ import typer
 from cache import ledger
 from cache.maintenance import stats
 from proxy import config
+from proxy.formatting import age, count, money, saved, share, size
 from proxy.http import sums
 from proxy.service import GIB
 from proxy.settings.schema import Settings
 
-from .cache import app, opened_for_reading
-from .common import ConfigOption, JsonOption, age, console, path_text, print_json, size
+from .cache import opened_for_reading
+from .common import ConfigOption, JsonOption, console, path_text, print_json
+from .groups import cache_app as app
 
 WIDEST = 120
 """Characters of a table's line, beside the name of a space."""
@@ -48,7 +50,7 @@ def show_stats(
     if as_json:
         print_json(shown)
     else:
-        _print_stats(settings, held, shown)
+        _print_stats(held, shown)
 
 
 def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
@@ -69,8 +71,10 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
             }
         )
     return {
-        "directory": path_text(settings.cache.directory),
+        "directory": path_text(settings.cache.directory.absolute()),
         "file_bytes": held.file_bytes,
+        "data_bytes": held.data_bytes,
+        "wal_bytes": held.log_bytes,
         "size_limit_bytes": int(settings.cache.size_limit_gib * GIB),
         "entries": held.entries,
         "counted_since": None if held.since_day is None else held.since_day * 86_400,
@@ -79,7 +83,7 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
     }
 
 
-def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -> None:
+def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
     from rich.table import Table  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
 
     now = time.time()
@@ -95,6 +99,7 @@ def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -
         "hit rate",
         "tokens saved",
         "saved",
+        "share",
     ):
         table.add_column(title, justify="right", no_wrap=True)
     for one in shown["partitions"]:
@@ -109,15 +114,17 @@ def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -
             f"{one['entries']:,}",
             size(one["bytes"]),
             *spans_shown,
-            f"{one['hit_rate']:.1%}" if asked else "",
+            share(asked - one["misses"], asked),
             f"{one['tokens_saved']:,}",
-            f"${one['usd_saved']:,.4f}",
+            money(one["usd_saved"]),
+            share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
         )
     longest = max((len(one["space"]) for one in shown["partitions"]), default=0)
     out = console(WIDEST + longest)
     out.print(
-        f"{settings.cache.directory}: {held.entries:,} entries, {size(held.file_bytes)}"
-        f" on disk of at most {size(shown['size_limit_bytes'])}",
+        f"{count(held.entries, 'entry', 'entries')}: {size(held.data_bytes)} of data and"
+        f" {size(held.log_bytes)} of write-ahead log, of at most"
+        f" {size(shown['size_limit_bytes'])}",
         soft_wrap=True,
     )
     if shown["partitions"]:
@@ -125,9 +132,11 @@ def _print_stats(settings: Settings, held: stats.Stats, shown: dict[str, Any]) -
     usage = held.usage
     if usage.inputs:
         out.print(
-            f"{usage.inputs:,} inputs were asked for, {usage.misses:,} of them bought:"
-            f" hit rate {usage.hit_rate:.1%}, ${shown['usd_saved']:,.4f} saved,"
-            f" ${shown['usd_billed']:,.4f} spent.",
+            f"{count(usage.inputs, 'input was', 'inputs were')} asked for,"
+            f" {usage.misses:,} of them bought:"
+            f" hit rate {share(usage.inputs - usage.misses, usage.inputs)},"
+            f" {saved(shown['usd_saved'], shown['usd_billed'])},"
+            f" {money(shown['usd_billed'])} spent.",
             soft_wrap=True,
         )
 
@@ -138,7 +147,7 @@ def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for title in columns:
         table.add_column(title, no_wrap=True)
-    for title in ("inputs", "bought", "tokens billed", "billed", "tokens saved", "saved"):
+    for title in ("inputs", "bought", "tokens billed", "billed", "tokens saved", "saved", "share"):
         table.add_column(title, justify="right", no_wrap=True)
     for one in bill:
         inputs = one["hits"] + one["joins"] + one["misses"] + one["duplicates"]
@@ -147,9 +156,10 @@ def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
             f"{inputs:,}",
             f"{one['misses']:,}",
             f"{one['tokens_billed']:,}",
-            f"${one['usd_billed']:,.4f}",
+            money(one["usd_billed"]),
             f"{one['tokens_saved']:,}",
-            f"${one['usd_saved']:,.4f}",
+            money(one["usd_saved"]),
+            share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
         )
     longest = max((sum(len(str(one[name])) for name in columns) for one in bill), default=0)
     console(WIDEST + longest).print(table)

@@ -20,12 +20,14 @@ from cache.row import Row
 from providers.routing.health import Upstreams
 from proxy import config
 from proxy.embedding.opening import make_router, open_providers, scheduled
+from proxy.formatting import count
 from proxy.settings.schema import Settings
 from proxy.sources import FORMATS, open_source
 
 from .adopt import Adoption, SampleDiffers, Survey
-from .cache import app, opened, opened_for_reading
+from .cache import opened, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
+from .groups import cache_app as app
 
 _MAGIC = b"EMBA"
 _STREAM = "-"
@@ -175,8 +177,10 @@ def _take_archive(
         _tell_sums(sums, dry_run=dry_run)
     if not report.complete:
         raise WorkFailed(
-            f"{source}: not all of it is whole: {report.damaged_places} places are damaged"
-            f" ({report.damaged_bytes:,} bytes), {report.missing:,} entries are known to be missing"
+            f"{source}: not all of it is whole:"
+            f" {count(report.damaged_places, 'place is', 'places are')} damaged"
+            f" ({count(report.damaged_bytes, 'byte')}),"
+            f" {count(report.missing, 'entry is', 'entries are')} known to be missing"
         )
 
 
@@ -200,7 +204,9 @@ def _put(
 
 def _tell_sums(sums: transfer.Written, *, dry_run: bool) -> None:
     verb = "would be taken in" if dry_run else "taken in"
-    typer.echo(f"{sums.stored:,} entries {verb}, {sums.present:,} were there already")
+    stored = count(sums.stored, "entry", "entries")
+    present = count(sums.present, "was", "were")
+    typer.echo(f"{stored} {verb}, {present} there already")
 
 
 def _survey(adoption: Adoption, source: Source, sample: int) -> Survey:

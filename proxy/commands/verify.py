@@ -14,11 +14,13 @@ from cache.disk.salvage import Outcome
 from cache.maintenance import verify
 from cache.maintenance.verify import Findings
 from proxy import config
+from proxy.formatting import count
 from proxy.service import GIB
 from proxy.settings.schema import Settings
 
-from .cache import app, opened, opened_for_reading
+from .cache import opened, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress
+from .groups import cache_app as app
 
 
 @app.command(name="verify")
@@ -100,20 +102,21 @@ def _scan(settings: Settings, *, for_writing: bool) -> Findings:
 
 
 def _tell(findings: Findings, *, mended: bool, saved: Outcome | None) -> None:
-    typer.echo(f"{findings.records:,} records are whole")
+    typer.echo(f"{count(findings.records, 'record is', 'records are')} whole")
     if findings.damaged:
         verb = "deleted" if mended else "damaged; --mend deletes them"
-        typer.echo(f"{findings.damaged:,} records {verb}")
+        typer.echo(f"{count(findings.damaged, 'record')} {verb}")
     if findings.lost_sight_of:
         verb = "entered again" if mended else "not entered; --mend does it"
-        typer.echo(f"{findings.lost_sight_of:,} records {verb}")
+        typer.echo(f"{count(findings.lost_sight_of, 'record')} {verb}")
     if findings.wrong_partition:
-        verb = "now have an unknown space" if mended else "have a space of another width"
-        remedy = "" if mended else "; --mend keeps them, with their space unknown"
-        typer.echo(f"{findings.wrong_partition:,} whole records {verb}{remedy}")
+        whole = count(findings.wrong_partition, "whole record has", "whole records have")
+        now = "an unknown space now" if mended else "a space of another width"
+        remedy = "" if mended else "; --mend keeps what is whole, with its space unknown"
+        typer.echo(f"{whole} {now}{remedy}")
     if findings.orphans:
         verb = "deleted" if mended else "without a record; --mend deletes them"
-        typer.echo(f"{findings.orphans:,} rows of the list of entries {verb}")
+        typer.echo(f"{count(findings.orphans, 'row')} of the list of entries {verb}")
     if findings.unchecked and not findings.broken:
         typer.echo(
             f"not checked, because the proxy wrote too much meanwhile: {findings.unchecked};"
@@ -124,7 +127,8 @@ def _tell(findings: Findings, *, mended: bool, saved: Outcome | None) -> None:
         if saved is None:
             typer.echo("--mend moves it aside and saves what is whole in it")
         else:
-            typer.echo(f"it was moved aside; {saved.records:,} records were saved out of it")
+            records = count(saved.records, "record was", "records were")
+            typer.echo(f"it was moved aside; {records} saved out of it")
 
 
 def _start_anew(settings: Settings) -> Outcome:
@@ -171,8 +175,10 @@ def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -
         )
     else:
         typer.echo(
-            f"{saved.records:,} records saved, {saved.present:,} were there already,"
-            f" {report.damaged:,} are damaged; {saved.sums:,} sums added to the ledger"
+            f"{count(saved.records, 'record')} saved,"
+            f" {count(saved.present, 'was', 'were')} there already,"
+            f" {count(report.damaged, 'is', 'are')} damaged;"
+            f" {count(saved.sums, 'sum')} added to the ledger"
         )
         if left_out:
             typer.echo(left_out)

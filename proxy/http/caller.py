@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from aiohttp import web
+
 
 class Secret(str):
     """A key; it is not shown where values are."""
@@ -30,3 +32,7 @@ class Caller(NamedTuple):
     it is not known to do so."""
     is_connected: Callable[[], bool] | None = None
     """Tells whether the caller still waits for the answer; None = it does."""
+
+
+CALLER = web.RequestKey("caller", Caller)
+"""Where the guard puts the caller of a request that it lets in."""

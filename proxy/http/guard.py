@@ -13,7 +13,7 @@ from proxy.onward.headers import KEY_HEADERS
 from . import ops, target
 from .access import Access
 from .body import BodyRefused
-from .caller import Caller
+from .caller import CALLER
 from .cors import Cors
 from .origin_check import OriginCheck
 from .paths import REMEDY, may_be_embeddings
@@ -21,13 +21,12 @@ from .request_log import REQUEST_ID, STARTED, identify, tell
 
 log = logging.getLogger("embedding_proxy.guard")
 
-CALLER = web.RequestKey("caller", Caller)
-
 
 def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
-    It gives every error OpenAI's shape. Of probes (`ops.OPEN_PATHS`) only the target is checked.
+    It gives every error OpenAI's shape. Of `ops.OPEN_PATHS` only the target is checked, and
+    `ops.ROOT` is answered without a key; without a CALLER in its request then.
     """
 
     @web.middleware
@@ -49,19 +48,19 @@ def _refused(
         target.check(request.method, request.raw_path)
     except InputRefused as error:
         return errors.failure(error).response()
-    is_probe = request.path in ops.OPEN_PATHS
-    refusal = None if is_probe else origin_check.refusal(request)
+    is_open = request.path in ops.OPEN_PATHS
+    refusal = None if is_open else origin_check.refusal(request)
     if refusal is not None:
         return refusal.response()
     preflight = cors.preflight(request)
-    if preflight is not None or is_probe:
+    if preflight is not None or is_open:
         return preflight
     admitted = access.admit(
         request.headers.get("Authorization"),
         *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
     )
     if isinstance(admitted, Failure):
-        return admitted.response()
+        return None if request.path == ops.ROOT else admitted.response()
     request[CALLER] = admitted
     return None
 

@@ -410,7 +410,7 @@ async def test_every_response_has_an_id_of_its_own(
 @pytest.mark.parametrize(
     ("method", "path", "code", "error_code"),
     [
-        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/index.html", 404, "unknown_url"),
         ("POST", "/v1", 404, "unknown_url"),
         ("POST", "/v1/chat/completions", 404, "unknown_url"),
         ("GET", "/v1/embeddings/x", 404, "unknown_url"),
@@ -419,6 +419,8 @@ async def test_every_response_has_an_id_of_its_own(
         ("DELETE", "/embeddings/", 405, None),
         ("DELETE", "/v1/models/m", 405, None),
         ("POST", "/livez", 405, None),
+        ("POST", "/health", 405, None),
+        ("POST", "/", 405, None),
         ("GET", "/" + "x" * 4000, 404, "unknown_url"),
     ],
 )

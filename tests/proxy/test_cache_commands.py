@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from cache.disk.changes import Changes, Kept
 from cache.disk.schema import PAGE_BYTES
 from cache.key import Namespace, keyring
 from cache.ledger import Heading
-from cache.maintenance import backup, short_reads, transfer, verify
+from cache.maintenance import archive, backup, short_reads, transfer, verify
 from cache.record import Entry, encode
 from cache.row import OTHER_NAMESPACE, Partition, Row
 from cache.usage import Usage
@@ -34,6 +35,7 @@ from index.outbox_file import FILE_NAME, OutboxFile
 from index.point import Point, Target, id_bytes
 from providers.base import Space
 from providers.bill import NANO
+from proxy import cli
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -67,8 +69,10 @@ def run(tmp_path, monkeypatch, command):
     # Wide enough that no message is broken into lines.
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run_command(*arguments: str) -> Done:
-        return command("cache", *arguments, "--config", config)
+    def run_command(*arguments: str, sure: bool = True) -> Done:
+        """Purges are not asked for, unless a test says that nobody is `sure`."""
+        yes = ["--yes"] if sure and arguments[0] == "purge" else []
+        return command("cache", *arguments, *yes, "--config", config)
 
     return run_command
 
@@ -192,6 +196,8 @@ def test_stats_as_json(run, fill, tmp_path):
     assert shown.pop("file_bytes") >= path.stat().st_size
     assert shown == {
         "directory": str(tmp_path / "cache"),
+        "data_bytes": path.stat().st_size,
+        "wal_bytes": 0,
         "size_limit_bytes": 50 * GIB,
         "entries": 5,
         "counted_since": 20_000 * DAY,
@@ -220,12 +226,15 @@ def test_stats_for_people(run, fill, tmp_path):
     done = run("stats")
     assert (done.code, done.err) == (0, "")
     first, _, *lines, last = done.out.splitlines()
-    assert first.startswith(f"{tmp_path / 'cache'}: 501 entries, ")
-    small = r"-\s+a/small\s+64\s+500\s+148\.0 kB\s+3 d\s+\d s\s+75\.0%\s+600,000\s+\$1\.2000\s*"
+    assert re.fullmatch(r"501 entries: .* of data and 0 B of write-ahead log, of at most .*", first)
+    small = (
+        r"-\s+a/small\s+64\s+500\s+148\.0 kB\s+3 d\s+\d s\s+75\.0%\s+600,000\s+\$1\.20\s+75\.0%\s*"
+    )
     assert any(re.fullmatch(small, line) for line in lines)
     assert any(line.startswith("[red]tenant %s") for line in lines)
     assert last == (
-        "4 inputs were asked for, 1 of them bought: hit rate 75.0%, $1.2000 saved, $0.4000 spent."
+        "4 inputs were asked for, 1 of them bought: hit rate 75.0%, $1.20 saved (75.0%),"
+        " $0.40 spent."
     )
 
 
@@ -293,10 +302,11 @@ def test_the_bill_for_people(run, tmp_path):
         "tokens",
         "saved",
         "saved",
+        "share",
     ]
     assert lines == [
-        ["-", "ci", "8", "3", "500,000", "$0.6667", "1,500,000", "$3.0000"],
-        ["[red]t", "-", "7", "0", "0", "$0.0000", "0", "$0.0000"],
+        ["-", "ci", "8", "3", "500,000", "$0.67", "1,500,000", "$3.00", "81.8%"],
+        ["[red]t", "-", "7", "0", "0", "$0.00", "0", "$0.00"],
     ]
 
 
@@ -363,13 +373,9 @@ def waiting(mixed, tmp_path):
         (["--all"], {1, 2, 3, 4, 5, 6, 7, 8}),
         (["--namespace", "tenant"], {5, 6, 7}),
         (["--namespace", ""], {1, 2, 3, 4, 8}),
-        (["--namespace", "tenan_"], set()),
-        (["--namespace", "%"], set()),
         (["--space", "a/small"], {1, 2, 3, 4, 5, 6}),
         (["--space", "a/small?task=~12549ea7d2d841ef"], {3, 4}),
         (["--space", "b/wide%20%26%20round"], {7, 8}),
-        (["--space", "a/smal"], set()),
-        (["--space", ""], set()),
         (["--older-than", "30d"], {1, 3, 5, 7}),
         (["--older-than", "41d"], set()),
         (["--older-than", "0s"], {1, 2, 3, 4, 5, 6, 7, 8}),
@@ -395,6 +401,8 @@ def test_exactly_the_chosen_entries_are_deleted(arguments, gone, run, mixed, wai
     done = run("purge", *arguments, "--dry-run", "--json")
     size = sum(40 + 4 * WIDTH * (1 + (number > 6)) for number in gone)
     counts = {"chosen": len(gone), "bytes": size, "deleted": 0, "waiting": len(gone)}
+    # Nothing of them was bought here.
+    counts["usd_value"] = None if gone else 0.0
     assert (done.code, done.json, done.err) == (0, counts | {"dry_run": True}, "")
     assert waiting() == {1, 2, 3, 4, 5, 6, 7, 8}
     assert dict(_sql(mixed, "SELECT rowid, key FROM Cache")) == before
@@ -405,9 +413,15 @@ def test_exactly_the_chosen_entries_are_deleted(arguments, gone, run, mixed, wai
     left = {number: key for number, key in before.items() if number not in gone}
     assert dict(_sql(mixed, "SELECT rowid, key FROM Cache")) == left
     assert {number for (number,) in _sql(mixed, "SELECT id FROM Entries")} == set(left)
+    if "--namespace" in arguments or "--space" in arguments:
+        return
     done = run("purge", *arguments)
     nothing = "0 points that wait for Qdrant deleted; those in Qdrant stay\n"
-    assert (done.code, done.out, done.err) == (0, f"0 entries deleted, 0 B\n{nothing}", "")
+    assert (done.code, done.out, done.err) == (
+        0,
+        f"0 entries, 0 B, worth about $0.00: deleted\n{nothing}",
+        "",
+    )
 
 
 @pytest.fixture
@@ -459,8 +473,78 @@ def test_what_shares_a_partition_goes_with_what_is_purged(arguments, shared, lef
 
 def test_purge_says_what_it_would_and_what_it_did(run, mixed):
     """People are told the number and the bytes, before and after."""
-    assert run("purge", "--all", "--dry-run").out == "8 entries, 2.9 kB, would be deleted\n"
-    assert run("purge", "--all").out == "8 entries deleted, 2.9 kB\n"
+    what = "8 entries, 2.9 kB, of unknown value"
+    assert run("purge", "--all", "--dry-run").out == f"{what}: would be deleted\n"
+    assert run("purge", "--all").out == f"{what}: deleted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--space", "a/smal"], ["--space: the store has no space 'a/smal'", "mean 'a/small'?"]),
+        (["--space", "small"], ["did you mean 'a/small'?"]),
+        (["--space", ""], ["known: 'a/small', 'a/small?task=~12549ea7d2d841ef', 'b/wide%20%26"]),
+        (["--namespace", "tenan_"], ["has no namespace 'tenan_'; did you mean 'tenant'?"]),
+        (["--namespace", "%", "--dry-run"], ["known: '', 'tenant'"]),
+    ],
+)
+def test_a_purge_of_what_is_not_there_names_what_is(arguments, words, run, mixed, waiting):
+    """A misspelt name is wrong usage, not a purge of nothing."""
+    _failed(run("purge", *arguments), 2, *words)
+    assert len(_sql(mixed, "SELECT 1 FROM Cache")) == 8
+
+
+def test_a_space_that_only_waits_for_qdrant_can_be_purged(run, mixed, waiting, tmp_path):
+    """What has no entry any more may still have points in the outbox."""
+    target = Target("docs", "gone/space", WIDTH)
+    with closing(Outbox(tmp_path / "cache", GIB)) as outbox:
+        outbox.add(target, [Point(bytes(16), bytes(4), b"{}", 0, new=False)])
+    assert run("purge", "--space", "gone/space", "--json").json["waiting"] == 1
+
+
+async def test_a_purge_tells_what_the_entries_cost(run, start_proxy, upstream, fill):
+    """What was billed for a space, by the share of its entries; of others it is not known."""
+    upstream.widths = {"small": WIDTH}
+    fill(_row("imported", OTHER))
+    proxy = await start_proxy(upstream, models=MODELS)
+    await _texts_served(proxy, texts=["a b c", "d"])
+    await _texts_served(proxy, texts=["a b c"])
+    await start_proxy.stop()
+    tell = partial(asyncio.to_thread, run, "purge", "--dry-run")
+    worth = "worth about $0.000008 and 1 of unknown value"
+    assert (await tell("--all")).out == f"3 entries, 1.1 kB, {worth}: would be deleted\n"
+    assert (await tell("--all", "--json")).json["usd_value"] == 8e-6
+    assert (await tell("--space", "a/small", "--json")).json["usd_value"] == 8e-6
+    one = await tell("--input", "d", "--model", "small", "--json")
+    assert one.json["usd_value"] == 4e-6
+    assert (await tell("--space", OTHER.label, "--json")).json["usd_value"] is None
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "left"), [("y\n", 0, 0), ("n\n", 1, 8), ("\n", 1, 8), ("", 1, 8)]
+)
+def test_a_purge_asks_on_a_terminal(says, *, code, left, run, mixed, monkeypatch):
+    """The question has entries, size and value; anything but yes deletes nothing."""
+    monkeypatch.setattr("proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(says))
+    done = run("purge", "--all", "--json", sure=False)
+    assert "Delete 8 entries, 2.9 kB, of unknown value for good?" in done.err
+    assert (done.code, len(_sql(mixed, "SELECT 1 FROM Cache"))) == (code, left)
+    assert (done.out.strip() == "") == (code != 0)
+
+
+def test_where_there_is_nothing_to_delete_nothing_is_asked(run, mixed, monkeypatch):
+    """A purge of nothing ends well."""
+    monkeypatch.setattr("proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run("purge", "--older-than", "41d", sure=False).code == 0
+
+
+def test_without_a_terminal_a_purge_needs_yes(run, mixed):
+    """A script neither hangs nor deletes what nobody agreed to; a dry run needs nothing."""
+    _failed(run("purge", "--all", sure=False), 2, "there is no terminal to ask on; say --yes")
+    assert len(_sql(mixed, "SELECT 1 FROM Cache")) == 8
+    assert run("purge", "--all", "--dry-run", sure=False).code == 0
 
 
 def test_points_wait_whose_entry_is_gone(run, mixed, waiting):
@@ -469,7 +553,7 @@ def test_points_wait_whose_entry_is_gone(run, mixed, waiting):
     _sql(mixed, "DELETE FROM Entries WHERE id IN (5, 6)")
     done = run("purge", "--namespace", "tenant", "--dry-run")
     assert done.out == (
-        "1 entries, 552 B, would be deleted\n"
+        "1 entry, 552 B, of unknown value: would be deleted\n"
         "3 points that wait for Qdrant would be deleted; those in Qdrant stay\n"
     )
     assert run("purge", "--namespace", "tenant", "--json").json["waiting"] == 3
@@ -536,7 +620,7 @@ async def test_a_running_proxy_forgets_what_was_purged(run, start_proxy, upstrea
     for model in ("small", "wide"):
         await _texts_served(proxy, model, ["a", "b"])
     done = await asyncio.to_thread(run, "purge", "--input", "a", "--model", "small")
-    assert done.out == "1 entries deleted, 296 B\n"
+    assert done.out == "1 entry, 296 B, worth about $0.000002: deleted\n"
     await store._tick(1)
     asked = len(upstream.calls)
     assert await _texts_served(proxy, "wide", ["a", "b"]) == 2
@@ -695,12 +779,12 @@ async def test_damaged_records_are_reported_and_mended(damage, run, fill, start_
         1,
         (
             "495 records are whole\n5 records damaged; --mend deletes them\n"
-            "1 records not entered; --mend does it\n"
+            "1 record not entered; --mend does it\n"
         ),
         "",
     )
     done = await asyncio.to_thread(run, "verify", "--mend")
-    lines = "495 records are whole\n5 records deleted\n1 records entered again\n"
+    lines = "495 records are whole\n5 records deleted\n1 record entered again\n"
     assert done == (0, lines, "")
     assert (await asyncio.to_thread(run, "verify")).code == 0
     upstream.widths = {"small": WIDTH}
@@ -718,7 +802,7 @@ async def test_whole_records_in_a_wrong_space_are_kept(run, fill, tmp_path, star
         1,
         (
             "500 records are whole\n500 whole records have a space of another width;"
-            " --mend keeps them, with their space unknown\n"
+            " --mend keeps what is whole, with its space unknown\n"
         ),
         "",
     )
@@ -934,6 +1018,70 @@ async def test_no_request_fails_while_a_store_is_verified_and_mended(
 # in all
 
 
+def _files(folder):
+    """Return size, content and time of change of each file; of the index of a log, nothing."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".db-shm"]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+READING = {
+    "stats": ["stats"],
+    "bill": ["stats", "--by", "model", "--json"],
+    "verify": ["verify"],
+    "export": ["export", "{folder}/a.emba"],
+    "backup": ["backup", "{folder}/b.db"],
+    "purge": ["purge", "--all", "--dry-run"],
+    "import": ["import", "{folder}/c.emba", "--dry-run"],
+}
+
+
+async def test_what_only_reads_writes_nothing_beside_a_proxy(run, start_proxy, upstream, tmp_path):
+    """Neither the database nor its write-ahead log changes by a byte; and afterwards as before."""
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    await _texts_served(proxy)
+    (tmp_path / "out").mkdir()
+    assert (await asyncio.to_thread(run, "export", str(tmp_path / "out/c.emba"))).code == 0
+    store = tmp_path / "cache" / "v1"
+    for is_running in (True, False):
+        if not is_running:
+            await start_proxy.stop()
+        before = _files(store)
+        assert (store / "cache.db-wal" in before) == is_running
+        for name, arguments in READING.items():
+            words = [word.format(folder=tmp_path / "out") for word in arguments]
+            words += ["--force"] if name == "export" else []
+            done = await asyncio.to_thread(run, *words)
+            assert done.code == 0, done.err
+            assert _files(store) == before, name
+            (tmp_path / "out" / "b.db").unlink(missing_ok=True)
+        shown = (await asyncio.to_thread(run, "stats", "--json")).json
+        sizes = [len(before.get(store / file, (b"",))[0]) for file in ("cache.db", "cache.db-wal")]
+        assert [shown["data_bytes"], shown["wal_bytes"]] == sizes
+        assert shown["file_bytes"] == sum(sizes)
+
+
+def test_every_command_says_which_store_it_works_on(fill, tmp_path, monkeypatch, capsys):
+    """On stderr, by its absolute path, once; what is printed on stdout is not touched by it."""
+    fill(_row("a"))
+    (tmp_path / "config.yaml").write_text("cache: {directory: cache}")
+    monkeypatch.chdir(tmp_path)
+    commands = [*READING.values(), ["purge", "--all", "--yes"], ["verify", "--mend"]]
+    monkeypatch.setattr(sys, "argv", [])
+    with (tmp_path / "c.emba").open("wb") as file:
+        archive.write(file, [_row("a")])
+    for arguments in [*commands, ["import", "c.emba"]]:
+        words = [word.format(folder=".") for word in arguments]
+        words = ["embedding-proxy", "cache", *words, "--config", "config.yaml"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code, words
+        out, err = capsys.readouterr()
+        assert err.count(f"store: {tmp_path / 'cache'}\n") == 1, words
+        assert "store: " not in out
+
+
 @pytest.mark.parametrize("name", ["stats", "purge", "backup", "export", "import", "verify"])
 def test_help_and_wrong_usage(name, run):
     """--help tells the options; an option that there is not is code 2, without a traceback."""
@@ -994,6 +1142,6 @@ def test_the_command_as_a_process(fill, tmp_path):
         return Done(done.returncode, done.stdout, done.stderr)
 
     done = process("stats", "--json")
-    assert (done.code, done.json["entries"], done.err) == (0, 1, "")
+    assert (done.code, done.json["entries"], done.err) == (0, 1, f"store: {tmp_path / 'cache'}\n")
     shutil.rmtree(path.parent)
     _failed(process("verify"), 1, "there is no store yet")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pytest
+from command import STORE
 from fault_server import status, vector_of
 from pyarrow import parquet
 from qdrant_client import QdrantClient
@@ -88,7 +89,7 @@ def run(tmp_path, monkeypatch, capsysbinary):
         with pytest.raises(SystemExit) as caught:
             cli.main()
         out, err = capsysbinary.readouterr()
-        return Done(caught.value.code or 0, out, err.decode())
+        return Done(caught.value.code or 0, out, STORE.sub("", err.decode()))
 
     return run_command
 
@@ -218,7 +219,6 @@ def test_everything_of_an_entry_survives(run, fill, held, tmp_path):
         ([], MIXED),
         (["--namespace", ""], [*ROWS[:5], MIXED[6]]),
         (["--namespace", "tenant %ü"], [MIXED[5], MIXED[7]]),
-        (["--namespace", "tenant"], []),
         (["--space", "a/small"], MIXED[:7]),
         (["--space", "a/small?task=~12549ea7d2d841ef"], [MIXED[6]]),
         (["--space", "a/small", "--namespace", "tenant %ü"], [MIXED[5]]),
@@ -232,6 +232,43 @@ def test_only_what_is_chosen_is_exported(arguments, *, chosen, run, fill, held, 
     assert (done.code, done.json, done.err) == (0, told, "")
     assert run("import", tmp_path / "a.emba", store="new").code == 0
     assert held("new") == _by_address(chosen)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "words"),
+    [
+        ("--namespace", "tenant", ["namespace 'tenant'; did you mean 'tenant %ü'?; known: ", "''"]),
+        ("--space", "a/smal", ["space 'a/smal'; did you mean 'a/small'?; known: 'a/small', "]),
+        ("--space", "small", ["did you mean 'a/small'?"]),
+    ],
+)
+def test_an_export_of_what_is_not_there_is_refused(option, name, *, words, run, fill, tmp_path):
+    """The known ones are named, the nearest first; no empty file is taken for a copy."""
+    fill(*MIXED)
+    _failed(run("export", tmp_path / "a.emba", option, name), 2, f"{option}: the store has", *words)
+    assert not (tmp_path / "a.emba").exists()
+
+
+def test_an_export_overwrites_nothing_unasked(run, fill, tmp_path, monkeypatch):
+    """Without --force a file that is there stays, also one that comes while it is written."""
+    fill(*ROWS)
+    target = tmp_path / "a.emba"
+    target.write_bytes(b"mine")
+    _failed(run("export", target), 1, f"{target} exists; it is not overwritten without --force")
+    assert target.read_bytes() == b"mine"
+    assert run("export", target, "--force").code == 0
+    assert target.read_bytes() != b"mine"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    _failed(run("export", tmp_path / "link"), 1, "link exists")
+    late, real = tmp_path / "late.emba", archive.write
+
+    def write(file, rows):
+        late.write_bytes(b"theirs")
+        return real(file, rows)
+
+    monkeypatch.setattr(archive, "write", write)
+    _failed(run("export", late), 1, "late.emba exists by now")
+    assert late.read_bytes() == b"theirs"
 
 
 def test_exports_can_be_joined(run, fill, held, tmp_path):
@@ -257,7 +294,7 @@ def test_an_import_replaces_nothing(run, fill, held, tmp_path):
     fill(mine)
     (tmp_path / "a.emba").write_bytes(_archive(*ROWS))
     done = run("import", tmp_path / "a.emba")
-    assert done == (0, b"39 entries taken in, 1 were there already\n", "")
+    assert done == (0, b"39 entries taken in, 1 was there already\n", "")
     assert held() == _by_address([*ROWS[1:], mine])
 
 
@@ -302,7 +339,7 @@ def test_of_a_broken_export_what_is_whole_is_taken_in(
     done = run("import", tmp_path / "a.emba")
     assert (done.code, done.out) == (1, f"{whole} entries taken in, 0 were there already\n")
     assert re.fullmatch(r"embedding-proxy: [^\n]+: not all of it is whole: [^\n]+\n", done.err)
-    assert f"{places} places" in done.err
+    assert f"{places} place{' is' if places == 1 else 's are'} damaged" in done.err
     assert set(held().items()) <= set(_by_address(ROWS).items()) or content == SMALL[3:]
     assert len(held()) == whole
     done = run("import", tmp_path / "a.emba", "--json")
@@ -340,7 +377,7 @@ def test_damaged_records_are_left_out_of_an_export(run, fill, held, tmp_path):
     done = run("export", tmp_path / "a.emba")
     assert (done.code, done.err) == (0, "")
     assert done.out == f"{tmp_path / 'a.emba'}: 37 entries, 3 damaged ones left out\n"
-    assert run("export", tmp_path / "a.emba", "--json").json["damaged"] == 3
+    assert run("export", tmp_path / "a.emba", "--force", "--json").json["damaged"] == 3
     assert run("import", tmp_path / "a.emba", store="new").code == 0
     assert len(held("new")) == 37
 
@@ -361,7 +398,7 @@ def test_an_export_that_ends_early_leaves_nothing(error, *, code, run, fill, tmp
         raise error
 
     monkeypatch.setattr(archive, "write", write)
-    done = run("export", target)
+    done = run("export", target, "--force")
     assert (done.code, done.raw) == (code, b"")
     assert "Traceback" not in done.err
     if code == 1:
@@ -377,7 +414,7 @@ def test_a_target_that_cannot_be_written_is_named(run, fill, tmp_path):
     (tmp_path / "folder").mkdir()
     for target, why in (
         (tmp_path / "folder", "is a directory"),
-        (tmp_path / "nowhere" / "a", "No such file or directory"),
+        (tmp_path / "nowhere" / "a", "there is no such folder"),
     ):
         _failed(run("export", target), 1, f"{target}: {why}")
     assert not [*tmp_path.glob("*.part")]
@@ -586,7 +623,7 @@ def test_what_one_owns_replaces_nothing(run, fill, held, tmp_path):
     mine = _row(TEXTS[0], vector=_vector("mine"))
     fill(mine)
     done = run("import", *_jsonl(tmp_path, PAIRS), "--model", "small", "--sample", "0")
-    assert done == (0, b"39 entries taken in, 1 were there already\n", "")
+    assert done == (0, b"39 entries taken in, 1 was there already\n", "")
     assert held()[mine.address] == mine
 
 

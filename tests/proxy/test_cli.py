@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import typer
 from aiohttp import web
 
 from cache.disk.store import StoreError
 from proxy import cli
 from proxy.demo import DemoFailed
 from proxy.http.cache_control import MEANING
+from proxy.imports import importing
 from proxy.server import PortUnavailable
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +91,9 @@ async def _told_while_busy(number, tmp_path, upstream):
             release.set()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
 async def test_serve_announces_answers_and_ends_in_good_order(number, code, tmp_path, upstream):
     """The process prints the line to paste, answers, and at a signal finishes what it began."""
     async with _told_while_busy(number, tmp_path, upstream) as (process, request, release):
@@ -108,6 +113,39 @@ async def test_a_second_signal_ends_it_at_once(tmp_path, upstream):
         assert await process.wait() == -signal.SIGTERM
         with pytest.raises(aiohttp.ClientError):
             await request
+
+
+@pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
+async def test_a_hangup_is_never_the_second_signal(first, tmp_path, upstream):
+    """A closed terminal sends SIGHUP twice; what is in progress is answered all the same."""
+    async with _told_while_busy(first, tmp_path, upstream) as (process, request, release):
+        process.send_signal(signal.SIGHUP)
+        release.set()
+        async with await request as response:
+            assert (response.status, response.headers["x-cache"]) == (200, "partial")
+        await process.communicate()
+    assert process.returncode == 0
+
+
+async def test_under_nohup_a_hangup_ends_nothing(tmp_path, upstream):
+    """Where SIGHUP is ignored from the start, it stays ignored, and requests are answered."""
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        served = _served(tmp_path, upstream)
+        process, url = await served.__aenter__()
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    try:
+        process.send_signal(signal.SIGHUP)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/embeddings", json=GOOD) as response,
+        ):
+            assert response.status == 200
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        await served.__aexit__(None, None, None)
 
 
 FAILED_STARTS = {
@@ -201,7 +239,7 @@ def serving(monkeypatch):
     noted = []
 
     def end_with(outcome: signal.Signals | Exception) -> list:
-        async def serve(settings, _listening, announce):
+        async def serve(settings, _listening, announce, *, is_worker):
             noted.append(settings)
             if isinstance(outcome, Exception):
                 raise outcome
@@ -216,7 +254,7 @@ def serving(monkeypatch):
     return end_with
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_options_stand_in_for_keys_of_the_configuration(number, run, serving, tmp_path):
     """What is given as an option counts more than the file; the rest is the file's."""
     noted = serving(number)
@@ -311,6 +349,129 @@ def test_it_runs_with_and_without_uvloop(module, monkeypatch):
         return type(asyncio.get_running_loop()).__module__.partition(".")[0]
 
     assert cli._run(loop_module()) == ("asyncio" if module == "uvloop" else "uvloop")
+
+
+HEAVY = {"aiohttp", "asyncio", "numpy", "orjson", "yaml", "uvloop", "proxy.config"}
+"""What takes long to import, and neither a version nor a list of commands needs. (typer itself
+imports pydantic where that is installed.)"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], ["cache", "--help"], ["migrate", "--help"], ["serve", "--help"]],
+    ids=" ".join,
+)
+def test_what_says_only_what_there_is_imports_little(arguments, tmp_path):
+    """Version and help are there in a fifth of a second: nothing is imported to do the work."""
+    code = f"""
+import sys
+sys.argv = ["embedding-proxy", *{arguments!r}]
+from proxy.__main__ import main
+try:
+    main()
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=_environment(tmp_path, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = set(done.stderr.split())
+    assert "proxy.cli" in modules
+    assert not HEAVY & modules
+
+
+def test_help_has_the_first_sentence_of_each_command():
+    """What `--help` tells without importing a command is what its docstring begins with."""
+    seen = 0
+    root = typer.main.get_command(cli.app)
+    for lazy in (root, root.commands["cache"], root.commands["migrate"]):
+        for name, place in lazy.places.items():
+            if name not in lazy.commands:
+                assert lazy.get_command(None, name).help == place.help
+            lazy.load(name)
+            text = " ".join(lazy.get_command(None, name).help.partition("\n\n")[0].split())
+            assert f"{text} ".startswith(f"{place.help} "), name
+            assert lazy.get_command(None, name).name == name
+            seen += 1
+    assert seen > 14
+
+
+INTERRUPTED = {
+    "version": (["--version"], ["proxy.cli", "typer", "importlib.metadata"]),
+    "stats": (["cache", "stats"], ["numpy", "aiohttp", "diskcache", "proxy.commands.stats"]),
+    "serve": (["serve", "--port", "0"], ["pydantic", "yaml", "proxy.server", "uvloop"]),
+    "demo": (["demo"], ["openai", "rich.table"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module"),
+    [(arguments, one) for arguments, modules in INTERRUPTED.values() for one in modules],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_ctrl_c_amid_imports_is_130_without_a_word(arguments, module, tmp_path):
+    """Whatever is being imported, the process ends at once; not even a library's error is shown."""
+    code = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["embedding-proxy", *{arguments!r}]
+from proxy.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=_environment(tmp_path, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_ctrl_c_at_the_very_end_shows_no_traceback(tmp_path):
+    """What Python does after the work is interrupted in silence, too."""
+    code = """
+import atexit, os, signal, sys
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+sys.argv = ["embedding-proxy", "--version"]
+from proxy.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=_environment(tmp_path, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so(monkeypatch):
+    """A process that was begun in the background is not ended by it amid an import."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with importing():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with importing():
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+            assert not gc.isenabled()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _raised(error: BaseException):

@@ -367,7 +367,7 @@ async def test_what_costs_much_is_not_bought_unasked(compare, upstream):
     sections = {"providers": _at(upstream), "models": {"mine": mine}}
     done = await compare("--rounds", "1", **sections)
     assert (done.code, len(upstream.calls)) == (0, 12)
-    told = "inputs: 12, routes: 1, calls of each: 12; about 92 tokens for $0.0920"
+    told = "inputs: 12, routes: 1, calls of each: 12; about 92 tokens for $0.092"
     assert told in done.err
     upstream.calls.clear()
     done = await compare("--rounds", "2", **sections)

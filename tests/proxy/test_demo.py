@@ -95,8 +95,8 @@ def test_the_table_has_a_row_a_pass_with_its_share_of_the_price():
         console.print(_table(passes, 2000, 0.5))
     rows = [[c.strip() for c in line.split("│")[1:-1]] for line in capture.get().splitlines()]
     assert [row for row in rows if row] == [
-        ["a", "2,000", "2,000", "0", "1.00", "$0.5000"],
-        ["b", "2,000", "0", "2,000", "0.12", "$0.0000"],
+        ["a", "2,000", "2,000", "0", "1.00", "$0.50"],
+        ["b", "2,000", "0", "2,000", "0.12", "$0.00"],
     ]
 
 
@@ -106,7 +106,7 @@ def test_the_summary_tells_rate_speed_and_price():
     text = _summary(first, _pass(hits=2, seconds=0.5), 0.25)
     assert "at 4 inputs/s" in text
     assert "8.0 × as fast" in text
-    assert "$0.7500 without the cache, $0.2500 with it" in text
+    assert "$0.75 without the cache, $0.25 with it: $0.50 saved (66.7%)" in text
 
 
 def test_an_input_is_shown_by_its_first_name_and_words():

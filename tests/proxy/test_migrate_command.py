@@ -3,7 +3,9 @@
 import asyncio
 import io
 import json
+import socket
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +128,54 @@ async def test_what_is_not_there(migrate):
         assert (done.code, "no migration of it is known here" in done.err) == (1, True)
 
 
+async def test_without_names_all_migrations_are_listed(migrate, system, command):
+    """Each with its Qdrant, which is not asked; one that cannot be read is told, and is code 1."""
+
+    async def status(*options):
+        arguments = ("migrate", "status", *options, "--config", str(system.config))
+        return await asyncio.to_thread(command, *arguments)
+
+    done = await status()
+    assert (done.code, done.out, done.err) == (0, "no migration was begun here\n", "")
+    assert (await status("--json")).json == []
+    await migrate("run", CONTEXT, "--to", MISTRAL)
+    other = Journal(system.folder / "cache" / "migrations", "http://elsewhere:6333", "docs")
+    state = Journal(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT).load()
+    other.save(replace(state, place="http://elsewhere:6333", collection="docs"))
+    await system.connection.close()
+    done = await status()
+    assert done.code == 0
+    assert f"{CONTEXT}: copied; next: cutover" in done.out
+    assert f"  in {system.qdrant.url}" in done.out
+    assert "docs: copied; next: cutover" in done.out
+    found = (await status("--json")).json
+    assert {one["collection"] for one in found} == {CONTEXT, "docs"}
+    for options, left in (
+        (("--qdrant", system.qdrant.url), [CONTEXT]),
+        (("--to", MISTRAL), ["docs", CONTEXT]),
+        (("--to", LARGE), []),
+    ):
+        found = (await status("--json", *options)).json
+        assert sorted(one["collection"] for one in found) == sorted(left)
+    other.path.write_text("{}")
+    done = await status()
+    assert (done.code, f"{CONTEXT}: copied" in done.out) == (1, True)
+    assert f"{other.path} is not what this version writes" in done.err
+
+
+async def test_a_qdrant_that_is_not_there_is_named(migrate, system, command, monkeypatch):
+    """A refused connection names the host and port that nobody listens on."""
+    monkeypatch.setattr("index.migration.points.MOST_TRIES", 1)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    plan = ("plan", CONTEXT, "--to", MISTRAL, "--config", str(system.config))
+    done = await asyncio.to_thread(
+        command, "migrate", *plan, "--qdrant", f"http://127.0.0.1:{port}"
+    )
+    assert done.code == 1
+    assert f"connection refused by 127.0.0.1:{port}" in done.err
+
+
 async def test_what_would_be_wrong_to_begin(migrate, system, monkeypatch):
     """A cache that keeps nothing, or a model without a key, is told before anything is made."""
     _change(system, cache={"directory": str(system.folder / "cache"), "mode": "refresh"})
@@ -231,7 +281,7 @@ async def test_what_people_read(migrate, system):
         f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
         "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
         "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
-        "  to buy: 5 texts, 40 tokens, $0.0000",
+        "  to buy: 5 texts, 40 tokens, $0.0000052",
         "  about 1 s, an estimate: 1 s to buy (calls: 1), 0 s for Qdrant by what reading took now",
     ]
     done = await migrate("run", CONTEXT, "--to", MISTRAL)
@@ -245,10 +295,17 @@ async def test_what_people_read(migrate, system):
 
 
 @pytest.mark.parametrize(("options", "says"), [((), "y\ny\n"), (("--yes",), "y\n")])
-async def test_finalize_asks_twice(migrate, system, options, says):
-    """Two questions stand before the end of a collection; less than two answers change nothing."""
+async def test_finalize_asks_twice(migrate, system, options, says, monkeypatch):
+    """Two questions stand before the end of a collection; less than two answers change nothing.
+
+    Without a terminal to ask on it is refused.
+    """
     await migrate("run", CONTEXT, "--to", MISTRAL)
     await migrate("cutover", CONTEXT, "--alias", "live")
+    done = await migrate("finalize", CONTEXT, *options, says=says)
+    assert (done.code, CONTEXT in await system.collections()) == (2, True)
+    assert "there is no terminal to ask on; say --yes --yes" in done.err
+    monkeypatch.setattr("proxy.commands.common.has_terminal", lambda: True)
     for less in (says.removesuffix("y\n"), says.removesuffix("y\n") + "n\n"):
         done = await migrate("finalize", CONTEXT, *options, says=less)
         assert (done.code, CONTEXT in await system.collections()) == (1, True)

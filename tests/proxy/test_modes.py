@@ -14,7 +14,7 @@ from fault_server import status, vector_of
 from typer.testing import CliRunner
 
 from providers.base import Outcome
-from proxy.cli import complete
+from proxy.cli import app
 from proxy.config import load
 from proxy.service import EmbeddingService
 
@@ -285,13 +285,13 @@ async def test_the_example_on_the_page_runs_a_suite_offline(
     proxy = await start_proxy(openai=upstream, cache=cache)
     await _ask(proxy, "a", "b")
     await start_proxy.stop()
-    assert (await asyncio.to_thread(CliRunner().invoke, complete(), commands[0])).exit_code == 0
+    assert (await asyncio.to_thread(CliRunner().invoke, app, commands[0])).exit_code == 0
     (recording / "embeddings.emba").rename(replaying / "embeddings.emba")
 
     monkeypatch.chdir(replaying)
     monkeypatch.delenv("EMBEDDINGS")
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert (await asyncio.to_thread(CliRunner().invoke, complete(), commands[1])).exit_code == 0
+    assert (await asyncio.to_thread(CliRunner().invoke, app, commands[1])).exit_code == 0
     settings = load(Path("embeddings.yaml"))
     assert settings.cache.mode == "frozen"
     async with EmbeddingService(settings, sleep=no_wait) as service:

@@ -78,6 +78,7 @@ async def test_a_second_signal_waits_for_nothing(system, provider):
     run = await _run(system)
     await provider.asked.wait()
     run.send_signal(signal.SIGINT)
+    assert await run.stderr.readline() == f"store: {system.folder / 'cache'}\n".encode()
     assert b"once more" in await run.stderr.readline()
     run.send_signal(signal.SIGINT)
     assert await run.wait() == 130

@@ -166,7 +166,7 @@ async def test_a_purge_by_a_command_puts_an_end_to_it(upstream, start_proxy, rep
     """Once the deletion is heeded, as for what is in memory, it is bought again."""
     proxy = await start_proxy(openai=upstream)
     await _known(proxy, repeated)
-    await command_on(proxy, "purge", "--all")
+    await command_on(proxy, "purge", "--all", "--yes")
     assert (await _ask(proxy))[1]["x-cache"] == "miss"
     assert not repeated
     assert upstream.inputs == ["a b", "a b"]
@@ -233,7 +233,7 @@ async def test_what_may_not_be_bought_is_refused_once_it_is_gone(
     for _ in range(4):
         await _ask(proxy, **{"Cache-Control": said})
     assert len(repeated) == 3
-    await command_on(proxy, "purge", "--all")
+    await command_on(proxy, "purge", "--all", "--yes")
     assert (await proxy.post(ASKED, **{"Cache-Control": said})).status == code
     assert len(repeated) == 3
     assert len(upstream.calls) == 1

@@ -46,7 +46,7 @@ async def _started(settings: Settings) -> tuple[asyncio.Task[signal.Signals], st
     return task, base_url(listening)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", server.STOP_SIGNALS)
 async def test_a_signal_ends_it_in_good_order(number, settings):
     """Told to stop, it says what told it; then the port is free, and the cache can be reopened."""
     for outcome in ("miss", "hit"):
@@ -130,6 +130,31 @@ async def test_a_port_in_use_is_named(settings, tmp_path, upstream):
     assert url == f"http://127.0.0.1:{port}/v1"
     os.kill(os.getpid(), signal.SIGTERM)
     await task
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        ("192.0.2.1", r"192\.0\.2\.1:0: Cannot assign .*; server\.host is no address of this"),
+        ("2001:db8::1", r"\[2001:db8::1\]:0: .*"),
+        ("nowhere.invalid", r"nowhere\.invalid:0: .*; server\.host is no host name that this"),
+    ],
+)
+def test_a_host_that_cannot_be_listened_on_is_told_with_a_remedy(
+    host, message, tmp_path, upstream, monkeypatch
+):
+    """The error has the address as it can be pasted, the reason, and what to do."""
+
+    def unknown(address, **_):
+        if address[0].endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(address)
+
+    real = socket.create_server
+    monkeypatch.setattr(socket, "create_server", unknown)
+    settings = _settings(tmp_path, upstream, host=host, keys=["a key"])
+    with pytest.raises(PortUnavailable, match=f"^cannot listen on {message}"):
+        listen(settings)
 
 
 async def test_a_cache_that_cannot_be_opened_comes_before_the_port(settings, tmp_path):

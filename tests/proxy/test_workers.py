@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
+from aiohttp import web
 from qdrant_server import QdrantServer
 
 from index.collection import Provenance, ensure
@@ -21,15 +23,24 @@ MODEL = "wordllama-embed"
 
 
 @contextmanager
-def _running(tmp_path, *options):
-    """Run the proxy with two workers; give the parent process and the base URL."""
-    config = tmp_path / "config.yaml"
-    config.write_text(f"cache: {{directory: {tmp_path / 'cache'}}}\n")
-    command = [sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
+def _running(tmp_path, *options, config="", before="", **environment):
+    """Run the proxy with two workers; give the parent process and the base URL.
+
+    It has a process group of its own, as a shell gives to each job. `before` runs ahead of it.
+    """
+    file = tmp_path / "config.yaml"
+    file.write_text(f"cache: {{directory: {tmp_path / 'cache'}}}\n{config}\n")
+    code = f"{before}\nfrom proxy.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--config", str(file)]
     with (
         (tmp_path / "log").open("wb") as log,
         subprocess.Popen(
-            [*command, "--workers", "2", *options], stdout=subprocess.PIPE, stderr=log, text=True
+            [*command, "--workers", "2", *options],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **environment},
         ) as parent,
     ):
         try:
@@ -49,9 +60,9 @@ def _until_nobody_answers(url):
         urlopen(url, timeout=20).close()
 
 
-def _fresh(url, text):
+def _fresh(url, text, model=MODEL):
     """Ask over a connection of its own, so that either worker may get it."""
-    body = json.dumps({"model": MODEL, "input": text}).encode()
+    body = json.dumps({"model": model, "input": text}).encode()
     with urlopen(Request(f"{url}/embeddings", body), timeout=20) as reply:
         return reply.headers["x-cache"]
 
@@ -77,6 +88,51 @@ def test_a_worker_that_dies_is_replaced(tmp_path):
         parent.send_signal(signal.SIGINT)
         assert parent.wait(20) == 130
     assert "it is replaced" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
+async def test_what_a_terminal_sends_to_all_ends_them_in_good_order(
+    number, code, tmp_path, upstream
+):
+    """The signal reaches each worker twice, by the terminal and the parent; requests are answered.
+
+    SIGHUP comes a second time, as a terminal and its shell both send it.
+    """
+    arrived, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(_, payload):
+        arrived.set()
+        await release.wait()
+        return web.json_response(upstream.reply(payload))
+
+    upstream.script.append(hold)
+    config = f"providers: {{openai: {{base_url: '{upstream.url}'}}}}"
+    with _running(tmp_path, config=config, OPENAI_API_KEY="k") as (parent, url):
+        with ThreadPoolExecutor() as threads:
+            loop = asyncio.get_running_loop()
+            request = loop.run_in_executor(threads, _fresh, url, "a", "text-embedding-3-small")
+            await arrived.wait()
+            os.killpg(parent.pid, number)
+            while "stopping" not in (tmp_path / "log").read_text():  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+            os.killpg(parent.pid, signal.SIGHUP)
+            release.set()
+            assert await request == "miss"
+        assert await asyncio.to_thread(parent.wait, 20) == code
+
+
+def test_a_second_signal_ends_the_workers_at_once(tmp_path):
+    """The parent passes it on: a worker that does not end is not waited for."""
+    stuck = "import asyncio, proxy.server, proxy.http.connection as c\n"
+    stuck += "c.Runner.cleanup = lambda _: asyncio.Event().wait()\n"
+    with _running(tmp_path, before=stuck) as (parent, _):
+        parent.send_signal(signal.SIGINT)
+        while (tmp_path / "log").read_text().count("stopping") < 2:
+            pass
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(20) == 130
 
 
 def test_workers_end_with_their_parent(tmp_path):

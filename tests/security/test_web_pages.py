@@ -27,6 +27,7 @@ ROUTES = [
     ("GET", f"/v1/models/{MODEL}"),
     ("GET", "/status"),
     ("GET", "/metrics"),
+    ("GET", "/"),
     ("GET", "/nowhere"),
     ("POST", "/v1/chat/completions"),
     ("OPTIONS", "/v1/embeddings"),
@@ -65,7 +66,7 @@ async def test_no_route_serves_a_page_of_another_machine(headers, start_proxy, u
             ) as response:
                 assert await _told(response) == (403, "origin_not_allowed"), path
         assert other.seen == []
-        for path in ("/livez", "/readyz"):
+        for path in ("/livez", "/readyz", "/healthz", "/health"):
             async with proxy.http.get(place + path, headers=headers) as response:
                 assert response.status == 200
 
