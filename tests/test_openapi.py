@@ -65,7 +65,7 @@ def test_it_has_every_route_and_no_other(document):
     """The routes of the application, but for trailing slashes, are the operations described."""
     app = build_app(Settings.model_validate({"passthrough": None}))
     routes = {
-        (route.resource.canonical.replace("{slash}", "").rstrip("/"), route.method.lower())
+        (route.resource.canonical.replace("{slash}", "").rstrip("/") or "/", route.method.lower())
         for route in app.router.routes()
         if route.method != "HEAD"  # it is answered wherever GET is
     }
