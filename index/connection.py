@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from providers.credential import key_mistake
+from providers.redaction import Redactor
 
-from .failures import Denied, NotInstalled
+from .failures import Denied, NotInstalled, QdrantFailure
 from .translation import translated
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Connection:
         self._path = path
         self._api_key_env = api_key_env
         self._timeout_s = timeout_s
+        self._redactor = Redactor()
         self._client: AsyncQdrantClient | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._runner: asyncio.Runner | None = None
@@ -80,6 +82,7 @@ class Connection:
             mistake = key_mistake(key, self._api_key_env)
             if mistake:
                 raise Denied(f"{self._api_key_env}: {mistake}")
+            self._redactor = Redactor(key)
         try:
             if self._path is not None:
                 self._thread = ThreadPoolExecutor(1, "qdrant")
@@ -136,14 +139,21 @@ class Connection:
         try:
             return await call()
         except Exception as error:
-            raise translated(error) from error
+            raise self._translated(error) from error
+
+    def _translated(self, error: Exception) -> Exception:
+        """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
+        failure = translated(error)
+        if isinstance(failure, QdrantFailure):
+            failure.args = (self._redactor.redact_text(str(failure)),)
+        return failure
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, work)
         except Exception as error:
-            raise translated(error) from error
+            raise self._translated(error) from error
 
     def _run(self, call: "Callable[[], Awaitable[T]]") -> T:
         assert self._runner is not None  # noqa: S101 - opened with the folder
