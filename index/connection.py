@@ -16,12 +16,13 @@ Nothing of qdrant_client is imported before a connection is opened: that takes m
 import asyncio
 import os
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from providers.credential import key_mistake
+from providers.quoted_inputs import QuotedInputs
 from providers.redaction import Redactor
 
 from .failures import Denied, NotInstalled, QdrantFailure
@@ -125,8 +126,16 @@ class Connection:
         finally:
             thread.shutdown(wait=False)
 
-    async def ask(self, work: "Callable[[AsyncQdrantClient], Awaitable[T]]") -> T:
-        """Return what the client's call gives. Raises QdrantFailure."""
+    async def ask(
+        self,
+        work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
+        payloads: Iterable[object] = (),
+    ) -> T:
+        """Return what the client's call gives. Raises QdrantFailure.
+
+        `payloads` are sent by the call. The failure repeats no text of theirs: its message goes to
+        the log, the status and the outbox.
+        """
         client = self._client
         if client is None:
             raise RuntimeError("the connection is not open")
@@ -135,25 +144,27 @@ class Connection:
             return await work(client)
 
         if self._thread is not None:
-            return await self._in_thread(lambda: self._run(call))
+            return await self._in_thread(lambda: self._run(call), payloads)
         try:
             return await call()
         except Exception as error:
-            raise self._translated(error) from error
+            raise self._translated(error, payloads) from error
 
-    def _translated(self, error: Exception) -> Exception:
+    def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
         """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
         failure = translated(error)
         if isinstance(failure, QdrantFailure):
-            failure.args = (self._redactor.redact_text(str(failure)),)
+            texts = (text for one in payloads for text in _texts(one))
+            message = self._redactor.redact_text(str(failure))
+            failure.args = (QuotedInputs(texts).hide(message),)
         return failure
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def _in_thread(self, work: Callable[[], T], payloads: Iterable[object] = ()) -> T:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, work)
         except Exception as error:
-            raise self._translated(error) from error
+            raise self._translated(error, payloads) from error
 
     def _run(self, call: "Callable[[], Awaitable[T]]") -> T:
         assert self._runner is not None  # noqa: S101 - opened with the folder
@@ -174,6 +185,19 @@ class Connection:
         # It warns of large folders and of a key without TLS; both were the user's choice.
         with warnings.catch_warnings(action="ignore"):
             return AsyncQdrantClient(timeout=max(1, round(self._timeout_s)), **options)  # type: ignore[arg-type]
+
+
+def _texts(payload: object) -> Iterator[str]:
+    """Yield the texts in a payload, however deep."""
+    values = [payload]
+    while values:
+        one = values.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            values += one.values()
+        elif isinstance(one, list):
+            values += one
 
 
 def _load() -> None:

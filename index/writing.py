@@ -1,16 +1,14 @@
 """Points of the outbox, written to a collection in one call."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import orjson
 
 from providers import vector
-from providers.quoted_inputs import QuotedInputs
 
 from .connection import Connection
-from .failures import QdrantFailure
 from .point import Waiting, id_of
 
 if TYPE_CHECKING:
@@ -18,30 +16,10 @@ if TYPE_CHECKING:
 
 
 async def upsert(qdrant: Connection, collection: str, batch: Sequence[Waiting]) -> None:
-    """Write points, and return once they can be found. Raises QdrantFailure.
-
-    Its message repeats no text of a payload: it goes to the log, the status and the outbox.
-    """
+    """Write points, and return once they can be found. Raises QdrantFailure."""
     points = await asyncio.to_thread(_structs, batch)
-    try:
-        await qdrant.ask(lambda client: client.upsert(collection, points, wait=True))
-    except QdrantFailure as failure:
-        texts = [text for one in points for text in _texts(one.payload)]
-        failure.args = (QuotedInputs(texts).hide(str(failure)),)
-        raise
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield the texts in a payload, however deep."""
-    values = [value]
-    while values:
-        one = values.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, dict):
-            values += one.values()
-        elif isinstance(one, list):
-            values += one
+    payloads = [one.payload for one in points]
+    await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
 
 
 def _structs(batch: Sequence[Waiting]) -> "list[models.PointStruct]":
