@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+from leaks import WATCH
 
 from proxy import cli
 
@@ -36,6 +37,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit) as caught:
             cli.main()
         done = Done(caught.value.code or 0, *capsys.readouterr())
+        WATCH.note("the output of a command", done.out + done.err)
         assert "Traceback" not in done.out + done.err
         return done
 
