@@ -19,7 +19,7 @@ _ESCAPE = re.compile(
     r"\\(?:u\{([0-9A-Fa-f]{1,6})\}|u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})|([\"'\\/bfnrt]))"
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{11,}")
-_HEX = re.compile(r"[0-9A-Fa-f]{2}(?:[ :,]?[0-9A-Fa-f]{2}){7,}+")
+_HEX = re.compile(r"[0-9A-Fa-f](?:[ :,]?[0-9A-Fa-f]){15,}+")
 _NO_HEX = re.compile(r"[ :,]")
 _BLANK = re.compile(r"[\s\0\u00ad\u200b-\u200d\u2060\ufeff]+")
 _ZEROS = re.compile(r"(&#[xX]?)0++")
@@ -94,7 +94,11 @@ def _from_base64(text: str) -> str:
 
 
 def _from_hex(text: str) -> str:
-    pieces = [bytes.fromhex(_NO_HEX.sub("", found[0])) for found in _HEX.finditer(text)]
+    pieces = []
+    for found in _HEX.finditer(text):
+        digits = _NO_HEX.sub("", found[0])
+        for first in range(2):
+            pieces.append(bytes.fromhex(digits[first : len(digits) - (len(digits) - first) % 2]))
     return b"\n".join(pieces).decode(errors="replace")
 
 

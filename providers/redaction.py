@@ -24,8 +24,10 @@ _MIN_SECRET = 8
 _BEGINNING = 8
 # A secret of this length is no word: it is removed from good replies, too.
 _MIN_UNMISTAKABLE = 16
-# So much of the beginning or of the end of a secret, in whatever encoding, is a leak.
+# So much of a secret, in whatever encoding, is a leak if it begins or ends at most 8 characters from
+# its beginning or its end.
 _PART = 12
+_OFFSETS = (0, 4, 8)
 # Characters of a secret beside a mask by which the masked text is known to be it.
 _MIN_HEAD, _MIN_TAIL = 3, 3
 _DELIMITER = re.compile(rb'[\s"\\]')
@@ -49,7 +51,7 @@ class Redactor:
         self._short = [one for one in texts if len(one) < _MIN_UNMISTAKABLE]
         long = [one for one in texts if len(one) >= _MIN_UNMISTAKABLE]
         lower = [one.lower() for one in long]
-        self._parts = {part for one in lower for part in (one[:_PART], one[-_PART:])}
+        self._parts = {part for one in lower for part in _parts(one)}
         passing = {form for one in long for form in _forms(one.encode())}
         self._passing = [f for f in self._forms if f in passing and len(f) >= _MIN_UNMISTAKABLE]
         self._every_mask = every_mask
@@ -79,7 +81,7 @@ class Redactor:
     def is_clean(self, body: bytes) -> bool:
         """Tell whether no secret shows in a text, nor in what it can be decoded to.
 
-        A long secret is told from its beginning or its end, in upper or lower case. Such a text may
+        A long secret is told from a part near its beginning or end, in upper or lower case. Such a text may
         hold an encoding that `redact` does not know, or one within another.
         """
         return not self._secrets or not any(map(self._shows, readings(body.decode(errors="replace"))))
@@ -165,6 +167,8 @@ def _forms(secret: bytes) -> Iterable[bytes]:
     text = secret.decode()
     yield secret
     yield orjson.dumps(text)[1:-1]
+    # An error in JSON, as the message of another.
+    yield orjson.dumps(orjson.dumps(text)[1:-1].decode())[1:-1]
     yield orjson.dumps(text)[1:-1].replace(b"/", b"\\/")
     yield html.escape(text).encode()
     for quoted in (quote(text, safe=""), quote_plus(text)):
@@ -179,6 +183,12 @@ def _forms(secret: bytes) -> Iterable[bytes]:
             digits = encode(padded[:whole])[first:]
             if len(digits) >= _MIN_SECRET:
                 yield digits
+
+
+def _parts(secret: str) -> Iterable[str]:
+    """Yield the parts of a long secret by which it is known."""
+    for offset in _OFFSETS:
+        yield from (secret[offset : offset + _PART], secret[: len(secret) - offset][-_PART:])
 
 
 def _without_beginnings(beginning: bytes, body: bytes) -> bytes:

@@ -34,7 +34,7 @@ _KEY_HEADER = re.compile(
     rf"[^\s\"',)}}\]]{{{_MIN_KEY},}}+",
     re.IGNORECASE,
 )
-_USER = re.compile(r"://[^\s/@]{1,1000}@")
+_USER = re.compile(r"://[^\s@'\"<>]{1,300}@")
 
 _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
