@@ -64,7 +64,8 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     Raises Unreadable for a body that is not a JSON object. Raises InvalidAnswer unless there is
     exactly one embedding for each input, the indices are a permutation or can be deduced, and at
     least one vector is good. Raises the error that the reply holds, if it holds one (OpenRouter,
-    vLLM). `redact` and `hide` are those of `error_body.refusal`. The `charge` of these errors is what the reply says that it cost.
+    vLLM). `redact` and `hide` are those of `error_body.refusal`. The `charge` of these errors is
+    what the reply says that it cost.
     """
     try:
         reply = error_body.parse_json(body)

@@ -21,10 +21,10 @@ _GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 _PRINTABLE = frozenset(range(0x20, 0x7F)) | {0x09, 0x0A, 0x0D}
 _MAX_NAMES = 4
 # Of the IANA's list of content codings, and what is said in their place.
-_REGISTERED = frozenset(
-    "aes128gcm br bzip2 compress dcb dcz deflate exi gzip pack200-gzip snappy utf-8 x-bzip2"
-    " x-compress x-gzip zlib zstd".split()
-)
+_REGISTERED = frozenset({
+    "aes128gcm", "br", "bzip2", "compress", "dcb", "dcz", "deflate", "exi", "gzip", "pack200-gzip",
+    "snappy", "utf-8", "x-bzip2", "x-compress", "x-gzip", "zlib", "zstd",
+})  # fmt: skip
 
 
 class DecodeError(Exception):

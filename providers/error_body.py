@@ -159,7 +159,7 @@ def _sentences_of(error: type[ProviderError]) -> re.Pattern[str]:
     """Return what matches a reason that is one of the sentences with this meaning, or begins so."""
     texts = (re.escape(text) for _, meaning, text in _SENTENCES if meaning is error)
     named = "|".join(text.replace(re.escape("{name}"), _NAME) for text in texts)
-    return re.compile(rf"{_WRAPPER}(?:{named})(?:$|[.,:;!]| ?[(\[])", re.IGNORECASE)
+    return re.compile(rf"\A{_WRAPPER}(?:{named})(?:$|[.,:;!]| ?[(\[])", re.IGNORECASE)
 
 
 _SENTENCES_OF = {error: _sentences_of(error) for error in {error for _, error, _ in _SENTENCES}}
@@ -207,8 +207,9 @@ class _ErrorBody:
 
     def hidden(self, hide: Redact) -> "_ErrorBody":
         """Return the same with each text that may be shown passed through `hide`."""
-        texts = {name: getattr(self, name) for name in ("reason", "kind", "code", "param")}
-        return replace(self, **{name: hide(text) for name, text in texts.items() if text})
+        texts = (self.reason, self.kind, self.code, self.param)
+        reason, kind, code, param = (text and hide(text) for text in texts)
+        return replace(self, reason=reason, kind=kind, code=code, param=param)
 
     def has_code(self, words: re.Pattern[str]) -> bool:
         """Tell whether some code matches."""

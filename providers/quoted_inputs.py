@@ -5,7 +5,6 @@ repeats no text, not even to the client that sent it: that one knows its own. Wh
 only after decoding (see `readings`), the whole message is left out.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 
 from .readings import readings
@@ -82,7 +81,8 @@ class QuotedInputs:
 
 def _common(one: str, other: str) -> int:
     """Return how many characters two texts have in common at their beginnings."""
-    return len(os.path.commonprefix([one, other]))
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
 
 
 def _plain(text: str) -> str:

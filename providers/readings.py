@@ -94,12 +94,12 @@ def _from_base64(text: str) -> str:
 
 
 def _from_hex(text: str) -> str:
-    pieces = []
+    pieces: list[str] = []
     for found in _HEX.finditer(text):
         digits = _NO_HEX.sub("", found[0])
-        for first in range(2):
-            pieces.append(bytes.fromhex(digits[first : len(digits) - (len(digits) - first) % 2]))
-    return b"\n".join(pieces).decode(errors="replace")
+        even = len(digits) % 2 == 0
+        pieces += [digits if even else digits[:-1], digits[1:-1] if even else digits[1:]]
+    return b"\n".join(map(bytes.fromhex, pieces)).decode(errors="replace")
 
 
 _DECODERS: tuple[Callable[[str], str], ...] = (

@@ -24,8 +24,8 @@ _MIN_SECRET = 8
 _BEGINNING = 8
 # A secret of this length is no word: it is removed from good replies, too.
 _MIN_UNMISTAKABLE = 16
-# So much of a secret, in whatever encoding, is a leak if it begins or ends at most 8 characters from
-# its beginning or its end.
+# So much of a secret, in whatever encoding, is a leak if it begins or ends at most 8 characters
+# from its beginning or its end.
 _PART = 12
 _OFFSETS = (0, 4, 8)
 # Characters of a secret beside a mask by which the masked text is known to be it.
@@ -81,10 +81,12 @@ class Redactor:
     def is_clean(self, body: bytes) -> bool:
         """Tell whether no secret shows in a text, nor in what it can be decoded to.
 
-        A long secret is told from a part near its beginning or end, in upper or lower case. Such a text may
-        hold an encoding that `redact` does not know, or one within another.
+        A long secret is told from a part near its beginning or end, in upper or lower case. Such a
+        text may hold an encoding that `redact` does not know, or one within another.
         """
-        return not self._secrets or not any(map(self._shows, readings(body.decode(errors="replace"))))
+        return not self._secrets or not any(
+            map(self._shows, readings(body.decode(errors="replace")))
+        )
 
     def _shows(self, text: str) -> bool:
         if any(secret in text for secret in self._short):

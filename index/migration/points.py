@@ -77,7 +77,7 @@ class Points:
         work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
         payloads: Iterable[object] = (),
     ) -> T:
-        """Ask Qdrant; what passes is waited for. `payloads`: see Connection. Raises QdrantFailure."""
+        """Ask Qdrant as `Connection.ask` does; what passes is waited for. Raises QdrantFailure."""
         for tried in range(1, MOST_TRIES + 1):
             try:
                 return await self.qdrant.ask(work, payloads)

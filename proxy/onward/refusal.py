@@ -80,25 +80,31 @@ async def redacted_chunks(
     Raises what `chunks` raises.
     """
     passing = redactor.stream()
-    if not encoding or not redactor.watches_good_replies:
-        async for chunk in chunks:
-            if passed := passing.feed(chunk):
-                yield passed
-        if rest := passing.finish():
-            yield rest
+    if encoding and redactor.watches_good_replies:
+        async for chunk in _unchanged(chunks, Decoder(encoding), passing):
+            yield chunk
         return
-    decoder: Decoder | None = Decoder(encoding)
+    async for chunk in chunks:
+        if passed := passing.feed(chunk):
+            yield passed
+    if rest := passing.finish():
+        yield rest
+
+
+async def _unchanged(
+    chunks: AsyncIterator[bytes], decoder: Decoder | None, passing: RedactedStream
+) -> AsyncIterator[bytes]:
+    """Yield a compressed reply, each part when it is known to hold no key. Raises SecretFound."""
     held = b""
     async for chunk in chunks:
         held += chunk
-        if decoder is not None:
-            try:
-                is_waiting = await _is_waiting(decoder.feed(chunk), passing)
-            except DecodeError:
-                decoder = None
-            else:
-                if is_waiting and len(held) < MAX_BYTES:
-                    continue
+        try:
+            is_waiting = decoder is not None and await _is_waiting(decoder.feed(chunk), passing)
+            # At a megabyte of what decodes to nothing, it is no matter of waiting.
+            if is_waiting and len(held) < MAX_BYTES:
+                continue
+        except DecodeError:
+            decoder = None
         yield held
         held = b""
     if decoder is not None:
