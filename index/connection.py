@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from cache import private_files
 from providers.credential import key_mistake
 from providers.quoted_inputs import QuotedInputs
 from providers.redaction import Redactor
@@ -176,6 +177,9 @@ class Connection:
 
     def _open_folder(self) -> None:
         _load()
+        if self._path is not None:
+            # The texts lie in it, in files that the client makes as the umask says.
+            private_files.make_folder(self._path)
         self._client = self._make(path=str(self._path))
         self._runner = asyncio.Runner()
 

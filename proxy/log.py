@@ -20,8 +20,9 @@ MAX_MESSAGE = 2000
 """Characters of a message; what is cut off is counted."""
 MAX_TRACEBACK = 20_000
 """Characters of a traceback, which may quote foreign text, too."""
-BURST = 20
-"""Records of one statement of the code that are written without a pause."""
+BURST = 100
+"""Records of one statement of the code that are written without a pause. At a start one statement
+may have something to say of each provider and each model."""
 INTERVAL_S = 1.0
 """Seconds between those that are written when there are more."""
 
