@@ -116,7 +116,7 @@ async def test_no_provider_is_left_out_at_a_start(written, start_proxy, monkeypa
     """Of many that are skipped for want of a key, each is named."""
     names = [f"provider-{n}" for n in range(30)]
     provider = {"kind": "openai", "base_url": "http://127.0.0.1:1/v1", "api_key_env": "NO_SUCH"}
-    await start_proxy(providers={name: provider for name in names})
+    await start_proxy(providers=dict.fromkeys(names, provider))
     assert all(f"provider {name} is skipped" in written.getvalue() for name in names)
 
 
