@@ -20,13 +20,21 @@ FOLDER_MODE = 0o700
 _OF_OTHERS = 0o077
 """The bits that let the group and everybody else in."""
 
-_OWN_NAMES = re.compile(r"v\d+$|v\d+\.|writer\.lock|index-outbox|migrations$")
+_OWN_NAMES = re.compile(r"v\d+$|v\d+\.|writer\.lock|index-outbox|index-sender|migrations$")
 """How the names begin of what the proxy puts into a cache directory; other files are not ours."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that only its owner can enter, unless it is there. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
+    """Make a folder that only its owner can enter, unless it is there. Raises OSError.
+
+    So are those above it that are not there: whoever can change one of them can put another folder
+    in the place of this one. (`parents` of Path.mkdir leaves their modes to the umask.)
+    """
+    missing = [folder]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True, mode=FOLDER_MODE)
 
 
 def create(path: Path) -> None:

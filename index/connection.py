@@ -16,15 +16,18 @@ Nothing of qdrant_client is imported before a connection is opened: that takes m
 import asyncio
 import os
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlsplit
 
+from cache import private_files
 from providers.credential import key_mistake
+from providers.quoted_inputs import QuotedInputs
+from providers.redaction import Redactor
 
-from .failures import Denied, NotInstalled
+from .failures import Denied, NotInstalled, QdrantFailure
 from .translation import translated
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class Connection:
         self._path = path
         self._api_key_env = api_key_env
         self._timeout_s = timeout_s
+        self._redactor = Redactor()
         self._client: AsyncQdrantClient | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._runner: asyncio.Runner | None = None
@@ -90,6 +94,7 @@ class Connection:
             mistake = key_mistake(key, self._api_key_env)
             if mistake:
                 raise Denied(f"{self._api_key_env}: {mistake}")
+            self._redactor = Redactor(key)
         try:
             if self._path is not None:
                 self._thread = ThreadPoolExecutor(1, "qdrant")
@@ -132,8 +137,16 @@ class Connection:
         finally:
             thread.shutdown(wait=False)
 
-    async def ask(self, work: "Callable[[AsyncQdrantClient], Awaitable[T]]") -> T:
-        """Return what the client's call gives. Raises QdrantFailure."""
+    async def ask(
+        self,
+        work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
+        payloads: Iterable[object] = (),
+    ) -> T:
+        """Return what the client's call gives. Raises QdrantFailure.
+
+        `payloads` are sent by the call. The failure repeats no text of theirs: its message goes to
+        the log, the status and the outbox.
+        """
         client = self._client
         if client is None:
             raise RuntimeError("the connection is not open")
@@ -142,18 +155,27 @@ class Connection:
             return await work(client)
 
         if self._thread is not None:
-            return await self._in_thread(lambda: self._run(call))
+            return await self._in_thread(lambda: self._run(call), payloads)
         try:
             return await call()
         except Exception as error:
-            raise translated(error, self._place) from error
+            raise self._translated(error, payloads) from error
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
+        """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
+        failure = translated(error, self._place)
+        if isinstance(failure, QdrantFailure):
+            texts = (text for one in payloads for text in _texts(one))
+            message = self._redactor.redact_text(str(failure))
+            failure.args = (QuotedInputs(texts).hide(message),)
+        return failure
+
+    async def _in_thread(self, work: Callable[[], T], payloads: Iterable[object] = ()) -> T:
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, work)
         except Exception as error:
-            raise translated(error) from error
+            raise self._translated(error, payloads) from error
 
     def _run(self, call: "Callable[[], Awaitable[T]]") -> T:
         assert self._runner is not None  # noqa: S101 - opened with the folder
@@ -165,6 +187,9 @@ class Connection:
 
     def _open_folder(self) -> None:
         _load()
+        if self._path is not None:
+            # The texts lie in it, in files that the client makes as the umask says.
+            private_files.make_folder(self._path)
         self._client = self._make(path=str(self._path))
         self._runner = asyncio.Runner()
 
@@ -174,6 +199,19 @@ class Connection:
         # It warns of large folders and of a key without TLS; both were the user's choice.
         with warnings.catch_warnings(action="ignore"):
             return AsyncQdrantClient(timeout=max(1, round(self._timeout_s)), **options)  # type: ignore[arg-type]
+
+
+def _texts(payload: object) -> Iterator[str]:
+    """Yield the texts in a payload, however deep."""
+    values = [payload]
+    while values:
+        one = values.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            values += one.values()
+        elif isinstance(one, list):
+            values += one
 
 
 def _load() -> None:

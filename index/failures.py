@@ -2,7 +2,7 @@
 
 
 class QdrantFailure(Exception):
-    """Qdrant did not do what it was asked for; the message is one line and holds no key."""
+    """Qdrant did not do what it was asked for; the message is one line, without key and payload."""
 
 
 class Unavailable(QdrantFailure):

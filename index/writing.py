@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 async def upsert(qdrant: Connection, collection: str, batch: Sequence[Waiting]) -> None:
     """Write points, and return once they can be found. Raises QdrantFailure."""
     points = await asyncio.to_thread(_structs, batch)
-    await qdrant.ask(lambda client: client.upsert(collection, points, wait=True))
+    payloads = [one.payload for one in points]
+    await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
 
 
 def _structs(batch: Sequence[Waiting]) -> "list[models.PointStruct]":

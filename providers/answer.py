@@ -53,6 +53,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     status: int = 200,
     unit_norm: bool = False,
     redact: error_body.Redact = error_body.redact_nothing,
+    hide: error_body.Redact = error_body.redact_nothing,
     url: str = "",
 ) -> Answer:
     """Return the checked content of a reply with status 2xx.
@@ -63,14 +64,17 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     Raises Unreadable for a body that is not a JSON object. Raises InvalidAnswer unless there is
     exactly one embedding for each input, the indices are a permutation or can be deduced, and at
     least one vector is good. Raises the error that the reply holds, if it holds one (OpenRouter,
-    vLLM). The `charge` of these errors is what the reply says that it cost.
+    vLLM). `redact` and `hide` are those of `error_body.refusal`. The `charge` of these errors is
+    what the reply says that it cost.
     """
     try:
         reply = error_body.parse_json(body)
     except ValueError as error:
-        raise Unreadable(provider, _describe_non_json(body, status, redact)) from error
+        raise Unreadable(provider, _describe_non_json(body, status, redact, hide)) from error
     if error_body.is_error(reply):
-        failure = error_body.refusal(provider, status, headers, body, redact=redact, url=url)
+        failure = error_body.refusal(
+            provider, status, headers, body, redact=redact, hide=hide, url=url
+        )
         if isinstance(failure, ProviderError) and isinstance(reply, dict):
             failure.charge = _parse_charge(reply.get("usage"))
         raise failure
@@ -109,12 +113,14 @@ def bad_vectors(provider: str, answer: Answer) -> InvalidAnswer:
     return error
 
 
-def _describe_non_json(body: bytes, status: int, redact: error_body.Redact) -> str:
+def _describe_non_json(
+    body: bytes, status: int, redact: error_body.Redact, hide: error_body.Redact
+) -> str:
     """Say why a body is not JSON, as far as the body tells."""
     if not body.strip():
         return f"the answer is empty (status {status}), not JSON"
     reason = error_body.parse_reason(body, redact)
-    return "the answer is not JSON" if reason is None else f"the answer is not JSON: {reason}"
+    return "the answer is not JSON" if reason is None else f"the answer is not JSON: {hide(reason)}"
 
 
 def _parse_charge(usage: object) -> Charge | None:

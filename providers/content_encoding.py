@@ -19,7 +19,12 @@ _SNIFFED = 16
 """Bytes that are looked at to tell plain JSON from compressed data."""
 _GZIP, _ZSTD, _BOM = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xef\xbb\xbf"
 _PRINTABLE = frozenset(range(0x20, 0x7F)) | {0x09, 0x0A, 0x0D}
-_MAX_LABEL = 40
+_MAX_NAMES = 4
+# Of the IANA's list of content codings, and what is said in their place.
+_REGISTERED = frozenset({
+    "aes128gcm", "br", "bzip2", "compress", "dcb", "dcz", "deflate", "exi", "gzip", "pack200-gzip",
+    "snappy", "utf-8", "x-bzip2", "x-compress", "x-gzip", "zlib", "zstd",
+})  # fmt: skip
 
 
 class DecodeError(Exception):
@@ -143,9 +148,12 @@ class Decoder:
 
     @property
     def label(self) -> str:
-        """The content-encoding as it may be shown: what the header says, else what was found."""
-        said = ", ".join(self._names) or self._coding or "none"
-        return "".join(sign if sign.isprintable() else "?" for sign in said[:_MAX_LABEL])
+        """The content-encoding as it may be shown: what the header says, else what was found.
+
+        A name that is no content coding may be anything, and is not repeated.
+        """
+        named = [name if name in _REGISTERED else "unknown" for name in self._names]
+        return ", ".join(named[:_MAX_NAMES]) or self._coding or "none"
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Yield what a chunk decodes to, in pieces. Raises DecodeError."""

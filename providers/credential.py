@@ -40,7 +40,11 @@ class Credential:
         >>> Credential("sk-123456789xyz", "key-1").redacted(b"Wrong: sk-12***xyz, sk-123456789xyz.")
         b'Wrong: *** ***.'
         """
-        return Redactor(self.secret, every_mask=True).redact(body)
+        return (
+            Redactor(self.secret, every_mask=True)
+            .redact_text(body.decode(errors="replace"))
+            .encode()
+        )
 
 
 def key_mistake(key: str, variable: str = "") -> str:  # noqa: PLR0911 - one for each mistake

@@ -19,7 +19,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import orjson
@@ -139,6 +139,12 @@ class _ErrorBody:
         blames_input = (self.param or "").removeprefix("$.").startswith("input")
         return not blames_input and sentences.match(self.reason) is not None
 
+    def hidden(self, hide: Redact) -> "_ErrorBody":
+        """Return the same with each text that may be shown passed through `hide`."""
+        texts = (self.reason, self.kind, self.code, self.param)
+        reason, kind, code, param = (text and hide(text) for text in texts)
+        return replace(self, reason=reason, kind=kind, code=code, param=param)
+
     def has_code(self, words: re.Pattern[str]) -> bool:
         """Tell whether some code matches."""
         return any(words.search(code) for code in self.codes)
@@ -170,10 +176,14 @@ def refusal(  # noqa: PLR0913 - the reply, and who gave it
     body: bytes,
     *,
     redact: Redact = redact_nothing,
+    hide: Redact = redact_nothing,
     url: str = "",
     now: float | None = None,
 ) -> EmbeddingError:
     """Return the error for an error reply.
+
+    `redact` takes out keys before anything is read from the reply; `hide` takes out the inputs,
+    once it is known what the reply means: an input may hold any sentence.
 
     A `code` in the body that is an HTTP status, as a number or a string, replaces `status`
     (OpenRouter, Azure, LiteLLM; also in a reply of status 200). `url` is the address that was
@@ -183,20 +193,23 @@ def refusal(  # noqa: PLR0913 - the reply, and who gave it
     now = time.time() if now is None else now
     said = _parse(body, status, redact)
     status = said.status
+    is_missing = status in (404, 405) and bool(url) and not said.means(ModelNotFound)
+    is_about_input, error = _is_about_input(said), _class_of(said)
+    wait = _wait(said, headers, now, is_limit=error is RateLimited)
+    said = said.hidden(hide)
     reason = f"status {status}" if said.reason is None else f"status {status}: {said.reason}"
-    if status in (404, 405) and url and not said.means(ModelNotFound):
+    if is_missing:
         reason = f"{reason} ({redact(_describe_url(url))})"
-    if _is_about_input(said):
+    if is_about_input:
         message = said.reason if said.reason is not None else f"{provider}: status {status}"
         kind = said.kind or "invalid_request_error"
         return InputRefused(message, status=status, kind=kind, param=said.param, code=said.code)
-    error = _class_of(said)
     told = Refusal(
         status=_status_of(error, status),
         message=said.reason if said.reason is not None else f"status {status}",
         kind=said.kind,
         code=said.code,
-        retry_after=_wait(said, headers, now, is_limit=error is RateLimited),
+        retry_after=wait,
     )
     return error(provider, reason, told)
 

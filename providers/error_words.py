@@ -103,7 +103,7 @@ def _sentences_of(error: type[ProviderError]) -> re.Pattern[str]:
     """Return what matches a reason that is one of the sentences with this meaning, or begins so."""
     texts = (re.escape(text) for _, meaning, text in SENTENCES if meaning is error)
     named = "|".join(text.replace(re.escape("{name}"), _NAME) for text in texts)
-    return re.compile(rf"{_WRAPPER}(?:{named})(?:$|[.,:;!?]| ?[(\[])", re.IGNORECASE)
+    return re.compile(rf"\A{_WRAPPER}(?:{named})(?:$|[.,:;!?]| ?[(\[])", re.IGNORECASE)
 
 
 SENTENCES_OF = {error: _sentences_of(error) for error in {error for _, error, _ in SENTENCES}}

@@ -34,6 +34,7 @@ from .base import (
 from .credential import ByKey, Credential
 from .limits import Limits
 from .profile import Profile
+from .quoted_inputs import QuotedInputs
 from .redaction import Redactor
 from .transport import Reply, Transport
 
@@ -196,7 +197,7 @@ class HttpProvider:
             elif isinstance(error, CredentialsRefused) and credential is not None:
                 raise self._refused(credential, error) from error
             raise
-        self._note(model, checked)
+        self._note(model, checked, inputs)
         self._batch_limits.learn_accepted(model, inputs)
         return await self._delivered(checked, space, inputs, context)
 
@@ -250,10 +251,17 @@ class HttpProvider:
                 text = credential.redacted(text.encode(errors="replace")).decode(errors="replace")
             return self._redactor.redact_text(text)
 
+        hide = QuotedInputs(inputs).hide
         url = self._base_url + self.path(model)
         if not 200 <= reply.status < 300:
             raise error_body.refusal(
-                self.name, reply.status, reply.headers, reply.body, redact=redact, url=url
+                self.name,
+                reply.status,
+                reply.headers,
+                reply.body,
+                redact=redact,
+                hide=hide,
+                url=url,
             )
         return answer.read(
             self.name,
@@ -264,12 +272,13 @@ class HttpProvider:
             status=reply.status,
             unit_norm=space.unit_norm or self._declared.unit_norm,
             redact=redact,
+            hide=hide,
             url=url,
         )
 
-    def _note(self, model: str, checked: answer.Answer) -> None:
+    def _note(self, model: str, checked: answer.Answer, inputs: Sequence[Input]) -> None:
         """Take note of what is odd in a good answer."""
-        self._compare(model, checked.model)
+        self._compare(model, checked.model, inputs)
         self._note_numbering(checked)
 
     def _note_numbering(self, checked: answer.Answer) -> None:
@@ -282,7 +291,7 @@ class HttpProvider:
             self.name,
         )
 
-    def _compare(self, asked: str, answered: str | None) -> None:
+    def _compare(self, asked: str, answered: str | None, inputs: Sequence[Input]) -> None:
         """Count replies that name another model; a version of the same model is no other one."""
         if answered is None or not self._declared.names_models:
             return
@@ -290,6 +299,8 @@ class HttpProvider:
         if one.startswith(other) or other.startswith(one):
             return
         answered = answered[:MAX_NAME]
+        if answered not in self.other_models:
+            answered = QuotedInputs(inputs).hide(answered)
         if answered not in self.other_models:
             if len(self.other_models) >= MAX_OTHER_MODELS:
                 self.other_models[OTHER] += 1

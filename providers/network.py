@@ -4,7 +4,10 @@ By default directly, with the certificates that Python's `ssl` trusts: the syste
 the variables SSL_CERT_FILE and SSL_CERT_DIR name.
 """
 
+import base64
 import ssl
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
@@ -59,6 +62,20 @@ class Network:
                 f" expected http://host:port"
             )
         return proxy
+
+    def secrets(self, base_url: str) -> Iterator[str]:
+        """Yield what only the HTTP proxy may see: its password, and what is sent in its place.
+
+        An HTTP proxy passes on what it was sent where it should not, and an upstream may repeat it.
+        A user name without a password is a token.
+        """
+        with suppress(ValueError):
+            proxy = self.proxy_for(base_url)
+            if proxy is None or proxy.user is None:
+                return
+            pair = f"{proxy.user}:{proxy.password or ''}"
+            yield proxy.password or proxy.user
+            yield base64.b64encode(pair.encode("latin1", "replace")).decode()
 
     def place_of(self, base_url: str) -> str:
         """Return the host and port that connections are made to, for people."""

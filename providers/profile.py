@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from yarl import URL
-
 from .limits import Limits, Timeouts
 from .network import Network
 
@@ -25,7 +23,7 @@ class Profile:
     key_prefix: str = "Bearer "
     by_client: bool = False
     """Whether each client's own key is sent, that of `Context.credential`; then no other is."""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Sent with every call, beside the key."""
     encoding_format: Literal["base64", "float"] | None = "float"
     """The one wire format ever asked of it: two may differ in the last bits. None sends no such
@@ -50,7 +48,7 @@ class Profile:
     timeouts: Timeouts = field(default_factory=Timeouts)
     network: Network = field(default_factory=Network)
     """How it is reached: directly, or through an HTTP proxy, and whom certificates must be of."""
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict, repr=False)
     """What else its adapter can be told, with defaults; the configuration may set these alone."""
 
     def secrets(self, api_key: str | None) -> Iterator[str]:
@@ -61,6 +59,4 @@ class Profile:
             if name.lower() not in _PLAIN_HEADERS and value.split():
                 # Without the scheme, such as `Bearer`.
                 yield value.split()[-1]
-        password = URL(self.network.proxy).password if self.network.proxy else None
-        if password:
-            yield password
+        yield from self.network.secrets(self.base_url or "")

@@ -1,16 +1,19 @@
 """Removes known secrets from what an upstream says, before a client or the log gets it.
 
 Secrets are searched for, not guessed: as they are, as JSON, HTML, URLs and base64 write them, cut
-short, and masked as vendors show them (`sk-ab***yz`). The time is linear in the length of the text.
+short, and masked as vendors show them (`sk-ab***yz`). What is left is decoded (see `readings`); a
+text that still holds a secret is not shown. The time is linear in the length of the text.
 """
 
 import base64
 import html
 import re
 from collections.abc import Iterable
-from urllib.parse import quote, quote_plus, unquote
+from urllib.parse import quote, quote_plus
 
 import orjson
+
+from .readings import readings
 
 MAX_BYTES = 1 << 20
 """A longer text is cut here before it is searched."""
@@ -21,14 +24,19 @@ _MIN_SECRET = 8
 _BEGINNING = 8
 # A secret of this length is no word: it is removed from good replies, too.
 _MIN_UNMISTAKABLE = 16
+# So much of a secret, in whatever encoding, is a leak if it begins or ends at most 8 characters
+# from its beginning or its end.
+_PART = 12
+_OFFSETS = (0, 4, 8)
 # Characters of a secret beside a mask by which the masked text is known to be it.
 _MIN_HEAD, _MIN_TAIL = 3, 3
 _DELIMITER = re.compile(rb'[\s"\\]')
 # Each alternative is tried only where a word begins, and none gives back what it has taken.
 _MASKED = re.compile(
     rb'(?<![^\s"\\])(?:[^\s"\\*]++|\*{1,2}+(?!\*))*+\*{3}[^\s"\\]*+'
-    rb"|(?<![\w-])[\w-]{2,}+\.{3}[\w-]{2,}+"
+    rb"|(?<![\w-])[\w-]{2,}+(?:\.{3}|\xe2\x80[\xa2\xa6])[\w-]{2,}+"
 )
+_GAP = re.compile(rb"\*{3,}|\.{3}|\xe2\x80[\xa2\xa6]")
 
 
 class Redactor:
@@ -39,6 +47,13 @@ class Redactor:
         self._secrets = [s.encode() for s in dict.fromkeys(secrets) if len(s) >= _MIN_SECRET]
         forms = {form for secret in self._secrets for form in _forms(secret)}
         self._forms = sorted(forms, key=len, reverse=True)
+        texts = [secret.decode() for secret in self._secrets]
+        self._short = [one for one in texts if len(one) < _MIN_UNMISTAKABLE]
+        long = [one for one in texts if len(one) >= _MIN_UNMISTAKABLE]
+        lower = [one.lower() for one in long]
+        self._parts = {part for one in lower for part in _parts(one)}
+        passing = {form for one in long for form in _forms(one.encode())}
+        self._passing = [f for f in self._forms if f in passing and len(f) >= _MIN_UNMISTAKABLE]
         self._every_mask = every_mask
 
     def redact(self, body: bytes) -> bytes:
@@ -64,24 +79,38 @@ class Redactor:
         return found.decode(errors="replace") if self.is_clean(found) else MASK.decode()
 
     def is_clean(self, body: bytes) -> bool:
-        """Tell whether no secret shows in a text when it is decoded as JSON, HTML or a URL.
+        """Tell whether no secret shows in a text, nor in what it can be decoded to.
 
-        Such a text may hold an encoding that `redact` does not know.
+        A long secret is told from a part near its beginning or end, in upper or lower case. Such a
+        text may hold an encoding that `redact` does not know, or one within another.
         """
-        if not self._secrets:
+        return not self._secrets or not any(
+            map(self._shows, readings(body.decode(errors="replace")))
+        )
+
+    def _shows(self, text: str) -> bool:
+        if any(secret in text for secret in self._short):
             return True
-        text = body.decode(errors="replace")
-        readings = [unquote(text), _unescaped(text), *_json_strings(body)]
-        return not any(s.decode() in one for s in self._secrets for one in readings)
+        lower = text.lower() if self._parts else ""
+        return any(part in lower for part in self._parts)
 
     def overwrite(self, text: str) -> str:
         """Return a good message as `stream` does: with stars in place of secrets."""
+        return self.overwrite_bytes(text.encode()).decode()
+
+    def overwrite_bytes(self, body: bytes) -> bytes:
+        """Return a good message of bytes as `stream` does."""
         passing = self.stream()
-        return (passing.feed(text.encode()) + passing.finish()).decode()
+        return passing.feed(body) + passing.finish()
 
     def stream(self) -> "RedactedStream":
         """Return what redacts a good reply as it passes."""
-        return RedactedStream([s for s in self._secrets if len(s) >= _MIN_UNMISTAKABLE])
+        return RedactedStream(self._passing)
+
+    @property
+    def watches_good_replies(self) -> bool:
+        """Whether any secret is long enough to be removed from good replies."""
+        return bool(self._passing)
 
     def _without_masks(self, body: bytes) -> bytes:
         if not (self._secrets or self._every_mask):
@@ -98,12 +127,21 @@ class RedactedStream:
     def __init__(self, secrets: Iterable[bytes]) -> None:
         self._secrets = list(secrets)
         self._held = b""
+        self.found = False
+        """Whether anything was overwritten."""
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether an end is held back that may begin a secret."""
+        return bool(self._held)
 
     def feed(self, chunk: bytes) -> bytes:
         """Return what can be sent on; an end that may begin a secret is held back."""
         data = self._held + chunk
         for secret in self._secrets:
-            data = data.replace(secret, b"*" * len(secret))
+            if secret in data:
+                data = data.replace(secret, b"*" * len(secret))
+                self.found = True
         held = max((_held(secret, data) for secret in self._secrets), default=0)
         end = len(data) - held
         self._held = data[end:]
@@ -117,8 +155,13 @@ class RedactedStream:
 
 def _held(secret: bytes, data: bytes) -> int:
     """Return the length of the longest end of the data that begins the secret."""
-    longest = min(len(secret) - 1, len(data))
-    return next((n for n in range(longest, 0, -1) if data.endswith(secret[:n])), 0)
+    end = data[max(0, len(data) - len(secret) + 1) :]
+    at = end.find(secret[:1])
+    while at >= 0:
+        if secret.startswith(end[at:]):
+            return len(end) - at
+        at = end.find(secret[:1], at + 1)
+    return 0
 
 
 def _forms(secret: bytes) -> Iterable[bytes]:
@@ -126,6 +169,8 @@ def _forms(secret: bytes) -> Iterable[bytes]:
     text = secret.decode()
     yield secret
     yield orjson.dumps(text)[1:-1]
+    # An error in JSON, as the message of another.
+    yield orjson.dumps(orjson.dumps(text)[1:-1].decode())[1:-1]
     yield orjson.dumps(text)[1:-1].replace(b"/", b"\\/")
     yield html.escape(text).encode()
     for quoted in (quote(text, safe=""), quote_plus(text)):
@@ -142,6 +187,12 @@ def _forms(secret: bytes) -> Iterable[bytes]:
                 yield digits
 
 
+def _parts(secret: str) -> Iterable[str]:
+    """Yield the parts of a long secret by which it is known."""
+    for offset in _OFFSETS:
+        yield from (secret[offset : offset + _PART], secret[: len(secret) - offset][-_PART:])
+
+
 def _without_beginnings(beginning: bytes, body: bytes) -> bytes:
     """Return a text without the words that begin so, from there to their ends."""
     pieces = []
@@ -156,31 +207,7 @@ def _without_beginnings(beginning: bytes, body: bytes) -> bytes:
 def _may_be(masked: bytes, secret: bytes) -> bool:
     """Tell whether a masked word shows the beginning or the end of a secret."""
     word = masked.strip(b"'`.,:;()<>[]{}")
-    head, tail = word.split(b"***")[0].split(b"...")[0], re.split(rb"\*{3,}|\.{3}", word)[-1]
+    shown = _GAP.split(word)
+    head, tail = shown[0], shown[-1]
     begins = len(head) >= _MIN_HEAD and secret.startswith(head)
     return begins or (len(tail) >= _MIN_TAIL and secret.endswith(tail))
-
-
-def _unescaped(text: str) -> str:
-    """Return a text with HTML's references resolved, or as it is where that is not possible."""
-    try:
-        return html.unescape(text)
-    except ValueError:
-        # Python reads no number of thousands of digits.
-        return text
-
-
-def _json_strings(body: bytes) -> Iterable[str]:
-    """Yield all strings of a JSON text, names of fields too; none if it is no JSON."""
-    try:
-        values: list[object] = [orjson.loads(body)]
-    except orjson.JSONDecodeError:
-        return
-    while values:
-        value = values.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            values += [*value, *value.values()]
-        elif isinstance(value, list):
-            values += value

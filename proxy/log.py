@@ -2,11 +2,13 @@ r"""The log: one record a line, on stderr. The only place that makes lines of lo
 
 Much of what is logged was written by others: names of models, messages of upstreams, paths. So each
 character that is no printable one is escaped: no text ends a line, begins another, or reaches the
-terminal as a command. Long messages are cut. A message that comes again and again is written some
+terminal as a command. What stands where HTTP has a key is masked: errors of libraries show whole
+requests. Long messages are cut. A message that comes again and again is written some
 times, and then once in a while with the number of those left out.
 """
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,11 +20,22 @@ MAX_MESSAGE = 2000
 """Characters of a message; what is cut off is counted."""
 MAX_TRACEBACK = 20_000
 """Characters of a traceback, which may quote foreign text, too."""
-BURST = 20
-"""Records of one statement of the code that are written without a pause."""
+BURST = 100
+"""Records of one statement of the code that are written without a pause. At a start one statement
+may have something to say of each provider and each model."""
 INTERVAL_S = 1.0
 """Seconds between those that are written when there are more."""
 
+MASK = "***"
+_MIN_KEY = 6
+# A header for keys with its value, as a mapping, a tuple or a request shows it.
+_KEY_HEADER = re.compile(
+    r"((?:authorization|x-proxy-key|(?:x-|x-goog-)?api-key)[\"']?\s{0,2}[:=,]\s{0,2}b?[\"']?"
+    r"(?:(?:bearer|basic|token)\s{1,2})?)"
+    rf"[^\s\"',)}}\]]{{{_MIN_KEY},}}+",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"://[^\s@'\"<>]{1,300}@")
 
 _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -40,6 +53,17 @@ def escape(text: str, most: int = MAX_MESSAGE) -> str:
     if not text.isprintable():
         text = "".join(c if c.isprintable() else _escaped(c) for c in text)
     return text + cut
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text without the values of headers that hold keys, and without users in addresses.
+
+    Whose key it is does not matter; what an upstream says of one is redacted before.
+
+    >>> hide_credentials("headers={'Authorization': 'Bearer sk-1234'} http://a:b@c/")
+    "headers={'Authorization': 'Bearer ***'} http://***@c/"
+    """
+    return _USER.sub(f"://{MASK}@", _KEY_HEADER.sub(rf"\1{MASK}", text))
 
 
 def _escaped(character: str) -> str:
@@ -62,7 +86,7 @@ class LineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         """Return the line of a record, with the number of those that were left out before it."""
-        record.message = escape(record.message)
+        record.message = escape(hide_credentials(record.message))
         left_out = getattr(record, "left_out", 0)
         if left_out:
             record.message += f" ({left_out:,} more like this were not written)"
@@ -70,7 +94,7 @@ class LineFormatter(logging.Formatter):
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802
         """Return a traceback, each of its lines escaped."""
-        lines = super().formatException(ei)[:MAX_TRACEBACK].splitlines()
+        lines = hide_credentials(super().formatException(ei)[:MAX_TRACEBACK]).splitlines()
         return "\n".join(f"| {escape(line)}" for line in lines)
 
     def formatStack(self, stack_info: str) -> str:  # noqa: N802

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from aiohttp import web
+from leaks import WATCH
 
 Act = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -55,6 +56,7 @@ class AnyServer:
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        WATCH.heard(request.headers)
         self.seen.append(Seen(request.method, request.raw_path, request.headers))
         self.connections.add(request.transport)
         return await self.act(request)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+from leaks import WATCH
 
 from proxy import cli
 
@@ -41,6 +42,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
             cli.main()
         out, err = capsys.readouterr()
         done = Done(caught.value.code or 0, out, STORE.sub("", err))
+        WATCH.note("the output of a command", out + err)
         assert "Traceback" not in done.out + done.err
         return done
 

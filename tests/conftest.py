@@ -1,11 +1,13 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
+import asyncio
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Generator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,16 @@ from aiohttp import web, web_app
 from aioresponses import aioresponses
 from command import Run, runner
 from fault_server import FaultServer
+from leaks import WATCH, watch_connections
 
 from providers import attempts
 from proxy.app import SERVICE, build_app
 from proxy.http.connection import Runner
 from proxy.http.heads import Heads
+from proxy.http.metrics import Metrics
 from proxy.http.repeating import Repeating
 from proxy.http.replies import Reply
+from proxy.http.status import Status
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
@@ -80,6 +85,21 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     finally:
         threading.settrace(of_threads)
         sys.settrace(own)
+
+
+watch_connections()
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(tmp_path: Path) -> Iterator[None]:
+    """Fail a test in which a key, or a text, came out where it should not."""
+    WATCH.begin()
+    root = logging.getLogger()
+    root.addHandler(WATCH)
+    yield
+    root.removeHandler(WATCH)
+    problems = WATCH.problems(tmp_path / "cache")
+    assert not problems, "\n".join(problems[:20])
 
 
 async def no_wait(_: float) -> None:
@@ -157,6 +177,7 @@ class StartProxy:
         self._directory = directory
         self._monkeypatch = monkeypatch
         self._stack = AsyncExitStack()
+        self._proxies: list[Proxy] = []
 
     async def __call__(
         self,
@@ -187,11 +208,22 @@ class StartProxy:
         session = await self._stack.enter_async_context(aiohttp.ClientSession())
         proxy = Proxy(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", app, session)
         self._stack.push_async_callback(proxy.close)
+        self._proxies.append(proxy)
         return proxy
 
     async def stop(self) -> None:
         """Stop all proxies that were started."""
+        self._proxies.clear()
         await self._stack.aclose()
+
+    async def tell(self) -> None:
+        """Note what the proxies that run tell of themselves; see `leaks`."""
+        for proxy in self._proxies:
+            for page in (Status, Metrics):
+                with suppress(Exception):  # A test may have broken anything.
+                    async with asyncio.timeout(2):
+                        told = await page(proxy.service).get(None)
+                    WATCH.note(page.__name__, told.body.decode())
 
 
 @pytest.fixture
@@ -199,6 +231,7 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     """Give a function that starts proxies in front of fault servers."""
     start = StartProxy(tmp_path / "cache", monkeypatch)
     yield start
+    await start.tell()
     await start.stop()
     # aiohttp would keep the last 1,024 proxies alive, with all that they hold in memory.
     web_app._cached_build_middleware.cache_clear()

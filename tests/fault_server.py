@@ -20,6 +20,7 @@ from weakref import WeakSet
 import numpy as np
 import orjson
 from aiohttp import web
+from leaks import WATCH, echo_headers, spellings
 from ports import own_port
 
 Payload = dict[str, Any]
@@ -67,6 +68,14 @@ class Call:
 
 _SERVER = web.RequestKey("server", "FaultServer")
 _REUSED = web.RequestKey("reused", bool)
+_KEY = web.RequestKey("key", object)
+
+
+async def _echo(request: web.Request, response: web.StreamResponse) -> None:
+    """Repeat the key of the request in every reply, in every encoding, as bad servers do."""
+    key = request.get(_KEY)
+    if key is not None:
+        response.headers.update(echo_headers(key))
 
 
 @dataclass
@@ -112,6 +121,7 @@ class FaultServer:
         """Listen, on the same port as before."""
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._handle)
+        app.on_response_prepare.append(_echo)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.tls).start()
@@ -126,6 +136,7 @@ class FaultServer:
         payload = orjson.loads(await request.read())
         self.calls.append(Call(request.path, dict(request.headers), payload))
         request[_SERVER] = self
+        request[_KEY] = WATCH.heard(request.headers, self.calls[-1].inputs)
         if request.transport is not None:  # Else nobody is there any more.
             request[_REUSED] = request.transport in self._connections
             self._connections.add(request.transport)
@@ -223,12 +234,19 @@ def larger_than(most: int, refusal: Act) -> Act:
 
 def status(code: int, body: object = None, headers: Mapping[str, str] | None = None) -> Act:
     """Play an error in OpenAI's shape, or `body` if given (bytes as they are)."""
+    is_ours = body is None
     if body is None:
         body = {"error": {"message": f"made-up {code}", "type": "t", "param": None, "code": None}}
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
 
-    async def act(_request: web.Request, _payload: Payload) -> web.Response:
-        return web.Response(status=code, body=raw, content_type="application/json", headers=headers)
+    async def act(request: web.Request, _payload: Payload) -> web.Response:
+        sent = raw
+        if is_ours and (key := request.get(_KEY)):
+            echo = {"echo": spellings(key)}
+            sent = orjson.dumps({**body, "error": {**body["error"], **echo}})
+        return web.Response(
+            status=code, body=sent, content_type="application/json", headers=headers
+        )
 
     return act
 

@@ -29,6 +29,7 @@ import aiohttp
 import numpy as np
 import orjson
 from aiohttp import web
+from leaks import WATCH
 from ports import own_port
 from pydantic import TypeAdapter, ValidationError
 from qdrant_client import QdrantClient, models
@@ -166,6 +167,7 @@ class QdrantServer:
                 return found
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        WATCH.heard(request.headers)
         if self.gate is not None:
             await self.gate.wait()
         act = self.script.popleft() if self.script else self.always

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,11 +72,15 @@ class Points:
         """"" is the unnamed one."""
         self._sleep = sleep
 
-    async def ask(self, work: "Callable[[AsyncQdrantClient], Awaitable[T]]") -> T:
-        """Ask Qdrant; what passes is waited for. Raises QdrantFailure."""
+    async def ask(
+        self,
+        work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
+        payloads: Iterable[object] = (),
+    ) -> T:
+        """Ask Qdrant as `Connection.ask` does; what passes is waited for. Raises QdrantFailure."""
         for tried in range(1, MOST_TRIES + 1):
             try:
-                return await self.qdrant.ask(work)
+                return await self.qdrant.ask(work, payloads)
             except Unavailable as error:
                 if tried == MOST_TRIES or isinstance(error, InUse):
                     raise
@@ -157,7 +161,8 @@ class Points:
             await self.ask(
                 lambda client, structs=structs: client.upsert(  # type: ignore[misc]
                     collection, structs, wait=True, **options
-                )
+                ),
+                [point.payload for point in some],
             )
 
     async def delete(self, collection: str, ids: Sequence[PointId]) -> None:

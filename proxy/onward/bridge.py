@@ -22,6 +22,8 @@ logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
 _KEY_PROTOCOL = "openai-insecure-api-key."
 _CLOSE_SECONDS = 2.0
 _NORMAL, _BROKEN = 1000, 1011
+# Bytes of the reason in a frame that closes (RFC 6455, 5.5).
+_MAX_REASON = 123
 
 _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
@@ -93,7 +95,7 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance, origin: 
             if message.type is WSMsgType.TEXT:
                 await sink.send_str(origin.redactor.overwrite(message.data))
             elif message.type is WSMsgType.BINARY:
-                await sink.send_bytes(message.data)
+                await sink.send_bytes(origin.redactor.overwrite_bytes(message.data))
             else:
                 break
         if message.type is WSMsgType.CLOSE:
@@ -102,7 +104,10 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance, origin: 
             log.info("passthrough: a WebSocket message larger than the limit closed a connection")
             code, why = WSCloseCode.MESSAGE_TOO_BIG, "a message is too large"
     with suppress(ConnectionError, aiohttp.ClientError):
-        await sink.close(code=code, message=origin.redactor.redact(why.encode()))
+        told = origin.redactor.redact_text(why).encode()
+        # What is no whole character at the end would break the frame.
+        told = told[:_MAX_REASON].decode(errors="ignore").encode()
+        await sink.close(code=code, message=told)
 
 
 def _is_too_large(error: object) -> bool:

@@ -190,6 +190,8 @@ class Origin:
                         if len(body) > _LIST_BYTES:
                             return []
                 body += b"".join(decoder.finish())
+                passing = self.redactor.stream()
+                body = passing.feed(body) + passing.finish()
                 return _listed(body) if reply.status == 200 else []
         return []
 

@@ -27,7 +27,13 @@ from . import bridge
 from .attendance import Attendance, Stalled
 from .headers import returned
 from .origin import PREFIXES, Origin
-from .refusal import redacted_headers, redacted_reason, redacted_reply
+from .refusal import (
+    SecretFound,
+    redacted_chunks,
+    redacted_headers,
+    redacted_reason,
+    redacted_reply,
+)
 
 log = logging.getLogger("embedding_proxy.passthrough")
 
@@ -109,13 +115,18 @@ class Passthrough:
             return await redacted_reply(reply.status, reason, headers, chunks, redactor)
         response = web.StreamResponse(status=reply.status, reason=reason, headers=headers)
         await response.prepare(request)
-        passing = None if "Content-Encoding" in headers else redactor.stream()
-        async for chunk in chunks:
-            if passed := chunk if passing is None else passing.feed(chunk):
+        try:
+            encoding = ",".join(headers.getall("Content-Encoding", ()))
+            async for passed in redacted_chunks(chunks, encoding, redactor):
                 await response.write(passed)
-            attendance.moved()
-        if passing is not None and (rest := passing.finish()):
-            await response.write(rest)
+                attendance.moved()
+        except SecretFound as error:
+            log.warning(
+                "passthrough: %s: a compressed reply was cut off before the proxy's key, which it"
+                " holds",
+                self._origin.name,
+            )
+            raise self._break_off(request, "the reply holds a key") from error
         await response.write_eof()
         return response
 
@@ -132,9 +143,14 @@ class Passthrough:
         except (aiohttp.ClientError, OSError) as error:
             why = reason(error)
             log.info("passthrough: %s: %s amid a reply", self._origin.name, why)
-            if request.version < HttpVersion11 and request.transport is not None:
-                _reset(request.transport)
-            raise ConnectionAbortedError(f"{why} amid a reply") from error
+            raise self._break_off(request, f"{why} amid a reply") from error
+
+    @staticmethod
+    def _break_off(request: web.Request, why: str) -> ConnectionAbortedError:
+        """Return what ends a reply before its end, so that its client knows it."""
+        if request.version < HttpVersion11 and request.transport is not None:
+            _reset(request.transport)
+        return ConnectionAbortedError(why)
 
 
 def _is_below(target: str) -> bool:

@@ -8,7 +8,7 @@ from a key, so a key that is made of words is not recognised.
 import re
 
 MASK = "***"
-_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|://|\.ya?ml(?::\d+)?\W*$")
+_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|\.ya?ml(?::\d+)?\W*$")
 _WORD = re.compile(r"\S+")
 _TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
 _PART = re.compile(r"[A-Za-z0-9]+")
@@ -38,10 +38,21 @@ def looks_like_key(name: str) -> bool:
 def hide_keys(message: str) -> str:
     """Return a message without what looks like a key; paths of files and addresses stay.
 
+    Of an address the user, the query and the fragment may be a key as well.
+
     >>> hide_keys("/etc/proxy.yaml: providers.sk-proj-abcdef123.kind: is missing; add it")
     '/etc/proxy.yaml: providers.***.kind: is missing; add it'
     """
-    return _WORD.sub(lambda word: word[0] if _PATH.search(word[0]) else _hidden(word[0]), message)
+    return _WORD.sub(lambda word: _in_word(word[0]), message)
+
+
+def _in_word(word: str) -> str:
+    scheme, is_address, rest = word.partition("://")
+    if is_address:
+        user, at, place = rest.rpartition("@")
+        end = min((i for mark in "?#" if (i := place.find(mark)) >= 0), default=len(place))
+        return f"{scheme}://{MASK if user else user}{at}{place[:end]}{_hidden(place[end:])}"
+    return word if _PATH.search(word) else _hidden(word)
 
 
 def _hidden(word: str) -> str:

@@ -72,4 +72,10 @@ ProxyUrl = Annotated[str, AfterValidator(addresses.proxy_url)]
 class Section(BaseModel):
     """A part of the configuration; knows its keys and refuses others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        # A value may be a key: it stands in no message, of a traceback neither.
+        hide_input_in_errors=True,
+    )

@@ -523,7 +523,7 @@ class Meddler:
         self.calls, self.deed, self.at = 0, deed, at
         self._ask = points.ask
 
-    async def ask(self, work):
+    async def ask(self, work, payloads=()):
         self.calls += 1
         if self.calls == self.at:
             await self.deed()

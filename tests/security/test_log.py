@@ -112,6 +112,14 @@ def _refuse(text):
     logging.getLogger("embedding_proxy.x").warning("%s", text)
 
 
+async def test_no_provider_is_left_out_at_a_start(written, start_proxy, monkeypatch):
+    """Of many that are skipped for want of a key, each is named."""
+    names = [f"provider-{n}" for n in range(30)]
+    provider = {"kind": "openai", "base_url": "http://127.0.0.1:1/v1", "api_key_env": "NO_SUCH"}
+    await start_proxy(providers=dict.fromkeys(names, provider))
+    assert all(f"provider {name} is skipped" in written.getvalue() for name in names)
+
+
 def test_other_places_are_heard_meanwhile(written):
     """A flood in one place hides nothing that another place says."""
     for _ in range(10 * log.BURST):

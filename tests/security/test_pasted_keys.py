@@ -74,6 +74,21 @@ def test_names_of_models_kinds_and_sections_are_shown(name):
     assert hide_keys(f"models.{name}.routes: is missing") == f"models.{name}.routes: is missing"
 
 
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("https://sk-proj-abcdef123@h/v1", "https://***@h/v1"),
+        ("https://me:geheim@h:8080/v1", "https://***@h:8080/v1"),
+        ("https://h/v1?key=3f9a0c51b7e24d68a1f0", "https://h/v1?***"),
+        ("https://h/v1#sk-proj-abcdef123", "https://h/v1#***"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+    ],
+)
+def test_a_key_in_an_address_is_hidden(address, told):
+    """Its user, its query and its fragment are no address."""
+    assert hide_keys(f"server: {address} is wrong") == f"server: {told} is wrong"
+
+
 @given(st.text(max_size=60))
 def test_no_message_is_lengthened_by_much_or_fails(text):
     """Whatever is written, the rest of a message stays."""

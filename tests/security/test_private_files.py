@@ -45,19 +45,26 @@ async def _use(start_proxy, upstream, **sections) -> None:
     assert response.status == 200
 
 
-@pytest.mark.parametrize("kind", ["plain", "indexed", "with clients' keys"])
-async def test_everything_in_the_directory_is_private(kind, start_proxy, upstream, tmp_path):
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize("kind", ["plain", "indexed", "with clients' keys", "Qdrant in a folder"])
+async def test_everything_in_the_directory_is_private(kind, umask, start_proxy, upstream, tmp_path):
     """Databases, their logs, the outbox, proofs of keys and locks: while open, and after."""
+    os.umask(umask)
     async with QdrantServer() as qdrant:
         sections = {}
         if kind == "indexed":
             sections["index"] = {"qdrant": {"url": qdrant.url}}
+        if kind == "Qdrant in a folder":
+            sections["index"] = {"qdrant": {"path": str(tmp_path / "above" / "qdrant")}}
         if kind == "with clients' keys":
             sections["providers"] = {"openai": {"base_url": upstream.url, "key": "client"}}
         await _use(start_proxy, upstream, **sections)
         files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
         assert len(files) > 3
         assert _open_to_others(tmp_path / "cache") == []
+        for folder in (tmp_path / "above", tmp_path / "above" / "qdrant"):
+            assert not folder.exists() or folder.stat().st_mode & 0o077 == 0
+        assert (tmp_path / "above").exists() == (kind == "Qdrant in a folder")
         await start_proxy.stop()
         assert _open_to_others(tmp_path / "cache") == []
 
@@ -112,6 +119,17 @@ def test_what_cannot_be_mended_is_a_warning(why, tmp_path, monkeypatch, caplog):
     assert str(tmp_path) in record.getMessage()
     assert "chmod 700" in record.getMessage()
     assert tmp_path.stat().st_mode == before
+
+
+def test_folders_above_are_private_too(tmp_path):
+    """Those that had to be made; one that was there stays as it is."""
+    os.umask(0)
+    tmp_path.chmod(0o755)
+    folder = tmp_path / "share" / "embedding-proxy" / "v1"
+    private_files.make_folder(folder)
+    private_files.make_folder(folder)
+    assert _open_to_others(tmp_path / "share") == []
+    assert tmp_path.stat().st_mode & 0o077 == 0o055
 
 
 async def test_files_of_migrations_and_copies_are_private(start_proxy, upstream, tmp_path):
