@@ -184,7 +184,9 @@ def unnumbered(reply, _):
 
 
 UPSTREAMS_IN_THE_WILD = {
-    "2-reset-epoch": limited(0, 600, x_ratelimit_reset_requests="99999999999"),
+    "2-reset-epoch": replace(
+        limited(0, 86_400, x_ratelimit_reset_requests="99999999999"), rest=3600
+    ),
     "3-arrearage": replace(spent(status(400, ARREARAGE), 402), code="Arrearage"),
     "3-403-quota": spent(status(403, error("insufficient_quota")), 402),
     "4-400-key": auth(status(400, BAD_KEY)),
