@@ -1,10 +1,11 @@
-"""One client connection: aiohttp's, with four gaps closed.
+"""One client connection: aiohttp's, with five gaps closed.
 
 aiohttp drops a connection whose client stops in the midst of a body and listens on; here the
 request fails, so that the client hears why. What is no HTTP at all is refused in OpenAI's shape
-too. A head has a time limit, before the first request too, and the number of connections is bounded
-(`connection_limits`). And bodies come as they were sent: who wants them decompressed does so
-(`body`). How requests that come again are answered is told in `repeating`.
+too. A head has a time limit, before the first request too, a reply has to be taken in time
+(`pace`), and the number of connections is bounded (`connection_limits`). And bodies come as they
+were sent: who wants them decompressed does so (`body`). How requests that come again are answered
+is told in `repeating`.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
 
 from .connection_limits import ConnectionLimits
 from .heads import Heads
+from .pace import SendWatch, UnreadReplies, bound_unsent, reset
 from .repeating import Repeating
 from .replies import Replies
 
@@ -29,9 +31,15 @@ REPLIES = web.AppKey("replies", Replies)
 HEADS = web.AppKey("heads", Heads)
 LIMITS = web.AppKey("limits", ConnectionLimits)
 HEAD_TIMEOUT_S = web.AppKey("head_timeout_s", float)
+SEND_TIMEOUT_S = web.AppKey("send_timeout_s", float)
+UNREAD = web.AppKey("unread", UnreadReplies)
 
+LINGER_S = 3.0
+"""How long the rest of a body is read and dropped behind a reply that did not wait for it. Else
+the reset that answers it could overtake the reply. A slow body's time and this are a slow client's.
+"""
 _NO_LIMITS = 1 << 30
-_HEAD_SECONDS = 10.0
+_HEAD_SECONDS = _SEND_SECONDS = 10.0
 _OVERLOADED = Failure(
     503,
     "The proxy is overloaded: it has no room for another connection (server.max_connections).",
@@ -54,6 +62,12 @@ def _problem(message: str) -> str:
     return "its target cannot be read" if is_quoted or not problem else problem[:_MAX_PROBLEM]
 
 
+def _reset_unsent(transport: asyncio.Transport) -> None:
+    """End a connection that would else stay open until its client takes the rest."""
+    if transport.get_write_buffer_size():
+        reset(transport)
+
+
 class Connection(Repeating):
     """aiohttp's protocol object; there is one for each connection."""
 
@@ -62,6 +76,7 @@ class Connection(Repeating):
         "_head_timeout_s",
         "_is_refused",
         "_limits",
+        "_send_watch",
         "body",
         "has_left",
         "on_leave",
@@ -71,13 +86,16 @@ class Connection(Repeating):
         self,
         limits: ConnectionLimits,
         head_timeout_s: float,
+        send_timeout_s: float,
+        unread: UnreadReplies,
         *args: Any,  # noqa: ANN401 - aiohttp's own
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(*args, **{**kwargs, "auto_decompress": False})
+        super().__init__(*args, **{**kwargs, "auto_decompress": False, "lingering_time": LINGER_S})
         self._limits = limits
         self._head_timeout_s = head_timeout_s
         self._head_deadline: asyncio.TimerHandle | None = None
+        self._send_watch = SendWatch(self._loop, send_timeout_s, unread)
         self._is_refused = False
         self.body: StreamReader | None = None
         """The body of the request that was taken up last."""
@@ -96,6 +114,7 @@ class Connection(Repeating):
             transport.close()
             return
         super().connection_made(transport)
+        bound_unsent(transport)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -110,6 +129,32 @@ class Connection(Repeating):
             self._stop_head_deadline()
         elif data.strip(b"\r\n"):
             self._await_head()
+
+    async def start(self) -> None:
+        """Answer requests until the connection is closed; the last reply has its time, too."""
+        await super().start()
+        if self.transport is not None:
+            # uvloop writes at the end of a turn.
+            self._loop.call_soon(self._send_watch.start, self.transport)
+
+    def pause_writing(self) -> None:
+        """Give the client a time to take what waits for it."""
+        super().pause_writing()
+        if self.transport is not None:
+            self._send_watch.start(self.transport)
+
+    def resume_writing(self) -> None:
+        """Write on: the client has taken most of it."""
+        self._send_watch.stop()
+        super().resume_writing()
+
+    def force_close(self) -> None:
+        """Close the connection at once; what the kernel does not take at once is dropped."""
+        transport = self.transport
+        super().force_close()
+        if transport is not None:
+            # uvloop writes at the end of a turn.
+            self._loop.call_soon(_reset_unsent, transport)
 
     def begin(self) -> None:
         """Take note that a request is handed to its handler."""
@@ -191,6 +236,7 @@ class Connection(Repeating):
         """Take note that the connection is no more."""
         self._limits.leave(self)
         self._stop_head_deadline()
+        self._send_watch.stop()
         super().connection_lost(exc)
         self._leave()
 
@@ -250,6 +296,8 @@ class Server(web.Server):
         super().__init__(*args, **kwargs)
         self._limits = app.get(LIMITS, ConnectionLimits(_NO_LIMITS))
         self._head_timeout_s = app.get(HEAD_TIMEOUT_S, _HEAD_SECONDS)
+        self._send_timeout_s = app.get(SEND_TIMEOUT_S, _SEND_SECONDS)
+        self._unread = app.get(UNREAD, UnreadReplies(_NO_LIMITS))
         self._replies = app.get(REPLIES, Replies(0))
         self._heads = app.get(HEADS, Heads(self._replies, lambda *_: None))
 
@@ -264,6 +312,8 @@ class Server(web.Server):
         return self.connection_type(
             self._limits,
             self._head_timeout_s,
+            self._send_timeout_s,
+            self._unread,
             self._replies,
             self._heads,
             self,
