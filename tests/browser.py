@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,7 +123,11 @@ class Page:
     async def arrived(self, url: str) -> None:
         """Wait until the page that is there is that of an address, and complete."""
         where = "location.href + ' ' + document.readyState"
-        while await self.run(where) != f"{url} complete":  # noqa: ASYNC110 - nobody tells
+        told = None
+        while told != f"{url} complete":
+            # Between two pages there is nothing to run a script in.
+            with suppress(PageFailed):
+                told = await self.run(where)
             await asyncio.sleep(0.01)
 
     async def run(self, script: str) -> Any:
