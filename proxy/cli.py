@@ -101,7 +101,8 @@ def serve(
 
         def work(ready: Callable[[], None]) -> signal.Signals:
             with one_line():
-                return _run(server.serve(settings, listening, ready))
+                serving = server.serve(settings, listening, ready, is_worker=count > 1)
+                return _run(serving)
 
         count = settings.server.workers
         told = work(announce) if count == 1 else processes.run(count, work, announce)

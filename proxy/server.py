@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from aiohttp import web
@@ -22,6 +22,9 @@ log = logging.getLogger("embedding_proxy.server")
 GRACE_SECONDS = 30.0
 """How long requests in progress may take after the signal to stop. Then calls that were sent have
 `attempts.CLOSE_S` seconds more to be answered, whether or not a client waits for them."""
+
+
+_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 class PortUnavailable(Exception):
@@ -47,10 +50,16 @@ def base_url(listening: socket.socket) -> str:
 
 
 async def serve(
-    settings: Settings, listening: socket.socket, announce: Callable[[], None]
+    settings: Settings,
+    listening: socket.socket,
+    announce: Callable[[], None],
+    *,
+    is_worker: bool = False,
 ) -> signal.Signals:
     """Serve until SIGINT or SIGTERM, and return which it was.
 
+    A second signal ends the process at once. But a worker is often told twice, by its parent and by
+    whoever stops the whole group: its second SIGTERM means nothing more than the first.
     `announce` is called once requests are answered. Raises StoreError, ConfigError.
     """
     descriptors.raise_limit()
@@ -60,7 +69,7 @@ async def serve(
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()
-        with _signals() as told_to_stop:
+        with _signals((signal.SIGINT,) if is_worker else _TO_STOP) as told_to_stop:
             # What has been made so far stays for good: to look it all through for garbage, now and
             # then, would be a pause of tens of milliseconds for everybody.
             gc.freeze()
@@ -73,15 +82,14 @@ async def serve(
 
 
 @contextmanager
-def _signals() -> Iterator[asyncio.Queue[signal.Signals]]:
-    """Give a queue of the signals to stop; after the first, a second ends the process at once."""
+def _signals(final: Iterable[signal.Signals]) -> Iterator[asyncio.Queue[signal.Signals]]:
+    """Give a queue of the signals to stop; after the block `final` ones end the process at once."""
     told: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
+    for number in _TO_STOP:
         loop.add_signal_handler(number, told.put_nowait, number)
     try:
         yield told
     finally:
-        for number in numbers:
+        for number in final:
             loop.remove_signal_handler(number)

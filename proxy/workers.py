@@ -62,10 +62,24 @@ def run(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
         return signal.Signals(os.read(told_read, 1)[0])
     finally:
         signal.set_wakeup_fd(-1)
+        _end_at_second_signal(workers)
         for worker in workers:
             worker.terminate()
         for worker in workers:
             worker.join()
+
+
+def _end_at_second_signal(workers: list[BaseProcess]) -> None:
+    """From now on a signal to stop ends this process and its workers at once."""
+
+    def end(number: int, _: object) -> None:
+        for worker in workers:
+            worker.kill()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    for number in _TO_STOP:
+        signal.signal(number, end)
 
 
 def _start(work: Work, ready: int, life: tuple[int, int]) -> BaseProcess:
