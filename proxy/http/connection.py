@@ -74,7 +74,6 @@ class Connection(Repeating):
     __slots__ = (
         "_head_deadline",
         "_head_timeout_s",
-        "_is_refused",
         "_limits",
         "_send_watch",
         "body",
@@ -96,7 +95,6 @@ class Connection(Repeating):
         self._head_timeout_s = head_timeout_s
         self._head_deadline: asyncio.TimerHandle | None = None
         self._send_watch = SendWatch(self._loop, send_timeout_s, unread)
-        self._is_refused = False
         self.body: StreamReader | None = None
         """The body of the request that was taken up last."""
         self.has_left = False
@@ -109,7 +107,8 @@ class Connection(Repeating):
         peer = transport.get_extra_info("peername")
         address = str(peer[0]) if isinstance(peer, tuple) else ""
         if not self._limits.enter(self, address):
-            self._is_refused = True
+            # What comes all the same is passed over.
+            self._force_close = True
             self._say_last(transport, _OVERLOADED)
             transport.close()
             return
@@ -117,15 +116,11 @@ class Connection(Repeating):
         bound_unsent(transport)
         self._await_head()
 
-    def data_received(self, data: bytes) -> None:
-        """Read on; the time for a head runs from its first byte on."""
-        if self._is_refused:
-            return
-        super().data_received(data)
+    def _has_read(self, data: bytes) -> None:
+        """Give the next head its time: from its first byte on."""
         if not data:
             return
-        is_reading = self.body is not None and not self.body.is_eof()
-        if is_reading or not self.is_amid_head:
+        if not self.is_amid_head or (self.body is not None and not self.body.is_eof()):
             self._stop_head_deadline()
         elif data.strip(b"\r\n"):
             self._await_head()
@@ -181,8 +176,12 @@ class Connection(Repeating):
         return sent
 
     def _stay_open(self) -> None:
+        # This is the way of hits: few steps. The order matters only where room is short.
         super()._stay_open()
-        self._limits.idle(self)
+        if self._head_deadline is not None:
+            self._stop_head_deadline()
+        if self._limits.is_tight:
+            self._limits.idle(self)
 
     def _await_head(self) -> None:
         if self._head_deadline is None:

@@ -36,7 +36,7 @@ MIN_BYTES_PER_S = 500
 """The least rate at which a client sends a body, or takes a reply."""
 MIN_BUSY_BYTES_PER_S = 1 << 16
 """The least rate at which a client takes a reply while unread replies hold too much."""
-_MAX_UNSENT_BYTES = 1 << 18
+_MAX_UNSENT_BYTES = 1 << 19
 _CHECK_S = 1.0
 _CHECKS = 10
 """How often at least a reply is looked at within the budget."""
