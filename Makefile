@@ -6,7 +6,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow kills clients pins client-pins clean
+.PHONY: demo test slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -88,6 +88,12 @@ index: .venv/test
 MEGABYTES ?= 100
 flow: .venv/test
 	PYTHONPATH=.:tests $(BIN)/python tests/flow.py $(MEGABYTES)
+
+# CONNECTIONS that send a head or a body one byte a second, or do not read their reply: when each is closed,
+# what a healthy client notices, and the memory they take: some three minutes.
+CONNECTIONS ?= 1000
+slow-clients: .venv/test
+	$(BIN)/python -m bench.slow_clients --connections $(CONNECTIONS)
 
 # The libraries that people use, each in an environment of its own, at the upstream and at the proxy: what
 # they get, and then how they give up: some ten minutes. Needs go, java and mvn; CLIENTS="node openai-3" tries

@@ -7,7 +7,7 @@ from aiohttp import web
 from proxy.http.access import Access
 from proxy.http.answers import Answers
 from proxy.http.caller import CALLER
-from proxy.http.connection import HEAD_TIMEOUT_S, HEADS, LIMITS, REPLIES
+from proxy.http.connection import HEAD_TIMEOUT_S, HEADS, LIMITS, REPLIES, SEND_TIMEOUT_S, UNREAD
 from proxy.http.connection_limits import ConnectionLimits
 from proxy.http.cors import Cors
 from proxy.http.descriptor_watch import watch_descriptors
@@ -17,6 +17,7 @@ from proxy.http.loop_guard import loop_guard
 from proxy.http.metrics import Metrics
 from proxy.http.models import Models
 from proxy.http.origin_check import OriginCheck
+from proxy.http.pace import UnreadReplies
 from proxy.http.replies import Replies
 from proxy.http.status import Status
 from proxy.http.texts import Texts
@@ -51,6 +52,8 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app[REPLIES] = replies
     app[LIMITS] = ConnectionLimits.of(server)
     app[HEAD_TIMEOUT_S] = server.head_timeout_s
+    app[SEND_TIMEOUT_S] = server.send_timeout_s
+    app[UNREAD] = unread = UnreadReplies(int(server.max_unread_mib * MIB))
     passthrough = None
     if settings.passes_to is not None:
         origin = Origin(settings, access)
@@ -70,7 +73,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(request_log.stamp)
     app.on_response_prepare.append(cors.mark)
-    embeddings = Embeddings(service, Answers(replies), Texts(replies.pool))
+    embeddings = Embeddings(service, Answers(replies), Texts(replies.pool), unread)
     app[HEADS] = Heads(replies, embeddings.at_once)
     _add_routes(app, embeddings, service, settings, access, passthrough)
     return app

@@ -12,6 +12,7 @@ from proxy.http.answers import Answer, Answers
 from proxy.http.caller import Caller
 from proxy.http.connection import Connection
 from proxy.http.heads import ADMITTED, Admitted, Given
+from proxy.http.pace import UnreadReplies
 from proxy.http.repeating import AGAIN
 from proxy.http.request_log import MODEL
 from proxy.http.texts import Texts
@@ -31,10 +32,13 @@ _CHUNKS_AT_A_TIME = 4
 class Embeddings:
     """Answers embedding requests from a service."""
 
-    def __init__(self, service: EmbeddingService, answers: Answers, texts: Texts) -> None:
+    def __init__(
+        self, service: EmbeddingService, answers: Answers, texts: Texts, unread: UnreadReplies
+    ) -> None:
         self._service = service
         self._answers = answers
         self._texts = texts
+        self._unread = unread
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
@@ -103,12 +107,13 @@ class Embeddings:
         await response.prepare(request)
         if request.transport is not None:  # Else nobody is there any more.
             request.transport.set_write_buffer_limits(_CHUNKS_AT_A_TIME * wire.CHUNK)
-        for number, chunk in enumerate(chunks):
-            # A write to a fast reader does not wait; other requests get their turn here.
-            if number % _CHUNKS_AT_A_TIME == 0:
-                await asyncio.sleep(0)
-            await response.write(chunk)
-        await response.write_eof()
+        with self._unread.holding(sum(map(len, vectors))):
+            for number, chunk in enumerate(chunks):
+                # A write to a fast reader does not wait; other requests get their turn here.
+                if number % _CHUNKS_AT_A_TIME == 0:
+                    await asyncio.sleep(0)
+                await response.write(chunk)
+            await response.write_eof()
         return response
 
 

@@ -91,6 +91,8 @@ async def serve(
 ) -> signal.Signals:
     """Serve until one of STOP_SIGNALS, or of WORKER_SIGNALS, and return which it was.
 
+    A second signal ends the process at once. But a worker is often told twice, by its parent and by
+    whoever stops the whole group: its second SIGTERM means nothing more than the first.
     `announce` is called once requests are answered. Raises StoreError, ConfigError.
     """
     descriptors.raise_limit()
@@ -100,8 +102,6 @@ async def serve(
         app,
         access_log=None,
         shutdown_timeout=GRACE_SECONDS,
-        # For the rest of a body behind an error that was answered before it came.
-        lingering_time=settings.server.body_timeout_s,
     )
     await runner.setup()
     try:

@@ -8,6 +8,8 @@ from aiohttp import web
 
 from providers.base import InputRefused
 
+from .pace import MIN_BYTES_PER_S, Pace
+
 MIB = 1 << 20
 
 # Decompressed at a time: some two milliseconds of work.
@@ -27,8 +29,8 @@ class BodyRefused(InputRefused):
 async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     """Read a whole body of at most `most` bytes, decompressed.
 
-    Raises BodyRefused for one that is larger, that breaks off, of which nothing more arrives for
-    `patience_s` seconds, or whose compression is not known here.
+    Raises BodyRefused for one that is larger, that breaks off, that arrives too slowly (`pace`,
+    with a budget of `patience_s`), or whose compression is not known here.
     """
     inflater = _Inflater(request.headers.get("Content-Encoding", ""))
     try:
@@ -38,10 +40,11 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
         raise BodyRefused("The request's Content-Length is not a plain number.") from error
     if announced > most:
         raise _too_large(most)
+    pace = Pace(patience_s)
     chunks: list[bytes] = []
     size = received = 0
     try:
-        while chunk := await _next(request, patience_s):
+        while chunk := await _next(request, pace):
             received += len(chunk)
             if received > most:
                 # What is compressed may come to nothing, and go on for ever.
@@ -55,15 +58,14 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
                     await asyncio.sleep(0)
         inflater.finish()
     except TimeoutError as error:
-        message = f"The request body stopped arriving; nothing came for {patience_s:g} s."
-        raise BodyRefused(message, status=408) from error
+        raise too_slow(patience_s) from error
     except (web.RequestPayloadError, OSError, zlib.error) as error:
         told = "The request body broke off or could not be decoded."
         raise BodyRefused(str(error) if isinstance(error, MalformedBody) else told) from error
     return b"".join(chunks)
 
 
-async def _next(request: web.Request, patience_s: float) -> bytes:
+async def _next(request: web.Request, pace: Pace) -> bytes:
     """Return the next part of a body, nothing at its end. Raises TimeoutError.
 
     Raises what it broke off with, also where nothing of it came.
@@ -73,8 +75,16 @@ async def _next(request: web.Request, patience_s: float) -> bytes:
         if broken is not None:
             raise broken
         return b""
-    async with asyncio.timeout(patience_s):
-        return await request.content.readany()
+    return await pace.read(request.content)
+
+
+def too_slow(timeout_s: float) -> BodyRefused:
+    """Return the error of a body that stopped arriving, or only drips."""
+    message = (
+        f"The request body arrived too slowly: nothing came for {timeout_s:g} s, or less than"
+        f" {MIN_BYTES_PER_S} bytes a second (server.body_timeout_s)."
+    )
+    return BodyRefused(message, status=408)
 
 
 def _too_large(most: int) -> BodyRefused:

@@ -1,10 +1,11 @@
-"""One client connection: aiohttp's, with four gaps closed.
+"""One client connection: aiohttp's, with five gaps closed.
 
 aiohttp drops a connection whose client stops in the midst of a body and listens on; here the
 request fails, so that the client hears why. What is no HTTP at all is refused in OpenAI's shape
-too. A head has a time limit, before the first request too, and the number of connections is bounded
-(`connection_limits`). And bodies come as they were sent: who wants them decompressed does so
-(`body`). How requests that come again are answered is told in `repeating`.
+too. A head has a time limit, before the first request too, a reply has to be taken in time
+(`pace`), and the number of connections is bounded (`connection_limits`). And bodies come as they
+were sent: who wants them decompressed does so (`body`). How requests that come again are answered
+is told in `repeating`.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
 from .body import MalformedBody
 from .connection_limits import ConnectionLimits
 from .heads import Heads
+from .pace import SendWatch, UnreadReplies, bound_unsent
 from .repeating import Repeating
 from .replies import Replies
 
@@ -31,9 +33,15 @@ REPLIES = web.AppKey("replies", Replies)
 HEADS = web.AppKey("heads", Heads)
 LIMITS = web.AppKey("limits", ConnectionLimits)
 HEAD_TIMEOUT_S = web.AppKey("head_timeout_s", float)
+SEND_TIMEOUT_S = web.AppKey("send_timeout_s", float)
+UNREAD = web.AppKey("unread", UnreadReplies)
 
+LINGER_S = 3.0
+"""How long the rest of a body is read and dropped behind a reply that did not wait for it. Else
+the reset that answers it could overtake the reply. A slow body's time and this are a slow client's.
+"""
 _NO_LIMITS = 1 << 30
-_HEAD_SECONDS = 10.0
+_HEAD_SECONDS = _SEND_SECONDS = 10.0
 _OVERLOADED = Failure(
     503,
     "The proxy is overloaded: it has no room for another connection (server.max_connections).",
@@ -86,14 +94,20 @@ def last_reply(failure: Failure) -> web.Response:
     return response
 
 
+def _reset_unsent(transport: asyncio.Transport) -> None:
+    """End a connection that would else stay open until its client takes the rest."""
+    if transport.get_write_buffer_size():
+        reset(transport)
+
+
 class Connection(Repeating):
     """aiohttp's protocol object; there is one for each connection."""
 
     __slots__ = (
         "_head_deadline",
         "_head_timeout_s",
-        "_is_refused",
         "_limits",
+        "_send_watch",
         "body",
         "has_left",
         "on_leave",
@@ -103,14 +117,16 @@ class Connection(Repeating):
         self,
         limits: ConnectionLimits,
         head_timeout_s: float,
+        send_timeout_s: float,
+        unread: UnreadReplies,
         *args: Any,  # noqa: ANN401 - aiohttp's own
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(*args, **{**kwargs, "auto_decompress": False})
+        super().__init__(*args, **{**kwargs, "auto_decompress": False, "lingering_time": LINGER_S})
         self._limits = limits
         self._head_timeout_s = head_timeout_s
         self._head_deadline: asyncio.TimerHandle | None = None
-        self._is_refused = False
+        self._send_watch = SendWatch(self._loop, send_timeout_s, unread)
         self.body: StreamReader | None = None
         """The body of the request that was taken up last."""
         self.has_left = False
@@ -123,26 +139,50 @@ class Connection(Repeating):
         peer = transport.get_extra_info("peername")
         address = str(peer[0]) if isinstance(peer, tuple) else ""
         if not self._limits.enter(self, address):
-            self._is_refused = True
+            # What comes all the same is passed over.
+            self._force_close = True
             self._say_last(transport, _OVERLOADED)
             transport.close()
             return
         super().connection_made(transport)
+        bound_unsent(transport)
         self._await_head()
 
-    def data_received(self, data: bytes) -> None:
-        """Read on; the time for a head runs from its first byte on."""
-        if self._is_refused:
-            return
-        super().data_received(data)
+    def _has_read(self, data: bytes) -> None:
+        """End a malformed body, and give the next head its time: from its first byte on."""
         self._end_malformed_body()
         if not data:
             return
-        is_reading = self.body is not None and not self.body.is_eof()
-        if is_reading or not self.is_amid_head:
+        if not self.is_amid_head or (self.body is not None and not self.body.is_eof()):
             self._stop_head_deadline()
         elif data.strip(b"\r\n"):
             self._await_head()
+
+    async def start(self) -> None:
+        """Answer requests until the connection is closed; the last reply has its time, too."""
+        await super().start()
+        if self.transport is not None:
+            # uvloop writes at the end of a turn.
+            self._loop.call_soon(self._send_watch.start, self.transport)
+
+    def pause_writing(self) -> None:
+        """Give the client a time to take what waits for it."""
+        super().pause_writing()
+        if self.transport is not None:
+            self._send_watch.start(self.transport)
+
+    def resume_writing(self) -> None:
+        """Write on: the client has taken most of it."""
+        self._send_watch.stop()
+        super().resume_writing()
+
+    def force_close(self) -> None:
+        """Close the connection at once; what the kernel does not take at once is dropped."""
+        transport = self.transport
+        super().force_close()
+        if transport is not None:
+            # uvloop writes at the end of a turn.
+            self._loop.call_soon(_reset_unsent, transport)
 
     def begin(self) -> None:
         """Take note that a request is handed to its handler."""
@@ -168,8 +208,12 @@ class Connection(Repeating):
         return sent
 
     def _stay_open(self) -> None:
+        # This is the way of hits: few steps. The order matters only where room is short.
         super()._stay_open()
-        self._limits.idle(self)
+        if self._head_deadline is not None:
+            self._stop_head_deadline()
+        if self._limits.is_tight:
+            self._limits.idle(self)
 
     def _await_head(self) -> None:
         if self._head_deadline is None:
@@ -236,6 +280,7 @@ class Connection(Repeating):
         """Take note that the connection is no more."""
         self._limits.leave(self)
         self._stop_head_deadline()
+        self._send_watch.stop()
         super().connection_lost(exc)
         self._leave()
 
@@ -285,6 +330,8 @@ class Server(web.Server):
         super().__init__(*args, **kwargs)
         self._limits = app.get(LIMITS, ConnectionLimits(_NO_LIMITS))
         self._head_timeout_s = app.get(HEAD_TIMEOUT_S, _HEAD_SECONDS)
+        self._send_timeout_s = app.get(SEND_TIMEOUT_S, _SEND_SECONDS)
+        self._unread = app.get(UNREAD, UnreadReplies(_NO_LIMITS))
         self._replies = app.get(REPLIES, Replies(0))
         self._heads = app.get(HEADS, Heads(self._replies, lambda *_: None))
 
@@ -299,6 +346,8 @@ class Server(web.Server):
         return self.connection_type(
             self._limits,
             self._head_timeout_s,
+            self._send_timeout_s,
+            self._unread,
             self._replies,
             self._heads,
             self,

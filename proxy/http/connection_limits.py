@@ -65,6 +65,9 @@ class ConnectionLimits:
         self._of: dict[Closable, str] = {}
         self._addresses: dict[str, _Address] = {}
         self._waiting = _Waiting()
+        self.is_tight = False
+        """Whether more than a quarter of all connections are taken; else the order of those that
+        wait does not matter."""
         self._warnings = descriptors.Occasional()
 
     @classmethod
@@ -103,6 +106,7 @@ class ConnectionLimits:
         of_address = self._addresses.setdefault(address, _Address())
         of_address.count += 1
         self._of[connection] = address
+        self._note_room()
         self._wait(connection, is_new=True)
         return True
 
@@ -111,6 +115,7 @@ class ConnectionLimits:
         address = self._of.pop(connection, None)
         if address is None:
             return
+        self._note_room()
         self._waiting.discard(connection)
         of_address = self._addresses[address]
         of_address.waiting.discard(connection)
@@ -130,6 +135,9 @@ class ConnectionLimits:
         if connection in self._of:
             self.busy(connection)
             self._wait(connection, is_new=False)
+
+    def _note_room(self) -> None:
+        self.is_tight = len(self._of) * 4 > self.max_connections
 
     def _wait(self, connection: Closable, *, is_new: bool) -> None:
         self._waiting.add(connection, is_new=is_new)

@@ -3,13 +3,15 @@
 aiohttp stops reading as soon as it is told to shut down: a body that is still arriving is dropped,
 and its request fails after some time. Here a request is in progress from the moment when its head
 was read. Such requests are read to their end and answered within the grace period, the last one
-with `Connection: close`; connections without one are closed at once.
+with `Connection: close`; connections without one are closed at once. What has no end of its own, a
+WebSocket, is told that the grace period is over, and has a moment to say so to both sides.
 
 What is used of aiohttp's private parts: `_messages`, the requests that were read and not begun, and
 `_task_handler`, which takes them up.
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -21,10 +23,14 @@ _LAST_SECONDS = 0.1
 """For a handler to end after the grace period is over and its request was cancelled."""
 
 
+_GOODBYE_SECONDS = 1.0
+"""For what is told that the grace period is over."""
+
+
 class Draining(Framing):
     """aiohttp's protocol object; there is one for each connection."""
 
-    __slots__ = ("_closed", "_is_answering", "_to_answer")
+    __slots__ = ("_closed", "_is_answering", "_to_answer", "on_grace_over")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
         super().__init__(*args, **kwargs)
@@ -33,6 +39,8 @@ class Draining(Framing):
         """Once the connection is to be closed: the requests that are still to be answered."""
         self._closed: asyncio.Event | None = None
         """Set when the connection is lost; made when it is drained."""
+        self.on_grace_over: Callable[[], None] | None = None
+        """Called when the grace period is over; for the request in progress to set and unset."""
 
     def begin(self) -> None:
         """Take note that a request is handed to its handler."""
@@ -56,6 +64,11 @@ class Draining(Framing):
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout):
                     await self._closed.wait()
+            if self.on_grace_over is not None:
+                self.on_grace_over()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_GOODBYE_SECONDS):
+                        await self._closed.wait()
         last = _LAST_SECONDS if timeout is None else min(timeout, _LAST_SECONDS)
         await super().shutdown(last)
 

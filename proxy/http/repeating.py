@@ -73,6 +73,7 @@ class Repeating(Draining):
         if not (data and self._boundary.reached):
             self._boundary.go_on(data)
             super().data_received(data)
+            self._has_read(data)
             return
         if not self._replies.is_enabled:
             self._read(data)
@@ -145,7 +146,7 @@ class Repeating(Draining):
 
         False where that cannot be told from outside of aiohttp's parser.
         """
-        is_between = not (self._messages or self._is_answering or self._boundary.reached)
+        is_between = not (self._boundary.reached or self._is_answering or self._messages)
         return is_between and not self._held
 
     @property
@@ -170,6 +171,10 @@ class Repeating(Draining):
                 headers = message.headers
         self._boundary.begin(data, headers)
         self._digest, self._head = (digest, head) if self._boundary.reached else (None, None)
+        self._has_read(data)
+
+    def _has_read(self, data: bytes) -> None:
+        """Take note of what aiohttp was given to read: no request that is known."""
 
     def _repeat(self, reply: Reply) -> None:
         self._give(reply)

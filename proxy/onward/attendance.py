@@ -1,6 +1,7 @@
 """Stays with a call while bytes move, and until its client leaves."""
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -46,6 +47,11 @@ class Attendance:
         """Take note that something was sent or received."""
         self._end_in(self._idle_s)
 
+    def on_grace_over(self, call: Callable[[], None]) -> None:
+        """Have something called if the proxy stops, and the grace period is over."""
+        if self._connection is not None:
+            self._connection.on_grace_over = call
+
     def _leave(self) -> None:
         self._left = True
         self._end_in(0)
@@ -62,7 +68,7 @@ class Attendance:
     ) -> None:
         self._over = True
         if self._connection is not None:
-            self._connection.on_leave = None
+            self._connection.on_leave = self._connection.on_grace_over = None
         try:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError as timeout:

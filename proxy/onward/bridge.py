@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from contextlib import suppress
+from functools import partial
 
 import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, web
@@ -44,7 +45,8 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
     """Carry messages both ways until either side closes; a refused call is answered with why.
 
     A message is held until it is whole. One of `max_message` bytes or more, in however many
-    fragments, closes both connections with 1009 (RFC 6455, 7.4.1). Raises EmbeddingError.
+    fragments, closes both connections with 1009 (RFC 6455, 7.4.1). When the proxy stops, both are
+    closed with 1001 after the grace period. Raises EmbeddingError.
     """
     offered = ", ".join(request.headers.getall("Sec-WebSocket-Protocol", ())).split(",")
     protocols = [one for one in map(str.strip, offered) if one and _may_go(origin, one)]
@@ -77,7 +79,19 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
         async with asyncio.TaskGroup() as pumps:
             pumps.create_task(_pump(client, upstream, attendance, origin))
             pumps.create_task(_pump(upstream, client, attendance, origin))
+            attendance.on_grace_over(partial(_go_away, pumps, client, upstream))
     return client
+
+
+def _go_away(pumps: asyncio.TaskGroup, *sockets: _Socket) -> None:
+    """Close both connections: the proxy stops."""
+    for one in sockets:
+        pumps.create_task(_closed(one, WSCloseCode.GOING_AWAY))
+
+
+async def _closed(socket: _Socket, code: int, why: bytes = b"") -> None:
+    with suppress(ConnectionError, aiohttp.ClientError):
+        await socket.close(code=code, message=why)
 
 
 def _may_go(origin: Origin, protocol: str) -> bool:
@@ -100,14 +114,14 @@ async def _pump(source: _Socket, sink: _Socket, attendance: Attendance, origin: 
                 break
         if message.type is WSMsgType.CLOSE:
             code, why = message.data or _NORMAL, message.extra or ""
+        elif message.type is WSMsgType.CLOSING:  # It is this side that closes.
+            code = WSCloseCode.GOING_AWAY
         elif _is_too_large(message.data):
             log.info("passthrough: a WebSocket message larger than the limit closed a connection")
             code, why = WSCloseCode.MESSAGE_TOO_BIG, "a message is too large"
-    with suppress(ConnectionError, aiohttp.ClientError):
-        told = origin.redactor.redact_text(why).encode()
-        # What is no whole character at the end would break the frame.
-        told = told[:_MAX_REASON].decode(errors="ignore").encode()
-        await sink.close(code=code, message=told)
+    told = origin.redactor.redact_text(why).encode()
+    # What is no whole character at the end would break the frame.
+    await _closed(sink, code, told[:_MAX_REASON].decode(errors="ignore").encode())
 
 
 def _is_too_large(error: object) -> bool:

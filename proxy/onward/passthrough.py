@@ -4,10 +4,7 @@ Nothing is tried again or followed: what the upstream says, its errors and redir
 what the client gets, but for the provider's key. What is sent waits for who receives, both ways.
 """
 
-import asyncio
 import logging
-import socket
-import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,7 +15,8 @@ from yarl import URL
 
 from providers.base import InputRefused, UpstreamTimeout
 from providers.transport_errors import reason
-from proxy.http.body import MIB, BodyRefused
+from proxy.http.body import MIB, BodyRefused, too_slow
+from proxy.http.pace import Pace, reset
 from proxy.http.paths import may_be_embeddings
 from proxy.http.target import path_of
 from proxy.settings.schema import Settings
@@ -47,6 +45,7 @@ class Passthrough:
     def __init__(self, origin: Origin, settings: Settings) -> None:
         self._origin = origin
         self._idle_s = settings.passthrough_idle_s
+        self._body_timeout_s = settings.server.body_timeout_s
         self._max_message = int(settings.passthrough_max_message_mib * MIB)
         self._frozen = settings.cache.mode == "frozen"
 
@@ -77,7 +76,7 @@ class Passthrough:
                     return await bridge.connect(
                         request, origin, url, headers, attendance, self._max_message
                     )
-                upload = _Upload(request, attendance)
+                upload = _Upload(request, attendance, self._body_timeout_s)
                 async with await self._begun(request, url, headers, upload) as reply:
                     attendance.moved()
                     return await self._returned(request, reply, attendance)
@@ -97,8 +96,8 @@ class Passthrough:
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError) as error:
-            if upload.broke_off:
-                raise BodyRefused("The request body broke off.") from error
+            if upload.refusal is not None:
+                raise upload.refusal from error
             raise self._origin.failure(error) from error
         return self._origin.checked(reply)
 
@@ -149,7 +148,7 @@ class Passthrough:
     def _break_off(request: web.Request, why: str) -> ConnectionAbortedError:
         """Return what ends a reply before its end, so that its client knows it."""
         if request.version < HttpVersion11 and request.transport is not None:
-            _reset(request.transport)
+            reset(request.transport)
         return ConnectionAbortedError(why)
 
 
@@ -162,30 +161,26 @@ def _is_below(target: str) -> bool:
     return path_of(target).startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
 
 
-def _reset(transport: asyncio.Transport) -> None:
-    """End a connection in disorder: to clients of HTTP/1.0 an orderly end is that of the reply."""
-    connection = transport.get_extra_info("socket")
-    if connection is not None:
-        linger = struct.pack("ii", 1, 0)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    transport.abort()
-
-
 class _Upload:
     """The body of a call, as it comes from the client."""
 
-    def __init__(self, request: web.Request, attendance: Attendance) -> None:
+    def __init__(self, request: web.Request, attendance: Attendance, timeout_s: float) -> None:
         self._content = request.content
         self._attendance = attendance
-        self.broke_off = False
-        """Whether it ended before its end."""
+        self._timeout_s = timeout_s
+        self.refusal: BodyRefused | None = None
+        """Why it ended before its end, if it did."""
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield it; the next part is read when the one before has gone on."""
+        pace = Pace(self._timeout_s)
         try:
-            while chunk := await self._content.readany():
+            while chunk := await pace.read(self._content):
                 self._attendance.moved()
                 yield chunk
+        except TimeoutError:
+            self.refusal = too_slow(self._timeout_s)
+            raise
         except (web.RequestPayloadError, OSError):
-            self.broke_off = True
+            self.refusal = BodyRefused("The request body broke off.")
             raise

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from qdrant_server import QdrantServer
 from talk import Talk
 
 from providers import descriptors
@@ -56,23 +57,26 @@ class Served:
         return next(number for number in range(LIMIT) if number not in taken)
 
 
-@pytest.fixture
-def serve(tmp_path, upstream, monkeypatch) -> Iterator[Callable[[], Served]]:
-    """Give a function that starts `embedding-proxy serve` under `ulimit -n 64`."""
+@pytest.fixture(params=["uvloop", "asyncio"])
+def serve(request, tmp_path, upstream, monkeypatch) -> Iterator[Callable[..., Served]]:
+    """Give a function that starts `embedding-proxy serve` under `ulimit -n 64`, on either loop."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     config = tmp_path / "config.yaml"
-    content = {
-        "server": {"port": 0},
-        "cache": {"directory": str(tmp_path / "cache")},
-        "providers": {"openai": {"base_url": upstream.url}},
-    }
-    config.write_text(json.dumps(content))  # JSON is YAML
     log = tmp_path / "log"
     started = []
 
-    command = [sys.executable, "-m", "proxy", "serve", "--config", str(config)]
+    own_loop = "cli._loop_factory = lambda: None;" if request.param == "asyncio" else ""
+    code = f"from proxy import cli; {own_loop} cli.main()"
+    command = [sys.executable, "-c", code, "serve", "--config", str(config)]
 
-    def start() -> Served:
+    def start(**sections: object) -> Served:
+        content = {
+            "server": {"port": 0},
+            "cache": {"directory": str(tmp_path / "cache"), "memory_mib": 0},
+            "providers": {"openai": {"base_url": upstream.url}},
+            **sections,
+        }
+        config.write_text(json.dumps(content))  # JSON is YAML
         with log.open("wb") as errors:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", f'ulimit -n {LIMIT} && exec "$@"', "sh", *command],
@@ -139,6 +143,39 @@ async def test_no_descriptor_left(serve, start_proxy, upstream):
             assert (await new.response())[1]["x-cache"] == "hit"
     assert served.log.count("no file descriptor is left") == 1
     assert "Traceback" not in served.log
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux has prlimit")
+async def test_store_ledger_and_outbox_without_a_descriptor(
+    serve, start_proxy, upstream, tmp_path, command
+):
+    """What is on disk is served and counted, what is to be indexed is kept, and then it arrives."""
+    async with QdrantServer() as qdrant:
+        proxy = await start_proxy(openai=upstream)
+        texts = [str(number) for number in range(20)]
+        assert (await proxy.post({"model": MODEL, "input": texts})).status == 200
+        await start_proxy.stop()
+        index = {"qdrant": {"url": qdrant.url}}
+        served = await asyncio.to_thread(serve, index=index)
+        async with asyncio.timeout(SECONDS), Talk(served.url, _post("0")) as talk:
+            assert (await talk.response())[1]["x-cache"] == "hit"
+            served.limit(served.lowest_free())
+            while "no file descriptor is left" not in served.log:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            for text in texts:
+                status, headers, _ = await _ask(talk, _post(text))
+                assert (status, headers["x-cache"]) == (200, "hit")
+            served.limit(LIMIT)
+            while len(await qdrant.points(f"{MODEL}-1536")) < len(texts):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        served.process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(served.process.wait, SECONDS) == 0
+    assert "Traceback" not in served.log
+    assert len(upstream.calls) == 1
+    stats = json.loads(
+        command("cache", "stats", "--json", "--config", str(tmp_path / "config.yaml")).out
+    )
+    assert (stats["entries"], stats["hits"], stats["misses"]) == (20, 21, 20)
 
 
 def _connector_error(number: int | None, kind: type[OSError] = OSError) -> aiohttp.ClientError:
