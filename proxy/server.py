@@ -98,11 +98,7 @@ async def serve(
     descriptors.raise_limit()
     app = build_app(settings)
     # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
-    runner = Runner(
-        app,
-        access_log=None,
-        shutdown_timeout=GRACE_SECONDS,
-    )
+    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
     await runner.setup()
     try:
         await web.SockSite(runner, listening).start()

@@ -23,7 +23,7 @@ from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
 from .body import MalformedBody
 from .connection_limits import ConnectionLimits
 from .heads import Heads
-from .pace import SendWatch, UnreadReplies, bound_unsent
+from .pace import SendWatch, UnreadReplies, bound_unsent, reset
 from .repeating import Repeating
 from .replies import Replies
 
