@@ -74,11 +74,19 @@ def run(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
 
 
 def _join(workers: list[BaseProcess], told: int) -> None:
-    """Wait for the end of workers that were told to stop; a second signal kills them."""
+    """Wait for the end of workers that were told to stop.
+
+    A second signal kills them and this process, whose status then tells so.
+    """
     while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
-        if told in wait([told, *alive]) and os.read(told, 1)[0] in _HURRY:
+        if told not in wait([told, *alive]):
+            continue
+        number = os.read(told, 1)[0]
+        if number in _HURRY:
             for worker in workers:
                 worker.kill()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
     for worker in workers:
         worker.join()
 

@@ -152,7 +152,7 @@ def test_a_host_that_cannot_be_listened_on_is_told_with_a_remedy(
 
     real = socket.create_server
     monkeypatch.setattr(socket, "create_server", unknown)
-    settings = _settings(tmp_path, upstream, host=host, keys=["a key"])
+    settings = _settings(tmp_path, upstream, host=host, keys=["a-key"])
     with pytest.raises(PortUnavailable, match=f"^cannot listen on {message}"):
         listen(settings)
 

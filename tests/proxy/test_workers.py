@@ -132,7 +132,7 @@ def test_a_second_signal_ends_the_workers_at_once(tmp_path):
         while (tmp_path / "log").read_text().count("stopping") < 2:
             pass
         parent.send_signal(signal.SIGTERM)
-        assert parent.wait(20) == 130
+        assert parent.wait(20) == -signal.SIGTERM
 
 
 def test_workers_end_with_their_parent(tmp_path):

@@ -412,7 +412,7 @@ async def test_a_request_that_is_no_http_leaves_no_key_in_the_log(start_proxy, c
         f"GET /?key={CLIENT} HTTP/9\r\nHost: h\r\n\r\n",
         f"{CLIENT} / HTTP/1.1\r\nHost: h\r\n\r\n",
         f"GET / HTTP/1.1\r\nHost: h\r\nContent-Length: {CLIENT}\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: h\r\nExpect: {CLIENT}\r\n\r\n",
+        f"GET /nothing HTTP/1.1\r\nHost: h\r\nExpect: {CLIENT}\r\n\r\n",
         f"GET http://{CLIENT}@h/v1/x HTTP/1.1\r\nHost: h\r\n\r\n",
     ):
         async with Talk(proxy.url, head.encode()) as talk:
