@@ -73,7 +73,7 @@ class Server(Section):
     head_timeout_s: Annotated[Number, Field(gt=0)] = 10
     body_timeout_s: Annotated[Number, Field(gt=0)] = 10
     send_timeout_s: Annotated[Number, Field(gt=0)] = 10
-    max_unread_mib: Annotated[Number, Field(gt=0, le=1e7)] = 512
+    max_unread_mib: Annotated[Number, Field(gt=0, le=1e7)] = 256
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
     gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
     unknown_models: Literal["ask", "refuse"] = "ask"
