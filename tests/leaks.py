@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -24,10 +25,13 @@ from proxy.log import LineFormatter
 MIN_SECRET = 12
 """Characters; what is shorter may come about by chance."""
 MIN_TEXT = 24
-MAX_TEXTS = 200
-"""Of one test; further texts are not searched for."""
-MAX_REPLY = 1 << 16
+MAX_SECRETS = 10
+MAX_TEXTS = 100
+"""Of one test; further ones are not searched for."""
+MAX_REPLY = 1 << 14
 """Bytes of what one connection sends that are searched."""
+MAX_REPLIES = 1 << 20
+"""The same of all connections together."""
 MAX_FILE = 1 << 24
 KEY_HEADERS = ("authorization", "api-key", "x-api-key", "x-goog-api-key", "proxy-authorization")
 
@@ -101,18 +105,23 @@ class Watch(logging.Handler):
 
     def begin(self) -> None:
         """Forget everything."""
-        self.secrets: set[str] = set()
-        self.texts: set[str] = set()
+        self.secrets: dict[str, None] = {}
+        self.texts: dict[str, None] = {}
         self._told: list[tuple[str, str]] = []
         """Where, and what: for nobody's secrets and nobody's texts."""
         self._replies: list[bytearray] = []
+        self._reply_bytes = 0
 
     def heard(self, headers: Mapping[str, str], texts: Iterable[object] = ()) -> str | None:
         """Take note of what an upstream was sent; return the key in it."""
         keys = list(keys_in(headers))
-        self.secrets.update(keys)
-        if len(self.texts) < MAX_TEXTS:
-            self.texts |= {one for one in texts if isinstance(one, str) and len(one) >= MIN_TEXT}
+        long = (one for one in texts if isinstance(one, str) and len(one) >= MIN_TEXT)
+        for known, found, most in (
+            (self.secrets, keys, MAX_SECRETS),
+            (self.texts, long, MAX_TEXTS),
+        ):
+            if len(known) < most:
+                known.update(dict.fromkeys(islice(found, most)))
         return keys[0] if keys else None
 
     def note(self, where: str, told: str) -> None:
@@ -126,10 +135,18 @@ class Watch(logging.Handler):
             self.note(place, record.getMessage())
         self.note(place, self.format(record))
 
-    def reply(self) -> bytearray:
-        """Return what is to hold the replies of a new connection."""
-        self._replies.append(bytearray())
-        return self._replies[-1]
+    def reply(self) -> Callable[[bytes], None]:
+        """Return what takes note of the bytes that a new connection sends."""
+        sent = bytearray()
+        self._replies.append(sent)
+
+        def keep(data: bytes) -> None:
+            room = min(MAX_REPLY - len(sent), MAX_REPLIES - self._reply_bytes)
+            if room > 0:
+                sent.extend(data[:room])
+                self._reply_bytes += min(len(data), room)
+
+        return keep
 
     def problems(self, directory: Path | None = None) -> list[str]:
         """Return what has come out that should not; `directory` is that of the cache."""
@@ -139,15 +156,20 @@ class Watch(logging.Handler):
             files = [path for path in directory.rglob("*") if path.is_file()]
             told += [("a file's name", str(path.relative_to(directory))) for path in files]
             told += [("the outbox", reason) for reason in _reasons(directory)]
+        told += [("a reply", sent.decode(errors="replace")) for sent in self._replies]
+        # Most tests have nothing to report, and one search tells so.
+        everything = "\n".join(text for _, text in told)
         problems = []
-        for where, text in told:
-            for secret in self.secrets:
-                problems += [f"{where} holds a key: {name}" for name in found_in(secret, text)]
-            problems += [f"{where} holds a text: {one!r}" for one in self.texts if one in text]
-        for sent in self._replies:
-            reply = sent.decode(errors="replace")
-            for secret in self.secrets:
-                problems += [f"a reply holds a key: {name}" for name in found_in(secret, reply)]
+        for secret in self.secrets:
+            for name in found_in(secret, everything):
+                spelled = spellings(secret)[name]
+                problems += [
+                    f"{where} holds a key: {name}" for where, text in told if spelled in text
+                ]
+        for one in self.texts:
+            if one in everything:
+                places = (where for where, text in told if where != "a reply" and one in text)
+                problems += [f"{where} holds a text: {one!r}" for where in places]
         for path in files:
             with suppress(OSError):
                 if path.stat().st_size <= MAX_FILE:
@@ -183,11 +205,7 @@ def watch_connections() -> None:
     Connection.connection_made = connection_made
 
 
-def _tap(transport: asyncio.Transport, sent: bytearray) -> None:
-    def keep(data: bytes) -> None:
-        if len(sent) < MAX_REPLY:
-            sent.extend(data[: MAX_REPLY - len(sent)])
-
+def _tap(transport: asyncio.Transport, keep: Callable[[bytes], None]) -> None:
     write: Callable[[bytes], None] = transport.write
     writelines = transport.writelines
 

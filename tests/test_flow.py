@@ -37,8 +37,9 @@ async def test_a_client_that_leaves_is_noticed_on_the_servers_own_loop(tmp_path)
     async with AnyServer(act) as upstream, serving(tmp_path, upstream) as (_, url):
         host, _, port = url.removeprefix("http://").removesuffix("/v1").partition(":")
         _, writer = await asyncio.open_connection(host, port)
-        writer.write(b"POST /v1/x HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\na")
-        await begun.wait()
+        writer.write(b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\na")
+        async with asyncio.timeout(60):
+            await begun.wait()
         writer.close()
         async with asyncio.timeout(1):
             await given_up.wait()
