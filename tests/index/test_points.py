@@ -283,5 +283,5 @@ def test_a_server_that_is_not_there_is_told(server):
 def test_a_missing_library_is_told_with_its_remedy(monkeypatch):
     """Without the library, the message says what to install."""
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
-    with pytest.raises(SourceError, match="pip install 'qdrant-client>=1.16'"):
+    with pytest.raises(SourceError, match=r"pip install 'qdrant-client>=1\.16'"):
         Points("qdrant://host/docs")

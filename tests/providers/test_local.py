@@ -214,7 +214,7 @@ async def test_without_wordllama_the_remedy_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "wordllama", None)
     before = list(logging.getLogger().handlers)
     async with Local() as provider:
-        with pytest.raises(NoRoute, match="pip install 'wordllama>=0.4'"):
+        with pytest.raises(NoRoute, match=r"pip install 'wordllama>=0\.4'"):
             await embed(provider, ["a"])
     assert logging.getLogger().handlers == before
 
