@@ -123,7 +123,7 @@ def test_on_a_terminal_progress_is_a_bar_that_goes_away(total, monkeypatch, caps
 )
 def test_bytes_for_people(count, text):
     """Sizes have a unit of thousands and at most one decimal."""
-    assert common.size(count) == text
+    assert formatting.size(count) == text
 
 
 @pytest.mark.parametrize(
