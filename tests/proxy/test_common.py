@@ -10,6 +10,7 @@ from cache.disk.connection import StoreError
 from cache.maintenance.archive import ArchiveError
 from cache.maintenance.import_source import SourceError
 from providers.base import NoRoute
+from proxy import formatting
 from proxy.commands import common, spans
 from proxy.commands.common import WorkFailed
 from proxy.config import ConfigError
