@@ -201,7 +201,7 @@ def serving(monkeypatch):
     noted = []
 
     def end_with(outcome: signal.Signals | Exception) -> list:
-        async def serve(settings, _listening, announce):
+        async def serve(settings, _listening, announce, *, is_worker):
             noted.append(settings)
             if isinstance(outcome, Exception):
                 raise outcome
