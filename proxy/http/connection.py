@@ -21,7 +21,7 @@ from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
 
 from .connection_limits import ConnectionLimits
 from .heads import Heads
-from .pace import SendWatch, UnreadReplies, bound_unsent, reset
+from .pace import SendWatch, UnreadReplies, reset
 from .repeating import Repeating
 from .replies import Replies
 
@@ -76,6 +76,7 @@ class Connection(Repeating):
         "_head_timeout_s",
         "_limits",
         "_send_watch",
+        "_unread",
         "body",
         "has_left",
         "on_leave",
@@ -94,6 +95,7 @@ class Connection(Repeating):
         self._limits = limits
         self._head_timeout_s = head_timeout_s
         self._head_deadline: asyncio.TimerHandle | None = None
+        self._unread = unread
         self._send_watch = SendWatch(self._loop, send_timeout_s, unread)
         self.body: StreamReader | None = None
         """The body of the request that was taken up last."""
@@ -113,7 +115,6 @@ class Connection(Repeating):
             transport.close()
             return
         super().connection_made(transport)
-        bound_unsent(transport)
         self._await_head()
 
     def _has_read(self, data: bytes) -> None:
@@ -156,6 +157,8 @@ class Connection(Repeating):
         super().begin()
         self._stop_head_deadline()
         self._limits.busy(self)
+        if self.transport is not None:
+            self._unread.bound(self.transport)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
