@@ -106,6 +106,7 @@ class Embeddings:
         response.content_length = form.length(len(vectors))
         await response.prepare(request)
         if request.transport is not None:  # Else nobody is there any more.
+            self._unread.bound(request.transport)
             request.transport.set_write_buffer_limits(_CHUNKS_AT_A_TIME * wire.CHUNK)
         with self._unread.holding(sum(map(len, vectors))):
             for number, chunk in enumerate(chunks):

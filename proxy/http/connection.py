@@ -23,7 +23,7 @@ from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
 from .body import MalformedBody
 from .connection_limits import ConnectionLimits
 from .heads import Heads
-from .pace import SendWatch, UnreadReplies, bound_unsent, reset
+from .pace import SendWatch, UnreadReplies, reset
 from .repeating import Repeating
 from .replies import Replies
 
@@ -108,6 +108,7 @@ class Connection(Repeating):
         "_head_timeout_s",
         "_limits",
         "_send_watch",
+        "_unread",
         "body",
         "has_left",
         "on_leave",
@@ -126,6 +127,7 @@ class Connection(Repeating):
         self._limits = limits
         self._head_timeout_s = head_timeout_s
         self._head_deadline: asyncio.TimerHandle | None = None
+        self._unread = unread
         self._send_watch = SendWatch(self._loop, send_timeout_s, unread)
         self.body: StreamReader | None = None
         """The body of the request that was taken up last."""
@@ -145,7 +147,6 @@ class Connection(Repeating):
             transport.close()
             return
         super().connection_made(transport)
-        bound_unsent(transport)
         self._await_head()
 
     def _has_read(self, data: bytes) -> None:
@@ -189,6 +190,8 @@ class Connection(Repeating):
         super().begin()
         self._stop_head_deadline()
         self._limits.busy(self)
+        if self.transport is not None:
+            self._unread.bound(self.transport)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

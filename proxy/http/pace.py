@@ -36,7 +36,8 @@ MIN_BYTES_PER_S = 500
 """The least rate at which a client sends a body, or takes a reply."""
 MIN_BUSY_BYTES_PER_S = 1 << 16
 """The least rate at which a client takes a reply while unread replies hold too much."""
-_MAX_UNSENT_BYTES = 1 << 19
+_MANY = 32
+_MAX_UNSENT_BYTES = 1 << 18
 _CHECK_S = 1.0
 _CHECKS = 10
 """How often at least a reply is looked at within the budget."""
@@ -69,10 +70,15 @@ class Pace:
 
 
 class UnreadReplies:
-    """Counts what the long replies in progress hold in memory. For one event loop."""
+    """Counts what the long replies in progress hold in memory, and the clients that are waited for.
+
+    For one event loop.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.waited_for = 0
+        """Clients that have not taken what was sent."""
         self._held = 0
 
     @property
@@ -88,6 +94,21 @@ class UnreadReplies:
             yield
         finally:
             self._held -= size
+
+    def bound(self, transport: asyncio.BaseTransport) -> None:
+        """Let the kernel keep little of a reply that is about to be sent, if many are waited for.
+
+        Else it keeps some 4 MB for each client that does not read. It costs a few per cent of a
+        long reply, so it is not done for the few.
+        """
+        connection: Any = transport.get_extra_info("socket")
+        if self.waited_for < _MANY or connection is None:
+            return
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with suppress(OSError):  # Not over a Unix socket.
+                connection.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES
+                )
 
 
 class SendWatch:
@@ -108,21 +129,26 @@ class SendWatch:
     def start(self, transport: asyncio.Transport) -> None:
         """Watch until all is sent, or `stop`; one that watches goes on."""
         if self._timer is None and transport.get_write_buffer_size():
+            self._unread.waited_for += 1
             self._check_later(transport, Pace(self._timeout_s), _unsent(transport))
 
     def stop(self) -> None:
         """Watch no longer."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._end()
+
+    def _end(self) -> None:
+        self._timer = None
+        self._unread.waited_for -= 1
 
     def _check_later(self, transport: asyncio.Transport, pace: Pace, unsent: int) -> None:
         interval, now = min(_CHECK_S, self._timeout_s / _CHECKS), self._loop.time()
         self._timer = self._loop.call_later(interval, self._check, transport, pace, unsent, now)
 
     def _check(self, transport: asyncio.Transport, pace: Pace, before: int, since: float) -> None:
-        self._timer = None
         if not transport.get_write_buffer_size():
+            self._end()
             return
         unsent, waited = _unsent(transport), self._loop.time() - since
         taken = max(0, before - unsent)
@@ -130,19 +156,9 @@ class SendWatch:
         if pace.note(waited, taken) and not is_crowding:
             self._check_later(transport, pace, unsent)
             return
+        self._end()
         log.info("a connection was closed: its client took a reply too slowly, or not at all")
         reset(transport)
-
-
-def bound_unsent(transport: asyncio.BaseTransport) -> None:
-    """Let the kernel keep little for a client that does not read; what is on its way is more.
-
-    Else it keeps megabytes for each connection, and none of that can be told from progress.
-    """
-    connection: Any = transport.get_extra_info("socket")
-    if hasattr(socket, "TCP_NOTSENT_LOWAT") and connection is not None:
-        with suppress(OSError):  # Not over a Unix socket.
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
 
 
 def reset(transport: asyncio.Transport) -> None:

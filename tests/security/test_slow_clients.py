@@ -313,3 +313,43 @@ def test_a_limit_is_above_zero(key):
     """Zero would serve nobody."""
     with pytest.raises(ValidationError, match=key):
         Settings.model_validate({"server": {key: 0}})
+
+
+class FakeSocket:
+    """Notes what is set."""
+
+    def __init__(self) -> None:
+        self.options: list[int] = []
+
+    def setsockopt(self, _level: int, name: int, _value: int) -> None:
+        self.options.append(name)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="the system has no such bound")
+def test_the_kernel_keeps_little_only_while_many_are_waited_for():
+    """Each watch counts once, and no longer when it ends, in whichever way."""
+    unread = UnreadReplies(1 << 30)
+    fakes = [FakeTransport(1000) for _ in range(40)]
+    loops = [FakeLoop() for _ in fakes]
+    watches = [SendWatch(one, 10, unread) for one in loops]
+    deaf = FakeSocket()
+    transport = FakeTransport(0)
+    transport.get_extra_info = lambda _: deaf
+    unread.bound(transport)
+    assert deaf.options == []
+    for watch, fake in zip(watches, fakes, strict=True):
+        watch.start(fake)
+        watch.start(fake)
+    assert unread.waited_for == 40
+    unread.bound(transport)
+    assert deaf.options == [socket.TCP_NOTSENT_LOWAT]
+    for watch in watches[:20]:
+        watch.stop()
+        watch.stop()
+    fakes[20].size = 0
+    loops[20].pass_on()
+    while loops[21].due is not None:
+        loops[21].pass_on()
+    assert unread.waited_for == 18
+    unread.bound(transport)
+    assert deaf.options == [socket.TCP_NOTSENT_LOWAT]
