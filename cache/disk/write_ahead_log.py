@@ -2,12 +2,14 @@
 
 SQLite ends the log at the first frame that does not verify, says nothing, and overwrites the rest.
 That is right for a transaction that a kill has cut off, and wrong for a damaged frame that others
-follow. Numbers in brackets are sections of https://www.sqlite.org/fileformat2.html.
+follow. Numbers in brackets are sections of https://www.sqlite.org/fileformat2.html; what is said of
+the log's index is in https://www.sqlite.org/walformat.html.
 """
 
 import contextlib
 import os
 import sqlite3
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +25,8 @@ _PAGE_BYTES = 32_768  # Where neither file tells.
 _MAGIC = 0x377F0682  # The last bit says that the words of checksums are big-endian (4.1).
 _BYTES_A_READ = 4 << 20
 _SALTS, _CHECKSUMS = slice(2, 4), slice(4, 6)
+_INDEX_HEADER_BYTES = 48  # The index begins with two copies of its header.
+_never_closed: list[int] = []
 
 _Words = npt.NDArray[np.uint32]
 _Flags = npt.NDArray[np.bool_]
@@ -37,6 +41,7 @@ class Log:
     def __init__(self, file: int, page_bytes: int) -> None:
         head = os.pread(file, HEADER_BYTES, 0).ljust(HEADER_BYTES, b"\0")
         words = np.frombuffer(head, ">u4").astype(np.uint32)
+        self.salt_bytes = head[16:24]
         order = ">u4" if words[0] & 1 else "<u4"
         own = _checksums(np.frombuffer(head[:24], order).reshape(1, -1), words[None, :2] * 0)
         page = int(words[2])
@@ -90,18 +95,19 @@ class Log:
             found[place] = place == 0 or found[place - 1]
         return found
 
-    @property
-    def damage(self) -> str:
-        """How the log is damaged so that committed transactions would be lost; "" if it is not.
+    def damage(self, committed: int | None = None) -> str:
+        """Return how the log is damaged so that committed transactions would be lost; "" if not.
 
-        A kill leaves frames that no commit follows.
+        `committed` is the number of frames up to the last commit, where that is known. Behind it
+        commits may follow that nobody was told of: of a process that was killed before it could say
+        so in the index, so that another one has overwritten the beginning of its transaction.
         """
         if not len(self.pages):
             return ""
         if not self.has_sound_header:
             return "the header of the write-ahead log does not verify"
         bad = np.flatnonzero(~self.sound)
-        if not len(bad) or not (self.commits & self.belongs)[bad[0] :].any():
+        if not len(bad) or not (self.commits & self.belongs)[bad[0] : committed].any():
             return ""
         return f"frame {bad[0] + 1} of the write-ahead log does not verify, and commits follow"
 
@@ -159,9 +165,37 @@ def damage_of(path: Path) -> str:
             log = Log(file, size)
     finally:
         os.close(file)
-    if not log.damage and path.exists() and path.stat().st_size == 0 and len(log.pages):
+    damage = log.damage()
+    if damage and log.has_sound_header:
+        damage = log.damage(_committed_frames(path, log.salt_bytes))
+    if not damage and path.exists() and path.stat().st_size == 0 and len(log.pages):
         return "it is empty, but its write-ahead log is not"
-    return log.damage
+    return damage
+
+
+def _committed_frames(path: Path, salts: bytes) -> int | None:
+    """Return how many frames a log has up to its last commit; None if its index does not say so.
+
+    The index outlives a kill. A transaction is noted there before anybody is told that it is done.
+    It does not outlive a power cut, and may be that of another log: then the salts differ.
+    """
+    try:
+        file = os.open(beside(path, SHARED_MEMORY), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    # To close it would take the locks of other connections of this process. It is opened only where
+    # a log seems to be damaged.
+    _never_closed.append(file)
+    with contextlib.suppress(OSError):
+        head = os.pread(file, 2 * _INDEX_HEADER_BYTES, 0)
+        first, second = head[:_INDEX_HEADER_BYTES], head[_INDEX_HEADER_BYTES:]
+        if first != second or len(second) < _INDEX_HEADER_BYTES:
+            return None
+        words = np.frombuffer(first, "<u4" if sys.byteorder == "little" else ">u4")
+        own = _checksums(words[:10].reshape(1, -1), np.zeros((1, 2), np.uint32))
+        if (own[0] == words[10:12]).all() and first[32:40] == salts:
+            return int(words[4])
+    return None
 
 
 def _read_frames(file: int, length: int, at: int, size: int) -> bytes:

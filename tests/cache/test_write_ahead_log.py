@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
 from contextlib import closing
 
 import pytest
@@ -177,6 +178,67 @@ async def test_a_torn_last_transaction_is_no_damage(directory, how):
     assert _asides(directory) == []
 
 
+async def _fill_but_for_the_last_index(directory, copy):
+    """Copy a store whose last transaction is in the log, and not in the log's index."""
+    index = directory / "v1" / "cache.db-shm"
+    async with Store(directory, GIB) as store:
+        for group in GROUPS:
+            if group is GROUPS[-1]:
+                # By another process: to close it here would take the locks of the store.
+                copying = ["cp", index, f"{copy}-shm"]
+                await asyncio.to_thread(subprocess.run, copying, check=True)
+            store.count(HEADING, PAID)
+            assert await store.put_many(group, PARTITION)
+        shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("*-shm"))
+    shutil.move(f"{copy}-shm", copy / "v1" / "cache.db-shm")
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+async def test_what_nobody_was_told_of_is_no_damage(tmp_path, has_index):
+    """A writer is killed before it tells of its commit, and another one amid its first frame.
+
+    The index of the log tells that from damage. Without it nothing is lost either: what is behind
+    the frame is saved as if it had been told.
+    """
+    directory = tmp_path / "copy"
+    await _fill_but_for_the_last_index(tmp_path / "run", directory)
+    file = os.open(_log(directory), os.O_RDONLY)
+    *_, before, last = [int(row) for row in Log(file, 32_768).commits.nonzero()[0]]
+    os.close(file)
+    assert last - before > 1
+    _flip(_log(directory), 32 + (before + 1) * FRAME + 20_000)
+    if not has_index:
+        (directory / "v1" / "cache.db-shm").unlink()
+    assert bool(damage_of(_database(directory))) == (not has_index)
+    async with Store(directory, GIB) as store:
+        assert len(await store.get_many(list(RECORDS))) >= len(RECORDS) - 40
+    assert len(_asides(directory)) == (not has_index)
+
+
+async def test_damage_before_what_the_index_tells_of_is_damage(tmp_path):
+    """A frame of a transaction that was told of does not verify: the log is set aside."""
+    directory = tmp_path / "copy"
+    await _fill_but_for_the_last_index(tmp_path / "run", directory)
+    _flip(_log(directory), 32 + _frames(directory) // 2 * FRAME + 20_000)
+    assert damage_of(_database(directory))
+    await _assert_all_there(directory, len(RECORDS) - 1)
+    assert len(_asides(directory)) == 1
+
+
+@pytest.mark.parametrize("where", [17, 41, 48 + 17, 33])
+async def test_an_index_that_does_not_verify_tells_nothing(tmp_path, where):
+    """One of its copies, its checksum or its salts are other than they should be."""
+    directory = tmp_path / "copy"
+    await _fill_but_for_the_last_index(tmp_path / "run", directory)
+    file = os.open(_log(directory), os.O_RDONLY)
+    *_, before, _ = [int(row) for row in Log(file, 32_768).commits.nonzero()[0]]
+    os.close(file)
+    _flip(_log(directory), 32 + (before + 1) * FRAME + 20_000)
+    assert not damage_of(_database(directory))
+    _flip(directory / "v1" / "cache.db-shm", where)
+    assert damage_of(_database(directory))
+
+
 def test_a_log_that_was_begun_anew_is_no_damage(tmp_path):
     """Behind its frames there are those of the run before."""
     path = tmp_path / "cache.db"
@@ -192,7 +254,7 @@ def test_a_log_that_was_begun_anew_is_no_damage(tmp_path):
             log = Log(file, 4096)
             os.close(file)
             assert rows <= log.sound.sum() < len(log.pages)
-            assert log.damage == ""
+            assert log.damage() == ""
         check(path)
 
 
