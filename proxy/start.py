@@ -6,8 +6,9 @@ from importlib import metadata
 
 from cache.maintenance.holding import holding
 from providers import kinds, local
-from proxy.commands.common import path_text, size
+from proxy.commands.common import path_text
 from proxy.embedding.opening import key_of
+from proxy.formatting import count, size
 from proxy.service import GIB
 from proxy.settings.schema import Settings
 
@@ -41,9 +42,8 @@ def _cache_line(settings: Settings) -> str:
     held = holding(cache.directory)
     if held is None:
         return f"cache: {path_text(cache.directory)}: cannot be read; at most {limit}"
-    noun = "entry" if held.entries == 1 else "entries"
     return (
-        f"cache: {path_text(cache.directory)}: {held.entries:,} {noun},"
+        f"cache: {path_text(cache.directory)}: {count(held.entries, 'entry', 'entries')},"
         f" {size(held.file_bytes)} of at most {limit}"
     )
 

@@ -11,6 +11,7 @@ from cache.maintenance import place
 from cache.maintenance.place import Inspection
 from proxy import config
 from proxy.config import Configuration
+from proxy.formatting import count, size
 from proxy.own_address import check_own_address
 from proxy.service import GIB
 from proxy.settings.schema import Cache
@@ -20,7 +21,7 @@ from proxy.trials.choice import Choice
 from proxy.trials.finding import Finding
 from proxy.trials.usable import unusable
 
-from .common import ConfigOption, JsonOption, path_text, print_json, printable, progress, size
+from .common import ConfigOption, JsonOption, path_text, print_json, printable, progress
 
 
 def check(
@@ -107,7 +108,8 @@ def _cache_dict(cache: Cache, store: Inspection) -> dict[str, Any]:
 def _cache_lines(cache: Cache, store: Inspection) -> Iterator[str]:
     limit = size(cache.size_limit_gib * GIB)
     if store.held is not None:
-        says = f"{store.held.entries:,} entries, {size(store.held.file_bytes)} of at most {limit}"
+        entries = count(store.held.entries, "entry", "entries")
+        says = f"{entries}, {size(store.held.file_bytes)} of at most {limit}"
     elif store.problem:
         says = "cannot be used"
     else:
@@ -205,6 +207,6 @@ def _tell_problems(problems: Sequence[str], *, offline: bool) -> None:
     if not problems:
         typer.echo("No problem found; no provider was asked." if offline else "No problem found.")
         return
-    typer.echo("1 problem:" if len(problems) == 1 else f"{len(problems)} problems:")
+    typer.echo(f"{count(len(problems), 'problem')}:")
     for problem in problems:
         typer.echo(printable(f"  {problem}"))

@@ -5,14 +5,14 @@ from typing import Any
 
 import typer
 
-from proxy.formatting import price
+from proxy.formatting import price, size
 from proxy.trials import plot
 from proxy.trials.comparison import Likeness, Report, Row, name_of
 from proxy.trials.plot import Point
 from proxy.trials.samples import Samples
 from proxy.trials.trial import Plan, Trial, cost
 
-from .common import console, printable, size
+from .common import console, printable
 
 WIDEST = 120
 """Characters of the table's line, beside the names."""

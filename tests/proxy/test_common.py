@@ -10,6 +10,7 @@ from cache.disk.connection import StoreError
 from cache.maintenance.archive import ArchiveError
 from cache.maintenance.import_source import SourceError
 from providers.base import NoRoute
+from proxy import formatting
 from proxy.commands import common, spans
 from proxy.commands.common import WorkFailed
 from proxy.config import ConfigError
@@ -123,7 +124,7 @@ def test_on_a_terminal_progress_is_a_bar_that_goes_away(total, monkeypatch, caps
 )
 def test_bytes_for_people(count, text):
     """Sizes have a unit of thousands and at most one decimal."""
-    assert common.size(count) == text
+    assert formatting.size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_bytes_for_people(count, text):
 )
 def test_spans_for_people(seconds, text):
     """A span has the largest unit of which there are two; what is still to come is now."""
-    assert common.age(seconds) == text
+    assert formatting.age(seconds) == text
 
 
 @pytest.mark.parametrize(
