@@ -59,7 +59,9 @@ class QuotedInputs:
                 at += 1
                 continue
             text, place = self._texts[found[0]], found[1]
-            before = _common(lower[end:at][::-1], text[:place][::-1][: at - end])
+            # Of a text of megabytes no more is copied than the message is long.
+            begin = max(0, place - (at - end))
+            before = _common(lower[end:at][::-1], text[begin:place][::-1])
             after = _common(lower[at:], text[place : place + len(lower) - at])
             kept += [line[end : at - before], MASK]
             end = at = at + after

@@ -112,21 +112,22 @@ class _Flow:
 
 
 class RateLimit(logging.Filter):
-    """Lets BURST records of one statement through, and then one in INTERVAL_S.
+    """Lets BURST records of one statement and level through, and then one in INTERVAL_S.
 
     Statements are told apart by their place in the code, not by their text: who sends requests
-    chooses the text.
+    chooses the text. A statement that logs at several levels has a flow for each, so that clients'
+    mistakes do not keep warnings out of the log.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._flows: dict[tuple[str, int], _Flow] = {}
+        self._flows: dict[tuple[str, int, int], _Flow] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether a record is written; note on it how many were not."""
         now = self._clock()
-        place = (record.pathname, record.lineno)
+        place = (record.pathname, record.lineno, record.levelno)
         flow = self._flows.setdefault(place, _Flow(at=now))
         flow.room = min(flow.room + (now - flow.at) / INTERVAL_S, BURST)
         flow.at = now

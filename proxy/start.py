@@ -42,9 +42,8 @@ def _cache_line(settings: Settings) -> str:
     held = holding(cache.directory)
     if held is None:
         return f"cache: {path_text(cache.directory)}: cannot be read; at most {limit}"
-    entries = count(held.entries, "entry", "entries")
     return (
-        f"cache: {path_text(cache.directory)}: {entries},"
+        f"cache: {path_text(cache.directory)}: {count(held.entries, 'entry', 'entries')},"
         f" {size(held.file_bytes)} of at most {limit}"
     )
 

@@ -56,8 +56,8 @@ def run(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
     life = os.pipe()
     try:
         workers += (_start(work, ready_write, life) for _ in range(count))
-        _await_ready(workers, ready_read)
-        announce()
+        if _await_ready(workers, ready_read, told_read):
+            announce()
         while told_read not in wait([told_read, *(worker.sentinel for worker in workers)]):
             for worker in [one for one in workers if not one.is_alive()]:
                 log.error("worker %s ended with %s; it is replaced", worker.pid, worker.exitcode)
@@ -125,12 +125,17 @@ def _tell(ready: int) -> None:
     os.write(ready, _READY)
 
 
-def _await_ready(workers: list[BaseProcess], ready: int) -> None:
+def _await_ready(workers: list[BaseProcess], ready: int, told: int) -> bool:
+    """Wait until all workers answer; return False when told to stop before. Raises WorkerFailed."""
     answering = 0
     while answering < len(workers):
-        if ready in wait([ready, *(worker.sentinel for worker in workers)]):
+        found = wait([told, ready, *(worker.sentinel for worker in workers)])
+        if told in found:
+            return False
+        if ready in found:
             answering += len(os.read(ready, len(workers)))
         else:
             for worker in workers:
                 if not worker.is_alive():
                     raise WorkerFailed(worker.exitcode)
+    return True

@@ -310,12 +310,14 @@ class Health:
 
     def _cool_down(self, lane: str, wait: float | None, min_wait: float) -> None:
         """Leave a lane alone: for as long as it asked, else longer each time in a row."""
-        if not self.rest(lane):
+        # Looked at once: a rest may end between two looks.
+        is_resting = self.rest(lane) > 0
+        if not is_resting:
             # Calls that were under way together meet one limit once.
             self._limited[lane] = min(self._limited.get(lane, 0) + 1, MAX_COUNTED)
             _bounded(self._limited)
         if not wait:
-            if self.rest(lane):
+            if is_resting:
                 return
             wait = min(FIRST_COOLDOWN * 2 ** (self._limited[lane] - 1), MAX_COOLDOWN)
             wait = max(wait, min_wait)

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from providers.base import Full, Input, Refusal
+from providers.base import DeadlineExceeded, Full, Input, Refusal
 from providers.ratelimit import MAX_WAIT, allowance
 
 LONGEST_HOLD = 60.0
@@ -102,7 +102,7 @@ class Throttle:
 
         Raises Full, with the wait, if there is no room before the deadline. A call that another
         queue behind this one raises Full for gives its room back, and so does one that is cancelled
-        while it waits there.
+        while it waits there, or whose time is up there.
         """
         cost = {"requests": 1, "tokens": tokens}
         await self._wait(cost, deadline)
@@ -110,7 +110,7 @@ class Throttle:
         room = Room()
         try:
             yield room
-        except (Full, asyncio.CancelledError) as error:
+        except (Full, DeadlineExceeded, asyncio.CancelledError) as error:
             if isinstance(error, Full) or not room.is_used:
                 self._take(cost, -1)
             raise

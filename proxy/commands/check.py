@@ -207,6 +207,6 @@ def _tell_problems(problems: Sequence[str], *, offline: bool) -> None:
     if not problems:
         typer.echo("No problem found; no provider was asked." if offline else "No problem found.")
         return
-    typer.echo("1 problem:" if len(problems) == 1 else f"{len(problems)} problems:")
+    typer.echo(f"{count(len(problems), 'problem')}:")
     for problem in problems:
         typer.echo(printable(f"  {problem}"))

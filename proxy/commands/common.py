@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from proxy.formatting import age as age  # noqa: PLC0414 - for the commands
 from proxy.log import escape
 
 if TYPE_CHECKING:

@@ -63,6 +63,9 @@ def _check(path: Path, *, force: bool) -> None:
         raise WorkFailed(f"{path_text(path)}: is a directory; name a file")
     if not path.parent.is_dir():
         raise WorkFailed(f"{path_text(path)}: there is no such folder")
+    if path.exists() and not path.is_file():
+        # A device or a pipe would be replaced by a file, for everybody.
+        raise WorkFailed(f"{path_text(path)}: is no regular file; - is standard output")
     if not force and os.path.lexists(path):
         raise WorkFailed(f"{path_text(path)} exists; it is not overwritten without --force")
 

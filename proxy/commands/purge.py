@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from cache.disk import bounds, purge, salvage
-from cache.disk.database import Database
+from cache.disk.database import Database, is_damage
 from cache.disk.read_only import ReadableFile
 from cache.key import Namespace, keyring
 from cache.maintenance import stats
@@ -229,17 +229,23 @@ def _outbox(settings: Settings) -> Iterator[OutboxFile | None]:
 def _outbox_for_reading(
     settings: Settings,
 ) -> Iterator[OutboxFile | ReadOnlyOutbox | None]:
-    """Give what waits for Qdrant, though it cannot be written. Raises WorkFailed."""
-    folder = settings.cache.directory
+    """Give what waits for Qdrant to a dry run, which changes nothing. Raises WorkFailed.
+
+    Only a file of an older version is opened for writing: it has to be brought up to date to be
+    read. One that is damaged is left as it is.
+    """
+    path = settings.cache.directory / FILE_NAME
+    if not path.exists():
+        yield None
+        return
     with ExitStack() as stack:
         found: OutboxFile | ReadOnlyOutbox | None
         try:
+            found = stack.enter_context(closing(ReadOnlyOutbox(path.parent)))
+        except sqlite3.Error as error:
+            if is_damage(error):
+                raise WorkFailed(f"{path}: {error}") from error
             found = stack.enter_context(_outbox(settings))
-        except WorkFailed as failure:
-            try:
-                found = stack.enter_context(closing(ReadOnlyOutbox(folder)))
-            except sqlite3.Error as error:
-                raise failure from error
         yield found
 
 

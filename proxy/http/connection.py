@@ -75,9 +75,7 @@ def _problem(message: str) -> str:
 
 def _refused(message: str) -> str:
     """Return what a client is told of bytes that aiohttp cannot read, for the reason it gives."""
-    problem = _problem(message)
-    log.info("a request that is no HTTP was refused: %s", problem)
-    return f"The request is not valid HTTP: {problem}."
+    return f"The request is not valid HTTP: {_problem(message)}."
 
 
 def _break_off(body: StreamReader, error: web.RequestPayloadError) -> None:
@@ -87,9 +85,10 @@ def _break_off(body: StreamReader, error: web.RequestPayloadError) -> None:
 
 
 def last_reply(failure: Failure) -> web.Response:
-    """Return an error without a handler; the connection is closed behind it."""
+    """Return an error without a handler, and log it; the connection is closed behind it."""
     response = failure.response()
-    response.headers["x-request-id"] = new_request_id()
+    own = response.headers["x-request-id"] = new_request_id()
+    log.info("request %s: status %d: %s", own, failure.status, failure.message)
     response.force_close()
     return response
 

@@ -49,12 +49,14 @@ class Framing(web.RequestHandler):
         start = fruitless = 0
         while start < len(data) and not self._is_broken:
             is_body = self._body_left > 0
-            end = self._end_of_part(data, start) if fruitless < _MAX_FRUITLESS else len(data)
+            is_cut = fruitless < _MAX_FRUITLESS
+            end = self._end_of_part(data, start) if is_cut else len(data)
             count = len(self._messages)
             super().data_received(data if end - start == len(data) else data[start:end])
             if len(self._messages) > count:
                 message, _ = self._messages[-1]
-                self._body_left = _length(message)
+                # What goes as a whole may hold the body, or a part of it, already.
+                self._body_left = _length(message) if is_cut else 0
                 # Nothing can be read behind what was no HTTP.
                 self._is_broken = not isinstance(message, RawRequestMessage)
             elif not is_body:

@@ -49,13 +49,19 @@ async def stamp(request: web.Request, response: web.StreamResponse) -> None:
 
 
 def tell(request: web.Request, response: web.StreamResponse) -> None:
-    """Log a request that is answered with an error; as a warning if that is not the client's."""
+    """Log a request that is answered with an error; as a warning if that is not the client's.
+
+    A passed-through reply keeps the upstream's id, which is told beside the request's own.
+    """
     if response.status < 400:
         return
+    given = response.headers.get(HEADER, "")
+    is_foreign = given not in ("", request[REQUEST_ID])
     log.log(
         logging.WARNING if response.status >= 500 else logging.INFO,
-        "request %s: %s %s, model %s: status %d, code %s",
-        response.headers.get(HEADER) or request[REQUEST_ID],
+        "request %s%s: %s %s, model %s: status %d, code %s",
+        request[REQUEST_ID],
+        f" ({given[:_MAX_SHOWN]} upstream)" if is_foreign else "",
         request.method,
         request.path[:_MAX_SHOWN],
         request.get(MODEL, "unknown")[:_MAX_SHOWN],

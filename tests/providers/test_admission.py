@@ -73,6 +73,24 @@ async def test_who_is_cancelled_in_the_queue_takes_no_room():
     assert waits == []
 
 
+async def test_whose_time_is_up_in_the_queue_takes_no_room():
+    """A request that waits for a slot until its deadline makes no call, and none is counted."""
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    admission = Admission("acme", Limits(requests_per_minute=2, concurrency=1), sleep)
+    loop = asyncio.get_running_loop()
+    async with admission.turn("m", 1, Context()):
+        for _ in range(5):
+            with pytest.raises(DeadlineExceeded):
+                async with admission.turn("m", 1, Context(deadline=loop.time() + 0.001)):
+                    raise AssertionError("two calls at a time")
+    await _turn(admission, "m")
+    assert waits == []
+
+
 async def test_a_wait_for_a_connection_is_our_own():
     """Queues that share connections wait for one within their time, and no call is begun late."""
     connections = asyncio.Semaphore(1)

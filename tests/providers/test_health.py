@@ -29,3 +29,16 @@ def test_a_rate_limit_that_lasts_for_days_is_one_all_the_same(wait):
         rig.limit("m", wait)
     rig.limit("m")
     assert 0 < rig.health.rest("m") <= MAX_COOLDOWN
+
+
+def test_a_rate_limit_may_be_met_at_the_very_end_of_a_rest():
+    """The clock goes on while it is looked at; what a good answer has cleared is begun anew."""
+    rig = Rig()
+    rig.limit("m", 10.0)
+    first, second = (rig.health.enter("m", rested=True) for _ in range(2))
+    rig.health.answered(first, "m", ["a"])
+    end = rig.now + rig.health.rest("m")
+    moments = iter([end - 0.001, end - 0.001, end])
+    rig.health._clock = lambda: next(moments, end)
+    rig.health.failed(second, RateLimited("p", "too many", Refusal(429, "too many")), "m")
+    assert rig.health.rest("m") <= MAX_COOLDOWN

@@ -547,6 +547,15 @@ def test_without_a_terminal_a_purge_needs_yes(run, mixed):
     assert run("purge", "--all", "--dry-run", sure=False).code == 0
 
 
+def test_a_dry_run_leaves_a_damaged_outbox_where_it_is(run, mixed, tmp_path):
+    """It says what is wrong; to begin a new file is for who deletes, or for the proxy."""
+    path = tmp_path / "cache" / "index-outbox.db"
+    path.write_bytes(b"no database" * 1000)
+    _failed(run("purge", "--all", "--dry-run"), 1, "index-outbox.db: file is not a database")
+    assert path.read_bytes() == b"no database" * 1000
+    assert list(path.parent.glob("*.damaged-*")) == []
+
+
 def test_points_wait_whose_entry_is_gone(run, mixed, waiting):
     """What waits is deleted also where the cache holds nothing of it any more."""
     _sql(mixed, "DELETE FROM Cache WHERE rowid IN (5, 6)")

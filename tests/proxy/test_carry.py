@@ -5,6 +5,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import re
 import struct
 import sys
@@ -269,6 +270,21 @@ def test_an_export_overwrites_nothing_unasked(run, fill, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "write", write)
     _failed(run("export", late), 1, "late.emba exists by now")
     assert late.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_no_device_gives_way_to_an_export(is_link, run, tmp_path):
+    """Neither /dev/stdout nor a pipe of the file system is replaced by a file, --force or not."""
+    target = pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if is_link:
+        target = tmp_path / "link"
+        target.symlink_to(pipe)
+    for options in ([], ["--force"]):
+        done = run("export", target, *options)
+        _failed(done, 1, f"{target}: is no regular file; - is standard output")
+    assert pipe.is_fifo()
+    assert target.is_symlink() == is_link
 
 
 def test_exports_can_be_joined(run, fill, held, tmp_path):

@@ -537,6 +537,14 @@ async def test_a_store_in_use_is_not_harmed(check, start_proxy, upstream, tmp_pa
     assert f"cache: {tmp_path / 'cache'}: 4 entries, " in done.out
 
 
+async def test_one_entry_is_one(check, start_proxy, upstream, tmp_path):
+    """A number of one has its noun in the singular, as in every command."""
+    proxy = await start_proxy(openai=upstream)
+    await proxy.post({"model": SMALL, "input": "a"})
+    done = await check(providers=_at(upstream))
+    assert f"cache: {tmp_path / 'cache'}: 1 entry, " in done.out
+
+
 async def test_a_cache_that_cannot_be_used(check, upstream, tmp_path):
     """It is a failure of its own, and the providers are asked all the same."""
     (tmp_path / "cache").write_text("in the way")

@@ -133,7 +133,7 @@ def test_bytes_for_people(count, text):
 )
 def test_spans_for_people(seconds, text):
     """A span has the largest unit of which there are two; what is still to come is now."""
-    assert common.age(seconds) == text
+    assert formatting.age(seconds) == text
 
 
 @pytest.mark.parametrize(

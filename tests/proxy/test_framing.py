@@ -89,6 +89,16 @@ def test_a_body_full_of_empty_lines_is_not_handed_over_line_by_line(monkeypatch)
         assert len(parts) < 20
 
 
+def test_a_body_that_was_handed_over_is_not_waited_for():
+    """Behind a body full of empty lines a request came whole: what follows is cut as ever."""
+    chunks = b"2\r\n\r\n\r\n" * 20
+    full = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+    text = b"x" * 1000
+    counted = HEAD + b"Content-Length: %d\r\n\r\n" % len(text) + text
+    found = _read([full + counted, GOOD["no body"] + BAD["length"]])
+    assert [isinstance(one, RawRequestMessage) for one in found] == [True, True, True, False]
+
+
 def test_nothing_is_read_behind_what_is_no_http():
     """One error is told, however much follows it."""
     assert len(_read([BAD["method"] * 1000, GOOD["no body"], BAD["host"]])) == 1

@@ -176,6 +176,27 @@ def test_what_a_worker_ended_with_is_what_the_start_ends_with(ended, code, has_s
     assert str(failed) == f"a worker ended with {ended} before it had started"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_start_that_hangs(number):
+    """Workers that never answer, say for a lock that another keeps, hold nobody up."""
+    code = (
+        "import signal\n"
+        "from proxy import workers\n"
+        "def work(ready):\n"
+        "    print('begun', flush=True)\n"
+        "    signal.pause()\n"
+        "print(workers.run(2, work, lambda: print('announced')).name)\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert [parent.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+            parent.send_signal(number)
+            assert parent.communicate(timeout=20)[0] == f"{number.name}\n"
+        finally:
+            parent.kill()
+
+
 def test_workers_that_cannot_start_are_one_error(tmp_path):
     """A store that does not open ends the start with exit code 1, and says why."""
     (tmp_path / "cache").write_text("a file")

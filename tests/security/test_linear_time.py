@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import time
+import tracemalloc
 from collections import deque
 from pathlib import Path
 
@@ -202,6 +203,20 @@ READERS = {
 def test_every_reader_reads_a_megabyte_in_linear_time(reader):
     """What is built from the expressions is linear as well."""
     assert _is_linear(READERS[reader])
+
+
+@pytest.mark.untraced
+def test_a_quotation_from_a_long_text_copies_little_of_it():
+    """Of each place where a message quotes megabytes, no more is copied than it quotes."""
+    quoted = QuotedInputs(["a" * 16 * MEGABYTE])
+    assert quoted.hide("the first message prepares what is searched") != ""
+    tracemalloc.start()
+    try:
+        assert "a" not in quoted.hide("a" * 4096)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < MEGABYTE
 
 
 @pytest.mark.parametrize("encoded", ["%2525", "&amp;amp;", r"\\u0041", "QUFBQUFBQUFBQUFB", "41 "])

@@ -128,6 +128,13 @@ def test_other_places_are_heard_meanwhile(written):
     assert written.getvalue().endswith("ERROR the key is refused\n")
 
 
+def test_mistakes_of_clients_hide_no_warning(written):
+    """One statement tells of every request that failed: a flood of 4xx leaves room for a 5xx."""
+    for level in [logging.INFO] * (10 * log.BURST) + [logging.WARNING]:
+        logging.getLogger("embedding_proxy.x").log(level, "request %d", level)
+    assert written.getvalue().endswith(f"WARNING request {logging.WARNING}\n")
+
+
 def test_the_command_writes_its_log_so():
     """`embedding-proxy` itself escapes what it logs."""
     code = (
