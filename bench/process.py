@@ -8,9 +8,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,18 +118,23 @@ def server(
 ) -> Iterator[Server]:
     """Run a server until the block ends; its first line is its port, behind `prefix`."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-    with on(cores):
-        since = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
-        )
-    with process:
+    with ExitStack() as stack:
+        # A pipe that nobody reads would stop a server that has much to log.
+        log = stack.enter_context(tempfile.TemporaryFile("w+"))
+        with on(cores):
+            since = time.perf_counter()
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables
+                )
+            )
         try:
             line = process.stdout.readline().strip() if process.stdout else ""
             if not line.startswith(prefix):
                 process.terminate()
-                _, told = process.communicate()
-                raise RuntimeError(f"it did not start: {' '.join(command)}\n{told}")
+                process.wait()
+                log.seek(0)
+                raise RuntimeError(f"it did not start: {' '.join(command)}\n{log.read()}")
             yield Server(int(line.removeprefix(prefix).removesuffix("/v1")), process.pid, since)
         finally:
             process.terminate()
