@@ -89,6 +89,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 
 watch_connections()
 
+if hasattr(signal, "SIGHUP"):
+    # Under `nohup` it is ignored, and what the tests start would inherit that and never end by it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 @pytest.fixture(autouse=True)
 def _no_leaks(tmp_path: Path) -> Iterator[None]:
