@@ -193,7 +193,9 @@ def _folder_of(path: Path | None) -> Path | None:
     if path is None:
         return Path()
     whole = path.absolute()
-    in_folder = path.is_file() and whole.parts[1:2] not in (("dev",), ("proc",))
+    # /dev/shm is a folder like any other; /dev/stdin, /dev/fd/N and what is below /proc are not.
+    is_stream = whole.parts[1:2] in (("dev",), ("proc",)) and whole.parts[1:3] != ("dev", "shm")
+    in_folder = path.is_file() and not is_stream
     return whole.parent if in_folder else None
 
 
