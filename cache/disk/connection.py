@@ -276,8 +276,9 @@ def _remedy(error: BaseException) -> str:
     return ""
 
 
-def _explained(folder: Path, error: BaseException) -> StoreError:
-    remedy = _remedy(error)
+def _explained(folder: Path, error: BaseException, otherwise: str = "") -> StoreError:
+    """Return what is told of a failure, with its remedy; `otherwise` where none is known."""
+    remedy = _remedy(error) or otherwise
     if primary_code(error) == sqlite3.SQLITE_IOERR and _has_no_space(folder):
         # SQLite says no more where there is no room for the index of its log.
         remedy = _FREE_SPACE
@@ -336,10 +337,10 @@ class Disk:
         except FAILURES as error:
             if isinstance(error, _NEVER) or not _is_there(self.folder / database.FILE_NAME):
                 self.shut_down()
-                remedy = _remedy(error) or _OTHER_PLACE if isinstance(error, OSError) else ""
-                message = f"{_cause(error)}{remedy and '; '}{remedy}"
-                raise StoreError(f"{self.folder}: {message}") from error
-            log.error("the disk tier cannot be opened, nothing is kept: %s", error)  # noqa: TRY400 - a line
+                otherwise = _OTHER_PLACE if isinstance(error, OSError) else ""
+                raise _explained(self.folder, error, otherwise) from error
+            # No traceback: the line says it.
+            log.error("the disk tier cannot be opened, nothing new is kept: %s", error)  # noqa: TRY400
             with contextlib.suppress(*FAILURES):
                 work = partial(ReadOnlyFile, self.folder / database.FILE_NAME)
                 self.read_only = await self.read(work)

@@ -133,4 +133,7 @@ def back_up(
     if as_json:
         print_json({"file": path_text(target), "bytes": written})
     else:
-        typer.echo(f"{target}: {size(written)}; to restore it, put it in the place of cache.db")
+        typer.echo(
+            f"{target}: {size(written)}; to restore it, stop all proxies, remove cache.db-wal and"
+            " cache.db-shm, and put it in the place of cache.db"
+        )

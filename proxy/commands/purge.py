@@ -44,7 +44,11 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option(help="Only what was used last longer ago: 90d, 12h, 30min.")
     ] = None,
     text: Annotated[
-        str | None, typer.Option("--input", help="Only this input; needs --model.")
+        str | None,
+        typer.Option(
+            "--input",
+            help="Only this input, in --namespace or that of clients without one; needs --model.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model of --input.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All entries.")] = False,

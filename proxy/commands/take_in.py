@@ -79,11 +79,11 @@ def take_in(  # noqa: PLR0913 - one parameter an option
         with _read(source) as file:
             _take_archive(settings, source, file, dry_run=dry_run, as_json=as_json)
         return
+    if ":/" not in source and not Path(source).exists():
+        raise WorkFailed(f"{source}: No such file or directory")
     model = _known(settings, model)
     if kind is not None and kind not in FORMATS:
         raise config.ConfigError(f"--format: there is no {kind!r}; known: {', '.join(FORMATS)}")
-    if ":/" not in source and not Path(source).exists():
-        raise WorkFailed(f"{source}: No such file or directory")
     pairs = open_source(
         source, format=kind, text_field=text_field, vector_field=vector_field, texts=texts
     )

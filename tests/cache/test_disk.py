@@ -214,6 +214,16 @@ async def test_where_no_store_was_it_is_said(tmp_path, monkeypatch, error):
     assert _threads() == []
 
 
+async def test_a_first_start_on_a_full_disk_says_what_to_do(tmp_path, monkeypatch):
+    """SQLite's own failures have a remedy, as those of the system have."""
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    monkeypatch.setattr(disk_module, "Database", _failing(full))
+    with pytest.raises(StoreError, match="disk is full; free some space on the disk"):
+        async with Store(tmp_path, GIB):
+            pytest.fail("the store opened")
+
+
 async def test_opening_that_keeps_failing_is_not_tried_each_second(tmp_path, monkeypatch):
     """After three tries there is a rest, and ticks in it try nothing."""
     await _fill(tmp_path)

@@ -687,6 +687,7 @@ async def test_a_backup_of_a_busy_store_is_served_from(
     done = copying.result()
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith(f"{target}: ")
+    assert "to restore it, stop all proxies, remove cache.db-wal and cache.db-shm" in done.out
     await start_proxy.stop()
     restored = tmp_path / "restored"
     (restored / "v1").mkdir(parents=True)

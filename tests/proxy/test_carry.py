@@ -661,6 +661,7 @@ def test_sources_that_hold_nothing_are_a_failure(run, held, tmp_path):
         _failed(done, 1, str(tmp_path / name), word)
     for name in ("nowhere.jsonl", "nowhere.parquet", "nowhere.emba"):
         _failed(run("import", tmp_path / name, "--model", "small"), 1, name, "No such file")
+        _failed(run("import", tmp_path / name), 1, name, "No such file")
     (tmp_path / "folder.emba").mkdir()
     _failed(run("import", tmp_path / "folder.emba"), 1, "Is a directory")
     assert held() == {}
