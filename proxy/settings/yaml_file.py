@@ -3,6 +3,7 @@
 Values are made by PyYAML's SafeLoader: no tag of a file makes an object of a class.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 _MERGE = "tag:yaml.org,2002:merge"
+_OTHER_BREAKS = re.compile(r"[\x85\u2028\u2029]")
 # What PyYAML's constructors raise for a value that looks like a date, a number or a truth value, or
 # is tagged as one, and is none.
 _UNREADABLE = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
@@ -81,9 +83,21 @@ def parse(text: str) -> YamlFile:
 
 
 def dump(value: object) -> str:
-    """Return plain values as YAML, in their order."""
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    """Return plain values as YAML, in their order; `parse` reads the same values from it."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that escapes the line breaks of YAML 1.1, which are read as others otherwise."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        if _OTHER_BREAKS.search(data):
+            return self.represent_scalar("tag:yaml.org,2002:str", data, style='"')
+        return super().represent_str(data)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.config import ConfigError, load
@@ -211,6 +211,7 @@ def _paths(value, path=()):
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=5))
+@example({"a": "\x85", "b": "x\u2028y", "c": "\u2029\n"})
 def test_what_is_dumped_is_read_and_each_key_has_its_line(content):
     """Lines grow with the place in the file, and hold the key."""
     text = yaml_file.dump(content)
