@@ -6,6 +6,9 @@ import socket
 import struct
 from typing import Self
 
+FOR_EVER = 60.0
+"""Seconds; a response that has not come by then never will."""
+
 
 class Talk:
     """A connection of bare bytes; what comes back is read response by response."""
@@ -34,7 +37,7 @@ class Talk:
 
     async def response(self) -> tuple[int, dict[str, str], dict]:
         """Return status, headers (names in lower case) and JSON of the next response."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(FOR_EVER):
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
             fields = (line.partition(": ") for line in head[1:] if line)
             headers = {name.lower(): value for name, _, value in fields}
@@ -43,7 +46,7 @@ class Talk:
 
     async def is_over(self) -> bool:
         """Return whether the server has closed the connection and sent nothing more."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(FOR_EVER):
             return await self.reader.read() == b""
 
     def reset(self) -> None:
