@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.disk.lock import WriterLock
+from providers.backoff import Backoff
 
 from .collection import Making, Provenance, ensure
 from .connection import Connection
@@ -77,8 +78,7 @@ class Sender:
         self._making = making
         self._most_bytes = most_bytes
         self._most_points = MOST_POINTS
-        self._failures = 0
-        """In a row."""
+        self._backoff = Backoff(SHORTEST_PAUSE, LONGEST_PAUSE)
         self._sleep = sleep
         self._held = AsyncExitStack()
         self._qdrant: Connection | None = None
@@ -144,33 +144,31 @@ class Sender:
             except Unavailable as error:
                 # A batch that is halved need not wait long.
                 halving = isinstance(error, ServerFault) and self._most_points > 1
-                pause = SHORTEST_PAUSE if halving else error.retry_after_s or self._pause()
-                pause = min(pause, LONGEST_WAIT)
-                self._failed(error, pause)
+                asked = error.retry_after_s or None
+                pause = self._failed(error, SHORTEST_PAUSE if halving else asked)
             except Denied as error:
-                pause = LONGEST_PAUSE
-                self._failed(error, pause)
+                pause = self._failed(error, LONGEST_PAUSE)
             except (QdrantFailure, *FAILURES) as error:
-                pause = self._pause()
-                self._failed(error, pause)
+                pause = self._failed(error)
             except Exception:
                 # Nobody awaits this task: were it to end, nothing would be sent any more.
                 log.exception("sending to Qdrant failed")
                 pause = LONGEST_PAUSE
             await self._sleep(pause)
 
-    def _pause(self) -> float:
-        """Return the seconds to the next try: more each time, never quite the same."""
-        most = min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(self._failures, 10))
-        return random.uniform(most / 2, most)  # noqa: S311 - spreads calls, hides nothing
+    def _failed(self, error: BaseException, pause: float | None = None) -> float:
+        """Note a failure; return the seconds to the next try.
 
-    def _failed(self, error: BaseException, pause: float) -> None:
+        Unless `pause` says how long, they are more each time, and never quite the same.
+        """
+        own = self._backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
+        pause = own if pause is None else min(pause, LONGEST_WAIT)
         words = str(error) or type(error).__name__
         if words != self.counters.last_failure:
             log.warning("Qdrant: %s; points wait on disk, tried again in %.1f s", words, pause)
-        self._failures += 1
         self.counters.failed += 1
         self.counters.last_failure = words
+        return pause
 
     async def _idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -194,7 +192,8 @@ class Sender:
             await self._send(qdrant, target, batch)
         if self.counters.last_failure is not None:
             log.info("Qdrant takes points again")
-        self._failures, self.counters.last_failure = 0, None
+        self._backoff.succeed()
+        self.counters.last_failure = None
         return 0
 
     async def _send(self, qdrant: Connection, target: Target, batch: Sequence[Waiting]) -> None:

@@ -71,7 +71,7 @@ async def _in_a_while(proxy):
     """Do what the proxy does by itself in a while: end its rest, and tick."""
     store = _store(proxy)
     for _ in range(2):
-        store._writer.rest._until = 0.0
+        store._writer.backoff._until = 0.0
         await store._tick(10)
 
 
