@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from .collection import Making, Provenance, look, name_of, objection
+from .collection import Making, Provenance, aliases, look, name_of, objection
 from .connection import Connection
 from .version import no_metadata
 
@@ -26,9 +26,7 @@ async def objections(
     if lack is not None:
         return [lack]
     found = await qdrant.ask(lambda client: client.get_collections())
-    names = {one.name for one in found.collections}
-    aliases = await qdrant.ask(lambda client: client.get_aliases())
-    names |= {one.alias_name for one in aliases.aliases}
+    names = {one.name for one in found.collections} | (await aliases(qdrant)).keys()
     if collection is not None:
         if collection not in names:
             return []

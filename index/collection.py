@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from providers.base import current_label
 
+from .collection_reader import CollectionReader
 from .connection import Connection
 from .failures import Exists, Missing, OtherSpace
 
@@ -201,6 +202,12 @@ async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, Fiel
                 name, one, kind, wait=True
             )
         )
+
+
+async def aliases(qdrant: Connection | CollectionReader) -> dict[str, str]:
+    """Return the collections that aliases lead to, by the aliases. Raises QdrantFailure."""
+    found = await qdrant.ask(lambda client: client.get_aliases())
+    return {one.alias_name: one.collection_name for one in found.aliases}
 
 
 async def _info(qdrant: Connection, name: str) -> "CollectionInfo | None":

@@ -17,6 +17,8 @@ SEEN_BY_CACHE = {
     "providers.vector",
     "providers.tokens",
     "providers.slices",
+    "providers.lru_cache",
+    "providers.backoff",
     "providers.batching.calls",
 }
 
@@ -39,7 +41,7 @@ DOORS = {
     },
     "pyarrow": {"proxy/sources/parquet.py"},
     "qdrant_client": {
-        "index/points.py",
+        "index/collection_reader.py",
         "index/connection.py",
         "index/collection.py",
         "index/migration/points.py",

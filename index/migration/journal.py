@@ -18,11 +18,10 @@ from typing import Any, Self
 import orjson
 
 from cache import atomic_file, private_files
+from index.collection_reader import PointId
 
 FORMAT = 1
 """Version of the file; one of another version is not touched."""
-
-PointId = int | str
 
 
 class JournalError(Exception):
