@@ -134,11 +134,11 @@ def _finish_move(aside: SetAside, path: Path) -> None:
             # Somebody has put another file there since.
             aside.note(done=True, moved=True)
             return
-        path.rename(aside.path)
+        atomic_file.move(path, aside.path)
     # The log is that of the moved file as long as no other file stands at its path.
     if not _has_content(path):
         with contextlib.suppress(FileNotFoundError):
-            path.with_name(f"{path.name}{_LOG}").rename(aside.log)
+            atomic_file.move(path.with_name(f"{path.name}{_LOG}"), aside.log)
         path.with_name(f"{path.name}{_SHARED_MEMORY}").unlink(missing_ok=True)
     aside.note(moved=True)
 

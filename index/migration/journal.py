@@ -7,7 +7,6 @@ goes to a file beside it.
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -161,10 +160,7 @@ class Journal:
         elif lines:
             try:
                 private_files.make_folder(self.dead_letters.parent)
-                with open(self.dead_letters, "ab", opener=private_files.opener) as file:
-                    file.write(lines)
-                    file.flush()
-                    os.fsync(file.fileno())
+                atomic_file.append(self.dead_letters, lines)
             except OSError as error:
                 raise JournalError(f"{self.dead_letters}: {error.strerror}") from error
 
