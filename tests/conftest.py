@@ -1,7 +1,9 @@
 """What the suites share: upstreams on real sockets, the proxy on a real port, waits of zero."""
 
 import asyncio
+import ctypes
 import gc
+import itertools
 import logging
 import os
 import signal
@@ -81,6 +83,18 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+TESTS = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Give back to the system, from time to time, what large bodies have left free on the heap."""
+    if next(TESTS) % 100 == 0:
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+        if trim is not None:
+            trim(0)
 
 
 @pytest.hookimpl(wrapper=True)
