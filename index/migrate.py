@@ -31,8 +31,8 @@ from providers import vector
 from providers.base import Space
 
 from .collection import Provenance
+from .connection import no_insert_only
 from .migration import collections
-from .version import no_insert_only
 
 log = logging.getLogger("embedding_proxy.migrate")
 

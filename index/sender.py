@@ -17,8 +17,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
 
 from cache.disk.lock import WriterLock
+from providers import vector
 from providers.backoff import Backoff
 
 from .collection import Making, Provenance, ensure
@@ -33,8 +37,10 @@ from .failures import (
     Unavailable,
 )
 from .outbox import FAILURES, OnDisk, Outbox
-from .point import Target, Waiting
-from .writing import upsert
+from .point import Target, Waiting, id_of
+
+if TYPE_CHECKING:
+    from qdrant_client import models
 
 log = logging.getLogger("embedding_proxy.index")
 
@@ -237,3 +243,21 @@ class Sender:
         log.error("Qdrant refuses %d points, put aside: %s", len(batch), reason)
         await self._on_disk(lambda outbox: outbox.died(batch, reason))
         self.counters.refused += len(batch)
+
+
+async def upsert(qdrant: Connection, collection: str, batch: Sequence[Waiting]) -> None:
+    """Write points, and return once they can be found. Raises QdrantFailure."""
+    points = await asyncio.to_thread(_structs, batch)
+    payloads = [one.payload for one in points]
+    await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
+
+
+def _structs(batch: Sequence[Waiting]) -> "list[models.PointStruct]":
+    """Return points as the client takes them; every number is the float32 that it was."""
+    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
+
+    numbers = vector.stack([one.vector for one in batch]).tolist()
+    return [
+        models.PointStruct(id=id_of(one.id), vector=row, payload=orjson.loads(one.payload))
+        for one, row in zip(batch, numbers, strict=True)
+    ]
