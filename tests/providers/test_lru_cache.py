@@ -1,5 +1,6 @@
 """The one map of bounded size, beside a simple model of it."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +44,19 @@ def test_in_any_order_it_holds_what_was_used_last(steps):
         assert list(cache) == list(model)
         assert cache.size == sum(1 + len(one) for one in model.values())
         assert len(cache) == len(model)
+
+
+@pytest.mark.parametrize(
+    ("use", "left"),
+    [("get", "ac"), ("mark_used", "ac"), ("get_or_make", "ac"), ("peek", "bc"), ("pop", "bc")],
+)
+def test_what_counts_as_a_use(use, left):
+    """All that says that a key is of use keeps it; to look at it does not."""
+    cache = LRUCache[str, int](2)
+    cache["a"], cache["b"] = 1, 2
+    getattr(cache, use)("a", *([int] if use == "get_or_make" else []))
+    cache["c"] = 3
+    assert "".join(cache) == left
 
 
 def test_a_value_that_is_too_large_takes_no_others_place():
