@@ -1,5 +1,6 @@
 """The local model itself, no fake: its semantics, its limits, and what loading it leaves behind."""
 
+import inspect
 import itertools
 import logging
 import subprocess
@@ -212,7 +213,7 @@ async def test_the_model_is_loaded_once_and_off_the_loop(model, monkeypatch):
 async def test_without_wordllama_the_remedy_is_said(monkeypatch):
     """A missing extra is named with the command that adds it, and logging stays as it was."""
     monkeypatch.setitem(sys.modules, "wordllama", None)
-    monkeypatch.setattr(local, "_load", local._load.__wrapped__)
+    monkeypatch.setattr(local, "_load", inspect.unwrap(local._load))
     before = list(logging.getLogger().handlers)
     async with Local() as provider:
         with pytest.raises(NoRoute, match=r"pip install 'wordllama>=0\.4'"):
