@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,12 @@ class Ring(Keyring):
     def __init__(self) -> None:
         model = CATALOGUE[MODEL]
         super().__init__(Space(model.space, model.dimensions, model.matryoshka, model.tokenizer))
-        vectors = RNG.standard_normal((VECTORS, model.dimensions), dtype=np.float32)
+
+    @cached_property
+    def _vectors(self) -> list[bytes]:
+        vectors = RNG.standard_normal((VECTORS, self.space.dimensions), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        self._vectors: list[bytes] = [vector.tobytes() for vector in vectors]
+        return [vector.tobytes() for vector in vectors]
 
     def vector(self, number: int) -> bytes:
         """Return the vector of an input."""

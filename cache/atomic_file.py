@@ -1,7 +1,9 @@
 """Files that are written as a whole: a reader finds the old content or the new one, never a part.
 
 The content goes to a temporary file of a unique name in the same folder, is flushed to disk, and
-only then gets its name. So any number of processes may write one file at the same time.
+only then gets its name. So any number of processes may write one file at the same time, and a full
+disk costs nothing of what was there. What a function has returned from outlives a power cut, where
+the file system can flush a folder. Everything raises OSError.
 """
 
 import contextlib
@@ -11,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from . import private_files
+
 SUFFIX = ".part"
 """How the names of temporary files end."""
 
@@ -19,8 +23,7 @@ SUFFIX = ".part"
 def opened(path: Path, *, mode: int = 0o600, exclusive: bool = False) -> Iterator[BinaryIO]:
     """Give a binary file that is at `path` once the block has ended without an error.
 
-    `mode` is the permissions of the file, less the process's umask. `exclusive`: a file that is at
-    `path` by then stays, and FileExistsError is raised; otherwise it is replaced. Raises OSError.
+    `mode` is the permissions of the file, less the process's umask. `exclusive`: see `publish`.
     Whatever is raised, nothing is left of the temporary file.
     """
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}{SUFFIX}")
@@ -28,26 +31,53 @@ def opened(path: Path, *, mode: int = 0o600, exclusive: bool = False) -> Iterato
     try:
         with open(handle, "wb") as file:  # noqa: PTH123 - it is open already
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            _link(part, path)
-        else:
-            part.replace(path)
-        _sync_folder(path.parent)
+        publish(part, path, exclusive=exclusive)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
 def write(path: Path, content: bytes, *, mode: int = 0o600, exclusive: bool = False) -> None:
-    """Write a file as a whole; see `opened`. Raises OSError, and FileExistsError if `exclusive`."""
+    """Write a file as a whole; see `opened`."""
     with opened(path, mode=mode, exclusive=exclusive) as file:
         file.write(content)
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add to a file, which is made with mode 0600; a kill may leave a part of what is added."""
+    is_new = not path.exists()
+    with open(path, "ab", opener=private_files.opener) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        _sync(path.parent)
+
+
+def publish(part: Path, path: Path, *, exclusive: bool = False) -> None:
+    """Give a file that is whole its name, in the same file system; its content is on disk by then.
+
+    `exclusive`: a file that is at `path` by then stays, and FileExistsError is raised; otherwise it
+    is replaced.
+    """
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    if exclusive:
+        _link(part, path)
+    else:
+        part.replace(path)
+    _sync(path.parent)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename a file, also into another folder of the same file system."""
+    path.rename(target)
+    for folder in {target.parent, path.parent}:
+        _sync(folder)
+
+
 def _link(part: Path, path: Path) -> None:
-    """Give a file its name unless another one has it. Raises FileExistsError, OSError."""
+    """Give a file a name unless another one has it. Raises FileExistsError."""
     try:
         # Unlike a rename, a link never takes the place of another file.
         os.link(part, path)
@@ -60,7 +90,7 @@ def _link(part: Path, path: Path) -> None:
         part.replace(path)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync(folder: Path) -> None:
     """Flush the entries of a folder, where the system can: then a power cut takes no name."""
     if os.name != "posix":
         return

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from cache.disk.backoff import Rest
+from providers.backoff import THRESHOLD, Backoff
 
 from .collection import Making
 from .connection import Connection
@@ -69,7 +69,7 @@ class Indexer:
         self._opening = asyncio.Lock()
         self._remembered: defaultdict[Target, set[bytes]] = defaultdict(set)
         self._forgotten = self._renewed = 0
-        self._rest = Rest()
+        self._backoff = Backoff(threshold=THRESHOLD)
         self.added = 0
         """Points that this process has put into the outbox."""
         self.dropped = 0
@@ -129,26 +129,26 @@ class Indexer:
         wanted = {one.id: one for one in points}
         if not wanted or self._sender is None:
             return
-        if self._rest.resting:
+        if self._backoff.is_waiting:
             self.dropped += len(wanted)
             return
         try:
             added = await self._on_disk(lambda outbox: outbox.add(target, list(wanted.values())))
         except Full as error:
             self.dropped += len(wanted)
-            self._rest.failed()
+            self._backoff.fail()
             log.error("not indexed, %d points: the outbox is full: %s", len(wanted), error)  # noqa: TRY400
             return
         except FAILURES as error:
             self.dropped += len(wanted)
-            self._rest.failed()
+            self._backoff.fail()
             log.warning("not indexed, %d points: the outbox fails: %s", len(wanted), error)
             return
         except Exception:
             self.dropped += len(wanted)
             log.exception("not indexed, %d points", len(wanted))
             return
-        self._rest.succeeded()
+        self._backoff.succeed()
         ids = [one.id for one in wanted.values() if one.mark == 0]
         if ids:
             if sum(_TARGET + len(known) for known in self._remembered.values()) > MOST_REMEMBERED:

@@ -20,18 +20,19 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from index.collection_reader import Point
 from index.migration.collections import Old
 from index.migration.embed import Model, Patient
 from index.migration.journal import Journal, Phase, State
-from index.migration.points import Point, Points
+from index.migration.points import Points
 from index.migration.regime import Decision, Regime, choose
 from index.migration.template import Rule
 from providers import vector
 from providers.base import Space
 
 from .collection import Provenance
+from .connection import no_insert_only
 from .migration import collections
-from .version import no_insert_only
 
 log = logging.getLogger("embedding_proxy.migrate")
 

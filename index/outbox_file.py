@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from cache import private_files
+from cache import atomic_file, private_files
 from cache.disk.database import is_damage
 from cache.disk.lock import WriterLock
 from cache.disk.read_only import connect_read_only
@@ -90,7 +90,8 @@ class OutboxFile:
         self._inode = self.path.stat().st_ino
 
     def _set_aside(self, error: sqlite3.Error) -> None:
-        self.path.rename(self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}"))
+        damaged = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+        atomic_file.move(self.path, damaged)
         for tail in ("-wal", "-shm"):
             self.path.with_name(self.path.name + tail).unlink(missing_ok=True)
         self.damaged += 1

@@ -7,7 +7,7 @@ from typing import Any
 from providers import vector
 from providers.base import Vector
 
-from .collection import Provenance, look, objection
+from .collection import Provenance, aliases, look, objection
 from .connection import Connection
 from .failures import Missing, OtherSpace
 
@@ -47,8 +47,7 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     # An alias may lead elsewhere from one call to the next; a collection's own name does not.
-    aliases = (await qdrant.ask(lambda client: client.get_aliases())).aliases
-    real = {one.alias_name: one.collection_name for one in aliases}.get(name, name)
+    real = (await aliases(qdrant)).get(name, name)
     seen = await look(qdrant, real)
     if seen is None:
         raise Missing(f"there is no collection {name}: nothing was indexed into it so far")

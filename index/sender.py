@@ -17,8 +17,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
 
 from cache.disk.lock import WriterLock
+from providers import vector
+from providers.backoff import Backoff
 
 from .collection import Making, Provenance, ensure
 from .connection import Connection
@@ -32,8 +37,10 @@ from .failures import (
     Unavailable,
 )
 from .outbox import FAILURES, OnDisk, Outbox
-from .point import Target, Waiting
-from .writing import upsert
+from .point import Target, Waiting, id_of
+
+if TYPE_CHECKING:
+    from qdrant_client import models
 
 log = logging.getLogger("embedding_proxy.index")
 
@@ -77,8 +84,7 @@ class Sender:
         self._making = making
         self._most_bytes = most_bytes
         self._most_points = MOST_POINTS
-        self._failures = 0
-        """In a row."""
+        self._backoff = Backoff(SHORTEST_PAUSE, LONGEST_PAUSE)
         self._sleep = sleep
         self._held = AsyncExitStack()
         self._qdrant: Connection | None = None
@@ -144,33 +150,31 @@ class Sender:
             except Unavailable as error:
                 # A batch that is halved need not wait long.
                 halving = isinstance(error, ServerFault) and self._most_points > 1
-                pause = SHORTEST_PAUSE if halving else error.retry_after_s or self._pause()
-                pause = min(pause, LONGEST_WAIT)
-                self._failed(error, pause)
+                asked = error.retry_after_s or None
+                pause = self._failed(error, SHORTEST_PAUSE if halving else asked)
             except Denied as error:
-                pause = LONGEST_PAUSE
-                self._failed(error, pause)
+                pause = self._failed(error, LONGEST_PAUSE)
             except (QdrantFailure, *FAILURES) as error:
-                pause = self._pause()
-                self._failed(error, pause)
+                pause = self._failed(error)
             except Exception:
                 # Nobody awaits this task: were it to end, nothing would be sent any more.
                 log.exception("sending to Qdrant failed")
                 pause = LONGEST_PAUSE
             await self._sleep(pause)
 
-    def _pause(self) -> float:
-        """Return the seconds to the next try: more each time, never quite the same."""
-        most = min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(self._failures, 10))
-        return random.uniform(most / 2, most)  # noqa: S311 - spreads calls, hides nothing
+    def _failed(self, error: BaseException, pause: float | None = None) -> float:
+        """Note a failure; return the seconds to the next try.
 
-    def _failed(self, error: BaseException, pause: float) -> None:
+        Unless `pause` says how long, they are more each time, and never quite the same.
+        """
+        own = self._backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
+        pause = own if pause is None else min(pause, LONGEST_WAIT)
         words = str(error) or type(error).__name__
         if words != self.counters.last_failure:
             log.warning("Qdrant: %s; points wait on disk, tried again in %.1f s", words, pause)
-        self._failures += 1
         self.counters.failed += 1
         self.counters.last_failure = words
+        return pause
 
     async def _idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -194,7 +198,8 @@ class Sender:
             await self._send(qdrant, target, batch)
         if self.counters.last_failure is not None:
             log.info("Qdrant takes points again")
-        self._failures, self.counters.last_failure = 0, None
+        self._backoff.succeed()
+        self.counters.last_failure = None
         return 0
 
     async def _send(self, qdrant: Connection, target: Target, batch: Sequence[Waiting]) -> None:
@@ -238,3 +243,21 @@ class Sender:
         log.error("Qdrant refuses %d points, put aside: %s", len(batch), reason)
         await self._on_disk(lambda outbox: outbox.died(batch, reason))
         self.counters.refused += len(batch)
+
+
+async def upsert(qdrant: Connection, collection: str, batch: Sequence[Waiting]) -> None:
+    """Write points, and return once they can be found. Raises QdrantFailure."""
+    points = await asyncio.to_thread(_structs, batch)
+    payloads = [one.payload for one in points]
+    await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
+
+
+def _structs(batch: Sequence[Waiting]) -> "list[models.PointStruct]":
+    """Return points as the client takes them; every number is the float32 that it was."""
+    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
+
+    numbers = vector.stack([one.vector for one in batch]).tolist()
+    return [
+        models.PointStruct(id=id_of(one.id), vector=row, payload=orjson.loads(one.payload))
+        for one, row in zip(batch, numbers, strict=True)
+    ]

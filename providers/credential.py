@@ -4,11 +4,11 @@ Limits, rests and budgets belong to the key; what keeps them by key remembers th
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from .lru_cache import LRUCache
 from .redaction import Redactor
 
 MOST_KEYS = 1000
@@ -106,18 +106,11 @@ class ByKey(Generic[T]):
 
     def __init__(self, make: Callable[[], T], most: int = MOST_KEYS) -> None:
         self._make = make
-        self._most = most
-        self._made: OrderedDict[str, T] = OrderedDict()
+        self._made = LRUCache[str, T](most)
 
     def __len__(self) -> int:
         return len(self._made)
 
     def of(self, credential: Credential) -> T:
         """Return what is a key's."""
-        made = self._made.get(credential.name)
-        if made is None:
-            made = self._made[credential.name] = self._make()
-            if len(self._made) > self._most:
-                self._made.popitem(last=False)
-        self._made.move_to_end(credential.name)
-        return made
+        return self._made.get_or_make(credential.name, self._make)

@@ -8,9 +8,9 @@ names it.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Protocol, Self
 
+from . import plugins
 from .azure import Azure
 from .http import HttpProvider
 from .openai import OpenAI
@@ -80,7 +80,7 @@ def find(name: str) -> Kind:
     """
     if name in KINDS:
         return KINDS[name]
-    found = next(iter(entry_points(group=GROUP, name=name)), None)
+    found = plugins.find(GROUP, name)
     if found is None:
         raise UnknownKind(
             f"expected one of {', '.join(sorted({*KINDS, LOCAL}))}, or a kind that an installed"

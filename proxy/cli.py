@@ -54,6 +54,8 @@ def _root(
     from proxy import log  # noqa: PLC0415
 
     logging.basicConfig(level=logging.ERROR, handlers=[log.handler()])
+    # What a command waits for.
+    logging.getLogger("embedding_proxy.qdrant").setLevel(logging.WARNING)
 
 
 @app.command()

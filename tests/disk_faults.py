@@ -45,8 +45,8 @@ PATIENCE_SECONDS = 120.0
 
 IN_SHORT = {
     "cache.disk.database.BUSY_SECONDS": 0.1,
-    "cache.disk.backoff.SHORTEST_SECONDS": 0.05,
-    "cache.disk.backoff.LONGEST_SECONDS": 1.5,
+    "providers.backoff.MIN_SECONDS": 0.05,
+    "providers.backoff.MAX_SECONDS": 1.5,
     "cache.disk.store.TICK_SECONDS": 0.05,
 }
 """What the proxy waits for, at a twentieth."""

@@ -17,6 +17,8 @@ SEEN_BY_CACHE = {
     "providers.vector",
     "providers.tokens",
     "providers.slices",
+    "providers.lru_cache",
+    "providers.backoff",
     "providers.batching.calls",
 }
 
@@ -39,13 +41,13 @@ DOORS = {
     },
     "pyarrow": {"proxy/sources/parquet.py"},
     "qdrant_client": {
-        "index/points.py",
+        "index/collection_reader.py",
         "index/connection.py",
         "index/collection.py",
         "index/migration/points.py",
         "index/migration/collections.py",
-        "index/translation.py",
-        "index/writing.py",
+        "index/failures.py",
+        "index/sender.py",
         "index/search.py",
     },
     "pydantic": {

@@ -113,11 +113,11 @@ async def test_a_disk_that_takes_nothing_holds_no_request(upstream, start_proxy)
     proxy = await start_proxy(openai=upstream, cache={"mode": "off"})
     store = proxy.service._store
     for _ in range(3):
-        store._writer.rest.failed()
+        store._writer.backoff.fail()
     assert not store._writer.ready
     assert (await proxy.post({"model": MODEL, "input": "a"})).status == 200
     assert await proxy.service.ledger([]) == []
-    store._writer.rest.succeeded()
+    store._writer.backoff.succeed()
     assert await store.flush_counts()
     ((_, bill),) = await proxy.service.ledger([])
     assert bill.tokens_billed == tokens_of("a")

@@ -719,7 +719,7 @@ async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     monkeypatch.setattr(health, "MOST_LANES", 20)
     proxy = await start()
     for one in (proxy.service.upstreams._budgets, _provider(proxy)._admissions):
-        monkeypatch.setattr(one, "_most", 20)
+        monkeypatch.setattr(one._made, "max_size", 20)
     upstream.always = status(429, headers={"Retry-After": "300"})
     for i in range(50):
         await _ask(proxy, f"sk-limited-{i:010}")

@@ -18,6 +18,7 @@ from disk_faults import CannotMount, count_right, file_system, full, locked, rea
 from cache.disk import database
 from cache.disk.connection import opened
 from cache.disk.schema import PAGE_BYTES
+from providers import backoff
 from tests.cache.page_kinds import overwrite, page_kinds
 
 MODEL = disk_faults.MODEL
@@ -71,7 +72,7 @@ async def _in_a_while(proxy):
     """Do what the proxy does by itself in a while: end its rest, and tick."""
     store = _store(proxy)
     for _ in range(2):
-        store._writer.rest._until = 0.0
+        store._writer.backoff._until = 0.0
         await store._tick(10)
 
 
@@ -128,7 +129,8 @@ async def test_nothing_is_bought_twice_for_a_fault_of_the_disk(
 async def test_a_kept_lock_is_waited_for_three_times(
     how, directory, upstream, start_proxy, monkeypatch
 ):
-    """After three failures nobody waits for the lock any more, until the rest is over."""
+    """After three failures nobody waits for the lock any more, until the wait is over."""
+    monkeypatch.setattr(backoff, "MIN_SECONDS", backoff.MAX_SECONDS)
     tries = []
     write = database.Database.write
 

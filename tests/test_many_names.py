@@ -9,13 +9,16 @@ import orjson
 import pytest
 from fault_server import tokens_of
 
-from cache.disk import bounds
-from cache.ledger import MAX_HEADINGS
+from cache import ledger
+from cache.disk import bounds, store
 from cache.row import OTHER_NAMESPACE
-from providers.http import MAX_OTHER_MODELS
+from providers import http
+from proxy import service
 from proxy.embedding.client_secret import FILE
 
-REQUESTS = 2400
+MAX_HEADINGS, MAX_PARAMETER_SETS, MAX_PARTITIONS, MAX_OTHER_MODELS = 60, 20, 80, 20
+"""In short; the bounds are the same whatever their numbers are."""
+REQUESTS = 300
 AT_ONCE = 50
 PRICE = 2.0
 TEXT = "three short words"
@@ -30,6 +33,15 @@ MODELS = {
 }
 MAX_SERIES = 12 * (MAX_HEADINGS + 2) + MAX_OTHER_MODELS + 100
 """Of the ledger 8 a line; the rest is a provider's or a worker's."""
+
+
+@pytest.fixture(autouse=True)
+def _low_bounds(monkeypatch):
+    for module in (ledger, bounds, store, service):
+        monkeypatch.setattr(module, "MAX_HEADINGS", MAX_HEADINGS)
+    monkeypatch.setattr(bounds, "MAX_PARAMETER_SETS", MAX_PARAMETER_SETS)
+    monkeypatch.setattr(bounds, "MAX_PARTITIONS", MAX_PARTITIONS)
+    monkeypatch.setattr(http, "MAX_OTHER_MODELS", MAX_OTHER_MODELS)
 
 
 async def _series(proxy):
@@ -93,7 +105,7 @@ async def test_further_fields_and_names_in_replies(upstream, start_proxy, tmp_pa
 
     await _ask_all(ask)
     # What is kept under a shared label is found like any other.
-    for number in (0, bounds.MAX_PARAMETER_SETS, REQUESTS - 1):
+    for number in (0, MAX_PARAMETER_SETS, REQUESTS - 1):
         assert (await ask(number)).headers["x-cache"] == "hit"
     assert len(proxy.service.counted) <= MAX_HEADINGS + 2
     status = await _status(proxy)
@@ -106,17 +118,16 @@ async def test_further_fields_and_names_in_replies(upstream, start_proxy, tmp_pa
     assert len(series) < MAX_SERIES
     _assert_exact(series)
     directory = tmp_path / "cache"
-    assert len(_rows(directory, "SELECT 1 FROM Partitions")) <= bounds.MAX_PARAMETER_SETS + 3
+    assert len(_rows(directory, "SELECT 1 FROM Partitions")) <= MAX_PARAMETER_SETS + 3
     assert len(_rows(directory, "SELECT 1 FROM Usage")) <= 2 * (MAX_HEADINGS + 2)
     spaces = _rows(directory, "SELECT space, count(*) FROM Entries JOIN Partitions ON"
                    " Partitions.id = partition GROUP BY space")  # fmt: skip
-    assert dict(spaces)["s/m?other"] == REQUESTS - bounds.MAX_PARAMETER_SETS
+    assert dict(spaces)["s/m?other"] == REQUESTS - MAX_PARAMETER_SETS
 
 
 @pytest.mark.untraced
-async def test_clients_own_keys(upstream, start_proxy, tmp_path, monkeypatch):
+async def test_clients_own_keys(upstream, start_proxy, tmp_path):
     """Each request has a key of its own, and so a namespace and a client of its own."""
-    monkeypatch.setattr(bounds, "MAX_PARTITIONS", 800)
     upstream.widths = {"m": 8}
     providers = {"openai": {"base_url": upstream.url, "key": "client"}}
     sections = {"models": MODELS, "providers": providers}
@@ -142,6 +153,6 @@ async def test_clients_own_keys(upstream, start_proxy, tmp_path, monkeypatch):
     assert inputs >= REQUESTS - 2 * MAX_HEADINGS
     directory = tmp_path / "cache"
     assert (directory / "v1" / FILE).exists()
-    assert len(_rows(directory, "SELECT 1 FROM Partitions")) <= bounds.MAX_PARTITIONS + 2
+    assert len(_rows(directory, "SELECT 1 FROM Partitions")) <= MAX_PARTITIONS + 2
     assert len(_rows(directory, "SELECT 1 FROM Usage")) <= 2 * (MAX_HEADINGS + 2)
     assert len(_rows(directory, "SELECT 1 FROM Entries")) == REQUESTS

@@ -16,7 +16,7 @@ from proxy import service as service_module
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
-FEW, MANY = 2_048, 8 * 2_048
+FEW, MANY = 2_048, 4 * 2_048
 WIDTH = 4
 
 
@@ -117,7 +117,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_steps_do_not_grow_with_a_request(kind, opened, monkeypatch):
-    """Eight times as many inputs make more steps, and none of them longer."""
+    """Four times as many inputs make more steps, and none of them longer."""
     service, _ = opened
     largest = {}
     for count in (FEW, MANY):

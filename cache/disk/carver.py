@@ -60,7 +60,6 @@ class Report:
     records: int = 0  # Whole, and handed out; old versions count as well.
     damaged: int = 0  # Rows of table `Cache` that do not verify, and cells that cannot be read.
     pages: int = 0
-    unreadable_pages: int = 0  # Those that the disk did not give.
 
 
 def rows(
@@ -136,7 +135,6 @@ class Carver:
         for place in self._places():
             self._report.pages += 1
             page = self._page(*place[:2])
-            self._report.unreadable_pages += not page
             has_others = False
             for cell in self._record_cells(page, place):
                 if self._is_certain(cell, place):

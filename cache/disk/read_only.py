@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Protocol
 
 from cache import ledger
+from providers.backoff import Backoff
 
-from .backoff import Rest
 from .changes import Found
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
 from .set_aside import SetAside
@@ -201,7 +201,7 @@ class Glance:
         self._connection.execute(f"PRAGMA mmap_size = {MMAP_BYTES}").fetchall()
         self._connection.execute(f"PRAGMA cache_size = {CACHE_PAGES}")
         self._clock = clock
-        self._rest = Rest(clock, failures=1)
+        self._backoff = Backoff(clock=clock)
         # Of whichever thread reads: not known before it has read once.
         self._disk_reads: int | None = None
 
@@ -212,18 +212,18 @@ class Glance:
 
         What fails here is found, and told, by whoever reads the same in a thread.
         """
-        if self._rest.resting:
+        if self._backoff.is_waiting:
             return None
         began = self._clock()
         try:
             found = read_many(self._connection.execute, addresses, not_before)
         except Exception:  # noqa: BLE001 - of damage, sqlite3 makes errors of many kinds
-            self._rest.failed()
+            self._backoff.fail()
             return None
         if self._clock() - began > SLOW_SECONDS and self._has_read_from_disk():
-            self._rest.failed()
+            self._backoff.fail()
         else:
-            self._rest.succeeded()
+            self._backoff.succeed()
         return found
 
     def _has_read_from_disk(self) -> bool:

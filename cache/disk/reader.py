@@ -9,7 +9,8 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from .backoff import Rest
+from providers.backoff import THRESHOLD, Backoff
+
 from .changes import Found
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage
@@ -41,13 +42,13 @@ class Reader:
         self._disk = disk
         self._replace = replace
         self._salvaged = salvaged
-        self.rest = Rest()
-        self._waiting = Rest(failures=1)
+        self.backoff = Backoff(threshold=THRESHOLD)
+        self._lock_backoff = Backoff()
 
     def at_once(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found] | None:
         """Return the records of a few addresses that are there; None if they are to be awaited."""
         glance = self._disk.glance
-        if glance is None or len(addresses) > FEW or self.rest.resting:
+        if glance is None or len(addresses) > FEW or self.backoff.is_waiting:
             return None
         return glance.read_few(addresses, not_before=not_before)
 
@@ -90,7 +91,7 @@ class Reader:
 
     async def _by_thread(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
         for _ in range(TRIES):
-            if self.rest.resting:
+            if self.backoff.is_waiting:
                 return {}
             found = await self._try_by_thread(addresses, not_before)
             if found is not None:
@@ -116,14 +117,14 @@ class Reader:
                 log.warning("reading from the disk tier failed: %s", error)
                 await self._replace(source)
                 return None
-            self.rest.failed()
+            self.backoff.fail()
             log.warning("reading from the disk tier failed, taken as a miss: %s", error)
             return {}
         except Exception:
-            self.rest.failed()
+            self.backoff.fail()
             log.exception("reading from the disk tier failed, taken as a miss")
             return {}
-        self.rest.succeeded()
+        self.backoff.succeed()
         return found
 
     async def _source(self) -> Database | ReadOnlyFile | None:
@@ -136,7 +137,7 @@ class Reader:
         self, files: Sequence[DamagedFile], addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, Found]:
         """Return what the damaged files have of these, or the file, once all is saved."""
-        if self.rest.resting:
+        if self.backoff.is_waiting:
             return {}
         found: dict[bytes, Found] = {}
         unreadable: set[bytes] = set()
@@ -149,7 +150,7 @@ class Reader:
                     found |= some
                     unreadable |= others
         except TimeoutError as error:
-            self.rest.failed()
+            self.backoff.fail()
             log.warning("reading from a damaged file failed, taken as a miss: %s", error)
         unreadable -= found.keys()
         if unreadable and await self.is_salvaged():
@@ -158,14 +159,14 @@ class Reader:
 
     async def is_salvaged(self) -> bool:
         """Wait until what can be saved is in the file, but not for long."""
-        if self._waiting.resting:
+        if self._lock_backoff.is_waiting:
             return False
         try:
             async with asyncio.timeout(SECONDS):
                 await self._salvaged()
         except TimeoutError:
             # A large file takes longer than anybody should wait.
-            self._waiting.failed()
+            self._lock_backoff.fail()
             return False
-        self._waiting.succeeded()
+        self._lock_backoff.succeed()
         return True

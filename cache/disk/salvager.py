@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from providers.backoff import Backoff
+
 from . import salvage
-from .backoff import LONGEST_SECONDS, SHORTEST_SECONDS, Rest
 from .carver import Report
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage
@@ -41,7 +42,7 @@ class Salvager:
         """`replace` is told of a file that turns out to be damaged, too."""
         self._disk = disk
         self._replace = replace
-        self._rest = Rest(failures=1)
+        self._backoff = Backoff()
         self._stop = threading.Event()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -50,7 +51,7 @@ class Salvager:
     def start(self) -> None:
         """Begin to save what there is to be saved, if there is anything and nobody is at it."""
         is_idle = self._task is None or self._task.done()
-        if is_idle and self._is_ready and not self._rest.resting:
+        if is_idle and self._is_ready and not self._backoff.is_waiting:
             self._task = asyncio.create_task(self._run())
 
     @property
@@ -92,15 +93,15 @@ class Salvager:
         except _Stopped:
             return
         except FAILURES as error:
-            self._rest.failed()
+            self._backoff.fail()
             log.warning("saving what is whole in a damaged file failed: %s", error)
             if is_damage(error) or isinstance(error, FileReplaced):
                 await self._replace(file)
         except Exception:
-            self._rest.failed()
+            self._backoff.fail()
             log.exception("saving what is whole in a damaged file failed")
         else:
-            self._rest.succeeded()
+            self._backoff.succeed()
             await self._disk.close_saved()
 
     async def _save(self, aside: SetAside, file: Database) -> None:
@@ -131,7 +132,7 @@ class Salvager:
 
     async def _put(self, step: Step, file: Database, outcome: Outcome) -> None:
         """Do a step, and again until the disk takes it."""
-        pause = 0.0
+        backoff = Backoff()
         while True:
             self._check()
             if self._disk.file is not file:
@@ -141,10 +142,9 @@ class Salvager:
             except FAILURES as error:
                 if is_damage(error) or isinstance(error, FileReplaced):
                     raise
-                if not pause:
+                if not backoff.is_failing:
                     log.warning("saving what is whole in a damaged file waits: %s", error)
-                pause = min(max(SHORTEST_SECONDS, 2 * pause), LONGEST_SECONDS)
-                await self._sleep(pause)
+                await self._sleep(backoff.fail())
             else:
                 return
 

@@ -19,11 +19,12 @@ from typing import Any
 
 from cache import atomic_file
 
+from .write_ahead_log import LOG, SHARED_MEMORY, has_content
+
 STATE_FILE = "salvage.json"
 MAX_FOLDERS = 1000
 """Of one second."""
 _NAME = re.compile(r"v\d+\.damaged-\d{8}T\d{6}-\d+")
-_LOG, _SHARED_MEMORY = "-wal", "-shm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class SetAside:
     @property
     def log(self) -> Path:
         """The write-ahead log; it may be missing."""
-        return self.folder / f"{self.name}{_LOG}"
+        return self.folder / f"{self.name}{LOG}"
 
     @property
     def number(self) -> int:
@@ -134,20 +135,13 @@ def _finish_move(aside: SetAside, path: Path) -> None:
             # Somebody has put another file there since.
             aside.note(done=True, moved=True)
             return
-        path.rename(aside.path)
+        atomic_file.move(path, aside.path)
     # The log is that of the moved file as long as no other file stands at its path.
-    if not _has_content(path):
+    if not has_content(path):
         with contextlib.suppress(FileNotFoundError):
-            path.with_name(f"{path.name}{_LOG}").rename(aside.log)
-        path.with_name(f"{path.name}{_SHARED_MEMORY}").unlink(missing_ok=True)
+            atomic_file.move(path.with_name(f"{path.name}{LOG}"), aside.log)
+        path.with_name(f"{path.name}{SHARED_MEMORY}").unlink(missing_ok=True)
     aside.note(moved=True)
-
-
-def _has_content(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False
 
 
 def _made_folder(folder: Path) -> Path:

@@ -221,11 +221,11 @@ class Store:
 
     async def _tick(self, tick: int) -> None:
         """Do what is to be done now and then: open, look for purges, write what could wait."""
-        if self._disk.file is None and not self._writer.rest.resting:
+        if self._disk.file is None and not self._writer.backoff.is_waiting:
             try:
                 await self._disk.try_again()
             except FAILURES:
-                self._writer.rest.failed()
+                self._writer.backoff.fail()
         await self._heed_damage()
         await self._heed_purges()
         if tick % FLUSH_TICKS == 0:
@@ -256,7 +256,7 @@ class Store:
 
     async def _purges_so_far(self) -> int | None:
         source = self._disk.file
-        if source is None or self._reader.rest.resting:
+        if source is None or self._reader.backoff.is_waiting:
             return None
         try:
             return await self._disk.read(partial(purge.so_far, source))

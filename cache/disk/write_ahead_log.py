@@ -134,7 +134,7 @@ def is_open_without_log(path: Path) -> bool:
     Every connection that has read a database of this mode has its log open, and a shared lock: who
     asks for an exclusive one is refused.
     """
-    if beside(path, LOG).exists() or not _has_content(path):
+    if beside(path, LOG).exists() or not has_content(path):
         return False
     try:
         with contextlib.closing(
@@ -210,7 +210,8 @@ def _read_frames(file: int, length: int, at: int, size: int) -> bytes:
     return data[: len(data) // size * size]
 
 
-def _has_content(path: Path) -> bool:
+def has_content(path: Path) -> bool:
+    """Tell whether a file is there, and not empty."""
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:

@@ -8,7 +8,8 @@ import logging
 import time
 from functools import partial
 
-from .backoff import Rest
+from providers.backoff import THRESHOLD, Backoff
+
 from .changes import Changes
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, Timeout, is_damage
@@ -28,7 +29,7 @@ class Writer:
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
-        self.rest = Rest()
+        self.backoff = Backoff(threshold=THRESHOLD)
         self.pending = Pending()
         self._warned = "", 0.0
         # What those will be told whose changes wait, and the task that writes them.
@@ -38,7 +39,7 @@ class Writer:
     @property
     def ready(self) -> bool:
         """Whether there is a file, and it is not left alone."""
-        return self._disk.file is not None and not self.rest.resting
+        return self._disk.file is not None and not self.backoff.is_waiting
 
     async def written(self) -> bool:
         """Wait until all changes so far are on disk, or have failed to get there."""
@@ -90,13 +91,13 @@ class Writer:
                 if not isinstance(error, StoreFull) and not await self._sums_written(
                     target, changes, error
                 ):
-                    self.rest.failed()
+                    self.backoff.fail()
                 return False
             except Exception:
-                self.rest.failed()
+                self.backoff.fail()
                 log.exception("writing to the disk tier failed")
                 return False
-            self.rest.succeeded()
+            self.backoff.succeed()
             self.pending.written(changes.records)
             return True
         return False
@@ -135,7 +136,7 @@ class Writer:
         for _ in range(LAST_TRIES):
             if self._disk.file is not None:
                 self._disk.file.uses_last_room = True
-            self.rest.succeeded()
+            self.backoff.succeed()
             await self.flush()
             if self.pending.is_empty:
                 return
@@ -157,5 +158,5 @@ class Writer:
         try:
             await self._disk.replace(old)
         except FAILURES as error:
-            self.rest.failed()
+            self.backoff.fail()
             log.error("the disk tier cannot be opened anew: %s", error)  # noqa: TRY400 - a line

@@ -36,6 +36,7 @@ import orjson
 from cache.key import checksum
 from cache.record import vector_of, width
 from cache.row import Partition, Row
+from providers.lru_cache import LRUCache
 from providers.vector import is_finite
 
 FORMAT = 1
@@ -110,7 +111,7 @@ def read(file: BinaryIO, report: Report) -> Iterator[Row]:
     later format begins, and at a whole frame that no release can have written: a vector without
     numbers or with one that is not finite, a width below 1, a time that is not finite.
     """
-    known: dict[bytes, Partition | None] = {}
+    known = LRUCache[bytes, tuple[Partition | None]](_RENEWED_ENTRIES)
     kind, begun, whole, seen = None, False, True, 0
     for kind, payload in _frames(file, report):
         # A loss that ends where frames end leaves no damage behind.
@@ -131,9 +132,10 @@ def read(file: BinaryIO, report: Report) -> Iterator[Row]:
                 continue
             stored, address, reference = _ENTRY_HEADER.unpack_from(payload)
             _check_entry(report.entries + 1, record, stored)
-            whole &= reference in known
+            partition = known.get(reference)
+            whole &= partition is not None
             report.entries += 1
-            yield Row(address, record, stored, known.get(reference))
+            yield Row(address, record, stored, partition and partition[0])
         elif kind != _PARTITION or not _learn(payload, known):
             report.damage(_AROUND + len(payload))
     if kind is None:
@@ -167,8 +169,8 @@ def _check_entry(number: int, record: bytes, stored: float) -> None:
         raise ArchiveError(f"Entry {number:,} of the archive cannot be used: {problem}.")
 
 
-def _learn(text: bytes, known: dict[bytes, Partition | None]) -> bool:
-    """Remember a partition, forget one that no entry to come names; return whether it was one."""
+def _learn(text: bytes, known: LRUCache[bytes, tuple[Partition | None]]) -> bool:
+    """Remember a partition under its reference, in a tuple; return whether it was one."""
     found = None
     try:
         match orjson.loads(text):
@@ -182,11 +184,7 @@ def _learn(text: bytes, known: dict[bytes, Partition | None]) -> bool:
                 return False
     except orjson.JSONDecodeError:
         return False
-    reference = checksum(text)
-    known.pop(reference, None)
-    known[reference] = found
-    if len(known) > _RENEWED_ENTRIES:
-        del known[next(iter(known))]
+    known[checksum(text)] = (found,)
     return True
 
 

@@ -17,7 +17,6 @@ ended before, and possibly some that were bought meanwhile.
 """
 
 import contextlib
-import os
 import sqlite3
 import tempfile
 import time
@@ -25,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache import private_files
+from cache import atomic_file, private_files
 from cache.disk.read_only import ReadableFile
 from cache.disk.schema import CACHE_PAGES, MMAP_BYTES
 
@@ -99,16 +98,7 @@ def copy(database: ReadableFile, target: Path, progress: Callable[[int, int], No
         address = f"{part.absolute().as_uri()}?mode=rwc"
         with contextlib.closing(sqlite3.connect(address, isolation_level=None, uri=True)) as own:
             _Copy(own, database).make(progress)
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        try:
-            # Not a renaming: that would replace what has appeared there meanwhile.
-            os.link(part, target)
-        except FileExistsError:
-            raise
-        except OSError:
-            # The file system knows no links.
-            part.rename(target)
+        atomic_file.publish(part, target, exclusive=True)
 
 
 class _Copy:

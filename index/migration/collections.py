@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from index.collection import KEY, LONGEST_NAME, Provenance, name_of, provenance_of
+from index.collection import aliases as collection_aliases
 from index.failures import Exists, Missing, OtherSpace, Rejected
 
 from .points import Points
@@ -34,10 +35,9 @@ class Old:
 
 async def real_name(points: Points, name: str) -> str:
     """Return a collection's own name, given that or an alias. Raises Missing."""
-    aliases = (await points.ask(lambda client: client.get_aliases())).aliases
-    for alias in aliases:
-        if alias.alias_name == name:
-            return str(alias.collection_name)
+    real = (await collection_aliases(points)).get(name)
+    if real is not None:
+        return real
     if await exists(points, name):
         return name
     raise Missing(f"there is no collection or alias `{name}` in {points.qdrant}")
@@ -125,15 +125,15 @@ async def owner(points: Points, name: str) -> tuple[Provenance | None, int] | No
 
 async def aliases_of(points: Points, name: str) -> list[str]:
     """Return the aliases of a collection, sorted."""
-    found = (await points.ask(lambda client: client.get_aliases())).aliases
-    return sorted(one.alias_name for one in found if one.collection_name == name)
+    found = await collection_aliases(points)
+    return sorted(alias for alias, real in found.items() if real == name)
 
 
 async def switch(points: Points, to: str, aliases: Sequence[str]) -> None:
     """Let all these aliases, new ones too, point to a collection: at one moment."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-    there = {one.alias_name for one in (await points.ask(lambda c: c.get_aliases())).aliases}
+    there = await collection_aliases(points)
     operations: list[Any] = []
     for alias in aliases:
         if alias in there:

@@ -3,19 +3,23 @@
 A point is written with a sound vector of the new model, or not at all: then a dead letter says why.
 """
 
+import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from index.collection_reader import Page, Point, PointId
 from index.migrate import Migration, MigrationRefused
 from providers import vector
 
 from .embed import Refused
-from .journal import Phase, PointId
-from .pages import Page, ahead, read
-from .points import Point
+from .journal import Phase
 from .seen import Seen
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Refusals = dict[PointId, tuple[bytes, str]]
 """Points that cannot be carried: the digest of their payload then, and why."""
@@ -89,8 +93,8 @@ async def copy(migration: Migration) -> None:
     total, size = await migration.points.count(state.source), migration.pace.page
     with migration.progress(f"copying {state.collection}", total) as tell:
         tell(state.counts.points)
-        pages = read(
-            migration.points, state.source, size, state.offset, vectors=reads_vectors(migration)
+        pages = migration.points.pages(
+            state.source, size, state.offset, vectors=reads_vectors(migration)
         )
         async with contextlib.aclosing(ahead(pages, work, pace.ahead)) as carried:
             async for page, done in carried:
@@ -101,6 +105,32 @@ async def copy(migration: Migration) -> None:
     # An empty collection has no page.
     state.first_pass_done = True
     migration.save()
+
+
+async def ahead(
+    items: AsyncIterator[T], work: Callable[[T], Awaitable[R]], most: int
+) -> AsyncGenerator[tuple[T, R]]:
+    """Yield items and what their work gives, in order; that of several items is done at a time."""
+    begun: deque[tuple[T, asyncio.Future[R]]] = deque()
+    try:
+        async for item in items:
+            begun.append((item, asyncio.ensure_future(work(item))))
+            if len(begun) >= most:
+                first, doing = begun[0]
+                result = await doing
+                begun.popleft()
+                yield first, result
+        while begun:
+            first, doing = begun[0]
+            result = await doing
+            begun.popleft()
+            yield first, result
+    finally:
+        for _, doing in begun:
+            doing.cancel()
+        for _, doing in begun:
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await doing
 
 
 async def _land(migration: Migration, page: Page, done: Carried) -> None:
@@ -152,8 +182,8 @@ async def compare(
     letters: list[dict[str, Any]] = []
     number = mended = 0
     with migration.progress(title, total) as tell:
-        async for page in read(
-            migration.points, state.source, size, vectors=reads_vectors(migration)
+        async for page in migration.points.pages(
+            state.source, size, vectors=reads_vectors(migration)
         ):
             known = len(letters)
             mended += await _mend(migration, page.points, refused, letters)
@@ -210,7 +240,7 @@ def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
 async def _delete_what_is_gone(migration: Migration) -> int:
     """Delete points whose old one is not there any more; return how many."""
     state, gone = migration.state, 0
-    async for page in read(migration.points, state.target, migration.pace.page):
+    async for page in migration.points.pages(state.target, migration.pace.page):
         ids = [point.id for point in page.points]
         there = await migration.points.those(state.source, ids)
         missing = [one for one in ids if one not in there]

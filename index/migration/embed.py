@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from providers.backoff import Backoff
 from providers.base import (
     AllResting,
     DeadlineExceeded,
@@ -102,14 +103,15 @@ class Patient:
         return list(vectors)
 
     async def _ask(self, texts: Sequence[str], *, anew: bool) -> Sequence[Vector]:
+        backoff = Backoff(1, LONGEST_WAIT_S)
         for tried in range(1, MOST_TRIES + 1):
             try:
                 vectors, bought = await self.model.embed(texts, anew=anew)
             except (PassingFailure, AllResting, DeadlineExceeded) as error:
                 if tried == MOST_TRIES:
                     raise
-                wait_s = getattr(error, "retry_after", None) or 2.0 ** (tried - 1)
-                wait_s = min(LONGEST_WAIT_S, wait_s)
+                wait_s = backoff.fail()
+                wait_s = min(LONGEST_WAIT_S, getattr(error, "retry_after", None) or wait_s)
                 log.warning("%s; trying again in %.0f s", error, wait_s)
                 await self.sleep(wait_s)
             else:

@@ -7,7 +7,6 @@ goes to a file beside it.
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,11 +17,10 @@ from typing import Any, Self
 import orjson
 
 from cache import atomic_file, private_files
+from index.collection_reader import PointId
 
 FORMAT = 1
 """Version of the file; one of another version is not touched."""
-
-PointId = int | str
 
 
 class JournalError(Exception):
@@ -162,10 +160,7 @@ class Journal:
         elif lines:
             try:
                 private_files.make_folder(self.dead_letters.parent)
-                with open(self.dead_letters, "ab", opener=private_files.opener) as file:
-                    file.write(lines)
-                    file.flush()
-                    os.fsync(file.fileno())
+                atomic_file.append(self.dead_letters, lines)
             except OSError as error:
                 raise JournalError(f"{self.dead_letters}: {error.strerror}") from error
 

@@ -10,12 +10,10 @@ passes, and told of.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from index.collection_reader import Point, PointId
 from index.migrate import Migration
 
 from .copy import carry, reads_vectors
-from .journal import PointId
-from .pages import read
-from .points import Point
 from .seen import Row, Seen, whole
 
 
@@ -56,8 +54,8 @@ async def _pass(migration: Migration, seen: Seen, late: Late) -> int:
     found = number = 0
     title = f"catching up with {state.collection}"
     with migration.progress(title, await migration.points.count(state.source)) as tell:
-        async for page in read(
-            migration.points, state.source, size, vectors=reads_vectors(migration)
+        async for page in migration.points.pages(
+            state.source, size, vectors=reads_vectors(migration)
         ):
             rows = seen.rows([one.id for one in page.points])
             changed = [

@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from index.collection_reader import Point, PointId
 from index.migrate import Pace, Progress, Wanted, decide, oddity
 from providers.limits import Limits
 
 from . import collections
 from .collections import Old
 from .embed import Model
-from .journal import PointId
-from .points import Point, Points
+from .points import Points
 from .regime import Decision
 
 CALL_S = 1.0
@@ -99,16 +99,18 @@ class Survey:
             dimensions=model.dimensions,
             decision=decision,
         )
-        offset: PointId | None = None
+        pages = self._points.pages(old.name, pace.page, vectors=True)
         sampled = 0
         reading = 0.0
         with progress(f"planning {wanted.collection}", old.points) as tell:
             while True:
                 begun = self._clock()
-                page, offset = await self._points.page(old.name, offset, pace.page, vectors=True)
+                page = await anext(pages, None)
+                if page is None:
+                    break
                 reading += self._clock() - begun
                 texts = []
-                for point in page:
+                for point in page.points:
                     text = wanted.rule.text(point.payload)
                     wrong = oddity(point, old.width, model.dimensions)
                     _count(found, point, text, wrong)
@@ -120,8 +122,6 @@ class Survey:
                         await self._sampled(found, text)
                 await self._price_of(found, texts)
                 tell(found.points)
-                if offset is None:
-                    break
         found.dollars = found.tokens_to_buy * self._price / 1e6
         self._take_time(found)
         found.seconds_moving = PASSES * reading

@@ -14,9 +14,9 @@ from pathlib import Path
 import orjson
 
 from cache import private_files
+from index.collection_reader import Point, PointId
 
-from .journal import JournalError, PointId
-from .points import Point
+from .journal import JournalError
 
 _LAYOUT = """
 DROP TABLE IF EXISTS seen;

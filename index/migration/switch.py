@@ -138,13 +138,11 @@ async def points_to(points: Points, name: str, aliases: Sequence[str]) -> bool:
 
 async def only_in(points: Points, one: str, other: str) -> int:
     """Return how many points a collection has that another lacks."""
-    offset, count = None, 0
-    while True:
-        page, offset = await points.page(one, offset, 1000, vectors=False)
-        ids = [point.id for point in page]
+    count = 0
+    async for page in points.pages(one, 1000):
+        ids = [point.id for point in page.points]
         count += len(ids) - len(await points.those(other, ids))
-        if offset is None:
-            return count
+    return count
 
 
 def _not_now(state: State, step: str) -> str:

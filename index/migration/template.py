@@ -18,10 +18,11 @@ entry point of the group `embedding_proxy.texts`, or a class that makes one with
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Protocol, Self, runtime_checkable
 
 import orjson
+
+from providers import plugins
 
 Payload = Mapping[str, object]
 
@@ -94,7 +95,7 @@ class Rule:
     @classmethod
     def brought(cls, name: str) -> Self:
         """Return the rule that an installed package brings. Raises TemplateError."""
-        found = next(iter(entry_points(group=GROUP, name=name)), None)
+        found = plugins.find(GROUP, name)
         if found is None:
             raise TemplateError(f"no installed package brings a way to make texts called `{name}`")
         try:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from index.collection_reader import Point
 from index.migrate import Migration
 from providers import vector
 from providers.base import Vector
@@ -9,7 +10,6 @@ from providers.base import Vector
 from .copy import Refusals, compare
 from .embed import Refused
 from .late import Late
-from .points import Point
 from .seen import Seen
 
 RECALLED_AMONG = 10

@@ -18,8 +18,8 @@ from typing import Any, Self
 import orjson
 
 from cache.key import Key, Namespace, checksum, keyring
-from index import claims
 from index.collection import Making, name_of
+from index.collection import objections as collection_objections
 from index.connection import Connection
 from index.failures import Denied, QdrantFailure, Unavailable
 from index.indexer import Indexer
@@ -79,7 +79,7 @@ async def objections(settings: Settings, open_connection: Connection) -> list[st
     if qdrant is None:
         return []
     spaces = {name: entry.as_space().label for name, entry in settings.models.items()}
-    return await claims.objections(
+    return await collection_objections(
         open_connection,
         spaces,
         making(qdrant),

@@ -10,12 +10,11 @@ import enum
 import logging
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from providers.base import ClientKeyRefused
+from providers.lru_cache import LRUCache
 
 FRESH_S = 3600.0
 """So long after a proof nothing is asked."""
@@ -33,8 +32,6 @@ MOST = 10_000
 
 SWEEP_EVERY = 1000
 """New files after which the old ones are looked for, and those beyond MOST."""
-
-T = TypeVar("T")
 
 log = logging.getLogger("embedding_proxy.keys")
 
@@ -56,9 +53,9 @@ class Proofs:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder
         self._clock = clock
-        self._proved: OrderedDict[str, float] = OrderedDict()
-        self._refused: OrderedDict[str, tuple[float, ClientKeyRefused]] = OrderedDict()
-        self._deferred: OrderedDict[str, float] = OrderedDict()
+        self._proved = LRUCache[str, float](MOST)
+        self._refused = LRUCache[str, tuple[float, ClientKeyRefused]](MOST)
+        self._deferred = LRUCache[str, float](MOST)
         self._written = 0
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -67,25 +64,25 @@ class Proofs:
     def standing(self, name: str) -> Standing:
         """Return what is known. Raises ClientKeyRefused for a key that was refused just now."""
         now = self._clock()
-        at, refusal = self._refused.get(name, (-REFUSED_S, None))
+        at, refusal = self._refused.peek(name) or (-REFUSED_S, None)
         if refusal is not None and 0 <= now - at < REFUSED_S:
             raise _again(refusal)
-        age = now - self._proved.get(name, 0.0)
+        age = now - (self._proved.peek(name) or 0.0)
         if not 0 <= age < FRESH_S:
             # Another worker may have proved it since.
             age = now - self._on_disk(name)
         if not 0 <= age < STALE_S:
             return Standing.UNKNOWN
-        deferred = 0 <= now - self._deferred.get(name, -AGAIN_S) < AGAIN_S
+        deferred = 0 <= now - (self._deferred.peek(name) or -AGAIN_S) < AGAIN_S
         return Standing.PROVED if age < FRESH_S or deferred else Standing.DUE
 
     def accepted(self, name: str) -> None:
         """Note that the provider has answered to a key."""
         now = self._clock()
-        if 0 <= now - self._proved.get(name, -RENEW_S) < RENEW_S:
+        if 0 <= now - (self._proved.peek(name) or -RENEW_S) < RENEW_S:
             return
-        self._refused.pop(name, None)
-        _note(self._proved, name, now)
+        self._refused.pop(name)
+        self._proved[name] = now
         with contextlib.suppress(OSError):
             file = self._folder / name
             file.touch(mode=0o600)
@@ -96,14 +93,14 @@ class Proofs:
 
     def refused(self, name: str, refusal: ClientKeyRefused) -> None:
         """Note that the provider does not accept a key: from now on nothing is served to it."""
-        self._proved.pop(name, None)
-        _note(self._refused, name, (self._clock(), _again(refusal)))
+        self._proved.pop(name)
+        self._refused[name] = (self._clock(), _again(refusal))
         with contextlib.suppress(OSError):
             (self._folder / name).unlink(missing_ok=True)
 
     def defer(self, name: str) -> None:
         """Note that a new proof of a known key is being asked for: that will do for a while."""
-        _note(self._deferred, name, self._clock())
+        self._deferred[name] = self._clock()
 
     def _on_disk(self, name: str) -> float:
         """Return when a key was proved last by any worker; 0 = never."""
@@ -111,7 +108,7 @@ class Proofs:
             at = (self._folder / name).stat().st_mtime
         except OSError:
             return 0.0
-        _note(self._proved, name, at)
+        self._proved[name] = at
         return at
 
     def _sweep(self) -> None:
@@ -132,10 +129,3 @@ def _again(refusal: ClientKeyRefused) -> ClientKeyRefused:
     return ClientKeyRefused(
         str(refusal), status=refusal.status, kind=refusal.kind, code=refusal.code
     )
-
-
-def _note(known: OrderedDict[str, T], name: str, value: T) -> None:
-    known[name] = value
-    known.move_to_end(name)
-    if len(known) > MOST:
-        known.popitem(last=False)

@@ -9,9 +9,10 @@ time, and too many are warned of once. Only digests of values are kept, and only
 import hashlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from providers.lru_cache import LRUCache
 
 MAX_SETS = 20
 """Distinct parameter sets of one model within `WINDOW_S` that are nothing unusual."""
@@ -30,7 +31,7 @@ log = logging.getLogger("embedding_proxy.spaces")
 class _Seen:
     """The parameter sets of one model."""
 
-    sets: OrderedDict[bytes, tuple[float, dict[str, bytes]]] = field(default_factory=OrderedDict)
+    sets: dict[bytes, tuple[float, dict[str, bytes]]] = field(default_factory=dict)
     """By digest: when it was last used, and the digest of each value. The newest is last."""
     is_told: bool = False
 
@@ -43,25 +44,21 @@ class SpaceWatch:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._models: OrderedDict[str, _Seen] = OrderedDict()
+        self._models = LRUCache[str, _Seen](_MAX_MODELS)
 
     def note(self, model: str, parameters: Sequence[tuple[str, bytes]]) -> None:
         """Take note of one request's parameters, (name, canonical JSON); warn if they are many."""
         if not parameters:
             return
-        seen = self._models.setdefault(model, _Seen())
-        self._models.move_to_end(model)
-        if len(self._models) > _MAX_MODELS:
-            self._models.popitem(last=False)
+        seen = self._models.get_or_make(model, _Seen)
         if seen.is_told:
             return
         now = self._clock()
         whole = _digest(b"".join(_digest(name.encode()) + _digest(one) for name, one in parameters))
         values = {name[:MAX_NAME]: _digest(value) for name, value in parameters[:MAX_FIELDS]}
+        seen.sets.pop(whole, None)
         seen.sets[whole] = now, values
-        seen.sets.move_to_end(whole)
-        while next(iter(seen.sets.values()))[0] < now - WINDOW_S:
-            seen.sets.popitem(last=False)
+        seen.sets = {key: one for key, one in seen.sets.items() if one[0] >= now - WINDOW_S}
         if len(seen.sets) > MAX_SETS:
             seen.is_told = True
             self._warn(model, [one for _, one in seen.sets.values()])

@@ -9,9 +9,9 @@ with one another, and neither with the model's own nor with those of another ver
 """
 
 from functools import lru_cache
-from importlib.metadata import entry_points
 from typing import Protocol, runtime_checkable
 
+from providers import plugins
 from providers.vector import Floats
 
 GROUP = "embedding_proxy.widths"
@@ -40,7 +40,7 @@ class UnknownStrategy(LookupError):
 @lru_cache
 def find(name: str) -> Strategy:
     """Return a strategy by its name. Raises UnknownStrategy, with a message for people."""
-    found = next(iter(entry_points(group=GROUP, name=name)), None)
+    found = plugins.find(GROUP, name)
     if found is None:
         raise UnknownStrategy(
             "expected strict, truncate or pad, or a strategy that an installed package brings"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cache.maintenance.import_source import Source, SourceError
-from index.points import SCHEMES, Points
+from index.collection_reader import SCHEMES, TextSource
 
 from .jsonl import JsonLines, is_jsonl
 from .langchain import LangChain
@@ -23,7 +23,8 @@ def open_source(
     """Return the pairs at a location. Raises SourceError if it is seen at once that there are none.
 
     The format follows from the location unless it is given: `….jsonl` or `….ndjson`, gzipped or
-    not, `….parquet`, a folder of LangChain, or a collection of Qdrant (see `index.points`).
+    not, `….parquet`, a folder of LangChain, or a collection of Qdrant (see
+    `index.collection_reader`).
 
     `text_field` and `vector_field` name the fields, or columns, `text` and `embedding` if not
     given. For Qdrant `vector_field` is a named vector, for LangChain a namespace; there it is
@@ -40,7 +41,7 @@ def open_source(
         )
     path = Path(location)
     if format == "qdrant":
-        return Points(location, text_field, vector_field)
+        return TextSource(location, text_field, vector_field)
     if texts is not None:
         return LangChain(path, texts, text_field, vector_field)
     reader = JsonLines if format == "jsonl" else Parquet

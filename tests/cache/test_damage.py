@@ -342,7 +342,7 @@ from cache.disk.carver import Carver
 from cache.disk.database import Database
 from cache.disk.store import Store
 
-directory, place, points = Path(sys.argv[1]), int(sys.argv[2]), []
+directory, place, points = Path(), 0, []
 
 def counted(owner, name, *, after):
     work = getattr(owner, name)
@@ -372,20 +372,50 @@ async def main():
         counted(salvage, "_put_records", after=True)
         await store._writer.replace(old)
         await store.salvaged()
-    print(len(points))
+    print(len(points), flush=True)
 
-asyncio.run(main())
+# What is imported above is imported once.
+for line in sys.stdin:
+    path, _, number = line.strip().rpartition(" ")
+    child = os.fork()
+    if not child:
+        directory, place = Path(path), int(number)
+        asyncio.run(main())
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def _run_killed(directory, place):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED, str(directory), str(place)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run_killed():
+    """Give a function that runs KILLED in a process of its own; it returns what that has printed.
+
+    This is the number of points if it came to its end, and the status of the process.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def run(directory, place):
+            process.stdin.write(f"{directory} {place}\n")
+            process.stdin.flush()
+            lines = [int(process.stdout.readline())]
+            if not place:
+                lines.append(int(process.stdout.readline()))
+            return lines
+
+        yield run
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("how", ["checkpointed", "with a log"])
-async def test_a_kill_at_any_point_loses_nothing_and_counts_nothing_twice(directory, tmp_path, how):
+async def test_a_kill_at_any_point_loses_nothing_and_counts_nothing_twice(
+    directory, tmp_path, how, run_killed
+):
     """A process is killed while it sets a file aside or salvages it; the next one finishes."""
     if how == "with a log":
         async with Store(directory, GIB) as store:
@@ -395,14 +425,12 @@ async def test_a_kill_at_any_point_loses_nothing_and_counts_nothing_twice(direct
         for shared in directory.rglob("*-shm"):
             shared.unlink()
     expected = set(RECORDS) | (set(NEW) if how == "with a log" else set())
-    done = _run_killed(shutil.copytree(directory, tmp_path / "whole"), 0)
-    assert done.returncode == 0, done.stderr
-    points = int(done.stdout)
+    points, status = run_killed(shutil.copytree(directory, tmp_path / "whole"), 0)
+    assert status == 0
     assert points >= 15
     for place in range(1, points + 1):
         victim = shutil.copytree(directory, tmp_path / f"victim-{place}")
-        done = _run_killed(victim, place)
-        assert done.returncode == -9, done.stderr
+        assert run_killed(victim, place) == [-9]
         async with Store(victim, GIB) as store:
             assert await _found(store, RECORDS | NEW) == expected
             await store.salvaged()

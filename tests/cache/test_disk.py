@@ -239,7 +239,7 @@ async def test_opening_that_keeps_failing_is_not_tried_each_second(tmp_path, mon
             for tick in range(1, 9):
                 await store._tick(tick)
             assert len(tries) == 1 + 3
-            store._writer.rest._until = 0.0
+            store._writer.backoff._until = 0.0
             patch.undo()
             await store._tick(9)
             assert (await store.get_many(list(RECORDS))).keys() == RECORDS.keys()

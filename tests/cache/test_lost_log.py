@@ -261,7 +261,7 @@ async def test_nothing_is_set_aside_while_a_reader_keeps_a_part_of_the_log(tmp_p
             with pytest.raises(LogHeld):
                 await store._disk.write(store._disk.file.save_log)
             assert _asides(tmp_path) == []
-        store._writer.rest.succeeded()
+        store._writer.backoff.succeed()
         assert await store.flush_counts()
         await store._tick(10)
         await _assert_there(store, 3)

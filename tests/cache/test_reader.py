@@ -11,13 +11,13 @@ import pytest
 from clock import Clock
 
 from cache.disk import read_only
-from cache.disk.backoff import LONGEST_SECONDS, SHORTEST_SECONDS
 from cache.disk.changes import Changes, Found, Kept
 from cache.disk.connection import Disk
 from cache.disk.read_only import SLOW_SECONDS, Glance
 from cache.disk.reader import Reader
 from cache.disk.store import Store
 from cache.row import Partition
+from providers.backoff import MAX_SECONDS, MIN_SECONDS
 
 GIB = 1 << 30
 P = Partition("", "m", 4)
@@ -104,20 +104,20 @@ async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
     quick = read_only.read_many
     monkeypatch.setattr(read_only, "read_many", slow)
     with contextlib.closing(Glance(disk.file.path, clock)) as glance:
-        rest = SHORTEST_SECONDS
+        rest = MIN_SECONDS
         for _ in range(8):
             assert glance.read_few(_addresses([1])) == _found([1])
             clock.now += rest - 0.01
             assert glance.read_few(_addresses([1])) is None
             clock.now += 0.02
-            rest = min(2 * rest, LONGEST_SECONDS)
+            rest = min(2 * rest, MAX_SECONDS)
         monkeypatch.setattr(read_only, "read_many", quick)
         for _ in range(2):
             assert glance.read_few(_addresses([1])) == _found([1])
         monkeypatch.setattr(read_only, "read_many", slow)
         assert glance.read_few(_addresses([1])) == _found([1])
         assert glance.read_few(_addresses([1])) is None
-        clock.now += SHORTEST_SECONDS + 0.01
+        clock.now += MIN_SECONDS + 0.01
         assert glance.read_few(_addresses([1])) == _found([1])
 
 
@@ -137,11 +137,11 @@ async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, 
         # Of the first slow one nobody knows what it waited for.
         assert glance.read_few(_addresses([1])) == _found([1])
         assert glance.read_few(_addresses([1])) is None
-        clock.now += SHORTEST_SECONDS + 0.01
+        clock.now += MIN_SECONDS + 0.01
         for _ in range(2):
             assert glance.read_few(_addresses([1])) == _found([1])
             assert (glance.read_few(_addresses([1])) is None) == rests
-            clock.now += LONGEST_SECONDS + 0.01
+            clock.now += MAX_SECONDS + 0.01
 
 
 @pytest.mark.parametrize("error", [sqlite3.DatabaseError("malformed"), ValueError(), MemoryError()])
@@ -240,7 +240,7 @@ async def test_without_a_glance_the_thread_reads(disk, reader, by_thread):
 async def test_a_file_that_keeps_failing_is_not_glanced_at(disk, reader):
     """Whoever waits for the thread's rest to end waits with this, too."""
     for _ in range(3):
-        reader.rest.failed()
+        reader.backoff.fail()
     assert reader.at_once(_addresses([5]), 0.0) is None
     assert await reader.many(_addresses([5]), 0.0) == {}
 

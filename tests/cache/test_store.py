@@ -493,7 +493,7 @@ async def test_what_keeps_failing_is_left_alone(tmp_path, monkeypatch):
             patch.setattr(database.Database, "write", failing)
             told = [await store.put_many(_records([i])) for i in range(10)]
         assert (any(told), len(tries)) == (False, 3)
-        store._writer.rest._until = 0.0  # the rest is over
+        store._writer.backoff._until = 0.0  # the rest is over
         assert await store.put_many(_records([1]))
 
 
@@ -718,12 +718,12 @@ async def test_a_resting_disk_gets_what_was_bought_meanwhile(tmp_path):
     records = _records(range(5))
     async with Store(tmp_path, GIB) as store:
         for _ in range(3):
-            store._writer.rest.failed()
+            store._writer.backoff.fail()
         assert await store.put_many(records) is False
         assert await _read(store, list(records)) == records
         await store._tick(store_module.FLUSH_TICKS)
         assert _rows(tmp_path) == 0
-        store._writer.rest._until = 0.0
+        store._writer.backoff._until = 0.0
         await store._tick(store_module.FLUSH_TICKS)
         assert _rows(tmp_path) == 5
 
@@ -949,7 +949,7 @@ async def test_a_reader_without_an_end_does_not_make_the_log_outgrow_the_limit(
             reader.execute("SELECT count(*) FROM Cache").fetchall()
             written = []
             for start in range(100, len(total), 20):
-                store._writer.rest.succeeded()
+                store._writer.backoff.succeed()
                 written.append(await store.put_many(_records(range(start, start + 20), size)))
                 files = (_database(tmp_path), _database(tmp_path).with_name("cache.db-wal"))
                 assert sum(file.stat().st_size for file in files) <= 1.05 * limit
@@ -958,7 +958,7 @@ async def test_a_reader_without_an_end_does_not_make_the_log_outgrow_the_limit(
             assert written[-10:] == [False] * 10
             late = _records(range(len(total) - 20, len(total)), size)
             assert await _read(store, list(late)) == late
-        store._writer.rest.succeeded()
+        store._writer.backoff.succeed()
         await store._writer.flush()
         assert not store._pending.backlog
         assert await store.put_many(_records([9999], size))

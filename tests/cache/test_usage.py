@@ -108,7 +108,7 @@ async def test_sums_are_kept_over_failures_exactly_once(tmp_path_factory, steps)
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(Store(directory, GIB))
             for step in [*steps, "flush"]:
-                store._writer.rest.succeeded()
+                store._writer.backoff.succeed()
                 patch.setattr(database.Database, "write", failing if "fails" in step else write)
                 if step == "count":
                     counted += 1
@@ -118,7 +118,7 @@ async def test_sums_are_kept_over_failures_exactly_once(tmp_path_factory, steps)
                     store = await stack.enter_async_context(Store(directory, GIB))
                 elif step == "resting":
                     for _ in range(3):
-                        store._writer.rest.failed()
+                        store._writer.backoff.fail()
                     assert await store.put_many({bytes(16): b"record"}, P.partition) is False
                 elif step.startswith("put"):
                     assert await store.put_many({bytes(16): b"r"}, P.partition) is (step == "put")

@@ -3,16 +3,16 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.disk import uses as uses_module
+from cache.disk import pending
 from cache.disk.changes import Use
-from cache.disk.uses import Uses
+from cache.disk.pending import Uses
 
 ADDRESSES = [bytes([i]) for i in range(8)]
 
 
 def test_those_noted_longest_ago_are_forgotten(monkeypatch):
     """Half of the most are always there, never more than all; what is forgotten is not written."""
-    monkeypatch.setattr(uses_module, "MOST", 4)
+    monkeypatch.setattr(pending, "MAX_USES", 4)
     uses = Uses()
     for at, address in enumerate(ADDRESSES):
         uses.note([address], Use(at, None))

@@ -260,7 +260,7 @@ async def test_three_failures_are_followed_by_a_rest(rig):
     await rig.writer.flush()
     assert len(rig.disk.file.sizes) == tries
     rig.disk.file.failure = lambda _: None
-    rig.writer.rest._until = 0.0
+    rig.writer.backoff._until = 0.0
     await rig.writer.flush()
     assert (rig.numbers, rig.backlog) == ({0, 1, 2}, set())
 
@@ -369,7 +369,7 @@ async def test_in_any_order_nothing_is_lost_or_counted_twice(steps):
     everything = {}
     rig.disk.gate.shut()
     for number, step in enumerate(steps):
-        rig.writer.rest.succeeded()
+        rig.writer.backoff.succeed()
         if step == "put":
             tasks.append((number, rig.put(number)))
         elif step == "count":
@@ -396,7 +396,7 @@ async def test_in_any_order_nothing_is_lost_or_counted_twice(steps):
     if rig.disk.file.failure(None) is not None:
         everything |= dict.fromkeys(rig.numbers)
         rig.disk.file.failure = lambda _: None
-    rig.writer.rest.succeeded()
+    rig.writer.backoff.succeed()
     await rig.writer.finish()
     assert rig.numbers | everything.keys() == {number for number, _ in tasks}
     assert rig.disk.file.hits == counted

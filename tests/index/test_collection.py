@@ -9,8 +9,8 @@ import pytest
 from qdrant_client import models
 from qdrant_server import REAL, QdrantServer, answer, overloaded
 
-from index import claims, version
-from index.collection import Making, Provenance, ensure, look, name_of
+from index import connection
+from index.collection import Making, Provenance, ensure, look, name_of, objections
 from index.connection import Connection
 from index.failures import (
     Denied,
@@ -106,9 +106,9 @@ async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(se
         with pytest.raises(OtherSpace, match="adopt"):
             await ensure(qdrant, "docs", SMALL)
         assert not await ensure(qdrant, "docs", SMALL, Making(adopt=True))
-        (said,) = await claims.objections(qdrant, {"m": SMALL.space}, Making())
+        (said,) = await objections(qdrant, {"m": SMALL.space}, Making())
         assert why in said
-        assert await claims.objections(qdrant, {"m": SMALL.space}, Making(adopt=True)) == []
+        assert await objections(qdrant, {"m": SMALL.space}, Making(adopt=True)) == []
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ async def test_what_a_server_is_too_old_for_is_said(told, expected, lacks, serve
     """By its own word; who says nothing is taken for new, and asked no more."""
     server.version = told
     async with Connection(url=server.url) as qdrant:
-        assert await version.version(qdrant) == expected
-        found = [await version.no_metadata(qdrant), await version.no_insert_only(qdrant)]
+        assert await connection.version(qdrant) == expected
+        found = [await connection.no_metadata(qdrant), await connection.no_insert_only(qdrant)]
     assert [one is not None for one in found] == lacks
     assert all(server.url in one for one in found if one)
 
@@ -136,9 +136,9 @@ async def test_a_gateway_and_a_folder_say_no_version(server, tmp_path):
     """A 404 at the root is no failure, and a folder is as new as the package."""
     server.script.append(answer(404, ""))
     async with Connection(url=server.url) as qdrant:
-        assert await version.version(qdrant) is None
+        assert await connection.version(qdrant) is None
     async with Connection(path=tmp_path / "folder") as qdrant:
-        assert await version.version(qdrant) is None
+        assert await connection.version(qdrant) is None
 
 
 @pytest.mark.parametrize(

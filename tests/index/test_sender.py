@@ -10,7 +10,6 @@ import pytest
 from clock import Clock
 from qdrant_server import QdrantServer, answer, overloaded
 
-from cache.disk.backoff import FAILURES_IN_A_ROW, SHORTEST_SECONDS, Rest
 from index import indexer as indexer_module
 from index import sender
 from index.collection import Making
@@ -18,6 +17,7 @@ from index.connection import Connection
 from index.indexer import Indexer
 from index.outbox import Full, Outbox
 from index.point import Point, Target, id_bytes
+from providers.backoff import MIN_SECONDS, THRESHOLD, Backoff
 
 TARGET = Target("docs", "m", 2)
 VECTOR = bytes.fromhex("0000803f00000000")
@@ -183,17 +183,17 @@ async def test_an_outbox_that_keeps_failing_is_left_alone_for_a_while(
     monkeypatch.setattr(Outbox, "add", fails)
     failing = True
     async with QdrantServer() as server, sending(tmp_path, server.url) as (indexer, _):
-        indexer._rest = Rest(clock)
-        for _ in range(FAILURES_IN_A_ROW + 2):
+        indexer._backoff = Backoff(threshold=THRESHOLD, clock=clock)
+        for _ in range(THRESHOLD + 2):
             await indexer.add(TARGET, points(2))
-        assert (len(tries), indexer.dropped) == (FAILURES_IN_A_ROW, 2 * FAILURES_IN_A_ROW + 4)
-        clock.now += SHORTEST_SECONDS
+        assert (len(tries), indexer.dropped) == (THRESHOLD, 2 * THRESHOLD + 4)
+        clock.now += MIN_SECONDS
         failing = False
-        for number in range(1, FAILURES_IN_A_ROW):
+        for number in range(1, THRESHOLD):
             await indexer.add(TARGET, points(2 + number))
         # It succeeded in between, so these failures are the first of another row.
         failing = True
-        for _ in range(FAILURES_IN_A_ROW - 1):
+        for _ in range(THRESHOLD - 1):
             await indexer.add(TARGET, points(9))
         failing = False
         await indexer.add(TARGET, points(9))

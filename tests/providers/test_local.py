@@ -1,5 +1,6 @@
 """The local model itself, no fake: its semantics, its limits, and what loading it leaves behind."""
 
+import inspect
 import itertools
 import logging
 import subprocess
@@ -174,17 +175,18 @@ async def test_a_huge_text_is_refused_unread(length):
 
 
 @pytest.mark.parametrize(
-    ("table", "space", "problem"),
+    ("number", "width", "space", "problem"),
     [
-        (np.zeros((32_000, 256), np.float32), SPACE, "embedding 0: .*not finite"),
-        (np.ones((32_000, 128), np.float32), SPACE, "128 dimensions instead of 256"),
-        (np.ones((32_000, 256), np.float32), Space("w", 64), "256 dimensions instead of 64"),
+        (0, 256, SPACE, "embedding 0: .*not finite"),
+        (1, 128, SPACE, "128 dimensions instead of 256"),
+        (1, 256, Space("w", 64), "256 dimensions instead of 64"),
     ],
 )
-async def test_its_answers_are_checked_like_any_other(table, space, problem, model):
+async def test_its_answers_are_checked_like_any_other(number, width, space, problem, model):
     """Damaged weights or a wrong width in the configuration give an error and no vector."""
     tokenizer = (await _loaded(model)).tokenizer
     async with Local("mine") as provider:
+        table = np.full((32_000, width), number, np.float32)
         provider._model = SimpleNamespace(tokenizer=tokenizer, embedding=table)
         with pytest.raises(InvalidAnswer, match=f"mine: .*{problem}"):
             await embed(provider, ["a"], space)
@@ -212,6 +214,7 @@ async def test_the_model_is_loaded_once_and_off_the_loop(model, monkeypatch):
 async def test_without_wordllama_the_remedy_is_said(monkeypatch):
     """A missing extra is named with the command that adds it, and logging stays as it was."""
     monkeypatch.setitem(sys.modules, "wordllama", None)
+    monkeypatch.setattr(local, "_load", inspect.unwrap(local._load))
     before = list(logging.getLogger().handlers)
     async with Local() as provider:
         with pytest.raises(NoRoute, match=r"pip install 'wordllama>=0\.4'"):

@@ -119,7 +119,7 @@ def test_every_command_ends_with_the_code_of_the_page(words, code, folder, comma
     # It would go on in a second process.
     monkeypatch.setattr("proxy.commands.migrate.outlive", lambda: None)
     # A Qdrant that is not there would be waited for.
-    monkeypatch.setattr("index.migration.points.MOST_TRIES", 1)
+    monkeypatch.setattr("index.collection_reader.MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = words.format(
             port=taken.getsockname()[1], qdrant=" ".join(QDRANT), model=" ".join(MODEL)

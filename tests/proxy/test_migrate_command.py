@@ -165,7 +165,7 @@ async def test_without_names_all_migrations_are_listed(migrate, system, command)
 
 async def test_a_qdrant_that_is_not_there_is_named(migrate, system, command, monkeypatch):
     """A refused connection names the host and port that nobody listens on."""
-    monkeypatch.setattr("index.migration.points.MOST_TRIES", 1)
+    monkeypatch.setattr("index.collection_reader.MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     plan = ("plan", CONTEXT, "--to", MISTRAL, "--config", str(system.config))

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from talk import Talk
 
-from index.failures import Unavailable
-from index.translation import translated
+from index.failures import Unavailable, translated
 from providers.ratelimit import MAX_TOLD_WAIT, MAX_WAIT, seconds_until, tellable, told_header
 from proxy.errors import Failure
 from proxy.http import guard

@@ -22,7 +22,7 @@ from qdrant_client.models import (
 )
 
 from cache.maintenance.import_source import Pair, Refused, SourceError
-from index.points import Points
+from index.collection_reader import TextSource
 
 DOT = VectorParams(size=2, distance=Distance.DOT)
 COSINE = VectorParams(size=2, distance=Distance.COSINE)
@@ -119,14 +119,14 @@ def _page(*ids, after=None) -> tuple[int, dict]:
 
 def test_points_come_as_pairs_again_and_again(collection, monkeypatch):
     """All points come, in pages, each time anew, and nothing stays open or locked between."""
-    monkeypatch.setattr("index.points._PAGE", 3)
+    monkeypatch.setattr("index.collection_reader.PAGE", 3)
     points = [PointStruct(id=n, vector=[n, 0.1], payload={"text": f"t{n}"}) for n in range(7)]
     location = collection(points)
-    source = Points(location)
+    source = TextSource(location)
     expected = [_pair(f"t{n}", n, 0.1) for n in range(7)]
     assert list(source) == expected
     next(iter(source))
-    assert list(source) == list(Points(location)) == expected
+    assert list(source) == list(TextSource(location)) == expected
     assert source.name == location
 
 
@@ -135,9 +135,9 @@ def test_a_folder_in_use_is_told(collection, tmp_path):
     """A folder that another client holds is not read behind its back."""
     location = collection([])
     holder = QdrantClient(path=str(tmp_path / "data"))
-    with closing(holder), pytest.raises(SourceError, match="already accessed by another instance"):
-        Points(location)
-    assert list(Points(location)) == []
+    with closing(holder), pytest.raises(SourceError, match="is open in another process"):
+        TextSource(location)
+    assert list(TextSource(location)) == []
     gc.collect()  # the library leaves the lock's file open, and it is closed here
 
 
@@ -153,7 +153,7 @@ def test_a_point_without_text_or_vector_is_refused(collection):
         ],
         {"v": DOT},
     )
-    assert list(Points(location, "page")) == [
+    assert list(TextSource(location, "page")) == [
         _pair("a", 1, 2),
         Refused("point 2", "the text is not a string"),
         Refused("point 3", "the text is missing"),
@@ -165,28 +165,28 @@ def test_a_named_vector_is_taken_by_its_name(collection):
     """Where there are several vectors one has to be named; where there is one, it is taken."""
     point = PointStruct(id=1, vector={"a": [1, 2], "b": [3, 4]}, payload={"text": "t"})
     location = collection([point], {"a": DOT, "b": DOT})
-    assert list(Points(location, vector="b")) == [_pair("t", 3, 4)]
+    assert list(TextSource(location, vector="b")) == [_pair("t", 3, 4)]
     for name, wanted in [(None, "unnamed vector"), ("c", "vector `c`")]:
         with pytest.raises(SourceError, match=f"has no {wanted}; .* vectors: `a`, `b`$"):
-            Points(location, vector=name)
+            TextSource(location, vector=name)
 
 
 def test_the_unnamed_vector_is_found_beside_a_sparse_one(collection):
     """A sparse vector beside it does not hide the one that is meant."""
     point = PointStruct(id=1, vector=[1, 2], payload={"text": "t"})
     location = collection([point], sparse_vectors_config={"words": SparseVectorParams()})
-    assert list(Points(location)) == [_pair("t", 1, 2)]
+    assert list(TextSource(location)) == [_pair("t", 1, 2)]
 
 
 def test_a_folder_keeps_vectors_of_cosine_collections_as_given(collection):
     """The embedded mode scales vectors in memory only: what is read from its folder is the same."""
     location = collection([PointStruct(id=1, vector=[3, 4], payload={"text": "t"})], COSINE)
-    assert list(Points(location)) == [_pair("t", 3, 4)]
+    assert list(TextSource(location)) == [_pair("t", 3, 4)]
 
 
 def test_an_empty_collection_is_an_empty_source(collection):
     """A collection without points has no pairs, and that is no mistake."""
-    assert list(Points(collection([]))) == []
+    assert list(TextSource(collection([]))) == []
 
 
 @pytest.mark.parametrize(
@@ -200,23 +200,23 @@ def test_an_empty_collection_is_an_empty_source(collection):
 def test_vectors_that_are_not_as_they_were_are_not_read(collection, vectors, message):
     """Rounded vectors, several for one text, and none at all are told when it is opened."""
     with pytest.raises(SourceError, match=message):
-        Points(collection([], vectors))
+        TextSource(collection([], vectors))
 
 
 def test_a_missing_field_is_told_with_those_there_are(collection):
     """If no payload has the field, the message names the fields that they have."""
     location = collection([PointStruct(id=1, vector=[1, 2], payload={"page": "a", "n": 1})])
     with pytest.raises(SourceError, match=r"have no field `text`; fields: `n`, `page`$"):
-        Points(location)
+        TextSource(location)
 
 
 def test_an_unknown_collection_and_a_wrong_folder_are_told(collection, tmp_path):
     """Neither is made by looking for it."""
     location = collection([])
     with pytest.raises(SourceError, match=r"Collection docs2 not found$"):
-        Points(location + "2")
+        TextSource(location + "2")
     with pytest.raises(SourceError, match=r"no folder of Qdrant's embedded mode: no meta\.json$"):
-        Points(f"qdrant+path:{tmp_path}/nothing/docs")
+        TextSource(f"qdrant+path:{tmp_path}/nothing/docs")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -233,7 +233,7 @@ def test_an_unknown_collection_and_a_wrong_folder_are_told(collection, tmp_path)
 def test_a_location_of_another_form_is_refused(location, message):
     """A location names a host and a collection, and nothing that is secret."""
     with pytest.raises(SourceError, match=message) as told:
-        Points(location)
+        TextSource(location)
     assert "secret" not in str(told.value)
 
 
@@ -242,7 +242,7 @@ def test_a_server_is_read_in_pages_with_the_key(server, monkeypatch):
     vectors = {"size": 2, "distance": "Dot"}
     there = server(_info(vectors), _page(1), _page(1, 2, after=3), _page(3))
     monkeypatch.setenv("QDRANT_API_KEY", "key")
-    source = Points(f"qdrant://127.0.0.1:{there.server_port}/gateway/my%20docs")
+    source = TextSource(f"qdrant://127.0.0.1:{there.server_port}/gateway/my%20docs")
     assert list(source) == [_pair("1", 1, 0.1), _pair("2", 2, 0.1), _pair("3", 3, 0.1)]
     assert [path.partition("?")[0] for path, _, _ in there.asked[1:]] == ["/gateway" + SCROLL] * 3
     assert [body.get("offset") for _, _, body in there.asked[1:]] == [None, None, 3]
@@ -252,36 +252,52 @@ def test_a_server_is_read_in_pages_with_the_key(server, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, "a key is needed: set QDRANT_API_KEY$"),
-        (403, "the key is refused: see QDRANT_API_KEY$"),
-        (404, "there is no collection `docs`$"),
-        (500, "Unexpected Response: 500"),
+        (401, r"the key is not accepted: HTTP 401: no \(see QDRANT_API_KEY\)$"),
+        (403, r"the key is not accepted: HTTP 403: no \(see QDRANT_API_KEY\)$"),
+        (404, "HTTP 404: no$"),
+        (500, "HTTP 500: no$"),
     ],
 )
 def test_a_servers_refusal_is_told_in_one_line(server, status, message):
     """What the server says becomes one line with the remedy."""
     there = server((status, {"status": {"error": "no"}, "time": 0}))
     with pytest.raises(SourceError, match=message) as told:
-        Points(f"qdrant://127.0.0.1:{there.server_port}/docs")
+        TextSource(f"qdrant://127.0.0.1:{there.server_port}/docs")
     assert "\n" not in str(told.value)
 
 
-def test_a_server_that_is_not_there_is_told(server):
-    """A refused connection is told in one line, when opened and in the middle of reading."""
-    there = server(_info({"size": 2, "distance": "Dot"}), _page(1), _page(1, after=2), (500, {}))
-    source = Points(f"qdrant://127.0.0.1:{there.server_port}/docs")
+def test_a_server_that_is_not_there_is_told(server, monkeypatch):
+    """A refused connection is told at once, a failure amid reading after some tries."""
+    monkeypatch.setattr("index.collection_reader.MAX_TRIES", 2)
+    monkeypatch.setattr("index.collection_reader.MIN_WAIT_S", 0)
+    failure = (500, {"status": {"error": "broken"}})
+    there = server(
+        _info({"size": 2, "distance": "Dot"}), _page(1), _page(1, after=2), failure, failure
+    )
+    source = TextSource(f"qdrant://127.0.0.1:{there.server_port}/docs")
     items = iter(source)
     assert next(items) == _pair("1", 1, 0.1)
-    with pytest.raises(SourceError, match="500"):
+    with pytest.raises(SourceError, match=r"HTTP 500: broken$"):
         next(items)
     there.shutdown()
     there.server_close()
-    with pytest.raises(SourceError, match="Connection refused"):
-        Points(source.name)
+    with pytest.raises(SourceError, match="connection refused by 127"):
+        TextSource(source.name)
+
+
+def test_what_passes_by_itself_is_waited_out(server, monkeypatch, caplog):
+    """Amid reading a server that is busy is asked again for the same page; nothing is lost."""
+    monkeypatch.setattr("index.collection_reader.MIN_WAIT_S", 0)
+    vectors, busy = {"size": 2, "distance": "Dot"}, (503, {"status": {"error": "busy"}})
+    there = server(_info(vectors), _page(1), _page(1, after=2), busy, busy, _page(2))
+    source = TextSource(f"qdrant://127.0.0.1:{there.server_port}/docs")
+    assert list(source) == [_pair("1", 1, 0.1), _pair("2", 2, 0.1)]
+    assert [body["offset"] for _, _, body in there.asked[3:]] == [2, 2, 2]
+    assert caplog.text.count("busy; trying again") == 2
 
 
 def test_a_missing_library_is_told_with_its_remedy(monkeypatch):
     """Without the library, the message says what to install."""
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
     with pytest.raises(SourceError, match=r"pip install 'qdrant-client>=1\.16'"):
-        Points("qdrant://host/docs")
+        TextSource("qdrant://host/docs")
