@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from providers import kinds
 from proxy.config import ConfigError, load
 
 BASE = {
@@ -133,8 +134,16 @@ def _is_open(mistake: Mistake, other: Mistake) -> bool:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_packages():
+    """Look for no kinds in all that is installed, which takes most of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kinds, "entry_points", lambda **_: ())
+        yield
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(_no_packages, tmp_path_factory):
     """Give what is told of each mistake alone."""
     file = tmp_path_factory.mktemp("alone") / "config.yaml"
     return [_told(one.change, file) for one in MISTAKES]
