@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from proxy.commands.common import ConfigOption, fail, one_line
-from proxy.commands.groups import OTHERS, cache_app, group, migrate_app
+from proxy.commands.groups import OTHERS, cache_app, config_app, group, migrate_app
 from proxy.imports import EXIT_CODE, importing
 
 if TYPE_CHECKING:
@@ -26,11 +26,13 @@ T = TypeVar("T")
 app = group(
     "A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
     OTHERS,
-    add_completion=False,
+    # A flag without a value is converted by typer, which imports pydantic for it.
+    context_settings={"default_map": {"help": False}},
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
 app.add_typer(migrate_app, name="migrate")
+app.add_typer(config_app, name="config")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
@@ -102,7 +104,7 @@ def serve(
         raise typer.Exit(EXIT_CODE)
 
 
-@app.command()
+@app.command(short_help="Embed real text on the local model, twice, and show what came from cache.")
 def demo() -> None:
     """Embed real text on the local model, twice, and show what came from the cache."""
     try:
