@@ -5,6 +5,7 @@ interrupted. What a command needs is imported when it is called: `--help` and `-
 nothing of it.
 """
 
+import io
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from proxy.commands.common import ConfigOption, fail, one_line
+from proxy.commands.common import ConfigOption, discard_unwritten, fail, one_line
 from proxy.commands.groups import OTHERS, cache_app, config_app, group, migrate_app
 from proxy.imports import EXIT_CODE, importing
 
@@ -86,6 +87,7 @@ def serve(
         logging.getLogger("embedding_proxy").warning(
             "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
         )
+    start.check_open_files()
     check_own_address(configuration)
     with server.listen(settings) as listening:
 
@@ -111,7 +113,7 @@ def demo() -> None:
         with importing():
             from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
     except ImportError as error:
-        fail(str(error), 1)
+        fail(str(error).strip().rpartition("\n")[2], 1)
     try:
         run()
     except DemoFailed as error:
@@ -138,5 +140,13 @@ def main() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
-    with one_line():
-        app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the encoding of a terminal lacks is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with one_line():
+            app()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            discard_unwritten(stream)

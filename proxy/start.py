@@ -5,14 +5,28 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from cache.maintenance.holding import holding
-from providers import kinds, local
-from proxy.commands.common import path_text
+from providers import descriptors, kinds, local
+from proxy.commands.common import WorkFailed, path_text
 from proxy.embedding.opening import key_of
 from proxy.formatting import count, size
 from proxy.service import GIB
 from proxy.settings.schema import Settings
 
 log = logging.getLogger("embedding_proxy.start")
+
+MIN_OPEN_FILES = 48
+"""With fewer, a proxy may run out of them amid its first requests."""
+
+
+def check_open_files() -> None:
+    """Raise the limit on open files as far as it goes. Raises WorkFailed if that is too low."""
+    descriptors.raise_limit()
+    allowed = descriptors.limit()
+    if allowed < MIN_OPEN_FILES:
+        raise WorkFailed(
+            f"the limit on open files (ulimit -n) is {allowed}, and the proxy needs at least"
+            f" {MIN_OPEN_FILES}; raise it, and start again"
+        )
 
 
 def report(settings: Settings) -> None:
