@@ -71,7 +71,6 @@ def serve(
         import logging  # noqa: PLC0415
 
         from proxy.http.cache_control import MEANING  # noqa: PLC0415
-        from proxy.own_address import check_own_address  # noqa: PLC0415
 
         from . import config, server, start  # noqa: PLC0415
         from . import workers as processes  # noqa: PLC0415
@@ -88,7 +87,7 @@ def serve(
             "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
         )
     start.check_open_files()
-    check_own_address(configuration)
+    start.check_environment(configuration)
     with server.listen(settings) as listening:
 
         def announce() -> None:

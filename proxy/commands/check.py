@@ -118,8 +118,8 @@ def _cache_lines(cache: Cache, store: Inspection) -> Iterator[str]:
     yield f"cache: {path_text(cache.directory)}: {says}; {free} are free on the disk"
     if store.lacking_bytes:
         yield (
-            f"  the disk has {size(store.lacking_bytes)} less room than cache.size_limit_gib allows:"
-            " free some, or lower the limit"
+            f"  the disk has {size(store.lacking_bytes)} less room than cache.size_limit_gib"
+            " allows: free some, or lower the limit"
         )
     if store.place.is_remote:
         yield (

@@ -287,3 +287,28 @@ WRONG_ROUTE = "models: {m: {space: s, routes: [{provider: opnai, model: m}]}}"
 def test_a_misspelt_name_is_corrected(text, near, refused):
     """Wherever a name must be a known one."""
     assert any(re.search(rf"did you mean \S*{near}\?", one) for *_, one in refused(text))
+
+
+def test_what_is_wrong_beside_the_file_is_told_at_once_too(command, tmp_path, monkeypatch):
+    """Keys that cannot be sent, a variable that names no proxy, and the proxy's own address."""
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "server: {port: 18080}\n"
+        "providers:\n"
+        "  openai: {}\n"
+        "  mistral: {}\n"
+        "  mine: {kind: ollama, trust_env: true, base_url: 'https://h/v1'}\n"
+        "  own:\n"
+        "    kind: ollama\n"
+        "    base_url: http://127.0.0.1:18080/v1\n"
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+    monkeypatch.setenv("MISTRAL_API_KEY", "'quoted-key'")
+    monkeypatch.setenv("HTTPS_PROXY", "nowhere")
+    done = command("serve", "--config", file)
+    assert done.code == 2
+    own, openai, mistral, mine = done.err.splitlines()
+    assert f"{file}:8: providers.own.base_url: is the address that this proxy listens on" in own
+    assert "OPENAI_API_KEY: its value is no key" in openai
+    assert "MISTRAL_API_KEY: its value stands in quotes" in mistral
+    assert f"{file}:5: providers.mine.trust_env: the variable HTTPS_PROXY holds no address" in mine
