@@ -84,7 +84,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     try:
         items, is_numbered = _order_by_index(provider, reply, len(inputs))
         vectors, problems = _validate_vectors(space, items, unit_norm=unit_norm)
-        shared = _find_shared_vectors(inputs, vectors, space.tokenizer)
+        shared = _find_shared_vectors(inputs, vectors, twins.exact_tokenizer(space))
         vectors = {place: numbers for place, numbers in vectors.items() if place not in shared}
         problems |= shared
         if not vectors:

@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 from providers import tokens
-from providers.base import Input, Vector
+from providers.base import Input, Space, Vector
 
 _WORDS = re.compile(r"[a-z0-9]+")
 _PIECES = re.compile(r"[A-Za-z]+|\s+|.", re.DOTALL)
@@ -43,14 +43,21 @@ _PREFIX = 64
 """Bytes by which two vectors are told apart at first."""
 
 
+def exact_tokenizer(space: Space) -> str | None:
+    """Return the encoding whose first tokens decide a space's vectors; None where that is unknown.
+
+    Further fields of a request may let an upstream read less of a text, say its first token.
+    """
+    return None if space.parameters else space.tokenizer
+
+
 def find_duplicate_vectors(
     inputs: Sequence[Input], vectors: Mapping[int, Vector], tokenizer: str | None = None
 ) -> list[list[int]]:
     """Return the groups of places that share one vector although their inputs differ.
 
-    `vectors` holds the vectors by place. `tokenizer` is the encoding of the model, as in
-    `Space.tokenizer`. Places come in ascending order. Which input of a group the vector belongs to,
-    if to any, is not known.
+    `vectors` holds the vectors by place. `tokenizer` is that of `exact_tokenizer`. Places come in
+    ascending order. Which input of a group the vector belongs to, if to any, is not known.
 
     >>> find_duplicate_vectors(["yes", "no", "maybe"], {0: b"same", 1: b"same", 2: b"other"})
     [[0, 1]]

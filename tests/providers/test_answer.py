@@ -678,3 +678,6 @@ def test_one_vector_in_any_script_is_neithers_where_the_tokenizer_is_known():
     assert len(answer.read("acme", SPACE, texts, {}, body).vectors) == 3
     exact = replace(SPACE, tokenizer="cl100k_base")
     assert list(answer.read("acme", exact, texts, {}, body).places) == [1]
+    # A field of the request may have let the model read less.
+    cut = replace(exact, parameters=(("truncate_prompt_tokens", b"1"),))
+    assert len(answer.read("acme", cut, texts, {}, body).vectors) == 3
