@@ -51,7 +51,11 @@ class Qdrant(Section):
     @classmethod
     def _keywords(cls, value: object) -> object:
         """Take a list of fields for keywords, which is what is mostly filtered by."""
-        return dict.fromkeys(value, "keyword") if isinstance(value, list | tuple) else value
+        if not isinstance(value, list | tuple):
+            return value
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("expected a list of names, or names with types below it")
+        return dict.fromkeys(value, "keyword")
 
     @model_validator(mode="after")
     def _one_place(self) -> "Qdrant":

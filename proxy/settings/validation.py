@@ -92,8 +92,15 @@ def _parent(content: dict[Any, Any], path: Path) -> Any:  # noqa: ANN401 - whate
     """Return what holds the last key of a path."""
     parent: Any = content
     for part in path[:-1]:
-        parent = parent[part]
+        parent = parent[_key(parent, part)]
     return parent
+
+
+def _key(node: Any, part: str | int) -> Any:  # noqa: ANN401 - as above
+    """Return the key that a part of a path stands for: pydantic tells a null or a date as text."""
+    if isinstance(node, dict) and part not in node:
+        return next((one for one in node if str(one) == str(part)), part)
+    return part
 
 
 def _replace(content: dict[Any, Any], path: Path) -> None:
@@ -101,9 +108,7 @@ def _replace(content: dict[Any, Any], path: Path) -> None:
     node: Any = content
     holder: tuple[Any, Any] | None = None
     for i, part in enumerate(path):
-        key: Any = part
-        if isinstance(node, dict) and key not in node:
-            key = next((one for one in node if str(one) == str(part)), part)
+        key = _key(node, part)
         is_there = key in node if isinstance(node, dict) else key in range(len(node))
         below = node[key] if is_there else None
         if i + 1 < len(path) and isinstance(below, dict | list):

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from providers import kinds
-from proxy.config import ConfigError, load
+from proxy.config import ConfigError, load, validated
+from proxy.settings.explanation import known_keys
 
 BASE = {
     "server": {"port": 0},
@@ -169,3 +172,44 @@ def test_no_mistake_hides_another(i, alone, tmp_path):
             alone[k] if not _is_open(second, first) else set()
         )
         assert told == wanted, (first, second)
+
+
+SECTIONS = [("server",), ("providers", "x"), ("models", "x"), ("index", "qdrant")]
+NAMES = ["openai", "mine", "my own", "m", "", 1, True, None, 2.5, "zzz"]
+ANY_KEY = st.sampled_from(
+    [*NAMES, *{key for part in SECTIONS for key in known_keys(part)}, "modles", "tmeout_s"]
+)
+SCALARS = st.sampled_from(
+    [*(None, True, 0, -3, 2.5, "x", "", "openai", "client", "http://h:1/v1", "${NOWHERE}", "off")]
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda below: (
+        st.lists(below, max_size=3) | st.dictionaries(ANY_KEY, below, min_size=1, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100)
+@given(
+    server=ANYTHING,
+    provider=st.dictionaries(ANY_KEY, ANYTHING, max_size=4),
+    model=st.dictionaries(ANY_KEY, ANYTHING, max_size=4),
+    qdrant=ANYTHING,
+    names=st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES)),
+)
+@example({}, {}, {None: {None: 1, "m": {"routes": {}}}}, {}, ("m", None))
+@example({}, {}, {}, {"payload_indexes": [{}]}, ("m", "m"))
+def test_any_content_is_read_or_refused(server, provider, model, qdrant, names):
+    """Whatever stands where, each mistake is a line; nothing fails in another way."""
+    content = {
+        "server": server,
+        "providers": {names[0]: provider},
+        "models": {names[1]: model},
+        "index": {"qdrant": qdrant},
+        "modles": {names[0]: model},
+    }
+    with pytest.raises(ConfigError) as caught:
+        validated(content, "a file")
+    assert all(line.startswith("a file: ") for line in caught.value.problems)
