@@ -84,7 +84,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     try:
         items, is_numbered = _order_by_index(provider, reply, len(inputs))
         vectors, problems = _validate_vectors(space, items, unit_norm=unit_norm)
-        shared = _find_shared_vectors(inputs, vectors)
+        shared = _find_shared_vectors(inputs, vectors, twins.exact_tokenizer(space))
         vectors = {place: numbers for place, numbers in vectors.items() if place not in shared}
         problems |= shared
         if not vectors:
@@ -201,14 +201,16 @@ def _validate_vectors(
     return vectors, problems
 
 
-def _find_shared_vectors(inputs: Sequence[Input], vectors: Mapping[int, Vector]) -> dict[int, str]:
+def _find_shared_vectors(
+    inputs: Sequence[Input], vectors: Mapping[int, Vector], tokenizer: str | None
+) -> dict[int, str]:
     """Return the problem of each vector that is also the vector of a different input, by index.
 
     All of these are bad, the first one too: nothing tells which input the vector belongs to.
     """
     shared = {
         place: f"embeddings {places[0]} and {places[1]} are one, of different inputs"
-        for places in twins.find_duplicate_vectors(inputs, vectors)
+        for places in twins.find_duplicate_vectors(inputs, vectors, tokenizer)
         for place in places
     }
     return dict(sorted(shared.items()))

@@ -61,19 +61,23 @@ def raise_limit() -> None:
             log.info("the limit on open files stays %s: %s", soft, error)
 
 
+def limit() -> int:
+    """Return how many descriptors this process may have open."""
+    if resource is None:
+        return _UNLIMITED
+    soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _UNLIMITED if soft == resource.RLIM_INFINITY else soft
+
+
 def left() -> int:
     """Return how many more descriptors this process may open, about."""
-    limit = _UNLIMITED
-    if resource is not None:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        limit = _UNLIMITED if soft == resource.RLIM_INFINITY else soft
     try:
         # A new one has the lowest number that is free.
         lowest = os.open(os.devnull, os.O_RDONLY)
     except OSError:
         return 0
     os.close(lowest)
-    return max(0, limit - lowest)
+    return max(0, limit() - lowest)
 
 
 def is_exhausted() -> bool:

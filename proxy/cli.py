@@ -5,6 +5,7 @@ interrupted. What a command needs is imported when it is called: `--help` and `-
 nothing of it.
 """
 
+import io
 import os
 import signal
 import sys
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from proxy.commands.common import ConfigOption, fail, one_line
-from proxy.commands.groups import OTHERS, cache_app, group, migrate_app
+from proxy.commands.common import ConfigOption, discard_unwritten, fail, one_line
+from proxy.commands.groups import OTHERS, cache_app, config_app, group, migrate_app
 from proxy.imports import EXIT_CODE, importing
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ T = TypeVar("T")
 app = group(
     "A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
     OTHERS,
-    add_completion=False,
+    # A flag without a value is converted by typer, which imports pydantic for it.
+    context_settings={"default_map": {"help": False}},
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
 app.add_typer(migrate_app, name="migrate")
+app.add_typer(config_app, name="config")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
@@ -70,7 +73,6 @@ def serve(
         import logging  # noqa: PLC0415
 
         from proxy.http.cache_control import MEANING  # noqa: PLC0415
-        from proxy.own_address import check_own_address  # noqa: PLC0415
 
         from . import config, server, start  # noqa: PLC0415
         from . import workers as processes  # noqa: PLC0415
@@ -86,7 +88,8 @@ def serve(
         logging.getLogger("embedding_proxy").warning(
             "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
         )
-    check_own_address(configuration)
+    start.check_open_files()
+    start.check_environment(configuration)
     with server.listen(settings) as listening:
 
         def announce() -> None:
@@ -104,14 +107,14 @@ def serve(
         raise typer.Exit(EXIT_CODE)
 
 
-@app.command()
+@app.command(short_help="Embed real text on the local model, twice, and show what came from cache.")
 def demo() -> None:
     """Embed real text on the local model, twice, and show what came from the cache."""
     try:
         with importing():
             from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
     except ImportError as error:
-        fail(str(error), 1)
+        fail(str(error).strip().rpartition("\n")[2], 1)
     try:
         run()
     except DemoFailed as error:
@@ -138,5 +141,13 @@ def main() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
-    with one_line():
-        app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the encoding of a terminal lacks is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with one_line():
+            app()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            discard_unwritten(stream)

@@ -4,20 +4,18 @@ All mistakes of a file are told at once: a ConfigError has a line for each that 
 line, the key and the remedy.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from proxy.settings import references, yaml_file
-from proxy.settings.explanation import explain
 from proxy.settings.problem import ConfigError, Problem
 from proxy.settings.problem import Path as KeyPath
 from proxy.settings.references import Purpose
 from proxy.settings.schema import Settings
 from proxy.settings.section import FOLDER, INSPECTED
+from proxy.settings.validation import validate
 from proxy.settings.yaml_file import YamlError, YamlFile, dump
 
 __all__ = [
@@ -35,8 +33,6 @@ __all__ = [
 
 BUILT_IN = "the built-in configuration"
 COMMAND_LINE = "the command line"
-_RELATED = ("providers", "models", "passthrough", "passthrough_auth")
-"""The sections and keys that refer to one another."""
 MAX_PROBLEMS = 50
 """Mistakes that are told of one file; more are counted."""
 
@@ -110,17 +106,8 @@ def read_configuration(
     """
     source = _Source(_name_of(path), _parsed(_built_in_file() if path is None else path, path))
     written = _mapping(source)
-    content = dict(written)
-    if path is None:
-        # The file shows where the default leads; XDG_DATA_HOME may lead elsewhere.
-        content["cache"] = {k: v for k, v in content["cache"].items() if k != "directory"}
-        # Nobody has named these: they are what is there by default.
-        content.pop("providers", None)
-    if overrides:
-        server = content.get("server") or {}
-        content["server"] = {**server, **overrides} if isinstance(server, dict) else server
-        source.overrides = frozenset(overrides)
-    settings, unresolved = _settings(content, source, _folder_of(path), purpose)
+    source.overrides = overrides or {}
+    settings, unresolved = _settings(source, _folder_of(path), purpose)
     lines = tuple(source.line(one) for one in unresolved)
     return Configuration(settings, written, path, lines, source)
 
@@ -130,7 +117,7 @@ def validated(content: Mapping[Any, Any], name: str) -> Settings:
 
     Relative paths are below the working directory.
     """
-    return _settings(dict(content), _Source(name), Path(), "embed")[0]
+    return _settings(_Source(name, YamlFile(content)), Path(), "embed")[0]
 
 
 def read(path: Path | None) -> dict[Any, Any]:
@@ -152,7 +139,7 @@ class _Source:
 
     name: str
     file: YamlFile = field(default_factory=lambda: YamlFile(None))
-    overrides: Collection[str] = ()
+    overrides: Mapping[str, object] = field(default_factory=dict)
     """Keys of the `server` section that do not come from the file."""
 
     def where(self, path: KeyPath) -> tuple[str, int]:
@@ -161,18 +148,36 @@ class _Source:
             return COMMAND_LINE, 0
         return self.name, self.file.line_of(path) or 0
 
-    def line(self, problem: Problem) -> str:
+    def content(self) -> dict[Any, Any]:
+        """Return what applies before it is validated: the file, and what replaces keys of it."""
+        content = dict(_mapping(self))
+        if self.name == BUILT_IN:
+            # The file shows where the default leads; XDG_DATA_HOME may lead elsewhere.
+            content["cache"] = {k: v for k, v in content["cache"].items() if k != "directory"}
+            # Nobody has named these: they are what is there by default.
+            content.pop("providers", None)
+        if self.overrides:
+            server = content.get("server") or {}
+            content["server"] = {**server, **self.overrides} if isinstance(server, dict) else server
+        return content
+
+    def line(self, problem: Problem, line: int = 0) -> str:
         """Return a problem as `file:line: key: problem; remedy`, without what is not known."""
-        name, line = self.where(problem.path)
+        name, found = self.where(problem.path)
+        line = line or found
         if name == BUILT_IN:
             line = 0
         place = f"{name}:{line}" if line else name
         return ": ".join(part for part in (place, problem.key, problem.message) if part)
 
-    def error(self, problems: Iterable[Problem]) -> ConfigError:
-        """Return the error that tells of problems, in the order of the file's lines."""
-        found = sorted(dict.fromkeys(problems), key=lambda one: self.where(one.path)[1])
-        lines = [self.line(one) for one in found[:MAX_PROBLEMS]]
+    def mistakes(self, problems: Iterable[Problem]) -> list[tuple[int, str]]:
+        """Return problems as (number of the line, what is told)."""
+        return [(self.where(one.path)[1], self.line(one)) for one in problems]
+
+    def error(self, mistakes: Iterable[tuple[int, str]]) -> ConfigError:
+        """Return the error that tells of mistakes, in the order of the file's lines."""
+        found = sorted(dict.fromkeys(mistakes), key=lambda one: one[0])
+        lines = [line for _, line in found[:MAX_PROBLEMS]]
         if len(found) > MAX_PROBLEMS:
             lines.append(f"{self.name}: and {len(found) - MAX_PROBLEMS} more mistakes")
         return ConfigError(*lines)
@@ -223,69 +228,29 @@ def _mapping(source: _Source) -> dict[Any, Any]:
 
 
 def _settings(
-    content: dict[Any, Any], source: _Source, folder: Path | None, purpose: Purpose
+    source: _Source, folder: Path | None, purpose: Purpose
 ) -> tuple[Settings, list[Problem]]:
-    """Return the settings of a content, and its variables that nobody needs now.
+    """Return the settings of a source, and its variables that nobody needs now.
 
-    Raises ConfigError with all mistakes.
+    Raises ConfigError with all mistakes; of a key that is written twice, those of each copy.
     """
-    problems = [
-        Problem(one.path, f"is written twice, first in line {one.first_line}; remove one")
+    context = {FOLDER: folder, INSPECTED: purpose == "inspect"}
+    mistakes = [
+        (one.line, source.line(Problem(one.path, one.message), one.line))
         for one in source.file.duplicates
     ]
-    context = {FOLDER: folder, INSPECTED: purpose == "inspect"}
-    try:
-        resolved, needed, spared = references.resolve(content, purpose)
-        problems += needed
+    settings: Settings | None = None
+    spared: list[Problem] = []
+    for version in source.file.versions or (source.file,):
+        copy = replace(source, file=version)
         try:
-            settings = Settings.model_validate(resolved, context=context)
-        except ValidationError as error:
-            found = list(explain(error))
-            problems += found
-            problems += _between_sections(resolved, [*needed, *found], context)
-    except RecursionError as error:
-        raise ConfigError(f"{source.name}: an anchor holds itself; write the values out") from error
-    # A key whose variable is not set is also of a wrong type, perhaps.
-    unset = {one.path for one in needed}
-    problems = [one for one in problems if one in needed or one.path not in unset]
-    if problems:
-        raise source.error(problems)
+            resolved, needed, spared = references.resolve(copy.content(), purpose)
+            settings, problems = validate(resolved, context, [one.path for one in needed])
+        except RecursionError as error:
+            raise ConfigError(
+                f"{source.name}: an anchor holds itself; write the values out"
+            ) from error
+        mistakes += copy.mistakes([*needed, *problems])
+    if mistakes or settings is None:
+        raise source.error(mistakes)
     return settings, spared
-
-
-def _between_sections(
-    content: Any,  # noqa: ANN401 - whatever YAML holds
-    problems: Collection[Problem],
-    context: Mapping[str, Any],
-) -> Iterator[Problem]:
-    """Yield what does not fit between sections that are right in themselves.
-
-    pydantic looks at that only where each section is right. So providers that are not are taken
-    for disabled, and models that are not are left out.
-    """
-    wrong = {one.path[:2] for one in problems}
-    kept = {key: content[key] for key in _RELATED if key in content and (key,) not in wrong}
-    entries = {name: kept.get(name) or {} for name in ("providers", "models")}
-    if wrong & {("providers",), ("models",)} or not all(
-        isinstance(one, dict) for one in entries.values()
-    ):
-        return
-    if "providers" in kept:
-        kept["providers"] = {
-            name: None if ("providers", name) in wrong else entry
-            for name, entry in entries["providers"].items()
-        }
-    kept["models"] = {
-        name: entry for name, entry in entries["models"].items() if ("models", name) not in wrong
-    }
-    if ("providers", kept.get("passthrough")) in wrong:
-        del kept["passthrough"]
-    try:
-        Settings.model_validate(kept, context=context)
-    except ValidationError as error:
-        known = {one.path for one in problems}
-        lacks_models = any(path[:1] == ("models",) for path in wrong)
-        for one in explain(error):
-            depends = lacks_models and "fallback" in one.path
-            if one.path not in known and not depends:
-                yield one

@@ -40,6 +40,7 @@ QUERIES = (
     "split a shell command into words",
 )
 _START_SECONDS = 30.0
+_MIN_WIDTH = 60
 
 
 class DemoFailed(Exception):
@@ -60,6 +61,8 @@ class Pass:
 def run() -> None:
     """Run the demo and print what it shows. Raises DemoFailed."""
     console = Console(highlight=False)
+    # A narrower one is never ready with a table.
+    console.width = max(console.width, _MIN_WIDTH)
     console.print("Reading the docstrings of Python's standard library…")
     docs = standard_library()
     texts = list({doc.text: None for doc in docs})
@@ -104,9 +107,14 @@ def _proxy(config: Path) -> Iterator[openai.OpenAI]:
             late.cancel()
             _, _, url = line.strip().partition("OPENAI_BASE_URL=")
             if not url:
-                raise DemoFailed(f"the proxy did not start: {log.read_text().strip()}")
+                raise DemoFailed(
+                    f"the proxy did not start: {log.read_text(errors='replace').strip()}"
+                )
             with openai.OpenAI(base_url=url, api_key="none-is-needed") as client:
                 yield client
+        except openai.OpenAIError as error:
+            told = log.read_text(errors="replace").strip()
+            raise DemoFailed(f"a request failed: {error}; the log of the proxy: {told}") from error
         finally:
             late.cancel()
             process.terminate()

@@ -54,9 +54,9 @@ class Embeddings:
         if known is not None:
             answer, vectors = known
             return await self._send(request, answer, vectors)
-        parse = partial(wire.parse, body, self._service.most_inputs, model)
+        named = partial(request.__setitem__, MODEL)
+        parse = partial(wire.parse, body, self._service.most_inputs, model, named)
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
-        request[MODEL] = asked.model
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)

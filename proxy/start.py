@@ -5,14 +5,57 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from cache.maintenance.holding import holding
-from providers import kinds, local
-from proxy.commands.common import path_text
-from proxy.embedding.opening import key_of
+from providers import descriptors, kinds, local
+from proxy.commands.common import WorkFailed, path_text
+from proxy.config import ConfigError, Configuration
+from proxy.embedding.opening import check_network, key_of
 from proxy.formatting import count, size
+from proxy.own_address import check_own_address
 from proxy.service import GIB
 from proxy.settings.schema import Settings
 
 log = logging.getLogger("embedding_proxy.start")
+
+MIN_OPEN_FILES = 48
+"""With fewer, a proxy may run out of them amid its first requests."""
+
+
+def check_open_files() -> None:
+    """Raise the limit on open files as far as it goes. Raises WorkFailed if that is too low."""
+    descriptors.raise_limit()
+    allowed = descriptors.limit()
+    if allowed < MIN_OPEN_FILES:
+        raise WorkFailed(
+            f"the limit on open files (ulimit -n) is {allowed}, and the proxy needs at least"
+            f" {MIN_OPEN_FILES}; raise it, and start again"
+        )
+
+
+def check_environment(configuration: Configuration) -> None:
+    """Raise ConfigError with all that is wrong beside the file: keys, proxies, the own address."""
+    problems: list[str] = []
+    try:
+        check_own_address(configuration)
+    except ConfigError as error:
+        problems += error.problems
+    settings = configuration.settings
+    asked = {} if settings.cache.mode == "frozen" else settings.providers
+    for name, entry in asked.items():
+        if entry is None or entry.kind == kinds.LOCAL:
+            continue
+        try:
+            if not key_of(entry) and entry.key_variable:
+                continue
+        except ConfigError as error:
+            problems += error.problems
+        try:
+            check_network(name, entry)
+        except ConfigError as error:
+            path = ("providers", name, "trust_env")
+            message = str(error).removeprefix(f"{'.'.join(path)}: ")
+            problems.append(configuration.problem(path, message))
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
 
 
 def report(settings: Settings) -> None:

@@ -53,12 +53,16 @@ class EmbeddingRequest:
 
 
 def parse(
-    body: bytes, most_inputs: int | None = None, model: str | None = None
+    body: bytes,
+    most_inputs: int | None = None,
+    model: str | None = None,
+    on_model: Callable[[str], None] | None = None,
 ) -> EmbeddingRequest:
     """Read a request body. Raises InputRefused, status 400, for whatever OpenAI would refuse.
 
     A field that is null is taken as absent. `most_inputs` is the longest `input`; None = any.
     `model` is what the path names, for older forms of the API; it counts before the body's.
+    `on_model` is told the model as soon as it is known, also of a request that is refused then.
     Further fields are placed by `request_fields`.
     """
     try:
@@ -74,6 +78,8 @@ def parse(
         raise InputRefused("You must provide a model parameter.", param="model")
     if not isinstance(model, str) or not model:
         raise InputRefused("'model' must be a non-empty string.", param="model")
+    if on_model is not None:
+        on_model(model)
     dimensions = fields.pop("dimensions", None)
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
         raise InputRefused("'dimensions' must be an integer of at least 1.", param="dimensions")

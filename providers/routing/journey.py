@@ -18,7 +18,7 @@ from providers.base import (
     Space,
 )
 from providers.batching.calls import Parts, assembled, rows_of
-from providers.batching.twins import find_duplicate_vectors
+from providers.batching.twins import exact_tokenizer, find_duplicate_vectors
 
 from .lane import Lane
 from .route import Route
@@ -145,7 +145,7 @@ class Journey:
         else:
             parts = {place: rows_of(answer, [place]) for place in range(len(inputs))}
         vectors = {place: part.vectors[0] for place, part in parts.items()}
-        groups = find_duplicate_vectors(inputs, vectors)
+        groups = find_duplicate_vectors(inputs, vectors, exact_tokenizer(self.space))
         shared = sorted({place for group in groups for place in group})
         good = [place for place in parts if place not in shared]
         if good and context.on_part is not None:

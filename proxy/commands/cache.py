@@ -4,6 +4,7 @@ They look at the store, delete from it, copy it. Beside a running proxy.
 """
 
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +121,8 @@ def back_up(
         raise WorkFailed(f"{target} exists; it is not overwritten")
     if not target.parent.is_dir():
         raise WorkFailed(f"{target}: there is no such folder")
+    if not os.access(target.parent, os.W_OK):
+        raise WorkFailed(f"{target}: its folder takes no files; name another one")
     settings = config.load(config_file, purpose="inspect")
     try:
         with opened_for_reading(settings) as file:

@@ -117,7 +117,10 @@ def _cache_lines(cache: Cache, store: Inspection) -> Iterator[str]:
     free = size(store.place.free_bytes)
     yield f"cache: {path_text(cache.directory)}: {says}; {free} are free on the disk"
     if store.lacking_bytes:
-        yield f"  the disk is full {size(store.lacking_bytes)} before the cache is"
+        yield (
+            f"  the disk has {size(store.lacking_bytes)} less room than cache.size_limit_gib"
+            " allows: free some, or lower the limit"
+        )
     if store.place.is_remote:
         yield (
             f"  {store.place.file_system} is a network file system, on which SQLite's locks do not"

@@ -4,9 +4,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
@@ -49,14 +49,13 @@ def one_line() -> Iterator[None]:
         yield
     except BrokenPipeError:
         # Whoever read our output has had enough; nothing more can be said to it.
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         sys.exit(1)
     except WrongUsage as error:
         fail(str(error), 2)
-    except OSError as error:
-        fail(str(error), 1)
     except Exception as error:
+        told = _describe_environment(error)
+        if told is not None:
+            fail(told, 1)
         # Imported once there is a failure: what could not be imported could not fail either.
         from proxy.config import ConfigError  # noqa: PLC0415
         from proxy.workers import WorkerFailed  # noqa: PLC0415
@@ -73,6 +72,26 @@ def one_line() -> Iterator[None]:
         if not isinstance(error, _foreseeable()):
             raise
         fail(str(error), 1)
+
+
+def _describe_environment(error: Exception) -> str | None:
+    """Return what the system, its limits or the installation lack; None for any other failure.
+
+    Nothing is imported for it: that may be what fails.
+    """
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return reason if error.filename is None else f"{path_text(error.filename)}: {reason}"
+    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+        return "there is not enough memory; raise the limit (ulimit -v), or end other programs"
+    if isinstance(error, ImportError):
+        # numpy says the cause in the last of many lines.
+        *_, last = str(error).splitlines() or [""]
+        return (
+            f"{last.strip()}; either the installation is not complete (install it again), or the"
+            " limit on memory (ulimit -v) or on open files (ulimit -n) is too low"
+        )
+    return None
 
 
 def _foreseeable() -> tuple[type[Exception], ...]:
@@ -101,6 +120,15 @@ def _foreseeable() -> tuple[type[Exception], ...]:
     )
 
 
+def discard_unwritten(stream: TextIO) -> None:
+    """Drop what a stream cannot write: Python would try again at its end, and exit with 120."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Print one line to stderr and exit."""
     say(message)
@@ -108,8 +136,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def say(message: str) -> None:
-    """Print one line to stderr."""
-    typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
+    """Print one line to stderr, if it can be written to."""
+    with suppress(OSError):
+        typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
 
 
 def plain(option: str | None) -> str | None:

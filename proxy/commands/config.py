@@ -13,10 +13,7 @@ from proxy.settings.conversion import Converted, convert
 
 from .common import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
 
-app = typer.Typer(no_args_is_help=True, help="Look at the configuration; convert an older one.")
 
-
-@app.command(name="show")
 def show(
     *,
     config_file: ConfigOption = None,
@@ -53,7 +50,6 @@ def show(
     typer.echo(config.dump(values), nl=False)
 
 
-@app.command(name="convert")
 def convert_old(
     old_file: Annotated[Path, typer.Argument(metavar="OLD_FILE")],
     *,

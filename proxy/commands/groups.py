@@ -19,11 +19,11 @@ class Place(NamedTuple):
     """Where a command is, and what it does."""
 
     module: str
-    """In this package. It adds the command to the group, or has a function or a Typer for it."""
+    """In this package. It adds the command to the group, or has a function for it."""
     help: str
     """The first sentence of its docstring: a test sees that they agree."""
     attribute: str = ""
-    """The name of that function or Typer; empty where the module adds the command by itself."""
+    """The name of that function; empty where the module adds the command by itself."""
 
 
 class LazyGroup(TyperGroup):
@@ -41,7 +41,7 @@ class LazyGroup(TyperGroup):
         """Return a command; one that is not imported yet is there with its name and help only."""
         place = self.places.get(cmd_name)
         if place is not None and cmd_name not in self.commands:
-            return TyperCommand(cmd_name, help=place.help)
+            return TyperCommand(cmd_name, help=place.help, short_help=place.help)
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 - as above
@@ -59,10 +59,8 @@ class LazyGroup(TyperGroup):
             module = importlib.import_module(f".{place.module}", __package__)
         app = self.app
         if place.attribute:
-            found = getattr(module, place.attribute)
-            app = found if isinstance(found, typer.Typer) else typer.Typer(add_completion=False)
-            if app is not found:
-                app.command(name=name)(found)
+            app = plain_app()
+            app.command(name=name)(getattr(module, place.attribute))
         command: Any = typer.main.get_command(app)
         if app is self.app and isinstance(command, TyperGroup):
             # A Typer of one command, and no callback, is that command.
@@ -71,10 +69,15 @@ class LazyGroup(TyperGroup):
         self.commands[name] = command
 
 
+def plain_app(**options: Any) -> typer.Typer:  # noqa: ANN401 - as above
+    """Return a Typer whose help and errors are plain text: rich takes 0.1 s to import."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, **options)
+
+
 def group(help_: str, places: Mapping[str, Place], **options: Any) -> typer.Typer:  # noqa: ANN401
     """Return a group of commands; `options` are those of Typer."""
     own = type("_Group", (LazyGroup,), {"places": places})
-    made = typer.Typer(cls=own, no_args_is_help=True, help=help_, **options)
+    made = plain_app(cls=own, no_args_is_help=True, help=help_, short_help=help_, **options)
     own.app = made  # type: ignore[attr-defined]
     return made
 
@@ -140,6 +143,22 @@ def _say_what_is_waited_for() -> None:
     logging.getLogger("embedding_proxy.migrate").setLevel(logging.WARNING)
 
 
+config_app = group(
+    "Look at the configuration; convert an older one.",
+    {
+        "show": Place(
+            "config",
+            "Show what applies: every key with its value, and which variables with keys are set.",
+            "show",
+        ),
+        "convert": Place(
+            "config",
+            "Turn an older configuration (llm.embedding, vector_store) into one of this proxy.",
+            "convert_old",
+        ),
+    },
+)
+
 OTHERS = {
     "check": Place(
         "check",
@@ -151,6 +170,5 @@ OTHERS = {
         "Compare models and providers: latency, errors, cost, storage, and whether they agree.",
         "compare",
     ),
-    "config": Place("config", "Look at the configuration; convert an older one.", "app"),
 }
 """Those that stand beside the groups."""

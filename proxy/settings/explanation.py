@@ -3,15 +3,17 @@
 No value of the file is repeated: it may be a key.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from .problem import Path, Problem, Problems
-from .schema import Settings
+from providers.catalogue import CATALOGUE
+
+from .problem import Path, Problem, Problems, nearest
+from .schema import KINDS, Settings
 from .section import Section
 
 _EXPECTED = {
@@ -41,32 +43,45 @@ _OLD_SECTIONS = {"llm", "vector_store"}
 
 
 def explain(error: ValidationError) -> Iterator[Problem]:
-    """Yield the mistakes that a validation found, each once; a path may be masked."""
+    """Yield the mistakes that a validation found; a path may be masked."""
     found = error.errors(include_url=False, include_input=False)
     paths = [tuple(part for part in one["loc"] if part != "[key]") for one in found]
-    unknown = [
-        path for path, one in zip(paths, found, strict=True) if one["type"] == "extra_forbidden"
-    ]
-    # A misspelt key is unknown here and missing there; the first says more. And a list whose only
-    # entry is wrong counts as empty.
-    replaced = {(*path[:-1], near) for path in unknown if (near := _near(path))}
     for path, one in zip(paths, found, strict=True):
+        # A list whose only entry is wrong counts as empty.
         is_follow_up = one["type"] == "too_short" and any(
             other[: len(path)] == path and other != path for other in paths
         )
-        if is_follow_up or (one["type"] == "missing" and path in replaced):
+        if not is_follow_up:
+            yield from _problems(path, one)
+
+
+def field_at(path: Sequence[str | int]) -> FieldInfo | type[Section] | None:
+    """Return what a path leads to: a key of a section, or a section; None for anything else.
+
+    >>> field_at(("models", "m", "routes", 0)), field_at(("server", "sport"))
+    (<class 'proxy.settings.model_entry.Route'>, None)
+    """
+    found: FieldInfo | type[Section] | None = Settings
+    is_name = False
+    for part in path:
+        if is_name:  # of an entry, or its position in a list
+            is_name = False
             continue
-        yield from _problems(path, one)
+        section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
+        found = section.model_fields.get(str(part)) if section is not None else None
+        if found is None:
+            return None
+        is_name = _is_container(found.annotation)
+    if isinstance(found, FieldInfo) and not is_name and _is_container(found.annotation):
+        return _section_of(found.annotation)
+    return found
 
 
 def known_keys(path: Sequence[str | int]) -> Iterator[str]:
     """Yield the keys of the section at `path`."""
-    section: Any = Settings
-    for part in path:
-        fields = getattr(section, "model_fields", None)
-        if fields is not None and part in fields:
-            section = _section_of(fields[part].annotation)
-    yield from getattr(section, "model_fields", {})
+    found = field_at(path)
+    section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
+    yield from section.model_fields if section is not None else ()
 
 
 def _problems(path: Path, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
@@ -74,7 +89,7 @@ def _problems(path: Path, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pyda
     if kind == "extra_forbidden":
         yield _unknown_key(path)
     elif kind == "missing":
-        yield Problem(path, "is missing; add it")
+        yield Problem(path, f"is missing; add it{_meant_entry(path)}")
     elif kind == "value_error":
         cause = one.get("ctx", {}).get("error")
         if isinstance(cause, Problems):
@@ -82,12 +97,21 @@ def _problems(path: Path, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pyda
         else:
             yield Problem(path, one["msg"].removeprefix("Value error, "))
     else:
-        is_name = kind == "string_pattern_mismatch" and one["loc"][-1] == "[key]"
-        if is_name and not _NEAR_NAME.fullmatch(str(path[-1])):
-            # With other characters it is probably a key or an address.
-            path = path[:-1]
+        # With other characters it is probably a key or an address.
+        hides_name = (
+            kind == "string_pattern_mismatch"
+            and one["loc"][-1] == "[key]"
+            and not _NEAR_NAME.fullmatch(str(path[-1]))
+        )
         expected = _EXPECTED.get(kind) or one["msg"].removeprefix("Input should be ")
-        yield Problem(path, f"expected {expected}")
+        yield Problem(path, f"expected {expected}", hides_name)
+
+
+def _meant_entry(path: Path) -> str:
+    """Return a hint for a name that lacks what is known of a similar one."""
+    known = {("providers", "kind"): KINDS, ("models", "space"): tuple(CATALOGUE)}
+    near = nearest(str(path[1]), known.get((str(path[0]), str(path[-1])), ())) if path[1:] else ""
+    return f", or did you mean {near}?" if near else ""
 
 
 def _unknown_key(path: Path) -> Problem:
@@ -98,21 +122,25 @@ def _unknown_key(path: Path) -> Problem:
             "is a section of an older configuration; `embedding-proxy config convert FILE` turns"
             " that into one of this proxy",
         )
-    near = _near(path)
+    keys = sorted(known_keys(path[:-1]))
+    near = nearest(name, keys, cutoff=0.5)
     if near:
-        return Problem(path, f"unknown key; did you mean {near}?")
-    known = ", ".join(sorted(known_keys(path[:-1])))
+        return Problem(path, f"unknown key; did you mean {near}?", meant=near)
     hides_name = not _PLAIN_NAME.fullmatch(name)
-    return Problem(path, f"unknown key; known here: {known}", hides_name)
+    return Problem(path, f"unknown key; known here: {', '.join(keys)}", hides_name)
 
 
-def _near(path: Path) -> str:
-    """Return the known key that an unknown one is most like; empty if it is like none."""
-    known = list(known_keys(path[:-1]))
-    return next(iter(difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)), "")
+def _is_container(annotation: Any) -> bool:  # noqa: ANN401 - any annotation
+    """Tell whether a key holds several values, by name or in a list."""
+    if isinstance(annotation, type):
+        return False
+    origin = get_origin(annotation)
+    return origin in (dict, tuple) or (
+        origin is not None and any(_is_container(one) for one in get_args(annotation))
+    )
 
 
-def _section_of(annotation: Any) -> Any:  # noqa: ANN401 - any annotation
+def _section_of(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - any annotation
     """Return the Section inside an annotation, as in `dict[str, Provider | None]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation

@@ -1,11 +1,13 @@
 """The section `index` of a configuration: the vector store behind the proxy."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from index.collection import LONGEST_NAME, FieldType, not_in_names
 
+from .problem import Path, Problem, refuse
 from .section import FilePath, HttpUrl, Name, Number, Section, VariableName
 
 MOST_MIB = 4.5
@@ -49,15 +51,28 @@ class Qdrant(Section):
     @classmethod
     def _keywords(cls, value: object) -> object:
         """Take a list of fields for keywords, which is what is mostly filtered by."""
-        return dict.fromkeys(value, "keyword") if isinstance(value, list | tuple) else value
+        if not isinstance(value, list | tuple):
+            return value
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("expected a list of names, or names with types below it")
+        return dict.fromkeys(value, "keyword")
 
     @model_validator(mode="after")
     def _one_place(self) -> "Qdrant":
-        if (self.url is None) == (self.path is None):
-            raise ValueError("set either url, of a server, or path, of a folder of this machine")
-        if self.path is not None and self.api_key_env is not None:
-            raise ValueError("api_key_env is for a server; a folder has no key")
+        refuse(self._misfits())
         return self
+
+    def _misfits(self) -> Iterator[Problem]:
+        """Yield what does not go together."""
+        needs: tuple[Path, ...] = (("url",), ("path",))
+        if (self.url is None) == (self.path is None):
+            yield Problem(
+                (), "set either url, of a server, or path, of a folder of this machine", needs=needs
+            )
+        elif self.path is not None and self.api_key_env is not None:
+            yield Problem(
+                ("api_key_env",), "is for a server; a folder has no key: remove it", needs=needs
+            )
 
 
 class Index(Section):

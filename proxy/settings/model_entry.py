@@ -1,8 +1,8 @@
 """What a configuration may say of one model: its space, its routes, what may stand in for it."""
 
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from providers import catalogue
 from providers.base import Space
@@ -10,6 +10,7 @@ from providers.catalogue import ModelEntry
 from proxy.embedding import strategies
 from proxy.embedding.widths import BUILT_IN, Policy, can_give
 
+from .problem import Problem, refuse, suggestion
 from .section import Name, Number, Section, Whole
 
 
@@ -27,10 +28,8 @@ class Fallback(Section):
     model: Name
     width: Policy = "strict"
 
-    def objection(self, first: "Model", stand_in: Optional["Model"]) -> str | None:
+    def objection(self, first: "Model", stand_in: "Model") -> str | None:
         """Say why a model cannot stand in for another; None if it can."""
-        if stand_in is None:
-            return "there is no model of that name"
         if stand_in.space == first.space:
             return "has the same space; add its routes to `routes` instead"
         if first.dimensions is None or stand_in.dimensions is None:
@@ -79,19 +78,22 @@ class Model(Section):
             try:
                 strategies.find(value)
             except strategies.UnknownStrategy as error:
-                raise ValueError(str(error)) from error
+                raise ValueError(f"{error}{suggestion(value, BUILT_IN)}") from error
         return value
 
-    @field_validator("truncate")
-    @classmethod
-    def _cut_by_tokens_of_its_own(cls, value: str | None, info: ValidationInfo) -> str | None:
-        for key in ("tokenizer", "context"):
-            if value is not None and info.data.get(key) is None:
-                raise ValueError(
-                    f"needs the model's `{key}`; give it, or leave `truncate` out: then what is too"
-                    " long is refused"
-                )
-        return value
+    @model_validator(mode="after")
+    def _cut_by_tokens_of_its_own(self) -> "Model":
+        refuse(
+            Problem(
+                ("truncate",),
+                f"needs the model's `{key}`; give it, or leave `truncate` out: then what is too"
+                " long is refused",
+                needs=((key,),),
+            )
+            for key in ("tokenizer", "context")
+            if self.truncate is not None and getattr(self, key) is None
+        )
+        return self
 
     @property
     def truncate_to(self) -> int | None:

@@ -4,7 +4,7 @@ A key that lies open in it is refused. What is unknown, or empty, is named and l
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,8 +47,14 @@ def read(content: Mapping[Any, Any], file: str) -> Old:
 
     `file` is its name, for messages.
     """
-    for name in ("llm", "vector_store"):
-        _refuse_keys(content.get(name), file, name)
+    open_keys = [
+        f"{file}: {path}: holds a key; put that into a variable, write the variable's name into"
+        " `api_key_env` in its place, and convert again"
+        for name in ("llm", "vector_store")
+        for path in _find_keys(content.get(name), name)
+    ]
+    if open_keys:
+        raise ConfigError(*open_keys)
     old = Old()
     llm = _section(content.get("llm"), file, "llm")
     if llm.get("embedding") is None:
@@ -85,22 +91,19 @@ def variable(said: Mapping[str, Said]) -> Said | None:
     return Said(given.path, found[1]) if given and found else None
 
 
-def _refuse_keys(value: object, file: str, path: str) -> None:
-    """Raise ConfigError if a key lies open below a path: something called so, or looking so."""
+def _find_keys(value: object, path: str) -> Iterator[str]:
+    """Yield where a key lies open below a path: something called so, or looking so."""
     last = path.rpartition(".")[2]
     if isinstance(value, dict):
         for key, below in value.items():
-            _refuse_keys(below, file, f"{path}.{key}")
+            yield from _find_keys(below, f"{path}.{key}")
     elif isinstance(value, list):
         for i, below in enumerate(value):
-            _refuse_keys(below, file, f"{path}.{i}")
+            yield from _find_keys(below, f"{path}.{i}")
     elif isinstance(value, str) and value and not _REFERENCE.fullmatch(value):
         no_name = last.endswith("_env") and not _VARIABLE.fullmatch(value)
         if no_name or _NAMED_SECRET.search(last) or _LOOKS_SECRET.search(value):
-            raise ConfigError(
-                f"{file}: {path}: holds a key; put that into a variable, write the variable's name"
-                " into `api_key_env` in its place, and convert again"
-            )
+            yield path
 
 
 def _section(value: object, file: str, path: str) -> Mapping[Any, Any]:

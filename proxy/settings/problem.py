@@ -4,7 +4,8 @@ A validator of a section raises `Problems` where it finds several mistakes at on
 mistake belongs to one key of the section. pydantic reports it as it does any ValueError.
 """
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from .pasted_keys import MASK, hide_keys
@@ -20,6 +21,10 @@ class Problem(NamedTuple):
     message: str
     hides_name: bool = False
     """Whether the last name of the path is not shown: it may be a key that was pasted there."""
+    needs: tuple[Path, ...] = ()
+    """The other keys that it depends on: where one of them is wrong itself, it is not told."""
+    meant: str = ""
+    """The known key that a misspelt one stands for."""
 
     @property
     def key(self) -> str:
@@ -29,7 +34,14 @@ class Problem(NamedTuple):
 
     def below(self, path: Iterable[str | int]) -> "Problem":
         """Return the same problem as seen from a section further up."""
-        return Problem((*path, *self.path), self.message, self.hides_name)
+        start = tuple(path)
+        needs = tuple((*start, *need) for need in self.needs)
+        return self._replace(path=(*start, *self.path), needs=needs)
+
+    def follows(self, wrong: Collection[Path]) -> bool:
+        """Tell whether it is a consequence of other mistakes, whose places are given."""
+        places = (self.path, *self.needs)
+        return any(place[:n] in wrong for place in places for n in range(1, len(place) + 1))
 
 
 class Problems(ValueError):
@@ -63,3 +75,22 @@ def refuse(problems: Iterable[Problem]) -> None:
     found = tuple(problems)
     if found:
         raise Problems(found)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    """Return the known name that a name is most like; empty if it is like none.
+
+    >>> nearest("opnai", ["local", "openai"]), nearest("mine", ["local", "openai"])
+    ('openai', '')
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return what to add to a message that a name is unknown; empty if it is like none.
+
+    >>> suggestion("opnai", ["local", "openai"])
+    '; did you mean openai?'
+    """
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""

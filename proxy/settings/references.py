@@ -5,7 +5,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from .problem import Path, Problem
 
@@ -23,7 +23,7 @@ _SPARED: Mapping[Purpose, tuple[str, ...]] = {
 """Keys whose variables need not be set, by purpose: they are for clients, or for providers."""
 
 
-def resolve(content: object, purpose: Purpose) -> tuple[object, list[Problem], list[Problem]]:
+def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list[Problem]]:
     """Return a configuration with its references replaced, and the variables that are not set.
 
     The first list has those that `purpose` needs, whose references stay; the second one the

@@ -20,7 +20,7 @@ from proxy.http.cache_control import Honor
 from . import file_path
 from .index_section import Index
 from .model_entry import Model, from_catalogue
-from .problem import ConfigError, Problem, Problems, refuse
+from .problem import Problem, Problems, refuse, suggestion
 from .section import (
     CacheMode,
     FilePath,
@@ -107,26 +107,25 @@ class Server(Section):
         return [entry if isinstance(entry, dict | ClientKey) else {"key": entry} for entry in value]
 
     @model_validator(mode="after")
-    def _each_key_once(self) -> "Server":
-        """Refuse a key that stands there twice: only one entry could hold."""
-        first: dict[str, int] = {}
-        refuse(
-            Problem(
-                ("keys", i, "key"),
-                f"is the key of server.keys.{first[entry.key.strip()]}, too; remove one",
-            )
-            for i, entry in enumerate(self.keys)
-            if first.setdefault(entry.key.strip(), i) != i
-        )
+    def _keys_fit(self) -> "Server":
+        refuse(self._misfits())
         return self
 
-    @model_validator(mode="after")
-    def _open_only_at_home(self) -> "Server":
-        """Refuse to offer somebody's credit to a whole network without asking for a key."""
+    def _misfits(self) -> Iterator[Problem]:
+        """Yield keys that stand there twice, and credit that is offered to a whole network."""
+        first: dict[str, int] = {}
+        for i, entry in enumerate(self.keys):
+            if first.setdefault(entry.key.strip(), i) != i:
+                yield Problem(
+                    ("keys", i, "key"),
+                    f"is the key of server.keys.{first[entry.key.strip()]}, too; remove one",
+                )
         if not self.keys and not _is_loopback(self.host):
-            message = f"{self.host} can be reached by others: set server.keys, or host 127.0.0.1"
-            raise Problems([Problem(("host",), message)])
-        return self
+            yield Problem(
+                ("host",),
+                f"{self.host} can be reached by others: set server.keys, or host 127.0.0.1",
+                needs=(("keys",),),
+            )
 
 
 def _is_loopback(host: str) -> bool:
@@ -141,20 +140,30 @@ def _default_directory() -> Path:
     try:
         base = Path(home) if Path(home).is_absolute() else file_path.home() / ".local" / "share"
     except ValueError as error:
-        raise ConfigError(f"cache.directory: {error}, or XDG_DATA_HOME, or this key") from error
+        raise Problems(
+            [Problem(("directory",), f"{error}, or XDG_DATA_HOME, or this key")]
+        ) from error
     return base / "embedding-proxy"
 
 
 class Cache(Section):
     """What is kept, where, and how much of it."""
 
-    directory: FilePath = Field(default_factory=_default_directory)
+    directory: FilePath = Path()
+    """Without it, a folder of the user's: see `_default_directory`."""
     size_limit_gib: Annotated[Number, Field(gt=0, le=1e6)] = 50
     memory_mib: Annotated[Number, Field(ge=0, le=1e7)] = 256
     ttl_days: Annotated[Number, Field(gt=0)] | None = None
     pinned: tuple[str, ...] = ()
     mode: CacheMode = "normal"
     shared: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_the_users_folder(cls, value: object) -> object:
+        if isinstance(value, dict) and "directory" not in value:
+            return {**value, "directory": _default_directory()}
+        return value
 
 
 KINDS: tuple[str, ...] = (*kinds.KINDS, kinds.LOCAL)
@@ -167,7 +176,9 @@ class Settings(Section):
     """A whole configuration, defaults filled in."""
 
     server: Server = Server()
-    cache: Cache = Field(default_factory=Cache)
+    cache: Annotated[Cache, Field(validate_default=True)] = Field(
+        default_factory=dict  # type: ignore[assignment]
+    )
     providers: Annotated[dict[ProviderName, Provider | None], Field(validate_default=True)] = Field(
         default_factory=lambda: {kind: {} for kind in DEFAULT_PROVIDERS}  # type: ignore[arg-type]
     )
@@ -240,6 +251,7 @@ class Settings(Section):
                     ("providers", name, "api_key_env"),
                     "is missing; name the variable that holds the key of this provider (OpenAI's"
                     " key is for the provider named openai)",
+                    needs=tuple(("providers", name, key) for key in ("kind", "api_key", "key")),
                 )
 
     def _routes_to_nowhere(self) -> Iterator[Problem]:
@@ -250,17 +262,21 @@ class Settings(Section):
                     yield Problem(
                         ("models", name, "routes", i, "provider"),
                         f"there is no provider {route.provider!r}; known:"
-                        f" {', '.join(sorted(self.providers))}",
+                        f" {', '.join(sorted(self.providers))}"
+                        f"{suggestion(route.provider, {*self.providers, *KINDS})}",
+                        needs=(("providers", route.provider),),
                     )
 
     def _passes_to_nobody(self) -> Iterator[Problem]:
         """Yield a misspelt provider, and the local model, which knows nothing but embeddings."""
         if "passthrough" in self.model_fields_set and self.passthrough and not self.passes_to:
-            remote = (n for n, entry in self.providers.items() if entry and entry.kind != "local")
+            remote = [n for n, entry in self.providers.items() if entry and entry.kind != "local"]
             yield Problem(
                 ("passthrough",),
                 f"there is no such provider to pass calls to; known:"
-                f" {', '.join(sorted(remote)) or 'none'}; null = nobody",
+                f" {', '.join(sorted(remote)) or 'none'}; null = nobody"
+                f"{suggestion(self.passthrough, remote)}",
+                needs=(("providers", self.passthrough, "kind"),),
             )
 
     def _origins_for_clients(self) -> Iterator[Problem]:
@@ -276,14 +292,33 @@ class Settings(Section):
                     f"a client sends one key, and it would go to two origins, those of {first} and"
                     f" {other}; let one of them have a key of the proxy's (api_key_env,"
                     " passthrough_auth: provider), or run a second proxy for it",
+                    needs=tuple(
+                        ("providers", name, key)
+                        for name in (first, other)
+                        for key in ("kind", "key", "base_url")
+                    ),
                 )
 
     def _fallbacks_that_cannot_answer(self) -> Iterator[Problem]:
         for name, model in self.models.items():
-            for fallback in model.fallback:
-                problem = fallback.objection(model, self.models.get(fallback.model))
+            for i, fallback in enumerate(model.fallback):
+                other = self.models.get(fallback.model)
+                if other is None:
+                    near = suggestion(fallback.model, self.models)
+                    problem: str | None = f"there is no model of that name{near or '; add it'}"
+                else:
+                    problem = fallback.objection(model, other)
                 if problem is not None:
-                    yield Problem(("models", name, "fallback"), f"{fallback.model}: {problem}")
+                    path = ("models", name, "fallback")
+                    facts = [
+                        ("models", one, key)
+                        for one in (name, fallback.model)
+                        for key in ("space", "dimensions", "matryoshka")
+                    ]
+                    needs = [(*path, i, "model"), ("models", fallback.model)]
+                    if other is not None:
+                        needs += [(*path, i, "width"), *facts]
+                    yield Problem(path, f"{fallback.model}: {problem}", needs=tuple(needs))
 
     def _spaces_described_twice(self) -> Iterator[Problem]:
         """Yield two descriptions of one space: they would disagree about the same records."""
@@ -297,6 +332,11 @@ class Settings(Section):
                         f"{getattr(model, key)} here, but {getattr(described, key)} in"
                         f" models.{other}, of the same space {model.space}; make them equal, or"
                         " give this model a space of its own",
+                        needs=tuple(
+                            ("models", one, fact)
+                            for one in (name, other)
+                            for fact in ("space", key)
+                        ),
                     )
 
     @property

@@ -5,7 +5,7 @@ import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -17,7 +17,7 @@ from providers.profile import Profile
 from proxy.embedding import request_fields
 
 from . import addresses
-from .problem import Problem, refuse
+from .problem import Problem, refuse, suggestion
 from .section import (
     INSPECTED,
     BaseUrl,
@@ -106,13 +106,8 @@ class Provider(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_key_in_file(cls, value: object) -> object:
-        if isinstance(value, dict) and "api_key" in value:
-            raise ValueError("a key does not belong in the file: name its variable in api_key_env")
-        if isinstance(value, dict) and value.get("key") not in (None, "client"):
-            raise ValueError(
-                "key: expected client, or nothing; a key does not belong in the file: name its"
-                " variable in api_key_env"
-            )
+        if isinstance(value, dict):
+            refuse(_keys_in_file(value))
         return value
 
     @field_validator("kind")
@@ -122,7 +117,8 @@ class Provider(Section):
             try:
                 kinds.find(value)
             except kinds.UnknownKind as error:
-                raise ValueError(str(error)) from error
+                near = suggestion(value, (*kinds.KINDS, kinds.LOCAL))
+                raise ValueError(f"{error}{near}") from error
         return value
 
     @field_validator("ca_file")
@@ -146,54 +142,60 @@ class Provider(Section):
     @field_validator("neutral_fields")
     @classmethod
     def _fit_to_send(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        problem = request_fields.unfit(value)
-        if problem is not None:
-            raise ValueError(f"{problem}; remove it")
+        unfit = (request_fields.unfit([name]) for name in value)
+        refuse(Problem((), f"{problem}; remove it") for problem in unfit if problem is not None)
         return value
 
     @field_validator("headers")
     @classmethod
     def _plain_headers(cls, value: dict[str, str]) -> dict[str, str]:
-        for name, content in value.items():
-            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-                raise ValueError("holds something that is no name of a header")
-            if name.lower() in _OWN_HEADERS:
-                raise ValueError(f"{name} is not to be set here; a key goes into api_key_env")
-            if not (content.isascii() and content.isprintable()):
-                raise ValueError(f"{name}: its value holds a line break or the like")
+        refuse(_wrong_headers(value))
         return value
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "Provider":
         """Refuse options that this kind does not know, and a kind without an address."""
-        if self.kind == kinds.LOCAL:
-            said = self.model_fields_set - {"kind"}
-            if said - {"timeout_s"}:
-                raise ValueError(f"the local model has no {', '.join(sorted(said))}")
-            return self
         refuse(self._misfits())
         return self
 
     def _misfits(self) -> Iterator[Problem]:
         """Yield what does not go together."""
+        if self.kind == kinds.LOCAL:
+            for name in sorted(self.model_fields_set - {"kind", "timeout_s"}):
+                yield Problem(
+                    (name,), f"the local model has no {name}; remove it", needs=(("kind",),)
+                )
+            return
         profile = kinds.find(self.kind).profile
         yield from self._misfits_of_the_clients_key()
         for name in self.options:
             if name not in profile.options:
                 known = ", ".join(sorted(profile.options)) or "none"
-                yield Problem(("options",), f"unknown option; known to this kind: {known}")
+                yield Problem(
+                    ("options", name),
+                    f"unknown option; known to this kind: {known}",
+                    hides_name=not name.isidentifier(),
+                    needs=(("kind",),),
+                )
         if self.base_url is None and profile.base_url is None:
-            yield Problem((), "base_url is missing; this kind has no address of its own")
-        if self.base_url is None and self.kind not in kinds.KINDS:
+            yield Problem(
+                ("base_url",),
+                "is missing; this kind has no address of its own",
+                needs=(("kind",),),
+            )
+        elif self.base_url is None and self.kind not in kinds.KINDS:
             try:
                 addresses.base_url(profile.base_url or "")
             except ValueError as error:
-                yield Problem((), f"the base_url of this kind: {error}")
+                yield Problem(
+                    ("kind",), f"its base_url: {error}; give this provider one of its own"
+                )
         if self.proxy is not None and self.trust_env:
             yield Problem(
-                (),
+                ("trust_env",),
                 "proxy and trust_env exclude each other: name the proxy, or take that of the"
                 " environment",
+                needs=(("proxy",),),
             )
 
     def _misfits_of_the_clients_key(self) -> Iterator[Problem]:
@@ -201,21 +203,25 @@ class Provider(Section):
         if not self.by_client:
             if self.share:
                 yield Problem(
-                    ("share",), "is for key: client; other entries are shared in any case"
+                    ("share",),
+                    "is for key: client; other entries are shared in any case",
+                    needs=(("key",),),
                 )
             return
         if self.api_key_env is not None:
             yield Problem(
-                (),
+                ("key",),
                 "key: client and api_key_env exclude each other: the key is the client's own, or"
                 " that of the variable; remove one of them",
+                needs=(("api_key_env",),),
             )
         adapter = kinds.find(self.kind).adapter
         if not (isinstance(adapter, type) and issubclass(adapter, HttpProvider)):
             yield Problem(
-                (),
+                ("key",),
                 f"key: client is for kinds that send a key over HTTP; {self.kind} does not say so:"
                 " name a variable in api_key_env, or leave it out",
+                needs=(("kind",),),
             )
 
     @property
@@ -271,6 +277,29 @@ class Provider(Section):
             options={**profile.options, **self.options},
             **fields,
         )
+
+
+def _keys_in_file(entry: Mapping[Any, Any]) -> Iterator[Problem]:
+    """Yield the keys of an entry that hold a secret, or seem to."""
+    remedy = "a key does not belong in the file: name its variable in api_key_env"
+    if "api_key" in entry:
+        yield Problem(("api_key",), remedy)
+    if entry.get("key") not in (None, "client"):
+        yield Problem(("key",), f"expected client, or nothing; {remedy}")
+
+
+def _wrong_headers(headers: Mapping[str, str]) -> Iterator[Problem]:
+    """Yield what cannot be sent as a header, or is not the operator's to set."""
+    for name, content in headers.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            yield Problem((), "holds something that is no name of a header; remove it")
+        elif name.lower() in _OWN_HEADERS:
+            yield Problem((name,), f"{name} is not to be set here; a key goes into api_key_env")
+        elif not (content.isascii() and content.isprintable()):
+            yield Problem(
+                (name,),
+                f"{name}: its value holds a line break or the like; write it as plain ASCII",
+            )
 
 
 def _without(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,8 @@ _OTHER_BREAKS = re.compile(r"[\x85\u2028\u2029]")
 # What PyYAML's constructors raise for a value that looks like a date, a number or a truth value, or
 # is tagged as one, and is none.
 _UNREADABLE = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
+MAX_VERSIONS = 10
+"""Copies of a key that is written several times which are looked at."""
 
 
 class YamlError(Exception):
@@ -32,6 +34,11 @@ class Duplicate(NamedTuple):
     line: int
     first_line: int
 
+    @property
+    def message(self) -> str:
+        """What is wrong, and the remedy."""
+        return f"is written twice, first in line {self.first_line}; remove one"
+
 
 @dataclass(frozen=True, slots=True)
 class YamlFile:
@@ -40,6 +47,9 @@ class YamlFile:
     content: object
     root: yaml.Node | None = None
     duplicates: tuple[Duplicate, ...] = ()
+    versions: "tuple[YamlFile, ...]" = ()
+    """Of a file with duplicates: what it is with the first copy of each, with the second, and so
+    on. Of a section at the top, what its copies hold is put together."""
 
     def line_of(self, path: Sequence[str | int]) -> int | None:
         """Return the line of a key, or of the nearest section above it; None if there is neither.
@@ -68,7 +78,12 @@ def parse(text: str) -> YamlFile:
                 return YamlFile(None)
             # Before merge keys (`<<`) are resolved, which adds to the nodes.
             duplicates = tuple(_duplicates(root, (), set()))
-            return YamlFile(loader.construct_document(root), root, duplicates)
+            roots = [
+                _version(root, i, {}, is_top=True)
+                for i in range(min(len(duplicates) + 1, MAX_VERSIONS) if duplicates else 0)
+            ]
+            versions = tuple(YamlFile(loader.construct_document(one), one) for one in roots)
+            return YamlFile(loader.construct_document(root), root, duplicates, versions)
         finally:
             loader.dispose()
     except yaml.reader.ReaderError as error:
@@ -123,6 +138,32 @@ def _step(node: yaml.Node, part: str | int) -> tuple[yaml.Node, int] | None:
         value = node.value[part]
         return value, value.start_mark.line + 1
     return None
+
+
+def _version(node: yaml.Node, copy: int, made: dict[int, yaml.Node], *, is_top: bool) -> yaml.Node:
+    """Return a node with one copy of each key that is written several times, or with its last."""
+    if id(node) in made or not isinstance(node, yaml.CollectionNode):
+        return made.get(id(node), node)
+    version = type(node)(node.tag, [], node.start_mark, node.end_mark)
+    made[id(node)] = version
+    if isinstance(node, yaml.SequenceNode):
+        version.value = [_version(one, copy, made, is_top=False) for one in node.value]
+        return version
+    merged: list[yaml.Node] = []
+    copies: dict[object, list[tuple[yaml.Node, yaml.Node]]] = {}
+    for key, value in node.value:
+        is_name = isinstance(key, yaml.ScalarNode) and key.tag != _MERGE
+        copies.setdefault((key.tag, key.value) if is_name else id(key), []).append((key, value))
+    for several in copies.values():
+        key, value = several[min(copy, len(several) - 1)]
+        sections = [one for _, one in several if isinstance(one, yaml.MappingNode)]
+        if is_top and len(sections) == len(several) > 1:
+            entries = [entry for one in sections for entry in one.value]
+            # Nodes are told apart by their identity, so this one has to stay.
+            value = yaml.MappingNode(value.tag, entries, value.start_mark, value.end_mark)
+            merged.append(value)
+        version.value.append((key, _version(value, copy, made, is_top=False)))
+    return version
 
 
 def _duplicates(

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -668,3 +669,15 @@ def test_one_vector_for_all_texts_is_no_answer():
 def test_the_model_is_told(told, model):
     """What the upstream says it asked is handed on; a strange value is none."""
     assert read(body_of(items(2), model=told)).model == model
+
+
+def test_one_vector_in_any_script_is_neithers_where_the_tokenizer_is_known():
+    """Of another model nobody knows whether it reads the script."""
+    body = body_of([item(0, numbers_of(0)), item(1, numbers_of(1)), item(2, numbers_of(0))])
+    texts = ["猫", "鳥", "狗"]
+    assert len(answer.read("acme", SPACE, texts, {}, body).vectors) == 3
+    exact = replace(SPACE, tokenizer="cl100k_base")
+    assert list(answer.read("acme", exact, texts, {}, body).places) == [1]
+    # A field of the request may have let the model read less.
+    cut = replace(exact, parameters=(("truncate_prompt_tokens", b"1"),))
+    assert len(answer.read("acme", cut, texts, {}, body).vectors) == 3

@@ -102,3 +102,65 @@ def test_no_text_is_too_strange_to_compare(one, other):
     """Any two texts can be compared; a text and itself in another case never differ."""
     assert places([one, other], [A, A]) in ([], [[0, 1]])
     assert places([one, f"  {one} "], [A, A]) == []
+
+
+def exact(one, other):
+    """Tell whether two texts differ for a model whose tokenizer is known."""
+    return find_duplicate_vectors([one, other], {0: A, 1: A}, "cl100k_base") == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("yes", "no"),
+        ("a b", "b a"),
+        ("yes", "yes yes"),
+        ("cafés", "cafes"),
+        ("yes", "yes!"),
+        ("👍", "👎"),
+        ("猫", "狗"),
+        ("سلام", "مرحبا"),
+        ("кошка", "собака"),
+        ("นก", "ปลา"),
+        ("", "猫"),
+        ("猫" * 30 + "一", "猫" * 30 + "二"),
+        ("x" * 64 + "a", "x" * 64 + "b"),
+        ("猫 " + "x" * 5000, "狗 " + "x" * 5000),
+        ("猫" * 3, "猫" * 3000),
+    ],
+)
+def test_a_known_tokenizer_tells_texts_of_every_script_apart(one, other):
+    """Its first tokens differ, so the vectors of a right answer do."""
+    assert exact(one, other)
+    assert exact(other, one)
+    assert find_duplicate_vectors([one, other], {0: A, 1: B}, "cl100k_base") == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("same", "same"),
+        ("US", "us"),
+        ("Straße", "STRASSE"),
+        ("a  b", " a\tb\n"),
+        ("ﬁne Ａ", "fine A"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("a\u200bb", "ab\ufeff"),
+        ("", " \n"),
+        ("猫" * 2000 + "一", "猫" * 2000 + "二"),
+        ("word " * 300 + "end", "word  " * 300 + "other end"),
+        ("e\u0301" * 400, " " + "\u00e9" * 400 + "x"),
+    ],
+)
+def test_what_a_gateway_may_change_is_no_difference(one, other):
+    """Case, white space, what is invisible, forms of Unicode, and what is far down the text."""
+    assert not exact(one, other)
+    assert not exact(other, one)
+
+
+@given(st.text(max_size=300), st.text(max_size=300), st.sampled_from(["", " ", "\n", "\u200b"]))
+def test_a_known_tokenizer_compares_any_texts(one, other, space):
+    """Both ways alike; a text and itself in other white space never differ."""
+    assert exact(one, other) == exact(other, one)
+    assert not exact(one, f"{space}{one}{space}")
+    assert not exact(f"{one}{other}", f"{one}{space}{other}")

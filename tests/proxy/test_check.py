@@ -568,7 +568,9 @@ async def test_a_cache_on_a_network_or_a_small_disk_is_told(check, upstream, tmp
     done = await check(providers=_at(upstream), cache=cache)
     assert done.code == 0
     assert "  nfs4 is a network file system" in done.out
-    assert "  the disk is full 10" in done.out
+    assert re.search(
+        r"  the disk has 10\S* \S+ less room than cache.size_limit_gib allows", done.out
+    )
     done = await check("--json", providers=_at(upstream), cache=cache)
     assert (done.json["cache"]["network"], done.json["cache"]["file_system"]) == (True, "nfs4")
 

@@ -56,7 +56,7 @@ MISTAKES = {
     "qdrant is no folder": ("index: {qdrant: {path: .}}", "index.qdrant.path", "a folder"),
     "a folder has no key": (
         "index: {qdrant: {path: /x, api_key_env: K}}",
-        "index.qdrant",
+        "index.qdrant.api_key_env",
         "a folder has no key",
     ),
     "a name that qdrant refuses": (
@@ -150,7 +150,7 @@ MISTAKES = {
     ),
     "key in the file": (
         "providers: {openai: {api_key: abc}}",
-        "providers.openai",
+        "providers.openai.api_key",
         "name its variable in api_key_env",
     ),
     "route to nowhere": (

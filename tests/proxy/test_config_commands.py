@@ -445,6 +445,15 @@ def test_a_key_that_lies_open_is_refused(path, old, run, write, tmp_path):
     assert not (tmp_path / "new.yaml").exists()
 
 
+def test_all_keys_that_lie_open_are_told_at_once(run, write):
+    """Each is a line of its own."""
+    old = {"llm": {"embedding": {"api_key": SECRET}}, "vector_store": {"qdrant_api_key": SECRET}}
+    done = run("convert", write(old, "old.yaml"))
+    assert done.code == 2
+    told = [line.partition("old.yaml: ")[2].partition(":")[0] for line in done.err.splitlines()]
+    assert told == ["llm.embedding.api_key", "vector_store.qdrant_api_key"]
+
+
 @pytest.mark.parametrize(
     ("old", "message"),
     [

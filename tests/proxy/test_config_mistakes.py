@@ -40,10 +40,11 @@ TOLD = [
     (3, "server.host", "expected a string"),
     (5, "cache.size_limit_gib", "greater than 0"),
     (6, "cache.directory", "the variable EMBEDDING_PROXY_NOWHERE is not set"),
+    (9, "providers.openai.timeout_s", "expected a number"),
     (10, "providers.openai.timeout_s", "is written twice, first in line 9"),
     (11, "providers.mine.api_key_env", "is missing; name the variable"),
     (14, "providers.mistral.share", "is for key: client"),
-    (14, "providers.mistral.options", "unknown option"),
+    (14, "providers.mistral.options.a", "unknown option"),
     (20, "models.m.routes.0.provider", "there is no provider 'opnai'"),
     (22, "models.n.dimensions", "9 here, but 8 in models.m"),
 ]
@@ -226,3 +227,88 @@ def test_what_is_dumped_is_read_and_each_key_has_its_line(content):
         before = line
         if isinstance(path[-1], str):
             assert path[-1] in lines[line - 1]
+
+
+def test_each_copy_of_what_is_written_twice_is_validated(refused):
+    """The mistakes of the first copy are told with its own lines; sections are put together."""
+    text = (
+        "providers:\n"
+        "  mine: {kind: openai, base_url: 'http://h', api_key_env: MINE}\n"
+        "models:\n"
+        "  m: {space: s, dimensions: 0, routes: [{provider: mine, model: m}]}\n"
+        "  m: {space: s, routes: [{provider: yours, model: m}]}\n"
+        "providers:\n"
+        "  yours: {kind: openai, timeout_s: soon}\n"
+        "server: {port: x}\n"
+        "server: {port: 1, host: 0.0.0.0}\n"
+        "server: {keys: [a]}\n"
+    )
+    assert [one[:2] for one in refused(text)] == [
+        (4, "models.m.dimensions"),
+        (5, "models.m"),
+        (6, "providers"),
+        (7, "providers.yours.timeout_s"),
+        (7, "providers.yours.api_key_env"),
+        (8, "server.port"),
+        (9, "server"),
+        (10, "server"),
+    ]
+
+
+@pytest.mark.parametrize("broken", ["openai: {timeout_s: x}", "openai: 7", "openai: {kind: x}"])
+def test_a_broken_provider_is_a_known_one(broken, refused):
+    """It is listed where another name is unknown, and the name that is meant is offered."""
+    text = f"providers: {{{broken}, mine: {{kind: ollama}}}}\n" + WRONG_ROUTE
+    told = {key: message for _, key, message in refused(text)}
+    assert told["models.m.routes.0.provider"] == (
+        "there is no provider 'opnai'; known: local, mine, openai; did you mean openai?"
+    )
+    assert len(told) == 2
+
+
+WRONG_ROUTE = "models: {m: {space: s, routes: [{provider: opnai, model: m}]}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("providers: {opnai: {}}", "openai"),
+        ("providers: {a: {kind: mistrl}}", "mistral"),
+        ("models: {text-embedding-3-smal: {price: 1}}", "text-embedding-3-small"),
+        (
+            "models: {text-embedding-3-small: {fallback: text-embedding-3-lrge}}",
+            "embedding-3-large",
+        ),
+        ("models: {text-embedding-3-small: {width: padd}}", "pad"),
+        ("passthrough: opnrouter", "openrouter"),
+        (WRONG_ROUTE, "openai"),
+    ],
+)
+def test_a_misspelt_name_is_corrected(text, near, refused):
+    """Wherever a name must be a known one."""
+    assert any(re.search(rf"did you mean \S*{near}\?", one) for *_, one in refused(text))
+
+
+def test_what_is_wrong_beside_the_file_is_told_at_once_too(command, tmp_path, monkeypatch):
+    """Keys that cannot be sent, a variable that names no proxy, and the proxy's own address."""
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "server: {port: 18080}\n"
+        "providers:\n"
+        "  openai: {}\n"
+        "  mistral: {}\n"
+        "  mine: {kind: ollama, trust_env: true, base_url: 'https://h/v1'}\n"
+        "  own:\n"
+        "    kind: ollama\n"
+        "    base_url: http://127.0.0.1:18080/v1\n"
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+    monkeypatch.setenv("MISTRAL_API_KEY", "'quoted-key'")
+    monkeypatch.setenv("HTTPS_PROXY", "nowhere")
+    done = command("serve", "--config", file)
+    assert done.code == 2
+    own, openai, mistral, mine = done.err.splitlines()
+    assert f"{file}:8: providers.own.base_url: is the address that this proxy listens on" in own
+    assert "OPENAI_API_KEY: its value is no key" in openai
+    assert "MISTRAL_API_KEY: its value stands in quotes" in mistral
+    assert f"{file}:5: providers.mine.trust_env: the variable HTTPS_PROXY holds no address" in mine

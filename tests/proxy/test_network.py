@@ -253,8 +253,8 @@ async def test_a_certificate_that_is_not_trusted_says_why(certificate, keys, why
         ({"proxy": "http://"}, "proxy", "its host is missing"),
         ({"proxy": "http://h:1/x"}, "proxy", "without a path"),
         ({"proxy": "http://me:ü@h:1"}, "proxy", "write a sign that is not ASCII as %XX"),
-        ({"proxy": "http://h:1", "trust_env": True}, "", "proxy and trust_env exclude each other"),
-        ({"headers": {"Proxy-Authorization": "x"}}, "headers", "is not to be set here"),
+        ({"proxy": "http://h:1", "trust_env": True}, "trust_env", "exclude each other: name the"),
+        ({"headers": {"Proxy-Authorization": "x"}}, "headers.Proxy-Authorization", "is not to be"),
     ],
 )
 def test_a_mistake_is_named_with_file_key_and_remedy(keys, key, remedy, tmp_path):

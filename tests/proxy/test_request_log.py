@@ -102,3 +102,18 @@ async def test_the_second_header_counts_where_the_first_is_no_id(upstream, start
     headers = {"X-Request-Id": "not an id", "X-Client-Request-Id": OWN}
     response = await proxy.post({"model": MODEL, "input": "some text"}, **headers)
     assert response.headers["x-request-id"] == OWN
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"input": []}, {"input": "a", "dimensions": 0}, {"input": "a", "output_dtype": "int8"}, {}],
+    ids=str,
+)
+async def test_a_request_that_is_not_valid_is_told_with_its_model(
+    fields, upstream, start_proxy, caplog
+):
+    """The model is known as soon as the body is read."""
+    proxy = await start_proxy(openai=upstream)
+    caplog.set_level(logging.INFO)
+    assert (await proxy.post({"model": MODEL, **fields})).status == 400
+    assert f", model {MODEL}: status 400" in _lines(caplog)[0].getMessage()

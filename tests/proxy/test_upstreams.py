@@ -82,10 +82,13 @@ def test_options_are_the_kinds():
 @pytest.mark.parametrize(
     ("said", "problem"),
     [
-        ({"kind": "openai", "options": {"provider": {}}}, "options: .* known to this kind: none"),
+        (
+            {"kind": "openai", "options": {"provider": {}}},
+            "options.provider: .* known to this kind: none",
+        ),
         ({"kind": "openrouter", "options": {"x": 1}}, "known to this kind: provider"),
-        ({"kind": "azure"}, "base_url is missing"),
-        ({"kind": "openai_compatible"}, "base_url is missing"),
+        ({"kind": "azure"}, "base_url: is missing"),
+        ({"kind": "openai_compatible"}, "base_url: is missing"),
         ({"kind": "local", "base_url": ADDRESS}, "the local model has no base_url"),
         ({"kind": "local", "limits": {}}, "the local model has no limits"),
         ({"kind": "openai", "headers": {"Authorization": "x"}}, "Authorization is not to be set"),
