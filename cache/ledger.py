@@ -5,8 +5,7 @@ charge is counted as soon as it is known, so before what was bought with it is w
 """
 
 import enum
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import orjson
 
 from cache.disk.schema import Sql
-from providers.base import Account, Bill, Embedded, Outcome, Vector, nanodollars
+from providers.base import Account, Bill, Embedded, Vector
 
 from .key import Key
 from .row import OTHER, OTHER_NAMESPACE, Partition
@@ -42,26 +41,6 @@ class Heading(NamedTuple):
         The provider stays: providers come from the configuration, all else may be a client's word.
         """
         return Heading(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
-
-
-class Headings:
-    """The headings that came first: each has a line of its own, further ones are summed."""
-
-    def __init__(self) -> None:
-        self._known: set[Heading] = set()
-
-    def line_of(self, heading: Heading) -> Heading:
-        """Return the heading to count under: the same one, or `rest` of it."""
-        if heading in self._known:
-            return heading
-        if len(self._known) >= MAX_HEADINGS:
-            return heading.rest
-        self._known.add(heading)
-        return heading
-
-
-Count: TypeAlias = Callable[[Heading, Usage], None]
-"""Adds to the ledger."""
 
 
 class Again(Protocol):
@@ -94,98 +73,14 @@ class Answered(Embedded):
     """For the same request once more; None where that has to be asked anew."""
 
 
-def answered(embedded: Embedded, usage: Usage) -> Answered:
-    """Return an answer with its sums."""
-    return Answered(
-        vectors=embedded.vectors,
-        tokens=embedded.tokens,
-        counted=embedded.counted,
-        providers=embedded.providers,
-        outcomes=embedded.outcomes,
-        usage=usage,
-    )
+def ledger_key(partition: Partition, account: Account, provider: str = "") -> Heading:
+    """Return where a request's inputs, or what a provider charged for them, are counted."""
+    return Heading(partition, account.model, provider, account.client)
 
 
-class Purchase:
-    """What one fill buys; charges and inputs are counted as they come."""
-
-    def __init__(self, count: Count, partition: Partition, account: Account) -> None:
-        self._count = count
-        self._partition = partition
-        self._account = account
-        self._sellers: dict[int, str] = {}
-        self._unplaced: list[tuple[str, Usage]] = []
-        """What was charged while the width of the space was not known."""
-        self.charged = Usage()
-        """The sums of all charges so far; inputs are not in it."""
-        self.is_written = True
-        """Whether nothing was counted since the caller last began to write; it sets this then."""
-        self._is_over = False
-
-    def charge(self, bill: Bill) -> None:
-        """Count what a call was charged, whether or not anything is kept of its answer."""
-        self._sellers.update(dict.fromkeys(bill.places, bill.provider))
-        usage = Usage(tokens_billed=sum(bill.tokens), nanodollars_billed=sum(bill.nanodollars))
-        self.charged = self.charged.plus(usage)
-        self.is_written = False
-        if self._partition.dimensions or self._is_over:
-            self._count(self._heading(bill.provider), usage)
-        else:
-            self._unplaced.append((bill.provider, usage))
-
-    def bought(self, places: Sequence[int], dimensions: int) -> None:
-        """Count inputs whose vectors, of that width, are about to be kept."""
-        if not self._partition.dimensions:
-            self._partition = self._partition._replace(dimensions=dimensions)
-            self._place()
-        self.is_written = False
-        sellers = Counter(self._sellers.get(place, "") for place in places)
-        for seller, inputs in sellers.items():
-            self._count(self._heading(seller), Usage(misses=inputs))
-
-    def close(self) -> None:
-        """Count what is left: charges for which nothing came that tells the width.
-
-        What is charged later is counted at once.
-        """
-        self._is_over = True
-        self._place()
-
-    def _place(self) -> None:
-        for provider, usage in self._unplaced:
-            self._count(self._heading(provider), usage)
-        self._unplaced.clear()
-
-    def _heading(self, provider: str) -> Heading:
-        return Heading(self._partition, self._account.model, provider, self._account.client)
-
-
-def usage_of(
-    tokens: Sequence[int], outcomes: Sequence[Outcome], charged: Usage, account: Account
-) -> Usage:
-    """Return the sums of a request: what it was charged, and what its other inputs are worth."""
-    counts = Counter(outcomes)
-    saved = sum(tokens)
-    if counts[Outcome.MISS]:
-        rows = zip(tokens, outcomes, strict=True)
-        saved -= sum(n for n, how in rows if how is Outcome.MISS)
-    return Usage(
-        hits=counts[Outcome.HIT],
-        joins=counts[Outcome.JOIN],
-        misses=counts[Outcome.MISS],
-        duplicates=counts[Outcome.DUPLICATE],
-        tokens_saved=saved,
-        tokens_billed=charged.tokens_billed,
-        nanodollars_saved=nanodollars(saved, account.price),
-        nanodollars_billed=charged.nanodollars_billed,
-    )
-
-
-def usage_of_hits(tokens: Sequence[int], account: Account) -> Usage:
-    """Return the sums of a request of which every input is a hit."""
-    saved = sum(tokens)
-    worth = nanodollars(saved, account.price)
-    return Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
+def charge_usage(bill: Bill) -> Usage:
+    """Return the sums of one charge."""
+    return Usage(tokens_billed=sum(bill.tokens), nanodollars_billed=sum(bill.nanodollars))
 
 
 class By(enum.StrEnum):

@@ -9,7 +9,7 @@ from providers.base import NORMAL, Vector
 from .key import Keys
 from .ledger import Heading
 from .row import Partition
-from .tiers import LOT, Tiers
+from .tiered import LOT, Tiers
 from .usage import Usage
 
 
@@ -37,9 +37,11 @@ class Repeat:
             if vectors:
                 await asyncio.sleep(0)
             some = self.keys[len(vectors) : len(vectors) + LOT]
-            entries = self.tiers.at_hand(some, self.partition, NORMAL)
-            if entries is None:
+            lookup = self.tiers.lookup_nowait(some, self.partition, NORMAL)
+            entries = [entry for entry in lookup.entries if entry is not None]
+            if len(entries) < len(some):
                 return None
+            self.tiers.count_lookup(lookup, some, self.partition)
             vectors += [entry.vector for entry in entries]
         self.count()
         return vectors

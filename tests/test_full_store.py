@@ -55,9 +55,9 @@ async def test_writes_go_on_where_everything_was_used_just_now(tmp_path, caplog)
             assert await _write(store, "text", range(start, start + 50), OTHERS)
             # All that may still be there is in use, and its use is not written yet.
             store.touch(_addresses("text", range(start + 50)), OTHERS)
-        found = await store.get_many(_addresses("text", range(3950, 4000)))
+        found = await store.lookup(_addresses("text", range(3950, 4000)))
         assert len(found) == 50
-        assert len(await store.get_many(_addresses("canary", range(4)))) == 4
+        assert len(await store.lookup(_addresses("canary", range(4)))) == 4
     assert not caplog.records
 
 
@@ -76,7 +76,7 @@ async def test_the_last_use_of_what_is_pinned_is_the_last_use(tmp_path, clock):
         assert await _write(store, "pinned", range(300), TEAM) == 6
         clock[0] += 2 * DAY
         await _write(store, "text", range(3000), OTHERS)
-        assert len(await store.get_many(_addresses("pinned", range(300)))) == 300
+        assert len(await store.lookup(_addresses("pinned", range(300)))) == 300
     with connection.opened(tmp_path, limit, ("team",)) as file:
         held = {one.partition.namespace: one for one in stats.gather(file).held}
         unused, _ = count(file, Choice(namespace="team", used_before=began + DAY))

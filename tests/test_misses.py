@@ -74,6 +74,22 @@ async def test_a_text_that_the_upstream_chokes_on_costs_itself_alone(place, upst
     assert upstream.calls == []
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 64])
+@pytest.mark.parametrize("known", [0, 2])
+@pytest.mark.parametrize("code", [500, 502, 503])
+async def test_an_outage_blames_no_input(code, known, count, upstream, start_proxy):
+    """Every call fails, each input's own as well: that is the provider, and no input is named."""
+    proxy = await start_proxy(openai=upstream)
+    hits = texts(known, "known")
+    if hits:
+        await right(await ask(proxy, hits), hits)
+    upstream.always = status(code)
+    response = await ask(proxy, [*hits, *texts(count)])
+    error = (await response.json())["error"]
+    assert response.status in (502, 503), error
+    assert (error["param"], "(input" in error["message"]) == (None, False), error
+
+
 async def test_that_text_keeps_nobody_else_from_the_upstream(upstream, start_proxy):
     """However often it is sent again, the circuit stays closed for innocent texts."""
     upstream.always = unless(upstream, lambda call: "bad" in call, status(500))

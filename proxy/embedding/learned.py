@@ -26,8 +26,11 @@ PATIENCE_S = 2.0
 log = logging.getLogger("embedding_proxy.learned")
 
 
-class Pins:
-    """The widths that were learned, by the name of the space. All workers share the file."""
+class LearnedDimensions:
+    """The widths that were learned, by the name of the space. All workers share the file.
+
+    The file is read and written in threads.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -36,15 +39,17 @@ class Pins:
         self._version: tuple[int, ...] | None = None
         self._is_full = False
 
-    def width(self, space: str) -> int:
-        """Return the width of a space, 0 where it has not been learned by any worker."""
-        if space not in self._known:
-            self._refresh()
+    def get(self, space: str) -> int:
+        """Return the width of a space, 0 where it has not been learned so far."""
         return self._known.get(space, 0)
+
+    async def refresh(self) -> None:
+        """Take over what other workers have learned, if the file is another one by now."""
+        self._known |= await asyncio.to_thread(self._read_changed)
 
     async def pin(self, space: str, width: int) -> None:
         """Keep a width that was learned. Raises InvalidAnswer when the space has another one."""
-        known = self.width(space)
+        known = self.get(space)
         if not known:
             known = await asyncio.to_thread(self._pin, space, width)
             if len(self._known) < MAX_WIDTHS:
@@ -80,16 +85,17 @@ class Pins:
                 *(self._file, MAX_WIDTHS),
             )
 
-    def _refresh(self) -> None:
-        """Take over what other workers have learned, if the file is another one by now."""
+    def _read_changed(self) -> dict[str, int]:
+        """Return what the file holds, if it is another one than at the last call."""
         try:
             found = self._file.stat()
         except OSError:
-            return
+            return {}
         version = (found.st_ino, found.st_mtime_ns, found.st_size)
-        if version != self._version:
-            self._version = version
-            self._known |= self._read(is_told=True)
+        if version == self._version:
+            return {}
+        self._version = version
+        return self._read(is_told=True)
 
     def _read(self, *, is_told: bool = False) -> dict[str, int]:
         """Return what the file holds: nothing where it cannot be read, or is not one of ours."""

@@ -2,17 +2,29 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
-from cache.assembly import Filled
-from cache.embedder import CachingEmbedder
-from cache.flight import Flights
+from cache.embedder import MAX_ROUNDS_WITH_STRANGERS, CachingEmbedder
+from cache.errors import NotCached
+from cache.in_flight import InFlight, SharedTask, wait
+from cache.key import Namespace, keyring
 from cache.ledger import Answered
-from cache.refusal import NotCached
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from providers import kinds
-from providers.base import Context, Input, InputRefused, InvalidAnswer, Space
+from providers.base import (
+    Bill,
+    Context,
+    DeadlineExceeded,
+    Embedded,
+    Embedder,
+    EmbeddingError,
+    Input,
+    InputRefused,
+    OnCharge,
+    Space,
+)
 from providers.batching.longest import NoneTooLong
 from providers.http import HttpProvider
 from providers.router import Provider, Router
@@ -22,13 +34,13 @@ from proxy.settings.model_entry import Fallback
 from proxy.settings.schema import Settings
 
 from .by_client import ByClient, by_client
-from .learned import Pins
+from .learned import LearnedDimensions
 from .opening import make_router, scheduled
 from .steps import one_before_others
 from .widths import WIDEST
 
 MOST_KEPT = 1000
-"""Models kept in all; one that is asked for by its name alone is then made for each request."""
+"""Models that are listed at most; and as many that are not, being asked for by name alone."""
 
 
 class ModelUnknown(InputRefused):
@@ -54,8 +66,10 @@ class Model:
     """USD per million tokens."""
     router: Router
     """The routes that can be used; it knows no cache."""
+    source: Embedder
+    """What is asked for what no cache has: the batches for the router."""
     embedder: CachingEmbedder
-    """What requests are asked of: the cache around the router."""
+    """What requests are asked of: the cache around the source."""
     dimensions_refused: bool = False
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
     width: str = "strict"
@@ -94,10 +108,14 @@ class Model:
         return replace(self, space=space)
 
 
+_Learning: TypeAlias = SharedTask[Input, tuple[int, Answered]]
+"""Buys one input of a space; gives the width, and the answer to that input and its equals."""
+
+
 class Registry:
     """Models by the names that clients use.
 
-    Tiers, flights, and what is known of the providers are shared by all of them.
+    Tiers, fetches, and what is known of the providers are shared by all of them.
     """
 
     def __init__(  # noqa: PLR0913 - what all models share
@@ -106,7 +124,7 @@ class Registry:
         providers: Mapping[str, Provider],
         tiers: Tiers,
         upstreams: Upstreams,
-        pins: Pins,
+        learned: LearnedDimensions,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -114,14 +132,18 @@ class Registry:
         self._providers = providers
         self._tiers = tiers
         self._upstreams = upstreams
-        self._pins = pins
+        self._learned = learned
         # Frozen there are none, and nobody is asked: each would do.
         frozen = settings.cache.mode == "frozen"
         self._usable = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
-        self._flights: Flights[Filled] = Flights()
+        self._in_flight = InFlight()
         self._widths: dict[str, int] = {}
         """By the label of a space with parameters, where the model's own width is not known."""
+        self._learning: dict[str, _Learning] = {}
+        """What is being bought to learn a width, by the label of the space."""
+        self._unlisted: dict[str, Model] = {}
+        """Models that were asked for by name, and whose own width is not known."""
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
 
     async def close(self) -> None:
@@ -133,20 +155,17 @@ class Registry:
         """
         await self._upstreams.tasks.close()
         await self._upstreams.attempts.close()
-        await self._flights.close()
+        await self._in_flight.close()
 
     def get(self, name: str) -> Model:
         """Return a model; one that is not configured if it may be asked for by name.
 
         Raises ModelUnknown.
         """
-        model = self.models.get(name)
-        if model is not None and model.space.dimensions:
-            return model
-        if model is None:
-            model = self._by_name(name)
-        width = self._pins.width(model.space.name)
-        return self._keep(model, width) if width else model
+        model = self.models.get(name) or self._unlisted.get(name) or self._by_name(name)
+        if not model.space.dimensions and (width := self._learned.get(model.space.name)):
+            return self._keep(model, width)
+        return model
 
     def rate_limit_waits(self) -> dict[str, dict[str, float]]:
         """Return, by provider, the seconds that calls of a model wait for its rate limit."""
@@ -173,39 +192,125 @@ class Registry:
     ) -> tuple[Model, Answered]:
         """Embed with a model whose width is not known yet; return what it is then, and the answer.
 
-        The first input is asked for alone, and its width pinned before anything else is bought.
-        Raises EmbeddingError.
+        One input is bought before the cache is asked, by the first request that comes, and the
+        width pinned; it is kept like any other. Who asks meanwhile waits for that. Raises
+        EmbeddingError.
         """
-        if not context.terms.spend:
-            raise NotCached(context.terms, range(len(inputs)), len(inputs))
-        label = model.space.with_parameters(parameters).label if parameters else ""
-        known = self._widths.get(label)
-        if known is not None:
-            # Of requests with the same fields; other widths are not known from it.
-            model = replace(model, space=replace(model.space, dimensions=known))
+        space = model.space.with_parameters(parameters) if parameters else model.space
+        await self._learned.refresh()
+        if context.weigh is not None:
+            context = replace(context, counts=await context.weigh(None), weigh=None)
+        width, rounds = self._width(space), 0
+        while not width:
+            if not context.terms.spend:
+                raise NotCached(context.terms, range(len(inputs)), len(inputs))
+            learning = self._learning.get(space.label)
+            is_of_stranger = learning and learning.context.credential != context.credential
+            if learning is None or (is_of_stranger and rounds >= MAX_ROUNDS_WITH_STRANGERS):
+                return await self._lead(model, space, inputs, context)
+            await _wait(learning, context)
+            try:
+                width, _ = learning.task.result()
+            except EmbeddingError as error:
+                if not learning.is_leader_specific(error, inputs[:1], context.credential):
+                    raise
+            rounds += 1
+        model = self._with_width(model, space, width)
+        space = replace(space, dimensions=width)
+        return model, await model.embedder.embed(space, inputs, context)
 
-        async def ask(some: Sequence[Input]) -> Answered:
-            return await model.embedder.embed(
-                model.space.with_parameters(parameters), some, context
-            )
+    async def _lead(
+        self, model: Model, space: Space, inputs: Sequence[Input], context: Context
+    ) -> tuple[Model, Answered]:
+        """Learn the width of a space from the first input, then ask for the others."""
+        item, copies = inputs[0], inputs.count(inputs[0])
+        # What has no bytes is refused before anybody is asked.
+        keyring(space, Namespace(context.namespace)).key(item)
+        work = partial(self._buy_first, model=model, space=space, copies=copies)
+        learning: _Learning = SharedTask([item], work, context)
+        self._learning[space.label] = learning
+        self._in_flight.add_task(learning.task)
+        learning.task.add_done_callback(lambda _: self._forget(space.label, learning))
 
-        async def first(some: Sequence[Input]) -> Answered:
-            nonlocal model
-            begun = await ask(some)
-            width = len(begun.vectors[0]) // 4
-            if parameters:
-                self._note_own_width(label, width)
-                model = replace(model, space=replace(model.space, dimensions=width))
-            else:
-                await self._pins.pin(model.space.name, width)
-                model = self._keep(model, width)
-            return begun
+        async def first(_: Sequence[Input]) -> Answered:
+            nonlocal model, space
+            await _wait(learning, context)
+            width, answer = learning.task.result()
+            model = self._with_width(model, space, width)
+            space = replace(space, dimensions=width)
+            return answer
 
-        if known is not None:
-            return model, await ask(inputs)
+        async def others(some: Sequence[Input]) -> Answered:
+            return await model.embedder.embed(space, some, context)
 
-        answer = await one_before_others(inputs, 0, first, ask)
+        answer = await one_before_others(inputs, 0, first, others)
         return model, answer
+
+    async def _buy_first(
+        self, learning: _Learning, model: Model, space: Space, copies: int
+    ) -> tuple[int, Answered]:
+        """Buy one input of a space without a width, pin that, and keep the input."""
+        context = learning.context
+
+        def keep(bought: _Bought) -> asyncio.Task[Answered]:
+            return self._in_flight.write(self._keep_first(space, bought, context, copies))
+
+        bought = _Bought(learning.keys[0], context.on_charge, keep)
+        told = replace(
+            context,
+            on_part=bought.take,
+            on_charge=bought.charge,
+            on_begin=learning.begin,
+            abandoned=learning.abandonment,
+        )
+        try:
+            try:
+                await bought.take((0,), await model.source.embed(space, learning.keys, told))
+            except EmbeddingError:
+                # What comes when nobody waits for it any more is told as a part.
+                if bought.kept is None:
+                    raise
+            return await bought.result()
+        except EmbeddingError as error:
+            if error.index is not None:
+                learning.failed_key = learning.keys[0]
+            # What was charged for nothing is counted under no width.
+            bought.tell_charges(model.embedder.on_charge(space, context))
+            await asyncio.shield(self._in_flight.write(self._tiers.flush_counts()))
+            raise
+
+    async def _keep_first(
+        self, space: Space, bought: "_Bought", context: Context, copies: int
+    ) -> Answered:
+        """Pin the width of a space, and keep what was bought of it. Raises InvalidAnswer."""
+        space = replace(space, dimensions=bought.width)
+        if space.parameters:
+            # A client's own fields may change the width: it holds for the same fields alone.
+            self._widths[space.label] = space.dimensions
+            if len(self._widths) > MOST_KEPT:
+                del self._widths[next(iter(self._widths))]
+        else:
+            await self._learned.pin(space.name, space.dimensions)
+        terms = replace(context.terms, max_age=0.0, joins_same_key=False)
+        context = replace(context, terms=terms, deadline=None, on_charge=None)
+        embedder = CachingEmbedder(bought, self._tiers, self._in_flight)
+        return await embedder.embed(space, [bought.item] * copies, context)
+
+    def _forget(self, label: str, learning: _Learning) -> None:
+        if self._learning.get(label) is learning:
+            del self._learning[label]
+
+    def _width(self, space: Space) -> int:
+        """Return the width of a space of a model whose own width was not known, 0 = not known."""
+        if space.parameters:
+            return self._widths.get(space.label, 0)
+        return self._learned.get(space.name)
+
+    def _with_width(self, model: Model, space: Space, width: int) -> Model:
+        """Return a model that has learned its width, for requests with the fields of a space."""
+        if space.parameters:
+            return replace(model, space=replace(model.space, dimensions=width))
+        return self._keep(model, width)
 
     def _by_name(self, name: str) -> Model:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""
@@ -218,45 +323,35 @@ class Registry:
         # A frozen proxy has no providers; what it has bought before may be of any model.
         if not model.usable and self._settings.cache.mode != "frozen":
             raise ModelUnknown(name)
-        return model
-
-    async def _note_width(self, space: Space, width: int) -> None:
-        """Pin the first width that an answer tells, though who asked may be gone by now."""
-        if space.parameters:
-            # A client's own fields may change the width: it holds for the same fields alone.
-            self._note_own_width(space.label, width)
-            return
-        # Whoever still waits is told if it is another one than before.
-        with suppress(InvalidAnswer):
-            await self._pins.pin(space.name, width)
-
-    def _note_own_width(self, label: str, width: int) -> None:
-        """Remember the width of requests with fields of their own, in this process."""
-        self._widths[label] = width
-        if len(self._widths) > MOST_KEPT:
-            del self._widths[next(iter(self._widths))]
+        return self._keep_unlisted(model)
 
     def _keep(self, model: Model, width: int) -> Model:
         """Return a model that has learned its width; the next one who asks finds it so."""
         model = replace(model, space=replace(model.space, dimensions=width))
         if model.name in self.models or len(self.models) < MOST_KEPT:
             self.models[model.name] = model
+            self._unlisted.pop(model.name, None)
+        else:
+            self._keep_unlisted(model)
+        return model
+
+    def _keep_unlisted(self, model: Model) -> Model:
+        self._unlisted[model.name] = model
+        if len(self._unlisted) > MOST_KEPT:
+            del self._unlisted[next(iter(self._unlisted))]
         return model
 
     def _make(self, name: str, entry: model_entry.Model) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
+        source = NoneTooLong(scheduled(router, settings), entry.context)
         return Model(
             name=name,
             space=entry.as_space(),
             price=entry.price,
             router=router,
-            embedder=CachingEmbedder(
-                NoneTooLong(scheduled(router, settings), entry.context),
-                self._tiers,
-                self._flights,
-                self._note_width,
-            ),
+            source=source,
+            embedder=CachingEmbedder(source, self._tiers, self._in_flight),
             dimensions_refused=entry.dimensions_refused,
             width=entry.width,
             context=entry.context,
@@ -265,6 +360,78 @@ class Registry:
             by_client=by_client(settings, name, entry, self._usable),
             neutral_fields=_neutral_fields(settings, entry),
         )
+
+
+class _Bought:
+    """One input that is bought past the cache; then the Embedder that gives the cache its answer.
+
+    What was charged is told with the answer: by then it is known under which width it is counted.
+    `keep` starts to keep the answer, which nothing ends early.
+    """
+
+    def __init__(
+        self,
+        item: Input,
+        on_charge: OnCharge | None,
+        keep: Callable[["_Bought"], asyncio.Task[Answered]],
+    ) -> None:
+        self.item = item
+        self.kept: asyncio.Task[Answered] | None = None
+        """Done when the answer, which has come, is kept."""
+        self.width = 0
+        self._keep = keep
+        self._answer: Embedded | None = None
+        self._on_charge = on_charge
+        self._bills: list[Bill] = []
+        self._count: OnCharge = self._bills.append
+
+    async def take(self, places: Sequence[int], part: Embedded) -> None:  # noqa: ARG002 - OnPart
+        """Take the answer, and return when it is kept."""
+        if self.kept is None:
+            self._answer, self.width = part, len(part.vectors[0]) // 4
+            self.kept = self._keep(self)
+        await asyncio.wait([self.kept])
+
+    async def result(self) -> tuple[int, Answered]:
+        """Return the width, and the answer as the cache gives it. Raises InvalidAnswer."""
+        if self.kept is None:
+            raise RuntimeError("nothing was bought")
+        return self.width, await asyncio.shield(self.kept)
+
+    def charge(self, bill: Bill) -> None:
+        """Take a charge, and tell the client's `on_charge`."""
+        if self._on_charge is not None:
+            self._on_charge(bill)
+        self._count(bill)
+
+    def tell_charges(self, count: OnCharge) -> None:
+        """Tell all charges so far, and each that comes later."""
+        bills, self._bills = self._bills, []
+        self._count = count
+        for bill in bills:
+            count(bill)
+
+    async def embed(
+        self,
+        space: Space,  # noqa: ARG002 - that of the answer
+        inputs: Sequence[Input],  # noqa: ARG002
+        context: Context,
+    ) -> Embedded:
+        """Return the answer."""
+        if context.on_charge is not None:
+            self.tell_charges(context.on_charge)
+        if self._answer is None:
+            raise RuntimeError("nothing was bought")
+        return self._answer
+
+
+async def _wait(learning: _Learning, context: Context) -> None:
+    """Wait for a width, until the deadline of a request at most. Raises DeadlineExceeded."""
+    try:
+        async with asyncio.timeout_at(context.deadline):
+            await wait([learning])
+    except TimeoutError as error:
+        raise DeadlineExceeded("the time of the request was up") from error
 
 
 def _neutral_fields(settings: Settings, entry: model_entry.Model) -> frozenset[str]:

@@ -150,7 +150,7 @@ async def test_who_joins_an_abandoned_fill_does_not_suffer_for_its_other_inputs(
 
 
 async def test_what_an_abandoned_fill_had_bought_is_not_bought_again():
-    """One who looked before a part landed joins its fill, though everybody else has left that."""
+    """One who looked before a part landed is given it, though everybody else has left its fetch."""
     rig = batched()
     rig.inner.gate.shut()
     leader = rig.start("a", "b")
@@ -166,7 +166,7 @@ async def test_what_an_abandoned_fill_had_bought_is_not_bought_again():
     rig.store.reading.open()
     await settle()
     rig.inner.gate.open()
-    assert _right(await late, ["a"]).outcomes == [JOIN]
+    assert _right(await late, ["a"]).outcomes == [HIT]
     assert rig.inner.asked == ["a", "b"]
 
 
@@ -253,7 +253,7 @@ async def test_a_thousand_cancelled_leaders_fail_no_joiner():
         (outcome,) = _right(await joiner, [names[number % 3]]).outcomes
         assert outcome in (Outcome.JOIN, Outcome.MISS)
     await settle()
-    assert len(rig.flights) == 0
+    assert len(rig.in_flight) == 0
 
 
 async def test_a_wait_for_another_ends_at_ones_own_deadline():
