@@ -340,3 +340,17 @@ async def test_a_model_that_is_asked_for_at_a_width_is_kept(upstream, start_prox
     assert read
     assert threading.main_thread() not in read
     assert NEW not in proxy.service.models
+
+
+@pytest.mark.parametrize("turns", range(40))
+async def test_who_comes_when_the_first_has_left_is_answered(turns, upstream, start_proxy):
+    """Whenever the first client goes away: the next one waits for its call, or makes one."""
+    upstream.widths = {NEW: 40}
+    proxy = await start_proxy(openai=upstream)
+    first = asyncio.create_task(proxy.service.embed(["a"], NEW))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    first.cancel()
+    result = await proxy.service.embed(["a", "b"], NEW)
+    assert np.array_equal(result.vectors[0], vector_of(NEW, "a", 40))
+    assert sorted(upstream.inputs) == ["a", "b"]

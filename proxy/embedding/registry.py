@@ -1,6 +1,7 @@
 """The models that can be asked for: those configured, and others by their names alone."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +42,9 @@ from .widths import WIDEST
 
 MOST_KEPT = 1000
 """Models that are listed at most; and as many that are not, being asked for by name alone."""
+
+# By so many seconds a clock that is read later may be behind.
+_CLOCK_S = 1.0
 
 
 class ModelUnknown(InputRefused):
@@ -205,10 +209,17 @@ class Registry:
             if not context.terms.spend:
                 raise NotCached(context.terms, range(len(inputs)), len(inputs))
             learning = self._learning.get(space.label)
-            is_of_stranger = learning and learning.context.credential != context.credential
-            if learning is None or (is_of_stranger and rounds >= MAX_ROUNDS_WITH_STRANGERS):
+            if learning is None or (learning.abandonment.done() and not learning.begun):
                 return await self._lead(model, space, inputs, context)
+            is_same_key = learning.context.credential == context.credential
+            if rounds >= MAX_ROUNDS_WITH_STRANGERS and not is_same_key:
+                return await self._lead(model, space, inputs, context)
+            started = time.time()
             await _wait(learning, context)
+            if context.terms.joins_same_key and is_same_key:
+                # What was bought meanwhile will do: it is in the cache by now.
+                terms = replace(context.terms, max_age=time.time() - started + _CLOCK_S)
+                context = replace(context, terms=terms)
             try:
                 width, _ = learning.task.result()
             except EmbeddingError as error:
