@@ -86,6 +86,11 @@ class CachingEmbedder:
         if context.weigh is not None:
             tokens = None if lookup.missing else _tokens(lookup.entries, positions)
             context = replace(context, counts=await context.weigh(tokens), weigh=None)
+        if not lookup.missing and positions is None and len(keys) <= MAX_FETCH:
+            # By far the most requests.
+            answer = self._hits(ring, keys, lookup.entries, context.account, context.terms)
+            self._tiers.count(ledger_key(ring.partition, context.account), answer.usage)
+            return answer
         outcomes = [Outcome.HIT] * len(keys)
         request = _Request(ring, all_keys, keys, inputs, context, lookup.entries, outcomes)
         if lookup.missing:
@@ -115,19 +120,31 @@ class CachingEmbedder:
         if lookup.missing:
             return None
         self._tiers.count_lookup(lookup, keys, ring.partition, terms)
-        entries = [entry for entry in lookup.entries if entry is not None]
-        vectors, tokens, counted, usage = _sum(entries, [Outcome.HIT] * len(keys))
-        usage = _with_worth(usage, account)
+        return self._hits(ring, keys, lookup.entries, account, terms)
+
+    def _hits(
+        self,
+        ring: Keyring,
+        keys: Keys,
+        entries: Sequence[Entry | None],
+        account: Account,
+        terms: Terms,
+    ) -> Answered:
+        """Return the answer that these entries are, of inputs that differ. It is not counted."""
+        tokens = list(map(_TOKENS, entries))
+        saved = sum(tokens)
+        worth = nanodollars(saved, account.price)
+        usage = Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
+        key = ledger_key(ring.partition, account)
+        again = Repeat(self._tiers, keys, ring.partition, key, usage)
         return Answered(
-            vectors=vectors,
+            vectors=list(map(_VECTOR, entries)),
             tokens=tokens,
-            counted=counted,
-            outcomes=[Outcome.HIT] * len(keys),
+            counted=all(map(_COUNTED, entries)),
+            outcomes=[Outcome.HIT] * len(tokens),
             usage=usage,
             keys=keys,
-            again=Repeat(
-                self._tiers, keys, ring.partition, ledger_key(ring.partition, account), usage
-            ),
+            again=again if _is_plain(terms) else None,
         )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
@@ -245,12 +262,10 @@ class CachingEmbedder:
         vectors: list[Vector] = []
         tokens: list[int] = []
         is_counted, usage = True, Usage()
-        for start in range(0, len(outcomes), MAX_FETCH):
+        for start in range(0, len(outcomes), SLICE):
             if start:
                 await asyncio.sleep(0)
-            end = start + MAX_FETCH
-            lot = [entry for entry in entries[start:end] if entry is not None]
-            some = _sum(lot, outcomes[start:end])
+            some = _sum(entries[start : start + SLICE], outcomes[start : start + SLICE])
             vectors += some[0]
             tokens += some[1]
             is_counted = is_counted and some[2]
@@ -339,9 +354,9 @@ async def _expand(
 
 
 def _sum(
-    entries: Sequence[Entry], outcomes: Sequence[Outcome]
+    entries: Sequence[Entry | None], outcomes: Sequence[Outcome]
 ) -> tuple[list[Vector], list[int], bool, Usage]:
-    """Return the vectors and tokens of some inputs, whether these are exact, and the counts."""
+    """Return the vectors and tokens of some entries, whether these are exact, and the counts."""
     tokens = list(map(_TOKENS, entries))
     misses = outcomes.count(Outcome.MISS)
     saved = sum(tokens)
