@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from providers.base import NORMAL, Vector
 
@@ -11,6 +12,8 @@ from .ledger import Heading
 from .row import Partition
 from .tiered import LOT, Tiers
 from .usage import Usage
+
+_VECTOR = attrgetter("vector")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +41,10 @@ class Repeat:
                 await asyncio.sleep(0)
             some = self.keys[len(vectors) : len(vectors) + LOT]
             lookup = self.tiers.lookup_nowait(some, self.partition, NORMAL)
-            entries = [entry for entry in lookup.entries if entry is not None]
-            if len(entries) < len(some):
+            if lookup.missing:
                 return None
             self.tiers.count_lookup(lookup, some, self.partition)
-            vectors += [entry.vector for entry in entries]
+            vectors += map(_VECTOR, lookup.entries)
         self.count()
         return vectors
 

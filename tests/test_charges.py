@@ -7,8 +7,8 @@ import pytest
 from fault_server import status, tokens_of
 from own_process import own_process
 
-from cache import embedder, ledger
-from cache.disk import connection
+from cache import embedder
+from cache.disk import connection, ledger_reader
 from cache.ledger import By
 from cache.usage import Usage
 from proxy.embedding import canary
@@ -45,7 +45,7 @@ async def killed_after(directory, upstream, mode, body, **headers):
             await response.read()
         process.send_signal(signal.SIGKILL)
     with connection.opened(directory / "cache", GIB) as file:
-        sums = dict(ledger.read(file.sql, [By.PROVIDER]))
+        sums = dict(ledger_reader.read(file.sql, [By.PROVIDER]))
     return response, sums.get(("openai",), Usage())
 
 

@@ -8,8 +8,7 @@ import time
 import full_store
 import pytest
 
-from cache import ledger
-from cache.disk import connection
+from cache.disk import connection, ledger_reader
 from cache.disk.purge import Choice, count
 from cache.disk.store import Store
 from cache.ledger import By
@@ -113,7 +112,7 @@ async def test_a_store_of_pins_answers_and_counts(tmp_path, upstream, start_prox
     lines = [one for one in caplog.messages if "full of what is pinned" in one]
     await start_proxy.stop()
     with connection.opened(tmp_path / "cache", 8 * MIB, ("team",)) as file:
-        ((_, sums),) = ledger.read(file.sql, (By.MODEL,))
+        ((_, sums),) = ledger_reader.read(file.sql, (By.MODEL,))
     assert (sums.misses, sums.hits) == (bought, 10 * (first - 100))
     assert sums.tokens_billed == 4 * bought
     assert len(lines) == 1, "\n".join(lines)

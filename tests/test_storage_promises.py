@@ -17,8 +17,7 @@ import pytest
 from page_map import addresses_on, read_map
 from pages import ROOT
 
-from cache import ledger
-from cache.disk import connection, database, purge
+from cache.disk import connection, database, ledger_reader, purge
 from cache.disk.store import Store
 from cache.ledger import Heading
 from cache.row import Partition
@@ -215,7 +214,7 @@ def _as_after_a_kill(directory, copy):
 def _sums(directory):
     """Return all sums of a store that nobody has open."""
     with connection.opened(directory, 1 << 30) as file:
-        lines = ledger.read(file.sql, ())
+        lines = ledger_reader.read(file.sql, ())
     return lines[0][1] if lines else Usage()
 
 

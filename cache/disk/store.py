@@ -195,7 +195,7 @@ class Store:
         max_lines: int | None = None,
         preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
     ) -> list[Line] | None:
-        """Return the sums on disk, see `ledger.read`; None if they cannot be read. Never raises.
+        """Return the sums on disk, see `ledger_reader`; None if they cannot be read. Never raises.
 
         It is read in a thread of its own: nobody who looks for a record waits for it.
         """

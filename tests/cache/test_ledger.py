@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from cache import ledger
+from cache.disk import ledger_reader
 from cache.disk.changes import Changes
 from cache.disk.connection import opened
 from cache.disk.store import Store
@@ -155,9 +155,9 @@ LINES = {
 def test_the_ledger_is_summed_by_what_is_asked_for(tmp_path, by, lines):
     """Whatever it is summed by, in order, nothing is left out and nothing counted twice."""
     with opened(tmp_path, GIB, create=True) as file:
-        assert ledger.read(file.sql, by) == []
+        assert ledger_reader.read(file.sql, by) == []
         file.write(Changes(usage=LINES))
-        found = ledger.read(file.sql, by)
+        found = ledger_reader.read(file.sql, by)
     assert dict(found) == lines
     assert [names for names, _ in found] == sorted(lines)
 
@@ -167,8 +167,8 @@ def test_what_was_paid_is_told_though_nobody_knows_what_for(tmp_path):
     with opened(tmp_path, GIB, create=True) as file:
         file.write(Changes(usage=LINES))
         file.sql("DELETE FROM Partitions WHERE namespace = 'team'")
-        assert ledger.read(file.sql, []) == [((), Usage(6, 8, 1, 0, 0, 10, 3))]
-        found = dict(ledger.read(file.sql, [By.NAMESPACE]))
+        assert ledger_reader.read(file.sql, []) == [((), Usage(6, 8, 1, 0, 0, 10, 3))]
+        found = dict(ledger_reader.read(file.sql, [By.NAMESPACE]))
     assert found == {(None,): Usage(6, 0, 1, 0, 0, 10, 3), ("",): Usage(joins=8)}
 
 
