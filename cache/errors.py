@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from providers.base import EmbeddingError, InputRefused, Terms
 
+_UNNAMED = "unnamed"
+"""Where a failure that names an input keeps the one that does not."""
+
 
 class NotCached(InputRefused):
     """Inputs are not in the cache, and for this request nothing is bought; `index` is the first's.
@@ -34,23 +37,16 @@ class NotCached(InputRefused):
 
 
 def name_input(failure: EmbeddingError, index: int, inputs: int) -> EmbeddingError:
-    """Return a failure that says which input of the client's it is about, if there are several."""
+    """Return a failure that says which input of the client's it is about, if there are several.
+
+    What was named in a part of a request is named anew.
+    """
+    bare: EmbeddingError = vars(failure).get(_UNNAMED, failure)
     if inputs == 1:
-        return failure.at(index)
-    named = failure.at(index, f"{failure} (input {index})")
+        return bare.at(index)
+    named = bare.at(index, f"{bare} (input {index})")
+    vars(named)[_UNNAMED] = bare
     if named.param is None or named.param.startswith("input"):
         # The upstream's own index, `input[0]`, is that in a call of ours.
         named.param = "input"
     return named
-
-
-def rename_input(failure: EmbeddingError, indices: Sequence[int], inputs: int) -> EmbeddingError:
-    """Return a failure as it reads in a larger request, whose inputs at `indices` were asked for.
-
-    `name_input` has made it of its cause.
-    """
-    if failure.index is None:
-        return failure
-    cause = failure.__cause__
-    bare = cause if isinstance(cause, type(failure)) else failure
-    return name_input(bare, indices[failure.index], inputs)

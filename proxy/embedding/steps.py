@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
-from cache.errors import rename_input
+from cache.errors import name_input
 from cache.ledger import Answered
 from providers.base import Embedded, EmbeddingError, Input
 from providers.batching import calls
@@ -42,7 +42,7 @@ async def one_before_others(
         except EmbeddingError as error:
             if error.index is None:
                 raise
-            raise rename_input(error, places, len(inputs)) from error
+            raise name_input(error, places[error.index], len(inputs)) from error
         parts.append((places, answer))
         usages.append(answer.usage)
     if not rest:
