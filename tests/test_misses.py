@@ -10,6 +10,8 @@ import pytest
 from aiohttp import web
 from fault_server import Call, status, vector_of
 
+from cache.disk import read_only
+
 MODEL = "text-embedding-3-small"
 JSON = "application/json"
 
@@ -47,6 +49,29 @@ def unless(server, is_bad, act):
 def health(proxy):
     """Return what is known of the first provider."""
     return proxy.service.upstreams.of("openai")
+
+
+# What a miss reads.
+
+
+@pytest.mark.parametrize("count", [1, 16, 300])
+async def test_a_miss_reads_each_address_once(count, upstream, start_proxy, monkeypatch):
+    """Whatever reads it, and though some inputs are known: there is no look before the look."""
+    proxy = await start_proxy(openai=upstream)
+    known, new = texts(8, "known"), texts(count)
+    await right(await ask(proxy, known), known)
+    read, read_many = [], read_only.read_many
+
+    def noted(sql, addresses, not_before):
+        read.extend(addresses)
+        return read_many(sql, addresses, not_before)
+
+    monkeypatch.setattr(read_only, "read_many", noted)
+    inputs = [*new, *known]
+    await right(await ask(proxy, inputs), inputs)
+    assert len(read) == len(set(read)) == count
+    await right(await ask(proxy, inputs), inputs)
+    assert len(read) == count
 
 
 # One input that an upstream fails with.
