@@ -263,6 +263,26 @@ async def test_the_call_that_proves_a_key_is_waited_for_by_the_next_request(
     assert await billed(proxy) == (calls * tokens_of("a"), calls)
 
 
+async def test_the_call_that_tells_a_width_proves_a_key_as_well(upstream, start_proxy, move):
+    """It is waited for by the next request with the same key, and not made again to prove that."""
+    upstream.widths = {NEW: 40}
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    proxy = await start(start_proxy, upstream, provider={"key": "client"})
+    key = {"Authorization": "Bearer sk-anne-0123456789"}
+    request = ask(proxy, model=NEW, **key)
+    await reading(proxy, reply)
+    await move(REQUEST_S + 1)
+    assert (await request).status == 504
+    again = ask(proxy, model=NEW, **key)
+    registry = proxy.service._registry
+    await until(lambda: any(one.waiters for one in registry._learning.values()))
+    reply.may_end.set()
+    assert (await again).status == 200
+    assert len(upstream.calls) == 1
+    assert await billed(proxy) == (tokens_of("a"), 1)
+
+
 async def sent(proxy, upstream):
     """Wait until the upstream has a call of the proxy."""
     await until(lambda: any(one.is_sent for one in under_way(proxy)) and upstream.calls)
