@@ -148,15 +148,16 @@ class Fetch(SharedTask[Key, None]):
         """Tell whether a request may wait for a key of the fetch.
 
         One that leaves no trace shows nobody that it waits. One that takes no entry, however new,
-        takes no purchase that was begun before it came, unless its terms name that of the same key.
-        And no request waits for what was asked for by one who takes older entries.
+        takes no purchase that was begun before it came, unless its terms name one of the same key
+        and of a leader like it.
         """
         terms = context.terms
         if (self.abandonment.done() and key not in self.begun) or not terms.write:
             return False
+        if terms.max_age > 0:
+            return True
         is_same_key = terms.joins_same_key and self.context.credential == context.credential
-        is_taken = terms.max_age > 0 or is_same_key
-        return is_taken and self.context.terms.max_age <= terms.max_age
+        return is_same_key and self.context.terms.max_age <= 0
 
     async def _run(self, inner: Embedder, inputs: Sequence[Input]) -> None:
         """Buy, store, hand out, each part as it comes. A failure keeps the parts before it.

@@ -360,7 +360,8 @@ NEW, PROOF = Terms(max_age=0), Terms(max_age=0, joins_same_key=True)
     ("leader", "own", "is_served"),
     [
         (Context(), Context(), True),
-        (Context(), Context(terms=Terms(max_age=60)), False),
+        (Context(), Context(terms=Terms(max_age=60)), True),
+        (Context(credential=ANNE), Context(terms=PROOF, credential=ANNE), False),
         (Context(terms=Terms(max_age=60)), Context(), True),
         (Context(terms=NEW), Context(terms=NEW), False),
         (Context(terms=NEW), Context(), True),
