@@ -275,8 +275,8 @@ async def test_the_call_that_tells_a_width_proves_a_key_as_well(upstream, start_
     await move(REQUEST_S + 1)
     assert (await request).status == 504
     again = ask(proxy, model=NEW, **key)
-    registry = proxy.service._registry
-    await until(lambda: any(one.waiters for one in registry._learning.values()))
+    learner = proxy.service._registry._learner
+    await until(lambda: any(one.waiters for one in learner._learning.values()))
     reply.may_end.set()
     assert (await again).status == 200
     assert len(upstream.calls) == 1
