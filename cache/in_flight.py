@@ -42,8 +42,8 @@ from .usage import NOTHING, Usage
 K = TypeVar("K")
 T = TypeVar("T")
 
-MAX_RECENT_WRITES = 256
-"""Writes of bought entries whose keys are remembered for requests that have looked before."""
+MAX_RECENT = 16_384
+"""Keys bought last that are remembered for requests that have looked before."""
 # Timers may go off early by as much, in seconds: uvloop's count whole milliseconds.
 _TICK = 0.01
 
@@ -265,7 +265,7 @@ async def wait(
 class InFlight:
     """The fetches in progress, by key, and all tasks that must not be lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_recent: int = MAX_RECENT) -> None:
         self._fetches: dict[Key, Fetch] = {}
         """Those that may be joined."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -273,9 +273,9 @@ class InFlight:
         self._writes: set[asyncio.Task[Any]] = set()
         """What is being kept of them; some is brought after the end of its fetch."""
         self.landed = 0
-        """How many writes of bought entries have ended."""
-        self._recent: deque[list[Key]] = deque(maxlen=MAX_RECENT_WRITES)
-        """The keys of the last of them."""
+        """How many keys have been bought and kept."""
+        self._recent: deque[Key] = deque(maxlen=max_recent)
+        """The last of them."""
 
     def __len__(self) -> int:
         return len(self._fetches)
@@ -321,16 +321,15 @@ class InFlight:
     def note_landed(self, fetch: Fetch, entries: Mapping[Key, Entry]) -> None:
         """Note what a fetch has bought and kept."""
         if fetch.context.terms.write:
-            self.landed += 1
-            self._recent.append(list(entries))
+            self.landed += len(entries)
+            self._recent.extend(entries)
 
     def landed_since(self, mark: int, keys: Collection[Key]) -> set[Key]:
         """Return those of some keys that may have been kept since `landed` was `mark`."""
         count = self.landed - mark
         if count > len(self._recent):
             return set(keys)
-        recent = islice(reversed(self._recent), count)
-        return {key for some in recent for key in some if key in keys}
+        return {key for key in islice(reversed(self._recent), count) if key in keys}
 
     def write(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start to write what was bought, or what was charged: nothing ends that early."""

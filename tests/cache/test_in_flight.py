@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.in_flight import MAX_RECENT_WRITES, Fetch, InFlight, wait
+from cache.in_flight import Fetch, InFlight, wait
 from cache.key import keyring
 from cache.memory import Memory
 from cache.tiered import Tiers
@@ -104,7 +104,7 @@ async def test_keys_are_split_by_what_is_under_way():
         work.end.set_result(None)
         await settle()
     assert await asking == {*KEYS}
-    assert (len(in_flight), in_flight.landed) == (0, 3)
+    assert (len(in_flight), in_flight.landed) == (0, 4)
 
 
 async def test_waiting_ends_when_all_fetches_have_ended():
@@ -331,7 +331,7 @@ async def test_any_coming_and_going_serves_all_who_stay(steps):
 
 async def test_what_has_landed_is_known_for_a_while():
     """Of what has landed since a look-up its keys are told; after too much of it, all are."""
-    in_flight = InFlight()
+    in_flight = InFlight(max_recent=3)
 
     async def land(key, context=ANY):
         work = Work()
@@ -347,7 +347,7 @@ async def test_what_has_landed_is_known_for_a_while():
     await land(KEYS[2], Context(terms=Terms(write=False)))
     assert in_flight.landed_since(mark, KEYS) == {KEYS[1]}
     assert in_flight.landed_since(mark, KEYS[2:]) == set()
-    for _ in range(MAX_RECENT_WRITES):
+    for _ in range(3):
         await land(KEYS[1])
     assert in_flight.landed_since(mark, KEYS[2:]) == {*KEYS[2:]}
 
