@@ -17,10 +17,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from cache.disk.store import Store
-from cache.key import keyring
+from cache.key import Keys, keyring
 from cache.memory import Memory
 from cache.record import Entry
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from providers.base import Space
 
 LIMIT = 128 << 20
@@ -70,9 +70,9 @@ async def hits(tiers: Tiers, keys: list, chance: random.Random) -> list[float]:
     for _ in range(READS):
         key = chance.choice(keys)
         start = time.perf_counter()
-        found = await tiers.get_many([key], RING.partition)
+        lookup = await tiers.lookup(Keys.of([key]), RING.partition)
         taken.append(1e3 * (time.perf_counter() - start))
-        if key not in found:
+        if lookup.missing:
             raise RuntimeError("what is read again and again was evicted")
     return taken
 
@@ -101,11 +101,11 @@ async def measure(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         writers = {load: Writer(disk[load], load) for load in LOADS}
         for load, tiers in disk.items():
             await tiers.put_many(hot, RING.partition)
-            await memory[load].get_many(keys, RING.partition)
+            await memory[load].lookup(Keys.of(keys), RING.partition)
             # All three files are as large; only one of them may grow no further.
             for _ in range(LIMIT // 6184 // 500):
                 await writers[load].add(500)
-                await tiers.get_many(keys, RING.partition)
+                await tiers.lookup(Keys.of(keys), RING.partition)
         files = [stores[LOADS[2]].folder / name for name in ("cache.db", "cache.db-wal")]
         most = 0
         for _ in range(rounds):

@@ -48,7 +48,7 @@ PARTS = (
     ("HTTP read", r"proxy/http/body|aiohttp/(http_parser|_http_parser|streams|web_request)"),
     ("HTTP read", r"^(uv__read|__libc_recv|read|recv)\b|_http_parser|aiohttp/multipart"),
     ("key", r"\(cache/(key|row)\.py"),
-    ("look-up", r"\(cache/(memory|tiers|record|store|embedder|flight|refusal)\.py|\(cache/disk/"),
+    ("look-up", r"\(cache/(memory|tiered|record|embedder|in_flight|errors)\.py|\(cache/disk/"),
     ("accounting", r"\(cache/(ledger|usage|uses)\.py|proxy/http/(metrics|sums)"),
     ("render", r"render\S* \(proxy/|\(proxy/wire/render|\(providers/vector\.py|proxy/http/texts"),
     (

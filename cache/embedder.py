@@ -1,11 +1,14 @@
-"""An Embedder that wraps another and never pays twice: look up, join, fill, reassemble in order.
+"""An Embedder that wraps another and never pays twice: look up, wait for others, buy the rest.
 
-It counts each input exactly once: `inputs = duplicates + hits + joins + misses`.
+It counts each input exactly once: `inputs = duplicates + hits + joins + misses`. No step of the
+event loop grows with the number of inputs in a request.
 """
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from providers.base import (
     Account,
@@ -19,41 +22,53 @@ from providers.base import (
     Outcome,
     Space,
     Terms,
+    Vector,
+    nanodollars,
 )
+from providers.slices import SLICE, slices
 
-from . import at_hand, flight, slicing
-from .assembly import Filled, Found, assemble
-from .flight import Fill, Flights
+from .errors import NotCached, name_input
+from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
-from .ledger import Answered, Heading, Purchase
+from .ledger import Answered, charge_usage, ledger_key
 from .record import Entry
-from .recorder import OnWidth, Recorder, ignore_width, partition
-from .refusal import KeyFailed, NotCached, is_the_leaders_own, named
-from .tiers import Tiers
+from .repeat import Repeat
+from .tiered import Tiers
+from .usage import Usage
 
 MAX_ROUNDS_WITH_STRANGERS = 3
 """Times that a request waits for purchases of clients with other keys, which may be refused; then
 it buys for itself. Else many clients with bad keys would fail one after the other."""
+MAX_FETCH = 2048
+"""Missing inputs of a request that one fetch buys; more are bought by several."""
+MAX_FETCHES = 8
+"""Of these, how many are under way at a time: enough that no provider waits for inputs."""
+_VECTOR, _TOKENS, _COUNTED = attrgetter("vector"), attrgetter("tokens"), attrgetter("counted")
+
+
+@dataclass(slots=True)
+class _Request:
+    """The distinct inputs of a request, and what has come of them so far."""
+
+    ring: Keyring
+    all_keys: Keys
+    """Those of all inputs, equal ones included."""
+    keys: Keys
+    inputs: Sequence[Input]
+    context: Context
+    entries: list[Entry | None]
+    outcomes: list[Outcome]
+    fetches: list[Fetch] = field(default_factory=list)
+    """Those that it leads."""
 
 
 class CachingEmbedder:
-    """The cache around an embedder. Tiers and flights are shared by the embedders of all models."""
+    """The cache around an embedder. Tiers and fetches are shared by the embedders of all models."""
 
-    def __init__(
-        self,
-        inner: Embedder,
-        tiers: Tiers,
-        flights: Flights[Filled],
-        on_width: OnWidth = ignore_width,
-    ) -> None:
-        """`on_width` is told the width of a space that has none when its first vector arrives.
-
-        It is told before the vector is kept, and though nobody may wait for it any more.
-        """
+    def __init__(self, inner: Embedder, tiers: Tiers, in_flight: InFlight) -> None:
         self._inner = inner
-        self._on_width = on_width
         self._tiers = tiers
-        self._flights = flights
+        self._in_flight = in_flight
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Answered:
         """Return a vector for each input, asking the wrapped embedder only for unknown ones.
@@ -64,83 +79,28 @@ class CachingEmbedder:
         ones are bought: then NotCached is raised at once, whatever others are buying just now.
         """
         ring = keyring(space, Namespace(context.namespace))
-        keys = await ring.keys(inputs)
-        if len(keys) > slicing.MAX_INPUTS and context.weigh is None:
-            return await self._embed_slices(ring, keys, inputs, context)
-        answer = await self._embed(ring, keys, inputs, context, [])
-        self._count(ring, answer, context.account)
-        return answer
-
-    async def _embed_slices(
-        self, ring: Keyring, keys: Keys, inputs: Sequence[Input], context: Context
-    ) -> Answered:
-        """Answer a request that is too large to be looked at as a whole in one step."""
-
-        async def ask(some: Keys, items: Sequence[Input], fills: slicing.Fills) -> Answered:
-            return await self._embed(ring, some, items, context, fills)
-
-        account, deadline = context.account, context.deadline
-        sliced = await slicing.answer_in_slices(ask, keys, inputs, account, deadline)
-        answer = replace(sliced.answer, keys=keys)
-        # Only now: a request that fails in one slice has saved nothing in the others.
-        self._count(ring, answer, account)
-        if not sliced.is_repeatable:
-            return answer
-        again = at_hand.repeat(self._tiers, ring, keys, answer.usage, account)
-        return replace(answer, again=again)
-
-    async def _embed(
-        self,
-        ring: Keyring,
-        keys: Keys,
-        inputs: Sequence[Input],
-        context: Context,
-        own: slicing.Fills,
-    ) -> Answered:
-        """Answer a request, or a slice of one. The fills that it starts are added to `own`.
-
-        What was bought is counted; what was not is for the caller to count.
-        """
-        # By far the most requests: all is known, and nothing stands in them twice.
-        first = await at_hand.first(self._tiers, ring, keys, context.terms)
-        if len(first) == len(keys):
-            known_all = at_hand.answered(self._tiers, ring, keys, first, context.account)
-            if context.weigh is not None:
-                await context.weigh(known_all.tokens)
-            return known_all
-        distinct = dict(zip(keys, inputs, strict=True))
-        landed = self._flights.landed
-        found = dict(zip(keys, first, strict=False))
-        # Of a space whose width is not known, nothing can be read; what is bought tells it.
-        rest = [key for key in distinct if key not in found] if ring.space.dimensions else []
-        found |= await self._tiers.get_many(rest, ring.partition, context.terms)
-        fills: list[Filled] = []
-        answers = {key: Found(entry, Outcome.HIT) for key, entry in found.items()}
-        missing = {key: item for key, item in distinct.items() if key not in found}
+        all_keys = await ring.keys(inputs)
+        keys, inputs, positions = await _distinct(all_keys, inputs)
+        mark = self._in_flight.landed
+        lookup = await self._tiers.lookup(keys, ring.partition, context.terms)
         if context.weigh is not None:
-            tokens = None if missing else [found[key].tokens for key in keys]
+            tokens = None if lookup.missing else _tokens(lookup.entries, positions)
             context = replace(context, counts=await context.weigh(tokens), weigh=None)
-        if missing:
+        if not lookup.missing and positions is None and len(keys) <= MAX_FETCH:
+            # By far the most requests.
+            answer = self._hits(ring, keys, lookup.entries, context.account, context.terms)
+            self._tiers.count(ledger_key(ring.partition, context.account), answer.usage)
+            return answer
+        outcomes = [Outcome.HIT] * len(keys)
+        request = _Request(ring, all_keys, keys, inputs, context, lookup.entries, outcomes)
+        if lookup.missing:
             if not context.terms.spend:
-                places = [place for place, key in enumerate(keys) if key in missing]
-                raise NotCached(context.terms, places, len(inputs))
-            try:
-                async with asyncio.timeout_at(context.deadline):
-                    bought, fills = await self._obtain(ring, missing, context, landed, own)
-            except KeyFailed as error:
-                raise named(error.failure, keys.index(error.key), len(inputs)) from error
-            except TimeoutError as error:
-                raise DeadlineExceeded("the time of the request was up") from error
-            answers.update(bought)
-        return assemble(keys, answers, fills, context.account)
+                missing = await _all_indices(lookup.missing, positions)
+                raise NotCached(context.terms, missing, len(all_keys))
+            await self._obtain(request, lookup.missing, mark)
+        return await self._answer(request, positions)
 
-    def _count(self, ring: Keyring, answer: Answered, account: Account) -> None:
-        """Count what of an answer was not bought."""
-        place = partition(ring, answer.vectors[0])
-        heading = Heading(place, account.model, client=account.client)
-        self._tiers.count(heading, answer.usage.unpaid)
-
-    def at_hand(
+    def lookup_nowait(
         self,
         space: Space,
         inputs: Sequence[Input],
@@ -148,149 +108,306 @@ class CachingEmbedder:
         terms: Terms,
         account: Account,
     ) -> Answered | None:
-        """Return the answer to a few inputs, no two of them equal, if it is at hand; else None.
+        """Return the answer to a few inputs, no two of them equal, if nothing has to be awaited.
 
-        It is not counted yet: its `again` does that. Raises InputRefused.
+        Else None. It is not counted yet: its `again` does that. Raises InputRefused.
         """
         ring = keyring(space, Namespace(namespace))
-        return at_hand.few(self._tiers, ring, ring.keys_at_once(inputs), terms, account)
+        keys = ring.keys_at_once(inputs)
+        if not _is_plain(terms) or len(set(keys.digests)) < len(keys):
+            return None
+        lookup = self._tiers.lookup_nowait(keys, ring.partition, terms)
+        if lookup.missing:
+            return None
+        self._tiers.count_lookup(lookup, keys, ring.partition, terms)
+        return self._hits(ring, keys, lookup.entries, account, terms)
+
+    def _hits(
+        self,
+        ring: Keyring,
+        keys: Keys,
+        entries: Sequence[Entry | None],
+        account: Account,
+        terms: Terms,
+    ) -> Answered:
+        """Return the answer that these entries are, of inputs that differ. It is not counted."""
+        tokens = list(map(_TOKENS, entries))
+        saved = sum(tokens)
+        worth = nanodollars(saved, account.price)
+        usage = Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
+        key = ledger_key(ring.partition, account)
+        again = Repeat(self._tiers, keys, ring.partition, key, usage)
+        return Answered(
+            vectors=list(map(_VECTOR, entries)),
+            tokens=tokens,
+            counted=all(map(_COUNTED, entries)),
+            outcomes=[Outcome.HIT] * len(tokens),
+            usage=usage,
+            keys=keys,
+            again=again if _is_plain(terms) else None,
+        )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
-        """Return what counts, and writes, the bills of calls that are made without the cache."""
-        ring = keyring(space, Namespace(context.namespace))
-        purchase = Purchase(self._tiers.count, ring.partition, context.account)
+        """Return what counts, and writes, the charges of calls that are made without the cache."""
+        partition = keyring(space, Namespace(context.namespace)).partition
 
         def charge(bill: Bill) -> None:
-            purchase.charge(bill)
-            purchase.close()
-            self._flights.write(self._tiers.flush_counts())
+            key = ledger_key(partition, context.account, bill.provider)
+            self._tiers.count(key, charge_usage(bill))
+            self._in_flight.write(self._tiers.flush_counts())
 
         return charge
 
-    async def _obtain(
-        self,
-        ring: Keyring,
-        missing: Mapping[Key, Input],
-        context: Context,
-        landed: int,
-        started: slicing.Fills,
-    ) -> tuple[dict[Key, Found], list[Filled]]:
-        """Get what no tier had: wait for fills in progress, start one for the rest.
+    async def _obtain(self, request: _Request, missing: Sequence[int], mark: int) -> None:
+        """Get what no tier had, at the indices of `missing`. Raises EmbeddingError.
 
-        What a fill fails with for a reason of its leader's own is asked for again. Also returns the
-        fills that were this request's own.
+        After a failure nothing further is begun. It is raised when the calls under way have ended,
+        or at the deadline, so that what was bought before is on disk.
         """
-        answers: dict[Key, Found] = {}
-        fills: list[Filled] = []
+        deadline = request.context.deadline
+        try:
+            async with asyncio.timeout_at(deadline):
+                if len(missing) <= MAX_FETCH:
+                    await self._obtain_lot(request, missing, mark)
+                else:
+                    await self._obtain_in_lots(request, missing, mark)
+        except TimeoutError as error:
+            raise DeadlineExceeded("the time of the request was up") from error
+        except EmbeddingError:
+            going_on = [fetch.task for fetch in request.fetches if not fetch.task.done()]
+            left = None if deadline is None else deadline - asyncio.get_running_loop().time()
+            if going_on and (left is None or left > 0):
+                await asyncio.wait(going_on, timeout=left)
+            raise
+
+    async def _obtain_in_lots(self, request: _Request, missing: Sequence[int], mark: int) -> None:
+        lots = iter([missing[start : start + SLICE] for start in range(0, len(missing), SLICE)])
+
+        async def work() -> None:
+            for lot in lots:
+                await self._obtain_lot(request, lot, mark)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(work()) for _ in range(MAX_FETCHES)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        for task in done:
+            task.result()
+
+    async def _obtain_lot(self, request: _Request, missing: Sequence[int], mark: int) -> None:
+        """Wait for fetches in progress, start one for the rest.
+
+        What a fetch fails with for a reason of its leader's own is asked for again.
+        """
+        context = request.context
+        indices = {request.keys[index]: index for index in missing}
         rounds = 0
-        while missing:
-            joins, leads = self._flights.part(list(missing), context.terms, context.credential)
+        while await self._look_again(request, indices, mark):
+            # From here to the start of the fetch nothing is awaited.
+            mark = self._in_flight.landed
+            joins, leads = self._in_flight.split(indices, context)
             if rounds >= MAX_ROUNDS_WITH_STRANGERS:
-                strange = [k for k, fill in joins.items() if fill.credential != context.credential]
+                strange = [
+                    key
+                    for key, fetch in joins.items()
+                    if fetch.context.credential != context.credential
+                ]
                 leads += strange
                 for key in strange:
                     del joins[key]
-            own = self._lead(ring, {key: missing[key] for key in leads}, context, landed)
-            if own is not None:
-                started.append(own)
-            await flight.wait([own] if own else [], joins)
-            if own is not None:
-                filled = own.task.result()
-                fills.append(filled)
+            own = []
+            if leads:
+                inputs = {key: request.inputs[indices[key]] for key in leads}
+                fetch = Fetch(
+                    self._in_flight, self._tiers, self._inner, request.ring, inputs, context
+                )
+                self._in_flight.add(fetch)
+                request.fetches.append(fetch)
+                own.append(fetch)
+            await wait(own, joins)
+            for fetch in own:
+                _raise_failure(request, fetch)
                 for key in leads:
-                    outcome = Outcome.MISS if key in filled.bought else Outcome.HIT
-                    answers[key] = Found(own.there[key], outcome)
-            missing = _take_joined(joins, missing, context, answers)
+                    index = indices.pop(key)
+                    request.entries[index] = fetch.entries[key]
+                    request.outcomes[index] = Outcome.MISS
+            _take_joined(request, indices, joins)
             rounds += 1
-        return answers, fills
 
-    def _lead(
-        self, ring: Keyring, items: Mapping[Key, Input], context: Context, landed: int
-    ) -> Fill[Filled] | None:
-        """Start a fill for what nobody buys so far, if there is any."""
-        if not items:
-            return None
-        # Between the look-up and here another fill may have ended, and have bought some of these:
-        # then it is neither among the fills nor among what was found. Look again.
-        look_again = landed != self._flights.landed
-        return self._flights.lead(
-            list(items),
-            lambda fill: self._fill(fill, ring, items, context, look_again=look_again),
-            context.deadline,
-            context.terms,
-            context.credential,
+    async def _look_again(self, request: _Request, indices: dict[Key, int], mark: int) -> bool:
+        """Look up once more what has landed since `mark`; return whether anything is missing.
+
+        Between the look-up and here another fetch may have ended, and have bought some of these:
+        then it is neither in flight nor among what was found. Memory has it, if it has room.
+        """
+        while landed := list(self._in_flight.landed_since(mark, indices)):
+            mark = self._in_flight.landed
+            partition, terms = request.ring.partition, request.context.terms
+            lookup = await self._tiers.lookup(Keys.of(landed), partition, terms)
+            for key, entry in zip(landed, lookup.entries, strict=True):
+                if entry is not None:
+                    request.entries[indices.pop(key)] = entry
+        return bool(indices)
+
+    async def _answer(self, request: _Request, positions: Sequence[int] | None) -> Answered:
+        """Return the answer to all inputs, and count what of it was not bought."""
+        entries, outcomes = request.entries, request.outcomes
+        is_repeatable = positions is None and _is_plain(request.context.terms)
+        if positions is not None:
+            entries, outcomes = await _expand(entries, outcomes, positions)
+        vectors: list[Vector] = []
+        tokens: list[int] = []
+        is_counted, usage = True, Usage()
+        for start in range(0, len(outcomes), SLICE):
+            if start:
+                await asyncio.sleep(0)
+            some = _sum(entries[start : start + SLICE], outcomes[start : start + SLICE])
+            vectors += some[0]
+            tokens += some[1]
+            is_counted = is_counted and some[2]
+            usage = usage.plus(some[3])
+        usage = _with_worth(usage, request.context.account)
+        for fetch in request.fetches:
+            usage = usage.plus(fetch.charged)
+        partition = request.ring.partition
+        key = ledger_key(partition, request.context.account)
+        self._tiers.count(key, usage.unpaid)
+        is_hit = is_repeatable and usage.hits == len(outcomes)
+        again = Repeat(self._tiers, request.all_keys, partition, key, usage) if is_hit else None
+        names = dict.fromkeys(name for fetch in request.fetches for name in fetch.providers)
+        return Answered(
+            vectors=vectors,
+            tokens=tokens,
+            counted=is_counted,
+            providers=tuple(names),
+            outcomes=outcomes,
+            usage=usage,
+            keys=request.all_keys,
+            again=again,
         )
 
-    async def _fill(
-        self,
-        fill: Fill[Filled],
-        ring: Keyring,
-        items: Mapping[Key, Input],
-        context: Context,
-        *,
-        look_again: bool,
-    ) -> Filled:
-        """Ask, store, hand out, each part as it comes. A failure keeps the parts before it.
 
-        When it ends, all that was charged is on disk, also where nothing is to be kept. A call that
-        nobody waits for any more may bring its answer after the end: that is kept and billed, too.
-        """
-        keys = list(items)
-        found: dict[Key, Entry] = {}
-        if look_again and ring.space.dimensions:
-            found = await self._tiers.get_many(keys, ring.partition, context.terms)
-        if found:
-            self._flights.give(fill, found)
-        wanted = [key for key in keys if key not in found]
-        if not wanted:
-            return Filled(frozenset())
-        recorder = Recorder(fill, self._flights, self._tiers, ring, wanted, context, self._on_width)
-        inputs = [items[key] for key in wanted]
-        try:
-            told = replace(
-                context,
-                on_part=recorder.keep,
-                on_charge=recorder.charge,
-                on_begin=recorder.begin,
-                abandoned=fill.abandonment,
-            )
-            embedded = await self._inner.embed(ring.space, inputs, told)
-            if len(recorder.bought) < len(wanted):
-                await recorder.keep(range(len(wanted)), embedded)
-        except EmbeddingError as error:
-            if error.index is None:
-                raise
-            raise KeyFailed(error, wanted[error.index]) from error
-        finally:
-            await recorder.close()
-        return Filled(frozenset(recorder.bought), embedded.providers, recorder.charged)
+def _is_plain(terms: Terms) -> bool:
+    """Tell whether a request takes any entry, and may leave a trace."""
+    return terms.write and terms.max_age == math.inf
 
 
-def _take_joined(
-    joins: Mapping[Key, Fill[Filled]],
-    missing: Mapping[Key, Input],
-    context: Context,
-    answers: dict[Key, Found],
-) -> dict[Key, Input]:
-    """Add what has come of the fills that were joined; return what has to be asked for again.
+def _tokens(entries: Sequence[Entry | None], positions: Sequence[int] | None) -> list[int]:
+    """Return the tokens of all inputs of a request, every one of which has an entry."""
+    tokens = [entry.tokens for entry in entries if entry is not None]
+    return tokens if positions is None else [tokens[position] for position in positions]
 
-    Raises EmbeddingError where the failure of a fill holds for this request, too.
+
+async def _distinct(
+    keys: Keys, inputs: Sequence[Input]
+) -> tuple[Keys, Sequence[Input], list[int] | None]:
+    """Return what differs, and for each input its index in that; None if nothing is there twice."""
+    seen: set[bytes] = set()
+    for start in range(0, len(keys), SLICE):
+        if start:
+            await asyncio.sleep(0)
+        seen.update(keys.digests[start : start + SLICE])
+    if len(seen) == len(keys):
+        return keys, inputs, None
+    known: dict[bytes, int] = {}
+    firsts, distinct, positions = Keys([], []), list[Input](), list[int]()
+    async for some in slices(range(len(keys))):
+        for index in some:
+            position = known.setdefault(keys.digests[index], len(distinct))
+            positions.append(position)
+            if position == len(distinct):
+                firsts.addresses.append(keys.addresses[index])
+                firsts.digests.append(keys.digests[index])
+                distinct.append(inputs[index])
+    return firsts, distinct, positions
+
+
+async def _all_indices(missing: Sequence[int], positions: list[int] | None) -> Sequence[int]:
+    """Return the indices in a request of distinct inputs, wherever they stand in it."""
+    if positions is None:
+        return missing
+    wanted = set(missing)
+    found: list[int] = []
+    async for some in slices(range(len(positions))):
+        found += [index for index in some if positions[index] in wanted]
+    return found
+
+
+async def _expand(
+    entries: Sequence[Entry | None], outcomes: Sequence[Outcome], positions: Sequence[int]
+) -> tuple[list[Entry | None], list[Outcome]]:
+    """Return what has come of all inputs; the first of equal ones carries the cost."""
+    all_entries: list[Entry | None] = []
+    all_outcomes: list[Outcome] = []
+    count = 0
+    async for some in slices(positions):
+        for position in some:
+            is_first = position == count
+            count += is_first
+            all_entries.append(entries[position])
+            all_outcomes.append(outcomes[position] if is_first else Outcome.DUPLICATE)
+    return all_entries, all_outcomes
+
+
+def _sum(
+    entries: Sequence[Entry | None], outcomes: Sequence[Outcome]
+) -> tuple[list[Vector], list[int], bool, Usage]:
+    """Return the vectors and tokens of some entries, whether these are exact, and the counts."""
+    tokens = list(map(_TOKENS, entries))
+    misses = outcomes.count(Outcome.MISS)
+    saved = sum(tokens)
+    if misses:
+        rows = zip(tokens, outcomes, strict=True)
+        saved -= sum(number for number, outcome in rows if outcome is Outcome.MISS)
+    usage = Usage(
+        hits=outcomes.count(Outcome.HIT),
+        joins=outcomes.count(Outcome.JOIN),
+        misses=misses,
+        duplicates=outcomes.count(Outcome.DUPLICATE),
+        tokens_saved=saved,
+    )
+    return list(map(_VECTOR, entries)), tokens, all(map(_COUNTED, entries)), usage
+
+
+def _with_worth(usage: Usage, account: Account) -> Usage:
+    return usage._replace(nanodollars_saved=nanodollars(usage.tokens_saved, account.price))
+
+
+def _raise_failure(request: _Request, fetch: Fetch) -> None:
+    """Raise what a fetch has failed with, if it has, as it reads in this request."""
+    try:
+        fetch.task.result()
+    except EmbeddingError as error:
+        if fetch.failed_key is None:
+            raise
+        index = request.all_keys.digests.index(fetch.failed_key.digest)
+        raise name_input(error, index, len(request.all_keys)) from error
+
+
+def _take_joined(request: _Request, indices: dict[Key, int], joins: Mapping[Key, Fetch]) -> None:
+    """Take what has come of the fetches that were joined; the rest has to be asked for again.
+
+    Raises EmbeddingError where the failure of a fetch holds for this request, too.
     """
-    again: dict[Key, Input] = {}
-    failed: set[Fill[Filled]] = set()
-    for key, fill in joins.items():
+    wanted = set(indices)
+    failed: set[Fetch] = set()
+    for key, fetch in joins.items():
         # What it handed out before it failed is as good as any.
-        entry = fill.there.get(key)
-        if entry is None and fill not in failed:
-            try:
-                fill.task.result()
-                entry = fill.there[key]
-            except EmbeddingError as error:
-                if not is_the_leaders_own(error, fill, missing, context.credential):
-                    raise
-                failed.add(fill)
-        if entry is None:
-            again[key] = missing[key]
-        else:
-            answers[key] = Found(entry, Outcome.JOIN)
-    return again
+        entry = fetch.entries.get(key)
+        if entry is None and fetch not in failed:
+            error = fetch.task.exception()
+            if isinstance(error, EmbeddingError) and fetch.is_leader_specific(
+                error, wanted, request.context.credential
+            ):
+                failed.add(fetch)
+            else:
+                _raise_failure(request, fetch)
+                entry = fetch.entries[key]
+        if entry is not None:
+            index = indices.pop(key)
+            request.entries[index] = entry
+            request.outcomes[index] = Outcome.JOIN

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -56,6 +56,12 @@ class Keys(Sequence[Key]):
     def __init__(self, addresses: list[bytes], digests: list[bytes]) -> None:
         self.addresses = addresses
         self.digests = digests
+
+    @classmethod
+    def of(cls, keys: Collection[Key]) -> "Keys":
+        """Return a sequence of these keys."""
+        addresses, digests = zip(*keys, strict=True) if keys else ((), ())
+        return cls(list(addresses), list(digests))
 
     @overload
     def __getitem__(self, place: int) -> Key: ...

@@ -3,14 +3,17 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from providers.base import NORMAL, Vector
 
 from .key import Keys
 from .ledger import Heading
 from .row import Partition
-from .tiers import LOT, Tiers
+from .tiered import LOT, Tiers
 from .usage import Usage
+
+_VECTOR = attrgetter("vector")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,11 @@ class Repeat:
             if vectors:
                 await asyncio.sleep(0)
             some = self.keys[len(vectors) : len(vectors) + LOT]
-            entries = self.tiers.at_hand(some, self.partition, NORMAL)
-            if entries is None:
+            lookup = self.tiers.lookup_nowait(some, self.partition, NORMAL)
+            if lookup.missing:
                 return None
-            vectors += [entry.vector for entry in entries]
+            self.tiers.count_lookup(lookup, some, self.partition)
+            vectors += map(_VECTOR, lookup.entries)
         self.count()
         return vectors
 

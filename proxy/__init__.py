@@ -11,9 +11,9 @@ What users and the other rooms ask for stands at the top of a package (`proxy.se
 `cache.embedder`, `providers.router`); what such a file is made of, in the folder beside it.
 
 One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which model) ->
-`cache.embedder` (look up, join, fill) -> `providers.scheduling.scheduler` (batches) ->
+`cache.embedder` (look up, wait, buy) -> `providers.scheduling.scheduler` (batches) ->
 `providers.router` (routes, retries) -> a provider's `ask` -> `providers.answer` (checks) ->
-`cache.tiers` (disk, then memory) -> `wire` (render).
+`cache.tiered` (disk, then memory) -> `wire` (render).
 A full hit never leaves `cache`.
 
 Any other `/v1` call walks `onward.passthrough` -> `onward.origin` and back, chunk by chunk, and
@@ -36,7 +36,8 @@ Words, one meaning each::
     worker      a process that serves; several may share the port and the store
     hit, join, miss   exclusive outcomes of a distinct input;
                 inputs = duplicates + hits + joins + misses
-    flight      a fill in progress; fill: ask, check, store, hand out
+    fetch       the one task that buys some keys, in flight until it ends: ask, check, store, hand
+                out; its leader began it, its waiters wait for it
     provider    an embedder that asks an upstream; route: provider + upstream model
     kind        a sort of provider; profile: what it declares of its upstream, as data
     batch       inputs sent in one upstream call; attempt: one try of it

@@ -19,7 +19,7 @@ from cache.disk.store import Store
 from cache.key import Namespace
 from cache.ledger import MAX_HEADINGS, By, Heading, Line
 from cache.memory import Memory
-from cache.tiers import TierCounters, Tiers
+from cache.tiered import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import Input
 from providers.routing.health import Upstreams
@@ -30,7 +30,7 @@ from proxy.embedding.bringing import brought
 from proxy.embedding.canary import Canaries
 from proxy.embedding.client_keys import ClientKeys
 from proxy.embedding.indexing import Indexing
-from proxy.embedding.learned import WIDTHS_FILE, Pins
+from proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
 from proxy.embedding.opening import open_providers
 from proxy.embedding.questions import Questions
 from proxy.embedding.registry import Model, Registry
@@ -105,12 +105,14 @@ class EmbeddingService(Questions):
             providers = {}
             if cache.mode != "frozen":
                 providers = await open_providers(self.settings, stack, self._sleep)
+            learned = LearnedDimensions(store.folder / WIDTHS_FILE)
+            await learned.refresh()
             self._registry = Registry(
                 self.settings,
                 providers,
                 self._tiers,
                 self.upstreams,
-                Pins(store.folder / WIDTHS_FILE),
+                learned,
                 sleep=self._sleep,
             )
             stack.push_async_callback(self._registry.close)

@@ -19,8 +19,9 @@ from cache.disk.store import Store
 from cache.key import Key, keyring
 from cache.memory import Memory
 from cache.record import Entry
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from providers.base import Space
+from tests.cache.fakes import entries_in
 
 SPACE = Space("damaged/space", 96)
 RECORDS = 400
@@ -77,11 +78,11 @@ async def use(directory: Path) -> Counter[str]:
     seen: Counter[str] = Counter()
     async with Store(directory, SIZE_LIMIT) as store:
         tiers = Tiers(Memory(0), store)
-        found = await tiers.get_many(KEYS, PARTITION)
+        found = await entries_in(tiers, KEYS, PARTITION)
         seen["hits"] = len(found)
         seen["wrong"] = sum(entry != entry_of(key) for key, entry in found.items())
         await tiers.put_many({NEW: entry_of(NEW)}, PARTITION)
-        again = await tiers.get_many([NEW], PARTITION)
+        again = await entries_in(tiers, [NEW], PARTITION)
         seen["not written"] = again != {NEW: entry_of(NEW)}
     return seen
 

@@ -44,9 +44,10 @@ from cache.key import FORMAT, Namespace, keyring
 from cache.ledger import By, Heading
 from cache.memory import Memory
 from cache.record import Entry
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from cache.usage import Usage
 from providers.base import Space
+from tests.cache.fakes import entries_in
 
 ROOT = Path(__file__).parents[1]
 MODEL, WIDTH = "text-embedding-3-small", 1536
@@ -385,7 +386,7 @@ class Process:
         """Look up what has to be there."""
         ring = RINGS[namespace]
         keys = ring.keys_at_once(asked)
-        found = await self._tiers.get_many(list(keys), ring.partition)
+        found = await entries_in(self._tiers, list(keys), ring.partition)
         self._store.count(Heading(ring.partition, MODEL), Usage(hits=len(found)))
         self.seen["hits"] += len(found)
         self.seen[f"{namespace} lost"] += len(keys) - len(found)

@@ -252,7 +252,7 @@ async def use_store(directory: Path, process: int, operations: int, seed: int) -
                 # The latest of one's own, and of the other's whatever is there.
                 asked = [address(process, written - 1 - chance.randrange(min(written, 50)))]
                 asked.append(address(PROCESSES - 1 - process, chance.randrange(written)))
-                found = await store.get_many(asked)
+                found = await store.lookup(asked)
                 store.count(HEADING, Usage(hits=len(found)))
                 store.touch(found, PARTITION)
                 good["hits"] += len(found)

@@ -39,9 +39,10 @@ from cache.key import FORMAT, Key, Namespace, keyring
 from cache.ledger import By, Heading
 from cache.memory import Memory
 from cache.record import Entry
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from cache.usage import Usage
 from providers.base import Space
+from tests.cache.fakes import entries_in
 
 RINGS = (
     keyring(Space("trial/narrow", 96)),
@@ -132,7 +133,7 @@ async def prepare(folder: Path, sizes: tuple[int, ...], clients: int) -> list[Go
         for number in range(clients):
             charge(store, 0, f"client {number}", number + 1)
             sums[line_of(0, f"client {number}")] = charge_of(number + 1)
-        kept = await store.get_many([key.address for key in thrown])
+        kept = await store.lookup([key.address for key in thrown])
         await store.delete_many({address: found.record for address, found in kept.items()})
     async with Store(made, LIMITS[1]) as store:
         tiers = Tiers(Memory(0), store)
@@ -169,7 +170,7 @@ class Findings(NamedTuple):
 async def read_some(tiers: Tiers, ring: int, keys: list[Key]) -> Findings:
     """Look up some keys that were written."""
     partition = RINGS[ring].partition
-    found = await tiers.get_many(keys, partition)
+    found = await entries_in(tiers, keys, partition)
     wrong = sum(entry != entry_of(key, partition.dimensions) for key, entry in found.items())
     return Findings({key.address for key in keys if key not in found}, wrong)
 

@@ -7,8 +7,8 @@ import pytest
 from fault_server import status, tokens_of
 from own_process import own_process
 
-from cache import ledger, slicing
-from cache.disk import connection
+from cache import embedder
+from cache.disk import connection, ledger_reader
 from cache.ledger import By
 from cache.usage import Usage
 from proxy.embedding import canary
@@ -45,7 +45,7 @@ async def killed_after(directory, upstream, mode, body, **headers):
             await response.read()
         process.send_signal(signal.SIGKILL)
     with connection.opened(directory / "cache", GIB) as file:
-        sums = dict(ledger.read(file.sql, [By.PROVIDER]))
+        sums = dict(ledger_reader.read(file.sql, [By.PROVIDER]))
     return response, sums.get(("openai",), Usage())
 
 
@@ -101,7 +101,7 @@ async def test_canaries_are_billed_at_once(upstream, start_proxy):
     proxy = await start_proxy(openai=upstream)
     assert (await proxy.post({"model": MODEL, "input": "a"})).status == 200
     await proxy.service.canaries.look()
-    await proxy.service._registry._flights.close()
+    await proxy.service._registry._in_flight.close()
     bills = dict(await proxy.service.ledger([By.NAMESPACE]))
     charged = sum(map(tokens_of, upstream.inputs)) - tokens_of("a")
     assert len(upstream.calls) == 3
@@ -128,8 +128,8 @@ async def test_a_large_request_that_fails_has_saved_nothing(
     control, upstream, start_proxy, monkeypatch
 ):
     """As for a small one: hits in slices before the failure were given to nobody."""
-    monkeypatch.setattr(slicing, "MAX_INPUTS", 4)
-    monkeypatch.setattr(slicing, "SLICE", 2)
+    monkeypatch.setattr(embedder, "MAX_FETCH", 4)
+    monkeypatch.setattr(embedder, "SLICE", 2)
     proxy = await start_proxy(openai=upstream)
     known = [f"known {i}" for i in range(10)]
     assert (await proxy.post({"model": MODEL, "input": known})).status == 200

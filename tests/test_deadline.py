@@ -171,7 +171,7 @@ async def test_a_share_of_the_time_ends_no_call(upstream, second, start_proxy, m
     assert (await request).headers["x-embedding-provider"] == "openrouter"
     upstream.gate.set()
     await until(lambda: not under_way(proxy))
-    await proxy.service._registry._flights.close()
+    await proxy.service._registry._in_flight.close()
     assert (len(upstream.calls), len(second.calls)) == (1, 1)
     assert await billed(proxy) == (2 * tokens_of("a"), 1)
 
@@ -186,7 +186,7 @@ async def test_the_slower_of_two_routes_side_by_side_is_billed(upstream, second,
     assert (await ask(proxy)).headers["x-embedding-provider"] == "openrouter"
     reply.may_end.set()
     await until(lambda: not under_way(proxy))
-    await proxy.service._registry._flights.close()
+    await proxy.service._registry._in_flight.close()
     assert await billed(proxy) == (2 * tokens_of("a"), 1)
 
 
@@ -254,13 +254,33 @@ async def test_the_call_that_proves_a_key_is_waited_for_by_the_next_request(
     await move(REQUEST_S + 1)
     assert (await request).status == 504
     again = ask(proxy, **key, **{"Cache-Control": control})
-    flights = proxy.service._registry._flights
-    await until(lambda: any(fill.waiting for fill in flights._fills.values()))
+    in_flight = proxy.service._registry._in_flight
+    await until(lambda: any(fetch.waiters for fetch in in_flight._fetches.values()))
     await until(lambda: len(upstream.calls) == calls)
     reply.may_end.set()
     assert (await again).status == 200
     assert len(upstream.calls) == calls
     assert await billed(proxy) == (calls * tokens_of("a"), calls)
+
+
+async def test_the_call_that_tells_a_width_proves_a_key_as_well(upstream, start_proxy, move):
+    """It is waited for by the next request with the same key, and not made again to prove that."""
+    upstream.widths = {NEW: 40}
+    reply = Halves(upstream)
+    upstream.script.append(reply)
+    proxy = await start(start_proxy, upstream, provider={"key": "client"})
+    key = {"Authorization": "Bearer sk-anne-0123456789"}
+    request = ask(proxy, model=NEW, **key)
+    await reading(proxy, reply)
+    await move(REQUEST_S + 1)
+    assert (await request).status == 504
+    again = ask(proxy, model=NEW, **key)
+    learner = proxy.service._registry._learner
+    await until(lambda: any(one.waiters for one in learner._learning.values()))
+    reply.may_end.set()
+    assert (await again).status == 200
+    assert len(upstream.calls) == 1
+    assert await billed(proxy) == (tokens_of("a"), 1)
 
 
 async def sent(proxy, upstream):
@@ -348,7 +368,7 @@ async def test_a_call_that_was_not_sent_ends_at_once_when_the_proxy_stops(upstre
     first = ask(proxy)
     await until(lambda: upstream.calls)
     second = ask(proxy, "b")
-    await until(lambda: len(proxy.service._registry._flights) == 2)
+    await until(lambda: len(proxy.service._registry._in_flight) == 2)
     stop = await stopping(start_proxy, proxy)
     await some_turns()
     assert not stop.done()

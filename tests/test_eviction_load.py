@@ -37,7 +37,7 @@ def _share_of_limit(store, limit):
 
 async def _kept(store, word, count):
     """Return which of the records are there, and see that they are whole."""
-    found = await store.get_many(_addresses(word, range(count)))
+    found = await store.lookup(_addresses(word, range(count)))
     assert all(kept.record == RECORD for kept in found.values())
     return [i for i, address in enumerate(_addresses(word, range(count))) if address in found]
 
@@ -60,7 +60,7 @@ async def _overfill(store, limit, batch, hot_share):
         shares.append(_share_of_limit(store, limit))
         if start // batch % 10 == 9:
             await store._tick(10)
-        assert len(await store.get_many(list(hot))) == len(hot)
+        assert len(await store.lookup(list(hot))) == len(hot)
         store.touch(hot, PARTITION)
     assert await _kept(store, "hot", len(hot)) == list(range(len(hot)))
     cold = await _kept(store, "cold", total)

@@ -8,8 +8,7 @@ import time
 import full_store
 import pytest
 
-from cache import ledger
-from cache.disk import connection
+from cache.disk import connection, ledger_reader
 from cache.disk.purge import Choice, count
 from cache.disk.store import Store
 from cache.ledger import By
@@ -55,9 +54,9 @@ async def test_writes_go_on_where_everything_was_used_just_now(tmp_path, caplog)
             assert await _write(store, "text", range(start, start + 50), OTHERS)
             # All that may still be there is in use, and its use is not written yet.
             store.touch(_addresses("text", range(start + 50)), OTHERS)
-        found = await store.get_many(_addresses("text", range(3950, 4000)))
+        found = await store.lookup(_addresses("text", range(3950, 4000)))
         assert len(found) == 50
-        assert len(await store.get_many(_addresses("canary", range(4)))) == 4
+        assert len(await store.lookup(_addresses("canary", range(4)))) == 4
     assert not caplog.records
 
 
@@ -76,7 +75,7 @@ async def test_the_last_use_of_what_is_pinned_is_the_last_use(tmp_path, clock):
         assert await _write(store, "pinned", range(300), TEAM) == 6
         clock[0] += 2 * DAY
         await _write(store, "text", range(3000), OTHERS)
-        assert len(await store.get_many(_addresses("pinned", range(300)))) == 300
+        assert len(await store.lookup(_addresses("pinned", range(300)))) == 300
     with connection.opened(tmp_path, limit, ("team",)) as file:
         held = {one.partition.namespace: one for one in stats.gather(file).held}
         unused, _ = count(file, Choice(namespace="team", used_before=began + DAY))
@@ -113,7 +112,7 @@ async def test_a_store_of_pins_answers_and_counts(tmp_path, upstream, start_prox
     lines = [one for one in caplog.messages if "full of what is pinned" in one]
     await start_proxy.stop()
     with connection.opened(tmp_path / "cache", 8 * MIB, ("team",)) as file:
-        ((_, sums),) = ledger.read(file.sql, (By.MODEL,))
+        ((_, sums),) = ledger_reader.read(file.sql, (By.MODEL,))
     assert (sums.misses, sums.hits) == (bought, 10 * (first - 100))
     assert sums.tokens_billed == 4 * bought
     assert len(lines) == 1, "\n".join(lines)

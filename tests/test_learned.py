@@ -1,6 +1,8 @@
 """Models of which only the name is known: where they are asked for, and how wide they are."""
 
 import asyncio
+import threading
+from pathlib import Path
 
 import numpy as np
 import orjson
@@ -9,7 +11,9 @@ from fault_server import status, tokens_of, vector_of
 
 from providers.base import InvalidAnswer
 from proxy.embedding import learned
-from proxy.embedding.learned import Pins
+from proxy.embedding.learned import LearnedDimensions
+from proxy.embedding.registry import Registry
+from tests.test_deadline import until
 
 NEW = "text-embedding-9"
 ROUTES = [{"provider": "openai", "model": "own"}]
@@ -216,17 +220,19 @@ async def test_a_refused_input_has_the_clients_own_place(upstream, start_proxy):
 async def test_several_workers_pin_at_the_same_time(tmp_path):
     """None of their widths is lost, and of one space the first counts for all."""
     file = tmp_path / "widths.json"
-    workers = [Pins(file) for _ in range(8)]
+    workers = [LearnedDimensions(file) for _ in range(8)]
     await asyncio.gather(*(pins.pin(f"space {i}", i + 1) for i, pins in enumerate(workers)))
     widths = {f"space {i}": i + 1 for i in range(8)}
     assert orjson.loads(file.read_bytes()) == widths
-    assert [pins.width("space 5") for pins in workers] == [6] * 8
+    for pins in workers:
+        await pins.refresh()
+    assert [pins.get("space 5") for pins in workers] == [6] * 8
     ends = await asyncio.gather(
         *(pins.pin("new", 10 + i) for i, pins in enumerate(workers)), return_exceptions=True
     )
     assert ends.count(None) == 1
     assert sum(isinstance(end, InvalidAnswer) for end in ends) == 7
-    assert len({pins.width("new") for pins in workers}) == 1
+    assert len({pins.get("new") for pins in workers}) == 1
     assert sorted(one.name for one in tmp_path.iterdir()) == ["widths.json", "widths.lock"]
 
 
@@ -239,9 +245,112 @@ async def test_the_pinned_widths_are_bounded(upstream, start_proxy, monkeypatch,
             upstream.widths[f"text-embedding-{i}9"] = 40 + i
             _, (got,) = await _embed(proxy, "a", f"text-embedding-{i}9")
             assert got.shape == (40 + i,)
-        assert len(proxy.service._registry._pins._known) <= 2
+        assert len(proxy.service._registry._learned._known) <= 2
         (file,) = proxy.service.settings.cache.directory.rglob("widths.json")
         assert len(orjson.loads(file.read_bytes())) == 2
         await start_proxy.stop()
     assert caplog.text.count("further ones are not kept") == 2
     assert len(upstream.inputs) == 4 + 2, "the first two are hits after the restart"
+
+
+async def test_two_who_ask_at_the_same_moment_buy_one_input_first(upstream, start_proxy):
+    """While the width is not known one input is on the wire, and nothing is bought twice."""
+    upstream.widths, upstream.gate = {NEW: 40}, asyncio.Event()
+    proxy = await start_proxy(openai=upstream)
+    some = [["a", "b"], ["b", "c"], ["c", "a"]] * 3
+    asking = [asyncio.create_task(_embed(proxy, texts)) for texts in some]
+    await until(lambda: upstream.calls)
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert len(upstream.inputs) == 1
+    upstream.gate.set()
+    for task, texts in zip(asking, some, strict=True):
+        _, got = await task
+        for vector, text in zip(got, texts, strict=True):
+            assert np.array_equal(vector, vector_of(NEW, text, 40))
+    assert sorted(upstream.inputs) == ["a", "b", "c"]
+
+
+async def test_who_waits_for_a_refused_first_input_asks_with_its_own(upstream, start_proxy):
+    """What one client's first input is refused for is none of another's business."""
+    upstream.widths = {NEW: 40}
+    gate = asyncio.Event()
+
+    async def act(request, payload):
+        if "bad" in payload["input"]:
+            await gate.wait()
+            return await status(400)(request, payload)
+        return await upstream.altered(lambda _: None)(request, payload)
+
+    upstream.always = act
+    proxy = await start_proxy(openai=upstream)
+    bad = asyncio.create_task(_embed(proxy, ["bad", "a"]))
+    await until(lambda: upstream.calls)
+    good = asyncio.create_task(_embed(proxy, ["a"]))
+    for _ in range(200):
+        await asyncio.sleep(0)
+    gate.set()
+    (refused, _), (reply, (got,)) = await bad, await good
+    assert (refused.status, reply.status) == (400, 200)
+    assert np.array_equal(got, vector_of(NEW, "a", 40))
+    assert upstream.inputs == ["bad", "a"]
+
+
+async def test_what_a_client_left_behind_tells_the_width(upstream, start_proxy):
+    """The call was sent: its answer is kept, billed, and pins the width, though nobody waits."""
+    upstream.widths, upstream.gate = {NEW: 40}, asyncio.Event()
+    proxy = await start_proxy(openai=upstream)
+    embedding = asyncio.create_task(proxy.service.embed(["a", "b"], NEW))
+    await until(lambda: upstream.calls)
+    embedding.cancel()
+    await asyncio.wait([embedding])
+    upstream.gate.set()
+    await until(lambda: proxy.service.counted)
+    reply, (got,) = await _embed(proxy, "a")
+    assert (reply.headers["x-cache-misses"], got.shape) == ("0", (40,))
+    assert upstream.inputs == ["a"]
+    ((heading, usage),) = [one for one in proxy.service.counted.items() if one[1].misses]
+    assert heading.partition.dimensions == 40
+    assert (usage.misses, usage.tokens_billed) == (1, tokens_of("a"))
+
+
+async def test_a_model_that_is_asked_for_at_a_width_is_kept(upstream, start_proxy, monkeypatch):
+    """Its routes are made once; and no request waits for a file in the event loop."""
+    made, read = [], []
+    make, stat = Registry._make, Path.stat
+
+    def noted(registry, name, entry):
+        made.append(name)
+        return make(registry, name, entry)
+
+    def looked(path, **options):
+        if path.name == "widths.json":
+            read.append(threading.current_thread())
+        return stat(path, **options)
+
+    upstream.widths = {NEW: 20}
+    proxy = await start_proxy(openai=upstream)
+    monkeypatch.setattr(Registry, "_make", noted)
+    monkeypatch.setattr(Path, "stat", looked)
+    for text in ("a", "b", "a"):
+        reply, _ = await _embed(proxy, text, dimensions=20)
+        assert reply.status == 200
+    await _embed(proxy, "a", "text-embedding-11")
+    assert made == [NEW, "text-embedding-11"]
+    assert read
+    assert threading.main_thread() not in read
+    assert NEW not in proxy.service.models
+
+
+@pytest.mark.parametrize("turns", range(40))
+async def test_who_comes_when_the_first_has_left_is_answered(turns, upstream, start_proxy):
+    """Whenever the first client goes away: the next one waits for its call, or makes one."""
+    upstream.widths = {NEW: 40}
+    proxy = await start_proxy(openai=upstream)
+    first = asyncio.create_task(proxy.service.embed(["a"], NEW))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    first.cancel()
+    result = await proxy.service.embed(["a", "b"], NEW)
+    assert np.array_equal(result.vectors[0], vector_of(NEW, "a", 40))
+    assert sorted(upstream.inputs) == ["a", "b"]

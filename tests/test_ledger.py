@@ -10,8 +10,7 @@ from aiohttp import web
 from fault_server import FaultServer, cut, status, tokens_of
 from splintr import Tokenizer
 
-from cache import ledger
-from cache.disk import connection
+from cache.disk import connection, ledger_reader
 from cache.ledger import By
 
 GIB = 1 << 30
@@ -113,7 +112,7 @@ async def _load(proxies, chance, told):
 
 def _bill(directory, *by):
     with connection.opened(directory, GIB) as file:
-        return dict(ledger.read(file.sql, by))
+        return dict(ledger_reader.read(file.sql, by))
 
 
 @pytest.mark.parametrize(("seed", "gather_ms"), [(1, 0), (2, 2)], ids=["alone", "gathered"])

@@ -10,6 +10,8 @@ import pytest
 from aiohttp import web
 from fault_server import Call, status, vector_of
 
+from cache.disk import read_only
+
 MODEL = "text-embedding-3-small"
 JSON = "application/json"
 
@@ -49,6 +51,29 @@ def health(proxy):
     return proxy.service.upstreams.of("openai")
 
 
+# What a miss reads.
+
+
+@pytest.mark.parametrize("count", [1, 16, 300])
+async def test_a_miss_reads_each_address_once(count, upstream, start_proxy, monkeypatch):
+    """Whatever reads it, and though some inputs are known: there is no look before the look."""
+    proxy = await start_proxy(openai=upstream)
+    known, new = texts(8, "known"), texts(count)
+    await right(await ask(proxy, known), known)
+    read, read_many = [], read_only.read_many
+
+    def noted(sql, addresses, not_before):
+        read.extend(addresses)
+        return read_many(sql, addresses, not_before)
+
+    monkeypatch.setattr(read_only, "read_many", noted)
+    inputs = [*new, *known]
+    await right(await ask(proxy, inputs), inputs)
+    assert len(read) == len(set(read)) == count
+    await right(await ask(proxy, inputs), inputs)
+    assert len(read) == count
+
+
 # One input that an upstream fails with.
 
 
@@ -72,6 +97,22 @@ async def test_a_text_that_the_upstream_chokes_on_costs_itself_alone(place, upst
     upstream.calls.clear()
     await right(await ask(proxy, others), others)
     assert upstream.calls == []
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 64])
+@pytest.mark.parametrize("known", [0, 2])
+@pytest.mark.parametrize("code", [500, 502, 503])
+async def test_an_outage_blames_no_input(code, known, count, upstream, start_proxy):
+    """Every call fails, each input's own as well: that is the provider, and no input is named."""
+    proxy = await start_proxy(openai=upstream)
+    hits = texts(known, "known")
+    if hits:
+        await right(await ask(proxy, hits), hits)
+    upstream.always = status(code)
+    response = await ask(proxy, [*hits, *texts(count)])
+    error = (await response.json())["error"]
+    assert response.status in (502, 503), error
+    assert (error["param"], "(input" in error["message"]) == (None, False), error
 
 
 async def test_that_text_keeps_nobody_else_from_the_upstream(upstream, start_proxy):

@@ -17,8 +17,7 @@ import pytest
 from page_map import addresses_on, read_map
 from pages import ROOT
 
-from cache import ledger
-from cache.disk import connection, database, purge
+from cache.disk import connection, database, ledger_reader, purge
 from cache.disk.store import Store
 from cache.ledger import Heading
 from cache.row import Partition
@@ -76,8 +75,8 @@ PROMISES = {
     ),
     # When something is wrong: one for each row of the table.
     "about something else": (
-        "tests/cache/test_tiers.py::test_a_record_that_does_not_verify_is_a_miss",
-        "tests/cache/test_tiers.py::test_a_collision_on_disk_is_a_miss_and_counted",
+        "tests/cache/test_tiered.py::test_a_record_that_does_not_verify_is_a_miss",
+        "tests/cache/test_tiered.py::test_a_collision_on_disk_is_a_miss_and_counted",
     ),
     "a record of another width than the model's": (
         f"{HERE}::test_a_wrong_width_in_the_configuration_costs_nothing",
@@ -215,7 +214,7 @@ def _as_after_a_kill(directory, copy):
 def _sums(directory):
     """Return all sums of a store that nobody has open."""
     with connection.opened(directory, 1 << 30) as file:
-        lines = ledger.read(file.sql, ())
+        lines = ledger_reader.read(file.sql, ())
     return lines[0][1] if lines else Usage()
 
 
@@ -272,7 +271,7 @@ async def test_after_a_power_cut_the_last_transactions_are_missing_as_a_whole(tm
             ((records,),) = file.execute("SELECT count(*) FROM Cache")
             assert file.execute("SELECT count(*) FROM Entries").fetchall() == [(records,)]
         async with Store(cut, 1 << 30) as store:
-            found = [len(await store.get_many(group)) for group in groups]
+            found = [len(await store.lookup(group)) for group in groups]
         there = found.count(10)
         assert found == [10] * there + [0] * (len(groups) - there)
         assert _sums(cut).misses == records == 10 * there
@@ -395,7 +394,7 @@ async def test_a_write_that_waited_goes_into_the_file_at_the_path(tmp_path, monk
         assert await store.put_many(dict.fromkeys(_addresses(range(10, 20)), RECORD), PARTITION)
         assert not waiting
     async with Store(tmp_path, 1 << 30) as store:
-        assert len(await store.get_many(_addresses(range(10, 20)))) == 10
+        assert len(await store.lookup(_addresses(range(10, 20)))) == 10
 
 
 # When it is full.
@@ -414,8 +413,8 @@ async def test_the_limit_holds_beside_a_reader_that_stays(tmp_path):
             for group in groups:
                 await store.put_many(dict.fromkeys(group, RECORD), PARTITION)
                 most = max(most, sum(file.stat().st_size for file in files))
-                assert len(await store.get_many(group)) == 50
+                assert len(await store.lookup(group)) == 50
                 await asyncio.sleep(0)
     assert most <= 1.05 * limit
     async with Store(tmp_path, limit) as store:
-        assert len(await store.get_many(groups[-1])) == 50
+        assert len(await store.lookup(groups[-1])) == 50

@@ -73,7 +73,7 @@ async def check(directory: Path, acknowledged: list[bytes]) -> tuple[int, int]:
     async with Store(directory, SIZE_LIMIT) as store:
         for start in range(0, len(acknowledged), 5000):
             some = acknowledged[start : start + 5000]
-            found = await store.get_many(some)
+            found = await store.lookup(some)
             lost += len(some) - len(found)
             wrong += sum(kept.record != record_of(address) for address, kept in found.items())
     return lost, wrong

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from cache import ledger, private_files
+from cache import private_files
 from cache.key import FORMAT
 
-from . import database, schema, set_aside
+from . import database, ledger_reader, schema, set_aside
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
 from .read_only import (
@@ -183,7 +183,7 @@ def _seen(
         # A connection that only reads leaves an empty log behind it.
         stack.callback(_tidy, directory, path)
     stack.callback(file.close)
-    is_usable = schema.is_current(file.sql) and ledger.copies_agree(file.sql)
+    is_usable = schema.is_current(file.sql) and ledger_reader.copies_agree(file.sql)
     return file if is_usable else None
 
 
@@ -249,7 +249,7 @@ def _only_read(folder: Path, failure: StoreError) -> Iterator[ReadOnlyFile]:
                     f" reads layout {schema.LAYOUT}: to bring it up to that, open it once where it"
                     " can be written, or copy its folder to such a place"
                 )
-            if not ledger.copies_agree(file.sql):
+            if not ledger_reader.copies_agree(file.sql):
                 raise sqlite3.DatabaseError(LEDGER_DAMAGED)
             yield file
         except (*database.STORE_FAILURES, NewerLayout) as error:

@@ -14,9 +14,9 @@ from typing import Any
 
 import diskcache
 
-from cache import ledger, private_files
+from cache import private_files
 
-from . import eviction, pages, read_only, schema, set_aside, write_ahead_log
+from . import eviction, ledger_reader, pages, read_only, schema, set_aside, write_ahead_log
 from .changes import Changes, Found, Use
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
@@ -186,7 +186,7 @@ class Database:
             for statement in schema.missing_steps(cache._sql):  # noqa: SLF001 - see `sql`
                 cache._sql(statement)  # noqa: SLF001
             schema.rename_spaces(cache._sql)  # noqa: SLF001
-            if not ledger.copies_agree(cache._sql):  # noqa: SLF001
+            if not ledger_reader.copies_agree(cache._sql):  # noqa: SLF001
                 raise sqlite3.DatabaseError(read_only.LEDGER_DAMAGED)
         return cache
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from cache import ledger
 from providers.backoff import Backoff
 
+from . import ledger_reader
 from .changes import Found
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
 from .set_aside import SetAside
@@ -75,14 +76,14 @@ def read_ledger(
     max_lines: int | None = None,
     preferred: Mapping[ledger.By, Collection[str]] = MappingProxyType({}),
 ) -> list[ledger.Line]:
-    """Return the sums of a store's file (see `ledger.read`), by a connection of its own.
+    """Return the sums of a store's file (see `ledger_reader.read`), by a connection of its own.
 
     Raises sqlite3.DatabaseError also where the two copies of the sums disagree.
     """
     with contextlib.closing(_connect(path, "mode=ro")) as connection:
-        if not ledger.copies_agree(connection.execute):
+        if not ledger_reader.copies_agree(connection.execute):
             raise sqlite3.DatabaseError(LEDGER_DAMAGED)
-        return ledger.read(connection.execute, by, max_lines, preferred)
+        return ledger_reader.read(connection.execute, by, max_lines, preferred)
 
 
 class ReadOnlyFile:

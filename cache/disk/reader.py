@@ -22,7 +22,7 @@ SECONDS = 5.0
 """The longest wait for a read. Generous: what is taken for a miss is paid for again."""
 TRIES = 3
 """How often a read begins anew because the file was damaged, or replaced."""
-FEW = 16
+MAX_INLINE_RECORDS = 16
 """Records that are read without a turn for others, in some tenths of a millisecond."""
 
 
@@ -45,14 +45,16 @@ class Reader:
         self.backoff = Backoff(threshold=THRESHOLD)
         self._lock_backoff = Backoff()
 
-    def at_once(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found] | None:
-        """Return the records of a few addresses that are there; None if they are to be awaited."""
-        glance = self._disk.glance
-        if glance is None or len(addresses) > FEW or self.backoff.is_waiting:
-            return None
-        return glance.read_few(addresses, not_before=not_before)
+    def lookup_nowait(
+        self, addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, Found] | None:
+        """Return what `lookup` would; None if that has to be awaited."""
+        found = self._read_inline(addresses, not_before)
+        if found is None or len(found) == len(addresses):
+            return found
+        return None if self._disk.damaged or self._replaced_file() is not None else found
 
-    async def many(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
+    async def lookup(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
         """Return the records that are there, by address, but for those stored before a time.
 
         What the file does not have is looked for in those that were set aside, damaged, and are
@@ -71,34 +73,51 @@ class Reader:
 
     async def _is_replaced(self) -> bool:
         """Tell whether another process has begun a new file, after opening that."""
+        file = self._replaced_file()
+        if file is not None:
+            await self._replace(file)
+        return file is not None
+
+    def _replaced_file(self) -> Database | None:
+        """Return the open file, if another process has put a new one into its place."""
         file = self._disk.file
         with contextlib.suppress(OSError):
             if file is not None and file.replaced:
-                await self._replace(file)
-                return True
-        return False
+                return file
+        return None
+
+    def _read_inline(
+        self, addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, Found] | None:
+        """Return what the file has of a few addresses; None if a thread is to read it."""
+        glance = self._disk.glance
+        if glance is None or len(addresses) > MAX_INLINE_RECORDS or self.rest.resting:
+            return None
+        return glance.read_few(addresses, not_before=not_before)
 
     async def _from_file(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
         found: dict[bytes, Found] = {}
-        for start in range(0, len(addresses), FEW):
+        for start in range(0, len(addresses), MAX_INLINE_RECORDS):
             if start:
                 await asyncio.sleep(0)
-            some = self.at_once(addresses[start : start + FEW], not_before)
+            some = self._read_inline(addresses[start : start + MAX_INLINE_RECORDS], not_before)
             if some is None:
-                return found | await self._by_thread(addresses[start:], not_before)
+                return found | await self._read_in_thread(addresses[start:], not_before)
             found |= some
         return found
 
-    async def _by_thread(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
+    async def _read_in_thread(
+        self, addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, Found]:
         for _ in range(TRIES):
             if self.backoff.is_waiting:
                 return {}
-            found = await self._try_by_thread(addresses, not_before)
+            found = await self._try_in_thread(addresses, not_before)
             if found is not None:
                 return found
         return {}
 
-    async def _try_by_thread(
+    async def _try_in_thread(
         self, addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, Found] | None:
         """Return what is there; None if there is another file now."""

@@ -30,7 +30,7 @@ from cache.disk.read_only import read_ledger
 from cache.disk.reader import Reader
 from cache.disk.salvager import Salvager
 from cache.disk.writer import Writer
-from cache.ledger import MAX_HEADINGS, By, Heading, Headings, Line
+from cache.ledger import MAX_HEADINGS, By, Heading, Line
 from cache.row import Partition
 from cache.usage import Usage
 
@@ -83,7 +83,8 @@ class Store:
         """The sums of what this process has counted since it opened the store: of the first
         MAX_HEADINGS headings, and of all others together."""
         self._day = 0
-        self._headings_of_day = Headings()
+        self._headings_of_day: set[Heading] = set()
+        """Those that have a line of their own on disk: the first MAX_HEADINGS of the day."""
 
     @property
     def folder(self) -> Path:
@@ -109,10 +110,22 @@ class Store:
         finally:
             await self._disk.close()
 
-    async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
+    async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
         """Return the records that are there, by address. Never raises."""
         not_before = self._not_before
-        found = {} if self._closing else await self._reader.many(addresses, not_before)
+        found = {} if self._closing else await self._reader.lookup(addresses, not_before)
+        return self._add_backlog(found, addresses, not_before)
+
+    def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+        """Return the same for a few addresses; None if it has to be awaited. Never raises."""
+        not_before = self._not_before
+        found = None if self._closing else self._reader.lookup_nowait(addresses, not_before)
+        return None if found is None else self._add_backlog(found, addresses, not_before)
+
+    def _add_backlog(
+        self, found: dict[bytes, Found], addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, Found]:
+        """Add what could not be written so far, and is kept in this process."""
         if self._pending.backlog and len(found) < len(addresses):
             for address in addresses:
                 kept = self._pending.backlog.get(address)
@@ -120,13 +133,6 @@ class Store:
                 if kept and address not in found and stored is not None and stored >= not_before:
                     found[address] = Found(kept.record, stored)
         return found
-
-    def at_once(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
-        """Return the records of a few addresses that are on disk and can be read at once.
-
-        None if they cannot: then `get_many` can. Never raises.
-        """
-        return None if self._closing else self._reader.at_once(addresses, self._not_before)
 
     @property
     def _not_before(self) -> float:
@@ -165,8 +171,12 @@ class Store:
         """Add to the sums of what was answered; written with the next change, or in a while."""
         day = int(time.time() // 86_400)
         if day != self._day:
-            self._day, self._headings_of_day = day, Headings()
-        self._pending.changes.count(day, self._headings_of_day.line_of(heading), usage)
+            self._day, self._headings_of_day = day, set()
+        if heading in self._headings_of_day or len(self._headings_of_day) < MAX_HEADINGS:
+            self._headings_of_day.add(heading)
+            self._pending.changes.count(day, heading, usage)
+        else:
+            self._pending.changes.count(day, heading.rest, usage)
         known = self.counted.get(heading)
         if known is None and len(self.counted) >= MAX_HEADINGS:
             heading = heading.rest
@@ -185,7 +195,7 @@ class Store:
         max_lines: int | None = None,
         preferred: Mapping[By, Collection[str]] = MappingProxyType({}),
     ) -> list[Line] | None:
-        """Return the sums on disk, see `ledger.read`; None if they cannot be read. Never raises.
+        """Return the sums on disk, see `ledger_reader`; None if they cannot be read. Never raises.
 
         It is read in a thread of its own: nobody who looks for a record waits for it.
         """

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cache.key import Namespace, keyring
-from cache.tiers import Tiers
+from cache.key import Keys, Namespace, keyring
+from cache.tiered import Tiers
 from providers import tokens
 from providers.base import Terms
 from proxy.embedding.inputs import prepare
@@ -32,6 +32,7 @@ async def known(
     ring = keyring(model.space, namespace)
     keys = await ring.keys(prepared)
     distinct = list(dict.fromkeys(keys))
-    there = await tiers.get_many(distinct, ring.partition, Terms(write=False))
+    found = (await tiers.lookup(Keys.of(distinct), ring.partition, Terms(write=False))).entries
+    there = {key for key, entry in zip(distinct, found, strict=True) if entry is not None}
     counts = await tokens.counted(prepared, model.space.tokenizer or tokens.CL100K)
     return [Known(key.digest, n, key in there) for key, n in zip(keys, counts, strict=True)]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cache import ledger
+from cache.disk import ledger_reader
 from cache.maintenance import stats
 from proxy import config
 from proxy.formatting import age, count, money, saved, share, size
@@ -37,7 +38,7 @@ def show_stats(
     columns = list(dict.fromkeys(by or ()))
     with opened_for_reading(settings) as file:
         if columns:
-            bill = [sums.line(columns, *line) for line in ledger.read(file.sql, columns)]
+            bill = [sums.line(columns, *line) for line in ledger_reader.read(file.sql, columns)]
         else:
             held = stats.gather(file)
     if columns:

@@ -49,7 +49,8 @@ class Answering:
         space = _space(model, asked)
         allowed = terms(self._settings.cache.mode, control)
         account = Account(asked.model, caller.client, model.price)
-        embedded = model.embedder.at_hand(space, asked.inputs, caller.namespace, allowed, account)
+        inputs, namespace = asked.inputs, caller.namespace
+        embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
         if embedded is None or embedded.again is None:
             return None
         check(space, width, embedded.vectors)

@@ -2,17 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from cache.assembly import Filled
 from cache.embedder import CachingEmbedder
-from cache.flight import Flights
+from cache.in_flight import InFlight
 from cache.ledger import Answered
-from cache.refusal import NotCached
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from providers import kinds
-from providers.base import Context, Input, InputRefused, InvalidAnswer, Space
+from providers.base import Context, Embedder, Input, InputRefused, Space
 from providers.batching.longest import NoneTooLong
 from providers.http import HttpProvider
 from providers.router import Provider, Router
@@ -22,13 +19,12 @@ from proxy.settings.model_entry import Fallback
 from proxy.settings.schema import Settings
 
 from .by_client import ByClient, by_client
-from .learned import Pins
+from .learned import LearnedDimensions, WidthLearner
 from .opening import make_router, scheduled
-from .steps import one_before_others
 from .widths import WIDEST
 
 MOST_KEPT = 1000
-"""Models kept in all; one that is asked for by its name alone is then made for each request."""
+"""Models that are listed at most; and as many that are not, being asked for by name alone."""
 
 
 class ModelUnknown(InputRefused):
@@ -54,8 +50,10 @@ class Model:
     """USD per million tokens."""
     router: Router
     """The routes that can be used; it knows no cache."""
+    source: Embedder
+    """What is asked for what no cache has: the batches for the router."""
     embedder: CachingEmbedder
-    """What requests are asked of: the cache around the router."""
+    """What requests are asked of: the cache around the source."""
     dimensions_refused: bool = False
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
     width: str = "strict"
@@ -97,7 +95,7 @@ class Model:
 class Registry:
     """Models by the names that clients use.
 
-    Tiers, flights, and what is known of the providers are shared by all of them.
+    Tiers, fetches, and what is known of the providers are shared by all of them.
     """
 
     def __init__(  # noqa: PLR0913 - what all models share
@@ -106,7 +104,7 @@ class Registry:
         providers: Mapping[str, Provider],
         tiers: Tiers,
         upstreams: Upstreams,
-        pins: Pins,
+        learned: LearnedDimensions,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -114,14 +112,15 @@ class Registry:
         self._providers = providers
         self._tiers = tiers
         self._upstreams = upstreams
-        self._pins = pins
+        self._learned = learned
         # Frozen there are none, and nobody is asked: each would do.
         frozen = settings.cache.mode == "frozen"
         self._usable = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
-        self._flights: Flights[Filled] = Flights()
-        self._widths: dict[str, int] = {}
-        """By the label of a space with parameters, where the model's own width is not known."""
+        self._in_flight = InFlight()
+        self._learner = WidthLearner(learned, tiers, self._in_flight)
+        self._unlisted: dict[str, Model] = {}
+        """Models that were asked for by name, and whose own width is not known."""
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
 
     async def close(self) -> None:
@@ -133,20 +132,17 @@ class Registry:
         """
         await self._upstreams.tasks.close()
         await self._upstreams.attempts.close()
-        await self._flights.close()
+        await self._in_flight.close()
 
     def get(self, name: str) -> Model:
         """Return a model; one that is not configured if it may be asked for by name.
 
         Raises ModelUnknown.
         """
-        model = self.models.get(name)
-        if model is not None and model.space.dimensions:
-            return model
-        if model is None:
-            model = self._by_name(name)
-        width = self._pins.width(model.space.name)
-        return self._keep(model, width) if width else model
+        model = self.models.get(name) or self._unlisted.get(name) or self._by_name(name)
+        if not model.space.dimensions and (width := self._learned.get(model.space.name)):
+            return self._keep(model, width)
+        return model
 
     def rate_limit_waits(self) -> dict[str, dict[str, float]]:
         """Return, by provider, the seconds that calls of a model wait for its rate limit."""
@@ -173,39 +169,14 @@ class Registry:
     ) -> tuple[Model, Answered]:
         """Embed with a model whose width is not known yet; return what it is then, and the answer.
 
-        The first input is asked for alone, and its width pinned before anything else is bought.
         Raises EmbeddingError.
         """
-        if not context.terms.spend:
-            raise NotCached(context.terms, range(len(inputs)), len(inputs))
-        label = model.space.with_parameters(parameters).label if parameters else ""
-        known = self._widths.get(label)
-        if known is not None:
-            # Of requests with the same fields; other widths are not known from it.
-            model = replace(model, space=replace(model.space, dimensions=known))
-
-        async def ask(some: Sequence[Input]) -> Answered:
-            return await model.embedder.embed(
-                model.space.with_parameters(parameters), some, context
-            )
-
-        async def first(some: Sequence[Input]) -> Answered:
-            nonlocal model
-            begun = await ask(some)
-            width = len(begun.vectors[0]) // 4
-            if parameters:
-                self._note_own_width(label, width)
-                model = replace(model, space=replace(model.space, dimensions=width))
-            else:
-                await self._pins.pin(model.space.name, width)
-                model = self._keep(model, width)
-            return begun
-
-        if known is not None:
-            return model, await ask(inputs)
-
-        answer = await one_before_others(inputs, 0, first, ask)
-        return model, answer
+        space = model.space.with_parameters(parameters) if parameters else model.space
+        source, embedder = model.source, model.embedder
+        width, answer = await self._learner.embed(source, embedder, space, inputs, context)
+        if parameters:
+            return replace(model, space=replace(model.space, dimensions=width)), answer
+        return self._keep(model, width), answer
 
     def _by_name(self, name: str) -> Model:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""
@@ -218,45 +189,35 @@ class Registry:
         # A frozen proxy has no providers; what it has bought before may be of any model.
         if not model.usable and self._settings.cache.mode != "frozen":
             raise ModelUnknown(name)
-        return model
-
-    async def _note_width(self, space: Space, width: int) -> None:
-        """Pin the first width that an answer tells, though who asked may be gone by now."""
-        if space.parameters:
-            # A client's own fields may change the width: it holds for the same fields alone.
-            self._note_own_width(space.label, width)
-            return
-        # Whoever still waits is told if it is another one than before.
-        with suppress(InvalidAnswer):
-            await self._pins.pin(space.name, width)
-
-    def _note_own_width(self, label: str, width: int) -> None:
-        """Remember the width of requests with fields of their own, in this process."""
-        self._widths[label] = width
-        if len(self._widths) > MOST_KEPT:
-            del self._widths[next(iter(self._widths))]
+        return self._keep_unlisted(model)
 
     def _keep(self, model: Model, width: int) -> Model:
         """Return a model that has learned its width; the next one who asks finds it so."""
         model = replace(model, space=replace(model.space, dimensions=width))
         if model.name in self.models or len(self.models) < MOST_KEPT:
             self.models[model.name] = model
+            self._unlisted.pop(model.name, None)
+        else:
+            self._keep_unlisted(model)
+        return model
+
+    def _keep_unlisted(self, model: Model) -> Model:
+        self._unlisted[model.name] = model
+        if len(self._unlisted) > MOST_KEPT:
+            del self._unlisted[next(iter(self._unlisted))]
         return model
 
     def _make(self, name: str, entry: model_entry.Model) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
+        source = NoneTooLong(scheduled(router, settings), entry.context)
         return Model(
             name=name,
             space=entry.as_space(),
             price=entry.price,
             router=router,
-            embedder=CachingEmbedder(
-                NoneTooLong(scheduled(router, settings), entry.context),
-                self._tiers,
-                self._flights,
-                self._note_width,
-            ),
+            source=source,
+            embedder=CachingEmbedder(source, self._tiers, self._in_flight),
             dimensions_refused=entry.dimensions_refused,
             width=entry.width,
             context=entry.context,

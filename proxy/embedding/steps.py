@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
-from cache.ledger import Answered, answered
-from cache.refusal import renamed
+from cache.errors import name_input
+from cache.ledger import Answered
 from providers.base import Embedded, EmbeddingError, Input
 from providers.batching import calls
 from providers.slices import slices
@@ -42,10 +42,17 @@ async def one_before_others(
         except EmbeddingError as error:
             if error.index is None:
                 raise
-            raise renamed(error, places, len(inputs)) from error
+            raise name_input(error, places[error.index], len(inputs)) from error
         parts.append((places, answer))
         usages.append(answer.usage)
     if not rest:
         return answer
     whole = await calls.assembled_in_steps(parts)
-    return answered(whole, usages[0].plus(usages[1]))
+    return Answered(
+        vectors=whole.vectors,
+        tokens=whole.tokens,
+        counted=whole.counted,
+        providers=whole.providers,
+        outcomes=whole.outcomes,
+        usage=usages[0].plus(usages[1]),
+    )

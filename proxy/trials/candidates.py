@@ -13,7 +13,7 @@ from providers import kinds, local
 from providers.base import Space
 from providers.router import Router
 from providers.routing.health import Upstreams
-from proxy.embedding.learned import WIDTHS_FILE, Pins
+from proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
 from proxy.embedding.opening import CLIENTS_PAY, make_router, open_providers
 from proxy.settings.model_entry import Model
 from proxy.settings.schema import Settings
@@ -55,8 +55,9 @@ async def find(settings: Settings, choice: Choice, stack: AsyncExitStack) -> Can
         name: make_router(settings, name, model, usable, upstreams)
         for name, model in models.items()
     }
-    pins = Pins(connection.folder_of(settings.cache.directory) / WIDTHS_FILE)
-    return Candidates(standings, models, routers, _findings(models, routers, standings, pins))
+    learned = LearnedDimensions(connection.folder_of(settings.cache.directory) / WIDTHS_FILE)
+    await learned.refresh()
+    return Candidates(standings, models, routers, _findings(models, routers, standings, learned))
 
 
 def _standing(settings: Settings, name: str, opened: Collection[str]) -> Standing:
@@ -78,14 +79,14 @@ def _findings(
     models: Mapping[str, Model],
     routers: Mapping[str, Router],
     standings: Mapping[str, Standing],
-    pins: Pins,
+    learned: LearnedDimensions,
 ) -> list[Finding]:
     """Return the routes of some models, those of one space together, each route once."""
     spaces = {}
     for name, model in models.items():
         space = model.as_space()
         # A width that the proxy has learned holds from then on.
-        spaces[name] = replace(space, dimensions=space.dimensions or pins.width(space.name))
+        spaces[name] = replace(space, dimensions=space.dimensions or learned.get(space.name))
     order = list(dict.fromkeys(space.name for space in spaces.values()))
     found: dict[tuple[Space, str, str], Finding] = {}
     for name in sorted(routers, key=lambda name: order.index(spaces[name].name)):

@@ -2,15 +2,25 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from cache.disk.changes import Found
-from cache.key import DEFAULT_NAMESPACE, Key, Namespace, keyring
+from cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, keyring
 from cache.ledger import Heading
 from cache.record import Entry
 from cache.row import Partition
+from cache.tiered import Tiers
 from cache.usage import Usage
-from providers.base import Bill, Context, Embedded, Input, Outcome, Space
+from providers.base import (
+    NORMAL,
+    Bill,
+    Context,
+    Embedded,
+    Input,
+    Outcome,
+    Space,
+    Terms,
+)
 
 
 def key_of(item: Input, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Key:
@@ -32,6 +42,16 @@ def tokens_of(item: Input) -> int:
 def entry_of(item: Input, space: Space, *, tokens: int = 1) -> Entry:
     """Return the entry that belongs under an input's key."""
     return Entry(vector_of(item, space), tokens, counted=True, digest=key_of(item, space).digest)
+
+
+async def entries_in(
+    tiers: Tiers, keys: Collection[Key], partition: Partition, terms: Terms = NORMAL
+) -> dict[Key, Entry]:
+    """Return what tiers have of some keys."""
+    lookup = await tiers.lookup(Keys.of(keys), partition, terms)
+    found = {key: entry for key, entry in zip(keys, lookup.entries, strict=True) if entry}
+    assert [key not in found for key in keys] == [i in lookup.missing for i in range(len(keys))]
+    return found
 
 
 class Turnstile:
@@ -112,6 +132,7 @@ class FakeStore:
         self.records: dict[bytes, bytes] = {}
         self.reads: list[list[bytes]] = []
         self.glances: list[list[bytes]] = []
+        """The reads that were answered at once."""
         self.touched: set[bytes] = set()
         self.stored = 0.0
         """When all that it holds was bought, in seconds since 1970."""
@@ -125,7 +146,7 @@ class FakeStore:
         self.broken = False
         """Whether every read finds nothing and every write comes to nothing."""
 
-    async def get_many(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
+    async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
         self.reads.append(list(addresses))
         await self.reading.through()
         here = [a for a in addresses if a in self.records and not self.broken]
@@ -133,10 +154,12 @@ class FakeStore:
         await self.reading.through()
         return found
 
-    def at_once(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+    def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+        if not self.is_quick:
+            return None
         self.glances.append(list(addresses))
-        here = [a for a in addresses if a in self.records]
-        return {a: Found(self.records[a], self.stored) for a in here} if self.is_quick else None
+        here = [a for a in addresses if a in self.records and not self.broken]
+        return {a: Found(self.records[a], self.stored) for a in here}
 
     async def put_many(
         self, records: Mapping[bytes, bytes], partition: Partition | None = None

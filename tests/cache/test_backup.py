@@ -84,7 +84,7 @@ async def test_a_copy_is_served_from(database, target, tmp_path):
     (tmp_path / "new" / "v1").mkdir(parents=True)
     target.rename(tmp_path / "new" / "v1" / "cache.db")
     async with Store(tmp_path / "new", GIB) as store:
-        found = await store.get_many([row.address for row in ROWS])
+        found = await store.lookup([row.address for row in ROWS])
     assert {a: one.record for a, one in found.items()} == {r.address: r.record for r in ROWS}
 
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import ledger
-from cache.disk import bounds
+from cache.disk import bounds, ledger_reader
 from cache.disk.changes import Changes, Kept
 from cache.disk.connection import opened
 from cache.disk.store import Store
@@ -98,7 +97,7 @@ def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
             file.write(Changes(usage={(day, one_): one for one_ in chosen for day in (1, 2)}))
     with opened(tmp_path, GIB) as file:
         lines = dict(
-            ledger.read(file.sql, [By.DAY, By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE])
+            ledger_reader.read(file.sql, [By.DAY, By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE])
         )
         assert lines.keys() == {
             *((day, f"m{i}", ("p", "")[i % 2], f"c{i}", "") for day in (1, 2) for i in range(3)),
@@ -106,7 +105,7 @@ def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
         }
         assert _total(lines.values()) == _total([one] * 2 * (5 + 8 + 8))
         file.write(Changes(usage={(3, headings[7]): one}))
-        assert ((3, "m7", "", "c7", ""), one) in ledger.read(
+        assert ((3, "m7", "", "c7", ""), one) in ledger_reader.read(
             file.sql, [By.DAY, By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE]
         )
 
@@ -118,14 +117,13 @@ def test_a_heading_of_shared_partitions_is_one_row(tmp_path, monkeypatch):
     usage = {(1, Heading(Partition("", _label(i), 8), "m")): Usage(hits=1) for i in range(5)}
     with opened(tmp_path, GIB, create=True) as file:
         file.write(Changes(usage=usage))
-        lines = dict(ledger.read(file.sql, [By.SPACE]))
+        lines = dict(ledger_reader.read(file.sql, [By.SPACE]))
     assert lines.pop(("m?other",)) == Usage(hits=4)
     assert list(lines.values()) == [Usage(hits=1)]
 
 
 async def test_what_a_process_counts_is_bounded(tmp_path, monkeypatch):
     """Sums in memory, and what waits to be written, have so many lines and one a provider."""
-    monkeypatch.setattr(ledger, "MAX_HEADINGS", 4)
     monkeypatch.setattr("cache.disk.store.MAX_HEADINGS", 4)
     async with Store(tmp_path, GIB) as store:
         for i in range(20):
@@ -150,9 +148,11 @@ def test_lines_that_are_shown_are_bounded(tmp_path):
     usage = {(6 - i, heading): Usage(hits=1 << i) for i, heading in enumerate(headings)}
     with opened(tmp_path, GIB, create=True) as file:
         file.write(Changes(usage=usage))
-        read = ledger.read(file.sql, [By.MODEL, By.PROVIDER], 2, {By.MODEL: ["m1", "none"]})
-        assert ledger.read(file.sql, [By.MODEL], 6) == ledger.read(file.sql, [By.MODEL])
-        assert ledger.read(file.sql, [], 1) == [((), Usage(hits=63))]
+        read = ledger_reader.read(file.sql, [By.MODEL, By.PROVIDER], 2, {By.MODEL: ["m1", "none"]})
+        assert ledger_reader.read(file.sql, [By.MODEL], 6) == ledger_reader.read(
+            file.sql, [By.MODEL]
+        )
+        assert ledger_reader.read(file.sql, [], 1) == [((), Usage(hits=63))]
     assert read == [
         (("m1", "q"), Usage(hits=2)),
         (("m5", "q"), Usage(hits=32)),
@@ -169,9 +169,11 @@ def test_no_line_that_is_shown_ever_shrinks(lines, days, tmp_path_factory):
     with opened(tmp_path_factory.mktemp("store"), GIB, create=True) as file:
         for day, name in sorted(days, key=lambda one: one[0]):
             file.write(Changes(usage={(day, Heading(PARTITION, name, "p")): Usage(hits=1)}))
-            now = dict(ledger.read(file.sql, [By.MODEL], lines))
+            now = dict(ledger_reader.read(file.sql, [By.MODEL], lines))
             assert len(now) <= lines + 1
             for names, usage in now.items():
                 assert usage.hits >= before.get(names, Usage()).hits
             before |= now
-        assert _total(dict(ledger.read(file.sql, [By.MODEL], lines)).values()).hits == len(days)
+        assert _total(dict(ledger_reader.read(file.sql, [By.MODEL], lines)).values()).hits == len(
+            days
+        )

@@ -103,7 +103,7 @@ def _damage(directory, kind, how="zeros", seed=1):
 
 
 async def _found(store, addresses=RECORDS):
-    found = await store.get_many(list(addresses))
+    found = await store.lookup(list(addresses))
     for address, one in found.items():
         assert one.record == (RECORDS | NEW)[address]
     return set(found)
@@ -163,9 +163,9 @@ async def test_a_few_bytes_of_noise_cost_what_was_on_the_page_at_most(directory,
     kind = KINDS[seed % len(KINDS)]
     lost = _damage(directory, kind, "patch", seed)
     async with Store(directory, GIB) as store:
-        found = await store.get_many(list(RECORDS))
+        found = await store.lookup(list(RECORDS))
         await store.salvaged()
-        found |= await store.get_many(list(RECORDS))
+        found |= await store.lookup(list(RECORDS))
     right = {address for address, one in found.items() if one.record == RECORDS[address]}
     assert right >= set(RECORDS) - lost
 
@@ -246,7 +246,7 @@ async def test_what_is_bought_anew_is_not_replaced_by_what_is_salvaged(directory
         before = time.time()
         assert await store.put_many({address: RECORDS[address]}, PARTITIONS[0])
         await store.salvaged()
-        assert (await store.get_many([address]))[address].stored >= before - 1
+        assert (await store.lookup([address]))[address].stored >= before - 1
     after = await _ages(directory)
     assert {a: round(t, 3) for a, t in after.items() if a != address} == {
         a: round(t, 3) for a, t in ages.items() if a != address
@@ -256,7 +256,7 @@ async def test_what_is_bought_anew_is_not_replaced_by_what_is_salvaged(directory
 async def _ages(directory):
     async with Store(directory, GIB) as store:
         await store.salvaged()
-        found = await store.get_many(list(RECORDS))
+        found = await store.lookup(list(RECORDS))
     return {address: int(one.stored * 1000) / 1000 for address, one in found.items()}
 
 
@@ -268,7 +268,7 @@ async def test_what_is_too_old_is_not_served_from_a_damaged_file(directory):
         store._salvager._stop.set()
         address = next(iter(RECORDS))
         assert await _found(store, [address]) == {address}
-        assert await store._reader.many([address], time.time() + 5) == {}
+        assert await store._reader.lookup([address], time.time() + 5) == {}
 
 
 async def test_two_damages_count_no_sum_twice(directory, monkeypatch):

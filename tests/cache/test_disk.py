@@ -130,12 +130,12 @@ async def test_a_damaged_file_is_moved_aside_and_kept(tmp_path, damage):
     async with Store(tmp_path, GIB) as store:
         # What SQLite does not see at once is found by the first who reads or writes.
         for _ in range(2):
-            await store.get_many(list(RECORDS))
+            await store.lookup(list(RECORDS))
             await store.put_many(RECORDS, P)
-        found = await store.get_many(list(RECORDS))
+        found = await store.lookup(list(RECORDS))
         assert {a: one.record for a, one in found.items()} == RECORDS
     async with Store(tmp_path, GIB) as store:
-        assert (await store.get_many(list(RECORDS))).keys() == RECORDS.keys()
+        assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
     (aside,) = tmp_path.glob(f"v{FORMAT}.damaged-*/cache.db")
     assert len(aside.read_bytes()) == len(damaged)
 
@@ -181,11 +181,11 @@ async def test_a_bad_moment_at_the_start_is_survived(tmp_path, monkeypatch, capl
             assert store._disk.file is None
             patch.undo()
             await store._tick(2)
-            found = await store.get_many([*RECORDS, bytes([99]) * 16])
+            found = await store.lookup([*RECORDS, bytes([99]) * 16])
             assert len(found) == len(RECORDS) + 1
             await store._writer.flush()
     async with Store(tmp_path, GIB) as store:
-        assert len(await store.get_many([*RECORDS, bytes([99]) * 16])) == len(RECORDS) + 1
+        assert len(await store.lookup([*RECORDS, bytes([99]) * 16])) == len(RECORDS) + 1
     assert not list(tmp_path.glob("*.damaged-*"))
 
 
@@ -199,7 +199,7 @@ async def test_nobody_opens_a_file_while_another_process_writes(tmp_path, monkey
             assert store._disk.file is None
         await store._tick(1)
         assert store._disk.file is not None
-        assert (await store.get_many(list(RECORDS))).keys() == RECORDS.keys()
+        assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
         await store.__aexit__()
 
 
@@ -242,7 +242,7 @@ async def test_opening_that_keeps_failing_is_not_tried_each_second(tmp_path, mon
             store._writer.backoff._until = 0.0
             patch.undo()
             await store._tick(9)
-            assert (await store.get_many(list(RECORDS))).keys() == RECORDS.keys()
+            assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
 
 
 async def test_trying_again_with_an_open_file_does_nothing(tmp_path):
@@ -331,11 +331,11 @@ async def test_reading_while_closing_raises_nothing(tmp_path):
     """Requests that come while the store closes are misses or hits, and nothing else."""
     await _fill(tmp_path)
     store = await Store(tmp_path, GIB).__aenter__()
-    asked = [asyncio.create_task(store.get_many(list(RECORDS))) for _ in range(20)]
+    asked = [asyncio.create_task(store.lookup(list(RECORDS))) for _ in range(20)]
     await asyncio.sleep(0)
     closing = asyncio.create_task(store.__aexit__())
     while not closing.done():
-        asked.append(asyncio.create_task(store.get_many(list(RECORDS)[:3])))
+        asked.append(asyncio.create_task(store.lookup(list(RECORDS)[:3])))
         asked.append(asyncio.create_task(store.put_many({bytes(16): b"x"}, P)))
         await asyncio.sleep(0)
     for answer in await asyncio.gather(*asked):
@@ -355,7 +355,7 @@ async def test_the_tables_can_be_read_beside_a_running_store(tmp_path):
             assert isinstance(file, Database)
             assert sum(purge.delete(file, purge.Choice())) == len(RECORDS)
             purge.announce(file, len(RECORDS))
-        assert await store.get_many(list(RECORDS)) == {}
+        assert await store.lookup(list(RECORDS)) == {}
         await store._tick(1)
         assert heard == [1]
 

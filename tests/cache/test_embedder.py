@@ -13,10 +13,9 @@ from cache.disk import database, purge
 from cache.disk.connection import opened
 from cache.disk.store import Store
 from cache.embedder import CachingEmbedder
-from cache.flight import Flights
+from cache.in_flight import InFlight, SharedTask
 from cache.memory import Memory
-from cache.refusal import is_the_leaders_own
-from cache.tiers import TierCounters, Tiers
+from cache.tiered import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import (
     Account,
@@ -56,15 +55,15 @@ class Rig:
     inner: FakeEmbedder = field(default_factory=FakeEmbedder)
     store: FakeStore = field(default_factory=FakeStore)
     memory: int = MIB
-    flights: Flights = field(default_factory=Flights)
+    in_flight: InFlight = field(default_factory=InFlight)
 
     def __post_init__(self):
         self.tiers = Tiers(Memory(self.memory), self.store)
         self.embedder = self.of(self.inner)
 
     def of(self, inner):
-        """Return an embedder around another that shares these tiers and flights."""
-        return CachingEmbedder(inner, self.tiers, self.flights)
+        """Return an embedder around another that shares these tiers and fetches."""
+        return CachingEmbedder(inner, self.tiers, self.in_flight)
 
     def start(self, *inputs, space=SPACE, context=ANY_TIME):
         """Start a request as a task."""
@@ -191,7 +190,7 @@ async def test_any_interleaving_pays_once_for_each_input(requests, limit, draw):
     assert sum(outcomes.values()) == sum(len(inputs) for inputs, _ in requests)
     assert outcomes[MISS] == len(distinct)
     assert billed == sum(tokens_of(item) for _, item in distinct)
-    assert len(rig.flights) == 0
+    assert len(rig.in_flight) == 0
 
 
 @settings(deadline=None)
@@ -221,7 +220,7 @@ async def test_in_any_interleaving_nobody_suffers_for_another(requests, limit, d
             assert isinstance(task.exception(), InputRefused)
         else:
             _right(task.result(), inputs, space)
-    assert len(rig.flights) == 0
+    assert len(rig.in_flight) == 0
     assert key_of("refused", SPACES[0]).address not in rig.store.records
 
 
@@ -272,6 +271,40 @@ async def test_without_a_landing_there_is_no_second_look():
     assert rig.store.reads == [[key_of(item, SPACE).address] for item in ("a", "b")]
 
 
+@pytest.mark.parametrize("is_quick", [False, True])
+@pytest.mark.parametrize("count", [1, 16, 17, 600])
+async def test_a_miss_reads_each_address_once(count, is_quick):
+    """However the disk is read, and though an equal input comes again and some are known."""
+    rig = Rig()
+    rig.store.is_quick = is_quick
+    known = ["known 1", "known 2"]
+    await rig.embed(*known)
+    rig.store.reads.clear()
+    rig.store.glances.clear()
+    new = [f"text {i}" for i in range(count)]
+    embedded = await rig.embed(*new, *known, *new[:1])
+    assert embedded.outcomes == [MISS] * count + [HIT] * 2 + [DUPLICATE]
+    addresses = [address for read in (*rig.store.reads, *rig.store.glances) for address in read]
+    assert addresses == [key_of(item, SPACE).address for item in new]
+
+
+@pytest.mark.parametrize("memory", [0, MIB])
+async def test_the_second_look_is_at_what_has_landed_alone(memory):
+    """The disk is asked again only for a key that was bought meanwhile, and memory has no room."""
+    rig = Rig(memory=memory)
+    rig.store.reading.shut()
+    late = rig.start("a", "b", "c")
+    await settle()
+    rig.store.reading.let()
+    await settle()
+    rig.store.reading.is_open = True
+    await rig.embed("b", "other")
+    rig.store.reads.clear()
+    rig.store.reading.open()
+    assert _right(await late, ["a", "b", "c"]).outcomes == [MISS, HIT, MISS]
+    assert rig.store.reads == ([] if memory else [[key_of("b", SPACE).address]])
+
+
 @pytest.mark.parametrize("memory", [0, 10_000, MIB])
 @pytest.mark.parametrize("new", [[], [0], [20], [299], [299, 5], [15, 16, 256]], ids=str)
 async def test_what_is_at_hand_is_taken_as_far_as_it_goes(memory, new):
@@ -319,11 +352,13 @@ async def test_a_failure_that_many_inputs_share_is_judged_once(monkeypatch):
     """Each judgement looks at all inputs: one for each input held the loop for a minute."""
     rig, judged = Rig(), []
 
-    def judge(error, *others):
-        judged.append(error)
-        return is_the_leaders_own(error, *others)
+    judge = SharedTask.is_leader_specific
 
-    monkeypatch.setattr("cache.embedder.is_the_leaders_own", judge)
+    def noted(fetch, error, *others):
+        judged.append(error)
+        return judge(fetch, error, *others)
+
+    monkeypatch.setattr(SharedTask, "is_leader_specific", noted)
     rig.inner.failure = lambda call: InputRefused("bad") if "bad" in call else None
     rig.inner.gate.shut()
     inputs = [f"t{i}" for i in range(50)]
@@ -455,7 +490,7 @@ async def test_a_request_ends_at_its_deadline(left):
         await rig.embed("a", context=context)
     await settle()
     assert rig.inner.gate.held == []
-    assert (len(rig.flights), rig.store.records) == (0, {})
+    assert (len(rig.in_flight), rig.store.records) == (0, {})
 
 
 async def test_hits_are_served_past_the_deadline():

@@ -4,20 +4,18 @@ import asyncio
 import sqlite3
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from cache import ledger
+from cache.disk import ledger_reader
 from cache.disk.changes import Changes
 from cache.disk.connection import opened
 from cache.disk.store import Store
 from cache.embedder import CachingEmbedder
-from cache.flight import Flights
+from cache.in_flight import InFlight
 from cache.key import Namespace, keyring
-from cache.ledger import By, Heading, usage_of
+from cache.ledger import By, Heading
 from cache.memory import Memory
 from cache.row import Partition
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from cache.usage import Usage
 from providers.base import Account, Bill, Context, Outcome, RateLimited, Space
 from tests.cache.fakes import FakeEmbedder, FakeStore, settle, tokens_of
@@ -44,7 +42,8 @@ class Charging(FakeEmbedder):
 
 def _rig(inner=None):
     store = FakeStore()
-    return CachingEmbedder(inner or FakeEmbedder(), Tiers(Memory(1 << 20), store), Flights()), store
+    tiers = Tiers(Memory(1 << 20), store)
+    return CachingEmbedder(inner or FakeEmbedder(), tiers, InFlight()), store
 
 
 def _heading(provider="", context=OURS):
@@ -124,20 +123,6 @@ async def test_a_part_whose_keeping_is_cut_off_is_there_all_the_same():
     assert store.usage.misses == 2
 
 
-OUTCOMES = st.sampled_from(list(Outcome))
-
-
-@given(st.lists(st.tuples(st.integers(0, 1 << 30), OUTCOMES)), st.integers(0, 100))
-def test_all_that_was_not_bought_was_saved(rows, billed):
-    """Saved are the tokens of every input but the misses, whatever those were charged."""
-    tokens, outcomes = [n for n, _ in rows], [how for _, how in rows]
-    usage = usage_of(tokens, outcomes, Usage(tokens_billed=billed), OURS.account)
-    assert usage.tokens_saved == sum(n for n, how in rows if how is not Outcome.MISS)
-    assert usage.nanodollars_saved == 500 * usage.tokens_saved
-    assert usage.inputs == len(rows)
-    assert usage.tokens_billed == billed
-
-
 LINES = {
     (1, Heading(PARTITION, "m", "p", "c")): Usage(misses=1, tokens_billed=10),
     (1, Heading(PARTITION, "m", "", "c")): Usage(hits=2, nanodollars_saved=3),
@@ -170,9 +155,9 @@ LINES = {
 def test_the_ledger_is_summed_by_what_is_asked_for(tmp_path, by, lines):
     """Whatever it is summed by, in order, nothing is left out and nothing counted twice."""
     with opened(tmp_path, GIB, create=True) as file:
-        assert ledger.read(file.sql, by) == []
+        assert ledger_reader.read(file.sql, by) == []
         file.write(Changes(usage=LINES))
-        found = ledger.read(file.sql, by)
+        found = ledger_reader.read(file.sql, by)
     assert dict(found) == lines
     assert [names for names, _ in found] == sorted(lines)
 
@@ -182,8 +167,8 @@ def test_what_was_paid_is_told_though_nobody_knows_what_for(tmp_path):
     with opened(tmp_path, GIB, create=True) as file:
         file.write(Changes(usage=LINES))
         file.sql("DELETE FROM Partitions WHERE namespace = 'team'")
-        assert ledger.read(file.sql, []) == [((), Usage(6, 8, 1, 0, 0, 10, 3))]
-        found = dict(ledger.read(file.sql, [By.NAMESPACE]))
+        assert ledger_reader.read(file.sql, []) == [((), Usage(6, 8, 1, 0, 0, 10, 3))]
+        found = dict(ledger_reader.read(file.sql, [By.NAMESPACE]))
     assert found == {(None,): Usage(6, 0, 1, 0, 0, 10, 3), ("",): Usage(joins=8)}
 
 
@@ -214,7 +199,7 @@ async def test_a_charge_is_written_with_what_was_bought_or_before(tmp_path):
     """Looked at from another connection, there is never a record whose charge is not there."""
     store = Store(tmp_path, GIB)
     async with store:
-        embedder = CachingEmbedder(FakeEmbedder(), Tiers(Memory(0), store), Flights())
+        embedder = CachingEmbedder(FakeEmbedder(), Tiers(Memory(0), store), InFlight())
         await embedder.embed(SPACE, ["a", "b"], OURS)
         with sqlite3.connect(store.folder / "cache.db") as other:
             rows = other.execute("SELECT provider, misses, tokens_billed FROM Usage").fetchall()

@@ -49,7 +49,7 @@ async def main():
                 store.count(HEADING, PAID)
                 print(await store.put_many(group(int(number)), PARTITION), flush=True)
             elif what == "get":
-                print(len(await store.get_many(list(group(int(number))))), flush=True)
+                print(len(await store.lookup(list(group(int(number))))), flush=True)
 
 asyncio.run(main())
 """
@@ -153,7 +153,7 @@ async def _assert_there(store, groups):
     """Each record at once and after the salvage, and the sums."""
     for _ in range(2):
         for number in range(groups):
-            assert len(await store.get_many(list(group(number)))) == 40, number
+            assert len(await store.lookup(list(group(number)))) == 40, number
         await store.salvaged()
     sums = Usage(*(groups * number for number in PAID))
     assert await store.ledger([By.MODEL]) == [(("model",), sums)]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.errors import name_input
 from providers.base import Context, InputRefused, Outcome, RateLimited
 from providers.limits import Limits
 from tests.cache.fakes import FakeEmbedder, key_of, settle, tokens_of
@@ -150,7 +151,7 @@ async def test_who_joins_an_abandoned_fill_does_not_suffer_for_its_other_inputs(
 
 
 async def test_what_an_abandoned_fill_had_bought_is_not_bought_again():
-    """One who looked before a part landed joins its fill, though everybody else has left that."""
+    """One who looked before a part landed is given it, though everybody else has left its fetch."""
     rig = batched()
     rig.inner.gate.shut()
     leader = rig.start("a", "b")
@@ -166,7 +167,7 @@ async def test_what_an_abandoned_fill_had_bought_is_not_bought_again():
     rig.store.reading.open()
     await settle()
     rig.inner.gate.open()
-    assert _right(await late, ["a"]).outcomes == [JOIN]
+    assert _right(await late, ["a"]).outcomes == [HIT]
     assert rig.inner.asked == ["a", "b"]
 
 
@@ -195,6 +196,17 @@ async def test_the_refused_input_is_named_as_the_client_knows_it(numbers, draw):
     again = [item for item in inputs if item != f"t{bad}"]
     if again:
         assert MISS not in (await rig.embed(*again)).outcomes
+
+
+@pytest.mark.parametrize("param", [None, "input[0]", "input.1", "user"])
+def test_a_part_of_a_part_is_named_once(param):
+    """Whoever puts parts together names the place in the whole, and nothing but that."""
+    bare = InputRefused("bad", param=param, index=0)
+    error = name_input(name_input(bare, 1, 2), 7, 9)
+    assert (str(error), error.index) == ("bad (input 7)", 7)
+    assert error.param == ("user" if param == "user" else "input")
+    alone = name_input(error, 0, 1)
+    assert (str(alone), alone.index, alone.param) == ("bad", 0, param)
 
 
 async def test_each_client_is_told_its_own_place():
@@ -253,7 +265,7 @@ async def test_a_thousand_cancelled_leaders_fail_no_joiner():
         (outcome,) = _right(await joiner, [names[number % 3]]).outcomes
         assert outcome in (Outcome.JOIN, Outcome.MISS)
     await settle()
-    assert len(rig.flights) == 0
+    assert len(rig.in_flight) == 0
 
 
 async def test_a_wait_for_another_ends_at_ones_own_deadline():

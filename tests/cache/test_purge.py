@@ -18,9 +18,9 @@ from cache.disk.store import Store
 from cache.memory import Memory
 from cache.record import encode
 from cache.row import Partition
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from providers.base import Space
-from tests.cache.fakes import entry_of, key_of
+from tests.cache.fakes import entries_in, entry_of, key_of
 
 GIB = 1 << 30
 NAMESPACES = ["", "a", "a%", "A", "a_", "ab", "a'b"]
@@ -307,14 +307,14 @@ async def test_after_a_purge_memory_serves_nothing_of_it(tmp_path):
         await tiers.put_many({key: entry}, partition)
         with _opened(tmp_path) as database:
             assert sum(purge.delete(database, Choice(space="m"))) == 1
-            assert await tiers.get_many([key], partition) == {key: entry}
+            assert await entries_in(tiers, [key], partition) == {key: entry}
             purge.announce(database, 1)
         await store._tick(1)
-        assert await tiers.get_many([key], partition) == {}
-        assert await store.get_many([key.address]) == {}
+        assert await entries_in(tiers, [key], partition) == {}
+        assert await store.lookup([key.address]) == {}
         await tiers.put_many({key: entry}, partition)
-        assert await tiers.get_many([key], partition) == {key: entry}
-        found = await store.get_many([key.address])
+        assert await entries_in(tiers, [key], partition) == {key: entry}
+        found = await store.lookup([key.address])
         assert found[key.address].record == encode(entry)
 
 

@@ -157,8 +157,8 @@ async def test_a_lock_is_not_waited_for(disk, monkeypatch, reader):
     with monkeypatch.context() as patch:
         patch.setattr(read_only, "read_many", _locked)
         assert disk.glance.read_few(_addresses([1])) is None
-    assert reader.at_once(_addresses([1]), 0.0) is None
-    assert await reader.many(_addresses([1]), 0.0) == _found([1])
+    assert reader.lookup_nowait(_addresses([1]), 0.0) is None
+    assert await reader.lookup(_addresses([1]), 0.0) == _found([1])
 
 
 def _locked(*_):
@@ -189,14 +189,14 @@ async def test_a_glance_that_cannot_be_had_is_done_without(tmp_path, monkeypatch
 
 async def test_few_are_read_at_once(reader, by_thread):
     """No thread is asked, neither for a few nor for as many as there are."""
-    assert reader.at_once(_addresses([5, 400]), 0.0) == _found([5])
-    assert await reader.many(_addresses(range(150)), 0.0) == _found(range(100))
+    assert reader.lookup_nowait(_addresses([5, 400]), 0.0) == _found([5])
+    assert await reader.lookup(_addresses(range(150)), 0.0) == _found(range(100))
     assert not by_thread
 
 
 async def test_many_are_not_read_at_once(reader):
     """So many that others would have to wait are not even begun."""
-    assert reader.at_once(_addresses(range(100)), 0.0) is None
+    assert reader.lookup_nowait(_addresses(range(100)), 0.0) is None
 
 
 async def test_others_get_their_turn_between(reader):
@@ -209,7 +209,7 @@ async def test_others_get_their_turn_between(reader):
             await asyncio.sleep(0)
 
     task = asyncio.create_task(other())
-    await reader.many(_addresses(range(100)), 0.0)
+    await reader.lookup(_addresses(range(100)), 0.0)
     task.cancel()
     assert len(turns) >= 100 // 16
 
@@ -224,7 +224,7 @@ async def test_what_is_slow_is_left_to_the_thread(disk, reader, by_thread, monke
         return glance(addresses, not_before=not_before) if next(glances, False) else None
 
     monkeypatch.setattr(disk.glance, "read_few", some)
-    assert await reader.many(_addresses(range(150)), 0.0) == _found(range(100))
+    assert await reader.lookup(_addresses(range(150)), 0.0) == _found(range(100))
     assert by_thread == [150 - 16 * quick]
 
 
@@ -232,8 +232,8 @@ async def test_without_a_glance_the_thread_reads(disk, reader, by_thread):
     """Where no second connection can be had, all is as ever."""
     disk.glance.close()
     disk.glance = None
-    assert reader.at_once(_addresses([5]), 0.0) is None
-    assert await reader.many(_addresses([5, 400]), 0.0) == _found([5])
+    assert reader.lookup_nowait(_addresses([5]), 0.0) is None
+    assert await reader.lookup(_addresses([5, 400]), 0.0) == _found([5])
     assert by_thread == [2]
 
 
@@ -241,20 +241,20 @@ async def test_a_file_that_keeps_failing_is_not_glanced_at(disk, reader):
     """Whoever waits for the thread's rest to end waits with this, too."""
     for _ in range(3):
         reader.backoff.fail()
-    assert reader.at_once(_addresses([5]), 0.0) is None
-    assert await reader.many(_addresses([5]), 0.0) == {}
+    assert reader.lookup_nowait(_addresses([5]), 0.0) is None
+    assert await reader.lookup(_addresses([5]), 0.0) == {}
 
 
 async def test_a_store_gives_what_it_may(tmp_path, monkeypatch):
     """Nothing before it is opened, nor after it was closed; meanwhile, nothing that is too old."""
     store = Store(tmp_path, GIB, ttl_s=100)
     (address,) = _addresses([1])
-    assert store.at_once([address]) is None
+    assert store.lookup_nowait([address]) is None
     async with store:
         await store.put_many({address: b"record"}, P)
-        assert store.at_once([address])[address].record == b"record"
+        assert store.lookup_nowait([address])[address].record == b"record"
         later = time.time() + 101
         with monkeypatch.context() as patch:
             patch.setattr("cache.disk.store.time.time", lambda: later)
-            assert store.at_once([address]) == {}
-    assert store.at_once([address]) is None
+            assert store.lookup_nowait([address]) == {}
+    assert store.lookup_nowait([address]) is None

@@ -7,10 +7,10 @@ import pytest
 from clock import Clock
 
 from cache.embedder import CachingEmbedder
-from cache.flight import Flights
+from cache.in_flight import InFlight
 from cache.key import keyring
 from cache.memory import Memory
-from cache.tiers import LOT, Tiers
+from cache.tiered import LOT, Tiers
 from providers.base import NORMAL, Account, Context, Space, Terms
 from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 
@@ -29,7 +29,7 @@ class Bench:
         self.store = FakeStore()
         self.memory = Memory(room * ROOM, ttl_s, self.clock)
         self.tiers = Tiers(self.memory, self.store)
-        self.embedder = CachingEmbedder(FakeEmbedder(), self.tiers, Flights())
+        self.embedder = CachingEmbedder(FakeEmbedder(), self.tiers, InFlight())
 
     async def ask(self, *inputs: str, terms: Terms = NORMAL, client: str = "ci"):
         account = Account("model", client, 1.0)
@@ -214,5 +214,7 @@ async def test_what_does_not_fit_into_memory_is_asked_anew():
     bench = Bench(room=0)
     bench.store.stored = bench.clock.now
     await bench.ask("a")
-    assert (await bench.ask("a")).again is None
+    answer = await bench.ask("a")
+    assert answer.again.serials_of(answer.vectors) is None
+    assert await answer.again.vectors() is None
     assert bench.store.usage.hits == 1

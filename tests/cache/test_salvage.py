@@ -24,9 +24,10 @@ from cache.ledger import By, Heading
 from cache.memory import Memory
 from cache.record import Entry, encode
 from cache.row import Partition
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from cache.usage import Usage
 from providers.base import Space
+from tests.cache.fakes import entries_in
 
 GIB = 1 << 30
 P = Partition("", "m", 4)
@@ -80,7 +81,7 @@ async def test_a_file_of_an_older_layout_is_salvaged(layout, tmp_path):
     for directory in (whole, damaged):
         async with Store(directory, GIB) as store:
             await store.salvaged()
-            found.append(await Tiers(Memory(0), store).get_many(keys, ring.partition))
+            found.append(await entries_in(Tiers(Memory(0), store), keys, ring.partition))
             sums.append(await store.ledger(by))
     assert len(found[0]) >= 1
     assert (found[1], sums[1]) == (found[0], sums[0])
@@ -154,7 +155,7 @@ async def test_a_store_waits_for_the_salvage_of_another_process(tmp_path):
     _no_page_1(_path(tmp_path))
     with salvage.alone(tmp_path):
         async with Store(tmp_path, GIB) as store:
-            reading = asyncio.create_task(store.get_many(list(RECORDS)))
+            reading = asyncio.create_task(store.lookup(list(RECORDS)))
             with opened(tmp_path, GIB) as file:
                 (aside,) = set_aside.pending(_path(tmp_path))
                 outcome, _ = await asyncio.to_thread(salvage_file, aside.path, file)
@@ -182,10 +183,10 @@ async def test_nobody_waits_for_long_for_what_takes_long(tmp_path, monkeypatch):
             if is_alone:
                 monkeypatch.setattr(store._reader, "_salvaged", counted)
                 for _ in range(5):
-                    assert await store.get_many(list(RECORDS)) == {}
+                    assert await store.lookup(list(RECORDS)) == {}
                 assert len(waits) == 1
         await store.salvaged()
-        assert (await store.get_many(list(RECORDS))).keys() == RECORDS.keys()
+        assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
 
 
 async def test_a_disk_that_takes_nothing_is_asked_again(tmp_path, monkeypatch, caplog):
@@ -204,7 +205,7 @@ async def test_a_disk_that_takes_nothing_is_asked_again(tmp_path, monkeypatch, c
     with caplog.at_level(logging.WARNING):
         async with Store(tmp_path, GIB) as store:
             await store.salvaged()
-            assert (await store.get_many(list(RECORDS))).keys() == RECORDS.keys()
+            assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
     assert caplog.text.count("saving what is whole in a damaged file waits") == 1
 
 
@@ -228,7 +229,7 @@ async def test_a_folder_of_an_earlier_version_is_left_alone(tmp_path):
     before = sorted(old.iterdir())
     async with Store(tmp_path, GIB) as store:
         await store.salvaged()
-        assert await store.get_many(list(RECORDS)) == {}
+        assert await store.lookup(list(RECORDS)) == {}
     assert sorted(old.iterdir()) == before
 
 
@@ -255,7 +256,7 @@ async def test_a_file_that_was_put_there_since_is_not_moved(tmp_path):
     shutil.copy(path, copy)
     copy.rename(path)
     async with Store(tmp_path, GIB) as store:
-        assert (await store.get_many(list(RECORDS))).keys() == RECORDS.keys()
+        assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
     assert not aside.is_pending
     assert not aside.path.exists()
 
@@ -274,7 +275,7 @@ async def test_closing_a_moved_file_leaves_the_log_of_the_new_one(tmp_path):
             assert await store.put_many({b"n" * 16: b"new"}, P)
             old.close()
             assert path.with_name("cache.db-wal").stat().st_size > 0
-            assert (await store.get_many([b"n" * 16])).keys() == {b"n" * 16}
+            assert (await store.lookup([b"n" * 16])).keys() == {b"n" * 16}
     assert aside.log.read_bytes() == old_log
 
 

@@ -17,9 +17,10 @@ from cache.disk.store import Store, StoreError
 from cache.key import FORMAT, keyring
 from cache.ledger import Heading
 from cache.memory import Memory
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from cache.usage import Usage
 from providers.base import Space
+from tests.cache.fakes import entries_in
 
 GIB = 1 << 30
 ROOT = Path(schema.__file__).parents[1]
@@ -92,7 +93,7 @@ def _is_laid_out(path):
 
 async def _all_are_served(store):
     """Check the twenty old entries, each by its vector and its tokens."""
-    found = await Tiers(Memory(0), store).get_many(KEYS, RING.partition)
+    found = await entries_in(Tiers(Memory(0), store), KEYS, RING.partition)
     for i, key in enumerate(KEYS):
         assert found[key].vector == hashlib.shake_128(b"%d" % i).digest(32)
         assert (found[key].tokens, found[key].counted) == (i + 1, True)
@@ -137,7 +138,7 @@ async def test_an_old_file_is_brought_up_where_it_lies(old):
 async def test_an_old_entry_learns_its_partition_when_it_is_used(old):
     """Where an old entry belongs is unknown until it is used, and known after a flush."""
     async with Store(old.parents[1], GIB) as store:
-        await Tiers(Memory(0), store).get_many(KEYS[:7], RING.partition)
+        await entries_in(Tiers(Memory(0), store), KEYS[:7], RING.partition)
         assert _ask(old, "SELECT count(*), count(partition) FROM Entries") == [(20, 0)]
         await store._writer.flush()
         known = _ask(
@@ -152,7 +153,7 @@ async def test_an_old_entry_learns_its_partition_when_it_is_used(old):
 async def test_an_old_entry_can_be_replaced_deleted_and_evicted(old):
     """What the old version wrote is an entry like any other."""
     async with Store(old.parents[1], GIB) as store:
-        found = await store.get_many([KEYS[0].address])
+        found = await store.lookup([KEYS[0].address])
         assert await store.put_many({KEYS[1].address: b"new"}, RING.partition)
         assert await store.delete_many({a: one.record for a, one in found.items()})
     assert _ask(old, "SELECT count(*), count(partition) FROM Entries") == [(19, 1)]
@@ -161,7 +162,7 @@ async def test_an_old_entry_can_be_replaced_deleted_and_evicted(old):
         records = {i.to_bytes(16): bytes(30_000) for i in range(30)}
         for address, record in records.items():
             assert await store.put_many({address: record}, RING.partition)
-        assert await store.get_many([key.address for key in KEYS]) == {}
+        assert await store.lookup([key.address for key in KEYS]) == {}
     rows = _ask(old, "SELECT count(*), sum(Entries.id = rowid) FROM Cache LEFT JOIN Entries"
                      " ON Entries.id = rowid")  # fmt: skip
     assert rows[0][0] == rows[0][1] > 0
@@ -298,6 +299,7 @@ from pathlib import Path
 from cache.disk import schema
 from cache.disk.database import Database
 from cache.disk.connection import folder_of, lock_of
+from tests.cache.fakes import entries_in
 
 directory, place, steps, ran = Path(sys.argv[1]), int(sys.argv[2]), schema.missing_steps, []
 
@@ -399,7 +401,7 @@ async def test_a_newer_layout_put_in_place_is_left_alone(path, caplog):
         newer.rename(path)
         assert await store.put_many({KEYS[0].address: b"record"}, RING.partition) is False
         await store._tick(1)
-        found = await store.get_many([KEYS[0].address])
+        found = await store.lookup([KEYS[0].address])
         assert [one.record for one in found.values()] == [b"record"]
     assert path.read_bytes() == before
     assert not list(path.parents[1].glob("*damaged*"))

@@ -50,7 +50,7 @@ def _rows(directory):
 
 async def _read(store, addresses):
     """Return the records of a store, without their times."""
-    return {a: found.record for a, found in (await store.get_many(addresses)).items()}
+    return {a: found.record for a, found in (await store.lookup(addresses)).items()}
 
 
 @contextlib.contextmanager

@@ -82,12 +82,12 @@ async def _assert_all_there(directory, at_least=COUNT):
     """At once, while it is salvaged, and with the next opening: each record and each sum."""
     for is_first in (True, False):
         async with Store(directory, GIB) as store:
-            found = await store.get_many(list(RECORDS))
+            found = await store.lookup(list(RECORDS))
             assert len(found) >= at_least
             assert all(RECORDS[address] == one.record for address, one in found.items())
             if is_first:
                 await store.salvaged()
-                assert len(await store.get_many(list(RECORDS))) >= at_least
+                assert len(await store.lookup(list(RECORDS))) >= at_least
             assert await store.ledger([By.MODEL]) == [(("model",), SUMS)]
 
 
@@ -174,7 +174,7 @@ async def test_a_torn_last_transaction_is_no_damage(directory, how):
         os.truncate(_log(directory), end + (5_000 if how == "in a frame" else 0))
     assert damage_of(_database(directory)) == ""
     async with Store(directory, GIB) as store:
-        assert len(await store.get_many(list(RECORDS))) == len(RECORDS) - 40
+        assert len(await store.lookup(list(RECORDS))) == len(RECORDS) - 40
     assert _asides(directory) == []
 
 
@@ -211,7 +211,7 @@ async def test_what_nobody_was_told_of_is_no_damage(tmp_path, has_index):
         (directory / "v1" / "cache.db-shm").unlink()
     assert bool(damage_of(_database(directory))) == (not has_index)
     async with Store(directory, GIB) as store:
-        assert len(await store.get_many(list(RECORDS))) >= len(RECORDS) - 40
+        assert len(await store.lookup(list(RECORDS))) >= len(RECORDS) - 40
     assert len(_asides(directory)) == (not has_index)
 
 
@@ -291,7 +291,7 @@ async def test_two_stores_open_a_damaged_log(directory):
     _flip(_log(directory), 32 + 2 * FRAME + 9_000)
     async with Store(directory, GIB) as one, Store(directory, GIB) as other:
         for store in (one, other):
-            assert len(await store.get_many(list(RECORDS))) >= len(RECORDS) - 1
+            assert len(await store.lookup(list(RECORDS))) >= len(RECORDS) - 1
             await store.salvaged()
             assert await store.ledger([By.MODEL]) == [(("model",), SUMS)]
     assert len(_asides(directory)) == 1

@@ -6,7 +6,7 @@ import json
 import pytest
 from fault_server import status
 
-from cache import flight
+from cache import embedder
 from proxy.wire import Form
 
 SMALL = "text-embedding-3-small"
@@ -59,14 +59,14 @@ async def test_a_request_that_waits_for_anothers_purchase_joins_it(
     upstream.gate = asyncio.Event()
     waiting = []
 
-    async def wait(fills, joins) -> None:
-        waiting.append(fills)
+    async def wait(fetches, joins) -> None:
+        waiting.append(fetches)
         if len(waiting) == 2:
             upstream.gate.set()
-        await real_wait(fills, joins)
+        await real_wait(fetches, joins)
 
-    real_wait = flight.wait
-    monkeypatch.setattr(flight, "wait", wait)
+    real_wait = embedder.wait
+    monkeypatch.setattr(embedder, "wait", wait)
     proxy = await start_proxy(openai=upstream)
     replies = await asyncio.gather(_ask(proxy, ["a"]), _ask(proxy, ["a"]))
     assert upstream.inputs == ["a"]

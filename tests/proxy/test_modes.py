@@ -13,6 +13,7 @@ from conftest import no_wait
 from fault_server import status, vector_of
 from typer.testing import CliRunner
 
+from cache.tiered import Lookup
 from providers.base import Outcome
 from proxy.cli import app
 from proxy.config import load
@@ -304,7 +305,7 @@ async def test_the_example_on_the_page_runs_a_suite_offline(
 async def test_the_error_on_the_page_is_the_one_that_comes(start_proxy):
     """What the page shows of a miss is, word for word, what the proxy answers."""
     proxy = await start_proxy(cache={"mode": "frozen"})
-    proxy.service.models[SMALL].embedder._tiers.get_many = _all_but_the_last
+    proxy.service.models[SMALL].embedder._tiers.lookup = _all_but_the_last
     with pytest.raises(openai.NotFoundError) as caught:
         await proxy.client.embeddings.create(model=SMALL, input=["a", "b", "c"])
     (shown,) = _on_the_page("text")
@@ -312,4 +313,4 @@ async def test_the_error_on_the_page_is_the_one_that_comes(start_proxy):
 
 
 async def _all_but_the_last(keys, *_):
-    return dict.fromkeys(keys[:-1])
+    return Lookup([None] * len(keys), [len(keys) - 1])

@@ -8,12 +8,12 @@ from conftest import no_wait
 
 from cache.disk.store import Store
 from cache.memory import Memory
-from cache.tiers import Tiers
+from cache.tiered import Tiers
 from providers.base import Context, NoRoute
 from providers.catalogue import CATALOGUE
 from providers.routing.health import Upstreams
 from proxy.config import ConfigError
-from proxy.embedding.learned import Pins
+from proxy.embedding.learned import LearnedDimensions
 from proxy.embedding.opening import open_providers
 from proxy.embedding.registry import Registry
 from proxy.settings.schema import Provider, Settings
@@ -30,8 +30,8 @@ async def opened(tmp_path):
         async def open_settings(**sections):
             settings = Settings.model_validate(sections)
             providers = await open_providers(settings, stack)
-            pins = Pins(tmp_path / "widths.json")
-            registry = Registry(settings, providers, tiers, Upstreams(), pins, sleep=no_wait)
+            learned = LearnedDimensions(tmp_path / "widths.json")
+            registry = Registry(settings, providers, tiers, Upstreams(), learned, sleep=no_wait)
             return providers, registry.models
 
         yield open_settings

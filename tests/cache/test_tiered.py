@@ -13,10 +13,10 @@ from cache.disk.store import Store
 from cache.key import Key, Keys, checksum, keyring
 from cache.ledger import Heading
 from cache.memory import Memory
-from cache.tiers import TierCounters, Tiers
+from cache.tiered import TierCounters, Tiers
 from cache.usage import Usage
 from providers.base import NORMAL, Space, Terms
-from tests.cache.fakes import FakeStore, entry_of, key_of
+from tests.cache.fakes import FakeStore, entries_in, entry_of, key_of
 
 SPACE = Space("m", 3)
 MIB = 1 << 20
@@ -48,7 +48,7 @@ def _collider(key):
 async def test_memory_is_asked_before_disk(tiers, store):
     """What was just kept is found without any read from disk."""
     await tiers.put_many({KEY: ENTRY}, PARTITION)
-    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+    assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
     assert store.reads == []
     assert tiers.counters == TierCounters(memory_hits=1)
 
@@ -58,7 +58,7 @@ async def test_disk_is_asked_once_for_all_that_memory_lacks(tiers, store):
     here, there = list(ENTRIES)[:2], list(ENTRIES)[2:]
     store.records = {key.address: record.encode(ENTRIES[key]) for key in there[1:]}
     await tiers.put_many({key: ENTRIES[key] for key in here}, PARTITION)
-    found = await tiers.get_many([*there, *here], PARTITION)
+    found = await entries_in(tiers, [*there, *here], PARTITION)
     assert found == {key: ENTRIES[key] for key in [*here, *there[1:]]}
     assert store.reads == [[key.address for key in there]]
     assert tiers.counters == TierCounters(memory_hits=2, disk_hits=3, misses=1)
@@ -68,7 +68,7 @@ async def test_a_hit_on_disk_is_kept_in_memory(tiers, store):
     """The second look-up of what only the disk had does not go to disk."""
     store.records = {KEY.address: record.encode(ENTRY)}
     for _ in range(2):
-        assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+        assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
     assert len(store.reads) == 1
     assert tiers.counters == TierCounters(memory_hits=1, disk_hits=1)
 
@@ -84,27 +84,38 @@ def quick(store):
 
 async def test_what_is_read_at_once_is_as_if_waited_for(tiers, store, quick):
     """The entries come in order, are counted, noted as used, and in memory from then on."""
-    assert tiers.at_sight(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
-    assert tiers.counters == TierCounters(disk_hits=3)
+    for hits in (TierCounters(disk_hits=3), TierCounters(disk_hits=3, memory_hits=3)):
+        lookup = tiers.lookup_nowait(quick, PARTITION, NORMAL)
+        assert (lookup.entries, lookup.missing) == ([ENTRIES[key] for key in quick], [])
+        tiers.count_lookup(lookup, quick, PARTITION)
+        assert tiers.counters == hits
     assert store.touched == set(quick.addresses)
-    assert tiers.at_hand(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
-    assert store.reads == []
+    assert (store.reads, store.glances) == ([], [quick.addresses])
+
+
+async def test_nothing_is_awaited_that_need_not_be(tiers, quick):
+    """The same look-up is a whole one without a turn of the loop, and one that is missing, too."""
+    keys = Keys.of([*quick, key_of("unknown", SPACE)])
+    asking = tiers.lookup(keys, PARTITION)
+    with pytest.raises(StopIteration) as caught:
+        asking.send(None)
+    assert caught.value.value.entries == [*(ENTRIES[key] for key in quick), None]
+    assert caught.value.value.missing == [3]
+    assert tiers.counters == TierCounters(disk_hits=3, misses=1)
 
 
 async def test_what_memory_has_is_not_read_at_once(tiers, store, quick):
     """Of entries in memory and on disk each is taken from where it is, in the order asked for."""
     key = quick[1]
     await tiers.put_many({key: ENTRIES[key]}, PARTITION)
-    assert tiers.at_sight(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
+    assert await entries_in(tiers, quick, PARTITION) == {key: ENTRIES[key] for key in quick}
     assert store.glances == [[quick.addresses[0], quick.addresses[2]]]
     assert tiers.counters == TierCounters(memory_hits=1, disk_hits=2)
-    assert tiers.at_sight(quick, PARTITION, NORMAL) == [ENTRIES[key] for key in quick]
-    assert len(store.glances) == 1
 
 
 @pytest.mark.parametrize("fault", ["not quick", "missing", "cut", "flipped", "collided"])
-async def test_what_is_not_all_sound_is_not_given_at_once(tiers, store, quick, fault):
-    """Then nothing has happened: whoever waits for it counts it, and deletes what is bad."""
+async def test_what_is_not_all_sound_is_told_and_not_touched(tiers, store, quick, fault):
+    """Whoever may wait counts it, and deletes what is bad; a look in passing does neither."""
     address = quick.addresses[1]
     raw = store.records[address]
     match fault:
@@ -119,23 +130,26 @@ async def test_what_is_not_all_sound_is_not_given_at_once(tiers, store, quick, f
         case "collided":
             quick.digests[1] = _collider(quick[1]).digest
     before = dict(store.records)
-    assert tiers.at_sight(quick, PARTITION, NORMAL) is None
+    lookup = tiers.lookup_nowait(quick, PARTITION, NORMAL)
+    assert 1 in lookup.missing
+    assert lookup.entries[1] is None
+    assert lookup.is_complete == (fault != "not quick")
     assert tiers.counters == TierCounters()
-    assert tiers.at_hand(quick[:1], PARTITION, NORMAL) is None
     assert (store.records, store.touched) == (before, set())
 
 
 @pytest.mark.parametrize("terms", [replace(NORMAL, max_age=60.0), replace(NORMAL, write=False)])
-async def test_own_terms_are_not_for_the_short_way(tiers, store, quick, terms):
-    """Who asks for something fresh, or wants no trace, is answered by those who look at terms."""
-    assert tiers.at_sight(quick, PARTITION, terms) is None
-    assert store.touched == set()
+async def test_own_terms_hold_for_what_is_read_at_once(tiers, store, quick, terms):
+    """Who asks for something fresh gets nothing old; who wants no trace leaves none."""
+    found = await entries_in(tiers, quick, PARTITION, terms)
+    assert len(found) == (3 if terms.max_age > 60 else 0)
+    assert (store.touched, len(tiers._memory)) == (set(), 0)
 
 
 async def test_another_width_is_not_given_at_once(tiers, quick):
     """A record of another width than the partition's is none of it."""
     other = PARTITION._replace(dimensions=4)
-    assert tiers.at_sight(quick, other, NORMAL) is None
+    assert tiers.lookup_nowait(quick, other, NORMAL).missing == [0, 1, 2]
 
 
 async def test_without_memory_the_disk_serves(store):
@@ -143,7 +157,7 @@ async def test_without_memory_the_disk_serves(store):
     tiers = Tiers(Memory(0), store)
     await tiers.put_many({KEY: ENTRY}, PARTITION)
     for _ in range(2):
-        assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+        assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
     assert tiers.counters == TierCounters(disk_hits=2)
 
 
@@ -160,12 +174,12 @@ async def test_a_record_that_does_not_verify_is_a_miss(tiers, store, spoil):
     """Damage and strangers are counted, not served, not kept in memory, and deleted."""
     store.records = {KEY.address: spoil(record.encode(ENTRY))}
     for _ in range(2):
-        assert await tiers.get_many([KEY], PARTITION) == {}
+        assert await entries_in(tiers, [KEY], PARTITION) == {}
     assert tiers.counters == TierCounters(misses=2, mismatches=1)
     assert store.records == {}
     await tiers.put_many({KEY: ENTRY}, PARTITION)
     assert store.records == {KEY.address: record.encode(ENTRY)}
-    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+    assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
 
 
 @pytest.mark.parametrize(
@@ -179,8 +193,7 @@ async def test_a_record_that_verifies_is_never_deleted(tiers, store, record_of, 
     """A configuration with another width, or an earlier program, misses it and leaves it there."""
     store.records = {KEY.address: record_of()}
     for _ in range(2):
-        assert await tiers.get_many([KEY], PARTITION) == {}
-        assert tiers.at_sight(Keys([KEY.address], [KEY.digest]), PARTITION, NORMAL) is None
+        assert await entries_in(tiers, [KEY], PARTITION) == {}
     assert store.records == {KEY.address: record_of()}
     assert tiers.counters == TierCounters(misses=2)
     if len(record_of()) > len(record.encode(ENTRY)):
@@ -201,10 +214,10 @@ def _later_version(raw):
 async def test_a_request_that_may_not_buy_or_keep_deletes_nothing(tiers, store, terms):
     """What such a request takes for damage is a miss, and stays for those who may replace it."""
     store.records = {KEY.address: b"damaged"}
-    assert await tiers.get_many([KEY], PARTITION, terms) == {}
+    assert await entries_in(tiers, [KEY], PARTITION, terms) == {}
     assert store.records == {KEY.address: b"damaged"}
     assert tiers.counters == TierCounters(misses=1, mismatches=1)
-    assert await tiers.get_many([KEY], PARTITION) == {}
+    assert await entries_in(tiers, [KEY], PARTITION) == {}
     assert store.records == {}
 
 
@@ -212,16 +225,16 @@ async def test_a_collision_in_memory_is_a_miss(tiers, store):
     """One who has the address but another digest gets nothing, and harms the rightful entry not."""
     await tiers.put_many({KEY: ENTRY}, PARTITION)
     store.records.clear()
-    assert await tiers.get_many([_collider(KEY)], PARTITION) == {}
+    assert await entries_in(tiers, [_collider(KEY)], PARTITION) == {}
     assert tiers.counters == TierCounters(misses=1)
-    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+    assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
 
 
 async def test_a_collision_on_disk_is_a_miss_and_counted(store):
     """On disk too the digest decides, and a record about something else is a mismatch."""
     store.records = {KEY.address: record.encode(ENTRY)}
     tiers = Tiers(Memory(MIB), store)
-    assert await tiers.get_many([_collider(KEY)], PARTITION) == {}
+    assert await entries_in(tiers, [_collider(KEY)], PARTITION) == {}
     assert tiers.counters == TierCounters(misses=1, mismatches=1)
     assert store.records == {}
 
@@ -230,20 +243,20 @@ async def test_colliding_keys_in_one_look_up_are_kept_apart(tiers, store):
     """Two keys of one address in the same call: only the one the record is about gets it."""
     store.records = {KEY.address: record.encode(ENTRY)}
     for _ in range(2):
-        assert await tiers.get_many([_collider(KEY), KEY], PARTITION) == {KEY: ENTRY}
+        assert await entries_in(tiers, [_collider(KEY), KEY], PARTITION) == {KEY: ENTRY}
 
 
 async def test_what_the_disk_does_not_take_is_kept_in_memory(tiers, store):
     """A write that fails is no error, and the entry is at hand until memory is full."""
     store.broken = True
     await tiers.put_many({KEY: ENTRY}, PARTITION)
-    assert await tiers.get_many([KEY, OTHER], PARTITION) == {KEY: ENTRY}
+    assert await entries_in(tiers, [KEY, OTHER], PARTITION) == {KEY: ENTRY}
     assert store.records == {}
 
 
 async def test_no_keys_ask_nobody(tiers, store):
     """The empty look-up finds nothing and reads nothing."""
-    assert await tiers.get_many([], PARTITION) == {}
+    assert await entries_in(tiers, [], PARTITION) == {}
     assert store.reads == []
     assert tiers.counters == TierCounters()
 
@@ -255,7 +268,7 @@ async def test_entries_come_back_from_a_real_store(tmp_path):
         tiers.count(Heading(PARTITION), Usage(misses=len(ENTRIES), tokens_billed=len(ENTRIES)))
         await tiers.put_many(ENTRIES, PARTITION)
     async with Store(tmp_path, 1 << 30) as disk:
-        assert await Tiers(Memory(0), disk).get_many(list(ENTRIES), PARTITION) == ENTRIES
+        assert await entries_in(Tiers(Memory(0), disk), list(ENTRIES), PARTITION) == ENTRIES
 
 
 @settings(deadline=None)
@@ -277,7 +290,7 @@ async def test_the_counters_add_up(steps, limit, damaged):
             await tiers.put_many({key: ENTRIES[key] for key in keys}, PARTITION)
             kept |= keys
         else:
-            found = await tiers.get_many(list(keys), PARTITION)
+            found = await entries_in(tiers, list(keys), PARTITION)
             assert found == {key: ENTRIES[key] for key in keys & kept}
             asked += len(keys)
             got += len(found)
@@ -290,7 +303,7 @@ async def test_the_counters_add_up(steps, limit, damaged):
 async def test_a_use_is_told_to_the_disk(tiers, store):
     """What memory serves counts as use on disk too, or it would be driven out there."""
     await tiers.put_many({KEY: ENTRY}, PARTITION)
-    await tiers.get_many([KEY], PARTITION)
+    await entries_in(tiers, [KEY], PARTITION)
     assert store.touched == {KEY.address}
 
 
@@ -306,7 +319,7 @@ async def test_a_purge_empties_memory(tiers, store):
     await tiers.put_many(ENTRIES, PARTITION)
     store.records.clear()
     store.on_purge()
-    assert await tiers.get_many(list(ENTRIES), PARTITION) == {}
+    assert await entries_in(tiers, list(ENTRIES), PARTITION) == {}
 
 
 async def test_an_entry_from_disk_is_as_old_in_memory_as_it_is(store):
@@ -314,13 +327,13 @@ async def test_an_entry_from_disk_is_as_old_in_memory_as_it_is(store):
     now = 100.0
     tiers = Tiers(Memory(MIB, ttl_s=150, clock=lambda: now), store)
     store.records = {KEY.address: record.encode(ENTRY)}  # bought at 0
-    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+    assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
     now = 149.0
-    assert await tiers.get_many([KEY], PARTITION) == {KEY: ENTRY}
+    assert await entries_in(tiers, [KEY], PARTITION) == {KEY: ENTRY}
     assert len(store.reads) == 1
     now = 150.0
     store.records.clear()
-    assert await tiers.get_many([KEY], PARTITION) == {}
+    assert await entries_in(tiers, [KEY], PARTITION) == {}
 
 
 async def test_sums_and_partition_are_in_a_real_store(tmp_path):
@@ -346,5 +359,5 @@ async def test_many_entries_are_kept_and_found_in_goes(tmp_path):
     async with Store(tmp_path, MIB * 64) as store:
         await Tiers(Memory(0), store).put_many(entries, PARTITION)
         tiers = Tiers(Memory(0), store)
-        assert await tiers.get_many(list(entries), PARTITION) == entries
+        assert await entries_in(tiers, list(entries), PARTITION) == entries
         assert tiers.counters == TierCounters(disk_hits=1200)

@@ -1,0 +1,243 @@
+"""The two tiers as one: memory before disk, every record verified on its way in.
+
+There is one look-up. It keeps what memory has, and asks the disk once for the rest: in the event
+loop where that is quick, else in a thread. It awaits nothing as long as nothing has to be awaited.
+
+Failure policy: what cannot be read, or does not verify, is a miss; what cannot be written is kept
+as far as it can be. Neither raises.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter, is_
+
+from providers.base import NORMAL, Terms, Vector
+
+from . import record
+from .disk.changes import Found
+from .disk.store import Store
+from .key import Key, Keys
+from .ledger import Heading
+from .memory import Memory
+from .record import Entry
+from .row import Partition
+from .usage import Usage
+
+log = logging.getLogger("embedding_proxy.store")
+
+LOT = 256
+"""Keys that are looked up in one go; between two goes, others get their turn."""
+_MAX_WRITTEN = 512
+"""Entries that are kept in one go."""
+_MAX_TOLD = 100
+_DIGEST, _VECTOR = attrgetter("digest"), attrgetter("vector")
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """Counts of distinct inputs since the start; look-ups = memory_hits + disk_hits + misses."""
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    mismatches: int = 0
+    """Records that were there but damaged, or about something else; each counts as a miss too."""
+
+
+@dataclass(slots=True)
+class Lookup:
+    """What the tiers have of some keys."""
+
+    entries: list[Entry | None]
+    """In the order of the keys; None where no tier has one that the terms take."""
+    missing: list[int]
+    """The indices of the keys without an entry."""
+    is_complete: bool = True
+    """Whether the disk was asked for what memory lacks; False = that has to be awaited."""
+    disk_hits: int = 0
+    damaged: dict[bytes, bytes] | None = None
+    """Records that do not verify, by address."""
+
+
+class Tiers:
+    """Entries by key. For one thread: the event loop's."""
+
+    def __init__(self, memory: Memory, store: Store) -> None:
+        self._memory = memory
+        self._store = store
+        store.on_purge = memory.clear
+        self.counters = TierCounters()
+        self._told: set[tuple[int, int]] = set()
+
+    async def lookup(self, keys: Keys, partition: Partition, terms: Terms = NORMAL) -> Lookup:
+        """Return the verified entries that the terms take, and which keys have none.
+
+        Those from disk are kept in memory, and all are noted as used, if the terms allow a trace.
+        The keys are of one partition, and differ. Damaged records are deleted, but not for a
+        request that may not buy, or leaves no trace: what it takes for damage may be all there is.
+        """
+        if len(keys) <= LOT:
+            return await self._lookup_lot(keys, partition, terms)
+        whole = Lookup([], [])
+        for start in range(0, len(keys), LOT):
+            if start:
+                await asyncio.sleep(0)
+            lot = await self._lookup_lot(keys[start : start + LOT], partition, terms)
+            whole.entries += lot.entries
+            whole.missing += [start + index for index in lot.missing]
+        return whole
+
+    async def _lookup_lot(self, keys: Keys, partition: Partition, terms: Terms) -> Lookup:
+        lookup = self.lookup_nowait(keys, partition, terms)
+        if not lookup.is_complete:
+            records = await self._store.lookup([keys.addresses[i] for i in lookup.missing])
+            self._add_records(lookup, records, keys, partition.dimensions, terms)
+        self.count_lookup(lookup, keys, partition, terms)
+        if lookup.damaged and terms.spend and terms.write:
+            await self._store.delete_many(lookup.damaged)
+        return lookup
+
+    def lookup_nowait(self, keys: Keys, partition: Partition, terms: Terms) -> Lookup:
+        """Return the same of a few keys as far as nothing has to be awaited.
+
+        It is not counted, and nothing is noted as used on disk: `count_lookup` does both, where the
+        entries are of use.
+        """
+        if terms.max_age <= 0:
+            return Lookup([None] * len(keys), list(range(len(keys))))
+        addresses, digests, size = keys.addresses, keys.digests, 4 * partition.dimensions
+        if len(keys) > 1 and terms.write and terms.max_age == math.inf:
+            # The same as below for entries that are all there, in a fraction of the time.
+            known = self._memory.all_of(addresses)
+            if (
+                known is not None
+                and list(map(_DIGEST, known)) == digests
+                and set(map(len, map(_VECTOR, known))) == {size}
+            ):
+                self._memory.note(addresses)
+                return Lookup(list(known), [])
+        not_before = time.time() - terms.max_age
+        entries = self._memory.get_many(addresses, not_before=not_before, note=terms.write)
+        missing: list[int] = []
+        for index, entry in enumerate(entries):
+            if entry is None or entry.digest != digests[index] or len(entry.vector) != size:
+                entries[index] = None
+                missing.append(index)
+        lookup = Lookup(entries, missing)
+        if missing:
+            records = self._store.lookup_nowait([addresses[index] for index in missing])
+            if records is None:
+                lookup.is_complete = False
+            else:
+                self._add_records(lookup, records, keys, partition.dimensions, terms)
+        return lookup
+
+    def _add_records(
+        self,
+        lookup: Lookup,
+        records: Mapping[bytes, Found],
+        keys: Keys,
+        dimensions: int,
+        terms: Terms,
+    ) -> None:
+        """Add what the disk has of the missing entries, as far as it verifies and is new enough.
+
+        A record of another width is a miss, and stays.
+        """
+        not_before = time.time() - terms.max_age
+        missing: list[int] = []
+        for index in lookup.missing:
+            address, digest = keys.addresses[index], keys.digests[index]
+            found = records.get(address)
+            if found is None:
+                missing.append(index)
+                continue
+            entry = record.decode(found.record, digest, dimensions)
+            if entry is None and record.is_damaged(found.record, digest):
+                lookup.damaged = {**(lookup.damaged or {}), address: found.record}
+            elif entry is None:
+                self._warn_of_width(found.record, dimensions)
+            if entry is None or found.stored < not_before:
+                missing.append(index)
+                continue
+            if terms.write:
+                self._memory.put(address, entry, found.stored)
+            lookup.entries[index] = entry
+        lookup.disk_hits = len(lookup.missing) - len(missing)
+        lookup.missing = missing
+
+    def count_lookup(
+        self, lookup: Lookup, keys: Keys, partition: Partition, terms: Terms = NORMAL
+    ) -> None:
+        """Count a look-up, and note the use of its entries if the terms allow a trace."""
+        if terms.max_age <= 0:
+            return
+        self.counters.memory_hits += len(keys) - len(lookup.missing) - lookup.disk_hits
+        self.counters.disk_hits += lookup.disk_hits
+        self.counters.misses += len(lookup.missing)
+        self.counters.mismatches += len(lookup.damaged or ())
+        if not terms.write:
+            return
+        if lookup.missing:
+            both = zip(keys.addresses, lookup.entries, strict=True)
+            self._store.touch([address for address, entry in both if entry], partition)
+        else:
+            self._store.touch(keys.addresses, partition)
+
+    def serials_of(self, addresses: Sequence[bytes], vectors: Sequence[Vector]) -> list[int] | None:
+        """Return by which numbers `holds` knows these vectors again; None if they are not there."""
+        entries = self._memory.all_of(addresses)
+        if entries is None or not all(map(is_, map(_VECTOR, entries), vectors)):
+            return None
+        return self._memory.serials_of(addresses)
+
+    def holds(
+        self, addresses: Sequence[bytes], serials: Sequence[int], partition: Partition
+    ) -> bool:
+        """Tell whether memory still holds these very entries, and note that they were used."""
+        if self._memory.serials_of(addresses) != serials:
+            return False
+        self._memory.note(addresses)
+        self._store.touch(addresses, partition)
+        self.counters.memory_hits += len(addresses)
+        return True
+
+    def _warn_of_width(self, raw: bytes, dimensions: int) -> None:
+        """Say once for each pair of widths that records are not served for their width's sake."""
+        width = record.width(raw)
+        if width is None or (width, dimensions) in self._told or len(self._told) >= _MAX_TOLD:
+            return
+        self._told.add((width, dimensions))
+        log.warning(
+            "the cache holds vectors of %d dimensions for a model that is configured with"
+            " dimensions: %d; they are kept and not served",
+            *(width, dimensions),
+        )
+
+    async def put_many(
+        self, entries: Mapping[Key, Entry], partition: Partition, terms: Terms = NORMAL
+    ) -> None:
+        """Keep entries of one partition: on disk first, so that a restart forgets nothing served.
+
+        What was counted before is written in the same transaction, or was in an earlier one. If the
+        terms let nothing be kept, nothing is done.
+        """
+        pairs = iter(entries.items() if terms.write else ())
+        while some := dict(islice(pairs, _MAX_WRITTEN)):
+            records = {key.address: record.encode(entry) for key, entry in some.items()}
+            await self._store.put_many(records, partition)
+            for key, entry in some.items():
+                self._memory.put(key.address, entry)
+
+    def count(self, heading: Heading, usage: Usage) -> None:
+        """Add to the sums of what was answered."""
+        self._store.count(heading, usage)
+
+    async def flush_counts(self) -> None:
+        """Wait until what was counted so far is on disk, or the disk does not take it."""
+        await self._store.flush_counts()
