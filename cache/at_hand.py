@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from cache.disk.reader import FEW
 from providers.base import Account, Outcome, Terms
 
+from .cached_hit import CachedHit
 from .key import Keyring, Keys
 from .ledger import Answered, Heading, usage_of_hits
 from .record import Entry
-from .repeat import Repeat
 from .tiers import LOT, Tiers
 from .usage import Usage
 
@@ -66,7 +66,7 @@ def answered(
     )
 
 
-def repeat(tiers: Tiers, ring: Keyring, keys: Keys, usage: Usage, account: Account) -> Repeat:
+def repeat(tiers: Tiers, ring: Keyring, keys: Keys, usage: Usage, account: Account) -> CachedHit:
     """Return what gives the same answer again, which is all hits, and counts its usage."""
     heading = Heading(ring.partition, account.model, client=account.client)
-    return Repeat(tiers, keys, ring.partition, heading, usage)
+    return CachedHit(tiers, keys, ring.partition, heading, usage)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import attrgetter, is_
+from operator import attrgetter
 
-from providers.base import NORMAL, Terms, Vector
+from providers.base import NORMAL, Terms
 
 from . import record
 from .disk.store import Store
@@ -49,7 +49,7 @@ class Tiers:
     """Entries by key. For one thread: the event loop's."""
 
     def __init__(self, memory: Memory, store: Store) -> None:
-        self._memory = memory
+        self.memory = memory
         self._store = store
         store.on_purge = memory.clear
         self.counters = TierCounters()
@@ -82,12 +82,13 @@ class Tiers:
         """
         if terms.max_age != math.inf or not terms.write:
             return None
-        entries = self._memory.all_of(keys.addresses)
+        entries = self.memory.all_of(keys.addresses)
         if entries is None or list(map(_DIGEST, entries)) != keys.digests:
             return None
         if set(map(len, map(_VECTOR, entries))) != {4 * partition.dimensions}:
             return None
-        self._note(keys.addresses, partition)
+        self.note(keys.addresses, partition)
+        self.counters.memory_hits += len(keys)
         return entries
 
     def at_sight(self, keys: Keys, partition: Partition, terms: Terms) -> list[Entry] | None:
@@ -98,7 +99,7 @@ class Tiers:
         if terms.max_age != math.inf or not terms.write:
             return None
         size = 4 * partition.dimensions
-        at_hand = self._memory.get_many(keys.addresses)
+        at_hand = self.memory.get_many(keys.addresses)
         lacking = {
             address: digest
             for address, digest, entry in zip(keys.addresses, keys.digests, at_hand, strict=True)
@@ -127,29 +128,13 @@ class Tiers:
                 return None
             read[address] = entry
         for address, entry in read.items():
-            self._memory.put(address, entry, records[address].stored)
+            self.memory.put(address, entry, records[address].stored)
         return read
 
-    def serials_of(self, addresses: Sequence[bytes], vectors: Sequence[Vector]) -> list[int] | None:
-        """Return by which numbers `holds` knows these vectors again; None if they are not there."""
-        entries = self._memory.all_of(addresses)
-        if entries is None or not all(map(is_, map(_VECTOR, entries), vectors)):
-            return None
-        return self._memory.serials_of(addresses)
-
-    def holds(
-        self, addresses: Sequence[bytes], serials: Sequence[int], partition: Partition
-    ) -> bool:
-        """Tell whether memory still holds these very entries, and note that they were used."""
-        if self._memory.serials_of(addresses) != serials:
-            return False
-        self._note(addresses, partition)
-        return True
-
-    def _note(self, addresses: Sequence[bytes], partition: Partition) -> None:
-        self._memory.note(addresses)
+    def note(self, addresses: Sequence[bytes], partition: Partition) -> None:
+        """Note that entries were used."""
+        self.memory.note(addresses)
         self._store.touch(addresses, partition)
-        self.counters.memory_hits += len(addresses)
 
     async def _get_some(
         self, keys: Sequence[Key], partition: Partition, terms: Terms, not_before: float
@@ -157,7 +142,7 @@ class Tiers:
         found: dict[Key, Entry] = {}
         missing: list[Key] = []
         size = 4 * partition.dimensions
-        at_hand = self._memory.get_many(
+        at_hand = self.memory.get_many(
             [key.address for key in keys], not_before=not_before, note=terms.write
         )
         for key, entry in zip(keys, at_hand, strict=True):
@@ -196,7 +181,7 @@ class Tiers:
                     self._warn_of_width(raw.record, dimensions)
             elif raw.stored >= not_before:
                 if terms.write:
-                    self._memory.put(key.address, entry, raw.stored)
+                    self.memory.put(key.address, entry, raw.stored)
                 found[key] = entry
         self.counters.disk_hits += len(found)
         self.counters.misses += len(keys) - len(found)
@@ -238,7 +223,7 @@ class Tiers:
         records = {key.address: record.encode(entry) for key, entry in entries.items()}
         await self._store.put_many(records, partition)
         for key, entry in entries.items():
-            self._memory.put(key.address, entry)
+            self.memory.put(key.address, entry)
 
     def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered."""

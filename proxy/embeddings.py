@@ -1,21 +1,26 @@
 """POST /v1/embeddings: the room where a request lives."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from aiohttp import web
 
 from providers.base import EmbeddingError, Vector
 from proxy.embedding.result import Result
-from proxy.http.answers import Answer, Answers
 from proxy.http.caller import Caller
-from proxy.http.connection import Connection
-from proxy.http.heads import ADMITTED, Admitted, Given
 from proxy.http.pace import UnreadReplies
-from proxy.http.repeating import AGAIN
 from proxy.http.request_log import MODEL
-from proxy.http.texts import Texts
+from proxy.http.response_cache import (
+    CONTEXT,
+    REUSE,
+    HitCache,
+    Hits,
+    JSONVectorCache,
+    RequestContext,
+    SyncResponse,
+)
+from proxy.http.runner import CONNECTION
 
 from . import wire
 from .http import cache_control
@@ -33,11 +38,15 @@ class Embeddings:
     """Answers embedding requests from a service."""
 
     def __init__(
-        self, service: EmbeddingService, answers: Answers, texts: Texts, unread: UnreadReplies
+        self,
+        service: EmbeddingService,
+        hit_cache: HitCache,
+        json_cache: JSONVectorCache,
+        unread: UnreadReplies,
     ) -> None:
         self._service = service
-        self._answers = answers
-        self._texts = texts
+        self._hit_cache = hit_cache
+        self._json_cache = json_cache
         self._unread = unread
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
@@ -49,59 +58,54 @@ class Embeddings:
             is_admin=caller.is_admin,
         )
         model = request.match_info.get("model")
-        digest = await self._answers.digest(body, caller, control, model)
-        known = await self._answers.find(digest)
-        if known is not None:
-            answer, vectors = known
-            return await self._send(request, answer, vectors)
+        digest = await self._hit_cache.digest(body, caller, control, model)
+        found = await self._hit_cache.get(digest)
+        if found is not None:
+            return await self._send(request, *found)
         parse = partial(wire.parse, body, self._service.most_inputs, model)
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         request[MODEL] = asked.model
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
-        # What stood in may not be needed again; and indexing is done anew for each request.
-        anew = result.fallback or self._service.indexing is not None
-        answer = Answer(form, _headers(result), None if anew else result.embedded.again)
-        self._answers.keep(digest, answer, len(asked.inputs))
+        hits = Hits(form, _headers(result), self._service.again(result, asked.index))
+        self._hit_cache.put(digest, hits, len(asked.inputs))
         if not (caller.api_key or "Content-Encoding" in request.headers):
-            request[ADMITTED] = Admitted(caller, control, model)
-        return await self._send(request, answer, result.embedded.vectors)
+            request[CONTEXT] = RequestContext(caller, control, model)
+        return await self._send(request, hits, result.embedded.vectors)
 
-    def at_once(self, body: bytes, admitted: Admitted) -> Given | None:
-        """Answer one request if nothing has to be waited for; see `heads`."""
+    def handle_sync(self, body: bytes, context: RequestContext) -> SyncResponse | None:
+        """Answer one request if nothing has to be waited for; see `response_cache`."""
         try:
-            asked = wire.parse(body, self._service.most_inputs, admitted.model)
+            asked = wire.parse(body, self._service.most_inputs, context.model)
             if len(asked.inputs) > _FEW:
                 return None
-            result = self._service.at_hand(asked, admitted.caller, admitted.control)
+            result = self._service.at_hand(asked, context.caller, context.control)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
-        if result is None or result.embedded.again is None:
+        if result is None:
             return None
-        again = result.embedded.again
         vectors = result.embedded.vectors
-        serials = again.serials_of(vectors)
-        still = None if serials is None else partial(again.still, serials)
+        again = self._service.again(result, asked.index)
+        reuse = None if again is None else again.reuse_of(vectors)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
-        text = b"".join(wire.render(vectors, form, self._texts.json))
-        return Given(_headers(result), text, still, len(vectors))
+        text = b"".join(wire.render(vectors, form, self._json_cache.json))
+        return SyncResponse(_headers(result), text, reuse, len(vectors))
 
     async def _send(
-        self, request: web.Request, answer: Answer, vectors: Sequence[Vector]
+        self, request: web.Request, hits: Hits, vectors: Sequence[Vector]
     ) -> web.StreamResponse:
-        form = answer.form
-        chunks = wire.render(vectors, form, self._texts.json)
+        form = hits.form
+        chunks = wire.render(vectors, form, self._json_cache.json)
         if len(vectors) <= form.vectors_a_chunk:
-            serials = None if answer.again is None else answer.again.serials_of(vectors)
-            if answer.again is not None and serials is not None:
-                still: Callable[[], bool] = partial(answer.again.still, serials)
-                request[AGAIN] = still, len(serials)
+            reuse = None if hits.again is None else hits.again.reuse_of(vectors)
+            if reuse is not None:
+                request[REUSE] = reuse, len(vectors)
             return web.Response(
-                body=b"".join(chunks), content_type="application/json", headers=answer.headers
+                body=b"".join(chunks), content_type="application/json", headers=hits.headers
             )
-        response = web.StreamResponse(headers=answer.headers)
+        response = web.StreamResponse(headers=hits.headers)
         response.content_type = "application/json"
         response.content_length = form.length(len(vectors))
         await response.prepare(request)
@@ -120,8 +124,7 @@ class Embeddings:
 
 def _is_connected(request: web.Request) -> bool:
     """Tell whether the client is there, and has not closed its direction of the connection."""
-    connection = request.protocol
-    if isinstance(connection, Connection) and connection.has_left:
+    if request[CONNECTION].has_left:
         return False
     return request.transport is not None and not request.transport.is_closing()
 

@@ -25,11 +25,13 @@ from leaks import WATCH, watch_connections
 
 from providers import attempts
 from proxy.app import SERVICE, build_app
-from proxy.http.connection import Runner
-from proxy.http.heads import Heads
 from proxy.http.metrics import Metrics
-from proxy.http.repeating import Repeating
-from proxy.http.replies import Reply
+from proxy.http.response_cache import (
+    CachedResponse,
+    RequestKey,
+    ResponseCache,
+)
+from proxy.http.runner import Runner
 from proxy.http.status import Status
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
@@ -205,10 +207,10 @@ class StartProxy:
         sections = {**sections, "cache": cache}
         settings = Settings.model_validate(sections)
         app = build_app(settings, EmbeddingService(settings, sleep=no_wait))
-        runner = Runner(app, access_log=None, shutdown_timeout=0.01)
+        runner = Runner(app, shutdown_timeout=0.01)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await runner.listen()
         session = await self._stack.enter_async_context(aiohttp.ClientSession())
         proxy = Proxy(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", app, session)
         self._stack.push_async_callback(proxy.close)
@@ -238,36 +240,42 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     await start.tell()
     await start.stop()
     # aiohttp would keep the last 1,024 proxies alive, with all that they hold in memory.
-    web_app._cached_build_middleware.cache_clear()
+    for cached in vars(web_app).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
 
 
 @pytest.fixture
-def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[CachedResponse]:
     """Give a list of the replies that were given again, without anything being parsed."""
-    given: list[Reply] = []
-    repeat = Repeating._repeat
+    given: list[CachedResponse] = []
+    get = ResponseCache.get
 
-    def noted(connection: Repeating, reply: Reply) -> None:
-        given.append(reply)
-        repeat(connection, reply)
+    def noted(cache: ResponseCache, key: RequestKey, body: bytes) -> CachedResponse | None:
+        kept = cache.lru.get(key.whole)
+        response = get(cache, key, body)
+        if response is not None and response is kept:
+            given.append(response)
+        return response
 
-    monkeypatch.setattr(Repeating, "_repeat", noted)
+    monkeypatch.setattr(ResponseCache, "get", noted)
     return given
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[CachedResponse]:
     """Give a list of the replies to bodies under heads that had come before."""
-    given: list[Reply] = []
-    reply = Heads.reply
+    given: list[CachedResponse] = []
+    get = ResponseCache.get
 
-    def noted(heads: Heads, digest: bytes, body: bytes) -> Reply | None:
-        found = reply(heads, digest, body)
-        if found is not None:
-            given.append(found)
-        return found
+    def noted(cache: ResponseCache, key: RequestKey, body: bytes) -> CachedResponse | None:
+        kept = cache.lru.get(key.whole)
+        response = get(cache, key, body)
+        if response is not None and response is not kept:
+            given.append(response)
+        return response
 
-    monkeypatch.setattr(Heads, "reply", noted)
+    monkeypatch.setattr(ResponseCache, "get", noted)
     return given
 
 

@@ -13,9 +13,9 @@ from any_server import AnyServer, echo
 from pydantic import ValidationError
 from talk import Talk
 
-from proxy.http import connection
-from proxy.http.connection import LIMITS
+from proxy.http import runner
 from proxy.http.pace import MIN_BUSY_BYTES_PER_S, MIN_BYTES_PER_S, Pace, SendWatch, UnreadReplies
+from proxy.http.runner import LIMITS
 from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
@@ -51,7 +51,7 @@ BULK = _request(
 @pytest.mark.parametrize("form", [LENGTH, CHUNKED], ids=["length", "chunked"])
 async def test_a_body_that_drips_is_a_408(form, path, start_proxy, monkeypatch):
     """A byte now and then wins no time, nor is the rest waited for long after the reply."""
-    monkeypatch.setattr(connection, "LINGER_S", 1.0)
+    monkeypatch.setattr(runner, "LINGER_S", 1.0)
     line, drip = form
     async with AnyServer() as other:
         server = {"body_timeout_s": SOON}

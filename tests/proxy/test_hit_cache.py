@@ -5,47 +5,48 @@ import hashlib
 
 import pytest
 
-from proxy.http.answers import _PIECE, SHORTEST, Answers
 from proxy.http.caller import Caller
-from proxy.http.replies import Replies
+from proxy.http.response_cache import HitCache, ResponseCache
 
-LENGTHS = [SHORTEST, _PIECE - 1, _PIECE, _PIECE + 1, 3 * _PIECE, 3 * _PIECE + 1]
+_PIECE, MIN_BODY = HitCache._PIECE, HitCache.MIN_BODY
+
+LENGTHS = [MIN_BODY, _PIECE - 1, _PIECE, _PIECE + 1, 3 * _PIECE, 3 * _PIECE + 1]
 
 
 @pytest.fixture
-def replies(monkeypatch):
+def responses(monkeypatch):
     """Return what digests without a secret."""
     monkeypatch.setattr("secrets.token_bytes", bytes)
-    return Replies(0)
+    return ResponseCache(0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-async def test_it_is_that_of_the_whole_request(length, replies):
+async def test_it_is_that_of_the_whole_request(length, responses):
     """However it is cut, what is digested is who asked, how, and every byte of the body."""
     body = bytes(range(256)) * (length // 256 + 1)
-    found = await Answers(replies).digest(body[:length], Caller("team", "me"), "no-store", "m")
+    found = await HitCache(responses).digest(body[:length], Caller("team", "me"), "no-store", "m")
     head = b"4:team2:me0:8:no-store1:m"
     assert found == hashlib.sha256(bytes(64) + head + body[:length]).digest()
 
 
 @pytest.mark.parametrize("place", [0, _PIECE - 1, _PIECE, 2 * _PIECE, 2 * _PIECE + 9])
-async def test_no_byte_is_left_out(place, replies):
+async def test_no_byte_is_left_out(place, responses):
     """Two bodies that differ in one byte are two requests."""
     body = bytearray(2 * _PIECE + 10)
-    one = await Answers(replies).digest(bytes(body), Caller(), "", None)
+    one = await HitCache(responses).digest(bytes(body), Caller(), "", None)
     body[place] = 1
-    assert await Answers(replies).digest(bytes(body), Caller(), "", None) != one
+    assert await HitCache(responses).digest(bytes(body), Caller(), "", None) != one
 
 
-async def test_a_short_body_has_none(replies):
+async def test_a_short_body_has_none(responses):
     """It is parsed as quickly."""
-    assert await Answers(replies).digest(bytes(SHORTEST - 1), Caller(), "", None) is None
+    assert await HitCache(responses).digest(bytes(MIN_BODY - 1), Caller(), "", None) is None
 
 
-async def test_others_get_their_turn(replies):
+async def test_others_get_their_turn(responses):
     """A long body takes as many turns as it has pieces."""
     task, turns = (
-        asyncio.ensure_future(Answers(replies).digest(bytes(5 * _PIECE), Caller(), "", None)),
+        asyncio.ensure_future(HitCache(responses).digest(bytes(5 * _PIECE), Caller(), "", None)),
         0,
     )
     while not task.done():
