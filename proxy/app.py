@@ -96,7 +96,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         # Of the waiting time that a client has, what is held back is worth a tenth at most.
-        request[CONNECTION].hold_bytes = int(MIN_BYTES_PER_S * server.body_timeout_s / 10)
+        request[CONNECTION].hold_body(int(MIN_BYTES_PER_S * server.body_timeout_s / 10))
         content = await body.read(request, most, server.body_timeout_s)
         caller = request[CALLER]
         if takes_keys:

@@ -10,8 +10,7 @@ be taken in time (`pace`); the number of connections is bounded (`connection_lim
 sending amid a body is told so; what is no HTTP is refused in OpenAI's shape; drips cost next to
 nothing; and when the proxy stops, what was begun is answered.
 
-Only asyncio's and aiohttp's public names are used. What is unusual is handed through as it comes,
-and the connection ends with it.
+What is unusual is handed through as it comes, and the connection ends with it.
 """
 
 import asyncio
@@ -21,21 +20,20 @@ import re
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import Protocol, cast
 
 from aiohttp import StreamReader, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
 
-from proxy.errors import RETRY_SECONDS, Failure, new_request_id
+from proxy.errors import Failure, new_request_id
 
 from .body import MalformedBody
+from .connection_limits import NO_ROOM, ConnectionLimits
 from .framing import HEAD_END, BodyFramer, MalformedChunks, is_unusual, plain_request, refusal
-from .pace import SendWatch, reset
-from .response_cache import MAX_REQUEST, CachedResponse, RequestKey
-
-if TYPE_CHECKING:
-    from .runner import Runner
+from .inner_transport import InnerTransport
+from .pace import SendWatch, Timer, UnreadReplies, reset_unsent
+from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
 
@@ -47,13 +45,6 @@ MAX_BUFFER = 1 << 16
 """Bytes that wait behind the request in progress; then no more is read."""
 # Python reads no number of thousands of digits; a body is at most as long as the largest file.
 _LENGTH = re.compile("[0-9]{1,20}")
-_OVERLOADED = Failure(
-    503,
-    "The proxy is overloaded: it has no room for another connection (server.max_connections).",
-    "server_error",
-    code="proxy_overloaded",
-    retry_after=RETRY_SECONDS,
-)
 
 
 class _Phase(enum.Enum):
@@ -67,11 +58,29 @@ class _Phase(enum.Enum):
     """Nothing that comes counts any more."""
 
 
-class Connection(asyncio.Protocol):
-    """The protocol object of one connection. Its `runner` has what all of them share."""
+class Server(Protocol):
+    """What the connections share."""
 
-    def __init__(self, runner: "Runner") -> None:
-        self._runner = runner
+    limits: ConnectionLimits
+    unread: UnreadReplies
+    responses: ResponseCache
+    head_timeout_s: float
+    send_timeout_s: float
+    connections: "set[Connection]"
+    fronts: "dict[web.RequestHandler, Connection]"
+    """The connection in front of each of aiohttp's protocol objects."""
+    is_lost: asyncio.Event
+    """Set whenever one of the connections is no more."""
+
+    def new_inner(self) -> web.RequestHandler:
+        """Return another protocol object of aiohttp's."""
+
+
+class Connection(asyncio.Protocol):
+    """The protocol object of one connection."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
         self._loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
         self._inner: web.RequestHandler | None = None
@@ -86,21 +95,18 @@ class Connection(asyncio.Protocol):
         self._has_ended = False
         """Whether the client sends no more."""
         self._is_writing_paused = self._is_body_paused = False
-        self._send_watch = SendWatch(self._loop, runner.send_timeout_s, runner.unread)
-        self._head_deadline: asyncio.TimerHandle | None = None
-        self._hold: asyncio.TimerHandle | None = None
+        self._send_watch = SendWatch(self._loop, server.send_timeout_s, server.unread)
+        self._head_deadline = Timer(self._loop, self._give_up_head)
+        self._hold = Timer(self._loop, self._hand_head_on)
+        self._keepalive = Timer(self._loop, self._check_idle)
         self._idle_since = self._loop.time()
-        self._keepalive: asyncio.TimerHandle | None = None
         # Of the request in progress:
         self._body: StreamReader | None = None
         self._framer = BodyFramer(0)
-        self._content = b""
-        self.hold_bytes = 0
-        """Bytes of the body that are not handed on before more have come, or all of it. For who
-        reads a body as a whole: to wake it for each byte would cost a hundred times as much."""
         self.key: RequestKey | None = None
         """What it is known by; None if it is not to be answered from what was kept."""
-        self._is_handled = self._is_answered = self._is_broken = self._is_upgrade = False
+        self._is_handled = self._is_answered = self._is_upgrade = False
+        self._is_broken = self._is_closing = False
         self._unhandled: list[bytes] = []
         """What aiohttp wrote without any handler: why a request cannot be read."""
         self.has_left = False
@@ -110,43 +116,40 @@ class Connection(asyncio.Protocol):
         self.on_grace_over: Callable[[], None] | None = None
         """Called when the proxy stops, and the grace period is over; set and unset likewise."""
 
-    # --- the connection ---------------------------------------------------------------------------
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take up a connection for which there is room; refuse it otherwise."""
         self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
-        if not self._runner.limits.enter(self, str(peer[0]) if isinstance(peer, tuple) else ""):
-            self._refuse(_OVERLOADED)
+        if not self._server.limits.enter(self, str(peer[0]) if isinstance(peer, tuple) else ""):
+            self._refuse(NO_ROOM)
             return
-        self._runner.connections.add(self)
+        self._server.connections.add(self)
         connected = transport.get_extra_info("socket")
         if connected is not None:
             with suppress(OSError):
                 connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._keepalive = self._loop.call_later(KEEPALIVE_S, self._check_idle)
-        self._await_head()
+        self._keepalive.start(KEEPALIVE_S)
+        self._head_deadline.start(self._server.head_timeout_s)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Take note that the connection is no more."""
-        self._runner.limits.leave(self)
-        self._stop_head_deadline()
+        self._server.limits.leave(self)
+        for timer in (self._head_deadline, self._hold, self._keepalive):
+            timer.stop()
         self._send_watch.stop()
-        self._stop_hold()
-        if self._keepalive is not None:
-            self._keepalive.cancel()
         self.transport = None
         self._phase = _Phase.OVER
         if self._inner is not None:
             # aiohttp would fail at a request that it has read and not taken up.
             self._loop.call_soon(self._lose_inner, exc)
         self._leave()
-        self._runner.lose(self)
+        self._server.connections.discard(self)
+        self._server.is_lost.set()
 
     def _lose_inner(self, exc: BaseException | None) -> None:
         if self._inner is not None:
             self._inner.connection_lost(exc)
-            self._runner.fronts.pop(self._inner, None)
+            self._server.fronts.pop(self._inner, None)
             self._inner = None
 
     def close(self) -> None:
@@ -155,36 +158,22 @@ class Connection(asyncio.Protocol):
         if self.transport is not None and not self.transport.is_closing():
             self.transport.close()
             # uvloop writes at the end of a turn.
-            self._loop.call_soon(self._watch_end)
-
-    def _watch_end(self) -> None:
-        if self.transport is not None:
-            self._send_watch.start(self.transport)
+            self._loop.call_soon(self._send_watch.start, self.transport)
 
     def force_close(self) -> None:
         """Close the connection at once; what the kernel does not take at once is dropped."""
         self._phase = _Phase.OVER
         if self.transport is not None:
             self.transport.close()
-            self._loop.call_soon(self._reset_unsent)
-
-    def _reset_unsent(self) -> None:
-        if self.transport is not None and self.transport.get_write_buffer_size():
-            reset(self.transport)
+            self._loop.call_soon(reset_unsent, self.transport)
 
     def _refuse(self, failure: Failure) -> None:
         """Write a reply without a request; the connection is closed behind it."""
         if self.transport is None:
             return
-        response = failure.response()
-        body = response.body if isinstance(response.body, bytes) else b""
         own = new_request_id()
         log.info("request %s: status %d: %s", own, failure.status, failure.message)
-        lines = [f"HTTP/1.1 {response.status} {response.reason}"]
-        lines += [f"{name}: {value}" for name, value in response.headers.items()]
-        lines += [f"Content-Length: {len(body)}", f"x-request-id: {own}"]
-        lines += [f"Date: {rfc822_formatted_time()}", "Connection: close"]
-        self.transport.write("\r\n".join(lines).encode() + HEAD_END + body)
+        self.transport.write(failure.last_bytes(own))
         self.close()
 
     def _check_idle(self) -> None:
@@ -192,11 +181,9 @@ class Connection(asyncio.Protocol):
         if self._phase is _Phase.HEAD and not self._received:
             left -= self._loop.time() - self._idle_since
         if left > 0:
-            self._keepalive = self._loop.call_later(left, self._check_idle)
+            self._keepalive.start(left)
         else:
             self.force_close()
-
-    # --- what the client sends --------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Answer a request that is known, or hand on what has come."""
@@ -227,19 +214,17 @@ class Connection(asyncio.Protocol):
         if end < 0 or not self._may_begin(end):
             self._wait_for_head()
             return
-        if self._head_deadline is not None:
-            self._stop_head_deadline()
-        if self._runner.responses.is_enabled:
+        if self._server.responses.is_enabled:
             request = plain_request(data, end)
             if request is not None and request.end <= MAX_REQUEST:
                 if request.end > len(data):
-                    if self._hold is None:
-                        self._runner.limits.busy(self)
-                        self._hold = self._loop.call_later(HOLD_S, self._release)
+                    self._server.limits.busy(self)
+                    self._head_deadline.start(self._server.head_timeout_s)
+                    self._hold.start(HOLD_S)
                     return
                 body = data[request.begin : request.end]
-                key = self._runner.responses.key(request.head, body)
-                response = self._runner.responses.get(key, body)
+                key = self._server.responses.key(request.head, body)
+                response = self._server.responses.get(key, body)
                 if response is not None:
                     self._received = data[request.end :]
                     self._reply(response)
@@ -256,11 +241,10 @@ class Connection(asyncio.Protocol):
     def _wait_for_head(self) -> None:
         if self._has_ended or self._drained_at is not None:
             self.close()
+        elif self._received and is_unusual(self._received):
+            self._hand_on(len(self._received), _Phase.THROUGH)
         elif self._received:
-            if is_unusual(self._received):
-                self._hand_through()
-            else:
-                self._await_head()
+            self._head_deadline.start(self._server.head_timeout_s)
 
     def _reply(self, response: CachedResponse) -> None:
         assert self.transport is not None  # noqa: S101
@@ -268,65 +252,64 @@ class Connection(asyncio.Protocol):
         last = b"Connection: close\r\n" if self.is_last else b""
         self.transport.write(b"".join((response.head, own.encode(), last, b"\r\n", response.body)))
         self._idle_since = self._loop.time()
-        if self._hold is not None:
-            self._stop_hold()
+        self._hold.stop()
+        self._head_deadline.stop()
         # The order matters only where room is short.
-        if self._runner.limits.is_tight:
-            self._runner.limits.idle(self)
+        if self._server.limits.is_tight:
+            self._server.limits.idle(self)
         if self._received or last:
             self._loop.call_soon(self._take_next)
 
-    def _release(self) -> None:
-        """Hand on a head that was held, for its body does not follow soon."""
-        if self._hold is not None:
-            self._hand_head_on()
-
     def _hand_head_on(self) -> None:
-        """Hand a whole head to aiohttp, which takes it up in the next turn of the loop."""
-        self._stop_hold()
-        self._stop_head_deadline()
+        """Hand a whole head to aiohttp; if it is unusual, with all that comes behind it."""
         end = self._received.find(HEAD_END) + len(HEAD_END)
-        head, self._received = self._received[:end], self._received[end:]
-        self._phase = _Phase.BODY
-        self._hand_on(head)
+        if is_unusual(self._received[:end]):
+            self._hand_on(len(self._received), _Phase.THROUGH)
+        else:
+            self._hand_on(end, _Phase.BODY)
 
-    def _hand_through(self) -> None:
-        """Hand on what came, and what is still to come, as it is. Its head still has its time."""
-        self._phase = _Phase.THROUGH
-        self._await_head()
-        data, self._received = self._received, b""
-        self._hand_on(data)
+    def _hand_on(self, size: int, phase: _Phase) -> None:
+        """Hand so many bytes to aiohttp, which takes a request up in the next turn of the loop.
 
-    def _hand_on(self, data: bytes) -> None:
-        self._body, self._framer, self._content, self.hold_bytes = None, BodyFramer(0), b"", 0
-        self._is_handled = self._is_answered = self._is_upgrade = False
-        self._runner.limits.busy(self)
-        if self.transport is not None:
-            self._runner.unread.bound(self.transport)
+        Until then the time for the head goes on.
+        """
+        self._hold.stop()
+        self._head_deadline.start(self._server.head_timeout_s)
+        self._phase = phase
+        data, self._received = self._received[:size], self._received[size:]
+        self._body, self._framer = None, BodyFramer(0)
+        self._is_answered = self._is_upgrade = False
+        self._server.limits.busy(self)
+        assert self.transport is not None  # noqa: S101 - else nothing would come
+        self._server.unread.bound(self.transport)
         if self._inner is None:
-            self._inner = self._runner.new_inner(self)
-            self._inner.connection_made(_InnerTransport(self))
+            self._inner = self._server.new_inner()
+            self._server.fronts[self._inner] = self
+            hooks = (self._write, self._close_inner, self._set_body_reading)
+            self._inner.connection_made(InnerTransport(self.transport, *hooks))
             if self._is_writing_paused:
                 self._inner.pause_writing()
         self._inner.data_received(data)
 
     def begin(self, message: RawRequestMessage, body: StreamReader) -> None:
         """Take note that aiohttp has read a head, or failed to. Its body is handed on from now."""
-        self._stop_head_deadline()
+        self._head_deadline.stop()
+        self._is_handled = False
         self._body = body
         self._is_upgrade = bool(message.upgrade)
         if self._phase is not _Phase.BODY:
             return
         length = message.headers.get("Content-Length", "0")
-        if message.chunked:
+        if message.method == "CONNECT":
+            # What follows is for whom no connection is made to.
+            self._is_broken = True
+        elif message.chunked:
             self._framer = BodyFramer(None)
         elif _LENGTH.fullmatch(length):
             self._framer = BodyFramer(int(length))
         else:
             self._phase = _Phase.THROUGH
-            data, self._received = self._received, b""
-            if data and self._inner is not None:
-                self._inner.data_received(data)
+            self._hand_rest_on()
             return
         self._hand_body_on()
         if self._has_ended:
@@ -335,16 +318,13 @@ class Connection(asyncio.Protocol):
     def _hand_body_on(self) -> None:
         if self._received and not self._framer.is_complete:
             try:
-                content, self._received = self._framer.feed(self._received)
+                body, self._received = self._framer.feed(self._received)
             except MalformedChunks as error:
                 # It is told in the reply to that request.
                 self._break_off(MalformedBody(refusal(str(error)).message))
                 return
-            self._content = self._content + content if self._content else content
-            is_part = len(self._content) >= self.hold_bytes and self._content
-            if (is_part or self._framer.is_complete) and self._inner is not None:
-                content, self._content = self._content, b""
-                self._inner.data_received(self._framer.encode(content))
+            if body and self._inner is not None:
+                self._inner.data_received(body)
         self._finish()
 
     def _break_off(self, error: web.RequestPayloadError) -> None:
@@ -355,8 +335,6 @@ class Connection(asyncio.Protocol):
             self._body.set_exception(error)
             self._body.feed_eof()
         self._finish()
-
-    # --- the reply --------------------------------------------------------------------------------
 
     @property
     def is_last(self) -> bool:
@@ -374,6 +352,13 @@ class Connection(asyncio.Protocol):
         end = rest.find(HEAD_END)
         return end >= 0 and self._may_begin(end + len(self._received) - len(rest))
 
+    def hold_body(self, max_bytes: int) -> None:
+        """Hand on no less than so many bytes of the body at a time, but for the last.
+
+        For who reads a body as a whole: to wake it for each byte would cost ten times as much.
+        """
+        self._framer.min_part = max_bytes
+
     def handle(self) -> None:
         """Take note that the request in progress has a handler: what comes is its reply."""
         self._is_handled = True
@@ -381,7 +366,7 @@ class Connection(asyncio.Protocol):
     def finish(self, *, is_kept_open: bool) -> None:
         """Take note that the whole reply was written."""
         self._is_answered = True
-        self._is_broken |= not is_kept_open
+        self._is_closing |= not is_kept_open
         self._finish()
 
     def _finish(self) -> None:
@@ -394,30 +379,26 @@ class Connection(asyncio.Protocol):
         if self._phase is not _Phase.BODY:
             return
         self._body = self.key = None
-        if self._is_broken:
-            # aiohttp closes it, once it has dropped the rest of the body.
-            self._phase = _Phase.OVER
+        if self._is_broken or self._is_closing:
+            self._phase = _Phase.OVER  # aiohttp closes it.
             return
         self._phase = _Phase.HEAD
         self._idle_since = self._loop.time()
-        self._runner.limits.idle(self)
+        self._server.limits.idle(self)
         self._take_next()
 
     def _take_next(self) -> None:
         self._take_head()
         self._balance_reading()
 
-    def write(self, parts: list[bytes]) -> None:
+    def _write(self, parts: list[bytes]) -> None:
         """Write what aiohttp has to say; what it says without a handler takes another form."""
         if not self._is_handled:
             self._unhandled += parts
             return
         if self.transport is None:
             return
-        if len(parts) == 1:
-            self.transport.write(parts[0])
-        else:
-            self.transport.writelines(parts)
+        self.transport.writelines(parts)
         if self._is_upgrade and self._phase is _Phase.BODY and parts[0].startswith(b"HTTP/1.1 101"):
             # What follows is no HTTP; aiohttp is about to say to whom it goes.
             self._phase = _Phase.THROUGH
@@ -428,7 +409,7 @@ class Connection(asyncio.Protocol):
         if data and self._inner is not None:
             self._inner.data_received(data)
 
-    def close_inner(self) -> None:
+    def _close_inner(self) -> None:
         """Close the connection as aiohttp wants it; refuse a request that it could not read."""
         if self._is_handled or not self._unhandled:
             self.close()
@@ -437,11 +418,9 @@ class Connection(asyncio.Protocol):
         self._unhandled = []
         self._refuse(refusal(why.decode(errors="replace")))
 
-    # --- reading, writing, ends -------------------------------------------------------------------
-
-    def pause_body(self, *, is_paused: bool) -> None:
-        """Read no more, or read on: who reads the body is behind."""
-        self._is_body_paused = is_paused
+    def _set_body_reading(self, is_reading: bool) -> None:  # noqa: FBT001
+        """Read on, or no more: who reads the body is behind."""
+        self._is_body_paused = not is_reading
         self._balance_reading()
 
     def _balance_reading(self) -> None:
@@ -468,13 +447,13 @@ class Connection(asyncio.Protocol):
         self._send_watch.stop()
         if self._inner is not None:
             self._inner.resume_writing()
-        if self._received and self._phase is _Phase.HEAD:
-            self._loop.call_soon(self._take_next)
+        self._loop.call_soon(self._take_next)
 
     def eof_received(self) -> bool:
         """Take note that the client sends no more; return True to keep the way back open."""
         self._has_ended = True
-        self._release()
+        if self._hold.stop():
+            self._hand_head_on()
         if self._phase is _Phase.HEAD:
             return HEAD_END in self._received
         if self._phase is _Phase.OVER:
@@ -502,7 +481,8 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Answer the requests whose head has come, then close; close at once if there is none."""
-        self._release()
+        if self._hold.stop():
+            self._hand_head_on()
         self._drained_at = self._read
         if self._phase is _Phase.HEAD:
             if HEAD_END in self._received:
@@ -512,82 +492,10 @@ class Connection(asyncio.Protocol):
         elif self._phase is _Phase.THROUGH and self._body is None:
             self.close()
 
-    # --- the time for a head ----------------------------------------------------------------------
-
-    def _await_head(self) -> None:
-        if self._head_deadline is None:
-            seconds = self._runner.head_timeout_s
-            self._head_deadline = self._loop.call_later(seconds, self._give_up_head)
-
-    def _stop_head_deadline(self) -> None:
-        if self._head_deadline is not None:
-            self._head_deadline.cancel()
-            self._head_deadline = None
-
-    def _stop_hold(self) -> None:
-        if self._hold is not None:
-            self._hold.cancel()
-            self._hold = None
-
     def _give_up_head(self) -> None:
         """Close the connection: no whole head came in time. Who has begun one is told so."""
-        self._head_deadline = None
-        if self._received or self._phase is _Phase.THROUGH:
+        if self._received or self._phase is not _Phase.HEAD:
             log.info("a connection was closed: no whole request head came in time")
-            message = f"No whole request head arrived within {self._runner.head_timeout_s:g} s."
+            message = f"No whole request head arrived within {self._server.head_timeout_s:g} s."
             self._refuse(Failure(408, message, "invalid_request_error"))
         self.force_close()
-
-
-class _InnerTransport(asyncio.Transport):
-    """The connection, as aiohttp sees it."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - asyncio's
-        transport = self._connection.transport
-        return default if transport is None else transport.get_extra_info(name, default)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._connection.write([data])  # type: ignore[list-item]
-
-    def writelines(self, list_of_data: Any) -> None:  # noqa: ANN401 - asyncio's
-        self._connection.write(list(list_of_data))
-
-    def close(self) -> None:
-        self._connection.close_inner()
-
-    def abort(self) -> None:
-        if self._connection.transport is not None:
-            self._connection.transport.abort()
-
-    def is_closing(self) -> bool:
-        transport = self._connection.transport
-        return transport is None or transport.is_closing()
-
-    def is_reading(self) -> bool:
-        transport = self._connection.transport
-        return transport is not None and transport.is_reading()
-
-    def pause_reading(self) -> None:
-        self._connection.pause_body(is_paused=True)
-
-    def resume_reading(self) -> None:
-        self._connection.pause_body(is_paused=False)
-
-    def get_write_buffer_size(self) -> int:
-        transport = self._connection.transport
-        return 0 if transport is None else transport.get_write_buffer_size()
-
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        transport = self._connection.transport
-        return (0, 0) if transport is None else transport.get_write_buffer_limits()
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        if self._connection.transport is not None:
-            self._connection.transport.set_write_buffer_limits(high, low)
-
-    def can_write_eof(self) -> bool:
-        return False

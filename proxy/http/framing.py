@@ -86,6 +86,9 @@ class BodyFramer:
 
     def __init__(self, length: int | None) -> None:
         """`length` is in bytes; None = the body comes in chunks."""
+        self.min_part = 0
+        """Bytes of content that are held until more come, or the body is complete."""
+        self._content = b""
         self._is_chunked = length is None
         self._left = length or 0
         """Bytes of the body, or of its current chunk, that have not come."""
@@ -96,18 +99,27 @@ class BodyFramer:
         """Bytes of the lines behind the last chunk; None before it."""
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """Return what of some bytes is content, and what comes behind the body.
+        """Return what is to be handed on, and what comes behind the body.
 
-        Raises MalformedChunks.
+        A body in chunks is handed on in chunks, which are well formed. Raises MalformedChunks.
         """
+        content, rest = (self._decode if self._is_chunked else self._count)(data)
+        self._content = self._content + content if self._content else content
+        if len(self._content) < self.min_part and not self.is_complete:
+            return b"", rest
+        content, self._content = self._content, b""
         if self._is_chunked:
-            return self._feed_chunks(data)
+            content = b"%x\r\n%b\r\n" % (len(content), content) if content else b""
+            content += b"0\r\n\r\n" if self.is_complete else b""
+        return content, rest
+
+    def _count(self, data: bytes) -> tuple[bytes, bytes]:
         content = data if len(data) <= self._left else data[: self._left]
         self._left -= len(content)
         self.is_complete = not self._left
         return content, data[len(content) :]
 
-    def _feed_chunks(self, data: bytes) -> tuple[bytes, bytes]:
+    def _decode(self, data: bytes) -> tuple[bytes, bytes]:
         data, self._line = self._line + data, b""
         content: list[bytes] = []
         place = 0
@@ -151,10 +163,3 @@ class BodyFramer:
             self._trailer_bytes += len(line)
             if _TRAILER.fullmatch(line) is None or self._trailer_bytes > _MAX_TRAILERS:
                 raise MalformedChunks("a trailer is no header, or they are too long")
-
-    def encode(self, content: bytes) -> bytes:
-        """Return content as it is handed on: in well-formed chunks where it came in chunks."""
-        if not self._is_chunked:
-            return content
-        chunk = b"%x\r\n%b\r\n" % (len(content), content) if content else b""
-        return chunk + b"0\r\n\r\n" if self.is_complete else chunk

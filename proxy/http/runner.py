@@ -100,11 +100,10 @@ class Runner:
         self.responses = app.get(RESPONSES, ResponseCache(0, is_enabled=False))
         self.connections: set[Connection] = set()
         self.fronts: dict[web.RequestHandler, Connection] = {}
-        """The connection in front of each of aiohttp's protocol objects."""
         self._server: web.Server | None = None
         self._plain: web.Server | None = None
         self._listening: list[asyncio.Server] = []
-        self._is_lost = asyncio.Event()
+        self.is_lost = asyncio.Event()
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -164,20 +163,13 @@ class Runner:
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self.connections:
-                    self._is_lost.clear()
-                    await self._is_lost.wait()
+                    self.is_lost.clear()
+                    await self.is_lost.wait()
 
-    def lose(self, connection: Connection) -> None:
-        """Take note that a connection is no more."""
-        self.connections.discard(connection)
-        self._is_lost.set()
-
-    def new_inner(self, connection: Connection) -> web.RequestHandler:
-        """Return aiohttp's protocol object for a connection."""
+    def new_inner(self) -> web.RequestHandler:
+        """Return another protocol object of aiohttp's."""
         assert self._server is not None  # noqa: S101 - there are no connections before `setup`
-        inner = self._server()
-        self.fronts[inner] = connection
-        return inner
+        return self._server()
 
     def _make_request(
         self,

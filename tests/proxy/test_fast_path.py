@@ -439,7 +439,7 @@ async def test_an_idle_connection_is_closed_and_a_busy_one_is_not(
             connection._idle_since -= 2 * module.KEEPALIVE_S
             await talk.send(sent)
             if sent is HEAD:
-                await _until(lambda: connection._hold)
+                await _until(lambda: connection._hold._handle)
             else:
                 assert (await talk.response())[0] == 200
                 await _until(lambda: connection._idle_since > loop.time() - module.KEEPALIVE_S)
@@ -461,7 +461,7 @@ async def test_a_head_alone_waits_for_its_body(upstream, start_proxy, connection
     proxy = await start_proxy(openai=upstream)
     for outcome in ("miss", "hit", "hit"):
         async with Talk(proxy.url, HEAD) as talk:
-            await _until(lambda: connections and connections[-1]._hold)
+            await _until(lambda: connections and connections[-1]._hold._handle)
             await talk.send(KNOWN[len(HEAD) :])
             assert (await talk.response())[1]["x-cache"] == outcome
     assert len(repeated) == 1
@@ -483,7 +483,7 @@ async def test_a_held_head_is_let_go_with_its_connection(
     monkeypatch.setattr(module, "HOLD_S", 60)
     proxy = await start_proxy(openai=upstream)
     async with Talk(proxy.url, HEAD) as talk:
-        await _until(lambda: connections and connections[-1]._hold)
+        await _until(lambda: connections and connections[-1]._hold._handle)
         match leave:
             case "end":
                 talk.writer.write_eof()
@@ -494,7 +494,7 @@ async def test_a_held_head_is_let_go_with_its_connection(
                 await start_proxy.stop()
                 assert await talk.is_over()
         await _until(lambda: connections[-1].transport is None)
-    assert connections[-1]._hold is None
+    assert connections[-1]._hold._handle is None
     assert not upstream.calls
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
