@@ -77,7 +77,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.on_response_prepare.append(request_log.stamp)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses.lru), unread)
-    responses.handle_sync = embeddings.handle_sync
+    responses.handler = embeddings
     _add_routes(app, embeddings, service, settings, access, passthrough)
     return app
 

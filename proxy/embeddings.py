@@ -1,14 +1,16 @@
 """POST /v1/embeddings: the room where a request lives."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
+import orjson
 from aiohttp import web
 
 from providers.base import EmbeddingError, Vector
 from proxy.embedding.result import Result
 from proxy.http.caller import Caller
+from proxy.http.index_field import NOTHING_SAID
 from proxy.http.pace import UnreadReplies
 from proxy.http.request_log import MODEL
 from proxy.http.response_cache import (
@@ -30,6 +32,8 @@ from .service import EmbeddingService
 _PARSE_INLINE = 1 << 20
 # Inputs, of a request that is answered without a turn for others.
 _FEW = 8
+_PART = 1 << 20
+"""Bytes of a reply that is kept as a whole, sent at a time."""
 # Of a long reply: about half a millisecond's work. More at a time would not be quicker.
 _CHUNKS_AT_A_TIME = 4
 
@@ -61,7 +65,11 @@ class Embeddings:
         digest = await self._hit_cache.digest(body, caller, control, model)
         found = await self._hit_cache.get(digest)
         if found is not None:
-            return await self._send(request, *found)
+            hits, vectors = found
+            if vectors and self._hit_cache.has_room(hits, len(vectors)):
+                hits = await self._render(hits, vectors)
+                self._hit_cache.put(digest, hits, len(vectors))
+            return await self._send(request, hits, vectors)
         parse = partial(wire.parse, body, self._service.most_inputs, model)
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         request[MODEL] = asked.model
@@ -74,12 +82,25 @@ class Embeddings:
             request[CONTEXT] = RequestContext(caller, control, model)
         return await self._send(request, hits, result.embedded.vectors)
 
-    def handle_sync(self, body: bytes, context: RequestContext) -> SyncResponse | None:
-        """Answer one request if nothing has to be waited for; see `response_cache`."""
+    def parse_sync(
+        self, body: bytes, context: RequestContext
+    ) -> tuple[wire.EmbeddingRequest, bytes] | None:
+        """Return what a body asks for, and what decides the answer; see `SyncHandler`."""
         try:
             asked = wire.parse(body, self._service.most_inputs, context.model)
-            if len(asked.inputs) > _FEW:
-                return None
+        except EmbeddingError:
+            # It is raised again by whoever tells of it.
+            return None
+        if len(asked.inputs) > _FEW or asked.parameters or asked.index != NOTHING_SAID:
+            return None
+        told = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
+        return asked, orjson.dumps(told)
+
+    def handle_sync(
+        self, asked: wire.EmbeddingRequest, context: RequestContext
+    ) -> SyncResponse | None:
+        """Answer one request if nothing has to be waited for; see `SyncHandler`."""
+        try:
             result = self._service.at_hand(asked, context.caller, context.control)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
@@ -97,6 +118,10 @@ class Embeddings:
         self, request: web.Request, hits: Hits, vectors: Sequence[Vector]
     ) -> web.StreamResponse:
         form = hits.form
+        if hits.rendered:
+            parts = range(0, len(hits.rendered), _PART)
+            view = memoryview(hits.rendered)
+            return await self._stream(request, hits, (), (view[at : at + _PART] for at in parts))
         chunks = wire.render(vectors, form, self._json_cache.json)
         if len(vectors) <= form.vectors_a_chunk:
             reuse = None if hits.again is None else hits.again.reuse_of(vectors)
@@ -105,14 +130,36 @@ class Embeddings:
             return web.Response(
                 body=b"".join(chunks), content_type="application/json", headers=hits.headers
             )
+        return await self._stream(request, hits, vectors, chunks)
+
+    async def _render(self, hits: Hits, vectors: Sequence[Vector]) -> Hits:
+        """Return hits with all that is to be sent of them, while others get their turn."""
+        reuse = None if hits.again is None else hits.again.reuse_of(vectors)
+        if reuse is None:
+            return hits
+        parts = []
+        for number, chunk in enumerate(wire.render(vectors, hits.form, self._json_cache.json)):
+            parts.append(chunk)
+            if number % _CHUNKS_AT_A_TIME == 0:
+                await asyncio.sleep(0)
+        return hits._replace(rendered=b"".join(parts), reuse=reuse)
+
+    async def _stream(
+        self,
+        request: web.Request,
+        hits: Hits,
+        vectors: Sequence[Vector],
+        chunks: Iterable[bytes | memoryview],
+    ) -> web.StreamResponse:
+        """Send a long reply as its client takes it."""
         response = web.StreamResponse(headers=hits.headers)
         response.content_type = "application/json"
-        response.content_length = form.length(len(vectors))
+        response.content_length = len(hits.rendered) or hits.form.length(len(vectors))
         await response.prepare(request)
         if request.transport is not None:  # Else nobody is there any more.
             self._unread.bound(request.transport)
             request.transport.set_write_buffer_limits(_CHUNKS_AT_A_TIME * wire.CHUNK)
-        with self._unread.holding(sum(map(len, vectors))):
+        with self._unread.holding(len(hits.rendered) or sum(map(len, vectors))):
             for number, chunk in enumerate(chunks):
                 # A write to a fast reader does not wait; other requests get their turn here.
                 if number % _CHUNKS_AT_A_TIME == 0:

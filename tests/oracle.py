@@ -52,6 +52,7 @@ count, get = 0, ResponseCache.get
 def counted(cache, key, body):
     global count
     kept = cache.lru.get(key.whole)
+    kept = cache.lru.get(kept) if isinstance(kept, bytes) else kept
     response = get(cache, key, body)
     count += response is not None and response is kept
     return response

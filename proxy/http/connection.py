@@ -16,7 +16,6 @@ What is unusual is handed through as it comes, and the connection ends with it.
 import asyncio
 import enum
 import logging
-import re
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,7 +29,15 @@ from proxy.errors import Failure, new_request_id
 
 from .body import MalformedBody
 from .connection_limits import NO_ROOM, ConnectionLimits
-from .framing import HEAD_END, BodyFramer, MalformedChunks, is_unusual, plain_request, refusal
+from .framing import (
+    HEAD_END,
+    BodyFramer,
+    MalformedChunks,
+    is_expecting,
+    is_unusual,
+    plain_request,
+    refusal,
+)
 from .inner_transport import InnerTransport
 from .pace import SendWatch, Timer, UnreadReplies, reset_unsent
 from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
@@ -43,8 +50,6 @@ KEEPALIVE_S = 3630.0
 """Seconds for which a connection may be idle: mostly longer than in a load balancer before it."""
 MAX_BUFFER = 1 << 16
 """Bytes that wait behind the request in progress; then no more is read."""
-# Python reads no number of thousands of digits; a body is at most as long as the largest file.
-_LENGTH = re.compile("[0-9]{1,20}")
 
 
 class _Phase(enum.Enum):
@@ -177,13 +182,11 @@ class Connection(asyncio.Protocol):
         self.close()
 
     def _check_idle(self) -> None:
-        left = KEEPALIVE_S
-        if self._phase is _Phase.HEAD and not self._received:
-            left -= self._loop.time() - self._idle_since
-        if left > 0:
-            self._keepalive.start(left)
-        else:
+        is_idle = self._phase is _Phase.HEAD and not self._received
+        left = self._idle_since + KEEPALIVE_S - self._loop.time() if is_idle else KEEPALIVE_S
+        if left <= 0:
             self.force_close()
+        self._keepalive.start(max(1.0, left))
 
     def data_received(self, data: bytes) -> None:
         """Answer a request that is known, or hand on what has come."""
@@ -217,19 +220,19 @@ class Connection(asyncio.Protocol):
         if self._server.responses.is_enabled:
             request = plain_request(data, end)
             if request is not None and request.end <= MAX_REQUEST:
-                if request.end > len(data):
+                if request.end > len(data) and not is_expecting(request.head):
                     self._server.limits.busy(self)
                     self._head_deadline.start(self._server.head_timeout_s)
                     self._hold.start(HOLD_S)
                     return
-                body = data[request.begin : request.end]
-                key = self._server.responses.key(request.head, body)
-                response = self._server.responses.get(key, body)
-                if response is not None:
-                    self._received = data[request.end :]
-                    self._reply(response)
-                    return
-                self.key = key
+                if request.end <= len(data):
+                    body = data[request.begin : request.end]
+                    self.key = self._server.responses.key(request.head, body)
+                    response = self._server.responses.get(self.key, body)
+                    if response is not None:
+                        self._received = data[request.end :]
+                        self._reply(response)
+                        return
         self._hand_head_on()
 
     def _may_begin(self, end: int) -> bool:
@@ -292,25 +295,21 @@ class Connection(asyncio.Protocol):
         self._inner.data_received(data)
 
     def begin(self, message: RawRequestMessage, body: StreamReader) -> None:
-        """Take note that aiohttp has read a head, or failed to. Its body is handed on from now."""
+        """Hand the body on: aiohttp has read a head, or failed to."""
         self._head_deadline.stop()
         self._is_handled = False
         self._body = body
         self._is_upgrade = bool(message.upgrade)
         if self._phase is not _Phase.BODY:
             return
-        length = message.headers.get("Content-Length", "0")
-        if message.method == "CONNECT":
-            # What follows is for whom no connection is made to.
-            self._is_broken = True
-        elif message.chunked:
-            self._framer = BodyFramer(None)
-        elif _LENGTH.fullmatch(length):
-            self._framer = BodyFramer(int(length))
-        else:
+        framer = BodyFramer.of(message.headers, is_chunked=message.chunked)
+        if framer is None:
             self._phase = _Phase.THROUGH
             self._hand_rest_on()
             return
+        self._framer = framer
+        # What follows a CONNECT is for whom no connection is made to.
+        self._is_broken = message.method == "CONNECT"
         self._hand_body_on()
         if self._has_ended:
             self._end_input()
@@ -466,10 +465,8 @@ class Connection(asyncio.Protocol):
         return True
 
     def _end_input(self) -> None:
-        is_whole = self._framer.is_complete
-        if self._phase is _Phase.THROUGH and self._body is not None:
-            is_whole = self._body.is_eof()
-        if is_whole:
+        body = self._body if self._phase is _Phase.THROUGH else None
+        if self._framer.is_complete if body is None else body.is_eof():
             self._leave()
         else:
             self._break_off(web.RequestPayloadError("the body broke off"))

@@ -15,14 +15,14 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 from aiohttp import web
 
 from cache.ledger import Again
 from providers import vector
 from providers.base import Vector
-from proxy.wire import Form
+from proxy.wire import EmbeddingRequest, Form
 
 from .caller import Caller
 
@@ -32,6 +32,8 @@ MAX_RESPONSE = 1 << 18
 """Bytes of a response with what tells whether it holds; longer ones are not kept."""
 _OVERHEAD = 1000
 """What a response takes besides its bytes: digest, tuples, what counts it, its place in a map."""
+_ALIAS_BYTES = 400
+"""What a body takes that asks for what another asks for: two digests, and a place."""
 _INPUT_BYTES = 200
 """What each of its inputs takes: an address, a digest, a number, and their places."""
 _MAX_HEADS = 1 << 20
@@ -47,7 +49,7 @@ class SizedLRU:
 
     def __init__(self, max_bytes: int) -> None:
         """Keep nothing yet. What the bytes are of is up to those who keep something here."""
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self.size = 0
         """Bytes in use."""
@@ -66,11 +68,11 @@ class SizedLRU:
     def put(self, key: Hashable, value: object, size: int) -> None:
         """Keep something of that many bytes, in place of what was there."""
         self.delete(key)
-        if size > self._max_bytes:
+        if size > self.max_bytes:
             return
         self._entries[key] = (value, size)
         self.size += size
-        while self.size > self._max_bytes:
+        while self.size > self.max_bytes:
             self.delete(next(iter(self._entries)))
 
     def delete(self, key: Hashable) -> None:
@@ -100,6 +102,21 @@ class SyncResponse(NamedTuple):
     inputs: int
 
 
+class SyncHandler(Protocol):
+    """Answers what need not be waited for."""
+
+    def parse_sync(
+        self, body: bytes, context: RequestContext
+    ) -> tuple[EmbeddingRequest, bytes] | None:
+        """Return what a body asks for, and the bytes of all of that which decides the answer.
+
+        None if more has to be done to answer it than can be done at once.
+        """
+
+    def handle_sync(self, asked: EmbeddingRequest, context: RequestContext) -> SyncResponse | None:
+        """Return the answer, counted; None if there is more to do, and then nothing is done."""
+
+
 class CachedResponse(NamedTuple):
     """A response, but for what each has of its own: the time, and an id."""
 
@@ -119,9 +136,6 @@ class RequestKey(NamedTuple):
     """Of that and the body."""
 
 
-HandleSync: TypeAlias = Callable[[bytes, RequestContext], SyncResponse | None]
-"""Answers a body, and counts the answer; None if there is more to do, and then nothing is done."""
-
 CONTEXT = web.RequestKey("context", RequestContext)
 """Set on a request that was answered well, if its head says the same whenever it comes."""
 REUSE: web.RequestKey[tuple[Callable[[], bool], int]] = web.RequestKey("reuse")
@@ -140,7 +154,7 @@ class ResponseCache:
     def __init__(self, max_bytes: int, *, is_enabled: bool = True) -> None:
         """`is_enabled` is `server.fast_path`: whether responses may be given again at all."""
         self.is_enabled = is_enabled
-        self.handle_sync: HandleSync | None = None
+        self.handler: SyncHandler | None = None
         # A whole block, which is hashed once. Nobody is shown a digest, to lengthen its request.
         self._hash = hashlib.sha256(secrets.token_bytes(64))
         self.lru = SizedLRU(max_bytes)
@@ -161,30 +175,53 @@ class ResponseCache:
 
     def get(self, key: RequestKey, body: bytes) -> CachedResponse | None:
         """Return the response to give, already counted; None if the request has to be read."""
-        response: CachedResponse | None = self.lru.get(key.whole)
+        response = self.find(key.whole)
         if response is not None:
-            if response.reuse is not None and response.reuse():
-                return response
-            self.lru.delete(key.whole)
+            return response
         head: _Head | None = self.heads.get(key.head)
-        if head is None or self.handle_sync is None:
+        if head is None or self.handler is None:
             return None
-        found = self.handle_sync(body, head.context)
+        parsed = self.handler.parse_sync(body, head.context)
+        if parsed is None:
+            return None
+        # Bodies that ask for the same in other words have one answer.
+        digest = self._hash.copy()
+        digest.update(key.head + parsed[1])
+        answer = digest.digest()
+        first: bytes | None = self.lru.get(answer)
+        response = None if first is None else self.find(first)
+        if response is not None:
+            self.lru.put(key.whole, first, _ALIAS_BYTES)
+            return response
+        found = self.handler.handle_sync(parsed[0], head.context)
         if found is None:
             return None
         lines = [f"{name}: {value}\r\n" for name, value in found.headers.items()]
         lines.append(f"Content-Length: {len(found.body)}\r\n")
         response = CachedResponse(head.lines + "".join(lines).encode(), found.body, found.reuse)
-        self.put(key, response, found.inputs)
+        self.put(key.whole, response, found.inputs)
+        self.lru.put(answer, key.whole, _ALIAS_BYTES)
         return response
 
-    def put(self, key: RequestKey, response: CachedResponse, inputs: int) -> None:
+    def find(self, digest: bytes) -> CachedResponse | None:
+        """Return what is kept under a digest, counted; None if nothing is, or it does not hold.
+
+        What is kept of a body may be the digest of the one that asked first for the same.
+        """
+        kept: bytes | CachedResponse | None = self.lru.get(digest)
+        response = self.lru.get(kept) if isinstance(kept, bytes) else kept
+        if response is None or (response.reuse is not None and response.reuse()):
+            return response
+        self.lru.delete(digest)
+        return None
+
+    def put(self, digest: bytes, response: CachedResponse, inputs: int) -> None:
         """Keep a response, unless it is long, or holds just once."""
         if response.reuse is None:
             return
         size = len(response.head) + len(response.body) + _INPUT_BYTES * inputs + _OVERHEAD
         if size <= MAX_RESPONSE:
-            self.lru.put(key.whole, response, size)
+            self.lru.put(digest, response, size)
 
     def learn(self, key: RequestKey, request: web.BaseRequest, response: web.Response) -> None:
         """Keep what may be kept of a good response that a handler made."""
@@ -193,7 +230,7 @@ class ResponseCache:
         if reuse is not None and isinstance(body, bytes):
             lines = [f"{k}: {v}\r\n" for k, v in response.headers.items() if k.lower() not in _OWN]
             head = "".join((status, *lines)).encode()
-            self.put(key, CachedResponse(head, body, reuse[0]), reuse[1])
+            self.put(key.whole, CachedResponse(head, body, reuse[0]), reuse[1])
         if CONTEXT in request:
             shared = (one for one in response.headers.items() if not _OF_THE_BODY.match(one[0]))
             text = "".join((status, *(f"{name}: {value}\r\n" for name, value in shared))).encode()
@@ -207,6 +244,10 @@ class Hits(NamedTuple):
     headers: Mapping[str, str]
     again: Again | None
     """None if the same request has to be asked anew."""
+    rendered: bytes = b""
+    """The whole body of the response; empty if it is not kept."""
+    reuse: Callable[[], bool] | None = None
+    """As in a `CachedResponse`, for what was rendered."""
 
 
 class HitCache:
@@ -221,6 +262,8 @@ class HitCache:
     """Bytes of a body that are hashed at a time: some fraction of a millisecond's work."""
     _INPUT_BYTES = 120
     _OVERHEAD = 1500
+    _MAX_SHARE = 0.25
+    """Of all that is kept, that one rendered body may take."""
 
     def __init__(self, responses: ResponseCache) -> None:
         self._responses = responses
@@ -247,20 +290,35 @@ class HitCache:
         return digest.digest()
 
     async def get(self, digest: bytes | None) -> tuple[Hits, Sequence[Vector]] | None:
-        """Return hits and their vectors, already counted; None if they have to be asked for."""
+        """Return hits and their vectors, already counted; None if they have to be asked for.
+
+        There are no vectors where `rendered` has all that is to be sent. Where they come again,
+        they are rendered and kept so, if there is room.
+        """
         hits: Hits | None = self._responses.lru.get(("hits", digest)) if digest else None
-        if hits is None or hits.again is None:
+        if hits is None or (again := hits.again) is None:
             return None
-        vectors = await hits.again.vectors()
+        if hits.reuse is not None:
+            if hits.reuse():
+                return hits, ()
+            hits = hits._replace(rendered=b"", reuse=None)
+        vectors = await again.vectors()
         if vectors is None:
             self._responses.lru.delete(("hits", digest))
             return None
         return hits, vectors
 
+    def has_room(self, hits: Hits, vectors: int) -> bool:
+        """Tell whether the whole body of a response may be kept."""
+        length = hits.form.length(vectors)
+        if length is None or vectors <= hits.form.vectors_a_chunk:
+            return False
+        return length <= self._responses.lru.max_bytes * self._MAX_SHARE
+
     def put(self, digest: bytes | None, hits: Hits, inputs: int) -> None:
         """Keep hits that can be given again."""
         if digest is not None and hits.again is not None:
-            size = self._OVERHEAD + self._INPUT_BYTES * inputs
+            size = self._OVERHEAD + self._INPUT_BYTES * inputs + len(hits.rendered)
             self._responses.lru.put(("hits", digest), hits, size)
 
 

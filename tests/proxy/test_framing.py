@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.http.framing import BodyFramer, MalformedChunks, is_unusual, plain_request, refusal
+from proxy.http.framing import (
+    BodyFramer,
+    MalformedChunks,
+    is_expecting,
+    is_unusual,
+    plain_request,
+    refusal,
+)
 
 BODY = b'\r\n\r\nGET / HTTP/1.1\r\n\r\n{"input":"a"}'
 """A body with the end of a head in it."""
@@ -136,9 +143,11 @@ def test_the_beginning_of_a_plain_head_is_waited_with(end):
 
 
 def test_only_a_plain_request_is_told():
-    """One with a length, and without an expectation."""
-    for head in (b"", b"Content-Length: 1\r\nExpect: 100-continue\r\n"):
-        assert plain_request(HEAD + head + b"\r\n", len(HEAD + head) - 2) is None
+    """A POST with one length; whether its client waits for a word is told apart."""
+    assert plain_request(HEAD + b"\r\n", len(HEAD) - 2) is None
+    assert plain_request(b"GET / HTTP/1.1\r\nContent-Length: 1\r\n\r\n", 33) is None
+    assert is_expecting(HEAD + b"EXPECT: 100-continue")
+    assert not is_expecting(HEAD + b"X: Expect: 100-continue")
     found = plain_request(HEAD + b"Content-Length: 07\r\n\r\n", len(HEAD) + 18)
     assert found == (HEAD + b"Content-Length: ", len(HEAD) + 22, len(HEAD) + 29)
 

@@ -100,7 +100,7 @@ def test_a_length_that_is_not_plain_makes_no_head_known(request_):
 
 async def test_heads_take_no_more_than_their_room(proxy, at_once, monkeypatch):
     """Clients that send something else in each head are answered as ever."""
-    monkeypatch.setattr(proxy.app[RESPONSES].heads, "_max_bytes", 6 * response_cache._OVERHEAD)
+    monkeypatch.setattr(proxy.app[RESPONSES].heads, "max_bytes", 6 * response_cache._OVERHEAD)
     requests = [_post(_body("a"), b"X-Trace: %d" % number) for number in range(20)]
     replies = await _ask(proxy, *requests)
     assert {reply[1]["x-cache"] for reply in replies} == {"hit"}

@@ -57,7 +57,7 @@ def test_no_more_is_kept_than_allowed_and_the_least_used_goes_first(acts, room):
         key = _key(digest)
         if keeps:
             reply = _reply(size * _OVERHEAD)
-            responses.put(key, reply, 0)
+            responses.put(key.whole, reply, 0)
             known.pop(digest, None)
             if size <= room:
                 known[digest] = reply
@@ -74,7 +74,7 @@ def test_no_more_is_kept_than_allowed_and_the_least_used_goes_first(acts, room):
 def test_what_no_longer_holds_is_dropped():
     """It is asked each time; once it says no, nothing is left of it."""
     responses = ResponseCache(1 << 20)
-    responses.put(_key(b"1"), _reply(5000, holds=False), 1)
+    responses.put(b"1", _reply(5000, holds=False), 1)
     assert responses.get(_key(b"1"), b"") is None
     assert (len(responses.lru), responses.lru.size) == (0, 0)
 
@@ -82,18 +82,18 @@ def test_what_no_longer_holds_is_dropped():
 def test_what_each_input_takes_counts():
     """A short reply to many inputs is as large as what tells whether it still holds."""
     responses = ResponseCache(1 << 20)
-    responses.put(_key(b"1"), _reply(2000), 3)
+    responses.put(b"1", _reply(2000), 3)
     assert responses.lru.size == 2000 + 3 * _INPUT_BYTES
-    responses.put(_key(b"2"), _reply(2000), MAX_RESPONSE // _INPUT_BYTES)
+    responses.put(b"2", _reply(2000), MAX_RESPONSE // _INPUT_BYTES)
     assert len(responses.lru) == 1
 
 
 def test_a_reply_that_is_too_long_is_not_kept():
     """One may take so much and no more, however much room there is."""
     responses = ResponseCache(1 << 30)
-    responses.put(_key(b"1"), _reply(MAX_RESPONSE + 1), 0)
+    responses.put(b"1", _reply(MAX_RESPONSE + 1), 0)
     assert not _kept(responses)
-    responses.put(_key(b"1"), _reply(MAX_RESPONSE), 0)
+    responses.put(b"1", _reply(MAX_RESPONSE), 0)
     assert len(_kept(responses)) == 1
 
 
