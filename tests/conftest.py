@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, suppress
 from functools import cached_property
 from pathlib import Path
@@ -140,6 +140,19 @@ async def second() -> AsyncIterator[FaultServer]:
         yield server
 
 
+IS_FAST = os.environ.get("TEST_FAST_PATH", "on") == "on"
+"""TEST_FAST_PATH=off has the whole suite run with `server.fast_path: false`."""
+
+
+
+if os.environ.get("TEST_LOOP") == "uvloop":
+    import uvloop
+
+    def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+        """Have the tests run on the loop that the proxy runs on."""
+        return {"uvloop": uvloop.new_event_loop}
+
+
 class Proxy:
     """The proxy on a real port, with a client of each sort."""
 
@@ -202,7 +215,8 @@ class StartProxy:
         # Nothing is passed through unless a test says so.
         sections = {"passthrough": None, **sections}
         # Tests that write requests byte by byte name the host `h`.
-        sections["server"] = {"allowed_hosts": ["h"], **sections.get("server", {})}
+        server = {"allowed_hosts": ["h"], "fast_path": IS_FAST}
+        sections["server"] = {**server, **sections.get("server", {})}
         cache = {"directory": str(self._directory), **sections.get("cache", {})}
         sections = {**sections, "cache": cache}
         settings = Settings.model_validate(sections)
@@ -248,6 +262,8 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[CachedResponse]:
     """Give a list of the replies that were given again, without anything being parsed."""
+    if not IS_FAST:
+        pytest.skip("the fast path is off")
     given: list[CachedResponse] = []
     get = ResponseCache.get
 
@@ -266,6 +282,8 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[CachedResponse]:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[CachedResponse]:
     """Give a list of the replies to bodies under heads that had come before."""
+    if not IS_FAST:
+        pytest.skip("the fast path is off")
     given: list[CachedResponse] = []
     get = ResponseCache.get
 
