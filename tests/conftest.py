@@ -144,7 +144,6 @@ IS_FAST = os.environ.get("TEST_FAST_PATH", "on") == "on"
 """TEST_FAST_PATH=off has the whole suite run with `server.fast_path: false`."""
 
 
-
 if os.environ.get("TEST_LOOP") == "uvloop":
     import uvloop
 

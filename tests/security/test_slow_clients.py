@@ -353,3 +353,34 @@ def test_the_kernel_keeps_little_only_while_many_are_waited_for():
     assert unread.waited_for == 18
     unread.bound(transport)
     assert deaf.options == [socket.TCP_NOTSENT_LOWAT]
+
+
+async def test_drips_wake_nobody(start_proxy, upstream, monkeypatch):
+    """A body of single bytes is handed on in parts worth reading, and answered as any other."""
+    handed: list[int] = []
+    receive = web.RequestHandler.data_received
+
+    def noted(inner: web.RequestHandler, data: bytes) -> None:
+        handed.append(len(data))
+        receive(inner, data)
+
+    monkeypatch.setattr(web.RequestHandler, "data_received", noted)
+    proxy = await start_proxy(openai=upstream)
+    body = json.dumps({"model": "text-embedding-3-small", "input": "a" * 1000}).encode()
+    for form, last in (
+        (b"Content-Length: %d\r\n" % len(body), b""),
+        (b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n"),
+    ):
+        handed.clear()
+        async with asyncio.timeout(SECONDS), Talk(proxy.url, _head("/v1/embeddings", form)) as talk:
+            while not handed:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+            for place in range(len(body)):
+                drip = body[place : place + 1]
+                await talk.send(b"1\r\n%b\r\n" % drip if last else drip)
+                await asyncio.sleep(0)
+            await talk.send(last)
+            assert (await talk.response())[0] == 200
+        # The head, each 500 bytes, and the rest; nothing is known of how many of the first bytes
+        # came before the body was asked for.
+        assert len(handed) < 60
