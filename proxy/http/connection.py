@@ -227,12 +227,13 @@ class Connection(asyncio.Protocol):
                     return
                 if request.end <= len(data):
                     body = data[request.begin : request.end]
-                    self.key = self._server.responses.key(request.head, body)
-                    response = self._server.responses.get(self.key, body)
+                    key = self._server.responses.key(request.head, body)
+                    response = self._server.responses.get(key, body)
                     if response is not None:
                         self._received = data[request.end :]
                         self._reply(response)
                         return
+                    self.key = key
         self._hand_head_on()
 
     def _may_begin(self, end: int) -> bool:
@@ -255,10 +256,9 @@ class Connection(asyncio.Protocol):
         last = b"Connection: close\r\n" if self.is_last else b""
         self.transport.write(b"".join((response.head, own.encode(), last, b"\r\n", response.body)))
         self._idle_since = self._loop.time()
-        self._hold.stop()
         self._head_deadline.stop()
         # The order matters only where room is short.
-        if self._server.limits.is_tight:
+        if self._hold.stop() or self._server.limits.is_tight:
             self._server.limits.idle(self)
         if self._received or last:
             self._loop.call_soon(self._take_next)

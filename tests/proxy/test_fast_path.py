@@ -19,7 +19,7 @@ from talk import Talk
 
 from proxy.http import connection as module
 from proxy.http.connection import Connection
-from proxy.http.runner import RESPONSES
+from proxy.http.runner import LIMITS, RESPONSES
 
 MODEL = "text-embedding-3-small"
 
@@ -348,6 +348,51 @@ async def test_what_does_not_come_plain_and_whole_is_not_kept(
             assert version == (b"HTTP/1.0" if b"HTTP/1.0" in pieces[0] else b"HTTP/1.1")
     assert not repeated
     assert not len(proxy.app[RESPONSES].lru)
+
+
+@pytest.mark.parametrize("other", ["chunked", "in pieces", "apart"])
+async def test_what_is_not_known_by_itself_is_not_kept_as_what_came_before(
+    other, upstream, start_proxy, monkeypatch
+):
+    """Behind a request that is known comes another one: each stays what it is."""
+    monkeypatch.setattr(module, "HOLD_S", 0)
+    proxy = await start_proxy(openai=upstream)
+    await _learn(proxy, KNOWN)
+    arrived = _arrivals(monkeypatch)
+    body = _body("another")
+    plain = _post(body)
+    pieces = {
+        "chunked": [_chunked(body)],
+        "in pieces": [plain[:-9], plain[-9:]],
+        "apart": [plain[: -len(body)], body],
+    }[other]
+    async with Talk(proxy.url, KNOWN) as talk:
+        known = (await talk.response())[2]["data"]
+        for _ in range(3):
+            for piece in pieces:
+                total = arrived() + len(piece)
+                await talk.send(piece)
+                await _until(lambda: arrived() == total)  # noqa: B023
+            assert (await talk.response())[2]["data"] != known
+            await talk.send(KNOWN)
+            assert (await talk.response())[2]["data"] == known
+
+
+async def test_a_connection_whose_head_was_held_still_makes_way(
+    upstream, start_proxy, connections, monkeypatch
+):
+    """It is busy while its head is held, and idle again when its request was answered."""
+    monkeypatch.setattr(module, "HOLD_S", 60)
+    proxy = await start_proxy(openai=upstream)
+    await _learn(proxy, KNOWN)
+    limits = proxy.app[LIMITS]
+    await _until(lambda: not len(limits))
+    async with Talk(proxy.url, HEAD) as talk:
+        await _until(lambda: len(limits) and connections[-1]._hold._handle)
+        assert limits._waiting.first() is None
+        await talk.send(KNOWN[len(HEAD) :])
+        assert (await talk.response())[0] == 200
+        assert limits._waiting.first() is connections[-1]
 
 
 async def test_a_client_that_reads_nothing_is_not_written_to_for_ever(
