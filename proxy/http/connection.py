@@ -378,13 +378,15 @@ class Connection(asyncio.Protocol):
         if self._phase is not _Phase.BODY:
             return
         self._body = self.key = None
-        if self._is_broken or self._is_closing:
+        if self._is_broken:
+            self.close()
+        elif self._is_closing:
             self._phase = _Phase.OVER  # aiohttp closes it.
-            return
-        self._phase = _Phase.HEAD
-        self._idle_since = self._loop.time()
-        self._server.limits.idle(self)
-        self._take_next()
+        else:
+            self._phase = _Phase.HEAD
+            self._idle_since = self._loop.time()
+            self._server.limits.idle(self)
+            self._take_next()
 
     def _take_next(self) -> None:
         self._take_head()

@@ -108,6 +108,7 @@ MADE = {
     "in a string": lambda n: _post(_body(f"{n} {KNOWN.decode()}")),
     "chunked": lambda _: _chunked(_body("known")),
     "chunked request": lambda _: _chunked(KNOWN),
+    "in chunks, soon known": lambda n: _chunked(_body(f"chunked {n // 100}")),
     "empty lines before": lambda _: b"\r\n\r\n" + KNOWN,
     "expected": lambda _: _post(_body("known"), b"Expect: 100-continue"),
     "upgrade declined": lambda _: _post(b"{}", b"Connection: upgrade", b"Upgrade: websocket"),
