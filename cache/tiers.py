@@ -49,7 +49,7 @@ class Tiers:
     """Entries by key. For one thread: the event loop's."""
 
     def __init__(self, memory: Memory, store: Store) -> None:
-        self.memory = memory
+        self._memory = memory
         self._store = store
         store.on_purge = memory.clear
         self.counters = TierCounters()
@@ -82,7 +82,7 @@ class Tiers:
         """
         if terms.max_age != math.inf or not terms.write:
             return None
-        entries = self.memory.all_of(keys.addresses)
+        entries = self._memory.all_of(keys.addresses)
         if entries is None or list(map(_DIGEST, entries)) != keys.digests:
             return None
         if set(map(len, map(_VECTOR, entries))) != {4 * partition.dimensions}:
@@ -99,7 +99,7 @@ class Tiers:
         if terms.max_age != math.inf or not terms.write:
             return None
         size = 4 * partition.dimensions
-        at_hand = self.memory.get_many(keys.addresses)
+        at_hand = self._memory.get_many(keys.addresses)
         lacking = {
             address: digest
             for address, digest, entry in zip(keys.addresses, keys.digests, at_hand, strict=True)
@@ -128,12 +128,17 @@ class Tiers:
                 return None
             read[address] = entry
         for address, entry in read.items():
-            self.memory.put(address, entry, records[address].stored)
+            self._memory.put(address, entry, records[address].stored)
         return read
+
+    @property
+    def memory(self) -> Memory:
+        """The first tier."""
+        return self._memory
 
     def note(self, addresses: Sequence[bytes], partition: Partition) -> None:
         """Note that entries were used."""
-        self.memory.note(addresses)
+        self._memory.note(addresses)
         self._store.touch(addresses, partition)
 
     async def _get_some(
@@ -142,7 +147,7 @@ class Tiers:
         found: dict[Key, Entry] = {}
         missing: list[Key] = []
         size = 4 * partition.dimensions
-        at_hand = self.memory.get_many(
+        at_hand = self._memory.get_many(
             [key.address for key in keys], not_before=not_before, note=terms.write
         )
         for key, entry in zip(keys, at_hand, strict=True):
@@ -181,7 +186,7 @@ class Tiers:
                     self._warn_of_width(raw.record, dimensions)
             elif raw.stored >= not_before:
                 if terms.write:
-                    self.memory.put(key.address, entry, raw.stored)
+                    self._memory.put(key.address, entry, raw.stored)
                 found[key] = entry
         self.counters.disk_hits += len(found)
         self.counters.misses += len(keys) - len(found)
@@ -223,7 +228,7 @@ class Tiers:
         records = {key.address: record.encode(entry) for key, entry in entries.items()}
         await self._store.put_many(records, partition)
         for key, entry in entries.items():
-            self.memory.put(key.address, entry)
+            self._memory.put(key.address, entry)
 
     def count(self, heading: Heading, usage: Usage) -> None:
         """Add to the sums of what was answered."""
