@@ -6,7 +6,7 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills clients pins client-pins clean
+.PHONY: demo test slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills paths clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -21,7 +21,12 @@ slow: .venv/test
 		trap "kill $$loops" EXIT; \
 		$(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
-# The same, and which lines were never run: it takes about twice as long.
+# The part of it that speaks HTTP, without the fast path, and on the loop that the proxy runs on.
+paths: .venv/test
+	TEST_FAST_PATH=off $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/proxy tests/security
+	TEST_LOOP=uvloop $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/proxy tests/security
+
+# The suite, and which lines were never run: it takes about twice as long.
 cover: .venv/test
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov
 

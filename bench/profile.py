@@ -43,14 +43,17 @@ LOADS = 7
 # with the line in Python. Of two that know a frame the first has it.
 PARTS = (
     ("access, headers", r"proxy/http/(access|guard|caller|cors|cache_control)|_headers \(proxy/"),
-    ("what comes again", r"proxy/http/(repeating|replies|boundary|heads)|\(cache/repeat"),
+    (
+        "what comes again",
+        r"proxy/http/(connection|framing|response_cache|runner)|\(cache/cached_hit",
+    ),
     ("parse", r"\(proxy/wire\.py|\(proxy/embedding/inputs|parse\S* \(proxy/"),
     ("HTTP read", r"proxy/http/body|aiohttp/(http_parser|_http_parser|streams|web_request)"),
     ("HTTP read", r"^(uv__read|__libc_recv|read|recv)\b|_http_parser|aiohttp/multipart"),
     ("key", r"\(cache/(key|row)\.py"),
     ("look-up", r"\(cache/(memory|tiered|record|embedder|in_flight|errors)\.py|\(cache/disk/"),
     ("accounting", r"\(cache/(ledger|usage|uses)\.py|proxy/http/(metrics|sums)"),
-    ("render", r"render\S* \(proxy/|\(proxy/wire/render|\(providers/vector\.py|proxy/http/texts"),
+    ("render", r"render\S* \(proxy/|\(proxy/wire/render|\(providers/vector\.py"),
     (
         "HTTP write",
         r"aiohttp/(web_response|http_writer|_http_writer|helpers)|^uv__?(try_)?write",
@@ -58,7 +61,7 @@ PARTS = (
     ("HTTP write", r"^(write|writev|sendmsg|send)\b|UVStream_?_?(write|_exec_write|try_write)"),
     ("routing, handler", r"aiohttp/web_|aiohttp/"),
     # A pool is of those who keep something in it.
-    ("routing, handler", r"\((proxy(?!/http/pool)|index|cache|providers)/"),
+    ("routing, handler", r"\((proxy(?!/http/response_cache)|index|cache|providers)/"),
     ("event loop", r"loop\.c|_asynciomodule|asyncio/|^uv_|concurrent/futures|threading\.py"),
 )
 RENDERS = r"(render|_chunks?|_row|encode)\S* \(proxy/wire"

@@ -32,7 +32,7 @@ from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import Answered, charge_usage, ledger_key
 from .record import Entry
-from .repeat import Repeat
+from .cached_hit import CachedHit
 from .tiered import Tiers
 from .usage import Usage
 
@@ -136,7 +136,7 @@ class CachingEmbedder:
         worth = nanodollars(saved, account.price)
         usage = Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
         key = ledger_key(ring.partition, account)
-        again = Repeat(self._tiers, keys, ring.partition, key, usage)
+        again = CachedHit(self._tiers, keys, ring.partition, key, usage)
         return Answered(
             vectors=list(map(_VECTOR, entries)),
             tokens=tokens,
@@ -277,7 +277,7 @@ class CachingEmbedder:
         key = ledger_key(partition, request.context.account)
         self._tiers.count(key, usage.unpaid)
         is_hit = is_repeatable and usage.hits == len(outcomes)
-        again = Repeat(self._tiers, request.all_keys, partition, key, usage) if is_hit else None
+        again = CachedHit(self._tiers, request.all_keys, partition, key, usage) if is_hit else None
         names = dict.fromkeys(name for fetch in request.fetches for name in fetch.providers)
         return Answered(
             vectors=vectors,

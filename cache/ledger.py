@@ -41,7 +41,7 @@ class Heading(NamedTuple):
 
 
 class Again(Protocol):
-    """The same request once more; see `repeat`."""
+    """The same request once more; see `cached_hit`."""
 
     async def vectors(self) -> Sequence[Vector] | None:
         """Return what it is answered with now, and count it; None if it has to be asked anew.
@@ -52,11 +52,11 @@ class Again(Protocol):
     def count(self) -> None:
         """Count an answer that is given."""
 
-    def serials_of(self, vectors: Sequence[Vector]) -> Sequence[int] | None:
-        """Return by which numbers `still` knows an answer again; None if it is another already."""
+    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
+        """Return what tells whether these vectors are still the answer, and if so, counts it.
 
-    def still(self, serials: Sequence[int]) -> bool:
-        """Tell whether the answer is the same as ever; if so, count it."""
+        None if they are not the answer any more.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,7 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from itertools import count
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 from .record import Entry
@@ -19,11 +18,10 @@ class _Kept(NamedTuple):
     entry: Entry
     stored: float
     """When it was bought, in seconds since 1970."""
-    serial: int
-    """A number of its own: whoever has it need not hold the entry to know it again."""
 
 
-_ENTRY, _SERIAL = attrgetter("entry"), attrgetter("serial")
+_ENTRY = attrgetter("entry")
+_MAX_EVICTED = 1 << 16
 
 
 class Memory:
@@ -38,10 +36,15 @@ class Memory:
         """`ttl_s` is how long after it was stored an entry may be served, in seconds."""
         self._limit = limit
         self._ttl_s = ttl_s
-        self._clock = clock
+        self.clock = clock
         self._size = 0
         self._entries: OrderedDict[bytes, _Kept] = OrderedDict()
-        self._serials = count(1)
+        self._evicted: dict[bytes, int] = {}
+        """What tells the content of entries that were dropped for room from another."""
+        self.epoch = 0
+        """Changes whenever an entry that was here may have become wrong: everything was dropped, or
+        another one was put in its place. An entry that is dropped for room, or expires, is not
+        wrong for that. Whoever keeps what was made of entries compares."""
 
     @property
     def size(self) -> int:
@@ -91,10 +94,15 @@ class Memory:
         kept = self._all_of(addresses)
         return None if kept is None else list(map(_ENTRY, kept))
 
-    def serials_of(self, addresses: Iterable[bytes]) -> list[int] | None:
-        """Return the numbers of these entries, under the same conditions."""
+    def expiry_of(self, addresses: Iterable[bytes], vectors: Iterable[bytes]) -> float | None:
+        """Return when the first of these entries expires, in seconds since 1970.
+
+        None if they are not all here with these very vectors.
+        """
         kept = self._all_of(addresses)
-        return None if kept is None else list(map(_SERIAL, kept))
+        if not kept or not all(map(is_, (one.entry.vector for one in kept), vectors)):
+            return None
+        return math.inf if self._ttl_s is None else min(one.stored for one in kept) + self._ttl_s
 
     def _all_of(self, addresses: Iterable[bytes]) -> list[_Kept] | None:
         found = list(map(self._entries.get, addresses))
@@ -106,13 +114,13 @@ class Memory:
         return kept
 
     def note(self, addresses: Iterable[bytes]) -> None:
-        """Note that entries, all of which are here, were used."""
-        deque(map(self._entries.move_to_end, addresses), maxlen=0)
+        """Note that entries were used, those of them that are here."""
+        deque(map(self._entries.move_to_end, filter(self._entries.__contains__, addresses)), 0)
 
     @property
     def _expired(self) -> float:
         """What was bought by then, in seconds since 1970, is not served any more."""
-        return -math.inf if self._ttl_s is None else self._clock() - self._ttl_s
+        return -math.inf if self._ttl_s is None else self.clock() - self._ttl_s
 
     def put(self, address: bytes, entry: Entry, stored: float | None = None) -> None:
         """Keep an entry, and drop the least recently used ones for it as needed.
@@ -127,17 +135,34 @@ class Memory:
         if known is not None:
             if stored is not None and stored < known.stored and entry.digest == known.entry.digest:
                 return
+            if known.entry != entry:
+                self.epoch += 1
             self._drop(address)
-        bought = self._clock() if stored is None else stored
-        self._entries[address] = _Kept(entry, bought, next(self._serials))
+        elif self._evicted and self._evicted.pop(address, _content(entry)) != _content(entry):
+            self.epoch += 1
+        bought = self.clock() if stored is None else stored
+        self._entries[address] = _Kept(entry, bought)
         self._size += size
         while self._size > self._limit:
-            self._drop(next(iter(self._entries)))
+            self._evict(next(iter(self._entries)))
 
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
+        self._evicted.clear()
+        self.epoch += 1
         self._size = 0
+
+    def _evict(self, address: bytes) -> None:
+        if len(self._evicted) >= _MAX_EVICTED:
+            self._evicted.clear()
+            self.epoch += 1
+        self._evicted[address] = _content(self._entries[address].entry)
+        self._drop(address)
 
     def _drop(self, address: bytes) -> None:
         self._size -= len(self._entries.pop(address).entry.vector) + _OVERHEAD
+
+
+def _content(entry: Entry) -> int:
+    return hash((entry.vector, entry.tokens, entry.digest))

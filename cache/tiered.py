@@ -14,9 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import attrgetter, is_
+from operator import attrgetter
 
-from providers.base import NORMAL, Terms, Vector
+from providers.base import NORMAL, Terms
 
 from . import record
 from .disk.changes import Found
@@ -189,23 +189,15 @@ class Tiers:
         else:
             self._store.touch(keys.addresses, partition)
 
-    def serials_of(self, addresses: Sequence[bytes], vectors: Sequence[Vector]) -> list[int] | None:
-        """Return by which numbers `holds` knows these vectors again; None if they are not there."""
-        entries = self._memory.all_of(addresses)
-        if entries is None or not all(map(is_, map(_VECTOR, entries), vectors)):
-            return None
-        return self._memory.serials_of(addresses)
+    @property
+    def memory(self) -> Memory:
+        """The first tier."""
+        return self._memory
 
-    def holds(
-        self, addresses: Sequence[bytes], serials: Sequence[int], partition: Partition
-    ) -> bool:
-        """Tell whether memory still holds these very entries, and note that they were used."""
-        if self._memory.serials_of(addresses) != serials:
-            return False
+    def note(self, addresses: Sequence[bytes], partition: Partition) -> None:
+        """Note that entries were used."""
         self._memory.note(addresses)
         self._store.touch(addresses, partition)
-        self.counters.memory_hits += len(addresses)
-        return True
 
     def _warn_of_width(self, raw: bytes, dimensions: int) -> None:
         """Say once for each pair of widths that records are not served for their width's sake."""

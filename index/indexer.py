@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -70,6 +70,8 @@ class Indexer:
         self._remembered: defaultdict[Target, set[bytes]] = defaultdict(set)
         self._forgotten = self._renewed = 0
         self._backoff = Backoff(threshold=THRESHOLD)
+        self.epoch = 0
+        """Changes whenever points are not known any more: whoever remembers one asks anew then."""
         self.added = 0
         """Points that this process has put into the outbox."""
         self.dropped = 0
@@ -120,6 +122,15 @@ class Indexer:
         known = self._remembered.get(target)
         return known is not None and point in known
 
+    def knows_all(self, target: Target, points: Iterable[bytes]) -> bool:
+        """Tell the same of several points at once."""
+        known = self._remembered.get(target)
+        return known is not None and known.issuperset(points)
+
+    def _forget(self) -> None:
+        self._remembered.clear()
+        self.epoch += 1
+
     async def add(self, target: Target, points: Sequence[Point]) -> None:
         """Put points into the outbox unless they are known to be indexed. Never raises.
 
@@ -152,7 +163,7 @@ class Indexer:
         ids = [one.id for one in wanted.values() if one.mark == 0]
         if ids:
             if sum(_TARGET + len(known) for known in self._remembered.values()) > MOST_REMEMBERED:
-                self._remembered.clear()
+                self._forget()
             self._remembered[target].update(ids)
         if added:
             self.added += added
@@ -215,7 +226,7 @@ class Indexer:
             if outbox.renewed != self._renewed:
                 # What waited in the file before is not known to have arrived.
                 self._renewed = outbox.renewed
-                self._remembered.clear()
+                self._forget()
 
     async def _call(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -234,7 +245,7 @@ class Indexer:
                 forgotten = await self._on_disk(lambda outbox: outbox.forgotten)
                 if forgotten != self._forgotten:
                     self._forgotten = forgotten
-                    self._remembered.clear()
+                    self._forget()
 
 
 async def _end(task: asyncio.Task[None]) -> None:

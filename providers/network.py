@@ -6,7 +6,7 @@ the variables SSL_CERT_FILE and SSL_CERT_DIR name.
 
 import base64
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +88,7 @@ class Network:
         base_url: str,
         *,
         connections: int,
+        middlewares: Sequence[aiohttp.ClientMiddlewareType] = (),
         **options: Any,  # noqa: ANN401 - aiohttp's own
     ) -> aiohttp.ClientSession:
         """Return a session whose calls to `base_url` go this way; it keeps no cookies.
@@ -105,6 +106,6 @@ class Network:
             cookie_jar=aiohttp.DummyCookieJar(),
             proxy=self.proxy_for(base_url),
             auto_decompress=False,
-            middlewares=(BaseUrl(base_url).guard,),
+            middlewares=(BaseUrl(base_url).guard, *middlewares),
             **options,
         )

@@ -5,22 +5,26 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from proxy.http.access import Access
-from proxy.http.answers import Answers
 from proxy.http.caller import CALLER
-from proxy.http.connection import HEAD_TIMEOUT_S, HEADS, LIMITS, REPLIES, SEND_TIMEOUT_S, UNREAD
 from proxy.http.connection_limits import ConnectionLimits
 from proxy.http.cors import Cors
 from proxy.http.descriptor_watch import watch_descriptors
 from proxy.http.guard import for_admins, guard
-from proxy.http.heads import Heads
 from proxy.http.loop_guard import loop_guard
 from proxy.http.metrics import Metrics
 from proxy.http.models import Models
 from proxy.http.origin_check import OriginCheck
-from proxy.http.pace import UnreadReplies
-from proxy.http.replies import Replies
+from proxy.http.pace import MIN_BYTES_PER_S, UnreadReplies
+from proxy.http.response_cache import HitCache, JSONVectorCache, ResponseCache
+from proxy.http.runner import (
+    CONNECTION,
+    HEAD_TIMEOUT_S,
+    LIMITS,
+    RESPONSES,
+    SEND_TIMEOUT_S,
+    UNREAD,
+)
 from proxy.http.status import Status
-from proxy.http.texts import Texts
 from proxy.onward.origin import PREFIXES, Origin
 from proxy.onward.passthrough import Passthrough
 from proxy.settings.schema import Settings
@@ -48,8 +52,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     )
     app[SERVICE] = service
     reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
-    replies = Replies(reply_bytes, is_enabled=server.fast_path)
-    app[REPLIES] = replies
+    app[RESPONSES] = responses = ResponseCache(reply_bytes, is_enabled=server.fast_path)
     app[LIMITS] = ConnectionLimits.of(server)
     app[HEAD_TIMEOUT_S] = server.head_timeout_s
     app[SEND_TIMEOUT_S] = server.send_timeout_s
@@ -73,8 +76,8 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(request_log.stamp)
     app.on_response_prepare.append(cors.mark)
-    embeddings = Embeddings(service, Answers(replies), Texts(replies.pool), unread)
-    app[HEADS] = Heads(replies, embeddings.at_once)
+    embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses.lru), unread)
+    responses.handler = embeddings
     _add_routes(app, embeddings, service, settings, access, passthrough)
     return app
 
@@ -92,6 +95,8 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     takes_keys = any(one.by_client for one in settings.providers.values() if one)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
+        # Of the waiting time that a client has, what is held back is worth a tenth at most.
+        request[CONNECTION].hold_body(int(MIN_BYTES_PER_S * server.body_timeout_s / 10))
         content = await body.read(request, most, server.body_timeout_s)
         caller = request[CALLER]
         if takes_keys:

@@ -1,21 +1,28 @@
 """POST /v1/embeddings: the room where a request lives."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
+import orjson
 from aiohttp import web
 
 from providers.base import EmbeddingError, Vector
 from proxy.embedding.result import Result
-from proxy.http.answers import Answer, Answers
 from proxy.http.caller import Caller
-from proxy.http.connection import Connection
-from proxy.http.heads import ADMITTED, Admitted, Given
+from proxy.http.index_field import NOTHING_SAID
 from proxy.http.pace import UnreadReplies
-from proxy.http.repeating import AGAIN
 from proxy.http.request_log import MODEL
-from proxy.http.texts import Texts
+from proxy.http.response_cache import (
+    CONTEXT,
+    REUSE,
+    HitCache,
+    Hits,
+    JSONVectorCache,
+    RequestContext,
+    SyncResponse,
+)
+from proxy.http.runner import CONNECTION
 
 from . import wire
 from .http import cache_control
@@ -25,6 +32,8 @@ from .service import EmbeddingService
 _PARSE_INLINE = 1 << 20
 # Inputs, of a request that is answered without a turn for others.
 _FEW = 8
+_PART = 1 << 20
+"""Bytes of a reply that is kept as a whole, sent at a time."""
 # Of a long reply: about half a millisecond's work. More at a time would not be quicker.
 _CHUNKS_AT_A_TIME = 4
 
@@ -33,11 +42,15 @@ class Embeddings:
     """Answers embedding requests from a service."""
 
     def __init__(
-        self, service: EmbeddingService, answers: Answers, texts: Texts, unread: UnreadReplies
+        self,
+        service: EmbeddingService,
+        hit_cache: HitCache,
+        json_cache: JSONVectorCache,
+        unread: UnreadReplies,
     ) -> None:
         self._service = service
-        self._answers = answers
-        self._texts = texts
+        self._hit_cache = hit_cache
+        self._json_cache = json_cache
         self._unread = unread
 
     async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
@@ -49,66 +62,104 @@ class Embeddings:
             is_admin=caller.is_admin,
         )
         model = request.match_info.get("model")
-        digest = await self._answers.digest(body, caller, control, model)
-        known = await self._answers.find(digest)
-        if known is not None:
-            answer, vectors = known
-            return await self._send(request, answer, vectors)
+        digest = await self._hit_cache.digest(body, caller, control, model)
+        found = await self._hit_cache.get(digest)
+        if found is not None:
+            hits, vectors = found
+            if vectors and self._hit_cache.has_room(hits, len(vectors)):
+                hits = await self._render(hits, vectors)
+                self._hit_cache.put(digest, hits, len(vectors))
+            return await self._send(request, hits, vectors)
         named = partial(request.__setitem__, MODEL)
         parse = partial(wire.parse, body, self._service.most_inputs, model, named)
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
-        # What stood in may not be needed again; and indexing is done anew for each request.
-        anew = result.fallback or self._service.indexing is not None
-        answer = Answer(form, _headers(result), None if anew else result.embedded.again)
-        self._answers.keep(digest, answer, len(asked.inputs))
+        hits = Hits(form, _headers(result), self._service.again(result, asked.index))
+        self._hit_cache.put(digest, hits, len(asked.inputs))
         if not (caller.api_key or "Content-Encoding" in request.headers):
-            request[ADMITTED] = Admitted(caller, control, model)
-        return await self._send(request, answer, result.embedded.vectors)
+            request[CONTEXT] = RequestContext(caller, control, model)
+        return await self._send(request, hits, result.embedded.vectors)
 
-    def at_once(self, body: bytes, admitted: Admitted) -> Given | None:
-        """Answer one request if nothing has to be waited for; see `heads`."""
+    def parse_sync(
+        self, body: bytes, context: RequestContext
+    ) -> tuple[wire.EmbeddingRequest, bytes] | None:
+        """Return what a body asks for, and what decides the answer; see `SyncHandler`."""
         try:
-            asked = wire.parse(body, self._service.most_inputs, admitted.model)
-            if len(asked.inputs) > _FEW:
-                return None
-            result = self._service.at_hand(asked, admitted.caller, admitted.control)
+            asked = wire.parse(body, self._service.most_inputs, context.model)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
-        if result is None or result.embedded.again is None:
+        if len(asked.inputs) > _FEW or asked.parameters or asked.index != NOTHING_SAID:
             return None
-        again = result.embedded.again
+        told = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
+        return asked, orjson.dumps(told)
+
+    def handle_sync(
+        self, asked: wire.EmbeddingRequest, context: RequestContext
+    ) -> SyncResponse | None:
+        """Answer one request if nothing has to be waited for; see `SyncHandler`."""
+        try:
+            result = self._service.at_hand(asked, context.caller, context.control)
+        except EmbeddingError:
+            # It is raised again by whoever tells of it.
+            return None
+        if result is None:
+            return None
         vectors = result.embedded.vectors
-        serials = again.serials_of(vectors)
-        still = None if serials is None else partial(again.still, serials)
+        again = self._service.again(result, asked.index)
+        reuse = None if again is None else again.reuse_of(vectors)
         form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
-        text = b"".join(wire.render(vectors, form, self._texts.json))
-        return Given(_headers(result), text, still, len(vectors))
+        text = b"".join(wire.render(vectors, form, self._json_cache.json))
+        return SyncResponse(_headers(result), text, reuse, len(vectors))
 
     async def _send(
-        self, request: web.Request, answer: Answer, vectors: Sequence[Vector]
+        self, request: web.Request, hits: Hits, vectors: Sequence[Vector]
     ) -> web.StreamResponse:
-        form = answer.form
-        chunks = wire.render(vectors, form, self._texts.json)
+        form = hits.form
+        if hits.rendered:
+            parts = range(0, len(hits.rendered), _PART)
+            view = memoryview(hits.rendered)
+            return await self._stream(request, hits, (), (view[at : at + _PART] for at in parts))
+        chunks = wire.render(vectors, form, self._json_cache.json)
         if len(vectors) <= form.vectors_a_chunk:
-            serials = None if answer.again is None else answer.again.serials_of(vectors)
-            if answer.again is not None and serials is not None:
-                still: Callable[[], bool] = partial(answer.again.still, serials)
-                request[AGAIN] = still, len(serials)
+            reuse = None if hits.again is None else hits.again.reuse_of(vectors)
+            if reuse is not None:
+                request[REUSE] = reuse, len(vectors)
             return web.Response(
-                body=b"".join(chunks), content_type="application/json", headers=answer.headers
+                body=b"".join(chunks), content_type="application/json", headers=hits.headers
             )
-        response = web.StreamResponse(headers=answer.headers)
+        return await self._stream(request, hits, vectors, chunks)
+
+    async def _render(self, hits: Hits, vectors: Sequence[Vector]) -> Hits:
+        """Return hits with all that is to be sent of them, while others get their turn."""
+        reuse = None if hits.again is None else hits.again.reuse_of(vectors)
+        if reuse is None:
+            return hits
+        parts = []
+        for number, chunk in enumerate(wire.render(vectors, hits.form, self._json_cache.json)):
+            parts.append(chunk)
+            if number % _CHUNKS_AT_A_TIME == 0:
+                await asyncio.sleep(0)
+        return hits._replace(rendered=b"".join(parts), reuse=reuse)
+
+    async def _stream(
+        self,
+        request: web.Request,
+        hits: Hits,
+        vectors: Sequence[Vector],
+        chunks: Iterable[bytes | memoryview],
+    ) -> web.StreamResponse:
+        """Send a long reply as its client takes it."""
+        response = web.StreamResponse(headers=hits.headers)
         response.content_type = "application/json"
-        response.content_length = form.length(len(vectors))
+        response.content_length = len(hits.rendered) or hits.form.length(len(vectors))
         await response.prepare(request)
         if request.transport is not None:  # Else nobody is there any more.
             self._unread.bound(request.transport)
             request.transport.set_write_buffer_limits(_CHUNKS_AT_A_TIME * wire.CHUNK)
-        with self._unread.holding(sum(map(len, vectors))):
+        with self._unread.holding(len(hits.rendered) or sum(map(len, vectors))):
             for number, chunk in enumerate(chunks):
                 # A write to a fast reader does not wait; other requests get their turn here.
                 if number % _CHUNKS_AT_A_TIME == 0:
@@ -120,8 +171,7 @@ class Embeddings:
 
 def _is_connected(request: web.Request) -> bool:
     """Tell whether the client is there, and has not closed its direction of the connection."""
-    connection = request.protocol
-    if isinstance(connection, Connection) and connection.has_left:
+    if request[CONNECTION].has_left:
         return False
     return request.transport is not None and not request.transport.is_closing()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import orjson
 from aiohttp import web
+from aiohttp.helpers import rfc822_formatted_time
 
 from providers.base import (
     AllResting,
@@ -66,6 +67,16 @@ class Failure:
             content_type="application/json",
             headers=headers,
         )
+
+    def last_bytes(self, request_id: str) -> bytes:
+        """Return a whole HTTP/1.1 response, for a connection that is closed behind it."""
+        response = self.response()
+        content = response.body if isinstance(response.body, bytes) else b""
+        lines = [f"HTTP/1.1 {response.status} {response.reason}"]
+        lines += [f"{name}: {value}" for name, value in response.headers.items()]
+        lines += [f"Content-Length: {len(content)}", f"x-request-id: {request_id}"]
+        lines += [f"Date: {rfc822_formatted_time()}", "Connection: close"]
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
 def new_request_id() -> str:

@@ -10,10 +10,8 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from aiohttp import web
-
 from providers import descriptors
-from proxy.http.connection import Runner
+from proxy.http.runner import Runner
 from proxy.settings.schema import Settings
 
 from .app import build_app
@@ -97,11 +95,10 @@ async def serve(
     """
     descriptors.raise_limit()
     app = build_app(settings)
-    # The log of accesses would cost as much as a hit; what matters is in the reply's headers.
-    runner = Runner(app, access_log=None, shutdown_timeout=GRACE_SECONDS)
+    runner = Runner(app, shutdown_timeout=GRACE_SECONDS)
     await runner.setup()
     try:
-        await web.SockSite(runner, listening).start()
+        await runner.listen(listening)
         with _signals(is_worker=is_worker) as told_to_stop:
             # What has been made so far stays for good: to look it all through for garbage, now and
             # then, would be a pause of tens of milliseconds for everybody.

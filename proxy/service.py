@@ -17,7 +17,7 @@ from typing import Self
 
 from cache.disk.store import Store
 from cache.key import Namespace
-from cache.ledger import MAX_HEADINGS, By, Heading, Line
+from cache.ledger import MAX_HEADINGS, Again, By, Heading, Line
 from cache.memory import Memory
 from cache.tiered import TierCounters, Tiers
 from cache.usage import Usage
@@ -43,14 +43,14 @@ from .config import load
 from .embedding import canary, indexing
 from .embedding.request_fields import classify
 from .http import index_field
-from .http.index_field import NOTHING_SAID
+from .http.index_field import NOTHING_SAID, Wish
 from .wire import EmbeddingRequest
 
 MIB = 1 << 20
 GIB = 1 << 30
 DAY = 86_400
 REPLIES_SHARE = 0.5
-"""The part of the memory that is left to whole replies (see `http.replies`)."""
+"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
 
 
 class EmbeddingService(Questions):
@@ -242,9 +242,25 @@ class EmbeddingService(Questions):
 
         Raises EmbeddingError.
         """
-        if self._answering is None or self.indexing is not None or asked.index != NOTHING_SAID:
+        if self._answering is None or asked.index != NOTHING_SAID:
             return None
-        return self._answering.at_hand(asked, caller, control)
+        result = self._answering.at_hand(asked, caller, control)
+        if result is None or result.embedded.again is None:
+            return None
+        if self.indexing is not None and not self.indexing.knows(asked.index, result):
+            return None
+        result.embedded.again.count()
+        return result
+
+    def again(self, result: Result, index: Wish) -> Again | None:
+        """Return what gives this answer to the same request once more; None to have it asked anew.
+
+        What stood in may not be needed again; and points that are not known to be indexed are.
+        """
+        again = None if result.fallback else result.embedded.again
+        if self.indexing is None or again is None:
+            return again
+        return self.indexing.again(again, index, result)
 
     async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.

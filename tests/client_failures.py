@@ -26,7 +26,7 @@ from client_trial import CLIENTS, Broken, Client, prepare, run
 from fault_server import Act, FaultServer, Payload, reset, status
 
 from proxy.app import build_app
-from proxy.http.connection import Runner
+from proxy.http.runner import Runner
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
@@ -273,10 +273,10 @@ async def _proxy(
         counted()
 
     app.on_response_prepare.append(count)
-    runner = Runner(app, access_log=None, shutdown_timeout=0.01)
+    runner = Runner(app, shutdown_timeout=0.01)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await runner.listen()
         yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     finally:
         await runner.cleanup()

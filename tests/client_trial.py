@@ -29,7 +29,7 @@ from aiohttp import web
 from fault_server import Call, FaultServer, Payload, status, vector_of
 
 from proxy.app import build_app
-from proxy.http.connection import Runner
+from proxy.http.runner import Runner
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 from tests.providers.many_texts import write_vocabulary
@@ -204,10 +204,10 @@ async def _proxy(folder: Path, upstream: OpenAI) -> AsyncIterator[str]:
         }
     )
     app = build_app(settings, EmbeddingService(settings))
-    runner = Runner(app, access_log=None, shutdown_timeout=0.01)
+    runner = Runner(app, shutdown_timeout=0.01)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await runner.listen()
         yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     finally:
         await runner.cleanup()

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import AsyncExitStack, suppress
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,11 +28,13 @@ from leaks import WATCH, watch_connections
 
 from providers import attempts, local
 from proxy.app import SERVICE, build_app
-from proxy.http.connection import Runner
-from proxy.http.heads import Heads
 from proxy.http.metrics import Metrics
-from proxy.http.repeating import Repeating
-from proxy.http.replies import Reply
+from proxy.http.response_cache import (
+    CachedResponse,
+    RequestKey,
+    ResponseCache,
+)
+from proxy.http.runner import Runner
 from proxy.http.status import Status
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
@@ -167,6 +169,18 @@ async def second() -> AsyncIterator[FaultServer]:
         yield server
 
 
+IS_FAST = os.environ.get("TEST_FAST_PATH", "on") == "on"
+"""TEST_FAST_PATH=off has the whole suite run with `server.fast_path: false`."""
+
+
+if os.environ.get("TEST_LOOP") == "uvloop":
+    import uvloop
+
+    def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+        """Have the tests run on the loop that the proxy runs on."""
+        return {"uvloop": uvloop.new_event_loop}
+
+
 class Proxy:
     """The proxy on a real port, with a client of each sort."""
 
@@ -229,15 +243,16 @@ class StartProxy:
         # Nothing is passed through unless a test says so.
         sections = {"passthrough": None, **sections}
         # Tests that write requests byte by byte name the host `h`.
-        sections["server"] = {"allowed_hosts": ["h"], **sections.get("server", {})}
+        server = {"allowed_hosts": ["h"], "fast_path": IS_FAST}
+        sections["server"] = {**server, **sections.get("server", {})}
         cache = {"directory": str(self._directory), **sections.get("cache", {})}
         sections = {**sections, "cache": cache}
         settings = Settings.model_validate(sections)
         app = build_app(settings, EmbeddingService(settings, sleep=no_wait))
-        runner = Runner(app, access_log=None, shutdown_timeout=0.01)
+        runner = Runner(app, shutdown_timeout=0.01)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await runner.listen()
         session = await self._stack.enter_async_context(aiohttp.ClientSession())
         proxy = Proxy(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", app, session)
         self._stack.push_async_callback(proxy.close)
@@ -267,36 +282,48 @@ async def start_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncI
     await start.tell()
     await start.stop()
     # aiohttp would keep the last 1,024 proxies alive, with all that they hold in memory.
-    web_app._cached_build_middleware.cache_clear()
+    for cached in vars(web_app).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
 
 
 @pytest.fixture
-def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[CachedResponse]:
     """Give a list of the replies that were given again, without anything being parsed."""
-    given: list[Reply] = []
-    repeat = Repeating._repeat
+    if not IS_FAST:
+        pytest.skip("the fast path is off")
+    given: list[CachedResponse] = []
+    get = ResponseCache.get
 
-    def noted(connection: Repeating, reply: Reply) -> None:
-        given.append(reply)
-        repeat(connection, reply)
+    def noted(cache: ResponseCache, key: RequestKey, body: bytes) -> CachedResponse | None:
+        kept = cache.lru.get(key.whole)
+        kept = cache.lru.get(kept) if isinstance(kept, bytes) else kept
+        response = get(cache, key, body)
+        if response is not None and response is kept:
+            given.append(response)
+        return response
 
-    monkeypatch.setattr(Repeating, "_repeat", noted)
+    monkeypatch.setattr(ResponseCache, "get", noted)
     return given
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[Reply]:
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[CachedResponse]:
     """Give a list of the replies to bodies under heads that had come before."""
-    given: list[Reply] = []
-    reply = Heads.reply
+    if not IS_FAST:
+        pytest.skip("the fast path is off")
+    given: list[CachedResponse] = []
+    get = ResponseCache.get
 
-    def noted(heads: Heads, digest: bytes, body: bytes) -> Reply | None:
-        found = reply(heads, digest, body)
-        if found is not None:
-            given.append(found)
-        return found
+    def noted(cache: ResponseCache, key: RequestKey, body: bytes) -> CachedResponse | None:
+        kept = cache.lru.get(key.whole)
+        kept = cache.lru.get(kept) if isinstance(kept, bytes) else kept
+        response = get(cache, key, body)
+        if response is not None and response is not kept:
+            given.append(response)
+        return response
 
-    monkeypatch.setattr(Heads, "reply", noted)
+    monkeypatch.setattr(ResponseCache, "get", noted)
     return given
 
 

@@ -160,7 +160,8 @@ def problem(  # noqa: PLR0911 - one for each kind of fault
         told = f"{response.status} {response.body[:200]!r}"
         if response.status >= 500:
             return f"a failure of the proxy: {told}"
-        if not (response.header("x-request-id") or "").startswith("req_"):
+        if not (response.header("x-request-id") or "").startswith(("req_", "mine")):
+            # A client may choose its own.
             return f"no x-request-id: {told}"
         if response.status >= 400 and (wrong := not_in_shape(response)):
             return f"{wrong}: {told}"

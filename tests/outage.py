@@ -24,7 +24,7 @@ from aiohttp import web
 from fault_server import FaultServer, status
 
 from proxy.app import build_app
-from proxy.http.connection import Runner
+from proxy.http.runner import Runner
 from proxy.service import EmbeddingService
 from proxy.settings.schema import Settings
 
@@ -141,10 +141,10 @@ async def house() -> AsyncIterator[House]:
             }
         )
         app = build_app(settings, EmbeddingService(settings))
-        runner = Runner(app, access_log=None, shutdown_timeout=0.01)
+        runner = Runner(app, shutdown_timeout=0.01)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await runner.listen()
         connector = aiohttp.TCPConnector(limit=0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         yield House(first, second, session, f"http://127.0.0.1:{runner.addresses[0][1]}/v1")

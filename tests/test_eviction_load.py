@@ -174,7 +174,7 @@ async def test_an_old_vector_is_bought_anew(tmp_path, upstream, start_proxy, clo
     async def started():
         proxy = await start_proxy(openai=upstream, cache=cache)
         # It took the clock before there was this one.
-        proxy.service._tiers._memory._clock = time.time
+        proxy.service._tiers.memory.clock = time.time
         return proxy
 
     async def ask(proxy):

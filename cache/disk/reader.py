@@ -91,7 +91,7 @@ class Reader:
     ) -> dict[bytes, Found] | None:
         """Return what the file has of a few addresses; None if a thread is to read it."""
         glance = self._disk.glance
-        if glance is None or len(addresses) > MAX_INLINE_RECORDS or self.rest.resting:
+        if glance is None or len(addresses) > MAX_INLINE_RECORDS or self.backoff.is_waiting:
             return None
         return glance.read_few(addresses, not_before=not_before)
 

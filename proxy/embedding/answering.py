@@ -34,9 +34,10 @@ class Answering:
         self._spaces = SpaceWatch()
 
     def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
-        """Return what `answer` would, already counted, if it need not be waited for; else None.
+        """Return what `answer` would if it need not be waited for; else None.
 
-        For a few short texts, at a width that needs no strategy. Raises EmbeddingError.
+        It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
+        EmbeddingError.
         """
         model = self._model(asked)
         if model.by_client is not None or model.width not in widths.BUILT_IN:
@@ -54,9 +55,7 @@ class Answering:
         if embedded is None or embedded.again is None:
             return None
         check(space, width, embedded.vectors)
-        result = made(model, model, space, width, asked.inputs, embedded, caller.namespace)
-        embedded.again.count()
-        return result
+        return made(model, model, space, width, asked.inputs, embedded, caller.namespace)
 
     def _model(self, asked: EmbeddingRequest) -> Model:
         model = self._registry.get(asked.model)

@@ -256,8 +256,6 @@ class _WhileProved:
     def count(self) -> None:
         self.answer.count()
 
-    def serials_of(self, vectors: Sequence[Vector]) -> Sequence[int] | None:
-        return self.answer.serials_of(vectors)
-
-    def still(self, serials: Sequence[int]) -> bool:
-        return self.is_proved() and self.answer.still(serials)
+    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
+        reuse = self.answer.reuse_of(vectors)
+        return None if reuse is None else lambda: self.is_proved() and reuse()

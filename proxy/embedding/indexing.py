@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Self
 import orjson
 
 from cache.key import Key, Namespace, checksum, keyring
+from cache.ledger import Again
 from index.collection import Making, name_of
 from index.collection import objections as collection_objections
 from index.connection import Connection
@@ -25,7 +27,7 @@ from index.failures import Denied, QdrantFailure, Unavailable
 from index.indexer import Indexer
 from index.point import Point, Target, id_bytes
 from providers import vector
-from providers.base import InputRefused, Outcome, Space
+from providers.base import InputRefused, Outcome, Space, Vector
 from providers.slices import slices
 from proxy.config import ConfigError
 from proxy.http import cache_control
@@ -143,12 +145,36 @@ class Indexing:
         except Exception:
             log.exception("an answer is not indexed")
 
-    async def _take(self, wish: Wish, result: Result) -> None:
+    def knows(self, wish: Wish, result: Result) -> bool:
+        """Tell whether each point of an answer is known to be in the outbox, or to have arrived.
+
+        Of a request that names ids or a payload none is. Of one that indexes nothing each is.
+        """
+        if not wish.wanted:
+            return True
+        keys, target = result.embedded.keys, self._target(wish, result)
+        if not keys or target is None or wish.ids is not None or wish.payload is not None:
+            return False
+        return self.indexer.knows_all(target, [key.address for key in keys])
+
+    def again(self, again: Again, wish: Wish, result: Result) -> Again | None:
+        """Return what gives an answer once more while its points are known; None if not all are."""
+        if not self.knows(wish, result):
+            return None
+        return again if not wish.wanted else _WhileIndexed(self.indexer, self.indexer.epoch, again)
+
+    def _target(self, wish: Wish, result: Result) -> Target | None:
+        """Return where the points of an answer go; None if nowhere."""
         named = wish.collection or self._qdrant.collection
         if named and result.fallback:
-            return
+            return None
         name = named or collection_of(result.name, result.space, result.dimensions, self._qdrant)
-        target = Target(name, result.space.label, result.dimensions)
+        return Target(name, result.space.label, result.dimensions)
+
+    async def _take(self, wish: Wish, result: Result) -> None:
+        target = self._target(wish, result)
+        if target is None:
+            return
         keys: Sequence[Key] = result.embedded.keys
         if not keys:
             ring = keyring(result.space, Namespace(result.namespace))
@@ -223,6 +249,25 @@ class Indexing:
                 )
             )
         return points
+
+
+@dataclass(frozen=True, slots=True)
+class _WhileIndexed:
+    """An answer that is given again for as long as its points are known."""
+
+    indexer: Indexer
+    epoch: int
+    answer: Again
+
+    async def vectors(self) -> Sequence[Vector] | None:
+        return await self.answer.vectors() if self.indexer.epoch == self.epoch else None
+
+    def count(self) -> None:
+        self.answer.count()
+
+    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
+        reuse = self.answer.reuse_of(vectors)
+        return None if reuse is None else lambda: self.indexer.epoch == self.epoch and reuse()
 
 
 def collection_of(model: str, space: Space, dimensions: int, qdrant: Qdrant) -> str:

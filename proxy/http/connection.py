@@ -1,410 +1,500 @@
-"""One client connection: aiohttp's, with five gaps closed.
+"""One client connection: a protocol of ours, in front of aiohttp's.
 
-aiohttp drops a connection whose client stops in the midst of a body and listens on; here the
-request fails, so that the client hears why. What is no HTTP at all is refused in OpenAI's shape
-too. A head has a time limit, before the first request too, a reply has to be taken in time
-(`pace`), and the number of connections is bounded (`connection_limits`). And bodies come as they
-were sent: who wants them decompressed does so (`body`). How requests that come again are answered
-is told in `repeating`.
+It sees all bytes in both directions, and hands aiohttp one request at a time: a whole head, then
+its body. What waits behind that is handed on when the reply was sent. So it always knows whether a
+request is in progress, and where none is it may answer by itself (`response_cache`). A request is
+in progress from the moment when its head has come.
+
+It closes gaps of aiohttp's: a head has a time limit, before the first request too; a reply has to
+be taken in time (`pace`); the number of connections is bounded (`connection_limits`); who stops
+sending amid a body is told so; what is no HTTP is refused in OpenAI's shape; drips cost next to
+nothing; and when the proxy stops, what was begun is answered.
+
+What is unusual is handed through as it comes, and the connection ends with it.
 """
 
 import asyncio
+import enum
 import logging
+import socket
 from collections.abc import Callable
-from typing import Any, cast
+from contextlib import suppress
+from typing import Protocol, cast
 
-from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import HttpProcessingError, RawRequestMessage
-from multidict import CIMultiDict, CIMultiDictProxy
+from aiohttp import StreamReader, web
+from aiohttp.helpers import rfc822_formatted_time
+from aiohttp.http import RawRequestMessage
 
-from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, new_request_id
+from proxy.errors import Failure, new_request_id
 
 from .body import MalformedBody
-from .connection_limits import ConnectionLimits
-from .heads import Heads
-from .pace import SendWatch, UnreadReplies, reset
-from .repeating import Repeating
-from .replies import Replies
+from .connection_limits import NO_ROOM, ConnectionLimits
+from .framing import (
+    HEAD_END,
+    BodyFramer,
+    MalformedChunks,
+    is_expecting,
+    is_unusual,
+    plain_request,
+    refusal,
+)
+from .inner_transport import InnerTransport
+from .pace import SendWatch, Timer, UnreadReplies, reset_unsent
+from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
 
-REPLIES = web.AppKey("replies", Replies)
-HEADS = web.AppKey("heads", Heads)
-LIMITS = web.AppKey("limits", ConnectionLimits)
-HEAD_TIMEOUT_S = web.AppKey("head_timeout_s", float)
-SEND_TIMEOUT_S = web.AppKey("send_timeout_s", float)
-UNREAD = web.AppKey("unread", UnreadReplies)
-
-LINGER_S = 3.0
-"""How long the rest of a body is read and dropped behind a reply that did not wait for it. Else
-the reset that answers it could overtake the reply. A slow body's time and this are a slow client's.
-"""
-_NO_LIMITS = 1 << 30
-_HEAD_SECONDS = _SEND_SECONDS = 10.0
-_OVERLOADED = Failure(
-    503,
-    "The proxy is overloaded: it has no room for another connection (server.max_connections).",
-    "server_error",
-    code="proxy_overloaded",
-    retry_after=RETRY_SECONDS,
-)
-_VERSIONS = (HttpVersion10, HttpVersion11)
-_HAS_OTHER_VERSION = web.RequestKey("has_other_version", bool)
-_IS_WAITING = web.RequestKey("is_waiting", bool)
-"""Whether the client waits to be told that it may send the body."""
-_OTHER_VERSION = Failure(
-    400,
-    "The request is not valid HTTP: its version is neither HTTP/1.0 nor HTTP/1.1.",
-    "invalid_request_error",
-)
-_MAX_PROBLEM = 200
-"""Characters of what aiohttp says is wrong with a request."""
+HOLD_S = 0.01
+"""Seconds for which a head waits for its body: many clients send them apart."""
+KEEPALIVE_S = 3630.0
+"""Seconds for which a connection may be idle: mostly longer than in a load balancer before it."""
+MAX_BUFFER = 1 << 16
+"""Bytes that wait behind the request in progress; then no more is read."""
 
 
-TIMED_OUT = Failure(504, "The request timed out.", "server_error", code="timeout", retry_after=1)
+class _Phase(enum.Enum):
+    HEAD = enum.auto()
+    """No request is in progress."""
+    BODY = enum.auto()
+    """One is: its head was handed on."""
+    THROUGH = enum.auto()
+    """All that comes is handed on as it comes."""
+    OVER = enum.auto()
+    """Nothing that comes counts any more."""
 
 
-def _problem(message: str) -> str:
-    """Return what is wrong with a request, without what was sent: it may hold a password."""
-    # The beginning says what is wrong; the rest quotes.
-    problem = (message.splitlines() or [""])[0].partition(": b")[0].rstrip(":. ")
-    is_quoted = "/" in problem or "@" in problem or not problem.isprintable() or problem == "*"
-    return "its target cannot be read" if is_quoted or not problem else problem[:_MAX_PROBLEM]
+class Server(Protocol):
+    """What the connections share."""
+
+    limits: ConnectionLimits
+    unread: UnreadReplies
+    responses: ResponseCache
+    head_timeout_s: float
+    send_timeout_s: float
+    connections: "set[Connection]"
+    fronts: "dict[web.RequestHandler, Connection]"
+    """The connection in front of each of aiohttp's protocol objects."""
+    is_lost: asyncio.Event
+    """Set whenever one of the connections is no more."""
+
+    def new_inner(self) -> web.RequestHandler:
+        """Return another protocol object of aiohttp's."""
 
 
-def _refused(message: str) -> str:
-    """Return what a client is told of bytes that aiohttp cannot read, for the reason it gives."""
-    return f"The request is not valid HTTP: {_problem(message)}."
+class Connection(asyncio.Protocol):
+    """The protocol object of one connection."""
 
-
-def _break_off(body: StreamReader, error: web.RequestPayloadError) -> None:
-    """Let who reads a body fail. Nothing more is read, nor waited for after the reply."""
-    body.set_exception(error)
-    body.feed_eof()
-
-
-def last_reply(failure: Failure) -> web.Response:
-    """Return an error without a handler, and log it; the connection is closed behind it."""
-    response = failure.response()
-    own = response.headers["x-request-id"] = new_request_id()
-    log.info("request %s: status %d: %s", own, failure.status, failure.message)
-    response.force_close()
-    return response
-
-
-def _reset_unsent(transport: asyncio.Transport) -> None:
-    """End a connection that would else stay open until its client takes the rest."""
-    if transport.get_write_buffer_size():
-        reset(transport)
-
-
-class Connection(Repeating):
-    """aiohttp's protocol object; there is one for each connection."""
-
-    __slots__ = (
-        "_head_deadline",
-        "_head_timeout_s",
-        "_limits",
-        "_send_watch",
-        "_unread",
-        "body",
-        "has_left",
-        "on_leave",
-    )
-
-    def __init__(
-        self,
-        limits: ConnectionLimits,
-        head_timeout_s: float,
-        send_timeout_s: float,
-        unread: UnreadReplies,
-        *args: Any,  # noqa: ANN401 - aiohttp's own
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(*args, **{**kwargs, "auto_decompress": False, "lingering_time": LINGER_S})
-        self._limits = limits
-        self._head_timeout_s = head_timeout_s
-        self._head_deadline: asyncio.TimerHandle | None = None
-        self._unread = unread
-        self._send_watch = SendWatch(self._loop, send_timeout_s, unread)
-        self.body: StreamReader | None = None
-        """The body of the request that was taken up last."""
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self.transport: asyncio.Transport | None = None
+        self._inner: web.RequestHandler | None = None
+        """aiohttp's protocol; made when there is something for it."""
+        self._phase = _Phase.HEAD
+        self._received = b""
+        """What has come and was not handed on."""
+        self._read = 0
+        """Bytes that have come in all."""
+        self._drained_at: int | None = None
+        """How many they were when the connection was to be drained: no head behind them counts."""
+        self._has_ended = False
+        """Whether the client sends no more."""
+        self._is_writing_paused = self._is_body_paused = False
+        self._send_watch = SendWatch(self._loop, server.send_timeout_s, server.unread)
+        self._head_deadline = Timer(self._loop, self._give_up_head)
+        self._hold = Timer(self._loop, self._hand_head_on)
+        self._keepalive = Timer(self._loop, self._check_idle)
+        self._idle_since = self._loop.time()
+        # Of the request in progress:
+        self._body: StreamReader | None = None
+        self._framer = BodyFramer(0)
+        self.key: RequestKey | None = None
+        """What it is known by; None if it is not to be answered from what was kept."""
+        self._is_handled = self._is_answered = self._is_upgrade = False
+        self._is_broken = self._is_closing = False
+        self._unhandled: list[bytes] = []
+        """What aiohttp wrote without any handler: why a request cannot be read."""
         self.has_left = False
         """Whether the client sends no more; mostly it does not listen either."""
         self.on_leave: Callable[[], None] | None = None
         """Called as soon as the client has left; for the request in progress to set and unset."""
+        self.on_grace_over: Callable[[], None] | None = None
+        """Called when the proxy stops, and the grace period is over; set and unset likewise."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take up a connection for which there is room; refuse it otherwise."""
+        self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
-        address = str(peer[0]) if isinstance(peer, tuple) else ""
-        if not self._limits.enter(self, address):
-            # What comes all the same is passed over.
-            self._force_close = True
-            self._say_last(transport, _OVERLOADED)
-            transport.close()
+        if not self._server.limits.enter(self, str(peer[0]) if isinstance(peer, tuple) else ""):
+            self._refuse(NO_ROOM)
             return
-        super().connection_made(transport)
-        self._await_head()
+        self._server.connections.add(self)
+        connected = transport.get_extra_info("socket")
+        if connected is not None:
+            with suppress(OSError):
+                connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._keepalive.start(KEEPALIVE_S)
+        self._head_deadline.start(self._server.head_timeout_s)
 
-    def _has_read(self, data: bytes) -> None:
-        """End a malformed body, and give the next head its time: from its first byte on."""
-        self._end_malformed_body()
-        if not data:
-            return
-        if not self.is_amid_head or (self.body is not None and not self.body.is_eof()):
-            self._stop_head_deadline()
-        elif data.strip(b"\r\n"):
-            self._await_head()
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Take note that the connection is no more."""
+        self._server.limits.leave(self)
+        for timer in (self._head_deadline, self._hold, self._keepalive):
+            timer.stop()
+        self._send_watch.stop()
+        self.transport = None
+        self._phase = _Phase.OVER
+        if self._inner is not None:
+            # aiohttp would fail at a request that it has read and not taken up.
+            self._loop.call_soon(self._lose_inner, exc)
+        self._leave()
+        self._server.connections.discard(self)
+        self._server.is_lost.set()
 
-    async def start(self) -> None:
-        """Answer requests until the connection is closed; the last reply has its time, too."""
-        await super().start()
-        if self.transport is not None:
+    def _lose_inner(self, exc: BaseException | None) -> None:
+        if self._inner is not None:
+            self._inner.connection_lost(exc)
+            self._server.fronts.pop(self._inner, None)
+            self._inner = None
+
+    def close(self) -> None:
+        """Close the connection; what was written has the usual time to be taken."""
+        self._phase = _Phase.OVER
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
             # uvloop writes at the end of a turn.
             self._loop.call_soon(self._send_watch.start, self.transport)
 
+    def force_close(self) -> None:
+        """Close the connection at once; what the kernel does not take at once is dropped."""
+        self._phase = _Phase.OVER
+        if self.transport is not None:
+            self.transport.close()
+            self._loop.call_soon(reset_unsent, self.transport)
+
+    def _refuse(self, failure: Failure) -> None:
+        """Write a reply without a request; the connection is closed behind it."""
+        if self.transport is None:
+            return
+        own = new_request_id()
+        log.info("request %s: status %d: %s", own, failure.status, failure.message)
+        self.transport.write(failure.last_bytes(own))
+        self.close()
+
+    def _check_idle(self) -> None:
+        is_idle = self._phase is _Phase.HEAD and not self._received
+        left = self._idle_since + KEEPALIVE_S - self._loop.time() if is_idle else KEEPALIVE_S
+        if left <= 0:
+            self.force_close()
+        self._keepalive.start(max(1.0, left))
+
+    def data_received(self, data: bytes) -> None:
+        """Answer a request that is known, or hand on what has come."""
+        self._read += len(data)
+        if self._phase is _Phase.HEAD:
+            self._received = self._received + data if self._received else data
+            self._take_head()
+            if len(self._received) > MAX_BUFFER:
+                self._balance_reading()
+        elif self._phase is _Phase.THROUGH:
+            if self._inner is not None:
+                self._inner.data_received(data)
+        elif self._phase is _Phase.BODY and not self._is_broken:
+            self._received = self._received + data if self._received else data
+            if self._body is not None and not self._framer.is_complete:
+                self._hand_body_on()
+            self._balance_reading()
+
+    def _take_head(self) -> None:
+        """Answer the next request, or hand its head on, if that has come."""
+        if self._phase is not _Phase.HEAD or self._is_writing_paused:
+            return
+        data = self._received
+        if data[:1] in {b"\r", b"\n"}:
+            # Empty lines before a request are passed over, and are not the end of its head.
+            data = self._received = data.lstrip(b"\r\n")
+        end = data.find(HEAD_END)
+        if end < 0 or not self._may_begin(end):
+            self._wait_for_head()
+            return
+        if self._server.responses.is_enabled:
+            request = plain_request(data, end)
+            if request is not None and request.end <= MAX_REQUEST:
+                if request.end > len(data) and not is_expecting(request.head):
+                    self._server.limits.busy(self)
+                    self._head_deadline.start(self._server.head_timeout_s)
+                    self._hold.start(HOLD_S)
+                    return
+                if request.end <= len(data):
+                    body = data[request.begin : request.end]
+                    key = self._server.responses.key(request.head, body)
+                    response = self._server.responses.get(key, body)
+                    if response is not None:
+                        self._received = data[request.end :]
+                        self._reply(response)
+                        return
+                    self.key = key
+        self._hand_head_on()
+
+    def _may_begin(self, end: int) -> bool:
+        """Tell whether the head that ends there came before the connection was to be drained."""
+        if self._drained_at is None:
+            return True
+        return self._read - len(self._received) + end + len(HEAD_END) <= self._drained_at
+
+    def _wait_for_head(self) -> None:
+        if self._has_ended or self._drained_at is not None:
+            self.close()
+        elif self._received and is_unusual(self._received):
+            self._hand_on(len(self._received), _Phase.THROUGH)
+        elif self._received:
+            self._head_deadline.start(self._server.head_timeout_s)
+
+    def _reply(self, response: CachedResponse) -> None:
+        assert self.transport is not None  # noqa: S101
+        own = f"x-request-id: {new_request_id()}\r\nDate: {rfc822_formatted_time()}\r\n"
+        last = b"Connection: close\r\n" if self.is_last else b""
+        self.transport.write(b"".join((response.head, own.encode(), last, b"\r\n", response.body)))
+        self._idle_since = self._loop.time()
+        self._head_deadline.stop()
+        # The order matters only where room is short.
+        if self._hold.stop() or self._server.limits.is_tight:
+            self._server.limits.idle(self)
+        if self._received or last:
+            self._loop.call_soon(self._take_next)
+
+    def _hand_head_on(self) -> None:
+        """Hand a whole head to aiohttp; if it is unusual, with all that comes behind it."""
+        end = self._received.find(HEAD_END) + len(HEAD_END)
+        if is_unusual(self._received[:end]):
+            self._hand_on(len(self._received), _Phase.THROUGH)
+        else:
+            self._hand_on(end, _Phase.BODY)
+
+    def _hand_on(self, size: int, phase: _Phase) -> None:
+        """Hand so many bytes to aiohttp, which takes a request up in the next turn of the loop.
+
+        Until then the time for the head goes on.
+        """
+        self._hold.stop()
+        self._head_deadline.start(self._server.head_timeout_s)
+        self._phase = phase
+        data, self._received = self._received[:size], self._received[size:]
+        self._body, self._framer = None, BodyFramer(0)
+        self._is_answered = self._is_upgrade = False
+        self._server.limits.busy(self)
+        assert self.transport is not None  # noqa: S101 - else nothing would come
+        self._server.unread.bound(self.transport)
+        if self._inner is None:
+            self._inner = self._server.new_inner()
+            self._server.fronts[self._inner] = self
+            hooks = (self._write, self._close_inner, self._set_body_reading)
+            self._inner.connection_made(InnerTransport(self.transport, *hooks))
+            if self._is_writing_paused:
+                self._inner.pause_writing()
+        self._inner.data_received(data)
+
+    def begin(self, message: RawRequestMessage, body: StreamReader) -> None:
+        """Hand the body on: aiohttp has read a head, or failed to."""
+        self._head_deadline.stop()
+        self._is_handled = False
+        self._body = body
+        self._is_upgrade = bool(message.upgrade)
+        if self._phase is not _Phase.BODY:
+            return
+        framer = BodyFramer.of(message.headers, is_chunked=message.chunked)
+        if framer is None:
+            self._phase = _Phase.THROUGH
+            self._hand_rest_on()
+            return
+        self._framer = framer
+        # What follows a CONNECT is for whom no connection is made to.
+        self._is_broken = message.method == "CONNECT"
+        self._hand_body_on()
+        if self._has_ended:
+            self._end_input()
+
+    def _hand_body_on(self) -> None:
+        if self._received and not self._framer.is_complete:
+            try:
+                body, self._received = self._framer.feed(self._received)
+            except MalformedChunks as error:
+                # It is told in the reply to that request.
+                self._break_off(MalformedBody(refusal(str(error)).message))
+                return
+            if body and self._inner is not None:
+                self._inner.data_received(body)
+        self._finish()
+
+    def _break_off(self, error: web.RequestPayloadError) -> None:
+        """Let who reads the body fail; the connection is closed behind the reply."""
+        self._is_broken = True
+        self._received = b""
+        if self._body is not None and not self._body.is_eof():
+            self._body.set_exception(error)
+            self._body.feed_eof()
+        self._finish()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the connection is to be closed behind the reply to the request in progress."""
+        if self._is_broken or self._phase is _Phase.THROUGH:
+            return True
+        return (self._has_ended or self._drained_at is not None) and not self._has_next
+
+    @property
+    def _has_next(self) -> bool:
+        """Whether the head of another request has come that is to be answered, too."""
+        if not self._framer.is_complete:
+            return False
+        rest = self._received.lstrip(b"\r\n")
+        end = rest.find(HEAD_END)
+        return end >= 0 and self._may_begin(end + len(self._received) - len(rest))
+
+    def hold_body(self, max_bytes: int) -> None:
+        """Hand on no less than so many bytes of the body at a time, but for the last.
+
+        For who reads a body as a whole: to wake it for each byte would cost ten times as much.
+        """
+        self._framer.min_part = max_bytes
+
+    def handle(self) -> None:
+        """Take note that the request in progress has a handler: what comes is its reply."""
+        self._is_handled = True
+
+    def finish(self, *, is_kept_open: bool) -> None:
+        """Take note that the whole reply was written."""
+        self._is_answered = True
+        self._is_closing |= not is_kept_open
+        self._finish()
+
+    def _finish(self) -> None:
+        done = self._is_answered and (self._framer.is_complete or self._is_broken)
+        if done and self._phase is _Phase.BODY:
+            # aiohttp is to end its own work on it first.
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._phase is not _Phase.BODY:
+            return
+        self._body = self.key = None
+        if self._is_broken:
+            self.close()
+        elif self._is_closing:
+            self._phase = _Phase.OVER  # aiohttp closes it.
+        else:
+            self._phase = _Phase.HEAD
+            self._idle_since = self._loop.time()
+            self._server.limits.idle(self)
+            self._take_next()
+
+    def _take_next(self) -> None:
+        self._take_head()
+        self._balance_reading()
+
+    def _write(self, parts: list[bytes]) -> None:
+        """Write what aiohttp has to say; what it says without a handler takes another form."""
+        if not self._is_handled:
+            self._unhandled += parts
+            return
+        if self.transport is None:
+            return
+        self.transport.writelines(parts)
+        if self._is_upgrade and self._phase is _Phase.BODY and parts[0].startswith(b"HTTP/1.1 101"):
+            # What follows is no HTTP; aiohttp is about to say to whom it goes.
+            self._phase = _Phase.THROUGH
+            self._loop.call_soon(self._hand_rest_on)
+
+    def _hand_rest_on(self) -> None:
+        data, self._received = self._received, b""
+        if data and self._inner is not None:
+            self._inner.data_received(data)
+
+    def _close_inner(self) -> None:
+        """Close the connection as aiohttp wants it; refuse a request that it could not read."""
+        if self._is_handled or not self._unhandled:
+            self.close()
+            return
+        _, _, why = b"".join(self._unhandled).partition(HEAD_END)
+        self._unhandled = []
+        self._refuse(refusal(why.decode(errors="replace")))
+
+    def _set_body_reading(self, is_reading: bool) -> None:  # noqa: FBT001
+        """Read on, or no more: who reads the body is behind."""
+        self._is_body_paused = not is_reading
+        self._balance_reading()
+
+    def _balance_reading(self) -> None:
+        should_read = len(self._received) <= MAX_BUFFER and not self._is_body_paused
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self.transport.is_reading() != should_read:
+            if should_read:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
+
     def pause_writing(self) -> None:
         """Give the client a time to take what waits for it."""
-        super().pause_writing()
+        self._is_writing_paused = True
+        if self._inner is not None:
+            self._inner.pause_writing()
         if self.transport is not None:
             self._send_watch.start(self.transport)
 
     def resume_writing(self) -> None:
         """Write on: the client has taken most of it."""
+        self._is_writing_paused = False
         self._send_watch.stop()
-        super().resume_writing()
+        if self._inner is not None:
+            self._inner.resume_writing()
+        self._loop.call_soon(self._take_next)
 
-    def force_close(self) -> None:
-        """Close the connection at once; what the kernel does not take at once is dropped."""
-        transport = self.transport
-        super().force_close()
-        if transport is not None:
-            # uvloop writes at the end of a turn.
-            self._loop.call_soon(_reset_unsent, transport)
-
-    def begin(self) -> None:
-        """Take note that a request is handed to its handler."""
-        super().begin()
-        self._stop_head_deadline()
-        self._limits.busy(self)
-        if self.transport is not None:
-            self._unread.bound(self.transport)
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Send a reply; what has come of the next head is given its time from now on.
-
-        An error that aiohttp made outside of every handler is put into OpenAI's shape.
-        """
-        if isinstance(resp, web.HTTPException) and resp.status >= 400:
-            failure = Failure(resp.status, f"{resp.reason}.", "invalid_request_error")
-            resp = last_reply(failure)
-        sent = await super().finish_response(request, resp, start_time)
-        if not self._messages:
-            self._limits.idle(self)
-        if self.has_rest:
-            self._await_head()
-        return sent
-
-    def _stay_open(self) -> None:
-        # This is the way of hits: few steps. The order matters only where room is short.
-        super()._stay_open()
-        if self._head_deadline is not None:
-            self._stop_head_deadline()
-        if self._limits.is_tight:
-            self._limits.idle(self)
-
-    def _await_head(self) -> None:
-        if self._head_deadline is None:
-            self._head_deadline = self._loop.call_later(self._head_timeout_s, self._give_up_head)
-
-    def _stop_head_deadline(self) -> None:
-        if self._head_deadline is not None:
-            self._head_deadline.cancel()
-            self._head_deadline = None
-
-    def _give_up_head(self) -> None:
-        """Close the connection: no whole head came in time. Who has begun one is told so."""
-        self._head_deadline = None
-        if self.transport is None or self._is_answering:
-            return
-        if self.is_amid_head:
-            log.info("a connection was closed: no whole request head came in time")
-            message = f"No whole request head arrived within {self._head_timeout_s:g} s."
-            self._say_last(self.transport, Failure(408, message, "invalid_request_error"))
-        self.force_close()
-
-    @staticmethod
-    def _say_last(transport: asyncio.BaseTransport, failure: Failure) -> None:
-        """Write a reply without a request; the connection is closed behind it."""
-        response = failure.response()
-        body = response.body if isinstance(response.body, bytes) else b""
-        lines = [f"HTTP/1.1 {response.status} {response.reason}"]
-        lines += [f"{name}: {value}" for name, value in response.headers.items()]
-        lines += [f"Content-Length: {len(body)}", f"x-request-id: {new_request_id()}"]
-        head = "\r\n".join((*lines, "Connection: close")) + "\r\n\r\n"
-        cast("asyncio.WriteTransport", transport).write(head.encode() + body)
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]
+    def eof_received(self) -> bool:
         """Take note that the client sends no more; return True to keep the way back open."""
-        super().eof_received()
-        # The body that is arriving is that of the newest request, taken up already or not.
-        body = self._messages[-1][1] if self._messages else self.body
-        # aiohttp waits for a request only when there is none in progress.
-        if body is None or (self._waiter is not None and not self._messages):
-            return None
-        if not self.end_after_replies():
-            self.close()
-        if body.is_eof():
-            self._leave()
+        self._has_ended = True
+        if self._hold.stop():
+            self._hand_head_on()
+        if self._phase is _Phase.HEAD:
+            return HEAD_END in self._received
+        if self._phase is _Phase.OVER:
+            return False
+        if self._phase is _Phase.THROUGH and self._body is None:
+            # aiohttp may have read what it refuses in the next turn.
             return True
-        _break_off(body, web.RequestPayloadError("the body broke off"))
+        if self._body is not None:
+            self._end_input()
         return True
 
-    def _end_malformed_body(self) -> None:
-        """Fail the request whose body turned out malformed; aiohttp would let it wait for more."""
-        error = self._messages[-1][0] if self._messages else None
-        if error is None or isinstance(error, RawRequestMessage):
-            return
-        body = self._messages[-2][1] if len(self._messages) > 1 else self.body
-        if body is None or body.is_eof():
-            return
-        # It is told in the reply to that request.
-        self._messages.pop()
-        _break_off(body, MalformedBody(_refused(error.message)))
-        if not self.end_after_replies():
-            self.close()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """Take note that the connection is no more."""
-        self._limits.leave(self)
-        self._stop_head_deadline()
-        self._send_watch.stop()
-        super().connection_lost(exc)
-        self._leave()
+    def _end_input(self) -> None:
+        body = self._body if self._phase is _Phase.THROUGH else None
+        if self._framer.is_complete if body is None else body.is_eof():
+            self._leave()
+        else:
+            self._break_off(web.RequestPayloadError("the body broke off"))
 
     def _leave(self) -> None:
         self.has_left = True
         if self.on_leave is not None:
             self.on_leave()
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Return the reply to what could not be parsed as a request, and close the connection."""
-        if status >= 500 or not isinstance(exc, HttpProcessingError):
-            self.log_exception("a request failed outside of its handler", exc_info=exc)
-            if request.writer.output_size > 0:
-                raise ConnectionError("a reply has begun; there is no room for another")
-            return last_reply(INTERNAL if status != 504 else TIMED_OUT)
-        return last_reply(Failure(status, _refused(message or ""), "invalid_request_error"))
+    def drain(self) -> None:
+        """Answer the requests whose head has come, then close; close at once if there is none."""
+        if self._hold.stop():
+            self._hand_head_on()
+        self._drained_at = self._read
+        if self._phase is _Phase.HEAD:
+            if HEAD_END in self._received:
+                self._take_head()
+            else:
+                self.close()
+        elif self._phase is _Phase.THROUGH and self._body is None:
+            self.close()
 
-    def log_exception(self, *args: object, **kwargs: object) -> None:
-        """Log what aiohttp found wrong; for a client's own mistakes a line without traceback."""
-        error = kwargs.get("exc_info")
-        if isinstance(error, web.RequestPayloadError | ConnectionError):
-            log.info("a connection was closed: %s", error)
-            return
-        super().log_exception(*args, **kwargs)
-
-
-class Server(web.Server):
-    """aiohttp's server over such connections.
-
-    They share the limits, and the replies and heads that are kept.
-    """
-
-    connection_type = Connection
-
-    def __init__(
-        self,
-        app: web.Application,
-        *args: Any,  # noqa: ANN401 - aiohttp's own
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._limits = app.get(LIMITS, ConnectionLimits(_NO_LIMITS))
-        self._head_timeout_s = app.get(HEAD_TIMEOUT_S, _HEAD_SECONDS)
-        self._send_timeout_s = app.get(SEND_TIMEOUT_S, _SEND_SECONDS)
-        self._unread = app.get(UNREAD, UnreadReplies(_NO_LIMITS))
-        self._replies = app.get(REPLIES, Replies(0))
-        self._heads = app.get(HEADS, Heads(self._replies, lambda *_: None))
-
-    def pre_shutdown(self) -> None:
-        """Let every connection answer what it has begun to read."""
-        for connection in self.connections:
-            if isinstance(connection, Connection):
-                connection.drain()
-
-    def __call__(self) -> Connection:
-        """Return the protocol object for a new connection."""
-        return self.connection_type(
-            self._limits,
-            self._head_timeout_s,
-            self._send_timeout_s,
-            self._unread,
-            self._replies,
-            self._heads,
-            self,
-            loop=self._loop,
-            **self._kwargs,
-        )
-
-
-class Runner(web.AppRunner):
-    """aiohttp's runner over such a server.
-
-    The parser reads requests of HTTP/0.9, 2.0 and others too; they are refused, under HTTP/1.1.
-    `Expect` is dealt with here: a client that waits is told to go on, other expectations are
-    ignored (RFC 9110, 10.1.1). aiohttp would do so route by route, and fail at what is no UTF-8.
-    """
-
-    async def _make_server(self) -> web.Server:
-        plain = await super()._make_server()
-
-        def make_request(
-            message: RawRequestMessage,
-            body: StreamReader,
-            connection: web.RequestHandler,
-            writer: AbstractStreamWriter,
-            task: asyncio.Task[None],
-        ) -> web.BaseRequest:
-            if isinstance(connection, Connection):
-                connection.body = body
-                connection.begin()
-            is_known = message.version in _VERSIONS
-            if not is_known:
-                message = message._replace(version=HttpVersion11, should_close=True)
-            expected = message.headers.get("Expect")
-            if expected is not None:
-                headers = CIMultiDict(message.headers)
-                headers.popall("Expect")
-                message = message._replace(headers=CIMultiDictProxy(headers))
-            request = plain.request_factory(message, body, connection, writer, task)
-            request[_HAS_OTHER_VERSION] = not is_known
-            request[_IS_WAITING] = expected is not None and expected.lower() == "100-continue"
-            return request
-
-        async def handle(request: web.BaseRequest) -> web.StreamResponse:
-            if request[_HAS_OTHER_VERSION]:
-                return last_reply(_OTHER_VERSION)
-            if request[_IS_WAITING] and request.version == HttpVersion11:
-                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                # What was sent is no part of the reply.
-                request.writer.output_size = 0
-            return await plain.request_handler(request)
-
-        return Server(
-            self.app,
-            handle,
-            request_factory=make_request,
-            loop=plain._loop,  # noqa: SLF001 - aiohttp has no other way to choose the protocol
-            **plain._kwargs,  # noqa: SLF001
-        )
+    def _give_up_head(self) -> None:
+        """Close the connection: no whole head came in time. Who has begun one is told so."""
+        if self._received or self._phase is not _Phase.HEAD:
+            log.info("a connection was closed: no whole request head came in time")
+            message = f"No whole request head arrived within {self._server.head_timeout_s:g} s."
+            self._refuse(Failure(408, message, "invalid_request_error"))
+        self.force_close()

@@ -11,10 +11,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from providers import descriptors
+from proxy.errors import RETRY_SECONDS, Failure
 from proxy.settings.schema import Server
 
 log = logging.getLogger("embedding_proxy.connection")
 
+NO_ROOM = Failure(
+    503,
+    "The proxy is overloaded: it has no room for another connection (server.max_connections).",
+    "server_error",
+    code="proxy_overloaded",
+    retry_after=RETRY_SECONDS,
+)
 _PER_ADDRESS_SHARE = 0.75
 """Of all connections, those from one address, where `max_connections_per_address` is not set."""
 

@@ -1,88 +1,184 @@
-"""A connection that hands its parser one part of a request at a time: a head, or a body.
+"""Where the requests in a client's bytes begin and end (RFC 9112). Pure.
 
-What a client sends in one segment may hold several requests. aiohttp's parser takes a segment as a
-whole: where one request in it is malformed, those before it are lost, and what follows a request
-that asks for an upgrade to an unknown protocol, say `h2c`, is dropped. The client of a lost request
-waits for ever. Here segments are cut where requests end, so that each request is answered, however
-the network has joined them.
-
-What is used of aiohttp's private parts: `_messages`, the requests that were read and not begun.
+The end of a head is told here; whether it is well formed, and how long its body is, aiohttp tells.
 """
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from aiohttp import web
-from aiohttp.http import RawRequestMessage
+from proxy.errors import Failure
 
-_END = b"\r\n\r\n"
-"""The end of a head, and of a body in chunks (RFC 9112, 2.1 and 7.1)."""
-_MAX_FRUITLESS = 8
-"""Cuts of a segment at which no request ends; what is left goes as a whole. A body in chunks may be
-full of empty lines; to hand it to the parser line by line would cost a hundred times as much."""
+HEAD_END = b"\r\n\r\n"
+_CRLF = b"\r\n"
+_MAX_HEAD = 1 << 16
+_MAX_LINE = 8190
+"""Of a head; the same as aiohttp's."""
+_MAX_CHUNK_LINE = 4096
+_MAX_TRAILERS = 1 << 15
+# What a method may be made of (RFC 9110, 5.6.2), to the end of the line.
+_FIRST_LINE = re.compile(rb"[A-Z]+ [!-~\x80-\xff]+ HTTP/1\.[01]\r\n")
+# The one line in which the heads of a client's requests may differ. A head with two of them is
+# refused, and so is never known.
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r\n", re.IGNORECASE)
 # Python reads no number of thousands of digits; a body is at most as long as the largest file.
-_LENGTH = re.compile("[0-9]{1,20}")
+_NUMBER = re.compile("[0-9]{1,20}")
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;[\t -~\x80-\xff]*)?")
+_TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*")
+_MAX_PROBLEM = 200
+"""Characters of what aiohttp says is wrong with a request."""
 
 
-class Framing(web.RequestHandler):
-    """aiohttp's protocol object; there is one for each connection."""
-
-    __slots__ = ("_body_left", "_head_tail", "_is_broken")
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
-        super().__init__(*args, **kwargs)
-        self._body_left = 0
-        """Bytes of a body of a known length that have not come yet."""
-        self._head_tail = b""
-        """The last bytes of what came, where the end of a head may be begun."""
-        self._is_broken = False
-        """Whether the parser has failed."""
-
-    def data_received(self, data: bytes) -> None:
-        """Hand bytes to the parser, part by part."""
-        if self._is_broken:
-            return
-        if not data:
-            # aiohttp asks itself to go on with what it has.
-            super().data_received(data)
-            return
-        start = fruitless = 0
-        while start < len(data) and not self._is_broken:
-            is_body = self._body_left > 0
-            is_cut = fruitless < _MAX_FRUITLESS
-            end = self._end_of_part(data, start) if is_cut else len(data)
-            count = len(self._messages)
-            super().data_received(data if end - start == len(data) else data[start:end])
-            if len(self._messages) > count:
-                message, _ = self._messages[-1]
-                # What goes as a whole may hold the body, or a part of it, already.
-                self._body_left = _length(message) if is_cut else 0
-                # Nothing can be read behind what was no HTTP.
-                self._is_broken = not isinstance(message, RawRequestMessage)
-            elif not is_body:
-                fruitless += 1
-            start = end
-
-    def _end_of_part(self, data: bytes, start: int) -> int:
-        """Return where the part ends that begins, or goes on, at `start`."""
-        if self._body_left:
-            end = min(len(data), start + self._body_left)
-            self._body_left -= end - start
-            return end
-        kept, self._head_tail = self._head_tail, b""
-        found = (kept + data[start : start + len(_END)]).find(_END) if kept else -1
-        if 0 <= found < len(kept):
-            return start + found + len(_END) - len(kept)
-        found = data.find(_END, start)
-        if found >= 0:
-            return found + len(_END)
-        self._head_tail = (kept + data[start:])[1 - len(_END) :]
-        return len(data)
+class MalformedChunks(ValueError):
+    """The chunks of a body are malformed; the message says why."""
 
 
-def _length(message: object) -> int:
-    """Return the length of a request's body; 0 where it has none, or its end is to be found."""
-    if not isinstance(message, RawRequestMessage) or message.chunked:
-        return 0
-    length = message.headers.get("Content-Length", "")
-    return int(length) if _LENGTH.fullmatch(length) else 0
+class PlainRequest(NamedTuple):
+    """A request with a body of a told length."""
+
+    head: bytes
+    """All of the head but the digits of that length: they decide nothing."""
+    begin: int
+    """Where its body begins."""
+    end: int
+    """Where it ends."""
+
+
+def plain_request(data: bytes, head_end: int) -> PlainRequest | None:
+    """Return the POST request at the beginning of some data; None for any other request.
+
+    `head_end` is where the end of its head begins. The body need not have come.
+    """
+    if not data.startswith(b"POST "):
+        return None
+    # Without regard to case, it takes longer to find than all the rest.
+    place = max(data.find(b"\r\nContent-Length:", 0, head_end), 0)
+    found = _LENGTH.search(data, place, head_end + len(_CRLF))
+    if found is None:
+        return None
+    head = data[: found.start(1)] + data[found.end(1) : head_end]
+    begin = head_end + len(HEAD_END)
+    return PlainRequest(head, begin, begin + int(found[1]))
+
+
+def is_expecting(head: bytes) -> bool:
+    """Tell whether a head may say that its client waits before it sends the body."""
+    return b"\r\nexpect:" in head.lower()
+
+
+def is_unusual(data: bytes) -> bool:
+    """Tell whether the beginning of a head is none that aiohttp should wait with.
+
+    It is too long, or what it holds can be refused before its end has come.
+    """
+    if len(data) > _MAX_LINE and len(data) - data.rfind(b"\n") > _MAX_LINE:
+        return True
+    if b"\n" not in data:
+        return not data[:1].isalpha()
+    if len(data) > _MAX_HEAD or data.count(b"\n") != data.count(_CRLF):
+        return True
+    return _FIRST_LINE.match(data) is None
+
+
+def refusal(problem: str) -> Failure:
+    """Return what a client is told of bytes that cannot be read, for the reason aiohttp gives.
+
+    What was sent is not repeated: it may hold a password.
+    """
+    # The beginning says what is wrong; the rest quotes.
+    problem = (problem.splitlines() or [""])[0].partition(": b")[0].rstrip(":. ")
+    is_quoted = "/" in problem or "@" in problem or not problem.isprintable() or problem == "*"
+    said = "its target cannot be read" if is_quoted or not problem else problem[:_MAX_PROBLEM]
+    return Failure(400, f"The request is not valid HTTP: {said}.", "invalid_request_error")
+
+
+class BodyFramer:
+    """Finds the end of one body, in parts as they come."""
+
+    def __init__(self, length: int | None) -> None:
+        """`length` is in bytes; None = the body comes in chunks."""
+        self.min_part = 0
+        """Bytes of content that are held until more come, or the body is complete."""
+        self._content = b""
+        self._is_chunked = length is None
+        self._left = length or 0
+        """Bytes of the body, or of its current chunk, that have not come."""
+        self.is_complete = length == 0
+        self._line = b""
+        self._is_behind_chunk = False
+        self._trailer_bytes: int | None = None
+        """Bytes of the lines behind the last chunk; None before it."""
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str], *, is_chunked: bool) -> "BodyFramer | None":
+        """Return that of a request; None if its length is no plain number."""
+        length = headers.get("Content-Length", "0")
+        if is_chunked:
+            return cls(None)
+        return cls(int(length)) if _NUMBER.fullmatch(length) else None
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return what is to be handed on, and what comes behind the body.
+
+        A body in chunks is handed on in chunks, which are well formed. Raises MalformedChunks.
+        """
+        content, rest = (self._decode if self._is_chunked else self._count)(data)
+        self._content = self._content + content if self._content else content
+        if len(self._content) < self.min_part and not self.is_complete:
+            return b"", rest
+        content, self._content = self._content, b""
+        if self._is_chunked:
+            content = b"%x\r\n%b\r\n" % (len(content), content) if content else b""
+            content += b"0\r\n\r\n" if self.is_complete else b""
+        return content, rest
+
+    def _count(self, data: bytes) -> tuple[bytes, bytes]:
+        content = data if len(data) <= self._left else data[: self._left]
+        self._left -= len(content)
+        self.is_complete = not self._left
+        return content, data[len(content) :]
+
+    def _decode(self, data: bytes) -> tuple[bytes, bytes]:
+        data, self._line = self._line + data, b""
+        content: list[bytes] = []
+        place = 0
+        while not self.is_complete:
+            if self._left:
+                part = data[place : place + self._left]
+                content.append(part)
+                place += len(part)
+                self._left -= len(part)
+                if self._left:
+                    break
+            end = place if self._is_behind_chunk else data.find(_CRLF, place)
+            if self._is_behind_chunk and data[place : place + 2] != _CRLF:
+                if not _CRLF.startswith(data[place:]):
+                    raise MalformedChunks("a chunk does not end where its size says")
+                end = -1
+            if end < 0:
+                self._line = data[place:]
+                if len(self._line) > _MAX_CHUNK_LINE:
+                    raise MalformedChunks("a line of the body in chunks is too long")
+                break
+            if self._is_behind_chunk:
+                self._is_behind_chunk = False
+            else:
+                self._take_line(data[place:end])
+            place = end + len(_CRLF)
+        return b"".join(content), data[place:] if self.is_complete else b""
+
+    def _take_line(self, line: bytes) -> None:
+        """Read the size of a chunk, or a line behind the last one, which counts for nothing."""
+        if self._trailer_bytes is None:
+            size = _CHUNK_SIZE.fullmatch(line)
+            if size is None:
+                raise MalformedChunks("a chunk size is no hexadecimal number")
+            self._left = int(size[1], 16)
+            self._is_behind_chunk = self._left > 0
+            self._trailer_bytes = None if self._left else 0
+        elif not line:
+            self.is_complete = True
+        else:
+            self._trailer_bytes += len(line)
+            if _TRAILER.fullmatch(line) is None or self._trailer_bytes > _MAX_TRAILERS:
+                raise MalformedChunks("a trailer is no header, or they are too long")

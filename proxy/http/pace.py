@@ -19,7 +19,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -41,6 +41,31 @@ _MAX_UNSENT_BYTES = 1 << 18
 _CHECK_S = 1.0
 _CHECKS = 10
 """How often at least a reply is looked at within the budget."""
+
+
+class Timer:
+    """Calls something after a while, unless it is stopped before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+        self._loop = loop
+        self._call = call
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        """Begin to wait; one that waits already goes on."""
+        if self._handle is None:
+            self._handle = self._loop.call_later(seconds, self._end)
+
+    def stop(self) -> bool:
+        """Wait no longer; tell whether it did."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.cancel()
+        return handle is not None
+
+    def _end(self) -> None:
+        self._handle = None
+        self._call()
 
 
 class Pace:
@@ -173,6 +198,12 @@ def reset(transport: asyncio.Transport) -> None:
         with suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     transport.abort()
+
+
+def reset_unsent(transport: asyncio.Transport) -> None:
+    """End a connection that would else stay open until its client takes the rest."""
+    if transport.get_write_buffer_size():
+        reset(transport)
 
 
 def _unsent(transport: asyncio.Transport) -> int:

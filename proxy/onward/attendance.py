@@ -7,7 +7,7 @@ from typing import Self
 
 from aiohttp import web
 
-from proxy.http.connection import Connection
+from proxy.http.runner import CONNECTION
 
 
 class Stalled(TimeoutError):
@@ -27,8 +27,7 @@ class Attendance:
     """
 
     def __init__(self, request: web.Request, idle_s: float) -> None:
-        protocol = request.protocol
-        self._connection = protocol if isinstance(protocol, Connection) else None
+        self._connection = request.get(CONNECTION)
         self._idle_s = idle_s
         self._clock = asyncio.get_running_loop().time
         self._scope = asyncio.timeout(idle_s)

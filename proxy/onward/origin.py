@@ -43,6 +43,25 @@ _LIST_SECONDS = 3.0
 _LIST_BYTES = 1 << 24
 
 
+class Unanswered(aiohttp.ClientConnectionError):
+    """A call was sent, and its connection ended before the reply; the cause says how."""
+
+
+async def _send_once(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Send a call. aiohttp would send some methods again over a stale connection.
+
+    Whether to is the client's. aiohttp's middleware, which knows errors of other kinds as final.
+    """
+    try:
+        return await handler(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise Unanswered(*error.args) from error
+
+
 class Origin:
     """One origin that calls are passed to. Open it with `async with`.
 
@@ -72,13 +91,12 @@ class Origin:
         self._session = self._profile.network.open_session(
             self._base_url,
             connections=0,
+            middlewares=(_send_once,),
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
             timeout=aiohttp.ClientTimeout(total=None, connect=timeouts.connect_s),
         )
         if self._variable is None or self._key or self._by_client:
             log.info("calls that are not ours are passed to %s", self.name)
-        # aiohttp would send some methods again over a stale connection; whether to is the client's.
-        self._session._retry_connection = False  # noqa: SLF001 - there is no other way to say so
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -147,6 +165,8 @@ class Origin:
 
     def failure(self, error: Exception) -> EmbeddingError:
         """Return what a client is told when the origin could not be asked."""
+        if isinstance(error, Unanswered) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         if isinstance(error, TimeoutError):
             place = self._profile.network.place_of(self._base_url)
             seconds = self._profile.timeouts.connect_s

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache import memory as module
 from cache.memory import _OVERHEAD, Memory
 from cache.record import Entry
 
@@ -242,3 +243,64 @@ def test_clearing_leaves_nothing():
     for address in ADDRESSES[:3]:
         memory.put(address, _entry())
     assert all(memory.get(address) for address in ADDRESSES[:3])
+
+
+# --- the epoch ------------------------------------------------------------------------------------
+
+
+def _other(entry: Entry) -> Entry:
+    return entry._replace(tokens=entry.tokens + 1)
+
+
+@pytest.mark.parametrize("is_evicted", [False, True])
+def test_the_epoch_changes_when_another_entry_takes_the_place(is_evicted):
+    """Also where the first one was dropped for room; the same one once more changes nothing."""
+    first = Entry(bytes(8), 1, counted=True, digest=b"d")
+    memory = Memory(2 * (8 + _OVERHEAD))
+    memory.put(b"a", first)
+    before = memory.epoch
+    if is_evicted:
+        for name in (b"b", b"c"):
+            memory.put(name, first)
+        assert memory.get(b"a") is None
+    memory.put(b"a", first)
+    assert memory.epoch == before
+    if is_evicted:
+        for name in (b"d", b"e"):
+            memory.put(name, first)
+    memory.put(b"a", _other(first))
+    assert memory.epoch > before
+
+
+def test_the_epoch_changes_when_everything_is_dropped():
+    """What was made of the entries may be wrong from then on."""
+    memory = Memory(1000)
+    before = memory.epoch
+    memory.clear()
+    assert memory.epoch > before
+
+
+def test_no_more_is_remembered_of_what_was_dropped_than_is_bounded(monkeypatch):
+    """Then all that was made of entries is taken for wrong."""
+    monkeypatch.setattr(module, "_MAX_EVICTED", 3)
+    memory = Memory(8 + _OVERHEAD)
+    entry = Entry(bytes(8), 1, counted=True, digest=b"d")
+    epochs = []
+    for number in range(9):
+        memory.put(b"%d" % number, entry)
+        epochs.append(memory.epoch)
+        assert len(memory._evicted) <= 3
+    assert len(set(epochs)) == 3
+
+
+def test_an_expiry_is_that_of_the_first_to_expire():
+    """Of entries that are all here with these very vectors."""
+    memory = Memory(1 << 20, ttl_s=10)
+    entries = [Entry(bytes(8), 1, counted=True, digest=b"d") for _ in range(2)]
+    now = memory.clock()
+    for name, entry, age in zip((b"a", b"b"), entries, (1, 2), strict=True):
+        memory.put(name, entry, now - age)
+    vectors = [entry.vector for entry in entries]
+    assert memory.expiry_of([b"a", b"b"], vectors) == pytest.approx(now + 8)
+    assert memory.expiry_of([b"a", b"c"], vectors) is None
+    assert memory.expiry_of([b"a"], [bytearray(8)]) is None

@@ -1,11 +1,11 @@
 """How long a call is stayed with: as long as something moves, and somebody waits for it."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
 from proxy.http.connection import Connection
+from proxy.http.runner import CONNECTION
 from proxy.onward.attendance import Attendance, ClientLeft, Stalled
 
 
@@ -18,7 +18,7 @@ def connection():
 
 
 def _of(connection, idle_s=60.0) -> Attendance:
-    return Attendance(SimpleNamespace(protocol=connection), idle_s)
+    return Attendance({CONNECTION: connection}, idle_s)
 
 
 async def test_who_left_before_it_began_is_not_waited_for(connection):

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from talk import Talk
 
-from proxy.http.connection import Runner
+from proxy.http.runner import Runner
 
 GOOD = b'{"model":"text-embedding-3-small","input":"a"}'
 LINE = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\n"
@@ -157,9 +157,9 @@ async def test_a_bug_beyond_the_application_stays_aiohttps_500(caplog):
 
     app = web.Application()
     app.router.add_get("/", broken)
-    runner = Runner(app, access_log=None)
+    runner = Runner(app)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await runner.listen()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     async with asyncio.timeout(5), Talk(url, b"GET / HTTP/1.1\r\nHost: h\r\n\r\n") as talk:
         head = await talk.reader.readuntil(b"\r\n\r\n")

@@ -1,104 +1,158 @@
-"""Segments are cut where requests end: what is malformed costs no request ahead of it."""
+"""Where requests begin and end: told rightly, however the bytes are cut."""
 
-import asyncio
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
-from aiohttp import web
-from aiohttp.http import RawRequestMessage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.http.framing import Framing
+from proxy.http.framing import (
+    BodyFramer,
+    MalformedChunks,
+    is_expecting,
+    is_unusual,
+    plain_request,
+    refusal,
+)
 
 BODY = b'\r\n\r\nGET / HTTP/1.1\r\n\r\n{"input":"a"}'
 """A body with the end of a head in it."""
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\n"
-GOOD = {
-    "counted": HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
-    "chunked": HEAD
-    + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(BODY)
-    + BODY
-    + b"\r\n0\r\n\r\n",
-    "trailer": HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: y\r\n\r\n",
-    "no body": b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n",
-    "empty lines": b"\r\n\r\nGET /livez HTTP/1.1\r\nHost: h\r\n\r\n",
-    "upgrade": HEAD + b"Connection: upgrade\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n{}",
-}
-BAD = {
-    "method": b"\x00\r\n\r\n",
-    "framings": HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-    "length": HEAD + b"Content-Length: x\r\n\r\n",
-    "host": b"GET / HTTP/1.1\r\n\r\n",
-}
-
-
-def _read(pieces: list[bytes]) -> list[object]:
-    """Return the messages that a connection finds in pieces."""
-    with asyncio.Runner() as runner:
-        manager = SimpleNamespace(request_handler=len, request_factory=len)
-        connection = Framing(manager, loop=runner.get_loop())
-        for piece in pieces:
-            connection.data_received(piece)
-        return [message for message, _ in connection._messages]
 
 
 def _cut(sent: bytes, cuts: list[int]) -> list[bytes]:
-    edges = [0, *sorted(cuts), len(sent)]
+    edges = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
     return [sent[start:end] for start, end in pairwise(edges) if start < end]
 
 
+def _read(framer: BodyFramer, pieces: list[bytes]) -> tuple[bytes, bytes]:
+    """Return the content of a body that comes in pieces, and what comes behind it."""
+    body = rest = b""
+    for piece in pieces:
+        if framer.is_complete:
+            rest += piece
+            continue
+        part, rest = framer.feed(piece)
+        body += part
+    return body, rest
+
+
+def _content(body: bytes) -> bytes:
+    """Return what stands in well-formed chunks."""
+    content = []
+    while body != b"0\r\n\r\n":
+        size, _, body = body.partition(b"\r\n")
+        content.append(body[: int(size, 16)])
+        assert content[-1], "a chunk without content would end the body"
+        assert body[int(size, 16) :][:2] == b"\r\n"
+        body = body[int(size, 16) + 2 :]
+    return b"".join(content)
+
+
+CUTS = st.lists(st.integers(0, 400), max_size=6) | st.just(list(range(400)))
+
+
+@given(st.binary(max_size=50), st.binary(max_size=50), CUTS)
+def test_a_body_of_a_told_length_ends_there(body, behind, cuts):
+    """What comes behind it is kept for the next request."""
+    framer = BodyFramer(len(body))
+    assert _read(framer, _cut(body + behind, cuts)) == (body, behind)
+    assert framer.is_complete
+
+
 @given(
-    st.lists(st.sampled_from(sorted(GOOD)), max_size=3),
-    st.sampled_from(sorted(BAD)),
-    st.lists(st.integers(0, 600), max_size=4),
+    st.lists(st.sampled_from([b"a", b"\r\n", b"0\r\n\r\n", BODY]), max_size=4),
+    st.sampled_from([b"", b";a=b", b' ;a="b c"']),
+    st.sampled_from([b"", b"X: y\r\n", b"X: y\r\nZ:\r\n"]),
+    st.sampled_from([b"", BODY]),
+    CUTS,
 )
-def test_all_requests_ahead_of_a_malformed_one_are_found(names, bad, cuts):
-    """However the bytes are cut, each good request is found, and then the error."""
-    sent = b"".join(GOOD[name] for name in names) + BAD[bad]
-    found = _read(_cut(sent, cuts))
-    assert [isinstance(one, RawRequestMessage) for one in found] == [True] * len(names) + [False]
+def test_a_body_in_chunks_ends_with_the_last_line(chunks, extension, trailers, behind, cuts):
+    """Extensions and trailers count for nothing; the content is that of the chunks."""
+    lines = [b"%X%b\r\n%b\r\n" % (len(chunk), extension, chunk) for chunk in chunks]
+    sent = b"".join(lines) + b"000" + extension + b"\r\n" + trailers + b"\r\n"
+    framer = BodyFramer(None)
+    body, rest = _read(framer, _cut(sent + behind, cuts))
+    assert (_content(body), rest) == (b"".join(chunks), behind)
+    assert framer.is_complete
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_the_places_of_a_cut_make_no_difference(name):
-    """A request that is cut in two anywhere is found, and the one behind it, and the error."""
-    sent = GOOD[name] + GOOD["counted"] + BAD["method"]
-    for place in range(1, len(sent)):
-        found = _read([sent[:place], sent[place:]])
-        assert [isinstance(one, RawRequestMessage) for one in found] == [True, True, False], place
+MALFORMED = [
+    b"zz\r\n",
+    b"\r\n",
+    b"-1\r\n",
+    b"+1\r\na\r\n",
+    b"0x1\r\na\r\n",
+    b"1_0\r\n",
+    b"1\n\r\n",
+    b" 1\r\n",
+    b"1\r\nab",
+    b"1\r\na\n",
+    b"0\r\nbad trailer\r\n",
+    b"0\r\n: y\r\n",
+    b"1" * 17 + b"\r\n",
+    b"1;" + b"a" * 5000,
+    b"0\r\n" + b"X: y\r\n" * 10_000,
+]
 
 
-def test_a_body_full_of_empty_lines_is_not_handed_over_line_by_line(monkeypatch):
-    """What costs most to cut goes to the parser as a whole, and is read all the same."""
-    parts = []
-    feed = web.RequestHandler.data_received
-    monkeypatch.setattr(
-        web.RequestHandler,
-        "data_received",
-        lambda connection, data: (parts.append(data), feed(connection, data)),
-    )
-    lines = b"\r\n" * 4096
-    chunk = b"%x\r\n" % len(lines) + lines + b"\r\n0\r\n\r\n"
-    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-    for sent in (head + chunk, lines + head + chunk):
-        parts.clear()
-        assert isinstance(_read([sent])[0], RawRequestMessage)
-        assert b"".join(parts) == sent
-        assert len(parts) < 20
+@pytest.mark.parametrize("sent", MALFORMED, ids=range(len(MALFORMED)))
+@pytest.mark.parametrize("before", [b"", b"1\r\na\r\n"])
+def test_malformed_chunks_are_told(sent, before):
+    """However they are cut, and without waiting for more."""
+    for pieces in ([before + sent], _cut(before + sent, list(range(len(before + sent))))):
+        with pytest.raises(MalformedChunks):
+            _read(BodyFramer(None), pieces)
 
 
-def test_a_body_that_was_handed_over_is_not_waited_for():
-    """Behind a body full of empty lines a request came whole: what follows is cut as ever."""
-    chunks = b"2\r\n\r\n\r\n" * 20
-    full = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
-    text = b"x" * 1000
-    counted = HEAD + b"Content-Length: %d\r\n\r\n" % len(text) + text
-    found = _read([full + counted, GOOD["no body"] + BAD["length"]])
-    assert [isinstance(one, RawRequestMessage) for one in found] == [True, True, True, False]
+@pytest.mark.parametrize("length", [None, 90])
+def test_small_parts_are_held_back(length):
+    """Until they are enough, or the body is complete."""
+    framer = BodyFramer(length)
+    framer.min_part = 40
+    drips = [b"a" if length else b"1\r\na\r\n"] * 90 + ([] if length else [b"0\r\n\r\n"])
+    parts = [framer.feed(drip)[0] for drip in drips]
+    assert framer.is_complete
+    assert [place for place, part in enumerate(parts) if part] == [39, 79, len(drips) - 1]
+    body = b"".join(parts)
+    assert (body if length else _content(body)) == b"a" * 90
 
 
-def test_nothing_is_read_behind_what_is_no_http():
-    """One error is told, however much follows it."""
-    assert len(_read([BAD["method"] * 1000, GOOD["no body"], BAD["host"]])) == 1
+UNUSUAL = {
+    "TLS": b"\x16\x03\x01",
+    "a bare line end": b"GET / HTTP/1.1\n",
+    "a bare line end later": b"GET / HTTP/1.1\r\nHost: h\n\n",
+    "another version": b"GET / HTTP/2.0\r\n",
+    "no version": b"GET /\r\n",
+    "a long line": b"GET /" + b"a" * 9000,
+    "a long header": b"GET / HTTP/1.1\r\nX: " + b"a" * 9000,
+    "a long head": b"GET / HTTP/1.1\r\n" + b"X: 1234567\r\n" * 6000,
+}
+
+
+@pytest.mark.parametrize("data", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_need_not_be_waited_for_is_told(data):
+    """Aiohttp can say at once that it is no request, or how much is too much."""
+    assert is_unusual(data)
+
+
+@pytest.mark.parametrize("end", range(1, len(HEAD)))
+def test_the_beginning_of_a_plain_head_is_waited_with(end):
+    """Wherever it is cut."""
+    assert not is_unusual(HEAD[:end])
+
+
+def test_only_a_plain_request_is_told():
+    """A POST with one length; whether its client waits for a word is told apart."""
+    assert plain_request(HEAD + b"\r\n", len(HEAD) - 2) is None
+    assert plain_request(b"GET / HTTP/1.1\r\nContent-Length: 1\r\n\r\n", 33) is None
+    assert is_expecting(HEAD + b"EXPECT: 100-continue")
+    assert not is_expecting(HEAD + b"X: Expect: 100-continue")
+    found = plain_request(HEAD + b"Content-Length: 07\r\n\r\n", len(HEAD) + 18)
+    assert found == (HEAD + b"Content-Length: ", len(HEAD) + 22, len(HEAD) + 29)
+
+
+def test_a_refusal_quotes_nothing():
+    """What aiohttp says may hold what was sent."""
+    for said in ("bad: b'sk-canary'", "/sk-canary", "a@b", "*", "", "\x00"):
+        assert "canary" not in refusal(said).message

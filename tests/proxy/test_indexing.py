@@ -601,3 +601,77 @@ def test_a_collection_of_parameters_is_called_as_it_always_was():
     space = Space("m", 8).with_parameters({"task": "q", "n": 1})
     name = name_of("m", 8, parameters="n=1&task=%22q%22", prefix="p_")
     assert collection_of("m", space, 8, Qdrant(url="http://h", prefix="p_")) == name
+
+
+# --- hits that need nothing written --------------------------------------------------------------
+
+
+async def test_hits_whose_points_are_known_are_given_again(
+    start_proxy, upstream, qdrant, *, repeated, at_once
+):
+    """The same body, and others under the same head; nothing is written for them."""
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    for user in ("u", "u", "u", "v", "v"):
+        assert (await _ask(proxy, "a", user=user)).status == 200
+    assert (len(repeated), len(at_once)) == (2, 2)
+    told = await _arrived(proxy)
+    assert told["since_start"]["added"] == 1
+    assert len(await qdrant.points(COLLECTION)) == 1
+
+
+async def test_points_that_are_no_longer_known_are_written_again(
+    start_proxy, upstream, qdrant, repeated
+):
+    """As soon as the indexer forgets them, the kept response does not hold."""
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    for _ in range(3):
+        await _ask(proxy, "a")
+    await _arrived(proxy)
+    assert repeated
+    async with Connection(url=qdrant.url) as connection:
+        await connection.ask(lambda client: client.delete_collection(COLLECTION))
+    indexer = proxy.service.indexing.indexer
+    await indexer._on_disk(lambda outbox: outbox.forget(COLLECTION))
+    indexer._forget()
+    repeated.clear()
+    assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
+    assert not repeated
+    await _holds(qdrant, 1)
+    await _ask(proxy, "a")
+    assert repeated
+
+
+@pytest.mark.parametrize(
+    "wish", [{"ids": [7]}, {"payload": [{"lang": "en"}]}, {"ids": [7], "payload": [{"lang": "en"}]}]
+)
+async def test_a_request_that_names_ids_or_payload_is_always_written(
+    wish, start_proxy, upstream, qdrant, *, repeated, at_once
+):
+    """What came in between under the same id may be another's."""
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    await _ask(proxy, "a")
+    await _arrived(proxy)
+    for _ in range(3):
+        assert (await _ask(proxy, "a", index=wish)).headers["x-cache"] == "hit"
+    assert not repeated
+    assert not at_once
+    for other in (wish, {"ids": [7], "payload": [{"lang": "de"}]}, wish):
+        await _ask(proxy, "b", index=other)
+    await _arrived(proxy)
+    points = await qdrant.points(COLLECTION)
+    if "ids" in wish:
+        assert points[7]["payload"]["text"] == "b"
+        assert points[7]["payload"].get("lang") == wish.get("payload", [{}])[0].get("lang")
+    assert not repeated
+
+
+async def test_another_collection_has_its_own_points(start_proxy, upstream, qdrant, repeated):
+    """That a point is known in one says nothing of another; and what is not indexed needs none."""
+    proxy = await start_proxy(upstream, index=_index(qdrant))
+    wishes = [{"collection": "one"}, {"collection": "two"}, False]
+    for wish in wishes:
+        for _ in range(3):
+            assert (await _ask(proxy, "a", index=wish)).status == 200
+    assert len(repeated) == 1 + 2 + 2
+    await _arrived(proxy)
+    assert [len(await qdrant.points(name)) for name in ("one", "two")] == [1, 1]

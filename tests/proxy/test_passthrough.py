@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 from collections.abc import AsyncIterator
+from socket import SHUT_RDWR
 
 import aiohttp
 import openai
@@ -14,6 +15,7 @@ from any_server import AnyServer
 from yarl import URL
 
 from providers import hops
+from proxy.http.runner import LIMITS
 
 KEY = "openai-secret-key"
 CHAT = {"model": "gpt-x", "messages": [{"role": "user", "content": "hi"}]}
@@ -393,7 +395,7 @@ async def test_connections_are_kept_on_both_sides(other, start):
         async with proxy.http.post(f"{proxy.url}/x", data=b"a") as response:
             assert await response.read() == b"a"
             assert "Connection" not in response.headers
-    assert len(proxy.http.connector._conns) == 1
+    assert len(proxy.app[LIMITS]) == 1
     assert len(other.connections) == 1
 
 
@@ -768,7 +770,7 @@ async def test_an_upstream_hears_that_a_websocket_is_gone(other, start):
     connected.clear()
     socket = await proxy.http.ws_connect(f"{proxy.url}/realtime")
     await connected.wait()
-    socket._conn.transport.abort()
+    socket.get_extra_info("socket").shutdown(SHUT_RDWR)
     async with asyncio.timeout(60):
         assert await ended.get() != 4002
 

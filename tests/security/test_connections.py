@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 from talk import Talk
 
-from proxy.http.connection import LIMITS, Connection
+from proxy.http.connection import Connection
 from proxy.http.connection_limits import ConnectionLimits
+from proxy.http.runner import LIMITS
 from proxy.settings.schema import Server, Settings
 
 MODEL = "text-embedding-3-small"

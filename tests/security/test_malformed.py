@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import pytest
 from talk import Talk
+
+from proxy.http.connection import Connection
 
 MODEL = "text-embedding-3-small"
 SECONDS = 20
@@ -98,6 +101,32 @@ async def test_a_malformed_body_is_refused_at_once(what, upstream, start_proxy):
         assert content["error"]["message"].startswith("The request is not valid HTTP: ")
         assert await talk.is_over()
     assert not upstream.calls
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_body_that_turns_out_malformed_behind_its_reply_ends_the_connection(
+    turns, start_proxy, monkeypatch
+):
+    """Whenever it does: before the reply, while it is sent, or when the rest is being dropped."""
+    finish = Connection.finish
+
+    def finish_and_read_on(connection: Connection, *, is_kept_open: bool) -> None:
+        finish(connection, is_kept_open=is_kept_open)
+        _call_in(turns, lambda: connection.data_received(b"zz\r\n\r\n"))
+
+    monkeypatch.setattr(Connection, "finish", finish_and_read_on)
+    proxy = await start_proxy(server={"body_timeout_s": 3600})
+    head = b"PATCH http://u:p@h/v1/models HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with asyncio.timeout(SECONDS), Talk(proxy.url, head + b"1\r\na\r\n") as talk:
+        assert (await talk.response())[0] == 400
+        assert await talk.is_over()
+
+
+def _call_in(turns: int, call: Callable[[], None]) -> None:
+    if turns:
+        asyncio.get_running_loop().call_soon(_call_in, turns - 1, call)
+    else:
+        call()
 
 
 async def test_a_malformed_body_that_nobody_reads_ends_the_connection(start_proxy):

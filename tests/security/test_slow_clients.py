@@ -13,9 +13,9 @@ from any_server import AnyServer, echo
 from pydantic import ValidationError
 from talk import Talk
 
-from proxy.http import connection
-from proxy.http.connection import LIMITS
+from proxy.http import runner
 from proxy.http.pace import MIN_BUSY_BYTES_PER_S, MIN_BYTES_PER_S, Pace, SendWatch, UnreadReplies
+from proxy.http.runner import LIMITS
 from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
@@ -51,7 +51,7 @@ BULK = _request(
 @pytest.mark.parametrize("form", [LENGTH, CHUNKED], ids=["length", "chunked"])
 async def test_a_body_that_drips_is_a_408(form, path, start_proxy, monkeypatch):
     """A byte now and then wins no time, nor is the rest waited for long after the reply."""
-    monkeypatch.setattr(connection, "LINGER_S", 1.0)
+    monkeypatch.setattr(runner, "LINGER_S", 1.0)
     line, drip = form
     async with AnyServer() as other:
         server = {"body_timeout_s": SOON}
@@ -353,3 +353,34 @@ def test_the_kernel_keeps_little_only_while_many_are_waited_for():
     assert unread.waited_for == 18
     unread.bound(transport)
     assert deaf.options == [socket.TCP_NOTSENT_LOWAT]
+
+
+async def test_drips_wake_nobody(start_proxy, upstream, monkeypatch):
+    """A body of single bytes is handed on in parts worth reading, and answered as any other."""
+    handed: list[int] = []
+    receive = web.RequestHandler.data_received
+
+    def noted(inner: web.RequestHandler, data: bytes) -> None:
+        handed.append(len(data))
+        receive(inner, data)
+
+    monkeypatch.setattr(web.RequestHandler, "data_received", noted)
+    proxy = await start_proxy(openai=upstream)
+    body = json.dumps({"model": "text-embedding-3-small", "input": "a" * 1000}).encode()
+    for form, last in (
+        (b"Content-Length: %d\r\n" % len(body), b""),
+        (b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n"),
+    ):
+        handed.clear()
+        async with asyncio.timeout(SECONDS), Talk(proxy.url, _head("/v1/embeddings", form)) as talk:
+            while not handed:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0)
+            for place in range(len(body)):
+                drip = body[place : place + 1]
+                await talk.send(b"1\r\n%b\r\n" % drip if last else drip)
+                await asyncio.sleep(0)
+            await talk.send(last)
+            assert (await talk.response())[0] == 200
+        # The head, each 500 bytes, and the rest; nothing is known of how many of the first bytes
+        # came before the body was asked for.
+        assert len(handed) < 60

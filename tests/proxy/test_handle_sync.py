@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from talk import Talk
 
-from proxy.http import heads
-from proxy.http.connection import HEADS
-from proxy.http.heads import Heads
-from proxy.http.replies import Replies
+from proxy.http import response_cache
+from proxy.http.framing import plain_request
+from proxy.http.runner import RESPONSES
 
 MODEL = "text-embedding-3-small"
 KNOWN = ["a", "b", "c"]
@@ -46,15 +45,22 @@ async def proxy(upstream, start_proxy):
     return proxy
 
 
+def _split(data: bytes) -> tuple[bytes, bytes] | None:
+    """Return what a request's head is known by, and its body; None unless data is one request."""
+    found = plain_request(data, data.find(b"\r\n\r\n"))
+    if found is None or found.end != len(data):
+        return None
+    return found.head, data[found.begin :]
+
+
 # --- what is known by its head --------------------------------------------------------------------
 
 
 @given(st.binary(max_size=30), st.binary(max_size=30), st.sampled_from([b"", b"0", b"000"]))
 def test_a_head_is_known_whatever_the_length_of_its_body(one, other, zeros):
     """Of two requests that differ in nothing but their bodies, the heads are the same."""
-    known = Heads(Replies(0), lambda *_: None)
-    first, second = (known.split(_post(body)) for body in (one, other))
-    spelt = known.split(_post(other).replace(b"Length: ", b"Length: " + zeros))
+    first, second = (_split(_post(body)) for body in (one, other))
+    spelt = _split(_post(other).replace(b"Length: ", b"Length: " + zeros))
     assert first
     assert second
     assert spelt
@@ -65,14 +71,13 @@ def test_a_head_is_known_whatever_the_length_of_its_body(one, other, zeros):
 @given(st.binary(max_size=9), st.integers(-3, 3), st.sampled_from([b"X: 1", b"x-key: 2"]))
 def test_nothing_else_of_a_head_may_differ(body, more, line):
     """One with another line is another; and what is not one whole request is none."""
-    known = Heads(Replies(0), lambda *_: None)
-    plain, lined = known.split(_post(body)), known.split(_post(body, line))
+    plain, lined = _split(_post(body)), _split(_post(body, line))
     assert plain
     assert lined
     assert plain[0] != lined[0]
     request = _post(body)
     cut = request[:more] if more < 0 else request + bytes(more)
-    assert (known.split(cut) is not None) == (more == 0)
+    assert (_split(cut) is not None) == (more == 0)
 
 
 @pytest.mark.parametrize(
@@ -90,17 +95,17 @@ def test_nothing_else_of_a_head_may_differ(body, more, line):
 )
 def test_a_length_that_is_not_plain_makes_no_head_known(request_):
     """It is left to aiohttp, as are heads without one."""
-    assert Heads(Replies(0), lambda *_: None).split(request_) is None
+    assert _split(request_) is None
 
 
 async def test_heads_take_no_more_than_their_room(proxy, at_once, monkeypatch):
     """Clients that send something else in each head are answered as ever."""
-    monkeypatch.setattr(proxy.app[HEADS]._pool, "_limit", 6 * heads._OVERHEAD)
+    monkeypatch.setattr(proxy.app[RESPONSES].heads, "max_bytes", 6 * response_cache._OVERHEAD)
     requests = [_post(_body("a"), b"X-Trace: %d" % number) for number in range(20)]
     replies = await _ask(proxy, *requests)
     assert {reply[1]["x-cache"] for reply in replies} == {"hit"}
     assert not at_once
-    assert 0 < len(proxy.app[HEADS]._pool) <= 6
+    assert 0 < len(proxy.app[RESPONSES].heads) <= 6
 
 
 # --- what is answered so --------------------------------------------------------------------------
@@ -225,7 +230,7 @@ async def test_each_key_has_its_own_head(upstream, start_proxy, at_once):
         sums[heading.client][0] += usage.hits
         sums[heading.client][1] += usage.misses
     assert sums == {"ci": [3, 3], "dev": [3, 3]}
-    kept = repr(proxy.app[HEADS]._pool._kept)
+    kept = repr(proxy.app[RESPONSES].heads._entries)
     assert "'ci'" in kept
     assert "Bearer" not in kept
 
@@ -248,7 +253,7 @@ async def test_what_only_the_disk_has_is_answered_at_once(upstream: FaultServer,
     """The tiers are asked each time; what the page cache holds is not waited for either."""
     await _ask(proxy, _post(_body("a")), _post(_body("b")))
     assert len(at_once) == 1
-    proxy.service._tiers._memory.clear()
+    proxy.service._tiers.memory.clear()
     upstream.calls.clear()
     ((_, headers, _),) = await _ask(proxy, _post(_body("b", user="u")))
     assert (headers["x-cache"], upstream.calls, len(at_once)) == ("hit", [], 2)

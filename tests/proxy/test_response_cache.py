@@ -14,24 +14,35 @@ from hypothesis import strategies as st
 
 from cache.usage import Usage
 from proxy import cli
-from proxy.http import repeating
-from proxy.http.connection import REPLIES
-from proxy.http.replies import _A_INPUT, _OVERHEAD, LONGEST_REPLY, Replies, Reply
+from proxy.http import connection
+from proxy.http.response_cache import (
+    _INPUT_BYTES,
+    _OVERHEAD,
+    MAX_RESPONSE,
+    CachedResponse,
+    RequestKey,
+    ResponseCache,
+)
+from proxy.http.runner import RESPONSES
 
 MODEL = "text-embedding-3-small"
 ASKED = {"model": MODEL, "input": "a b", "dimensions": 4}
 
 
-def _reply(size: int, *, holds: bool = True, inputs: int = 0) -> Reply:
-    return Reply(b"", bytes(size - _OVERHEAD), lambda: holds, inputs)
+def _reply(size: int, *, holds: bool = True) -> CachedResponse:
+    return CachedResponse(b"", bytes(size - _OVERHEAD), lambda: holds)
+
+
+def _key(name: bytes) -> RequestKey:
+    return RequestKey(b"head", name)
 
 
 # --- the map -------------------------------------------------------------------------------------
 
 
-def _kept(replies: Replies) -> list[Reply]:
-    """Return the replies that are kept; other things are kept with them."""
-    return [one for one, _ in replies.pool._kept.values() if isinstance(one, Reply)]
+def _kept(responses: ResponseCache) -> list[CachedResponse]:
+    """Return the responses that are kept; other things are kept with them."""
+    return [one for one, _ in responses.lru._entries.values() if isinstance(one, CachedResponse)]
 
 
 @given(
@@ -40,57 +51,61 @@ def _kept(replies: Replies) -> list[Reply]:
 )
 def test_no_more_is_kept_than_allowed_and_the_least_used_goes_first(acts, room):
     """It is as large as it says, never larger than it may be, and forgets in order of use."""
-    replies, known = Replies(room * _OVERHEAD), {}
+    responses, known = ResponseCache(room * _OVERHEAD), {}
     for keeps, number, size in acts:
         digest = bytes([number])
+        key = _key(digest)
         if keeps:
             reply = _reply(size * _OVERHEAD)
-            replies.keep(digest, reply)
+            responses.put(key.whole, reply, 0)
             known.pop(digest, None)
             if size <= room:
                 known[digest] = reply
             while sum(len(one.body) + _OVERHEAD for one in known.values()) > room * _OVERHEAD:
                 del known[next(iter(known))]
         else:
-            assert replies.find(digest) is known.get(digest)
+            assert responses.get(key, b"") is known.get(digest)
             if digest in known:
                 known[digest] = known.pop(digest)
-        assert _kept(replies) == list(known.values())
-        assert replies.pool.size == sum(len(one.body) + _OVERHEAD for one in known.values())
+        assert _kept(responses) == list(known.values())
+        assert responses.lru.size == sum(len(one.body) + _OVERHEAD for one in known.values())
 
 
 def test_what_no_longer_holds_is_dropped():
     """It is asked each time; once it says no, nothing is left of it."""
-    replies = Replies(1 << 20)
-    replies.keep(b"1", _reply(5000, holds=False))
-    assert replies.find(b"1") is None
-    assert (len(replies.pool), replies.pool.size) == (0, 0)
+    responses = ResponseCache(1 << 20)
+    responses.put(b"1", _reply(5000, holds=False), 1)
+    assert responses.get(_key(b"1"), b"") is None
+    assert (len(responses.lru), responses.lru.size) == (0, 0)
 
 
 def test_what_each_input_takes_counts():
     """A short reply to many inputs is as large as what tells whether it still holds."""
-    replies = Replies(1 << 20)
-    replies.keep(b"1", _reply(2000, inputs=3))
-    assert replies.pool.size == 2000 + 3 * _A_INPUT
-    replies.keep(b"2", _reply(2000, inputs=LONGEST_REPLY // _A_INPUT))
-    assert len(replies.pool) == 1
+    responses = ResponseCache(1 << 20)
+    responses.put(b"1", _reply(2000), 3)
+    assert responses.lru.size == 2000 + 3 * _INPUT_BYTES
+    responses.put(b"2", _reply(2000), MAX_RESPONSE // _INPUT_BYTES)
+    assert len(responses.lru) == 1
 
 
 def test_a_reply_that_is_too_long_is_not_kept():
     """One may take so much and no more, however much room there is."""
-    replies = Replies(1 << 30)
-    replies.keep(b"1", _reply(LONGEST_REPLY + 1))
-    assert not _kept(replies)
-    replies.keep(b"1", _reply(LONGEST_REPLY))
-    assert len(_kept(replies)) == 1
+    responses = ResponseCache(1 << 30)
+    responses.put(b"1", _reply(MAX_RESPONSE + 1), 0)
+    assert not _kept(responses)
+    responses.put(b"1", _reply(MAX_RESPONSE), 0)
+    assert len(_kept(responses)) == 1
 
 
 def test_a_request_is_known_by_a_digest_of_this_process():
     """Equal requests have equal digests, of 32 bytes, which are nobody else's to make."""
-    ours, others = Replies(1), Replies(1)
-    assert ours.digest(b"a") == ours.digest(b"a")
-    assert len({ours.digest(b"a"), ours.digest(b"b"), others.digest(b"a")}) == 3
-    assert len(ours.digest(b"a")) == 32
+    ours, others = ResponseCache(1), ResponseCache(1)
+    key = ours.key(b"a", b"b")
+    assert key == ours.key(b"a", b"b")
+    assert key.head == ours.key(b"a", b"c").head
+    told = [key, ours.key(b"ab", b""), ours.key(b"", b"ab"), others.key(b"a", b"b")]
+    assert len({one for each in told for one in each}) == 8
+    assert (len(key.head), len(key.whole)) == (32, 32)
 
 
 # --- what puts an end to one ----------------------------------------------------------------------
@@ -102,7 +117,7 @@ async def _ask(proxy, asked: object = ASKED, **headers: str):
     return (await reply.json())["data"], reply.headers
 
 
-async def _known(proxy, repeated: list[Reply]) -> object:
+async def _known(proxy, repeated: list[CachedResponse]) -> object:
     """Ask until the reply is one that was given before; return what it holds."""
     for _ in range(3):
         data, _headers = await _ask(proxy)
@@ -136,7 +151,7 @@ async def test_age_puts_an_end_to_it(upstream, start_proxy, repeated):
     proxy = await start_proxy(openai=upstream, cache={"ttl_days": 1})
     clock = Clock()
     clock.now = time.time()
-    proxy.service._tiers._memory._clock = clock
+    proxy.service._tiers.memory.clock = clock
     await _known(proxy, repeated)
     clock.now += 86_000
     await _ask(proxy)
@@ -172,18 +187,30 @@ async def test_a_purge_by_a_command_puts_an_end_to_it(upstream, start_proxy, rep
     assert upstream.inputs == ["a b", "a b"]
 
 
-async def test_eviction_from_memory_puts_an_end_to_it(upstream, start_proxy, repeated):
-    """With little memory, what others displaced there is looked up on disk again."""
+async def test_eviction_from_memory_does_not_make_it_wrong(upstream, start_proxy, repeated):
+    """With little memory, what others displaced there is still what it was."""
     proxy = await start_proxy(openai=upstream, cache={"memory_mib": 0.04})
     before = await _known(proxy, repeated)
     for number in range(8):
         await proxy.post({"model": MODEL, "input": f"text {number}", "dimensions": 4})
-    assert len(_kept(proxy.app[REPLIES])) == 1
     disk_hits = proxy.service.counters.disk_hits
     data, headers = await _ask(proxy)
     assert (data, headers["x-cache"]) == (before, "hit")
+    assert len(repeated) == 1
+    assert proxy.service.counters.disk_hits == disk_hits
+
+
+async def test_what_is_bought_anew_after_its_eviction_is_served(upstream, start_proxy, repeated):
+    """Memory does not hold the entry that the kept reply was made of, and knows it all the same."""
+    proxy = await start_proxy(openai=upstream, cache={"memory_mib": 0.04})
+    before = await _known(proxy, repeated)
+    for number in range(8):
+        await proxy.post({"model": MODEL, "input": f"text {number}", "dimensions": 4})
+    _other_vectors(upstream)
+    anew, _ = await _ask(proxy, **{"Cache-Control": "no-cache"})
+    assert anew != before
+    assert (await _ask(proxy))[0] == anew
     assert not repeated
-    assert proxy.service.counters.disk_hits == disk_hits + 1
 
 
 async def test_what_is_only_asked_so_stays_in_memory(upstream, start_proxy, repeated):
@@ -206,7 +233,7 @@ async def test_modes_that_buy_anew_repeat_nothing(mode, upstream, start_proxy, r
         await _ask(proxy)
     assert len(upstream.calls) == 4
     assert not repeated
-    assert not _kept(proxy.app[REPLIES])
+    assert not _kept(proxy.app[RESPONSES])
 
 
 @pytest.mark.parametrize("said", ["no-cache", "no-store", "max-age=60"])
@@ -217,7 +244,7 @@ async def test_requests_on_terms_of_their_own_repeat_nothing(said, upstream, sta
     for _ in range(3):
         await _ask(proxy, **{"Cache-Control": said})
     assert not repeated
-    assert not _kept(proxy.app[REPLIES])
+    assert not _kept(proxy.app[RESPONSES])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +282,7 @@ async def test_one_that_stood_in_is_not_repeated(upstream, second, start_proxy, 
     assert len(repeated) == 2
 
 
-async def test_where_requests_are_indexed_nothing_is_repeated(upstream, start_proxy, repeated):
+async def test_where_points_are_not_known_nothing_is_repeated(upstream, start_proxy, repeated):
     """Each request goes to Qdrant as well, though its vectors are known."""
 
     class Taken:
@@ -263,6 +290,12 @@ async def test_where_requests_are_indexed_nothing_is_repeated(upstream, start_pr
 
         async def take(self, *_: object) -> None:
             self.count += 1
+
+        def knows(self, *_: object) -> bool:
+            return False
+
+        def again(self, *_: object) -> None:
+            return None
 
     proxy = await start_proxy(openai=upstream)
     proxy.service.indexing = taken = Taken()
@@ -290,7 +323,7 @@ async def test_nothing_else_is_kept(asked, upstream, start_proxy, repeated, requ
     await proxy.post({"model": MODEL, "input": ["a b", *texts]})
     for _ in range(1 if "new" in asked["input"] else 3):
         await proxy.post(asked)
-        assert not _kept(proxy.app[REPLIES])
+        assert not _kept(proxy.app[RESPONSES])
     assert not repeated
 
 
@@ -356,7 +389,7 @@ async def test_each_has_an_id_and_the_time_of_its_own(upstream, start_proxy, rep
     proxy = await start_proxy(openai=upstream)
     await _known(proxy, repeated)
     moments = iter(("Mon, 01 Jan 2001 00:00:00 GMT", "Tue, 02 Jan 2001 00:00:00 GMT"))
-    monkeypatch.setattr(repeating, "rfc822_formatted_time", lambda: next(moments))
+    monkeypatch.setattr(connection, "rfc822_formatted_time", lambda: next(moments))
     (_, first), (_, second) = [await _ask(proxy) for _ in range(2)]
     assert len(repeated) == 2
     assert first["Date"] != second["Date"]
@@ -379,7 +412,6 @@ async def test_neither_texts_nor_keys_are_kept(upstream, start_proxy, repeated):
     for _ in range(3):
         await proxy.post(asked, Authorization="Bearer sk-canary-key")
     assert len(repeated) == 1
-    kept = repr(proxy.app[REPLIES].pool._kept)
-    assert "Repeat(" in kept
-    assert "'ci'" in kept
+    kept = repr(proxy.app[RESPONSES].lru._entries)
+    assert "CachedHit." in kept
     assert "canary" not in kept

@@ -1,7 +1,8 @@
-"""The same answer once more: nothing is parsed or hashed, only looked at whether it still holds."""
+"""An answer that came from the cache alone, given once more: nothing is parsed or hashed."""
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -14,10 +15,12 @@ from .tiered import LOT, Tiers
 from .usage import Usage
 
 _VECTOR = attrgetter("vector")
+TOUCH_S = 1.0
+"""Seconds between two times that the use of the entries is noted for one kept answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Repeat:
+class CachedHit:
     """What an answer was about that came from the cache alone, to a request without own terms.
 
     Whoever keeps something that was made of such an answer asks here before giving it out once
@@ -48,16 +51,31 @@ class Repeat:
         self.count()
         return vectors
 
-    def serials_of(self, vectors: Sequence[Vector]) -> list[int] | None:
-        """Return by which numbers `still` knows an answer again; None if it is another already."""
-        return self.tiers.serials_of(self.keys.addresses, vectors)
+    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
+        """Return what tells whether these vectors are still the answer, and if so, counts it.
 
-    def still(self, serials: Sequence[int]) -> bool:
-        """Tell whether the answer is the same as ever; if so, count it."""
-        if not self.tiers.holds(self.keys.addresses, serials, self.partition):
-            return False
-        self.count()
-        return True
+        None if they are not the answer any more, or memory does not hold them. They are until the
+        epoch of the memory tier changes, or the first of them expires.
+        """
+        tiers, memory, addresses = self.tiers, self.tiers.memory, self.keys.addresses
+        expires = memory.expiry_of(addresses, vectors)
+        if expires is None:
+            return None
+        epoch, clock, inputs, noted = memory.epoch, memory.clock, len(addresses), -math.inf
+
+        def reuse() -> bool:
+            nonlocal noted
+            now = clock()
+            if memory.epoch != epoch or now >= expires:
+                return False
+            if not 0 <= now - noted < TOUCH_S:
+                noted = now
+                tiers.note(addresses, self.partition)
+            tiers.counters.memory_hits += inputs
+            tiers.count(self.heading, self.usage)
+            return True
+
+        return reuse
 
     def count(self) -> None:
         """Count an answer that is given."""
