@@ -27,12 +27,12 @@ from providers.base import (
 )
 from providers.slices import SLICE, slices
 
+from .cached_hit import CachedHit
 from .errors import NotCached, name_input
 from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import Answered, charge_usage, ledger_key
 from .record import Entry
-from .cached_hit import CachedHit
 from .tiered import Tiers
 from .usage import Usage
 
