@@ -18,7 +18,7 @@ from providers.base import (
     UpstreamFault,
 )
 from providers.limits import Limits
-from providers.router import Route, Router
+from providers.routing.router import Route, Router
 from providers.routing.health import Upstreams
 from providers.routing.journey import Journey
 from tests.providers.fakes import Kept, Upstream, check, settle

@@ -31,12 +31,12 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
-from providers.router import Route, Router
-from providers.routing.breaker import State
-from providers.routing.budget import FLOOR
-from providers.routing.faults import NO_CREDIT_REST, NO_KEY_REST, rule
-from providers.routing.health import LONGEST_REST, Upstreams
-from providers.routing.turn import PROBE_LIMIT
+from providers.routing.router import Route, Router
+from providers.routing.circuit_breaker import State
+from providers.routing.policy import CREDIT_COOLDOWN_S, KEY_COOLDOWN_S, rule
+from providers.routing.health import MAX_COOLDOWN_TOLD_S, Upstreams
+from providers.scheduling.batch import PROBE_LIMIT_S
+from providers.scheduling.scheduler import Scheduler
 
 SPACE = Space("vendor/model", 2)
 
@@ -96,7 +96,7 @@ class World:
         """Embed, a new text each time unless told, and return who answered, or the error."""
         inputs = inputs or (f"text {next(self.texts)}",)
         try:
-            answer = await (router or self.router).embed(SPACE, inputs, context)
+            answer = await Scheduler(router or self.router).embed(SPACE, inputs, context)
         except base.EmbeddingError as failure:
             return failure
         return answer.providers[0]
@@ -215,8 +215,8 @@ async def test_what_is_not_the_services_fault_does_not_open_the_breaker(kind):
 @pytest.mark.parametrize(
     ("make", "seconds", "probed"),
     [
-        (lambda: error(OutOfCredit), NO_CREDIT_REST, True),
-        (lambda: error(CredentialsRefused), NO_KEY_REST, True),
+        (lambda: error(OutOfCredit), CREDIT_COOLDOWN_S, True),
+        (lambda: error(CredentialsRefused), KEY_COOLDOWN_S, True),
         (lambda: error(RateLimited, wait=60.0), 60.0, False),
     ],
 )
@@ -466,7 +466,7 @@ async def test_a_second_try_that_is_not_made_is_not_charged():
 
     async def sleep(seconds):
         breaker = world.upstreams.of("a").breaker
-        breaker.trip(breaker.enter(), 1, "others failed")
+        breaker.open(breaker.acquire(), 1, "others failed")
 
     alone = world.make([Route(world.a, "m")], sleep=sleep)
     assert isinstance(await world.ask(alone), RateLimited)
@@ -494,7 +494,7 @@ async def test_a_wait_that_was_kept_ends_the_rest_for_the_one_who_kept_it():
     async def sleep(seconds):
         world.waits.append(seconds)
         health = world.upstreams.of("a")
-        health.failed(health.enter("m", rested=True), error(RateLimited, wait=5.0), "m")
+        health.failed(health.acquire("m", rested=True), error(RateLimited, wait=5.0), "m")
 
     waiting = world.make([Route(world.a, "m")], sleep=sleep)
     assert isinstance(await world.ask(waiting), RateLimited)
@@ -516,8 +516,8 @@ async def test_an_attempt_leaves_time_for_the_next_route():
 
 async def test_a_probe_that_hangs_does_not_hold_up_its_request(monkeypatch):
     """Where another route could answer, a probe gets seconds, whatever the provider's limit."""
-    assert PROBE_LIMIT <= 10
-    monkeypatch.setattr("providers.routing.turn.PROBE_LIMIT", 0.001)
+    assert PROBE_LIMIT_S <= 10
+    monkeypatch.setattr("providers.scheduling.batch.PROBE_LIMIT_S", 0.001)
     world = World(lambda: error(UpstreamFault))
     while world.state("a") is State.CLOSED:
         await world.ask()
@@ -569,7 +569,7 @@ async def test_a_provider_that_is_down_takes_no_ones_trial():
     router = world.make([Route(f, "m") for f in (world.a, world.b, c)], order="fastest")
     assert await world.ask(router) == "a"
     breaker = world.upstreams.of("b").breaker
-    breaker.trip(breaker.enter(), 300, "others failed")
+    breaker.open(breaker.acquire(), 300, "others failed")
     assert [await world.ask(router) for _ in range(2)] == ["c", "a"]
 
 
@@ -600,7 +600,7 @@ async def test_what_happened_can_be_read():
 def test_an_error_nobody_foresaw_counts_and_is_not_repeated(kind):
     """A class without a row of its own has the careful one."""
     found = rule(kind("acme", "made up"))
-    assert (found.again, found.verdict.value, found.trips) == (0, "bad", None)
+    assert (found.retries, found.verdict.value, found.opens_s) == (0, "failure", None)
 
 
 class Hedged(World):
@@ -632,7 +632,7 @@ async def test_a_slow_route_is_hedged():
     assert await task == "b"
     assert (world.calls, world.a.ended, world.router.counts.hedges) == ((1, 1), 1, 1)
     assert world.upstreams.budget.extras == 1
-    assert world.upstreams.of("a").breaker_of("m").in_a_row == 0
+    assert world.upstreams.of("a").breaker_of("m").failures == 0
     assert not world.upstreams.of("a").failures
 
 
@@ -653,7 +653,7 @@ async def test_the_first_route_may_still_win():
     assert world.calls == (1, 1)
     world.a.gate.set()
     assert await task == "a"
-    assert world.upstreams.of("b").breaker_of("m").in_a_row == 1
+    assert world.upstreams.of("b").breaker_of("m").failures == 1
 
 
 async def test_a_first_route_that_fails_leaves_the_matter_to_its_hedge():
@@ -930,24 +930,24 @@ async def test_a_longer_rest_is_kept_and_none_is_for_ever():
     """A shorter one does not cut it; an upstream that names next year is asked within the hour."""
     world = Models()
     health = world.upstreams.of("a")
-    permits = [health.enter("small") for _ in range(4)]
+    permits = [health.acquire("small") for _ in range(4)]
     for permit, wait in zip(permits, [7.0, 3.0], strict=False):
         health.failed(permit, error(RateLimited, wait=wait), "small")
     assert health.rest("small") == 7
-    assert health.enter("small") is None
-    assert health.enter("small", rested=True) is not None
+    assert health.acquire("small") is None
+    assert health.acquire("small", rested=True) is not None
     health.failed(permits[2], error(RateLimited, wait=1e9), "small")
-    assert health.rest("small") == LONGEST_REST
+    assert health.rest("small") == MAX_COOLDOWN_TOLD_S
 
 
 async def test_nobody_rests_past_an_open_breaker():
     """To have waited for a rate limit gives no way through a breaker that opened since."""
     world = Models()
     health = world.upstreams.of("a")
-    health.failed(health.enter("small"), error(RateLimited, wait=1.0), "small")
+    health.failed(health.acquire("small"), error(RateLimited, wait=1.0), "small")
     for _ in range(5):
-        health.failed(health.enter("large"), error(Unreachable), "large")
-    assert health.enter("small", rested=True) is None
+        health.failed(health.acquire("large"), error(Unreachable), "large")
+    assert health.acquire("small", rested=True) is None
 
 
 async def test_each_model_has_a_breaker_and_the_provider_has_one():
@@ -955,26 +955,26 @@ async def test_each_model_has_a_breaker_and_the_provider_has_one():
     world = Models()
     health = world.upstreams.of("a")
     for _ in range(5):
-        health.failed(health.enter("large"), error(UpstreamFault), "large")
+        health.failed(health.acquire("large"), error(UpstreamFault), "large")
     assert (health.wait("large"), health.wait("small"), health.wait("other")) == (1, 0, 0)
     assert health.snapshot()["held"] == {"large": 1.0}
     for _ in range(5):
-        health.failed(health.enter("small"), error(Unreachable), "small")
+        health.failed(health.acquire("small"), error(Unreachable), "small")
     assert (health.wait("small"), health.wait("other")) == (1, 1)
     world.clock.now += 1
     # The provider is reached again, though it fails on: that is the matter of the model.
-    health.failed(health.enter("small"), error(UpstreamFault), "small")
+    health.failed(health.acquire("small"), error(UpstreamFault), "small")
     assert (health.wait("other"), health.breaker.state) == (0, State.CLOSED)
 
 
 async def test_breakers_of_made_up_models_are_forgotten(monkeypatch):
     """Names without end fill no memory, and forget no breaker that holds a model back."""
-    monkeypatch.setattr("providers.routing.health.MOST_LANES", 10)
+    monkeypatch.setattr("providers.routing.health.MAX_KEYS", 10)
     health = World().upstreams.of("a")
     for _ in range(5):
-        health.failed(health.enter("down"), error(UpstreamFault), "down")
+        health.failed(health.acquire("down"), error(UpstreamFault), "down")
     for i in range(50):
-        health.answered(health.enter(f"made up {i}"), f"made up {i}", ["text"])
+        health.succeeded(health.acquire(f"made up {i}"), f"made up {i}")
     assert health.wait("down")
     assert len(health._breakers) <= 10
 
@@ -983,9 +983,9 @@ async def test_breaker_and_rest_are_told_together():
     """What holds back the longest is said, and the client comes back when both are over."""
     world = Models(lambda: error(Unreachable))
     health = world.upstreams.of("a")
-    health.failed(health.enter("small"), error(RateLimited, wait=30.0), "small")
+    health.failed(health.acquire("small"), error(RateLimited, wait=30.0), "small")
     for _ in range(5):
-        health.failed(health.enter("large"), error(Unreachable), "large")
+        health.failed(health.acquire("large"), error(Unreachable), "large")
     small, large = await world.ask(world.only_small), await world.ask(world.only_large)
     assert (small.retry_after, large.retry_after) == (30, 1)
     assert "a: rate limited, asked again in 30.0 s" in str(small)
@@ -1034,4 +1034,4 @@ async def test_what_is_left_of_a_wait_in_our_queue_is_no_time_to_answer(earlier,
     now = loop.time()
     context = Context(deadline=now + 0.1, begun=now - earlier)
     assert await world.ask(context=context) == "b"
-    assert world.upstreams.of("a").breaker_of("m").in_a_row == counted
+    assert world.upstreams.of("a").breaker_of("m").failures == counted

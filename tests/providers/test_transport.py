@@ -25,7 +25,7 @@ from providers.base import (
     UpstreamTimeout,
 )
 from providers.limits import Timeouts
-from providers.routing.faults import rule
+from providers.routing.policy import rule
 from providers.transport import Transport
 
 PAYLOAD = b'{"model":"m","input":"a"}'
