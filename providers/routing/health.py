@@ -341,7 +341,7 @@ class Slots:
         self._waiting: dict[Callable[[], None], None] = {}
 
     def acquire(self, wake: Callable[[], None], max_used: int | None = None) -> bool:
-        """Take a slot, if fewer than `max_used` are taken; else have `wake` called when one is free.
+        """Take a slot if fewer than `max_used` are taken; else have `wake` called when one is free.
 
         `wake` is called once. It may be called though no slot is free any more.
         """

@@ -137,7 +137,7 @@ class Batch:
                 self._end()
             self._slots.release()
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised where someone waits
             try:
                 if self._is_over:
                     raise
@@ -307,6 +307,9 @@ class Batch:
         try:
             if missing or self._key.search is not None:
                 self._send_on(error, missing)
+        except Exception as defect:
+            fail_inputs(missing, defect)
+            raise
         finally:
             self._end_others(missing)
             for request in self._requests:
@@ -321,8 +324,11 @@ class Batch:
             if self._key.search is not None:
                 self._key.search.note(self._inputs, [], None, is_answered=True)
             return
-        culprit = None
         if isinstance(error, ProviderError):
+            is_hedged = bool(missing[0].batches)
+            if is_hedged and not isinstance(error, Full):
+                # Another route is asked beside: what comes of that decides.
+                return
             step = policy.next_step(error, self._standing(error, missing))
             if isinstance(step, policy.Retry):
                 self._queues.add_later(step.after_s, self._key, missing, self._route)
@@ -330,14 +336,15 @@ class Batch:
             self._health.note_failed(self._limit_key, missing[0].input)
             if not isinstance(error, CredentialsRefused | Full):
                 log.warning("%s", error)
-            if missing[0].batches and not isinstance(error, Full):
-                # Another route is asked beside: what comes of that decides.
-                return
             if isinstance(step, policy.NextRoute):
                 self._queues.add_again(self._key, missing)
+            if isinstance(step, policy.NextRoute) or is_hedged:
                 return
-            if missing[0].batches:
-                return
+        self._give_up(error, missing)
+
+    def _give_up(self, error: EmbeddingError, missing: list[PendingInput]) -> None:
+        """End the way of inputs that no attempt is left for."""
+        culprit = None
         if error.index is not None:
             culprit = self._inputs[error.index]
         elif self._key.is_alone and len(self._inputs) == 1 and isinstance(error, InvalidAnswer):
@@ -460,7 +467,7 @@ class Batch:
     def _end_others(self, inputs: Sequence[PendingInput]) -> None:
         """End what is under way beside this call for the same inputs, if nobody needs it."""
         for one in inputs:
-            for other in one.batches if len(one.batches) > 1 else ():
+            for other in one.batches:
                 if other is not self:
                     other.end_unneeded()
 
@@ -487,7 +494,8 @@ class Batch:
             self._timers.append(loop.call_later(self._limit, self._time_out))
         elif self._deadline is not None:
             self._timers.append(loop.call_at(self._deadline, self._note_hang))
-        if self._later and self._router.hedge_after_s is not None and self._key.search is None:
+        may_hedge = self._key.search is None and len(first.batches) == 1
+        if self._later and self._router.hedge_after_s is not None and may_hedge:
             upstreams.attempts.start(self._hedge(self._router.hedge_after_s), Attempt())
 
     def _stop_timers(self) -> None:

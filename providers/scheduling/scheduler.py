@@ -18,7 +18,6 @@ from providers.base import (
     Context,
     DeadlineExceeded,
     Embedded,
-    EmbeddingError,
     Full,
     Input,
     RateLimited,
@@ -186,6 +185,14 @@ class _Queue:
 
     def send(self) -> None:
         """Send batches of what waits, as long as there are slots."""
+        try:
+            self._send()
+        except Exception as error:
+            # A defect: nobody else will send what is left.
+            self._fail_all(error)
+            raise
+
+    def _send(self) -> None:
         while self._drop_unwanted():
             if self._router.upstreams.attempts.is_closing:
                 self._fail_all(DeadlineExceeded("the proxy is stopping"))
@@ -296,6 +303,8 @@ class _Queue:
                 one.request.fail(self._view.unavailable())
             else:
                 patient.append(one)
+        if len(patient) < len(inputs):
+            self._router.counts.refused += 1
         if patient and wait is not None:
             for request in dict.fromkeys(one.request for one in patient):
                 request.patience_s -= max(wait, MIN_COOLDOWN_WAIT_S)
@@ -313,7 +322,7 @@ class _Queue:
                 search.note([one], [], None)
         return False
 
-    def _fail_all(self, error: EmbeddingError) -> None:
+    def _fail_all(self, error: Exception) -> None:
         inputs = [*self._inputs]
         self._inputs.clear()
         fail_inputs(inputs, error)

@@ -3,13 +3,13 @@
 import asyncio
 
 from providers.base import Context, InputRefused, Space
-from providers.limits import Limits
 from providers.batching.batch_limits import (
     MAX_MODELS,
     MAX_NAMED_CALLS,
     MAX_SMALL_CALLS,
     BatchLimits,
 )
+from providers.limits import Limits
 from tests.providers.fakes import Upstream, check, schedule, settle
 
 LARGE = InputRefused("large", status=413)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from providers.base import Account, Bill, Charge, Context, InvalidAnswer, RateLimited, Space
 from providers.bill import MOST_NANODOLLARS, nanodollars
 from providers.limits import Limits
-from providers.routing.router import Router
 from providers.routing.route import Route
+from providers.routing.router import Router
 from providers.scheduling.scheduler import Scheduler
 from providers.tokens import share
 from tests.providers.fakes import Upstream, schedule, tokens_of

@@ -14,11 +14,11 @@ from hypothesis.stateful import (
 )
 
 from providers.routing.circuit_breaker import (
-    MIN_CALLS,
     FIRST_OPEN_S,
-    MAX_FAILURES,
     JITTER,
+    MAX_FAILURES,
     MAX_OPEN_S,
+    MIN_CALLS,
     PROBE_WAIT_S,
     WINDOW_S,
     CircuitBreaker,
@@ -207,7 +207,10 @@ class Model(RuleBasedStateMachine):
         if permit not in self.current:
             return
         self.current.discard(permit)
-        was_probe, self.is_probe = permit is self.is_probe, None if permit is self.is_probe else self.is_probe
+        was_probe, self.is_probe = (
+            permit is self.is_probe,
+            None if permit is self.is_probe else self.is_probe,
+        )
         if verdict is NONE:
             return
         if was_probe:

@@ -28,9 +28,9 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
+from providers.routing.health import FIRST_COOLDOWN, Upstreams
 from providers.routing.policy import MAX_ATTEMPTS, MAX_WAIT_S
 from providers.routing.router import Route, Router
-from providers.routing.health import FIRST_COOLDOWN, Upstreams
 from providers.scheduling.scheduler import Scheduler
 
 SPACE = Space("vendor/model", 2)

@@ -17,11 +17,10 @@ from providers.base import (
     RateLimited,
     Space,
 )
-from providers.batching.calls import assembled
-from providers.limits import limits_of
-from providers.limits import Limits
-from providers.routing.route import Route
 from providers.batching.batch_size import MIN_INPUTS as LEAST
+from providers.batching.calls import assembled
+from providers.limits import Limits, limits_of
+from providers.routing.route import Route
 from tests.providers.fakes import (
     Kept,
     Upstream,
