@@ -7,16 +7,12 @@ goes where the policy says: back to the queue, for the same route or another one
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 from providers.attempts import EXTRA_SHARE, Attempt
 from providers.base import (
-    Bill,
     ClientKeyRefused,
-    Context,
     CredentialsRefused,
     DeadlineExceeded,
-    Embedded,
     EmbeddingError,
     Full,
     InvalidAnswer,
@@ -24,15 +20,14 @@ from providers.base import (
     RateLimited,
     UpstreamTimeout,
 )
-from providers.batching.calls import assembled, rows_of
 from providers.batching.refusal import is_internal_error
-from providers.batching.twins import find_duplicate_vectors
 from providers.routing import policy
 from providers.routing.circuit_breaker import MAX_FAILURES, Verdict
 from providers.routing.health import CallPermit, Slots
 from providers.routing.route import Route
 from providers.routing.router import View
 
+from .call import Call
 from .pending import (
     FailedAttempt,
     PendingInput,
@@ -40,7 +35,6 @@ from .pending import (
     Queues,
     max_deadline,
     min_retries,
-    rank,
     requests_of,
 )
 from .search import fail_inputs, give_up, told
@@ -79,8 +73,9 @@ class Batch:
         self._health = view.health(route)
         self._budget = view.router.upstreams.budget_of(view.credential)
         self._requests = requests_of(inputs)
-        self._deadline = max_deadline(self._requests)
-        self._attempt = Attempt()
+        self._call = Call(self._router, key, route, inputs, self._requests, self._is_needed)
+        self._deadline = self._call.deadline
+        self._attempt = self._call.attempt
         self._task: asyncio.Task[None] | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._limit: float | None = None
@@ -93,7 +88,6 @@ class Batch:
         """Whether a reply that has begun was given more time."""
         self._has_hung = False
         """Whether it was counted as failed when the time was up."""
-        self._is_billed = False
         first = [one for one in inputs[0].failures if one.route == route]
         # Who came when the limit was known to be used up has had its wait.
         self._was_limited = (
@@ -118,7 +112,6 @@ class Batch:
         self._start_timers()
         self._task = self._router.upstreams.attempts.start(self._run(), self._attempt)
 
-    @property
     def _is_needed(self) -> bool:
         """Whether its answer is of use to anybody."""
         search = self._key.search
@@ -128,8 +121,12 @@ class Batch:
 
     async def _run(self) -> None:
         begun = self._router.upstreams.clock()
+        begin_by = None
+        if self._limit is not None:
+            # Where another route is left, half of the time is enough to wait for a rate limit.
+            begin_by = asyncio.get_running_loop().time() + self._limit / 2
         try:
-            answer = await self._ask()
+            answer = await self._call.make(begin_by)
         except asyncio.CancelledError:
             if not self._is_over:
                 self._health.cancelled(self._permit)
@@ -151,128 +148,13 @@ class Batch:
                 self._stop_timers()
                 self._note_success(self._router.upstreams.clock() - begun)
             try:
-                await self._deliver(range(len(self._inputs)), answer)
+                await self._call.deliver(range(len(self._inputs)), answer)
+                self._end_others(self._inputs)
             except Exception as error:  # noqa: BLE001 - a defect; it is raised where someone waits
                 fail_inputs(self._inputs, error)
             finally:
                 if not self._is_over:
                     self._end()
-
-    def _context(self) -> Context:
-        """Return what goes along with the call. It has the time of the most patient request."""
-        context = next(iter(self._requests)).context
-        loop = asyncio.get_running_loop()
-        return Context(
-            deadline=self._deadline,
-            user=context.user,
-            neutral=context.neutral,
-            namespace=context.namespace,
-            credential=context.credential,
-            account=context.account,
-            on_part=self._deliver,
-            counts={
-                one.input: one.count
-                for one in self._inputs
-                if one.count is not None and type(one.input) is str
-            },
-            # Where another route is left, half of the time is enough to wait for a rate limit.
-            begin_by=None if self._limit is None else loop.time() + self._limit / 2,
-            is_needed=lambda: self._is_needed,
-            finishes_calls=True,
-            attempt=self._attempt,
-        )
-
-    async def _ask(self) -> Embedded:
-        if not self._is_needed:
-            raise Full(self._route.name, "nobody waits for the answer any more")
-        if self._key.is_alone and len(self._inputs) > 1:
-            return await self._ask_each()
-        return await self._ask_for(self._inputs, self._context())
-
-    async def _ask_for(self, inputs: Sequence[PendingInput], context: Context) -> Embedded:
-        """Make one call at the provider, and tell what it was charged, whatever comes of it."""
-        items = [one.input for one in inputs]
-        account = inputs[0].request.context.account
-        try:
-            answer = await self._route.provider.ask(
-                self._route.model, self._key.space, items, context
-            )
-        except ProviderError as error:
-            if error.charge is not None and (len(inputs) == 1 or not self._is_billed):
-                self._charge(self._route.bill_failed(error.charge, items, account), inputs)
-            raise
-        self._charge(self._route.bill(answer.charge, answer.tokens, account), inputs)
-        return answer
-
-    async def _ask_each(self) -> Embedded:
-        """Ask for each input in a call of its own, and keep no vector that several of them get.
-
-        One vector for inputs that differ may be a call's fault; alone it is the upstream's. Raises
-        EmbeddingError.
-        """
-        inputs, context = self._inputs, replace(self._context(), on_part=None)
-        places = asyncio.Semaphore(self._route.limits.concurrency)
-
-        async def ask(one: PendingInput) -> Embedded:
-            async with places:
-                return await self._ask_for([one], context)
-
-        came = await asyncio.gather(*map(ask, inputs), return_exceptions=True)
-        parts = {i: one for i, one in enumerate(came) if isinstance(one, Embedded)}
-        vectors = {i: part.vectors[0] for i, part in parts.items()}
-        groups = find_duplicate_vectors([one.input for one in inputs], vectors)
-        shared = sorted({i for group in groups for i in group})
-        good = [i for i in parts if i not in shared]
-        if good and len(good) < len(inputs):
-            await self._deliver(good, assembled([([i], parts[i]) for i in good]))
-        if shared:
-            for one in inputs:
-                one.is_alone = False
-            problem = "one vector for inputs that differ, also when each is asked for alone"
-            error = InvalidAnswer(self._route.name, problem)
-            error.index = shared[0] if len(shared) < len(inputs) else None
-            raise error
-        failed = {one: i for i, one in enumerate(came) if isinstance(one, BaseException)}
-        if failed:
-            worst = min(failed, key=rank)
-            if isinstance(worst, InvalidAnswer):
-                worst.index = failed[worst]
-            raise worst
-        if any(_is_fused(one) for one in inputs[0].failures):
-            self._route.learn_single()
-        return assembled([([i], parts[i]) for i in good])
-
-    # What comes of it.
-
-    async def _deliver(self, indices: Sequence[int], part: Embedded) -> None:
-        """Hand a part of the answer to the requests whose inputs these are."""
-        if part.charge is not None and not self._is_billed:
-            account = next(iter(self._requests)).context.account
-            items = [one.input for one in self._inputs]
-            self._charge(self._route.bill_failed(part.charge, items, account), self._inputs)
-        if not indices:
-            return
-        inputs = [self._inputs[index] for index in indices]
-        if len(self._requests) == 1:
-            await inputs[0].request.take([one.index for one in inputs], part)
-        else:
-            for request, own in requests_of(inputs).items():
-                rows = [row for row, one in enumerate(inputs) if one.request is request]
-                await request.take([one.index for one in own], rows_of(part, rows))
-        self._end_others(inputs)
-
-    def _charge(self, bill: Bill, inputs: Sequence[PendingInput]) -> None:
-        """Tell each request what was charged for its inputs."""
-        self._is_billed = True
-        self._router.prices.charged(self._route, bill)
-        whole = bill.at([one.index for one in inputs])
-        if len(self._requests) == 1:
-            inputs[0].request.charge(whole)
-            return
-        for request in self._requests:
-            rows = [row for row, one in enumerate(inputs) if one.request is request]
-            if rows:
-                request.charge(whole.rows(rows))
 
     def _note_success(self, seconds: float) -> None:
         inputs, health = self._inputs, self._health
@@ -375,7 +257,7 @@ class Batch:
             cooldown_s=rest,
             time_left_s=max(left, 0.0),
             has_budget=self._budget.can_retry,
-            is_needed=self._is_needed,
+            is_needed=self._is_needed(),
             is_ready=self._view.is_ready(self._route, rested=rested),
             is_limited=self._was_limited,
             client_retries=min_retries(requests_of(missing)),
@@ -473,7 +355,7 @@ class Batch:
 
     def end_unneeded(self) -> None:
         """End the wait for the call if none of its inputs needs it; if it was sent, it goes on."""
-        if not self._is_over and not self._is_needed:
+        if not self._is_over and not self._is_needed():
             self._health.cancelled(self._permit)
             self._end()
             if self._task is not None:
@@ -563,8 +445,3 @@ class Batch:
             self._has_hung = True
             log.warning("%s: no answer when the time of a request was up", self._route.name)
             self._health.hung(self._permit)
-
-
-def _is_fused(failure: FailedAttempt) -> bool:
-    """Tell whether one vector came for all inputs of a call, which differ."""
-    return failure.error.index is None and bool(failure.error.indices)

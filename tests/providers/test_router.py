@@ -445,7 +445,8 @@ async def test_the_laws_of_trying(scripts):
     elif isinstance(said[-1], InputRefused):
         assert ended.args == said[-1].args
     else:
-        assert ended is (passing or said)[-1]
+        told = (passing or said)[-1]
+        assert (type(ended), ended.args) == (type(told), told.args)
     for (name, outcome), (after, _) in pairwise(outcomes):
         assert isinstance(outcome, ProviderError)
         if after == name:
@@ -457,7 +458,7 @@ async def test_the_laws_of_trying(scripts):
 async def test_no_wait_outlasts_the_request():
     """A wait drawn at random ends before the deadline too."""
     stage = Stage(*[[limited(None)] * 3])
-    with contextlib.suppress(RateLimited):
+    with contextlib.suppress(RateLimited, DeadlineExceeded):
         await stage.embed(context=in_seconds(0.001))
     assert all(wait <= 0.001 for wait in stage.waits)
 
