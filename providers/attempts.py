@@ -1,9 +1,9 @@
-"""Attempts at providers: a request that was sent is finished, though nobody may wait for it.
+"""Calls at providers that are under way: a call that was sent is finished, though nobody waits.
 
 An upstream charges for what it was asked, whether or not the answer is read. So the time of a
-request, or a client that goes, ends the wait for an attempt, and never the attempt itself: its
-answer is checked, kept and billed. The provider's own limits of time end it. What was not sent yet
-is dropped. When the process ends, each call that was sent has CLOSE_S seconds to be answered.
+request, or a client that goes, ends the wait for a call, and never the call itself: its answer is
+checked, kept and billed. The provider's own limits of time end it. What was not sent yet is
+dropped. When the process ends, each call that was sent has CLOSE_S seconds to be answered.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ log = logging.getLogger("embedding_proxy.attempts")
 
 
 class Attempt:
-    """How far an attempt has got. Whoever makes its calls sets `is_sent` and `has_reply`."""
+    """How far a call has got. Whoever makes it sets `is_sent` and `has_reply`."""
 
     __slots__ = ("_calls", "has_begun", "has_reply", "is_abandoned", "is_sent", "waiting_since")
 
@@ -66,42 +66,52 @@ class Attempts:
 
     def __init__(self) -> None:
         self._tasks: dict[asyncio.Task[None], Attempt] = {}
-        self._is_closing = False
+        self.is_closing = False
+        """Whether nothing is to be sent any more."""
 
-    async def make(self, work: Work, limit_s: float | None = None) -> bool:
-        """Make an attempt and wait for its end; return False if `limit_s` seconds are up before.
-
-        An attempt that was sent goes on when the time is up or the caller is cancelled; one that
-        was not is cancelled. Raises what the attempt fails with.
-        """
-        attempt = Attempt()
-        attempt.is_abandoned = self._is_closing
-        task = asyncio.create_task(work(attempt))
+    def start(self, work: Coroutine[Any, Any, None], attempt: Attempt) -> asyncio.Task[None]:
+        """Start what makes an attempt, as a task of its own."""
+        attempt.is_abandoned = self.is_closing
+        task = asyncio.create_task(work)
         self._tasks[task] = attempt
         task.add_done_callback(self._end)
+        return task
+
+    async def make(self, work: Work) -> None:
+        """Make an attempt and wait for its end. Raises what it fails with.
+
+        An attempt that was sent goes on when the caller is cancelled; one that was not is
+        cancelled, too.
+        """
+        attempt = Attempt()
+        task = self.start(work(attempt), attempt)
         try:
-            await asyncio.wait((task,), timeout=limit_s)
-            if limit_s is not None and attempt.has_reply:
-                await asyncio.wait((task,), timeout=EXTRA_SHARE * limit_s)
+            await asyncio.wait((task,))
         except asyncio.CancelledError:
-            await _abandon(task, attempt)
+            if self.abandon(task):
+                await asyncio.wait((task,))
             raise
-        if not task.done():
-            await _abandon(task, attempt)
-            return False
         task.result()
-        return True
+
+    def abandon(self, task: asyncio.Task[None]) -> bool:
+        """Let go of an attempt: it goes on by itself if it was sent, else it ends; tell if so."""
+        attempt = self._tasks.get(task)
+        if attempt is None:
+            return False
+        attempt.is_abandoned = True
+        return not attempt.is_sent and task.cancel()
 
     async def close(self) -> None:
         """End the attempts under way; those that were sent have CLOSE_S seconds to be answered.
 
         Those that were not sent end at once. Nothing is sent from now until the return.
         """
-        self._is_closing = True
+        self.is_closing = True
         for task, attempt in self._tasks.items():
             attempt.is_abandoned = True
             if not (attempt.is_sent or attempt.has_reply):
-                task.cancel()
+                # One that is cancelled before its first step would not run its own cleaning up.
+                asyncio.get_running_loop().call_soon(task.cancel)
         sent = sum(one.is_sent or one.has_reply for one in self._tasks.values())
         if sent:
             log.info("stopping: waiting up to %g s for the answers to %d calls", CLOSE_S, sent)
@@ -117,7 +127,7 @@ class Attempts:
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks)
-        self._is_closing = False
+        self.is_closing = False
 
     def _end(self, task: asyncio.Task[None]) -> None:
         attempt = self._tasks.pop(task)
@@ -127,11 +137,3 @@ class Attempts:
         error = task.exception()
         if error is not None and attempt.is_abandoned:
             log.info("a call that nobody waits for any more failed: %s", error)
-
-
-async def _abandon(task: asyncio.Task[None], attempt: Attempt) -> None:
-    """Let go of an attempt: it goes on by itself if it was sent, else it ends."""
-    attempt.is_abandoned = True
-    if not (attempt.is_sent or task.done()):
-        task.cancel()
-        await asyncio.wait((task,))

@@ -308,7 +308,7 @@ OnBegin: TypeAlias = Callable[[Sequence[int]], None]
 class OnPart(Protocol):
     """Takes a part of an answer as soon as it is there."""
 
-    async def __call__(self, places: Sequence[int], part: Embedded) -> None:
+    async def __call__(self, places: Sequence[int], part: Embedded, /) -> None:
         """Keep the answer to the inputs at these places of the call. Never raises.
 
         What is there when the call ends need not be told; a place may be told of more than once.

@@ -10,11 +10,11 @@ from typing import ClassVar, Self
 
 import orjson
 
+from providers.batching.batch_limits import BatchLimits
+from providers.batching.refusal import is_quoted
 from providers.routing.admission import Admission
-from providers.routing.lane import scoped
+from providers.routing.route import scoped
 from providers.routing.throttle import estimate
-from providers.scheduling.batch_limits import BatchLimits
-from providers.scheduling.refusal import is_quoted
 
 from . import answer, descriptors, error_body, tokens
 from .base import (

@@ -17,7 +17,7 @@ from .openai import OpenAI
 from .openrouter import OpenRouter
 from .profile import Profile
 from .ready import READY
-from .router import Provider
+from .routing.route import Provider
 
 GROUP = "embedding_proxy.providers"
 LOCAL = "local"

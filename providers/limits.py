@@ -54,3 +54,9 @@ class Timeouts:
     least_bytes_per_s: float = 100.0
     """A reply that arrives slower than this, over a whole window, is given up."""
     rate_window_s: float = 15.0
+
+
+def limits_of(provider: object) -> Limits:
+    """Return what a provider says it takes in a call; the usual where it says nothing."""
+    limits = getattr(provider, "limits", None)
+    return limits if isinstance(limits, Limits) else Limits()

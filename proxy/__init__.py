@@ -8,11 +8,11 @@ Rooms, and who may call whom (never upward, no circles)::
                 └─ providers   turns inputs into vectors by asking an upstream
 
 What users and the other rooms ask for stands at the top of a package (`proxy.service`,
-`cache.embedder`, `providers.router`); what such a file is made of, in the folder beside it.
+`cache.embedder`); what such a file is made of, in the folder beside it.
 
 One request walks: `embeddings` (HTTP) -> `wire` (parse) -> `service` (which model) ->
-`cache.embedder` (look up, wait, buy) -> `providers.scheduling.scheduler` (batches) ->
-`providers.router` (routes, retries) -> a provider's `ask` -> `providers.answer` (checks) ->
+`cache.embedder` (look up, wait, buy) -> `providers.scheduling` (batches, retries; which route:
+`providers.routing`) -> a provider's `ask` -> `providers.answer` (checks) ->
 `cache.tiered` (disk, then memory) -> `wire` (render).
 A full hit never leaves `cache`.
 
@@ -42,10 +42,9 @@ Words, one meaning each::
     kind        a sort of provider; profile: what it declares of its upstream, as data
     batch       inputs sent in one upstream call; attempt: one try of it
     origin      the provider that calls which are not ours are passed to
-    extra       an attempt beyond a request's first; a budget bounds them
-    rest        the time for which a provider wants no call for a model: its rate limit said so
+    retry       another attempt at the same route; a budget bounds them, and hedges
+    cooldown    the time for which a provider wants no call for a model: its rate limit said so
     probe       the one call let through to a provider whose breaker is half-open
-    scout       the first to go on to a provider of which nothing is known just now
     usage       tokens and dollars, billed or saved; ledger: their sums since ever
     charge      what an upstream says a call costs; bill: that, shared among the call's inputs
     account     on whose name a request goes, and what its tokens are worth

@@ -33,7 +33,7 @@ from providers.base import (
     UpstreamTimeout,
 )
 from providers.ratelimit import tellable
-from providers.routing.faults import is_passing
+from providers.routing.policy import is_transient
 
 RETRY_SECONDS = 1
 """What `Retry-After` says of a passing failure when the upstream said nothing."""
@@ -129,7 +129,7 @@ def failure(error: EmbeddingError) -> Failure:
         status, type_, code = said.status, said.kind or type_, said.code or code
     elif said is not None and isinstance(error, UpstreamFault) and said.status in (503, 504):
         status = said.status
-    if isinstance(error, UpstreamFault) and not is_passing(error):
+    if isinstance(error, UpstreamFault) and not is_transient(error):
         again = False
     wait = None
     if again:

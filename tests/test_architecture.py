@@ -26,7 +26,7 @@ SEEN_BY_CACHE = {
 DOORS = {
     "xxhash": {"cache/key.py"},
     "diskcache": {"cache/disk/database.py"},
-    "tenacity": {"providers/router.py"},
+    "tenacity": {"providers/routing/policy.py"},
     "yaml": {"proxy/settings/yaml_file.py"},
     "splintr": {"providers/tokens.py"},
     "wordllama": {"providers/local.py"},

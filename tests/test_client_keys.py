@@ -26,7 +26,7 @@ from providers.routing import health
 from proxy import cli
 from proxy.commands.migrating import Target, named
 from proxy.config import load
-from proxy.embedding import client_keys, client_secret, proofs
+from proxy.embedding import client_keys, client_secret, opening, proofs
 from proxy.embedding.by_client import ByClient
 from proxy.embedding.proofs import Proofs, Standing
 from proxy.service import EmbeddingService
@@ -614,10 +614,10 @@ async def test_one_keys_retries_are_not_anothers(start, upstream):
     proxy = await start()
     anne, bert = Credential(ANNE, "key-a"), Credential(BERT, "key-b")
     upstreams = proxy.service.upstreams
-    while upstreams.budget_of(anne).affords():
-        upstreams.budget_of(anne).spend()
-    assert upstreams.budget_of(bert).affords()
-    assert upstreams.budget.affords()
+    while upstreams.budget_of(anne).can_retry:
+        upstreams.budget_of(anne).take()
+    assert upstreams.budget_of(bert).can_retry
+    assert upstreams.budget.can_retry
 
 
 async def test_no_other_origin_sees_the_key(start, upstream, second, monkeypatch):
@@ -716,7 +716,7 @@ async def test_a_model_known_by_name_alone(start, upstream):
 async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     """Keys without end leave limits, rests, budgets and proofs of the newest alone."""
     monkeypatch.setattr(proofs, "MOST", 20)
-    monkeypatch.setattr(health, "MOST_LANES", 20)
+    monkeypatch.setattr(health, "MAX_KEYS", 20)
     proxy = await start()
     for one in (proxy.service.upstreams._budgets, _provider(proxy)._admissions):
         monkeypatch.setattr(one._made, "max_size", 20)
@@ -732,8 +732,8 @@ async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     keys, known = _at(proxy), proxy.service.upstreams.of("openai")
     assert len(keys.proofs._proved) == len(keys.proofs._refused) == 20
     assert not keys._locks
-    assert len(known._rests) <= 20
-    assert len(known._declined) <= 20
+    assert len(known._cooldowns) <= 20
+    assert len(known._limits) <= 20
     assert len(proxy.service.upstreams._budgets) == len(_provider(proxy)._admissions) == 20
 
 
@@ -811,7 +811,7 @@ async def test_a_refused_key_as_a_probe_leaves_its_place(start, upstream):
     for i in range(5):
         await _ask(proxy, ANNE, f"text {i}")
     breaker = proxy.service.upstreams.of("openai").breaker_of(MODEL)
-    assert not breaker.ready()
+    assert not breaker.is_ready
     breaker._until = 0.0
     upstream.always = _refusing(upstream, ANNE)
     assert (await _ask(proxy, ANNE, "b")).status == 401
@@ -822,7 +822,7 @@ async def test_a_provider_asked_without_a_key_asks_nobody(start, upstream):
     """Whoever reaches past the service, as a probe does, gets an error, and no call is made."""
     proxy = await start()
     for ask in (
-        proxy.service.models[MODEL].router.embed,
+        opening.scheduled(proxy.service.models[MODEL].router, proxy.service.settings).embed,
         proxy.service.models[MODEL].router.routes[0].embed,
     ):
         with pytest.raises(ClientKeyRefused):

@@ -292,7 +292,7 @@ async def stopping(start_proxy, proxy):
     """Begin to stop the proxy; return the task when only CLOSE_S is left to the calls."""
     all_attempts = proxy.service.upstreams.attempts
     task = asyncio.create_task(start_proxy.stop())
-    await until(lambda: all_attempts._is_closing or task.done())
+    await until(lambda: all_attempts.is_closing or task.done())
     return task
 
 
@@ -424,7 +424,10 @@ async def test_only_what_was_sent_goes_on(is_sent, ending):
         return _played(made, steps, attempt)
 
     if ending == "time":
-        assert not await all_attempts.make(work, 0.001)
+        attempt = attempts.Attempt()
+        task = all_attempts.start(work(attempt), attempt)
+        await until(lambda: made)
+        assert all_attempts.abandon(task) is not is_sent
     else:
         waiting = asyncio.create_task(all_attempts.make(work))
         await until(lambda: made)
@@ -466,10 +469,10 @@ async def test_a_late_failure_is_told_in_the_log_alone(caplog):
     caplog.set_level("INFO")
     all_attempts, going_on = attempts.Attempts(), asyncio.Event()
 
-    def work(attempt):
-        return _played([], ["sent", going_on, EmbeddingError("made up")], attempt)
-
-    assert not await all_attempts.make(work, 0.001)
+    attempt, steps = attempts.Attempt(), ["sent", going_on, EmbeddingError("made up")]
+    task = all_attempts.start(_played([], steps, attempt), attempt)
+    await until(lambda: attempt.is_sent)
+    assert not all_attempts.abandon(task)
     going_on.set()
     await until(lambda: not all_attempts._tasks)
     assert "nobody waits for any more failed: made up" in caplog.text

@@ -11,7 +11,7 @@ import openai
 import pytest
 from fault_server import status, vector_of
 
-from providers.routing import breaker
+from providers.routing import circuit_breaker
 
 MODEL = "text-embedding-3-small"
 
@@ -42,7 +42,7 @@ async def test_a_provider_without_credit_is_left_alone(upstream, second, start_p
 async def test_nobody_is_asked_when_everybody_is_down(upstream, second, start_proxy, monkeypatch):
     """Row 23: hits go on; misses get 503 with Retry-After, and no call is made for them."""
     # However slow the machine is, no probe falls due.
-    monkeypatch.setattr(breaker, "FIRST_OPEN", 100.0)
+    monkeypatch.setattr(circuit_breaker, "FIRST_OPEN_S", 100.0)
     proxy = await start_proxy(openai=upstream, openrouter=second)
     await proxy.post({"model": MODEL, "input": "known"})
     upstream.always = second.always = status(500)

@@ -506,7 +506,7 @@ def _own_clock(proxy):
     """Let rests and waits of a proxy go by a clock that the test moves."""
     clock = _Clock()
     for model in proxy.service.models.values():
-        model.router._sleep = clock.sleep
+        model.router.sleep = clock.sleep
     upstreams = proxy.service.upstreams
     for name in ("openai", "openrouter"):
         upstreams.of(name)._clock = lambda: clock.now

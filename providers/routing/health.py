@@ -1,14 +1,13 @@
-"""What is known of the providers, shared by the routers of all models: breakers, proofs, counters.
+"""What is known of the providers, shared by all models: circuit breakers, cooldowns, counters.
 
-There are breakers of two sorts. That of the provider counts what is down for every model: failed
-connections; and it opens where the provider refuses the proxy's key or has no credit for it. Each
-scope (see `lane`) has a breaker of its own, which counts what may be due to the model or to fields
-of the request: errors of the upstream, time-outs, bad answers. So a client that asks for a broken
-model harms those alone who ask for the same.
+A provider has a circuit breaker that counts what is down for every model: failed connections; and
+it opens where the provider refuses the proxy's key or has no credit for it. Each scope (a model,
+with the fields that clients add to their requests) has a breaker of its own, which counts errors of
+the upstream, time-outs and bad answers. So a client that asks for a broken model harms those alone
+who ask for the same.
 
-Rate limits are a lane's: a model's, or, at a provider that is asked with clients' own keys, a key's
-for a model. A lane that says when it wants to be asked again rests, and the provider's others are
-asked on. After a rest calls go through as before: that the provider answers was never in doubt.
+A cooldown follows a rate limit. It is of a model, or, at a provider that is asked with clients' own
+keys, of a key for a model. After it calls go through as before.
 
 The numbers here are read by whoever shows them; `snapshot` gives them as plain values.
 """
@@ -16,63 +15,58 @@ The numbers here are read by whoever shows them; `snapshot` gives them as plain 
 import asyncio
 import logging
 import random
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypedDict, TypeVar
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypedDict, TypeVar
 from weakref import WeakValueDictionary
 
 from providers.attempts import Attempts
 from providers.base import Credential, Input, ProviderError, RateLimited
 from providers.credential import ByKey
-from providers.scheduling.tasks import Tasks
 
-from . import faults
-from .breaker import Breaker, Permit, State, Verdict
-from .budget import Budget
-from .lane import scope_of
+from . import policy
+from .circuit_breaker import CircuitBreaker, Permit, State, Verdict
+from .retry_budget import RetryBudget
+from .route import scope_of
 
 log = logging.getLogger("embedding_proxy.health")
 
-T = TypeVar("T", int, float)
+T = TypeVar("T")
 
-PROOF = 10.0
-"""Seconds for which a good answer proves a provider well."""
-LONGEST_REST = 3600.0
-"""Seconds; who names next year is asked again within the hour."""
-PROBE_REST = 1.0
-"""Seconds of rest at least after a probe that met a rate limit: it proved nothing."""
+MAX_COOLDOWN_TOLD_S = 3600.0
+"""An upstream that names next year is asked again within the hour."""
+PROBE_COOLDOWN_S = 1.0
+"""At least, after a probe that met a rate limit: it proved nothing."""
 FIRST_COOLDOWN = 0.2
 MAX_COOLDOWN = 60.0
-"""Seconds for which a lane is left alone after a rate limit that names no time: doubled each time
-that the next call meets it again, up to the second."""
+"""Seconds of cooldown after a rate limit that names no time: doubled each time that the next call
+meets it again, up to the second."""
 REPEAT_S = 60.0
 """Seconds within which a request for what has just failed is taken for a client's own retry."""
-MAX_COUNTED = 20
-"""Rate limits in a row that are counted: the cooldown has long reached its greatest length then."""
-MAX_BLAMED = 1000
-"""Inputs of which it is remembered that calls have failed with them."""
-DECLINED = 1.0
-"""Seconds for which one refusal that does not count speaks for all who would go on."""
-
-
-MOST_LANES = 2000
-"""Lanes of a provider of which something is remembered; half of them go when there are more."""
-
+MAX_LIMITS_IN_A_ROW = 20
+MAX_KEYS = 2000
+"""Models and keys of a provider of which something is remembered."""
+MAX_INPUTS = 1000
+"""Inputs of which something is remembered."""
 
 _SEVERITY = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
 
 
-def _bounded(lanes: dict[str, T]) -> dict[str, T]:
-    """Return the same lanes, without those noted longest ago if there are too many."""
-    if len(lanes) >= MOST_LANES:
-        for lane in list(lanes)[: MOST_LANES // 2]:
-            del lanes[lane]
-    return lanes
+class _Recent(OrderedDict[object, T], Generic[T]):
+    """A dict that forgets what was noted longest ago."""
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self._max_length = max_length
+
+    def __setitem__(self, key: object, value: T) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._max_length:
+            self.popitem(last=False)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Pass:
+class CallPermit(NamedTuple):
     """The right to make one call: a permit of the provider's breaker, and one of the scope's."""
 
     of_provider: Permit
@@ -80,9 +74,9 @@ class Pass:
     scope: str
 
     @property
-    def probe(self) -> bool:
+    def is_probe(self) -> bool:
         """Whether the call decides if a breaker closes."""
-        return self.of_provider.probe or self.of_scope.probe
+        return self.of_provider.is_probe or self.of_scope.is_probe
 
 
 class Snapshot(TypedDict):
@@ -95,7 +89,7 @@ class Snapshot(TypedDict):
     held: dict[str, float]
     """Seconds for which calls of one scope are held back: a model, with fields of requests."""
     rests: dict[str, float]
-    """Seconds for which it may not be asked in a lane: a model by its own name for it."""
+    """Seconds of cooldown of a model, by the provider's name for it, or of a key for it."""
     why: str
     failures_in_a_row: int
     opened: int
@@ -105,45 +99,27 @@ class Snapshot(TypedDict):
 
 
 class Health:
-    """What is known of one provider."""
+    """What is known of one provider. Keys are those of `Route.limit_key`."""
 
     def __init__(self, name: str, clock: Callable[[], float], chance: Callable[[], float]) -> None:
         self.name = name
-        self.breaker = Breaker(clock, chance)
-        """That of the provider as a whole."""
+        self._clock = clock
         self._chance = chance
-        self._opened = 0
-        self._breakers: dict[str, Breaker] = {}
+        self.breaker = CircuitBreaker(clock, chance)
+        """That of the provider as a whole."""
+        self._breakers: OrderedDict[str, CircuitBreaker] = OrderedDict()
         """Those of its scopes, the one that was asked longest ago first."""
+        self._opened = 0
         self.attempts = 0
         self.failures: Counter[str] = Counter()
-        self.scouts = 0
-        """Calls under way of requests that went on to this provider without a proof."""
-        self._clock = clock
-        self._proof: float | None = None
-        self._declined: dict[str, float] = {}
-        self._rests: dict[str, float] = {}
-        """Until when a lane rests."""
-        self._limited: dict[str, int] = {}
-        """How often in a row a lane was rate limited, counting once for each rest."""
-        self._blamed: dict[int, None] = {}
-        self._failed: dict[int, float] = {}
+        self._cooldowns: _Recent[float] = _Recent(MAX_KEYS)
+        """Until when a key is left alone."""
+        self._limits: _Recent[int] = _Recent(MAX_KEYS)
+        """How often in a row a key was rate limited, counting once for each cooldown."""
+        self._blamed: _Recent[None] = _Recent(MAX_INPUTS)
+        self._failed: _Recent[float] = _Recent(MAX_INPUTS)
         """When a request failed, by its first input."""
         self._lasting: ProviderError | None = None
-        self._news = asyncio.Event()
-
-    @property
-    def proved(self) -> bool:
-        """Whether it answered well a moment ago, and has not failed since."""
-        return self._proof is not None and self._clock() - self._proof <= PROOF
-
-    def declined(self, lane: str) -> bool:
-        """Tell whether it has just refused a lane in a way that says nothing of the service."""
-        return self._clock() - self._declined.get(lane, float("-inf")) < DECLINED
-
-    def is_limited(self, lane: str) -> bool:
-        """Tell whether the last call in a lane met a rate limit."""
-        return lane in self._limited
 
     @property
     def lasting(self) -> ProviderError | None:
@@ -151,231 +127,243 @@ class Health:
         error = self._lasting
         if error is None or self.breaker.state is State.CLOSED:
             return None
-        return error if self.breaker.why == faults.rule(error).why else None
+        return error if self.breaker.reason == policy.rule(error).reason else None
 
-    @property
-    def has_blamed(self) -> bool:
-        """Whether calls are known to fail because of any input."""
-        return bool(self._blamed)
+    # Inputs.
 
-    def is_repeat(self, lane: str, item: Input) -> bool:
+    def is_repeat(self, key: str, item: Input) -> bool:
         """Tell whether a request that begins with this input has failed a moment ago."""
-        failed_at = self._failed.get(hash((lane, item)))
+        failed_at = self._failed.get(hash((key, item))) if self._failed else None
         return failed_at is not None and self._clock() - failed_at <= REPEAT_S
 
-    def note_failed(self, lane: str, item: Input) -> None:
+    def note_failed(self, key: str, item: Input) -> None:
         """Remember that a request that begins with this input has failed."""
-        key = hash((lane, item))
-        self._failed.pop(key, None)
-        self._failed[key] = self._clock()
-        if len(self._failed) > MAX_BLAMED:
-            del self._failed[next(iter(self._failed))]
+        self._failed[hash((key, item))] = self._clock()
 
-    def is_blamed(self, lane: str, item: Input) -> bool:
+    def is_blamed(self, key: str, item: Input) -> bool:
         """Tell whether calls are known to fail because of this input."""
-        return hash((lane, item)) in self._blamed
+        return bool(self._blamed) and hash((key, item)) in self._blamed
 
-    def blame_input(self, lane: str, item: Input) -> None:
+    def blame_input(self, key: str, item: Input) -> None:
         """Remember that a call failed because of this input, and not of the provider."""
-        self._blamed[hash((lane, item))] = None
-        if len(self._blamed) > MAX_BLAMED:
-            del self._blamed[next(iter(self._blamed))]
+        self._blamed[hash((key, item))] = None
 
-    def rest(self, lane: str) -> float:
-        """Return the seconds for which it still wants no call in a lane, whatever its breaker."""
-        return max(self._rests.get(lane, 0.0) - self._clock(), 0.0)
+    # Whether it may be asked.
 
-    def breaker_of(self, lane: str) -> Breaker:
-        """Return the breaker of a lane's scope."""
-        scope = scope_of(lane)
-        breaker = self._breakers.pop(scope, None) or Breaker(self._clock, self._chance)
-        self._breakers[scope] = breaker
-        if len(self._breakers) > MOST_LANES:
-            self._forget_breakers()
+    def breaker_of(self, key: str) -> CircuitBreaker:
+        """Return the breaker of a key's scope."""
+        scope = scope_of(key)
+        breaker = self._breakers.get(scope)
+        if breaker is None:
+            breaker = self._breakers[scope] = CircuitBreaker(self._clock, self._chance)
+            if len(self._breakers) > MAX_KEYS:
+                # First one that counts no failure: names without end close no open breaker.
+                idle = (s for s, one in self._breakers.items() if one.failures == 0 and s != scope)
+                del self._breakers[next(idle, next(iter(self._breakers)))]
+        self._breakers.move_to_end(scope)
         return breaker
 
-    def _forget_breakers(self) -> None:
-        """Forget half of the breakers: first those that count no failure, the oldest of them."""
-        newest = reversed(self._breakers)
-        ordered = sorted(newest, key=lambda scope: self._breakers[scope].is_clear)
-        kept = {*ordered[: MOST_LANES // 2]}
-        self._breakers = {scope: one for scope, one in self._breakers.items() if scope in kept}
+    def rest(self, key: str) -> float:
+        """Return the seconds of cooldown that are left."""
+        until = self._cooldowns.get(key) if self._cooldowns else None
+        return 0.0 if until is None else max(until - self._clock(), 0.0)
 
-    def held(self, lane: str) -> float:
-        """Return the seconds for which a breaker holds a lane back; 0 when none does."""
-        scope = self._breakers.get(scope_of(lane))
-        return max(self.breaker.wait, 0.0 if scope is None else scope.wait)
+    def held(self, key: str) -> float:
+        """Return the seconds for which a breaker holds calls back; 0 when none does."""
+        scope = self._breakers.get(scope_of(key))
+        return max(self.breaker.wait_s, 0.0 if scope is None else scope.wait_s)
 
-    def wait(self, lane: str) -> float:
-        """Return the seconds until it may be asked in a lane; 0 when it may now."""
-        return max(self.rest(lane), self.held(lane))
+    def wait(self, key: str) -> float:
+        """Return the seconds until it may be asked; 0 when it may now."""
+        return max(self.rest(key), self.held(key))
 
-    def why(self, lane: str) -> str:
-        """Say why it may not be asked in a lane: what holds it back the longest."""
-        if self.rest(lane) > self.held(lane):
+    def why(self, key: str) -> str:
+        """Say why it may not be asked: what holds it back the longest."""
+        if self.rest(key) > self.held(key):
             return "rate limited"
-        scope = self._breakers.get(scope_of(lane))
-        if scope is not None and scope.wait > self.breaker.wait:
-            return scope.why
-        return self.breaker.why
+        scope = self._breakers.get(scope_of(key))
+        if scope is not None and scope.wait_s > self.breaker.wait_s:
+            return scope.reason
+        return self.breaker.reason
 
-    def ready(self, lane: str, *, rested: bool = False) -> bool:
-        """Tell whether `enter` would give a permit. `rested`: the caller has done its own rest."""
-        if not rested and self.rest(lane):
+    def is_limited(self, key: str) -> bool:
+        """Tell whether the last call met a rate limit."""
+        return key in self._limits
+
+    def ready(self, key: str, *, rested: bool = False) -> bool:
+        """Tell whether `acquire` would give a permit. `rested`: the caller has waited as told."""
+        if not rested and self.rest(key):
             return False
-        scope = self._breakers.get(scope_of(lane))
-        return self.breaker.ready() and (scope is None or scope.ready())
+        scope = self._breakers.get(scope_of(key))
+        return self.breaker.is_ready and (scope is None or scope.is_ready)
 
-    async def news(self) -> None:
-        """Wait until the next call of this provider ends, in whatever way."""
-        await self._news.wait()
-
-    def enter(self, lane: str, *, rested: bool = False) -> Pass | None:
+    def acquire(self, key: str, *, rested: bool = False) -> CallPermit | None:
         """Return the permit for one call, and count it; None when none may be made now."""
-        if not self.ready(lane, rested=rested):
+        if not self.ready(key, rested=rested):
             return None
-        of_provider, of_scope = self.breaker.enter(), self.breaker_of(lane).enter()
+        of_provider, of_scope = self.breaker.acquire(), self.breaker_of(key).acquire()
         if of_provider is None or of_scope is None:
             raise RuntimeError(f"{self.name}: a breaker that is ready gives no permit")
         self.attempts += 1
-        return Pass(of_provider, of_scope, scope_of(lane))
+        return CallPermit(of_provider, of_scope, scope_of(key))
 
-    def answered(self, permit: Pass, lane: str, inputs: Sequence[Input]) -> None:
-        """Note a good answer in a lane, to these inputs."""
-        if self._blamed and len(inputs) == 1:
-            # Calls failed because of it once; they do no more.
-            self._blamed.pop(hash((lane, inputs[0])), None)
-        if permit.probe:
+    # How a call ended; each of these gives back its permit.
+
+    def succeeded(self, permit: CallPermit, key: str) -> None:
+        """Note a good answer."""
+        if permit.is_probe:
             log.warning("%s: is well again", self.name)
-        self._proof = self._clock()
-        self._limited.pop(lane, None)
-        self._leave(permit, Verdict.GOOD)
+        if self._limits:
+            self._limits.pop(key, None)
+        self._release(permit, Verdict.SUCCESS)
+
+    def answered_alone(self, key: str, item: Input) -> None:
+        """Note that a call with this input alone was answered: it is to blame no more."""
+        if self._blamed:
+            self._blamed.pop(hash((key, item)), None)
 
     def failed(
         self,
-        permit: Pass,
+        permit: CallPermit,
         error: ProviderError,
-        lane: str,
+        key: str,
         *,
         by_client: bool = False,
-        is_uncounted: bool = False,
+        is_counted: bool = True,
     ) -> None:
-        """Note a failure; afterwards a breaker may be open, or the lane rest.
+        """Note a failure; afterwards a breaker may be open, or a cooldown begun.
 
-        `by_client`: the key was a client's own, whose credit is nobody else's. `is_uncounted`: it
-        may be due to one input alone, or to a wait of our own, and counts against nobody for now.
+        `by_client`: the key was a client's own, whose credit is nobody else's. `is_counted`: False
+        where it may be due to one input, or to a wait of our own.
         """
         self.failures[type(error).__name__] += 1
-        rule = faults.rule(error)
-        verdict = rule.verdict
-        if is_uncounted:
-            verdict = Verdict.NONE
-        elif verdict is Verdict.BAD:
-            self._proof = None
-        elif verdict is Verdict.NONE and not rule.is_of_request:
-            _bounded(self._declined)[lane] = self._clock()
-        if rule.trips is not None and not by_client:
+        rule = policy.rule(error)
+        if rule.opens_s is not None and not by_client:
             self._lasting = error
-            before = self.breaker.opened
-            self.breaker.trip(permit.of_provider, rule.trips, rule.why)
+            before = self.breaker.times_opened
+            self.breaker.open(permit.of_provider, rule.opens_s, rule.reason)
             self._tell(self.breaker, before)
         elif isinstance(error, RateLimited):
-            self._cool_down(lane, error.retry_after, PROBE_REST if permit.probe else 0.0)
-        self._leave(permit, verdict, is_of_model=rule.is_of_model)
+            self._cool_down(key, error.retry_after, PROBE_COOLDOWN_S if permit.is_probe else 0.0)
+        verdict = rule.verdict if is_counted else Verdict.NONE
+        self._release(permit, verdict, is_of_model=rule.is_of_model)
 
-    def hung(self, permit: Pass) -> None:
-        """Count a call that is under way as failed: its request's time was up while it waited.
+    def cancelled(self, permit: CallPermit, *, is_sent: bool = True) -> None:
+        """Note a call that says nothing of the provider; one that was not sent counts for none."""
+        self.attempts -= not is_sent
+        self._release(permit, Verdict.NONE)
 
-        Its permit is given back; what comes of the call later is not counted again.
-        """
-        self._proof = None
-        self._leave(permit, Verdict.BAD)
+    def hung(self, permit: CallPermit) -> None:
+        """Count a call that is under way as failed: its request's time is up."""
+        self._release(permit, Verdict.FAILURE)
 
-    def blame(self, lane: str) -> None:
-        """Count a failure against the provider, in a scope, that did not count at first."""
-        breaker = self.breaker_of(lane)
-        before = breaker.opened
-        self._proof = None
-        breaker.fail()
-        self._tell(breaker, before, scope_of(lane))
+    def blame(self, key: str) -> None:
+        """Count a failure, in a scope, that was not counted when it came."""
+        breaker = self.breaker_of(key)
+        before = breaker.times_opened
+        breaker.record_failure()
+        self._tell(breaker, before, scope_of(key))
 
-    def _tell(self, breaker: Breaker, opened: int, scope: str = "") -> None:
-        """Say in the log that a breaker has opened, if it has since it had done so so often."""
-        if breaker.opened > opened:
-            self._opened += 1
-            what = f" for {scope}" if scope else ""
-            log.warning(
-                "%s: not asked%s for %.1f s: %s", self.name, what, breaker.wait, breaker.why
-            )
-
-    def _cool_down(self, lane: str, wait: float | None, min_wait: float) -> None:
-        """Leave a lane alone: for as long as it asked, else longer each time in a row."""
-        # Looked at once: a rest may end between two looks.
-        is_resting = self.rest(lane) > 0
-        if not is_resting:
-            # Calls that were under way together meet one limit once.
-            self._limited[lane] = min(self._limited.get(lane, 0) + 1, MAX_COUNTED)
-            _bounded(self._limited)
-        if not wait:
-            if is_resting:
-                return
-            wait = min(FIRST_COOLDOWN * 2 ** (self._limited[lane] - 1), MAX_COOLDOWN)
-            wait = max(wait, min_wait)
-        until = self._clock() + min(wait, LONGEST_REST)
-        _bounded(self._rests)[lane] = max(self._rests.get(lane, until), until)
-
-    def abandoned(self, permit: Pass) -> None:
-        """Note a call that ended without saying anything about the provider."""
-        self._leave(permit, Verdict.NONE)
-
-    def unsent(self, permit: Pass) -> None:
-        """Take back a call that was not made after all."""
-        self.attempts -= 1
-        self._leave(permit, Verdict.NONE)
-
-    def _leave(self, permit: Pass, verdict: Verdict, *, is_of_model: bool = True) -> None:
-        """Give back a permit. What is of the model says nothing of the provider, unless it is good.
+    def _release(self, permit: CallPermit, verdict: Verdict, *, is_of_model: bool = True) -> None:
+        """Give back a permit. A failure of the model says nothing of the provider.
 
         A provider that was probed and has answered, if only with an error, can be reached again.
         """
-        is_good = verdict is Verdict.GOOD
-        of_provider, of_scope = verdict, verdict
-        if not is_good and is_of_model:
-            is_reached = verdict is Verdict.BAD and permit.of_provider.probe
-            of_provider = Verdict.GOOD if is_reached else Verdict.NONE
-        elif not is_good:
+        of_provider = of_scope = verdict
+        if verdict is Verdict.FAILURE and is_of_model:
+            is_reached = permit.of_provider.is_probe
+            of_provider = Verdict.SUCCESS if is_reached else Verdict.NONE
+        elif verdict is Verdict.FAILURE:
             of_scope = Verdict.NONE
+        before = self.breaker.times_opened
+        self.breaker.release(permit.of_provider, of_provider)
+        self._tell(self.breaker, before)
         breaker = self._breakers.get(permit.scope)
-        for one, part, told, scope in (
-            (self.breaker, permit.of_provider, of_provider, ""),
-            (breaker, permit.of_scope, of_scope, permit.scope),
-        ):
-            if one is not None:
-                before = one.opened
-                one.leave(part, told)
-                self._tell(one, before, scope)
-        self._news.set()
-        self._news = asyncio.Event()
+        if breaker is not None:
+            before = breaker.times_opened
+            breaker.release(permit.of_scope, of_scope)
+            self._tell(breaker, before, permit.scope)
+
+    def _tell(self, breaker: CircuitBreaker, before: int, scope: str = "") -> None:
+        """Say in the log that a breaker has opened, if it has."""
+        if breaker.times_opened > before:
+            self._opened += 1
+            what = f" for {scope}" if scope else ""
+            log.warning(
+                "%s: not asked%s for %.1f s: %s", self.name, what, breaker.wait_s, breaker.reason
+            )
+
+    def _cool_down(self, key: str, wait: float | None, min_wait: float) -> None:
+        """Begin a cooldown: as long as was asked for, else longer each time in a row."""
+        # Looked at once: a cooldown may end between two looks.
+        is_cooling = self.rest(key) > 0
+        if not is_cooling:
+            # Calls that were under way together meet one limit once.
+            self._limits[key] = min(self._limits.get(key, 0) + 1, MAX_LIMITS_IN_A_ROW)
+        if not wait:
+            if is_cooling:
+                return
+            wait = min(FIRST_COOLDOWN * 2 ** (self._limits[key] - 1), MAX_COOLDOWN)
+            wait = max(wait, min_wait)
+        until = self._clock() + min(wait, MAX_COOLDOWN_TOLD_S)
+        self._cooldowns[key] = max(self._cooldowns.get(key, until), until)
 
     def snapshot(self) -> Snapshot:
         """Return the present state."""
         breakers = [self.breaker, *self._breakers.values()]
-        worst = max(breakers, key=lambda one: (_SEVERITY[one.state], one.wait))
+        worst = max(breakers, key=lambda one: (_SEVERITY[one.state], one.wait_s))
         return Snapshot(
             state=worst.state,
-            until_s=round(worst.wait, 3),
+            until_s=round(worst.wait_s, 3),
             held={
-                scope: round(one.wait, 3)
+                scope: round(one.wait_s, 3)
                 for scope, one in self._breakers.items()
                 if one.state is not State.CLOSED
             },
-            rests={m: round(left, 3) for m in self._rests if (left := self.rest(m))},
-            why="" if worst.state is State.CLOSED else worst.why,
-            failures_in_a_row=max(one.in_a_row for one in breakers),
+            rests={str(k): round(left, 3) for k in self._cooldowns if (left := self.rest(str(k)))},
+            why="" if worst.state is State.CLOSED else worst.reason,
+            failures_in_a_row=max(one.failures for one in breakers),
             opened=self._opened,
             attempts=self.attempts,
             failures=dict(self.failures),
         )
+
+
+class Slots:
+    """The calls that a provider takes at a time, of one model. Waiting is first come, first served.
+
+    For one thread: the event loop's.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.used = 0
+        self._waiting: dict[Callable[[], None], None] = {}
+
+    def acquire(self, wake: Callable[[], None], max_used: int | None = None) -> bool:
+        """Take a slot if fewer than `max_used` are taken; else have `wake` called when one is free.
+
+        `wake` is called once. It may be called though no slot is free any more.
+        """
+        if self.used < min(self._number, max_used or self._number):
+            self.used += 1
+            return True
+        self._waiting[wake] = None
+        return False
+
+    def forget(self, wake: Callable[[], None]) -> None:
+        """Wake this one no more."""
+        self._waiting.pop(wake, None)
+
+    def release(self) -> None:
+        """Give a slot back, and wake those who have waited longest, as long as one is free."""
+        self.used -= 1
+        for wake in [*self._waiting]:
+            if self.used >= self._number:
+                return
+            if wake in self._waiting:
+                del self._waiting[wake]
+                wake()
 
 
 class Upstreams:
@@ -391,17 +379,15 @@ class Upstreams:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.clock = clock
-        self.tasks = Tasks()
-        """The workers that send batches, for requests that may be gone by now."""
         self.attempts = Attempts()
-        """The attempts under way, which are finished though nobody may wait for them any more."""
-        self.budget = Budget(clock)
-        self._budgets = ByKey(lambda: Budget(clock))
+        """The calls under way, which are finished though nobody may wait for them any more."""
+        self.budget = RetryBudget(clock)
+        self._budgets = ByKey(lambda: RetryBudget(clock))
         self._chance = chance
         self._healths: dict[str, Health] = {}
-        self._slots: WeakValueDictionary[tuple[str, str], asyncio.Semaphore] = WeakValueDictionary()
+        self._slots: WeakValueDictionary[tuple[str, str], Slots] = WeakValueDictionary()
 
-    def budget_of(self, credential: Credential | None) -> Budget:
+    def budget_of(self, credential: Credential | None) -> RetryBudget:
         """Return the budget of those who come with a key of their own, or that of all others."""
         return self.budget if credential is None else self._budgets.of(credential)
 
@@ -412,15 +398,15 @@ class Upstreams:
             health = self._healths[name] = Health(name, self.clock, self._chance)
         return health
 
-    def slots(self, name: str, lane: str, number: int) -> asyncio.Semaphore:
-        """Return so many slots for calls of a provider in one lane.
+    def slots(self, name: str, key: str, number: int) -> Slots:
+        """Return so many slots for calls of a provider for one model, or one key.
 
-        A lane that waits for its rate limit keeps its own slots, and none of the others'. The
-        provider sees to it that all lanes together make no more calls at a time than it takes.
+        What waits for its rate limit keeps its own slots, and none of the others'. The provider
+        sees to it that all together make no more calls at a time than it takes.
         """
-        slots = self._slots.get((name, lane))
+        slots = self._slots.get((name, key))
         if slots is None:
-            slots = self._slots[name, lane] = asyncio.Semaphore(number)
+            slots = self._slots[name, key] = Slots(number)
         return slots
 
     def snapshot(self) -> dict[str, Snapshot]:

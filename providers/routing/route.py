@@ -1,26 +1,27 @@
 """A route: a provider, and the name by which it knows a model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from providers import tokens
 from providers.base import (
+    Account,
     Bill,
     Charge,
     Context,
     Credential,
     Embedded,
+    EmbeddingError,
     Input,
     InputRefused,
     ProviderError,
     Space,
     nanodollars,
 )
-from providers.batching.within import ask_within_limits, limits_of
-from providers.limits import Limits
-
-from .lane import Lane, scoped
+from providers.batching import batch_size
+from providers.batching.calls import assembled
+from providers.limits import Limits, limits_of
 
 
 class Provider(Protocol):
@@ -40,16 +41,49 @@ class Provider(Protocol):
         ...
 
 
+class LimitKey(str):  # noqa: SLOT000 - it has one field of its own
+    """The name under which rate limits hold: a model's, or that of a client's key for the model.
+
+    `scope` is what a circuit breaker is of: the model, with the fields that clients of one
+    embedding space add to their requests. Failures for one scope say nothing of another, so no
+    client's choice of a model or a field can have the provider shut for others. Keys share a scope.
+    """
+
+    scope: str
+
+    def __new__(cls, name: str, scope: str = "") -> Self:
+        """Return a key; without a scope, that is its name."""
+        key = super().__new__(cls, name)
+        key.scope = scope or name
+        return key
+
+
+def scoped(model: str, space: Space) -> str:
+    """Return the scope of calls of a model: with what clients of this space ask for besides.
+
+    >>> scoped("m", Space("m", 8)), scoped("m", Space("m", 8, dimensions_sent=True))
+    ('m', 'm@8')
+    """
+    width = f"@{space.dimensions}" if space.dimensions_sent else ""
+    fields = f"?{space.label.partition('?')[2]}" if space.parameters else ""
+    return f"{model}{width}{fields}"
+
+
+def scope_of(key: str) -> str:
+    """Return what the breaker of a key is of; a plain name is that of a model."""
+    return key.scope if isinstance(key, LimitKey) else key
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A provider and the name by which it knows the model; an Embedder of a single attempt."""
+    """A provider and the name by which it knows the model; an Embedder of single attempts."""
 
     provider: Provider
     model: str
     price: float | None = None
     """USD per million tokens, where it is known."""
     retries: int | None = None
-    """How often it is asked again within a request, at most; None = as the router thinks best."""
+    """How often it is asked again within a request, at most; None = as the policy says."""
 
     @property
     def name(self) -> str:
@@ -73,15 +107,15 @@ class Route:
             return True
         return self.by_client is (credential is not None)
 
-    def lane(self, credential: Credential | None, space: Space | None = None) -> Lane:
+    def limit_key(self, credential: Credential | None, space: Space | None = None) -> LimitKey:
         """Return the name under which the provider's limits hold: a model's, or a key's for it.
 
         Its scope is the model, and what clients of this space add to their requests.
         """
         scope = self.model if space is None else scoped(self.model, space)
         if credential is None or not self.by_client:
-            return Lane(scope)
-        return Lane(f"{scope} ({credential.name})", scope)
+            return LimitKey(scope)
+        return LimitKey(f"{scope} ({credential.name})", scope)
 
     def objection(self, space: Space) -> InputRefused | None:
         """Return why the provider cannot serve this space: a field that it does not take."""
@@ -89,68 +123,53 @@ class Route:
         found: InputRefused | None = objects(space) if objects else None
         return found
 
-    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        """Ask the provider once, or in several calls where it takes no more in one."""
-        return await ask_within_limits(self._ask, self.limits, space, inputs, context)
-
     def learn_single(self) -> None:
         """Have each input of this model go alone from now on, if the provider can be told so."""
         learn = getattr(self.provider, "learn_single", None)
         if learn is not None:
             learn(self.model)
 
-    async def embed_alone(
-        self, space: Space, inputs: Sequence[Input], context: Context
-    ) -> Embedded:
-        """Ask the provider for each input in a call of its own."""
-        limits = replace(self.limits, inputs=1)
-        return await ask_within_limits(self._ask, limits, space, inputs, context)
+    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+        """Ask the provider once, or call after call where it takes no more in one.
+
+        For a few texts, past the scheduler. Raises EmbeddingError; its index is that in the call.
+        """
+        sizes, _ = await batch_size.sizes(space, inputs, self.limits.tokens, context)
+        parts = []
+        for batch in batch_size.split(len(inputs), self.limits, sizes):
+            items = [inputs[index] for index in batch]
+            parts.append((batch, await self._ask(space, items, context)))
+        return assembled(parts)
 
     async def _ask(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        """Make one attempt, and tell what it was charged, whatever comes of its answer.
-
-        The charge is told once, and before a part of the answer is: who keeps the part knows then
-        who was paid for it, and nothing is kept unpaid if the call is cancelled meanwhile.
-        """
-        is_billed = False
-
-        async def on_part(places: Sequence[int], part: Embedded) -> None:
-            nonlocal is_billed
-            if part.charge is not None and not is_billed:
-                is_billed = True
-                self._bill(part.charge, tokens.apportion(part.charge.tokens or 0, inputs), context)
-            if context.on_part is not None:
-                await context.on_part(places, replace(part, charge=None))
-
         try:
-            embedded = await self.provider.ask(
-                self.model, space, inputs, replace(context, on_part=on_part)
-            )
-        except ProviderError as error:
-            if error.charge is not None and not is_billed:
-                # Nobody counted the tokens of an answer that is no good.
-                sizes = tokens.apportion(error.charge.tokens or 0, inputs)
-                self._bill(error.charge, sizes, context)
+            answer = await self.provider.ask(self.model, space, inputs, context)
+        except EmbeddingError as error:
+            if isinstance(error, ProviderError) and error.charge and context.on_charge:
+                context.on_charge(self.bill_failed(error.charge, inputs, context.account))
             raise
-        self._bill(embedded.charge, embedded.tokens, context)
-        return embedded
+        if context.on_charge is not None:
+            context.on_charge(self.bill(answer.charge, answer.tokens, context.account))
+        return answer
 
-    def _bill(self, charge: Charge | None, sizes: Sequence[int], context: Context) -> None:
-        """Tell what a call was charged: what the upstream says, else what we count and know."""
-        if context.on_charge is None:
-            return
+    def bill_failed(self, charge: Charge, inputs: Sequence[Input], account: Account) -> Bill:
+        """Return the bill of an answer that is no good: nobody has counted its tokens."""
+        return self.bill(charge, tokens.apportion(charge.tokens or 0, inputs), account)
+
+    def bill(self, charge: Charge | None, sizes: Sequence[int], account: Account) -> Bill:
+        """Return what a call was charged: what the upstream says, else what we count and know.
+
+        `sizes` are the tokens of its inputs.
+        """
         total, cost = charge or Charge()
         total = sum(sizes) if total is None else total
         told = cost is not None
         if cost is None:
-            price = context.account.price if self.price is None else self.price
-            cost = nanodollars(total, price)
-        context.on_charge(
-            Bill(
-                self.name,
-                range(len(sizes)),
-                tokens.share(total, sizes),
-                tokens.share(cost, sizes),
-                told,
-            )
+            cost = nanodollars(total, account.price if self.price is None else self.price)
+        return Bill(
+            self.name,
+            range(len(sizes)),
+            tokens.share(total, sizes),
+            tokens.share(cost, sizes),
+            told,
         )

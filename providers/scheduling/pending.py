@@ -1,40 +1,92 @@
 """A request on its way through the scheduler, and its inputs that wait for a vector.
 
-An input has an identity: it is queued, sent, sent again and answered as one object, whichever other
-inputs share its calls. Only here is it known which place in which request it has.
+An input has an identity and a history: it is queued, sent, sent again and answered as one object,
+whichever other inputs share its calls. Only here is it known which place in which request it has.
 """
 
 import asyncio
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 from providers.base import (
     Bill,
     Context,
+    Credential,
     DeadlineExceeded,
     Embedded,
     EmbeddingError,
     Full,
     Input,
     InputRefused,
+    ProviderError,
+    Space,
 )
-from providers.batching.calls import Parts, rows_of
+from providers.batching.calls import assembled, rows_of
+from providers.routing import policy
+from providers.routing.route import Route
+from providers.routing.router import Router
 
 
-@dataclass(eq=False, slots=True)
+class FailedAttempt(NamedTuple):
+    """An attempt that brought no vector for an input."""
+
+    route: Route
+    error: ProviderError
+    was_limited: bool = False
+    """Whether the rate limit of the route was known before its first attempt there."""
+    is_unexplained: bool = False
+    """Whether one input of the call may be to blame: it was not counted against the provider."""
+    is_counted: bool = False
+    """Whether it was counted against the provider."""
+
+
 class PendingInput:
     """One input of one request, until its vector is there or the request has failed."""
 
-    request: "PendingRequest"
-    index: int
-    """Its place in the request."""
-    input: Input
-    max_tokens: int
-    """Tokens it has at most, as far as anyone has looked."""
-    count: int | None = None
-    """Its exact number of tokens, where the space's tokenizer has counted them."""
-    max_batch: int | None = None
-    """Inputs in a call that it may be part of, after a larger call was refused as too large."""
+    __slots__ = (
+        "batches",
+        "count",
+        "failures",
+        "index",
+        "input",
+        "is_alone",
+        "max_batch",
+        "max_tokens",
+        "passed",
+        "request",
+        "searches",
+        "story",
+    )
+
+    def __init__(
+        self,
+        request: "PendingRequest",
+        index: int,
+        item: Input,
+        max_tokens: int = 0,
+        count: int | None = None,
+    ) -> None:
+        self.request = request
+        self.index = index
+        """Its place in the request."""
+        self.input = item
+        self.max_tokens = max_tokens
+        """Tokens it has at most, as far as anyone has looked."""
+        self.count = count
+        """Its exact number of tokens, where the space's tokenizer has counted them."""
+        self.max_batch: int | None = None
+        """Inputs in a call that it may be part of, after a larger call was refused as too large."""
+        self.story: tuple[Route, ...] = ()
+        """The route of each attempt so far, in order, also of those under way."""
+        self.passed: tuple[Route, ...] = ()
+        """Routes whose queue had no room in time: no attempt was made."""
+        self.failures: tuple[FailedAttempt, ...] = ()
+        self.is_alone = False
+        """Whether it goes in a call of its own: an answer to several was bad in parts."""
+        self.searches = 0
+        """How often another input of its batch was found to be bad."""
+        self.batches: tuple[Call, ...] = ()
+        """The calls under way for it; more than one while a second route is asked beside."""
 
     @property
     def is_missing(self) -> bool:
@@ -44,7 +96,7 @@ class PendingInput:
     @property
     def is_wanted(self) -> bool:
         """Whether it is worth a call: it is missing, and its request goes on."""
-        return self.is_missing and self.request.is_open
+        return self.request.is_open and self.index in self.request.missing
 
 
 class PendingRequest:
@@ -68,22 +120,21 @@ class PendingRequest:
         ]
         self.count = len(inputs)
         """How many inputs it has."""
-        self.search_lock = asyncio.Lock()
-        """Held while one of its batches is searched for a bad input: one is enough."""
-        self._parts = Parts(len(inputs))
+        self.missing: dict[int, None] = dict.fromkeys(range(len(inputs)))
+        """The places for which nothing has come yet, in order."""
+        self.searching: list[Halving] = []
+        """Searches for bad inputs of it, the one that is under way first: one at a time."""
+        self.searches = 0
+        """Bad inputs of it that were searched for."""
+        self.has_left = False
+        """Whether its client has gone before its time was up."""
+        self.patience_s = policy.MAX_WAIT_S
+        """Seconds for which it still waits for the end of rate limits."""
+        self._parts: list[tuple[Sequence[int], Embedded]] = []
         self._failures: list[Exception] = []
         self._calls = 0
         self._is_over = False
-        self.has_left = False
-        """Whether its client has gone before its time was up."""
-        self.searches = 0
-        """Bad inputs of it that were searched for."""
         self._answer: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
-
-    @property
-    def missing(self) -> Collection[int]:
-        """The places for which nothing has come yet."""
-        return self._parts.missing.keys()
 
     @property
     def is_open(self) -> bool:
@@ -142,10 +193,9 @@ class PendingRequest:
 
     def _leave(self, _: object = None) -> None:
         """Drop what is queued: nobody waits any more."""
-        deadline = self.context.deadline
         if not self._is_over and not self._answer.done():
-            now = self._answer.get_loop().time()
-            self.has_left = deadline is None or now < deadline
+            deadline = self.context.deadline
+            self.has_left = deadline is None or self._answer.get_loop().time() < deadline
         self._is_over = True
         if not self._answer.done():
             self.fail(DeadlineExceeded("nobody waits for the answer any more"))
@@ -155,10 +205,10 @@ class PendingRequest:
         self._failures.append(error)
         self._settle()
 
-    def begin_call(self, inputs: Sequence[PendingInput]) -> None:
-        """Note that a call for some of its inputs is about to be made."""
+    def begin_call(self, inputs: Sequence[PendingInput] = ()) -> None:
+        """Note that a call for some of its inputs is about to be made, or a search is."""
         self._calls += 1
-        if self.context.on_begin is not None:
+        if inputs and self.context.on_begin is not None:
             self.context.on_begin([one.index for one in inputs])
 
     def end_call(self) -> None:
@@ -168,23 +218,112 @@ class PendingRequest:
 
     def _settle(self) -> None:
         if self._failures and not self._calls and not self._answer.done():
-            self._answer.set_exception(min(self._failures, key=_rank))
+            self._answer.set_exception(min(self._failures, key=rank))
 
     async def take(self, indices: Sequence[int], part: Embedded) -> None:
         """Take the answer to some inputs; what is not new is left out.
 
         The last part of an answer is returned with the whole; every other one is told at once.
         """
-        indices, part = self._parts.take(indices, part)
-        if not indices:
+        new = [row for row, index in enumerate(indices) if index in self.missing]
+        if not new:
             return
+        if len(new) < len(indices):
+            indices, part = [indices[row] for row in new], rows_of(part, new)
+        self._parts.append((indices, part))
+        for index in indices:
+            del self.missing[index]
         if not self.missing and self.is_open:
-            self._answer.set_result(self._parts.whole())
+            self._answer.set_result(assembled(self._parts))
         elif self.context.on_part is not None:
             await self.context.on_part(indices, part)
 
+    def charge(self, bill: Bill) -> None:
+        """Tell what was charged for some of its inputs; the places of the bill are theirs."""
+        if self.context.on_charge is not None:
+            self.context.on_charge(bill)
 
-def _rank(error: Exception) -> tuple[bool, bool, bool, int]:
+
+class Call(Protocol):
+    """A call under way for some inputs."""
+
+    def end_unneeded(self) -> None:
+        """End the wait for it if none of its inputs needs it any more."""
+        ...
+
+
+class Halving(Protocol):
+    """A search for a bad input, of which some pending inputs are a half."""
+
+    is_internal: bool
+
+    def wants(self, one: PendingInput) -> bool:
+        """Tell whether an input is worth a call, though its request may have failed."""
+        ...
+
+    def proceed(self) -> None:
+        """Go on, as the only search for its request."""
+        ...
+
+    def note(
+        self,
+        inputs: Sequence[PendingInput],
+        missing: Sequence[PendingInput],
+        error: EmbeddingError | None,
+        *,
+        culprit: PendingInput | None = None,
+        is_answered: bool = False,
+    ) -> None:
+        """Note what came of inputs of a half, of which some are still missing."""
+        ...
+
+
+class QueueKey(NamedTuple):
+    """What inputs must have in common to go in one call."""
+
+    space: Space
+    user: str | None
+    credential: Credential | None
+    neutral: tuple[tuple[str, bytes], ...]
+    routes: tuple[Route, ...]
+    """The routes that may be asked for them."""
+    story: tuple[Route, ...] = ()
+    """The routes of the attempts so far."""
+    passed: tuple[Route, ...] = ()
+    """Routes that had no room in time."""
+    route: Route | None = None
+    """The route that is to be asked again; None = the policy chooses."""
+    is_alone: bool = False
+    search: Halving | None = None
+    """The search that they are a half of."""
+    half: int = 0
+
+
+class Queues(Protocol):
+    """Takes back inputs that are to be sent again: the scheduler."""
+
+    router: Router
+
+    def add_again(
+        self,
+        key: QueueKey,
+        inputs: Sequence[PendingInput],
+        route: Route | None = None,
+        *,
+        search: Halving | None = None,
+        half: int = 0,
+    ) -> None:
+        """Queue inputs once more; `route`: asks this one, and no other."""
+        ...
+
+    def add_later(
+        self, wait_s: float, key: QueueKey, inputs: Sequence[PendingInput], route: Route | None
+    ) -> None:
+        """Queue inputs once more when so many seconds have passed."""
+        ...
+
+
+def rank(error: BaseException) -> tuple[bool, bool, bool, int]:
     """Order failures by how much they say: a refused input by its place, then other refusals.
 
     Of the rest the first counts; what no call was made for says least.
@@ -194,66 +333,23 @@ def _rank(error: Exception) -> tuple[bool, bool, bool, int]:
     return isinstance(error, Full | DeadlineExceeded), not is_refusal, index is None, index or 0
 
 
-def by_request(
-    inputs: Sequence[PendingInput], places: Sequence[int]
-) -> dict[PendingRequest, list[int]]:
-    """Return, for each request of a call, the positions in `places` of inputs of its own."""
-    owned: dict[PendingRequest, list[int]] = {}
-    for position, place in enumerate(places):
-        owned.setdefault(inputs[place].request, []).append(position)
-    return owned
+def requests_of(inputs: Iterable[PendingInput]) -> dict[PendingRequest, list[PendingInput]]:
+    """Return the requests of some inputs, in order, each with its own of them."""
+    own: dict[PendingRequest, list[PendingInput]] = {}
+    for one in inputs:
+        own.setdefault(one.request, []).append(one)
+    return own
 
 
-def _min_retries(contexts: Sequence[Context]) -> int | None:
+def min_retries(requests: Collection[PendingRequest]) -> int | None:
     """Return what holds for all of some requests of `Context.client_retries`."""
-    counts = [context.client_retries for context in contexts]
+    counts = [request.context.client_retries for request in requests]
     known = [count for count in counts if count is not None]
     return min(known) if len(known) == len(counts) else None
 
 
-def call_context(inputs: Sequence[PendingInput], *, max_attempts: int | None = None) -> Context:
-    """Return what goes along with a call for inputs of one or more requests.
-
-    The call has the time of the most patient request. Each request is told of its own inputs, and
-    is charged for them.
-    """
-    requests = [*dict.fromkeys(one.request for one in inputs)]
-    contexts = [request.context for request in requests]
-    deadlines = [context.deadline for context in contexts]
+def max_deadline(requests: Collection[PendingRequest]) -> float | None:
+    """Return the deadline of the most patient of some requests; None where one has none."""
+    deadlines = [request.context.deadline for request in requests]
     known = [deadline for deadline in deadlines if deadline is not None]
-    last = max(contexts, key=lambda one: -1.0 if one.deadline is None else one.deadline)
-
-    async def hand_out(places: Sequence[int], part: Embedded) -> None:
-        for request, positions in by_request(inputs, places).items():
-            own = part if len(positions) == len(places) else rows_of(part, positions)
-            await request.take([inputs[places[position]].index for position in positions], own)
-
-    def charge(bill: Bill) -> None:
-        whole = bill.at([one.index for one in inputs])
-        for request, positions in by_request(inputs, bill.places).items():
-            if request.context.on_charge is not None:
-                request.context.on_charge(whole.rows(positions))
-
-    return replace(
-        contexts[0],
-        deadline=max(known) if len(known) == len(deadlines) else None,
-        begun=last.begun,
-        has_waiters=lambda: any(request.has_client for request in requests),
-        on_part=hand_out,
-        counts={
-            one.input: one.count
-            for one in inputs
-            if isinstance(one.input, str) and one.count is not None
-        },
-        on_charge=charge,
-        client_retries=_min_retries(contexts),
-        max_attempts=max_attempts,
-        on_begin=None,
-        abandoned=None,
-        finishes_calls=True,
-        # A call of a search is also for the inputs of a request that has failed: they are kept.
-        is_needed=lambda: any(
-            one.is_wanted or (max_attempts is not None and one.request.is_waited_for)
-            for one in inputs
-        ),
-    )
+    return max(known) if len(known) == len(deadlines) else None

@@ -1,29 +1,39 @@
-"""One queue of pending inputs for each embedding space: batches out, vectors back.
+"""Queues of pending inputs: batches out, vectors back.
 
-Inputs of one request, of many requests, of a call that was too large or failed in part are all the
-same thing here: pending inputs in a queue. A worker waits for a free slot among the calls that the
-provider takes at a time, and only then takes from the queue what fits into one call. So while all
-slots are taken, what comes is put together into few calls, and nobody waits for company.
+Inputs of one request, of many requests, of a call that is made again, was too large or failed in
+part are all the same thing here: pending inputs in a queue, with their history. A batch is taken
+from the queue only when the provider has a slot for a call. So while all slots are taken, what
+comes is put together into few calls, and nobody waits for company.
 
 A request suffers from no other one: not from its bad input, not from its leaving, not from its
 deadline. A call that was begun is finished, and its answer is kept.
 """
 
 import asyncio
-import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from providers.base import Context, Credential, DeadlineExceeded, Embedded, Input, Space
-from providers.limits import Limits
+from providers.attempts import Attempt
+from providers.base import (
+    Context,
+    DeadlineExceeded,
+    Embedded,
+    Full,
+    Input,
+    RateLimited,
+    Refusal,
+    Space,
+)
+from providers.batching import batch_size
+from providers.batching.batch_limits import input_bytes
+from providers.limits import Limits, limits_of
+from providers.routing.health import Slots
+from providers.routing.route import Route
+from providers.routing.router import Router, View
 
-from . import batch_size
-from .batch_limits import input_bytes
-from .batch_sender import BatchSender
-from .dispatcher import Dispatcher, NextRoute
-from .pending import PendingInput, PendingRequest
-from .tasks import Tasks
+from .batch import Batch
+from .pending import FailedAttempt, Halving, PendingInput, PendingRequest, QueueKey
+from .search import fail_inputs, give_up
 
 MAX_WINDOW_INPUTS = 64
 """Inputs; a larger request does not wait for others to come."""
@@ -31,19 +41,22 @@ MIN_WINDOW_BATCH = 256
 """Inputs in a batch where small requests wait for others: they want few calls, not quick ones."""
 LIKELY = 0.8
 """The part of a call's usual time that is left when it is still worth beginning."""
+SLOT_WAIT_SHARE = 0.25
+"""The part of the time left for which inputs wait for a slot where another route may be asked."""
+MIN_COOLDOWN_WAIT_S = 0.1
+"""What each wait for the end of a rate limit takes at least from the patience of an input."""
 
 
 class Scheduler:
-    """An Embedder over a router: what requests want becomes batches within the route's limits.
+    """An Embedder over the routes of a model: what requests want becomes batches.
 
     With `window_s`, small requests wait for so many seconds for others to share a call with.
     """
 
-    def __init__(self, router: Dispatcher, tasks: Tasks | None = None, window_s: float = 0) -> None:
-        self._router = router
-        self._tasks = tasks or Tasks()
-        self._window_s = window_s
-        self._queues: dict[_Key, _Queue] = {}
+    def __init__(self, router: Router, window_s: float = 0) -> None:
+        self.router = router
+        self.window_s = window_s
+        self._queues: dict[QueueKey, _Queue] = {}
 
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the answer to a request, whichever calls it took, in the order of its inputs.
@@ -53,218 +66,315 @@ class Scheduler:
         place among the inputs. When the deadline passes, or the caller goes, what is queued is
         dropped, and what is on the wire is finished.
         """
-        limits = self._router.next_route(context.credential, space).limits
+        routes = tuple(self.router.usable(space, inputs, context.credential))
+        key = QueueKey(space, context.user, context.credential, context.neutral, routes)
+        queue = self.queue(key)
+        limits = queue.next_route().limits
         sizes, are_exact = await batch_size.sizes(space, inputs, limits.tokens, context)
         counts: Sequence[int | None] = sizes
         if not are_exact:
             counts = [context.counts.get(one) if type(one) is str else None for one in inputs]
         request = PendingRequest(inputs, context, sizes, counts)
-        key = _Key(space, context.user, context.credential, context.neutral)
-        queue = self._queues.get(key)
-        if queue is None:
-            queue = self._queues[key] = _Queue(self._router, key, self._tasks, self._forget)
-        waits = self._window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
-        min_inputs = MIN_WINDOW_BATCH if self._window_s else batch_size.MIN_INPUTS
-        queue.add(request.inputs, waits, min_inputs)
+        # Counting may have taken a while, and the queue may be another one now.
+        self.queue(key).add(
+            request.inputs, self.window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
+        )
         return await request.result()
 
-    def _forget(self, key: "_Key") -> None:
-        del self._queues[key]
+    def queue(self, key: QueueKey) -> "_Queue":
+        """Return the queue for inputs of a kind."""
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = _Queue(self, key)
+        return queue
 
+    def forget(self, key: QueueKey) -> None:
+        """Forget a queue that is empty."""
+        self._queues.pop(key, None)
 
-class _Key(NamedTuple):
-    """What inputs must have in common to go in one call."""
+    def add_again(
+        self,
+        key: QueueKey,
+        inputs: Sequence[PendingInput],
+        route: Route | None = None,
+        *,
+        search: Halving | None = None,
+        half: int = 0,
+    ) -> None:
+        """Queue inputs once more, before all others: they have waited longest.
 
-    space: Space
-    user: str | None
-    credential: Credential | None
-    neutral: tuple[tuple[str, bytes], ...]
+        `route`: asks this one; without, the policy chooses among those that were not asked yet.
+        """
+        first = inputs[0]
+        key = key._replace(
+            story=first.story,
+            passed=first.passed,
+            route=route,
+            is_alone=first.is_alone,
+            search=search,
+            half=half or key.half,
+        )
+        self.queue(key).add_first(inputs)
+
+    def add_later(
+        self, wait_s: float, key: QueueKey, inputs: Sequence[PendingInput], route: Route | None
+    ) -> None:
+        """Queue inputs once more when so many seconds have passed."""
+
+        async def wait() -> None:
+            try:
+                await self.router.sleep(wait_s)
+            except asyncio.CancelledError:
+                fail_inputs(inputs, DeadlineExceeded("the proxy is stopping"))
+                raise
+            self.add_again(key, inputs, route, search=key.search, half=key.half)
+
+        self.router.upstreams.attempts.start(wait(), Attempt())
 
 
 class _Queue:
-    """The pending inputs that may share calls, and the workers that make these."""
+    """The pending inputs that may share calls."""
 
-    def __init__(
-        self, router: Dispatcher, key: _Key, tasks: Tasks, forget: Callable[[_Key], None]
-    ) -> None:
-        self._router = router
+    def __init__(self, scheduler: Scheduler, key: QueueKey) -> None:
+        self._scheduler = scheduler
         self._key = key
-        self._tasks = tasks
-        self._forget = forget
-        self._sender = BatchSender(router, key.space, key.credential, self._add_first)
+        self._router = scheduler.router
+        self._view = View(scheduler.router, key.routes, key.space, key.credential)
         self._inputs: deque[PendingInput] = deque()
         self._batch_inputs = 1
         """How many inputs make a batch: planned when inputs come, for all that wait then."""
         self._planned_for: Limits | None = None
-        self._min_inputs = batch_size.MIN_INPUTS
-        self._workers = 0
-        self._idle_workers = 0
-        """Those that wait for a slot, and have not taken a batch yet."""
         self._flush: asyncio.Handle | None = None
+        self._slot_timer: asyncio.Handle | None = None
+        self._slots: Slots | None = None
+        """Those that are waited for."""
 
-    def add(self, inputs: Sequence[PendingInput], wait_s: float, min_inputs: int) -> None:
+    def next_route(self) -> Route:
+        """Return the route that would be asked now; if none may be, the first."""
+        return (self._view.ready() or self._view.arranged(self._view.routes))[0]
+
+    def add(self, inputs: Sequence[PendingInput], wait_s: float) -> None:
         """Queue inputs, and see to it that they are sent: in this turn of the loop, or later."""
         self._inputs += inputs
-        self._min_inputs = min_inputs
-        is_full = bool(wait_s) and len(self._inputs) >= self._next_route().limits.inputs
+        is_full = bool(wait_s) and len(self._inputs) >= self.next_route().limits.inputs
         if self._flush is not None and not (wait_s and not is_full):
             self._flush.cancel()
             self._flush = None
         if self._flush is None:
             loop = asyncio.get_running_loop()
-            wait_s = 0 if is_full else wait_s
             # Others that come in this turn of the loop share the call.
             self._flush = (
                 loop.call_later(wait_s, self._send_all)
-                if wait_s
+                if wait_s and not is_full
                 else loop.call_soon(self._send_all)
             )
 
-    def _add_first(self, inputs: Sequence[PendingInput]) -> None:
-        """Queue inputs before all others: they have waited longest."""
+    def add_first(self, inputs: Sequence[PendingInput]) -> None:
+        """Queue inputs before all others, and send what waits."""
         self._inputs.extendleft(reversed(inputs))
-        self._send_all()
-
-    def _send_all(self) -> None:
-        """Plan the batches for all that waits, and start the workers for them."""
         if self._flush is not None:
             self._flush.cancel()
-            self._flush = None
-        limits = self._next_route().limits
-        self._plan(limits)
-        self._start_workers(limits.concurrency)
+        # Others of the same history that come in this turn of the loop share the call.
+        self._flush = asyncio.get_running_loop().call_soon(self._send_all)
 
-    def _plan(self, limits: Limits) -> None:
-        """Choose the size of the batches for all that waits."""
-        waiting = len(self._inputs)
-        self._planned_for = limits
-        if waiting:
-            share = batch_size.share(waiting, limits, self._min_inputs)
-            self._batch_inputs = batch_size.even(waiting, share)
+    def _send_all(self) -> None:
+        """Plan the batches for all that waits, and send as many as there are slots."""
+        self._flush = None
+        self._planned_for = None
+        self.send()
 
-    def _next_route(self) -> NextRoute:
-        return self._router.next_route(self._key.credential, self._key.space)
-
-    def _start_workers(self, max_workers: int | None = None) -> None:
-        """Start a worker for each batch that waits, as many as may work at a time."""
-        wanted = -(-len(self._inputs) // self._batch_inputs)
-        if wanted and max_workers is None:
-            max_workers = self._max_workers()
-        while self._idle_workers < wanted and self._workers < (max_workers or 0):
-            self._workers += 1
-            self._idle_workers += 1
-            self._tasks.start(self._work())
-        if not self._workers and not self._inputs and self._flush is None:
-            self._forget(self._key)
-
-    def _max_workers(self) -> int:
-        """Return how many calls may be made at a time; fewer while a limit is searched for."""
-        return self._next_route().limits.concurrency
-
-    async def _work(self) -> None:
-        """Send batches until nothing waits any more."""
-        has_worked = False
+    def send(self) -> None:
+        """Send batches of what waits, as long as there are slots."""
         try:
-            while self._inputs and self._workers <= self._max_workers():
-                await self._send_one(has_worked=has_worked)
-                has_worked = True
-        except BaseException as error:
-            # The proxy is stopping, or this is a defect: nobody else will send what is left.
+            self._send()
+        except Exception as error:
+            # A defect: nobody else will send what is left.
             self._fail_all(error)
             raise
-        finally:
-            self._workers -= 1
-            self._idle_workers -= 1
-            self._start_workers()
 
-    def _fail_all(self, error: BaseException) -> None:
-        """Fail the requests of all that waits."""
-        told = error if isinstance(error, Exception) else DeadlineExceeded("the proxy is stopping")
-        waiting = list(self._inputs)
+    def _send(self) -> None:
+        while self._drop_unwanted():
+            if self._router.upstreams.attempts.is_closing:
+                self._fail_all(DeadlineExceeded("the proxy is stopping"))
+                break
+            route = self._choose()
+            if route is None:
+                break
+            if not self._send_one(route):
+                return
+        if not self._inputs:
+            self._stop_waiting()
+            if self._flush is None:
+                self._scheduler.forget(self._key)
+
+    def _send_one(self, route: Route) -> bool:
+        """Send one batch to a route, if it has a slot; tell if it had."""
+        limits, key = route.limits, self._view.key(route)
+        number = limits_of(route.provider).concurrency
+        slots = self._router.upstreams.slots(route.name, key, number)
+        if not slots.acquire(self.send, limits.concurrency):
+            self._wait_for_slot(slots, route)
+            return False
+        is_delayed = self._slots is not None
+        batch = self._take(route, limits, is_delayed=is_delayed)
+        permit = None
+        if batch:
+            rested = self._key.route is not None and isinstance(
+                batch[0].failures[-1].error if batch[0].failures else None, RateLimited
+            )
+            permit = self._view.health(route).acquire(key, rested=rested)
+        if permit is None:
+            slots.release()
+        else:
+            Batch(self._scheduler, self._key, self._view, route, batch, permit, slots).start()
+        return True
+
+    def _wait_for_slot(self, slots: Slots, route: Route) -> None:
+        """Wait for a slot, for a while where another route is left."""
+        self._slots = slots
+        deadline = self._inputs[0].request.context.deadline
+        if self._slot_timer is not None or deadline is None or self._key.route is not None:
+            return
+        if len(self._view.ready((*self._key.story, *self._key.passed))) > 1:
+            loop = asyncio.get_running_loop()
+            wait_s = SLOT_WAIT_SHARE * max(0.0, deadline - loop.time())
+            self._slot_timer = loop.call_later(wait_s, self._pass_over, route)
+
+    def _stop_waiting(self) -> None:
+        if self._slot_timer is not None:
+            self._slot_timer.cancel()
+            self._slot_timer = None
+        if self._slots is not None:
+            self._slots.forget(self.send)
+            self._slots = None
+
+    def _pass_over(self, route: Route) -> None:
+        """Let what waits go on to the next route: this one has had no slot for long."""
+        self._slot_timer = None
+        inputs = [*self._inputs]
         self._inputs.clear()
-        # Where the event loop is closed, nobody is left to be told.
-        with contextlib.suppress(RuntimeError):
-            for one in waiting:
-                one.request.fail(told)
+        if inputs:
+            self._router.counts.failures[Full.__name__] += 1
+            message = "all the calls that it takes at a time are under way"
+            said = Refusal(429, message, "requests", "rate_limit_exceeded")
+            failure = FailedAttempt(route, Full(route.name, message, said))
+            for one in inputs:
+                one.passed += (route,)
+                one.failures += (failure,)
+            self._scheduler.add_again(self._key, inputs)
+        self.send()
 
-    async def _send_one(self, *, has_worked: bool) -> None:
-        """Wait for a slot, take a batch and send it. `has_worked`: others waited meanwhile."""
-        route = self._next_route()
-        slots = route.slots
-        had_to_wait = slots.locked()
-        has_slot = await self._acquire(route)
-        try:
-            if had_to_wait:
-                # Another route may be the next one by now.
-                route = self._next_route()
-            batch = self._take(route, is_delayed=had_to_wait or has_worked)
-            if batch:
-                self._idle_workers -= 1
-                try:
-                    self._start_workers()
-                    await self._sender.send(batch)
-                finally:
-                    self._idle_workers += 1
-        finally:
-            if has_slot:
-                slots.release()
+    def _choose(self) -> Route | None:
+        """Return the route to ask now; None where nothing is to be sent for now."""
+        key, view = self._key, self._view
+        if key.route is not None:
+            last = self._inputs[0].failures[-1].error if self._inputs[0].failures else None
+            rested = isinstance(last, RateLimited)
+            if view.is_ready(key.route, rested=rested):
+                return key.route
+        ready = view.ready((*key.story, *key.passed))
+        if ready and (key.search is None or not key.search.is_internal):
+            return ready[0]
+        self._handle_no_route()
+        return None
 
-    async def _acquire(self, route: NextRoute) -> bool:
-        """Wait for a slot, for a while where another route is left; return whether there is one."""
-        deadline = self._inputs[0].request.context.deadline if self._inputs else None
-        if not (route.has_alternative and route.slots.locked()) or deadline is None:
-            return await route.slots.acquire()
-        # The same share of the time that the router leaves to each of two routes.
-        max_wait = max(0.0, deadline - asyncio.get_running_loop().time()) / 4
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max_wait):
-                return await route.slots.acquire()
+    def _handle_no_route(self) -> None:
+        """Fail what waits, or wait for the end of a rate limit if that is near."""
+        # What is asked for elsewhere just now is decided there.
+        inputs = [one for one in self._inputs if not one.batches]
+        self._inputs.clear()
+        if not inputs:
+            return
+        if self._key.search is not None:
+            self._key.search.note(inputs, inputs, self._view.unavailable())
+            return
+        failed = [one for one in inputs if one.failures]
+        if failed:
+            give_up(self._scheduler, self._key, self._view, failed)
+        inputs = [one for one in inputs if not one.failures]
+        if not inputs:
+            return
+        wait = self._view.cooldown_s()
+        patient: list[PendingInput] = []
+        for one in inputs:
+            deadline = one.request.context.deadline
+            left = float("inf") if deadline is None else deadline - self._router.upstreams.clock()
+            if wait is None or wait > min(one.request.patience_s, left):
+                one.request.fail(self._view.unavailable())
+            else:
+                patient.append(one)
+        if len(patient) < len(inputs):
+            self._router.counts.refused += 1
+        if patient and wait is not None:
+            for request in dict.fromkeys(one.request for one in patient):
+                request.patience_s -= max(wait, MIN_COOLDOWN_WAIT_S)
+            self._scheduler.add_later(wait, self._key, patient, None)
+
+    def _drop_unwanted(self) -> bool:
+        """Drop what nobody wants from the head of the queue; tell if anything is left."""
+        search = self._key.search
+        while self._inputs:
+            one = self._inputs[0]
+            if one.is_wanted or (search is not None and search.wants(one)):
+                return True
+            self._inputs.popleft()
+            if search is not None:
+                search.note([one], [], None)
         return False
 
-    def _take(self, route: NextRoute, *, is_delayed: bool) -> list[PendingInput]:
+    def _fail_all(self, error: Exception) -> None:
+        inputs = [*self._inputs]
+        self._inputs.clear()
+        fail_inputs(inputs, error)
+
+    def _take(self, route: Route, limits: Limits, *, is_delayed: bool) -> list[PendingInput]:
         """Take from the queue what fits into one call.
 
         After a wait for a slot, no call is begun that is sure to end too late for all who wait.
         """
-        if route.limits != self._planned_for:
-            self._plan(route.limits)
-        while batch := self._take_first(route):
-            if not (is_delayed and _is_too_late(batch, route.call_s)):
+        if limits != self._planned_for:
+            self._planned_for = limits
+            waiting = len(self._inputs)
+            min_inputs = MIN_WINDOW_BATCH if self._scheduler.window_s else batch_size.MIN_INPUTS
+            share = batch_size.share(waiting, limits, min_inputs)
+            self._batch_inputs = batch_size.even(waiting, share)
+        while batch := self._take_first(route, limits):
+            call_s = self._router.latencies.seconds(route) if is_delayed else None
+            if call_s is None or not _is_too_late(batch, call_s):
                 break
             for one in batch:
                 if one.request.is_open:
                     one.request.fail(DeadlineExceeded("the time left is too short for a call"))
         return batch
 
-    def _take_first(self, route: NextRoute) -> list[PendingInput]:
+    def _take_first(self, route: Route, limits: Limits) -> list[PendingInput]:
         """Take the first inputs that are wanted, as many as may go in one call."""
-        limits = route.limits
+        health, key = self._view.health(route), self._view.key(route)
         batch: list[PendingInput] = []
-        max_inputs = min(self._batch_inputs, limits.inputs)
+        max_inputs = limits.inputs
+        if not self._key.is_alone:
+            max_inputs = min(self._batch_inputs, max_inputs)
         tokens = size = 0
-        while self._inputs and len(batch) < max_inputs:
+        while self._drop_unwanted() and len(batch) < max_inputs:
             one = self._inputs[0]
-            if one.is_wanted:
-                max_inputs = min(max_inputs, one.max_batch or max_inputs)
-                tokens += one.max_tokens
-                size += 0 if limits.bytes is None else input_bytes(one.input)
-                is_over = (limits.tokens is not None and tokens > limits.tokens) or (
-                    limits.bytes is not None and size > limits.bytes
-                )
-                if route.is_blamed is not None and route.is_blamed(one.input):
-                    # It goes alone: others would fail with it.
-                    is_over, max_inputs = True, 1
-                # What is too large by itself goes alone: the upstream will say so.
-                if batch and (is_over or len(batch) >= max_inputs):
-                    break
-                batch.append(one)
+            max_inputs = min(max_inputs, one.max_batch or max_inputs)
+            tokens += one.max_tokens
+            size += 0 if limits.bytes is None else input_bytes(one.input)
+            is_over = (limits.tokens is not None and tokens > limits.tokens) or (
+                limits.bytes is not None and size > limits.bytes
+            )
+            if health.is_blamed(key, one.input) and not self._key.is_alone:
+                # It goes alone: others would fail with it.
+                is_over, max_inputs = True, 1
+            # What is too large by itself goes alone: the upstream will say so.
+            if batch and (is_over or len(batch) >= max_inputs):
+                break
+            batch.append(one)
             self._inputs.popleft()
         return batch
 
 
-def _is_too_late(batch: Sequence[PendingInput], call_s: float | None) -> bool:
+def _is_too_late(batch: Sequence[PendingInput], call_s: float) -> bool:
     """Tell whether a call that begins now is sure to end after the deadline of all who wait."""
-    if call_s is None:
-        return False
     end = asyncio.get_running_loop().time() + LIKELY * call_s
     return all((one.request.context.deadline or end) < end for one in batch)

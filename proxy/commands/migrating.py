@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from providers import vector
 from providers.base import InvalidAnswer, Space, Vector
-from providers.batching.within import limits_of
-from providers.limits import Limits
+from providers.limits import Limits, limits_of
 from proxy.config import ConfigError
 from proxy.embedding.opening import CLIENTS_PAY
 from proxy.embedding.widths import can_give

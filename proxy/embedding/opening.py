@@ -15,8 +15,9 @@ from providers.base import Embedder
 from providers.credential import key_mistake
 from providers.limits import Limits
 from providers.local import Local
-from providers.router import Provider, Route, Router
 from providers.routing.health import Upstreams
+from providers.routing.route import Provider, Route
+from providers.routing.router import Router
 from providers.scheduling.scheduler import Scheduler
 from proxy.config import ConfigError
 from proxy.settings import model_entry
@@ -94,7 +95,7 @@ def check_network(name: str, entry: ProviderEntry) -> None:
 
 def scheduled(router: Router, settings: Settings) -> Embedder:
     """Return what makes batches of the inputs of all requests, and sends them to the routes."""
-    return Scheduler(router, router.upstreams.tasks, settings.server.gather_ms / 1000)
+    return Scheduler(router, settings.server.gather_ms / 1000)
 
 
 def make_router(  # noqa: PLR0913 - what a router is made of

@@ -12,8 +12,9 @@ from providers import kinds
 from providers.base import Context, Embedder, Input, InputRefused, Space
 from providers.batching.longest import NoneTooLong
 from providers.http import HttpProvider
-from providers.router import Provider, Router
 from providers.routing.health import Upstreams
+from providers.routing.route import Provider
+from providers.routing.router import Router
 from proxy.settings import model_entry
 from proxy.settings.model_entry import Fallback
 from proxy.settings.schema import Settings
@@ -130,7 +131,6 @@ class Registry:
         `attempts.CLOSE_S` seconds to be answered; what comes is kept and billed. The store and the
         providers must be open until this returns.
         """
-        await self._upstreams.tasks.close()
         await self._upstreams.attempts.close()
         await self._in_flight.close()
 

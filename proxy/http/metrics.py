@@ -11,7 +11,7 @@ from aiohttp import web
 
 from cache.ledger import By
 from providers.bill import NANO
-from providers.routing.breaker import State
+from providers.routing.circuit_breaker import State
 from proxy.service import EmbeddingService
 
 PREFIX = "embedding_proxy_"

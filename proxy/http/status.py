@@ -14,6 +14,7 @@ from aiohttp import web
 
 from cache.ledger import By
 from cache.usage import Usage
+from providers.routing.retry_budget import MAX_TOKENS
 from proxy.service import EmbeddingService
 
 from . import sums
@@ -52,9 +53,9 @@ class Status:
             "other_models": service.other_models,
             "canaries": service.canaries.findings if service.canaries else [],
             "retry_budget": {
-                "calls": upstreams.budget.calls,
-                "extras": upstreams.budget.extras,
-                "affords_more": upstreams.budget.affords(),
+                "tokens": round(upstreams.budget.tokens, 1),
+                "max_tokens": MAX_TOKENS,
+                "can_retry": upstreams.budget.can_retry,
             },
             "tiers": asdict(service.counters),
             "index": await service.indexing.indexer.snapshot() if service.indexing else None,

@@ -11,8 +11,8 @@ from typing import Literal
 from cache.disk import connection
 from providers import kinds, local
 from providers.base import Space
-from providers.router import Router
 from providers.routing.health import Upstreams
+from providers.routing.router import Router
 from proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
 from proxy.embedding.opening import CLIENTS_PAY, make_router, open_providers
 from proxy.settings.model_entry import Model

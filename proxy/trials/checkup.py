@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from providers import local, tokens
 from providers.base import Context, CredentialsRefused, EmbeddingError, ModelNotFound
 from providers.probe import SAME, TEXTS, probe
-from providers.router import Router
 from providers.routing.route import Route
+from providers.routing.router import Router
 from proxy.embedding.opening import CLIENTS_PAY
 from proxy.settings.schema import Settings
 

@@ -1,10 +1,11 @@
-"""An upstream for what goes before the routes: it keeps its calls, and refuses what it is told."""
+"""A provider for tests of what goes before it: it keeps its calls, and refuses what it is told."""
 
 import asyncio
 
 from providers.base import Embedded, InputRefused, Outcome
 from providers.limits import Limits
-from providers.scheduling.dispatcher import NextRoute
+from providers.routing.route import Route
+from providers.routing.router import Router
 from providers.scheduling.scheduler import Scheduler
 
 
@@ -19,9 +20,13 @@ def tokens_of(item):
 
 
 class Upstream:
-    """An Embedder that answers when it is let, and fails as `failure(inputs)` says."""
+    """A provider that answers when it is let, and fails as `failure(inputs)` says."""
 
-    def __init__(self, failure=lambda _: None):
+    name = "p"
+    accepts_tokens = True
+
+    def __init__(self, failure=lambda _: None, limits=None):
+        self.limits = limits or Limits()
         self.failure = failure
         self.calls = []
         self.contexts = []
@@ -36,6 +41,9 @@ class Upstream:
     def let(self, call):
         """Let the call of that number go on."""
         self.held[call].set()
+
+    async def ask(self, model, space, inputs, context):
+        return await self.embed(space, inputs, context)
 
     async def embed(self, space, inputs, context):
         number = len(self.calls)
@@ -64,37 +72,22 @@ class Upstream:
         )
 
 
-class Dispatch:
-    """A router of one route over an upstream, as a scheduler sees it."""
-
-    def __init__(self, upstream, limits=None, **route):
-        self.upstream = upstream
-        limits = limits or Limits()
-        slots = asyncio.Semaphore(limits.concurrency)
-        self.route = NextRoute(limits, slots, has_alternative=False, call_s=None)._replace(**route)
-        self.searches = 0
-        self.blamed = []
-
-    async def embed(self, space, inputs, context):
-        return await self.upstream.embed(space, inputs, context)
-
-    def next_route(self, credential, space=None):
-        return self.route
-
-    def may_search(self, credential):
-        self.searches += 1
-        return True
-
-    def blame_provider(self, error):
-        self.blamed.append(error)
-
-    def blame_input(self, error, item, credential, space=None):
-        self.blamed.append(item)
+async def no_wait(_):
+    """Wait between attempts for no time at all."""
 
 
-def schedule(upstream, limits=None, window_s=0, **route):
-    """Return a scheduler over one route to an upstream."""
-    return Scheduler(Dispatch(upstream, limits, **route), window_s=window_s)
+def schedule(provider, limits=None, window_s=0, *, call_s=None, others=()):
+    """Return a scheduler over a route to a provider, each failure of which is final, and others.
+
+    `call_s` is what calls have taken lately.
+    """
+    if limits is not None:
+        provider.limits = limits
+    routes = [Route(one, "m", retries=0) for one in (provider, *others)]
+    router = Router(routes, sleep=no_wait)
+    if call_s is not None:
+        router.latencies.answered(routes[0], call_s, 0)
+    return Scheduler(router, window_s)
 
 
 def refusing(*bad, param="input"):

@@ -3,15 +3,14 @@
 import asyncio
 
 from providers.base import Context, InputRefused, Space
-from providers.limits import Limits
-from providers.scheduling.batch_limits import (
+from providers.batching.batch_limits import (
     MAX_MODELS,
     MAX_NAMED_CALLS,
     MAX_SMALL_CALLS,
     BatchLimits,
 )
-from providers.scheduling.scheduler import Scheduler
-from tests.providers.fakes import Dispatch, Upstream, check, settle
+from providers.limits import Limits
+from tests.providers.fakes import Upstream, check, schedule, settle
 
 LARGE = InputRefused("large", status=413)
 
@@ -64,13 +63,10 @@ async def test_small_requests_do_not_wait_for_a_limit_that_nobody_needs():
     for _ in range(MAX_SMALL_CALLS):
         limits.learn_accepted("m", ["x"])
 
-    class Learned(Dispatch):
-        def next_route(self, credential, space=None):
-            return self.route._replace(limits=limits.of("m"))
-
     upstream = Upstream()
+    upstream.limits_of = limits.of
     upstream.hold()
-    scheduler = Scheduler(Learned(upstream))
+    scheduler = schedule(upstream)
     tasks = []
     for text in ("a", "b", "c"):
         tasks.append(asyncio.create_task(scheduler.embed(Space("m", 2), [text], Context())))

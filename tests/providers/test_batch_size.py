@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from providers.base import Context, Space
+from providers.batching import batch_size
 from providers.limits import Limits
-from providers.scheduling import batch_size
 
 COUNTED = Space("m", 2, tokenizer="cl100k_base")
 UNKNOWN = Space("m", 2)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from providers.base import Account, Bill, Charge, Context, InvalidAnswer, RateLimited, Space
 from providers.bill import MOST_NANODOLLARS, nanodollars
 from providers.limits import Limits
-from providers.router import Router
 from providers.routing.route import Route
+from providers.routing.router import Router
 from providers.scheduling.scheduler import Scheduler
 from providers.tokens import share
 from tests.providers.fakes import Upstream, schedule, tokens_of
@@ -104,7 +104,7 @@ async def test_what_was_answered_is_not_billed_again():
         failure=lambda inputs: failures.pop(0) if "ccc" in inputs else None,
     )
     router = Router([Route(provider, "m")], sleep=lambda _: asyncio.sleep(0))
-    bills, error = await _bills(router, ABC)
+    bills, error = await _bills(Scheduler(router), ABC)
     assert error is None
     assert [list(bill.places) for bill in bills] == [[0, 1], [2]]
     assert sum(sum(bill.tokens) for bill in bills) == 5 + 4
@@ -141,7 +141,7 @@ async def test_who_share_a_call_are_billed_their_shares(sizes, most, bad, total)
 
 async def test_parts_are_billed_at_their_places():
     """A request that is divided reads its bills by its own places."""
-    scheduler = schedule(Route(Charging(), "m"), Limits(inputs=2))
+    scheduler = schedule(Charging(), Limits(inputs=2))
     inputs = [f"t{i}" for i in range(5)]
     bills, _ = await _bills(scheduler, inputs)
     assert sorted(place for bill in bills for place in bill.places) == list(range(5))

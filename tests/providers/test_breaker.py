@@ -13,15 +13,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from providers.routing.breaker import (
-    FEWEST,
-    FIRST_OPEN,
-    IN_A_ROW,
+from providers.routing.circuit_breaker import (
+    FIRST_OPEN_S,
     JITTER,
-    LONGEST_OPEN,
-    PROBE_WAIT,
-    WINDOW,
-    Breaker,
+    MAX_FAILURES,
+    MAX_OPEN_S,
+    MIN_CALLS,
+    PROBE_WAIT_S,
+    WINDOW_S,
+    CircuitBreaker,
     State,
     Verdict,
 )
@@ -30,26 +30,26 @@ from providers.routing.breaker import (
 def made(chance=0.0):
     """Return a breaker and its clock; with chance 0 openings have their full length."""
     clock = Clock()
-    return Breaker(clock, lambda: chance), clock
+    return CircuitBreaker(clock, lambda: chance), clock
 
 
 def play(breaker, *verdicts):
     """Make one call after another."""
     for verdict in verdicts:
-        breaker.leave(breaker.enter(), verdict)
+        breaker.release(breaker.acquire(), verdict)
 
 
-GOOD, BAD, NONE = Verdict.GOOD, Verdict.BAD, Verdict.NONE
+GOOD, BAD, NONE = Verdict.SUCCESS, Verdict.FAILURE, Verdict.NONE
 
 
 def test_five_failures_in_a_row_open_it():
     """Four do not, and a success in between begins the row anew."""
     breaker, _ = made()
-    play(breaker, *[BAD] * (IN_A_ROW - 1), GOOD, *[BAD] * (IN_A_ROW - 1))
+    play(breaker, *[BAD] * (MAX_FAILURES - 1), GOOD, *[BAD] * (MAX_FAILURES - 1))
     assert breaker.state is State.CLOSED
     play(breaker, BAD)
-    assert (breaker.state, breaker.opened, breaker.wait) == (State.OPEN, 1, FIRST_OPEN)
-    assert breaker.enter() is None
+    assert (breaker.state, breaker.times_opened, breaker.wait_s) == (State.OPEN, 1, FIRST_OPEN_S)
+    assert breaker.acquire() is None
 
 
 def test_calls_without_a_verdict_do_not_break_a_row():
@@ -62,11 +62,11 @@ def test_calls_without_a_verdict_do_not_break_a_row():
 def test_half_of_ten_failures_open_it():
     """Half of the calls is enough when there are ten of them, and no sooner."""
     breaker, _ = made()
-    play(breaker, *[GOOD, BAD] * (FEWEST // 2 - 1), GOOD)
+    play(breaker, *[GOOD, BAD] * (MIN_CALLS // 2 - 1), GOOD)
     assert breaker.state is State.CLOSED
     play(breaker, BAD)
     assert breaker.state is State.OPEN
-    assert "5 of its last 10" in breaker.why
+    assert "5 of its last 10" in breaker.reason
 
 
 def test_less_than_half_does_not_open_it():
@@ -80,7 +80,7 @@ def test_old_calls_are_forgotten():
     """What was more than thirty seconds ago counts neither for it nor against it."""
     breaker, clock = made()
     play(breaker, *[GOOD] * 9)
-    clock.now += WINDOW
+    clock.now += WINDOW_S
     play(breaker, *[BAD, BAD, GOOD] * 3)
     assert breaker.state is State.CLOSED
     play(breaker, BAD)
@@ -90,83 +90,83 @@ def test_old_calls_are_forgotten():
 def test_each_failed_probe_opens_it_for_twice_as_long():
     """1, 2, 4 … seconds, up to five minutes; a success begins again at one."""
     breaker, clock = made()
-    play(breaker, *[BAD] * IN_A_ROW)
+    play(breaker, *[BAD] * MAX_FAILURES)
     lengths = []
     for _ in range(11):
-        lengths.append(breaker.wait)
-        clock.now += breaker.wait
+        lengths.append(breaker.wait_s)
+        clock.now += breaker.wait_s
         assert breaker.state is State.HALF_OPEN
         play(breaker, BAD)
-    assert lengths == [1, 2, 4, 8, 16, 32, 64, 128, 256, LONGEST_OPEN, LONGEST_OPEN]
-    clock.now += LONGEST_OPEN
+    assert lengths == [1, 2, 4, 8, 16, 32, 64, 128, 256, MAX_OPEN_S, MAX_OPEN_S]
+    clock.now += MAX_OPEN_S
     play(breaker, GOOD)
-    assert (breaker.state, breaker.wait, breaker.why) == (State.CLOSED, 0, "")
-    play(breaker, *[BAD] * IN_A_ROW)
-    assert breaker.wait == FIRST_OPEN
+    assert (breaker.state, breaker.wait_s, breaker.reason) == (State.CLOSED, 0, "")
+    play(breaker, *[BAD] * MAX_FAILURES)
+    assert breaker.wait_s == FIRST_OPEN_S
 
 
 def test_chance_makes_an_opening_shorter_by_up_to_a_fifth():
     """Many proxies do not probe at the same moment."""
     breaker, _ = made(chance=0.5)
-    play(breaker, *[BAD] * IN_A_ROW)
-    assert breaker.wait == pytest.approx(FIRST_OPEN * (1 - JITTER / 2))
+    play(breaker, *[BAD] * MAX_FAILURES)
+    assert breaker.wait_s == pytest.approx(FIRST_OPEN_S * (1 - JITTER / 2))
 
 
 def test_one_probe_at_a_time():
     """While one call is the probe, no other goes through, and those who come are told to wait."""
     breaker, clock = made()
-    play(breaker, *[BAD] * IN_A_ROW)
-    clock.now += FIRST_OPEN
-    probe = breaker.enter()
-    assert probe.probe
-    assert breaker.enter() is None
-    assert breaker.wait == PROBE_WAIT
-    breaker.leave(probe, GOOD)
+    play(breaker, *[BAD] * MAX_FAILURES)
+    clock.now += FIRST_OPEN_S
+    probe = breaker.acquire()
+    assert probe.is_probe
+    assert breaker.acquire() is None
+    assert breaker.wait_s == PROBE_WAIT_S
+    breaker.release(probe, GOOD)
     assert breaker.state is State.CLOSED
-    assert not breaker.enter().probe
+    assert not breaker.acquire().is_probe
 
 
 def test_a_cancelled_probe_frees_its_place():
     """The next call is the probe then; nothing is decided."""
     breaker, clock = made()
-    play(breaker, *[BAD] * IN_A_ROW)
-    clock.now += FIRST_OPEN
+    play(breaker, *[BAD] * MAX_FAILURES)
+    clock.now += FIRST_OPEN_S
     play(breaker, NONE, NONE)
     assert breaker.state is State.HALF_OPEN
-    assert breaker.enter().probe
+    assert breaker.acquire().is_probe
 
 
 @pytest.mark.parametrize("verdict", Verdict)
 def test_who_began_before_it_opened_decides_nothing(verdict):
     """Late failures of a crowd do not open it for longer, and late successes do not close it."""
     breaker, clock = made()
-    late = [breaker.enter() for _ in range(20)]
-    play(breaker, *[BAD] * IN_A_ROW)
+    late = [breaker.acquire() for _ in range(20)]
+    play(breaker, *[BAD] * MAX_FAILURES)
     for permit in late[:10]:
-        breaker.leave(permit, verdict)
-    assert (breaker.state, breaker.opened, breaker.wait) == (State.OPEN, 1, FIRST_OPEN)
-    clock.now += FIRST_OPEN
-    probe = breaker.enter()
-    breaker.leave(late[10], verdict)
-    assert breaker.enter() is None
-    breaker.leave(probe, GOOD)
+        breaker.release(permit, verdict)
+    assert (breaker.state, breaker.times_opened, breaker.wait_s) == (State.OPEN, 1, FIRST_OPEN_S)
+    clock.now += FIRST_OPEN_S
+    probe = breaker.acquire()
+    breaker.release(late[10], verdict)
+    assert breaker.acquire() is None
+    breaker.release(probe, GOOD)
     for permit in late[11:]:
-        breaker.leave(permit, verdict)
-    assert (breaker.state, breaker.in_a_row) == (State.CLOSED, 0)
+        breaker.release(permit, verdict)
+    assert (breaker.state, breaker.failures) == (State.CLOSED, 0)
 
 
 def test_a_trip_is_proved_over_by_one_call():
     """After a bill is paid, one call tells; of a crowd that was refused, the first one counts."""
     breaker, clock = made()
-    crowd = [breaker.enter() for _ in range(5)]
+    crowd = [breaker.acquire() for _ in range(5)]
     for permit in crowd:
-        breaker.trip(permit, 300, "out of credit")
+        breaker.open(permit, 300, "out of credit")
         clock.now += 1
-    assert (breaker.state, breaker.opened, breaker.why) == (State.OPEN, 1, "out of credit")
-    assert breaker.wait == 295
+    assert (breaker.state, breaker.times_opened, breaker.reason) == (State.OPEN, 1, "out of credit")
+    assert breaker.wait_s == 295
     clock.now += 295
-    assert breaker.enter().probe
-    assert breaker.enter() is None
+    assert breaker.acquire().is_probe
+    assert breaker.acquire() is None
 
 
 class Model(RuleBasedStateMachine):
@@ -179,23 +179,23 @@ class Model(RuleBasedStateMachine):
         self.breaker, self.clock = made()
         self.open_until = None
         self.length = 0.0
-        self.probe = None
+        self.is_probe = None
         self.current = set()
         self.history = []
 
     def may(self):
         now = self.clock.now
-        return self.open_until is None or (now >= self.open_until and self.probe is None)
+        return self.open_until is None or (now >= self.open_until and self.is_probe is None)
 
     @rule(target=permits)
     def enter(self):
-        permit = self.breaker.enter()
+        permit = self.breaker.acquire()
         assert (permit is not None) == self.may()
         if permit is None:
             return None
-        assert permit.probe == (self.open_until is not None)
-        if permit.probe:
-            self.probe = permit
+        assert permit.is_probe == (self.open_until is not None)
+        if permit.is_probe:
+            self.is_probe = permit
         self.current.add(permit)
         return permit
 
@@ -203,31 +203,34 @@ class Model(RuleBasedStateMachine):
     def leave(self, permit, verdict):
         if permit is None:
             return
-        self.breaker.leave(permit, verdict)
+        self.breaker.release(permit, verdict)
         if permit not in self.current:
             return
         self.current.discard(permit)
-        was_probe, self.probe = permit is self.probe, None if permit is self.probe else self.probe
+        was_probe, self.is_probe = (
+            permit is self.is_probe,
+            None if permit is self.is_probe else self.is_probe,
+        )
         if verdict is NONE:
             return
         if was_probe:
             self._move(opens=verdict is BAD)
             return
         self.history.append((self.clock.now, verdict))
-        recent = [v for t, v in self.history if t > self.clock.now - WINDOW]
-        row = [v for _, v in self.history][-IN_A_ROW:]
-        in_a_row = len(row) == IN_A_ROW and set(row) == {BAD}
-        half = len(recent) >= FEWEST and recent.count(BAD) * 2 >= len(recent)
+        recent = [v for t, v in self.history if t > self.clock.now - WINDOW_S]
+        row = [v for _, v in self.history][-MAX_FAILURES:]
+        in_a_row = len(row) == MAX_FAILURES and set(row) == {BAD}
+        half = len(recent) >= MIN_CALLS and recent.count(BAD) * 2 >= len(recent)
         if verdict is BAD and (in_a_row or half):
             self._move(opens=True)
 
     def _move(self, *, opens):
         self.current.clear()
         self.history.clear()
-        self.length = min(max(self.length * 2, FIRST_OPEN), LONGEST_OPEN) if opens else 0.0
+        self.length = min(max(self.length * 2, FIRST_OPEN_S), MAX_OPEN_S) if opens else 0.0
         self.open_until = self.clock.now + self.length if opens else None
 
-    @rule(seconds=st.sampled_from([0.25, 1.0, 7.0, WINDOW, LONGEST_OPEN]))
+    @rule(seconds=st.sampled_from([0.25, 1.0, 7.0, WINDOW_S, MAX_OPEN_S]))
     def time_goes_on(self, seconds):
         self.clock.now += seconds
 
@@ -244,8 +247,8 @@ class Model(RuleBasedStateMachine):
         else:
             expected = State.CLOSED if self.open_until is None else State.HALF_OPEN
         assert self.breaker.state is expected
-        assert self.breaker.ready() == self.may()
-        assert (self.breaker.wait == 0) == self.may()
+        assert self.breaker.is_ready == self.may()
+        assert (self.breaker.wait_s == 0) == self.may()
 
 
 TestModel = pytest.mark.untraced(Model.TestCase)

@@ -16,7 +16,7 @@ class Rig:
     def limit(self, lane, wait=None):
         """Let a call in a lane meet a rate limit, when the lane has rested."""
         self.now += self.health.rest(lane) + 1
-        permit = self.health.enter(lane)
+        permit = self.health.acquire(lane)
         error = RateLimited("p", "too many", Refusal(429, "too many", retry_after=wait))
         self.health.failed(permit, error, lane)
 
@@ -35,8 +35,8 @@ def test_a_rate_limit_may_be_met_at_the_very_end_of_a_rest():
     """The clock goes on while it is looked at; what a good answer has cleared is begun anew."""
     rig = Rig()
     rig.limit("m", 10.0)
-    first, second = (rig.health.enter("m", rested=True) for _ in range(2))
-    rig.health.answered(first, "m", ["a"])
+    first, second = (rig.health.acquire("m", rested=True) for _ in range(2))
+    rig.health.succeeded(first, "m")
     end = rig.now + rig.health.rest("m")
     moments = iter([end - 0.001, end - 0.001, end])
     rig.health._clock = lambda: next(moments, end)

@@ -27,6 +27,8 @@ from providers.http import HttpProvider
 from providers.limits import Limits
 from providers.profile import Profile
 from providers.routing.route import Route
+from providers.routing.router import Router
+from providers.scheduling.scheduler import Scheduler
 
 CL100K = Space("openai/m", 1536, tokenizer="cl100k_base")
 FOREIGN = Space("vendor/m", 1536)
@@ -288,10 +290,10 @@ async def test_a_call_with_a_bad_vector_is_billed_once(keeps, upstream):
         events.append((bill.provider, list(bill.places), *total))
 
     async with HttpProvider("acme", Profile(base_url=upstream.url)) as provider:
-        route = Route(provider, "m", price=1.0)
+        scheduler = Scheduler(Router([Route(provider, "m", price=1.0, retries=0)]))
         context = Context(on_charge=charge, on_part=keep if keeps else None)
         with pytest.raises(InvalidAnswer):
-            await route.embed(CL100K, ["hello", "world"], context)
+            await scheduler.embed(CL100K, ["hello", "world"], context)
     assert events == [("acme", [0, 1], 2, 2000), ("part", [1])][: 2 if keeps else 1]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from providers.base import InputRefused, RateLimited
-from providers.scheduling.refusal import is_about_an_input, is_about_size
+from providers.batching.refusal import is_about_an_input, is_about_size
 
 
 @pytest.mark.parametrize(

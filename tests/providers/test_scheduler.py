@@ -17,15 +17,11 @@ from providers.base import (
     RateLimited,
     Space,
 )
+from providers.batching.batch_size import MIN_INPUTS as LEAST
 from providers.batching.calls import assembled
-from providers.batching.within import limits_of
-from providers.limits import Limits
+from providers.limits import Limits, limits_of
 from providers.routing.route import Route
-from providers.scheduling.batch_size import MIN_INPUTS as LEAST
-from providers.scheduling.scheduler import Scheduler
-from providers.scheduling.tasks import Tasks
 from tests.providers.fakes import (
-    Dispatch,
     Kept,
     Upstream,
     check,
@@ -208,12 +204,11 @@ async def test_the_calls_under_way_end_when_the_tasks_are_closed():
     """At the end of the process nothing goes on, whoever waits for it."""
     upstream = Upstream()
     upstream.hold()
-    tasks = Tasks()
-    scheduler = Scheduler(Dispatch(upstream), tasks)
+    scheduler = schedule(upstream)
     asking = asyncio.create_task(scheduler.embed(SPACE, texts(500), ANY_TIME))
     await settle()
     assert upstream.air == 8
-    await tasks.close()
+    await scheduler.router.upstreams.attempts.close()
     assert upstream.air == 0
     with pytest.raises(DeadlineExceeded):
         await asking
@@ -221,12 +216,12 @@ async def test_the_calls_under_way_end_when_the_tasks_are_closed():
 
 async def test_a_task_that_is_closed_before_it_runs_leaves_nobody_waiting():
     """What came in the very turn of the loop in which the process stops is failed, too."""
-    tasks = Tasks()
-    scheduler = Scheduler(Dispatch(Upstream()), tasks)
+    scheduler = schedule(Upstream())
+    attempts = scheduler.router.upstreams.attempts
     asking = asyncio.create_task(scheduler.embed(SPACE, ["a"], ANY_TIME))
-    while not tasks._tasks:  # noqa: ASYNC110 - it takes a few turns
+    while not attempts._tasks:  # noqa: ASYNC110 - it takes a few turns
         await asyncio.sleep(0)
-    await tasks.close()
+    await attempts.close()
     async with asyncio.timeout(20):
         with pytest.raises(DeadlineExceeded):
             await asking
@@ -476,17 +471,6 @@ async def test_a_part_is_cut_again_where_a_provider_takes_less(count, most, toke
     assert sorted(provider.upstream.bought) == sorted(inputs)
     assert provider.upstream.most <= 2
     assert provider.models == {"theirs"}
-
-
-async def test_a_refusal_in_a_cut_part_has_its_place_and_the_rest_is_told():
-    """The index is that in the whole; what was bought beside it is kept."""
-    provider = Narrow(Limits(inputs=2, concurrency=1))
-    kept = Kept()
-    provider.upstream.failure = lambda call: InputRefused("no", index=1) if "t5" in call else None
-    with pytest.raises(InputRefused) as caught:
-        await Route(provider, "m").embed(SPACE, texts(9), Context(on_part=kept))
-    assert caught.value.index == 5
-    assert kept.rows.keys() == {0, 1, 2, 3}
 
 
 def test_a_provider_that_says_nothing_has_the_usual_limits():

@@ -1,13 +1,13 @@
 """Laws of the scheduler: they hold for all requests, upstreams and orders of events."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers.base import (
-    Bill,
+    Charge,
     Context,
     EmbeddingError,
     InputRefused,
@@ -19,8 +19,7 @@ from providers.base import (
 )
 from providers.batching.calls import rows_of
 from providers.limits import Limits
-from providers.scheduling.scheduler import Scheduler
-from tests.providers.fakes import Dispatch, Kept, Upstream, check, settle
+from tests.providers.fakes import Kept, Upstream, check, schedule, settle
 
 SPACE = Space("m", 2)
 TEXTS = [f"t{i}" for i in range(8)]
@@ -65,11 +64,13 @@ class Scripted(Upstream):
         answer = await super().embed(space, inputs, context)
         bad = [i for i, one in enumerate(inputs) if self.behaviour.bad.get(one) == "vector"]
         good = [i for i in range(len(inputs)) if i not in bad]
-        self.billed += len(good)
-        context.on_charge(Bill("p", good, [1] * len(good), [1] * len(good)))
+        self.billed += len(inputs)
         if bad:
-            await context.on_part(good, rows_of(answer, good))
+            part = rows_of(answer, good)
             error = InvalidAnswer("p", "no number")
+            error.charge = Charge(len(inputs))
+            if context.on_part is not None and good:
+                await context.on_part(good, replace(part, charge=error.charge))
             error.index, error.indices = bad[0], tuple(bad)
             raise error
         return answer
@@ -157,18 +158,19 @@ async def test_the_laws_of_the_scheduler(behaviour, events, concurrency, max_inp
     """Every request ends, with its own vectors, bills and failures, whatever becomes of others."""
     upstream = Scripted(behaviour)
     upstream.hold()
-    router = Dispatch(upstream, Limits(inputs=max_inputs, concurrency=concurrency))
-    scheduler = Scheduler(router)
+    scheduler = schedule(upstream, Limits(inputs=max_inputs, concurrency=concurrency))
     asked = await _play(scheduler, upstream, events)
 
     assert not scheduler._queues
-    assert router.route.slots._value == concurrency
+    slots = scheduler.router.upstreams.slots("p", "m", concurrency)
+    assert (slots.used, len(scheduler.router.upstreams.attempts._tasks)) == (0, 0)
     internal = sum(behaviour.bad.get(x) == "internal" for one in asked for x in one.inputs)
     for one in asked:
         bad = {i for i, text in enumerate(one.inputs) if text in behaviour.bad}
         one.kept.check(one.inputs)
         # Nothing is bought twice for one request, and what is told is billed.
-        assert len(one.billed) == len(set(one.billed))
+        good = [place for place in one.billed if place not in bad]
+        assert len(good) == len(set(good))
         assert one.kept.rows.keys() <= set(one.billed)
         if one.task.cancelled():
             assert one.is_gone
@@ -180,7 +182,7 @@ async def test_the_laws_of_the_scheduler(behaviour, events, concurrency, max_inp
             assert len(one.billed) == len(one.inputs)
             continue
         assert isinstance(error, EmbeddingError)
-        assert one.kept.rows.keys() == set(one.billed)
+        assert one.kept.rows.keys() == set(one.billed) - bad
         assert error.index is None or error.index in bad
         if not (behaviour.limited or one.is_gone or internal > 1):
             assert bad, "and nobody else's input fails it"

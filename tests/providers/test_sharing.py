@@ -17,7 +17,7 @@ from providers.base import (
 )
 from providers.limits import Limits
 from providers.scheduling import scheduler
-from providers.scheduling.batch_sender import MAX_SEARCHES
+from providers.scheduling.search import MAX_SEARCHES
 from tests.providers.fakes import Kept, Upstream, check, refusing, schedule, settle, vector_of
 
 SPACE = Space("m", 2)
@@ -126,16 +126,15 @@ async def test_while_all_slots_are_taken_what_comes_shares_the_next_call():
 
 async def test_where_another_route_is_left_nobody_waits_for_a_slot_for_long():
     """Calls that hang hold up those who come after for a share of their time only."""
-    rig = Rig(limits=Limits(concurrency=1), has_alternative=True)
+    other = Upstream()
+    other.name = "other"
+    rig = Rig(limits=Limits(concurrency=1), others=[other])
     rig.upstream.hold()
     hanging = rig.start("hanging")
     await rig.called(1)
     now = asyncio.get_running_loop().time()
-    # The worker of the queue is with the call that hangs; another space has its own.
-    late = rig.start("late", space=Space("other", 2), deadline=now + 0.04)
-    await rig.called(2)
-    rig.upstream.let(1)
-    check(await late, ["late"])
+    check(await rig.start("late", deadline=now + 0.04), ["late"])
+    assert (rig.upstream.calls, other.calls) == ([["hanging"]], [["late"]])
     rig.upstream.let(0)
     await hanging
 

@@ -25,7 +25,7 @@ from providers.base import (
     UpstreamTimeout,
 )
 from providers.limits import Timeouts
-from providers.routing.faults import rule
+from providers.routing.policy import rule
 from providers.transport import Transport
 
 PAYLOAD = b'{"model":"m","input":"a"}'
@@ -283,7 +283,7 @@ async def test_headers_that_are_too_large_are_named_and_not_asked_for_again(head
     async with canned(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n\r\n") as url:
         with pytest.raises(UpstreamFault, match=r"^acme: reply headers too large$") as caught:
             await post_once(url)
-    assert rule(caught.value).again == 0
+    assert rule(caught.value).retries == 0
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ async def test_a_reply_that_cannot_be_decoded_says_so(label, sent, upstream):
     said = f"acme: reply could not be decoded (content-encoding {label})"
     with pytest.raises(UpstreamFault, match=f"^{re.escape(said)}$") as caught:
         await post_once(upstream.url)
-    assert rule(caught.value).again == 0
+    assert rule(caught.value).retries == 0
 
 
 async def test_a_refusal_that_cannot_be_decoded_is_one_all_the_same(upstream):
@@ -436,7 +436,7 @@ async def test_a_508_is_a_loop_and_not_asked_for_again(upstream):
     upstream.script.append(status(508))
     with pytest.raises(LoopDetected, match=r"set providers\.acme\.base_url to the") as caught:
         await post_once(upstream.url)
-    assert rule(caught.value).again == 0
+    assert rule(caught.value).retries == 0
 
 
 async def test_the_transport_outlives_an_outage(upstream):

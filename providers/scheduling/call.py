@@ -1,0 +1,175 @@
+"""One call at a provider for some pending inputs: what goes along, what comes back, what it costs.
+
+Knows nothing of retries and of a provider's health: see `batch`.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from providers.attempts import Attempt
+from providers.base import Bill, Context, Embedded, Full, InvalidAnswer, ProviderError
+from providers.batching.calls import assembled, rows_of
+from providers.batching.twins import exact_tokenizer, find_duplicate_vectors
+from providers.routing.route import Route
+from providers.routing.router import Router
+
+from .pending import (
+    FailedAttempt,
+    PendingInput,
+    PendingRequest,
+    QueueKey,
+    max_deadline,
+    rank,
+    requests_of,
+)
+
+
+class Call:
+    """A call of one route. `is_needed` tells whether its answer is still of use to anybody."""
+
+    def __init__(  # noqa: PLR0913, PLR0917 - who is asked for what
+        self,
+        router: Router,
+        key: QueueKey,
+        route: Route,
+        inputs: Sequence[PendingInput],
+        requests: Mapping[PendingRequest, Sequence[PendingInput]],
+        is_needed: Callable[[], bool],
+    ) -> None:
+        self._router = router
+        self._key = key
+        self._route = route
+        self._inputs = inputs
+        self._requests = requests
+        self._is_needed = is_needed
+        self._first = next(iter(requests)).context
+        self.deadline = max_deadline(requests)
+        """That of the most patient request."""
+        self.attempt = Attempt()
+        self._is_billed = False
+
+    def _context(self, begin_by: float | None) -> Context:
+        """Return what goes along with the call."""
+        context = self._first
+        return Context(
+            deadline=self.deadline,
+            user=context.user,
+            neutral=context.neutral,
+            namespace=context.namespace,
+            credential=context.credential,
+            account=context.account,
+            on_part=self.deliver,
+            counts={
+                one.input: one.count
+                for one in self._inputs
+                if one.count is not None and type(one.input) is str
+            },
+            begin_by=begin_by,
+            is_needed=self._is_needed,
+            finishes_calls=True,
+            attempt=self.attempt,
+        )
+
+    async def make(self, begin_by: float | None) -> Embedded:
+        """Return the answer to all inputs; one to some of them is delivered.
+
+        The provider must have begun by `begin_by`, a point on the event loop's clock, or it raises
+        Full. Raises EmbeddingError.
+        """
+        if not self._is_needed():
+            raise Full(self._route.name, "nobody waits for the answer any more")
+        context = self._context(begin_by)
+        if self._key.is_alone and len(self._inputs) > 1:
+            return await self._ask_each(replace(context, on_part=None))
+        return await self._ask(self._inputs, context)
+
+    async def _ask(self, inputs: Sequence[PendingInput], context: Context) -> Embedded:
+        """Make one call at the provider, and tell what it was charged, whatever comes of it."""
+        items = [one.input for one in inputs]
+        account = inputs[0].request.context.account
+        try:
+            answer = await self._route.provider.ask(
+                self._route.model, self._key.space, items, context
+            )
+        except ProviderError as error:
+            if error.charge is not None and (len(inputs) == 1 or not self._is_billed):
+                self._charge(self._route.bill_failed(error.charge, items, account), inputs)
+            raise
+        self._charge(self._route.bill(answer.charge, answer.tokens, account), inputs)
+        return answer
+
+    async def _ask_each(self, context: Context) -> Embedded:
+        """Ask for each input in a call of its own, and keep no vector that several of them get.
+
+        One vector for inputs that differ may be a call's fault; alone it is the upstream's. Raises
+        EmbeddingError.
+        """
+        inputs = self._inputs
+        places = asyncio.Semaphore(self._route.limits.concurrency)
+
+        async def ask(one: PendingInput) -> Embedded:
+            async with places:
+                return await self._ask([one], context)
+
+        came = await asyncio.gather(*map(ask, inputs), return_exceptions=True)
+        parts = {i: one for i, one in enumerate(came) if isinstance(one, Embedded)}
+        vectors = {i: part.vectors[0] for i, part in parts.items()}
+        items, tokenizer = [one.input for one in inputs], exact_tokenizer(self._key.space)
+        groups = find_duplicate_vectors(items, vectors, tokenizer)
+        shared = sorted({i for group in groups for i in group})
+        good = [i for i in parts if i not in shared]
+        if good and len(good) < len(inputs):
+            await self.deliver(good, assembled([([i], parts[i]) for i in good]))
+        if shared:
+            for one in inputs:
+                one.is_alone = False
+            problem = "one vector for inputs that differ, also when each is asked for alone"
+            error = InvalidAnswer(self._route.name, problem)
+            error.index = shared[0] if len(shared) < len(inputs) else None
+            raise error
+        failed = {one: i for i, one in enumerate(came) if isinstance(one, BaseException)}
+        if failed:
+            worst = min(failed, key=rank)
+            if isinstance(worst, InvalidAnswer):
+                worst.index = failed[worst]
+            raise worst
+        if any(_is_fused(one) for one in inputs[0].failures):
+            self._route.learn_single()
+        return assembled([([i], parts[i]) for i in good])
+
+    async def deliver(self, indices: Sequence[int], part: Embedded) -> None:
+        """Hand a part of the answer to the requests whose inputs these are."""
+        if part.charge is not None and not self._is_billed:
+            account = self._first.account
+            items = [one.input for one in self._inputs]
+            self._charge(self._route.bill_failed(part.charge, items, account), self._inputs)
+        if not indices:
+            return
+        if part.charge is not None and len(indices) < len(self._inputs):
+            part = replace(part, charge=None)
+        inputs = [self._inputs[index] for index in indices]
+        if len(self._requests) == 1:
+            await inputs[0].request.take([one.index for one in inputs], part)
+        else:
+            for request, own in requests_of(inputs).items():
+                rows = [row for row, one in enumerate(inputs) if one.request is request]
+                await request.take([one.index for one in own], rows_of(part, rows))
+
+    def _charge(self, bill: Bill, inputs: Sequence[PendingInput]) -> None:
+        """Tell each request what was charged for its inputs."""
+        self._is_billed = True
+        self._router.prices.charged(self._route, bill)
+        whole = bill.at([one.index for one in inputs])
+        if len(self._requests) == 1:
+            inputs[0].request.charge(whole)
+            return
+        for request in self._requests:
+            rows = [row for row, one in enumerate(inputs) if one.request is request]
+            if rows:
+                request.charge(whole.rows(rows))
+
+
+def _is_fused(failure: FailedAttempt) -> bool:
+    """Tell whether one vector came for all inputs of a call, which differ."""
+    return failure.error.index is None and bool(failure.error.indices)
