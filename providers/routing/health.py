@@ -24,7 +24,8 @@ from weakref import WeakValueDictionary
 
 from providers.attempts import Attempts
 from providers.base import Credential, Input, ProviderError, RateLimited
-from providers.credential import ByKey
+from providers.credential import MOST_KEYS
+from providers.lru_cache import LRUCache
 from providers.scheduling.tasks import Tasks
 
 from . import faults
@@ -396,14 +397,16 @@ class Upstreams:
         self.attempts = Attempts()
         """The attempts under way, which are finished though nobody may wait for them any more."""
         self.budget = Budget(clock)
-        self._budgets = ByKey(lambda: Budget(clock))
+        self._budgets = LRUCache[str, Budget](MOST_KEYS)
         self._chance = chance
         self._healths: dict[str, Health] = {}
         self._slots: WeakValueDictionary[tuple[str, str], asyncio.Semaphore] = WeakValueDictionary()
 
     def budget_of(self, credential: Credential | None) -> Budget:
         """Return the budget of those who come with a key of their own, or that of all others."""
-        return self.budget if credential is None else self._budgets.of(credential)
+        if credential is None:
+            return self.budget
+        return self._budgets.get_or_make(credential.name, lambda: Budget(self.clock))
 
     def of(self, name: str) -> Health:
         """Return what is known of a provider."""
