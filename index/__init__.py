@@ -8,6 +8,6 @@ collection_reader reads the points of a collection, also as pairs of text and ve
 
 A migration, in migration/: template says which text a point stands for, regime where its new vector
 comes from, journal what has been done. migrate begins one, proof samples, copy carries the points
-by pages, with vectors of embed; verify and switch bring it into use, and late follows what seen
-says has changed meanwhile. points writes to Qdrant, collections makes and switches what is there.
+by pages, with vectors of embed; verify and switch bring it into use, and seen says what has changed
+meanwhile. points writes to Qdrant, collections makes and switches what is there.
 """

@@ -4,11 +4,8 @@ Limits, rests and budgets belong to the key; what keeps them by key remembers th
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
-from .lru_cache import LRUCache
 from .redaction import Redactor
 
 MOST_KEYS = 1000
@@ -20,8 +17,6 @@ _QUOTES = frozenset(
 """Quotation marks, also those that word processors put in their place."""
 
 _VARIABLE = re.compile(r"\$[A-Za-z_]\w*|%[A-Za-z_]\w*%")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +94,3 @@ def client_key_mistake(key: str) -> str:
     if " " in key or not key.isprintable():
         return "holds a blank or a line break, and no client can send that; choose another key"
     return ""
-
-
-class ByKey(Generic[T]):
-    """Something for each key, made when it is first asked for; of at most `most` keys."""
-
-    def __init__(self, make: Callable[[], T], most: int = MOST_KEYS) -> None:
-        self._make = make
-        self._made = LRUCache[str, T](most)
-
-    def __len__(self) -> int:
-        return len(self._made)
-
-    def of(self, credential: Credential) -> T:
-        """Return what is a key's."""
-        return self._made.get_or_make(credential.name, self._make)

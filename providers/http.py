@@ -31,8 +31,9 @@ from .base import (
     RateLimited,
     Space,
 )
-from .credential import ByKey, Credential
+from .credential import MOST_KEYS, Credential
 from .limits import Limits
+from .lru_cache import LRUCache
 from .profile import Profile
 from .quoted_inputs import QuotedInputs
 from .redaction import Redactor
@@ -105,7 +106,8 @@ class HttpProvider:
         )
         self._batch_limits = BatchLimits(name, profile.limits)
         self._admission = Admission(name, profile.limits, sleep)
-        self._admissions = ByKey(lambda: Admission(name, profile.limits, sleep, connections))
+        self._admissions = LRUCache[str, Admission](MOST_KEYS)
+        self._new_admission = partial(Admission, name, profile.limits, sleep, connections)
 
     @property
     def accepts_tokens(self) -> bool:
@@ -169,7 +171,7 @@ class HttpProvider:
                 raise ClientKeyRefused(
                     f"{self.name}: is asked with the client's own key; none came"
                 )
-            admission = self._admissions.of(credential)
+            admission = self._admissions.get_or_make(credential.name, self._new_admission)
             headers = self._key_header(credential.secret)
         try:
             payload = orjson.dumps(self._payload(model, space, inputs, context))

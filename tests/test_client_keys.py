@@ -20,7 +20,7 @@ from qdrant_server import QdrantServer
 
 from providers import kinds
 from providers.base import ClientKeyRefused, Context, Space
-from providers.credential import MOST_KEYS, ByKey, Credential
+from providers.credential import Credential
 from providers.profile import Profile
 from providers.routing import health
 from proxy import cli
@@ -719,7 +719,7 @@ async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     monkeypatch.setattr(health, "MAX_KEYS", 20)
     proxy = await start()
     for one in (proxy.service.upstreams._budgets, _provider(proxy)._admissions):
-        monkeypatch.setattr(one._made, "max_size", 20)
+        monkeypatch.setattr(one, "max_size", 20)
     upstream.always = status(429, headers={"Retry-After": "300"})
     for i in range(50):
         await _ask(proxy, f"sk-limited-{i:010}")
@@ -739,19 +739,6 @@ async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
 
 def _provider(proxy):
     return proxy.service.models[MODEL].router.routes[0].provider
-
-
-def test_something_for_each_key():
-    """It is made once, equal names have the same, and the one used longest ago goes first."""
-    made = ByKey(list, most=2)
-    one, two, three = (Credential("s", name) for name in "abc")
-    first = made.of(one)
-    made.of(two)
-    assert made.of(Credential("other secret", "a")) is first
-    made.of(three)
-    assert made.of(one) is first
-    assert len(made) == 2
-    assert MOST_KEYS >= 1000
 
 
 async def test_the_ledger_tells_keys_apart_by_name(start):

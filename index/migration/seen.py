@@ -8,6 +8,7 @@ can be told from what is merely different. It is on disk so that a cutover that 
 import hashlib
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,21 +42,17 @@ class Seen:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        with self._failing():
             private_files.make_folder(path.parent)
             private_files.create(path)
             self._sql = sqlite3.connect(path, isolation_level=None)
-        except (sqlite3.Error, OSError) as error:
-            raise JournalError(f"{path}: {error}") from error
 
     def anew(self) -> None:
         """Forget everything; what is added is on the medium after `keep`."""
         if self._sql.in_transaction:
             self._run("ROLLBACK")
-        try:
+        with self._failing():
             self._sql.executescript(_LAYOUT)
-        except sqlite3.Error as error:
-            raise JournalError(f"{self._path}: {error}") from error
         self._run("BEGIN")
 
     def keep(self) -> None:
@@ -102,17 +99,20 @@ class Seen:
         self._sql.close()
 
     def _run(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
-        try:
+        with self._failing():
             return self._sql.execute(statement, values)
-        except sqlite3.Error as error:
-            raise JournalError(f"{self._path}: {error}") from error
 
     def _many(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
-        try:
-            if not self._sql.in_transaction:
-                self._sql.execute("BEGIN")
+        if not self._sql.in_transaction:
+            self._run("BEGIN")
+        with self._failing():
             self._sql.executemany(statement, rows)
-        except sqlite3.Error as error:
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
             raise JournalError(f"{self._path}: {error}") from error
 
 

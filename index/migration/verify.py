@@ -9,7 +9,6 @@ from providers.base import Vector
 
 from .copy import Refusals, compare
 from .embed import Refused
-from .late import Late
 from .seen import Seen
 
 RECALLED_AMONG = 10
@@ -17,6 +16,21 @@ RECALLED_AMONG = 10
 TWINS = 0.99999
 """The cosine of two vectors from which on a search may give either before the other."""
 _UNIT = 0.01
+
+
+@dataclass(slots=True)
+class Late:
+    """What became of late changes."""
+
+    written: int = 0
+    """Points written to the new collection."""
+    deleted: int = 0
+    left: int = 0
+    """Points that stayed as they are in the new one, where they were changed since."""
+    dead: int = 0
+    """Points that cannot be carried; the dead letters say why."""
+    quiet: bool = False
+    """Whether the last look at the old collection found nothing late."""
 
 
 @dataclass(slots=True)

@@ -22,7 +22,8 @@ from weakref import WeakValueDictionary
 
 from providers.attempts import Attempts
 from providers.base import Credential, Input, ProviderError, RateLimited
-from providers.credential import ByKey
+from providers.credential import MOST_KEYS
+from providers.lru_cache import LRUCache
 
 from . import policy
 from .circuit_breaker import CircuitBreaker, Permit, State, Verdict
@@ -382,14 +383,16 @@ class Upstreams:
         self.attempts = Attempts()
         """The calls under way, which are finished though nobody may wait for them any more."""
         self.budget = RetryBudget(clock)
-        self._budgets = ByKey(lambda: RetryBudget(clock))
+        self._budgets = LRUCache[str, RetryBudget](MOST_KEYS)
         self._chance = chance
         self._healths: dict[str, Health] = {}
         self._slots: WeakValueDictionary[tuple[str, str], Slots] = WeakValueDictionary()
 
     def budget_of(self, credential: Credential | None) -> RetryBudget:
         """Return the budget of those who come with a key of their own, or that of all others."""
-        return self.budget if credential is None else self._budgets.of(credential)
+        if credential is None:
+            return self.budget
+        return self._budgets.get_or_make(credential.name, lambda: RetryBudget(self.clock))
 
     def of(self, name: str) -> Health:
         """Return what is known of a provider."""
