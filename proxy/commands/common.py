@@ -82,7 +82,8 @@ def _describe_environment(error: Exception) -> str | None:
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return reason if error.filename is None else f"{path_text(error.filename)}: {reason}"
-    if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+    has_no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    if isinstance(error, MemoryError) or has_no_thread:
         return "there is not enough memory; raise the limit (ulimit -v), or end other programs"
     if isinstance(error, ImportError):
         # numpy says the cause in the last of many lines.

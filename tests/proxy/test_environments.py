@@ -50,7 +50,7 @@ POOR_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     [
         (SERVE, {"before": "ulimit -n 20;"}, 1, "the limit on open files (ulimit -n) is 20, and"),
         (SHOW, {"before": "ulimit -n 12;"}, 0, ""),
-        (SHOW, {"before": "ulimit -v 60000;"}, 1, "the limit on memory (ulimit -v)"),
+        (SHOW, {"before": "ulimit -v 60000;"}, 1, "(ulimit -v)"),
         (["config", "show"], {"HOME": ""}, 2, "cache.directory: HOME is no absolute path; set it"),
         (["cache", "stats"], {"HOME": "/nowhere"}, 1, "there is no store yet"),
         (PURGE, {"after": "<&-"}, 2, "there is no terminal to ask on"),
