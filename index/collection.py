@@ -295,7 +295,8 @@ async def _objections_to_all(
         return [said] if said else []
     if found.space.partition("?")[0] in spaces.values():
         return []
-    return [
+    said = (
         f"the collection {name} holds vectors of {found}, and no model of the configuration is of"
         " that space: they do not compare; name another collection"
-    ]
+    )
+    return [said]
