@@ -7,7 +7,7 @@ from it) to the sender, and by that to Qdrant. search finds what is nearest to a
 collection_reader reads the points of a collection, also as pairs of text and vector.
 
 A migration, in migration/: template says which text a point stands for, regime where its new vector
-comes from, journal what has been done. migrate begins one, proof samples, copy carries the points
-by pages, with vectors of embed; verify and switch bring it into use, and seen says what has changed
-meanwhile. points writes to Qdrant, collections makes and switches what is there.
+comes from, journal what has been done. migrate begins one, copy proves by samples and carries the
+points by pages, with vectors of embed; verify and switch bring it into use, and seen says what has
+changed meanwhile. points writes to Qdrant, collections makes and switches what is there.
 """

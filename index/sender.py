@@ -150,8 +150,8 @@ class Sender:
             except Unavailable as error:
                 # A batch that is halved need not wait long.
                 halving = isinstance(error, ServerFault) and self._most_points > 1
-                asked = error.retry_after_s or None
-                pause = self._failed(error, SHORTEST_PAUSE if halving else asked)
+                asked = SHORTEST_PAUSE if halving else error.retry_after_s or None
+                pause = self._failed(error, asked)
             except Denied as error:
                 pause = self._failed(error, LONGEST_PAUSE)
             except (QdrantFailure, *FAILURES) as error:

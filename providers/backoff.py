@@ -28,22 +28,18 @@ class Backoff:
         self._threshold = threshold
         self._clock = clock
         self._until = 0.0
-        self._failures = 0
+        self.failures = 0
+        """In a row."""
 
     @property
     def is_waiting(self) -> bool:
         """Whether it is too early for another attempt."""
-        return self._failures >= self._threshold and self._clock() < self._until
-
-    @property
-    def is_failing(self) -> bool:
-        """Whether the last attempt failed."""
-        return self._failures > 0
+        return self.failures >= self._threshold and self._clock() < self._until
 
     def fail(self) -> float:
         """Note a failure; return the seconds until the next attempt."""
-        self._failures += 1
-        doublings = self._failures - self._threshold
+        self.failures += 1
+        doublings = self.failures - self._threshold
         if doublings < 0:
             return 0.0
         wait = min(self._min_s * 2.0 ** min(doublings, 50), self._max_s)
@@ -52,4 +48,4 @@ class Backoff:
 
     def succeed(self) -> None:
         """Note a success: the next failure is the first in a row."""
-        self._failures = 0
+        self.failures = 0

@@ -80,19 +80,12 @@ def find(name: str) -> Kind:
     """
     if name in KINDS:
         return KINDS[name]
-    found = plugins.find(GROUP, name)
-    if found is None:
-        raise UnknownKind(
-            f"expected one of {', '.join(sorted({*KINDS, LOCAL}))}, or a kind that an installed"
-            f" package brings"
-        )
-    try:
-        brought = found.load()
-    except Exception as error:
-        raise UnknownKind(f"{found.value} cannot be loaded: {error}") from error
+    known = ", ".join(sorted({*KINDS, LOCAL}))
+    absent = f"expected one of {known}, or a kind that an installed package brings"
+    where, brought = plugins.load(GROUP, name, UnknownKind, absent, makes=False)
     if isinstance(brought, Profile):
         return Kind(brought)
     profile = getattr(brought, "profile", None)
     if not callable(brought) or not isinstance(profile, Profile):
-        raise UnknownKind(f"{found.value} is neither a Profile nor a class that has one")
+        raise UnknownKind(f"{where} is neither a Profile nor a class that has one")
     return Kind(profile, brought)

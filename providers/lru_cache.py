@@ -22,8 +22,6 @@ class LRUCache(Generic[K, V]):
     (None, ['a', 'c'])
     """
 
-    __slots__ = ("_items", "_size_of", "mark_used", "max_size", "peek", "size")
-
     def __init__(self, max_size: int, size_of: Callable[[V], int] = lambda _: 1) -> None:
         """`size_of` gives the size of a value, always the same for the same value."""
         self._items: OrderedDict[K, V] = OrderedDict()

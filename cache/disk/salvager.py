@@ -142,7 +142,7 @@ class Salvager:
             except FAILURES as error:
                 if is_damage(error) or isinstance(error, FileReplaced):
                     raise
-                if not backoff.is_failing:
+                if not backoff.failures:
                     log.warning("saving what is whole in a damaged file waits: %s", error)
                 await self._sleep(backoff.fail())
             else:

@@ -95,16 +95,10 @@ class Rule:
     @classmethod
     def brought(cls, name: str) -> Self:
         """Return the rule that an installed package brings. Raises TemplateError."""
-        found = plugins.find(GROUP, name)
-        if found is None:
-            raise TemplateError(f"no installed package brings a way to make texts called `{name}`")
-        try:
-            made = found.load()
-            maker = made() if isinstance(made, type) else made
-        except Exception as error:
-            raise TemplateError(f"{found.value} cannot be loaded: {error}") from error
+        absent = f"no installed package brings a way to make texts called `{name}`"
+        where, maker = plugins.load(GROUP, name, TemplateError, absent)
         if not isinstance(maker, Maker):
-            raise TemplateError(f"{found.value} has no version and text")
+            raise TemplateError(f"{where} has no version and text")
         return cls((), f"{name} {maker.version}", maker)
 
     @classmethod

@@ -10,11 +10,10 @@ import typer
 from index import migrate as begins
 from index.migrate import DEFAULT, Migration, MigrationRefused, Pace, Wanted, begin
 from index.migration import collections
-from index.migration.copy import copy, follow
+from index.migration.copy import copy, follow, prove
 from index.migration.journal import Journal, State
 from index.migration.plan import Plan, Survey
 from index.migration.points import Points
-from index.migration.proof import prove
 from index.migration.regime import Regime
 from providers.base import EmbeddingError
 from providers.probe import SAME

@@ -56,7 +56,6 @@ class SpaceWatch:
         now = self._clock()
         whole = _digest(b"".join(_digest(name.encode()) + _digest(one) for name, one in parameters))
         values = {name[:MAX_NAME]: _digest(value) for name, value in parameters[:MAX_FIELDS]}
-        seen.sets.pop(whole, None)
         seen.sets[whole] = now, values
         seen.sets = {key: one for key, one in seen.sets.items() if one[0] >= now - WINDOW_S}
         if len(seen.sets) > MAX_SETS:

@@ -40,16 +40,8 @@ class UnknownStrategy(LookupError):
 @lru_cache
 def find(name: str) -> Strategy:
     """Return a strategy by its name. Raises UnknownStrategy, with a message for people."""
-    found = plugins.find(GROUP, name)
-    if found is None:
-        raise UnknownStrategy(
-            "expected strict, truncate or pad, or a strategy that an installed package brings"
-        )
-    try:
-        brought = found.load()
-        strategy = brought() if isinstance(brought, type) else brought
-    except Exception as error:
-        raise UnknownStrategy(f"{found.value} cannot be loaded: {error}") from error
+    absent = "expected strict, truncate or pad, or a strategy that an installed package brings"
+    where, strategy = plugins.load(GROUP, name, UnknownStrategy, absent)
     if not isinstance(strategy, Strategy) or not str(strategy.version):
-        raise UnknownStrategy(f"{found.value} has no version, can_give and bring")
+        raise UnknownStrategy(f"{where} has no version, can_give and bring")
     return strategy

@@ -13,11 +13,10 @@ from index.connection import Connection
 from index.failures import Missing, OtherSpace, Rejected
 from index.migrate import Migration, MigrationRefused, Pace, Wanted, begin, restart, state_for
 from index.migration import collections
-from index.migration.copy import copy, follow
+from index.migration.copy import copy, follow, prove
 from index.migration.journal import Journal, Phase
 from index.migration.plan import PASSES, Survey
 from index.migration.points import Points
-from index.migration.proof import prove
 from index.migration.regime import Regime
 from index.migration.switch import cutover, finalize, rollback
 from index.migration.template import Rule
