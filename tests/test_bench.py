@@ -155,7 +155,7 @@ def test_a_stack_belongs_to_the_innermost_that_is_known():
         f"{hit};parse (proxy/wire.py:9);orjson_loads (orjson.so) 3",
         f"{hit};key (cache/key.py:9);blake2b (hashlib.so) 4",
         f"{hit};read_many (cache/disk/database.py:9) 2",
-        "main (mystery.py:1);put (proxy/http/response_cache.py:1) 1",
+        "main (mystery.py:1);put (mystery.py:2) 1",
         "main (proxy/cli.py:1);epoll_wait (libc.so.6) 50",
         "run (threading.py:1);_worker (concurrent/futures/thread.py:81);_queue_SimpleQueue_get 9",
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from conftest import Proxy, StartProxy
+from conftest import IS_FAST, Proxy, StartProxy
 from fault_server import FaultServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from proxy.http.connection import Connection
 from proxy.http.runner import LIMITS, RESPONSES
 
 MODEL = "text-embedding-3-small"
+pytestmark = pytest.mark.skipif(not IS_FAST, reason="the fast path is off")
 
 
 def _body(given: object, **fields: object) -> bytes:
