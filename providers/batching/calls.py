@@ -18,8 +18,11 @@ def rows_of(part: Embedded, rows: Sequence[int]) -> Embedded:
 
 
 def assembled(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
-    """Put the answers to all places of a request into their order."""
-    if len(parts) == 1:
+    """Put the answers to all places of a request into their order.
+
+    The places of one part may come in any order: parts that failed were put together anew.
+    """
+    if len(parts) == 1 and [*parts[0][0]] == sorted(parts[0][0]):
         return parts[0][1]
     whole = Whole(sum(len(places) for places, _ in parts))
     for places, part in parts:

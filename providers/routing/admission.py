@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
 
 from providers.base import Context, DeadlineExceeded, Full, Refusal
 from providers.limits import Limits
@@ -25,11 +25,11 @@ class Admission:
         connections: asyncio.Semaphore | None = None,
     ) -> None:
         """Take `connections` as shared by several queues of one provider; None = any number."""
-        self._connections = connections
-        self._provider = provider
+        self.connections = connections
+        self.provider = provider
+        self.slots = asyncio.Semaphore(limits.concurrency)
         self._learns = limits.learn
         self._sleep = sleep
-        self._slots = asyncio.Semaphore(limits.concurrency)
         self._declared = Throttle(
             provider,
             requests_per_minute=limits.requests_per_minute,
@@ -42,7 +42,7 @@ class Admission:
         """Return the limits learned of a model: each has its own, where upstreams tell them."""
         known = self._learned.get(model)
         if known is None:
-            known = self._learned[model] = Throttle(self._provider, sleep=self._sleep)
+            known = self._learned[model] = Throttle(self.provider, sleep=self._sleep)
             if len(self._learned) > MOST_MODELS:
                 self._learned.popitem(last=False)
         self._learned.move_to_end(model)
@@ -62,42 +62,87 @@ class Admission:
         waits = {model: throttle.wait_s for model, throttle in self._learned.items()}
         return {model: wait for model, wait in waits.items() if wait > 0}
 
-    @asynccontextmanager
-    async def turn(self, model: str, tokens: int, context: Context) -> AsyncIterator[None]:
-        """Hold a place within both sorts of limits, then among the calls at the same time.
+    def turn(self, model: str, tokens: int, context: Context) -> "_Turn":
+        """Return what holds a place within both sorts of limits, then among the calls at a time.
 
-        In this order: who queues for the limit of one model takes no place from the others. Raises
-        Full, or DeadlineExceeded.
+        For `async with`. In this order: who queues for the limit of one model takes no place from
+        the others. Raises Full, or DeadlineExceeded.
         """
-        learned = self._of(model)
+        return _Turn(self, (self._of(model), self._declared), tokens, context)
+
+
+class _Turn:
+    """The place of one call: in both queues for limits, and among the calls at the same time."""
+
+    __slots__ = ("_admission", "_context", "_held", "_is_admitted", "_queues", "_tokens")
+
+    def __init__(
+        self,
+        admission: Admission,
+        queues: tuple[Throttle, Throttle],
+        tokens: int,
+        context: Context,
+    ) -> None:
+        self._admission = admission
+        self._queues = queues
+        self._tokens = tokens
+        self._context = context
+        self._held: list[Throttle | asyncio.Semaphore] = []
+        """What it has so far."""
+        self._is_admitted = False
+
+    async def __aenter__(self) -> None:
+        context, admission = self._context, self._admission
         until = context.deadline if context.begin_by is None else context.begin_by
-        async with AsyncExitStack() as stack:
-            try:
+        is_free = all(queue.is_free for queue in self._queues) and not admission.slots.locked()
+        try:
+            if is_free and admission.connections is None:
+                # Nothing is to be waited for, and nobody to be told.
+                await self._enter(until)
+            else:
                 async with asyncio.timeout_at(until):
-                    held = learned.held_until
-                    rooms = [
-                        await stack.enter_async_context(throttle.turn(tokens, until))
-                        for throttle in (learned, self._declared)
-                    ]
-                    await self._slots.acquire()
-                    while learned.held_until != held:
-                        # A call was refused meanwhile, as this one would be.
-                        self._slots.release()
-                        held = learned.held_until
-                        await learned.pause(until)
-                        await self._slots.acquire()
-                    stack.callback(self._slots.release)
-                    if self._connections is not None:
-                        await self._connections.acquire()
-                        stack.callback(self._connections.release)
-                    for room in rooms:
-                        room.is_used = True
-            except TimeoutError as error:
-                if context.begin_by is not None:
-                    message = "all the calls that it takes at a time are under way"
-                    said = Refusal(429, message, "requests", "rate_limit_exceeded")
-                    raise Full(self._provider, message, said) from error
-                raise DeadlineExceeded(
-                    f"the time of the request was up while it waited its turn at {self._provider}"
-                ) from error
-            yield
+                    await self._enter(until)
+        except TimeoutError as error:
+            self._leave(is_unused=True)
+            if context.begin_by is not None:
+                message = "all the calls that it takes at a time are under way"
+                said = Refusal(429, message, "requests", "rate_limit_exceeded")
+                raise Full(admission.provider, message, said) from error
+            raise DeadlineExceeded(
+                f"the time of the request was up while it waited its turn at {admission.provider}"
+            ) from error
+        except BaseException:
+            self._leave(is_unused=True)
+            raise
+
+    async def _enter(self, until: float | None) -> None:
+        learned, slots = self._queues[0], self._admission.slots
+        held_until = learned.held_until
+        for queue in self._queues:
+            await queue.acquire(self._tokens, until)
+            self._held.append(queue)
+        await slots.acquire()
+        while learned.held_until != held_until:
+            # A call was refused meanwhile, as this one would be.
+            slots.release()
+            held_until = learned.held_until
+            await learned.pause(until)
+            await slots.acquire()
+        self._held.append(slots)
+        if self._admission.connections is not None:
+            await self._admission.connections.acquire()
+            self._held.append(self._admission.connections)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._leave(is_unused=isinstance(error, Full))
+
+    def _leave(self, *, is_unused: bool) -> None:
+        """Give everything back; the room within the limits only if no call was made."""
+        for one in reversed(self._held):
+            if isinstance(one, asyncio.Semaphore):
+                one.release()
+            else:
+                one.release(self._tokens, is_unused=is_unused)
+        self._held.clear()

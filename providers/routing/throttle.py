@@ -7,10 +7,9 @@ and may go to another route.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from providers.base import DeadlineExceeded, Full, Input, Refusal
+from providers.base import Full, Input, Refusal
 from providers.ratelimit import MAX_WAIT, allowance
 
 LONGEST_HOLD = 60.0
@@ -57,16 +56,6 @@ class Bucket:
         self._level -= cost
 
 
-class Room:
-    """Room that one call holds in a queue. Whoever makes the call sets `is_used`."""
-
-    __slots__ = ("is_used",)
-
-    def __init__(self) -> None:
-        self.is_used = False
-        """Whether nothing is left to wait for: who is cancelled before gives the room back."""
-
-
 class Throttle:
     """The queue before one upstream, or before one model of it.
 
@@ -89,6 +78,7 @@ class Throttle:
         self._wall_clock = wall_clock
         self._sleep = sleep
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._has_limits = requests_per_minute is not None or tokens_per_minute is not None
         self._buckets: dict[str, Bucket] = {}
         self._line = asyncio.Lock()  # first in, first out
         self._waiting = {"requests": 0, "tokens": 0}
@@ -96,26 +86,28 @@ class Throttle:
         self.held_until = float("-inf")
         """Until when nobody is let through; changed by each `hold` that is for longer."""
 
-    @asynccontextmanager
-    async def turn(self, tokens: int, deadline: float | None) -> AsyncIterator[Room]:
-        """Wait for room for one call of so many tokens, and hold it for the length of the call.
+    @property
+    def is_free(self) -> bool:
+        """Whether a call need not wait: there is no limit, no pause, and nobody queues."""
+        is_limited = bool(self._buckets) or self._has_limits
+        return not (is_limited or self._line.locked() or self.held_until > self._clock())
 
-        Raises Full, with the wait, if there is no room before the deadline. A call that another
-        queue behind this one raises Full for gives its room back, and so does one that is cancelled
-        while it waits there, or whose time is up there.
+    async def acquire(self, tokens: int, deadline: float | None) -> None:
+        """Wait for room for one call of so many tokens, which holds it until `release`.
+
+        Raises Full, with the wait, if there is no room before the deadline.
         """
         cost = {"requests": 1, "tokens": tokens}
-        await self._wait(cost, deadline)
+        if not self.is_free:
+            await self._wait(cost, deadline)
         _add(self._flying, cost)
-        room = Room()
-        try:
-            yield room
-        except (Full, DeadlineExceeded, asyncio.CancelledError) as error:
-            if isinstance(error, Full) or not room.is_used:
-                self._take(cost, -1)
-            raise
-        finally:
-            _add(self._flying, cost, -1)
+
+    def release(self, tokens: int, *, is_unused: bool = False) -> None:
+        """Note that the call has ended; one that was not made gives its room back."""
+        cost = {"requests": 1, "tokens": tokens}
+        if is_unused:
+            self._take(cost, -1)
+        _add(self._flying, cost, -1)
 
     @property
     def wait_s(self) -> float:

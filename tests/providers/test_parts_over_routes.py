@@ -257,3 +257,18 @@ async def test_what_two_routes_answer_is_told_once():
     check(await task, race.inputs)
     # The last part of a whole answer is returned with it.
     assert told == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+async def test_parts_that_share_a_call_at_the_next_route_come_back_in_order(order):
+    """They are put together in the order in which they failed, and answered by their places."""
+    first = Provider("a", 2, lambda _: UNKNOWN, concurrency=3)
+    second = Provider("b")
+    first.upstream.hold()
+    inputs = texts(6)
+    task = asyncio.create_task(router_over(first, second).embed(SPACE, inputs, Context()))
+    await settle()
+    for call in order:
+        first.upstream.held[call].set()
+    check(await task, inputs)
+    assert [sorted(call) for call in second.upstream.calls] == [inputs]
