@@ -292,3 +292,24 @@ async def test_a_clients_own_key_that_google_refuses_is_the_clients(upstream, st
     reply = await proxy.post({"model": MODEL, "input": "a"}, Authorization="Bearer sk-anne-01234")
     assert reply.status == 401
     assert (await reply.json())["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code"),
+    [(["猫", "狗"], 502), (["سلام", "مرحبا"], 502), (["👍", "👎"], 502), (["猫", " 猫\n"], 200)],
+)
+async def test_one_vector_for_texts_of_any_script(inputs, code, upstream, start_proxy):
+    """OpenAI's models read every script, so one vector for two texts is a wrong answer."""
+
+    def same(reply):
+        for item in reply["data"]:
+            item["embedding"] = vector_of(MODEL, "one").tolist()
+
+    upstream.always = upstream.altered(same)
+    proxy = await start_proxy(openai=upstream)
+    response = await proxy.post({"model": MODEL, "input": inputs})
+    assert response.status == code
+    if code == 502:
+        assert "one vector for inputs that differ" in await message_of(response)
+        upstream.always = None
+        await right(await proxy.post({"model": MODEL, "input": inputs}), inputs)
