@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 
 import pytest
+from conftest import IS_FAST
 
 from proxy.http.caller import Caller
 from proxy.http.response_cache import HitCache, Hits, ResponseCache
@@ -56,6 +57,7 @@ async def test_others_get_their_turn(responses):
     assert turns >= 5
 
 
+@pytest.mark.skipif(not IS_FAST, reason="the fast path is off")
 async def test_a_long_response_that_comes_again_is_kept_whole(start_proxy, upstream):
     """Its bytes stay the same; what is bought anew ends it, and each is counted."""
     proxy = await start_proxy(openai=upstream)
@@ -83,6 +85,7 @@ async def test_a_long_response_that_comes_again_is_kept_whole(start_proxy, upstr
         assert await (await proxy.post(asked)).text() == anew
 
 
+@pytest.mark.skipif(not IS_FAST, reason="the fast path is off")
 async def test_a_response_without_room_is_not_kept_whole(start_proxy, upstream):
     """One may take a part of what all may take."""
     proxy = await start_proxy(openai=upstream, cache={"memory_mib": 2})

@@ -4,8 +4,10 @@ import asyncio
 import gzip
 import json
 import logging
+import os
 from collections.abc import AsyncIterator
 from socket import SHUT_RDWR
+from socket import socket as Socket  # noqa: N812
 
 import aiohttp
 import openai
@@ -770,7 +772,8 @@ async def test_an_upstream_hears_that_a_websocket_is_gone(other, start):
     connected.clear()
     socket = await proxy.http.ws_connect(f"{proxy.url}/realtime")
     await connected.wait()
-    socket.get_extra_info("socket").shutdown(SHUT_RDWR)
+    with Socket(fileno=os.dup(socket.get_extra_info("socket").fileno())) as own:
+        own.shutdown(SHUT_RDWR)
     async with asyncio.timeout(60):
         assert await ended.get() != 4002
 
