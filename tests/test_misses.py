@@ -157,6 +157,31 @@ async def test_one_text_alone_that_always_fails_keeps_nobody_from_the_upstream(
     assert health(proxy).snapshot()["opened"] == 0
 
 
+@pytest.mark.parametrize("code", [500, 503])
+async def test_the_circuit_opens_at_the_fifth_failure(code, upstream, start_proxy):
+    """An upstream that fails with every text is left alone after five calls, whatever it says."""
+    upstream.always = status(code)
+    proxy = await start_proxy(openai=upstream)
+    _own_clock(proxy)
+    for i in range(4):
+        await ask(proxy, f"text {i}")
+    assert len(upstream.calls) == 5
+    assert health(proxy).snapshot()["state"] == "open"
+
+
+@pytest.mark.parametrize("code", [500, 503])
+async def test_one_text_that_is_tried_again_and_again_opens_no_circuit(code, upstream, start_proxy):
+    """However often a provider is to be asked again: the failures of one text do not suffice."""
+    upstream.always = unless(upstream, lambda call: "bad" in call, status(code))
+    providers = {"openai": {"base_url": upstream.url, "retries": 8}}
+    proxy = await start_proxy(openai=upstream, providers=providers)
+    _own_clock(proxy)
+    await ask(proxy, "bad")
+    assert len(upstream.calls) > 5
+    assert health(proxy).snapshot()["opened"] == 0
+    await right(await ask(proxy, "innocent"), ["innocent"])
+
+
 async def test_an_outage_is_not_searched_for_a_bad_input(upstream, start_proxy):
     """Where every call fails with 500 a few calls tell, and the circuit of the provider opens."""
     upstream.always = status(500)

@@ -149,6 +149,10 @@ class View:
         ready = [one for one in self.routes if one not in tried and self.is_ready(one)]
         return self.arranged(ready) if len(ready) > 1 else ready
 
+    def first(self) -> Route:
+        """Return the route that would be asked now; if none may be, the preferred one."""
+        return (self.ready() or self.arranged(self.routes))[0]
+
     def arranged(self, routes: Sequence[Route]) -> Sequence[Route]:
         """Return routes in the order preferred."""
         match self.router.order:

@@ -293,6 +293,8 @@ class QueueKey(NamedTuple):
     """Routes that had no room in time."""
     route: Route | None = None
     """The route that is to be asked again; None = the policy chooses."""
+    is_rested: bool = False
+    """Whether they have waited as long as that route asked for."""
     is_alone: bool = False
     search: Halving | None = None
     """The search that they are a half of."""

@@ -68,17 +68,14 @@ class Scheduler:
         """
         routes = tuple(self.router.usable(space, inputs, context.credential))
         key = QueueKey(space, context.user, context.credential, context.neutral, routes)
-        queue = self.queue(key)
-        limits = queue.next_route().limits
+        limits = View(self.router, routes, space, context.credential).first().limits
         sizes, are_exact = await batch_size.sizes(space, inputs, limits.tokens, context)
         counts: Sequence[int | None] = sizes
         if not are_exact:
             counts = [context.counts.get(one) if type(one) is str else None for one in inputs]
         request = PendingRequest(inputs, context, sizes, counts)
-        # Counting may have taken a while, and the queue may be another one now.
-        self.queue(key).add(
-            request.inputs, self.window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
-        )
+        waits = self.window_s if len(inputs) <= MAX_WINDOW_INPUTS else 0
+        self.queue(key).add(request.inputs, waits)
         return await request.result()
 
     def queue(self, key: QueueKey) -> "_Queue":
@@ -88,9 +85,10 @@ class Scheduler:
             queue = self._queues[key] = _Queue(self, key)
         return queue
 
-    def forget(self, key: QueueKey) -> None:
+    def forget(self, key: QueueKey, queue: "_Queue") -> None:
         """Forget a queue that is empty."""
-        self._queues.pop(key, None)
+        if self._queues.get(key) is queue:
+            del self._queues[key]
 
     def add_again(
         self,
@@ -110,6 +108,9 @@ class Scheduler:
             story=first.story,
             passed=first.passed,
             route=route,
+            is_rested=route is not None
+            and bool(first.failures)
+            and isinstance(first.failures[-1].error, RateLimited),
             is_alone=first.is_alone,
             search=search,
             half=half or key.half,
@@ -149,14 +150,10 @@ class _Queue:
         self._slots: Slots | None = None
         """Those that are waited for."""
 
-    def next_route(self) -> Route:
-        """Return the route that would be asked now; if none may be, the first."""
-        return (self._view.ready() or self._view.arranged(self._view.routes))[0]
-
     def add(self, inputs: Sequence[PendingInput], wait_s: float) -> None:
         """Queue inputs, and see to it that they are sent: in this turn of the loop, or later."""
         self._inputs += inputs
-        is_full = bool(wait_s) and len(self._inputs) >= self.next_route().limits.inputs
+        is_full = bool(wait_s) and len(self._inputs) >= self._view.first().limits.inputs
         if self._flush is not None and not (wait_s and not is_full):
             self._flush.cancel()
             self._flush = None
@@ -205,7 +202,7 @@ class _Queue:
         if not self._inputs:
             self._stop_waiting()
             if self._flush is None:
-                self._scheduler.forget(self._key)
+                self._scheduler.forget(self._key, self)
 
     def _send_one(self, route: Route) -> bool:
         """Send one batch to a route, if it has a slot; tell if it had."""
@@ -219,11 +216,10 @@ class _Queue:
         batch = self._take(route, limits, is_delayed=is_delayed)
         permit = None
         if batch:
-            rested = self._key.route is not None and isinstance(
-                batch[0].failures[-1].error if batch[0].failures else None, RateLimited
-            )
+            rested = self._key.is_rested and route is self._key.route
             permit = self._view.health(route).acquire(key, rested=rested)
         if permit is None:
+            self._inputs.extendleft(reversed(batch))
             slots.release()
         else:
             Batch(self._scheduler, self._key, self._view, route, batch, permit, slots).start()
@@ -267,11 +263,8 @@ class _Queue:
     def _choose(self) -> Route | None:
         """Return the route to ask now; None where nothing is to be sent for now."""
         key, view = self._key, self._view
-        if key.route is not None:
-            last = self._inputs[0].failures[-1].error if self._inputs[0].failures else None
-            rested = isinstance(last, RateLimited)
-            if view.is_ready(key.route, rested=rested):
-                return key.route
+        if key.route is not None and view.is_ready(key.route, rested=key.is_rested):
+            return key.route
         ready = view.ready((*key.story, *key.passed))
         if ready and (key.search is None or not key.search.is_internal):
             return ready[0]
