@@ -276,8 +276,15 @@ class WidthLearner:
     async def _keep_first(
         self, space: Space, bought: "_Bought", context: Context, copies: int
     ) -> Answered:
-        """Pin the width of a space, and keep what was bought of it. Raises InvalidAnswer."""
+        """Keep what was bought of a space, and pin its width. Raises InvalidAnswer.
+
+        In this order: who knows the width asks the cache, and must find there what was bought.
+        """
         space = replace(space, dimensions=bought.width)
+        terms = replace(context.terms, max_age=0.0, joins_same_key=False)
+        context = replace(context, terms=terms, deadline=None, on_charge=None)
+        embedder = CachingEmbedder(bought, self._tiers, self._in_flight)
+        answer = await embedder.embed(space, [bought.item] * copies, context)
         if space.parameters:
             # A client's own fields may change the width: it holds for the same fields alone.
             self._widths[space.label] = space.dimensions
@@ -285,10 +292,7 @@ class WidthLearner:
                 del self._widths[next(iter(self._widths))]
         else:
             await self._learned.pin(space.name, space.dimensions)
-        terms = replace(context.terms, max_age=0.0, joins_same_key=False)
-        context = replace(context, terms=terms, deadline=None, on_charge=None)
-        embedder = CachingEmbedder(bought, self._tiers, self._in_flight)
-        return await embedder.embed(space, [bought.item] * copies, context)
+        return answer
 
     def _forget(self, label: str, learning: _Learning) -> None:
         if self._learning.get(label) is learning:
