@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import name_input
-from providers.base import Context, InputRefused, Outcome, RateLimited
+from providers.base import Context, InputRefused, Outcome, Refusal, UpstreamFault
 from providers.limits import Limits
 from tests.cache.fakes import FakeEmbedder, key_of, settle, tokens_of
 from tests.cache.test_embedder import ANY_TIME, HIT, JOIN, MISS, SPACE, Rig, _right
 from tests.providers.fakes import schedule
 
-LATE = RateLimited("fake", "too many")
+DOWN = UpstreamFault("fake", "down", Refusal(503, "down"))
 
 
 def batched(limits=Limits(inputs=1), **parts):  # noqa: B008 - it is frozen
@@ -33,12 +33,12 @@ def refused(*bad):
 async def test_a_failed_request_has_kept_what_it_bought(failing):
     """The retry pays only for what failed; the sums say what was bought, once each."""
     rig, inputs = batched(), list("abcde")
-    rig.inner.failure = lambda call: LATE if failing in call else None
+    rig.inner.failure = lambda call: DOWN if failing in call else None
     rig.inner.gate.shut()
     asking = rig.start(*inputs)
     await settle()
     rig.inner.gate.open()
-    with pytest.raises(RateLimited):
+    with pytest.raises(UpstreamFault):
         await asking
     kept = [item for item in inputs if item != failing]
     assert rig.store.records.keys() == {key_of(item, SPACE).address for item in kept}
@@ -115,7 +115,7 @@ async def test_a_joiner_has_its_part_before_the_rest_is_there():
 async def test_a_joiner_of_what_was_bought_does_not_share_the_failure():
     """The fill fails after the part that a joiner waited for: it is answered all the same."""
     rig = batched()
-    rig.inner.failure = lambda call: LATE if "a" in call else None
+    rig.inner.failure = lambda call: DOWN if "a" in call else None
     rig.inner.gate.shut()
     leader = rig.start("a", "b", "c")
     await settle()
@@ -125,11 +125,11 @@ async def test_a_joiner_of_what_was_bought_does_not_share_the_failure():
     rig.inner.gate.open()
     await settle()
     rig.store.writing.open()
-    with pytest.raises(RateLimited):
+    with pytest.raises(UpstreamFault):
         await leader
     assert _right(await joiners[0], ["b"]).outcomes == [JOIN]
     assert _right(await joiners[1], ["b", "c"]).outcomes == [JOIN, JOIN]
-    with pytest.raises(RateLimited):
+    with pytest.raises(UpstreamFault):
         await joiners[2]
 
 

@@ -72,6 +72,20 @@ class Upstream:
         )
 
 
+class Asked:
+    """A provider that asks an Embedder."""
+
+    name = "fake"
+    accepts_tokens = True
+
+    def __init__(self, inner):
+        self.inner = inner
+        self.limits = Limits()
+
+    async def ask(self, model, space, inputs, context):
+        return await self.inner.embed(space, inputs, context)
+
+
 async def no_wait(_):
     """Wait between attempts for no time at all."""
 
@@ -81,6 +95,8 @@ def schedule(provider, limits=None, window_s=0, *, call_s=None, others=()):
 
     `call_s` is what calls have taken lately.
     """
+    if not hasattr(provider, "ask"):
+        provider = Asked(provider)
     if limits is not None:
         provider.limits = limits
     routes = [Route(one, "m", retries=0) for one in (provider, *others)]

@@ -38,7 +38,7 @@ async def test_models_and_providers_are_told_with_what_ails_them(upstream, start
     assert "openrouter" in told["models"]["n"]["why"]
     assert told["providers"]["openai"]["why"] == "key refused"
     assert told["providers"]["openai"]["failures"] == {"CredentialsRefused": 1}
-    assert told["retry_budget"] == {"calls": 1, "extras": 0, "affords_more": True}
+    assert told["retry_budget"] == {"tokens": 20.0, "max_tokens": 20.0, "can_retry": True}
     assert (told["version"], told["worker"]) == (version("embedding-proxy"), os.getpid())
     assert told["uptime_s"] >= 0
     assert told["cache"] == {"directory": str(proxy.service.settings.cache.directory)}
