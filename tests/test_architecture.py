@@ -57,7 +57,7 @@ DOORS = {
         "proxy/settings/schema.py",
         "proxy/settings/index_section.py",
         "proxy/settings/explanation.py",
-        "proxy/config.py",
+        "proxy/settings/validation.py",
     },
 }
 

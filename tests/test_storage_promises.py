@@ -114,6 +114,9 @@ PROMISES = {
     "the directory takes no writes at the start": (
         "tests/test_disk_faults.py::test_a_start_on_a_store_that_cannot_be_opened",
     ),
+    "and it holds no store": (
+        "tests/proxy/test_config_paths.py::test_a_folder_that_cannot_be_made_is_said_in_words",
+    ),
     "a directory stands in the place of": (
         "tests/proxy/test_reading_commands.py::test_a_directory_in_the_place_of_a_file_is_named",
     ),

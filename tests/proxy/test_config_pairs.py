@@ -10,7 +10,6 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from providers import kinds
 from proxy.config import ConfigError, load, validated
 from proxy.settings.explanation import known_keys
 
@@ -137,16 +136,8 @@ def _is_open(mistake: Mistake, other: Mistake) -> bool:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_packages():
-    """Look for no kinds in all that is installed, which takes most of the time here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kinds, "entry_points", lambda **_: ())
-        yield
-
-
 @pytest.fixture(scope="module")
-def alone(_no_packages, tmp_path_factory):
+def alone(tmp_path_factory):
     """Give what is told of each mistake alone."""
     file = tmp_path_factory.mktemp("alone") / "config.yaml"
     return [_told(one.change, file) for one in MISTAKES]
