@@ -36,6 +36,9 @@ serve: .venv/demo
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/types/embedding_proxy
+	ln -sfn $(foreach name,__init__.py __main__.py py.typed,$(CURDIR)/embedding_proxy/$(name)) \
+		$(foreach name,proxy index cache providers,$(CURDIR)/$(name)) build/types/embedding_proxy/
 	$(BIN)/mypy
 
 # kill -9 amid writes of two processes, ROUNDS times; the suite runs a few of them.

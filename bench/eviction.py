@@ -16,12 +16,12 @@ import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from cache.disk.store import Store
-from cache.key import Keys, keyring
-from cache.memory import Memory
-from cache.record import Entry
-from cache.tiered import Tiers
-from providers.base import Space
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Keys, keyring
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers.base import Space
 
 LIMIT = 128 << 20
 ROOM = 1 << 40

@@ -39,7 +39,7 @@ async def proxy(folder: Path, upstream: str, qdrant: str | None) -> AsyncIterato
     }
     config.write_bytes(orjson.dumps(content))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)),
+        *(sys.executable, "-m", "embedding_proxy", "serve", "--port", "0", "--config", str(config)),
         stdout=subprocess.PIPE,
         env={**os.environ, "OPENAI_API_KEY": "k"},
     )

@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-
-from cache import record
-from cache.disk.store import Store
-from cache.key import Keyring
-from cache.record import Entry
-from providers.base import Space
-from providers.catalogue import CATALOGUE
+from embedding_proxy.cache import record
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Keyring
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.catalogue import CATALOGUE
 
 from .process import CLIENT_KEY, SIZE_LIMIT_GIB, Server
 

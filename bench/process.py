@@ -176,7 +176,16 @@ def proxy(
     }
     config = directory.with_name(f"{directory.name}.yaml")
     config.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "embedding_proxy",
+        "serve",
+        "--port",
+        "0",
+        "--config",
+        str(config),
+    ]
     environment = {"OPENAI_API_KEY": "k" if provider else "", "OPENROUTER_API_KEY": ""}
     with server(command, "export OPENAI_BASE_URL=http://127.0.0.1:", cores, environment) as running:
         yield running

@@ -15,8 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import uvloop
-
-from cache.disk.schema import LAYOUT, PAGE_BYTES
+from embedding_proxy.cache.disk.schema import LAYOUT, PAGE_BYTES
 
 from .client import Client
 from .environment import KEPT

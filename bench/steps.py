@@ -24,10 +24,9 @@ from pathlib import Path
 from types import FrameType
 
 from aiohttp import web
-
-from proxy.app import build_app
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
+from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .material import say
 from .process import ROOT, Server, upstream

@@ -26,13 +26,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
-from cache import record
-from cache.disk import connection
-from cache.disk.database import FILE_NAME
-from cache.disk.schema import LAYOUT
-from cache.key import FORMAT, Namespace, keyring
-from cache.record import Entry
-from providers.base import Space
+from embedding_proxy.cache import record
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.database import FILE_NAME
+from embedding_proxy.cache.disk.schema import LAYOUT
+from embedding_proxy.cache.key import FORMAT, Namespace, keyring
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.providers.base import Space
 
 from . import pages
 from .client import Client
@@ -245,7 +245,16 @@ def config_of(directory: Path, **cache: object) -> Path:
 def proxy(directory: Path, **cache: object) -> Iterator[Server]:
     """Run the proxy on a store."""
     config = config_of(directory, **cache)
-    command = [sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "embedding_proxy",
+        "serve",
+        "--port",
+        "0",
+        "--config",
+        str(config),
+    ]
     environment = {"OPENAI_API_KEY": "", "OPENROUTER_API_KEY": ""}
     prefix = "export OPENAI_BASE_URL=http://127.0.0.1:"
     with server(command, prefix, environment=environment) as running:
@@ -255,7 +264,7 @@ def proxy(directory: Path, **cache: object) -> Iterator[Server]:
 def command(what: str, directory: Path, *arguments: str) -> tuple[Figure, str]:
     """Run `embedding-proxy cache …`; return what it took, and what it printed."""
     say(what)
-    words = ["-m", "proxy", "cache", *arguments, "--config", str(config_of(directory))]
+    words = ["-m", "embedding_proxy", "cache", *arguments, "--config", str(config_of(directory))]
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(

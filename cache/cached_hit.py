@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from providers.base import NORMAL, Vector
+from embedding_proxy.providers.base import NORMAL, Vector
 
 from .key import Keys
 from .ledger import Heading

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
-from providers.base import (
+from embedding_proxy.providers.base import (
     Account,
     Bill,
     Context,
@@ -25,7 +25,7 @@ from providers.base import (
     Vector,
     nanodollars,
 )
-from providers.slices import SLICE, slices
+from embedding_proxy.providers.slices import SLICE, slices
 
 from .cached_hit import CachedHit
 from .errors import NotCached, name_input

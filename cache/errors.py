@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from providers.base import EmbeddingError, InputRefused, Terms
+from embedding_proxy.providers.base import EmbeddingError, InputRefused, Terms
 
 _UNNAMED = "unnamed"
 """Where a failure that names an input keeps the one that does not."""

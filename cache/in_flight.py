@@ -15,7 +15,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from providers.base import (
+from embedding_proxy.providers.base import (
     AllResting,
     Bill,
     ClientKeyRefused,

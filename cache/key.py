@@ -19,8 +19,7 @@ from itertools import accumulate
 from typing import NamedTuple, overload
 
 import xxhash
-
-from providers.base import Input, InputRefused, Space
+from embedding_proxy.providers.base import Input, InputRefused, Space
 
 from .row import Partition
 

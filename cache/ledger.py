@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from providers.base import Account, Bill, Embedded, Vector
+from embedding_proxy.providers.base import Account, Bill, Embedded, Vector
 
 from .key import Key
 from .row import OTHER, OTHER_NAMESPACE, Partition

@@ -18,7 +18,7 @@ All integers are unsigned and little-endian. Changing a byte of this bumps `key.
 import struct
 from typing import NamedTuple
 
-from providers.base import Vector
+from embedding_proxy.providers.base import Vector
 
 from .key import FORMAT, checksum
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
 
-from providers.base import NORMAL, Terms
+from embedding_proxy.providers.base import NORMAL, Terms
 
 from . import record
 from .disk.changes import Found

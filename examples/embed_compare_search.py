@@ -9,8 +9,8 @@ The local model needs no key; with a key, put any other in MODEL.
 import asyncio
 import sys
 
-from providers import likeness, vector
-from proxy.service import EmbeddingService
+from embedding_proxy.providers import likeness, vector
+from embedding_proxy.proxy.service import EmbeddingService
 
 MODEL = "wordllama-embed"
 NARROW = 64

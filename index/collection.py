@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from providers.base import current_label
+from embedding_proxy.providers.base import current_label
 
 from .collection_reader import CollectionReader
 from .connection import Connection, no_metadata

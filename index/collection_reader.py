@@ -39,10 +39,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair
-from providers import vector
-from providers.backoff import Backoff
-from providers.base import Vector
+from embedding_proxy.cache.maintenance.import_source import (
+    Pair,
+    Refused,
+    SourceError,
+    listed,
+    to_pair,
+)
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.backoff import Backoff
+from embedding_proxy.providers.base import Vector
 
 from .connection import Connection
 from .failures import Denied, InUse, QdrantFailure, Unavailable

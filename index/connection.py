@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlsplit
 
-from cache import private_files
-from providers.credential import key_mistake
-from providers.quoted_inputs import QuotedInputs
-from providers.redaction import Redactor
+from embedding_proxy.cache import private_files
+from embedding_proxy.providers.credential import key_mistake
+from embedding_proxy.providers.quoted_inputs import QuotedInputs
+from embedding_proxy.providers.redaction import Redactor
 
 from .failures import Denied, NotInstalled, QdrantFailure, Rejected, translated
 

@@ -7,8 +7,7 @@ import sqlite3
 import time
 
 import orjson
-
-from providers.ratelimit import seconds_until
+from embedding_proxy.providers.ratelimit import seconds_until
 
 _LONGEST = 300
 """Characters of Qdrant's own words in a message."""

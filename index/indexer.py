@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from providers.backoff import THRESHOLD, Backoff
+from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
 from .collection import Making
 from .connection import Connection

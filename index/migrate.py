@@ -20,15 +20,15 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from index.collection_reader import Point
-from index.migration.collections import Old
-from index.migration.embed import Model, Patient
-from index.migration.journal import Journal, Phase, State
-from index.migration.points import Points
-from index.migration.regime import Decision, Regime, choose
-from index.migration.template import Rule
-from providers import vector
-from providers.base import Space
+from embedding_proxy.index.collection_reader import Point
+from embedding_proxy.index.migration.collections import Old
+from embedding_proxy.index.migration.embed import Model, Patient
+from embedding_proxy.index.migration.journal import Journal, Phase, State
+from embedding_proxy.index.migration.points import Points
+from embedding_proxy.index.migration.regime import Decision, Regime, choose
+from embedding_proxy.index.migration.template import Rule
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Space
 
 from .collection import Provenance
 from .connection import no_insert_only

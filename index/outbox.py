@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from cache.key import checksum
+from embedding_proxy.cache.key import checksum
 
 from .outbox_file import FILE_NAME, OutboxFile
 from .point import Backlog, Point, Target, Waiting

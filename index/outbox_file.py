@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from cache import atomic_file, private_files
-from cache.disk.database import is_damage
-from cache.disk.lock import WriterLock
-from cache.disk.read_only import connect_read_only
+from embedding_proxy.cache import atomic_file, private_files
+from embedding_proxy.cache.disk.database import is_damage
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.cache.disk.read_only import connect_read_only
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ What Qdrant has already stays there; a batch that is being sent at this moment a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from providers.base import current_label
+from embedding_proxy.providers.base import current_label
 
 from .outbox_file import OutboxFile, ReadOnlyOutbox
 

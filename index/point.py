@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 from uuid import UUID
 
-from providers.base import Vector
+from embedding_proxy.providers.base import Vector
 
 PointId: TypeAlias = int | UUID
 """What Qdrant takes as an id: an unsigned integer of 64 bits, or a UUID."""

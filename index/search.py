@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from providers import vector
-from providers.base import Vector
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Vector
 
 from .collection import Provenance, aliases, look, objection
 from .connection import Connection

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
-
-from cache.disk.lock import WriterLock
-from providers import vector
-from providers.backoff import Backoff
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.backoff import Backoff
 
 from .collection import Making, Provenance, ensure
 from .connection import Connection

@@ -9,12 +9,11 @@ from functools import partial
 from typing import ClassVar, Self
 
 import orjson
-
-from providers.batching.batch_limits import BatchLimits
-from providers.batching.refusal import is_quoted
-from providers.routing.admission import Admission
-from providers.routing.route import scoped
-from providers.routing.throttle import estimate
+from embedding_proxy.providers.batching.batch_limits import BatchLimits
+from embedding_proxy.providers.batching.refusal import is_quoted
+from embedding_proxy.providers.routing.admission import Admission
+from embedding_proxy.providers.routing.route import scoped
+from embedding_proxy.providers.routing.throttle import estimate
 
 from . import answer, descriptors, error_body, tokens
 from .base import (

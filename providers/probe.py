@@ -7,7 +7,7 @@ next month. The texts are few and short: asking costs about a hundred tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from providers.routing.route import Route
+from embedding_proxy.providers.routing.route import Route
 
 from .base import Context, EmbeddingError, Input, InvalidAnswer, ProviderError, Space, Vector
 from .vector import cosine

@@ -1,4 +1,4 @@
-"""The command `embedding-proxy`; also `python -m proxy`."""
+"""The command `embedding-proxy`; also `python -m embedding_proxy`."""
 
 import os
 import signal

@@ -3,20 +3,19 @@
 from collections.abc import AsyncIterator
 
 from aiohttp import web
-
-from proxy.http.access import Access
-from proxy.http.caller import CALLER
-from proxy.http.connection_limits import ConnectionLimits
-from proxy.http.cors import Cors
-from proxy.http.descriptor_watch import watch_descriptors
-from proxy.http.guard import for_admins, guard
-from proxy.http.loop_guard import loop_guard
-from proxy.http.metrics import Metrics
-from proxy.http.models import Models
-from proxy.http.origin_check import OriginCheck
-from proxy.http.pace import MIN_BYTES_PER_S, UnreadReplies
-from proxy.http.response_cache import HitCache, JSONVectorCache, ResponseCache
-from proxy.http.runner import (
+from embedding_proxy.proxy.http.access import Access
+from embedding_proxy.proxy.http.caller import CALLER
+from embedding_proxy.proxy.http.connection_limits import ConnectionLimits
+from embedding_proxy.proxy.http.cors import Cors
+from embedding_proxy.proxy.http.descriptor_watch import watch_descriptors
+from embedding_proxy.proxy.http.guard import for_admins, guard
+from embedding_proxy.proxy.http.loop_guard import loop_guard
+from embedding_proxy.proxy.http.metrics import Metrics
+from embedding_proxy.proxy.http.models import Models
+from embedding_proxy.proxy.http.origin_check import OriginCheck
+from embedding_proxy.proxy.http.pace import MIN_BYTES_PER_S, UnreadReplies
+from embedding_proxy.proxy.http.response_cache import HitCache, JSONVectorCache, ResponseCache
+from embedding_proxy.proxy.http.runner import (
     CONNECTION,
     HEAD_TIMEOUT_S,
     LIMITS,
@@ -24,10 +23,10 @@ from proxy.http.runner import (
     SEND_TIMEOUT_S,
     UNREAD,
 )
-from proxy.http.status import Status
-from proxy.onward.origin import PREFIXES, Origin
-from proxy.onward.passthrough import Passthrough
-from proxy.settings.schema import Settings
+from embedding_proxy.proxy.http.status import Status
+from embedding_proxy.proxy.onward.origin import PREFIXES, Origin
+from embedding_proxy.proxy.onward.passthrough import Passthrough
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .embeddings import Embeddings
 from .http import body, ops, request_log

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-
-from proxy.commands.common import ConfigOption, discard_unwritten, fail, one_line
-from proxy.commands.groups import OTHERS, cache_app, config_app, group, migrate_app
-from proxy.imports import EXIT_CODE, importing
+from embedding_proxy.proxy.commands.common import ConfigOption, discard_unwritten, fail, one_line
+from embedding_proxy.proxy.commands.groups import OTHERS, cache_app, config_app, group, migrate_app
+from embedding_proxy.proxy.imports import EXIT_CODE, importing
 
 if TYPE_CHECKING:
     import asyncio
@@ -54,7 +53,7 @@ def _root(
 ) -> None:
     import logging  # noqa: PLC0415
 
-    from proxy import log  # noqa: PLC0415
+    from embedding_proxy.proxy import log  # noqa: PLC0415
 
     logging.basicConfig(level=logging.ERROR, handlers=[log.handler()])
     # What a command waits for.
@@ -72,7 +71,7 @@ def serve(
     with importing():
         import logging  # noqa: PLC0415
 
-        from proxy.http.cache_control import MEANING  # noqa: PLC0415
+        from embedding_proxy.proxy.http.cache_control import MEANING  # noqa: PLC0415
 
         from . import config, server, start  # noqa: PLC0415
         from . import workers as processes  # noqa: PLC0415

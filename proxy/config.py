@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from proxy.settings import references, yaml_file
-from proxy.settings.problem import ConfigError, Problem
-from proxy.settings.problem import Path as KeyPath
-from proxy.settings.references import Purpose
-from proxy.settings.schema import Settings
-from proxy.settings.section import FOLDER, INSPECTED
-from proxy.settings.validation import validate
-from proxy.settings.yaml_file import YamlError, YamlFile, dump
+from embedding_proxy.proxy.settings import references, yaml_file
+from embedding_proxy.proxy.settings.problem import ConfigError, Problem
+from embedding_proxy.proxy.settings.problem import Path as KeyPath
+from embedding_proxy.proxy.settings.references import Purpose
+from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.settings.section import FOLDER, INSPECTED
+from embedding_proxy.proxy.settings.validation import validate
+from embedding_proxy.proxy.settings.yaml_file import YamlError, YamlFile, dump
 
 __all__ = [
     "BUILT_IN",

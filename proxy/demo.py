@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from providers import tokens, vector
-from providers.catalogue import CATALOGUE
+from embedding_proxy.providers import tokens, vector
+from embedding_proxy.providers.catalogue import CATALOGUE
 
 from .corpus import Docstring, standard_library
 from .formatting import money, saved
@@ -93,7 +92,17 @@ def run() -> None:
 def _proxy(config: Path) -> Iterator[openai.OpenAI]:
     """Run `embedding-proxy serve` on a free port, and give a client that points at it."""
     # -P: a proxy.py that happens to lie in the current folder is not ours.
-    command = [sys.executable, "-P", "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "embedding_proxy",
+        "serve",
+        "--port",
+        "0",
+        "--config",
+        str(config),
+    ]
     log = config.with_name("proxy.log")
     with (
         log.open("ab") as errors,

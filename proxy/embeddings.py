@@ -6,14 +6,13 @@ from functools import partial
 
 import orjson
 from aiohttp import web
-
-from providers.base import EmbeddingError, Vector
-from proxy.embedding.result import Result
-from proxy.http.caller import Caller
-from proxy.http.index_field import NOTHING_SAID
-from proxy.http.pace import UnreadReplies
-from proxy.http.request_log import MODEL
-from proxy.http.response_cache import (
+from embedding_proxy.providers.base import EmbeddingError, Vector
+from embedding_proxy.proxy.embedding.result import Result
+from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.http.index_field import NOTHING_SAID
+from embedding_proxy.proxy.http.pace import UnreadReplies
+from embedding_proxy.proxy.http.request_log import MODEL
+from embedding_proxy.proxy.http.response_cache import (
     CONTEXT,
     REUSE,
     HitCache,
@@ -22,7 +21,7 @@ from proxy.http.response_cache import (
     RequestContext,
     SyncResponse,
 )
-from proxy.http.runner import CONNECTION
+from embedding_proxy.proxy.http.runner import CONNECTION
 
 from . import wire
 from .http import cache_control

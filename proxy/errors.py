@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import orjson
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     AllResting,
     ClientKeyRefused,
     CredentialsRefused,
@@ -32,8 +31,8 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
-from providers.ratelimit import tellable
-from providers.routing.policy import is_transient
+from embedding_proxy.providers.ratelimit import tellable
+from embedding_proxy.providers.routing.policy import is_transient
 
 RETRY_SECONDS = 1
 """What `Retry-After` says of a passing failure when the upstream said nothing."""

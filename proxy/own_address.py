@@ -7,10 +7,9 @@ import ipaddress
 import socket
 from contextlib import closing, suppress
 
+from embedding_proxy.providers import kinds
+from embedding_proxy.proxy.config import ConfigError, Configuration
 from yarl import URL
-
-from providers import kinds
-from proxy.config import ConfigError, Configuration
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _LOOPBACK: dict[int, _Address] = {

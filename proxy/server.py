@@ -10,9 +10,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from providers import descriptors
-from proxy.http.runner import Runner
-from proxy.settings.schema import Settings
+from embedding_proxy.providers import descriptors
+from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .app import build_app
 

@@ -15,28 +15,28 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Self
 
-from cache.disk.store import Store
-from cache.key import Namespace
-from cache.ledger import MAX_HEADINGS, Again, By, Heading, Line
-from cache.memory import Memory
-from cache.tiered import TierCounters, Tiers
-from cache.usage import Usage
-from providers.base import Input
-from providers.routing.health import Upstreams
-from providers.slices import SLICE
-from proxy.commands.known import Known, known
-from proxy.embedding.answering import Answering
-from proxy.embedding.bringing import brought
-from proxy.embedding.canary import Canaries
-from proxy.embedding.client_keys import ClientKeys
-from proxy.embedding.indexing import Indexing
-from proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
-from proxy.embedding.opening import open_providers
-from proxy.embedding.questions import Questions
-from proxy.embedding.registry import Model, Registry
-from proxy.embedding.result import Result
-from proxy.http.caller import Caller, Secret
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Namespace
+from embedding_proxy.cache.ledger import MAX_HEADINGS, Again, By, Heading, Line
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.slices import SLICE
+from embedding_proxy.proxy.commands.known import Known, known
+from embedding_proxy.proxy.embedding.answering import Answering
+from embedding_proxy.proxy.embedding.bringing import brought
+from embedding_proxy.proxy.embedding.canary import Canaries
+from embedding_proxy.proxy.embedding.client_keys import ClientKeys
+from embedding_proxy.proxy.embedding.indexing import Indexing
+from embedding_proxy.proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
+from embedding_proxy.proxy.embedding.opening import open_providers
+from embedding_proxy.proxy.embedding.questions import Questions
+from embedding_proxy.proxy.embedding.registry import Model, Registry
+from embedding_proxy.proxy.embedding.result import Result
+from embedding_proxy.proxy.http.caller import Caller, Secret
+from embedding_proxy.proxy.settings.schema import Settings
 
 from . import wire
 from .config import load

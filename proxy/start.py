@@ -4,15 +4,15 @@ import logging
 from collections.abc import Iterator
 from importlib import metadata
 
-from cache.maintenance.holding import holding
-from providers import descriptors, kinds, local
-from proxy.commands.common import WorkFailed, path_text
-from proxy.config import ConfigError, Configuration
-from proxy.embedding.opening import check_network, key_of
-from proxy.formatting import count, size
-from proxy.own_address import check_own_address
-from proxy.service import GIB
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.maintenance.holding import holding
+from embedding_proxy.providers import descriptors, kinds, local
+from embedding_proxy.proxy.commands.common import WorkFailed, path_text
+from embedding_proxy.proxy.config import ConfigError, Configuration
+from embedding_proxy.proxy.embedding.opening import check_network, key_of
+from embedding_proxy.proxy.formatting import count, size
+from embedding_proxy.proxy.own_address import check_own_address
+from embedding_proxy.proxy.service import GIB
+from embedding_proxy.proxy.settings.schema import Settings
 
 log = logging.getLogger("embedding_proxy.start")
 

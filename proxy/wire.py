@@ -10,11 +10,10 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import orjson
-
-from providers import vector
-from providers.base import Input, InputRefused, Vector
-from proxy.embedding.request_fields import classify
-from proxy.http.index_field import NOTHING_SAID, Wish
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Input, InputRefused, Vector
+from embedding_proxy.proxy.embedding.request_fields import classify
+from embedding_proxy.proxy.http.index_field import NOTHING_SAID, Wish
 
 from .http import index_field
 

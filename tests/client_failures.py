@@ -23,12 +23,11 @@ from typing import Any, Self
 import client_environments
 from aiohttp import web
 from client_trial import CLIENTS, Broken, Client, prepare, run
+from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import Act, FaultServer, Payload, reset, status
-
-from proxy.app import build_app
-from proxy.http.runner import Runner
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
 
 TOLERANCE_S = 2.0
 AT_ONCE = 3

@@ -26,12 +26,12 @@ import client_environments
 import orjson
 import splintr
 from aiohttp import web
+from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import Call, FaultServer, Payload, status, vector_of
 
-from proxy.app import build_app
-from proxy.http.runner import Runner
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
 from tests.providers.many_texts import write_vocabulary
 
 PATIENCE = 300

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+from embedding_proxy.proxy import cli
 from leaks import WATCH
-
-from proxy import cli
 
 STORE = re.compile(r"^store: (.*)\n", re.MULTILINE)
 """The line by which a command says which store it works on."""

@@ -23,21 +23,20 @@ import pytest
 from aiohttp import web, web_app
 from aioresponses import aioresponses
 from command import Run, runner
-from fault_server import FaultServer
-from leaks import WATCH, watch_connections
-
-from providers import attempts, local
-from proxy.app import SERVICE, build_app
-from proxy.http.metrics import Metrics
-from proxy.http.response_cache import (
+from embedding_proxy.providers import attempts, local
+from embedding_proxy.proxy.app import SERVICE, build_app
+from embedding_proxy.proxy.http.metrics import Metrics
+from embedding_proxy.proxy.http.response_cache import (
     CachedResponse,
     RequestKey,
     ResponseCache,
 )
-from proxy.http.runner import Runner
-from proxy.http.status import Status
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
+from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.http.status import Status
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
+from fault_server import FaultServer
+from leaks import WATCH, watch_connections
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

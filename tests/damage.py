@@ -15,12 +15,13 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from cache.disk.store import Store
-from cache.key import Key, keyring
-from cache.memory import Memory
-from cache.record import Entry
-from cache.tiered import Tiers
-from providers.base import Space
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Key, keyring
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers.base import Space
+
 from tests.cache.fakes import entries_in
 
 SPACE = Space("damaged/space", 96)

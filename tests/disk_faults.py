@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from embedding_proxy.cache.key import FORMAT
 from fault_server import FaultServer, vector_of
-
-from cache.key import FORMAT
 
 ROOT = Path(__file__).parents[1]
 MODEL = "text-embedding-3-small"
@@ -55,7 +54,7 @@ import importlib, json, os
 for name, value in json.loads(os.environ["CONSTANTS"]).items():
     module, _, constant = name.rpartition(".")
     setattr(importlib.import_module(module), constant, value)
-from proxy.cli import main
+from embedding_proxy.proxy.cli import main
 main()
 """
 

@@ -57,7 +57,16 @@ async def serving(directory: Path, upstream: AnyServer) -> AsyncIterator[tuple[i
         f"cache: {{directory: '{directory / 'cache'}'}}\n"
         f"providers: {{openai: {{base_url: '{upstream.url}'}}}}\npassthrough: openai\n"
     )
-    command = [sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)]
+    command = [
+        sys.executable,
+        "-m",
+        "embedding_proxy",
+        "serve",
+        "--port",
+        "0",
+        "--config",
+        str(config),
+    ]
     process = await asyncio.create_subprocess_exec(
         *command,
         stdout=asyncio.subprocess.PIPE,

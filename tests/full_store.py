@@ -37,16 +37,16 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import FORMAT, Namespace, keyring
+from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Space
 from fault_server import FaultServer, vector_of
 
-from cache.disk.store import Store
-from cache.key import FORMAT, Namespace, keyring
-from cache.ledger import By, Heading
-from cache.memory import Memory
-from cache.record import Entry
-from cache.tiered import Tiers
-from cache.usage import Usage
-from providers.base import Space
 from tests.cache.fakes import entries_in
 
 ROOT = Path(__file__).parents[1]
@@ -240,7 +240,16 @@ class Proxy:
 
     def read_ledger(self, charged: dict[str, int]) -> None:
         """Hold the ledger against what the provider charged and what clients were told."""
-        command = (sys.executable, "-m", "proxy", "cache", "stats", "--by", "provider", "--json")
+        command = (
+            sys.executable,
+            "-m",
+            "embedding_proxy",
+            "cache",
+            "stats",
+            "--by",
+            "provider",
+            "--json",
+        )
         done = subprocess.run(
             [*command, "--config", str(self.config)], check=True, capture_output=True
         )
@@ -275,7 +284,7 @@ async def serving(proxy: Proxy, size_gib: float, provider: str) -> AsyncIterator
     }
     proxy.config.write_text(json.dumps(settings))
     environment = {**os.environ, "OPENAI_API_KEY": f"key-of-{proxy.name}"}
-    command = ("-m", "proxy", "serve", "--port", "0", "--config", proxy.config)
+    command = ("-m", "embedding_proxy", "serve", "--port", "0", "--config", proxy.config)
     with proxy.log.open("wb") as log:
         async with _process(*command, stderr=log, env=environment) as process:
             line = (await process.stdout.readline()).decode().strip()

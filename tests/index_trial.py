@@ -85,7 +85,7 @@ class House:
         """Return once it answers."""
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "proxy", "serve", "--port", str(self._port)),
+                *(sys.executable, "-m", "embedding_proxy", "serve", "--port", str(self._port)),
                 *("--config", str(self._config), "--workers", str(self._workers)),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
-from proxy.http.connection import Connection
-from proxy.log import LineFormatter
+from embedding_proxy.proxy.http.connection import Connection
+from embedding_proxy.proxy.log import LineFormatter
 
 MIN_SECRET = 12
 """Characters; what is shorter may come about by chance."""

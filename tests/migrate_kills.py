@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from aiohttp import web
+from embedding_proxy.index.migrate import DEFAULT
 from fault_server import vector_of
 from old_system import MISTRAL, SIZES, OldSystem, text_of
-
-from index.migrate import DEFAULT
 
 SHARE = 0.1
 """Of the 2,000 points, in each collection: the moments matter, not the size."""

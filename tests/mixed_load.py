@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import FORMAT
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 from fault_server import FaultServer, tokens_of, vector_of
-
-from cache.disk.store import Store
-from cache.key import FORMAT
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
 
 ROOT = Path(__file__).parents[1]
 MODEL, WIDTH = "m", 64
@@ -97,7 +96,16 @@ async def workers(folder: Path, upstream: FaultServer) -> AsyncIterator[tuple[in
         "models": {MODEL: model},
     }
     config.write_text(json.dumps(settings))
-    command = (sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config))
+    command = (
+        sys.executable,
+        "-m",
+        "embedding_proxy",
+        "serve",
+        "--port",
+        "0",
+        "--config",
+        str(config),
+    )
     with (folder / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             *(*command, "--workers", str(PROCESSES)),

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from command import Done
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.migration.template import Rule
 from fault_server import FaultServer, vector_of
 from qdrant_client import models
 from qdrant_server import QdrantServer
-
-from index.connection import Connection
-from index.migration.template import Rule
 
 LARGE = "text-embedding-3-large"
 MISTRAL = "mistral-embed"
@@ -185,7 +184,7 @@ class OldSystem:
     def command(self, step: str, *arguments: str) -> list[str]:
         """Return the command line of a step, for a process of its own."""
         place = ("--qdrant", self.qdrant.url, "--config", str(self.config))
-        return [sys.executable, "-m", "proxy", "migrate", step, *arguments, *place]
+        return [sys.executable, "-m", "embedding_proxy", "migrate", step, *arguments, *place]
 
     @property
     def environment(self) -> dict[str, str]:

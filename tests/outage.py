@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 import aiohttp
 import numpy as np
 from aiohttp import web
+from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.http.runner import Runner
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import FaultServer, status
-
-from proxy.app import build_app
-from proxy.http.runner import Runner
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
 
 CLIENTS = 50
 WIDTH = 8

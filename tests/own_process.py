@@ -33,7 +33,16 @@ async def own_process(
     config.write_text(json.dumps(settings))
     with (errors or Path(os.devnull)).open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", "serve", "--port", "0", "--config", str(config)),
+            *(
+                sys.executable,
+                "-m",
+                "embedding_proxy",
+                "serve",
+                "--port",
+                "0",
+                "--config",
+                str(config),
+            ),
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
             env={**os.environ, "OPENAI_API_KEY": "k"},

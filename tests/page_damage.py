@@ -32,16 +32,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import FORMAT, Key, Namespace, keyring
+from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Space
 from page_map import Damage, PageMap, damage, read_map
 
-from cache.disk.store import Store
-from cache.key import FORMAT, Key, Namespace, keyring
-from cache.ledger import By, Heading
-from cache.memory import Memory
-from cache.record import Entry
-from cache.tiered import Tiers
-from cache.usage import Usage
-from providers.base import Space
 from tests.cache.fakes import entries_in
 
 RINGS = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from cache.key import FORMAT
+from embedding_proxy.cache.key import FORMAT
 
 INDEX_INTERIOR, TABLE_INTERIOR, INDEX_LEAF, TABLE_LEAF = 2, 5, 10, 13  # 1.6
 _ADDRESS = 12 + 2 * 16  # 2.1: the type of a blob of 16 bytes.

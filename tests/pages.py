@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 import typer
+from embedding_proxy.proxy import cli
+from embedding_proxy.proxy.commands.groups import LazyGroup
+from embedding_proxy.proxy.config import load
+from embedding_proxy.proxy.settings.schema import Settings
 from typer.core import TyperGroup
-
-from proxy import cli
-from proxy.commands.groups import LazyGroup
-from proxy.config import load
-from proxy.settings.schema import Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

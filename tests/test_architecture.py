@@ -83,10 +83,11 @@ def imported(source: str, module: str) -> set[str]:
 
 
 def _module(name: str) -> str:
-    return name.removesuffix(".py").replace("/", ".")
+    return "embedding_proxy." + name.removesuffix(".py").replace("/", ".")
 
 
 MODULES = {_module(name): name for name in NAMES}
+NAMES_OF = {module.removeprefix("embedding_proxy."): name for module, name in MODULES.items()}
 
 
 @cache
@@ -99,12 +100,18 @@ def _ours(names: set[str]) -> set[str]:
     """Return the modules of the house among imported names, the package's own file included."""
     found = set()
     for name in names:
-        first = name.partition(".")[0]
-        if first in PACKAGES:
+        if name.startswith("embedding_proxy."):
             above = name.rpartition(".")[0]
+            first = ".".join(name.split(".")[:2])
             places = [name, f"{name}.__init__", above, f"{above}.__init__", f"{first}.__init__"]
             found.add(next(module for module in places if module in MODULES))
-    return found
+    return {module.removeprefix("embedding_proxy.") for module in found}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_is_one_import_name(name):
+    """Ours is imported as `embedding_proxy`: a user's own `cache.py` is nobody's."""
+    assert not [one for one in imports(name) if one.partition(".")[0] in PACKAGES]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_modules_of_a_package_form_no_circle(package):
     """Inside a package too, modules import one another in one direction only."""
     inside = [name for name in NAMES if name.startswith(f"{package}/")]
     graph = {
-        name: {MODULES[module] for module in _ours(imports(name))} & set(inside) for name in inside
+        name: {NAMES_OF[module] for module in _ours(imports(name))} & set(inside) for name in inside
     }
     order = tuple(graphlib.TopologicalSorter(graph).static_order())
     assert len(order) == len(inside)

@@ -4,17 +4,17 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.maintenance import stats, verify
+from embedding_proxy.cache.maintenance.verify import Findings
+from embedding_proxy.cache.record import decode
 
 from bench import pages, record, ten_million, upstream
 from bench.chart import Bar, Panel, svg
 from bench.client import Load
 from bench.profile import shares
 from bench.table import Row, compare, markdown, percentile, plain
-from cache.disk import connection
-from cache.key import Namespace, keyring
-from cache.maintenance import stats, verify
-from cache.maintenance.verify import Findings
-from cache.record import decode
 
 BARE = [Load(2.0, 1.0, 0.5), Load(4.0, 1.0, 0.5), Load(2.0, 2.0, 0.5)]
 OURS = [Load(3.0, 2.0, 0.7), Load(4.0, 4.0, 0.5), Load(8.0, 6.0, 0.1)]

@@ -6,11 +6,10 @@ import logging
 import orjson
 import pytest
 from clock import Clock
+from embedding_proxy.providers.probe import TEXTS
+from embedding_proxy.proxy.embedding import canary
+from embedding_proxy.proxy.embedding.canary import Canaries
 from fault_server import status, vector_of
-
-from providers.probe import TEXTS
-from proxy.embedding import canary
-from proxy.embedding.canary import Canaries
 
 MODEL = "text-embedding-3-small"
 DAY = 86_400

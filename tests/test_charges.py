@@ -4,14 +4,13 @@ import signal
 
 import aiohttp
 import pytest
+from embedding_proxy.cache import embedder
+from embedding_proxy.cache.disk import connection, ledger_reader
+from embedding_proxy.cache.ledger import By
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.proxy.embedding import canary
 from fault_server import status, tokens_of
 from own_process import own_process
-
-from cache import embedder
-from cache.disk import connection, ledger_reader
-from cache.ledger import By
-from cache.usage import Usage
-from proxy.embedding import canary
 
 MODEL = "text-embedding-3-small"
 GIB = 1 << 30

@@ -15,22 +15,21 @@ import pytest
 from aiohttp import web
 from any_server import AnyServer
 from conftest import no_wait
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.base import ClientKeyRefused, Context, Space
+from embedding_proxy.providers.credential import Credential
+from embedding_proxy.providers.profile import Profile
+from embedding_proxy.providers.routing import health
+from embedding_proxy.proxy import cli
+from embedding_proxy.proxy.commands.migrating import Target, named
+from embedding_proxy.proxy.config import load
+from embedding_proxy.proxy.embedding import client_keys, client_secret, opening, proofs
+from embedding_proxy.proxy.embedding.by_client import ByClient
+from embedding_proxy.proxy.embedding.proofs import Proofs, Standing
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import hang, status, tokens_of, vector_of
 from qdrant_server import QdrantServer
-
-from providers import kinds
-from providers.base import ClientKeyRefused, Context, Space
-from providers.credential import Credential
-from providers.profile import Profile
-from providers.routing import health
-from proxy import cli
-from proxy.commands.migrating import Target, named
-from proxy.config import load
-from proxy.embedding import client_keys, client_secret, opening, proofs
-from proxy.embedding.by_client import ByClient
-from proxy.embedding.proofs import Proofs, Standing
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 ANNE, BERT = "sk-anne-0123456789", "sk-bert-0123456789"

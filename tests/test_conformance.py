@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conftest import Proxy, StartProxy
+from embedding_proxy.cache import embedder, key
+from embedding_proxy.cache.key import Keyring, Keys
+from embedding_proxy.providers import answer, tokens, vector
+from embedding_proxy.providers.base import Outcome
+from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.proxy import wire
+from embedding_proxy.proxy.http.access import Access
+from embedding_proxy.proxy.http.caller import Caller
 from fault_server import FaultServer, vector_of
-
-from cache import embedder, key
-from cache.key import Keyring, Keys
-from providers import answer, tokens, vector
-from providers.base import Outcome
-from providers.http import HttpProvider
-from proxy import wire
-from proxy.http.access import Access
-from proxy.http.caller import Caller
 
 MODEL = "text-embedding-3-small"
 

@@ -11,10 +11,9 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from embedding_proxy.providers import attempts
+from embedding_proxy.providers.base import EmbeddingError
 from fault_server import hang, tokens_of
-
-from providers import attempts
-from providers.base import EmbeddingError
 
 MODEL = "text-embedding-3-small"
 NEW = "text-embedding-9"

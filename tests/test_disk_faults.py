@@ -14,11 +14,11 @@ from functools import partial
 import disk_faults
 import pytest
 from disk_faults import CannotMount, count_right, file_system, full, locked, read_only, refusing
+from embedding_proxy.cache.disk import database
+from embedding_proxy.cache.disk.connection import opened
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.providers import backoff
 
-from cache.disk import database
-from cache.disk.connection import opened
-from cache.disk.schema import PAGE_BYTES
-from providers import backoff
 from tests.cache.page_kinds import overwrite, page_kinds
 
 MODEL = disk_faults.MODEL

@@ -8,17 +8,16 @@ from typing import Any, get_origin
 
 import pytest
 import yaml
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.proxy.config import load
+from embedding_proxy.proxy.onward import headers
+from embedding_proxy.proxy.onward.origin import PREFIXES
+from embedding_proxy.proxy.settings.index_section import Qdrant
+from embedding_proxy.proxy.settings.model_entry import Model, Route
+from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, Provider, Settings
+from embedding_proxy.proxy.settings.section import Section
+from embedding_proxy.proxy.settings.upstreams import Limits
 from fault_server import status
-
-from cache.record import Entry, encode
-from proxy.config import load
-from proxy.onward import headers
-from proxy.onward.origin import PREFIXES
-from proxy.settings.index_section import Qdrant
-from proxy.settings.model_entry import Model, Route
-from proxy.settings.schema import DEFAULT_PROVIDERS, Provider, Settings
-from proxy.settings.section import Section
-from proxy.settings.upstreams import Limits
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")

@@ -8,9 +8,8 @@ import time
 from itertools import islice
 
 import pytest
-
-from cache.disk.store import Store
-from cache.row import Partition
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.row import Partition
 
 MIB = 1 << 20
 DAY = 86_400

@@ -9,9 +9,8 @@ import math
 import numpy as np
 import openai
 import pytest
+from embedding_proxy.providers.routing import circuit_breaker
 from fault_server import status, vector_of
-
-from providers.routing import circuit_breaker
 
 MODEL = "text-embedding-3-small"
 

@@ -4,10 +4,9 @@ import asyncio
 
 import numpy as np
 import pytest
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import hang, status, vector_of
-
-from proxy.config import ConfigError
-from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 OTHER = "mistralai/mistral-embed-2312"

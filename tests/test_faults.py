@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from embedding_proxy.providers.routing.health import FIRST_COOLDOWN
 from fault_server import (
     Act,
     cut,
@@ -29,8 +30,6 @@ from fault_server import (
     trickle,
     vector_of,
 )
-
-from providers.routing.health import FIRST_COOLDOWN
 
 INPUTS = [f"text {i}" for i in range(6)]
 PLACES = {"first": 0, "middle": 3, "last": 5}

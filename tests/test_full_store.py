@@ -7,14 +7,13 @@ import time
 
 import full_store
 import pytest
-
-from cache.disk import connection, ledger_reader
-from cache.disk.purge import Choice, count
-from cache.disk.store import Store
-from cache.ledger import By
-from cache.maintenance import stats
-from cache.row import Partition
-from proxy.embedding import canary
+from embedding_proxy.cache.disk import connection, ledger_reader
+from embedding_proxy.cache.disk.purge import Choice, count
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.ledger import By
+from embedding_proxy.cache.maintenance import stats
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.proxy.embedding import canary
 
 MIB = 1 << 20
 DAY = 86_400.0

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from embedding_proxy.providers.base import InvalidAnswer
+from embedding_proxy.proxy.embedding import learned
+from embedding_proxy.proxy.embedding.learned import LearnedDimensions
+from embedding_proxy.proxy.embedding.registry import Registry
 from fault_server import status, tokens_of, vector_of
 
-from providers.base import InvalidAnswer
-from proxy.embedding import learned
-from proxy.embedding.learned import LearnedDimensions
-from proxy.embedding.registry import Registry
 from tests.test_deadline import until
 
 NEW = "text-embedding-9"

@@ -7,11 +7,10 @@ from collections import Counter
 import orjson
 import pytest
 from aiohttp import web
+from embedding_proxy.cache.disk import connection, ledger_reader
+from embedding_proxy.cache.ledger import By
 from fault_server import FaultServer, cut, status, tokens_of
 from splintr import Tokenizer
-
-from cache.disk import connection, ledger_reader
-from cache.ledger import By
 
 GIB = 1 << 30
 KEYS = [

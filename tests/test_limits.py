@@ -6,11 +6,10 @@ import base64
 import numpy as np
 import openai
 import pytest
+from embedding_proxy.providers import tokens
+from embedding_proxy.proxy.config import ConfigError, load
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import vector_of
-
-from providers import tokens
-from proxy.config import ConfigError, load
-from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 UNCOUNTED = "baai/bge-m3"
@@ -86,7 +85,7 @@ async def test_what_is_cached_is_served_uncounted(upstream, start_proxy, monkeyp
     await start_proxy.stop()
     proxy = await start_proxy(openai=upstream, models={MODEL: {"context": 10}})
     refused = await proxy.post({"model": MODEL, "input": _words(11)})
-    monkeypatch.setattr("providers.tokens.count", None)
+    monkeypatch.setattr("embedding_proxy.providers.tokens.count", None)
     served = await proxy.post({"model": MODEL, "input": _words(5000)})
     assert (refused.status, served.status, served.headers["x-cache"]) == (400, 200, "hit")
     assert "maximum context length is 10 tokens" in (await refused.json())["error"]["message"]

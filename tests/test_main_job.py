@@ -5,9 +5,8 @@ import itertools
 
 import numpy as np
 import pytest
+from embedding_proxy.providers import tokens
 from fault_server import vector_of
-
-from providers import tokens
 
 TEXTS = ["Hello, world", "  hello, world ", "日本語のテキスト", "\x00 null \u200b"]
 ENCODABLE = [tuple(tokens._tokenizer("cl100k_base").encode_ordinary(t)) for t in TEXTS]

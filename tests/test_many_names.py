@@ -7,14 +7,13 @@ from contextlib import closing
 
 import orjson
 import pytest
+from embedding_proxy.cache import ledger
+from embedding_proxy.cache.disk import bounds, store
+from embedding_proxy.cache.row import OTHER_NAMESPACE
+from embedding_proxy.providers import http
+from embedding_proxy.proxy import service
+from embedding_proxy.proxy.embedding.client_secret import FILE
 from fault_server import tokens_of
-
-from cache import ledger
-from cache.disk import bounds, store
-from cache.row import OTHER_NAMESPACE
-from providers import http
-from proxy import service
-from proxy.embedding.client_secret import FILE
 
 MAX_HEADINGS, MAX_PARAMETER_SETS, MAX_PARTITIONS, MAX_OTHER_MODELS = 60, 20, 80, 20
 """In short; the bounds are the same whatever their numbers are."""

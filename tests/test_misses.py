@@ -8,9 +8,8 @@ import numpy as np
 import orjson
 import pytest
 from aiohttp import web
+from embedding_proxy.cache.disk import read_only
 from fault_server import Call, status, vector_of
-
-from cache.disk import read_only
 
 MODEL = "text-embedding-3-small"
 JSON = "application/json"

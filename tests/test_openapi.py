@@ -5,14 +5,13 @@ import re
 from importlib import resources
 
 import pytest
+from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.embedding.request_fields import OWN_FIELDS, RULES, Group, rule_of
+from embedding_proxy.proxy.settings.schema import Settings
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pages import ROOT
 from schema_cases import description, operations
-
-from proxy.app import build_app
-from proxy.embedding.request_fields import OWN_FIELDS, RULES, Group, rule_of
-from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 EMBEDDINGS = ("/v1/embeddings", "post")

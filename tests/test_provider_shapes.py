@@ -12,10 +12,9 @@ import numpy as np
 import orjson
 import pytest
 from aiohttp import web
+from embedding_proxy.providers import kinds
 from fault_server import Call, tokens_of, vector_of
 from provider_shapes import KEY, REFUSALS, REPLIES, Outcome
-
-from providers import kinds
 
 INPUTS = ["first text", "second text", "third text"]
 BAD = 1

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.catalogue import CATALOGUE
 from example_package import install
 from fault_server import FaultServer
 from pages import fenced, taken
-
-from providers import kinds
-from providers.catalogue import CATALOGUE
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "providers.md").read_text(encoding="utf-8")

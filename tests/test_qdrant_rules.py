@@ -3,11 +3,10 @@
 import uuid
 
 import pytest
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.failures import Exists, Missing, Rejected
 from qdrant_client import models
 from qdrant_server import REAL, QdrantServer
-
-from index.connection import Connection
-from index.failures import Exists, Missing, Rejected
 
 PLAIN = models.VectorParams(size=2, distance=models.Distance.COSINE)
 DOT = models.VectorParams(size=2, distance=models.Distance.DOT)

@@ -10,13 +10,12 @@ from itertools import combinations
 
 import pytest
 from aiohttp import web
-
-from providers import kinds, likeness
-from providers.base import Vector
-from providers.catalogue import CATALOGUE
-from providers.probe import SAME
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
+from embedding_proxy.providers import kinds, likeness
+from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.providers.probe import SAME
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 
 TEXTS = ["The canteen serves lunch until two.", "Two keepers together open the vault."]
 VARIABLES = {

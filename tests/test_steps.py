@@ -9,12 +9,11 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-
-from providers.base import Charge, Embedded, InputRefused, Outcome
-from providers.limits import Limits
-from proxy import service as service_module
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
+from embedding_proxy.providers.base import Charge, Embedded, InputRefused, Outcome
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.proxy import service as service_module
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 
 FEW, MANY = 2_048, 4 * 2_048
 WIDTH = 4

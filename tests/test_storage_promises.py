@@ -14,15 +14,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache.disk import connection, database, ledger_reader, purge
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.proxy.embedding import canary
 from page_map import addresses_on, read_map
 from pages import ROOT
-
-from cache.disk import connection, database, ledger_reader, purge
-from cache.disk.store import Store
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
-from proxy.embedding import canary
 
 PAGE = " ".join((ROOT / "docs" / "storage.md").read_text(encoding="utf-8").split())
 HERE = Path(__file__).relative_to(ROOT).as_posix()

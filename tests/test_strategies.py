@@ -7,17 +7,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.failures import Missing
+from embedding_proxy.index.migration import template
+from embedding_proxy.index.migration.template import Rule, TemplateError
+from embedding_proxy.proxy.embedding import strategies
+from embedding_proxy.proxy.settings.schema import Settings
 from example_package import install
 from fault_server import vector_of
 from pydantic import ValidationError
 from qdrant_server import QdrantServer
-
-from index.connection import Connection
-from index.failures import Missing
-from index.migration import template
-from index.migration.template import Rule, TemplateError
-from proxy.embedding import strategies
-from proxy.settings.schema import Settings
 
 ADA = "text-embedding-ada-002"
 SMALL = "text-embedding-3-small"

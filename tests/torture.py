@@ -17,10 +17,10 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from cache.disk.store import Store
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 
 WRITERS = 2
 SIZE_LIMIT = 1 << 40

@@ -9,9 +9,9 @@ time, so the limits hold for all processes together, and over restarts.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cache.ledger import MAX_HEADINGS, Heading
-from cache.row import OTHER, OTHER_NAMESPACE, Partition
-from cache.usage import Usage
+from embedding_proxy.cache.ledger import MAX_HEADINGS, Heading
+from embedding_proxy.cache.row import OTHER, OTHER_NAMESPACE, Partition
+from embedding_proxy.cache.usage import Usage
 
 from .schema import Sql
 

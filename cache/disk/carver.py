@@ -22,11 +22,11 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, Self
 
-from cache.ledger import Heading
-from cache.record import width
-from cache.row import UNKNOWN, Partition, Row
-from cache.usage import Usage
-from providers.base import current_label
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.record import width
+from embedding_proxy.cache.row import UNKNOWN, Partition, Row
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import current_label
 
 from . import carved_ledger
 from .carved_ledger import CarvedLedger

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
-from providers.base import current_label
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import current_label
 
 from . import bounds
 

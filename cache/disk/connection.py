@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from cache import private_files
-from cache.key import FORMAT
+from embedding_proxy.cache import private_files
+from embedding_proxy.cache.key import FORMAT
 
 from . import database, ledger_reader, schema, set_aside
 from .database import FAILURES, Database, is_damage

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
-
-from cache import private_files
+from embedding_proxy.cache import private_files
 
 from . import eviction, ledger_reader, pages, read_only, schema, set_aside, write_ahead_log
 from .changes import Changes, Found, Use

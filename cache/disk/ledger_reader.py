@@ -5,10 +5,9 @@ from types import MappingProxyType
 from typing import Any
 
 import orjson
-
-from cache.ledger import By, Line
-from cache.row import OTHER, OTHER_NAMESPACE
-from cache.usage import Usage
+from embedding_proxy.cache.ledger import By, Line
+from embedding_proxy.cache.row import OTHER, OTHER_NAMESPACE
+from embedding_proxy.cache.usage import Usage
 
 from .schema import Sql
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from providers.base import current_label
+from embedding_proxy.providers.base import current_label
 
 from .database import Database
 from .read_only import ReadableFile

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from cache import ledger
-from providers.backoff import Backoff
+from embedding_proxy.cache import ledger
+from embedding_proxy.providers.backoff import Backoff
 
 from . import ledger_reader
 from .changes import Found

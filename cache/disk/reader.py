@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from providers.backoff import THRESHOLD, Backoff
+from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
 from .changes import Found
 from .connection import Disk

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from cache.ledger import Heading
-from cache.record import width
-from cache.row import Row
-from cache.usage import Usage
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.record import width
+from embedding_proxy.cache.row import Row
+from embedding_proxy.cache.usage import Usage
 
 from . import set_aside
 from .carver import Carver, Report

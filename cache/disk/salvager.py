@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from providers.backoff import Backoff
+from embedding_proxy.providers.backoff import Backoff
 
 from . import salvage
 from .carver import Report

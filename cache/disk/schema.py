@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache import private_files
-from providers.base import current_label
+from embedding_proxy.cache import private_files
+from embedding_proxy.providers.base import current_label
 
 PAGE_BYTES = 32_768
 """Five records of 1,536 dimensions a page: 1.07 bytes on disk a byte kept, 1.34 with 4 KiB."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache import atomic_file
+from embedding_proxy.cache import atomic_file
 
 from .write_ahead_log import LOG, SHARED_MEMORY, has_content
 

@@ -22,17 +22,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
-from cache.disk.changes import Changes, Found, Kept, Use
-from cache.disk.connection import Disk, StoreError
-from cache.disk.database import FAILURES, FILE_NAME, is_damage
-from cache.disk.lock import WriterLock
-from cache.disk.read_only import read_ledger
-from cache.disk.reader import Reader
-from cache.disk.salvager import Salvager
-from cache.disk.writer import Writer
-from cache.ledger import MAX_HEADINGS, By, Heading, Line
-from cache.row import Partition
-from cache.usage import Usage
+from embedding_proxy.cache.disk.changes import Changes, Found, Kept, Use
+from embedding_proxy.cache.disk.connection import Disk, StoreError
+from embedding_proxy.cache.disk.database import FAILURES, FILE_NAME, is_damage
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.cache.disk.read_only import read_ledger
+from embedding_proxy.cache.disk.reader import Reader
+from embedding_proxy.cache.disk.salvager import Salvager
+from embedding_proxy.cache.disk.writer import Writer
+from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 
 from . import purge
 

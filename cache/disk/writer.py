@@ -8,7 +8,7 @@ import logging
 import time
 from functools import partial
 
-from providers.backoff import THRESHOLD, Backoff
+from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
 from .changes import Changes
 from .connection import Disk

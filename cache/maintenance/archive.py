@@ -32,12 +32,11 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import orjson
-
-from cache.key import checksum
-from cache.record import vector_of, width
-from cache.row import Partition, Row
-from providers.lru_cache import LRUCache
-from providers.vector import is_finite
+from embedding_proxy.cache.key import checksum
+from embedding_proxy.cache.record import vector_of, width
+from embedding_proxy.cache.row import Partition, Row
+from embedding_proxy.providers.lru_cache import LRUCache
+from embedding_proxy.providers.vector import is_finite
 
 FORMAT = 1
 """Version of the bytes described above."""

@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache import atomic_file, private_files
-from cache.disk.read_only import ReadableFile
-from cache.disk.schema import CACHE_PAGES, MMAP_BYTES
+from embedding_proxy.cache import atomic_file, private_files
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk.schema import CACHE_PAGES, MMAP_BYTES
 
 from .short_reads import Pauses
 

@@ -5,9 +5,9 @@ import sqlite3
 from pathlib import Path
 from typing import NamedTuple
 
-from cache.disk import connection
-from cache.disk.database import FILE_NAME
-from cache.disk.read_only import ReadOnlyFile
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.database import FILE_NAME
+from embedding_proxy.cache.disk.read_only import ReadOnlyFile
 
 
 class Holding(NamedTuple):

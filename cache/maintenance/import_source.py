@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from providers.base import Vector
-from providers.vector import VectorError, from_wire
+from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.vector import VectorError, from_wire
 
 _MOST_NAMES = 12
 

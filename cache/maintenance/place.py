@@ -8,8 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.disk import connection
-from cache.disk.database import FREE_BYTES
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.database import FREE_BYTES
 
 from . import stats
 from .stats import Stats

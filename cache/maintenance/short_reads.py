@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from cache.disk.read_only import ReadableFile
-from cache.disk.schema import Sql
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk.schema import Sql
 
 MIN_PAUSE_SECONDS = 0.002
 MAX_PAUSE_SECONDS = 0.25

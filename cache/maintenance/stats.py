@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cache.disk.read_only import ReadableFile
-from cache.disk.schema import Sql
-from cache.disk.write_ahead_log import LOG, beside
-from cache.row import UNKNOWN, Partition
-from cache.usage import Usage
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk.schema import Sql
+from embedding_proxy.cache.disk.write_ahead_log import LOG, beside
+from embedding_proxy.cache.row import UNKNOWN, Partition
+from embedding_proxy.cache.usage import Usage
 
 from .short_reads import id_ranges
 

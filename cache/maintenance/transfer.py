@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from cache import record
-from cache.disk.changes import Changes, Kept
-from cache.disk.database import Database
-from cache.disk.purge import Choice, where
-from cache.disk.read_only import ReadableFile
-from cache.row import Partition, Row
+from embedding_proxy.cache import record
+from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.purge import Choice, where
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.row import Partition, Row
 
 from .short_reads import id_ranges
 

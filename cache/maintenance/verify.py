@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cache import record
-from cache.disk.database import Database, is_damage
-from cache.disk.read_only import ReadableFile
-from cache.disk.schema import Sql
+from embedding_proxy.cache import record
+from embedding_proxy.cache.disk.database import Database, is_damage
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk.schema import Sql
 
 from .short_reads import LogWatch, Pauses, connect, id_ranges
 from .transfer import RECORD_COLUMNS, is_record

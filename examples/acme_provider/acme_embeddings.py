@@ -6,9 +6,9 @@ Install it beside the proxy (`pip install ./examples/acme_provider`), and `kind:
 from typing import ClassVar
 from urllib.parse import quote
 
-from providers.http import HttpProvider
-from providers.limits import Limits
-from providers.profile import Profile
+from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Profile
 
 # What differs from OpenAI only in facts is a Profile, and needs no class.
 PLAIN = Profile(

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from index.collection import KEY, LONGEST_NAME, Provenance, name_of, provenance_of
-from index.collection import aliases as collection_aliases
-from index.failures import Exists, Missing, OtherSpace, Rejected
+from embedding_proxy.index.collection import KEY, LONGEST_NAME, Provenance, name_of, provenance_of
+from embedding_proxy.index.collection import aliases as collection_aliases
+from embedding_proxy.index.failures import Exists, Missing, OtherSpace, Rejected
 
 from .points import Points
 

@@ -12,9 +12,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from index.collection_reader import Page, Point, PointId
-from index.migrate import Migration, MigrationRefused
-from providers import vector
+from embedding_proxy.index.collection_reader import Page, Point, PointId
+from embedding_proxy.index.migrate import Migration, MigrationRefused
+from embedding_proxy.providers import vector
 
 from .embed import Refused
 from .journal import Phase

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from providers.backoff import Backoff
-from providers.base import (
+from embedding_proxy.providers.backoff import Backoff
+from embedding_proxy.providers.base import (
     AllResting,
     DeadlineExceeded,
     InputRefused,

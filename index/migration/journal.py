@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import orjson
-
-from cache import atomic_file, private_files
-from index.collection_reader import PointId
+from embedding_proxy.cache import atomic_file, private_files
+from embedding_proxy.index.collection_reader import PointId
 
 FORMAT = 1
 """Version of the file; one of another version is not touched."""

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from index.collection_reader import Point, PointId
-from index.migrate import Pace, Progress, Wanted, decide, oddity
-from providers.limits import Limits
+from embedding_proxy.index.collection_reader import Point, PointId
+from embedding_proxy.index.migrate import Pace, Progress, Wanted, decide, oddity
+from embedding_proxy.providers.limits import Limits
 
 from . import collections
 from .collections import Old

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from index.collection_reader import CollectionReader, Point, PointId
-from providers import vector
+from embedding_proxy.index.collection_reader import CollectionReader, Point, PointId
+from embedding_proxy.providers import vector
 
 if TYPE_CHECKING:
     from qdrant_client.models import PointStruct

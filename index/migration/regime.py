@@ -7,7 +7,7 @@ sampled texts, since what is known may be wrong.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from providers.base import Space
+from embedding_proxy.providers.base import Space
 
 
 class Regime(StrEnum):

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
-
-from cache import private_files
-from index.collection_reader import Point, PointId
+from embedding_proxy.cache import private_files
+from embedding_proxy.index.collection_reader import Point, PointId
 
 from .journal import JournalError
 

@@ -13,8 +13,8 @@ own name and goes on writing is followed for some passes, and told of.
 from collections.abc import Sequence
 from contextlib import closing
 
-from index.collection_reader import Point, PointId
-from index.migrate import Migration, MigrationRefused
+from embedding_proxy.index.collection_reader import Point, PointId
+from embedding_proxy.index.migrate import Migration, MigrationRefused
 
 from . import collections
 from .copy import carry, reads_vectors

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self, runtime_checkable
 
 import orjson
-
-from providers import plugins
+from embedding_proxy.providers import plugins
 
 Payload = Mapping[str, object]
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from index.collection_reader import Point
-from index.migrate import Migration
-from providers import vector
-from providers.base import Vector
+from embedding_proxy.index.collection_reader import Point
+from embedding_proxy.index.migrate import Migration
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Vector
 
 from .copy import Refusals, compare
 from .embed import Refused

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from providers.base import Input, InputRefused
-from providers.limits import Limits
+from embedding_proxy.providers.base import Input, InputRefused
+from embedding_proxy.providers.limits import Limits
 
 from .refusal import is_about_size, is_about_tokens, named_batch_limit
 

@@ -5,9 +5,9 @@ Knows sizes and limits; asks nobody.
 
 from collections.abc import Sequence
 
-from providers import tokens
-from providers.base import Context, Input, Space
-from providers.limits import Limits
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import Context, Input, Space
+from embedding_proxy.providers.limits import Limits
 
 MIN_INPUTS = 64
 """Inputs in a batch that is made for the sake of speed alone. Below it, what every call costs anew

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from providers.base import Embedded, Outcome, Vector
-from providers.slices import slices
+from embedding_proxy.providers.base import Embedded, Outcome, Vector
+from embedding_proxy.providers.slices import slices
 
 
 def rows_of(part: Embedded, rows: Sequence[int]) -> Embedded:

@@ -6,8 +6,8 @@ An upstream would refuse it too, and with it all that shares its call.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from providers import tokens
-from providers.base import Context, Embedded, Embedder, Input, InputRefused, Space
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, InputRefused, Space
 
 
 class NoneTooLong:

@@ -3,7 +3,7 @@
 import re
 from typing import TypeGuard
 
-from providers.base import InputRefused, UpstreamFault
+from embedding_proxy.providers.base import InputRefused, UpstreamFault
 
 _INPUT = re.compile(r"(\$\.)?input($|[.\[])")
 

@@ -16,8 +16,8 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from providers import tokens
-from providers.base import Input, Space, Vector
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import Input, Space, Vector
 
 _WORDS = re.compile(r"[a-z0-9]+")
 _PIECES = re.compile(r"[A-Za-z]+|\s+|.", re.DOTALL)

@@ -5,8 +5,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 
-from providers.base import Context, DeadlineExceeded, Full, Refusal
-from providers.limits import Limits
+from embedding_proxy.providers.base import Context, DeadlineExceeded, Full, Refusal
+from embedding_proxy.providers.limits import Limits
 
 from .throttle import Throttle
 

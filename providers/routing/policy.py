@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from tenacity import RetryCallState, Retrying, wait_random_exponential
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     ConnectionTimeout,
     CredentialsRefused,
     EmbeddingError,
@@ -29,6 +27,7 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
+from tenacity import RetryCallState, Retrying, wait_random_exponential
 
 from .circuit_breaker import Verdict
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from providers import tokens
-from providers.base import (
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import (
     Account,
     Bill,
     Charge,
@@ -19,9 +19,9 @@ from providers.base import (
     Space,
     nanodollars,
 )
-from providers.batching import batch_size
-from providers.batching.calls import assembled
-from providers.limits import Limits, limits_of
+from embedding_proxy.providers.batching import batch_size
+from embedding_proxy.providers.batching.calls import assembled
+from embedding_proxy.providers.limits import Limits, limits_of
 
 
 class Provider(Protocol):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from providers.base import (
+from embedding_proxy.providers.base import (
     AllResting,
     ClientKeyRefused,
     Credential,

@@ -9,8 +9,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from providers.base import Full, Input, Refusal
-from providers.ratelimit import MAX_WAIT, allowance
+from embedding_proxy.providers.base import Full, Input, Refusal
+from embedding_proxy.providers.ratelimit import MAX_WAIT, allowance
 
 LONGEST_HOLD = 60.0
 """Seconds for which an upstream that asked for a pause is left alone at most, without a try."""

@@ -8,8 +8,8 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from providers.attempts import EXTRA_SHARE, Attempt
-from providers.base import (
+from embedding_proxy.providers.attempts import EXTRA_SHARE, Attempt
+from embedding_proxy.providers.base import (
     ClientKeyRefused,
     CredentialsRefused,
     DeadlineExceeded,
@@ -20,12 +20,12 @@ from providers.base import (
     RateLimited,
     UpstreamTimeout,
 )
-from providers.batching.refusal import is_internal_error
-from providers.routing import policy
-from providers.routing.circuit_breaker import MAX_FAILURES, Verdict
-from providers.routing.health import CallPermit, Slots
-from providers.routing.route import Route
-from providers.routing.router import View
+from embedding_proxy.providers.batching.refusal import is_internal_error
+from embedding_proxy.providers.routing import policy
+from embedding_proxy.providers.routing.circuit_breaker import MAX_FAILURES, Verdict
+from embedding_proxy.providers.routing.health import CallPermit, Slots
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import View
 
 from .call import Call
 from .pending import (

@@ -7,12 +7,19 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from providers.attempts import Attempt
-from providers.base import Bill, Context, Embedded, Full, InvalidAnswer, ProviderError
-from providers.batching.calls import assembled, rows_of
-from providers.batching.twins import exact_tokenizer, find_duplicate_vectors
-from providers.routing.route import Route
-from providers.routing.router import Router
+from embedding_proxy.providers.attempts import Attempt
+from embedding_proxy.providers.base import (
+    Bill,
+    Context,
+    Embedded,
+    Full,
+    InvalidAnswer,
+    ProviderError,
+)
+from embedding_proxy.providers.batching.calls import assembled, rows_of
+from embedding_proxy.providers.batching.twins import exact_tokenizer, find_duplicate_vectors
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router
 
 from .pending import (
     FailedAttempt,

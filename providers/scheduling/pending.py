@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from providers.base import (
+from embedding_proxy.providers.base import (
     Bill,
     Context,
     Credential,
@@ -21,10 +21,10 @@ from providers.base import (
     ProviderError,
     Space,
 )
-from providers.batching.calls import assembled, rows_of
-from providers.routing import policy
-from providers.routing.route import Route
-from providers.routing.router import Router
+from embedding_proxy.providers.batching.calls import assembled, rows_of
+from embedding_proxy.providers.routing import policy
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router
 
 
 class FailedAttempt(NamedTuple):

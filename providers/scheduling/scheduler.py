@@ -13,8 +13,8 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from providers.attempts import Attempt
-from providers.base import (
+from embedding_proxy.providers.attempts import Attempt
+from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
     Embedded,
@@ -24,12 +24,12 @@ from providers.base import (
     Refusal,
     Space,
 )
-from providers.batching import batch_size
-from providers.batching.batch_limits import input_bytes
-from providers.limits import Limits, limits_of
-from providers.routing.health import Slots
-from providers.routing.route import Route
-from providers.routing.router import Router, View
+from embedding_proxy.providers.batching import batch_size
+from embedding_proxy.providers.batching.batch_limits import input_bytes
+from embedding_proxy.providers.limits import Limits, limits_of
+from embedding_proxy.providers.routing.health import Slots
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router, View
 
 from .batch import Batch
 from .pending import FailedAttempt, Halving, PendingInput, PendingRequest, QueueKey

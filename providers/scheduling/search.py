@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from providers.base import (
+from embedding_proxy.providers.base import (
     EmbeddingError,
     InputRefused,
     InvalidAnswer,
@@ -17,15 +17,15 @@ from providers.base import (
     RateLimited,
     ScopedQuotaExceeded,
 )
-from providers.batching.refusal import (
+from embedding_proxy.providers.batching.refusal import (
     is_about_a_field,
     is_about_an_input,
     is_about_size,
     is_internal_error,
     named_batch_limit,
 )
-from providers.routing import policy
-from providers.routing.router import View
+from embedding_proxy.providers.routing import policy
+from embedding_proxy.providers.routing.router import View
 
 from .pending import FailedAttempt, PendingInput, QueueKey, Queues, requests_of
 

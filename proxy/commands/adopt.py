@@ -9,14 +9,14 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from cache import record
-from cache.key import Keyring
-from cache.maintenance.import_source import Pair, Refused, Source
-from cache.record import Entry
-from cache.row import Row
-from providers import tokens, vector
-from providers.base import Context, Embedder, Vector
-from providers.probe import SAME
+from embedding_proxy.cache import record
+from embedding_proxy.cache.key import Keyring
+from embedding_proxy.cache.maintenance.import_source import Pair, Refused, Source
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.cache.row import Row
+from embedding_proxy.providers import tokens, vector
+from embedding_proxy.providers.base import Context, Embedder, Vector
+from embedding_proxy.providers.probe import SAME
 
 MOST_OFF_NORM = 0.01
 _MOST_SHOWN = 5

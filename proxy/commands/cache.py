@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from cache.disk import bounds, connection
-from cache.disk.database import Database
-from cache.disk.read_only import ReadableFile, ReadOnlyFile
-from cache.maintenance import backup
-from cache.row import OTHER_NAMESPACE
-from providers.base import current_label
-from proxy import config
-from proxy.formatting import listed, size
-from proxy.service import GIB
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.disk import bounds, connection
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
+from embedding_proxy.cache.maintenance import backup
+from embedding_proxy.cache.row import OTHER_NAMESPACE
+from embedding_proxy.providers.base import current_label
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.formatting import listed, size
+from embedding_proxy.proxy.service import GIB
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .common import (
     ConfigOption,

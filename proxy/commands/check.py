@@ -6,20 +6,19 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import typer
-
-from cache.maintenance import place
-from cache.maintenance.place import Inspection
-from proxy import config
-from proxy.config import Configuration
-from proxy.formatting import count, size
-from proxy.own_address import check_own_address
-from proxy.service import GIB
-from proxy.settings.schema import Cache
-from proxy.trials import index_check
-from proxy.trials.checkup import Checkup, examine
-from proxy.trials.choice import Choice
-from proxy.trials.finding import Finding
-from proxy.trials.usable import unusable
+from embedding_proxy.cache.maintenance import place
+from embedding_proxy.cache.maintenance.place import Inspection
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.config import Configuration
+from embedding_proxy.proxy.formatting import count, size
+from embedding_proxy.proxy.own_address import check_own_address
+from embedding_proxy.proxy.service import GIB
+from embedding_proxy.proxy.settings.schema import Cache
+from embedding_proxy.proxy.trials import index_check
+from embedding_proxy.proxy.trials.checkup import Checkup, examine
+from embedding_proxy.proxy.trials.choice import Choice
+from embedding_proxy.proxy.trials.finding import Finding
+from embedding_proxy.proxy.trials.usable import unusable
 
 from .common import ConfigOption, JsonOption, path_text, print_json, printable, progress
 

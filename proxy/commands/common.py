@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
-
-from proxy.log import escape
+from embedding_proxy.proxy.log import escape
 
 if TYPE_CHECKING:
+    from embedding_proxy.proxy.settings.schema import Settings
     from rich.console import Console
-
-    from proxy.settings.schema import Settings
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
@@ -57,8 +55,8 @@ def one_line() -> Iterator[None]:
         if told is not None:
             fail(told, 1)
         # Imported once there is a failure: what could not be imported could not fail either.
-        from proxy.config import ConfigError  # noqa: PLC0415
-        from proxy.workers import WorkerFailed  # noqa: PLC0415
+        from embedding_proxy.proxy.config import ConfigError  # noqa: PLC0415
+        from embedding_proxy.proxy.workers import WorkerFailed  # noqa: PLC0415
 
         if isinstance(error, ConfigError):
             *others, last = error.problems
@@ -97,15 +95,15 @@ def _describe_environment(error: Exception) -> str | None:
 
 def _foreseeable() -> tuple[type[Exception], ...]:
     """Return the failures whose message is all there is to say; imported once there is one."""
-    from cache.disk.connection import StoreError  # noqa: PLC0415
-    from cache.maintenance.archive import ArchiveError  # noqa: PLC0415
-    from cache.maintenance.import_source import SourceError  # noqa: PLC0415
-    from index.failures import QdrantFailure  # noqa: PLC0415
-    from index.migrate import MigrationRefused  # noqa: PLC0415
-    from index.migration.journal import JournalError  # noqa: PLC0415
-    from index.migration.template import TemplateError  # noqa: PLC0415
-    from providers.base import EmbeddingError  # noqa: PLC0415
-    from proxy.server import PortUnavailable  # noqa: PLC0415
+    from embedding_proxy.cache.disk.connection import StoreError  # noqa: PLC0415
+    from embedding_proxy.cache.maintenance.archive import ArchiveError  # noqa: PLC0415
+    from embedding_proxy.cache.maintenance.import_source import SourceError  # noqa: PLC0415
+    from embedding_proxy.index.failures import QdrantFailure  # noqa: PLC0415
+    from embedding_proxy.index.migrate import MigrationRefused  # noqa: PLC0415
+    from embedding_proxy.index.migration.journal import JournalError  # noqa: PLC0415
+    from embedding_proxy.index.migration.template import TemplateError  # noqa: PLC0415
+    from embedding_proxy.providers.base import EmbeddingError  # noqa: PLC0415
+    from embedding_proxy.proxy.server import PortUnavailable  # noqa: PLC0415
 
     return (
         ArchiveError,
@@ -148,7 +146,7 @@ def plain(option: str | None) -> str | None:
         try:
             option.encode()
         except UnicodeEncodeError as error:
-            from proxy.config import ConfigError  # noqa: PLC0415 - see `one_line`
+            from embedding_proxy.proxy.config import ConfigError  # noqa: PLC0415 - see `one_line`
 
             raise ConfigError(f"{option!r}: is not UTF-8") from error
     return option

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from providers import tokens
-from proxy import config
-from proxy.config import ConfigError
-from proxy.formatting import money
-from proxy.settings.schema import Settings
-from proxy.trials import comparison, samples
-from proxy.trials.candidates import Candidates, find
-from proxy.trials.choice import Choice
-from proxy.trials.finding import Finding
-from proxy.trials.trial import Plan, Trial, cost, run
+from embedding_proxy.providers import tokens
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.formatting import money
+from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.trials import comparison, samples
+from embedding_proxy.proxy.trials.candidates import Candidates, find
+from embedding_proxy.proxy.trials.choice import Choice
+from embedding_proxy.proxy.trials.finding import Finding
+from embedding_proxy.proxy.trials.trial import Plan, Trial, cost, run
 
 from .common import (
     ConfigOption,

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
-
-from proxy.formatting import price, size
-from proxy.trials import plot
-from proxy.trials.comparison import Likeness, Report, Row, name_of
-from proxy.trials.plot import Point
-from proxy.trials.samples import Samples
-from proxy.trials.trial import Plan, Trial, cost
+from embedding_proxy.proxy.formatting import price, size
+from embedding_proxy.proxy.trials import plot
+from embedding_proxy.proxy.trials.comparison import Likeness, Report, Row, name_of
+from embedding_proxy.proxy.trials.plot import Point
+from embedding_proxy.proxy.trials.samples import Samples
+from embedding_proxy.proxy.trials.trial import Plan, Trial, cost
 
 from .common import console, printable
 

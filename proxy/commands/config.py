@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from cache import atomic_file
-from proxy import config
-from proxy.settings import effective
-from proxy.settings.conversion import Converted, convert
+from embedding_proxy.cache import atomic_file
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.settings import effective
+from embedding_proxy.proxy.settings.conversion import Converted, convert
 
 from .common import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
-
-from cache import atomic_file
-from cache.disk.purge import Choice, count
-from cache.maintenance import archive, transfer
-from cache.row import Row
-from proxy import config
-from proxy.formatting import count as entries
+from embedding_proxy.cache import atomic_file
+from embedding_proxy.cache.disk.purge import Choice, count
+from embedding_proxy.cache.maintenance import archive, transfer
+from embedding_proxy.cache.row import Row
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.formatting import count as entries
 
 from .cache import NamespaceOption, SpaceOption, check_known, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, path_text, print_json, progress

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import typer
+from embedding_proxy.proxy.imports import importing
 from typer.core import TyperCommand, TyperGroup
-
-from proxy.imports import importing
 
 
 class Place(NamedTuple):

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cache.key import Keys, Namespace, keyring
-from cache.tiered import Tiers
-from providers import tokens
-from providers.base import Terms
-from proxy.embedding.inputs import prepare
-from proxy.embedding.registry import Model
+from embedding_proxy.cache.key import Keys, Namespace, keyring
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import Terms
+from embedding_proxy.proxy.embedding.inputs import prepare
+from embedding_proxy.proxy.embedding.registry import Model
 
 
 class Known(NamedTuple):

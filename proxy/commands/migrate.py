@@ -6,18 +6,17 @@ from contextlib import asynccontextmanager
 from typing import Annotated
 
 import typer
-
-from index import migrate as begins
-from index.migrate import DEFAULT, Migration, MigrationRefused, Pace, Wanted, begin
-from index.migration import collections
-from index.migration.copy import copy, follow, prove
-from index.migration.journal import Journal, State
-from index.migration.plan import Plan, Survey
-from index.migration.points import Points
-from index.migration.regime import Regime
-from providers.base import EmbeddingError
-from providers.probe import SAME
-from proxy.service import EmbeddingService
+from embedding_proxy.index import migrate as begins
+from embedding_proxy.index.migrate import DEFAULT, Migration, MigrationRefused, Pace, Wanted, begin
+from embedding_proxy.index.migration import collections
+from embedding_proxy.index.migration.copy import copy, follow, prove
+from embedding_proxy.index.migration.journal import Journal, State
+from embedding_proxy.index.migration.plan import Plan, Survey
+from embedding_proxy.index.migration.points import Points
+from embedding_proxy.index.migration.regime import Regime
+from embedding_proxy.providers.base import EmbeddingError
+from embedding_proxy.providers.probe import SAME
+from embedding_proxy.proxy.service import EmbeddingService
 
 from . import migrate_ask as ask
 from . import migrate_show as show

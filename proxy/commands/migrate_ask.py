@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from index.connection import Connection
-from index.migrate import Wanted
-from index.migration.journal import Journal
-from index.migration.regime import Regime
-from index.migration.template import Rule, TemplateError
-from proxy import config
-from proxy.config import ConfigError
-from proxy.embedding.indexing import connection as configured
-from proxy.settings.schema import Settings
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.migrate import Wanted
+from embedding_proxy.index.migration.journal import Journal
+from embedding_proxy.index.migration.regime import Regime
+from embedding_proxy.index.migration.template import Rule, TemplateError
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.embedding.indexing import connection as configured
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .common import plain
 from .migrating import Named, named, width_of

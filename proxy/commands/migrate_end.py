@@ -9,19 +9,18 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-
-from index.migrate import DEFAULT, Migration, MigrationRefused, Pace
-from index.migration import collections
-from index.migration import switch as switching
-from index.migration.journal import Journal, JournalError, State, journals_in
-from index.migration.points import Points
-from index.migration.template import Rule
-from index.migration.verify import Verdict
-from providers.probe import SAME
-from proxy import config, formatting
-from proxy.config import ConfigError
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
+from embedding_proxy.index.migrate import DEFAULT, Migration, MigrationRefused, Pace
+from embedding_proxy.index.migration import collections
+from embedding_proxy.index.migration import switch as switching
+from embedding_proxy.index.migration.journal import Journal, JournalError, State, journals_in
+from embedding_proxy.index.migration.points import Points
+from embedding_proxy.index.migration.template import Rule
+from embedding_proxy.index.migration.verify import Verdict
+from embedding_proxy.providers.probe import SAME
+from embedding_proxy.proxy import config, formatting
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 
 from . import migrate_ask as ask
 from . import migrate_show as show

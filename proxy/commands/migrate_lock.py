@@ -11,11 +11,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import typer
-
-from cache import private_files
-from cache.disk.lock import WriterLock
-from index.migrate import MigrationRefused
-from index.migration.journal import Journal, JournalError
+from embedding_proxy.cache import private_files
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.index.migrate import MigrationRefused
+from embedding_proxy.index.migration.journal import Journal, JournalError
 
 FINISHING = b"finishing\n"
 NOTICED_S = 0.5

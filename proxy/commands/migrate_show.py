@@ -5,11 +5,10 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-
-from index.migration.journal import Journal, Phase, State
-from index.migration.plan import Plan
-from index.migration.verify import Verdict
-from proxy.formatting import age, count, money
+from embedding_proxy.index.migration.journal import Journal, Phase, State
+from embedding_proxy.index.migration.plan import Plan
+from embedding_proxy.index.migration.verify import Verdict
+from embedding_proxy.proxy.formatting import age, count, money
 
 from .common import path_text
 

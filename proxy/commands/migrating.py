@@ -8,15 +8,15 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from providers import vector
-from providers.base import InvalidAnswer, Space, Vector
-from providers.limits import Limits, limits_of
-from proxy.config import ConfigError
-from proxy.embedding.opening import CLIENTS_PAY
-from proxy.embedding.widths import can_give
-from proxy.service import EmbeddingService
-from proxy.settings.model_entry import Model as ModelEntry
-from proxy.settings.schema import Settings
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import InvalidAnswer, Space, Vector
+from embedding_proxy.providers.limits import Limits, limits_of
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.embedding.opening import CLIENTS_PAY
+from embedding_proxy.proxy.embedding.widths import can_give
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.model_entry import Model as ModelEntry
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .known import Known
 from .outliving import SeenThrough

@@ -9,21 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import typer
-
-from cache.disk import bounds, purge, salvage
-from cache.disk.database import Database, is_damage
-from cache.disk.read_only import ReadableFile
-from cache.key import Namespace, keyring
-from cache.maintenance import stats
-from cache.row import OTHER_NAMESPACE
-from index import outbox_purge
-from index.outbox_file import FILE_NAME, OutboxFile, ReadOnlyOutbox
-from providers.base import current_label
-from providers.bill import NANO
-from proxy import config
-from proxy.formatting import count, money, size
-from proxy.service import GIB
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.disk import bounds, purge, salvage
+from embedding_proxy.cache.disk.database import Database, is_damage
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.maintenance import stats
+from embedding_proxy.cache.row import OTHER_NAMESPACE
+from embedding_proxy.index import outbox_purge
+from embedding_proxy.index.outbox_file import FILE_NAME, OutboxFile, ReadOnlyOutbox
+from embedding_proxy.providers.base import current_label
+from embedding_proxy.providers.bill import NANO
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.formatting import count, money, size
+from embedding_proxy.proxy.service import GIB
+from embedding_proxy.proxy.settings.schema import Settings
 
 from . import spans
 from .cache import NamespaceOption, SpaceOption, check_known, opened, opened_for_reading

@@ -2,7 +2,7 @@
 
 import re
 
-from proxy.config import ConfigError
+from embedding_proxy.proxy.config import ConfigError
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 

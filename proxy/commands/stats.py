@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-
-from cache import ledger
-from cache.disk import ledger_reader
-from cache.maintenance import stats
-from proxy import config
-from proxy.formatting import age, count, money, saved, share, size
-from proxy.http import sums
-from proxy.service import GIB
-from proxy.settings.schema import Settings
+from embedding_proxy.cache import ledger
+from embedding_proxy.cache.disk import ledger_reader
+from embedding_proxy.cache.maintenance import stats
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.formatting import age, count, money, saved, share, size
+from embedding_proxy.proxy.http import sums
+from embedding_proxy.proxy.service import GIB
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .cache import opened_for_reading
 from .common import ConfigOption, JsonOption, console, path_text, print_json

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Annotated, BinaryIO
 
 import typer
-
-from cache.disk.read_only import ReadableFile
-from cache.key import Namespace, keyring
-from cache.maintenance import archive, transfer
-from cache.maintenance.archive import ArchiveError
-from cache.maintenance.import_source import Source
-from cache.row import Row
-from providers.routing.health import Upstreams
-from proxy import config
-from proxy.embedding.opening import make_router, open_providers, scheduled
-from proxy.formatting import count
-from proxy.settings.schema import Settings
-from proxy.sources import FORMATS, open_source
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.maintenance import archive, transfer
+from embedding_proxy.cache.maintenance.archive import ArchiveError
+from embedding_proxy.cache.maintenance.import_source import Source
+from embedding_proxy.cache.row import Row
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.embedding.opening import make_router, open_providers, scheduled
+from embedding_proxy.proxy.formatting import count
+from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.sources import FORMATS, open_source
 
 from .adopt import Adoption, SampleDiffers, Survey
 from .cache import opened, opened_for_reading

@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from cache.disk import connection, salvage, set_aside
-from cache.disk.carver import Report
-from cache.disk.connection import StoreError
-from cache.disk.database import FILE_NAME
-from cache.disk.salvage import Outcome
-from cache.maintenance import verify
-from cache.maintenance.verify import Findings
-from proxy import config
-from proxy.formatting import count
-from proxy.service import GIB
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.disk import connection, salvage, set_aside
+from embedding_proxy.cache.disk.carver import Report
+from embedding_proxy.cache.disk.connection import StoreError
+from embedding_proxy.cache.disk.database import FILE_NAME
+from embedding_proxy.cache.disk.salvage import Outcome
+from embedding_proxy.cache.maintenance import verify
+from embedding_proxy.cache.maintenance.verify import Findings
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.formatting import count
+from embedding_proxy.proxy.service import GIB
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .cache import opened, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress

@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from cache.ledger import Answered
-from providers.base import Account, Context, Input, Space
-from proxy.http.cache_control import terms
-from proxy.http.caller import Caller
-from proxy.settings.schema import Settings
-from proxy.wire import EmbeddingRequest
+from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.providers.base import Account, Context, Input, Space
+from embedding_proxy.proxy.http.cache_control import terms
+from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.wire import EmbeddingRequest
 
 from . import fallback, request_fields, widths
 from .client_keys import Ask, ClientKeys

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from providers import vector
-from providers.base import InvalidAnswer, Space, Vector
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import InvalidAnswer, Space, Vector
 
 from .result import Result
 from .strategies import find

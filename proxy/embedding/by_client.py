@@ -3,8 +3,8 @@
 from collections.abc import Container
 from dataclasses import dataclass
 
-from proxy.settings.model_entry import Model
-from proxy.settings.schema import Settings
+from embedding_proxy.proxy.settings.model_entry import Model
+from embedding_proxy.proxy.settings.schema import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar
 
 import orjson
-
-from cache import atomic_file
-from cache.disk.lock import WriterLock
-from providers.attempts import Attempt
-from providers.base import Account, Context, EmbeddingError
-from providers.probe import SAME, TEXTS, Probe, agreement, probe
-from providers.routing.health import Upstreams
-from providers.routing.route import Route
+from embedding_proxy.cache import atomic_file
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.providers.attempts import Attempt
+from embedding_proxy.providers.base import Account, Context, EmbeddingError
+from embedding_proxy.providers.probe import SAME, TEXTS, Probe, agreement, probe
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.route import Route
 
 from .registry import Model
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
-from cache.key import part
-from cache.ledger import Again, Answered
-from providers.base import (
+from embedding_proxy.cache.key import part
+from embedding_proxy.cache.ledger import Again, Answered
+from embedding_proxy.providers.base import (
     AllResting,
     Bill,
     ClientKeyRefused,
@@ -35,8 +35,8 @@ from providers.base import (
     RateLimited,
     Vector,
 )
-from proxy.http.caller import Caller
-from proxy.settings.schema import Settings
+from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.settings.schema import Settings
 
 from . import client_secret
 from .by_client import ByClient

@@ -8,8 +8,8 @@ import logging
 import secrets
 from pathlib import Path
 
-from cache import atomic_file
-from cache.disk.store import StoreError
+from embedding_proxy.cache import atomic_file
+from embedding_proxy.cache.disk.store import StoreError
 
 FILE = "client-keys.secret"
 """The name of the file, in the folder of the store."""

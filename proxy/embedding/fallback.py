@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
-from providers.base import ClientKeyRefused, EmbeddingError, InputRefused
+from embedding_proxy.providers.base import ClientKeyRefused, EmbeddingError, InputRefused
 
 from .registry import Model
 from .widths import can_give

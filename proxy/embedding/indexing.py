@@ -17,23 +17,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import orjson
-
-from cache.key import Key, Namespace, checksum, keyring
-from cache.ledger import Again
-from index.collection import Making, name_of
-from index.collection import objections as collection_objections
-from index.connection import Connection
-from index.failures import Denied, QdrantFailure, Unavailable
-from index.indexer import Indexer
-from index.point import Point, Target, id_bytes
-from providers import vector
-from providers.base import InputRefused, Outcome, Space, Vector
-from providers.slices import slices
-from proxy.config import ConfigError
-from proxy.http import cache_control
-from proxy.http.index_field import NOTHING_SAID, Wish
-from proxy.settings.index_section import Qdrant
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.key import Key, Namespace, checksum, keyring
+from embedding_proxy.cache.ledger import Again
+from embedding_proxy.index.collection import Making, name_of
+from embedding_proxy.index.collection import objections as collection_objections
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.failures import Denied, QdrantFailure, Unavailable
+from embedding_proxy.index.indexer import Indexer
+from embedding_proxy.index.point import Point, Target, id_bytes
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import InputRefused, Outcome, Space, Vector
+from embedding_proxy.providers.slices import slices
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.http import cache_control
+from embedding_proxy.proxy.http.index_field import NOTHING_SAID, Wish
+from embedding_proxy.proxy.settings.index_section import Qdrant
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .result import Result
 

@@ -10,8 +10,8 @@ from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
-from providers import tokens
-from providers.base import Input, InputRefused, Weigh
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import Input, InputRefused, Weigh
 
 from .registry import Model
 

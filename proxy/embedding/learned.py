@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 import orjson
-
-from cache import atomic_file
-from cache.disk.lock import WriterLock
-from cache.embedder import MAX_ROUNDS_WITH_STRANGERS, CachingEmbedder
-from cache.errors import NotCached
-from cache.in_flight import InFlight, SharedTask, wait
-from cache.key import Namespace, keyring
-from cache.ledger import Answered
-from cache.tiered import Tiers
-from providers.base import (
+from embedding_proxy.cache import atomic_file
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.cache.embedder import MAX_ROUNDS_WITH_STRANGERS, CachingEmbedder
+from embedding_proxy.cache.errors import NotCached
+from embedding_proxy.cache.in_flight import InFlight, SharedTask, wait
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers.base import (
     Bill,
     Context,
     DeadlineExceeded,

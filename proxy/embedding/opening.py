@@ -10,19 +10,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from providers import kinds
-from providers.base import Embedder
-from providers.credential import key_mistake
-from providers.limits import Limits
-from providers.local import Local
-from providers.routing.health import Upstreams
-from providers.routing.route import Provider, Route
-from providers.routing.router import Router
-from providers.scheduling.scheduler import Scheduler
-from proxy.config import ConfigError
-from proxy.settings import model_entry
-from proxy.settings.schema import Settings
-from proxy.settings.upstreams import Provider as ProviderEntry
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.base import Embedder
+from embedding_proxy.providers.credential import key_mistake
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.local import Local
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.route import Provider, Route
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings import model_entry
+from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.settings.upstreams import Provider as ProviderEntry
 
 CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
 

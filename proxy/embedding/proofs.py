@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from providers.base import ClientKeyRefused
-from providers.lru_cache import LRUCache
+from embedding_proxy.providers.base import ClientKeyRefused
+from embedding_proxy.providers.lru_cache import LRUCache
 
 FRESH_S = 3600.0
 """So long after a proof nothing is asked."""

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from index.collection import Provenance
-from index.failures import OtherSpace
-from index.search import Found, search
-from providers import likeness, vector
-from proxy.config import ConfigError
-from proxy.settings.schema import Settings
+from embedding_proxy.index.collection import Provenance
+from embedding_proxy.index.failures import OtherSpace
+from embedding_proxy.index.search import Found, search
+from embedding_proxy.providers import likeness, vector
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .bringing import space_of
 from .indexing import Indexing, collection_of

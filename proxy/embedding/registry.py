@@ -4,20 +4,20 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cache.embedder import CachingEmbedder
-from cache.in_flight import InFlight
-from cache.ledger import Answered
-from cache.tiered import Tiers
-from providers import kinds
-from providers.base import Context, Embedder, Input, InputRefused, Space
-from providers.batching.longest import NoneTooLong
-from providers.http import HttpProvider
-from providers.routing.health import Upstreams
-from providers.routing.route import Provider
-from providers.routing.router import Router
-from proxy.settings import model_entry
-from proxy.settings.model_entry import Fallback
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.embedder import CachingEmbedder
+from embedding_proxy.cache.in_flight import InFlight
+from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.base import Context, Embedder, Input, InputRefused, Space
+from embedding_proxy.providers.batching.longest import NoneTooLong
+from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.route import Provider
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.proxy.settings import model_entry
+from embedding_proxy.proxy.settings.model_entry import Fallback
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .by_client import ByClient, by_client
 from .learned import LearnedDimensions, WidthLearner

@@ -20,8 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import orjson
-
-from providers.base import InputRefused
+from embedding_proxy.providers.base import InputRefused
 
 OWN_FIELDS = ("model", "input", "dimensions", "encoding_format", "user", "index")
 """Fields that `wire` reads itself."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from cache.ledger import Answered
-from cache.usage import Usage
-from providers import likeness, vector
-from providers.base import Input, InvalidAnswer, Outcome, Space, Vector
-from providers.slices import slices
+from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers import likeness, vector
+from embedding_proxy.providers.base import Input, InvalidAnswer, Outcome, Space, Vector
+from embedding_proxy.providers.slices import slices
 
 from .registry import Model
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from providers.lru_cache import LRUCache
+from embedding_proxy.providers.lru_cache import LRUCache
 
 MAX_SETS = 20
 """Distinct parameter sets of one model within `WINDOW_S` that are nothing unusual."""

@@ -3,11 +3,11 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
-from cache.errors import name_input
-from cache.ledger import Answered
-from providers.base import Embedded, EmbeddingError, Input
-from providers.batching import calls
-from providers.slices import slices
+from embedding_proxy.cache.errors import name_input
+from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.providers.base import Embedded, EmbeddingError, Input
+from embedding_proxy.providers.batching import calls
+from embedding_proxy.providers.slices import slices
 
 Ask: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
 

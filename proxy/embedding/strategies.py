@@ -11,8 +11,8 @@ with one another, and neither with the model's own nor with those of another ver
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
-from providers import plugins
-from providers.vector import Floats
+from embedding_proxy.providers import plugins
+from embedding_proxy.providers.vector import Floats
 
 GROUP = "embedding_proxy.widths"
 

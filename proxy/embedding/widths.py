@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias
 
-from providers.base import InputRefused, Space
+from embedding_proxy.providers.base import InputRefused, Space
 
 from .strategies import find
 

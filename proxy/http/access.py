@@ -7,8 +7,8 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
 
-from proxy.errors import Failure
-from proxy.settings.schema import ClientKey
+from embedding_proxy.proxy.errors import Failure
+from embedding_proxy.proxy.settings.schema import ClientKey
 
 from .caller import Caller, Secret
 

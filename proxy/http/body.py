@@ -5,8 +5,7 @@ import zlib
 from collections.abc import Iterator
 
 from aiohttp import web
-
-from providers.base import InputRefused
+from embedding_proxy.providers.base import InputRefused
 
 from .pace import MIN_BYTES_PER_S, Pace
 

@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
-from providers.base import Terms
+from embedding_proxy.providers.base import Terms
 
 Mode: TypeAlias = Literal["normal", "frozen", "refresh", "off"]
 

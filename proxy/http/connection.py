@@ -24,8 +24,7 @@ from typing import Protocol, cast
 from aiohttp import StreamReader, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
-
-from proxy.errors import Failure, new_request_id
+from embedding_proxy.proxy.errors import Failure, new_request_id
 
 from .body import MalformedBody
 from .connection_limits import NO_ROOM, ConnectionLimits

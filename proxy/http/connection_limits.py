@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from providers import descriptors
-from proxy.errors import RETRY_SECONDS, Failure
-from proxy.settings.schema import Server
+from embedding_proxy.providers import descriptors
+from embedding_proxy.proxy.errors import RETRY_SECONDS, Failure
+from embedding_proxy.proxy.settings.schema import Server
 
 log = logging.getLogger("embedding_proxy.connection")
 

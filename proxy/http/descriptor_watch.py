@@ -11,8 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
-
-from providers import descriptors
+from embedding_proxy.providers import descriptors
 
 INTERVAL_S = 1.0
 _WHAT = "connections of clients cannot be accepted"

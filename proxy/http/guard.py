@@ -4,11 +4,10 @@ import logging
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-
-from providers.base import EmbeddingError, InputRefused
-from proxy import errors
-from proxy.errors import Failure
-from proxy.onward.headers import KEY_HEADERS
+from embedding_proxy.providers.base import EmbeddingError, InputRefused
+from embedding_proxy.proxy import errors
+from embedding_proxy.proxy.errors import Failure
+from embedding_proxy.proxy.onward.headers import KEY_HEADERS
 
 from . import ops, target
 from .access import Access

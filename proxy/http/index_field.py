@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from index.collection import LONGEST_NAME, not_in_names
-from index.point import MOST_ID, PointId
-from providers.base import InputRefused
+from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
+from embedding_proxy.index.point import MOST_ID, PointId
+from embedding_proxy.providers.base import InputRefused
 
 _KEYS = ("collection", "ids", "payload")
 

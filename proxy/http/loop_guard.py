@@ -9,10 +9,9 @@ import secrets
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-
-from providers import hops
-from proxy.errors import Failure
-from proxy.settings.schema import Settings
+from embedding_proxy.providers import hops
+from embedding_proxy.proxy.errors import Failure
+from embedding_proxy.proxy.settings.schema import Settings
 
 # Made when the process starts: the workers that it forks have the same.
 _PROCESS_KEY = secrets.token_bytes(16)

@@ -8,11 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 
 from aiohttp import web
-
-from cache.ledger import By
-from providers.bill import NANO
-from providers.routing.circuit_breaker import State
-from proxy.service import EmbeddingService
+from embedding_proxy.cache.ledger import By
+from embedding_proxy.providers.bill import NANO
+from embedding_proxy.providers.routing.circuit_breaker import State
+from embedding_proxy.proxy.service import EmbeddingService
 
 PREFIX = "embedding_proxy_"
 _LEDGER = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE)

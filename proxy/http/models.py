@@ -2,10 +2,9 @@
 
 import orjson
 from aiohttp import web
-
-from proxy.embedding.registry import Model, ModelUnknown
-from proxy.onward.passthrough import Passthrough
-from proxy.service import EmbeddingService
+from embedding_proxy.proxy.embedding.registry import Model, ModelUnknown
+from embedding_proxy.proxy.onward.passthrough import Passthrough
+from embedding_proxy.proxy.service import EmbeddingService
 
 # OpenAI's objects carry the time a model was made; ours were not made by us.
 _CREATED = 0

@@ -13,10 +13,9 @@ import ipaddress
 from collections.abc import Iterable
 
 from aiohttp import web
+from embedding_proxy.proxy.errors import Failure
+from embedding_proxy.proxy.settings.schema import Server
 from yarl import URL
-
-from proxy.errors import Failure
-from proxy.settings.schema import Server
 
 from .cors import Cors
 

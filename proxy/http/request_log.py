@@ -10,8 +10,7 @@ import re
 
 import orjson
 from aiohttp import web
-
-from proxy import errors
+from embedding_proxy.proxy import errors
 
 log = logging.getLogger("embedding_proxy.requests")
 

@@ -18,11 +18,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from aiohttp import web
-
-from cache.ledger import Again
-from providers import vector
-from providers.base import Vector
-from proxy.wire import EmbeddingRequest, Form
+from embedding_proxy.cache.ledger import Again
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Vector
+from embedding_proxy.proxy.wire import EmbeddingRequest, Form
 
 from .caller import Caller
 

@@ -11,11 +11,10 @@ from importlib.metadata import version
 
 import orjson
 from aiohttp import web
-
-from cache.ledger import By
-from cache.usage import Usage
-from providers.routing.retry_budget import MAX_TOKENS
-from proxy.service import EmbeddingService
+from embedding_proxy.cache.ledger import By
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.routing.retry_budget import MAX_TOKENS
+from embedding_proxy.proxy.service import EmbeddingService
 
 from . import sums
 

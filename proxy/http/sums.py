@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from cache.ledger import By
-from cache.usage import Usage
-from providers.bill import NANO
+from embedding_proxy.cache.ledger import By
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.bill import NANO
 
 
 def shown(usage: Usage) -> dict[str, Any]:

@@ -7,7 +7,7 @@ proxy send it. Everything else that names a host, or that some server could read
 
 import re
 
-from providers.base import InputRefused
+from embedding_proxy.providers.base import InputRefused
 
 from .paths import decoded, may_be_embeddings
 

@@ -6,8 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from aiohttp import web
-
-from proxy.http.runner import CONNECTION
+from embedding_proxy.proxy.http.runner import CONNECTION
 
 
 class Stalled(TimeoutError):

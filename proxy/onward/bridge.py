@@ -7,10 +7,9 @@ from functools import partial
 
 import aiohttp
 from aiohttp import WSCloseCode, WSMsgType, web
+from embedding_proxy.proxy.errors import RETRY_SECONDS, Failure
 from multidict import CIMultiDict
 from yarl import URL
-
-from proxy.errors import RETRY_SECONDS, Failure
 
 from .attendance import Attendance
 from .origin import Origin

@@ -7,9 +7,8 @@ Everything does but what is listed here: applications and SDKs use headers that 
 import time
 from collections.abc import Iterable, Mapping
 
+from embedding_proxy.providers.ratelimit import told_header
 from multidict import CIMultiDict, CIMultiDictProxy
-
-from providers.ratelimit import told_header
 
 KEY_HEADERS = ("x-proxy-key", "api-key", "x-api-key")
 """Where a client may give its key, besides `Authorization: Bearer …`."""

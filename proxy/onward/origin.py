@@ -11,11 +11,8 @@ from urllib.parse import unquote
 import aiohttp
 import orjson
 from aiohttp import web
-from multidict import CIMultiDict
-from yarl import URL
-
-from providers import descriptors, hops
-from providers.base import (
+from embedding_proxy.providers import descriptors, hops
+from embedding_proxy.providers.base import (
     EmbeddingError,
     InputRefused,
     NoRoute,
@@ -23,14 +20,16 @@ from providers.base import (
     Unreachable,
     UpstreamTimeout,
 )
-from providers.base_url import BaseUrl
-from providers.content_encoding import ACCEPT_ENCODING, DecodeError, Decoder
-from providers.redaction import Redactor
-from providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
-from proxy.embedding.opening import check_network, key_of
-from proxy.http.access import Access
-from proxy.http.target import path_of
-from proxy.settings.schema import Settings
+from embedding_proxy.providers.base_url import BaseUrl
+from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING, DecodeError, Decoder
+from embedding_proxy.providers.redaction import Redactor
+from embedding_proxy.providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
+from embedding_proxy.proxy.embedding.opening import check_network, key_of
+from embedding_proxy.proxy.http.access import Access
+from embedding_proxy.proxy.http.target import path_of
+from embedding_proxy.proxy.settings.schema import Settings
+from multidict import CIMultiDict
+from yarl import URL
 
 from .headers import forwarded
 

@@ -10,16 +10,15 @@ from typing import Any
 
 import aiohttp
 from aiohttp import HttpVersion11, web
+from embedding_proxy.providers.base import InputRefused, UpstreamTimeout
+from embedding_proxy.providers.transport_errors import reason
+from embedding_proxy.proxy.http.body import MIB, BodyRefused, too_slow
+from embedding_proxy.proxy.http.pace import Pace, reset
+from embedding_proxy.proxy.http.paths import may_be_embeddings
+from embedding_proxy.proxy.http.target import path_of
+from embedding_proxy.proxy.settings.schema import Settings
 from multidict import CIMultiDict
 from yarl import URL
-
-from providers.base import InputRefused, UpstreamTimeout
-from providers.transport_errors import reason
-from proxy.http.body import MIB, BodyRefused, too_slow
-from proxy.http.pace import Pace, reset
-from proxy.http.paths import may_be_embeddings
-from proxy.http.target import path_of
-from proxy.settings.schema import Settings
 
 from . import bridge
 from .attendance import Attendance, Stalled

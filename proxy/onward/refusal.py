@@ -13,11 +13,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 
 from aiohttp import web
+from embedding_proxy.providers.content_encoding import PIECE, DecodeError, Decoder
+from embedding_proxy.providers.redaction import MAX_BYTES, RedactedStream, Redactor
+from embedding_proxy.proxy.errors import body as error_body
 from multidict import CIMultiDict
-
-from providers.content_encoding import PIECE, DecodeError, Decoder
-from providers.redaction import MAX_BYTES, RedactedStream, Redactor
-from proxy.errors import body as error_body
 
 _MAX_INLINE = 1 << 15
 """Bytes that are searched at once; longer bodies are searched in a thread."""

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from providers import kinds
-from providers.base import Space
-from providers.catalogue import CATALOGUE, ModelEntry
-from proxy.config import ConfigError
-from proxy.embedding.widths import can_give
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.catalogue import CATALOGUE, ModelEntry
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.embedding.widths import can_give
 
 from . import old_form
 from .old_form import Old, Said

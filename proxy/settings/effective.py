@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from providers import kinds
+from embedding_proxy.providers import kinds
 
 from .schema import Settings
 from .section import Section

@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args, get_origin
 
+from embedding_proxy.providers.catalogue import CATALOGUE
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-
-from providers.catalogue import CATALOGUE
 
 from .problem import Path, Problem, Problems, nearest
 from .schema import KINDS, Settings

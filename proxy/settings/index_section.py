@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+from embedding_proxy.index.collection import LONGEST_NAME, FieldType, not_in_names
 from pydantic import Field, field_validator, model_validator
-
-from index.collection import LONGEST_NAME, FieldType, not_in_names
 
 from .problem import Path, Problem, refuse
 from .section import FilePath, HttpUrl, Name, Number, Section, VariableName

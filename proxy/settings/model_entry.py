@@ -2,13 +2,12 @@
 
 from typing import Annotated, Literal
 
+from embedding_proxy.providers import catalogue
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.catalogue import ModelEntry
+from embedding_proxy.proxy.embedding import strategies
+from embedding_proxy.proxy.embedding.widths import BUILT_IN, Policy, can_give
 from pydantic import Field, ValidationError, field_validator, model_validator
-
-from providers import catalogue
-from providers.base import Space
-from providers.catalogue import ModelEntry
-from proxy.embedding import strategies
-from proxy.embedding.widths import BUILT_IN, Policy, can_give
 
 from .problem import Problem, refuse, suggestion
 from .section import Name, Number, Section, Whole

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+from embedding_proxy.cache.row import RESERVED_NAMESPACES
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.providers.credential import client_key_mistake
+from embedding_proxy.proxy.http.cache_control import Honor
 from pydantic import Field, field_validator, model_validator
-
-from cache.row import RESERVED_NAMESPACES
-from providers import kinds
-from providers.catalogue import CATALOGUE
-from providers.credential import client_key_mistake
-from proxy.http.cache_control import Honor
 
 from . import file_path
 from .index_section import Index

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
+from embedding_proxy.proxy.http import cache_control
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -12,8 +13,6 @@ from pydantic import (
     Field,
     ValidationInfo,
 )
-
-from proxy.http import cache_control
 
 from . import addresses, file_path
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.hops import HEADER as HOP_HEADER
+from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.profile import Profile
+from embedding_proxy.proxy.embedding import request_fields
 from pydantic import Field, ValidationInfo, field_validator, model_validator
-
-from providers import kinds
-from providers.hops import HEADER as HOP_HEADER
-from providers.http import HttpProvider
-from providers.profile import Profile
-from proxy.embedding import request_fields
 
 from . import addresses
 from .problem import Problem, refuse, suggestion

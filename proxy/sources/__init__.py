@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from cache.maintenance.import_source import Source, SourceError
-from index.collection_reader import SCHEMES, TextSource
+from embedding_proxy.cache.maintenance.import_source import Source, SourceError
+from embedding_proxy.index.collection_reader import SCHEMES, TextSource
 
 from .jsonl import JsonLines, is_jsonl
 from .langchain import LangChain

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 import orjson
-
-from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair
+from embedding_proxy.cache.maintenance.import_source import (
+    Pair,
+    Refused,
+    SourceError,
+    listed,
+    to_pair,
+)
 
 Object: TypeAlias = dict[str, object]
 

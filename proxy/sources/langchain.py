@@ -15,8 +15,14 @@ from pathlib import Path
 from uuid import UUID, uuid5
 
 import orjson
-
-from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair, to_text
+from embedding_proxy.cache.maintenance.import_source import (
+    Pair,
+    Refused,
+    SourceError,
+    listed,
+    to_pair,
+    to_text,
+)
 
 from .jsonl import TOO_LONG, is_jsonl, lines, need_fields, objects
 

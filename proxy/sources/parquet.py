@@ -5,7 +5,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.maintenance.import_source import Pair, Refused, SourceError, listed, to_pair
+from embedding_proxy.cache.maintenance.import_source import (
+    Pair,
+    Refused,
+    SourceError,
+    listed,
+    to_pair,
+)
 
 if TYPE_CHECKING:
     from pyarrow import Array, DataType

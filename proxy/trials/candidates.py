@@ -8,15 +8,15 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cache.disk import connection
-from providers import kinds, local
-from providers.base import Space
-from providers.routing.health import Upstreams
-from providers.routing.router import Router
-from proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
-from proxy.embedding.opening import CLIENTS_PAY, make_router, open_providers
-from proxy.settings.model_entry import Model
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.providers import kinds, local
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
+from embedding_proxy.proxy.embedding.opening import CLIENTS_PAY, make_router, open_providers
+from embedding_proxy.proxy.settings.model_entry import Model
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .choice import Choice, choose
 from .finding import Finding

@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
-from providers import local, tokens
-from providers.base import Context, CredentialsRefused, EmbeddingError, ModelNotFound
-from providers.probe import SAME, TEXTS, probe
-from providers.routing.route import Route
-from providers.routing.router import Router
-from proxy.embedding.opening import CLIENTS_PAY
-from proxy.settings.schema import Settings
+from embedding_proxy.providers import local, tokens
+from embedding_proxy.providers.base import (
+    Context,
+    CredentialsRefused,
+    EmbeddingError,
+    ModelNotFound,
+)
+from embedding_proxy.providers.probe import SAME, TEXTS, probe
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.proxy.embedding.opening import CLIENTS_PAY
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .candidates import Standing, find
 from .choice import Choice, with_stand_ins

@@ -5,10 +5,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from proxy.config import ConfigError
-from proxy.settings import model_entry
-from proxy.settings.model_entry import Model
-from proxy.settings.schema import Settings
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings import model_entry
+from embedding_proxy.proxy.settings.model_entry import Model
+from embedding_proxy.proxy.settings.schema import Settings
 
 
 @dataclass(frozen=True, slots=True)

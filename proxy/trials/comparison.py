@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from providers.likeness import cosines, nearest, overlap, percentile, recall
-from providers.probe import SAME
+from embedding_proxy.providers.likeness import cosines, nearest, overlap, percentile, recall
+from embedding_proxy.providers.probe import SAME
 
 from .samples import Samples
 from .trial import Trial

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from providers.base import Space
-from providers.probe import SAME, Probe, agreement
-from providers.routing.route import Route
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.probe import SAME, Probe, agreement
+from embedding_proxy.providers.routing.route import Route
 
 
 @dataclass(slots=True)

@@ -3,9 +3,9 @@
 import asyncio
 from dataclasses import asdict, dataclass
 
-from index.failures import InUse, QdrantFailure
-from proxy.embedding import indexing
-from proxy.settings.schema import Settings
+from embedding_proxy.index.failures import InUse, QdrantFailure
+from embedding_proxy.proxy.embedding import indexing
+from embedding_proxy.proxy.settings.schema import Settings
 
 PATIENCE_SECONDS = 10.0
 

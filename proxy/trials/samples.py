@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.maintenance.import_source import Refused, SourceError
-from providers.probe import TEXTS
-from proxy import corpus
-from proxy.sources.jsonl import is_jsonl, lines, need_fields, objects
+from embedding_proxy.cache.maintenance.import_source import Refused, SourceError
+from embedding_proxy.providers.probe import TEXTS
+from embedding_proxy.proxy import corpus
+from embedding_proxy.proxy.sources.jsonl import is_jsonl, lines, need_fields, objects
 
 MOST = 2000
 """Distinct inputs, at most: each is compared with all the others."""

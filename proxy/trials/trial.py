@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from providers import tokens
-from providers.base import (
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import (
     Account,
     Bill,
     Context,
@@ -25,9 +25,9 @@ from providers.base import (
     Vector,
     nanodollars,
 )
-from providers.bill import NANO
-from providers.probe import probe
-from providers.routing.route import Route
+from embedding_proxy.providers.bill import NANO
+from embedding_proxy.providers.probe import probe
+from embedding_proxy.providers.routing.route import Route
 
 from .finding import Finding
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from providers import kinds
-from proxy.config import Configuration
-from proxy.embedding.opening import CLIENTS_PAY
-from proxy.settings.schema import Settings
+from embedding_proxy.providers import kinds
+from embedding_proxy.proxy.config import Configuration
+from embedding_proxy.proxy.embedding.opening import CLIENTS_PAY
+from embedding_proxy.proxy.settings.schema import Settings
 
 from .candidates import Standing
 

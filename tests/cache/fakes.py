@@ -4,14 +4,14 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from cache.disk.changes import Found
-from cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, keyring
-from cache.ledger import Heading
-from cache.record import Entry
-from cache.row import Partition
-from cache.tiered import Tiers
-from cache.usage import Usage
-from providers.base import (
+from embedding_proxy.cache.disk.changes import Found
+from embedding_proxy.cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, keyring
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import (
     NORMAL,
     Bill,
     Context,

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cache.disk.pages import TABLE_LEAF, cells
-from cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.disk.pages import TABLE_LEAF, cells
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
 
 INTERIOR = (0x02, 0x05)
 _WRITE = """

@@ -7,13 +7,19 @@ import struct
 import tracemalloc
 
 import pytest
+from embedding_proxy.cache.key import checksum
+from embedding_proxy.cache.maintenance.archive import (
+    FORMAT,
+    MOST_BYTES,
+    ArchiveError,
+    Report,
+    read,
+    write,
+)
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition, Row
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.key import checksum
-from cache.maintenance.archive import FORMAT, MOST_BYTES, ArchiveError, Report, read, write
-from cache.record import Entry, encode
-from cache.row import Partition, Row
 
 HERE = Partition("", "openai/text-embedding-3-small", 2)
 THERE = Partition("tenant ü", "m?task=%22a%22", 3)

@@ -6,8 +6,7 @@ import stat
 import threading
 
 import pytest
-
-from cache import atomic_file
+from embedding_proxy.cache import atomic_file
 
 LENGTH = 1 << 16
 

@@ -7,17 +7,16 @@ import struct
 from contextlib import closing
 
 import pytest
-
-from cache.disk import connection, purge
-from cache.disk.changes import Changes, Kept
-from cache.disk.connection import StoreError
-from cache.disk.purge import Choice
-from cache.disk.store import Store
-from cache.ledger import Heading
-from cache.maintenance import backup, short_reads, transfer
-from cache.record import Entry, encode
-from cache.row import Partition, Row
-from cache.usage import Usage
+from embedding_proxy.cache.disk import connection, purge
+from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.connection import StoreError
+from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.maintenance import backup, short_reads, transfer
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition, Row
+from embedding_proxy.cache.usage import Usage
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)

@@ -1,17 +1,16 @@
 """The bounds of the tables that grow with what clients and upstreams name; sums stay exact."""
 
 import pytest
+from embedding_proxy.cache.disk import bounds, ledger_reader
+from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.connection import opened
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.row import OTHER_NAMESPACE, Partition
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Space, current_label
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cache.disk import bounds, ledger_reader
-from cache.disk.changes import Changes, Kept
-from cache.disk.connection import opened
-from cache.disk.store import Store
-from cache.ledger import By, Heading
-from cache.row import OTHER_NAMESPACE, Partition
-from cache.usage import Usage
-from providers.base import Space, current_label
 
 GIB = 1 << 30
 PARTITION = Partition("", "m", 8)
@@ -124,7 +123,7 @@ def test_a_heading_of_shared_partitions_is_one_row(tmp_path, monkeypatch):
 
 async def test_what_a_process_counts_is_bounded(tmp_path, monkeypatch):
     """Sums in memory, and what waits to be written, have so many lines and one a provider."""
-    monkeypatch.setattr("cache.disk.store.MAX_HEADINGS", 4)
+    monkeypatch.setattr("embedding_proxy.cache.disk.store.MAX_HEADINGS", 4)
     async with Store(tmp_path, GIB) as store:
         for i in range(20):
             store.count(Heading(PARTITION, f"m{i}", "p", f"c{i}"), Usage(misses=1, tokens_billed=i))

@@ -5,13 +5,13 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from clock import Clock
+from embedding_proxy.cache.embedder import CachingEmbedder
+from embedding_proxy.cache.in_flight import InFlight
+from embedding_proxy.cache.key import keyring
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import LOT, Tiers
+from embedding_proxy.providers.base import NORMAL, Account, Context, Space, Terms
 
-from cache.embedder import CachingEmbedder
-from cache.in_flight import InFlight
-from cache.key import keyring
-from cache.memory import Memory
-from cache.tiered import LOT, Tiers
-from providers.base import NORMAL, Account, Context, Space, Terms
 from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 
 SPACE = Space("m", 3)

@@ -1,9 +1,8 @@
 """The sums of a damaged ledger: of two copies the better one counts, and nothing counts twice."""
 
 import pytest
-
-from cache.disk.carved_ledger import LAYOUT_1, USAGE, USAGE_COPY, CarvedLedger, Page
-from cache.usage import Usage
+from embedding_proxy.cache.disk.carved_ledger import LAYOUT_1, USAGE, USAGE_COPY, CarvedLedger, Page
+from embedding_proxy.cache.usage import Usage
 
 A = (20_000, 1, "a", "p", "c")
 B = (20_000, 1, "b", "p", "c")

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache.disk.carver import Report, rows
+from embedding_proxy.cache.disk.pages import MAX_UNREADABLE
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition, Row
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from cache.disk.carver import Report, rows
-from cache.disk.pages import MAX_UNREADABLE
-from cache.record import Entry, encode
-from cache.row import Partition, Row
 
 PAGE = 32_768
 BEGAN = 1_700_000_000

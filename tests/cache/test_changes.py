@@ -5,17 +5,16 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from embedding_proxy.cache.disk import changes as changes_module
+from embedding_proxy.cache.disk.changes import Changes, Found, Kept, Use
+from embedding_proxy.cache.disk.connection import folder_of, lock_of
+from embedding_proxy.cache.disk.database import FAILURES, Database
+from embedding_proxy.cache.disk.eviction import TOUCH_MS
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.disk import changes as changes_module
-from cache.disk.changes import Changes, Found, Kept, Use
-from cache.disk.connection import folder_of, lock_of
-from cache.disk.database import FAILURES, Database
-from cache.disk.eviction import TOUCH_MS
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
 
 GIB = 1 << 30
 NOW = 1_800_000_000.0

@@ -10,22 +10,22 @@ import time
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache.disk.carver import Report, rows
+from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.connection import opened
+from embedding_proxy.cache.disk.pages import INDEX_LEAF, cells
+from embedding_proxy.cache.disk.purge import Choice, announce, delete
+from embedding_proxy.cache.disk.salvage import salvage_pending
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.disk.set_aside import SetAside
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import FORMAT
+from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 
-import cache
-from cache.disk.carver import Report, rows
-from cache.disk.changes import Changes, Kept
-from cache.disk.connection import opened
-from cache.disk.pages import INDEX_LEAF, cells
-from cache.disk.purge import Choice, announce, delete
-from cache.disk.salvage import salvage_pending
-from cache.disk.schema import PAGE_BYTES
-from cache.disk.set_aside import SetAside
-from cache.disk.store import Store
-from cache.key import FORMAT
-from cache.ledger import By, Heading
-from cache.record import Entry, encode
-from cache.row import Partition
-from cache.usage import Usage
+from embedding_proxy import cache
 from tests.cache.page_kinds import addresses_on, damaged, overwrite, page_kinds, page_of
 
 GIB = 1 << 30
@@ -337,10 +337,10 @@ async def test_old_versions_of_pages_do_not_bring_back_what_was_purged(directory
 KILLED = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from cache.disk import set_aside, salvage
-from cache.disk.carver import Carver
-from cache.disk.database import Database
-from cache.disk.store import Store
+from embedding_proxy.cache.disk import set_aside, salvage
+from embedding_proxy.cache.disk.carver import Carver
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.store import Store
 
 directory, place, points = Path(), 0, []
 

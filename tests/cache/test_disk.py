@@ -8,16 +8,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache.disk import connection as disk_module
+from embedding_proxy.cache.disk import database, purge, set_aside
+from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.connection import Disk, StoreError
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import FORMAT
+from embedding_proxy.cache.row import Partition
 
-from cache.disk import connection as disk_module
-from cache.disk import database, purge, set_aside
-from cache.disk.changes import Changes, Kept
-from cache.disk.connection import Disk, StoreError
-from cache.disk.database import Database
-from cache.disk.schema import PAGE_BYTES
-from cache.disk.store import Store
-from cache.key import FORMAT
-from cache.row import Partition
 from tests.cache.fakes import settle
 
 GIB = 1 << 30

@@ -6,18 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from cache.disk import database, purge
-from cache.disk.connection import opened
-from cache.disk.store import Store
-from cache.embedder import CachingEmbedder
-from cache.in_flight import InFlight, SharedTask
-from cache.memory import Memory
-from cache.tiered import TierCounters, Tiers
-from cache.usage import Usage
-from providers.base import (
+from embedding_proxy.cache.disk import database, purge
+from embedding_proxy.cache.disk.connection import opened
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.embedder import CachingEmbedder
+from embedding_proxy.cache.in_flight import InFlight, SharedTask
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import (
     Account,
     ClientKeyRefused,
     Context,
@@ -31,6 +28,9 @@ from providers.base import (
     Space,
     UpstreamTimeout,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tests.cache.fakes import (
     FakeEmbedder,
     FakeStore,

@@ -5,18 +5,17 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from embedding_proxy.cache.disk import changes as changes_module
+from embedding_proxy.cache.disk import eviction, purge
+from embedding_proxy.cache.disk.changes import Changes, Kept, Use
+from embedding_proxy.cache.disk.connection import folder_of, lock_of
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.disk import changes as changes_module
-from cache.disk import eviction, purge
-from cache.disk.changes import Changes, Kept, Use
-from cache.disk.connection import folder_of, lock_of
-from cache.disk.database import Database
-from cache.disk.schema import PAGE_BYTES
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
 
 COMMON, OTHER, PINNED = (Partition(name, "m", 4) for name in ("", "other", "pinned"))
 LIMIT = 40

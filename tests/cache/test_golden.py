@@ -8,10 +8,10 @@ shipping an upgrade for what is kept in the format before.
 import struct
 
 import pytest
+from embedding_proxy.cache.key import DEFAULT_NAMESPACE, FORMAT, Namespace, part
+from embedding_proxy.cache.record import Entry, decode, encode
+from embedding_proxy.providers.base import Space
 
-from cache.key import DEFAULT_NAMESPACE, FORMAT, Namespace, part
-from cache.record import Entry, decode, encode
-from providers.base import Space
 from tests.cache.fakes import key_of
 
 SPACE = Space("openai/text-embedding-3-small", 4)

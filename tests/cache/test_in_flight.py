@@ -4,14 +4,14 @@ import asyncio
 import gc
 
 import pytest
+from embedding_proxy.cache.in_flight import Fetch, InFlight, wait
+from embedding_proxy.cache.key import keyring
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers.base import Context, Credential, Embedded, NoRoute, Space, Terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.in_flight import Fetch, InFlight, wait
-from cache.key import keyring
-from cache.memory import Memory
-from cache.tiered import Tiers
-from providers.base import Context, Credential, Embedded, NoRoute, Space, Terms
 from tests.cache.fakes import FakeStore, Turnstile, settle, vector_of
 
 SPACE = Space("m", 3)

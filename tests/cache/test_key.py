@@ -3,11 +3,19 @@
 import unicodedata
 
 import pytest
+from embedding_proxy.cache.key import (
+    MAX_KEPT_PARAMETERS,
+    Keyring,
+    Namespace,
+    checksum,
+    input_part,
+    keyring,
+    part,
+)
+from embedding_proxy.providers.base import Space
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cache.key import MAX_KEPT_PARAMETERS, Keyring, Namespace, checksum, input_part, keyring, part
-from providers.base import Space
 from tests.cache.fakes import key_of
 
 # Few letters, and among them those that mean something in the hashed bytes: what is drawn here

@@ -4,20 +4,20 @@ import asyncio
 import sqlite3
 
 import pytest
+from embedding_proxy.cache.disk import ledger_reader
+from embedding_proxy.cache.disk.changes import Changes
+from embedding_proxy.cache.disk.connection import opened
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.embedder import CachingEmbedder
+from embedding_proxy.cache.in_flight import InFlight
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Account, Bill, Context, Outcome, RateLimited, Space
 
-from cache.disk import ledger_reader
-from cache.disk.changes import Changes
-from cache.disk.connection import opened
-from cache.disk.store import Store
-from cache.embedder import CachingEmbedder
-from cache.in_flight import InFlight
-from cache.key import Namespace, keyring
-from cache.ledger import By, Heading
-from cache.memory import Memory
-from cache.row import Partition
-from cache.tiered import Tiers
-from cache.usage import Usage
-from providers.base import Account, Bill, Context, Outcome, RateLimited, Space
 from tests.cache.fakes import FakeEmbedder, FakeStore, settle, tokens_of
 
 GIB = 1 << 30

@@ -6,15 +6,14 @@ import threading
 from pathlib import Path
 
 import pytest
-
-from cache.disk.lock import WriterLock
+from embedding_proxy.cache.disk.lock import WriterLock
 
 ROOT = Path(__file__).parents[2]
 
 HOLD = """
 import sys
 from pathlib import Path
-from cache.disk.lock import WriterLock
+from embedding_proxy.cache.disk.lock import WriterLock
 with WriterLock(Path(sys.argv[1]), 1.0):
     print("held", flush=True)
     sys.stdin.read()

@@ -11,16 +11,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache.disk import database
+from embedding_proxy.cache.disk.connection import StoreError, lock_of, opened
+from embedding_proxy.cache.disk.database import Database, LogHeld
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 
-import cache
-from cache.disk import database
-from cache.disk.connection import StoreError, lock_of, opened
-from cache.disk.database import Database, LogHeld
-from cache.disk.store import Store
-from cache.ledger import By, Heading
-from cache.record import Entry, encode
-from cache.row import Partition
-from cache.usage import Usage
+from embedding_proxy import cache
 
 GIB = 1 << 30
 PARTITION = Partition("", "a/space", 96)
@@ -36,7 +36,7 @@ DELETED = {
 OTHER = """
 import asyncio, sys
 from pathlib import Path
-from cache.disk.store import Store
+from embedding_proxy.cache.disk.store import Store
 from tests.cache.test_lost_log import HEADING, PAID, PARTITION, group
 
 async def main():
@@ -57,7 +57,7 @@ asyncio.run(main())
 IN_TURN = """
 import asyncio, sys
 from pathlib import Path
-from cache.disk.store import Store
+from embedding_proxy.cache.disk.store import Store
 from tests.cache.test_lost_log import HEADING, PAID, PARTITION, group
 
 async def main():

@@ -4,12 +4,11 @@ import gc
 import tracemalloc
 
 import pytest
+from embedding_proxy.cache import memory as module
+from embedding_proxy.cache.memory import _OVERHEAD, Memory
+from embedding_proxy.cache.record import Entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache import memory as module
-from cache.memory import _OVERHEAD, Memory
-from cache.record import Entry
 
 ADDRESSES = [bytes([i]) * 16 for i in range(6)]
 ONE = 8 + _OVERHEAD

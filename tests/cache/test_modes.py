@@ -6,16 +6,16 @@ import time
 from collections import Counter
 
 import pytest
+from embedding_proxy.cache import record
+from embedding_proxy.cache.errors import NotCached
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import TierCounters
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Context, Embedded, RateLimited, Terms
+from embedding_proxy.providers.limits import Limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import record
-from cache.errors import NotCached
-from cache.memory import Memory
-from cache.tiered import TierCounters
-from cache.usage import Usage
-from providers.base import Context, Embedded, RateLimited, Terms
-from providers.limits import Limits
 from tests.cache.fakes import FakeEmbedder, FakeStore, Turnstile, key_of, settle, tokens_of
 from tests.cache.test_embedder import ANY_TIME, DUPLICATE, HIT, JOIN, MIB, MISS, SPACE, Rig
 from tests.providers.fakes import schedule

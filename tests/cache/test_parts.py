@@ -4,12 +4,12 @@ import asyncio
 import random
 
 import pytest
+from embedding_proxy.cache.errors import name_input
+from embedding_proxy.providers.base import Context, InputRefused, Outcome, Refusal, UpstreamFault
+from embedding_proxy.providers.limits import Limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import name_input
-from providers.base import Context, InputRefused, Outcome, Refusal, UpstreamFault
-from providers.limits import Limits
 from tests.cache.fakes import FakeEmbedder, key_of, settle, tokens_of
 from tests.cache.test_embedder import ANY_TIME, HIT, JOIN, MISS, SPACE, Rig, _right
 from tests.providers.fakes import schedule

@@ -1,14 +1,13 @@
 """What waits for the disk: bounded, in order, and no sum is lost or counted twice."""
 
 import pytest
+from embedding_proxy.cache.disk import pending as pending_module
+from embedding_proxy.cache.disk.changes import Changes, Kept, Use
+from embedding_proxy.cache.disk.pending import Pending
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.disk import pending as pending_module
-from cache.disk.changes import Changes, Kept, Use
-from cache.disk.pending import Pending
-from cache.row import Partition
-from cache.usage import Usage
 
 P = Partition("", "m", 4)
 A, B, C = (bytes([i]) * 16 for i in (1, 2, 3))

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from disk_faults import CannotMount, read_only
-
-from cache.disk import connection
-from cache.maintenance import place
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.maintenance import place
 
 GIB = 1 << 30
 MOUNTS = """\
@@ -126,7 +125,7 @@ def test_a_store_that_is_locked_is_a_problem_of_the_moment(tmp_path, monkeypatch
     """Who keeps the lock is waited for with a limit, and then told of."""
     with connection.opened(tmp_path, GIB, create=True):
         pass
-    monkeypatch.setattr("cache.disk.database.BUSY_SECONDS", 0.0)
+    monkeypatch.setattr("embedding_proxy.cache.disk.database.BUSY_SECONDS", 0.0)
     with closing(connection.lock_of(tmp_path)) as lock, lock:
         found = place.inspect(tmp_path, GIB)
     assert "another process keeps writing" in found.problem

@@ -4,22 +4,22 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+from embedding_proxy.cache.disk import changes as changes_module
+from embedding_proxy.cache.disk import eviction, purge
+from embedding_proxy.cache.disk.changes import Changes, Kept, Use
+from embedding_proxy.cache.disk.connection import folder_of, lock_of
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.eviction import TOUCH_MS
+from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.record import encode
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers.base import Space
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.disk import changes as changes_module
-from cache.disk import eviction, purge
-from cache.disk.changes import Changes, Kept, Use
-from cache.disk.connection import folder_of, lock_of
-from cache.disk.database import Database
-from cache.disk.eviction import TOUCH_MS
-from cache.disk.purge import Choice
-from cache.disk.store import Store
-from cache.memory import Memory
-from cache.record import encode
-from cache.row import Partition
-from cache.tiered import Tiers
-from providers.base import Space
 from tests.cache.fakes import entries_in, entry_of, key_of
 
 GIB = 1 << 30

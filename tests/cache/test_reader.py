@@ -9,15 +9,14 @@ from unittest.mock import Mock
 
 import pytest
 from clock import Clock
-
-from cache.disk import read_only
-from cache.disk.changes import Changes, Found, Kept
-from cache.disk.connection import Disk
-from cache.disk.read_only import SLOW_SECONDS, Glance
-from cache.disk.reader import Reader
-from cache.disk.store import Store
-from cache.row import Partition
-from providers.backoff import MAX_SECONDS, MIN_SECONDS
+from embedding_proxy.cache.disk import read_only
+from embedding_proxy.cache.disk.changes import Changes, Found, Kept
+from embedding_proxy.cache.disk.connection import Disk
+from embedding_proxy.cache.disk.read_only import SLOW_SECONDS, Glance
+from embedding_proxy.cache.disk.reader import Reader
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.providers.backoff import MAX_SECONDS, MIN_SECONDS
 
 GIB = 1 << 30
 P = Partition("", "m", 4)
@@ -177,7 +176,9 @@ async def test_another_file_gets_another_glance(disk):
 
 async def test_a_glance_that_cannot_be_had_is_done_without(tmp_path, monkeypatch):
     """The file is open all the same, whatever went wrong."""
-    monkeypatch.setattr("cache.disk.connection.Glance", Mock(side_effect=ValueError()))
+    monkeypatch.setattr(
+        "embedding_proxy.cache.disk.connection.Glance", Mock(side_effect=ValueError())
+    )
     disk = Disk(tmp_path, GIB, ())
     await disk.open()
     assert (disk.file is None, disk.glance) == (False, None)
@@ -256,6 +257,6 @@ async def test_a_store_gives_what_it_may(tmp_path, monkeypatch):
         assert store.lookup_nowait([address])[address].record == b"record"
         later = time.time() + 101
         with monkeypatch.context() as patch:
-            patch.setattr("cache.disk.store.time.time", lambda: later)
+            patch.setattr("embedding_proxy.cache.disk.store.time.time", lambda: later)
             assert store.lookup_nowait([address]) == {}
     assert store.lookup_nowait([address]) is None

@@ -3,11 +3,10 @@
 import struct
 
 import pytest
+from embedding_proxy.cache.key import FORMAT, checksum
+from embedding_proxy.cache.record import Entry, decode, encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.key import FORMAT, checksum
-from cache.record import Entry, decode, encode
 
 DIGEST = bytes(range(16))
 ENTRY = Entry(struct.pack("<3f", 1.0, -0.5, 0.25), 7, counted=True, digest=DIGEST)

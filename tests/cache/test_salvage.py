@@ -10,23 +10,23 @@ import threading
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache.disk import read_only, salvage, set_aside
+from embedding_proxy.cache.disk import reader as reader_module
+from embedding_proxy.cache.disk.connection import opened
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.read_only import DamagedFile
+from embedding_proxy.cache.disk.salvage import salvage_file, salvage_pending
+from embedding_proxy.cache.disk.set_aside import SetAside
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import FORMAT, keyring
+from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Space
 
-from cache.disk import read_only, salvage, set_aside
-from cache.disk import reader as reader_module
-from cache.disk.connection import opened
-from cache.disk.database import Database
-from cache.disk.read_only import DamagedFile
-from cache.disk.salvage import salvage_file, salvage_pending
-from cache.disk.set_aside import SetAside
-from cache.disk.store import Store
-from cache.key import FORMAT, keyring
-from cache.ledger import By, Heading
-from cache.memory import Memory
-from cache.record import Entry, encode
-from cache.row import Partition
-from cache.tiered import Tiers
-from cache.usage import Usage
-from providers.base import Space
 from tests.cache.fakes import entries_in
 
 GIB = 1 << 30
@@ -140,7 +140,7 @@ async def test_another_process_that_salvages_is_waited_for(tmp_path, monkeypatch
         with salvage.alone(tmp_path) as is_other_alone:
             assert not is_other_alone
         with monkeypatch.context() as patch:
-            patch.setattr("cache.disk.salvage.time.sleep", sleep)
+            patch.setattr("embedding_proxy.cache.disk.salvage.time.sleep", sleep)
             waiting = asyncio.create_task(asyncio.to_thread(salvage_pending, tmp_path, GIB))
             await asyncio.to_thread(waited.wait)
             salvage.finish(aside, salvage.Outcome(records=5, sums=2))
@@ -201,7 +201,7 @@ async def test_a_disk_that_takes_nothing_is_asked_again(tmp_path, monkeypatch, c
         return write(self, *arguments, **options)
 
     monkeypatch.setattr(Database, "write", refusing)
-    monkeypatch.setattr("providers.backoff.MIN_SECONDS", 0.01)
+    monkeypatch.setattr("embedding_proxy.providers.backoff.MIN_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING):
         async with Store(tmp_path, GIB) as store:
             await store.salvaged()

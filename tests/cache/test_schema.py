@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache.disk import schema
+from embedding_proxy.cache.disk.database import is_damage
+from embedding_proxy.cache.disk.store import Store, StoreError
+from embedding_proxy.cache.key import FORMAT, keyring
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import Space
 
-from cache.disk import schema
-from cache.disk.database import is_damage
-from cache.disk.store import Store, StoreError
-from cache.key import FORMAT, keyring
-from cache.ledger import Heading
-from cache.memory import Memory
-from cache.tiered import Tiers
-from cache.usage import Usage
-from providers.base import Space
 from tests.cache.fakes import entries_in
 
 GIB = 1 << 30
@@ -296,9 +296,9 @@ async def test_an_upgrade_that_fails_leaves_the_old_file_whole(old, monkeypatch,
 OPENER = """
 import os, signal, sys
 from pathlib import Path
-from cache.disk import schema
-from cache.disk.database import Database
-from cache.disk.connection import folder_of, lock_of
+from embedding_proxy.cache.disk import schema
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from tests.cache.fakes import entries_in
 
 directory, place, steps, ran = Path(sys.argv[1]), int(sys.argv[2]), schema.missing_steps, []

@@ -7,15 +7,14 @@ import threading
 from contextlib import closing
 
 import pytest
-
-from cache.disk import connection
-from cache.disk.purge import Choice
-from cache.disk.schema import PAGE_BYTES
-from cache.maintenance import backup, stats, transfer, verify
-from cache.maintenance.short_reads import LogWatch, id_ranges
-from cache.maintenance.verify import Findings
-from cache.record import Entry, encode
-from cache.row import Partition, Row
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.maintenance import backup, stats, transfer, verify
+from embedding_proxy.cache.maintenance.short_reads import LogWatch, id_ranges
+from embedding_proxy.cache.maintenance.verify import Findings
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition, Row
 
 LIMIT = 64 << 20
 """Of the store; its log has a fiftieth."""

@@ -13,17 +13,17 @@ from types import SimpleNamespace
 
 import diskcache
 import pytest
+from embedding_proxy.cache.disk import connection, database, purge
+from embedding_proxy.cache.disk import store as store_module
+from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.database import PAGE_BYTES, RawDisk
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.cache.disk.store import Store, StoreError
+from embedding_proxy.cache.key import FORMAT
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 
-from cache.disk import connection, database, purge
-from cache.disk import store as store_module
-from cache.disk.changes import Changes, Kept
-from cache.disk.database import PAGE_BYTES, RawDisk
-from cache.disk.lock import WriterLock
-from cache.disk.store import Store, StoreError
-from cache.key import FORMAT
-from cache.row import Partition
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
 from tests.cache.fakes import settle
 
 GIB = 1 << 30
@@ -609,7 +609,7 @@ async def test_below_the_limit_nothing_goes(tmp_path):
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from cache.disk.store import Store
+from embedding_proxy.cache.disk.store import Store
 
 async def main(directory, start):
     async with Store(Path(directory), 1 << 30) as store:
@@ -793,7 +793,7 @@ async def test_what_is_too_old_is_deleted_in_time(tmp_path, monkeypatch):
     """Now and then the old records go from the file, and no younger one with them."""
     now = 1_800_000_000.0
     monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: now))
-    monkeypatch.setattr("cache.disk.purge.ROWS_A_TRANSACTION", 10)
+    monkeypatch.setattr("embedding_proxy.cache.disk.purge.ROWS_A_TRANSACTION", 10)
     async with Store(tmp_path, GIB, ttl_s=100) as store:
         await store.put_many(_records(range(25)))
         now += 60
@@ -849,7 +849,7 @@ async def test_a_frozen_cache_deletes_nothing_that_has_expired(tmp_path, monkeyp
 
 async def test_what_expires_is_found_by_an_index_and_not_overwritten(tmp_path, monkeypatch):
     """No step reads the whole table, and what is evicted later is not overwritten either."""
-    monkeypatch.setattr("cache.disk.purge.ROWS_A_TRANSACTION", 10)
+    monkeypatch.setattr("embedding_proxy.cache.disk.purge.ROWS_A_TRANSACTION", 10)
     statements = []
     async with Store(tmp_path, GIB, ttl_s=100) as store:
         await store.put_many(_records(range(40)), Partition("a", "m", 4))

@@ -5,17 +5,17 @@ import sqlite3
 from dataclasses import replace
 
 import pytest
+from embedding_proxy.cache import record
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Key, Keys, checksum, keyring
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.providers.base import NORMAL, Space, Terms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache import record
-from cache.disk.store import Store
-from cache.key import Key, Keys, checksum, keyring
-from cache.ledger import Heading
-from cache.memory import Memory
-from cache.tiered import TierCounters, Tiers
-from cache.usage import Usage
-from providers.base import NORMAL, Space, Terms
 from tests.cache.fakes import FakeStore, entries_in, entry_of, key_of
 
 SPACE = Space("m", 3)

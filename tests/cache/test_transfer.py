@@ -8,12 +8,11 @@ import struct
 import time
 
 import pytest
-
-from cache.disk import connection
-from cache.disk.purge import Choice
-from cache.maintenance import transfer
-from cache.record import Entry, encode
-from cache.row import Partition, Row
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.maintenance import transfer
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition, Row
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 4)

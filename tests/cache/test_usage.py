@@ -5,15 +5,14 @@ import sqlite3
 from types import SimpleNamespace
 
 import pytest
+from embedding_proxy.cache.disk import database
+from embedding_proxy.cache.disk import store as store_module
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.disk import database
-from cache.disk import store as store_module
-from cache.disk.store import Store
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
 
 GIB = 1 << 30
 P = Heading(Partition("", "m", 4), "model", "", "a client")

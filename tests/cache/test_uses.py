@@ -1,11 +1,10 @@
 """Which uses are remembered, and which are still to be written."""
 
+from embedding_proxy.cache.disk import pending
+from embedding_proxy.cache.disk.changes import Use
+from embedding_proxy.cache.disk.pending import Uses
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.disk import pending
-from cache.disk.changes import Use
-from cache.disk.pending import Uses
 
 ADDRESSES = [bytes([i]) for i in range(8)]
 

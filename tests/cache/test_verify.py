@@ -6,17 +6,16 @@ import struct
 from contextlib import closing
 
 import pytest
-
-from cache.disk import connection
-from cache.disk.connection import StoreError
-from cache.disk.database import FILE_NAME
-from cache.disk.purge import Choice
-from cache.disk.schema import PAGE_BYTES
-from cache.key import checksum
-from cache.maintenance import transfer, verify
-from cache.maintenance.verify import Findings
-from cache.record import Entry, encode
-from cache.row import Partition, Row
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.connection import StoreError
+from embedding_proxy.cache.disk.database import FILE_NAME
+from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.key import checksum
+from embedding_proxy.cache.maintenance import transfer, verify
+from embedding_proxy.cache.maintenance.verify import Findings
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition, Row
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)

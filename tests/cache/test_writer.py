@@ -5,17 +5,17 @@ import sqlite3
 
 import diskcache
 import pytest
+from embedding_proxy.cache.disk import pending as pending_module
+from embedding_proxy.cache.disk.changes import Kept, Use
+from embedding_proxy.cache.disk.database import FileReplaced
+from embedding_proxy.cache.disk.eviction import StoreFull
+from embedding_proxy.cache.disk.writer import Writer
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.usage import Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.disk import pending as pending_module
-from cache.disk.changes import Kept, Use
-from cache.disk.database import FileReplaced
-from cache.disk.eviction import StoreFull
-from cache.disk.writer import Writer
-from cache.ledger import Heading
-from cache.row import Partition
-from cache.usage import Usage
 from tests.cache.fakes import Turnstile, settle
 
 P = Partition("", "m", 4)

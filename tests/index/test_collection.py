@@ -6,13 +6,10 @@ import ssl
 from unittest.mock import Mock
 
 import pytest
-from qdrant_client import models
-from qdrant_server import REAL, QdrantServer, answer, overloaded
-
-from index import connection
-from index.collection import Making, Provenance, ensure, look, name_of, objections
-from index.connection import Connection
-from index.failures import (
+from embedding_proxy.index import connection
+from embedding_proxy.index.collection import Making, Provenance, ensure, look, name_of, objections
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.failures import (
     Denied,
     InUse,
     Missing,
@@ -21,7 +18,9 @@ from index.failures import (
     ServerFault,
     Unavailable,
 )
-from providers.base import Space
+from embedding_proxy.providers.base import Space
+from qdrant_client import models
+from qdrant_server import REAL, QdrantServer, answer, overloaded
 
 SMALL = Provenance("openai/text-embedding-3-small", 4)
 OTHER = Provenance("openai/text-embedding-ada-002", 4)

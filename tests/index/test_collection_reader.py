@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import orjson
 import pytest
+from embedding_proxy.cache.maintenance.import_source import Pair, Refused, SourceError
+from embedding_proxy.index.collection_reader import TextSource
 from qdrant_client import QdrantClient
 from qdrant_client.models import (
     Datatype,
@@ -20,9 +22,6 @@ from qdrant_client.models import (
     SparseVectorParams,
     VectorParams,
 )
-
-from cache.maintenance.import_source import Pair, Refused, SourceError
-from index.collection_reader import TextSource
 
 DOT = VectorParams(size=2, distance=Distance.DOT)
 COSINE = VectorParams(size=2, distance=Distance.COSINE)
@@ -119,7 +118,7 @@ def _page(*ids, after=None) -> tuple[int, dict]:
 
 def test_points_come_as_pairs_again_and_again(collection, monkeypatch):
     """All points come, in pages, each time anew, and nothing stays open or locked between."""
-    monkeypatch.setattr("index.collection_reader.PAGE", 3)
+    monkeypatch.setattr("embedding_proxy.index.collection_reader.PAGE", 3)
     points = [PointStruct(id=n, vector=[n, 0.1], payload={"text": f"t{n}"}) for n in range(7)]
     location = collection(points)
     source = TextSource(location)
@@ -268,8 +267,8 @@ def test_a_servers_refusal_is_told_in_one_line(server, status, message):
 
 def test_a_server_that_is_not_there_is_told(server, monkeypatch):
     """A refused connection is told at once, a failure amid reading after some tries."""
-    monkeypatch.setattr("index.collection_reader.MAX_TRIES", 2)
-    monkeypatch.setattr("index.collection_reader.MIN_WAIT_S", 0)
+    monkeypatch.setattr("embedding_proxy.index.collection_reader.MAX_TRIES", 2)
+    monkeypatch.setattr("embedding_proxy.index.collection_reader.MIN_WAIT_S", 0)
     failure = (500, {"status": {"error": "broken"}})
     there = server(
         _info({"size": 2, "distance": "Dot"}), _page(1), _page(1, after=2), failure, failure
@@ -287,7 +286,7 @@ def test_a_server_that_is_not_there_is_told(server, monkeypatch):
 
 def test_what_passes_by_itself_is_waited_out(server, monkeypatch, caplog):
     """Amid reading a server that is busy is asked again for the same page; nothing is lost."""
-    monkeypatch.setattr("index.collection_reader.MIN_WAIT_S", 0)
+    monkeypatch.setattr("embedding_proxy.index.collection_reader.MIN_WAIT_S", 0)
     vectors, busy = {"size": 2, "distance": "Dot"}, (503, {"status": {"error": "busy"}})
     there = server(_info(vectors), _page(1), _page(1, after=2), busy, busy, _page(2))
     source = TextSource(f"qdrant://127.0.0.1:{there.server_port}/docs")

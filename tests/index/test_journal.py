@@ -1,8 +1,7 @@
 """What a migration remembers."""
 
 import pytest
-
-from index.migration.journal import Counts, Journal, JournalError, Phase, State
+from embedding_proxy.index.migration.journal import Counts, Journal, JournalError, Phase, State
 
 STATE = State(
     place="http://localhost:6333",

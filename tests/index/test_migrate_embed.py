@@ -1,9 +1,8 @@
 """Asking with patience: what passes is waited for, what is one text's fault is told of it alone."""
 
 import pytest
-
-from index.migration.embed import LONGEST_WAIT_S, MOST_TRIES, Patient, Refused
-from providers.base import (
+from embedding_proxy.index.migration.embed import LONGEST_WAIT_S, MOST_TRIES, Patient, Refused
+from embedding_proxy.providers.base import (
     AllResting,
     InputRefused,
     OutOfCredit,

@@ -5,24 +5,31 @@ import random
 
 import numpy as np
 import pytest
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.failures import Missing, OtherSpace, Rejected
+from embedding_proxy.index.migrate import (
+    Migration,
+    MigrationRefused,
+    Pace,
+    Wanted,
+    begin,
+    restart,
+    state_for,
+)
+from embedding_proxy.index.migration import collections
+from embedding_proxy.index.migration.copy import copy, follow, prove
+from embedding_proxy.index.migration.journal import Journal, Phase
+from embedding_proxy.index.migration.plan import PASSES, Survey
+from embedding_proxy.index.migration.points import Points
+from embedding_proxy.index.migration.regime import Regime
+from embedding_proxy.index.migration.switch import cutover, finalize, rollback
+from embedding_proxy.index.migration.template import Rule
+from embedding_proxy.index.migration.verify import verify
+from embedding_proxy.providers.base import InputRefused, Space
+from embedding_proxy.providers.limits import Limits
 from fault_server import vector_of
 from qdrant_client import models
 from qdrant_server import QdrantServer, overloaded
-
-from index.connection import Connection
-from index.failures import Missing, OtherSpace, Rejected
-from index.migrate import Migration, MigrationRefused, Pace, Wanted, begin, restart, state_for
-from index.migration import collections
-from index.migration.copy import copy, follow, prove
-from index.migration.journal import Journal, Phase
-from index.migration.plan import PASSES, Survey
-from index.migration.points import Points
-from index.migration.regime import Regime
-from index.migration.switch import cutover, finalize, rollback
-from index.migration.template import Rule
-from index.migration.verify import verify
-from providers.base import InputRefused, Space
-from providers.limits import Limits
 
 WIDTH = 8
 SAME = 0.999

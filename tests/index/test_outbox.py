@@ -5,11 +5,10 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-
-from index import outbox_file, outbox_purge
-from index.outbox import FILE_NAME, Full, Outbox
-from index.outbox_file import OutboxFile
-from index.point import Point, Target, id_bytes
+from embedding_proxy.index import outbox_file, outbox_purge
+from embedding_proxy.index.outbox import FILE_NAME, Full, Outbox
+from embedding_proxy.index.outbox_file import OutboxFile
+from embedding_proxy.index.point import Point, Target, id_bytes
 
 DOCS = Target("docs", "m", 2)
 OTHER = Target("other", "m", 2)

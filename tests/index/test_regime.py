@@ -1,9 +1,8 @@
 """Whether vectors are copied, cut or bought."""
 
 import pytest
-
-from index.migration.regime import Regime, RegimeRefused, choose
-from providers.base import Space
+from embedding_proxy.index.migration.regime import Regime, RegimeRefused, choose
+from embedding_proxy.providers.base import Space
 
 LARGE = Space("openai/large", 8, matryoshka=True)
 PLAIN = Space("openai/plain", 8)

@@ -8,16 +8,15 @@ from dataclasses import replace
 import orjson
 import pytest
 from clock import Clock
+from embedding_proxy.index import indexer as indexer_module
+from embedding_proxy.index import sender
+from embedding_proxy.index.collection import Making
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.indexer import Indexer
+from embedding_proxy.index.outbox import Full, Outbox
+from embedding_proxy.index.point import Point, Target, id_bytes
+from embedding_proxy.providers.backoff import MIN_SECONDS, THRESHOLD, Backoff
 from qdrant_server import QdrantServer, answer, overloaded
-
-from index import indexer as indexer_module
-from index import sender
-from index.collection import Making
-from index.connection import Connection
-from index.indexer import Indexer
-from index.outbox import Full, Outbox
-from index.point import Point, Target, id_bytes
-from providers.backoff import MIN_SECONDS, THRESHOLD, Backoff
 
 TARGET = Target("docs", "m", 2)
 VECTOR = bytes.fromhex("0000803f00000000")
@@ -112,7 +111,7 @@ async def test_a_fault_of_the_sender_itself_ends_nothing(tmp_path, monkeypatch, 
 
 async def test_a_memory_that_is_bounded_begins_anew(tmp_path, monkeypatch):
     """Beyond its bound ids are looked up on disk again, and nothing is added twice."""
-    monkeypatch.setattr("index.indexer.MOST_REMEMBERED", 3)
+    monkeypatch.setattr("embedding_proxy.index.indexer.MOST_REMEMBERED", 3)
     async with QdrantServer() as server, sending(tmp_path, server.url) as (indexer, _):
         await indexer.add(TARGET, points(5))
         assert all(indexer.knows(TARGET, id_bytes(n)) for n in range(5))

@@ -2,11 +2,11 @@
 
 import asyncio
 
-from providers.base import Embedded, InputRefused, Outcome
-from providers.limits import Limits
-from providers.routing.route import Route
-from providers.routing.router import Router
-from providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.base import Embedded, InputRefused, Outcome
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
 
 
 def vector_of(item):

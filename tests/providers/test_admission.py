@@ -3,10 +3,9 @@
 import asyncio
 
 import pytest
-
-from providers.base import Context, DeadlineExceeded, Full
-from providers.limits import Limits
-from providers.routing.admission import MOST_MODELS, Admission
+from embedding_proxy.providers.base import Context, DeadlineExceeded, Full
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.routing.admission import MOST_MODELS, Admission
 
 
 async def _turn(admission, model):

@@ -10,11 +10,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-
-from providers import answer
-from providers.base import (
+from embedding_proxy.providers import answer
+from embedding_proxy.providers.base import (
     Charge,
     CredentialsRefused,
     EmbeddingError,
@@ -30,8 +27,10 @@ from providers.base import (
     Unreadable,
     UpstreamFault,
 )
-from providers.error_body import refusal
-from providers.ratelimit import MAX_TOLD_WAIT, retry_after
+from embedding_proxy.providers.error_body import refusal
+from embedding_proxy.providers.ratelimit import MAX_TOLD_WAIT, retry_after
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 SPACE = Space("vendor/model", 3)
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)

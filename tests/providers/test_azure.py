@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import orjson
 import pytest
+from embedding_proxy.providers.azure import Azure
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
 from fault_server import vector_of
-
-from providers.azure import Azure
-from providers.base import Context, Space
-from providers.content_encoding import ACCEPT_ENCODING
 
 SPACE = Space("openai/text-embedding-3-small", 1536, unit_norm=True)
 HOST = "https://mine.openai.azure.com"

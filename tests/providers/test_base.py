@@ -3,11 +3,8 @@
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from providers import failures
-from providers.base import (
+from embedding_proxy.providers import failures
+from embedding_proxy.providers.base import (
     InputRefused,
     ProviderError,
     RateLimited,
@@ -15,6 +12,8 @@ from providers.base import (
     Space,
     current_label,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 MODEL = Space("vendor/model", 8)
 

@@ -2,14 +2,15 @@
 
 import asyncio
 
-from providers.base import Context, InputRefused, Space
-from providers.batching.batch_limits import (
+from embedding_proxy.providers.base import Context, InputRefused, Space
+from embedding_proxy.providers.batching.batch_limits import (
     MAX_MODELS,
     MAX_NAMED_CALLS,
     MAX_SMALL_CALLS,
     BatchLimits,
 )
-from providers.limits import Limits
+from embedding_proxy.providers.limits import Limits
+
 from tests.providers.fakes import Upstream, check, schedule, settle
 
 LARGE = InputRefused("large", status=413)

@@ -3,12 +3,11 @@
 from itertools import chain
 
 import pytest
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.batching import batch_size
+from embedding_proxy.providers.limits import Limits
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.base import Context, Space
-from providers.batching import batch_size
-from providers.limits import Limits
 
 COUNTED = Space("m", 2, tokenizer="cl100k_base")
 UNKNOWN = Space("m", 2)
@@ -57,7 +56,7 @@ def test_a_rate_limit_is_not_spent_for_speed(rate, batches):
 
 async def test_what_cannot_pass_the_limit_is_not_counted(monkeypatch):
     """No token is shorter than a byte: where the bytes fit, nobody counts."""
-    monkeypatch.setattr("providers.tokens.count", None)
+    monkeypatch.setattr("embedding_proxy.providers.tokens.count", None)
     sizes = await batch_size.sizes(COUNTED, ["abcd", (1, 2, 3, 4)], 12, Context())
     assert sizes == ([6, 6], False)
     assert await batch_size.sizes(COUNTED, ["abcd"] * 100, None, Context()) == ([0] * 100, False)

@@ -4,16 +4,24 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from embedding_proxy.providers.base import (
+    Account,
+    Bill,
+    Charge,
+    Context,
+    InvalidAnswer,
+    RateLimited,
+    Space,
+)
+from embedding_proxy.providers.bill import MOST_NANODOLLARS, nanodollars
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.tokens import share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from providers.base import Account, Bill, Charge, Context, InvalidAnswer, RateLimited, Space
-from providers.bill import MOST_NANODOLLARS, nanodollars
-from providers.limits import Limits
-from providers.routing.route import Route
-from providers.routing.router import Router
-from providers.scheduling.scheduler import Scheduler
-from providers.tokens import share
 from tests.providers.fakes import Upstream, schedule, tokens_of
 
 SPACE = Space("m", 2)

@@ -2,18 +2,7 @@
 
 import pytest
 from clock import Clock
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    invariant,
-    precondition,
-    rule,
-)
-
-from providers.routing.circuit_breaker import (
+from embedding_proxy.providers.routing.circuit_breaker import (
     FIRST_OPEN_S,
     JITTER,
     MAX_FAILURES,
@@ -24,6 +13,16 @@ from providers.routing.circuit_breaker import (
     CircuitBreaker,
     State,
     Verdict,
+)
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
 )
 
 

@@ -1,10 +1,9 @@
 """The retry budget: how many retries all requests together may make."""
 
 from clock import Clock
+from embedding_proxy.providers.routing.retry_budget import MAX_TOKENS, SUCCESS_TOKENS, RetryBudget
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.routing.retry_budget import MAX_TOKENS, SUCCESS_TOKENS, RetryBudget
 
 
 def made():

@@ -3,10 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     CredentialsRefused,
     EmbeddingError,
     InputRefused,
@@ -18,8 +15,10 @@ from providers.base import (
     ScopedQuotaExceeded,
     UpstreamFault,
 )
-from providers.error_body import MAX_REASON, is_error, parse_reason, refusal
-from providers.ratelimit import MAX_TOLD_WAIT
+from embedding_proxy.providers.error_body import MAX_REASON, is_error, parse_reason, refusal
+from embedding_proxy.providers.ratelimit import MAX_TOLD_WAIT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 GOOGLE_KEY = {
     "error": {

@@ -1,9 +1,8 @@
 """What is known of a provider holds however long its trouble lasts."""
 
 import pytest
-
-from providers.base import RateLimited, Refusal
-from providers.routing.health import MAX_COOLDOWN, Health
+from embedding_proxy.providers.base import RateLimited, Refusal
+from embedding_proxy.providers.routing.health import MAX_COOLDOWN, Health
 
 
 class Rig:

@@ -5,10 +5,8 @@ import threading
 from dataclasses import replace
 
 import pytest
-from fault_server import status, succeeding, vector_of
-
-from providers import tokens
-from providers.base import (
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import (
     Charge,
     Context,
     CredentialsRefused,
@@ -23,12 +21,13 @@ from providers.base import (
     Unreadable,
     UpstreamFault,
 )
-from providers.http import HttpProvider
-from providers.limits import Limits
-from providers.profile import Profile
-from providers.routing.route import Route
-from providers.routing.router import Router
-from providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Profile
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from fault_server import status, succeeding, vector_of
 
 CL100K = Space("openai/m", 1536, tokenizer="cl100k_base")
 FOREIGN = Space("vendor/m", 1536)

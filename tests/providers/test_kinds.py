@@ -4,12 +4,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.profile import Profile
 from fault_server import vector_of
-
-from providers import kinds
-from providers.base import Context, Space
-from providers.http import HttpProvider
-from providers.profile import Profile
 
 ALL = pytest.mark.parametrize("name", kinds.KINDS)
 SELF_HOSTED = {"ollama", "vllm", "tei", "infinity", "lm_studio", "llama_cpp", "openai_compatible"}
@@ -93,8 +92,8 @@ def test_an_unknown_kind_names_the_known_ones():
 
 
 BROUGHT = """
-from providers.http import HttpProvider
-from providers.profile import Profile
+from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.profile import Profile
 
 data = Profile(base_url="http://h/v1")
 

@@ -12,12 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import wordllama
+from embedding_proxy.providers import local
+from embedding_proxy.providers.base import (
+    Context,
+    InputRefused,
+    InvalidAnswer,
+    NoRoute,
+    Outcome,
+    Space,
+)
+from embedding_proxy.providers.local import CONTEXT, Local
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from providers import local
-from providers.base import Context, InputRefused, InvalidAnswer, NoRoute, Outcome, Space
-from providers.local import CONTEXT, Local
 
 SPACE = Space("wordllama/l2-supercat-256", 256, matryoshka=True)
 NOBODY = Context()
@@ -226,7 +232,7 @@ def test_loading_leaves_logging_alone():
     """In a process of its own: no handler and no level of the root logger is changed."""
     script = """
 import logging
-from providers import local
+from embedding_proxy.providers import local
 root = logging.getLogger()
 before = root.level, list(root.handlers)
 local._load()

@@ -1,10 +1,9 @@
 """The one map of bounded size, beside a simple model of it."""
 
 import pytest
+from embedding_proxy.providers.lru_cache import LRUCache
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.lru_cache import LRUCache
 
 KEYS = st.sampled_from("abcdef")
 STEPS = st.one_of(

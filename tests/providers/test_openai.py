@@ -5,9 +5,7 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from fault_server import vector_of
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     Context,
     CredentialsRefused,
     InputRefused,
@@ -18,8 +16,9 @@ from providers.base import (
     Unreachable,
     UpstreamFault,
 )
-from providers.content_encoding import ACCEPT_ENCODING
-from providers.openai import OpenAI
+from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
+from embedding_proxy.providers.openai import OpenAI
+from fault_server import vector_of
 
 URL = "https://api.openai.com/v1/embeddings"
 SPACE = Space("openai/text-embedding-3-small", 1536, matryoshka=True, tokenizer="cl100k_base")

@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from fault_server import vector_of
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     Context,
     CredentialsRefused,
     InputRefused,
@@ -18,8 +16,9 @@ from providers.base import (
     Space,
     UpstreamFault,
 )
-from providers.content_encoding import ACCEPT_ENCODING
-from providers.openrouter import OpenRouter
+from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
+from embedding_proxy.providers.openrouter import OpenRouter
+from fault_server import vector_of
 
 URL = "https://openrouter.ai/api/v1/embeddings"
 MODEL = "baai/bge-m3"

@@ -4,10 +4,15 @@ from itertools import count
 
 import pytest
 from clock import Clock
-
-from providers.base import Bill
-from providers.routing.order import ENOUGH, INPUTS_A_CALL, TRY_EVERY, Latencies, Prices
-from providers.routing.route import Route
+from embedding_proxy.providers.base import Bill
+from embedding_proxy.providers.routing.order import (
+    ENOUGH,
+    INPUTS_A_CALL,
+    TRY_EVERY,
+    Latencies,
+    Prices,
+)
+from embedding_proxy.providers.routing.route import Route
 
 
 class Named:

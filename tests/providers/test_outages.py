@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 from clock import Clock
-
-from providers import base
-from providers.base import (
+from embedding_proxy.providers import base
+from embedding_proxy.providers.base import (
     AllResting,
     Charge,
     Context,
@@ -30,12 +29,12 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
-from providers.routing.circuit_breaker import State
-from providers.routing.health import MAX_COOLDOWN_TOLD_S, Upstreams
-from providers.routing.policy import CREDIT_COOLDOWN_S, KEY_COOLDOWN_S, rule
-from providers.routing.router import Route, Router
-from providers.scheduling.batch import PROBE_LIMIT_S
-from providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.routing.circuit_breaker import State
+from embedding_proxy.providers.routing.health import MAX_COOLDOWN_TOLD_S, Upstreams
+from embedding_proxy.providers.routing.policy import CREDIT_COOLDOWN_S, KEY_COOLDOWN_S, rule
+from embedding_proxy.providers.routing.router import Route, Router
+from embedding_proxy.providers.scheduling.batch import PROBE_LIMIT_S
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
 
 SPACE = Space("vendor/model", 2)
 
@@ -354,7 +353,7 @@ async def test_an_attempt_leaves_time_for_the_next_route():
 async def test_a_probe_that_hangs_does_not_hold_up_its_request(monkeypatch):
     """Where another route could answer, a probe gets seconds, whatever the provider's limit."""
     assert PROBE_LIMIT_S <= 10
-    monkeypatch.setattr("providers.scheduling.batch.PROBE_LIMIT_S", 0.001)
+    monkeypatch.setattr("embedding_proxy.providers.scheduling.batch.PROBE_LIMIT_S", 0.001)
     world = World(lambda: error(UpstreamFault))
     while world.state("a") is State.CLOSED:
         await world.ask()
@@ -750,7 +749,7 @@ async def test_each_model_has_a_breaker_and_the_provider_has_one():
 
 async def test_breakers_of_made_up_models_are_forgotten(monkeypatch):
     """Names without end fill no memory, and forget no breaker that holds a model back."""
-    monkeypatch.setattr("providers.routing.health.MAX_KEYS", 10)
+    monkeypatch.setattr("embedding_proxy.providers.routing.health.MAX_KEYS", 10)
     health = World().upstreams.of("a")
     for _ in range(5):
         health.failed(health.acquire("down"), error(UpstreamFault), "down")

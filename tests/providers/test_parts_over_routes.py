@@ -4,10 +4,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     Context,
     Full,
     InputRefused,
@@ -16,10 +13,13 @@ from providers.base import (
     Space,
     UpstreamFault,
 )
-from providers.limits import Limits
-from providers.routing.health import Upstreams
-from providers.routing.router import Route, Router
-from providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.router import Route, Router
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tests.providers.fakes import Kept, Upstream, check, settle
 
 SPACE = Space("vendor/model", 2)

@@ -1,10 +1,7 @@
 """The policy as a table: a failure and where its inputs stand in, a step out."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     ConnectionTimeout,
     CredentialsRefused,
     DeadlineExceeded,
@@ -25,8 +22,8 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
-from providers.routing.circuit_breaker import Verdict
-from providers.routing.policy import (
+from embedding_proxy.providers.routing.circuit_breaker import Verdict
+from embedding_proxy.providers.routing.policy import (
     MAX_ATTEMPTS,
     MAX_WAIT_BEFORE_FAILOVER_S,
     MAX_WAIT_S,
@@ -39,6 +36,8 @@ from providers.routing.policy import (
     next_step,
     rule,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def error(kind, *, wait=None, status=503):

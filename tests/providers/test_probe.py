@@ -2,10 +2,9 @@
 
 import numpy as np
 from clock import Clock
-
-from providers.base import Context, Embedded, Space, UpstreamFault
-from providers.probe import SAME, TEXTS, agreement, probe
-from providers.routing.route import Route
+from embedding_proxy.providers.base import Context, Embedded, Space, UpstreamFault
+from embedding_proxy.providers.probe import SAME, TEXTS, agreement, probe
+from embedding_proxy.providers.routing.route import Route
 
 SPACE = Space("vendor/model", 4)
 

@@ -4,10 +4,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
-
-from providers.ratelimit import (
+from embedding_proxy.providers.ratelimit import (
     MAX_TOLD_WAIT,
     MAX_WAIT,
     allowance,
@@ -16,6 +13,8 @@ from providers.ratelimit import (
     retry_after,
     seconds_until,
 )
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC).timestamp()
 REQUESTS, TOKENS = "x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"

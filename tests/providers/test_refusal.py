@@ -1,9 +1,8 @@
 """What a refusal is about is read from its status, its codes and the field it names."""
 
 import pytest
-
-from providers.base import InputRefused, RateLimited
-from providers.batching.refusal import is_about_an_input, is_about_size
+from embedding_proxy.providers.base import InputRefused, RateLimited
+from embedding_proxy.providers.batching.refusal import is_about_an_input, is_about_size
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     Context,
     CredentialsRefused,
     DeadlineExceeded,
@@ -28,10 +25,12 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
-from providers.routing.health import FIRST_COOLDOWN, Upstreams
-from providers.routing.policy import MAX_ATTEMPTS, MAX_WAIT_S
-from providers.routing.router import Route, Router
-from providers.scheduling.scheduler import Scheduler
+from embedding_proxy.providers.routing.health import FIRST_COOLDOWN, Upstreams
+from embedding_proxy.providers.routing.policy import MAX_ATTEMPTS, MAX_WAIT_S
+from embedding_proxy.providers.routing.router import Route, Router
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SPACE = Space("vendor/model", 2)
 NOBODY = Context()

@@ -6,10 +6,7 @@ from dataclasses import replace
 from math import ceil, log2
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
     Embedded,
@@ -17,10 +14,13 @@ from providers.base import (
     RateLimited,
     Space,
 )
-from providers.batching.batch_size import MIN_INPUTS as LEAST
-from providers.batching.calls import assembled
-from providers.limits import Limits, limits_of
-from providers.routing.route import Route
+from embedding_proxy.providers.batching.batch_size import MIN_INPUTS as LEAST
+from embedding_proxy.providers.batching.calls import assembled
+from embedding_proxy.providers.limits import Limits, limits_of
+from embedding_proxy.providers.routing.route import Route
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tests.providers.fakes import (
     Kept,
     Upstream,

@@ -3,10 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field, replace
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     Charge,
     Context,
     EmbeddingError,
@@ -17,8 +14,11 @@ from providers.base import (
     Space,
     UpstreamFault,
 )
-from providers.batching.calls import rows_of
-from providers.limits import Limits
+from embedding_proxy.providers.batching.calls import rows_of
+from embedding_proxy.providers.limits import Limits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tests.providers.fakes import Kept, Upstream, check, schedule, settle
 
 SPACE = Space("m", 2)

@@ -3,10 +3,7 @@
 import asyncio
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from providers.base import (
+from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
     InputRefused,
@@ -15,9 +12,12 @@ from providers.base import (
     Space,
     UpstreamFault,
 )
-from providers.limits import Limits
-from providers.scheduling import scheduler
-from providers.scheduling.search import MAX_SEARCHES
+from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.scheduling import scheduler
+from embedding_proxy.providers.scheduling.search import MAX_SEARCHES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tests.providers.fakes import Kept, Upstream, check, refusing, schedule, settle, vector_of
 
 SPACE = Space("m", 2)

@@ -4,18 +4,17 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from providers.base import Full, RateLimited
-from providers.ratelimit import MAX_WAIT
-from providers.routing.throttle import (
+from embedding_proxy.providers.base import Full, RateLimited
+from embedding_proxy.providers.ratelimit import MAX_WAIT
+from embedding_proxy.providers.routing.throttle import (
     LONGEST_HOLD,
     LONGEST_PAUSE,
     Bucket,
     Throttle,
     estimate,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 EPOCH = 1_772_366_400.0
 """The present time in seconds since 1970, by the tests' wall clock."""

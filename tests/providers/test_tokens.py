@@ -5,10 +5,10 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+from embedding_proxy.providers import tokens
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from providers import tokens
 from tests.providers import many_texts
 
 # Ids of cl100k_base, known from OpenAI's own tokenizer.

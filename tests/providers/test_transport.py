@@ -10,12 +10,8 @@ import zlib
 
 import pytest
 from aiohttp import web
-from fault_server import FaultServer, cut, reset, stale, status
-from hypothesis import given
-from hypothesis import strategies as st
-
-from providers import content_encoding
-from providers.base import (
+from embedding_proxy.providers import content_encoding
+from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
     LoopDetected,
@@ -24,9 +20,12 @@ from providers.base import (
     UpstreamFault,
     UpstreamTimeout,
 )
-from providers.limits import Timeouts
-from providers.routing.policy import rule
-from providers.transport import Transport
+from embedding_proxy.providers.limits import Timeouts
+from embedding_proxy.providers.routing.policy import rule
+from embedding_proxy.providers.transport import Transport
+from fault_server import FaultServer, cut, reset, stale, status
+from hypothesis import given
+from hypothesis import strategies as st
 
 PAYLOAD = b'{"model":"m","input":"a"}'
 KEY = "Bearer made-up-key"

@@ -1,10 +1,9 @@
 """One vector for two inputs: a fault where the inputs differ in what every model reads."""
 
 import pytest
+from embedding_proxy.providers.batching.twins import find_duplicate_vectors
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.batching.twins import find_duplicate_vectors
 
 A, B = b"a" * 64, b"b" * 64
 LINES = "\n".join(

@@ -8,11 +8,10 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.vector import VectorError
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
-from providers import vector
-from providers.vector import VectorError
 
 FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 VECTORS = st.lists(FLOAT32, min_size=1, max_size=40)

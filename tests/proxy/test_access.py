@@ -3,10 +3,9 @@
 import hashlib
 
 import pytest
-
-from proxy.http.access import Access
-from proxy.http.caller import Caller
-from proxy.settings.schema import ClientKey
+from embedding_proxy.proxy.http.access import Access
+from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.settings.schema import ClientKey
 
 FIRST = ClientKey(key="first-key", name="the first")
 SECOND = ClientKey(key="zweiter-schlüssel", namespace="team")

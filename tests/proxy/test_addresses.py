@@ -2,12 +2,11 @@
 
 import pytest
 import yaml
+from embedding_proxy.proxy.config import ConfigError, load
+from embedding_proxy.proxy.settings.addresses import base_url
 from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
-
-from proxy.config import ConfigError, load
-from proxy.settings.addresses import base_url
 
 SECRET = "sk-canary-0123456789"
 

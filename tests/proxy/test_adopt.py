@@ -6,13 +6,12 @@ import struct
 
 import numpy as np
 import pytest
-
-from cache import record
-from cache.key import Namespace, keyring
-from cache.maintenance.import_source import Pair, Refused
-from providers.base import Embedded, ProviderError, Space
-from providers.vector import from_numbers
-from proxy.commands.adopt import Adoption, SampleDiffers
+from embedding_proxy.cache import record
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.maintenance.import_source import Pair, Refused
+from embedding_proxy.providers.base import Embedded, ProviderError, Space
+from embedding_proxy.providers.vector import from_numbers
+from embedding_proxy.proxy.commands.adopt import Adoption, SampleDiffers
 
 SPACE = Space("a/space", 4, tokenizer="cl100k_base")
 RING = keyring(SPACE, Namespace("tenant"))

@@ -3,10 +3,9 @@
 import asyncio
 
 import pytest
-
-from proxy.http.connection import Connection
-from proxy.http.runner import CONNECTION
-from proxy.onward.attendance import Attendance, ClientLeft, Stalled
+from embedding_proxy.proxy.http.connection import Connection
+from embedding_proxy.proxy.http.runner import CONNECTION
+from embedding_proxy.proxy.onward.attendance import Attendance, ClientLeft, Stalled
 
 
 @pytest.fixture

@@ -18,24 +18,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import Done
+from embedding_proxy.cache.disk import bounds, connection, database, purge, set_aside
+from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.maintenance import archive, backup, short_reads, transfer, verify
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import OTHER_NAMESPACE, Partition, Row
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.index import outbox_purge
+from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.index.outbox_file import FILE_NAME, OutboxFile
+from embedding_proxy.index.point import Point, Target, id_bytes
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.bill import NANO
+from embedding_proxy.proxy import cli
 from fault_server import vector_of
-
-from cache.disk import bounds, connection, database, purge, set_aside
-from cache.disk.changes import Changes, Kept
-from cache.disk.schema import PAGE_BYTES
-from cache.key import Namespace, keyring
-from cache.ledger import Heading
-from cache.maintenance import archive, backup, short_reads, transfer, verify
-from cache.record import Entry, encode
-from cache.row import OTHER_NAMESPACE, Partition, Row
-from cache.usage import Usage
-from index import outbox_purge
-from index.outbox import Outbox
-from index.outbox_file import FILE_NAME, OutboxFile
-from index.point import Point, Target, id_bytes
-from providers.base import Space
-from providers.bill import NANO
-from proxy import cli
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -525,7 +524,7 @@ async def test_a_purge_tells_what_the_entries_cost(run, start_proxy, upstream, f
 )
 def test_a_purge_asks_on_a_terminal(says, *, code, left, run, mixed, monkeypatch):
     """The question has entries, size and value; anything but yes deletes nothing."""
-    monkeypatch.setattr("proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr("embedding_proxy.proxy.commands.common.has_terminal", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO(says))
     done = run("purge", "--all", "--json", sure=False)
     assert "Delete 8 entries, 2.9 kB, of unknown value for good?" in done.err
@@ -535,7 +534,7 @@ def test_a_purge_asks_on_a_terminal(says, *, code, left, run, mixed, monkeypatch
 
 def test_where_there_is_nothing_to_delete_nothing_is_asked(run, mixed, monkeypatch):
     """A purge of nothing ends well."""
-    monkeypatch.setattr("proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr("embedding_proxy.proxy.commands.common.has_terminal", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert run("purge", "--older-than", "41d", sure=False).code == 0
 
@@ -729,7 +728,7 @@ def test_a_backup_that_ends_early_leaves_nothing(error, *, code, run, fill, tmp_
         assert not (folder / "b.db").exists()
         raise error or KeyboardInterrupt
 
-    monkeypatch.setattr("proxy.commands.common._lines", lambda *_: end)
+    monkeypatch.setattr("embedding_proxy.proxy.commands.common._lines", lambda *_: end)
     done = run("backup", str(folder / "b.db"))
     assert (done.code, done.out) == (code, "")
     assert "Traceback" not in done.err
@@ -1139,7 +1138,7 @@ def test_the_command_as_a_process(fill, tmp_path):
     config.write_text(json.dumps({"cache": {"directory": str(tmp_path / "cache")}}))
 
     def process(*arguments):
-        command = [sys.executable, "-W", "error", "-m", "proxy", "cache", *arguments]
+        command = [sys.executable, "-W", "error", "-m", "embedding_proxy", "cache", *arguments]
         done = subprocess.run(
             [*command, "--config", str(config)],
             cwd=ROOT,

@@ -4,11 +4,10 @@ import math
 from typing import get_args
 
 import pytest
+from embedding_proxy.providers.base import NORMAL, Terms
+from embedding_proxy.proxy.http.cache_control import MEANING, CacheControl, Mode, parse, terms
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.base import NORMAL, Terms
-from proxy.http.cache_control import MEANING, CacheControl, Mode, parse, terms
 
 MODES = get_args(Mode)
 NOTHING = CacheControl()

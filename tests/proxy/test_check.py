@@ -10,21 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 from command import Done
+from embedding_proxy.index.collection import Provenance, ensure
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.openai import OpenAI
+from embedding_proxy.providers.probe import TEXTS, Probe
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.trials import checkup
+from embedding_proxy.proxy.trials.choice import Choice, choose
+from embedding_proxy.proxy.trials.finding import Finding
 from fault_server import hang, status
 from qdrant_server import QdrantServer
-
-from index.collection import Provenance, ensure
-from index.connection import Connection
-from providers import tokens
-from providers.base import Space
-from providers.openai import OpenAI
-from providers.probe import TEXTS, Probe
-from providers.routing.route import Route
-from proxy.config import ConfigError
-from proxy.settings.schema import Settings
-from proxy.trials import checkup
-from proxy.trials.choice import Choice, choose
-from proxy.trials.finding import Finding
 
 ROOT = Path(__file__).parents[2]
 SMALL = "text-embedding-3-small"
@@ -563,7 +562,7 @@ async def test_a_cache_on_a_network_or_a_small_disk_is_told(check, upstream, tmp
     """Neither stops the proxy, so neither is a failure."""
     mounts = tmp_path / "mounts"
     mounts.write_text(f"host:/x {tmp_path} nfs4 rw 0 0\n")
-    monkeypatch.setattr("cache.maintenance.place._MOUNTS", mounts)
+    monkeypatch.setattr("embedding_proxy.cache.maintenance.place._MOUNTS", mounts)
     cache = {"directory": str(tmp_path / "cache"), "size_limit_gib": 1e6}
     done = await check(providers=_at(upstream), cache=cache)
     assert done.code == 0
@@ -611,7 +610,7 @@ async def test_an_interrupted_check_is_code_130(upstream, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"providers": _at(upstream)}))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy", "check", "--config", str(config)),
+        *(sys.executable, "-m", "embedding_proxy", "check", "--config", str(config)),
         cwd=ROOT,
         env={"HOME": str(tmp_path), "OPENAI_API_KEY": KEYS["openai"]},
         stdout=asyncio.subprocess.PIPE,

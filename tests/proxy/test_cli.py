@@ -18,16 +18,15 @@ import aiohttp
 import pytest
 import typer
 from aiohttp import web
-
-from cache.disk.store import StoreError
-from proxy import cli
-from proxy.demo import DemoFailed
-from proxy.http.cache_control import MEANING
-from proxy.imports import importing
-from proxy.server import PortUnavailable
+from embedding_proxy.cache.disk.store import StoreError
+from embedding_proxy.proxy import cli
+from embedding_proxy.proxy.demo import DemoFailed
+from embedding_proxy.proxy.http.cache_control import MEANING
+from embedding_proxy.proxy.imports import importing
+from embedding_proxy.proxy.server import PortUnavailable
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "proxy", "serve"]
+COMMAND = [sys.executable, "-m", "embedding_proxy", "serve"]
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
 # Without providers that want keys, nothing is said about keys that are absent.
 QUIET = "providers: {openai: null, openrouter: null}"
@@ -246,9 +245,9 @@ def serving(monkeypatch):
             announce()
             return outcome
 
-        monkeypatch.setattr("proxy.server.serve", serve)
-        monkeypatch.setattr("proxy.server.listen", contextlib.nullcontext)
-        monkeypatch.setattr("proxy.server.base_url", lambda _: "http://h:1/v1")
+        monkeypatch.setattr("embedding_proxy.proxy.server.serve", serve)
+        monkeypatch.setattr("embedding_proxy.proxy.server.listen", contextlib.nullcontext)
+        monkeypatch.setattr("embedding_proxy.proxy.server.base_url", lambda _: "http://h:1/v1")
         return noted
 
     return end_with
@@ -290,7 +289,12 @@ def test_a_mode_that_is_not_the_usual_one_is_said(mode, run, serving, tmp_path, 
     assert warned == [f"cache.mode is {meant}: {MEANING[meant]}"] * (mode != "normal")
 
 
-LATER = {"index.migrate", "numpy.testing", "proxy.commands.migrate", "proxy.trials"}
+LATER = {
+    "embedding_proxy.index.migrate",
+    "numpy.testing",
+    "embedding_proxy.proxy.commands.migrate",
+    "embedding_proxy.proxy.trials",
+}
 LATER |= {"openai", "qdrant_client", "redis", "rich", "wordllama"}
 """What takes long to import, and a proxy that has nothing to do with it does without."""
 
@@ -304,7 +308,7 @@ import gc, os, signal, sys, threading
 import typer
 typer.echo = lambda *_: exec({told!r})
 sys.argv = ["embedding-proxy", "serve", "--port", "0", "--config", "config.yaml"]
-from proxy.__main__ import main
+from embedding_proxy.proxy.__main__ import main
 main()
 """
     done = subprocess.run(
@@ -328,7 +332,7 @@ def test_it_is_ready_soon(tmp_path):
     what += " len(os.listdir('/proc/self/task')) - threading.active_count(),"
     what += " os.environ['PYDANTIC_DISABLE_PLUGINS']"
     *modules, collects, frozen, others, plugins = _told_when_ready(tmp_path, what)
-    assert "proxy.service" in modules
+    assert "embedding_proxy.proxy.service" in modules
     assert not LATER & set(modules)
     assert (collects, frozen, others, plugins) == ("True", "True", "0", "__all__")
 
@@ -374,7 +378,7 @@ def test_what_says_only_what_there_is_imports_little(arguments, tmp_path):
     code = f"""
 import sys
 sys.argv = ["embedding-proxy", *{arguments!r}]
-from proxy.__main__ import main
+from embedding_proxy.proxy.__main__ import main
 try:
     main()
 finally:
@@ -389,7 +393,7 @@ finally:
         check=True,
     )
     modules = set(done.stderr.split())
-    assert "proxy.cli" in modules
+    assert "embedding_proxy.proxy.cli" in modules
     assert not HEAVY & modules
     assert len(modules) < MAX_MODULES
 
@@ -411,9 +415,15 @@ def test_help_has_the_first_sentence_of_each_command():
 
 
 INTERRUPTED = {
-    "version": (["--version"], ["proxy.cli", "typer", "importlib.metadata"]),
-    "stats": (["cache", "stats"], ["numpy", "aiohttp", "diskcache", "proxy.commands.stats"]),
-    "serve": (["serve", "--port", "0"], ["pydantic", "yaml", "proxy.server", "uvloop"]),
+    "version": (["--version"], ["embedding_proxy.proxy.cli", "typer", "importlib.metadata"]),
+    "stats": (
+        ["cache", "stats"],
+        ["numpy", "aiohttp", "diskcache", "embedding_proxy.proxy.commands.stats"],
+    ),
+    "serve": (
+        ["serve", "--port", "0"],
+        ["pydantic", "yaml", "embedding_proxy.proxy.server", "uvloop"],
+    ),
     "demo": (["demo"], ["openai", "rich.table"]),
 }
 
@@ -433,7 +443,7 @@ class Finder:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 sys.argv = ["embedding-proxy", *{arguments!r}]
-from proxy.__main__ import main
+from embedding_proxy.proxy.__main__ import main
 main()
 """
     done = subprocess.run(
@@ -455,7 +465,7 @@ def test_ctrl_c_at_the_very_end_shows_no_traceback(tmp_path):
 import atexit, os, signal, sys
 atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
 sys.argv = ["embedding-proxy", "--version"]
-from proxy.__main__ import main
+from embedding_proxy.proxy.__main__ import main
 main()
 """
     done = subprocess.run(
@@ -492,19 +502,19 @@ def _raised(error: BaseException):
 
 def test_the_demo_succeeds_quietly(run, monkeypatch):
     """A demo that shows what it promises is code 0."""
-    monkeypatch.setattr("proxy.demo.run", lambda: None)
+    monkeypatch.setattr("embedding_proxy.proxy.demo.run", lambda: None)
     assert run("demo") == (0, "", "")
 
 
 def test_a_demo_that_fails_is_exit_code_1(run, monkeypatch):
     """A demo that does not show what it promises says what is missing."""
-    monkeypatch.setattr("proxy.demo.run", _raised(DemoFailed("no hits")))
+    monkeypatch.setattr("embedding_proxy.proxy.demo.run", _raised(DemoFailed("no hits")))
     assert run("demo") == (1, "", "embedding-proxy: demo: no hits\n")
 
 
 def test_an_interrupted_demo_is_exit_code_130(run, monkeypatch):
     """Ctrl-C is code 130, without a traceback."""
-    monkeypatch.setattr("proxy.demo.run", _raised(KeyboardInterrupt()))
+    monkeypatch.setattr("embedding_proxy.proxy.demo.run", _raised(KeyboardInterrupt()))
     code, out, err = run("demo")
     assert code == 130
     assert "Traceback" not in out + err
@@ -512,7 +522,7 @@ def test_an_interrupted_demo_is_exit_code_130(run, monkeypatch):
 
 def test_a_demo_without_its_extra_says_how_to_install_it(run, monkeypatch):
     """Without the demo's packages the command says which extra brings them."""
-    monkeypatch.delitem(sys.modules, "proxy.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "embedding_proxy.proxy.demo", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     code, _, err = run("demo")
     assert code == 1

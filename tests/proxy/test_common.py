@@ -5,17 +5,16 @@ import sys
 
 import orjson
 import pytest
-
-from cache.disk.connection import StoreError
-from cache.maintenance.archive import ArchiveError
-from cache.maintenance.import_source import SourceError
-from providers.base import NoRoute
-from proxy import formatting
-from proxy.commands import common, spans
-from proxy.commands.common import WorkFailed
-from proxy.config import ConfigError
-from proxy.server import PortUnavailable
-from proxy.workers import WorkerFailed
+from embedding_proxy.cache.disk.connection import StoreError
+from embedding_proxy.cache.maintenance.archive import ArchiveError
+from embedding_proxy.cache.maintenance.import_source import SourceError
+from embedding_proxy.providers.base import NoRoute
+from embedding_proxy.proxy import formatting
+from embedding_proxy.proxy.commands import common, spans
+from embedding_proxy.proxy.commands.common import WorkFailed
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.server import PortUnavailable
+from embedding_proxy.proxy.workers import WorkerFailed
 
 FAILURES = [
     (ConfigError, 2),

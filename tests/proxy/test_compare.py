@@ -7,9 +7,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 from command import Done
+from embedding_proxy.proxy.trials import trial
 from fault_server import hang, status
-
-from proxy.trials import trial
 
 ROOT = Path(__file__).parents[2]
 SMALL = "text-embedding-3-small"

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-from providers.base import Space
-from providers.routing.route import Route
-from proxy.trials.comparison import report
-from proxy.trials.finding import Finding
-from proxy.trials.samples import Samples
-from proxy.trials.trial import Plan, Trial
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.proxy.trials.comparison import report
+from embedding_proxy.proxy.trials.finding import Finding
+from embedding_proxy.proxy.trials.samples import Samples
+from embedding_proxy.proxy.trials.trial import Plan, Trial
 
 TEXTS = Samples(["a", "b", "c", "d", "e"], 5, {})
 PAIRS = Samples(["a", "b", "c", "d", "q"], 4, {4: frozenset({0, 1})})

@@ -4,9 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-
-from proxy import config
-from proxy.config import ConfigError, load
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.config import ConfigError, load
 
 CANARY = "sk-canary-0123456789"
 

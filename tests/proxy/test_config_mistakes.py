@@ -3,12 +3,11 @@
 import re
 
 import pytest
+from embedding_proxy.proxy.config import ConfigError, load
+from embedding_proxy.proxy.settings import yaml_file
+from embedding_proxy.proxy.settings.yaml_file import YamlError
 from hypothesis import example, given
 from hypothesis import strategies as st
-
-from proxy.config import ConfigError, load
-from proxy.settings import yaml_file
-from proxy.settings.yaml_file import YamlError
 
 MANY = """\
 server:

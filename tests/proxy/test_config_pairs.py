@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from embedding_proxy.proxy.config import ConfigError, load, validated
+from embedding_proxy.proxy.settings.explanation import known_keys
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-from proxy.config import ConfigError, load, validated
-from proxy.settings.explanation import known_keys
 
 BASE = {
     "server": {"port": 0},

@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-
-from proxy.config import ConfigError, load
-from proxy.service import EmbeddingService
+from embedding_proxy.proxy.config import ConfigError, load
+from embedding_proxy.proxy.service import EmbeddingService
 
 CA = Path(__file__).parents[1] / "data" / "tls" / "ca.pem"
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.proxy import config
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings import effective
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from pages import PAGES, fenced
-
-from providers import kinds
-from providers.catalogue import CATALOGUE
-from proxy import config
-from proxy.config import ConfigError
-from proxy.settings import effective
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [

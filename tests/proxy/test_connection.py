@@ -6,9 +6,8 @@ import logging
 
 import pytest
 from aiohttp import web
+from embedding_proxy.proxy.http.runner import Runner
 from talk import Talk
-
-from proxy.http.runner import Runner
 
 GOOD = b'{"model":"text-embedding-3-small","input":"a"}'
 LINE = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\n"

@@ -1,9 +1,8 @@
 """The demo's text: docstrings that every Python brings along."""
 
 import pytest
-
-from proxy import corpus
-from proxy.corpus import Docstring, standard_library
+from embedding_proxy.proxy import corpus
+from embedding_proxy.proxy.corpus import Docstring, standard_library
 
 MODULE = '''"""What this module is about, in words."""
 

@@ -2,11 +2,19 @@
 
 import numpy as np
 import pytest
+from embedding_proxy.proxy import demo
+from embedding_proxy.proxy.corpus import Docstring
+from embedding_proxy.proxy.demo import (
+    DemoFailed,
+    Pass,
+    _judge,
+    _nearest,
+    _proxy,
+    _shown,
+    _summary,
+    _table,
+)
 from rich.console import Console
-
-from proxy import demo
-from proxy.corpus import Docstring
-from proxy.demo import DemoFailed, Pass, _judge, _nearest, _proxy, _shown, _summary, _table
 
 DOCS = [
     Docstring("webbrowser.open", "Display a page in a browser."),

@@ -4,10 +4,9 @@ import asyncio
 import json
 
 import pytest
+from embedding_proxy.cache import embedder
+from embedding_proxy.proxy.wire import Form
 from fault_server import status
-
-from cache import embedder
-from proxy.wire import Form
 
 SMALL = "text-embedding-3-small"
 COUNTS = ("x-cache-hits", "x-cache-joined", "x-cache-misses")

@@ -39,7 +39,9 @@ def run(tmp_path):
             check=False,
         )
 
-    return lambda arguments, *words, **options: run(["-m", "proxy", *arguments], *words, **options)
+    return lambda arguments, *words, **options: run(
+        ["-m", "embedding_proxy", *arguments], *words, **options
+    )
 
 
 POOR_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-
-from providers import failures
-from providers.base import (
+from embedding_proxy.providers import failures
+from embedding_proxy.providers.base import (
     AllResting,
     EmbeddingError,
     InputRefused,
@@ -16,7 +15,7 @@ from providers.base import (
     Refusal,
     UpstreamTimeout,
 )
-from proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
+from embedding_proxy.proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
 
 def _leaves(cls: type) -> list[type]:

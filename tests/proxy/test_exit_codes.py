@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import typer
-
-from cache.disk import connection
-from cache.key import Namespace, keyring
-from cache.maintenance import transfer
-from cache.record import Entry, encode
-from cache.row import Row
-from providers.base import Space
-from proxy import cli
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.maintenance import transfer
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Row
+from embedding_proxy.providers.base import Space
+from embedding_proxy.proxy import cli
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -117,9 +116,9 @@ def test_every_command_ends_with_the_code_of_the_page(words, code, folder, comma
     """Done, failed or wrong usage; wrong usage is told on stderr, and nothing on stdout."""
     monkeypatch.setenv("MISTRAL_API_KEY", "k")
     # It would go on in a second process.
-    monkeypatch.setattr("proxy.commands.migrate.outlive", lambda: None)
+    monkeypatch.setattr("embedding_proxy.proxy.commands.migrate.outlive", lambda: None)
     # A Qdrant that is not there would be waited for.
-    monkeypatch.setattr("index.collection_reader.MAX_TRIES", 1)
+    monkeypatch.setattr("embedding_proxy.index.collection_reader.MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = words.format(
             port=taken.getsockname()[1], qdrant=" ".join(QDRANT), model=" ".join(MODEL)

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 from conftest import IS_FAST, Proxy, StartProxy
+from embedding_proxy.proxy.http import connection as module
+from embedding_proxy.proxy.http.connection import Connection
+from embedding_proxy.proxy.http.runner import LIMITS, RESPONSES
 from fault_server import FaultServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from talk import Talk
-
-from proxy.http import connection as module
-from proxy.http.connection import Connection
-from proxy.http.runner import LIMITS, RESPONSES
 
 MODEL = "text-embedding-3-small"
 pytestmark = pytest.mark.skipif(not IS_FAST, reason="the fast path is off")

@@ -3,10 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from proxy.http.framing import (
+from embedding_proxy.proxy.http.framing import (
     BodyFramer,
     MalformedChunks,
     is_expecting,
@@ -14,6 +11,8 @@ from proxy.http.framing import (
     plain_request,
     refusal,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 BODY = b'\r\n\r\nGET / HTTP/1.1\r\n\r\n{"input":"a"}'
 """A body with the end of a head in it."""

@@ -5,14 +5,13 @@ import json
 
 import pytest
 from conftest import Proxy
+from embedding_proxy.proxy.http import response_cache
+from embedding_proxy.proxy.http.framing import plain_request
+from embedding_proxy.proxy.http.runner import RESPONSES
 from fault_server import FaultServer
 from hypothesis import given
 from hypothesis import strategies as st
 from talk import Talk
-
-from proxy.http import response_cache
-from proxy.http.framing import plain_request
-from proxy.http.runner import RESPONSES
 
 MODEL = "text-embedding-3-small"
 KNOWN = ["a", "b", "c"]

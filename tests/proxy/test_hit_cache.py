@@ -5,10 +5,9 @@ import hashlib
 
 import pytest
 from conftest import IS_FAST
-
-from proxy.http.caller import Caller
-from proxy.http.response_cache import HitCache, Hits, ResponseCache
-from proxy.http.runner import RESPONSES
+from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.http.response_cache import HitCache, Hits, ResponseCache
+from embedding_proxy.proxy.http.runner import RESPONSES
 
 _PIECE, MIN_BODY = HitCache._PIECE, HitCache.MIN_BODY
 

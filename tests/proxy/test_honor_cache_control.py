@@ -1,11 +1,10 @@
 """`server.honor_cache_control`: whose `Cache-Control` counts."""
 
 import pytest
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings.schema import Server
 from pages import taken
 from pydantic import ValidationError
-
-from proxy.config import ConfigError
-from proxy.settings.schema import Server
 
 SMALL = "text-embedding-3-small"
 KEYS = [{"key": "plain"}, {"key": "boss", "admin": True}]

@@ -9,17 +9,16 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from embedding_proxy.cache.key import keyring
+from embedding_proxy.index.collection import Provenance, ensure, name_of
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.providers.base import Space
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.embedding.indexing import collection_of
+from embedding_proxy.proxy.settings.index_section import Qdrant
 from fault_server import vector_of
 from qdrant_server import QdrantServer, answer, overloaded
-
-from cache.key import keyring
-from index.collection import Provenance, ensure, name_of
-from index.connection import Connection
-from index.outbox import Outbox
-from providers.base import Space
-from proxy.config import ConfigError
-from proxy.embedding.indexing import collection_of
-from proxy.settings.index_section import Qdrant
 
 SMALL = "text-embedding-3-small"
 COLLECTION = f"{SMALL}-1536"

@@ -3,9 +3,8 @@
 import os
 import re
 
+from embedding_proxy.providers.probe import TEXTS
 from fault_server import status, tokens_of
-
-from providers.probe import TEXTS
 
 LINE = re.compile(r'(\w+)\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (\S+)')
 MODEL = {"space": "s/m", "dimensions": 8, "price": 2.0, "routes": [

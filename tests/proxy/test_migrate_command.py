@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 from aiohttp import web
 from command import Done
+from embedding_proxy.index.migration.journal import Journal
+from embedding_proxy.proxy.commands import migrate_lock
+from embedding_proxy.proxy.commands.migrate_lock import held
+from embedding_proxy.proxy.commands.migrating import named, settings_for, width_of
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.settings.schema import Settings
 from example_package import install
 from fault_server import status, vector_of
 from old_system import LARGE, MISTRAL, OldSystem
 from qdrant_client import models
-
-from index.migration.journal import Journal
-from proxy.commands import migrate_lock
-from proxy.commands.migrate_lock import held
-from proxy.commands.migrating import named, settings_for, width_of
-from proxy.config import ConfigError
-from proxy.settings.schema import Settings
 
 CONTEXT = "hephaestus_project_context"
 
@@ -165,7 +164,7 @@ async def test_without_names_all_migrations_are_listed(migrate, system, command)
 
 async def test_a_qdrant_that_is_not_there_is_named(migrate, system, command, monkeypatch):
     """A refused connection names the host and port that nobody listens on."""
-    monkeypatch.setattr("index.collection_reader.MAX_TRIES", 1)
+    monkeypatch.setattr("embedding_proxy.index.collection_reader.MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     plan = ("plan", CONTEXT, "--to", MISTRAL, "--config", str(system.config))
@@ -305,7 +304,7 @@ async def test_finalize_asks_twice(migrate, system, options, says, monkeypatch):
     done = await migrate("finalize", CONTEXT, *options, says=says)
     assert (done.code, CONTEXT in await system.collections()) == (2, True)
     assert "there is no terminal to ask on; say --yes --yes" in done.err
-    monkeypatch.setattr("proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr("embedding_proxy.proxy.commands.common.has_terminal", lambda: True)
     for less in (says.removesuffix("y\n"), says.removesuffix("y\n") + "n\n"):
         done = await migrate("finalize", CONTEXT, *options, says=less)
         assert (done.code, CONTEXT in await system.collections()) == (1, True)

@@ -8,8 +8,7 @@ import openai
 import pytest
 from aiohttp import web
 from any_server import AnyServer
-
-from proxy.onward import origin
+from embedding_proxy.proxy.onward import origin
 
 SMALL = "text-embedding-3-small"
 

@@ -10,14 +10,13 @@ import pytest
 import yaml
 from aiohttp import web
 from conftest import no_wait
+from embedding_proxy.cache.tiered import Lookup
+from embedding_proxy.providers.base import Outcome
+from embedding_proxy.proxy.cli import app
+from embedding_proxy.proxy.config import load
+from embedding_proxy.proxy.service import EmbeddingService
 from fault_server import status, vector_of
 from typer.testing import CliRunner
-
-from cache.tiered import Lookup
-from providers.base import Outcome
-from proxy.cli import app
-from proxy.config import load
-from proxy.service import EmbeddingService
 
 SMALL = "text-embedding-3-small"
 PAGE = (Path(__file__).parents[2] / "docs" / "caching.md").read_text(encoding="utf-8")

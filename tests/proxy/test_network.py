@@ -11,13 +11,12 @@ import pytest
 import yaml
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from embedding_proxy.providers.network import Network
+from embedding_proxy.proxy.config import ConfigError, load
+from embedding_proxy.proxy.embedding.opening import open_providers
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import FaultServer
 from http_proxy import HttpProxy
-
-from providers.network import Network
-from proxy.config import ConfigError, load
-from proxy.embedding.opening import open_providers
-from proxy.settings.schema import Settings
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
 CA = str(TLS / "ca.pem")

@@ -5,18 +5,17 @@ from contextlib import AsyncExitStack
 
 import pytest
 from conftest import no_wait
-
-from cache.disk.store import Store
-from cache.memory import Memory
-from cache.tiered import Tiers
-from providers.base import Context, NoRoute
-from providers.catalogue import CATALOGUE
-from providers.routing.health import Upstreams
-from proxy.config import ConfigError
-from proxy.embedding.learned import LearnedDimensions
-from proxy.embedding.opening import open_providers
-from proxy.embedding.registry import Registry
-from proxy.settings.schema import Provider, Settings
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.providers.base import Context, NoRoute
+from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.embedding.learned import LearnedDimensions
+from embedding_proxy.proxy.embedding.opening import open_providers
+from embedding_proxy.proxy.embedding.registry import Registry
+from embedding_proxy.proxy.settings.schema import Provider, Settings
 
 SMALL = "text-embedding-3-small"
 

@@ -6,11 +6,10 @@ import signal
 
 import pytest
 from aiohttp import web
+from embedding_proxy.proxy.commands import outliving
+from embedding_proxy.proxy.commands.common import WorkFailed
+from embedding_proxy.proxy.commands.outliving import SeenThrough
 from old_system import MISTRAL, OldSystem
-
-from proxy.commands import outliving
-from proxy.commands.common import WorkFailed
-from proxy.commands.outliving import SeenThrough
 
 COLLECTION = "hephaestus_project_context"
 

@@ -14,10 +14,9 @@ import openai
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from embedding_proxy.providers import hops
+from embedding_proxy.proxy.http.runner import LIMITS
 from yarl import URL
-
-from providers import hops
-from proxy.http.runner import LIMITS
 
 KEY = "openai-secret-key"
 CHAT = {"model": "gpt-x", "messages": [{"role": "user", "content": "hi"}]}

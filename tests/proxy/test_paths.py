@@ -8,10 +8,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 from any_server import AnyServer
+from embedding_proxy.proxy.http.paths import may_be_embeddings
 from hypothesis import given
 from hypothesis import strategies as st
-
-from proxy.http.paths import may_be_embeddings
 
 SMALL = "text-embedding-3-small"
 SECONDS = 60

@@ -5,15 +5,14 @@ import asyncio
 import numpy as np
 import pytest
 from conftest import no_wait
+from embedding_proxy.index.collection import Making, Provenance, ensure
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.index.failures import InUse, Missing, OtherSpace
+from embedding_proxy.proxy.config import ConfigError
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import vector_of
 from qdrant_server import QdrantServer
-
-from index.collection import Making, Provenance, ensure
-from index.connection import Connection
-from index.failures import InUse, Missing, OtherSpace
-from proxy.config import ConfigError
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
 
 SMALL = "text-embedding-3-small"
 ADA = "text-embedding-ada-002"

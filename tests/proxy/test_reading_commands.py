@@ -17,19 +17,18 @@ from types import SimpleNamespace
 import disk_faults
 import pytest
 from disk_faults import CannotMount, file_system, full, locked, read_only
+from embedding_proxy.cache.disk import connection, database
+from embedding_proxy.cache.disk.changes import Changes
+from embedding_proxy.cache.key import Namespace, keyring
+from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.maintenance import transfer
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Row
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.index.point import Point, Target
+from embedding_proxy.providers.base import Space
 from fault_server import vector_of
-
-from cache.disk import connection, database
-from cache.disk.changes import Changes
-from cache.key import Namespace, keyring
-from cache.ledger import Heading
-from cache.maintenance import transfer
-from cache.record import Entry, encode
-from cache.row import Row
-from cache.usage import Usage
-from index.outbox import Outbox
-from index.point import Point, Target
-from providers.base import Space
 
 GIB = 1 << 30
 WIDTH = 64
@@ -102,7 +101,7 @@ def _failing(error, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(connection, "Database", fail)
-        patch.setattr("proxy.commands.purge.OutboxFile", fail)
+        patch.setattr("embedding_proxy.proxy.commands.purge.OutboxFile", fail)
         yield
 
 

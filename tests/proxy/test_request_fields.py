@@ -4,13 +4,24 @@ import asyncio
 import logging
 
 import pytest
+from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.proxy.embedding import request_fields
+from embedding_proxy.proxy.embedding.request_fields import (
+    OWN_FIELDS,
+    RULES,
+    Group,
+    classify,
+    rule_of,
+)
+from embedding_proxy.proxy.embedding.space_watch import (
+    MAX_FIELDS,
+    MAX_NAME,
+    MAX_SETS,
+    WINDOW_S,
+    SpaceWatch,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.base import InputRefused
-from proxy.embedding import request_fields
-from proxy.embedding.request_fields import OWN_FIELDS, RULES, Group, classify, rule_of
-from proxy.embedding.space_watch import MAX_FIELDS, MAX_NAME, MAX_SETS, WINDOW_S, SpaceWatch
 
 SMALL = "text-embedding-3-small"
 SPACE = f"openai/{SMALL}"

@@ -8,14 +8,10 @@ import time
 
 import pytest
 from clock import Clock
-from fault_server import status
-from hypothesis import given
-from hypothesis import strategies as st
-
-from cache.usage import Usage
-from proxy import cli
-from proxy.http import connection
-from proxy.http.response_cache import (
+from embedding_proxy.cache.usage import Usage
+from embedding_proxy.proxy import cli
+from embedding_proxy.proxy.http import connection
+from embedding_proxy.proxy.http.response_cache import (
     _INPUT_BYTES,
     _OVERHEAD,
     MAX_RESPONSE,
@@ -23,7 +19,10 @@ from proxy.http.response_cache import (
     RequestKey,
     ResponseCache,
 )
-from proxy.http.runner import RESPONSES
+from embedding_proxy.proxy.http.runner import RESPONSES
+from fault_server import status
+from hypothesis import given
+from hypothesis import strategies as st
 
 MODEL = "text-embedding-3-small"
 ASKED = {"model": MODEL, "input": "a b", "dimensions": 4}

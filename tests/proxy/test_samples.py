@@ -3,10 +3,9 @@
 import gzip
 
 import pytest
-
-from cache.maintenance.import_source import SourceError
-from proxy.trials import samples
-from proxy.trials.samples import read
+from embedding_proxy.cache.maintenance.import_source import SourceError
+from embedding_proxy.proxy.trials import samples
+from embedding_proxy.proxy.trials.samples import read
 
 
 @pytest.fixture
@@ -88,6 +87,6 @@ def test_too_many_texts_are_refused(write, monkeypatch):
     assert len(read(write("t", "a\nb\nc\nc"), None).inputs) == 3
     with pytest.raises(SourceError, match="4 different texts and queries are too many"):
         read(write("t", "a\nb\nc\nd"), None)
-    monkeypatch.setattr("proxy.sources.jsonl._LONGEST", 4)
+    monkeypatch.setattr("embedding_proxy.proxy.sources.jsonl._LONGEST", 4)
     with pytest.raises(SourceError, match="line 1 is too long"):
         read(write("t", "abcdefgh\n"), None)

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from aiohttp import web
+from embedding_proxy.cache.disk.store import StoreError
+from embedding_proxy.providers import attempts
+from embedding_proxy.proxy import server
+from embedding_proxy.proxy.server import PortUnavailable, base_url, listen, serve
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import hang
-
-from cache.disk.store import StoreError
-from providers import attempts
-from proxy import server
-from proxy.server import PortUnavailable, base_url, listen, serve
-from proxy.settings.schema import Settings
 
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
 

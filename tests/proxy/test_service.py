@@ -6,13 +6,12 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 from conftest import no_wait
+from embedding_proxy.cache.disk.store import StoreError
+from embedding_proxy.providers.base import InputRefused, NoRoute, Outcome
+from embedding_proxy.proxy.embedding.registry import ModelUnknown
+from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import FaultServer, vector_of
-
-from cache.disk.store import StoreError
-from providers.base import InputRefused, NoRoute, Outcome
-from proxy.embedding.registry import ModelUnknown
-from proxy.service import EmbeddingService
-from proxy.settings.schema import Settings
 
 SMALL = "text-embedding-3-small"
 ADA = "text-embedding-ada-002"

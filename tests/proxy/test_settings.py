@@ -4,11 +4,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.proxy.settings.model_entry import Route
+from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, Cache, Provider, Settings
 from pydantic import ValidationError
-
-from providers.catalogue import CATALOGUE
-from proxy.settings.model_entry import Route
-from proxy.settings.schema import DEFAULT_PROVIDERS, Cache, Provider, Settings
 
 ROUTES = [{"provider": "openai", "model": "m"}]
 SMALL = "text-embedding-3-small"

@@ -9,10 +9,9 @@ from importlib.metadata import version
 
 import aiohttp
 import pytest
-
-from cache.maintenance.holding import holding
-from proxy import server, start
-from proxy.settings.schema import Settings
+from embedding_proxy.cache.maintenance.holding import holding
+from embedding_proxy.proxy import server, start
+from embedding_proxy.proxy.settings.schema import Settings
 
 
 @pytest.fixture

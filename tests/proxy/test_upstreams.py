@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from embedding_proxy.providers import kinds
+from embedding_proxy.providers.limits import Limits, Timeouts
+from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.settings.upstreams import Provider
 from pydantic import ValidationError
-
-from providers import kinds
-from providers.limits import Limits, Timeouts
-from proxy.settings.schema import Settings
-from proxy.settings.upstreams import Provider
 
 ADDRESS = "https://h.example/v1"
 

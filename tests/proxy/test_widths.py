@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
+from embedding_proxy.providers import vector
 from fault_server import vector_of
-
-from providers import vector
 
 ADA = "text-embedding-ada-002"
 SMALL = "text-embedding-3-small"

@@ -5,13 +5,12 @@ import json
 
 import numpy as np
 import pytest
+from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.proxy import wire
+from embedding_proxy.proxy.wire import MOST_INPUTS, EmbeddingRequest, Form, parse, render
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-
-from providers.base import InputRefused
-from proxy import wire
-from proxy.wire import MOST_INPUTS, EmbeddingRequest, Form, parse, render
 
 MODEL = "text-embedding-3-small"
 

@@ -13,11 +13,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 from aiohttp import web
+from embedding_proxy.index.collection import Provenance, ensure
+from embedding_proxy.index.connection import Connection
+from embedding_proxy.proxy.workers import WorkerFailed
 from qdrant_server import QdrantServer
-
-from index.collection import Provenance, ensure
-from index.connection import Connection
-from proxy.workers import WorkerFailed
 
 MODEL = "wordllama-embed"
 
@@ -30,7 +29,7 @@ def _running(tmp_path, *options, config="", before="", **environment):
     """
     file = tmp_path / "config.yaml"
     file.write_text(f"cache: {{directory: {tmp_path / 'cache'}}}\n{config}\n")
-    code = f"{before}\nfrom proxy.__main__ import main; main()"
+    code = f"{before}\nfrom embedding_proxy.proxy.__main__ import main; main()"
     command = [sys.executable, "-c", code, "serve", "--port", "0", "--config", str(file)]
     with (
         (tmp_path / "log").open("wb") as log,
@@ -156,7 +155,7 @@ async def test_a_collection_of_another_space_is_one_line_and_code_2(tmp_path):
         )
         serve = ("serve", "--port", "0", "--workers", "2", "--config", str(config))
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", *serve), stdout=-1, stderr=-1
+            *(sys.executable, "-m", "embedding_proxy", *serve), stdout=-1, stderr=-1
         )
         out, err = await asyncio.wait_for(process.communicate(), 30)
     said = [line for line in err.decode().splitlines() if line.startswith("embedding-proxy: ")]
@@ -181,7 +180,7 @@ def test_a_signal_ends_a_start_that_hangs(number):
     """Workers that never answer, say for a lock that another keeps, hold nobody up."""
     code = (
         "import signal\n"
-        "from proxy import workers\n"
+        "from embedding_proxy.proxy import workers\n"
         "def work(ready):\n"
         "    print('begun', flush=True)\n"
         "    signal.pause()\n"

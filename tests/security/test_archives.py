@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import orjson
 import pytest
-
-from cache.key import checksum
-from cache.maintenance import archive
-from cache.record import Entry, encode
-from cache.row import Partition, Row
+from embedding_proxy.cache.key import checksum
+from embedding_proxy.cache.maintenance import archive
+from embedding_proxy.cache.record import Entry, encode
+from embedding_proxy.cache.row import Partition, Row
 
 HERE = Partition("", "openai/text-embedding-3-small", 2)
 GOOD = (0.6, 0.8)

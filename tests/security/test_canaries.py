@@ -17,20 +17,19 @@ import orjson
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from embedding_proxy.providers.network import Network
+from embedding_proxy.providers.openai import OpenAI
+from embedding_proxy.providers.profile import Profile
+from embedding_proxy.providers.quoted_inputs import QuotedInputs
+from embedding_proxy.providers.redaction import MAX_BYTES, Redactor
+from embedding_proxy.proxy import log
+from embedding_proxy.proxy.config import ConfigError, validated
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import FaultServer, status
 from http_proxy import HttpProxy
 from leaks import WATCH, found_in, spellings
 from qdrant_server import QdrantServer, answer
 from talk import Talk
-
-from providers.network import Network
-from providers.openai import OpenAI
-from providers.profile import Profile
-from providers.quoted_inputs import QuotedInputs
-from providers.redaction import MAX_BYTES, Redactor
-from proxy import log
-from proxy.config import ConfigError, validated
-from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 KEY = 'sk-canary+0a1B/2c3D"4e5F\\6g7H<8i>&9j=0kLm'

@@ -6,13 +6,12 @@ import logging
 from contextlib import AsyncExitStack
 
 import pytest
+from embedding_proxy.proxy.http.connection import Connection
+from embedding_proxy.proxy.http.connection_limits import ConnectionLimits
+from embedding_proxy.proxy.http.runner import LIMITS
+from embedding_proxy.proxy.settings.schema import Server, Settings
 from pydantic import ValidationError
 from talk import Talk
-
-from proxy.http.connection import Connection
-from proxy.http.connection_limits import ConnectionLimits
-from proxy.http.runner import LIMITS
-from proxy.settings.schema import Server, Settings
 
 MODEL = "text-embedding-3-small"
 SECONDS = 20

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from embedding_proxy.providers import descriptors
 from qdrant_server import QdrantServer
 from talk import Talk
-
-from providers import descriptors
 
 MODEL = "text-embedding-3-small"
 LIMIT = 64
@@ -66,7 +65,7 @@ def serve(request, tmp_path, upstream, monkeypatch) -> Iterator[Callable[..., Se
     started = []
 
     own_loop = "cli._loop_factory = lambda: None;" if request.param == "asyncio" else ""
-    code = f"from proxy import cli; {own_loop} cli.main()"
+    code = f"from embedding_proxy.proxy import cli; {own_loop} cli.main()"
     command = [sys.executable, "-c", code, "serve", "--config", str(config)]
 
     def start(**sections: object) -> Served:
@@ -216,7 +215,7 @@ def test_a_warning_comes_once_a_minute():
 def test_the_soft_limit_is_raised_to_the_hard_one():
     """As servers do: most systems give a thousand to begin with."""
     code = (
-        "import resource as r; from providers import descriptors as d;"
+        "import resource as r; from embedding_proxy.providers import descriptors as d;"
         "r.setrlimit(r.RLIMIT_NOFILE, (50, 200)); d.raise_limit();"
         "print(r.getrlimit(r.RLIMIT_NOFILE), 150 < d.left() < 200, d.is_exhausted())"
     )

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import orjson
 import pytest
-
-from providers.error_body import refusal
-from providers.quoted_inputs import QuotedInputs
-from providers.readings import readings
-from providers.redaction import Redactor
-from proxy import log
-from proxy.http import cache_control
-from proxy.http.paths import may_be_embeddings
-from proxy.settings import file_path, references
-from proxy.settings.pasted_keys import hide_keys
+from embedding_proxy.providers.error_body import refusal
+from embedding_proxy.providers.quoted_inputs import QuotedInputs
+from embedding_proxy.providers.readings import readings
+from embedding_proxy.providers.redaction import Redactor
+from embedding_proxy.proxy import log
+from embedding_proxy.proxy.http import cache_control
+from embedding_proxy.proxy.http.paths import may_be_embeddings
+from embedding_proxy.proxy.settings import file_path, references
+from embedding_proxy.proxy.settings.pasted_keys import hide_keys
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("proxy", "index", "cache", "providers")

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 from clock import Clock
+from embedding_proxy.proxy import log
 from fault_server import status
 from hypothesis import given
 from hypothesis import strategies as st
 from talk import Talk
-
-from proxy import log
 
 MODEL = "text-embedding-3-small"
 FORGED = "2026-01-01 00:00:00,000 ERROR everything is lost"
@@ -138,7 +137,7 @@ def test_mistakes_of_clients_hide_no_warning(written):
 def test_the_command_writes_its_log_so():
     """`embedding-proxy` itself escapes what it logs."""
     code = (
-        "import logging, sys; from proxy import cli;"
+        "import logging, sys; from embedding_proxy.proxy import cli;"
         "cli._root(); logging.getLogger('embedding_proxy').error('a\\n\\x1b[2Jb')"
     )
     done = subprocess.run(

@@ -5,9 +5,8 @@ import json
 from collections.abc import Callable
 
 import pytest
+from embedding_proxy.proxy.http.connection import Connection
 from talk import Talk
-
-from proxy.http.connection import Connection
 
 MODEL = "text-embedding-3-small"
 SECONDS = 20

@@ -5,9 +5,8 @@ import time
 
 import aiohttp
 import pytest
+from embedding_proxy.proxy.embedding import client_keys, proofs
 from fault_server import hang, status
-
-from proxy.embedding import client_keys, proofs
 
 KEY = "sk-client-0123456789-{}"
 

@@ -7,13 +7,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 from any_server import AnyServer
+from embedding_proxy.providers.base_url import BaseUrl, ForeignOrigin
+from embedding_proxy.providers.network import Network
 from hypothesis import given
 from hypothesis import strategies as st
 from talk import Talk
 from yarl import URL
-
-from providers.base_url import BaseUrl, ForeignOrigin
-from providers.network import Network
 
 KEY = "openai-secret-key"
 

@@ -2,14 +2,13 @@
 
 import pytest
 import yaml
+from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.providers.kinds import KINDS
+from embedding_proxy.proxy.config import ConfigError, load
+from embedding_proxy.proxy.settings.explanation import known_keys
+from embedding_proxy.proxy.settings.pasted_keys import hide_keys, looks_like_key
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.catalogue import CATALOGUE
-from providers.kinds import KINDS
-from proxy.config import ConfigError, load
-from proxy.settings.explanation import known_keys
-from proxy.settings.pasted_keys import hide_keys, looks_like_key
 
 KEYS = {
     "OpenAI": "sk-proj-a1B2c3D4e5F6_g7H8-i9",

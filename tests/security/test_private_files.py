@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from embedding_proxy.cache import private_files
+from embedding_proxy.cache.disk.connection import opened
+from embedding_proxy.cache.maintenance import backup
+from embedding_proxy.index.migration.journal import Journal
+from embedding_proxy.index.migration.seen import Seen
 from qdrant_server import QdrantServer
-
-from cache import private_files
-from cache.disk.connection import opened
-from cache.maintenance import backup
-from index.migration.journal import Journal
-from index.migration.seen import Seen
 
 MODEL = "text-embedding-3-small"
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")

@@ -11,11 +11,10 @@ from urllib.parse import quote
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from embedding_proxy.providers.redaction import MAX_BYTES, Redactor
 from fault_server import status
 from hypothesis import given
 from hypothesis import strategies as st
-
-from providers.redaction import MAX_BYTES, Redactor
 
 MODEL = "text-embedding-3-small"
 KEY = "sk-canary+KEY/0123456789&abcdef=wxyz"

@@ -21,7 +21,7 @@ BODY = json.dumps({"model": MODEL, "input": "a" * 1000}).encode()
 SHORT_GRACE = 0.3
 RUN = """
 import sys
-from proxy import cli, server
+from embedding_proxy.proxy import cli, server
 server.GRACE_SECONDS = float(sys.argv.pop(1))
 cli.main()
 """

@@ -10,13 +10,18 @@ from collections.abc import Callable
 import pytest
 from aiohttp import web
 from any_server import AnyServer, echo
+from embedding_proxy.proxy.http import runner
+from embedding_proxy.proxy.http.pace import (
+    MIN_BUSY_BYTES_PER_S,
+    MIN_BYTES_PER_S,
+    Pace,
+    SendWatch,
+    UnreadReplies,
+)
+from embedding_proxy.proxy.http.runner import LIMITS
+from embedding_proxy.proxy.settings.schema import Settings
 from pydantic import ValidationError
 from talk import Talk
-
-from proxy.http import runner
-from proxy.http.pace import MIN_BUSY_BYTES_PER_S, MIN_BYTES_PER_S, Pace, SendWatch, UnreadReplies
-from proxy.http.runner import LIMITS
-from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 SECONDS = 30

@@ -7,12 +7,11 @@ import signal
 
 import pytest
 from any_server import AnyServer
+from embedding_proxy.proxy import server
+from embedding_proxy.proxy.server import base_url, listen, serve
+from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import FaultServer
 from talk import Talk
-
-from proxy import server
-from proxy.server import base_url, listen, serve
-from proxy.settings.schema import Settings
 
 BODY = json.dumps({"model": "text-embedding-3-small", "input": "a" * 1000}).encode()
 SECONDS = 20

@@ -10,15 +10,20 @@ import aiohttp
 import pytest
 from aiohttp import web
 from any_server import AnyServer
+from embedding_proxy.index.failures import Unavailable, translated
+from embedding_proxy.providers.ratelimit import (
+    MAX_TOLD_WAIT,
+    MAX_WAIT,
+    seconds_until,
+    tellable,
+    told_header,
+)
+from embedding_proxy.proxy.errors import Failure
+from embedding_proxy.proxy.http import guard
 from fault_server import status
 from hypothesis import given
 from hypothesis import strategies as st
 from talk import Talk
-
-from index.failures import Unavailable, translated
-from providers.ratelimit import MAX_TOLD_WAIT, MAX_WAIT, seconds_until, tellable, told_header
-from proxy.errors import Failure
-from proxy.http import guard
 
 MODEL = "text-embedding-3-small"
 DAY = 86_400

@@ -5,10 +5,9 @@ import json
 import aiohttp
 import pytest
 from any_server import AnyServer
+from embedding_proxy.proxy.settings.schema import Settings
 from pydantic import ValidationError
 from talk import Talk
-
-from proxy.settings.schema import Settings
 
 MODEL = "text-embedding-3-small"
 FOREIGN = [

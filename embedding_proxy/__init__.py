@@ -1,0 +1,44 @@
+"""A caching proxy for OpenAI-compatible embeddings, as a library.
+
+::
+
+    import embedding_proxy
+
+    result = embedding_proxy.embed(["some text"], model="wordllama-embed")
+    result.vectors  # float32, shape (1, 256)
+
+`embed` is for scripts and notebooks: it blocks until the vectors are there. Code that runs on an
+event loop opens an `EmbeddingService` instead.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .proxy.blocking import close, embed
+    from .proxy.embedding.result import Result
+    from .proxy.service import EmbeddingService
+
+__all__ = ["EmbeddingService", "Result", "close", "embed"]
+
+_PLACES = {
+    "EmbeddingService": "proxy.service",
+    "Result": "proxy.embedding.result",
+    "close": "proxy.blocking",
+    "embed": "proxy.blocking",
+}
+
+# In a checkout, the packages lie beside this folder. In an installed copy they lie inside it.
+_ROOT = Path(__file__).parents[1]
+if (_ROOT / "pyproject.toml").is_file() and not (Path(__file__).parent / "proxy").exists():
+    __path__.append(str(_ROOT))
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: `embedding-proxy --help` needs none of them."""
+    import importlib  # noqa: PLC0415
+
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{place}", __name__), name)
