@@ -13,6 +13,7 @@ from operator import attrgetter
 from embedding_proxy.providers.base import (
     Account,
     Bill,
+    CachePolicy,
     Context,
     DeadlineExceeded,
     Embedder,
@@ -21,7 +22,6 @@ from embedding_proxy.providers.base import (
     OnCharge,
     Outcome,
     Space,
-    Terms,
     Vector,
     nanodollars,
 )
@@ -105,7 +105,7 @@ class CachingEmbedder:
         space: Space,
         inputs: Sequence[Input],
         namespace: str,
-        terms: Terms,
+        terms: CachePolicy,
         account: Account,
     ) -> Answered | None:
         """Return the answer to a few inputs, no two of them equal, if nothing has to be awaited.
@@ -128,7 +128,7 @@ class CachingEmbedder:
         keys: Keys,
         entries: Sequence[Entry | None],
         account: Account,
-        terms: Terms,
+        terms: CachePolicy,
     ) -> Answered:
         """Return the answer that these entries are, of inputs that differ. It is not counted."""
         tokens = list(map(_TOKENS, entries))
@@ -291,7 +291,7 @@ class CachingEmbedder:
         )
 
 
-def _is_plain(terms: Terms) -> bool:
+def _is_plain(terms: CachePolicy) -> bool:
     """Tell whether a request takes any entry, and may leave a trace."""
     return terms.write and terms.max_age == math.inf
 

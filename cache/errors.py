@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from embedding_proxy.providers.base import EmbeddingError, InputRefused, Terms
+from embedding_proxy.providers.base import CachePolicy, EmbeddingError, InvalidRequest
 
 _UNNAMED = "unnamed"
 """Where a failure that names an input keeps the one that does not."""
 
 
-class NotCached(InputRefused):
+class NotCached(InvalidRequest):
     """Inputs are not in the cache, and for this request nothing is bought; `index` is the first's.
 
     `only-if-cached` gets the 504 that RFC 9111, 5.2.1.7, asks for. A frozen proxy answers 404, for
@@ -17,7 +17,7 @@ class NotCached(InputRefused):
     to, and what is built around them does not always listen.
     """
 
-    def __init__(self, terms: Terms, missing: Sequence[int], inputs: int) -> None:
+    def __init__(self, terms: CachePolicy, missing: Sequence[int], inputs: int) -> None:
         """`missing` are the indices of some of so many inputs."""
         count = f"{len(missing)} of {inputs} inputs {'is' if len(missing) == 1 else 'are'}"
         where = "in the cache" if terms.max_age == math.inf else "cached as newly as is asked for"

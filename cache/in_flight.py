@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from embedding_proxy.providers.base import (
-    AllResting,
     Bill,
     ClientKeyRefused,
     Context,
@@ -26,7 +25,8 @@ from embedding_proxy.providers.base import (
     Embedder,
     EmbeddingError,
     Input,
-    InputRefused,
+    InvalidRequest,
+    NoProviderAvailable,
     PermissionDenied,
     ProviderError,
     ScopedQuotaExceeded,
@@ -94,12 +94,12 @@ class SharedTask(Generic[K, T]):
         or its own key is refused, or has used up its limits. `credential` is that of who waited.
         """
         if self.context.credential != credential and isinstance(
-            error, AllResting | ClientKeyRefused | ProviderError
+            error, NoProviderAvailable | ClientKeyRefused | ProviderError
         ):
             return True
         if self.failed_key is not None:
             return self.failed_key not in wanted
-        if isinstance(error, InputRefused | PermissionDenied | ScopedQuotaExceeded):
+        if isinstance(error, InvalidRequest | PermissionDenied | ScopedQuotaExceeded):
             return not set(self.keys) <= set(wanted)
         if self.abandonment.done():
             # It was joined after everybody had gone, and was not asked for again when it failed.

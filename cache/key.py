@@ -19,7 +19,7 @@ from itertools import accumulate
 from typing import NamedTuple, overload
 
 import xxhash
-from embedding_proxy.providers.base import Input, InputRefused, Space
+from embedding_proxy.providers.base import Input, InvalidRequest, Space
 
 from .row import Partition
 
@@ -123,7 +123,7 @@ class Keyring:
         return Keys(addresses, digests)
 
     def keys_at_once(self, items: Sequence[Input]) -> Keys:
-        """Return the keys of a few inputs. Raises InputRefused."""
+        """Return the keys of a few inputs. Raises InvalidRequest."""
         tails = list(map(input_part, items))
         digests: list[bytes] = []
         for tail in tails:
@@ -168,7 +168,7 @@ def part(tag: bytes, data: bytes) -> bytes:
 def input_part(item: Input) -> bytes:
     """Return the part for an input: a text's UTF-8 bytes, or token ids of 4 bytes each.
 
-    Raises InputRefused for what has no such bytes.
+    Raises InvalidRequest for what has no such bytes.
     """
     try:
         if isinstance(item, str):
@@ -176,9 +176,9 @@ def input_part(item: Input) -> bytes:
         return part(_TOKENS, struct.pack(f"<{len(item)}I", *item))
     except UnicodeEncodeError as error:
         message = "A text holds half of a surrogate pair, which is no Unicode."
-        raise InputRefused(message, param="input") from error
+        raise InvalidRequest(message, param="input") from error
     except struct.error as error:
-        raise InputRefused("A token is no token of any model.", param="input") from error
+        raise InvalidRequest("A token is no token of any model.", param="input") from error
 
 
 def checksum(data: bytes | memoryview) -> bytes:

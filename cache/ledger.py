@@ -40,7 +40,7 @@ class Heading(NamedTuple):
         return Heading(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
 
 
-class Again(Protocol):
+class Reusable(Protocol):
     """The same request once more; see `cached_hit`."""
 
     async def vectors(self) -> Sequence[Vector] | None:
@@ -66,7 +66,7 @@ class Answered(Embedded):
     usage: Usage
     keys: Sequence[Key] = ()
     """Where each vector is kept; empty where more than one look-up was needed."""
-    again: Again | None = None
+    again: Reusable | None = None
     """For the same request once more; None where that has to be asked anew."""
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
 
-from embedding_proxy.providers.base import NORMAL, Terms
+from embedding_proxy.providers.base import NORMAL, CachePolicy
 
 from . import record
 from .disk.changes import Found
@@ -74,7 +74,7 @@ class Tiers:
         self.counters = TierCounters()
         self._told: set[tuple[int, int]] = set()
 
-    async def lookup(self, keys: Keys, partition: Partition, terms: Terms = NORMAL) -> Lookup:
+    async def lookup(self, keys: Keys, partition: Partition, terms: CachePolicy = NORMAL) -> Lookup:
         """Return the verified entries that the terms take, and which keys have none.
 
         Those from disk are kept in memory, and all are noted as used, if the terms allow a trace.
@@ -92,7 +92,7 @@ class Tiers:
             whole.missing += [start + index for index in lot.missing]
         return whole
 
-    async def _lookup_lot(self, keys: Keys, partition: Partition, terms: Terms) -> Lookup:
+    async def _lookup_lot(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
         lookup = self.lookup_nowait(keys, partition, terms)
         if not lookup.is_complete:
             records = await self._store.lookup([keys.addresses[i] for i in lookup.missing])
@@ -102,7 +102,7 @@ class Tiers:
             await self._store.delete_many(lookup.damaged)
         return lookup
 
-    def lookup_nowait(self, keys: Keys, partition: Partition, terms: Terms) -> Lookup:
+    def lookup_nowait(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
         """Return the same of a few keys as far as nothing has to be awaited.
 
         It is not counted, and nothing is noted as used on disk: `count_lookup` does both, where the
@@ -143,7 +143,7 @@ class Tiers:
         records: Mapping[bytes, Found],
         keys: Keys,
         dimensions: int,
-        terms: Terms,
+        terms: CachePolicy,
     ) -> None:
         """Add what the disk has of the missing entries, as far as it verifies and is new enough.
 
@@ -172,7 +172,7 @@ class Tiers:
         lookup.missing = missing
 
     def count_lookup(
-        self, lookup: Lookup, keys: Keys, partition: Partition, terms: Terms = NORMAL
+        self, lookup: Lookup, keys: Keys, partition: Partition, terms: CachePolicy = NORMAL
     ) -> None:
         """Count a look-up, and note the use of its entries if the terms allow a trace."""
         if terms.max_age <= 0:
@@ -212,7 +212,7 @@ class Tiers:
         )
 
     async def put_many(
-        self, entries: Mapping[Key, Entry], partition: Partition, terms: Terms = NORMAL
+        self, entries: Mapping[Key, Entry], partition: Partition, terms: CachePolicy = NORMAL
     ) -> None:
         """Keep entries of one partition: on disk first, so that a restart forgets nothing served.
 

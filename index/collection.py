@@ -62,7 +62,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
+class CollectionOptions:
     """How new collections are made."""
 
     on_disk: bool = False
@@ -99,14 +99,14 @@ def not_in_names(text: str) -> str:
 
 
 async def ensure(
-    qdrant: Connection, name: str, wanted: Provenance, making: Making | None = None
+    qdrant: Connection, name: str, wanted: Provenance, making: CollectionOptions | None = None
 ) -> bool:
     """Make the collection unless it is there, and see that it is one of these vectors.
 
     Returns whether it was made. `name` may be an alias. Raises QdrantFailure; OtherSpace if the
     collection holds vectors of another space or width, or does not say which.
     """
-    making = making or Making()
+    making = making or CollectionOptions()
     info = await _info(qdrant, name)
     if info is None:
         if await _make(qdrant, name, wanted, making):
@@ -217,7 +217,9 @@ async def _info(qdrant: Connection, name: str) -> "CollectionInfo | None":
         return None
 
 
-async def _make(qdrant: Connection, name: str, wanted: Provenance, making: Making) -> bool:
+async def _make(
+    qdrant: Connection, name: str, wanted: Provenance, making: CollectionOptions
+) -> bool:
     """Make a collection; return False if another process was first."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
@@ -245,10 +247,10 @@ async def _make(qdrant: Connection, name: str, wanted: Provenance, making: Makin
     return True
 
 
-async def objections(
+async def conflicts(
     qdrant: Connection,
     spaces: Mapping[str, str],
-    making: Making,
+    making: CollectionOptions,
     *,
     collection: str | None = None,
     prefix: str = "",
@@ -282,7 +284,7 @@ async def objections(
 
 
 async def _objections_to_all(
-    qdrant: Connection, name: str, spaces: Mapping[str, str], making: Making
+    qdrant: Connection, name: str, spaces: Mapping[str, str], making: CollectionOptions
 ) -> list[str]:
     """Say what stands against every one of the spaces, if nothing may be written at all."""
     seen = await look(qdrant, name)

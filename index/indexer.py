@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
-from .collection import Making
+from .collection import CollectionOptions
 from .connection import Connection
 from .failures import InUse, Unusable
 from .outbox import FAILURES, Full, Outbox
@@ -47,7 +47,7 @@ class Indexer:
         self,
         folder: Path,
         connect: Callable[[], Connection],
-        making: Making,
+        making: CollectionOptions,
         *,
         on_open: Callable[[Connection], Awaitable[None]],
         size_limit: int,

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 from embedding_proxy.index.collection_reader import Point
 from embedding_proxy.index.migration.collections import Old
-from embedding_proxy.index.migration.embed import Model, Patient
-from embedding_proxy.index.migration.journal import Journal, Phase, State
+from embedding_proxy.index.migration.embed import Model, RetryingEmbedder
+from embedding_proxy.index.migration.journal import MigrationState, Phase, State
 from embedding_proxy.index.migration.points import Points
 from embedding_proxy.index.migration.regime import Decision, Regime, choose
 from embedding_proxy.index.migration.template import Rule
@@ -83,17 +83,17 @@ class Migration:
 
     points: Points
     model: Model
-    journal: Journal
+    journal: MigrationState
     rule: Rule
     old: Old
     state: State
     pace: Pace
     progress: Progress
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    patient: Patient = field(init=False)
+    patient: RetryingEmbedder = field(init=False)
 
     def __post_init__(self) -> None:
-        self.patient = Patient(self.model, self.sleep)
+        self.patient = RetryingEmbedder(self.model, self.sleep)
 
     @property
     def regime(self) -> Regime:
@@ -199,7 +199,7 @@ async def begin(migration: Migration) -> None:
     await collections.make_beside(migration.points, migration.old, state.target, wanted)
 
 
-async def restart(points: Points, journal: Journal) -> None:
+async def restart(points: Points, journal: MigrationState) -> None:
     """Delete what an unfinished migration has made. Raises MigrationRefused, QdrantFailure."""
     known = journal.load()
     if known is None:

@@ -24,7 +24,7 @@ from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
-from .collection import Making, Provenance, ensure
+from .collection import CollectionOptions, Provenance, ensure
 from .connection import Connection
 from .failures import (
     Denied,
@@ -72,7 +72,7 @@ class Sender:
         folder: Path,
         on_disk: OnDisk,
         connect: Callable[[], Connection],
-        making: Making,
+        making: CollectionOptions,
         *,
         most_bytes: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,

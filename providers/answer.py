@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import error_body, vector
-from .base import Charge, Input, InvalidAnswer, ProviderError, Space, Unreadable, Vector
+from .base import Charge, Input, InvalidAnswer, MalformedResponse, ProviderError, Space, Vector
 from .batching import twins
 from .bill import MOST_NANODOLLARS, NANO
 
@@ -61,7 +61,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     A vector is good if it has the width of the space (where that is known), is finite and not zero,
     has length 1 if `unit_norm`, and is not also the vector of a different input.
 
-    Raises Unreadable for a body that is not a JSON object. Raises InvalidAnswer unless there is
+    Raises MalformedResponse for a body that is not a JSON object. Raises InvalidAnswer unless there is
     exactly one embedding for each input, the indices are a permutation or can be deduced, and at
     least one vector is good. Raises the error that the reply holds, if it holds one (OpenRouter,
     vLLM). `redact` and `hide` are those of `error_body.refusal`. The `charge` of these errors is
@@ -70,7 +70,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     try:
         reply = error_body.parse_json(body)
     except ValueError as error:
-        raise Unreadable(provider, _describe_non_json(body, status, redact, hide)) from error
+        raise MalformedResponse(provider, _describe_non_json(body, status, redact, hide)) from error
     if error_body.is_error(reply):
         failure = error_body.refusal(
             provider, status, headers, body, redact=redact, hide=hide, url=url
@@ -79,7 +79,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
             failure.charge = _parse_charge(reply.get("usage"))
         raise failure
     if not isinstance(reply, dict):
-        raise Unreadable(provider, "the answer is not a JSON object")
+        raise MalformedResponse(provider, "the answer is not a JSON object")
     charge = _parse_charge(reply.get("usage"))
     try:
         items, is_numbered = _order_by_index(provider, reply, len(inputs))

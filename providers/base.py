@@ -21,70 +21,70 @@ from .attempts import Attempt
 from .bill import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
 from .credential import Credential
 from .failures import (
-    AllResting,
+    AuthenticationError,
     ClientKeyRefused,
     ConnectionTimeout,
-    CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
-    Full,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
+    LocalQueueFull,
     LoopDetected,
+    MalformedResponse,
     ModelNotFound,
+    NoProviderAvailable,
     NoRoute,
-    OutOfCredit,
     OutOfDescriptors,
-    PassingFailure,
     PermissionDenied,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Refusal,
     ScopedQuotaExceeded,
+    TransientError,
     Unreachable,
-    Unreadable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
 
 __all__ = [
     "NORMAL",
     "Account",
-    "AllResting",
+    "NoProviderAvailable",
     "Bill",
     "Charge",
     "ClientKeyRefused",
     "ConnectionTimeout",
     "Context",
     "Credential",
-    "CredentialsRefused",
+    "AuthenticationError",
     "DeadlineExceeded",
     "Embedded",
     "Embedder",
     "EmbeddingError",
-    "Full",
+    "LocalQueueFull",
     "Input",
-    "InputRefused",
+    "InvalidRequest",
     "InvalidAnswer",
     "LoopDetected",
     "ModelNotFound",
     "NoRoute",
     "OnCharge",
     "OnPart",
-    "OutOfCredit",
+    "QuotaExceeded",
     "OutOfDescriptors",
     "Outcome",
-    "PassingFailure",
+    "TransientError",
     "PermissionDenied",
     "ProviderError",
     "RateLimited",
     "Refusal",
     "ScopedQuotaExceeded",
     "Space",
-    "Terms",
+    "CachePolicy",
     "Unreachable",
-    "Unreadable",
-    "UpstreamFault",
+    "MalformedResponse",
+    "UpstreamError",
     "UpstreamTimeout",
     "Vector",
     "current_label",
@@ -133,7 +133,7 @@ class Space:
     def with_parameters(self, fields: Mapping[str, object]) -> "Space":
         """Return the space of this model when called with the given extra request fields.
 
-        Raises InputRefused for what JSON cannot hold, or holds too deep for us.
+        Raises InvalidRequest for what JSON cannot hold, or holds too deep for us.
 
         >>> Space("m", 8).with_parameters({"b": 1, "a": {"y": 2, "x": 1}}).parameters
         (('a', b'{"x":1,"y":2}'), ('b', b'1'))
@@ -141,7 +141,7 @@ class Space:
         try:
             canonical = [(n, orjson.dumps(fields[n], option=orjson.OPT_SORT_KEYS)) for n in fields]
         except orjson.JSONEncodeError as error:
-            raise InputRefused(f"A field of the request cannot be sent on: {error}.") from error
+            raise InvalidRequest(f"A field of the request cannot be sent on: {error}.") from error
         return replace(self, parameters=tuple(sorted(canonical)))
 
     @property
@@ -223,7 +223,7 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class CachePolicy:
     """How a request may be answered: from which entries, with which trace, at what cost."""
 
     max_age: float = math.inf
@@ -243,11 +243,11 @@ class Terms:
         return not (self.frozen or self.only_if_cached)
 
 
-NORMAL = Terms()
+NORMAL = CachePolicy()
 
 Weigh: TypeAlias = Callable[[Sequence[int] | None], Awaitable[Mapping[str, int]]]
 """Takes the tokens of each input, or None if not all are known: then texts are counted, and their
-counts returned. Raises InputRefused for more than an upstream takes."""
+counts returned. Raises InvalidRequest for more than an upstream takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +266,7 @@ class Context:
     them in `Profile.neutral_fields`."""
     namespace: str = ""
     """The part of the cache that the client may see."""
-    terms: Terms = NORMAL
+    terms: CachePolicy = NORMAL
     on_part: "OnPart | None" = None
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
     counts: Mapping[str, int] = field(default_factory=dict, compare=False)
@@ -274,7 +274,7 @@ class Context:
     weigh: Weigh | None = field(default=None, compare=False)
     """Asked before anything is bought or given; None = all of it is not too long."""
     begin_by: float | None = None
-    """Point on the same clock by which a provider must have begun its call; else it raises Full."""
+    """Point on the same clock by which a provider must have begun its call; else it raises LocalQueueFull."""
     account: Account = NOBODY
     """Who pays."""
     on_charge: OnCharge | None = None

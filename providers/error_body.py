@@ -25,17 +25,17 @@ from urllib.parse import urlsplit
 import orjson
 
 from .base import (
-    CredentialsRefused,
+    AuthenticationError,
     EmbeddingError,
-    InputRefused,
+    InvalidRequest,
     ModelNotFound,
-    OutOfCredit,
     PermissionDenied,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Refusal,
     ScopedQuotaExceeded,
-    UpstreamFault,
+    UpstreamError,
 )
 from .error_words import (
     BUDGET_WORDS,
@@ -97,8 +97,8 @@ _NO_NAMES = ("None", "null")
 _ABOUT_THE_CALL = (400, 401, 403, 404, 412, 422)
 """Statuses that some upstreams give for a failure of the key or the model, not of the input."""
 _BY_STATUS: dict[int, type[ProviderError]] = {
-    401: CredentialsRefused,
-    402: OutOfCredit,
+    401: AuthenticationError,
+    402: QuotaExceeded,
     403: PermissionDenied,
     404: ModelNotFound,
     429: RateLimited,
@@ -203,7 +203,7 @@ def refusal(  # noqa: PLR0913 - the reply, and who gave it
     if is_about_input:
         message = said.reason if said.reason is not None else f"{provider}: status {status}"
         kind = said.kind or "invalid_request_error"
-        return InputRefused(message, status=status, kind=kind, param=said.param, code=said.code)
+        return InvalidRequest(message, status=status, kind=kind, param=said.param, code=said.code)
     told = Refusal(
         status=_status_of(error, status),
         message=said.reason if said.reason is not None else f"status {status}",
@@ -237,11 +237,11 @@ def _class_of(said: _ErrorBody) -> type[ProviderError]:
     the gateway's own key and credit.
     """
     error = _named_class_of(said)
-    if issubclass(error, OutOfCredit):
+    if issubclass(error, QuotaExceeded):
         return ScopedQuotaExceeded if _is_scoped_quota(said) else error
-    if error in (CredentialsRefused, PermissionDenied) and said.is_of_inner_provider:
+    if error in (AuthenticationError, PermissionDenied) and said.is_of_inner_provider:
         return PermissionDenied
-    if error is CredentialsRefused and said.param == "model" and not said.means(error):
+    if error is AuthenticationError and said.param == "model" and not said.means(error):
         return ModelNotFound
     return error
 
@@ -249,9 +249,9 @@ def _class_of(said: _ErrorBody) -> type[ProviderError]:
 def _named_class_of(said: _ErrorBody) -> type[ProviderError]:
     """Return what codes and known sentences name, else what the status means."""
     for error in CODE_WORDS:
-        if (error is OutOfCredit or said.status in _ABOUT_THE_CALL) and said.means(error):
+        if (error is QuotaExceeded or said.status in _ABOUT_THE_CALL) and said.means(error):
             return error
-    return _BY_STATUS.get(said.status, UpstreamFault)
+    return _BY_STATUS.get(said.status, UpstreamError)
 
 
 def _is_scoped_quota(said: _ErrorBody) -> bool:
@@ -260,13 +260,13 @@ def _is_scoped_quota(said: _ErrorBody) -> bool:
         return True
     if said.has_sentence(ScopedQuotaExceeded):
         return True
-    return said.has_code(BUDGET_WORDS) and not said.has_sentence(OutOfCredit)
+    return said.has_code(BUDGET_WORDS) and not said.has_sentence(QuotaExceeded)
 
 
 def _is_about_input(said: _ErrorBody) -> bool:
     """Tell whether the request is refused, rather than the proxy's key or the model."""
     if said.status in (400, 413, 422):
-        return _class_of(said) is UpstreamFault
+        return _class_of(said) is UpstreamError
     is_moderation = said.is_moderated or said.has_code(MODERATION_WORDS)
     # OpenRouter names the provider behind it also where it has moderated the input itself.
     return said.status == 403 and is_moderation and _named_class_of(said) is PermissionDenied
@@ -286,9 +286,9 @@ def _wait(
 
 def _status_of(error: type[ProviderError], status: int) -> int:
     """Return the status of a failure in OpenAI's terms, which clients know how to handle."""
-    if issubclass(error, OutOfCredit) and status != 429:
+    if issubclass(error, QuotaExceeded) and status != 429:
         return 402
-    if error is CredentialsRefused and status != 403:
+    if error is AuthenticationError and status != 403:
         return 401
     if error is RateLimited:
         return 429

@@ -3,22 +3,22 @@
 import re
 
 from .base import (
-    CredentialsRefused,
+    AuthenticationError,
     ModelNotFound,
-    OutOfCredit,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     ScopedQuotaExceeded,
 )
 
 # Codes are compared in lower case and without punctuation.
 CODE_WORDS: dict[type[ProviderError], re.Pattern[str]] = {
-    OutOfCredit: re.compile(
+    QuotaExceeded: re.compile(
         r"arrear|overdue|billing|payment|insufficient\w*(?:quota|balance|credit|fund)"
         r"|outofcredit|nocredit|creditbalance|balancenotenough|exceededcurrentquota|freetieronly"
         r"|budgetexceeded"
     ),
-    CredentialsRefused: re.compile(
+    AuthenticationError: re.compile(
         r"(?:invalid|incorrect|expired|missing)apikey|apikey(?:invalid|incorrect|expired|notfound"
         r"|missing|revoked|disabled|serviceblocked)|^keyinvalid|^keyexpired|^unauthenticated"
         r"|authenticationerror|invalidauthentication|authenticationfailed|accountdeactivated"
@@ -45,23 +45,27 @@ MODERATION_WORDS = re.compile(
 
 SENTENCES: tuple[tuple[str, type[ProviderError], str], ...] = (
     ("azure", ModelNotFound, "The embeddings operation does not work with the specified model"),
-    ("dashscope", OutOfCredit, "Access denied, please make sure your account is in good standing"),
-    ("dashscope", OutOfCredit, "Access denied due to overdue account"),
+    (
+        "dashscope",
+        QuotaExceeded,
+        "Access denied, please make sure your account is in good standing",
+    ),
+    ("dashscope", QuotaExceeded, "Access denied due to overdue account"),
     ("dashscope", ModelNotFound, "Model access denied"),
     ("dashscope", ModelNotFound, "Access to model denied"),
-    ("deepinfra", CredentialsRefused, "Not authenticated"),
-    ("deepseek", OutOfCredit, "Insufficient balance"),
-    ("gemini", OutOfCredit, "Your prepayment credits are depleted"),
-    ("gemini", CredentialsRefused, "API key not valid"),
-    ("gemini", CredentialsRefused, "API key not found"),
-    ("gemini", CredentialsRefused, "API key expired"),
-    ("gemini", CredentialsRefused, "User location is not supported for the API use"),
-    ("gemini", CredentialsRefused, "Method doesn't allow unregistered callers"),
-    ("gemini", CredentialsRefused, "Your API key was reported as leaked"),
+    ("deepinfra", AuthenticationError, "Not authenticated"),
+    ("deepseek", QuotaExceeded, "Insufficient balance"),
+    ("gemini", QuotaExceeded, "Your prepayment credits are depleted"),
+    ("gemini", AuthenticationError, "API key not valid"),
+    ("gemini", AuthenticationError, "API key not found"),
+    ("gemini", AuthenticationError, "API key expired"),
+    ("gemini", AuthenticationError, "User location is not supported for the API use"),
+    ("gemini", AuthenticationError, "Method doesn't allow unregistered callers"),
+    ("gemini", AuthenticationError, "Your API key was reported as leaked"),
     ("gpustack", ModelNotFound, "Model not found"),
     ("infinity", ModelNotFound, "Invalid model"),
-    ("jina", CredentialsRefused, "Invalid API key"),
-    ("litellm", OutOfCredit, "Budget has been exceeded"),
+    ("jina", AuthenticationError, "Invalid API key"),
+    ("litellm", QuotaExceeded, "Budget has been exceeded"),
     ("litellm", ScopedQuotaExceeded, "Budget has been exceeded! Tag={name} Current cost"),
     ("litellm", ModelNotFound, "key not allowed to access model"),
     ("litellm", ModelNotFound, "Authentication Error, API Key not allowed to access model"),
@@ -69,25 +73,25 @@ SENTENCES: tuple[tuple[str, type[ProviderError], str], ...] = (
     ("lm_studio", ModelNotFound, "No models loaded"),
     (
         "openai",
-        OutOfCredit,
+        QuotaExceeded,
         "Your account is not active, please check your billing details on our website",
     ),
-    ("openai", CredentialsRefused, "Incorrect API key provided"),
+    ("openai", AuthenticationError, "Incorrect API key provided"),
     ("openai", ModelNotFound, "You are not allowed to generate embeddings from this model"),
-    ("openrouter", OutOfCredit, "Key limit exceeded"),
+    ("openrouter", QuotaExceeded, "Key limit exceeded"),
     ("openrouter", ScopedQuotaExceeded, "This request requires more credits"),
     ("openrouter", ScopedQuotaExceeded, "More credits are required to run this request"),
     ("openrouter", ScopedQuotaExceeded, "Prompt tokens limit exceeded"),
     ("openrouter", ModelNotFound, "This model is not available in your region"),
     ("openrouter", ModelNotFound, "{name} is not a valid model ID"),
-    ("siliconflow", OutOfCredit, "Your account balance is insufficient"),
-    ("siliconflow", OutOfCredit, "Sorry, your account balance is insufficient"),
-    ("siliconflow", OutOfCredit, "The selected model requires paid balance"),
+    ("siliconflow", QuotaExceeded, "Your account balance is insufficient"),
+    ("siliconflow", QuotaExceeded, "Sorry, your account balance is insufficient"),
+    ("siliconflow", QuotaExceeded, "The selected model requires paid balance"),
     ("siliconflow", ScopedQuotaExceeded, "The selected model requires paid balance"),
     ("siliconflow", ModelNotFound, "Model does not exist"),
     ("voyage", ModelNotFound, "Model {name} is not supported. Supported models are"),
-    ("zhipu", OutOfCredit, "Insufficient balance or no resource package"),
-    ("zhipu", OutOfCredit, "余额不足或无可用资源包"),
+    ("zhipu", QuotaExceeded, "Insufficient balance or no resource package"),
+    ("zhipu", QuotaExceeded, "余额不足或无可用资源包"),
 )
 """Who begins a message so, what it means, and the sentence; `{name}` stands for the model's name.
 

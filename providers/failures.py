@@ -3,27 +3,27 @@
 It knows no provider, no cache and no wire format::
 
     EmbeddingError
-    ├── InputRefused         the request itself is wrong; no provider would take it
+    ├── InvalidRequest         the request itself is wrong; no provider would take it
     ├── ClientKeyRefused     the client's own key is not accepted, or there is none
     ├── NoRoute              no provider is configured that could answer
     ├── DeadlineExceeded     the request's own time is up
     ├── OutOfDescriptors     this process can open no further connection
-    ├── AllResting           no provider may be asked just now: each has failed or asked for rest
+    ├── NoProviderAvailable           no provider may be asked just now: each has failed or asked for rest
     └── ProviderError        one provider failed; another may do better
-        ├── CredentialsRefused   401, or a code that speaks of the key: it is not accepted
+        ├── AuthenticationError   401, or a code that speaks of the key: it is not accepted
         ├── PermissionDenied     403 without a reason: it concerns this model or this input
-        ├── OutOfCredit          402, or a code that speaks of billing: waiting will not help
+        ├── QuotaExceeded          402, or a code that speaks of billing: waiting will not help
         │   └── ScopedQuotaExceeded  the quota of one model, one end user, or for so large a call
         ├── ModelNotFound        404, 403 about a model: this provider does not serve it
         ├── LoopDetected         508: the provider's address leads back to this proxy
-        └── PassingFailure       the same call may succeed in a moment
+        └── TransientError       the same call may succeed in a moment
             ├── RateLimited      429
-            │   └── Full         the proxy's own queue before the provider; no call was made
-            ├── UpstreamFault    408, 409, 5xx
+            │   └── LocalQueueFull         the proxy's own queue before the provider; no call was made
+            ├── UpstreamError    408, 409, 5xx
             ├── UpstreamTimeout  no whole answer within the limit of one attempt
             │   └── ConnectionTimeout  no connection within its limit
             ├── Unreachable      name resolution, connection, TLS or a lost connection
-            ├── Unreadable       an answer that is no JSON: a gateway's page, or cut off
+            ├── MalformedResponse       an answer that is no JSON: a gateway's page, or cut off
             └── InvalidAnswer    an answer that fails a check, whole or in single vectors
 """
 
@@ -49,7 +49,7 @@ class EmbeddingError(Exception):
         return other
 
 
-class InputRefused(EmbeddingError):
+class InvalidRequest(EmbeddingError):
     """The request itself is wrong: a provider said so, or no provider can take such an input.
 
     `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 403 (moderation), 413 or
@@ -78,7 +78,7 @@ class ClientKeyRefused(EmbeddingError):
     """The client's own key is not accepted by the provider that it is for, or none was sent.
 
     It says nothing of the provider, and ends the matter: nobody else pays for a refused key.
-    `status`, `kind` and `code` are for the client, as in `InputRefused`.
+    `status`, `kind` and `code` are for the client, as in `InvalidRequest`.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class OutOfDescriptors(EmbeddingError):
         )
 
 
-class AllResting(EmbeddingError):
+class NoProviderAvailable(EmbeddingError):
     """No provider may be asked just now; the next one may in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
@@ -156,7 +156,7 @@ class ProviderError(EmbeddingError):
         return self.refusal.retry_after if self.refusal else None
 
 
-class CredentialsRefused(ProviderError):
+class AuthenticationError(ProviderError):
     """The key that the proxy holds for this provider is not accepted, whatever is asked with it.
 
     401, or a 400 or 403 whose code or sentence says so (Google, DeepInfra).
@@ -171,14 +171,14 @@ class PermissionDenied(ProviderError):
     """
 
 
-class OutOfCredit(ProviderError):
+class QuotaExceeded(ProviderError):
     """The account has no credit: asking again will not help.
 
     402, or any status with a code that speaks of billing (`insufficient_quota`, `Arrearage`).
     """
 
 
-class ScopedQuotaExceeded(OutOfCredit):
+class ScopedQuotaExceeded(QuotaExceeded):
     """Credit is missing for this request, and not for the whole account.
 
     It is that of one model (DashScope's free tier), of one end user (`user`, LiteLLM), or too
@@ -194,26 +194,26 @@ class LoopDetected(ProviderError):
     """508: the provider's address leads back to this proxy. Asking again does not help."""
 
 
-class PassingFailure(ProviderError):
+class TransientError(ProviderError):
     """The same call may succeed in a moment."""
 
 
-class RateLimited(PassingFailure):
+class RateLimited(TransientError):
     """429: too many requests or tokens for now."""
 
 
-class Full(RateLimited):
+class LocalQueueFull(RateLimited):
     """The proxy's own queue before this provider has no room in time: no call was made.
 
     A client sees no difference. Of the provider it says nothing.
     """
 
 
-class UpstreamFault(PassingFailure):
+class UpstreamError(TransientError):
     """408, 409, 5xx and everything else that is the upstream's own fault."""
 
 
-class UpstreamTimeout(PassingFailure):
+class UpstreamTimeout(TransientError):
     """No whole answer within the limit of one attempt."""
 
 
@@ -221,15 +221,15 @@ class ConnectionTimeout(UpstreamTimeout):
     """No connection within its limit: no request reached the provider."""
 
 
-class Unreachable(PassingFailure):
+class Unreachable(TransientError):
     """Name resolution, connection or TLS failed, or the connection was lost."""
 
 
-class Unreadable(PassingFailure):
+class MalformedResponse(TransientError):
     """An answer with a status of success that is no JSON object: a gateway's page, or cut off."""
 
 
-class InvalidAnswer(PassingFailure):
+class InvalidAnswer(TransientError):
     """An answer with a status of success that fails a check.
 
     What of it may be used:

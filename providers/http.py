@@ -17,15 +17,15 @@ from embedding_proxy.providers.routing.throttle import estimate
 
 from . import answer, descriptors, error_body, tokens
 from .base import (
+    AuthenticationError,
     Charge,
     ClientKeyRefused,
     Context,
-    CredentialsRefused,
     Embedded,
     EmbeddingError,
-    Full,
     Input,
-    InputRefused,
+    InvalidRequest,
+    LocalQueueFull,
     Outcome,
     RateLimited,
     Space,
@@ -175,7 +175,7 @@ class HttpProvider:
         try:
             payload = orjson.dumps(self._payload(model, space, inputs, context))
         except orjson.JSONEncodeError as error:
-            raise InputRefused(f"The request cannot be sent on: {error}.") from error
+            raise InvalidRequest(f"The request cannot be sent on: {error}.") from error
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
         scope = scoped(model, space)
@@ -183,7 +183,7 @@ class HttpProvider:
             is_abandoned = context.attempt is not None and context.attempt.is_abandoned
             if is_abandoned or (context.is_needed is not None and not context.is_needed()):
                 # Raised so, it gives back its room within the limits.
-                raise Full(self.name, "nobody waits for the answer any more")
+                raise LocalQueueFull(self.name, "nobody waits for the answer any more")
             reply = await self._transport.post(self.path(model), payload, limit, context, headers)
         admission.learn(scope, reply.headers)
         read = partial(self._read, reply, model, space, inputs, credential)
@@ -193,9 +193,9 @@ class HttpProvider:
         except EmbeddingError as error:
             if isinstance(error, RateLimited) and error.retry_after is not None:
                 admission.hold(scope, error.retry_after)
-            elif isinstance(error, InputRefused) and not is_quoted(error, payload):
+            elif isinstance(error, InvalidRequest) and not is_quoted(error, payload):
                 self._batch_limits.learn_refused(model, inputs, len(payload), error)
-            elif isinstance(error, CredentialsRefused) and credential is not None:
+            elif isinstance(error, AuthenticationError) and credential is not None:
                 raise self._refused(credential, error) from error
             raise
         self._note(model, checked, inputs)
@@ -228,7 +228,7 @@ class HttpProvider:
     def _key_header(self, key: str) -> dict[str, str]:
         return {self._declared.key_header: self._declared.key_prefix + key}
 
-    def _refused(self, credential: Credential, error: CredentialsRefused) -> ClientKeyRefused:
+    def _refused(self, credential: Credential, error: AuthenticationError) -> ClientKeyRefused:
         """Return what a client is told whose key is not accepted; the log gets no word of it."""
         said = error.refusal
         if said is None:
@@ -314,7 +314,7 @@ class HttpProvider:
             )
         self.other_models[answered] += 1
 
-    def objection(self, space: Space) -> InputRefused | None:
+    def objection(self, space: Space) -> InvalidRequest | None:
         """Return why this upstream cannot be asked in that space, if it cannot.
 
         A field of the request may be unknown to it, or not the client's to say.
@@ -331,7 +331,7 @@ class HttpProvider:
                 problem = f"Unrecognized request argument supplied: {name}"
             else:
                 continue
-            return InputRefused(problem, param=name)
+            return InvalidRequest(problem, param=name)
         return None
 
     def _payload(

@@ -16,7 +16,7 @@ from .http import HttpProvider
 from .openai import OpenAI
 from .openrouter import OpenRouter
 from .profile import Profile
-from .ready import READY
+from .ready import PROFILES
 from .routing.route import Provider
 
 GROUP = "embedding_proxy.providers"
@@ -63,7 +63,7 @@ KINDS: dict[str, Kind] = {
     "openai": Kind(OpenAI.profile, OpenAI),
     "openrouter": Kind(OpenRouter.profile, OpenRouter),
     "azure": Kind(Azure.profile, Azure),
-    **{name: Kind(profile) for name, profile in READY.items()},
+    **{name: Kind(profile) for name, profile in PROFILES.items()},
 }
 """The built-in kinds, but for `local`, which has nothing to declare."""
 

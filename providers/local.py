@@ -18,8 +18,8 @@ from .base import (
     Context,
     Embedded,
     Input,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
     NoRoute,
     Outcome,
     Space,
@@ -71,13 +71,13 @@ class Local:
         inputs: Sequence[Input],
         context: Context,  # noqa: ARG002 - it takes milliseconds
     ) -> Embedded:
-        """Embed texts. Raises InputRefused for token arrays, extra fields and overlong texts."""
+        """Embed texts. Raises InvalidRequest for token arrays, extra fields and overlong texts."""
         if space.parameters:
             names = ", ".join(name for name, _ in space.parameters)
-            raise InputRefused(f"Unrecognized request argument supplied: {names}")
+            raise InvalidRequest(f"Unrecognized request argument supplied: {names}")
         texts = [item for item in inputs if isinstance(item, str)]
         if len(texts) != len(inputs):
-            raise InputRefused("The local model takes texts, not token arrays.", param="input")
+            raise InvalidRequest("The local model takes texts, not token arrays.", param="input")
         loop = asyncio.get_running_loop()
         vectors, tokens = await loop.run_in_executor(self._thread, self._compute, texts)
         for i, numbers in enumerate(vectors):
@@ -97,7 +97,7 @@ class Local:
         model = self._model = self._model or _load()
         for i, text in enumerate(texts):
             if not text or not _encodable(text):
-                raise InputRefused("An input is empty or no Unicode.", param="input", index=i)
+                raise InvalidRequest("An input is empty or no Unicode.", param="input", index=i)
             if len(text) > CONTEXT * _LONGEST_PIECE:
                 raise _too_long(i)
         vectors, counts = [], []
@@ -120,8 +120,8 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _too_long(index: int) -> InputRefused:
-    return InputRefused(
+def _too_long(index: int) -> InvalidRequest:
+    return InvalidRequest(
         f"This model's maximum context length is {CONTEXT} tokens; an input has more.",
         param="input",
         index=index,

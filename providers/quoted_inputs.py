@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from .readings import readings
 
-MASK = "***"
+INPUT_MASK = "***"
 NOT_SHOWN = "(the message repeats an input, and is not shown)"
 MIN_QUOTED = 16
 """Characters of an input by which it is recognised. A shorter one may be a part of any sentence."""
@@ -63,7 +63,7 @@ class QuotedInputs:
             begin = max(0, place - (at - end))
             before = _common(lower[end:at][::-1], text[begin:place][::-1])
             after = _common(lower[at:], text[place : place + len(lower) - at])
-            kept += [line[end : at - before], MASK]
+            kept += [line[end : at - before], INPUT_MASK]
             end = at = at + after
         return "".join([*kept, line[end:]]) if kept else message
 

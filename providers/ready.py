@@ -10,7 +10,7 @@ from .profile import Profile
 # What a local server can do at once is little; more calls would only wait inside it.
 _LOCAL = Limits(inputs=256, tokens=None, concurrency=4)
 
-READY: dict[str, Profile] = {
+PROFILES: dict[str, Profile] = {
     "openai_compatible": Profile(limits=Limits(tokens=None)),
     "mistral": Profile(
         base_url="https://api.mistral.ai/v1",

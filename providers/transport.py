@@ -24,7 +24,7 @@ from .base import (
     LoopDetected,
     OutOfDescriptors,
     Unreachable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
 from .base_url import BaseUrl
@@ -130,7 +130,7 @@ class Transport:
         Raises DeadlineExceeded when the request's time is up, UpstreamTimeout when this attempt's
         is (ConnectionTimeout when there is no connection in time), or the reply does not begin in
         time or arrives too slowly, Unreachable when there is no connection or it was lost,
-        UpstreamFault for a reply beyond `limit`, one that cannot be decoded, a redirect or a 407,
+        UpstreamError for a reply beyond `limit`, one that cannot be decoded, a redirect or a 407,
         LoopDetected for a 508.
         """
         now = asyncio.get_running_loop().time()
@@ -179,17 +179,17 @@ class Transport:
                 descriptors.warn(f"no connection to {self._provider} can be made")
                 raise OutOfDescriptors from error
             if is_final(error):
-                raise UpstreamFault(self._provider, reason(error)) from error
+                raise UpstreamError(self._provider, reason(error)) from error
             raise Unreachable(self._provider, reason(error)) from error
         finally:
             attempt.end()
 
     def _check_status(self, status: int) -> None:
-        """Raise UpstreamFault or LoopDetected for a status that no upstream answers with itself."""
+        """Raise UpstreamError or LoopDetected for a status that no upstream answers with itself."""
         if 300 <= status < 400:
-            raise UpstreamFault(self._provider, "answered with a redirect; not followed")
+            raise UpstreamError(self._provider, "answered with a redirect; not followed")
         if status == 407:
-            raise UpstreamFault(self._provider, PROXY_CREDENTIALS_REFUSED)
+            raise UpstreamError(self._provider, PROXY_CREDENTIALS_REFUSED)
         if status == 508:
             raise LoopDetected(
                 self._provider,
@@ -202,7 +202,7 @@ class Transport:
 
         Both sizes are bounded, the sent and the decoded one. Between the pieces of a chunk that
         decodes to many, the event loop runs. A body that cannot be decoded is empty where the
-        status says what is wrong. Raises UpstreamFault, UpstreamTimeout, Unreachable.
+        status says what is wrong. Raises UpstreamError, UpstreamTimeout, Unreachable.
         """
         window = self._timeouts.rate_window_s
         clock = asyncio.get_running_loop().time
@@ -230,7 +230,7 @@ class Transport:
         except DecodeError as error:
             if response.status >= 400:
                 return b""
-            raise UpstreamFault(self._provider, str(error)) from error
+            raise UpstreamError(self._provider, str(error)) from error
         except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as error:
             raise Unreachable(self._provider, reason(error, received)) from error
         return b"".join(body.pieces)
@@ -260,7 +260,7 @@ class _Body:
         self.pieces: list[bytes] = []
 
     async def take(self, pieces: Iterator[bytes]) -> None:
-        """Add pieces; after each full one the event loop runs. Raises UpstreamFault."""
+        """Add pieces; after each full one the event loop runs. Raises UpstreamError."""
         for piece in pieces:
             self.pieces.append(piece)
             self._size += len(piece)
@@ -269,6 +269,6 @@ class _Body:
                 await asyncio.sleep(0)
 
     def check(self, size: int) -> None:
-        """Raise UpstreamFault for a size beyond the limit."""
+        """Raise UpstreamError for a size beyond the limit."""
         if size > self._limit:
-            raise UpstreamFault(self._provider, "the answer is far larger than expected")
+            raise UpstreamError(self._provider, "the answer is far larger than expected")

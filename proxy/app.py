@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 from aiohttp import web
-from embedding_proxy.proxy.http.access import Access
+from embedding_proxy.proxy.http.access import Authenticator
 from embedding_proxy.proxy.http.caller import CALLER
 from embedding_proxy.proxy.http.connection_limits import ConnectionLimits
 from embedding_proxy.proxy.http.cors import Cors
@@ -24,7 +24,7 @@ from embedding_proxy.proxy.http.runner import (
     UNREAD,
 )
 from embedding_proxy.proxy.http.status import Status
-from embedding_proxy.proxy.onward.origin import PREFIXES, Origin
+from embedding_proxy.proxy.onward.origin import PREFIXES, PassthroughUpstream
 from embedding_proxy.proxy.onward.passthrough import Passthrough
 from embedding_proxy.proxy.settings.schema import Settings
 
@@ -45,7 +45,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     """
     service = service or EmbeddingService(settings)
     server = settings.server
-    access, cors = Access(server.keys), Cors(server.cors)
+    access, cors = Authenticator(server.keys), Cors(server.cors)
     app = web.Application(
         middlewares=[guard(access, cors, OriginCheck(server, cors)), loop_guard(settings)]
     )
@@ -58,7 +58,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app[UNREAD] = unread = UnreadReplies(int(server.max_unread_mib * MIB))
     passthrough = None
     if settings.passes_to is not None:
-        origin = Origin(settings, access)
+        origin = PassthroughUpstream(settings, access)
         passthrough = Passthrough(origin, settings)
 
         async def open_origin(_: web.Application) -> AsyncIterator[None]:
@@ -86,7 +86,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     embeddings: Embeddings,
     service: EmbeddingService,
     settings: Settings,
-    access: Access,
+    access: Authenticator,
     passthrough: Passthrough | None,
 ) -> None:
     models, server = Models(service, passthrough), settings.server

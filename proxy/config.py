@@ -11,7 +11,7 @@ from typing import Any
 
 from embedding_proxy.proxy.settings import references, yaml_file
 from embedding_proxy.proxy.settings.problem import ConfigError, Problem
-from embedding_proxy.proxy.settings.problem import Path as KeyPath
+from embedding_proxy.proxy.settings.problem import KeyPath as KeyPath
 from embedding_proxy.proxy.settings.references import Purpose
 from embedding_proxy.proxy.settings.schema import Settings
 from embedding_proxy.proxy.settings.section import FOLDER, INSPECTED

@@ -8,8 +8,8 @@ import orjson
 from aiohttp import web
 from embedding_proxy.providers.base import EmbeddingError, Vector
 from embedding_proxy.proxy.embedding.result import Result
-from embedding_proxy.proxy.http.caller import Caller
-from embedding_proxy.proxy.http.index_field import NOTHING_SAID
+from embedding_proxy.proxy.http.caller import Client
+from embedding_proxy.proxy.http.index_field import NO_INDEX_OPTIONS
 from embedding_proxy.proxy.http.pace import UnreadReplies
 from embedding_proxy.proxy.http.request_log import MODEL
 from embedding_proxy.proxy.http.response_cache import (
@@ -52,7 +52,7 @@ class Embeddings:
         self._json_cache = json_cache
         self._unread = unread
 
-    async def post(self, request: web.Request, body: bytes, caller: Caller) -> web.StreamResponse:
+    async def post(self, request: web.Request, body: bytes, caller: Client) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
         # `Pragma` is not looked at: RFC 9111 keeps it for HTTP/1.0 clients, and says no more.
         control = cache_control.counted(
@@ -74,7 +74,7 @@ class Embeddings:
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
-        form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
+        form = wire.ResponseFormat(result.dimensions, asked.encoding, asked.model, result.tokens)
         hits = Hits(form, _headers(result), self._service.again(result, asked.index))
         self._hit_cache.put(digest, hits, len(asked.inputs))
         if not (caller.api_key or "Content-Encoding" in request.headers):
@@ -90,7 +90,7 @@ class Embeddings:
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
-        if len(asked.inputs) > _FEW or asked.parameters or asked.index != NOTHING_SAID:
+        if len(asked.inputs) > _FEW or asked.parameters or asked.index != NO_INDEX_OPTIONS:
             return None
         told = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
         return asked, orjson.dumps(told)
@@ -109,7 +109,7 @@ class Embeddings:
         vectors = result.embedded.vectors
         again = self._service.again(result, asked.index)
         reuse = None if again is None else again.reuse_of(vectors)
-        form = wire.Form(result.dimensions, asked.encoding, asked.model, result.tokens)
+        form = wire.ResponseFormat(result.dimensions, asked.encoding, asked.model, result.tokens)
         text = b"".join(wire.render(vectors, form, self._json_cache.json))
         return SyncResponse(_headers(result), text, reuse, len(vectors))
 

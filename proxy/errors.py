@@ -11,24 +11,24 @@ import orjson
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 from embedding_proxy.providers.base import (
-    AllResting,
+    AuthenticationError,
     ClientKeyRefused,
-    CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
     LoopDetected,
+    MalformedResponse,
     ModelNotFound,
+    NoProviderAvailable,
     NoRoute,
-    OutOfCredit,
     OutOfDescriptors,
     PermissionDenied,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Unreachable,
-    Unreadable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
 from embedding_proxy.providers.ratelimit import tellable
@@ -95,24 +95,24 @@ _TABLE: tuple[tuple[type[EmbeddingError], int, str, str, bool], ...] = (
     (NoRoute, 403, "server_error", "provider_not_configured", False),
     (DeadlineExceeded, 504, "server_error", "timeout", True),
     (OutOfDescriptors, 503, "server_error", "proxy_overloaded", True),
-    (AllResting, 503, "server_error", "upstream_unavailable", True),
-    (CredentialsRefused, 403, "server_error", "upstream_auth", False),
+    (NoProviderAvailable, 503, "server_error", "upstream_unavailable", True),
+    (AuthenticationError, 403, "server_error", "upstream_auth", False),
     (PermissionDenied, 403, "invalid_request_error", "upstream_permission_denied", False),
-    (OutOfCredit, 429, "insufficient_quota", "insufficient_quota", False),
+    (QuotaExceeded, 429, "insufficient_quota", "insufficient_quota", False),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found", False),
     (LoopDetected, 508, "server_error", "loop_detected", False),
     (RateLimited, 429, "requests", "rate_limit_exceeded", True),
     (UpstreamTimeout, 504, "server_error", "upstream_timeout", True),
-    (Unreadable, 502, "server_error", "upstream_invalid_answer", True),
+    (MalformedResponse, 502, "server_error", "upstream_invalid_answer", True),
     (InvalidAnswer, 502, "server_error", "upstream_invalid_answer", True),
     (Unreachable, 502, "server_error", "upstream_unreachable", True),
-    (UpstreamFault, 502, "server_error", "upstream_error", True),
+    (UpstreamError, 502, "server_error", "upstream_error", True),
 )
 
 
 def failure(error: EmbeddingError) -> Failure:
     """Return what a client is told of an error."""
-    if isinstance(error, InputRefused):
+    if isinstance(error, InvalidRequest):
         return Failure(error.status, str(error), error.kind, error.param, error.code)
     if isinstance(error, ClientKeyRefused):
         return Failure(error.status, str(error), error.kind, None, error.code)
@@ -122,17 +122,19 @@ def failure(error: EmbeddingError) -> Failure:
     _, status, type_, code, again = row
     said = error.refusal if isinstance(error, ProviderError) else None
     if said is not None and isinstance(
-        error, OutOfCredit | RateLimited | ModelNotFound | PermissionDenied
+        error, QuotaExceeded | RateLimited | ModelNotFound | PermissionDenied
     ):
         # These are for the client to act on: it gets the upstream's own words and codes.
         status, type_, code = said.status, said.kind or type_, said.code or code
-    elif said is not None and isinstance(error, UpstreamFault) and said.status in (503, 504):
+    elif said is not None and isinstance(error, UpstreamError) and said.status in (503, 504):
         status = said.status
-    if isinstance(error, UpstreamFault) and not is_transient(error):
+    if isinstance(error, UpstreamError) and not is_transient(error):
         again = False
     wait = None
     if again:
-        asked = error.retry_after if isinstance(error, AllResting | ProviderError) else None
+        asked = (
+            error.retry_after if isinstance(error, NoProviderAvailable | ProviderError) else None
+        )
         wait = RETRY_SECONDS if asked is None else asked
     return Failure(status, str(error), type_, error.param, code, wait)
 

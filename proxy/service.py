@@ -17,25 +17,25 @@ from typing import Self
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_HEADINGS, Again, By, Heading, Line
+from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line, Reusable
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import Input
-from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.slices import SLICE
-from embedding_proxy.proxy.commands.known import Known, known
-from embedding_proxy.proxy.embedding.answering import Answering
-from embedding_proxy.proxy.embedding.bringing import brought
-from embedding_proxy.proxy.embedding.canary import Canaries
+from embedding_proxy.proxy.commands.known import CostPreview, preview_cost
+from embedding_proxy.proxy.embedding.answering import EmbeddingPipeline
+from embedding_proxy.proxy.embedding.bringing import apply_dimension_strategy
+from embedding_proxy.proxy.embedding.canary import DriftCheck
 from embedding_proxy.proxy.embedding.client_keys import ClientKeys
 from embedding_proxy.proxy.embedding.indexing import Indexing
 from embedding_proxy.proxy.embedding.learned import WIDTHS_FILE, LearnedDimensions
 from embedding_proxy.proxy.embedding.opening import open_providers
-from embedding_proxy.proxy.embedding.questions import Questions
+from embedding_proxy.proxy.embedding.questions import SearchMixin
 from embedding_proxy.proxy.embedding.registry import Model, Registry
 from embedding_proxy.proxy.embedding.result import Result
-from embedding_proxy.proxy.http.caller import Caller, Secret
+from embedding_proxy.proxy.http.caller import Client, Secret
 from embedding_proxy.proxy.settings.schema import Settings
 
 from . import wire
@@ -43,7 +43,7 @@ from .config import load
 from .embedding import canary, indexing
 from .embedding.request_fields import classify
 from .http import index_field
-from .http.index_field import NOTHING_SAID, Wish
+from .http.index_field import NO_INDEX_OPTIONS, IndexOptions
 from .wire import EmbeddingRequest
 
 MIB = 1 << 20
@@ -53,7 +53,7 @@ REPLIES_SHARE = 0.5
 """The part of the memory that is left to whole replies (see `http.response_cache`)."""
 
 
-class EmbeddingService(Questions):
+class EmbeddingService(SearchMixin):
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
     def __init__(
@@ -63,10 +63,10 @@ class EmbeddingService(Questions):
         self.settings = settings
         self._sleep = sleep
         self._registry: Registry | None = None
-        self._answering: Answering | None = None
-        self.upstreams = Upstreams()
+        self._answering: EmbeddingPipeline | None = None
+        self.upstreams = HealthRegistry()
         """What is known of the providers: breakers, counters."""
-        self.canaries: Canaries | None = None
+        self.canaries: DriftCheck | None = None
         self.indexing: Indexing | None = None
         """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
@@ -119,7 +119,7 @@ class EmbeddingService(Questions):
             client_keys = None
             if any(one.by_client for one in self.settings.providers.values() if one):
                 client_keys = ClientKeys(self.settings, store.folder)
-            self._answering = Answering(self.settings, self._registry, client_keys)
+            self._answering = EmbeddingPipeline(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
                 self.indexing = await stack.enter_async_context(
                     Indexing(
@@ -128,7 +128,7 @@ class EmbeddingService(Questions):
                 )
             if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
                 self.canaries = await stack.enter_async_context(
-                    Canaries(
+                    DriftCheck(
                         self._registry.models,
                         self.upstreams,
                         store.folder / "canaries.json",
@@ -227,22 +227,26 @@ class EmbeddingService(Questions):
             user=user,
             parameters=further.parameters,
             neutral=further.neutral,
-            index=index_field.parse(index, len(parsed)),
+            index=index_field.parse_index_options(index, len(parsed)),
         )
-        return await self.answer(asked, Caller(namespace, client, Secret(api_key)), cache_control)
+        return await self.answer(asked, Client(namespace, client, Secret(api_key)), cache_control)
 
-    async def look(self, inputs: Sequence[str], model: str, *, namespace: str = "") -> list[Known]:
+    async def look(
+        self, inputs: Sequence[str], model: str, *, namespace: str = ""
+    ) -> list[CostPreview]:
         """Return what is known of texts before anything is bought. Raises EmbeddingError."""
         if self._registry is None or self._tiers is None:
             raise RuntimeError("the service is not open")
-        return await known(self._registry.get(model), self._tiers, inputs, Namespace(namespace))
+        return await preview_cost(
+            self._registry.get(model), self._tiers, inputs, Namespace(namespace)
+        )
 
-    def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
+    def at_hand(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result | None:
         """Return what `answer` would, already counted, if it need not be waited for; else None.
 
         Raises EmbeddingError.
         """
-        if self._answering is None or asked.index != NOTHING_SAID:
+        if self._answering is None or asked.index != NO_INDEX_OPTIONS:
             return None
         result = self._answering.at_hand(asked, caller, control)
         if result is None or result.embedded.again is None:
@@ -252,7 +256,7 @@ class EmbeddingService(Questions):
         result.embedded.again.count()
         return result
 
-    def again(self, result: Result, index: Wish) -> Again | None:
+    def again(self, result: Result, index: IndexOptions) -> Reusable | None:
         """Return what gives this answer to the same request once more; None to have it asked anew.
 
         What stood in may not be needed again; and points that are not known to be indexed are.
@@ -262,7 +266,7 @@ class EmbeddingService(Questions):
             return again
         return self.indexing.again(again, index, result)
 
-    async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str = "") -> Result:
+    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.
 
         What is answered is indexed where the configuration says so. `control` is its
@@ -273,7 +277,9 @@ class EmbeddingService(Questions):
             raise unable
         if self._answering is None:
             raise RuntimeError("the service is not open")
-        result = await brought(await self._answering.answer(asked, caller, control))
+        result = await apply_dimension_strategy(
+            await self._answering.answer(asked, caller, control)
+        )
         if self.indexing is not None:
             await self.indexing.take(asked.index, control, result)
         return result

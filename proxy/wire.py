@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias
 
 import orjson
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import Input, InputRefused, Vector
+from embedding_proxy.providers.base import Input, InvalidRequest, Vector
 from embedding_proxy.proxy.embedding.request_fields import classify
-from embedding_proxy.proxy.http.index_field import NOTHING_SAID, Wish
+from embedding_proxy.proxy.http.index_field import NO_INDEX_OPTIONS, IndexOptions
 
 from .http import index_field
 
@@ -45,7 +45,7 @@ class EmbeddingRequest:
     user: str | None
     parameters: Mapping[str, object]
     """Further fields that may change the numbers: sent on, and part of the space."""
-    index: Wish = NOTHING_SAID
+    index: IndexOptions = NO_INDEX_OPTIONS
     """What is to be indexed; it is for the proxy, and sent to nobody."""
     neutral: Mapping[str, object] = field(default_factory=dict)
     """Further fields that change no number: for providers that declare them."""
@@ -57,7 +57,7 @@ def parse(
     model: str | None = None,
     on_model: Callable[[str], None] | None = None,
 ) -> EmbeddingRequest:
-    """Read a request body. Raises InputRefused, status 400, for whatever OpenAI would refuse.
+    """Read a request body. Raises InvalidRequest, status 400, for whatever OpenAI would refuse.
 
     A field that is null is taken as absent. `most_inputs` is the longest `input`; None = any.
     `model` is what the path names, for older forms of the API; it counts before the body's.
@@ -69,31 +69,31 @@ def parse(
     except orjson.JSONDecodeError as error:
         raise _unreadable(body, error) from error
     if not isinstance(fields, dict):
-        raise InputRefused("The request body must be a JSON object.")
+        raise InvalidRequest("The request body must be a JSON object.")
     fields = {name: value for name, value in fields.items() if value is not None}
     named = fields.pop("model", None)
     model = named if model is None else model
     if model is None:
-        raise InputRefused("You must provide a model parameter.", param="model")
+        raise InvalidRequest("You must provide a model parameter.", param="model")
     if not isinstance(model, str) or not model:
-        raise InputRefused("'model' must be a non-empty string.", param="model")
+        raise InvalidRequest("'model' must be a non-empty string.", param="model")
     if on_model is not None:
         on_model(model)
     dimensions = fields.pop("dimensions", None)
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        raise InputRefused("'dimensions' must be an integer of at least 1.", param="dimensions")
+        raise InvalidRequest("'dimensions' must be an integer of at least 1.", param="dimensions")
     encoding = fields.pop("encoding_format", "float")
     if encoding not in ("float", "base64"):
-        raise InputRefused(
+        raise InvalidRequest(
             "'encoding_format' must be 'float' or 'base64'.", param="encoding_format"
         )
     user = fields.pop("user", None)
     if user is not None and not isinstance(user, str):
-        raise InputRefused("'user' must be a string.", param="user")
+        raise InvalidRequest("'user' must be a string.", param="user")
     value, wish = fields.pop("input", None), fields.pop("index", None)
     further = classify(fields)
     inputs = parse_input(value, most_inputs)
-    index = index_field.parse(wish, len(inputs))
+    index = index_field.parse_index_options(wish, len(inputs))
     return EmbeddingRequest(
         model, inputs, dimensions, encoding, user, further.parameters, index, further.neutral
     )
@@ -154,7 +154,7 @@ def _tokens(item: object, where: str) -> tuple[int, ...]:
     return tuple(item)
 
 
-def _unreadable(body: bytes, error: orjson.JSONDecodeError) -> InputRefused:
+def _unreadable(body: bytes, error: orjson.JSONDecodeError) -> InvalidRequest:
     """Return why a body cannot be read; half of a surrogate pair is named by its place.
 
     `json` reads it where orjson does not: it is well-formed JSON, but no Unicode.
@@ -164,14 +164,14 @@ def _unreadable(body: bytes, error: orjson.JSONDecodeError) -> InputRefused:
             found = _half_pair(json.loads(body.decode("utf-8", "surrogatepass")), ())
             if found is not None:
                 place = "".join(f"[{one}]" if type(one) is int else f".{one}" for one in found)
-                return InputRefused(
+                return InvalidRequest(
                     f"'${place}' is invalid: it holds half of a surrogate pair, which is no"
                     " Unicode.",
                     param=str(found[0]) if found else None,
                 )
     except (ValueError, RecursionError):
         pass
-    return InputRefused(f"The request body could not be parsed as JSON: {error}.")
+    return InvalidRequest(f"The request body could not be parsed as JSON: {error}.")
 
 
 def _half_pair(value: object, place: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
@@ -199,12 +199,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _invalid(problem: str, where: str) -> InputRefused:
-    return InputRefused(f"'$.input{where}' is invalid: it {problem}.", param="input")
+def _invalid(problem: str, where: str) -> InvalidRequest:
+    return InvalidRequest(f"'$.input{where}' is invalid: it {problem}.", param="input")
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ResponseFormat:
     """How a reply is given."""
 
     dimensions: int
@@ -218,7 +218,7 @@ class Form:
     def vectors_a_chunk(self) -> int:
         """How many vectors are rendered at a time, in about a millisecond at most.
 
-        >>> [Form(1536, encoding, "m", 1).vectors_a_chunk for encoding in ("base64", "float")]
+        >>> [ResponseFormat(1536, encoding, "m", 1).vectors_a_chunk for encoding in ("base64", "float")]
         [12, 5]
         """
         numbers = self.dimensions * (12 if self.encoding == "float" else 5)
@@ -242,7 +242,9 @@ class Form:
 
 
 def render(
-    vectors: Sequence[Vector], form: Form, to_json: Callable[[Vector], bytes] = vector.to_json
+    vectors: Sequence[Vector],
+    form: ResponseFormat,
+    to_json: Callable[[Vector], bytes] = vector.to_json,
 ) -> Iterator[bytes]:
     """Yield the reply in chunks of about `CHUNK` bytes, indices 0…n-1 in the order given.
 

@@ -1,4 +1,4 @@
-"""Canaries: a provider that changes its model in silence is noticed; nobody else is troubled."""
+"""DriftCheck: a provider that changes its model in silence is noticed; nobody else is troubled."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ import pytest
 from clock import Clock
 from embedding_proxy.providers.probe import TEXTS
 from embedding_proxy.proxy.embedding import canary
-from embedding_proxy.proxy.embedding.canary import Canaries
+from embedding_proxy.proxy.embedding.canary import DriftCheck
 from fault_server import status, vector_of
 
 MODEL = "text-embedding-3-small"
@@ -19,7 +19,7 @@ DAY = 86_400
 def clock(monkeypatch):
     """Give a clock for canaries, and make every service use it."""
     made = Clock()
-    monkeypatch.setattr(Canaries.__init__, "__kwdefaults__", {"clock": made})
+    monkeypatch.setattr(DriftCheck.__init__, "__kwdefaults__", {"clock": made})
     return made
 
 
@@ -150,7 +150,7 @@ async def test_they_are_looked_after_in_the_background(upstream, start_proxy, mo
         looks += 1
         raise RuntimeError("made up")
 
-    monkeypatch.setattr(Canaries, "look", look)
+    monkeypatch.setattr(DriftCheck, "look", look)
     proxy = await start_proxy(openai=upstream)
     while looks < 3:
         await proxy.post({"model": MODEL, "input": "a"})

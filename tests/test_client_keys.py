@@ -25,7 +25,7 @@ from embedding_proxy.proxy.commands.migrating import Target, named
 from embedding_proxy.proxy.config import load
 from embedding_proxy.proxy.embedding import client_keys, client_secret, opening, proofs
 from embedding_proxy.proxy.embedding.by_client import ByClient
-from embedding_proxy.proxy.embedding.proofs import Proofs, Standing
+from embedding_proxy.proxy.embedding.proofs import KeyStatus, Proofs
 from embedding_proxy.proxy.service import EmbeddingService
 from embedding_proxy.proxy.settings.schema import Settings
 from fault_server import hang, status, tokens_of, vector_of
@@ -834,28 +834,28 @@ def test_a_proof_by_the_clock(tmp_path):
     """Fresh for an hour, good for a day, deferred for a minute; files of the past are deleted."""
     now = 1_800_000_000.0
     known = Proofs(tmp_path / "p", lambda: now)
-    assert known.standing("a") is Standing.UNKNOWN
+    assert known.standing("a") is KeyStatus.UNKNOWN
     known.accepted("a")
     start = now
     for age, want in (
-        (0, Standing.PROVED),
-        (proofs.FRESH_S - 1, Standing.PROVED),
-        (proofs.FRESH_S, Standing.DUE),
-        (proofs.STALE_S - 1, Standing.DUE),
-        (proofs.STALE_S, Standing.UNKNOWN),
-        (-1, Standing.UNKNOWN),
+        (0, KeyStatus.PROVED),
+        (proofs.FRESH_S - 1, KeyStatus.PROVED),
+        (proofs.FRESH_S, KeyStatus.DUE),
+        (proofs.STALE_S - 1, KeyStatus.DUE),
+        (proofs.STALE_S, KeyStatus.UNKNOWN),
+        (-1, KeyStatus.UNKNOWN),
     ):
         now = start + age
         assert known.standing("a") is want
-        assert Proofs(tmp_path / "p", lambda: start).standing("a") is Standing.PROVED
-        assert known.standing("b") is Standing.UNKNOWN
+        assert Proofs(tmp_path / "p", lambda: start).standing("a") is KeyStatus.PROVED
+        assert known.standing("b") is KeyStatus.UNKNOWN
     now = start + proofs.FRESH_S
     known.defer("a")
-    assert known.standing("a") is Standing.PROVED
+    assert known.standing("a") is KeyStatus.PROVED
     now += proofs.AGAIN_S
-    assert known.standing("a") is Standing.DUE
+    assert known.standing("a") is KeyStatus.DUE
     known.accepted("a")
-    assert known.standing("a") is Standing.PROVED
+    assert known.standing("a") is KeyStatus.PROVED
     now += proofs.STALE_S + 1
     Proofs(tmp_path / "p", lambda: now)
     assert not list((tmp_path / "p").iterdir())
@@ -886,9 +886,9 @@ def test_a_refusal_by_the_clock(tmp_path):
             known.standing("a")
         assert (caught.value.status, caught.value.code) == (403, "c")
         now += proofs.REFUSED_S - 1 if now < 1_800_000_001 else 0
-    assert Proofs(tmp_path / "p", lambda: now).standing("a") is Standing.UNKNOWN
+    assert Proofs(tmp_path / "p", lambda: now).standing("a") is KeyStatus.UNKNOWN
     now += 1
-    assert known.standing("a") is Standing.UNKNOWN
+    assert known.standing("a") is KeyStatus.UNKNOWN
 
 
 def test_proofs_without_a_disk(tmp_path):
@@ -896,7 +896,7 @@ def test_proofs_without_a_disk(tmp_path):
     (tmp_path / "file").touch()
     known = Proofs(tmp_path / "file" / "p")
     known.accepted("a")
-    assert known.standing("a") is Standing.PROVED
+    assert known.standing("a") is KeyStatus.PROVED
     known.refused("a", ClientKeyRefused("no"))
 
 

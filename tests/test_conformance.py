@@ -19,8 +19,8 @@ from embedding_proxy.providers import answer, tokens, vector
 from embedding_proxy.providers.base import Outcome
 from embedding_proxy.providers.http import HttpProvider
 from embedding_proxy.proxy import wire
-from embedding_proxy.proxy.http.access import Access
-from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.http.access import Authenticator
+from embedding_proxy.proxy.http.caller import Client
 from fault_server import FaultServer, vector_of
 
 MODEL = "text-embedding-3-small"
@@ -308,7 +308,7 @@ async def access_comes_first(bench: Bench) -> None:
 
 
 def access_is_not_asked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Access, "admit", lambda *_: Caller())
+    patch.setattr(Authenticator, "admit", lambda *_: Client())
 
 
 Check = Callable[[Bench], Awaitable[None]]

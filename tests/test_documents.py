@@ -13,10 +13,10 @@ from embedding_proxy.proxy.config import load
 from embedding_proxy.proxy.onward import headers
 from embedding_proxy.proxy.onward.origin import PREFIXES
 from embedding_proxy.proxy.settings.index_section import Qdrant
-from embedding_proxy.proxy.settings.model_entry import Model, Route
-from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, Provider, Settings
+from embedding_proxy.proxy.settings.model_entry import ModelConfig, RouteConfig
+from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, ProviderConfig, Settings
 from embedding_proxy.proxy.settings.section import Section
-from embedding_proxy.proxy.settings.upstreams import Limits
+from embedding_proxy.proxy.settings.upstreams import LimitsConfig
 from fault_server import status
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN: dict[str, Any] = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 
 # Names that are the operator's to choose, and what stands below each.
-NAMED = {"providers": Provider, "models": Model}
+NAMED = {"providers": ProviderConfig, "models": ModelConfig}
 
 
 def _section(annotation: object) -> type[Section] | None:
@@ -90,20 +90,20 @@ def test_the_providers_shown_are_the_default_ones():
     """The default providers are shown under their own names, the first with every key it has."""
     assert tuple(SHOWN["providers"]) == DEFAULT_PROVIDERS
     for name, entry in SHOWN["providers"].items():
-        shown, alone = Provider(**entry), Provider(kind=name)
+        shown, alone = ProviderConfig(**entry), ProviderConfig(kind=name)
         assert entry["kind"] == name
         if name != "local":
             assert shown.as_profile() == alone.as_profile()
             assert {"base_url", "api_key_env"} <= entry.keys()
     first = SHOWN["providers"]["openai"]
-    assert first.keys() == Provider.model_fields.keys()
-    assert first["limits"].keys() == Limits.model_fields.keys()
+    assert first.keys() == ProviderConfig.model_fields.keys()
+    assert first["limits"].keys() == LimitsConfig.model_fields.keys()
 
 
 def test_the_defaults_of_a_providers_keys_are_openais():
     """What a key's type says is its default is what config.yaml shows, and what OpenAI declares."""
-    shown = Provider(**SHOWN["providers"]["openai"])
-    bare = Provider(kind="openai", base_url=shown.base_url, api_key_env=shown.api_key_env)
+    shown = ProviderConfig(**SHOWN["providers"]["openai"])
+    bare = ProviderConfig(kind="openai", base_url=shown.base_url, api_key_env=shown.api_key_env)
     assert shown == bare
 
 
@@ -111,9 +111,9 @@ def test_the_models_shown_are_what_the_catalogue_says():
     """The example shows every key of a model and of a route, and changes nothing."""
     assert SHOWN["models"]
     for name, entry in SHOWN["models"].items():
-        assert entry.keys() == Model.model_fields.keys()
-        assert all(route.keys() == Route.model_fields.keys() for route in entry["routes"])
-        assert Model.model_validate(entry) == Settings().models[name]
+        assert entry.keys() == ModelConfig.model_fields.keys()
+        assert all(route.keys() == RouteConfig.model_fields.keys() for route in entry["routes"])
+        assert ModelConfig.model_validate(entry) == Settings().models[name]
 
 
 def test_every_model_of_a_default_provider_is_in_the_readme():

@@ -9,7 +9,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from embedding_proxy.providers.base import Charge, Embedded, InputRefused, Outcome
+from embedding_proxy.providers.base import Charge, Embedded, InvalidRequest, Outcome
 from embedding_proxy.providers.limits import Limits
 from embedding_proxy.proxy import service as service_module
 from embedding_proxy.proxy.service import EmbeddingService
@@ -34,7 +34,7 @@ class Provider:
         await asyncio.sleep(0)
         self.asked += inputs
         if self.bad in inputs:
-            raise InputRefused("bad", param="input", index=inputs.index(self.bad))
+            raise InvalidRequest("bad", param="input", index=inputs.index(self.bad))
         count = len(inputs)
         return Embedded(
             vectors=[repr(item).encode().ljust(4 * WIDTH, b"?")[-4 * WIDTH :] for item in inputs],
@@ -163,7 +163,7 @@ async def test_a_bad_input_of_a_large_request_is_named_by_its_own_place(opened):
     service, provider = opened
     inputs = texts(2 * MANY, "text")
     provider.bad = inputs[3000]
-    with pytest.raises(InputRefused, match=r"bad \(input 3000\)") as caught:
+    with pytest.raises(InvalidRequest, match=r"bad \(input 3000\)") as caught:
         await service.embed(inputs, "m")
     assert caught.value.index == 3000
     asked = [text for text in provider.asked if text != provider.bad]
@@ -182,7 +182,7 @@ async def test_what_is_missing_of_a_large_request_is_counted_as_a_whole(opened):
     provider.asked.clear()
     inputs = texts(2500, "known") + texts(1000, "new") + texts(2100, "known")
     with pytest.raises(
-        InputRefused, match=r"1600 of 5600 inputs are not .*\(the first is input 2000"
+        InvalidRequest, match=r"1600 of 5600 inputs are not .*\(the first is input 2000"
     ):
         await service.embed(inputs, "m", cache_control="only-if-cached")
     assert provider.asked == []

@@ -42,7 +42,7 @@ class Choice:
     address: bytes | None = None
 
 
-def count(database: ReadableFile, choice: Choice) -> tuple[int, int]:
+def count_entries(database: ReadableFile, choice: Choice) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
     counts = count_by_partition(database, choice).values()
     entries, size = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)

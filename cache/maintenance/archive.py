@@ -50,7 +50,7 @@ _HEADER = struct.Struct("<4sBI")
 _CHECKSUM = 8
 _AROUND = _HEADER.size + _CHECKSUM
 _ENTRY_HEADER = struct.Struct("<d16s8s")
-_START, _PARTITION, _ENTRY, _END = 1, 2, 3, 4
+_START, _PARTITION, _ENTRY, _ARCHIVE_END = 1, 2, 3, 4
 
 
 class ArchiveError(Exception):
@@ -98,7 +98,7 @@ def write(file: BinaryIO, rows: Iterable[Row]) -> int:
         head = _ENTRY_HEADER.pack(stored, address, references[partition])
         file.write(_framed(_ENTRY, head + record))
         count += 1
-    file.write(_framed(_END, struct.pack("<Q", count)))
+    file.write(_framed(_ARCHIVE_END, struct.pack("<Q", count)))
     return count
 
 
@@ -118,7 +118,7 @@ def read(file: BinaryIO, report: Report) -> Iterator[Row]:
         if kind == _START:
             _check_version(payload)
             begun, seen = True, 0
-        elif kind == _END:
+        elif kind == _ARCHIVE_END:
             promised = int.from_bytes(payload, "little")
             whole &= seen == promised
             report.missing += max(0, promised - seen)

@@ -18,7 +18,7 @@ from embedding_proxy.providers import vector
 
 from .embed import Refused
 from .journal import Phase
-from .seen import Seen
+from .seen import Snapshot
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -212,7 +212,7 @@ async def follow(migration: Migration) -> None:
 
 
 async def compare(
-    migration: Migration, refused: Refusals, title: str, seen: Seen | None = None
+    migration: Migration, refused: Refusals, title: str, seen: Snapshot | None = None
 ) -> int:
     """Make the new collection equal to the old; return how many points had to be mended.
 

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from embedding_proxy.providers.backoff import Backoff
 from embedding_proxy.providers.base import (
-    AllResting,
     DeadlineExceeded,
-    InputRefused,
-    PassingFailure,
+    InvalidRequest,
+    NoProviderAvailable,
     Space,
+    TransientError,
     Vector,
 )
 
@@ -79,7 +79,7 @@ class Refused:
 
 
 @dataclass(slots=True)
-class Patient:
+class RetryingEmbedder:
     """Embeds with patience; counts what was bought."""
 
     model: Model
@@ -97,7 +97,7 @@ class Patient:
             return []
         try:
             vectors = await self._ask(texts, anew=anew)
-        except InputRefused as error:
+        except InvalidRequest as error:
             return await self._without(texts, error, anew=anew)
         self.answered = True
         return list(vectors)
@@ -107,7 +107,7 @@ class Patient:
         for tried in range(1, MOST_TRIES + 1):
             try:
                 vectors, bought = await self.model.embed(texts, anew=anew)
-            except (PassingFailure, AllResting, DeadlineExceeded) as error:
+            except (TransientError, NoProviderAvailable, DeadlineExceeded) as error:
                 if tried == MOST_TRIES:
                     raise
                 wait_s = backoff.fail()
@@ -120,7 +120,7 @@ class Patient:
         raise AssertionError("the last try returns or raises")
 
     async def _without(
-        self, texts: Sequence[str], error: InputRefused, *, anew: bool
+        self, texts: Sequence[str], error: InvalidRequest, *, anew: bool
     ) -> list[Vector | Refused]:
         """Embed all but the texts that are to blame. What was bought before is in the cache."""
         if error.index is None and error.param is not None and not error.param.startswith("input"):

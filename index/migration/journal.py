@@ -104,7 +104,7 @@ class State:
         return hashlib.blake2b(orjson.dumps([*told, self.regime]), digest_size=8).hexdigest()
 
 
-class Journal:
+class MigrationState:
     """The state of one migration, and where it is kept."""
 
     def __init__(self, folder: Path, place: str, collection: str) -> None:
@@ -164,9 +164,9 @@ class Journal:
                 raise JournalError(f"{self.dead_letters}: {error.strerror}") from error
 
 
-def journals_in(folder: Path) -> list[Journal]:
+def journals_in(folder: Path) -> list[MigrationState]:
     """Return all journals of a folder, by the names of their files; none where there is none."""
-    return [Journal.at(path) for path in sorted(folder.glob("*--*.json"))]
+    return [MigrationState.at(path) for path in sorted(folder.glob("*--*.json"))]
 
 
 def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file

@@ -36,7 +36,7 @@ class Row:
     """Whether the new collection had it, too."""
 
 
-class Seen:
+class Snapshot:
     """Rows by the ids of points, in the file `path`. Everything raises JournalError."""
 
     def __init__(self, path: Path) -> None:

@@ -18,9 +18,9 @@ from embedding_proxy.index.migrate import Migration, MigrationRefused
 
 from . import collections
 from .copy import carry, reads_vectors
-from .journal import Journal, Phase, State
+from .journal import MigrationState, Phase, State
 from .points import Points
-from .seen import Row, Seen, whole
+from .seen import Row, Snapshot, whole
 from .verify import Late, Verdict, verify
 
 
@@ -64,7 +64,7 @@ async def cutover(
 async def _verified(migration: Migration, least: float, *, allow_missing: bool) -> Verdict:
     """Verify, and keep what the old collection held then. Raises MigrationRefused."""
     state, journal = migration.state, migration.journal
-    with closing(Seen(journal.seen)) as seen:
+    with closing(Snapshot(journal.seen)) as seen:
         verdict = await verify(migration, least, seen)
         seen.keep()
     against = "; ".join(verdict.problems)
@@ -82,14 +82,14 @@ async def _verified(migration: Migration, least: float, *, allow_missing: bool) 
 async def _end(migration: Migration, verdict: Verdict) -> None:
     """Carry what is late, if it is known what is; then the cutover is done."""
     if migration.journal.seen.exists():
-        with closing(Seen(migration.journal.seen)) as seen:
+        with closing(Snapshot(migration.journal.seen)) as seen:
             verdict.late = await catch_up(migration, seen)
     migration.state.phase = Phase.SWITCHED
     migration.save()
     migration.journal.seen.unlink(missing_ok=True)
 
 
-async def rollback(points: Points, journal: Journal) -> tuple[State, int]:
+async def rollback(points: Points, journal: MigrationState) -> tuple[State, int]:
     """Let the aliases point to the old collection again, those that `cutover` made too.
 
     Returns also how many points the new collection has that the old one lacks: what was written
@@ -107,7 +107,7 @@ async def rollback(points: Points, journal: Journal) -> tuple[State, int]:
     return state, await only_in(points, state.target, state.source)
 
 
-async def finalize(points: Points, journal: Journal, *, take_name: bool = False) -> State:
+async def finalize(points: Points, journal: MigrationState, *, take_name: bool = False) -> State:
     """Delete the old collection; with `take_name`, let its name be an alias of the new one.
 
     Raises MigrationRefused.
@@ -129,7 +129,7 @@ async def finalize(points: Points, journal: Journal, *, take_name: bool = False)
     return state
 
 
-def begun(journal: Journal) -> State:
+def begun(journal: MigrationState) -> State:
     """Return the state of a migration. Raises MigrationRefused where there is none."""
     state = journal.load()
     if state is None:
@@ -163,7 +163,7 @@ def _not_now(state: State, step: str) -> str:
     return f"{step} of {state.collection} is not possible now: {expected}"
 
 
-async def catch_up(migration: Migration, seen: Seen) -> Late:
+async def catch_up(migration: Migration, seen: Snapshot) -> Late:
     """Carry what is late, until a pass finds nothing, for so many passes at most.
 
     Raises QdrantFailure, EmbeddingError, JournalError; done again, it goes on.
@@ -179,7 +179,7 @@ async def catch_up(migration: Migration, seen: Seen) -> Late:
     return late
 
 
-async def _pass(migration: Migration, seen: Seen, late: Late) -> int:
+async def _pass(migration: Migration, seen: Snapshot, late: Late) -> int:
     """Look at the whole old collection; return how many points were late."""
     state, size = migration.state, migration.pace.page
     found = number = 0
@@ -210,7 +210,7 @@ async def _carry(
     migration: Migration,
     changed: Sequence[Point],
     rows: dict[PointId, Row],
-    seen: Seen,
+    seen: Snapshot,
     late: Late,
 ) -> None:
     state, counts = migration.state, migration.state.counts
@@ -240,7 +240,7 @@ async def _carry(
     seen.add(changed, refused)
 
 
-async def _delete(migration: Migration, gone: list[PointId], seen: Seen, late: Late) -> None:
+async def _delete(migration: Migration, gone: list[PointId], seen: Snapshot, late: Late) -> None:
     rows = seen.rows(gone)
     new = await migration.points.those(migration.state.target, gone)
     mine = [one for one in new if _untouched(rows[one], new[one])]

@@ -9,7 +9,7 @@ from embedding_proxy.providers.base import Vector
 
 from .copy import Refusals, compare
 from .embed import Refused
-from .seen import Seen
+from .seen import Snapshot
 
 RECALLED_AMONG = 10
 """A search with a point's own vector must find the point among so many."""
@@ -60,7 +60,7 @@ class Verdict:
         return not self.problems
 
 
-async def verify(migration: Migration, least: float, seen: Seen | None = None) -> Verdict:
+async def verify(migration: Migration, least: float, seen: Snapshot | None = None) -> Verdict:
     """Compare once more, then look at counts, ids, payloads, sampled vectors and searches.
 
     `seen` is told what the old collection held in the last comparison. Raises QdrantFailure,

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from embedding_proxy.providers.base import Input, InputRefused
+from embedding_proxy.providers.base import Input, InvalidRequest
 from embedding_proxy.providers.limits import Limits
 
 from .refusal import is_about_size, is_about_tokens, named_batch_limit
@@ -117,7 +117,7 @@ class BatchLimits:
         )
 
     def learn_refused(
-        self, model: str, inputs: Sequence[Input], size: int, error: InputRefused
+        self, model: str, inputs: Sequence[Input], size: int, error: InvalidRequest
     ) -> None:
         """Take note of a call that was refused; `size` is the length of its body in bytes."""
         count = len(inputs)

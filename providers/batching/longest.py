@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, InputRefused, Space
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, InvalidRequest, Space
 
 
-class NoneTooLong:
+class ContextLengthCheck:
     """An Embedder that refuses as OpenAI does, and asks another for what it lets through.
 
     Only where the tokenizer of the space is known: elsewhere nobody but the upstream can count.
@@ -24,7 +24,7 @@ class NoneTooLong:
     async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         """Return the answer of the wrapped embedder.
 
-        Raises InputRefused, with its index, for the first input that is too long; EmbeddingError.
+        Raises InvalidRequest, with its index, for the first input that is too long; EmbeddingError.
         """
         if self._most is not None and space.tokenizer is not None:
             long = [i for i, item in enumerate(inputs) if tokens.bound(item) > self._most]
@@ -33,16 +33,16 @@ class NoneTooLong:
                 counts = await tokens.counted(suspects, space.tokenizer, context.counts)
                 for place, number in zip(long, counts, strict=True):
                     if number > self._most:
-                        raise too_long(number, self._most, place)
+                        raise context_length_exceeded(number, self._most, place)
                 known = zip(suspects, counts, strict=True)
                 texts = {item: number for item, number in known if isinstance(item, str)}
                 context = replace(context, counts={**context.counts, **texts})
         return await self._inner.embed(space, inputs, context)
 
 
-def too_long(number: int, most: int, index: int) -> InputRefused:
+def context_length_exceeded(number: int, most: int, index: int) -> InvalidRequest:
     """Return OpenAI's refusal of an input of so many tokens."""
-    return InputRefused(
+    return InvalidRequest(
         f"This model's maximum context length is {most} tokens, however you requested {number}"
         f" tokens ({number} in your prompt; 0 for the completion). Please reduce your prompt; or"
         " completion length.",

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 
-from embedding_proxy.providers.base import Context, DeadlineExceeded, Full, Refusal
+from embedding_proxy.providers.base import Context, DeadlineExceeded, LocalQueueFull, Refusal
 from embedding_proxy.providers.limits import Limits
 
 from .throttle import Throttle
@@ -66,7 +66,7 @@ class Admission:
         """Return what holds a place within both sorts of limits, then among the calls at a time.
 
         For `async with`. In this order: who queues for the limit of one model takes no place from
-        the others. Raises Full, or DeadlineExceeded.
+        the others. Raises LocalQueueFull, or DeadlineExceeded.
         """
         return _Turn(self, (self._of(model), self._declared), tokens, context)
 
@@ -107,7 +107,7 @@ class _Turn:
             if context.begin_by is not None:
                 message = "all the calls that it takes at a time are under way"
                 said = Refusal(429, message, "requests", "rate_limit_exceeded")
-                raise Full(admission.provider, message, said) from error
+                raise LocalQueueFull(admission.provider, message, said) from error
             raise DeadlineExceeded(
                 f"the time of the request was up while it waited its turn at {admission.provider}"
             ) from error
@@ -136,7 +136,7 @@ class _Turn:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._leave(is_unused=isinstance(error, Full))
+        self._leave(is_unused=isinstance(error, LocalQueueFull))
 
     def _leave(self, *, is_unused: bool) -> None:
         """Give everything back; the room within the limits only if no call was made."""

@@ -367,7 +367,7 @@ class Slots:
                 wake()
 
 
-class Upstreams:
+class HealthRegistry:
     """All providers, by name, and the budget they share.
 
     `clock` gives seconds and is the event loop's by default, as deadlines are; `chance` gives

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     ConnectionTimeout,
-    CredentialsRefused,
     EmbeddingError,
-    Full,
     InvalidAnswer,
+    LocalQueueFull,
     LoopDetected,
+    MalformedResponse,
     ModelNotFound,
-    OutOfCredit,
-    PassingFailure,
     PermissionDenied,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     ScopedQuotaExceeded,
+    TransientError,
     Unreachable,
-    Unreadable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
 from tenacity import RetryCallState, Retrying, wait_random_exponential
@@ -66,23 +66,23 @@ class Rule:
 
 RULES: dict[type[ProviderError], Rule] = {
     RateLimited: Rule(UNLIMITED, Verdict.NONE),
-    OutOfCredit: Rule(0, Verdict.NONE, CREDIT_COOLDOWN_S, "out of credit", is_of_model=False),
+    QuotaExceeded: Rule(0, Verdict.NONE, CREDIT_COOLDOWN_S, "out of credit", is_of_model=False),
     ScopedQuotaExceeded: Rule(0, Verdict.NONE),
-    CredentialsRefused: Rule(0, Verdict.NONE, KEY_COOLDOWN_S, "key refused", is_of_model=False),
+    AuthenticationError: Rule(0, Verdict.NONE, KEY_COOLDOWN_S, "key refused", is_of_model=False),
     PermissionDenied: Rule(0, Verdict.NONE),
     ModelNotFound: Rule(0, Verdict.NONE),
     LoopDetected: Rule(0, Verdict.NONE),
-    UpstreamFault: Rule(UNLIMITED, Verdict.FAILURE),
+    UpstreamError: Rule(UNLIMITED, Verdict.FAILURE),
     UpstreamTimeout: Rule(0, Verdict.FAILURE),
     ConnectionTimeout: Rule(0, Verdict.FAILURE, is_of_model=False),
     Unreachable: Rule(1, Verdict.FAILURE, is_of_model=False),
-    Unreadable: Rule(UNLIMITED, Verdict.FAILURE),
+    MalformedResponse: Rule(UNLIMITED, Verdict.FAILURE),
     InvalidAnswer: Rule(1, Verdict.FAILURE),
 }
 _OTHER = Rule(0, Verdict.FAILURE)
 
 
-def is_transient(error: UpstreamFault) -> bool:
+def is_transient(error: UpstreamError) -> bool:
     """Tell whether another attempt may succeed after a fault of an upstream.
 
     Not after one that it did not name itself (a redirect, a reply beyond all bounds, one that
@@ -97,7 +97,7 @@ def is_transient(error: UpstreamFault) -> bool:
 
 def rule(error: ProviderError) -> Rule:
     """Return the row of the table for a failure."""
-    if isinstance(error, UpstreamFault) and not is_transient(error):
+    if isinstance(error, UpstreamError) and not is_transient(error):
         return _OTHER
     return next((RULES[kind] for kind in type(error).mro() if kind in RULES), _OTHER)
 
@@ -192,7 +192,7 @@ def may_retry(error: ProviderError, standing: Standing) -> bool:
 def _retry_wait(error: ProviderError, standing: Standing) -> float | None:
     """Return the seconds after which the same route is asked again; None = it is not."""
     is_allowed = may_retry(error, standing) and standing.has_budget and standing.is_ready
-    if isinstance(error, Full) or not is_allowed:
+    if isinstance(error, LocalQueueFull) or not is_allowed:
         return None
     if _is_clients_to_repeat(error, standing):
         return None
@@ -217,7 +217,7 @@ def _is_clients_to_repeat(error: ProviderError, standing: Standing) -> bool:
     """
     if isinstance(error, RateLimited):
         return standing.is_limited or standing.client_retries is not None
-    is_passing = isinstance(error, UpstreamFault | Unreadable)
+    is_passing = isinstance(error, UpstreamError | MalformedResponse)
     return is_passing and (bool(standing.client_retries) or standing.is_repeat)
 
 
@@ -225,6 +225,6 @@ def most_telling(errors: Iterable[ProviderError]) -> ProviderError | None:
     """Return the failure to tell the client: the last that may pass, else the last."""
     told: ProviderError | None = None
     for error in errors:
-        if isinstance(error, PassingFailure) or not isinstance(told, PassingFailure):
+        if isinstance(error, TransientError) or not isinstance(told, TransientError):
             told = error
     return told

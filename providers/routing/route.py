@@ -14,7 +14,7 @@ from embedding_proxy.providers.base import (
     Embedded,
     EmbeddingError,
     Input,
-    InputRefused,
+    InvalidRequest,
     ProviderError,
     Space,
     nanodollars,
@@ -117,10 +117,10 @@ class Route:
             return LimitKey(scope)
         return LimitKey(f"{scope} ({credential.name})", scope)
 
-    def objection(self, space: Space) -> InputRefused | None:
+    def objection(self, space: Space) -> InvalidRequest | None:
         """Return why the provider cannot serve this space: a field that it does not take."""
         objects = getattr(self.provider, "objection", None)
-        found: InputRefused | None = objects(space) if objects else None
+        found: InvalidRequest | None = objects(space) if objects else None
         return found
 
     def learn_single(self) -> None:

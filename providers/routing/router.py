@@ -10,19 +10,19 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from embedding_proxy.providers.base import (
-    AllResting,
     ClientKeyRefused,
     Credential,
     EmbeddingError,
     Input,
-    InputRefused,
+    InvalidRequest,
+    NoProviderAvailable,
     NoRoute,
     RateLimited,
     Refusal,
     Space,
 )
 
-from .health import Health, Upstreams
+from .health import Health, HealthRegistry
 from .order import Latencies, Order, Prices
 from .route import LimitKey, Provider, Route
 
@@ -60,14 +60,14 @@ class Router:
         routes: Sequence[Route],
         *,
         unavailable: str = "no route is configured",
-        upstreams: Upstreams | None = None,
+        upstreams: HealthRegistry | None = None,
         order: Order = "listed",
         hedge_after_s: float | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.routes = tuple(routes)
         self.unavailable = unavailable
-        self.upstreams = upstreams or Upstreams()
+        self.upstreams = upstreams or HealthRegistry()
         self.counts = Counts()
         self.latencies = Latencies(self.upstreams.clock)
         self.prices = Prices()
@@ -80,7 +80,7 @@ class Router:
     ) -> Sequence[Route]:
         """Return the routes that take such inputs, and are paid with a key that is there.
 
-        Raises NoRoute, ClientKeyRefused or InputRefused.
+        Raises NoRoute, ClientKeyRefused or InvalidRequest.
         """
         if not self.routes:
             raise NoRoute(self.unavailable)
@@ -99,7 +99,7 @@ class Router:
             return routes
         routes = [route for route in routes if route.provider.accepts_tokens]
         if not routes:
-            raise InputRefused(
+            raise InvalidRequest(
                 "No provider of this model takes token arrays, and these stand for no text.",
                 param="input",
             )
@@ -195,6 +195,6 @@ class View:
         ]
         told = "; ".join(dict.fromkeys(reasons))
         if any(health.held(key) for health, key in passing):
-            return AllResting(f"No provider can be asked just now ({told}).", wait)
+            return NoProviderAvailable(f"No provider can be asked just now ({told}).", wait)
         said = Refusal(429, told, "requests", "rate_limit_exceeded", wait)
         return RateLimited(passing[0][0].name, f"rate limited, asked again in {wait:.1f} s", said)

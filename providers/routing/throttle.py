@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from embedding_proxy.providers.base import Full, Input, Refusal
+from embedding_proxy.providers.base import Input, LocalQueueFull, Refusal
 from embedding_proxy.providers.ratelimit import MAX_WAIT, allowance
 
 LONGEST_HOLD = 60.0
@@ -95,7 +95,7 @@ class Throttle:
     async def acquire(self, tokens: int, deadline: float | None) -> None:
         """Wait for room for one call of so many tokens, which holds it until `release`.
 
-        Raises Full, with the wait, if there is no room before the deadline.
+        Raises LocalQueueFull, with the wait, if there is no room before the deadline.
         """
         cost = {"requests": 1, "tokens": tokens}
         if not self.is_free:
@@ -115,7 +115,7 @@ class Throttle:
         return self._seconds({"requests": 1, "tokens": 1}, {}, self._clock())
 
     async def pause(self, deadline: float | None) -> None:
-        """Wait until nobody is held any more. Raises Full if that is not before the deadline."""
+        """Wait until nobody is held any more. Raises LocalQueueFull if that is not before the deadline."""
         now = self._clock()
         seconds = self._held_for(now)
         self._refuse_late(seconds, now, deadline)
@@ -161,7 +161,7 @@ class Throttle:
         if too_late or self._held_for(now) > LONGEST_PAUSE:
             message = f"its limit of calls is used up; there is room again in {seconds:.1f} s"
             said = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
-            raise Full(self._provider, message, said)
+            raise LocalQueueFull(self._provider, message, said)
 
     def learn(self, headers: Mapping[str, str]) -> None:
         """Take over the limits that a reply tells; see `ratelimit.allowance`.

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from embedding_proxy.providers.attempts import EXTRA_SHARE, Attempt
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     ClientKeyRefused,
-    CredentialsRefused,
     DeadlineExceeded,
     EmbeddingError,
-    Full,
     InvalidAnswer,
+    LocalQueueFull,
     ProviderError,
     RateLimited,
     UpstreamTimeout,
@@ -173,7 +173,7 @@ class Batch:
     def _fail(self, error: Exception, *, is_counted: bool = True) -> None:
         """Decide what becomes of the inputs that have had no vector; the call is over for them."""
         missing = [one for one in self._inputs if one.is_missing]
-        if isinstance(error, Full) and len(missing) == len(self._inputs):
+        if isinstance(error, LocalQueueFull) and len(missing) == len(self._inputs):
             self._take_back(error)
         elif isinstance(error, ProviderError):
             self._note_failure(error, missing, is_counted=is_counted)
@@ -208,7 +208,7 @@ class Batch:
             return
         if isinstance(error, ProviderError):
             is_hedged = bool(missing[0].batches)
-            if is_hedged and not isinstance(error, Full):
+            if is_hedged and not isinstance(error, LocalQueueFull):
                 # Another route is asked beside: what comes of that decides.
                 return
             step = policy.next_step(error, self._standing(error, missing))
@@ -216,7 +216,7 @@ class Batch:
                 self._queues.add_later(step.after_s, self._key, missing, self._route)
                 return
             self._health.note_failed(self._limit_key, missing[0].input)
-            if not isinstance(error, CredentialsRefused | Full):
+            if not isinstance(error, AuthenticationError | LocalQueueFull):
                 log.warning("%s", error)
             if isinstance(step, policy.NextRoute):
                 self._queues.add_again(self._key, missing)
@@ -269,9 +269,9 @@ class Batch:
     ) -> None:
         """Count a failed attempt, and write it into the history of its inputs."""
         self._router.counts.failures[type(error).__name__] += 1
-        if isinstance(error, CredentialsRefused):
+        if isinstance(error, AuthenticationError):
             log.error("%s: THE PROXY'S OWN KEY IS NOT ACCEPTED: %s", self._route.name, error)
-        if isinstance(error, Full):
+        if isinstance(error, LocalQueueFull):
             # Of several calls some were made, and answered.
             self._health.cancelled(self._permit)
             is_unexplained = False
@@ -322,7 +322,7 @@ class Batch:
             or self._health.is_blamed(self._limit_key, one.input)
         )
 
-    def _take_back(self, error: Full) -> None:
+    def _take_back(self, error: LocalQueueFull) -> None:
         """Count the attempt no more: it was not made."""
         counts, route = self._router.counts, self._route
         self._health.cancelled(self._permit, is_sent=False)

@@ -12,8 +12,8 @@ from embedding_proxy.providers.base import (
     Bill,
     Context,
     Embedded,
-    Full,
     InvalidAnswer,
+    LocalQueueFull,
     ProviderError,
 )
 from embedding_proxy.providers.batching.calls import assembled, rows_of
@@ -82,10 +82,10 @@ class Call:
         """Return the answer to all inputs; one to some of them is delivered.
 
         The provider must have begun by `begin_by`, a point on the event loop's clock, or it raises
-        Full. Raises EmbeddingError.
+        LocalQueueFull. Raises EmbeddingError.
         """
         if not self._is_needed():
-            raise Full(self._route.name, "nobody waits for the answer any more")
+            raise LocalQueueFull(self._route.name, "nobody waits for the answer any more")
         context = self._context(begin_by)
         if self._key.is_alone and len(self._inputs) > 1:
             return await self._ask_each(replace(context, on_part=None))

@@ -15,9 +15,9 @@ from embedding_proxy.providers.base import (
     DeadlineExceeded,
     Embedded,
     EmbeddingError,
-    Full,
     Input,
-    InputRefused,
+    InvalidRequest,
+    LocalQueueFull,
     ProviderError,
     Space,
 )
@@ -160,7 +160,7 @@ class PendingRequest:
     @property
     def has_refusal(self) -> bool:
         """Whether one of its inputs is known to be refused."""
-        return any(isinstance(failure, InputRefused) for failure in self._failures)
+        return any(isinstance(failure, InvalidRequest) for failure in self._failures)
 
     async def result(self) -> Embedded:
         """Return the whole answer, in the order of the inputs. Raises EmbeddingError.
@@ -330,9 +330,14 @@ def rank(error: BaseException) -> tuple[bool, bool, bool, int]:
 
     Of the rest the first counts; what no call was made for says least.
     """
-    is_refusal = isinstance(error, InputRefused)
+    is_refusal = isinstance(error, InvalidRequest)
     index = error.index if isinstance(error, EmbeddingError) else None
-    return isinstance(error, Full | DeadlineExceeded), not is_refusal, index is None, index or 0
+    return (
+        isinstance(error, LocalQueueFull | DeadlineExceeded),
+        not is_refusal,
+        index is None,
+        index or 0,
+    )
 
 
 def requests_of(inputs: Iterable[PendingInput]) -> dict[PendingRequest, list[PendingInput]]:

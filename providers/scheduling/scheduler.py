@@ -18,8 +18,8 @@ from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
     Embedded,
-    Full,
     Input,
+    LocalQueueFull,
     RateLimited,
     Refusal,
     Space,
@@ -250,10 +250,10 @@ class _Queue:
         inputs = [*self._inputs]
         self._inputs.clear()
         if inputs:
-            self._router.counts.failures[Full.__name__] += 1
+            self._router.counts.failures[LocalQueueFull.__name__] += 1
             message = "all the calls that it takes at a time are under way"
             said = Refusal(429, message, "requests", "rate_limit_exceeded")
-            failure = FailedAttempt(route, Full(route.name, message, said))
+            failure = FailedAttempt(route, LocalQueueFull(route.name, message, said))
             for one in inputs:
                 one.passed += (route,)
                 one.failures += (failure,)

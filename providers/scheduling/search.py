@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from embedding_proxy.providers.base import (
     EmbeddingError,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
     PermissionDenied,
     ProviderError,
     RateLimited,
@@ -105,7 +105,7 @@ def told(
 
 
 def divide(
-    queues: Queues, key: QueueKey, inputs: Sequence[PendingInput], error: InputRefused
+    queues: Queues, key: QueueKey, inputs: Sequence[PendingInput], error: InvalidRequest
 ) -> None:
     """Queue the inputs of a call that was too large, to be sent in smaller ones."""
     # The route may have learned no limit from it: sure is only that this was too much.
@@ -129,7 +129,7 @@ def fail(
     """
     is_named = culprit is not None
     if culprit is None and len(inputs) == 1:
-        is_refused = isinstance(error, InputRefused) and not is_about_a_field(error)
+        is_refused = isinstance(error, InvalidRequest) and not is_about_a_field(error)
         is_only = is_proven is None or inputs[0].request.count == 1
         is_bad = isinstance(error, InvalidAnswer) or is_internal_error(error)
         if is_proven or (is_refused and is_only) or (is_bad and is_proven is None):

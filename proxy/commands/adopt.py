@@ -38,7 +38,7 @@ class SampleDiffers(Exception):
     """The model gives other vectors for these texts; the message says how different."""
 
 
-class Adoption:
+class Importer:
     """Pairs of text and vector -> rows of a partition."""
 
     def __init__(self, ring: Keyring, *, unit_norm: bool) -> None:

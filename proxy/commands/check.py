@@ -16,8 +16,8 @@ from embedding_proxy.proxy.service import GIB
 from embedding_proxy.proxy.settings.schema import Cache
 from embedding_proxy.proxy.trials import index_check
 from embedding_proxy.proxy.trials.checkup import Checkup, examine
-from embedding_proxy.proxy.trials.choice import Choice
-from embedding_proxy.proxy.trials.finding import Finding
+from embedding_proxy.proxy.trials.choice import ModelSelection
+from embedding_proxy.proxy.trials.finding import RouteResult
 from embedding_proxy.proxy.trials.usable import unusable
 
 from .common import ConfigOption, JsonOption, path_text, print_json, printable, progress
@@ -45,7 +45,7 @@ def check(
     configuration = config.read_configuration(config_file)
     settings = configuration.settings
     check_own_address(configuration)
-    choice = Choice(
+    choice = ModelSelection(
         model or configuration.models,
         # The built-in configuration names a model, too, but nobody asked for it.
         must_work=bool(model or config_file),
@@ -147,7 +147,7 @@ def _found_dict(found: Checkup) -> dict[str, Any]:
     }
 
 
-def _route_dict(one: Finding) -> dict[str, Any]:
+def _route_dict(one: RouteResult) -> dict[str, Any]:
     probe = one.probe
     return {
         "model": one.models[0],
@@ -182,7 +182,7 @@ def _found_lines(found: Checkup) -> Iterator[str]:
                 yield f"  {pair.one} and {pair.other} {verdict}: cosine {pair.cosine:.6f}"
 
 
-def _cells(one: Finding) -> tuple[str, ...]:
+def _cells(one: RouteResult) -> tuple[str, ...]:
     where = (one.provider, one.upstream_model)
     if one.probe is None:
         return "-", *where, one.why

@@ -15,9 +15,9 @@ from embedding_proxy.proxy.formatting import money
 from embedding_proxy.proxy.settings.schema import Settings
 from embedding_proxy.proxy.trials import comparison, samples
 from embedding_proxy.proxy.trials.candidates import Candidates, find
-from embedding_proxy.proxy.trials.choice import Choice
-from embedding_proxy.proxy.trials.finding import Finding
-from embedding_proxy.proxy.trials.trial import Plan, Trial, cost, run
+from embedding_proxy.proxy.trials.choice import ModelSelection
+from embedding_proxy.proxy.trials.finding import RouteResult
+from embedding_proxy.proxy.trials.trial import Plan, RouteBenchmark, cost, run
 
 from .common import (
     ConfigOption,
@@ -117,17 +117,17 @@ class _Work:
     budget: float | None
     """USD; None = whatever it costs."""
 
-    async def do(self) -> tuple[list[Trial], list[str]]:
+    async def do(self) -> tuple[list[RouteBenchmark], list[str]]:
         """Try the routes; return them, and why others were left out.
 
         Raises ConfigError before a cent is spent; WorkFailed if there is no route.
         """
         async with AsyncExitStack() as stack:
-            choice = Choice(self.names, also="nothing")
+            choice = ModelSelection(self.names, also="nothing")
             candidates = await find(self.settings, choice, stack)
             findings = list(self._chosen(candidates.findings))
             trials = [
-                Trial(one, one.route, one.space, self._price(candidates, one))
+                RouteBenchmark(one, one.route, one.space, self._price(candidates, one))
                 for one in findings
                 if one.route is not None
             ]
@@ -143,7 +143,7 @@ class _Work:
         ]
         return trials, left_out
 
-    def _chosen(self, findings: Iterable[Finding]) -> Iterator[Finding]:
+    def _chosen(self, findings: Iterable[RouteResult]) -> Iterator[RouteResult]:
         """Yield the routes of the named models at the named providers. Raises ConfigError."""
         known = self.settings.providers
         for name in self.providers:
@@ -163,7 +163,7 @@ class _Work:
                 f" {', '.join(sorted(missing))}; add one to its `routes`"
             )
 
-    def _price(self, candidates: Candidates, one: Finding) -> float | None:
+    def _price(self, candidates: Candidates, one: RouteResult) -> float | None:
         """Return USD per million tokens; None if it is not known: 0 is, on one's own machine."""
         entry = self.settings.providers[one.provider]
         price = candidates.models[one.models[0]].price
@@ -171,7 +171,7 @@ class _Work:
             return one.route.price
         return price if price or (entry and entry.key_variable is None) else None
 
-    def _refuse_too_long(self, candidates: Candidates, trials: Iterable[Trial]) -> None:
+    def _refuse_too_long(self, candidates: Candidates, trials: Iterable[RouteBenchmark]) -> None:
         for trial in trials:
             name = trial.finding.models[0]
             most = candidates.models[name].context
@@ -185,7 +185,7 @@ class _Work:
                         f" leave out the one that begins with {text[:40]!r}"
                     )
 
-    def _tell_cost(self, trials: Sequence[Trial]) -> None:
+    def _tell_cost(self, trials: Sequence[RouteBenchmark]) -> None:
         """Say on stderr what will be asked and what it costs. Raises ConfigError if it is much."""
         costs = [cost(trial, self.plan, UNKNOWN_USD) for trial in trials]
         count, total = (sum(each) for each in zip(*costs, strict=True))

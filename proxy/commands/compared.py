@@ -9,7 +9,7 @@ from embedding_proxy.proxy.trials import plot
 from embedding_proxy.proxy.trials.comparison import Likeness, Report, Row, name_of
 from embedding_proxy.proxy.trials.plot import Point
 from embedding_proxy.proxy.trials.samples import Samples
-from embedding_proxy.proxy.trials.trial import Plan, Trial, cost
+from embedding_proxy.proxy.trials.trial import Plan, RouteBenchmark, cost
 
 from .common import console, printable
 
@@ -18,7 +18,7 @@ WIDEST = 120
 MILLION = 1_000_000
 
 
-def planned(trials: Sequence[Trial], plan: Plan) -> dict[str, Any]:
+def planned(trials: Sequence[RouteBenchmark], plan: Plan) -> dict[str, Any]:
     """Return what would be asked; a cost that cannot be told is None."""
     routes = []
     for trial in trials:

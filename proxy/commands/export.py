@@ -9,7 +9,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 from embedding_proxy.cache import atomic_file
-from embedding_proxy.cache.disk.purge import Choice, count
+from embedding_proxy.cache.disk.purge import Choice, count_entries
 from embedding_proxy.cache.maintenance import archive, transfer
 from embedding_proxy.cache.row import Row
 from embedding_proxy.proxy import config
@@ -42,7 +42,7 @@ def export(  # noqa: PLR0913 - one parameter an option
     report = transfer.Read()
     with opened_for_reading(settings) as database:
         check_known(settings, database, namespace, space)
-        total, _ = count(database, choice)
+        total, _ = count_entries(database, choice)
         with _written(target, force=force) as file, progress("exporting", total) as tell:
             rows = _told(transfer.rows(database, choice, report), tell)
             written = archive.write(file, rows)

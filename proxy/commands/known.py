@@ -6,12 +6,12 @@ from typing import NamedTuple
 from embedding_proxy.cache.key import Keys, Namespace, keyring
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import Terms
+from embedding_proxy.providers.base import CachePolicy
 from embedding_proxy.proxy.embedding.inputs import prepare
 from embedding_proxy.proxy.embedding.registry import Model
 
 
-class Known(NamedTuple):
+class CostPreview(NamedTuple):
     """What is known of one text."""
 
     key: bytes
@@ -21,9 +21,9 @@ class Known(NamedTuple):
     cached: bool
 
 
-async def known(
+async def preview_cost(
     model: Model, tiers: Tiers, inputs: Sequence[str], namespace: Namespace
-) -> list[Known]:
+) -> list[CostPreview]:
     """Return what is known of texts as a request would ask for them, cut where they would be.
 
     Nothing is bought, and no entry counts as used. Raises InputRefused.
@@ -32,7 +32,9 @@ async def known(
     ring = keyring(model.space, namespace)
     keys = await ring.keys(prepared)
     distinct = list(dict.fromkeys(keys))
-    found = (await tiers.lookup(Keys.of(distinct), ring.partition, Terms(write=False))).entries
+    found = (
+        await tiers.lookup(Keys.of(distinct), ring.partition, CachePolicy(write=False))
+    ).entries
     there = {key for key, entry in zip(distinct, found, strict=True) if entry is not None}
     counts = await tokens.counted(prepared, model.space.tokenizer or tokens.CL100K)
-    return [Known(key.digest, n, key in there) for key, n in zip(keys, counts, strict=True)]
+    return [CostPreview(key.digest, n, key in there) for key, n in zip(keys, counts, strict=True)]

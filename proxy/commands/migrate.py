@@ -10,7 +10,7 @@ from embedding_proxy.index import migrate as begins
 from embedding_proxy.index.migrate import DEFAULT, Migration, MigrationRefused, Pace, Wanted, begin
 from embedding_proxy.index.migration import collections
 from embedding_proxy.index.migration.copy import copy, follow, prove
-from embedding_proxy.index.migration.journal import Journal, State
+from embedding_proxy.index.migration.journal import MigrationState, State
 from embedding_proxy.index.migration.plan import Plan, Survey
 from embedding_proxy.index.migration.points import Points
 from embedding_proxy.index.migration.regime import Regime
@@ -22,9 +22,9 @@ from . import migrate_ask as ask
 from . import migrate_show as show
 from .common import ConfigOption, JsonOption, WorkFailed, print_json, progress, tell_store
 from .groups import migrate_app as app
-from .migrate_lock import held, let_finish
+from .migrate_lock import held, wait_for_others
 from .migrating import Target, settings_for
-from .outliving import outlive, until_left
+from .outliving import run_detached, until_left
 
 
 @app.command()
@@ -63,7 +63,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     if as_json:
         print_json([show.plan_dict(one) for one in plans])
     else:
-        show.plans(plans, exact=what.model.space.tokenizer is not None)
+        show.print_plans(plans, exact=what.model.space.tokenizer is not None)
 
 
 async def _plan(what: ask.Asked, place: str | None, namespace: str, pace: Pace) -> list[Plan]:
@@ -126,7 +126,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     )
     tell_store(what.settings)
     pace = Pace(page, ahead, points_per_second, sample, passes)
-    life = outlive()
+    life = run_detached()
     try:
         ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart, life=life))
     except asyncio.CancelledError:
@@ -137,14 +137,14 @@ def run(  # noqa: PLR0913 - one parameter an option
         print_json([show.state_dict(state, journal) for state, journal in done])
     else:
         for state, journal in done:
-            show.state(state, journal)
+            show.print_state(state, journal)
     if failed:
         raise WorkFailed("; ".join(failed))
     if any(state.counts.dead for state, _ in done):
         raise typer.Exit(1)
 
 
-Ended = tuple[State | None, Journal, str | None]
+Ended = tuple[State | None, MigrationState, str | None]
 """What came of a collection: how far it is, and why it went no further."""
 
 
@@ -164,7 +164,7 @@ async def _run(  # noqa: PLR0913 - in the order of their making
             ask.journal_of(what.settings, connection, wanted.collection) for wanted in what.wanted
         ]
         # Before Qdrant is opened: a folder is open in one process only.
-        await let_finish(*journals)
+        await wait_for_others(*journals)
         async with opened(what, place, namespace) as (points, target):
             if target.unusable:
                 raise WorkFailed(target.unusable)
@@ -187,7 +187,7 @@ async def _run(  # noqa: PLR0913 - in the order of their making
 async def _migrate(  # noqa: PLR0913 - in the order of their making
     points: Points,
     target: Target,
-    journal: Journal,
+    journal: MigrationState,
     wanted: Wanted,
     pace: Pace,
     *,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from embedding_proxy.index.connection import Connection
 from embedding_proxy.index.migrate import Wanted
-from embedding_proxy.index.migration.journal import Journal
+from embedding_proxy.index.migration.journal import MigrationState
 from embedding_proxy.index.migration.regime import Regime
 from embedding_proxy.index.migration.template import Rule, TemplateError
 from embedding_proxy.proxy import config
@@ -195,9 +195,9 @@ def connection(settings: Settings, place: str | None) -> Connection:
     return Connection(path=path.resolve())
 
 
-def journal_of(settings: Settings, qdrant: Connection, collection: str) -> Journal:
+def journal_of(settings: Settings, qdrant: Connection, collection: str) -> MigrationState:
     """Return where the state of a migration is kept."""
-    return Journal(journal_folder(settings), str(qdrant).rstrip("/"), collection)
+    return MigrationState(journal_folder(settings), str(qdrant).rstrip("/"), collection)
 
 
 def journal_folder(settings: Settings) -> Path:

@@ -12,7 +12,7 @@ import typer
 from embedding_proxy.index.migrate import DEFAULT, Migration, MigrationRefused, Pace
 from embedding_proxy.index.migration import collections
 from embedding_proxy.index.migration import switch as switching
-from embedding_proxy.index.migration.journal import Journal, JournalError, State, journals_in
+from embedding_proxy.index.migration.journal import JournalError, MigrationState, State, journals_in
 from embedding_proxy.index.migration.points import Points
 from embedding_proxy.index.migration.template import Rule
 from embedding_proxy.index.migration.verify import Verdict
@@ -35,7 +35,7 @@ from .common import (
     tell_store,
 )
 from .groups import migrate_app as app
-from .migrate_lock import held, let_finish
+from .migrate_lock import held, wait_for_others
 from .migrating import Target, named, settings_for
 
 Names = Annotated[
@@ -64,7 +64,7 @@ def status(  # noqa: PLR0913 - one parameter an option
         _show_all(settings, qdrant, to, as_json=as_json)
         return
 
-    async def look(points: Points, journal: Journal) -> dict[str, int]:
+    async def look(points: Points, journal: MigrationState) -> dict[str, int]:
         state = switching.begun(journal)
         return {
             name: await points.count(name)
@@ -77,7 +77,7 @@ def status(  # noqa: PLR0913 - one parameter an option
         print_json([{**show.state_dict(s, j), "points_now": sizes} for s, j, sizes in found])
     else:
         for state, journal, sizes in found:
-            show.state(state, journal, sizes)
+            show.print_state(state, journal, sizes)
 
 
 def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json: bool) -> None:
@@ -100,7 +100,7 @@ def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json:
         print_json([show.state_dict(state, journal) for state, journal in found])
     else:
         for state, journal in found:
-            show.state(state, journal)
+            show.print_state(state, journal)
             typer.echo(printable(f"  in {state.place}"))
         if not found and not failed:
             typer.echo("no migration was begun here")
@@ -136,7 +136,7 @@ def cutover(  # noqa: PLR0913 - one parameter an option
         raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
     pace = Pace(sample=sample, passes=passes)
 
-    async def switch(points: Points, journal: Journal) -> Verdict:
+    async def switch(points: Points, journal: MigrationState) -> Verdict:
         state = switching.begun(journal)
         own = alias and alias.replace("{collection}", state.collection)
         model = named(settings, state.model, f"{journal.path}: model")
@@ -161,8 +161,8 @@ def cutover(  # noqa: PLR0913 - one parameter an option
         print_json([{**show.state_dict(s, j), "verified": asdict(v)} for s, j, v in found])
         return
     for state, journal, verdict in found:
-        show.state(state, journal)
-        show.verdict(verdict)
+        show.print_state(state, journal)
+        show.print_verdict(verdict)
 
 
 @app.command()
@@ -177,7 +177,7 @@ def rollback(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Let the aliases point to the old collections again; the new ones stay."""
 
-    async def back(points: Points, journal: Journal) -> int:
+    async def back(points: Points, journal: MigrationState) -> int:
         return (await switching.rollback(points, journal))[1]
 
     settings = config.load(config_file)
@@ -187,7 +187,7 @@ def rollback(  # noqa: PLR0913 - one parameter an option
         print_json([{**show.state_dict(s, j), "only_in_new": count} for s, j, count in found])
         return
     for state, journal, count in found:
-        show.state(state, journal)
+        show.print_state(state, journal)
         if count:
             typer.echo(
                 f"  {state.source} lacks {formatting.count(count, 'point')} of {state.target}"
@@ -216,7 +216,7 @@ def finalize(  # noqa: PLR0913 - one parameter an option
     tell_store(settings)
     need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
 
-    async def look(points: Points, journal: Journal) -> int:
+    async def look(points: Points, journal: MigrationState) -> int:
         state = switching.begun(journal)
         there = await collections.exists(points, state.source)
         return await points.count(state.source) if there else 0
@@ -228,7 +228,7 @@ def finalize(  # noqa: PLR0913 - one parameter an option
     if yes < 2:
         typer.confirm("There is no way back afterwards. Sure?", abort=True, err=True)
 
-    async def end(points: Points, journal: Journal) -> None:
+    async def end(points: Points, journal: MigrationState) -> None:
         await switching.finalize(points, journal, take_name=take_name)
 
     found = _each(settings, qdrant, chosen, to, end)
@@ -236,7 +236,7 @@ def finalize(  # noqa: PLR0913 - one parameter an option
         print_json([show.state_dict(state, journal) for state, journal, _ in found])
     else:
         for state, journal, _ in found:
-            show.state(state, journal)
+            show.print_state(state, journal)
 
 
 def _each(  # noqa: PLR0913 - what all four commands share
@@ -244,16 +244,16 @@ def _each(  # noqa: PLR0913 - what all four commands share
     place: str | None,
     names: Sequence[str],
     to: str | None,
-    work: Callable[[Points, Journal], Awaitable[Any]],
+    work: Callable[[Points, MigrationState], Awaitable[Any]],
     *,
     lock: bool = True,
-) -> list[tuple[State, Journal, Any]]:
+) -> list[tuple[State, MigrationState, Any]]:
     """Do something for each migration; return its state afterwards, and what was found.
 
     What is wrong with one does not keep the others back. Raises WorkFailed at the end.
     """
 
-    async def one(points: Points, journal: Journal) -> Any:  # noqa: ANN401 - what `work` gives
+    async def one(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
         state = switching.begun(journal)
         if to is not None and to != state.model:
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
@@ -262,11 +262,11 @@ def _each(  # noqa: PLR0913 - what all four commands share
         async with held(journal):
             return await work(points, journal)
 
-    async def every() -> tuple[list[tuple[State, Journal, Any]], list[str]]:
+    async def every() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
         found, failed = [], []
         connection = ask.connection(settings, place)
         journals = [ask.journal_of(settings, connection, name) for name in names]
-        await let_finish(*(journals if lock else ()))
+        await wait_for_others(*(journals if lock else ()))
         async with connection:
             points = Points(connection)
             for name, journal in zip(names, journals, strict=True):

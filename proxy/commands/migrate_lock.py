@@ -14,7 +14,7 @@ import typer
 from embedding_proxy.cache import private_files
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.index.migrate import MigrationRefused
-from embedding_proxy.index.migration.journal import Journal, JournalError
+from embedding_proxy.index.migration.journal import JournalError, MigrationState
 
 FINISHING = b"finishing\n"
 NOTICED_S = 0.5
@@ -26,7 +26,7 @@ async def _nothing() -> None:
     """End at once."""
 
 
-async def let_finish(*journals: Journal) -> None:
+async def wait_for_others(*journals: MigrationState) -> None:
     """Wait while processes that were left keep what they have asked for. Raises JournalError."""
     loop = asyncio.get_running_loop()
     noticed, told = loop.time() + NOTICED_S, False
@@ -43,7 +43,7 @@ async def let_finish(*journals: Journal) -> None:
 
 @asynccontextmanager
 async def held(
-    journal: Journal, finish: Callable[[], Awaitable[None]] = _nothing
+    journal: MigrationState, finish: Callable[[], Awaitable[None]] = _nothing
 ) -> AsyncIterator[None]:
     """Hold a migration, and `finish` before it is let go. Raises MigrationRefused, JournalError."""
     path = _path(journal)
@@ -65,7 +65,7 @@ async def held(
             lock.close()
 
 
-def _path(journal: Journal) -> Path:
+def _path(journal: MigrationState) -> Path:
     return journal.path.with_suffix(".lock")
 
 

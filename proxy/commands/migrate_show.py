@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-from embedding_proxy.index.migration.journal import Journal, Phase, State
+from embedding_proxy.index.migration.journal import MigrationState, Phase, State
 from embedding_proxy.index.migration.plan import Plan
 from embedding_proxy.index.migration.verify import Verdict
 from embedding_proxy.proxy.formatting import age, count, money
@@ -30,7 +30,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     return told
 
 
-def plans(found: Sequence[Plan], *, exact: bool) -> None:
+def print_plans(found: Sequence[Plan], *, exact: bool) -> None:
     """Print what a migration would do; `exact` says whether the tokens are counted exactly."""
     for one in found:
         typer.echo(f"{one.collection}: {one.decision.regime} ({one.decision.why})")
@@ -69,7 +69,7 @@ def plans(found: Sequence[Plan], *, exact: bool) -> None:
         )
 
 
-def state_dict(state: State, journal: Journal) -> dict[str, Any]:
+def state_dict(state: State, journal: MigrationState) -> dict[str, Any]:
     """Return the state of a migration as JSON."""
     told = asdict(state)
     told["phase"] = str(state.phase)
@@ -77,7 +77,9 @@ def state_dict(state: State, journal: Journal) -> dict[str, Any]:
     return told
 
 
-def state(state: State, journal: Journal, sizes: Mapping[str, int] | None = None) -> None:
+def print_state(
+    state: State, journal: MigrationState, sizes: Mapping[str, int] | None = None
+) -> None:
     """Print how far a migration is; `sizes` are the points that are there now."""
     counts = state.counts
     typer.echo(f"{state.collection}: {state.phase}; {_NEXT[state.phase]}")
@@ -99,7 +101,7 @@ def state(state: State, journal: Journal, sizes: Mapping[str, int] | None = None
         typer.echo(f"  {counts.dead:,} could not be carried: {letters}")
 
 
-def verdict(found: Verdict) -> None:
+def print_verdict(found: Verdict) -> None:
     """Print what a verification saw."""
     late = found.late
     if late is not None and (late.written or late.deleted or late.left or late.dead):

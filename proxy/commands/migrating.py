@@ -15,11 +15,11 @@ from embedding_proxy.proxy.config import ConfigError
 from embedding_proxy.proxy.embedding.opening import CLIENTS_PAY
 from embedding_proxy.proxy.embedding.widths import can_give
 from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.model_entry import Model as ModelEntry
+from embedding_proxy.proxy.settings.model_entry import ModelConfig as ModelEntry
 from embedding_proxy.proxy.settings.schema import Settings
 
-from .known import Known
-from .outliving import SeenThrough
+from .known import CostPreview
+from .outliving import ShieldedTask
 
 LONGEST_END_S = 120.0
 """How long answers are waited for when a run is stopped."""
@@ -107,7 +107,7 @@ class Target:
         self.asked = model.asked
         self.space = model.space
         self.dimensions = dimensions
-        self.seen_through = SeenThrough()
+        self.seen_through = ShieldedTask()
         self._service = service
         self._namespace = namespace
 
@@ -152,6 +152,6 @@ class Target:
         """Wait until all that was asked for is in the cache, or has failed."""
         await self.seen_through.over(LONGEST_END_S)
 
-    async def look(self, texts: Sequence[str]) -> Sequence[Known]:
+    async def look(self, texts: Sequence[str]) -> Sequence[CostPreview]:
         """Return what is known of each text; nothing is bought, and nothing changes."""
         return await self._service.look(texts, self.name, namespace=self._namespace)

@@ -29,7 +29,7 @@ _TO_STOP = (
 )
 
 
-def outlive() -> int | None:
+def run_detached() -> int | None:
     """Return in the second process: the end of the pipe that says when it is left.
 
     The first one waits here, passes signals on, and exits as the second does; 128 + its number
@@ -103,7 +103,7 @@ async def until_left(life: int | None) -> AsyncIterator[None]:
         loop.remove_reader(life)
 
 
-class SeenThrough:
+class ShieldedTask:
     """Work that goes on to its end though whoever waits for it is called off."""
 
     def __init__(self) -> None:

@@ -160,8 +160,8 @@ def _look_up(
     is_named = namespace is not None or space is not None
     if is_named and not (outbox and outbox_purge.pick(outbox, namespace=namespace, space=space)):
         check_known(settings, file, namespace, space)
-    choices = [choice, *(one for one in _shared(choice) if purge.count(file, one)[0])]
-    counts = [purge.count(file, one) for one in choices]
+    choices = [choice, *(one for one in _shared(choice) if purge.count_entries(file, one)[0])]
+    counts = [purge.count_entries(file, one) for one in choices]
     entries, held = (sum(column) for column in zip(*counts, strict=True))
     points = [] if outbox is None else _waiting(outbox, file, choices)
     of_partitions: Counter[int | None] = Counter()

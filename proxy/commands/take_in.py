@@ -16,14 +16,14 @@ from embedding_proxy.cache.maintenance import archive, transfer
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import Source
 from embedding_proxy.cache.row import Row
-from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.proxy import config
 from embedding_proxy.proxy.embedding.opening import make_router, open_providers, scheduled
 from embedding_proxy.proxy.formatting import count
 from embedding_proxy.proxy.settings.schema import Settings
 from embedding_proxy.proxy.sources import FORMATS, open_source
 
-from .adopt import Adoption, SampleDiffers, Survey
+from .adopt import Importer, SampleDiffers, Survey
 from .cache import opened, opened_for_reading
 from .common import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
 from .groups import cache_app as app
@@ -33,7 +33,7 @@ _STREAM = "-"
 
 
 @app.command(name="import")
-def take_in(  # noqa: PLR0913 - one parameter an option
+def import_vectors(  # noqa: PLR0913 - one parameter an option
     source: Annotated[
         str,
         typer.Argument(
@@ -88,7 +88,7 @@ def take_in(  # noqa: PLR0913 - one parameter an option
     )
     entry = settings.models[model]
     ring = keyring(entry.as_space(), Namespace(namespace))
-    adoption = Adoption(ring, unit_norm=entry.unit_norm)
+    adoption = Importer(ring, unit_norm=entry.unit_norm)
     survey = _survey(adoption, pairs, sample)
     cosine = None
     if sample and survey.sample:
@@ -208,7 +208,7 @@ def _tell_sums(sums: transfer.Written, *, dry_run: bool) -> None:
     typer.echo(f"{stored} {verb}, {present} there already")
 
 
-def _survey(adoption: Adoption, source: Source, sample: int) -> Survey:
+def _survey(adoption: Importer, source: Source, sample: int) -> Survey:
     found = Survey()
     # The sample is drawn anew each time: nobody can prepare for it.
     with progress("reading") as tell:
@@ -220,10 +220,10 @@ def _survey(adoption: Adoption, source: Source, sample: int) -> Survey:
     return found
 
 
-async def _compare(settings: Settings, model: str, adoption: Adoption, survey: Survey) -> float:
+async def _compare(settings: Settings, model: str, adoption: Importer, survey: Survey) -> float:
     async with AsyncExitStack() as stack:
         providers = await open_providers(settings, stack)
-        router = make_router(settings, model, settings.models[model], providers, Upstreams())
+        router = make_router(settings, model, settings.models[model], providers, HealthRegistry())
         if not router.routes:
             raise WorkFailed(
                 f"{router.unavailable} Or trust the source without a sample: --sample 0"

@@ -6,8 +6,8 @@ from functools import partial
 
 from embedding_proxy.cache.ledger import Answered
 from embedding_proxy.providers.base import Account, Context, Input, Space
-from embedding_proxy.proxy.http.cache_control import terms
-from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.http.cache_control import to_cache_policy
+from embedding_proxy.proxy.http.caller import Client
 from embedding_proxy.proxy.settings.schema import Settings
 from embedding_proxy.proxy.wire import EmbeddingRequest
 
@@ -19,7 +19,7 @@ from .result import Result, check, check_in_steps, made
 from .space_watch import SpaceWatch
 
 
-class Answering:
+class EmbeddingPipeline:
     """Answers requests with the models of a registry.
 
     `client_keys` answers for those that are bought with the client's own key, if there are any.
@@ -33,7 +33,7 @@ class Answering:
         self._client_keys = client_keys
         self._spaces = SpaceWatch()
 
-    def at_hand(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result | None:
+    def at_hand(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result | None:
         """Return what `answer` would if it need not be waited for; else None.
 
         It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
@@ -48,7 +48,7 @@ class Answering:
             return None
         width = _width(model, asked)
         space = _space(model, asked)
-        allowed = terms(self._settings.cache.mode, control)
+        allowed = to_cache_policy(self._settings.cache.mode, control)
         account = Account(asked.model, caller.client, model.price)
         inputs, namespace = asked.inputs, caller.namespace
         embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
@@ -63,7 +63,7 @@ class Answering:
             return model.at(asked.dimensions)
         return model
 
-    async def answer(self, asked: EmbeddingRequest, caller: Caller, control: str) -> Result:
+    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result:
         """Answer a request, by a model that stands in for its own if need be.
 
         `control` is its `Cache-Control`. Raises EmbeddingError.
@@ -71,7 +71,7 @@ class Answering:
         model = self._model(asked)
         server = self._settings.server
         deadline = asyncio.get_running_loop().time() + server.request_timeout_s
-        allowed = terms(self._settings.cache.mode, control)
+        allowed = to_cache_policy(self._settings.cache.mode, control)
 
         async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
             begun = asyncio.get_running_loop().time()
@@ -110,14 +110,14 @@ class Answering:
             await check_in_steps(space, width, embedded.vectors)
             return made(model, one, space, width, inputs, embedded, namespace)
 
-        models = [model, *fallback.stand_ins(model, self._registry.models, width)]
-        return await fallback.first_answer(ask, models, deadline)
+        models = [model, *fallback.fallback_models(model, self._registry.models, width)]
+        return await fallback.embed_with_fallback(ask, models, deadline)
 
     async def _learn(
         self,
         model: Model,
         asked: EmbeddingRequest,
-        caller: Caller,
+        caller: Client,
         inputs: Sequence[Input],
         context: Context,
     ) -> Result:
@@ -143,7 +143,7 @@ class Answering:
         return made(model, model, space, width, inputs, embedded, namespace)
 
     async def _with_key(
-        self, model: Model, caller: Caller, inputs: Sequence[Input], context: Context, ask: Ask
+        self, model: Model, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
     ) -> tuple[Answered, str]:
         """Ask for a client that pays with its own key; also return whose namespace it was."""
         if model.by_client is None or self._client_keys is None:

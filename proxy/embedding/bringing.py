@@ -12,7 +12,7 @@ from .strategies import find
 from .widths import BUILT_IN
 
 
-async def brought(result: Result) -> Result:
+async def apply_dimension_strategy(result: Result) -> Result:
     """Return an answer at its width, where the model's width is a matter of a strategy.
 
     Nothing of it is cached: that is the model's own vector. Raises InvalidAnswer.

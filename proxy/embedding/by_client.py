@@ -3,7 +3,7 @@
 from collections.abc import Container
 from dataclasses import dataclass
 
-from embedding_proxy.proxy.settings.model_entry import Model
+from embedding_proxy.proxy.settings.model_entry import ModelConfig
 from embedding_proxy.proxy.settings.schema import Settings
 
 
@@ -23,7 +23,7 @@ class ByClient:
 
 
 def by_client(
-    settings: Settings, name: str, entry: Model, usable: Container[str]
+    settings: Settings, name: str, entry: ModelConfig, usable: Container[str]
 ) -> ByClient | None:
     """Return how a model is asked for with clients' keys; None if it is not.
 

@@ -1,4 +1,4 @@
-"""Canaries: known texts that are embedded again now and then, to notice a model that has changed.
+"""DriftCheck: known texts that are embedded again now and then, to notice a model that has changed.
 
 A provider may replace a model without a word. Vectors bought before and after would not compare,
 and nothing would fail. So every route in use is asked the same few texts, past the cache, and its
@@ -22,7 +22,7 @@ from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Account, Context, EmbeddingError
 from embedding_proxy.providers.probe import SAME, TEXTS, Probe, agreement, probe
-from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Route
 
 from .registry import Model
@@ -58,7 +58,7 @@ _RouteKey = tuple[str, str, str]
 """A route: the label of the space, the provider, and the provider's name for the model."""
 
 
-class Canaries:
+class DriftCheck:
     """Asks each route of every model that is in use, once in so many hours.
 
     What was asked and found is kept in a file, which all workers share: one of them at a time asks
@@ -69,7 +69,7 @@ class Canaries:
     def __init__(
         self,
         models: Mapping[str, Model],
-        upstreams: Upstreams,
+        upstreams: HealthRegistry,
         file: Path,
         *,
         hours: float,

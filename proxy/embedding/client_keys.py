@@ -20,28 +20,28 @@ from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 from embedding_proxy.cache.key import part
-from embedding_proxy.cache.ledger import Again, Answered
+from embedding_proxy.cache.ledger import Answered, Reusable
 from embedding_proxy.providers.base import (
-    AllResting,
     Bill,
     ClientKeyRefused,
     Context,
     Credential,
     DeadlineExceeded,
     Input,
-    InputRefused,
-    PassingFailure,
+    InvalidRequest,
+    NoProviderAvailable,
     ProviderError,
     RateLimited,
+    TransientError,
     Vector,
 )
-from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.http.caller import Client
 from embedding_proxy.proxy.settings.schema import Settings
 
 from . import client_secret
 from .by_client import ByClient
-from .proofs import Proofs, Standing
-from .steps import one_before_others
+from .proofs import KeyStatus, Proofs
+from .steps import embed_one_first
 
 FOLDER = "client-keys"
 """The name of the folder of proofs, in that of the store."""
@@ -74,12 +74,12 @@ class ClientKeys:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def embed(
-        self, how: ByClient, caller: Caller, inputs: Sequence[Input], context: Context, ask: Ask
+        self, how: ByClient, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
     ) -> tuple[Answered, str]:
         """Answer from what the caller's key may see, and buy the rest with it.
 
         Also returns the namespace that it was. Raises EmbeddingError: ClientKeyRefused for a key
-        that is not accepted, and for none; AllResting for one that cannot be proved just now.
+        that is not accepted, and for none; NoProviderAvailable for one that cannot be proved just now.
         """
         if not caller.api_key:
             if not how.others:
@@ -103,10 +103,10 @@ class ClientKeys:
         """Return under which name it is known that a key was accepted for a model."""
         return self._digest(credential.name, how.space)
 
-    def standing(self, proof: str) -> Standing:
+    def standing(self, proof: str) -> KeyStatus:
         """Return what a key may have. Raises ClientKeyRefused for one that was refused just now."""
         # Frozen, nobody can be asked: what a key has bought is there for whoever has the key.
-        return Standing.PROVED if self._frozen else self.proofs.standing(proof)
+        return KeyStatus.PROVED if self._frozen else self.proofs.standing(proof)
 
     @asynccontextmanager
     async def turn(self, proof: str, deadline: float | None) -> AsyncIterator[None]:
@@ -155,29 +155,31 @@ class _Visit:
     async def answer(self, inputs: Sequence[Input]) -> Answered | None:
         """Return the answer; None if the key cannot be proved now, and other routes may do."""
         standing, spend = self._keys.standing(self._proof), self._own.terms.spend
-        if standing is Standing.UNKNOWN and not spend:
+        if standing is KeyStatus.UNKNOWN and not spend:
             if self._how.others:
                 return None
-            raise InputRefused(
+            raise InvalidRequest(
                 f"Your key has not been proved at {self._how.providers[0]} for so long that nothing"
                 " is served to it, and the request says only-if-cached.",
                 status=504,
                 code="not_cached",
             )
-        if standing is Standing.PROVED or not spend:
+        if standing is KeyStatus.PROVED or not spend:
             return await self._asked(inputs)
         shortest = min(range(len(inputs)), key=lambda place: len(inputs[place]))
         try:
-            return await one_before_others(inputs, shortest, self._first, self._asked)
-        except (AllResting, ProviderError, InputRefused) as error:
-            if self._keys.standing(self._proof) is not Standing.UNKNOWN:
+            return await embed_one_first(inputs, shortest, self._first, self._asked)
+        except (NoProviderAvailable, ProviderError, InvalidRequest) as error:
+            if self._keys.standing(self._proof) is not KeyStatus.UNKNOWN:
                 raise
             if self._how.others:
                 return None
-            if not isinstance(error, PassingFailure) or isinstance(error, RateLimited):
+            if not isinstance(error, TransientError) or isinstance(error, RateLimited):
                 raise
             wait = RETRY_S if error.retry_after is None else error.retry_after
-            raise AllResting(f"Your key cannot be proved just now ({error}).", wait) from error
+            raise NoProviderAvailable(
+                f"Your key cannot be proved just now ({error}).", wait
+            ) from error
 
     async def _first(self, inputs: Sequence[Input]) -> Answered:
         """Ask for the inputs past the cache, unless the key is proved when its turn comes."""
@@ -199,20 +201,20 @@ class _Visit:
         try:
             async with self._keys.turn(self._proof, by):
                 standing = self._keys.standing(self._proof)
-                if standing is Standing.DUE:
+                if standing is KeyStatus.DUE:
                     # Others need not wait: they are served on the older proof meanwhile.
                     self._keys.proofs.defer(self._proof)
-                if standing is not Standing.PROVED:
+                if standing is not KeyStatus.PROVED:
                     return await self._asked(inputs, proving)
-        except (AllResting, ProviderError, DeadlineExceeded) as error:
+        except (NoProviderAvailable, ProviderError, DeadlineExceeded) as error:
             is_late = isinstance(error, DeadlineExceeded)
             if is_late and self._own.deadline is not None and self._own.deadline <= clock():
                 raise
-            if self._keys.standing(self._proof) is Standing.UNKNOWN:
+            if self._keys.standing(self._proof) is KeyStatus.UNKNOWN:
                 if not is_late:
                     raise
                 told = f"Your key cannot be proved just now (no answer within {PROOF_S:g} s)."
-                raise AllResting(told, RETRY_S) from error
+                raise NoProviderAvailable(told, RETRY_S) from error
             self._keys.proofs.defer(self._proof)
             log.info("%s is served on an older proof: %s", self._credential.name, error)
         return await self._asked(inputs)
@@ -238,7 +240,7 @@ class _Visit:
     def _is_proved(self) -> bool:
         """Tell whether an answer may be given to the key once more."""
         try:
-            return self._keys.standing(self._proof) is Standing.PROVED
+            return self._keys.standing(self._proof) is KeyStatus.PROVED
         except ClientKeyRefused:
             return False
 
@@ -248,7 +250,7 @@ class _WhileProved:
     """An answer that is given again for as long as the key is good."""
 
     is_proved: Callable[[], bool]
-    answer: Again
+    answer: Reusable
 
     async def vectors(self) -> Sequence[Vector] | None:
         return await self.answer.vectors() if self.is_proved() else None

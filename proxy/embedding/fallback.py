@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
-from embedding_proxy.providers.base import ClientKeyRefused, EmbeddingError, InputRefused
+from embedding_proxy.providers.base import ClientKeyRefused, EmbeddingError, InvalidRequest
 
 from .registry import Model
 from .widths import can_give
@@ -20,7 +20,7 @@ T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.fallback")
 
 
-def stand_ins(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
+def fallback_models(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
     """Return the models that may stand in for a model at that width, in the order preferred."""
     return [
         models[fallback.model]
@@ -29,7 +29,7 @@ def stand_ins(model: Model, models: Mapping[str, Model], dimensions: int) -> lis
     ]
 
 
-async def first_answer(
+async def embed_with_fallback(
     ask: Callable[[Model, float], Awaitable[T]], models: Sequence[Model], deadline: float
 ) -> T:
     """Ask one model after the other, and return the first answer.
@@ -46,7 +46,7 @@ async def first_answer(
         try:
             return await ask(model, now + (deadline - now) / (len(models) - place))
         except EmbeddingError as error:
-            if failure is None and isinstance(error, InputRefused | ClientKeyRefused):
+            if failure is None and isinstance(error, InvalidRequest | ClientKeyRefused):
                 raise
             failure = failure or error
             for following in models[place + 1 : place + 2]:

@@ -18,19 +18,19 @@ from typing import Any, Self
 
 import orjson
 from embedding_proxy.cache.key import Key, Namespace, checksum, keyring
-from embedding_proxy.cache.ledger import Again
-from embedding_proxy.index.collection import Making, name_of
-from embedding_proxy.index.collection import objections as collection_objections
+from embedding_proxy.cache.ledger import Reusable
+from embedding_proxy.index.collection import CollectionOptions, name_of
+from embedding_proxy.index.collection import conflicts as collection_objections
 from embedding_proxy.index.connection import Connection
 from embedding_proxy.index.failures import Denied, QdrantFailure, Unavailable
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import InputRefused, Outcome, Space, Vector
+from embedding_proxy.providers.base import InvalidRequest, Outcome, Space, Vector
 from embedding_proxy.providers.slices import slices
 from embedding_proxy.proxy.config import ConfigError
 from embedding_proxy.proxy.http import cache_control
-from embedding_proxy.proxy.http.index_field import NOTHING_SAID, Wish
+from embedding_proxy.proxy.http.index_field import NO_INDEX_OPTIONS, IndexOptions
 from embedding_proxy.proxy.settings.index_section import Qdrant
 from embedding_proxy.proxy.settings.schema import Settings
 
@@ -48,11 +48,11 @@ _INLINE = 32
 _POINTS_AT_A_TIME = 2048
 
 
-def refused(settings: Settings, wish: Wish) -> InputRefused | None:
+def refused(settings: Settings, wish: IndexOptions) -> InvalidRequest | None:
     """Return the error for a request that wants indexing where there is none."""
-    if settings.index.qdrant is not None or wish is NOTHING_SAID or not wish.wanted:
+    if settings.index.qdrant is not None or wish is NO_INDEX_OPTIONS or not wish.wanted:
         return None
-    return InputRefused(
+    return InvalidRequest(
         "This proxy indexes nothing: set index.qdrant.url, or index.qdrant.path, in its"
         " configuration, or leave out the field 'index'.",
         param="index",
@@ -69,9 +69,11 @@ def connection(qdrant: Qdrant) -> Connection:
     )
 
 
-def making(qdrant: Qdrant) -> Making:
+def making(qdrant: Qdrant) -> CollectionOptions:
     """Return how collections are made."""
-    return Making(qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt)
+    return CollectionOptions(
+        qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt
+    )
 
 
 async def objections(settings: Settings, open_connection: Connection) -> list[str]:
@@ -136,15 +138,19 @@ class Indexing:
         if against:
             raise ConfigError(f"index.qdrant: {against[0]}")
 
-    async def take(self, wish: Wish, control: str, result: Result) -> None:
+    async def take(self, wish: IndexOptions, control: str, result: Result) -> None:
         """Put what was answered into the outbox. Never raises; waits for the local disk only."""
         try:
-            if wish.wanted and result.inputs and not cache_control.parse(control).no_store:
+            if (
+                wish.wanted
+                and result.inputs
+                and not cache_control.parse_cache_control(control).no_store
+            ):
                 await self._take(wish, result)
         except Exception:
             log.exception("an answer is not indexed")
 
-    def knows(self, wish: Wish, result: Result) -> bool:
+    def knows(self, wish: IndexOptions, result: Result) -> bool:
         """Tell whether each point of an answer is known to be in the outbox, or to have arrived.
 
         Of a request that names ids or a payload none is. Of one that indexes nothing each is.
@@ -156,13 +162,13 @@ class Indexing:
             return False
         return self.indexer.knows_all(target, [key.address for key in keys])
 
-    def again(self, again: Again, wish: Wish, result: Result) -> Again | None:
+    def again(self, again: Reusable, wish: IndexOptions, result: Result) -> Reusable | None:
         """Return what gives an answer once more while its points are known; None if not all are."""
         if not self.knows(wish, result):
             return None
         return again if not wish.wanted else _WhileIndexed(self.indexer, self.indexer.epoch, again)
 
-    def _target(self, wish: Wish, result: Result) -> Target | None:
+    def _target(self, wish: IndexOptions, result: Result) -> Target | None:
         """Return where the points of an answer go; None if nowhere."""
         named = wish.collection or self._qdrant.collection
         if named and result.fallback:
@@ -170,7 +176,7 @@ class Indexing:
         name = named or collection_of(result.name, result.space, result.dimensions, self._qdrant)
         return Target(name, result.space.label, result.dimensions)
 
-    async def _take(self, wish: Wish, result: Result) -> None:
+    async def _take(self, wish: IndexOptions, result: Result) -> None:
         target = self._target(wish, result)
         if target is None:
             return
@@ -188,7 +194,7 @@ class Indexing:
 
     def _wanted(
         self,
-        wish: Wish,
+        wish: IndexOptions,
         result: Result,
         keys: Sequence[Key],
         places: Sequence[int],
@@ -206,7 +212,7 @@ class Indexing:
 
     def _points(
         self,
-        wish: Wish,
+        wish: IndexOptions,
         result: Result,
         keys: Sequence[Key],
         places: Sequence[int],
@@ -256,7 +262,7 @@ class _WhileIndexed:
 
     indexer: Indexer
     epoch: int
-    answer: Again
+    answer: Reusable
 
     async def vectors(self) -> Sequence[Vector] | None:
         return await self.answer.vectors() if self.indexer.epoch == self.epoch else None

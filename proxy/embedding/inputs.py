@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import Input, InputRefused, Weigh
+from embedding_proxy.providers.base import Input, InvalidRequest, Weigh
 
 from .registry import Model
 
@@ -87,7 +87,7 @@ async def _weigh(
     counts = await tokens.counted(inputs, encoding) if known is None else known
     total = sum(counts)
     if total > MOST_TOKENS:
-        raise InputRefused(
+        raise InvalidRequest(
             f"Requested {total} tokens, max {MOST_TOKENS} tokens per request",
             kind="max_tokens_per_request",
             code="max_tokens_per_request",

@@ -38,7 +38,7 @@ from embedding_proxy.providers.base import (
     Space,
 )
 
-from .steps import one_before_others
+from .steps import embed_one_first
 
 WIDTHS_FILE = "widths.json"
 """The name of the file, in the folder of the store."""
@@ -231,7 +231,7 @@ class WidthLearner:
         async def others(some: Sequence[Input]) -> Answered:
             return await embedder.embed(replace(space, dimensions=width), some, context)
 
-        answer = await one_before_others(inputs, 0, first, others)
+        answer = await embed_one_first(inputs, 0, first, others)
         return width, answer
 
     async def _buy_first(

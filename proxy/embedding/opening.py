@@ -15,14 +15,14 @@ from embedding_proxy.providers.base import Embedder
 from embedding_proxy.providers.credential import key_mistake
 from embedding_proxy.providers.limits import Limits
 from embedding_proxy.providers.local import Local
-from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider, Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
 from embedding_proxy.proxy.config import ConfigError
 from embedding_proxy.proxy.settings import model_entry
 from embedding_proxy.proxy.settings.schema import Settings
-from embedding_proxy.proxy.settings.upstreams import Provider as ProviderEntry
+from embedding_proxy.proxy.settings.upstreams import ProviderConfig as ProviderEntry
 
 CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
 
@@ -101,9 +101,9 @@ def scheduled(router: Router, settings: Settings) -> Embedder:
 def make_router(  # noqa: PLR0913 - what a router is made of
     settings: Settings,
     name: str,
-    entry: model_entry.Model,
+    entry: model_entry.ModelConfig,
     providers: Mapping[str, Provider],
-    upstreams: Upstreams,
+    upstreams: HealthRegistry,
     *,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Router:
@@ -139,7 +139,7 @@ def _by_client(settings: Settings, provider: str) -> bool:
     return entry is not None and entry.by_client
 
 
-def _remedy(settings: Settings, name: str, entry: model_entry.Model) -> str:
+def _remedy(settings: Settings, name: str, entry: model_entry.ModelConfig) -> str:
     """Say what to set so that the model can be asked for."""
     configured = [settings.providers.get(route.provider) for route in entry.routes]
     wanted = [one.key_variable for one in configured if one and one.key_variable]

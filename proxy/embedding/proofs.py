@@ -36,7 +36,7 @@ SWEEP_EVERY = 1000
 log = logging.getLogger("embedding_proxy.keys")
 
 
-class Standing(enum.Enum):
+class KeyStatus(enum.Enum):
     """What a key may have from the cache."""
 
     PROVED = "proved"
@@ -61,7 +61,7 @@ class Proofs:
             folder.mkdir(mode=0o700, exist_ok=True)
         self._sweep()
 
-    def standing(self, name: str) -> Standing:
+    def standing(self, name: str) -> KeyStatus:
         """Return what is known. Raises ClientKeyRefused for a key that was refused just now."""
         now = self._clock()
         at, refusal = self._refused.peek(name) or (-REFUSED_S, None)
@@ -72,9 +72,9 @@ class Proofs:
             # Another worker may have proved it since.
             age = now - self._on_disk(name)
         if not 0 <= age < STALE_S:
-            return Standing.UNKNOWN
+            return KeyStatus.UNKNOWN
         deferred = 0 <= now - (self._deferred.peek(name) or -AGAIN_S) < AGAIN_S
-        return Standing.PROVED if age < FRESH_S or deferred else Standing.DUE
+        return KeyStatus.PROVED if age < FRESH_S or deferred else KeyStatus.DUE
 
     def accepted(self, name: str) -> None:
         """Note that the provider has answered to a key."""

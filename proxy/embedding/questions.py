@@ -31,7 +31,7 @@ class Near:
     """The cosine."""
 
 
-class Questions(ABC):
+class SearchMixin(ABC):
     """Similarities and searches over whatever embeds."""
 
     settings: Settings

@@ -9,10 +9,10 @@ from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.ledger import Answered
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers import kinds
-from embedding_proxy.providers.base import Context, Embedder, Input, InputRefused, Space
-from embedding_proxy.providers.batching.longest import NoneTooLong
+from embedding_proxy.providers.base import Context, Embedder, Input, InvalidRequest, Space
+from embedding_proxy.providers.batching.longest import ContextLengthCheck
 from embedding_proxy.providers.http import HttpProvider
-from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.proxy.settings import model_entry
@@ -28,7 +28,7 @@ MOST_KEPT = 1000
 """Models that are listed at most; and as many that are not, being asked for by name alone."""
 
 
-class ModelUnknown(InputRefused):
+class ModelUnknown(InvalidRequest):
     """No such model is configured or in the catalogue, and nobody may be asked for it by name."""
 
     def __init__(self, model: str) -> None:
@@ -80,10 +80,10 @@ class Model:
     def at(self, dimensions: int) -> "Model":
         """Return the model at a width that is asked of the upstream: a space of its own.
 
-        Nothing says that a model known by name alone may be cut, so it is not. Raises InputRefused.
+        Nothing says that a model known by name alone may be cut, so it is not. Raises InvalidRequest.
         """
         if not 1 <= dimensions <= WIDEST:
-            raise InputRefused(
+            raise InvalidRequest(
                 f"Invalid value for 'dimensions' = {dimensions}: must be at least 1 and at most"
                 f" {WIDEST}.",
                 param="dimensions",
@@ -104,7 +104,7 @@ class Registry:
         settings: Settings,
         providers: Mapping[str, Provider],
         tiers: Tiers,
-        upstreams: Upstreams,
+        upstreams: HealthRegistry,
         learned: LearnedDimensions,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -207,10 +207,10 @@ class Registry:
             del self._unlisted[next(iter(self._unlisted))]
         return model
 
-    def _make(self, name: str, entry: model_entry.Model) -> Model:
+    def _make(self, name: str, entry: model_entry.ModelConfig) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
-        source = NoneTooLong(scheduled(router, settings), entry.context)
+        source = ContextLengthCheck(scheduled(router, settings), entry.context)
         return Model(
             name=name,
             space=entry.as_space(),
@@ -228,7 +228,7 @@ class Registry:
         )
 
 
-def _neutral_fields(settings: Settings, entry: model_entry.Model) -> frozenset[str]:
+def _neutral_fields(settings: Settings, entry: model_entry.ModelConfig) -> frozenset[str]:
     """Return what the providers of a model declare as neutral; each is sent its own only."""
     providers = (settings.providers.get(route.provider) for route in entry.routes)
     remote = (one for one in providers if one is not None and one.kind != kinds.LOCAL)

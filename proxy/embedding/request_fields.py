@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import orjson
-from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.providers.base import InvalidRequest
 
 OWN_FIELDS = ("model", "input", "dimensions", "encoding_format", "user", "index")
 """Fields that `wire` reads itself."""
@@ -235,7 +235,7 @@ def is_neutral(name: str) -> bool:
 def classify(fields: Mapping[str, object]) -> Fields:
     """Divide the further fields of a request. None of them is null.
 
-    Raises InputRefused, status 400, that names the first field that is refused.
+    Raises InvalidRequest, status 400, that names the first field that is refused.
     """
     if not fields:
         return NO_FIELDS
@@ -263,11 +263,11 @@ def unfit(names: Iterable[str]) -> str | None:
 
 
 def canonical(fields: Mapping[str, object]) -> tuple[tuple[str, bytes], ...]:
-    """Return fields as (name, JSON), sorted. Raises InputRefused for what is nested too deep."""
+    """Return fields as (name, JSON), sorted. Raises InvalidRequest for what is nested too deep."""
     try:
         return tuple(sorted((name, orjson.dumps(value)) for name, value in fields.items()))
     except orjson.JSONEncodeError as error:
-        raise InputRefused(f"A field of the request cannot be sent on: {error}.") from error
+        raise InvalidRequest(f"A field of the request cannot be sent on: {error}.") from error
 
 
 def _is_default(rule: Rule, value: object) -> bool:
@@ -281,6 +281,6 @@ def _is_default(rule: Rule, value: object) -> bool:
     )
 
 
-def _refusal(rule: Rule, name: str) -> InputRefused:
+def _refusal(rule: Rule, name: str) -> InvalidRequest:
     own = next((one for one in OWN_FIELDS if _normalized(one) == _normalized(name)), "")
-    return InputRefused(rule.reason.format(name=name[:100], own=own), param=name[:100])
+    return InvalidRequest(rule.reason.format(name=name[:100], own=own), param=name[:100])

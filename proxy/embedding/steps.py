@@ -9,13 +9,13 @@ from embedding_proxy.providers.base import Embedded, EmbeddingError, Input
 from embedding_proxy.providers.batching import calls
 from embedding_proxy.providers.slices import slices
 
-Ask: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
+EmbedSome: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
 
 
-async def one_before_others(
-    inputs: Sequence[Input], place: int, first: Ask, others: Ask
+async def embed_one_first(
+    inputs: Sequence[Input], place: int, first: EmbedSome, others: EmbedSome
 ) -> Answered:
-    """Ask `first` for the input at a place, and its equals, then `others` for the rest, if any.
+    """EmbedSome `first` for the input at a place, and its equals, then `others` for the rest, if any.
 
     Returns the answer to all of them. Raises EmbeddingError, with a place among all of them.
     """

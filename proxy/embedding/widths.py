@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeAlias
 
-from embedding_proxy.providers.base import InputRefused, Space
+from embedding_proxy.providers.base import InvalidRequest, Space
 
 from .strategies import find
 
@@ -44,7 +44,7 @@ def chosen(space: Space, dimensions: int | None, policy: str, *, refused: bool =
     """Return the width to answer with; the native one if none is asked for.
 
     `refused` says that a strict model takes no `dimensions` at all, not even its own width. Raises
-    InputRefused, in OpenAI's words, for a width that cannot be given.
+    InvalidRequest, in OpenAI's words, for a width that cannot be given.
     """
     if dimensions is None:
         return space.dimensions
@@ -52,15 +52,17 @@ def chosen(space: Space, dimensions: int | None, policy: str, *, refused: bool =
     if not refused and can_give(space, dimensions, policy):
         return dimensions
     if refused or (policy == "strict" and not space.matryoshka):
-        raise InputRefused("This model does not support specifying dimensions.", param="dimensions")
+        raise InvalidRequest(
+            "This model does not support specifying dimensions.", param="dimensions"
+        )
     if policy not in BUILT_IN:
-        raise InputRefused(
+        raise InvalidRequest(
             f"Invalid value for 'dimensions' = {dimensions}: {policy} does not give it.",
             param="dimensions",
         )
     least = 1 if can_give(space, 1, policy) else space.dimensions
     most = WIDEST if policy == "pad" else space.dimensions
-    raise InputRefused(
+    raise InvalidRequest(
         f"Invalid value for 'dimensions' = {dimensions}: must be at least {least} and at most"
         f" {most} for this model.",
         param="dimensions",

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from embedding_proxy.proxy.errors import Failure
 from embedding_proxy.proxy.settings.schema import ClientKey
 
-from .caller import Caller, Secret
+from .caller import Client, Secret
 
 
-class Access:
+class Authenticator:
     """Checks the keys that a request holds against the configured ones.
 
     Without keys everyone is let in (then the configuration allows a loopback host only). Keys are
@@ -21,26 +21,26 @@ class Access:
     """
 
     def __init__(self, keys: Iterable[ClientKey]) -> None:
-        self._callers: dict[bytes, Caller] = {}
+        self._callers: dict[bytes, Client] = {}
         for entry in keys:
             digest = _digest(entry.key.strip())
             # A key without a name is told from others by a bit of its digest, never by itself.
             name = entry.name or f"key-{digest.hex()[:8]}"
-            self._callers[digest] = Caller(entry.namespace, name, is_admin=entry.admin)
+            self._callers[digest] = Client(entry.namespace, name, is_admin=entry.admin)
 
     @property
     def is_open(self) -> bool:
         """Whether no key is asked for."""
         return not self._callers
 
-    def admit(self, authorization: str | None, *others: str) -> Caller | Failure:
+    def admit(self, authorization: str | None, *others: str) -> Client | Failure:
         """Return who sent a request, or the error if it may not come in.
 
         `others` are what the other headers for keys hold; one right key among all is enough.
         """
         if self.is_open:
             # Only a loopback host may be open, so whoever asks is on this machine.
-            return Caller(is_admin=True)
+            return Client(is_admin=True)
         given = [key for key in (_bearer(authorization or ""), *others) if key]
         if not given:
             return Failure(
@@ -74,7 +74,7 @@ class Access:
         """Tell whether a header's value holds one of the keys: then it goes nowhere else."""
         return bool(self._known(value.strip()) or self._known(_bearer(value)))
 
-    def _known(self, key: str) -> list[Caller]:
+    def _known(self, key: str) -> list[Client]:
         # All are compared, so that the time tells nothing.
         digest = _digest(key)
         return [one for kept, one in self._callers.items() if hmac.compare_digest(digest, kept)]

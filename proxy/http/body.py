@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 
 from aiohttp import web
-from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.providers.base import InvalidRequest
 
 from .pace import MIN_BYTES_PER_S, Pace
 
@@ -21,7 +21,7 @@ class MalformedBody(web.RequestPayloadError):
     """The chunks of a body are malformed; the message says why."""
 
 
-class BodyRefused(InputRefused):
+class BodyRefused(InvalidRequest):
     """A body that was not read to its end: nothing more can be asked on its connection."""
 
 

@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
-from embedding_proxy.providers.base import Terms
+from embedding_proxy.providers.base import CachePolicy
 
 Mode: TypeAlias = Literal["normal", "frozen", "refresh", "off"]
 
@@ -48,7 +48,7 @@ class CacheControl(NamedTuple):
     only_if_cached: bool = False
 
 
-def parse(header: str) -> CacheControl:
+def parse_cache_control(header: str) -> CacheControl:
     """Read the header's value; several headers are joined with commas.
 
     >>> parse('No-Cache, max-age="60", private="no-store"')
@@ -80,15 +80,15 @@ def _unquoted(argument: str) -> str:
 
 
 @lru_cache(maxsize=64)  # most requests say nothing, or all the same
-def terms(mode: Mode, header: str) -> Terms:
+def to_cache_policy(mode: Mode, header: str) -> CachePolicy:
     """Return how a request with this header may be answered.
 
     The mode is the operator's: a request may ask for less than it allows, never for more. Only
     `only-if-cached` takes what is there though the mode is `refresh`, as nothing is bought then.
     """
-    said = parse(header)
+    said = parse_cache_control(header)
     reads = mode in ("normal", "frozen") or (mode == "refresh" and said.only_if_cached)
-    return Terms(
+    return CachePolicy(
         max_age=said.max_age if reads else 0.0,
         write=mode != "off" and not said.no_store,
         frozen=mode == "frozen",

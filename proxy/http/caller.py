@@ -15,7 +15,7 @@ class Secret(str):
         return "'***'"
 
 
-class Caller(NamedTuple):
+class Client(NamedTuple):
     """The one who sent a request."""
 
     namespace: str = ""
@@ -34,5 +34,5 @@ class Caller(NamedTuple):
     """Tells whether the caller still waits for the answer; None = it does."""
 
 
-CALLER = web.RequestKey("caller", Caller)
+CALLER = web.RequestKey("caller", Client)
 """Where the guard puts the caller of a request that it lets in."""

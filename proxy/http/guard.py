@@ -4,13 +4,13 @@ import logging
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from embedding_proxy.providers.base import EmbeddingError, InputRefused
+from embedding_proxy.providers.base import EmbeddingError, InvalidRequest
 from embedding_proxy.proxy import errors
 from embedding_proxy.proxy.errors import Failure
 from embedding_proxy.proxy.onward.headers import KEY_HEADERS
 
 from . import ops, target
-from .access import Access
+from .access import Authenticator
 from .body import BodyRefused
 from .caller import CALLER
 from .cors import Cors
@@ -21,7 +21,7 @@ from .request_log import REQUEST_ID, STARTED, identify, tell
 log = logging.getLogger("embedding_proxy.guard")
 
 
-def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
+def guard(access: Authenticator, cors: Cors, origin_check: OriginCheck) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
     It gives every error OpenAI's shape. Of `ops.OPEN_PATHS` only the target is checked, and
@@ -40,12 +40,12 @@ def guard(access: Access, cors: Cors, origin_check: OriginCheck) -> Middleware:
 
 
 def _refused(
-    request: web.Request, access: Access, cors: Cors, origin_check: OriginCheck
+    request: web.Request, access: Authenticator, cors: Cors, origin_check: OriginCheck
 ) -> web.Response | None:
     """Return the reply to a request that no handler gets to see; None to all others."""
     try:
         target.check(request.method, request.raw_path)
-    except InputRefused as error:
+    except InvalidRequest as error:
         return errors.failure(error).response()
     is_open = request.path in ops.OPEN_PATHS
     refusal = None if is_open else origin_check.refusal(request)

@@ -12,13 +12,13 @@ from uuid import UUID
 
 from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
 from embedding_proxy.index.point import MOST_ID, PointId
-from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.providers.base import InvalidRequest
 
 _KEYS = ("collection", "ids", "payload")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class IndexOptions:
     """What a request says about its indexing."""
 
     wanted: bool = True
@@ -30,21 +30,21 @@ class Wish:
     """One an input, kept beside the vector."""
 
 
-NOTHING_SAID = Wish()
+NO_INDEX_OPTIONS = IndexOptions()
 
 
-def parse(value: object, inputs: int) -> Wish:
+def parse_index_options(value: object, inputs: int) -> IndexOptions:
     """Read the field of a request with so many inputs; None counts as absent.
 
-    Raises InputRefused.
+    Raises InvalidRequest.
 
     >>> parse(False, 1).wanted, parse({"ids": [7]}, 1).ids
     (False, (7,))
     """
     if value is None or value is True:
-        return NOTHING_SAID
+        return NO_INDEX_OPTIONS
     if value is False:
-        return Wish(wanted=False)
+        return IndexOptions(wanted=False)
     if not isinstance(value, Mapping):
         raise _invalid("must be false, or an object with collection, ids or payload", "")
     fields = {name: given for name, given in value.items() if given is not None}
@@ -52,7 +52,7 @@ def parse(value: object, inputs: int) -> Wish:
         if name not in _KEYS:
             raise _invalid(f"has an unknown key; known are {', '.join(_KEYS)}", f".{name}")
     ids, payload = fields.get("ids"), fields.get("payload")
-    return Wish(
+    return IndexOptions(
         collection=_collection(fields.get("collection")),
         ids=None if ids is None else tuple(map(_id, _each(ids, "ids", inputs), range(inputs))),
         payload=None
@@ -104,5 +104,5 @@ def _object(one: object, place: int) -> Mapping[str, object]:
     return one
 
 
-def _invalid(problem: str, where: str) -> InputRefused:
-    return InputRefused(f"'$.index{where}' is invalid: it {problem}.", param="index")
+def _invalid(problem: str, where: str) -> InvalidRequest:
+    return InvalidRequest(f"'$.index{where}' is invalid: it {problem}.", param="index")

@@ -18,12 +18,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from aiohttp import web
-from embedding_proxy.cache.ledger import Again
+from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
-from embedding_proxy.proxy.wire import EmbeddingRequest, Form
+from embedding_proxy.proxy.wire import EmbeddingRequest, ResponseFormat
 
-from .caller import Caller
+from .caller import Client
 
 MAX_REQUEST = 1 << 16
 """Bytes of a request, head and body; longer ones are not looked up."""
@@ -84,7 +84,7 @@ class SizedLRU:
 class RequestContext(NamedTuple):
     """What a head said of its request."""
 
-    caller: Caller
+    caller: Client
     control: str
     """Its `Cache-Control`."""
     model: str | None
@@ -239,9 +239,9 @@ class ResponseCache:
 class Hits(NamedTuple):
     """How a request is answered that all entries are cached for, but for the vectors."""
 
-    form: Form
+    form: ResponseFormat
     headers: Mapping[str, str]
-    again: Again | None
+    again: Reusable | None
     """None if the same request has to be asked anew."""
     rendered: bytes = b""
     """The whole body of the response; empty if it is not kept."""
@@ -268,7 +268,7 @@ class HitCache:
         self._responses = responses
 
     async def digest(
-        self, body: bytes, caller: Caller, control: str, model: str | None
+        self, body: bytes, caller: Client, control: str, model: str | None
     ) -> bytes | None:
         """Return what a request is known by: all that decides its answer.
 

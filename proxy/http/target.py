@@ -7,7 +7,7 @@ proxy send it. Everything else that names a host, or that some server could read
 
 import re
 
-from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.providers.base import InvalidRequest
 
 from .paths import decoded, may_be_embeddings
 
@@ -26,7 +26,7 @@ def path_of(target: str) -> str:
 
 
 def check(method: str, target: str) -> None:
-    """Raise InputRefused for a target that is neither a path nor an address of http or https.
+    """Raise InvalidRequest for a target that is neither a path nor an address of http or https.
 
     A spelling of the embeddings endpoint is let through: its 404 names the right path.
     """
@@ -49,7 +49,7 @@ def check(method: str, target: str) -> None:
         raise _refusal("it begins with two slashes, as an address without its scheme does")
 
 
-def _refusal(problem: str) -> InputRefused:
-    return InputRefused(
+def _refusal(problem: str) -> InvalidRequest:
+    return InvalidRequest(
         f"The request target is not valid: {problem}. Send a path such as /v1/embeddings."
     )

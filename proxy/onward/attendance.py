@@ -17,7 +17,7 @@ class ClientLeft(ConnectionAbortedError):
     """The client is gone; nobody is left to tell."""
 
 
-class Attendance:
+class IdleTimeout:
     """Cancels what is done inside `async with` when the client leaves, or nothing moves any more.
 
     A client that only stops sending, its request being whole, counts as one that left: it cannot be

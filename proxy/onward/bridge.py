@@ -11,8 +11,8 @@ from embedding_proxy.proxy.errors import RETRY_SECONDS, Failure
 from multidict import CIMultiDict
 from yarl import URL
 
-from .attendance import Attendance
-from .origin import Origin
+from .attendance import IdleTimeout
+from .origin import PassthroughUpstream
 
 log = logging.getLogger("embedding_proxy.passthrough")
 
@@ -35,10 +35,10 @@ def is_wanted(request: web.Request) -> bool:
 
 async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its bounds
     request: web.Request,
-    origin: Origin,
+    origin: PassthroughUpstream,
     url: URL,
     headers: CIMultiDict[str],
-    attendance: Attendance,
+    attendance: IdleTimeout,
     max_message: int,
 ) -> web.StreamResponse:
     """Carry messages both ways until either side closes; a refused call is answered with why.
@@ -93,12 +93,14 @@ async def _closed(socket: _Socket, code: int, why: bytes = b"") -> None:
         await socket.close(code=code, message=why)
 
 
-def _may_go(origin: Origin, protocol: str) -> bool:
+def _may_go(origin: PassthroughUpstream, protocol: str) -> bool:
     secret = protocol.removeprefix(_KEY_PROTOCOL)
     return secret == protocol or origin.may_forward(secret)
 
 
-async def _pump(source: _Socket, sink: _Socket, attendance: Attendance, origin: Origin) -> None:
+async def _pump(
+    source: _Socket, sink: _Socket, attendance: IdleTimeout, origin: PassthroughUpstream
+) -> None:
     """Send on what comes, and at last how it ended; a side that is gone ends it too."""
     code, why = _BROKEN, ""
     with suppress(ConnectionError, aiohttp.ClientError):

@@ -14,7 +14,7 @@ from aiohttp import web
 from embedding_proxy.providers import descriptors, hops
 from embedding_proxy.providers.base import (
     EmbeddingError,
-    InputRefused,
+    InvalidRequest,
     NoRoute,
     OutOfDescriptors,
     Unreachable,
@@ -25,7 +25,7 @@ from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING, DecodeEr
 from embedding_proxy.providers.redaction import Redactor
 from embedding_proxy.providers.transport_errors import PROXY_CREDENTIALS_REFUSED, reason
 from embedding_proxy.proxy.embedding.opening import check_network, key_of
-from embedding_proxy.proxy.http.access import Access
+from embedding_proxy.proxy.http.access import Authenticator
 from embedding_proxy.proxy.http.target import path_of
 from embedding_proxy.proxy.settings.schema import Settings
 from multidict import CIMultiDict
@@ -61,13 +61,13 @@ async def _send_once(
         raise Unanswered(*error.args) from error
 
 
-class Origin:
+class PassthroughUpstream:
     """One origin that calls are passed to. Open it with `async with`.
 
     Its key, or the client's, is sent there and nowhere else: no redirect is followed.
     """
 
-    def __init__(self, settings: Settings, access: Access) -> None:
+    def __init__(self, settings: Settings, access: Authenticator) -> None:
         """Look up the key. Raises ConfigError, and ValueError if calls are passed to nobody."""
         entry = settings.passes_to
         if entry is None or settings.passthrough is None:
@@ -142,7 +142,7 @@ class Origin:
                 # In the form of another provider's clients, say Azure's.
                 own = {name: self._profile.key_prefix + key}
             if given and not own:
-                raise InputRefused(
+                raise InvalidRequest(
                     f"This call is passed to {self.name} with your own key: send that in the header"
                     f" `{name}`, and this proxy's key in `x-proxy-key`.",
                     status=401,
@@ -211,11 +211,11 @@ class Origin:
                 body += b"".join(decoder.finish())
                 passing = self.redactor.stream()
                 body = passing.feed(body) + passing.finish()
-                return _listed(body) if reply.status == 200 else []
+                return _listed_models(body) if reply.status == 200 else []
         return []
 
 
-def _listed(body: bytes) -> list[dict[str, Any]]:
+def _listed_models(body: bytes) -> list[dict[str, Any]]:
     """Return the models in a list of OpenAI's shape. Raises ValueError."""
     content = orjson.loads(body)
     data = content.get("data") if isinstance(content, dict) else None

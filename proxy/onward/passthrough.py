@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import HttpVersion11, web
-from embedding_proxy.providers.base import InputRefused, UpstreamTimeout
+from embedding_proxy.providers.base import InvalidRequest, UpstreamTimeout
 from embedding_proxy.providers.transport_errors import reason
 from embedding_proxy.proxy.http.body import MIB, BodyRefused, too_slow
 from embedding_proxy.proxy.http.pace import Pace, reset
@@ -21,9 +21,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import bridge
-from .attendance import Attendance, Stalled
+from .attendance import IdleTimeout, Stalled
 from .headers import returned
-from .origin import PREFIXES, Origin
+from .origin import PREFIXES, PassthroughUpstream
 from .refusal import (
     SecretFound,
     redacted_chunks,
@@ -41,7 +41,7 @@ _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 class Passthrough:
     """Passes calls to an origin."""
 
-    def __init__(self, origin: Origin, settings: Settings) -> None:
+    def __init__(self, origin: PassthroughUpstream, settings: Settings) -> None:
         self._origin = origin
         self._idle_s = settings.passthrough_idle_s
         self._body_timeout_s = settings.server.body_timeout_s
@@ -61,7 +61,7 @@ class Passthrough:
             # Embeddings go through the cache or nowhere, whatever the upstream makes of a path.
             raise web.HTTPNotFound
         if self._frozen:
-            raise InputRefused(
+            raise InvalidRequest(
                 f"cache.mode is frozen: nothing is bought, so this call is not passed to"
                 f" {origin.name}.",
                 status=404,
@@ -70,7 +70,7 @@ class Passthrough:
         url = origin.address(request)
         headers = origin.headers(request, url)
         try:
-            async with Attendance(request, self._idle_s) as attendance:
+            async with IdleTimeout(request, self._idle_s) as attendance:
                 if bridge.is_wanted(request):
                     return await bridge.connect(
                         request, origin, url, headers, attendance, self._max_message
@@ -101,7 +101,7 @@ class Passthrough:
         return self._origin.checked(reply)
 
     async def _returned(
-        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance
+        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: IdleTimeout
     ) -> web.StreamResponse:
         """Give the client the reply as it comes. Raises ConnectionError if it breaks off."""
         redactor = self._origin.redactor
@@ -129,7 +129,7 @@ class Passthrough:
         return response
 
     async def _chunks(
-        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: Attendance
+        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: IdleTimeout
     ) -> AsyncIterator[bytes]:
         while chunk := await self._next(request, reply):
             attendance.moved()
@@ -163,7 +163,7 @@ def _is_below(target: str) -> bool:
 class _Upload:
     """The body of a call, as it comes from the client."""
 
-    def __init__(self, request: web.Request, attendance: Attendance, timeout_s: float) -> None:
+    def __init__(self, request: web.Request, attendance: IdleTimeout, timeout_s: float) -> None:
         self._content = request.content
         self._attendance = attendance
         self._timeout_s = timeout_s

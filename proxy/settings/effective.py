@@ -15,7 +15,7 @@ from embedding_proxy.providers import kinds
 
 from .schema import Settings
 from .section import Section
-from .upstreams import NETWORK, TIMEOUTS, Provider
+from .upstreams import NETWORK, TIMEOUTS, ProviderConfig
 
 _WHOLE_REFERENCE = re.compile(r"\$\{[^}]*\}")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)")
@@ -75,7 +75,7 @@ def _variables(value: object) -> Iterator[str]:
         yield from _VARIABLE.findall(value)
 
 
-def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
+def _provider(name: str, provider: ProviderConfig, written: object) -> dict[str, Any]:
     """Return what applies to a provider: of what it does not say, its kind's defaults.
 
     `written` is what the file says of it.
@@ -85,7 +85,7 @@ def _provider(name: str, provider: Provider, written: object) -> dict[str, Any]:
     profile = provider.as_profile()
     written = written if isinstance(written, Mapping) else {}
     headers = _at(written, "headers")
-    shown = {field: _plain(getattr(profile, field, None)) for field in Provider.model_fields}
+    shown = {field: _plain(getattr(profile, field, None)) for field in ProviderConfig.model_fields}
     shown |= {"kind": provider.kind, "key": provider.key, "share": provider.share}
     shown["retries"] = provider.retries
     shown |= {key: _plain(getattr(profile.network, key)) for key in NETWORK}

@@ -11,7 +11,7 @@ from embedding_proxy.providers.catalogue import CATALOGUE
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from .problem import Path, Problem, Problems, nearest
+from .problem import KeyPath, Problem, Problems, nearest
 from .schema import KINDS, Settings
 from .section import Section
 
@@ -83,7 +83,7 @@ def known_keys(path: Sequence[str | int]) -> Iterator[str]:
     yield from section.model_fields if section is not None else ()
 
 
-def _problems(path: Path, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
+def _problems(path: KeyPath, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
     kind = one["type"]
     if kind == "extra_forbidden":
         yield _unknown_key(path)
@@ -106,14 +106,14 @@ def _problems(path: Path, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pyda
         yield Problem(path, f"expected {expected}", hides_name)
 
 
-def _meant_entry(path: Path) -> str:
+def _meant_entry(path: KeyPath) -> str:
     """Return a hint for a name that lacks what is known of a similar one."""
     known = {("providers", "kind"): KINDS, ("models", "space"): tuple(CATALOGUE)}
     near = nearest(str(path[1]), known.get((str(path[0]), str(path[-1])), ())) if path[1:] else ""
     return f", or did you mean {near}?" if near else ""
 
 
-def _unknown_key(path: Path) -> Problem:
+def _unknown_key(path: KeyPath) -> Problem:
     name = str(path[-1])
     if path[0] in _OLD_SECTIONS and len(path) == 1:
         return Problem(

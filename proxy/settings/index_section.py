@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from embedding_proxy.index.collection import LONGEST_NAME, FieldType, not_in_names
 from pydantic import Field, field_validator, model_validator
 
-from .problem import Path, Problem, refuse
+from .problem import KeyPath, Problem, refuse
 from .section import FilePath, HttpUrl, Name, Number, Section, VariableName
 
 MOST_MIB = 4.5
@@ -63,7 +63,7 @@ class Qdrant(Section):
 
     def _misfits(self) -> Iterator[Problem]:
         """Yield what does not go together."""
-        needs: tuple[Path, ...] = (("url",), ("path",))
+        needs: tuple[KeyPath, ...] = (("url",), ("path",))
         if (self.url is None) == (self.path is None):
             yield Problem(
                 (), "set either url, of a server, or path, of a folder of this machine", needs=needs

@@ -13,7 +13,7 @@ from .problem import Problem, refuse, suggestion
 from .section import Name, Number, Section, Whole
 
 
-class Route(Section):
+class RouteConfig(Section):
     """Where a model can be bought, and under which name."""
 
     provider: Name
@@ -27,7 +27,7 @@ class Fallback(Section):
     model: Name
     width: Policy = "strict"
 
-    def objection(self, first: "Model", stand_in: "Model") -> str | None:
+    def objection(self, first: "ModelConfig", stand_in: "ModelConfig") -> str | None:
         """Say why a model cannot stand in for another; None if it can."""
         if stand_in.space == first.space:
             return "has the same space; add its routes to `routes` instead"
@@ -42,7 +42,7 @@ class Fallback(Section):
         return None
 
 
-class Model(Section):
+class ModelConfig(Section):
     """One embedding model."""
 
     space: Annotated[str, Field(min_length=1, max_length=200)]
@@ -58,7 +58,7 @@ class Model(Section):
     order: Literal["listed", "cheapest", "fastest"] = "listed"
     hedge_after_s: Annotated[Number, Field(gt=0)] | None = None
     width: Name = "strict"
-    routes: Annotated[tuple[Route, ...], Field(min_length=1)]
+    routes: Annotated[tuple[RouteConfig, ...], Field(min_length=1)]
     fallback: tuple[Fallback, ...] = ()
 
     @field_validator("fallback", mode="before")
@@ -81,7 +81,7 @@ class Model(Section):
         return value
 
     @model_validator(mode="after")
-    def _cut_by_tokens_of_its_own(self) -> "Model":
+    def _cut_by_tokens_of_its_own(self) -> "ModelConfig":
         refuse(
             Problem(
                 ("truncate",),
@@ -127,9 +127,9 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
     }
 
 
-def by_name(name: str) -> Model | None:
+def by_name(name: str) -> ModelConfig | None:
     """Return what can be said of a model that is not configured; None for what is no name."""
     try:
-        return Model.model_validate(from_catalogue(catalogue.by_name(name)))
+        return ModelConfig.model_validate(from_catalogue(catalogue.by_name(name)))
     except ValidationError:
         return None

@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 from .pasted_keys import MASK, hide_keys
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """The place of a key: the names of sections, keys and list positions that lead to it."""
 
 
 class Problem(NamedTuple):
     """One mistake: where it is, and what is wrong with the remedy."""
 
-    path: Path
+    path: KeyPath
     message: str
     hides_name: bool = False
     """Whether the last name of the path is not shown: it may be a key that was pasted there."""
-    needs: tuple[Path, ...] = ()
+    needs: tuple[KeyPath, ...] = ()
     """The other keys that it depends on: where one of them is wrong itself, it is not told."""
     meant: str = ""
     """The known key that a misspelt one stands for."""
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
         needs = tuple((*start, *need) for need in self.needs)
         return self._replace(path=(*start, *self.path), needs=needs)
 
-    def follows(self, wrong: Collection[Path]) -> bool:
+    def follows(self, wrong: Collection[KeyPath]) -> bool:
         """Tell whether it is a consequence of other mistakes, whose places are given."""
         places = (self.path, *self.needs)
         return any(place[:n] in wrong for place in places for n in range(1, len(place) + 1))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from .problem import Path, Problem
+from .problem import KeyPath, Problem
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -33,7 +33,7 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
     needed: list[Problem] = []
     spared: list[Problem] = []
 
-    def replaced(value: object, path: Path) -> object:
+    def replaced(value: object, path: KeyPath) -> object:
         if isinstance(value, dict):
             return {key: replaced(one, (*path, _part(key))) for key, one in value.items()}
         if isinstance(value, list):

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from . import file_path
 from .index_section import Index
-from .model_entry import Model, from_catalogue
+from .model_entry import ModelConfig, from_catalogue
 from .problem import Problem, Problems, refuse, suggestion
 from .section import (
     CacheMode,
@@ -31,7 +31,7 @@ from .section import (
     WebOrigin,
     Whole,
 )
-from .upstreams import Provider
+from .upstreams import ProviderConfig
 
 
 class ClientKey(Section):
@@ -178,10 +178,14 @@ class Settings(Section):
     cache: Annotated[Cache, Field(validate_default=True)] = Field(
         default_factory=dict  # type: ignore[assignment]
     )
-    providers: Annotated[dict[ProviderName, Provider | None], Field(validate_default=True)] = Field(
+    providers: Annotated[
+        dict[ProviderName, ProviderConfig | None], Field(validate_default=True)
+    ] = Field(
         default_factory=lambda: {kind: {} for kind in DEFAULT_PROVIDERS}  # type: ignore[arg-type]
     )
-    models: Annotated[dict[Name, Model], Field(validate_default=True)] = Field(default_factory=dict)
+    models: Annotated[dict[Name, ModelConfig], Field(validate_default=True)] = Field(
+        default_factory=dict
+    )
     index: Index = Index()
     passthrough: Name | None = "openai"
     """The provider that answers all other calls. The default one need not be configured."""
@@ -321,7 +325,7 @@ class Settings(Section):
 
     def _spaces_described_twice(self) -> Iterator[Problem]:
         """Yield two descriptions of one space: they would disagree about the same records."""
-        first: dict[str, tuple[str, Model]] = {}
+        first: dict[str, tuple[str, ModelConfig]] = {}
         for name, model in self.models.items():
             other, described = first.setdefault(model.space, (name, model))
             for key in ("dimensions", "matryoshka"):
@@ -339,7 +343,7 @@ class Settings(Section):
                     )
 
     @property
-    def passes_to(self) -> Provider | None:
+    def passes_to(self) -> ProviderConfig | None:
         """The provider that other calls are passed to, if it is configured."""
         entry = self.providers.get(self.passthrough or "")
         return None if entry is None or entry.kind == kinds.LOCAL else entry

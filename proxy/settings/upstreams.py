@@ -63,7 +63,7 @@ NETWORK = ("proxy", "trust_env", "ca_file")
 _FIELDS = ("encoding_format", "accepts_tokens", "dimensions_field", "sends_user", "unit_norm")
 
 
-class Limits(Section):
+class LimitsConfig(Section):
     """What a provider takes; what is not said is as its kind declares it."""
 
     inputs: Annotated[Whole, _COUNT] = 2048
@@ -74,7 +74,7 @@ class Limits(Section):
     learn: bool = True
 
 
-class Provider(Section):
+class ProviderConfig(Section):
     """One upstream. The defaults shown here are OpenAI's; a key that is not given is its kind's."""
 
     kind: Name
@@ -91,7 +91,7 @@ class Provider(Section):
     least_bytes_per_s: Annotated[Number, Field(ge=0)] = 100
     rate_window_s: Annotated[Number, Field(gt=0)] = 15
     retries: Annotated[Whole, Field(ge=0, le=MOST_RETRIES)] | None = None
-    limits: Limits = Limits()
+    limits: LimitsConfig = LimitsConfig()
     encoding_format: Literal["base64", "float"] | None = "base64"
     accepts_tokens: bool = True
     dimensions_field: Name | None = "dimensions"
@@ -152,7 +152,7 @@ class Provider(Section):
         return value
 
     @model_validator(mode="after")
-    def _fits_its_kind(self) -> "Provider":
+    def _fits_its_kind(self) -> "ProviderConfig":
         """Refuse options that this kind does not know, and a kind without an address."""
         refuse(self._misfits())
         return self
@@ -232,7 +232,7 @@ class Provider(Section):
     def origin(self) -> str:
         """Where it is: scheme, host and port; keys are sent there and nowhere else.
 
-        >>> Provider(kind="openai", base_url="https://API.openai.com:443/v1").origin
+        >>> ProviderConfig(kind="openai", base_url="https://API.openai.com:443/v1").origin
         'https://api.openai.com:443'
         """
         parts = urlsplit(self.as_profile().base_url or "")

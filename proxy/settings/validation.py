@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .explanation import explain, field_at
-from .problem import Path, Problem
+from .problem import KeyPath, Problem
 from .schema import Settings
 
 _MAX_ROUNDS = 20
@@ -27,7 +27,7 @@ _STAND_INS: Mapping[str, Any] = {
 
 
 def validate(
-    content: dict[Any, Any], context: Mapping[str, Any], unset: Iterable[Path]
+    content: dict[Any, Any], context: Mapping[str, Any], unset: Iterable[KeyPath]
 ) -> tuple[Settings | None, list[Problem]]:
     """Return the settings of a content, None where it has mistakes, and these.
 
@@ -38,7 +38,7 @@ def validate(
     for path in wrong:
         _replace(content, path)
     problems: list[Problem] = []
-    misspelt: dict[Path, Path] = {}
+    misspelt: dict[KeyPath, KeyPath] = {}
     for _ in range(_MAX_ROUNDS):
         try:
             settings = Settings.model_validate(content, context=context)
@@ -70,7 +70,7 @@ def validate(
     return None, problems
 
 
-def _as_written(problem: Problem, misspelt: Mapping[Path, Path]) -> Problem:
+def _as_written(problem: Problem, misspelt: Mapping[KeyPath, KeyPath]) -> Problem:
     """Return a problem of a section whose name was corrected, with the name that the file has."""
     for meant, written in misspelt.items():
         if problem.path[: len(meant)] == meant:
@@ -78,7 +78,7 @@ def _as_written(problem: Problem, misspelt: Mapping[Path, Path]) -> Problem:
     return problem
 
 
-def _rename_section(content: dict[Any, Any], problem: Problem) -> Path | None:
+def _rename_section(content: dict[Any, Any], problem: Problem) -> KeyPath | None:
     """Give a misspelt section its name, so that it is validated, too; return its place then."""
     parent = _parent(content, problem.path)
     value = parent.get(problem.path[-1])
@@ -88,7 +88,7 @@ def _rename_section(content: dict[Any, Any], problem: Problem) -> Path | None:
     return (*problem.path[:-1], problem.meant)
 
 
-def _parent(content: dict[Any, Any], path: Path) -> Any:  # noqa: ANN401 - whatever YAML holds
+def _parent(content: dict[Any, Any], path: KeyPath) -> Any:  # noqa: ANN401 - whatever YAML holds
     """Return what holds the last key of a path."""
     parent: Any = content
     for part in path[:-1]:
@@ -103,7 +103,7 @@ def _key(node: Any, part: str | int) -> Any:  # noqa: ANN401 - as above
     return part
 
 
-def _replace(content: dict[Any, Any], path: Path) -> None:
+def _replace(content: dict[Any, Any], path: KeyPath) -> None:
     """Put something right in the place of what is wrong, or remove it if it may lack."""
     node: Any = content
     holder: tuple[Any, Any] | None = None
@@ -125,7 +125,7 @@ def _replace(content: dict[Any, Any], path: Path) -> None:
         return
 
 
-def _stand_in(path: Path) -> Any:  # noqa: ANN401 - whatever is right there
+def _stand_in(path: KeyPath) -> Any:  # noqa: ANN401 - whatever is right there
     """Return a value that is right by itself; None for what may lack."""
     found = field_at(path)
     if found is None:

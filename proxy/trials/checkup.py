@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from embedding_proxy.providers import local, tokens
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     Context,
-    CredentialsRefused,
     EmbeddingError,
     ModelNotFound,
 )
@@ -22,9 +22,9 @@ from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.proxy.embedding.opening import CLIENTS_PAY
 from embedding_proxy.proxy.settings.schema import Settings
 
-from .candidates import Standing, find
-from .choice import Choice, with_stand_ins
-from .finding import Comparison, Finding, compare
+from .candidates import ProviderStatus, find
+from .choice import ModelSelection, with_stand_ins
+from .finding import Comparison, RouteResult, compare
 
 AT_ONCE = 8
 """Providers that are asked at the same time, each for one model after the other: so the times are
@@ -35,15 +35,15 @@ those of single calls, and a small machine need not load several models at once.
 class Checkup:
     """What was found."""
 
-    providers: Mapping[str, Standing]
-    findings: list[Finding]
+    providers: Mapping[str, ProviderStatus]
+    findings: list[RouteResult]
     comparisons: list[Comparison] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """One line for each thing that does not work."""
 
 
 async def examine(
-    settings: Settings, choice: Choice, *, offline: bool, tell: Callable[[float], None]
+    settings: Settings, choice: ModelSelection, *, offline: bool, tell: Callable[[float], None]
 ) -> Checkup:
     """Ask every usable route of the chosen models, unless `offline`. Raises ConfigError.
 
@@ -65,11 +65,11 @@ async def examine(
 
 
 async def _ask(
-    findings: Sequence[Finding], patience_s: float, tell: Callable[[float], None]
+    findings: Sequence[RouteResult], patience_s: float, tell: Callable[[float], None]
 ) -> None:
     clock = asyncio.get_running_loop().time
     gate = asyncio.Semaphore(AT_ONCE)
-    queues: defaultdict[str, list[tuple[Finding, Route]]] = defaultdict(list)
+    queues: defaultdict[str, list[tuple[RouteResult, Route]]] = defaultdict(list)
     for one in findings:
         if one.route is not None:
             queues[one.provider].append((one, one.route))
@@ -78,7 +78,7 @@ async def _ask(
         tokens.count(TEXTS, encoding)
     done = 0
 
-    async def ask_in_turn(queue: Sequence[tuple[Finding, Route]]) -> None:
+    async def ask_in_turn(queue: Sequence[tuple[RouteResult, Route]]) -> None:
         nonlocal done
         async with gate:
             for one, route in queue:
@@ -92,18 +92,22 @@ async def _ask(
             group.create_task(ask_in_turn(queue))
 
 
-def _why(settings: Settings, choice: Choice, one: Finding, failure: EmbeddingError) -> str:
+def _why(
+    settings: Settings, choice: ModelSelection, one: RouteResult, failure: EmbeddingError
+) -> str:
     """Say why a route failed, and what may be done."""
     why = str(failure).removeprefix(f"{one.provider}: ")
     entry = settings.providers[one.provider]
-    if isinstance(failure, CredentialsRefused) and entry and entry.key_variable:
+    if isinstance(failure, AuthenticationError) and entry and entry.key_variable:
         why += f" (its key is that in {entry.key_variable})"
     if isinstance(failure, ModelNotFound) and not {*one.models} & {*choice.named}:
         why += " (chosen from the catalogue; --model checks the one that you use)"
     return why
 
 
-def _problems(choice: Choice, routers: Mapping[str, Router], found: Checkup) -> Iterator[str]:
+def _problems(
+    choice: ModelSelection, routers: Mapping[str, Router], found: Checkup
+) -> Iterator[str]:
     for one in found.findings:
         if one.ok is False:
             yield f"{one.models[0]} at {one}: {one.why}"

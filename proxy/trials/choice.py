@@ -7,12 +7,12 @@ from typing import Literal
 
 from embedding_proxy.proxy.config import ConfigError
 from embedding_proxy.proxy.settings import model_entry
-from embedding_proxy.proxy.settings.model_entry import Model
+from embedding_proxy.proxy.settings.model_entry import ModelConfig
 from embedding_proxy.proxy.settings.schema import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ModelSelection:
     """Which models are looked at."""
 
     named: Sequence[str]
@@ -23,10 +23,12 @@ class Choice:
     """Beside them: one model of each usable provider that no named one leads to, or all models."""
 
 
-def choose(settings: Settings, choice: Choice, usable: Collection[str]) -> dict[str, Model]:
+def choose(
+    settings: Settings, choice: ModelSelection, usable: Collection[str]
+) -> dict[str, ModelConfig]:
     """Return the models to look at, by name. Raises ConfigError for one that there is not."""
 
-    def providers_of(model: Model) -> set[str]:
+    def providers_of(model: ModelConfig) -> set[str]:
         return {route.provider for route in model.routes} & {*usable}
 
     chosen = {name: settings.models.get(name) or _by_name(settings, name) for name in choice.named}
@@ -56,7 +58,7 @@ def with_stand_ins(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*names, *stand_ins]))
 
 
-def _by_name(settings: Settings, name: str) -> Model:
+def _by_name(settings: Settings, name: str) -> ModelConfig:
     """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
     asks = settings.server.unknown_models == "ask"
     model = model_entry.by_name(name) if asks else None

@@ -11,14 +11,14 @@ from embedding_proxy.providers.likeness import cosines, nearest, overlap, percen
 from embedding_proxy.providers.probe import SAME
 
 from .samples import Samples
-from .trial import Trial
+from .trial import RouteBenchmark
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
     """One route."""
 
-    trial: Trial
+    trial: RouteBenchmark
     name: str
     complete: bool
     """Whether every input was answered."""
@@ -115,7 +115,7 @@ class Report:
         return next((one for one in others if _beats(one, row, same=one in same)), None)
 
 
-def report(trials: Sequence[Trial], samples: Samples, k: int) -> Report:
+def report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> Report:
     """Measure what came of some trials; the `k` nearest texts count."""
     count = len(samples.inputs)
     # With nearly all texts among the nearest, everything would agree with everything.
@@ -134,7 +134,7 @@ def report(trials: Sequence[Trial], samples: Samples, k: int) -> Report:
 
 
 def _row(
-    trial: Trial,
+    trial: RouteBenchmark,
     samples: Samples,
     neighbours: Sequence[Sequence[int]] | None,
     least_s: float | None,
@@ -182,7 +182,7 @@ def _pairs(
         yield Likeness(one, other, both, shared)
 
 
-def name_of(trial: Trial) -> str:
+def name_of(trial: RouteBenchmark) -> str:
     """Return what a route is called: its model and provider, and the upstream's name for it."""
     model, route = trial.finding.models[0], trial.route
     plain = f"{model} at {route.name}"

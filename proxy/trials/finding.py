@@ -10,7 +10,7 @@ from embedding_proxy.providers.routing.route import Route
 
 
 @dataclass(slots=True)
-class Finding:
+class RouteResult:
     """A route in one space, the models that lead to it, and what came of asking it."""
 
     models: list[str]
@@ -44,8 +44,8 @@ class Comparison:
     It is 0 where their widths differ.
     """
 
-    one: Finding
-    other: Finding
+    one: RouteResult
+    other: RouteResult
     cosine: float
 
     @property
@@ -54,9 +54,9 @@ class Comparison:
         return self.cosine >= SAME
 
 
-def compare(findings: Sequence[Finding]) -> Iterator[Comparison]:
+def compare(findings: Sequence[RouteResult]) -> Iterator[Comparison]:
     """Compare the answers of each space with the first of them; they are one model, or two."""
-    answered: defaultdict[str, list[tuple[Finding, Probe]]] = defaultdict(list)
+    answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
     for one in findings:
         if one.probe is not None and one.ok:
             answered[one.space.name].append((one, one.probe))

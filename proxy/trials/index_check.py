@@ -11,7 +11,7 @@ PATIENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class CollectionStatus:
     """What came of asking it."""
 
     place: str
@@ -40,7 +40,7 @@ class Standing:
 
 async def look(  # noqa: PLR0911 - one for each thing that may come of it
     settings: Settings, *, offline: bool
-) -> Standing | None:
+) -> CollectionStatus | None:
     """Open the Qdrant of a configuration, and see whose collections are there; None if it has none.
 
     Nothing is made there.
@@ -50,9 +50,9 @@ async def look(  # noqa: PLR0911 - one for each thing that may come of it
         return None
     place = qdrant.url or str(qdrant.path)
     if offline:
-        return Standing(place, error="not asked")
+        return CollectionStatus(place, error="not asked")
     if qdrant.path is not None and not qdrant.path.exists():
-        return Standing(place, error="not there yet, the proxy makes it at its first start")
+        return CollectionStatus(place, error="not there yet, the proxy makes it at its first start")
     try:
         async with (
             asyncio.timeout(PATIENCE_SECONDS),
@@ -62,11 +62,11 @@ async def look(  # noqa: PLR0911 - one for each thing that may come of it
             against = await indexing.objections(settings, opened)
     except InUse as error:
         # Most likely by a proxy that runs; it has looked at its start.
-        return Standing(place, error=str(error))
+        return CollectionStatus(place, error=str(error))
     except QdrantFailure as error:
-        return Standing(place, ok=False, error=str(error))
+        return CollectionStatus(place, ok=False, error=str(error))
     except TimeoutError:
-        return Standing(place, ok=False, error=f"no answer within {PATIENCE_SECONDS:.0f} s")
+        return CollectionStatus(place, ok=False, error=f"no answer within {PATIENCE_SECONDS:.0f} s")
     if against:
-        return Standing(place, ok=False, error="; ".join(against))
-    return Standing(place, ok=True, collections=len(found.collections))
+        return CollectionStatus(place, ok=False, error="; ".join(against))
+    return CollectionStatus(place, ok=True, collections=len(found.collections))

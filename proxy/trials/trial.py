@@ -15,12 +15,12 @@ from itertools import pairwise
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import (
     Account,
+    AuthenticationError,
     Bill,
     Context,
-    CredentialsRefused,
     EmbeddingError,
     ModelNotFound,
-    OutOfCredit,
+    QuotaExceeded,
     Space,
     Vector,
     nanodollars,
@@ -29,7 +29,7 @@ from embedding_proxy.providers.bill import NANO
 from embedding_proxy.providers.probe import probe
 from embedding_proxy.providers.routing.route import Route
 
-from .finding import Finding
+from .finding import RouteResult
 
 BATCH = 64
 """Inputs that are asked for together, at most; as many calls as the provider needs for them."""
@@ -39,7 +39,7 @@ MOST_IN_A_ROW = 3
 """Failures after which a route is given up: each may take as long as the provider's limits say."""
 
 # No further call can succeed where one of these was met.
-_FINAL = (CredentialsRefused, ModelNotFound, OutOfCredit)
+_FINAL = (AuthenticationError, ModelNotFound, QuotaExceeded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,10 @@ class Plan:
 
 
 @dataclass(slots=True, eq=False)
-class Trial:
+class RouteBenchmark:
     """What came of asking one route."""
 
-    finding: Finding
+    finding: RouteResult
     route: Route
     space: Space
     price: float | None
@@ -162,11 +162,11 @@ class Trial:
 
 
 async def run(
-    trials: Sequence[Trial], plan: Plan, patience_s: float, tell: Callable[[float], None]
+    trials: Sequence[RouteBenchmark], plan: Plan, patience_s: float, tell: Callable[[float], None]
 ) -> None:
     """Ask every route. `tell` is told how many calls were made, by all together."""
 
-    async def ask(trial: Trial, places: Sequence[int]) -> float | None:
+    async def ask(trial: RouteBenchmark, places: Sequence[int]) -> float | None:
         seconds = await trial.ask(plan, places, patience_s)
         tell(sum(one.calls for one in trials))
         return seconds
@@ -186,7 +186,7 @@ async def run(
                     trial.singles_s.append(seconds)
 
 
-def cost(trial: Trial, plan: Plan, unknown: float) -> tuple[int, float]:
+def cost(trial: RouteBenchmark, plan: Plan, unknown: float) -> tuple[int, float]:
     """Return the tokens and the USD that a trial will take about; `unknown` is for want of a price.
 
     It is in USD per million tokens, as all prices are.

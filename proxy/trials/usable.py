@@ -7,10 +7,12 @@ from embedding_proxy.proxy.config import Configuration
 from embedding_proxy.proxy.embedding.opening import CLIENTS_PAY
 from embedding_proxy.proxy.settings.schema import Settings
 
-from .candidates import Standing
+from .candidates import ProviderStatus
 
 
-def unusable(configuration: Configuration, standings: Mapping[str, Standing]) -> Iterator[str]:
+def unusable(
+    configuration: Configuration, standings: Mapping[str, ProviderStatus]
+) -> Iterator[str]:
     """Yield a problem for each provider that the file names in vain, and for want of any.
 
     With `cache.mode: frozen` no provider is asked, so none has to be usable.
@@ -39,7 +41,7 @@ def unusable(configuration: Configuration, standings: Mapping[str, Standing]) ->
 
 def _in_vain(
     configuration: Configuration,
-    standings: Mapping[str, Standing],
+    standings: Mapping[str, ProviderStatus],
     usable: Collection[str],
     leading: Collection[str],
 ) -> Iterator[str]:
@@ -52,7 +54,7 @@ def _in_vain(
             yield configuration.problem(("providers", name), f"is never asked: {why}")
 
 
-def _answers(standing: Standing) -> bool:
+def _answers(standing: ProviderStatus) -> bool:
     """Tell whether requests may be answered by a provider."""
     return standing.state == "usable" or standing.why == CLIENTS_PAY
 
@@ -68,7 +70,7 @@ def _is_local_by_choice(configuration: Configuration) -> bool:
     return is_chosen and not _has_remote(configuration.settings, configuration.providers)
 
 
-def _reasons(standings: Mapping[str, Standing]) -> str:
+def _reasons(standings: Mapping[str, ProviderStatus]) -> str:
     """Return why providers cannot be asked, with the remedies."""
     skipped = [f"{name}: {one.why}" for name, one in standings.items() if one.state == "skipped"]
     return f" ({'; '.join(skipped)})" if skipped else "; add a provider to `providers`"

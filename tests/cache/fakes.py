@@ -14,12 +14,12 @@ from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import (
     NORMAL,
     Bill,
+    CachePolicy,
     Context,
     Embedded,
     Input,
     Outcome,
     Space,
-    Terms,
 )
 
 
@@ -45,7 +45,7 @@ def entry_of(item: Input, space: Space, *, tokens: int = 1) -> Entry:
 
 
 async def entries_in(
-    tiers: Tiers, keys: Collection[Key], partition: Partition, terms: Terms = NORMAL
+    tiers: Tiers, keys: Collection[Key], partition: Partition, terms: CachePolicy = NORMAL
 ) -> dict[Key, Entry]:
     """Return what tiers have of some keys."""
     lookup = await tiers.lookup(Keys.of(keys), partition, terms)

@@ -10,7 +10,7 @@ from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import LOT, Tiers
-from embedding_proxy.providers.base import NORMAL, Account, Context, Space, Terms
+from embedding_proxy.providers.base import NORMAL, Account, CachePolicy, Context, Space
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 
@@ -31,7 +31,7 @@ class Bench:
         self.tiers = Tiers(self.memory, self.store)
         self.embedder = CachingEmbedder(FakeEmbedder(), self.tiers, InFlight())
 
-    async def ask(self, *inputs: str, terms: Terms = NORMAL, client: str = "ci"):
+    async def ask(self, *inputs: str, terms: CachePolicy = NORMAL, client: str = "ci"):
         account = Account("model", client, 1.0)
         context = Context(FAR, terms=terms, account=account)
         return await self.embedder.embed(SPACE, list(inputs), context)
@@ -90,7 +90,7 @@ async def _purged(bench: Bench) -> None:
 
 
 async def _replaced(bench: Bench) -> None:
-    await bench.ask("b", terms=Terms(max_age=0))
+    await bench.ask("b", terms=CachePolicy(max_age=0))
 
 
 async def _put_anew(bench: Bench) -> None:
@@ -212,9 +212,9 @@ ANEW = {
     "bought": (["a", "new"], NORMAL),
     "nothing known": (["new"], NORMAL),
     "twice the same": (["a", "a"], NORMAL),
-    "no older than": (["a"], Terms(max_age=60)),
-    "no trace": (["a"], Terms(write=False)),
-    "anew": (["a"], Terms(max_age=0)),
+    "no older than": (["a"], CachePolicy(max_age=60)),
+    "no trace": (["a"], CachePolicy(write=False)),
+    "anew": (["a"], CachePolicy(max_age=0)),
 }
 
 

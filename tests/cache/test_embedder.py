@@ -21,7 +21,7 @@ from embedding_proxy.providers.base import (
     Credential,
     DeadlineExceeded,
     EmbeddingError,
-    InputRefused,
+    InvalidRequest,
     NoRoute,
     Outcome,
     RateLimited,
@@ -210,14 +210,14 @@ async def test_in_any_interleaving_nobody_suffers_for_another(requests, limit, d
     """Whoever else is cancelled or refused: who stays and asks for nothing wrong is answered."""
     gate = Turnstile()
     rig = Rig(FakeEmbedder(gate), FakeStore(gate), limit)
-    rig.inner.failure = lambda inputs: InputRefused("no") if "refused" in inputs else None
+    rig.inner.failure = lambda inputs: InvalidRequest("no") if "refused" in inputs else None
     tasks, cancelled = await _interleave(draw, rig, gate, requests, cancelling=True)
 
     for number, (task, (inputs, space)) in enumerate(zip(tasks, requests, strict=True)):
         if number in cancelled:
             assert task.cancelled()
         elif "refused" in inputs:
-            assert isinstance(task.exception(), InputRefused)
+            assert isinstance(task.exception(), InvalidRequest)
         else:
             _right(task.result(), inputs, space)
     assert len(rig.in_flight) == 0
@@ -331,7 +331,7 @@ async def test_what_is_at_hand_is_taken_as_far_as_it_goes(memory, new):
 async def test_who_joins_a_fill_that_another_got_refused_asks_alone(own):
     """When another's input was refused, one bought along with it is asked for again, and served."""
     rig = Rig()
-    rig.inner.failure = lambda inputs: InputRefused("no") if "bad" in inputs else None
+    rig.inner.failure = lambda inputs: InvalidRequest("no") if "bad" in inputs else None
     rig.inner.gate.shut()
     theirs = rig.start("bad", "good")
     await settle()
@@ -339,7 +339,7 @@ async def test_who_joins_a_fill_that_another_got_refused_asks_alone(own):
     mine = rig.start(*inputs)
     await settle()
     rig.inner.gate.open()
-    with pytest.raises(InputRefused):
+    with pytest.raises(InvalidRequest):
         await theirs
     embedded = _right(await mine, inputs)
     assert embedded.outcomes == [MISS] * (len(own) + 1) + [DUPLICATE] * len(own)
@@ -359,7 +359,7 @@ async def test_a_failure_that_many_inputs_share_is_judged_once(monkeypatch):
         return judge(fetch, error, *others)
 
     monkeypatch.setattr(SharedTask, "is_leader_specific", noted)
-    rig.inner.failure = lambda call: InputRefused("bad") if "bad" in call else None
+    rig.inner.failure = lambda call: InvalidRequest("bad") if "bad" in call else None
     rig.inner.gate.shut()
     inputs = [f"t{i}" for i in range(50)]
     failing = rig.start("bad", *inputs)
@@ -368,7 +368,7 @@ async def test_a_failure_that_many_inputs_share_is_judged_once(monkeypatch):
     await settle()
     rig.inner.gate.open()
     _right(await good, inputs)
-    with pytest.raises(InputRefused):
+    with pytest.raises(InvalidRequest):
         await failing
     assert len(judged) == 1
 
@@ -393,7 +393,7 @@ async def test_many_clients_with_bad_keys_fail_together():
 async def test_who_asked_for_what_was_refused_is_refused():
     """A joiner whose own inputs the fill was for gets its refusal, and nobody is asked again."""
     rig = Rig()
-    refusal = InputRefused("no", code="bad_input")
+    refusal = InvalidRequest("no", code="bad_input")
     rig.inner.failure = lambda _: refusal
     rig.inner.gate.shut()
     requests = [rig.start("bad"), rig.start("bad", "bad"), rig.start("other", "bad")]
@@ -407,7 +407,7 @@ async def test_who_asked_for_what_was_refused_is_refused():
 @pytest.mark.parametrize(
     "failure",
     [
-        InputRefused("no"),
+        InvalidRequest("no"),
         NoRoute("nowhere"),
         DeadlineExceeded("late"),
         RateLimited("fake", "too many"),
@@ -665,7 +665,7 @@ async def test_a_record_of_another_width_is_not_served():
 async def test_what_landed_while_a_refused_joiner_waited_is_not_bought_again():
     """One whose first fill was refused, and who still waits for a second, looks again after it."""
     rig = Rig()
-    rig.inner.failure = lambda inputs: InputRefused("no") if "bad" in inputs else None
+    rig.inner.failure = lambda inputs: InvalidRequest("no") if "bad" in inputs else None
     rig.inner.gate.shut()
     refused = rig.start("bad", "good")
     slow = rig.start("slow")
@@ -679,7 +679,7 @@ async def test_what_landed_while_a_refused_joiner_waited_is_not_bought_again():
     rig.inner.gate.let(1)  # the third buys "good" and lands
     assert (await third).outcomes == [MISS]
     rig.inner.gate.open()
-    with pytest.raises(InputRefused):
+    with pytest.raises(InvalidRequest):
         await refused
     await slow
     assert _right(await joiner, ["good", "slow"]).outcomes == [HIT, JOIN]
@@ -719,7 +719,7 @@ async def test_no_vector_of_another_width_is_served():
 @pytest.mark.parametrize("item", ["\ud800", (-1,), (1 << 32,)])
 async def test_what_has_no_bytes_is_refused_as_the_contract_says(item):
     """An input that cannot be written down is an EmbeddingError like every other failure."""
-    with pytest.raises(InputRefused):
+    with pytest.raises(InvalidRequest):
         await Rig().embedder.embed(SPACE, [item], ANY_TIME)
 
 
@@ -822,7 +822,7 @@ async def test_namespaces_are_partitions_on_disk(tmp_path):
             await rig.embed("x", "y", context=Context(namespace=name))
         chosen = purge.Choice(namespace="a")
         with opened(tmp_path, 1 << 30) as file:
-            assert purge.count(file, chosen)[0] == 2
+            assert purge.count_entries(file, chosen)[0] == 2
             assert sum(purge.delete(file, chosen)) == 2
         for name in ("", "a", "b"):
             embedded = await rig.embed("x", "y", context=Context(namespace=name))

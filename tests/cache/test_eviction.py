@@ -385,7 +385,7 @@ class Rig:
     def purge(self, partition, _):
         chosen = purge.Choice(partition.namespace, partition.space)
         doomed = [i for i, row in self._rows.items() if row[0] == partition]
-        assert purge.count(self.database, chosen)[0] == len(doomed)
+        assert purge.count_entries(self.database, chosen)[0] == len(doomed)
         assert sum(purge.delete(self.database, chosen)) == len(doomed)
         for i in doomed:
             del self._rows[i]

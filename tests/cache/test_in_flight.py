@@ -8,7 +8,14 @@ from embedding_proxy.cache.in_flight import Fetch, InFlight, wait
 from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import Context, Credential, Embedded, NoRoute, Space, Terms
+from embedding_proxy.providers.base import (
+    CachePolicy,
+    Context,
+    Credential,
+    Embedded,
+    NoRoute,
+    Space,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,13 +290,13 @@ async def test_a_failure_nobody_is_left_to_hear_of_is_no_news(when):
     assert reports == []
 
 
-@pytest.mark.parametrize("terms", [Terms(write=False), Terms(max_age=0)], ids=str)
+@pytest.mark.parametrize("terms", [CachePolicy(write=False), CachePolicy(max_age=0)], ids=str)
 async def test_all_fetches_are_ended_at_the_close(terms):
     """Also one that leaves no trace, and one whose place another has taken."""
     in_flight, works = InFlight(), [Work(), Work()]
     fetches = [
         _lead(in_flight, work, context=Context(terms=each))
-        for work, each in zip(works, (Terms(), terms), strict=True)
+        for work, each in zip(works, (CachePolicy(), terms), strict=True)
     ]
     await settle()
     await in_flight.close()
@@ -344,7 +351,7 @@ async def test_what_has_landed_is_known_for_a_while():
     mark = in_flight.landed
     assert in_flight.landed_since(mark, KEYS) == set()
     await land(KEYS[1])
-    await land(KEYS[2], Context(terms=Terms(write=False)))
+    await land(KEYS[2], Context(terms=CachePolicy(write=False)))
     assert in_flight.landed_since(mark, KEYS) == {KEYS[1]}
     assert in_flight.landed_since(mark, KEYS[2:]) == set()
     for _ in range(3):
@@ -353,21 +360,21 @@ async def test_what_has_landed_is_known_for_a_while():
 
 
 ANNE, BOB = Credential("secret 1", "key-1"), Credential("secret 2", "key-2")
-NEW, PROOF = Terms(max_age=0), Terms(max_age=0, joins_same_key=True)
+NEW, PROOF = CachePolicy(max_age=0), CachePolicy(max_age=0, joins_same_key=True)
 
 
 @pytest.mark.parametrize(
     ("leader", "own", "is_served"),
     [
         (Context(), Context(), True),
-        (Context(), Context(terms=Terms(max_age=60)), True),
+        (Context(), Context(terms=CachePolicy(max_age=60)), True),
         (Context(credential=ANNE), Context(terms=PROOF, credential=ANNE), False),
-        (Context(terms=Terms(max_age=60)), Context(), True),
+        (Context(terms=CachePolicy(max_age=60)), Context(), True),
         (Context(terms=NEW), Context(terms=NEW), False),
         (Context(terms=NEW), Context(), True),
         (Context(terms=NEW, credential=ANNE), Context(terms=PROOF, credential=ANNE), True),
         (Context(terms=NEW, credential=ANNE), Context(terms=PROOF, credential=BOB), False),
-        (Context(), Context(terms=Terms(write=False)), False),
+        (Context(), Context(terms=CachePolicy(write=False)), False),
     ],
 )
 async def test_who_waits_for_whom(leader, own, is_served):

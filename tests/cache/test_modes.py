@@ -11,7 +11,7 @@ from embedding_proxy.cache.errors import NotCached
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters
 from embedding_proxy.cache.usage import Usage
-from embedding_proxy.providers.base import Context, Embedded, RateLimited, Terms
+from embedding_proxy.providers.base import CachePolicy, Context, Embedded, RateLimited
 from embedding_proxy.providers.limits import Limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,12 +20,12 @@ from tests.cache.fakes import FakeEmbedder, FakeStore, Turnstile, key_of, settle
 from tests.cache.test_embedder import ANY_TIME, DUPLICATE, HIT, JOIN, MIB, MISS, SPACE, Rig
 from tests.providers.fakes import schedule
 
-REFRESH = Context(terms=Terms(max_age=0))
-NO_STORE = Context(terms=Terms(write=False))
-OFF = Context(terms=Terms(max_age=0, write=False))
-FROZEN = Context(terms=Terms(frozen=True))
-IF_CACHED = Context(terms=Terms(only_if_cached=True))
-MINUTE = Context(terms=Terms(max_age=60))
+REFRESH = Context(terms=CachePolicy(max_age=0))
+NO_STORE = Context(terms=CachePolicy(write=False))
+OFF = Context(terms=CachePolicy(max_age=0, write=False))
+FROZEN = Context(terms=CachePolicy(frozen=True))
+IF_CACHED = Context(terms=CachePolicy(only_if_cached=True))
+MINUTE = Context(terms=CachePolicy(max_age=60))
 
 
 class Changing(FakeEmbedder):
@@ -327,10 +327,10 @@ async def test_a_cancelled_request_without_a_trace_calls_its_purchase_off():
 @pytest.mark.parametrize(
     ("terms", "status"),
     [
-        (Terms(frozen=True), 404),
-        (Terms(only_if_cached=True), 504),
-        (Terms(frozen=True, only_if_cached=True), 504),
-        (Terms(max_age=0, write=False, only_if_cached=True), 504),
+        (CachePolicy(frozen=True), 404),
+        (CachePolicy(only_if_cached=True), 504),
+        (CachePolicy(frozen=True, only_if_cached=True), 504),
+        (CachePolicy(max_age=0, write=False, only_if_cached=True), 504),
     ],
 )
 async def test_what_is_missing_is_named_and_not_bought(terms, status):

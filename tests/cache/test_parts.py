@@ -5,7 +5,7 @@ import random
 
 import pytest
 from embedding_proxy.cache.errors import name_input
-from embedding_proxy.providers.base import Context, InputRefused, Outcome, Refusal, UpstreamFault
+from embedding_proxy.providers.base import Context, InvalidRequest, Outcome, Refusal, UpstreamError
 from embedding_proxy.providers.limits import Limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from tests.cache.fakes import FakeEmbedder, key_of, settle, tokens_of
 from tests.cache.test_embedder import ANY_TIME, HIT, JOIN, MISS, SPACE, Rig, _right
 from tests.providers.fakes import schedule
 
-DOWN = UpstreamFault("fake", "down", Refusal(503, "down"))
+DOWN = UpstreamError("fake", "down", Refusal(503, "down"))
 
 
 def batched(limits=Limits(inputs=1), **parts):  # noqa: B008 - it is frozen
@@ -26,7 +26,7 @@ def batched(limits=Limits(inputs=1), **parts):  # noqa: B008 - it is frozen
 
 def refused(*bad):
     """Return a failure of calls that hold one of these."""
-    return lambda inputs: InputRefused("bad") if set(bad) & set(inputs) else None
+    return lambda inputs: InvalidRequest("bad") if set(bad) & set(inputs) else None
 
 
 @pytest.mark.parametrize("failing", ["a", "c", "e"], ids=["first", "middle", "last"])
@@ -38,7 +38,7 @@ async def test_a_failed_request_has_kept_what_it_bought(failing):
     asking = rig.start(*inputs)
     await settle()
     rig.inner.gate.open()
-    with pytest.raises(UpstreamFault):
+    with pytest.raises(UpstreamError):
         await asking
     kept = [item for item in inputs if item != failing]
     assert rig.store.records.keys() == {key_of(item, SPACE).address for item in kept}
@@ -125,11 +125,11 @@ async def test_a_joiner_of_what_was_bought_does_not_share_the_failure():
     rig.inner.gate.open()
     await settle()
     rig.store.writing.open()
-    with pytest.raises(UpstreamFault):
+    with pytest.raises(UpstreamError):
         await leader
     assert _right(await joiners[0], ["b"]).outcomes == [JOIN]
     assert _right(await joiners[1], ["b", "c"]).outcomes == [JOIN, JOIN]
-    with pytest.raises(UpstreamFault):
+    with pytest.raises(UpstreamError):
         await joiners[2]
 
 
@@ -185,7 +185,7 @@ async def test_the_refused_input_is_named_as_the_client_knows_it(numbers, draw):
     if known:
         await rig.embed(*(f"t{n}" for n in known))
     rig.inner.failure = refused(f"t{bad}")
-    with pytest.raises(InputRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         await rig.embed(*inputs)
     place = numbers.index(bad)
     assert caught.value.index == place
@@ -201,7 +201,7 @@ async def test_the_refused_input_is_named_as_the_client_knows_it(numbers, draw):
 @pytest.mark.parametrize("param", [None, "input[0]", "input.1", "user"])
 def test_a_part_of_a_part_is_named_once(param):
     """Whoever puts parts together names the place in the whole, and nothing but that."""
-    bare = InputRefused("bad", param=param, index=0)
+    bare = InvalidRequest("bad", param=param, index=0)
     error = name_input(name_input(bare, 1, 2), 7, 9)
     assert (str(error), error.index) == ("bad (input 7)", 7)
     assert error.param == ("user" if param == "user" else "input")
@@ -229,7 +229,7 @@ async def test_a_joiner_whose_own_inputs_are_good_is_not_refused(named):
     rig.inner.failure = refused("bad")
     if named:
         rig.inner.failure = lambda call: (
-            InputRefused("bad", index=call.index("bad")) if "bad" in call else None
+            InvalidRequest("bad", index=call.index("bad")) if "bad" in call else None
         )
     rig.inner.gate.shut()
     leader = rig.start("a", "bad", "b", "c")

@@ -123,7 +123,7 @@ def test_any_choice_deletes_what_it_counts_and_nothing_else(full, choice):
     database, rows = full
     chosen = {i for i, row in rows.items() if _is_chosen(choice, i, *row)}
     known = sum(rows[i][0] is not None for i in chosen)
-    assert purge.count(database, choice) == (len(chosen), 56 * known)
+    assert purge.count_entries(database, choice) == (len(chosen), 56 * known)
     assert _delete_and_undo(database, choice) == chosen
 
 
@@ -149,7 +149,7 @@ def test_any_choice_deletes_what_it_counts_and_nothing_else(full, choice):
 def test_a_choice_is_counted_as_it_is_meant(full, choice, gone):
     """A space without parameters stands for those with parameters, too; nothing else widens."""
     database, _ = full
-    assert purge.count(database, choice)[0] == gone
+    assert purge.count_entries(database, choice)[0] == gone
     assert len(_delete_and_undo(database, choice)) == gone
 
 
@@ -181,7 +181,7 @@ def test_a_large_purge_goes_a_little_at_a_time(tmp_path, monkeypatch):
             other.write(Changes(records={_address(5000): Kept(b"x", None)}))
             assert other.sql("SELECT count(*) FROM Entries").fetchall() == [(left + 1,)]
         assert set(steps) <= {0}
-        assert purge.count(other, Choice()) == (451, 450 * 56)
+        assert purge.count_entries(other, Choice()) == (451, 450 * 56)
 
 
 @pytest.mark.parametrize("choice", [Choice(), Choice(namespace="")], ids=["all", "namespace"])
@@ -256,7 +256,7 @@ def test_a_row_without_its_record_is_deleted_too(tmp_path):
 def test_a_purge_of_nothing_deletes_nothing(tmp_path):
     """On an empty store every choice is none."""
     with _opened(tmp_path) as database:
-        assert purge.count(database, Choice()) == (0, 0)
+        assert purge.count_entries(database, Choice()) == (0, 0)
         assert sum(purge.delete(database, Choice())) == 0
 
 

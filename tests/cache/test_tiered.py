@@ -12,7 +12,7 @@ from embedding_proxy.cache.ledger import Heading
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.cache.usage import Usage
-from embedding_proxy.providers.base import NORMAL, Space, Terms
+from embedding_proxy.providers.base import NORMAL, CachePolicy, Space
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -208,7 +208,7 @@ def _later_version(raw):
 
 @pytest.mark.parametrize(
     "terms",
-    [Terms(frozen=True), Terms(only_if_cached=True), Terms(write=False)],
+    [CachePolicy(frozen=True), CachePolicy(only_if_cached=True), CachePolicy(write=False)],
     ids=["frozen", "only-if-cached", "no-store"],
 )
 async def test_a_request_that_may_not_buy_or_keep_deletes_nothing(tiers, store, terms):

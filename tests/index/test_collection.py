@@ -7,7 +7,14 @@ from unittest.mock import Mock
 
 import pytest
 from embedding_proxy.index import connection
-from embedding_proxy.index.collection import Making, Provenance, ensure, look, name_of, objections
+from embedding_proxy.index.collection import (
+    CollectionOptions,
+    Provenance,
+    conflicts,
+    ensure,
+    look,
+    name_of,
+)
 from embedding_proxy.index.connection import Connection
 from embedding_proxy.index.failures import (
     Denied,
@@ -66,7 +73,7 @@ async def test_a_collection_of_another_space_or_width_is_refused(qdrant, wanted)
     """Vectors of another space never go in, not even where the width is the same."""
     await ensure(qdrant, "docs", SMALL)
     with pytest.raises(OtherSpace, match="docs holds vectors of"):
-        await ensure(qdrant, "docs", wanted, Making(adopt=True))
+        await ensure(qdrant, "docs", wanted, CollectionOptions(adopt=True))
 
 
 async def test_somebody_elses_collection_is_taken_only_when_told_to(qdrant):
@@ -75,17 +82,19 @@ async def test_somebody_elses_collection_is_taken_only_when_told_to(qdrant):
     await qdrant.ask(lambda client: client.create_collection("docs", params))
     with pytest.raises(OtherSpace, match="adopt: true"):
         await ensure(qdrant, "docs", SMALL)
-    assert not await ensure(qdrant, "docs", SMALL, Making(adopt=True))
+    assert not await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))
     with pytest.raises(OtherSpace, match="do not compare"):
-        await ensure(qdrant, "docs", OTHER, Making(adopt=True))
+        await ensure(qdrant, "docs", OTHER, CollectionOptions(adopt=True))
 
 
 async def test_a_collection_is_made_as_the_configuration_says(server):
     """Quantization, storage and payload indexes are asked for; a missing index is added later."""
     async with Connection(url=server.url) as qdrant:
-        making = Making(on_disk=True, quantization="scalar", payload_indexes={"lang": "keyword"})
+        making = CollectionOptions(
+            on_disk=True, quantization="scalar", payload_indexes={"lang": "keyword"}
+        )
         await ensure(qdrant, "docs", SMALL, making)
-        await ensure(qdrant, "docs", SMALL, Making(payload_indexes={"year": "integer"}))
+        await ensure(qdrant, "docs", SMALL, CollectionOptions(payload_indexes={"year": "integer"}))
         info = await qdrant.ask(lambda client: client.get_collection("docs"))
     assert info.config.params.vectors.on_disk
     assert info.config.quantization_config.scalar.type == "int8"
@@ -104,10 +113,10 @@ async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(se
         await ensure(qdrant, "docs", SMALL)
         with pytest.raises(OtherSpace, match="adopt"):
             await ensure(qdrant, "docs", SMALL)
-        assert not await ensure(qdrant, "docs", SMALL, Making(adopt=True))
-        (said,) = await objections(qdrant, {"m": SMALL.space}, Making())
+        assert not await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))
+        (said,) = await conflicts(qdrant, {"m": SMALL.space}, CollectionOptions())
         assert why in said
-        assert await objections(qdrant, {"m": SMALL.space}, Making(adopt=True)) == []
+        assert await conflicts(qdrant, {"m": SMALL.space}, CollectionOptions(adopt=True)) == []
 
 
 @pytest.mark.parametrize(

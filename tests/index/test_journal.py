@@ -1,7 +1,13 @@
 """What a migration remembers."""
 
 import pytest
-from embedding_proxy.index.migration.journal import Counts, Journal, JournalError, Phase, State
+from embedding_proxy.index.migration.journal import (
+    Counts,
+    JournalError,
+    MigrationState,
+    Phase,
+    State,
+)
 
 STATE = State(
     place="http://localhost:6333",
@@ -23,7 +29,7 @@ STATE = State(
 
 @pytest.fixture
 def journal(tmp_path):
-    return Journal(tmp_path / "migrations", "http://localhost:6333", "docs")
+    return MigrationState(tmp_path / "migrations", "http://localhost:6333", "docs")
 
 
 def test_a_state_comes_back_as_it_was(journal):
@@ -41,8 +47,8 @@ def test_a_state_comes_back_as_it_was(journal):
 def test_each_collection_of_each_place_has_its_own(tmp_path):
     """Names that look alike in a file's name, and one name at two places, are kept apart."""
     places = [("p", "a/b"), ("p", "a_b"), ("q", "a_b")]
-    assert len({Journal(tmp_path, *place).path for place in places}) == 3
-    assert all(Journal(tmp_path, *place).path.parent == tmp_path for place in places)
+    assert len({MigrationState(tmp_path, *place).path for place in places}) == 3
+    assert all(MigrationState(tmp_path, *place).path.parent == tmp_path for place in places)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": 2}', b'{"format": 1}'])
@@ -69,7 +75,7 @@ def test_dead_letters_are_added_and_replaced(journal):
 def test_a_place_that_cannot_be_written_is_told(tmp_path):
     """Where no file can be, one line says so."""
     (tmp_path / "file").write_text("")
-    journal = Journal(tmp_path / "file", "p", "docs")
+    journal = MigrationState(tmp_path / "file", "p", "docs")
     with pytest.raises(JournalError, match=r"Not a directory|File exists"):
         journal.save(STATE)
     with pytest.raises(JournalError, match=r"Not a directory|File exists"):

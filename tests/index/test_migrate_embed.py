@@ -1,11 +1,16 @@
 """Asking with patience: what passes is waited for, what is one text's fault is told of it alone."""
 
 import pytest
-from embedding_proxy.index.migration.embed import LONGEST_WAIT_S, MOST_TRIES, Patient, Refused
+from embedding_proxy.index.migration.embed import (
+    LONGEST_WAIT_S,
+    MOST_TRIES,
+    Refused,
+    RetryingEmbedder,
+)
 from embedding_proxy.providers.base import (
-    AllResting,
-    InputRefused,
-    OutOfCredit,
+    InvalidRequest,
+    NoProviderAvailable,
+    QuotaExceeded,
     RateLimited,
     Refusal,
     Space,
@@ -46,22 +51,26 @@ def _patient(waits, *failures, **options):
     async def sleep(seconds):
         waits.append(seconds)
 
-    return Patient(FakeModel(*failures, **options), sleep)
+    return RetryingEmbedder(FakeModel(*failures, **options), sleep)
 
 
 def _with_index(texts):
     bad = next((i for i, text in enumerate(texts) if "bad" in text), None)
-    return None if bad is None else InputRefused("too long", index=bad, param="input")
+    return None if bad is None else InvalidRequest("too long", index=bad, param="input")
 
 
 def _without_index(texts):
-    return InputRefused("bad request") if any("bad" in text for text in texts) else None
+    return InvalidRequest("bad request") if any("bad" in text for text in texts) else None
 
 
 async def test_what_passes_is_waited_for(waits):
     """Each wait is what was asked for, or longer than the last, and never too long."""
     asked = Refusal(429, "slow", retry_after=7)
-    failures = (RateLimited("p", "slow", asked), AllResting("rest", 500), Unreachable("p", "cut"))
+    failures = (
+        RateLimited("p", "slow", asked),
+        NoProviderAvailable("rest", 500),
+        Unreachable("p", "cut"),
+    )
     patient = _patient(waits, *failures)
     assert await patient.embed(["a", "b"]) == [b"a", b"b"]
     assert waits == [7, LONGEST_WAIT_S, 4]
@@ -79,8 +88,8 @@ async def test_patience_has_an_end(waits):
 
 async def test_what_does_not_pass_is_not_waited_for(waits):
     """Without credit there is nothing to wait for."""
-    with pytest.raises(OutOfCredit):
-        await _patient(waits, OutOfCredit("p", "empty")).embed(["a"])
+    with pytest.raises(QuotaExceeded):
+        await _patient(waits, QuotaExceeded("p", "empty")).embed(["a"])
     assert waits == []
 
 
@@ -102,8 +111,8 @@ async def test_a_refused_text_keeps_no_other_back(waits, refuse):
 
 async def test_a_refusal_of_everything_is_no_dead_letter(waits):
     """Where no text has been answered, and none is named, the model or the key may be wrong."""
-    patient = _patient(waits, refuse=lambda _: InputRefused("bad request"))
-    with pytest.raises(InputRefused):
+    patient = _patient(waits, refuse=lambda _: InvalidRequest("bad request"))
+    with pytest.raises(InvalidRequest):
         await patient.embed(["a", "b"])
     patient.answered = True
     assert await patient.embed(["a"]) == [Refused("bad request")]
@@ -111,9 +120,9 @@ async def test_a_refusal_of_everything_is_no_dead_letter(waits):
 
 async def test_a_refusal_of_the_model_is_raised_at_once(waits):
     """An error about `model` or `dimensions` buries no point."""
-    patient = _patient(waits, refuse=lambda _: InputRefused("unknown", param="model"))
+    patient = _patient(waits, refuse=lambda _: InvalidRequest("unknown", param="model"))
     patient.answered = True
-    with pytest.raises(InputRefused):
+    with pytest.raises(InvalidRequest):
         await patient.embed(["a", "b"])
     assert len(patient.model.calls) == 1
 

@@ -18,14 +18,14 @@ from embedding_proxy.index.migrate import (
 )
 from embedding_proxy.index.migration import collections
 from embedding_proxy.index.migration.copy import copy, follow, prove
-from embedding_proxy.index.migration.journal import Journal, Phase
+from embedding_proxy.index.migration.journal import MigrationState, Phase
 from embedding_proxy.index.migration.plan import PASSES, Survey
 from embedding_proxy.index.migration.points import Points
 from embedding_proxy.index.migration.regime import Regime
 from embedding_proxy.index.migration.switch import cutover, finalize, rollback
 from embedding_proxy.index.migration.template import Rule
 from embedding_proxy.index.migration.verify import verify
-from embedding_proxy.providers.base import InputRefused, Space
+from embedding_proxy.providers.base import InvalidRequest, Space
 from embedding_proxy.providers.limits import Limits
 from fault_server import vector_of
 from qdrant_client import models
@@ -61,7 +61,7 @@ class FakeModel:
             await self.meanwhile.pop(0)()
         for place, text in enumerate(texts):
             if text in self.refused:
-                raise InputRefused("too long", index=place)
+                raise InvalidRequest("too long", index=place)
         bought = {text for text in texts if anew or text not in self.cache}
         for text in bought:
             self.cache[text] = self.vector(text)
@@ -107,7 +107,7 @@ def made(points, tmp_path):
         migration = Migration(
             points,
             model,
-            Journal(tmp_path, "p", name),
+            MigrationState(tmp_path, "p", name),
             asked.rule,
             old,
             state_for(points, old, asked, model),
@@ -324,7 +324,7 @@ async def test_named_and_sparse_vectors_are_carried(tmp_path):
         wanted = Wanted("docs", Rule.field("content"), vector="text")
         model = FakeModel()
         state = state_for(points, old, wanted, model)
-        journal = Journal(tmp_path, "p", "docs")
+        journal = MigrationState(tmp_path, "p", "docs")
         pace = Pace(sample=3)
         migration = Migration(points, model, journal, wanted.rule, old, state, pace, silent)
         await begin(migration)

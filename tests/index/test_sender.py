@@ -10,7 +10,7 @@ import pytest
 from clock import Clock
 from embedding_proxy.index import indexer as indexer_module
 from embedding_proxy.index import sender
-from embedding_proxy.index.collection import Making
+from embedding_proxy.index.collection import CollectionOptions
 from embedding_proxy.index.connection import Connection
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.outbox import Full, Outbox
@@ -36,7 +36,7 @@ async def sending(folder, url):
     indexer = Indexer(
         folder,
         lambda: Connection(url=url),
-        Making(),
+        CollectionOptions(),
         on_open=nothing,
         size_limit=1 << 30,
         most_bytes=1 << 20,

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from embedding_proxy.providers.base import Embedded, InputRefused, Outcome
+from embedding_proxy.providers.base import Embedded, InvalidRequest, Outcome
 from embedding_proxy.providers.limits import Limits
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
@@ -110,7 +110,7 @@ def refusing(*bad, param="input"):
     """Return a failure of calls that hold one of these inputs, which does not say which."""
 
     def failure(inputs):
-        return InputRefused("bad input", param=param) if set(bad) & set(inputs) else None
+        return InvalidRequest("bad input", param=param) if set(bad) & set(inputs) else None
 
     return failure
 

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from embedding_proxy.providers.base import Context, DeadlineExceeded, Full
+from embedding_proxy.providers.base import Context, DeadlineExceeded, LocalQueueFull
 from embedding_proxy.providers.limits import Limits
 from embedding_proxy.providers.routing.admission import MOST_MODELS, Admission
 
@@ -99,7 +99,7 @@ async def test_a_wait_for_a_connection_is_our_own():
         with pytest.raises(DeadlineExceeded):
             async with other.turn("m", 1, Context(deadline=loop.time() + 0.01)):
                 raise AssertionError("two calls on one connection")
-        with pytest.raises(Full):
+        with pytest.raises(LocalQueueFull):
             async with other.turn("m", 1, Context(begin_by=loop.time() + 0.01)):
                 raise AssertionError("two calls on one connection")
     # Whoever has given up holds nothing.

@@ -12,20 +12,20 @@ from email.utils import format_datetime
 import pytest
 from embedding_proxy.providers import answer
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     Charge,
-    CredentialsRefused,
     EmbeddingError,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
+    MalformedResponse,
     ModelNotFound,
-    OutOfCredit,
-    PassingFailure,
     PermissionDenied,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Space,
-    Unreadable,
-    UpstreamFault,
+    TransientError,
+    UpstreamError,
 )
 from embedding_proxy.providers.error_body import refusal
 from embedding_proxy.providers.ratelimit import MAX_TOLD_WAIT, retry_after
@@ -263,7 +263,7 @@ def test_numbers_that_are_not_json_are_refused(number):
 )
 def test_what_is_no_json_object_is_a_gateways_or_cut(body, problem):
     """HTML and cut JSON are no answer of the model at all, and another call may bring one."""
-    with pytest.raises(Unreadable, match=problem):
+    with pytest.raises(MalformedResponse, match=problem):
         read(body)
 
 
@@ -293,19 +293,19 @@ def test_an_empty_error_is_no_error(error):
     ("error", "kind"),
     [
         ({"code": 429, "message": "slow"}, RateLimited),
-        ({"code": 402, "message": "pay"}, OutOfCredit),
+        ({"code": 402, "message": "pay"}, QuotaExceeded),
         ({"code": 404, "message": "who?"}, ModelNotFound),
-        ({"code": 400, "message": "no"}, InputRefused),
-        ({"code": 502, "message": "gone"}, UpstreamFault),
-        ({"code": 200, "message": "odd"}, UpstreamFault),
-        ({"code": 4290, "message": "odd"}, UpstreamFault),
-        ({"code": True, "message": "odd"}, UpstreamFault),
+        ({"code": 400, "message": "no"}, InvalidRequest),
+        ({"code": 502, "message": "gone"}, UpstreamError),
+        ({"code": 200, "message": "odd"}, UpstreamError),
+        ({"code": 4290, "message": "odd"}, UpstreamError),
+        ({"code": True, "message": "odd"}, UpstreamError),
         ({"code": "429", "message": "slow"}, RateLimited),
-        ({"code": "4290", "message": "odd"}, UpstreamFault),
-        ({"message": "no code"}, UpstreamFault),
-        ("just a text", UpstreamFault),
-        (["a list"], UpstreamFault),
-        (17, UpstreamFault),
+        ({"code": "4290", "message": "odd"}, UpstreamError),
+        ({"message": "no code"}, UpstreamError),
+        ("just a text", UpstreamError),
+        (["a list"], UpstreamError),
+        (17, UpstreamError),
     ],
 )
 def test_an_error_inside_a_200_counts_as_what_it_says(error, kind):
@@ -389,23 +389,23 @@ def error_body(code: object = None, kind: str = "some_type", **fields: object) -
 
 
 STATUSES = [
-    (400, None, InputRefused),
-    (401, "invalid_api_key", CredentialsRefused),
-    (402, None, OutOfCredit),
+    (400, None, InvalidRequest),
+    (401, "invalid_api_key", AuthenticationError),
+    (402, None, QuotaExceeded),
     (403, None, PermissionDenied),
     (404, "model_not_found", ModelNotFound),
-    (408, None, UpstreamFault),
-    (409, None, UpstreamFault),
-    (413, None, InputRefused),
-    (422, None, InputRefused),
+    (408, None, UpstreamError),
+    (409, None, UpstreamError),
+    (413, None, InvalidRequest),
+    (422, None, InvalidRequest),
     (429, "rate_limit_exceeded", RateLimited),
-    (429, "insufficient_quota", OutOfCredit),
-    (500, None, UpstreamFault),
-    (502, None, UpstreamFault),
-    (503, None, UpstreamFault),
-    (504, None, UpstreamFault),
-    (524, None, UpstreamFault),
-    (529, None, UpstreamFault),
+    (429, "insufficient_quota", QuotaExceeded),
+    (500, None, UpstreamError),
+    (502, None, UpstreamError),
+    (503, None, UpstreamError),
+    (504, None, UpstreamError),
+    (524, None, UpstreamError),
+    (529, None, UpstreamError),
 ]
 
 
@@ -414,7 +414,7 @@ def test_a_refusal_is_known_by_its_status(status, code, kind):
     """Each status has one place in the tree; a quota that is used up is no passing limit."""
     error = refusal("acme", status, {}, error_body(code))
     assert type(error) is kind
-    if isinstance(error, InputRefused):
+    if isinstance(error, InvalidRequest):
         said = (error.status, error.kind, error.code, str(error))
         assert said == (status, "some_type", code, "made up")
     else:
@@ -440,7 +440,7 @@ def test_a_code_that_is_a_status_is_the_status(status, code, kind):
     for written in (status, str(status)):
         error = refusal("acme", 200, {}, error_body(written))
         assert type(error) is kind
-        said = error if isinstance(error, InputRefused) else error.refusal
+        said = error if isinstance(error, InvalidRequest) else error.refusal
         assert (said.status, said.code) == (status, None)
 
 
@@ -463,13 +463,13 @@ def test_a_code_that_is_a_status_is_the_status(status, code, kind):
 def test_only_an_error_status_can_be_a_code(code, status):
     """Other numbers of an upstream's own do not hide the status it answered with."""
     error = refusal("acme", 503, {}, error_body(code))
-    assert (error if isinstance(error, InputRefused) else error.refusal).status == status
+    assert (error if isinstance(error, InvalidRequest) else error.refusal).status == status
 
 
 def test_a_quota_may_stand_in_the_type_alone():
     """`insufficient_quota` counts as type and as code."""
     body = error_body(None, kind="insufficient_quota")
-    assert type(refusal("acme", 429, {}, body)) is OutOfCredit
+    assert type(refusal("acme", 429, {}, body)) is QuotaExceeded
 
 
 def test_a_refused_input_keeps_what_openai_said():
@@ -603,7 +603,7 @@ def test_one_strange_value_never_becomes_another_vector(field, position, value):
     data[position][field] = value
     try:
         checked = read(body_of(data))
-    except PassingFailure:
+    except TransientError:
         return
     right = [packed(numbers_of(0)), packed(numbers_of(1))]
     assert checked.vectors == [right[place] for place in checked.places]

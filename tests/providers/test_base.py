@@ -5,7 +5,7 @@ import re
 import pytest
 from embedding_proxy.providers import failures
 from embedding_proxy.providers.base import (
-    InputRefused,
+    InvalidRequest,
     ProviderError,
     RateLimited,
     Refusal,
@@ -73,7 +73,7 @@ def _deep(levels: int) -> object:
 @pytest.mark.parametrize("value", [object(), b"bytes", 1 << 70, {1: 2}, "\ud800", _deep(500)])
 def test_a_field_that_is_no_json_is_refused(value):
     """What could not be sent on is the request's own fault and not a crash."""
-    with pytest.raises(InputRefused, match="cannot be sent on"):
+    with pytest.raises(InvalidRequest, match="cannot be sent on"):
         MODEL.with_parameters({"task": value})
 
 

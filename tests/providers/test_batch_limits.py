@@ -2,7 +2,7 @@
 
 import asyncio
 
-from embedding_proxy.providers.base import Context, InputRefused, Space
+from embedding_proxy.providers.base import Context, InvalidRequest, Space
 from embedding_proxy.providers.batching.batch_limits import (
     MAX_MODELS,
     MAX_NAMED_CALLS,
@@ -13,7 +13,7 @@ from embedding_proxy.providers.limits import Limits
 
 from tests.providers.fakes import Upstream, check, schedule, settle
 
-LARGE = InputRefused("large", status=413)
+LARGE = InvalidRequest("large", status=413)
 
 
 def learned(*refused, error=LARGE):
@@ -26,7 +26,7 @@ def learned(*refused, error=LARGE):
 
 def test_a_limit_that_was_misread_is_not_kept_for_ever():
     """A number in a sentence may be another; after many calls the upstream is asked anew."""
-    limits = learned(64, error=InputRefused("In this batch of 64 inputs, number 3 is empty"))
+    limits = learned(64, error=InvalidRequest("In this batch of 64 inputs, number 3 is empty"))
     assert limits.of("m").inputs == 3
     for _ in range(MAX_NAMED_CALLS):
         limits.learn_accepted("m", ["x"] * 3)
@@ -35,9 +35,9 @@ def test_a_limit_that_was_misread_is_not_kept_for_ever():
 
 def test_that_several_inputs_get_one_vector_is_never_forgotten():
     """Nothing in the answers would tell it again before a client had a wrong one."""
-    limits = learned(64, error=InputRefused("batch size must be at most 10"))
+    limits = learned(64, error=InvalidRequest("batch size must be at most 10"))
     limits.learn_single("m")
-    limits.learn_refused("m", ["x"] * 9, 1000, InputRefused("batch size must be at most 5"))
+    limits.learn_refused("m", ["x"] * 9, 1000, InvalidRequest("batch size must be at most 5"))
     for _ in range(2 * MAX_NAMED_CALLS):
         limits.learn_accepted("m", ["x"])
     assert limits.of("m").inputs == 1

@@ -4,16 +4,16 @@ import json
 
 import pytest
 from embedding_proxy.providers.base import (
-    CredentialsRefused,
+    AuthenticationError,
     EmbeddingError,
-    InputRefused,
+    InvalidRequest,
     ModelNotFound,
-    OutOfCredit,
     PermissionDenied,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     ScopedQuotaExceeded,
-    UpstreamFault,
+    UpstreamError,
 )
 from embedding_proxy.providers.error_body import MAX_REASON, is_error, parse_reason, refusal
 from embedding_proxy.providers.ratelimit import MAX_TOLD_WAIT
@@ -108,7 +108,7 @@ def test_a_reason_is_found_in_every_shape(value, reason):
 def test_reason_and_status_are_told(status):
     """A client that is refused is told why; of other failures the status too is part of it."""
     error = refusal("acme", status, {}, body_of({"detail": "it is so"}))
-    if isinstance(error, InputRefused):
+    if isinstance(error, InvalidRequest):
         assert (str(error), error.status) == ("it is so", status)
     else:
         assert str(error) == f"acme: status {status}: it is so"
@@ -150,62 +150,62 @@ def coded(code: object = None, message: str = "no", **fields: object) -> dict[st
     ("status", "value", "kind", "told"),
     [
         # An account without credit, under statuses that say something else.
-        (400, coded("Arrearage"), OutOfCredit, 402),
-        (400, {"code": "Arrearage", "message": "Access denied."}, OutOfCredit, 402),
-        (400, coded(None, type="Arrearage"), OutOfCredit, 402),
-        (400, coded("insufficient_quota"), OutOfCredit, 402),
-        (403, coded("insufficient_quota"), OutOfCredit, 402),
-        (403, coded("insufficient_user_quota"), OutOfCredit, 402),
-        (400, coded("billing_hard_limit_reached"), OutOfCredit, 402),
-        (429, coded(None, type="billing_not_active"), OutOfCredit, 429),
-        (429, coded(None, type="exceeded_current_quota_error"), OutOfCredit, 429),
-        (403, coded("AccountOverdueError"), OutOfCredit, 402),
+        (400, coded("Arrearage"), QuotaExceeded, 402),
+        (400, {"code": "Arrearage", "message": "Access denied."}, QuotaExceeded, 402),
+        (400, coded(None, type="Arrearage"), QuotaExceeded, 402),
+        (400, coded("insufficient_quota"), QuotaExceeded, 402),
+        (403, coded("insufficient_quota"), QuotaExceeded, 402),
+        (403, coded("insufficient_user_quota"), QuotaExceeded, 402),
+        (400, coded("billing_hard_limit_reached"), QuotaExceeded, 402),
+        (429, coded(None, type="billing_not_active"), QuotaExceeded, 429),
+        (429, coded(None, type="exceeded_current_quota_error"), QuotaExceeded, 429),
+        (403, coded("AccountOverdueError"), QuotaExceeded, 402),
         (403, coded("AllocationQuota.FreeTierOnly"), ScopedQuotaExceeded, 402),
-        (403, coded(None, status="BILLING_DISABLED"), OutOfCredit, 402),
-        (403, coded(403, details=[{"reason": "BILLING_DISABLED"}]), OutOfCredit, 402),
+        (403, coded(None, status="BILLING_DISABLED"), QuotaExceeded, 402),
+        (403, coded(403, details=[{"reason": "BILLING_DISABLED"}]), QuotaExceeded, 402),
         (403, {"code": 30001, "message": "Sorry, your account balance is insufficient"},
-         OutOfCredit, 402),
+         QuotaExceeded, 402),
         (400, {"message": "Access denied, please make sure your account is in good standing."},
-         OutOfCredit, 402),
-        (422, coded("insufficient_balance"), OutOfCredit, 402),
-        (400, {"reason": "insufficient balance"}, OutOfCredit, 402),
-        (403, coded(None, "Insufficient Balance"), OutOfCredit, 402),
-        (200, coded("insufficient_quota"), OutOfCredit, 402),
-        (402, coded("anything"), OutOfCredit, 402),
+         QuotaExceeded, 402),
+        (422, coded("insufficient_balance"), QuotaExceeded, 402),
+        (400, {"reason": "insufficient balance"}, QuotaExceeded, 402),
+        (403, coded(None, "Insufficient Balance"), QuotaExceeded, 402),
+        (200, coded("insufficient_quota"), QuotaExceeded, 402),
+        (402, coded("anything"), QuotaExceeded, 402),
         (400, coded("400", "Budget has been exceeded! Current cost: 2", type="budget_exceeded"),
-         OutOfCredit, 402),
+         QuotaExceeded, 402),
         (400, coded("400", type="budget_exceeded"), ScopedQuotaExceeded, 402),
         (400, coded("400", "Budget has been exceeded! Tag=x Current cost: 2",
                     type="budget_exceeded"), ScopedQuotaExceeded, 402),
         (402, coded(402, "This request requires more credits, or fewer max_tokens."),
          ScopedQuotaExceeded, 402),
         (402, coded(402, metadata={"provider_name": "Other"}), ScopedQuotaExceeded, 402),
-        (402, coded(402, metadata={"provider_name": None}), OutOfCredit, 402),
+        (402, coded(402, metadata={"provider_name": None}), QuotaExceeded, 402),
         (429, coded(429, "Your prepayment credits are depleted. Please go to AI Studio."),
-         OutOfCredit, 429),
-        (429, coded("1113", "余额不足或无可用资源包,请充值。"), OutOfCredit, 429),
-        (403, coded(403, "Key limit exceeded (monthly limit). Manage it."), OutOfCredit, 402),
+         QuotaExceeded, 429),
+        (429, coded("1113", "余额不足或无可用资源包,请充值。"), QuotaExceeded, 429),
+        (403, coded(403, "Key limit exceeded (monthly limit). Manage it."), QuotaExceeded, 402),
         # A key that is not accepted.
-        (400, GOOGLE_KEY, CredentialsRefused, 401),
-        (400, [GOOGLE_KEY], CredentialsRefused, 401),
+        (400, GOOGLE_KEY, AuthenticationError, 401),
+        (400, [GOOGLE_KEY], AuthenticationError, 401),
         (400, coded(400, "API key not valid. Please pass a valid API key."),
-         CredentialsRefused, 401),
+         AuthenticationError, 401),
         (400, {"code": "Client specified an invalid argument",
-               "error": "Incorrect API key provided: ab***yz."}, CredentialsRefused, 401),
-        (400, coded("invalid_api_key"), CredentialsRefused, 401),
-        (400, coded("InvalidApiKey"), CredentialsRefused, 401),
-        (400, coded(None, errors=[{"reason": "keyInvalid"}]), CredentialsRefused, 401),
+               "error": "Incorrect API key provided: ab***yz."}, AuthenticationError, 401),
+        (400, coded("invalid_api_key"), AuthenticationError, 401),
+        (400, coded("InvalidApiKey"), AuthenticationError, 401),
+        (400, coded(None, errors=[{"reason": "keyInvalid"}]), AuthenticationError, 401),
         (403, coded(None, "Access denied"), PermissionDenied, 403),
         (403, b"", PermissionDenied, 403),
         (403, coded(None, type="permission_error"), PermissionDenied, 403),
         (403, coded(403, details=[{"reason": "IAM_PERMISSION_DENIED"}]), PermissionDenied, 403),
         (401, coded(401, metadata={"provider_name": "Other"}), PermissionDenied, 403),
-        (401, coded(401, metadata={"provider_name": None}), CredentialsRefused, 401),
-        (403, coded("unsupported_country_region_territory"), CredentialsRefused, 403),
-        (403, {"detail": {"error": "Not authenticated"}}, CredentialsRefused, 403),
+        (401, coded(401, metadata={"provider_name": None}), AuthenticationError, 401),
+        (403, coded("unsupported_country_region_territory"), AuthenticationError, 403),
+        (403, {"detail": {"error": "Not authenticated"}}, AuthenticationError, 403),
         (401, coded("401", type="key_model_access_denied", param="model"), ModelNotFound, 404),
         (401, coded("401", param="model"), ModelNotFound, 404),
-        (401, coded("invalid_api_key", param="model"), CredentialsRefused, 401),
+        (401, coded("invalid_api_key", param="model"), AuthenticationError, 401),
         (403, coded(403, "This model is not available in your region."), ModelNotFound, 403),
         # A model, and no other.
         (403, coded("model_not_found"), ModelNotFound, 403),
@@ -223,29 +223,29 @@ def coded(code: object = None, message: str = "no", **fields: object) -> dict[st
         (400, {"error": "No models loaded. Please load a model."}, ModelNotFound, 404),
         (403, coded(None, "You are not allowed to generate embeddings from this model"),
          ModelNotFound, 403),
-        (400, {"detail": "[RID: 06b5f7bdde6ea380] Invalid API key"}, CredentialsRefused, 401),
+        (400, {"detail": "[RID: 06b5f7bdde6ea380] Invalid API key"}, AuthenticationError, 401),
         # A rate limit.
         (403, coded(None, errors=[{"reason": "rateLimitExceeded"}]), RateLimited, 429),
         (400, coded("Throttling.RateQuota"), RateLimited, 429),
         (429, coded("RESOURCE_EXHAUSTED", "You exceeded your current quota, please check your "
                     "plan and billing details."), RateLimited, 429),
         # An input that a provider does not want.
-        (403, coded("content_policy_violation"), InputRefused, 403),
-        (403, coded("content_filter"), InputRefused, 403),
-        (403, coded(None, type="moderation_blocked"), InputRefused, 403),
+        (403, coded("content_policy_violation"), InvalidRequest, 403),
+        (403, coded("content_filter"), InvalidRequest, 403),
+        (403, coded(None, type="moderation_blocked"), InvalidRequest, 403),
         (403, coded(403, metadata={"reasons": ["violence"], "flagged_input": "a text"}),
-         InputRefused, 403),
-        (200, coded(403, metadata={"flagged_input": "a text"}), InputRefused, 403),
-        (403, coded(None, innererror={"code": "ResponsibleAIPolicyViolation"}), InputRefused, 403),
-        (400, coded("DataInspectionFailed"), InputRefused, 400),
+         InvalidRequest, 403),
+        (200, coded(403, metadata={"flagged_input": "a text"}), InvalidRequest, 403),
+        (403, coded(None, innererror={"code": "ResponsibleAIPolicyViolation"}), InvalidRequest, 403),
+        (400, coded("DataInspectionFailed"), InvalidRequest, 400),
     ],
 )  # fmt: skip
 def test_what_an_error_is_about_is_read_from_its_codes(status, value, kind, told):
     """A code says more than a status; the client is told a status that it reads rightly."""
     error = refusal("acme", status, {}, body_of(value))
     assert type(error) is kind
-    assert (error if kind is InputRefused else error.refusal).status == told
-    if kind is not InputRefused and status >= 400:
+    assert (error if kind is InvalidRequest else error.refusal).status == told
+    if kind is not InvalidRequest and status >= 400:
         assert str(error).startswith(f"acme: status {status}")
 
 
@@ -285,7 +285,7 @@ def test_what_an_error_is_about_is_read_from_its_codes(status, value, kind, told
 )  # fmt: skip
 def test_an_honest_400_is_about_the_input_whatever_it_quotes(value):
     """Free text may quote the user: no word in it takes a provider out of service."""
-    assert type(refusal("acme", 400, {}, body_of(value))) is InputRefused
+    assert type(refusal("acme", 400, {}, body_of(value))) is InvalidRequest
 
 
 @pytest.mark.parametrize(
@@ -408,13 +408,13 @@ def test_a_reply_that_is_an_error_counts_as_what_it_says():
     body = body_of({"object": "error", "message": "too long", "code": 400, "type": "BadRequest"})
     error = refusal("acme", 200, {}, body)
     assert (type(error), error.status, str(error), error.kind) == (
-        InputRefused,
+        InvalidRequest,
         400,
         "too long",
         "BadRequest",
     )
     error = refusal("acme", 200, {}, body_of({"object": "error", "message": "broken"}))
-    assert (type(error), str(error)) == (UpstreamFault, "acme: status 200: broken")
+    assert (type(error), str(error)) == (UpstreamError, "acme: status 200: broken")
 
 
 @pytest.mark.parametrize("field", ["message", "code", "type", "param"])
@@ -426,7 +426,7 @@ def test_every_text_is_bounded_clean_and_without_keys(field):
         error = refusal(
             "acme", status, {}, body, redact=lambda said: said.replace("sk-secret-key", "***")
         )
-        said = error if isinstance(error, InputRefused) else error.refusal
+        said = error if isinstance(error, InvalidRequest) else error.refusal
         for told in (str(error), said.code, said.kind, str(getattr(said, "param", ""))):
             assert told is None or len(told) <= MAX_REASON + 30
             assert told is None or not {"sk-secr", "\x00", "\n"} & {told, *told}
@@ -456,7 +456,7 @@ def test_whatever_comes_is_an_error_of_our_tree(value, status):
     """No shape makes the reader fail, and no text in what it reads is long or of several lines."""
     error = refusal("acme", status, {}, body_of(value), url="http://h/embeddings")
     assert isinstance(error, EmbeddingError)
-    assert isinstance(error, InputRefused | ProviderError)
+    assert isinstance(error, InvalidRequest | ProviderError)
     assert str(error).isprintable()
 
 
@@ -465,5 +465,5 @@ def test_whatever_comes_is_an_error_of_our_tree(value, status):
 def test_whatever_bytes_come_are_an_error_of_our_tree(body, status):
     """Nor do bytes that are no JSON, nor a text, nor anything."""
     error = refusal("acme", status, {}, body)
-    assert isinstance(error, InputRefused | ProviderError)
+    assert isinstance(error, InvalidRequest | ProviderError)
     assert str(error).isprintable()

@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     Charge,
     Context,
-    CredentialsRefused,
     DeadlineExceeded,
-    Full,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
+    LocalQueueFull,
+    MalformedResponse,
     Outcome,
     ProviderError,
     RateLimited,
     Space,
-    Unreadable,
-    UpstreamFault,
+    UpstreamError,
 )
 from embedding_proxy.providers.http import HttpProvider
 from embedding_proxy.providers.limits import Limits
@@ -72,7 +72,7 @@ async def test_inputs_are_sent_as_they_are(inputs, sent, upstream):
 @pytest.mark.parametrize("item", ["\ud800", (1 << 70,)])
 async def test_an_input_that_is_no_json_is_refused_unsent(item, upstream):
     """Half a surrogate pair or an endless number is the request's fault and costs nothing."""
-    with pytest.raises(InputRefused, match="cannot be sent on"):
+    with pytest.raises(InvalidRequest, match="cannot be sent on"):
         await ask(upstream, ["a", item])
     assert upstream.calls == []
 
@@ -156,7 +156,7 @@ async def test_an_answer_may_be_as_long_as_floats_are(upstream):
 async def test_an_answer_far_beyond_what_was_asked_is_refused(size, upstream):
     """One input of 1536 numbers is not worth two megabytes, even of good JSON."""
     upstream.script.append(upstream.altered(lambda reply: reply.update(padding="x" * size)))
-    with pytest.raises(UpstreamFault, match="larger than expected"):
+    with pytest.raises(UpstreamError, match="larger than expected"):
         await ask(upstream, ["a"])
 
 
@@ -182,7 +182,7 @@ async def test_any_status_of_success_with_a_good_body_is_an_answer(code, upstrea
 async def test_an_empty_body_is_no_answer(code, upstream):
     """A status of success without a body holds no vector, and the error says so."""
     upstream.script.append(status(code, b""))
-    with pytest.raises(Unreadable, match=rf"the answer is empty \(status {code}\)"):
+    with pytest.raises(MalformedResponse, match=rf"the answer is empty \(status {code}\)"):
         await ask(upstream, ["a"])
 
 
@@ -342,7 +342,7 @@ async def test_fields_the_upstream_knows_are_sent(declared, fields, upstream):
 async def test_other_fields_are_refused_unsent(declared, problem, upstream):
     """A field that would be ignored, or is another's to say, is a 400 that names it."""
     space = FOREIGN.with_parameters({"width": 3})
-    with pytest.raises(InputRefused, match=problem) as caught:
+    with pytest.raises(InvalidRequest, match=problem) as caught:
         await ask(upstream, ["a"], space, **declared)
     assert (caught.value.status, caught.value.param) == (400, "width")
     assert upstream.calls == []
@@ -393,7 +393,7 @@ async def test_a_key_that_is_repeated_is_not_passed_on(code, upstream):
     """Some upstreams quote the key they refuse; neither log nor client sees it."""
     body = {"error": {"code": 401, "message": "no such key: made-up-key."}}
     upstream.script.append(status(code, body))
-    with pytest.raises(CredentialsRefused, match=r"no such key: \*\*\*\.") as caught:
+    with pytest.raises(AuthenticationError, match=r"no such key: \*\*\*\.") as caught:
         await ask(upstream, ["a"])
     assert "made-up-key" not in repr(caught.value.refusal)
 
@@ -623,7 +623,7 @@ async def test_a_refusal_with_a_wait_holds_back_who_waits_for_a_place(wait, upst
         assert sleep.seconds == pytest.approx([5] * 3, abs=0.5)
         assert upstream.inputs == ["a", "c", "b", "b", "b"]
     else:
-        assert [type(one) for one in ended] == [Full] * 3
+        assert [type(one) for one in ended] == [LocalQueueFull] * 3
         assert all(one.retry_after == pytest.approx(30, abs=0.5) for one in ended)
         assert upstream.inputs == ["a", "c"]
 
@@ -637,7 +637,7 @@ async def test_a_call_that_cannot_begin_in_time_is_told_so(upstream):
     async with HttpProvider("acme", profile) as provider:
         first = asyncio.create_task(provider.ask("m", FOREIGN, ["a"], NOBODY))
         await settle()
-        with pytest.raises(Full, match="at a time") as caught:
+        with pytest.raises(LocalQueueFull, match="at a time") as caught:
             await provider.ask("m", FOREIGN, ["b"], context)
         assert (caught.value.refusal.status, caught.value.retry_after) == (429, None)
         upstream.gate.set()
@@ -654,13 +654,13 @@ async def test_a_limit_that_lets_a_call_begin_too_late_refuses_it_at_once(upstre
     async with HttpProvider("acme", profile) as provider:
         for item in "ab":
             await provider.ask("m", FOREIGN, [item], context)
-        with pytest.raises(Full) as caught:
+        with pytest.raises(LocalQueueFull) as caught:
             await provider.ask("m", FOREIGN, ["c"], context)
     assert caught.value.retry_after == pytest.approx(30, abs=1)
 
 
 async def test_who_has_gone_while_queueing_for_a_limit_is_not_sent(upstream):
     """The call is not made, and leaves its room within the limit to the next one."""
-    with pytest.raises(Full):
+    with pytest.raises(LocalQueueFull):
         await ask(upstream, ["a"], context=Context(is_needed=lambda: False))
     assert not upstream.calls

@@ -15,8 +15,8 @@ import wordllama
 from embedding_proxy.providers import local
 from embedding_proxy.providers.base import (
     Context,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
     NoRoute,
     Outcome,
     Space,
@@ -125,7 +125,7 @@ async def test_the_answer_is_exact_and_names_the_provider(model, oracle):
 @pytest.mark.parametrize("inputs", [[(1, 2)], ["a", (1, 2)]])
 async def test_token_arrays_are_refused(inputs, model):
     """The ids of another model's vocabulary stand for nothing here; the error is about `input`."""
-    with pytest.raises(InputRefused, match="token arrays") as caught:
+    with pytest.raises(InvalidRequest, match="token arrays") as caught:
         await embed(model, inputs)
     assert (caught.value.status, caught.value.param) == (400, "input")
     assert model.accepts_tokens is False
@@ -133,7 +133,7 @@ async def test_token_arrays_are_refused(inputs, model):
 
 async def test_further_fields_are_refused_by_name(model):
     """A field that would have no effect must not seem to have one."""
-    with pytest.raises(InputRefused, match="input_type, task") as caught:
+    with pytest.raises(InvalidRequest, match="input_type, task") as caught:
         await embed(model, ["a"], SPACE.with_parameters({"task": "q", "input_type": "query"}))
     assert caught.value.status == 400
 
@@ -142,7 +142,7 @@ async def test_the_context_is_8192_tokens(model):
     """The longest text that is taken has 8192 tokens; one more is refused, naming the input."""
     longest = "word" + " word" * (CONTEXT - 1)
     assert list((await embed(model, [longest])).tokens) == [8192]
-    with pytest.raises(InputRefused, match="8192 tokens; an input has more") as caught:
+    with pytest.raises(InvalidRequest, match="8192 tokens; an input has more") as caught:
         await embed(model, ["fine", f"{longest} word", "fine"])
     refused = caught.value
     assert (refused.status, refused.param, refused.index) == (400, "input", 1)
@@ -175,7 +175,7 @@ async def test_a_huge_text_is_refused_unread(length):
     """A text that cannot fit is refused by its length alone, so it costs no time."""
     async with Local() as provider:
         provider._model = SimpleNamespace(tokenizer=Unread())
-        with pytest.raises(InputRefused, match="an input has more") as caught:
+        with pytest.raises(InvalidRequest, match="an input has more") as caught:
             await embed(provider, ["a", "x" * length])
     assert caught.value.index == 1
 
@@ -252,5 +252,5 @@ assert (root.level, root.handlers) == before == (logging.WARNING, []), root.hand
 @pytest.mark.parametrize("text", ["", "\ud800"])
 async def test_a_text_without_tokens_is_the_clients_mistake(text, model):
     """What has no vector is refused, and not retried."""
-    with pytest.raises(InputRefused):
+    with pytest.raises(InvalidRequest):
         await embed(model, [text])

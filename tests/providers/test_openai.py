@@ -6,15 +6,15 @@ from dataclasses import replace
 import orjson
 import pytest
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     Context,
-    CredentialsRefused,
-    InputRefused,
+    InvalidRequest,
     ModelNotFound,
-    OutOfCredit,
+    QuotaExceeded,
     RateLimited,
     Space,
     Unreachable,
-    UpstreamFault,
+    UpstreamError,
 )
 from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
 from embedding_proxy.providers.openai import OpenAI
@@ -85,15 +85,15 @@ async def test_another_base_url_is_used_instead(mocked_http):
 @pytest.mark.parametrize(
     ("status", "kind", "code", "error"),
     [
-        (401, "invalid_request_error", "invalid_api_key", CredentialsRefused),
+        (401, "invalid_request_error", "invalid_api_key", AuthenticationError),
         (403, "invalid_request_error", "model_not_found", ModelNotFound),
         (404, "invalid_request_error", "model_not_found", ModelNotFound),
-        (429, "insufficient_quota", "insufficient_quota", OutOfCredit),
+        (429, "insufficient_quota", "insufficient_quota", QuotaExceeded),
         (429, "tokens", "rate_limit_exceeded", RateLimited),
         (429, "requests", "rate_limit_exceeded", RateLimited),
-        (400, "invalid_request_error", None, InputRefused),
-        (400, "max_tokens_per_request", "max_tokens_per_request", InputRefused),
-        (500, "server_error", None, UpstreamFault),
+        (400, "invalid_request_error", None, InvalidRequest),
+        (400, "max_tokens_per_request", "max_tokens_per_request", InvalidRequest),
+        (500, "server_error", None, UpstreamError),
     ],
 )
 async def test_openais_errors_are_told_apart(status, kind, code, error, mocked_http):
@@ -103,9 +103,9 @@ async def test_openais_errors_are_told_apart(status, kind, code, error, mocked_h
     with pytest.raises(error) as caught:
         await ask(["a"])
     assert type(caught.value) is error
-    said = caught.value if error is InputRefused else caught.value.refusal
+    said = caught.value if error is InvalidRequest else caught.value.refusal
     assert (said.status, said.kind, said.code) == (status, kind, code)
-    assert error is InputRefused or caught.value.retry_after == 2
+    assert error is InvalidRequest or caught.value.retry_after == 2
 
 
 async def test_no_connection_is_a_failure_of_the_provider(mocked_http):

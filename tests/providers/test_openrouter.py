@@ -5,16 +5,16 @@ from dataclasses import replace
 import orjson
 import pytest
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     Context,
-    CredentialsRefused,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
     ModelNotFound,
-    OutOfCredit,
     PermissionDenied,
+    QuotaExceeded,
     RateLimited,
     Space,
-    UpstreamFault,
+    UpstreamError,
 )
 from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
 from embedding_proxy.providers.openrouter import OpenRouter
@@ -77,19 +77,19 @@ async def test_the_answer_needs_no_usage(usage, counts, mocked_http):
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        (400, InputRefused),
-        (401, CredentialsRefused),
-        (402, OutOfCredit),
+        (400, InvalidRequest),
+        (401, AuthenticationError),
+        (402, QuotaExceeded),
         (403, PermissionDenied),
         (404, ModelNotFound),
-        (408, UpstreamFault),
-        (413, InputRefused),
+        (408, UpstreamError),
+        (413, InvalidRequest),
         (429, RateLimited),
-        (500, UpstreamFault),
-        (502, UpstreamFault),
-        (503, UpstreamFault),
-        (524, UpstreamFault),
-        (529, UpstreamFault),
+        (500, UpstreamError),
+        (502, UpstreamError),
+        (503, UpstreamError),
+        (524, UpstreamError),
+        (529, UpstreamError),
     ],
 )
 async def test_openrouters_errors_are_told_apart(code, error, inside, mocked_http):
@@ -99,7 +99,7 @@ async def test_openrouters_errors_are_told_apart(code, error, inside, mocked_htt
     with pytest.raises(error) as caught:
         await ask(["a"])
     assert type(caught.value) is error
-    said = caught.value if error is InputRefused else caught.value.refusal
+    said = caught.value if error is InvalidRequest else caught.value.refusal
     assert (said.status, said.code) == (code, None)
     assert "made up" in str(caught.value)
 
@@ -138,7 +138,7 @@ async def test_a_client_does_not_undo_the_configured_routing(mocked_http):
     """Where the operator says who may compute, a client's own word is refused, not merged."""
     profile = replace(OpenRouter.profile, options={"provider": ROUTING})
     space = SPACE.with_parameters({"provider": {"order": ["acme"]}})
-    with pytest.raises(InputRefused, match="`provider` is set by the configuration") as caught:
+    with pytest.raises(InvalidRequest, match="`provider` is set by the configuration") as caught:
         await ask(["a"], space, profile)
     assert caught.value.param == "provider"
     assert not mocked_http.requests

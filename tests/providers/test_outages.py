@@ -9,28 +9,28 @@ import pytest
 from clock import Clock
 from embedding_proxy.providers import base
 from embedding_proxy.providers.base import (
-    AllResting,
+    AuthenticationError,
     Charge,
     Context,
-    CredentialsRefused,
     Embedded,
-    Full,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
+    LocalQueueFull,
+    MalformedResponse,
     ModelNotFound,
-    OutOfCredit,
-    PassingFailure,
+    NoProviderAvailable,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Refusal,
     Space,
+    TransientError,
     Unreachable,
-    Unreadable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
 from embedding_proxy.providers.routing.circuit_breaker import State
-from embedding_proxy.providers.routing.health import MAX_COOLDOWN_TOLD_S, Upstreams
+from embedding_proxy.providers.routing.health import MAX_COOLDOWN_TOLD_S, HealthRegistry
 from embedding_proxy.providers.routing.policy import CREDIT_COOLDOWN_S, KEY_COOLDOWN_S, rule
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.batch import PROBE_LIMIT_S
@@ -77,7 +77,7 @@ class World:
         self.waits = []
         self.texts = itertools.count()
         self.a, self.b = Fake("a", a), Fake("b", b)
-        self.upstreams = Upstreams(self.clock, lambda: 0.0)
+        self.upstreams = HealthRegistry(self.clock, lambda: 0.0)
         self.router = self.make(**options)
 
     def make(self, routes=None, **options):
@@ -118,16 +118,16 @@ ROWS = {
     "1 429, the wait fits": (lambda: error(RateLimited, wait=3.0), 3),
     "1 429, the wait does not fit": (lambda: error(RateLimited, wait=30.0), 1),
     "2 429 without": (lambda: error(RateLimited), 3),
-    "3 out of credit": (lambda: error(OutOfCredit), 1),
-    "4 the proxy's key": (lambda: error(CredentialsRefused), 1),
+    "3 out of credit": (lambda: error(QuotaExceeded), 1),
+    "4 the proxy's key": (lambda: error(AuthenticationError), 1),
     "7 404 model": (lambda: error(ModelNotFound), 1),
-    "8 5xx": (lambda: error(UpstreamFault), 3),
-    "8 503 with a wait": (lambda: error(UpstreamFault, wait=2.0), 3),
-    "10 HTML": (lambda: Unreadable("acme", "made up"), 3),
+    "8 5xx": (lambda: error(UpstreamError), 3),
+    "8 503 with a wait": (lambda: error(UpstreamError, wait=2.0), 3),
+    "10 HTML": (lambda: MalformedResponse("acme", "made up"), 3),
     "11-16 invalid": (lambda: InvalidAnswer("acme", "made up"), 2),
     "19-20 hang": (lambda: UpstreamTimeout("acme", "made up"), 1),
     "21-22 unreachable": (lambda: Unreachable("acme", "made up"), 2),
-    "24 huge, redirect": (lambda: UpstreamFault("acme", "made up"), 1),
+    "24 huge, redirect": (lambda: UpstreamError("acme", "made up"), 1),
 }
 
 
@@ -163,9 +163,9 @@ async def test_the_second_provider_fails_after_the_first(row):
 
 async def test_a_refused_input_is_not_sent_elsewhere():
     """Rows 5 and 6: no other provider would take it, and the breaker hears nothing of it."""
-    world = World(InputRefused("too long"))
+    world = World(InvalidRequest("too long"))
     for _ in range(20):
-        assert isinstance(await world.ask(), InputRefused)
+        assert isinstance(await world.ask(), InvalidRequest)
     assert world.calls == (20, 0)
     assert world.state("a") is State.CLOSED
 
@@ -173,10 +173,10 @@ async def test_a_refused_input_is_not_sent_elsewhere():
 @pytest.mark.parametrize(
     ("first", "second", "told"),
     [
-        (UpstreamFault, ModelNotFound, UpstreamFault),
-        (ModelNotFound, UpstreamFault, UpstreamFault),
-        (OutOfCredit, CredentialsRefused, CredentialsRefused),
-        (Unreachable, UpstreamFault, UpstreamFault),
+        (UpstreamError, ModelNotFound, UpstreamError),
+        (ModelNotFound, UpstreamError, UpstreamError),
+        (QuotaExceeded, AuthenticationError, AuthenticationError),
+        (Unreachable, UpstreamError, UpstreamError),
     ],
 )
 async def test_the_failure_that_may_pass_is_told(first, second, told):
@@ -186,7 +186,7 @@ async def test_the_failure_that_may_pass_is_told(first, second, told):
 
 
 @pytest.mark.parametrize(
-    "kind", [UpstreamFault, Unreachable, UpstreamTimeout, InvalidAnswer, Unreadable]
+    "kind", [UpstreamError, Unreachable, UpstreamTimeout, InvalidAnswer, MalformedResponse]
 )
 async def test_a_provider_that_is_down_is_not_asked(kind):
     """After five failures requests go to the second provider without a detour."""
@@ -213,8 +213,8 @@ async def test_what_is_not_the_services_fault_does_not_open_the_breaker(kind):
 @pytest.mark.parametrize(
     ("make", "seconds", "probed"),
     [
-        (lambda: error(OutOfCredit), CREDIT_COOLDOWN_S, True),
-        (lambda: error(CredentialsRefused), KEY_COOLDOWN_S, True),
+        (lambda: error(QuotaExceeded), CREDIT_COOLDOWN_S, True),
+        (lambda: error(AuthenticationError), KEY_COOLDOWN_S, True),
         (lambda: error(RateLimited, wait=60.0), 60.0, False),
     ],
 )
@@ -236,7 +236,7 @@ async def test_a_provider_that_refuses_all_rests(make, seconds, probed):
 
 async def test_a_refused_key_is_loud_in_the_log(caplog):
     """The operator cannot overlook it, and reads which provider it was."""
-    world = World(error(CredentialsRefused, provider="a"))
+    world = World(error(AuthenticationError, provider="a"))
     await world.ask()
     loud = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert len(loud) == 1
@@ -245,7 +245,7 @@ async def test_a_refused_key_is_loud_in_the_log(caplog):
 
 async def test_the_breaker_is_shared_by_all_models():
     """What one model learnt of a provider, another need not learn again."""
-    world = World(lambda: error(UpstreamFault))
+    world = World(lambda: error(UpstreamError))
     other = world.make()
     while world.state("a") is State.CLOSED:
         await world.ask()
@@ -256,11 +256,11 @@ async def test_the_breaker_is_shared_by_all_models():
 
 async def test_nobody_left_to_ask_is_said_at_once():
     """With every provider held back there is no call; the error says why, and for how long."""
-    world = World(lambda: error(UpstreamFault), error(OutOfCredit))
-    while not isinstance(failure := await world.ask(), AllResting):
+    world = World(lambda: error(UpstreamError), error(QuotaExceeded))
+    while not isinstance(failure := await world.ask(), NoProviderAvailable):
         pass
     calls = world.calls
-    assert isinstance(await world.ask(), AllResting)
+    assert isinstance(await world.ask(), NoProviderAvailable)
     assert world.calls == calls
     assert 0 < failure.retry_after <= 1
     assert "a: it failed 5 times in a row" in str(failure)
@@ -270,7 +270,7 @@ async def test_nobody_left_to_ask_is_said_at_once():
 
 async def test_one_call_proves_a_provider_well_again():
     """Half-open, one request of a crowd is let through, the rest is answered by the second."""
-    world = World(lambda: error(UpstreamFault))
+    world = World(lambda: error(UpstreamError))
     while world.state("a") is State.CLOSED:
         await world.ask()
     world.clock.now += 1
@@ -285,7 +285,7 @@ async def test_one_call_proves_a_provider_well_again():
 
 async def test_a_failed_probe_costs_no_client_its_answer():
     """The request that was the probe goes on to the second provider."""
-    world = World(lambda: error(UpstreamFault))
+    world = World(lambda: error(UpstreamError))
     while world.state("a") is State.CLOSED:
         await world.ask()
     calls = world.a.calls
@@ -306,9 +306,9 @@ async def test_a_burst_into_a_dead_and_a_living_provider_fails_nobody():
     assert max(world.calls) <= 50
 
 
-@pytest.mark.parametrize("first", [Unreachable, UpstreamFault, UpstreamTimeout, RateLimited])
+@pytest.mark.parametrize("first", [Unreachable, UpstreamError, UpstreamTimeout, RateLimited])
 @pytest.mark.parametrize(
-    "second", [Unreachable, UpstreamFault, UpstreamTimeout, RateLimited, OutOfCredit]
+    "second", [Unreachable, UpstreamError, UpstreamTimeout, RateLimited, QuotaExceeded]
 )
 @pytest.mark.parametrize("size", [50, 200])
 async def test_whatever_the_fault_a_burst_adds_no_more_than_a_fifth(first, second, size):
@@ -354,7 +354,7 @@ async def test_a_probe_that_hangs_does_not_hold_up_its_request(monkeypatch):
     """Where another route could answer, a probe gets seconds, whatever the provider's limit."""
     assert PROBE_LIMIT_S <= 10
     monkeypatch.setattr("embedding_proxy.providers.scheduling.batch.PROBE_LIMIT_S", 0.001)
-    world = World(lambda: error(UpstreamFault))
+    world = World(lambda: error(UpstreamError))
     while world.state("a") is State.CLOSED:
         await world.ask()
     world.clock.now += 1
@@ -369,7 +369,7 @@ async def test_the_preferred_route_is_the_cheapest():
     priced = [Route(world.a, "m", 0.2), Route(world.b, "m", 0.1)]
     router = world.make(priced, order="cheapest")
     assert await world.ask(router) == "b"
-    world.b.does = error(OutOfCredit)
+    world.b.does = error(QuotaExceeded)
     assert await world.ask(router) == "a"
     assert await world.ask(router) == "a"
     assert world.b.calls == 2
@@ -394,7 +394,7 @@ async def test_the_preferred_route_is_the_fastest():
     assert [await world.ask(router) for _ in range(3)] == ["a", "b", "a"]
     router.latencies.answered(router.routes[0], 5.0, 1)
     assert await world.ask(router) == "b"
-    world.b.does = error(OutOfCredit)
+    world.b.does = error(QuotaExceeded)
     assert [await world.ask(router) for _ in range(3)] == ["a"] * 3
 
 
@@ -411,12 +411,12 @@ async def test_a_provider_that_is_down_takes_no_ones_trial():
 
 async def test_what_happened_can_be_read():
     """Counters of the router, and of each provider its state, why, and until when."""
-    world = World(lambda: error(UpstreamFault))
+    world = World(lambda: error(UpstreamError))
     while world.state("a") is State.CLOSED:
         await world.ask()
     counts = world.router.counts
     assert (counts.attempts, counts.retries, counts.failovers) == (8, 2, 3)
-    assert counts.failures == {"UpstreamFault": 5}
+    assert counts.failures == {"UpstreamError": 5}
     shown = world.upstreams.snapshot()
     assert shown["a"] == {
         "state": "open",
@@ -427,12 +427,12 @@ async def test_what_happened_can_be_read():
         "failures_in_a_row": 5,
         "opened": 1,
         "attempts": 5,
-        "failures": {"UpstreamFault": 5},
+        "failures": {"UpstreamError": 5},
     }
     assert (shown["b"]["state"], shown["b"]["why"], shown["b"]["attempts"]) == ("closed", "", 3)
 
 
-@pytest.mark.parametrize("kind", [PassingFailure, ProviderError])
+@pytest.mark.parametrize("kind", [TransientError, ProviderError])
 def test_an_error_nobody_foresaw_counts_and_is_not_repeated(kind):
     """A class without a row of its own has the careful one."""
     found = rule(kind("acme", "made up"))
@@ -483,7 +483,7 @@ async def test_a_quick_route_is_not_hedged():
 
 async def test_the_first_route_may_still_win():
     """A hedge that is slower, or fails, is no loss but its price; its failure is the breaker's."""
-    world = Hedged(b=error(UpstreamFault))
+    world = Hedged(b=error(UpstreamError))
     task = await world.started()
     assert world.calls == (1, 1)
     world.a.gate.set()
@@ -505,17 +505,17 @@ async def test_a_first_route_that_fails_leaves_the_matter_to_its_hedge():
 
 async def test_both_may_fail():
     """Then the request fails with what says most, after no more attempts than there are."""
-    world = Hedged(lambda: error(UpstreamFault), error(ModelNotFound))
+    world = Hedged(lambda: error(UpstreamError), error(ModelNotFound))
     task = await world.started()
     world.a.gate.set()
-    assert isinstance(await task, UpstreamFault)
+    assert isinstance(await task, UpstreamError)
     assert world.calls == (2, 1)
 
 
 async def test_a_refused_input_ends_a_race():
     """What the hedge hears of the input is the answer; the first route is not waited for."""
-    world = Hedged(b=InputRefused("too long"))
-    assert isinstance(await (await world.started()), InputRefused)
+    world = Hedged(b=InvalidRequest("too long"))
+    assert isinstance(await (await world.started()), InvalidRequest)
     assert world.a.ended == 1
 
 
@@ -585,7 +585,9 @@ async def test_a_shared_provider_answers_for_two_routes():
 
 def full(wait=30.0):
     """Return what a queue of our own says when there is no room in time."""
-    return Full("a", "full", Refusal(429, "full", "requests", "rate_limit_exceeded", wait))
+    return LocalQueueFull(
+        "a", "full", Refusal(429, "full", "requests", "rate_limit_exceeded", wait)
+    )
 
 
 async def test_a_full_queue_is_no_call():
@@ -609,7 +611,7 @@ async def test_a_full_queue_is_no_call():
     assert world.upstreams.budget.can_retry
     counts = world.router.counts
     assert (counts.attempts, counts.retries, counts.failovers) == (20, 0, 20)
-    assert (counts.failures, world.waits) == ({"Full": 20}, [])
+    assert (counts.failures, world.waits) == ({"LocalQueueFull": 20}, [])
     world.a.does = None
     assert await world.ask() == "a"
 
@@ -619,22 +621,24 @@ async def test_a_full_queue_is_told_as_a_rate_limit_when_there_is_no_other_route
     world = World(lambda: full(0.5))
     alone = world.make([Route(world.a, "m")])
     failure = await world.ask(alone)
-    assert (type(failure), failure.retry_after) == (Full, 0.5)
+    assert (type(failure), failure.retry_after) == (LocalQueueFull, 0.5)
     assert (world.a.calls, world.waits) == (1, [])
     assert alone.counts.attempts == 0
-    assert isinstance(await world.ask(alone), Full), "it is asked again, and does not rest"
+    assert isinstance(await world.ask(alone), LocalQueueFull), (
+        "it is asked again, and does not rest"
+    )
 
 
 async def test_a_full_queue_leaves_the_next_route_all_attempts():
     """Three attempts are still to be made, and a failure there is not the charge of a failover."""
-    world = World(full, lambda: error(UpstreamFault))
-    assert isinstance(await world.ask(), UpstreamFault)
+    world = World(full, lambda: error(UpstreamError))
+    assert isinstance(await world.ask(), UpstreamError)
     assert world.calls == (1, 3)
 
 
 async def test_a_probe_that_finds_the_queue_full_leaves_its_place():
     """Half-open, the next request is the probe."""
-    world = World(lambda: error(UpstreamFault))
+    world = World(lambda: error(UpstreamError))
     while world.state("a") is State.CLOSED:
         await world.ask()
     world.clock.now += 1
@@ -735,7 +739,7 @@ async def test_each_model_has_a_breaker_and_the_provider_has_one():
     world = Models()
     health = world.upstreams.of("a")
     for _ in range(5):
-        health.failed(health.acquire("large"), error(UpstreamFault), "large")
+        health.failed(health.acquire("large"), error(UpstreamError), "large")
     assert (health.wait("large"), health.wait("small"), health.wait("other")) == (1, 0, 0)
     assert health.snapshot()["held"] == {"large": 1.0}
     for _ in range(5):
@@ -743,7 +747,7 @@ async def test_each_model_has_a_breaker_and_the_provider_has_one():
     assert (health.wait("small"), health.wait("other")) == (1, 1)
     world.clock.now += 1
     # The provider is reached again, though it fails on: that is the matter of the model.
-    health.failed(health.acquire("small"), error(UpstreamFault), "small")
+    health.failed(health.acquire("small"), error(UpstreamError), "small")
     assert (health.wait("other"), health.breaker.state) == (0, State.CLOSED)
 
 
@@ -752,7 +756,7 @@ async def test_breakers_of_made_up_models_are_forgotten(monkeypatch):
     monkeypatch.setattr("embedding_proxy.providers.routing.health.MAX_KEYS", 10)
     health = World().upstreams.of("a")
     for _ in range(5):
-        health.failed(health.acquire("down"), error(UpstreamFault), "down")
+        health.failed(health.acquire("down"), error(UpstreamError), "down")
     for i in range(50):
         health.succeeded(health.acquire(f"made up {i}"), f"made up {i}")
     assert health.wait("down")
@@ -775,7 +779,7 @@ async def test_breaker_and_rest_are_told_together():
     assert (told.retry_after, str(told).count("failed 5 times")) == (1, 1)
 
 
-@pytest.mark.parametrize("kind", [OutOfCredit, CredentialsRefused])
+@pytest.mark.parametrize("kind", [QuotaExceeded, AuthenticationError])
 async def test_a_bill_or_a_key_is_the_matter_of_all_models(kind):
     """What the provider refuses whatever is asked holds back every model."""
     world = Models(error(kind))

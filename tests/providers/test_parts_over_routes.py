@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 from embedding_proxy.providers.base import (
     Context,
-    Full,
-    InputRefused,
+    InvalidRequest,
+    LocalQueueFull,
     ModelNotFound,
     Refusal,
     Space,
-    UpstreamFault,
+    UpstreamError,
 )
 from embedding_proxy.providers.limits import Limits
-from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tests.providers.fakes import Kept, Upstream, check, settle
 
 SPACE = Space("vendor/model", 2)
-DOWN = UpstreamFault("acme", "down", Refusal(503, "down"))
+DOWN = UpstreamError("acme", "down", Refusal(503, "down"))
 UNKNOWN = ModelNotFound("acme", "unknown", Refusal(404, "unknown"))
 
 
@@ -114,10 +114,10 @@ async def test_a_refused_input_has_its_place_in_the_whole():
     first = Provider("a", 4, lambda call: UNKNOWN if "t6" in call else None, concurrency=8)
 
     def refused(call):
-        return InputRefused("no", index=call.index("t7")) if "t7" in call else None
+        return InvalidRequest("no", index=call.index("t7")) if "t7" in call else None
 
     second = Provider("b", 2, refused)
-    with pytest.raises(InputRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         await router_over(first, second).embed(SPACE, texts(12), Context())
     assert caught.value.index == 7
     assert second.upstream.calls == [["t4", "t5"], ["t6", "t7"]]
@@ -125,7 +125,7 @@ async def test_a_refused_input_has_its_place_in_the_whole():
 
 async def test_a_queue_that_fills_up_amid_the_calls_keeps_what_was_answered():
     """The rest is the next route's; the call that was not made counts for no attempt."""
-    told_full = Full("a", "full", Refusal(429, "full", retry_after=9.0))
+    told_full = LocalQueueFull("a", "full", Refusal(429, "full", retry_after=9.0))
     first = Provider("a", 10, lambda call: told_full if "t25" in call else None, concurrency=8)
     second = Provider("b")
     router = router_over(first, second)
@@ -225,7 +225,7 @@ async def test_nothing_is_bought_twice(count, sizes, bad, error):
     ]
     inputs = texts(count)
     kept = Kept()
-    router = router_over(*providers, upstreams=Upstreams())
+    router = router_over(*providers, upstreams=HealthRegistry())
     embedded = None
     try:
         embedded = await router.embed(SPACE, inputs, Context(on_part=kept))

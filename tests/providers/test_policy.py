@@ -2,24 +2,24 @@
 
 import pytest
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     ConnectionTimeout,
-    CredentialsRefused,
     DeadlineExceeded,
-    Full,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
+    LocalQueueFull,
     LoopDetected,
+    MalformedResponse,
     ModelNotFound,
-    OutOfCredit,
-    PassingFailure,
     PermissionDenied,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Refusal,
     ScopedQuotaExceeded,
+    TransientError,
     Unreachable,
-    Unreadable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
 from embedding_proxy.providers.routing.circuit_breaker import Verdict
@@ -45,7 +45,7 @@ def error(kind, *, wait=None, status=503):
     return kind("p", "made up", Refusal(status, "made up", retry_after=wait))
 
 
-FAULT = error(UpstreamFault)
+FAULT = error(UpstreamError)
 ALONE = Standing(here=1, left=2)
 """After the first attempt at the only route."""
 FIRST_OF_TWO = Standing(here=1, left=2, alternatives=1)
@@ -53,20 +53,20 @@ FIRST_OF_TWO = Standing(here=1, left=2, alternatives=1)
 # kind -> retries at the same route, what it counts for, whether for the model or the provider.
 ROWS = [
     (RateLimited, 99, Verdict.NONE, True),
-    (Full, 99, Verdict.NONE, True),
-    (OutOfCredit, 0, Verdict.NONE, False),
+    (LocalQueueFull, 99, Verdict.NONE, True),
+    (QuotaExceeded, 0, Verdict.NONE, False),
     (ScopedQuotaExceeded, 0, Verdict.NONE, True),
-    (CredentialsRefused, 0, Verdict.NONE, False),
+    (AuthenticationError, 0, Verdict.NONE, False),
     (PermissionDenied, 0, Verdict.NONE, True),
     (ModelNotFound, 0, Verdict.NONE, True),
     (LoopDetected, 0, Verdict.NONE, True),
-    (UpstreamFault, 99, Verdict.FAILURE, True),
+    (UpstreamError, 99, Verdict.FAILURE, True),
     (UpstreamTimeout, 0, Verdict.FAILURE, True),
     (ConnectionTimeout, 0, Verdict.FAILURE, False),
     (Unreachable, 1, Verdict.FAILURE, False),
-    (Unreadable, 99, Verdict.FAILURE, True),
+    (MalformedResponse, 99, Verdict.FAILURE, True),
     (InvalidAnswer, 1, Verdict.FAILURE, True),
-    (PassingFailure, 0, Verdict.FAILURE, True),
+    (TransientError, 0, Verdict.FAILURE, True),
     (ProviderError, 0, Verdict.FAILURE, True),
 ]
 
@@ -81,8 +81,8 @@ def test_each_class_of_failure_has_its_row(kind, retries, verdict, is_of_model):
 @pytest.mark.parametrize(("status", "retries"), [(405, 0), (501, 0), (505, 0), (500, 99)])
 def test_a_status_that_says_that_the_call_is_wrong_is_not_repeated(status, retries):
     """Nor is a fault that the upstream did not name itself."""
-    assert rule(error(UpstreamFault, status=status)).retries == retries
-    assert rule(UpstreamFault("p", "a redirect")).retries == 0
+    assert rule(error(UpstreamError, status=status)).retries == retries
+    assert rule(UpstreamError("p", "a redirect")).retries == 0
 
 
 @pytest.mark.parametrize("kind", [kind for kind, retries, *_ in ROWS if not retries])
@@ -150,7 +150,7 @@ def test_a_rate_limit_is_waited_out_where_that_is_short(wait, standing, step):
 
 
 @pytest.mark.parametrize("standing", [ALONE, FIRST_OF_TWO])
-@pytest.mark.parametrize("failure", [InputRefused("no"), DeadlineExceeded("late")])
+@pytest.mark.parametrize("failure", [InvalidRequest("no"), DeadlineExceeded("late")])
 def test_what_is_no_providers_failure_ends_the_matter(failure, standing):
     """No other provider would take it."""
     assert next_step(failure, standing) == GiveUp()
@@ -159,7 +159,7 @@ def test_what_is_no_providers_failure_ends_the_matter(failure, standing):
 @pytest.mark.parametrize("standing", [ALONE, FIRST_OF_TWO])
 def test_a_full_queue_is_not_waited_for_twice(standing):
     """It is the next route's, or the client's."""
-    step = next_step(Full("p", "full"), standing)
+    step = next_step(LocalQueueFull("p", "full"), standing)
     assert step == (NextRoute() if standing.alternatives else GiveUp())
 
 
@@ -198,8 +198,8 @@ def test_waits_grow_and_are_drawn_at_random():
 
 def test_the_failure_that_may_pass_is_told():
     """Of several the last, so that the client comes back if any provider may do better then."""
-    lasting, passing = error(ModelNotFound), error(UpstreamFault)
+    lasting, passing = error(ModelNotFound), error(UpstreamError)
     assert most_telling([passing, lasting]) is passing
     assert most_telling([lasting, passing]) is passing
-    assert most_telling([error(OutOfCredit), lasting]) is lasting
+    assert most_telling([error(QuotaExceeded), lasting]) is lasting
     assert most_telling([]) is None

@@ -2,7 +2,7 @@
 
 import numpy as np
 from clock import Clock
-from embedding_proxy.providers.base import Context, Embedded, Space, UpstreamFault
+from embedding_proxy.providers.base import Context, Embedded, Space, UpstreamError
 from embedding_proxy.providers.probe import SAME, TEXTS, agreement, probe
 from embedding_proxy.providers.routing.route import Route
 
@@ -38,7 +38,7 @@ async def test_an_answer_is_measured():
 async def test_a_failure_is_told_and_not_raised():
     """A provider that fails is a finding, with the time it took to fail."""
     clock = Clock()
-    failure = UpstreamFault("acme", "made up")
+    failure = UpstreamError("acme", "made up")
     found = await probe(Route(Fake(clock, failure), "m"), SPACE, Context(), clock)
     assert (found.failure, found.seconds, found.vectors) == (failure, 2, ())
 

@@ -7,25 +7,25 @@ from itertools import pairwise
 
 import pytest
 from embedding_proxy.providers.base import (
+    AuthenticationError,
     Context,
-    CredentialsRefused,
     DeadlineExceeded,
     Embedded,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
     ModelNotFound,
     NoRoute,
-    OutOfCredit,
-    PassingFailure,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Refusal,
     Space,
+    TransientError,
     Unreachable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
-from embedding_proxy.providers.routing.health import FIRST_COOLDOWN, Upstreams
+from embedding_proxy.providers.routing.health import FIRST_COOLDOWN, HealthRegistry
 from embedding_proxy.providers.routing.policy import MAX_ATTEMPTS, MAX_WAIT_S
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
@@ -79,7 +79,7 @@ class Stage:
         ]
         self.router = Router(
             [Route(player, f"{player.name}-model") for player in self.players],
-            **{"sleep": self._wait, "upstreams": Upstreams(self._clock), **options},
+            **{"sleep": self._wait, "upstreams": HealthRegistry(self._clock), **options},
         )
 
     def _clock(self):
@@ -104,8 +104,8 @@ def in_seconds(seconds: float) -> Context:
     return Context(deadline=asyncio.get_running_loop().time() + seconds)
 
 
-FAULT = failing(UpstreamFault)
-NO_CREDIT = failing(OutOfCredit)
+FAULT = failing(UpstreamError)
+NO_CREDIT = failing(QuotaExceeded)
 TIMEOUT = failing(UpstreamTimeout)
 
 
@@ -142,11 +142,11 @@ async def test_the_first_route_that_can_answers(scripts, story):
 )
 async def test_three_attempts_are_all_there_are(routes, story):
     """However many routes there are, attempts are three, and each route has one if it can be."""
-    errors = [UpstreamFault(name, "made up", Refusal(500, "made up")) for name in "abcde"[:routes]]
+    errors = [UpstreamError(name, "made up", Refusal(500, "made up")) for name in "abcde"[:routes]]
     stage = Stage()
     players = [Player(name, stage, always=e) for name, e in zip("abcde", errors, strict=False)]
     stage.router.routes = tuple(Route(player, "m") for player in players)
-    with pytest.raises(UpstreamFault) as caught:
+    with pytest.raises(UpstreamError) as caught:
         await stage.embed()
     assert stage.story == story
     assert caught.value.provider == story[-1]
@@ -175,14 +175,14 @@ async def test_a_provider_is_asked_again_as_often_as_is_said(retries, story):
     stage.router.routes = tuple(
         Route(player, "m", retries=often) for player, often in zip(players, retries, strict=True)
     )
-    with pytest.raises(UpstreamFault):
+    with pytest.raises(UpstreamError):
         await stage.embed()
     assert stage.story == story
 
 
 async def test_no_number_of_retries_beats_the_budget():
     """Requests that fail again and again make no more calls than all together may."""
-    stage = Stage(upstreams=Upstreams(lambda: 1000.0))
+    stage = Stage(upstreams=HealthRegistry(lambda: 1000.0))
     for name in "abcd":
         # A breaker would end it before: each request meets another provider.
         stage.router.routes = (Route(Player(name, stage, always=limited(None)), "m", retries=100),)
@@ -191,7 +191,7 @@ async def test_no_number_of_retries_beats_the_budget():
     assert len(stage.asked) == 4 + 10
 
 
-@pytest.mark.parametrize("kind", [RateLimited, UpstreamFault, Unreachable, InvalidAnswer])
+@pytest.mark.parametrize("kind", [RateLimited, UpstreamError, Unreachable, InvalidAnswer])
 async def test_what_may_pass_is_tried_again_after_a_short_wait(kind):
     """Without a word from the upstream the wait is drawn at random, and is short."""
     stage = Stage([failing(kind)])
@@ -212,7 +212,7 @@ async def test_waits_are_spread():
 
 
 @pytest.mark.parametrize(
-    "kind", [CredentialsRefused, OutOfCredit, ModelNotFound, UpstreamTimeout, ProviderError]
+    "kind", [AuthenticationError, QuotaExceeded, ModelNotFound, UpstreamTimeout, ProviderError]
 )
 async def test_what_will_not_pass_goes_to_the_next_route_at_once(kind):
     """A key, a bill, a model, and the time an attempt has used up do not mend by waiting."""
@@ -222,7 +222,7 @@ async def test_what_will_not_pass_goes_to_the_next_route_at_once(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", [CredentialsRefused, OutOfCredit, ModelNotFound, UpstreamTimeout, ProviderError]
+    "kind", [AuthenticationError, QuotaExceeded, ModelNotFound, UpstreamTimeout, ProviderError]
 )
 async def test_what_will_not_pass_is_not_tried_again_on_the_last_route(kind):
     """Where there is no other route, the failure itself is the answer, at once."""
@@ -237,8 +237,8 @@ async def test_what_will_not_pass_is_not_tried_again_on_the_last_route(kind):
 @pytest.mark.parametrize(
     "error",
     [
-        InputRefused("wrong"),
-        InputRefused("too large", status=413),
+        InvalidRequest("wrong"),
+        InvalidRequest("too large", status=413),
         DeadlineExceeded("over"),
         NoRoute("not installed"),
         ValueError("a mistake of ours"),
@@ -354,7 +354,7 @@ async def test_routes_that_are_passed_over_keep_no_attempt_in_reserve():
         Player("c", stage, accepts_tokens=False),
     ]
     stage.router.routes = tuple(Route(player, "m") for player in players)
-    with pytest.raises(UpstreamFault):
+    with pytest.raises(UpstreamError):
         await stage.embed([(1, 2)])
     assert stage.story == "bbb"
 
@@ -363,7 +363,7 @@ async def test_token_arrays_that_nobody_takes_are_the_clients_mistake():
     """With providers of texts alone, a token array is a 400 about `input`."""
     stage = Stage()
     stage.router.routes = (Route(Player("a", stage, accepts_tokens=False), "m"),)
-    with pytest.raises(InputRefused, match="token arrays") as caught:
+    with pytest.raises(InvalidRequest, match="token arrays") as caught:
         await stage.embed(["text", (1, 2)])
     assert (caught.value.status, caught.value.param, stage.story) == (400, "input", "")
 
@@ -404,11 +404,11 @@ async def test_the_router_waits_on_the_loop_by_default():
 
 FAILURES = st.sampled_from(
     [
-        *(failing(k) for k in (RateLimited, UpstreamFault, Unreachable, InvalidAnswer)),
-        *(failing(k) for k in (CredentialsRefused, OutOfCredit, ModelNotFound, UpstreamTimeout)),
+        *(failing(k) for k in (RateLimited, UpstreamError, Unreachable, InvalidAnswer)),
+        *(failing(k) for k in (AuthenticationError, QuotaExceeded, ModelNotFound, UpstreamTimeout)),
         limited(3600.0),
         limited(1.0),
-        InputRefused("wrong"),
+        InvalidRequest("wrong"),
         None,
     ]
 )
@@ -426,7 +426,7 @@ async def test_the_laws_of_trying(scripts):
     played = [(name, o) for name, s in zip("abcde", scripts, strict=False) for o in [*s, None]]
     try:
         ended = await stage.embed()
-    except (ProviderError, InputRefused) as error:
+    except (ProviderError, InvalidRequest) as error:
         ended = error
     story = stage.story
     assert 1 <= len(story) <= MAX_ATTEMPTS
@@ -438,10 +438,10 @@ async def test_the_laws_of_trying(scripts):
         outcomes.append((name, [o for other, o in played if other == name][turn]))
     assert len(stage.waits) == len(story) - len(set(story))
     said = [outcome for _, outcome in outcomes]
-    passing = [outcome for outcome in said if isinstance(outcome, PassingFailure)]
+    passing = [outcome for outcome in said if isinstance(outcome, TransientError)]
     if said[-1] is None:
         assert ended == story[-1]
-    elif isinstance(said[-1], InputRefused):
+    elif isinstance(said[-1], InvalidRequest):
         assert ended.args == said[-1].args
     else:
         told = (passing or said)[-1]
@@ -449,7 +449,7 @@ async def test_the_laws_of_trying(scripts):
     for (name, outcome), (after, _) in pairwise(outcomes):
         assert isinstance(outcome, ProviderError)
         if after == name:
-            assert isinstance(outcome, PassingFailure)
+            assert isinstance(outcome, TransientError)
             assert not isinstance(outcome, UpstreamTimeout)
             assert outcome.retry_after != 3600
 

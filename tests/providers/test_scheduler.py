@@ -10,7 +10,7 @@ from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
     Embedded,
-    InputRefused,
+    InvalidRequest,
     RateLimited,
     Space,
 )
@@ -155,7 +155,7 @@ async def test_a_failed_part_lets_those_in_the_air_land_and_begins_no_other(fail
 async def test_any_mixture_of_results_is_told_rightly(results, lanes, draw):
     """However parts end and in whatever order: what was bought was told, refusals come first."""
     inputs, kept, upstream = texts(len(results)), Kept(), Upstream()
-    errors = {"late": LATE, "bad": InputRefused("no"), "defect": KeyError("x"), "good": None}
+    errors = {"late": LATE, "bad": InvalidRequest("no"), "defect": KeyError("x"), "good": None}
     upstream.failure = lambda call: errors[results[int(call[0][1:])]]
     upstream.hold()
     scheduler = schedule(upstream, Limits(inputs=1, concurrency=lanes))
@@ -176,7 +176,7 @@ async def test_any_mixture_of_results_is_told_rightly(results, lanes, draw):
     if set(called) == {"good"}:
         check(asking.result(), inputs)
     elif "bad" in called:
-        assert isinstance(failure, InputRefused)
+        assert isinstance(failure, InvalidRequest)
         assert failure.index == called.index("bad")
     else:
         assert failure in (LATE, errors["defect"])
@@ -301,7 +301,7 @@ async def test_a_bad_input_is_named_and_costs_few_calls(count, draw, param):
     place = draw.draw(st.integers(0, count - 1))
     inputs, kept = texts(count), Kept()
     upstream = Upstream(refusing(f"t{place}", param=param))
-    with pytest.raises(InputRefused, match=r"^bad input$") as caught:
+    with pytest.raises(InvalidRequest, match=r"^bad input$") as caught:
         await schedule(upstream, Limits()).embed(SPACE, inputs, Context(on_part=kept))
     assert (caught.value.index, caught.value.param) == (place, param)
     parts = min(8, ceil(count / LEAST))
@@ -317,7 +317,7 @@ async def test_of_several_bad_inputs_one_is_named(count, draw):
     """With more than one, the one that is named is bad, and no call more is spent on the others."""
     places = draw.draw(st.sets(st.integers(0, count - 1), min_size=2))
     upstream = Upstream(refusing(*(f"t{i}" for i in places)))
-    with pytest.raises(InputRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         await schedule(upstream, Limits()).embed(SPACE, texts(count), ANY_TIME)
     assert caught.value.index in {*places, None}
     if len(places) < count / 2:
@@ -330,8 +330,8 @@ async def test_of_several_bad_inputs_one_is_named(count, draw):
 async def test_the_lowest_of_named_inputs_is_told():
     """Among refusals the one that names an input counts, and of those the first."""
     upstream = Upstream()
-    upstream.failure = lambda call: InputRefused(f"no {call[0]}")
-    with pytest.raises(InputRefused, match="no t0") as caught:
+    upstream.failure = lambda call: InvalidRequest(f"no {call[0]}")
+    with pytest.raises(InvalidRequest, match="no t0") as caught:
         await schedule(upstream, Limits(inputs=1)).embed(SPACE, texts(3), ANY_TIME)
     assert caught.value.index == 0
 
@@ -340,20 +340,20 @@ async def test_the_lowest_of_named_inputs_is_told():
 async def test_what_is_wrong_with_every_input_is_not_searched(param):
     """A refusal of another field is told as it came, after one call."""
     upstream = Upstream(refusing("t5", param=param))
-    with pytest.raises(InputRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         await schedule(upstream, Limits()).embed(SPACE, texts(50), ANY_TIME)
     assert caught.value.index is None
     assert len(upstream.calls) == 1
-    with pytest.raises(InputRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         await schedule(upstream, Limits()).embed(SPACE, ["t5"], ANY_TIME)
     assert caught.value.index is None
 
 
 async def test_an_extra_field_that_is_refused_is_not_searched_for_among_the_inputs():
     """Where the client sent fields of its own, and both halves are refused alike, it is they."""
-    upstream = Upstream(lambda _: InputRefused("Unrecognized request argument supplied: x"))
+    upstream = Upstream(lambda _: InvalidRequest("Unrecognized request argument supplied: x"))
     space = SPACE.with_parameters({"x": 1})
-    with pytest.raises(InputRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         await schedule(upstream, Limits()).embed(space, texts(64), ANY_TIME)
     assert caught.value.index is None
     assert len(upstream.calls) == 3
@@ -361,8 +361,8 @@ async def test_an_extra_field_that_is_refused_is_not_searched_for_among_the_inpu
 
 async def test_nobody_is_blamed_without_proof():
     """When even the last input is refused and no other was taken, none is named."""
-    upstream = Upstream(lambda _: InputRefused("no"))
-    with pytest.raises(InputRefused) as caught:
+    upstream = Upstream(lambda _: InvalidRequest("no"))
+    with pytest.raises(InvalidRequest) as caught:
         await schedule(upstream, Limits()).embed(SPACE, texts(500), ANY_TIME)
     assert caught.value.index is None
     assert len(upstream.calls) <= 8 + 2 * 6, "and one part only is searched"
@@ -371,8 +371,8 @@ async def test_nobody_is_blamed_without_proof():
 async def test_an_upstream_that_names_the_input_is_believed():
     """A refusal with an index is told with the place in the request, and nothing is searched."""
     upstream = Upstream()
-    upstream.failure = lambda call: InputRefused("no", index=2) if "t102" in call else None
-    with pytest.raises(InputRefused) as caught:
+    upstream.failure = lambda call: InvalidRequest("no", index=2) if "t102" in call else None
+    with pytest.raises(InvalidRequest) as caught:
         await schedule(upstream, Limits(inputs=100)).embed(SPACE, texts(200), ANY_TIME)
     expected = next(call for call in upstream.calls if "t102" in call)[2]
     assert caught.value.index == texts(200).index(expected)
@@ -382,7 +382,7 @@ async def test_an_upstream_that_names_the_input_is_believed():
 async def test_the_search_ends_with_a_failure_of_another_kind():
     """Halves that fail for another reason leave the place unknown; that reason is told."""
     upstream = Upstream()
-    upstream.failure = lambda call: InputRefused("no") if len(call) > 4 else LATE
+    upstream.failure = lambda call: InvalidRequest("no") if len(call) > 4 else LATE
     with pytest.raises(RateLimited):
         await schedule(upstream, Limits()).embed(SPACE, texts(8), ANY_TIME)
     assert len(upstream.calls) == 3
@@ -399,7 +399,7 @@ SIZE = [
 @given(st.integers(1, 200), st.integers(1, 64), st.sampled_from(SIZE))
 async def test_a_call_that_is_too_large_is_divided_until_it_fits(count, most, how):
     """A refusal for size is nobody's business: the halves are asked for, and all is answered."""
-    upstream = Upstream(lambda call: InputRefused("large", **how) if len(call) > most else None)
+    upstream = Upstream(lambda call: InvalidRequest("large", **how) if len(call) > most else None)
     inputs = texts(count)
     check(await schedule(upstream, Limits()).embed(SPACE, inputs, ANY_TIME), inputs)
     assert sorted(upstream.bought) == sorted(inputs)
@@ -408,7 +408,7 @@ async def test_a_call_that_is_too_large_is_divided_until_it_fits(count, most, ho
 
 async def test_a_limit_that_is_named_and_not_learned_is_kept_to_all_the_same():
     """The same call is not made again and again, whatever the route makes of the refusal."""
-    named = InputRefused("batch size 8, in tokens: at most 2 inputs", status=400)
+    named = InvalidRequest("batch size 8, in tokens: at most 2 inputs", status=400)
     upstream = Upstream(lambda call: named if len(call) > 2 else None)
     async with asyncio.timeout(20):
         check(await schedule(upstream).embed(SPACE, texts(8), ANY_TIME), texts(8))
@@ -418,8 +418,8 @@ async def test_a_limit_that_is_named_and_not_learned_is_kept_to_all_the_same():
 async def test_what_is_too_large_alone_is_named():
     """An input that no call can hold is refused by its place; the others are bought."""
     upstream, kept = Upstream(), Kept()
-    upstream.failure = lambda call: InputRefused("large", status=413) if "t9" in call else None
-    with pytest.raises(InputRefused) as caught:
+    upstream.failure = lambda call: InvalidRequest("large", status=413) if "t9" in call else None
+    with pytest.raises(InvalidRequest) as caught:
         await schedule(upstream, Limits()).embed(SPACE, texts(20), Context(on_part=kept))
     assert (caught.value.index, caught.value.status) == (9, 413)
     assert 9 not in kept.rows
@@ -431,14 +431,14 @@ async def test_calls_that_are_refused_only_together_are_answered_apart(count, mo
     """An upstream that calls a large batch a bad input gets smaller ones, down to what fits."""
     upstream, inputs, kept = Upstream(), texts(count), Kept()
     upstream.failure = lambda call: (
-        InputRefused("what") if len(call) > most or f"t{bad}" in call else None
+        InvalidRequest("what") if len(call) > most or f"t{bad}" in call else None
     )
     asking = schedule(upstream, Limits()).embed(SPACE, inputs, Context(on_part=kept))
     if bad is None or bad >= count:
         check(await asking, inputs)
         assert sorted(upstream.bought) == sorted(inputs)
     else:
-        with pytest.raises(InputRefused) as caught:
+        with pytest.raises(InvalidRequest) as caught:
             await asking
         assert caught.value.index == bad or (most == 1 and caught.value.index is None)
     kept.check(inputs)

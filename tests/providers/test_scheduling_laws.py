@@ -7,12 +7,12 @@ from embedding_proxy.providers.base import (
     Charge,
     Context,
     EmbeddingError,
-    InputRefused,
     InvalidAnswer,
+    InvalidRequest,
     RateLimited,
     Refusal,
     Space,
-    UpstreamFault,
+    UpstreamError,
 )
 from embedding_proxy.providers.batching.calls import rows_of
 from embedding_proxy.providers.limits import Limits
@@ -52,13 +52,13 @@ class Scripted(Upstream):
             return RateLimited("p", "too many")
         if rule.max_inputs is not None and count > rule.max_inputs:
             said = f"batch size must be at most {rule.max_inputs}" if rule.names_limit else "large"
-            return InputRefused(said, status=413)
+            return InvalidRequest(said, status=413)
         kinds = [rule.bad.get(one) for one in inputs]
         if "internal" in kinds:
-            return UpstreamFault("p", "down", Refusal(500, "down"))
+            return UpstreamError("p", "down", Refusal(500, "down"))
         if "refused" in kinds:
-            return InputRefused("bad")
-        return InputRefused("bad", index=kinds.index("named")) if "named" in kinds else None
+            return InvalidRequest("bad")
+        return InvalidRequest("bad", index=kinds.index("named")) if "named" in kinds else None
 
     async def embed(self, space, inputs, context):
         answer = await super().embed(space, inputs, context)

@@ -6,11 +6,11 @@ import pytest
 from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
-    InputRefused,
+    InvalidRequest,
     RateLimited,
     Refusal,
     Space,
-    UpstreamFault,
+    UpstreamError,
 )
 from embedding_proxy.providers.limits import Limits
 from embedding_proxy.providers.scheduling import scheduler
@@ -174,7 +174,7 @@ async def test_a_bad_input_is_only_its_owners(requests, bad, most):
     )
     for request, inputs, result in zip(requests, asked, results, strict=True):
         if bad & set(request):
-            assert isinstance(result, InputRefused)
+            assert isinstance(result, InvalidRequest)
             assert result.index is None or request[result.index] in bad
         else:
             check(result, inputs)
@@ -188,13 +188,13 @@ async def test_many_bad_inputs_cost_no_more_than_going_alone():
         if i % 2:
             check(result, [f"t{i}"])
         else:
-            assert (type(result), result.index) == (InputRefused, 0)
+            assert (type(result), result.index) == (InvalidRequest, 0)
     assert len(rig.upstream.calls) <= 40 + MAX_SEARCHES * 13
     assert sorted(rig.upstream.bought) == sorted(f"t{i}" for i in range(1, 40, 2))
 
 
 @pytest.mark.parametrize(
-    "failure", [RateLimited("p", "no"), InputRefused("no", param="model"), KeyError("defect")]
+    "failure", [RateLimited("p", "no"), InvalidRequest("no", param="model"), KeyError("defect")]
 )
 async def test_what_is_wrong_for_all_is_told_to_all(failure):
     """A failure that is nobody's own is everybody's, after one call."""
@@ -282,7 +282,7 @@ async def test_a_refusal_that_names_nobody_sends_each_alone():
     """When nothing tells whose input is refused, nobody is blamed for another's."""
     rig = Rig(refusing("x", "y"))
     results = await asyncio.gather(*map(rig.start, ["x", "y", "good"]), return_exceptions=True)
-    assert [type(result) for result in results[:2]] == [InputRefused] * 2
+    assert [type(result) for result in results[:2]] == [InvalidRequest] * 2
     check(results[2], ["good"])
     assert rig.upstream.bought == ["good"]
 
@@ -291,12 +291,12 @@ async def test_who_is_asked_for_again_pays_only_for_what_is_missing():
     """A request that came in two parts, of which one was refused for another's, buys that one."""
     rig = Rig(limits=Limits(inputs=2, concurrency=1))
     rig.upstream.failure = lambda call: (
-        InputRefused("no", index=call.index("bad")) if "bad" in call else None
+        InvalidRequest("no", index=call.index("bad")) if "bad" in call else None
     )
     tasks = [rig.start("a"), rig.start("b", "c"), rig.start("bad")]
     check(await tasks[0], ["a"])
     check(await tasks[1], ["b", "c"])
-    with pytest.raises(InputRefused):
+    with pytest.raises(InvalidRequest):
         await tasks[2]
     assert rig.upstream.bought == ["a", "b", "c"]
 
@@ -306,13 +306,13 @@ async def test_an_input_that_a_half_names_fails_its_own_request_alone():
 
     def failure(call):
         if len(call) == 4:
-            return InputRefused("what")
-        return InputRefused("named", index=call.index("a")) if "a" in call else None
+            return InvalidRequest("what")
+        return InvalidRequest("named", index=call.index("a")) if "a" in call else None
 
     rig = Rig(failure)
     tasks = [rig.start(name) for name in "abcd"]
     async with asyncio.timeout(20):
-        with pytest.raises(InputRefused, match="named"):
+        with pytest.raises(InvalidRequest, match="named"):
             await tasks[0]
         for name, task in zip("bcd", tasks[1:], strict=True):
             check(await task, [name])
@@ -320,7 +320,7 @@ async def test_an_input_that_a_half_names_fails_its_own_request_alone():
 
 async def test_a_half_that_is_too_large_is_divided():
     """A refusal for size says nothing of any input, also in the middle of a search."""
-    sizes = {4: InputRefused("what"), 2: InputRefused("large", status=413)}
+    sizes = {4: InvalidRequest("what"), 2: InvalidRequest("large", status=413)}
     rig = Rig(lambda call: sizes.get(len(call)))
     tasks = [rig.start(name) for name in "abcd"]
     for name, task in zip("abcd", tasks, strict=True):
@@ -329,7 +329,7 @@ async def test_a_half_that_is_too_large_is_divided():
 
 async def test_a_window_is_over_when_a_divided_call_takes_its_requests_along():
     """Its end would come to a queue that is forgotten by then."""
-    large = InputRefused("large", status=413)
+    large = InvalidRequest("large", status=413)
     rig = Rig(lambda call: large if len(call) > 65 else None, window=60)
     rig.upstream.hold()
     inputs = names(scheduler.MAX_WINDOW_INPUTS + 2)
@@ -347,7 +347,7 @@ async def test_a_window_is_over_when_a_divided_call_takes_its_requests_along():
 
 
 @pytest.mark.parametrize(
-    "failure", [InputRefused("no"), UpstreamFault("p", "x", Refusal(500, "x"))], ids=str
+    "failure", [InvalidRequest("no"), UpstreamError("p", "x", Refusal(500, "x"))], ids=str
 )
 async def test_no_bad_input_is_searched_for_when_nobody_waits(failure):
     """A call that was begun is finished; when it fails after everybody has gone, that is all."""

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
-from embedding_proxy.providers.base import Full, RateLimited
+from embedding_proxy.providers.base import LocalQueueFull, RateLimited
 from embedding_proxy.providers.ratelimit import MAX_WAIT
 from embedding_proxy.providers.routing.throttle import (
     LONGEST_HOLD,
@@ -54,7 +54,7 @@ async def turn(throttle, tokens, deadline):
     is_unused = False
     try:
         yield
-    except Full:
+    except LocalQueueFull:
         is_unused = True
         raise
     finally:
@@ -346,7 +346,7 @@ async def test_a_queue_that_is_full_is_told_apart_from_the_upstreams_refusal(clo
     """No call was made, and whoever counts calls can tell; a client cannot."""
     throttle = throttle_on(clock, requests_per_minute=6)
     throttle.hold(30)
-    with pytest.raises(Full) as caught:
+    with pytest.raises(LocalQueueFull) as caught:
         await call(throttle)
     assert isinstance(caught.value, RateLimited)
 
@@ -356,7 +356,7 @@ async def test_a_call_that_the_next_queue_refuses_takes_nothing(clock):
     first = throttle_on(clock, requests_per_minute=1)
     second = throttle_on(clock)
     second.hold(30)
-    with pytest.raises(Full):
+    with pytest.raises(LocalQueueFull):
         async with turn(first, 1, None), turn(second, 1, None):
             raise AssertionError("never")
     await call(first)
@@ -379,7 +379,7 @@ async def test_a_pause_is_waited_out_or_refused(clock):
     await throttle.pause(None)
     assert clock.slept == []
     throttle.hold(5)
-    with pytest.raises(Full):
+    with pytest.raises(LocalQueueFull):
         await throttle.pause(clock.now + 5)
     await throttle.pause(clock.now + 6)
     assert clock.slept == pytest.approx([5])

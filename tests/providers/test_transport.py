@@ -15,9 +15,9 @@ from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
     LoopDetected,
-    PassingFailure,
+    TransientError,
     Unreachable,
-    UpstreamFault,
+    UpstreamError,
     UpstreamTimeout,
 )
 from embedding_proxy.providers.limits import Timeouts
@@ -81,7 +81,7 @@ async def test_a_redirect_is_not_followed(code, upstream, second):
     for target in (f"{second.url}/embeddings", f"{upstream.url}/elsewhere"):
         upstream.calls.clear()
         upstream.script.append(status(code, b"", {"Location": target}))
-        with pytest.raises(UpstreamFault, match="redirect"):
+        with pytest.raises(UpstreamError, match="redirect"):
             await post_once(upstream.url)
         assert len(upstream.calls) == 1
     assert second.calls == []
@@ -228,7 +228,7 @@ async def test_a_broken_connection_is_a_passing_failure(prepare, reason, upstrea
     url = await prepare(upstream)
     with pytest.raises(Unreachable, match=reason.format(port=upstream.port)) as caught:
         await post_once(url)
-    assert isinstance(caught.value, PassingFailure)
+    assert isinstance(caught.value, TransientError)
     assert "made-up-key" not in str(caught.value)
 
 
@@ -280,7 +280,7 @@ async def test_what_is_no_whole_answer_is_named(answer, reason, upstream):
 async def test_headers_that_are_too_large_are_named_and_not_asked_for_again(headers):
     """The same call would bring them again, and be charged again."""
     async with canned(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n\r\n") as url:
-        with pytest.raises(UpstreamFault, match=r"^acme: reply headers too large$") as caught:
+        with pytest.raises(UpstreamError, match=r"^acme: reply headers too large$") as caught:
             await post_once(url)
     assert rule(caught.value).retries == 0
 
@@ -358,7 +358,7 @@ async def test_a_reply_that_cannot_be_decoded_says_so(label, sent, upstream):
     """It names what it was said to be, and is not asked for again: it would be charged again."""
     upstream.script.append(status(200, sent, {"Content-Encoding": label}))
     said = f"acme: reply could not be decoded (content-encoding {label})"
-    with pytest.raises(UpstreamFault, match=f"^{re.escape(said)}$") as caught:
+    with pytest.raises(UpstreamError, match=f"^{re.escape(said)}$") as caught:
         await post_once(upstream.url)
     assert rule(caught.value).retries == 0
 
@@ -399,7 +399,7 @@ async def test_zstd_is_read_where_a_library_can(upstream, monkeypatch):
     monkeypatch.setattr(content_encoding, "_zstd", Reversed)
     assert (await post_once(upstream.url)).body == JSON[:100] * 2
     monkeypatch.setattr(content_encoding, "_zstd", None)
-    with pytest.raises(UpstreamFault, match=r"could not be decoded \(content-encoding zstd\)"):
+    with pytest.raises(UpstreamError, match=r"could not be decoded \(content-encoding zstd\)"):
         await post_once(upstream.url)
 
 
@@ -456,7 +456,7 @@ async def test_a_reply_may_be_as_large_as_the_limit_and_no_larger(encoding, upst
     sent = gzip.compress(body) if encoding == "gzip" else body
     upstream.always = status(200, sent, {"Content-Encoding": encoding})
     assert (await post_once(upstream.url, limit=len(body))).body == body
-    with pytest.raises(UpstreamFault, match="larger than expected"):
+    with pytest.raises(UpstreamError, match="larger than expected"):
         await post_once(upstream.url, limit=len(body) - 1)
 
 
@@ -467,7 +467,7 @@ async def test_a_compressed_bomb_is_not_unpacked(upstream):
     upstream.script.append(status(200, bomb, {"Content-Encoding": "gzip"}))
     tracemalloc.start()
     try:
-        with pytest.raises(UpstreamFault, match="larger than expected"):
+        with pytest.raises(UpstreamError, match="larger than expected"):
             await post_once(upstream.url, limit=1000)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -490,7 +490,7 @@ async def test_a_reply_without_end_is_cut_off(upstream):
 
     upstream.script.append(act)
     async with asyncio.timeout(TEN_SECONDS):
-        with pytest.raises(UpstreamFault, match="larger than expected"):
+        with pytest.raises(UpstreamError, match="larger than expected"):
             await post_once(upstream.url, limit=100_000)
         await hung_up.wait()
 

@@ -3,13 +3,13 @@
 import hashlib
 
 import pytest
-from embedding_proxy.proxy.http.access import Access
-from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.http.access import Authenticator
+from embedding_proxy.proxy.http.caller import Client
 from embedding_proxy.proxy.settings.schema import ClientKey
 
 FIRST = ClientKey(key="first-key", name="the first")
 SECOND = ClientKey(key="zweiter-schlüssel", namespace="team")
-ACCESS = Access([FIRST, SECOND])
+ACCESS = Authenticator([FIRST, SECOND])
 
 MISSING = "You didn't provide an API key"
 WRONG = "Incorrect API key provided"
@@ -18,7 +18,7 @@ WRONG = "Incorrect API key provided"
 @pytest.mark.parametrize("authorization", [None, "", "Bearer anything", "nonsense"])
 def test_without_keys_everyone_comes_in(authorization):
     """A proxy with no keys asks for none."""
-    assert Access([]).admit(authorization) == Caller("", "", is_admin=True)
+    assert Authenticator([]).admit(authorization) == Client("", "", is_admin=True)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_any_of_the_keys_opens(authorization):
 
 def test_a_client_has_the_name_of_its_key_or_a_label():
     """A key without a name is told from others by a part of its digest, always the same."""
-    assert ACCESS.admit("Bearer first-key") == Caller("", "the first")
+    assert ACCESS.admit("Bearer first-key") == Client("", "the first")
     named = ACCESS.admit("Bearer zweiter-schlüssel").client
     digest = hashlib.sha256("zweiter-schlüssel".encode()).hexdigest()
     assert named == f"key-{digest[:8]}"
@@ -88,5 +88,6 @@ def test_keys_are_not_kept():
 def test_white_space_around_a_configured_key_does_not_count():
     """A key read from a file often ends in a line break."""
     assert (
-        Access([ClientKey(key=" secret\n", namespace="a")]).admit("Bearer secret").namespace == "a"
+        Authenticator([ClientKey(key=" secret\n", namespace="a")]).admit("Bearer secret").namespace
+        == "a"
     )

@@ -1,4 +1,4 @@
-"""Adoption: no vector is taken in that the model could not have given, and none is changed."""
+"""Importer: no vector is taken in that the model could not have given, and none is changed."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.maintenance.import_source import Pair, Refused
 from embedding_proxy.providers.base import Embedded, ProviderError, Space
 from embedding_proxy.providers.vector import from_numbers
-from embedding_proxy.proxy.commands.adopt import Adoption, SampleDiffers
+from embedding_proxy.proxy.commands.adopt import Importer, SampleDiffers
 
 SPACE = Space("a/space", 4, tokenizer="cl100k_base")
 RING = keyring(SPACE, Namespace("tenant"))
@@ -44,7 +44,7 @@ PAIRS = [Pair(f"text {i}", _unit(i)) for i in range(20)]
 
 
 def _surveyed(source, sample=5, *, unit_norm=True, chance=None):
-    adoption = Adoption(RING, unit_norm=unit_norm)
+    adoption = Importer(RING, unit_norm=unit_norm)
     found = None
     for found in adoption.survey(_Source(source), sample, chance or random.Random(1)):  # noqa: B007
         pass
@@ -72,7 +72,7 @@ def test_what_cannot_be_a_vector_of_the_model_is_refused(vector, why):
     ((refused,),) = (found.first_refused,)
     assert (refused.where, found.pairs, found.refused) == ("pair 2", 2, 1)
     assert refused.why.startswith(why)
-    rows = Adoption(RING, unit_norm=True).rows(_Source([Pair("b", vector), PAIRS[1]]))
+    rows = Importer(RING, unit_norm=True).rows(_Source([Pair("b", vector), PAIRS[1]]))
     assert [row.address for row in rows] == [RING.key(PAIRS[1].text).address]
 
 
@@ -93,7 +93,7 @@ def test_what_the_source_refuses_is_handed_on():
 
 def test_progress_is_told_pair_by_pair():
     """The survey shows how far it is after every item, whatever the item was."""
-    adoption = Adoption(RING, unit_norm=True)
+    adoption = Importer(RING, unit_norm=True)
     source = _Source([PAIRS[0], Refused("line 2", "no"), PAIRS[1]])
     steps = adoption.survey(source, 0, random.Random(1))
     assert [(s.pairs, s.refused) for s in steps] == [(1, 0), (1, 1), (2, 1)]
@@ -121,7 +121,7 @@ def test_every_pair_has_the_same_chance_to_be_in_the_sample():
 
 async def test_a_sample_of_the_model_passes():
     """The texts are embedded in the model's space, in one call, and the worst cosine is told."""
-    adoption = Adoption(RING, unit_norm=True)
+    adoption = Importer(RING, unit_norm=True)
     near = np.frombuffer(PAIRS[1].vector, "<f4") + np.float32([1e-2, 0, 0, 0])
     model = _Model({pair.text: pair.vector for pair in PAIRS} | {"text 1": near.tobytes()})
     worst = await adoption.compare(PAIRS[:5], model)
@@ -133,7 +133,7 @@ async def test_a_sample_of_the_model_passes():
 async def test_the_length_of_the_models_vector_does_not_count():
     """What points the same way is of the same model; the length was checked before."""
     model = _Model({PAIRS[0].text: _unit(0, 3)})
-    assert await Adoption(RING, unit_norm=True).compare(PAIRS[:1], model) == pytest.approx(1)
+    assert await Importer(RING, unit_norm=True).compare(PAIRS[:1], model) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("wrong", [0, 2, 4])
@@ -144,20 +144,20 @@ async def test_one_other_vector_in_the_sample_is_enough(wrong):
         "<4f", *(-x for x in struct.unpack("<4f", PAIRS[wrong].vector))
     )
     with pytest.raises(SampleDiffers, match=r"^1 of 5 .*cosine -1.000.*; nothing was taken in$"):
-        await Adoption(RING, unit_norm=True).compare(PAIRS[:5], _Model(vectors))
+        await Importer(RING, unit_norm=True).compare(PAIRS[:5], _Model(vectors))
 
 
 async def test_a_model_that_cannot_be_asked_proves_nothing():
     """A failure of the provider is raised, not taken for consent."""
     with pytest.raises(ProviderError):
-        await Adoption(RING, unit_norm=True).compare(PAIRS[:2], _Model(ProviderError("p", "no")))
+        await Importer(RING, unit_norm=True).compare(PAIRS[:2], _Model(ProviderError("p", "no")))
 
 
 @pytest.mark.parametrize("count", [1, 499, 500, 501, 1001])
 def test_rows_are_what_the_proxy_would_have_kept(count):
     """Each pair is a record under its own key, with its very bytes and its exact cost."""
     pairs = [Pair(f"text {i}" + " more" * (i % 3), _unit(i)) for i in range(count)]
-    rows = list(Adoption(RING, unit_norm=True).rows(_Source(pairs)))
+    rows = list(Importer(RING, unit_norm=True).rows(_Source(pairs)))
     assert len(rows) == count
     for i, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
         key = RING.key(pair.text)
@@ -172,7 +172,7 @@ def test_a_guess_of_the_cost_is_marked_as_one():
     """Without the model's tokenizer a quarter of the bytes, rounded up, stands for the tokens."""
     ring = keyring(Space("b/space", 4))
     pairs = [Pair("a", _unit(0)), Pair("abcde", _unit(1)), Pair("üüü", _unit(2))]
-    rows = Adoption(ring, unit_norm=False).rows(_Source(pairs))
+    rows = Importer(ring, unit_norm=False).rows(_Source(pairs))
     entries = [
         record.decode(row.record, ring.key(pair.text).digest, 4)
         for row, pair in zip(rows, pairs, strict=True)

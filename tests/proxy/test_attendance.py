@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from embedding_proxy.proxy.http.connection import Connection
 from embedding_proxy.proxy.http.runner import CONNECTION
-from embedding_proxy.proxy.onward.attendance import Attendance, ClientLeft, Stalled
+from embedding_proxy.proxy.onward.attendance import ClientLeft, IdleTimeout, Stalled
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def connection():
     return made
 
 
-def _of(connection, idle_s=60.0) -> Attendance:
-    return Attendance({CONNECTION: connection}, idle_s)
+def _of(connection, idle_s=60.0) -> IdleTimeout:
+    return IdleTimeout({CONNECTION: connection}, idle_s)
 
 
 async def test_who_left_before_it_began_is_not_waited_for(connection):

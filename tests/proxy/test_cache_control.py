@@ -4,8 +4,14 @@ import math
 from typing import get_args
 
 import pytest
-from embedding_proxy.providers.base import NORMAL, Terms
-from embedding_proxy.proxy.http.cache_control import MEANING, CacheControl, Mode, parse, terms
+from embedding_proxy.providers.base import NORMAL, CachePolicy
+from embedding_proxy.proxy.http.cache_control import (
+    MEANING,
+    CacheControl,
+    Mode,
+    parse_cache_control,
+    to_cache_policy,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,7 +53,7 @@ NOTHING = CacheControl()
 )
 def test_each_directive_is_read_as_the_rfc_has_it(header, said):
     """Known directives count in any case and form, the rest and what is spoilt do not."""
-    assert parse(header) == said
+    assert parse_cache_control(header) == said
 
 
 KNOWN = ["no-cache", "no-store", "only-if-cached", "max-age=5", "max-age=70", 'max-age="9"']
@@ -67,15 +73,15 @@ def test_neither_order_nor_case_nor_space_nor_company_matters(items, random, dra
     random.shuffle(items)
     spaces = st.sampled_from(["", " ", "\t", "  "])
     parts = [draw.draw(spaces) + item + draw.draw(spaces) for item in items]
-    assert parse(",".join(parts)) == expected
+    assert parse_cache_control(",".join(parts)) == expected
     if not any('"' in item and "x" in item for item in items):
-        assert parse(",".join(parts).upper()) == expected
+        assert parse_cache_control(",".join(parts).upper()) == expected
 
 
 @given(st.text(st.characters(max_codepoint=255)))
 def test_whatever_is_sent_is_read(header):
     """No text is an error, and none makes an age that is no age."""
-    said = parse(header)
+    said = parse_cache_control(header)
     assert said.max_age >= 0
     for one, name in ((said.no_store, "no-store"), (said.only_if_cached, "only-if-cached")):
         assert not one or name in header.lower()
@@ -104,14 +110,14 @@ TABLE = [
 
 def test_without_a_word_everything_is_as_usual():
     """The mode normal and no header are what a request without terms gets."""
-    assert terms("normal", "") == NORMAL == Terms()
+    assert to_cache_policy("normal", "") == NORMAL == CachePolicy()
 
 
 @pytest.mark.parametrize(("header", "by_mode"), TABLE)
 def test_the_stricter_one_holds(header, by_mode):
     """Each mode with each header gives what docs/caching.md promises."""
     for mode, (max_age, write, spend) in zip(MODES, by_mode, strict=True):
-        got = terms(mode, header)
+        got = to_cache_policy(mode, header)
         assert (got.max_age, got.write, got.spend) == (max_age, write, spend)
         assert got.frozen == (mode == "frozen")
         assert got.only_if_cached == ("only-if-cached" in header)
@@ -120,7 +126,7 @@ def test_the_stricter_one_holds(header, by_mode):
 @given(st.sampled_from(MODES), st.lists(st.sampled_from(KNOWN + UNKNOWN)).map(",".join))
 def test_no_header_makes_a_frozen_proxy_spend_or_an_off_one_keep(mode, header):
     """Whatever a client says, it is allowed no more than the mode allows."""
-    alone, got = terms(mode, ""), terms(mode, header)
+    alone, got = to_cache_policy(mode, ""), to_cache_policy(mode, header)
     assert alone.spend or not got.spend
     assert alone.write or not got.write
     assert got.max_age <= alone.max_age or got.only_if_cached

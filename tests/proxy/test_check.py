@@ -20,8 +20,8 @@ from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.proxy.config import ConfigError
 from embedding_proxy.proxy.settings.schema import Settings
 from embedding_proxy.proxy.trials import checkup
-from embedding_proxy.proxy.trials.choice import Choice, choose
-from embedding_proxy.proxy.trials.finding import Finding
+from embedding_proxy.proxy.trials.choice import ModelSelection, choose
+from embedding_proxy.proxy.trials.finding import RouteResult
 from fault_server import hang, status
 from qdrant_server import QdrantServer
 
@@ -411,7 +411,7 @@ def test_as_few_models_are_chosen_as_will_do(usable, named, also, models):
     mine["azure"]["matryoshka"] = True
     providers = {"ollama": {}, "azure": {"base_url": "http://a/v1"}}
     settings = Settings.model_validate({"providers": providers, "models": mine})
-    assert list(choose(settings, Choice(named, also=also), usable.split())) == models
+    assert list(choose(settings, ModelSelection(named, also=also), usable.split())) == models
 
 
 def test_a_model_that_there_is_not_is_wrong_usage():
@@ -419,7 +419,7 @@ def test_a_model_that_there_is_not_is_wrong_usage():
     with pytest.raises(
         ConfigError, match=r"--model: there is no model 'text-embeding-3-small'; did"
     ):
-        choose(Settings(), Choice(["text-embeding-3-small"]), [])
+        choose(Settings(), ModelSelection(["text-embeding-3-small"]), [])
 
 
 async def test_all_models_are_asked_for_once_each(check, upstream):
@@ -457,7 +457,7 @@ async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
     names = [f"p{i}" for i in range(checkup.AT_ONCE + 2)]
     routes = [Route(SimpleNamespace(name=name), model) for model in "ab" for name in names]
     space = Space("s", 8, tokenizer="cl100k_base")
-    findings = [Finding(["m"], space, one.name, one.model, one) for one in routes]
+    findings = [RouteResult(["m"], space, one.name, one.model, one) for one in routes]
     told = []
     tokens._tokenizer.cache_clear()
     task = asyncio.create_task(checkup._ask(findings, 1.0, told.append))

@@ -8,9 +8,9 @@ import pytest
 from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.proxy.trials.comparison import report
-from embedding_proxy.proxy.trials.finding import Finding
+from embedding_proxy.proxy.trials.finding import RouteResult
 from embedding_proxy.proxy.trials.samples import Samples
-from embedding_proxy.proxy.trials.trial import Plan, Trial
+from embedding_proxy.proxy.trials.trial import Plan, RouteBenchmark
 
 TEXTS = Samples(["a", "b", "c", "d", "e"], 5, {})
 PAIRS = Samples(["a", "b", "c", "d", "q"], 4, {4: frozenset({0, 1})})
@@ -23,8 +23,8 @@ def _trial(provider="p", space="s", rows=NEAR_A, *, ms=(10,), usd=0.02, **more):
     route = Route(SimpleNamespace(name=provider), more.pop("upstream", "m"))
     vectors = {i: np.array(row, dtype="<f4").tobytes() for i, row in enumerate(rows)}
     price = 0.0 if usd is None else usd
-    return Trial(
-        Finding(["m"], Space(space, 2), provider, route.model, route),
+    return RouteBenchmark(
+        RouteResult(["m"], Space(space, 2), provider, route.model, route),
         route,
         Space(space, len(rows[0]) if rows else 2),
         usd,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from embedding_proxy.cache import embedder
-from embedding_proxy.proxy.wire import Form
+from embedding_proxy.proxy.wire import ResponseFormat
 from fault_server import status
 
 SMALL = "text-embedding-3-small"
@@ -78,7 +78,8 @@ async def test_a_request_that_waits_for_anothers_purchase_joins_it(
 
 
 CHUNK = {
-    encoding: Form(1536, encoding, SMALL, 1).vectors_a_chunk for encoding in ("base64", "float")
+    encoding: ResponseFormat(1536, encoding, SMALL, 1).vectors_a_chunk
+    for encoding in ("base64", "float")
 }
 
 

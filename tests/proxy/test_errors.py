@@ -5,12 +5,12 @@ import json
 import pytest
 from embedding_proxy.providers import failures
 from embedding_proxy.providers.base import (
-    AllResting,
     EmbeddingError,
-    InputRefused,
-    OutOfCredit,
+    InvalidRequest,
+    NoProviderAvailable,
     OutOfDescriptors,
     ProviderError,
+    QuotaExceeded,
     RateLimited,
     Refusal,
     UpstreamTimeout,
@@ -24,7 +24,7 @@ def _leaves(cls: type) -> list[type]:
     return [leaf for child in below for leaf in _leaves(child)] if below else [cls]
 
 
-RAISED = [*_leaves(EmbeddingError), RateLimited, OutOfCredit, UpstreamTimeout]
+RAISED = [*_leaves(EmbeddingError), RateLimited, QuotaExceeded, UpstreamTimeout]
 
 
 def _made(cls: type, refusal: Refusal | None = None) -> EmbeddingError:
@@ -32,16 +32,16 @@ def _made(cls: type, refusal: Refusal | None = None) -> EmbeddingError:
         return cls("acme", "said no", refusal)
     if cls is OutOfDescriptors:
         return cls()
-    return cls("said no", 2.5) if cls is AllResting else cls("said no")
+    return cls("said no", 2.5) if cls is NoProviderAvailable else cls("said no")
 
 
 # Error, what the upstream said, then status, type, code, and the seconds to wait (None: never).
 TABLE = [
-    ("InputRefused", None, 400, "invalid_request_error", None, None),
+    ("InvalidRequest", None, 400, "invalid_request_error", None, None),
     ("ClientKeyRefused", None, 401, "invalid_request_error", "invalid_api_key", None),
     ("NoRoute", None, 403, "server_error", "provider_not_configured", None),
     ("DeadlineExceeded", None, 504, "server_error", "timeout", RETRY_SECONDS),
-    ("AllResting", None, 503, "server_error", "upstream_unavailable", 2.5),
+    ("NoProviderAvailable", None, 503, "server_error", "upstream_unavailable", 2.5),
     ("CredentialsRefused", None, 403, "server_error", "upstream_auth", None),
     ("CredentialsRefused", Refusal(401, "m", "t", "invalid_api_key"), 403, "server_error",
      "upstream_auth", None),
@@ -52,9 +52,9 @@ TABLE = [
     ("ScopedQuotaExceeded", Refusal(402, "m"), 402, "insufficient_quota", "insufficient_quota",
      None),
     ("ConnectionTimeout", None, 504, "server_error", "upstream_timeout", RETRY_SECONDS),
-    ("OutOfCredit", None, 429, "insufficient_quota", "insufficient_quota", None),
-    ("OutOfCredit", Refusal(402, "m"), 402, "insufficient_quota", "insufficient_quota", None),
-    ("OutOfCredit", Refusal(429, "m", "insufficient_quota", "x", 9), 429, "insufficient_quota",
+    ("QuotaExceeded", None, 429, "insufficient_quota", "insufficient_quota", None),
+    ("QuotaExceeded", Refusal(402, "m"), 402, "insufficient_quota", "insufficient_quota", None),
+    ("QuotaExceeded", Refusal(429, "m", "insufficient_quota", "x", 9), 429, "insufficient_quota",
      "x", None),
     ("ModelNotFound", None, 404, "invalid_request_error", "model_not_found", None),
     ("ModelNotFound", Refusal(404, "m", "t", "c"), 404, "t", "c", None),
@@ -100,7 +100,7 @@ def test_a_new_error_without_a_row_is_told_as_our_own_fault():
 
 def test_a_refusal_keeps_what_was_said_of_the_input():
     """A refused input keeps its status, type, field and code, whoever refused it."""
-    error = InputRefused("too long", status=413, kind="k", param="input", code="c")
+    error = InvalidRequest("too long", status=413, kind="k", param="input", code="c")
     assert failure(error) == Failure(413, "too long", "k", "input", "c", None)
 
 

@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 from conftest import IS_FAST
-from embedding_proxy.proxy.http.caller import Caller
+from embedding_proxy.proxy.http.caller import Client
 from embedding_proxy.proxy.http.response_cache import HitCache, Hits, ResponseCache
 from embedding_proxy.proxy.http.runner import RESPONSES
 
@@ -25,7 +25,7 @@ def responses(monkeypatch):
 async def test_it_is_that_of_the_whole_request(length, responses):
     """However it is cut, what is digested is who asked, how, and every byte of the body."""
     body = bytes(range(256)) * (length // 256 + 1)
-    found = await HitCache(responses).digest(body[:length], Caller("team", "me"), "no-store", "m")
+    found = await HitCache(responses).digest(body[:length], Client("team", "me"), "no-store", "m")
     head = b"4:team2:me0:8:no-store1:m"
     assert found == hashlib.sha256(bytes(64) + head + body[:length]).digest()
 
@@ -34,20 +34,20 @@ async def test_it_is_that_of_the_whole_request(length, responses):
 async def test_no_byte_is_left_out(place, responses):
     """Two bodies that differ in one byte are two requests."""
     body = bytearray(2 * _PIECE + 10)
-    one = await HitCache(responses).digest(bytes(body), Caller(), "", None)
+    one = await HitCache(responses).digest(bytes(body), Client(), "", None)
     body[place] = 1
-    assert await HitCache(responses).digest(bytes(body), Caller(), "", None) != one
+    assert await HitCache(responses).digest(bytes(body), Client(), "", None) != one
 
 
 async def test_a_short_body_has_none(responses):
     """It is parsed as quickly."""
-    assert await HitCache(responses).digest(bytes(MIN_BODY - 1), Caller(), "", None) is None
+    assert await HitCache(responses).digest(bytes(MIN_BODY - 1), Client(), "", None) is None
 
 
 async def test_others_get_their_turn(responses):
     """A long body takes as many turns as it has pieces."""
     task, turns = (
-        asyncio.ensure_future(HitCache(responses).digest(bytes(5 * _PIECE), Caller(), "", None)),
+        asyncio.ensure_future(HitCache(responses).digest(bytes(5 * _PIECE), Client(), "", None)),
         0,
     )
     while not task.done():

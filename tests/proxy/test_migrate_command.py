@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from command import Done
-from embedding_proxy.index.migration.journal import Journal
+from embedding_proxy.index.migration.journal import MigrationState
 from embedding_proxy.proxy.commands import migrate_lock
 from embedding_proxy.proxy.commands.migrate_lock import held
 from embedding_proxy.proxy.commands.migrating import named, settings_for, width_of
@@ -138,8 +138,10 @@ async def test_without_names_all_migrations_are_listed(migrate, system, command)
     assert (done.code, done.out, done.err) == (0, "no migration was begun here\n", "")
     assert (await status("--json")).json == []
     await migrate("run", CONTEXT, "--to", MISTRAL)
-    other = Journal(system.folder / "cache" / "migrations", "http://elsewhere:6333", "docs")
-    state = Journal(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT).load()
+    other = MigrationState(system.folder / "cache" / "migrations", "http://elsewhere:6333", "docs")
+    state = MigrationState(
+        system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT
+    ).load()
     other.save(replace(state, place="http://elsewhere:6333", collection="docs"))
     await system.connection.close()
     done = await status()
@@ -191,7 +193,7 @@ async def test_what_would_be_wrong_to_begin(migrate, system, monkeypatch):
 async def test_only_one_process_at_a_time(migrate, system, monkeypatch):
     """While somebody works on a migration, another one is told so."""
     monkeypatch.setattr(migrate_lock, "NOTICED_S", 0)
-    journal = Journal(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT)
+    journal = MigrationState(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT)
     async with held(journal):
         done = await migrate("run", CONTEXT, "--to", MISTRAL)
     assert (done.code, "another process works on this migration" in done.err) == (1, True)

@@ -10,12 +10,12 @@ from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers.base import Context, NoRoute
 from embedding_proxy.providers.catalogue import CATALOGUE
-from embedding_proxy.providers.routing.health import Upstreams
+from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.proxy.config import ConfigError
 from embedding_proxy.proxy.embedding.learned import LearnedDimensions
 from embedding_proxy.proxy.embedding.opening import open_providers
 from embedding_proxy.proxy.embedding.registry import Registry
-from embedding_proxy.proxy.settings.schema import Provider, Settings
+from embedding_proxy.proxy.settings.schema import ProviderConfig, Settings
 
 SMALL = "text-embedding-3-small"
 
@@ -30,7 +30,9 @@ async def opened(tmp_path):
             settings = Settings.model_validate(sections)
             providers = await open_providers(settings, stack)
             learned = LearnedDimensions(tmp_path / "widths.json")
-            registry = Registry(settings, providers, tiers, Upstreams(), learned, sleep=no_wait)
+            registry = Registry(
+                settings, providers, tiers, HealthRegistry(), learned, sleep=no_wait
+            )
             return providers, registry.models
 
         yield open_settings
@@ -58,7 +60,7 @@ async def _ask(model) -> None:
 )
 def test_each_provider_has_its_key_variable(entry, variable):
     """The variable is the kind's unless the entry names one; the local model needs none."""
-    assert Provider(**entry).key_variable == variable
+    assert ProviderConfig(**entry).key_variable == variable
 
 
 async def test_all_kinds_are_opened_when_they_have_keys(opened, monkeypatch):

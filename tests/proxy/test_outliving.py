@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from embedding_proxy.proxy.commands import outliving
 from embedding_proxy.proxy.commands.common import WorkFailed
-from embedding_proxy.proxy.commands.outliving import SeenThrough
+from embedding_proxy.proxy.commands.outliving import ShieldedTask
 from old_system import MISTRAL, OldSystem
 
 COLLECTION = "hephaestus_project_context"
@@ -88,7 +88,7 @@ def test_a_worker_that_is_killed_is_told_of():
     """Where it is the second process that is killed, the first one says so."""
 
     def work():
-        outliving.outlive()
+        outliving.run_detached()
         os.kill(os.getpid(), signal.SIGKILL)
 
     before = {number: signal.getsignal(number) for number in outliving._TO_STOP}
@@ -110,7 +110,7 @@ async def test_what_takes_too_long_is_called_off():
         finally:
             ended.append(True)
 
-    seen_through = SeenThrough()
+    seen_through = ShieldedTask()
     waiting = asyncio.ensure_future(seen_through(work()))
     await asyncio.sleep(0)
     waiting.cancel()

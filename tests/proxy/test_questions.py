@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 from conftest import no_wait
-from embedding_proxy.index.collection import Making, Provenance, ensure
+from embedding_proxy.index.collection import CollectionOptions, Provenance, ensure
 from embedding_proxy.index.connection import Connection
 from embedding_proxy.index.failures import InUse, Missing, OtherSpace
 from embedding_proxy.proxy.config import ConfigError
@@ -136,8 +136,8 @@ async def test_a_query_meets_its_own_width_and_parameters_alone(open_service, qd
 async def test_a_collection_of_another_space_is_never_searched(open_service, qdrant):
     """Not one of the same width, not by an alias, not one that says nothing of itself."""
     async with Connection(url=qdrant.url) as connection:
-        await ensure(connection, "other", Provenance("vendor/else", 1536), Making())
-        await ensure(connection, "wide", Provenance(f"openai/{SMALL}", 3072), Making())
+        await ensure(connection, "other", Provenance("vendor/else", 1536), CollectionOptions())
+        await ensure(connection, "wide", Provenance(f"openai/{SMALL}", 3072), CollectionOptions())
         await connection.ask(
             lambda client: client.create_collection(
                 "mute", vectors_config={"size": 1536, "distance": "Cosine"}

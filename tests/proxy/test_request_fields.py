@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 import pytest
-from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.providers.base import InvalidRequest
 from embedding_proxy.proxy.embedding import request_fields
 from embedding_proxy.proxy.embedding.request_fields import (
     OWN_FIELDS,
@@ -232,7 +232,7 @@ def test_the_table_says_why_and_never_contradicts_itself():
     for name, rule in RULES.items():
         assert rule_of(name) == rule
         if rule.group is Group.REFUSED and name not in {one.replace("_", "") for one in OWN_FIELDS}:
-            with pytest.raises(InputRefused, match="`"):
+            with pytest.raises(InvalidRequest, match="`"):
                 classify({name: object()})
 
 
@@ -250,7 +250,7 @@ def test_every_field_has_exactly_one_place(fields):
     """What is not refused is a parameter or neutral, with its value; nothing is lost unsaid."""
     try:
         parameters, neutral = classify(fields)
-    except InputRefused as error:
+    except InvalidRequest as error:
         assert error.param in fields  # noqa: PT017 - either outcome is fine, each has its rule
         return
     dropped = fields.keys() - parameters.keys() - neutral.keys()

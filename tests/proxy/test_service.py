@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import no_wait
 from embedding_proxy.cache.disk.store import StoreError
-from embedding_proxy.providers.base import InputRefused, NoRoute, Outcome
+from embedding_proxy.providers.base import InvalidRequest, NoRoute, Outcome
 from embedding_proxy.proxy.embedding.registry import ModelUnknown
 from embedding_proxy.proxy.service import EmbeddingService
 from embedding_proxy.proxy.settings.schema import Settings
@@ -125,7 +125,7 @@ async def test_widths_a_model_cannot_give(model, dimensions, message, opened, up
     """An impossible width is refused before anyone is asked."""
     fixed = {"space": "x", "dimensions": 8, "routes": [{"provider": "openai", "model": "x"}]}
     async with opened(models={"fixed": fixed}) as service:
-        with pytest.raises(InputRefused, match=message) as caught:
+        with pytest.raises(InvalidRequest, match=message) as caught:
             await service.embed(["a"], model=model, dimensions=dimensions)
     assert (caught.value.status, caught.value.param) == (400, "dimensions")
     assert not upstream.calls
@@ -209,7 +209,7 @@ async def test_inputs_come_in_any_sequence(inputs, opened, upstream):
 async def test_python_gets_the_same_refusals_as_http(asked, message, opened, upstream):
     """What could not come over HTTP is refused just so when it comes from Python."""
     async with opened() as service:
-        with pytest.raises(InputRefused, match=message):
+        with pytest.raises(InvalidRequest, match=message):
             await service.embed(model=SMALL, **asked)
     assert not upstream.calls
 
@@ -217,7 +217,7 @@ async def test_python_gets_the_same_refusals_as_http(asked, message, opened, ups
 async def test_python_is_held_to_openais_sizes_where_http_is(opened, upstream):
     """2,049 inputs are embedded, or refused where `allow_oversize` is off."""
     async with opened(server={"allow_oversize": False}) as service:
-        with pytest.raises(InputRefused, match="a maximum of 2048"):
+        with pytest.raises(InvalidRequest, match="a maximum of 2048"):
             await service.embed(["a"] * 2049, model=SMALL)
     assert not upstream.calls
     async with opened() as service:
@@ -234,7 +234,7 @@ async def test_python_is_held_to_openais_sizes_where_http_is(opened, upstream):
 async def test_no_unicode_is_refused_where_tokens_are_counted_first(sections, opened, upstream):
     """Half a surrogate pair is the same refusal when inputs are cut or counted before the cache."""
     async with opened(**sections) as service:
-        with pytest.raises(InputRefused, match="half of a surrogate pair"):
+        with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
             await service.embed(["a", "\ud800" * 400_000], model=SMALL)
     assert not upstream.calls
 
@@ -266,7 +266,7 @@ async def test_a_flat_token_array_is_one_input(opened):
 async def test_what_json_cannot_hold_is_refused(opened):
     """Half a surrogate pair as the user is an EmbeddingError like all others."""
     async with opened() as service:
-        with pytest.raises(InputRefused):
+        with pytest.raises(InvalidRequest):
             await service.embed("a", SMALL, user="\ud800")
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from embedding_proxy.providers.catalogue import CATALOGUE
-from embedding_proxy.proxy.settings.model_entry import Route
-from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, Cache, Provider, Settings
+from embedding_proxy.proxy.settings.model_entry import RouteConfig
+from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, Cache, ProviderConfig, Settings
 from pydantic import ValidationError
 
 ROUTES = [{"provider": "openai", "model": "m"}]
@@ -51,7 +51,7 @@ def test_a_provider_named_like_its_kind_may_say_another():
     """The name gives the kind only where the entry does not."""
     other = {"kind": "openrouter", "api_key_env": "OTHER"}
     providers = _settings(providers={"openai": other, "local": {}}).providers
-    assert providers == {"openai": Provider(**other), "local": Provider(kind="local")}
+    assert providers == {"openai": ProviderConfig(**other), "local": ProviderConfig(kind="local")}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_one_key_of_a_known_model_may_be_replaced(key, value):
     """An entry under a known name changes the keys it gives, and the rest stays."""
     before = _settings().models[SMALL]
     after = _settings(models={SMALL: {key: value}}).models[SMALL]
-    wanted = tuple(Route(**route) for route in ROUTES) if key == "routes" else value
+    wanted = tuple(RouteConfig(**route) for route in ROUTES) if key == "routes" else value
     assert after == before.model_copy(update={key: wanted})
 
 
@@ -138,7 +138,7 @@ def test_a_tilde_in_the_directory_is_the_home(monkeypatch):
 )
 def test_addresses_of_upstreams(url):
     """Any HTTP address with a host, and a path or none, is an upstream's."""
-    assert Provider(kind="openai", base_url=url).base_url == url
+    assert ProviderConfig(kind="openai", base_url=url).base_url == url
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_addresses_of_upstreams(url):
 def test_what_is_no_address(url):
     """An address without scheme or host, or with white space in it, is refused."""
     with pytest.raises(ValidationError, match="expected an address"):
-        Provider(kind="openai", base_url=url)
+        ProviderConfig(kind="openai", base_url=url)
 
 
 def test_keys_are_not_in_what_is_printed():

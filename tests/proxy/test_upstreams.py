@@ -6,7 +6,7 @@ import pytest
 from embedding_proxy.providers import kinds
 from embedding_proxy.providers.limits import Limits, Timeouts
 from embedding_proxy.proxy.settings.schema import Settings
-from embedding_proxy.proxy.settings.upstreams import Provider
+from embedding_proxy.proxy.settings.upstreams import ProviderConfig
 from pydantic import ValidationError
 
 ADDRESS = "https://h.example/v1"
@@ -18,7 +18,7 @@ def test_what_is_not_said_is_as_the_kind_declares(name):
     declared = kinds.KINDS[name].profile
     address = {} if declared.base_url else {"base_url": ADDRESS}
     wanted = replace(declared, base_url=declared.base_url or ADDRESS)
-    assert Provider(kind=name, **address).as_profile() == wanted
+    assert ProviderConfig(kind=name, **address).as_profile() == wanted
 
 
 @pytest.mark.parametrize(
@@ -61,21 +61,25 @@ def test_what_is_not_said_is_as_the_kind_declares(name):
 def test_each_fact_can_be_overridden_alone(said, field, value):
     """One key changes one field, null included, and the rest stays as the kind declares it."""
     declared = kinds.KINDS["mistral"].profile
-    assert Provider(kind="mistral", **said).as_profile() == replace(declared, **{field: value})
+    assert ProviderConfig(kind="mistral", **said).as_profile() == replace(
+        declared, **{field: value}
+    )
 
 
 def test_a_header_takes_the_place_of_the_kinds_own_whatever_its_case():
     """An operator's X-Title is the only one."""
-    provider = Provider(kind="openrouter", headers={"x-title": "mine", "HTTP-Referer": "https://h"})
+    provider = ProviderConfig(
+        kind="openrouter", headers={"x-title": "mine", "HTTP-Referer": "https://h"}
+    )
     assert provider.as_profile().headers == {"x-title": "mine", "HTTP-Referer": "https://h"}
 
 
 def test_options_are_the_kinds():
     """An option of the kind is handed to its adapter; the others keep their defaults."""
     routing = {"order": ["openai"]}
-    assert Provider(kind="openrouter", options={"provider": routing}).as_profile().options == {
-        "provider": routing
-    }
+    assert ProviderConfig(
+        kind="openrouter", options={"provider": routing}
+    ).as_profile().options == {"provider": routing}
 
 
 @pytest.mark.parametrize(
@@ -105,12 +109,12 @@ def test_options_are_the_kinds():
 def test_what_does_not_fit_is_refused(said, problem):
     """A mistake is named before anything is asked."""
     with pytest.raises(ValidationError, match=problem):
-        Provider(**said)
+        ProviderConfig(**said)
 
 
 def test_headers_are_not_printed():
     """Values of headers may be secret enough not to be in a log."""
-    assert "canary" not in repr(Provider(kind="openai", headers={"X-A": "canary"}))
+    assert "canary" not in repr(ProviderConfig(kind="openai", headers={"X-A": "canary"}))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from embedding_proxy.providers.base import InputRefused
+from embedding_proxy.providers.base import InvalidRequest
 from embedding_proxy.proxy import wire
-from embedding_proxy.proxy.wire import MOST_INPUTS, EmbeddingRequest, Form, parse, render
+from embedding_proxy.proxy.wire import MOST_INPUTS, EmbeddingRequest, ResponseFormat, parse, render
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -148,7 +148,7 @@ BAD = {
 @pytest.mark.parametrize(("fields", "param", "message"), BAD.values(), ids=BAD)
 def test_bad_fields_are_refused_by_name_and_place(fields, param, message):
     """Each bad field gets a 400 that names it, and the place inside it."""
-    with pytest.raises(InputRefused) as caught:
+    with pytest.raises(InvalidRequest) as caught:
         parse(_body(**fields), MOST_INPUTS)
     error = caught.value
     assert (error.status, error.kind, error.param) == (400, "invalid_request_error", param)
@@ -171,7 +171,7 @@ def test_bad_fields_are_refused_by_name_and_place(fields, param, message):
 )
 def test_a_body_that_is_no_json_object_is_refused(body, message):
     """What is not a JSON object in UTF-8 gets a 400 that says so, and names no field."""
-    with pytest.raises(InputRefused, match=message) as caught:
+    with pytest.raises(InvalidRequest, match=message) as caught:
         parse(body)
     assert (caught.value.status, caught.value.param) == (400, None)
 
@@ -186,10 +186,10 @@ FIELDS = st.fixed_dictionaries({}, optional=dict.fromkeys(FIELD_NAMES, JSON))
 
 
 def _checked(body: bytes) -> None:
-    """Parse; whatever comes of it must be a request as promised, or InputRefused."""
+    """Parse; whatever comes of it must be a request as promised, or InvalidRequest."""
     try:
         request = parse(body, MOST_INPUTS)
-    except InputRefused as error:
+    except InvalidRequest as error:
         assert error.status == 400  # noqa: PT017 - either outcome is fine, each has its rule
         return
     assert 1 <= len(request.inputs) <= MOST_INPUTS
@@ -206,13 +206,13 @@ def _checked(body: bytes) -> None:
 @given(FIELDS | JSON)
 @example({"model": "m", "input": "a"})
 def test_any_json_is_read_or_refused(value):
-    """Whatever JSON comes, it is a well-formed request or InputRefused, never another error."""
+    """Whatever JSON comes, it is a well-formed request or InvalidRequest, never another error."""
     _checked(json.dumps(value).encode("utf-8", "surrogatepass"))
 
 
 @given(st.binary())
 def test_any_bytes_are_read_or_refused(body):
-    """Whatever bytes come, alone or as an input, the answer is a request or InputRefused."""
+    """Whatever bytes come, alone or as an input, the answer is a request or InvalidRequest."""
     _checked(body)
     _checked(b'{"model":"m","input":"' + body + b'"}')
     _checked(b'{"model":"m","input":[' + body + b"]}")
@@ -242,7 +242,7 @@ def test_what_is_rendered_reads_back_bit_for_bit(matrix, encoding):
     """Any vectors, in any number, come back from the JSON with all bits and in their order."""
     width = matrix.shape[1]
     vectors = [row.astype("<f4").tobytes() for row in matrix]
-    form = Form(width, encoding, 'a"b\n', 5)
+    form = ResponseFormat(width, encoding, 'a"b\n', 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "CHUNK", CHUNK * (64 + width * (5 if encoding == "base64" else 12)))
         chunks = list(render(vectors, form))
@@ -270,7 +270,7 @@ def test_a_narrower_width_is_cut_in_every_chunk(encoding, monkeypatch):
     """Vectors wider than asked for are cut and renormalised, beyond the first chunk too."""
     monkeypatch.setattr(wire, "CHUNK", 300)
     vectors = [np.array([3, 4, i], "<f4").tobytes() for i in range(CHUNK + 2)]
-    chunks = list(render(vectors, Form(2, encoding, "m", 1)))
+    chunks = list(render(vectors, ResponseFormat(2, encoding, "m", 1)))
     assert len(chunks) > 2
     data = json.loads(b"".join(chunks))["data"]
     cut = np.array([0.6, 0.8], "<f4")
@@ -284,6 +284,6 @@ def test_a_narrower_width_is_cut_in_every_chunk(encoding, monkeypatch):
 @example(10_001, 1, 99)
 def test_the_length_is_known_before_a_reply_is_made(count, width, tokens):
     """It is told in the header of a streamed reply, so it has to be right to the byte."""
-    form = Form(width, "base64", "m", tokens)
+    form = ResponseFormat(width, "base64", "m", tokens)
     made = sum(map(len, render([bytes(4 * width)] * count, form)))
     assert form.length(count) == made

@@ -192,7 +192,7 @@ READERS = {
     "a text that is quoted": lambda text: QuotedInputs([text]).hide("wrong: " + text[:400]),
     "a record of the log": lambda text: log.escape(log.hide_credentials(text)),
     "an error of the configuration": hide_keys,
-    "Cache-Control": cache_control.parse,
+    "Cache-Control": cache_control.parse_cache_control,
     "a path": lambda text: may_be_embeddings("POST", "/v1/" + text),
 }
 

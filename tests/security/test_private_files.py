@@ -10,8 +10,8 @@ import pytest
 from embedding_proxy.cache import private_files
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.maintenance import backup
-from embedding_proxy.index.migration.journal import Journal
-from embedding_proxy.index.migration.seen import Seen
+from embedding_proxy.index.migration.journal import MigrationState
+from embedding_proxy.index.migration.seen import Snapshot
 from qdrant_server import QdrantServer
 
 MODEL = "text-embedding-3-small"
@@ -134,9 +134,9 @@ def test_folders_above_are_private_too(tmp_path):
 async def test_files_of_migrations_and_copies_are_private(start_proxy, upstream, tmp_path):
     """State, dead letters and vectors that are copied hold what the cache holds."""
     folder = tmp_path / "migrations"
-    journal = Journal(folder, "http://localhost:6333", "docs")
+    journal = MigrationState(folder, "http://localhost:6333", "docs")
     journal.bury([{"id": 1}])
-    Seen(journal.seen).anew()
+    Snapshot(journal.seen).anew()
     assert len(list(folder.iterdir())) >= 2
     await _use(start_proxy, upstream)
     await start_proxy.stop()
