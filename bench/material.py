@@ -23,7 +23,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Keyring
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.providers.model_catalog import CATALOGUE
 
 from .process import CLIENT_KEY, SIZE_LIMIT_GIB, Server
 

@@ -42,18 +42,20 @@ LOADS = 7
 # What a stack belongs to, told by its innermost frame that one of these knows: `function (file)`,
 # with the line in Python. Of two that know a frame the first has it.
 PARTS = (
-    ("access, headers", r"proxy/http/(access|guard|caller|cors|cache_control)|_headers \(proxy/"),
+    ("access, headers", r"proxy/http/(auth|middleware|cors)|_headers \(proxy/"),
+    ("access, headers", r"proxy/service/request\.py"),
     (
         "what comes again",
         r"proxy/http/(connection|framing|response_cache|runner)|\(cache/cached_hit",
     ),
-    ("parse", r"\(proxy/wire\.py|\(proxy/embedding/inputs|parse\S* \(proxy/"),
-    ("HTTP read", r"proxy/http/body|aiohttp/(http_parser|_http_parser|streams|web_request)"),
+    ("parse", r"\(proxy/http/openai_format\.py|\(proxy/service/inputs|parse\S* \(proxy/"),
+    ("HTTP read", r"proxy/http/request_body"),
+    ("HTTP read", r"aiohttp/(http_parser|_http_parser|streams|web_request)"),
     ("HTTP read", r"^(uv__read|__libc_recv|read|recv)\b|_http_parser|aiohttp/multipart"),
-    ("key", r"\(cache/(key|row)\.py"),
+    ("key", r"\(cache/key\.py"),
     ("look-up", r"\(cache/(memory|tiered|record|embedder|in_flight|errors)\.py|\(cache/disk/"),
-    ("accounting", r"\(cache/(ledger|usage|uses)\.py|proxy/http/(metrics|sums)"),
-    ("render", r"render\S* \(proxy/|\(proxy/wire/render|\(providers/vector\.py"),
+    ("accounting", r"\(cache/ledger\.py|proxy/http/(metrics|status)"),
+    ("render", r"render\S* \(proxy/|\(proxy/http/openai_format/render|\(providers/vector\.py"),
     (
         "HTTP write",
         r"aiohttp/(web_response|http_writer|_http_writer|helpers)|^uv__?(try_)?write",
@@ -64,7 +66,7 @@ PARTS = (
     ("routing, handler", r"\((proxy(?!/http/response_cache)|index|cache|providers)/"),
     ("event loop", r"loop\.c|_asynciomodule|asyncio/|^uv_|concurrent/futures|threading\.py"),
 )
-RENDERS = r"(render|_chunks?|_row|encode)\S* \(proxy/wire"
+RENDERS = r"(render|_chunks?|_row|encode)\S* \(proxy/http/openai_format"
 _WAITS = re.compile(r"^(epoll_p?wait|do_futex_wait|pthread_cond_\w+|select|poll) ")
 _IDLE = re.compile(
     r"_worker \(concurrent/futures/thread\.py:\d+\);(_queue_SimpleQueue|PyThread_acq)"

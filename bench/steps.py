@@ -24,9 +24,9 @@ from pathlib import Path
 from types import FrameType
 
 from aiohttp import web
-from embedding_proxy.proxy.app import build_app
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http.app import build_app
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 from .material import say
 from .process import ROOT, Server, upstream

@@ -8,11 +8,9 @@ from operator import attrgetter
 
 from embedding_proxy.providers.base import NORMAL, Vector
 
-from .key import Keys
-from .ledger import Heading
-from .row import Partition
+from .key import Keys, Partition
+from .ledger import Heading, Usage
 from .tiered import LOT, Tiers
-from .usage import Usage
 
 _VECTOR = attrgetter("vector")
 TOUCH_S = 1.0

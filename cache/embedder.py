@@ -31,10 +31,9 @@ from .cached_hit import CachedHit
 from .errors import NotCached, name_input
 from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
-from .ledger import Answered, charge_usage, ledger_key
+from .ledger import Answered, Usage, charge_usage, ledger_key
 from .record import Entry
 from .tiered import Tiers
-from .usage import Usage
 
 MAX_ROUNDS_WITH_STRANGERS = 3
 """Times that a request waits for purchases of clients with other keys, which may be refused; then

@@ -34,10 +34,9 @@ from embedding_proxy.providers.base import (
 )
 
 from .key import Key, Keyring
-from .ledger import charge_usage, ledger_key
+from .ledger import NOTHING, Usage, charge_usage, ledger_key
 from .record import Entry
 from .tiered import Tiers
-from .usage import NOTHING, Usage
 
 K = TypeVar("K")
 T = TypeVar("T")

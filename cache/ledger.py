@@ -1,4 +1,6 @@
-"""What was paid, to whom and by whom, and what was not: what the sums are about.
+"""What was answered, and how: counts that are summed by what they are about (see `ledger`).
+
+What was paid, to whom and by whom, and what was not: what the sums are about.
 
 Counting adds to numbers in memory, and they are written with the next change or in a while. A
 charge is counted as soon as it is known, so before what was bought with it is written. The sums on
@@ -8,13 +10,53 @@ disk are read by `disk.ledger_reader`.
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from embedding_proxy.providers.base import Account, Bill, Embedded, Vector
 
-from .key import Key
-from .row import OTHER, OTHER_NAMESPACE, Partition
-from .usage import Usage
+from .key import OTHER, OTHER_NAMESPACE, Key, Partition
+
+
+class Usage(NamedTuple):
+    """Sums over inputs: `inputs = duplicates + hits + joins + misses`."""
+
+    hits: int = 0
+    joins: int = 0
+    misses: int = 0
+    duplicates: int = 0
+    tokens_saved: int = 0
+    """Tokens of all that was not bought for the request that asked."""
+    tokens_billed: int = 0
+    """Tokens that upstreams charged, by their own account where they gave one."""
+    nanodollars_saved: int = 0
+    """10⁻⁹ USD: what the tokens saved cost at the model's list price."""
+    nanodollars_billed: int = 0
+
+    def plus(self, other: "Usage") -> "Usage":
+        """Return the sums of both."""
+        return Usage(*map(add, self, other))
+
+    @property
+    def unpaid(self) -> "Usage":
+        """What was answered without buying."""
+        if not (self.misses or self.tokens_billed or self.nanodollars_billed):
+            return self
+        return self._replace(misses=0, tokens_billed=0, nanodollars_billed=0)
+
+    @property
+    def inputs(self) -> int:
+        """All inputs."""
+        return self.hits + self.joins + self.misses + self.duplicates
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of inputs for which nothing was bought, 0…1; 0 without inputs."""
+        return 1 - self.misses / self.inputs if self.inputs else 0.0
+
+
+NOTHING = Usage()
+
 
 MAX_HEADINGS = 1000
 """Headings that have a line of their own: of a process since its start, and of a day on disk."""

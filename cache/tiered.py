@@ -21,12 +21,10 @@ from embedding_proxy.providers.base import NORMAL, CachePolicy
 from . import record
 from .disk.changes import Found
 from .disk.store import Store
-from .key import Key, Keys
-from .ledger import Heading
+from .key import Key, Keys, Partition
+from .ledger import Heading, Usage
 from .memory import Memory
 from .record import Entry
-from .row import Partition
-from .usage import Usage
 
 log = logging.getLogger("embedding_proxy.store")
 

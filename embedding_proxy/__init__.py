@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from embedding_proxy.proxy.service.embedding_result import Result
+    from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+
     from .proxy.blocking import close, embed
-    from .proxy.embedding.result import Result
-    from .proxy.service import EmbeddingService
 
 __all__ = ["EmbeddingService", "Result", "close", "embed"]
 

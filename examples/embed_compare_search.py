@@ -9,8 +9,8 @@ The local model needs no key; with a key, put any other in MODEL.
 import asyncio
 import sys
 
-from embedding_proxy.providers import likeness, vector
-from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.providers import similarity, vector
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 MODEL = "wordllama-embed"
 NARROW = 64
@@ -40,8 +40,8 @@ async def main(config: str | None = None) -> None:
     found = []
     for result in (wide, narrow):
         vectors = [row.tobytes() for row in result.vectors]
-        found.append(likeness.nearest(vectors, asked, among=len(DOCUMENTS), k=2))
-    share = likeness.overlap(*found)
+        found.append(similarity.nearest(vectors, asked, among=len(DOCUMENTS), k=2))
+    share = similarity.overlap(*found)
     print(f"{NARROW} of {wide.dimensions} numbers: {share:.0%} of the neighbours are the same")
 
     # Search: the nearest documents of each query, with their cosines.

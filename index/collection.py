@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from embedding_proxy.providers.base import current_label
 
+from .client import Connection, no_metadata
 from .collection_reader import CollectionReader
-from .connection import Connection, no_metadata
-from .failures import Exists, Missing, OtherSpace
+from .errors import Exists, Missing, OtherSpace
 
 if TYPE_CHECKING:
     from qdrant_client.models import CollectionInfo

@@ -50,8 +50,8 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 from embedding_proxy.providers.base import Vector
 
-from .connection import Connection
-from .failures import Denied, InUse, QdrantFailure, Unavailable
+from .client import Connection
+from .errors import Denied, InUse, QdrantFailure, Unavailable
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient

@@ -19,9 +19,9 @@ from typing import Any, Self, TypeVar
 
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
+from .client import Connection
 from .collection import CollectionOptions
-from .connection import Connection
-from .failures import InUse, Unusable
+from .errors import InUse, Unusable
 from .outbox import FAILURES, Full, Outbox
 from .point import Point, Target
 from .sender import TICK_SECONDS, Sender

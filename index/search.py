@@ -7,9 +7,9 @@ from typing import Any
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
+from .client import Connection
 from .collection import Provenance, aliases, look, objection
-from .connection import Connection
-from .failures import Missing, OtherSpace
+from .errors import Missing, OtherSpace
 
 
 @dataclass(frozen=True, slots=True)

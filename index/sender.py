@@ -24,17 +24,9 @@ from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
+from .client import Connection
 from .collection import CollectionOptions, Provenance, ensure
-from .connection import Connection
-from .failures import (
-    Denied,
-    Missing,
-    OtherSpace,
-    QdrantFailure,
-    Rejected,
-    ServerFault,
-    Unavailable,
-)
+from .errors import Denied, Missing, OtherSpace, QdrantFailure, Rejected, ServerFault, Unavailable
 from .outbox import FAILURES, OnDisk, Outbox
 from .point import Target, Waiting, id_of
 

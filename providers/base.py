@@ -16,11 +16,11 @@ from typing import Protocol, TypeAlias
 from urllib.parse import quote, unquote_to_bytes
 
 import orjson
+from embedding_proxy.providers.scheduling.attempts import Attempt
 
-from .attempts import Attempt
-from .bill import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
-from .credential import Credential
-from .failures import (
+from .billing import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
+from .client_credential import Credential
+from .errors import (
     AuthenticationError,
     ClientKeyRefused,
     ConnectionTimeout,
@@ -50,40 +50,40 @@ from .failures import (
 __all__ = [
     "NORMAL",
     "Account",
-    "NoProviderAvailable",
+    "AuthenticationError",
     "Bill",
+    "CachePolicy",
     "Charge",
     "ClientKeyRefused",
     "ConnectionTimeout",
     "Context",
     "Credential",
-    "AuthenticationError",
     "DeadlineExceeded",
     "Embedded",
     "Embedder",
     "EmbeddingError",
-    "LocalQueueFull",
     "Input",
-    "InvalidRequest",
     "InvalidAnswer",
+    "InvalidRequest",
+    "LocalQueueFull",
     "LoopDetected",
+    "MalformedResponse",
     "ModelNotFound",
+    "NoProviderAvailable",
     "NoRoute",
     "OnCharge",
     "OnPart",
-    "QuotaExceeded",
     "OutOfDescriptors",
     "Outcome",
-    "TransientError",
     "PermissionDenied",
     "ProviderError",
+    "QuotaExceeded",
     "RateLimited",
     "Refusal",
     "ScopedQuotaExceeded",
     "Space",
-    "CachePolicy",
+    "TransientError",
     "Unreachable",
-    "MalformedResponse",
     "UpstreamError",
     "UpstreamTimeout",
     "Vector",
@@ -274,7 +274,8 @@ class Context:
     weigh: Weigh | None = field(default=None, compare=False)
     """Asked before anything is bought or given; None = all of it is not too long."""
     begin_by: float | None = None
-    """Point on the same clock by which a provider must have begun its call; else it raises LocalQueueFull."""
+    """Point on the same clock by which a provider must have begun its call; else it raises
+    LocalQueueFull."""
     account: Account = NOBODY
     """Who pays."""
     on_charge: OnCharge | None = None

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from .imports import EXIT_CODE, end_at_once, importing
+from embedding_proxy.proxy.cli.imports import EXIT_CODE, end_at_once, importing
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         with importing():
-            from .cli import main as run  # noqa: PLC0415 - after what is set above
+            from embedding_proxy.proxy.cli.main import main as run  # noqa: PLC0415 - after what is set above
         run()
     except KeyboardInterrupt:
         sys.exit(EXIT_CODE)

@@ -13,8 +13,8 @@ from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .embedding.result import Result
-from .service import EmbeddingService
+from embedding_proxy.proxy.service.embedding_result import Result
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 T = TypeVar("T")
 

@@ -23,10 +23,10 @@ from typing import Any, Self
 import client_environments
 from aiohttp import web
 from client_trial import CLIENTS, Broken, Client, prepare, run
-from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http.app import build_app
 from embedding_proxy.proxy.http.runner import Runner
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import Act, FaultServer, Payload, reset, status
 
 TOLERANCE_S = 2.0

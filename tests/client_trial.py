@@ -26,10 +26,10 @@ import client_environments
 import orjson
 import splintr
 from aiohttp import web
-from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http.app import build_app
 from embedding_proxy.proxy.http.runner import Runner
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import Call, FaultServer, Payload, status, vector_of
 
 from tests.providers.many_texts import write_vocabulary

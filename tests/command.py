@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from embedding_proxy.proxy import cli
+from embedding_proxy.proxy.cli import main
 from leaks import WATCH
 
 STORE = re.compile(r"^store: (.*)\n", re.MULTILINE)
@@ -38,7 +38,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["embedding-proxy", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         done = Done(caught.value.code or 0, out, STORE.sub("", err))
         WATCH.note("the output of a command", out + err)

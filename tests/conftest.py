@@ -23,8 +23,10 @@ import pytest
 from aiohttp import web, web_app
 from aioresponses import aioresponses
 from command import Run, runner
-from embedding_proxy.providers import attempts, local
-from embedding_proxy.proxy.app import SERVICE, build_app
+from embedding_proxy.providers import local
+from embedding_proxy.providers.scheduling import attempts
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http.app import SERVICE, build_app
 from embedding_proxy.proxy.http.metrics import Metrics
 from embedding_proxy.proxy.http.response_cache import (
     CachedResponse,
@@ -33,8 +35,7 @@ from embedding_proxy.proxy.http.response_cache import (
 )
 from embedding_proxy.proxy.http.runner import Runner
 from embedding_proxy.proxy.http.status import Status
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import FaultServer
 from leaks import WATCH, watch_connections
 

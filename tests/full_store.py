@@ -39,11 +39,10 @@ import aiohttp
 from aiohttp import web
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Namespace, keyring
-from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import Space
 from fault_server import FaultServer, vector_of
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from aiohttp import web
-from embedding_proxy.index.migrate import DEFAULT
+from embedding_proxy.index.migration.runner import DEFAULT
 from fault_server import vector_of
 from old_system import MISTRAL, SIZES, OldSystem, text_of
 

@@ -26,10 +26,8 @@ from typing import Any
 
 import aiohttp
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.key import FORMAT
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import FORMAT, Partition
+from embedding_proxy.cache.ledger import Heading, Usage
 from fault_server import FaultServer, tokens_of, vector_of
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from command import Done
-from embedding_proxy.index.connection import Connection
-from embedding_proxy.index.migration.template import Rule
+from embedding_proxy.index.client import Connection
+from embedding_proxy.index.migration.text_template import Rule
 from fault_server import FaultServer, vector_of
 from qdrant_client import models
 from qdrant_server import QdrantServer

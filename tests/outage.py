@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 import aiohttp
 import numpy as np
 from aiohttp import web
-from embedding_proxy.proxy.app import build_app
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http.app import build_app
 from embedding_proxy.proxy.http.runner import Runner
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import FaultServer, status
 
 CLIENTS = 50

@@ -34,11 +34,10 @@ from typing import Any, NamedTuple
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Key, Namespace, keyring
-from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import Space
 from page_map import Damage, PageMap, damage, read_map
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import typer
-from embedding_proxy.proxy import cli
-from embedding_proxy.proxy.commands.groups import LazyGroup
-from embedding_proxy.proxy.config import load
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.cli.groups import LazyGroup
+from embedding_proxy.proxy.config.loader import load
+from embedding_proxy.proxy.config.schema import Settings
 from typer.core import TyperGroup
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def unknown(command: str) -> str:
     ('--per', 'cash')
     """
     _, *words = command.split()
-    here = typer.main.get_command(cli.app)
+    here = typer.main.get_command(main.app)
     while isinstance(here, TyperGroup) and words and not words[0].startswith("-"):
         if isinstance(here, LazyGroup):
             here.load(words[0])

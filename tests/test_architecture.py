@@ -27,37 +27,34 @@ DOORS = {
     "xxhash": {"cache/key.py"},
     "diskcache": {"cache/disk/database.py"},
     "tenacity": {"providers/routing/policy.py"},
-    "yaml": {"proxy/settings/yaml_file.py"},
+    "yaml": {"proxy/config/yaml_file.py"},
     "splintr": {"providers/tokens.py"},
     "wordllama": {"providers/local.py"},
     # The vectors' forms; what measures many at once; what makes its own; what shows off; what
     # computes the checksums of a log.
     "numpy": {
         "providers/vector.py",
-        "providers/likeness.py",
+        "providers/similarity.py",
         "providers/local.py",
-        "proxy/demo.py",
+        "proxy/cli/demo.py",
         "cache/disk/write_ahead_log.py",
     },
-    "pyarrow": {"proxy/sources/parquet.py"},
+    "pyarrow": {"proxy/importers/parquet.py"},
     "qdrant_client": {
         "index/collection_reader.py",
-        "index/connection.py",
+        "index/client.py",
         "index/collection.py",
-        "index/migration/points.py",
-        "index/migration/collections.py",
-        "index/failures.py",
+        "index/migration/qdrant.py",
+        "index/errors.py",
         "index/sender.py",
         "index/search.py",
     },
     "pydantic": {
-        "proxy/settings/section.py",
-        "proxy/settings/model_entry.py",
-        "proxy/settings/upstreams.py",
-        "proxy/settings/schema.py",
-        "proxy/settings/index_section.py",
-        "proxy/settings/explanation.py",
-        "proxy/settings/validation.py",
+        "proxy/config/fields.py",
+        "proxy/config/models.py",
+        "proxy/config/providers.py",
+        "proxy/config/schema.py",
+        "proxy/config/validation.py",
     },
 }
 
@@ -177,7 +174,7 @@ def test_each_library_has_its_door(library):
 def test_the_wire_knows_no_http_library():
     """What is pure stays so: `wire` turns bytes into values and knows no HTTP."""
     http = {"aiohttp", "httpx", "http", "socket", "asyncio"}
-    assert not {name.partition(".")[0] for name in imports("proxy/wire.py")} & http
+    assert not {name.partition(".")[0] for name in imports("proxy/http/openai_format.py")} & http
 
 
 @pytest.mark.parametrize("name", NAMES)

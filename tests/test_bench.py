@@ -150,13 +150,13 @@ def test_the_chart_shows_limit_ours_and_peer():
 
 def test_a_stack_belongs_to_the_innermost_that_is_known():
     """C code belongs to who called it, waiting to nobody, and what nobody knows is other."""
-    hit = "uv__read (stream.c:1);post (proxy/embeddings.py:1)"
+    hit = "uv__read (stream.c:1);post (proxy/http/embeddings.py:1)"
     stacks = [
-        f"{hit};parse (proxy/wire.py:9);orjson_loads (orjson.so) 3",
+        f"{hit};parse (proxy/http/openai_format.py:9);orjson_loads (orjson.so) 3",
         f"{hit};key (cache/key.py:9);blake2b (hashlib.so) 4",
         f"{hit};read_many (cache/disk/database.py:9) 2",
         "main (mystery.py:1);put (mystery.py:2) 1",
-        "main (proxy/cli.py:1);epoll_wait (libc.so.6) 50",
+        "main (proxy/cli/main.py:1);epoll_wait (libc.so.6) 50",
         "run (threading.py:1);_worker (concurrent/futures/thread.py:81);_queue_SimpleQueue_get 9",
     ]
     parts, files, samples = shares(stacks)

@@ -6,9 +6,9 @@ import logging
 import orjson
 import pytest
 from clock import Clock
-from embedding_proxy.providers.probe import TEXTS
-from embedding_proxy.proxy.embedding import canary
-from embedding_proxy.proxy.embedding.canary import DriftCheck
+from embedding_proxy.providers.route_check import TEXTS
+from embedding_proxy.proxy.service import drift_check
+from embedding_proxy.proxy.service.drift_check import DriftCheck
 from fault_server import status, vector_of
 
 MODEL = "text-embedding-3-small"
@@ -142,7 +142,7 @@ async def test_a_spoilt_file_is_written_anew(spoilt, upstream, start_proxy, cloc
 
 async def test_they_are_looked_after_in_the_background(upstream, start_proxy, monkeypatch, caplog):
     """Left to itself, the proxy looks; what goes wrong is logged, and it looks again."""
-    monkeypatch.setattr(canary, "LOOK_S", 0.01)
+    monkeypatch.setattr(drift_check, "LOOK_S", 0.01)
     looks = 0
 
     async def look(self):
@@ -203,7 +203,7 @@ async def test_a_route_that_failed_is_not_asked_by_another_worker(upstream, star
 
 async def test_what_is_kept_of_routes_is_bounded(upstream, start_proxy, clock, monkeypatch):
     """Clients name models: of so many routes something is kept, of the ones asked last."""
-    monkeypatch.setattr(canary, "MAX_ROUTES", 3)
+    monkeypatch.setattr(drift_check, "MAX_ROUTES", 3)
     proxy = await start_proxy(openai=upstream)
     for i in range(5):
         clock.now += 1

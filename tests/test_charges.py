@@ -6,9 +6,8 @@ import aiohttp
 import pytest
 from embedding_proxy.cache import embedder
 from embedding_proxy.cache.disk import connection, ledger_reader
-from embedding_proxy.cache.ledger import By
-from embedding_proxy.cache.usage import Usage
-from embedding_proxy.proxy.embedding import canary
+from embedding_proxy.cache.ledger import By, Usage
+from embedding_proxy.proxy.service import drift_check
 from fault_server import status, tokens_of
 from own_process import own_process
 
@@ -104,7 +103,7 @@ async def test_canaries_are_billed_at_once(upstream, start_proxy):
     bills = dict(await proxy.service.ledger([By.NAMESPACE]))
     charged = sum(map(tokens_of, upstream.inputs)) - tokens_of("a")
     assert len(upstream.calls) == 3
-    assert bills[canary.NAMESPACE,].tokens_billed == charged
+    assert bills[drift_check.NAMESPACE,].tokens_billed == charged
 
 
 async def test_a_disk_that_takes_nothing_holds_no_request(upstream, start_proxy):

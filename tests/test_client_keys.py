@@ -15,19 +15,20 @@ import pytest
 from aiohttp import web
 from any_server import AnyServer
 from conftest import no_wait
-from embedding_proxy.providers import kinds
+from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import ClientKeyRefused, Context, Space
-from embedding_proxy.providers.credential import Credential
+from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.routing import health
-from embedding_proxy.proxy import cli
-from embedding_proxy.proxy.commands.migrating import Target, named
-from embedding_proxy.proxy.config import load
-from embedding_proxy.proxy.embedding import client_keys, client_secret, opening, proofs
-from embedding_proxy.proxy.embedding.by_client import ByClient
-from embedding_proxy.proxy.embedding.proofs import KeyStatus, Proofs
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.cli.migrate_options import Target, named
+from embedding_proxy.proxy.config.loader import load
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service import client_keys, provider_factory
+from embedding_proxy.proxy.service import client_keys as client_secret
+from embedding_proxy.proxy.service import client_keys as proofs
+from embedding_proxy.proxy.service.client_keys import ByClient, KeyStatus, Proofs
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import hang, status, tokens_of, vector_of
 from qdrant_server import QdrantServer
 
@@ -100,7 +101,7 @@ def run_cli(tmp_path, monkeypatch, capsys):
         line = ["embedding-proxy", *map(str, arguments), "--config", str(config)]
         monkeypatch.setattr(sys, "argv", line)
         with pytest.raises(SystemExit) as caught:
-            await asyncio.to_thread(cli.main)
+            await asyncio.to_thread(main.main)
         told = "".join(capsys.readouterr())
         assert (caught.value.code or 0) == code, told
         return told
@@ -808,7 +809,9 @@ async def test_a_provider_asked_without_a_key_asks_nobody(start, upstream):
     """Whoever reaches past the service, as a probe does, gets an error, and no call is made."""
     proxy = await start()
     for ask in (
-        opening.scheduled(proxy.service.models[MODEL].router, proxy.service.settings).embed,
+        provider_factory.scheduled(
+            proxy.service.models[MODEL].router, proxy.service.settings
+        ).embed,
         proxy.service.models[MODEL].router.routes[0].embed,
     ):
         with pytest.raises(ClientKeyRefused):
@@ -953,8 +956,8 @@ def test_callers_keys_go_to_one_origin():
 
 def test_a_kind_that_sends_no_key_takes_none(monkeypatch):
     """A kind that a package brings, and that is no HTTP of ours, cannot be asked so."""
-    odd = kinds.Kind(Profile(base_url="https://x.example"), object)
-    monkeypatch.setitem(kinds.KINDS, "odd", odd)
+    odd = registry.Kind(Profile(base_url="https://x.example"), object)
+    monkeypatch.setitem(registry.KINDS, "odd", odd)
     with pytest.raises(ValueError, match="odd does not say so"):
         Settings.model_validate({"providers": {"odd": {"kind": "odd", "key": "client"}}})
 

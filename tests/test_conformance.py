@@ -15,12 +15,13 @@ import pytest
 from conftest import Proxy, StartProxy
 from embedding_proxy.cache import embedder, key
 from embedding_proxy.cache.key import Keyring, Keys
-from embedding_proxy.providers import answer, tokens, vector
+from embedding_proxy.providers import tokens, vector
 from embedding_proxy.providers.base import Outcome
-from embedding_proxy.providers.http import HttpProvider
-from embedding_proxy.proxy import wire
-from embedding_proxy.proxy.http.access import Authenticator
-from embedding_proxy.proxy.http.caller import Client
+from embedding_proxy.providers.openai_compatible import HttpProvider
+from embedding_proxy.providers.upstream import response as answer
+from embedding_proxy.proxy.http import openai_format
+from embedding_proxy.proxy.http.auth import Authenticator
+from embedding_proxy.proxy.service.request import Client
 from fault_server import FaultServer, vector_of
 
 MODEL = "text-embedding-3-small"
@@ -150,13 +151,13 @@ async def what_does_not_matter_is_left_out(bench: Bench) -> None:
 
 
 def all_fields_are_in_the_key(patch: pytest.MonkeyPatch) -> None:
-    parse = wire.parse
+    parse = openai_format.parse
 
-    def parse_all(*given: Any) -> wire.EmbeddingRequest:
+    def parse_all(*given: Any) -> openai_format.EmbeddingRequest:
         asked = parse(*given)
         return dataclasses.replace(asked, parameters={**asked.parameters, "user": asked.user})
 
-    patch.setattr(wire, "parse", parse_all)
+    patch.setattr(openai_format, "parse", parse_all)
 
 
 async def addresses_may_collide(bench: Bench) -> None:

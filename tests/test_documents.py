@@ -9,14 +9,13 @@ from typing import Any, get_origin
 import pytest
 import yaml
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.proxy.config import load
-from embedding_proxy.proxy.onward import headers
-from embedding_proxy.proxy.onward.origin import PREFIXES
-from embedding_proxy.proxy.settings.index_section import Qdrant
-from embedding_proxy.proxy.settings.model_entry import ModelConfig, RouteConfig
-from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, ProviderConfig, Settings
-from embedding_proxy.proxy.settings.section import Section
-from embedding_proxy.proxy.settings.upstreams import LimitsConfig
+from embedding_proxy.proxy.config.fields import Section
+from embedding_proxy.proxy.config.loader import load
+from embedding_proxy.proxy.config.models import ModelConfig, RouteConfig
+from embedding_proxy.proxy.config.providers import LimitsConfig
+from embedding_proxy.proxy.config.schema import DEFAULT_PROVIDERS, ProviderConfig, Qdrant, Settings
+from embedding_proxy.proxy.http import passthrough_upstream
+from embedding_proxy.proxy.http.passthrough_upstream import PREFIXES
 from fault_server import status
 
 ROOT = Path(__file__).parents[1]
@@ -175,8 +174,14 @@ def test_the_decoder_in_the_documentation_reads_a_record():
 def test_the_page_on_clients_names_every_header_that_is_kept_back():
     """docs/clients.md lists what is not passed on; for those of the connection, the rule."""
     text = CLIENTS.lower()
-    unwanted = {*headers._NOT_FORWARDED, *headers._NOT_RETURNED} - headers._HOP_BY_HOP
-    beginnings = (*headers._NOT_FORWARDED_BEGINNINGS, *headers._NOT_RETURNED_BEGINNINGS)
+    unwanted = {
+        *passthrough_upstream._NOT_FORWARDED,
+        *passthrough_upstream._NOT_RETURNED,
+    } - passthrough_upstream._HOP_BY_HOP
+    beginnings = (
+        *passthrough_upstream._NOT_FORWARDED_BEGINNINGS,
+        *passthrough_upstream._NOT_RETURNED_BEGINNINGS,
+    )
     assert len(unwanted) > 10
     assert not [name for name in (*unwanted, *beginnings) if f"`{name}" not in text]
 

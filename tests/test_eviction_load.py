@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.key import Partition
 
 MIB = 1 << 20
 DAY = 86_400

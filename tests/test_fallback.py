@@ -4,8 +4,8 @@ import asyncio
 
 import numpy as np
 import pytest
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Settings
 from fault_server import hang, status, vector_of
 
 MODEL = "text-embedding-3-small"

@@ -10,16 +10,16 @@ import pytest
 from embedding_proxy.cache.disk import connection, ledger_reader
 from embedding_proxy.cache.disk.purge import Choice, count_entries
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import By
 from embedding_proxy.cache.maintenance import stats
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.proxy.embedding import canary
+from embedding_proxy.proxy.service import drift_check
 
 MIB = 1 << 20
 DAY = 86_400.0
 MODEL = full_store.MODEL
 RECORD = bytes(6184)
-CANARIES = Partition(canary.NAMESPACE, "m", 1536)
+CANARIES = Partition(drift_check.NAMESPACE, "m", 1536)
 TEAM = Partition("team", "m", 1536)
 OTHERS = Partition("", "m", 1536)
 
@@ -47,7 +47,7 @@ async def test_two_processes_at_the_limit(tmp_path):
 async def test_writes_go_on_where_everything_was_used_just_now(tmp_path, caplog):
     """The canaries' namespace is pinned in every store; that is no reason to refuse others."""
     limit = 8 * MIB
-    async with Store(tmp_path, limit, pinned=(canary.NAMESPACE,)) as store:
+    async with Store(tmp_path, limit, pinned=(drift_check.NAMESPACE,)) as store:
         await _write(store, "canary", range(4), CANARIES)
         for start in range(0, 4000, 50):
             assert await _write(store, "text", range(start, start + 50), OTHERS)

@@ -8,9 +8,9 @@ import numpy as np
 import orjson
 import pytest
 from embedding_proxy.providers.base import InvalidAnswer
-from embedding_proxy.proxy.embedding import learned
-from embedding_proxy.proxy.embedding.learned import LearnedDimensions
-from embedding_proxy.proxy.embedding.registry import Registry
+from embedding_proxy.proxy.service import learned_dimensions
+from embedding_proxy.proxy.service.learned_dimensions import LearnedDimensions
+from embedding_proxy.proxy.service.model_registry import Registry
 from fault_server import status, tokens_of, vector_of
 
 from tests.test_deadline import until
@@ -238,7 +238,7 @@ async def test_several_workers_pin_at_the_same_time(tmp_path):
 
 async def test_the_pinned_widths_are_bounded(upstream, start_proxy, monkeypatch, caplog):
     """Clients name models: beyond the bound each process learns a width anew, from one input."""
-    monkeypatch.setattr(learned, "MAX_WIDTHS", 2)
+    monkeypatch.setattr(learned_dimensions, "MAX_WIDTHS", 2)
     for _ in range(2):
         proxy = await start_proxy(openai=upstream)
         for i in range(4):

@@ -7,8 +7,8 @@ import numpy as np
 import openai
 import pytest
 from embedding_proxy.providers import tokens
-from embedding_proxy.proxy.config import ConfigError, load
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.loader import ConfigError, load
+from embedding_proxy.proxy.config.schema import Settings
 from fault_server import vector_of
 
 MODEL = "text-embedding-3-small"

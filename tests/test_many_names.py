@@ -9,10 +9,10 @@ import orjson
 import pytest
 from embedding_proxy.cache import ledger
 from embedding_proxy.cache.disk import bounds, store
-from embedding_proxy.cache.row import OTHER_NAMESPACE
-from embedding_proxy.providers import http
-from embedding_proxy.proxy import service
-from embedding_proxy.proxy.embedding.client_secret import FILE
+from embedding_proxy.cache.key import OTHER_NAMESPACE
+from embedding_proxy.providers import openai_compatible
+from embedding_proxy.proxy.service import embedding_service
+from embedding_proxy.proxy.service.client_keys import FILE
 from fault_server import tokens_of
 
 MAX_HEADINGS, MAX_PARAMETER_SETS, MAX_PARTITIONS, MAX_OTHER_MODELS = 60, 20, 80, 20
@@ -36,11 +36,11 @@ MAX_SERIES = 12 * (MAX_HEADINGS + 2) + MAX_OTHER_MODELS + 100
 
 @pytest.fixture(autouse=True)
 def _low_bounds(monkeypatch):
-    for module in (ledger, bounds, store, service):
+    for module in (ledger, bounds, store, embedding_service):
         monkeypatch.setattr(module, "MAX_HEADINGS", MAX_HEADINGS)
     monkeypatch.setattr(bounds, "MAX_PARAMETER_SETS", MAX_PARAMETER_SETS)
     monkeypatch.setattr(bounds, "MAX_PARTITIONS", MAX_PARTITIONS)
-    monkeypatch.setattr(http, "MAX_OTHER_MODELS", MAX_OTHER_MODELS)
+    monkeypatch.setattr(openai_compatible, "MAX_OTHER_MODELS", MAX_OTHER_MODELS)
 
 
 async def _series(proxy):

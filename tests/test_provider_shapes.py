@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pytest
 from aiohttp import web
-from embedding_proxy.providers import kinds
+from embedding_proxy.providers import registry
 from fault_server import Call, tokens_of, vector_of
 from provider_shapes import KEY, REFUSALS, REPLIES, Outcome
 
@@ -122,7 +122,7 @@ class World:
 
     async def start(self, kind, **limits):
         """Start a proxy whose provider of that kind answers as such a provider should."""
-        path = urlsplit(kinds.KINDS[kind].profile.base_url or "http://any/v1").path
+        path = urlsplit(registry.KINDS[kind].profile.base_url or "http://any/v1").path
         self.path = f"{path}/embeddings"
         self.upstream.always = answering(kind)
         plain = {"kind": "openai_compatible", "base_url": self.second.url}
@@ -199,8 +199,8 @@ async def explained(response, shape):
 
 def test_every_kind_has_its_shapes():
     """Each kind has a reply, and refusals of three kinds or more, each under a name of its own."""
-    assert {name.partition("-")[0] for name in REPLIES} == {*kinds.KINDS}
-    for kind in kinds.KINDS:
+    assert {name.partition("-")[0] for name in REPLIES} == {*registry.KINDS}
+    for kind in registry.KINDS:
         outcomes = {shape.outcome for shape in REFUSALS if shape.kind == kind}
         assert len(outcomes) >= 3, kind
     assert len({shape.id for shape in REFUSALS}) == len(REFUSALS)
@@ -301,4 +301,4 @@ async def test_a_batch_that_is_too_large_is_divided(shape, world):
 )
 def test_the_declared_limit_is_the_providers(shape):
     """No call is larger than the provider says that it takes, so that none is refused for it."""
-    assert kinds.KINDS[shape.kind].profile.limits.inputs == shape.max_inputs
+    assert registry.KINDS[shape.kind].profile.limits.inputs == shape.max_inputs

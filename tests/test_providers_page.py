@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from embedding_proxy.providers import kinds
-from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.providers import registry
+from embedding_proxy.providers.model_catalog import CATALOGUE
 from example_package import install
 from fault_server import FaultServer
 from pages import fenced, taken
@@ -43,7 +43,7 @@ def test_every_snippet_is_a_configuration(snippet, example, tmp_path):
 
 def test_every_kind_has_its_section_with_a_snippet():
     """No kind is missing and none is invented; each section shows a provider of its kind."""
-    assert set(SECTIONS) == {*kinds.KINDS, kinds.LOCAL}
+    assert set(SECTIONS) == {*registry.KINDS, registry.LOCAL}
     for name, text in SECTIONS.items():
         (first, *_) = fenced(text, "yaml")
         shown = yaml.safe_load(first)["providers"]
@@ -51,7 +51,7 @@ def test_every_kind_has_its_section_with_a_snippet():
 
 
 def _kind_row(name: str) -> str:
-    profile = kinds.KINDS[name].profile
+    profile = registry.KINDS[name].profile
     tokens = profile.limits.tokens
     size = f"{profile.limits.inputs}" + (f", {tokens:,} tokens" if tokens else "")
     known = profile.extra_fields
@@ -68,7 +68,7 @@ def _kind_row(name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("name", kinds.KINDS)
+@pytest.mark.parametrize("name", registry.KINDS)
 def test_what_a_kind_declares_is_told(name):
     """The row of a kind says what its profile says."""
     assert _kind_row(name) in PAGE.splitlines()
@@ -77,7 +77,7 @@ def test_what_a_kind_declares_is_told(name):
 def _model_row(name: str) -> str:
     entry = CATALOGUE[name]
     first = entry.routes[0][0]
-    free = "nothing" if first in (kinds.LOCAL, "ollama") else "not known"
+    free = "nothing" if first in (registry.LOCAL, "ollama") else "not known"
     cells = [
         f"`{name}`",
         ", ".join(provider for provider, _ in entry.routes),

@@ -3,8 +3,8 @@
 import uuid
 
 import pytest
-from embedding_proxy.index.connection import Connection
-from embedding_proxy.index.failures import Exists, Missing, Rejected
+from embedding_proxy.index.client import Connection
+from embedding_proxy.index.errors import Exists, Missing, Rejected
 from qdrant_client import models
 from qdrant_server import REAL, QdrantServer
 

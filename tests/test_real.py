@@ -10,17 +10,17 @@ from itertools import combinations
 
 import pytest
 from aiohttp import web
-from embedding_proxy.providers import kinds, likeness
+from embedding_proxy.providers import registry, similarity
 from embedding_proxy.providers.base import Vector
-from embedding_proxy.providers.catalogue import CATALOGUE
-from embedding_proxy.providers.probe import SAME
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.providers.model_catalog import CATALOGUE
+from embedding_proxy.providers.route_check import SAME
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 TEXTS = ["The canteen serves lunch until two.", "Two keepers together open the vault."]
 VARIABLES = {
     kind: each.profile.api_key_env
-    for kind, each in kinds.KINDS.items()
+    for kind, each in registry.KINDS.items()
     if each.profile.base_url and each.profile.api_key_env
 }
 KEYS = {kind: os.environ.get(variable, "").strip() for kind, variable in VARIABLES.items()}
@@ -56,7 +56,7 @@ async def _vectors(kind: str, model: str, base_url: str | None = None) -> Sequen
 
 def _least_cosine(answers: Sequence[Sequence[Vector]]) -> float:
     """Return how alike the two least alike answers are."""
-    return min(likeness.cosines(one, other)[0] for one, other in combinations(answers, 2))
+    return min(similarity.cosines(one, other)[0] for one, other in combinations(answers, 2))
 
 
 @pytest.mark.skipif(not ASKED, reason="needs EMBEDDING_PROXY_REAL=1 and the key of a provider")
@@ -66,7 +66,7 @@ async def test_a_real_provider_embeds(kind, monkeypatch):
     monkeypatch.setenv(VARIABLES[kind], KEYS[kind])
     one, other = await _vectors(kind, ASKED[kind])
     assert len(one) == len(other) == 4 * CATALOGUE[ASKED[kind]].dimensions
-    assert likeness.cosines([one], [other])[0] < SAME
+    assert similarity.cosines([one], [other])[0] < SAME
 
 
 @pytest.mark.skipif(not SHARED, reason="needs EMBEDDING_PROXY_REAL=1 and keys of two providers")

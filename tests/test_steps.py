@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 from embedding_proxy.providers.base import Charge, Embedded, InvalidRequest, Outcome
-from embedding_proxy.providers.limits import Limits
-from embedding_proxy.proxy import service as service_module
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.providers.profile import Limits
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service import embedding_service as service_module
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 FEW, MANY = 2_048, 4 * 2_048
 WIDTH = 4

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 from embedding_proxy.cache.disk import connection, database, ledger_reader, purge
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
-from embedding_proxy.proxy.embedding import canary
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.proxy.service import drift_check
 from page_map import addresses_on, read_map
 from pages import ROOT
 
@@ -238,7 +237,7 @@ async def test_what_is_answered_at_the_limit_is_on_disk(tmp_path, upstream, star
     async with Store(tmp_path / "cache", 4 * MIB) as store:
         # As after some minutes: there are entries that are always pinned.
         records = dict.fromkeys(_addresses(range(4)), RECORD)
-        assert await store.put_many(records, Partition(canary.NAMESPACE, "s", 1536))
+        assert await store.put_many(records, Partition(drift_check.NAMESPACE, "s", 1536))
     proxy = await start_proxy(openai=upstream, cache=limits)
     batches = [_texts(f"batch {number}") for number in range(20)]
     for number, batch in enumerate(batches):

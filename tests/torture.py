@@ -18,9 +18,8 @@ from contextlib import closing
 from pathlib import Path
 
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Heading, Usage
 
 WRITERS = 2
 SIZE_LIMIT = 1 << 40

@@ -9,9 +9,8 @@ time, so the limits hold for all processes together, and over restarts.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from embedding_proxy.cache.ledger import MAX_HEADINGS, Heading
-from embedding_proxy.cache.row import OTHER, OTHER_NAMESPACE, Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import OTHER, OTHER_NAMESPACE, Partition
+from embedding_proxy.cache.ledger import MAX_HEADINGS, Heading, Usage
 
 from .schema import Sql
 

@@ -8,7 +8,7 @@ counted from zero again. A page whose lines are out of order counts only for wan
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.ledger import Usage
 
 USAGE, USAGE_COPY, LAYOUT_1 = "iisssiiiiiiii", "iiiiiiiiiisss", "iiiiiiii"
 SHAPES = USAGE, USAGE_COPY, LAYOUT_1

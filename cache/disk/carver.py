@@ -22,10 +22,9 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, Self
 
-from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.key import UNKNOWN, Partition, Row
+from embedding_proxy.cache.ledger import Heading, Usage
 from embedding_proxy.cache.record import width
-from embedding_proxy.cache.row import UNKNOWN, Partition, Row
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import current_label
 
 from . import carved_ledger

@@ -5,9 +5,8 @@ from types import MappingProxyType
 from typing import Any
 
 import orjson
-from embedding_proxy.cache.ledger import By, Line
-from embedding_proxy.cache.row import OTHER, OTHER_NAMESPACE
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import OTHER, OTHER_NAMESPACE
+from embedding_proxy.cache.ledger import By, Line, Usage
 
 from .schema import Sql
 

@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.key import Row
+from embedding_proxy.cache.ledger import Heading, Usage
 from embedding_proxy.cache.record import width
-from embedding_proxy.cache.row import Row
-from embedding_proxy.cache.usage import Usage
 
 from . import set_aside
 from .carver import Carver, Report

@@ -30,9 +30,8 @@ from embedding_proxy.cache.disk.read_only import read_ledger
 from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.salvager import Salvager
 from embedding_proxy.cache.disk.writer import Writer
-from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line, Usage
 
 from . import purge
 

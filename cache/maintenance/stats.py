@@ -8,8 +8,8 @@ from typing import NamedTuple
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.disk.schema import Sql
 from embedding_proxy.cache.disk.write_ahead_log import LOG, beside
-from embedding_proxy.cache.row import UNKNOWN, Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import UNKNOWN, Partition
+from embedding_proxy.cache.ledger import Usage
 
 from .short_reads import id_ranges
 

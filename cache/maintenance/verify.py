@@ -20,8 +20,8 @@ from embedding_proxy.cache.disk.database import Database, is_damage
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.disk.schema import Sql
 
+from .archive import RECORD_COLUMNS, is_record
 from .short_reads import LogWatch, Pauses, connect, id_ranges
-from .transfer import RECORD_COLUMNS, is_record
 
 ROWS_A_BATCH = 500
 ENTRIES_A_BATCH = 10_000

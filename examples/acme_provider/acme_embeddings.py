@@ -6,9 +6,8 @@ Install it beside the proxy (`pip install ./examples/acme_provider`), and `kind:
 from typing import ClassVar
 from urllib.parse import quote
 
-from embedding_proxy.providers.http import HttpProvider
-from embedding_proxy.providers.limits import Limits
-from embedding_proxy.providers.profile import Profile
+from embedding_proxy.providers.openai_compatible import HttpProvider
+from embedding_proxy.providers.profile import Limits, Profile
 
 # What differs from OpenAI only in facts is a Profile, and needs no class.
 PLAIN = Profile(

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from embedding_proxy.index.collection_reader import Page, Point, PointId
-from embedding_proxy.index.migrate import Migration, MigrationRefused
 from embedding_proxy.providers import vector
 
-from .embed import Refused
-from .journal import Phase
-from .seen import Snapshot
+from .embedding import Refused
+from .runner import Migration, MigrationRefused
+from .snapshot import Snapshot
+from .state import Phase
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from embedding_proxy.index.collection_reader import Point, PointId
-from embedding_proxy.index.migrate import Pace, Progress, Wanted, decide, oddity
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
 
-from . import collections
-from .collections import Old
-from .embed import Model
-from .points import Points
-from .regime import Decision
+from . import qdrant
+from .embedding import Model
+from .qdrant import Old, Points
+from .runner import Decision, Pace, Progress, Wanted, decide, oddity
 
 CALL_S = 1.0
 """Seconds that a provider is taken to need for one call: nothing is bought to find out."""
@@ -90,7 +88,7 @@ class Survey:
         """Return what migrating a collection means. Raises MigrationRefused, QdrantFailure."""
         model, pace = self._model, self._pace
         decision = decide(old, wanted, model)
-        target = collections.target_name(old.name, model.name, model.dimensions)
+        target = qdrant.target_name(old.name, model.name, model.dimensions)
         found = Plan(
             collection=wanted.collection,
             source=old.name,

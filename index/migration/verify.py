@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 
 from embedding_proxy.index.collection_reader import Point
-from embedding_proxy.index.migrate import Migration
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
 from .copy import Refusals, compare
-from .embed import Refused
-from .seen import Snapshot
+from .embedding import Refused
+from .runner import Migration
+from .snapshot import Snapshot
 
 RECALLED_AMONG = 10
 """A search with a point's own vector must find the point among so many."""

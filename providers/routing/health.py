@@ -20,10 +20,10 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypedDict, TypeVar
 from weakref import WeakValueDictionary
 
-from embedding_proxy.providers.attempts import Attempts
 from embedding_proxy.providers.base import Credential, Input, ProviderError, RateLimited
-from embedding_proxy.providers.credential import MOST_KEYS
+from embedding_proxy.providers.client_credential import MOST_KEYS
 from embedding_proxy.providers.lru_cache import LRUCache
+from embedding_proxy.providers.scheduling.attempts import Attempts
 
 from . import policy
 from .circuit_breaker import CircuitBreaker, Permit, State, Verdict

@@ -19,9 +19,9 @@ from embedding_proxy.providers.base import (
     Space,
     nanodollars,
 )
-from embedding_proxy.providers.batching import batch_size
-from embedding_proxy.providers.batching.calls import assembled
-from embedding_proxy.providers.limits import Limits, limits_of
+from embedding_proxy.providers.profile import Limits, limits_of
+from embedding_proxy.providers.scheduling import batch_size
+from embedding_proxy.providers.scheduling.assembly import assembled
 
 
 class Provider(Protocol):

@@ -1,1 +1,1 @@
-"""From the inputs of many requests to the calls of an upstream."""
+"""Pending inputs, and the batches that buy them."""

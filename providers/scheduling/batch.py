@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from embedding_proxy.providers.attempts import EXTRA_SHARE, Attempt
 from embedding_proxy.providers.base import (
     AuthenticationError,
     ClientKeyRefused,
@@ -20,13 +19,13 @@ from embedding_proxy.providers.base import (
     RateLimited,
     UpstreamTimeout,
 )
-from embedding_proxy.providers.batching.refusal import is_internal_error
 from embedding_proxy.providers.routing import policy
 from embedding_proxy.providers.routing.circuit_breaker import MAX_FAILURES, Verdict
 from embedding_proxy.providers.routing.health import CallPermit, Slots
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import View
 
+from .attempts import EXTRA_SHARE, Attempt
 from .call import Call
 from .pending import (
     FailedAttempt,
@@ -37,6 +36,7 @@ from .pending import (
     min_retries,
     requests_of,
 )
+from .refusal import is_internal_error
 from .search import fail_inputs, give_up, told
 
 log = logging.getLogger("embedding_proxy.router")

@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import (
     Bill,
     Context,
@@ -16,11 +15,15 @@ from embedding_proxy.providers.base import (
     LocalQueueFull,
     ProviderError,
 )
-from embedding_proxy.providers.batching.calls import assembled, rows_of
-from embedding_proxy.providers.batching.twins import exact_tokenizer, find_duplicate_vectors
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.providers.upstream.duplicate_vectors import (
+    exact_tokenizer,
+    find_duplicate_vectors,
+)
 
+from .assembly import assembled, rows_of
+from .attempts import Attempt
 from .pending import (
     FailedAttempt,
     PendingInput,

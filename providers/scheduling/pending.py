@@ -21,10 +21,11 @@ from embedding_proxy.providers.base import (
     ProviderError,
     Space,
 )
-from embedding_proxy.providers.batching.calls import assembled, rows_of
 from embedding_proxy.providers.routing import policy
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
+
+from .assembly import assembled, rows_of
 
 
 class FailedAttempt(NamedTuple):

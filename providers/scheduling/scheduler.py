@@ -13,7 +13,6 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
@@ -24,14 +23,15 @@ from embedding_proxy.providers.base import (
     Refusal,
     Space,
 )
-from embedding_proxy.providers.batching import batch_size
-from embedding_proxy.providers.batching.batch_limits import input_bytes
-from embedding_proxy.providers.limits import Limits, limits_of
+from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.health import Slots
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router, View
 
+from . import batch_size
+from .attempts import Attempt
 from .batch import Batch
+from .batch_limits import input_bytes
 from .pending import FailedAttempt, Halving, PendingInput, PendingRequest, QueueKey
 from .search import fail_inputs, give_up
 

@@ -17,17 +17,17 @@ from embedding_proxy.providers.base import (
     RateLimited,
     ScopedQuotaExceeded,
 )
-from embedding_proxy.providers.batching.refusal import (
+from embedding_proxy.providers.routing import policy
+from embedding_proxy.providers.routing.router import View
+
+from .pending import FailedAttempt, PendingInput, QueueKey, Queues, requests_of
+from .refusal import (
     is_about_a_field,
     is_about_an_input,
     is_about_size,
     is_internal_error,
     named_batch_limit,
 )
-from embedding_proxy.providers.routing import policy
-from embedding_proxy.providers.routing.router import View
-
-from .pending import FailedAttempt, PendingInput, QueueKey, Queues, requests_of
 
 MAX_SEARCHES = 3
 """Bad inputs that are left out of a shared call one by one; then each request goes alone."""

@@ -1,1 +1,1 @@
-"""What stands around the calls: who may come in, what is read, what operators may ask."""
+"""The HTTP server: routes, connections, what a client is told."""

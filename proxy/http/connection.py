@@ -24,10 +24,9 @@ from typing import Protocol, cast
 from aiohttp import StreamReader, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
-from embedding_proxy.proxy.errors import Failure, new_request_id
 
-from .body import MalformedBody
 from .connection_limits import NO_ROOM, ConnectionLimits
+from .errors import Failure, new_request_id
 from .framing import (
     HEAD_END,
     BodyFramer,
@@ -39,6 +38,7 @@ from .framing import (
 )
 from .inner_transport import InnerTransport
 from .pace import SendWatch, Timer, UnreadReplies, reset_unsent
+from .request_body import MalformedBody
 from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")

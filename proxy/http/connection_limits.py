@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from embedding_proxy.providers import descriptors
-from embedding_proxy.proxy.errors import RETRY_SECONDS, Failure
-from embedding_proxy.proxy.settings.schema import Server
+from embedding_proxy.proxy.config.schema import Server
+
+from .errors import RETRY_SECONDS, Failure
 
 log = logging.getLogger("embedding_proxy.connection")
 

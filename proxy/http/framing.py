@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from embedding_proxy.proxy.errors import Failure
+from .errors import Failure
 
 HEAD_END = b"\r\n\r\n"
 _CRLF = b"\r\n"

@@ -9,9 +9,10 @@ import secrets
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from embedding_proxy.providers import hops
-from embedding_proxy.proxy.errors import Failure
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.providers.upstream import hops
+from embedding_proxy.proxy.config.schema import Settings
+
+from .errors import Failure
 
 # Made when the process starts: the workers that it forks have the same.
 _PROCESS_KEY = secrets.token_bytes(16)

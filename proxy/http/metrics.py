@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 
 from aiohttp import web
 from embedding_proxy.cache.ledger import By
-from embedding_proxy.providers.bill import NANO
+from embedding_proxy.providers.billing import NANO
 from embedding_proxy.providers.routing.circuit_breaker import State
-from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 PREFIX = "embedding_proxy_"
 _LEDGER = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE)

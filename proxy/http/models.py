@@ -2,9 +2,10 @@
 
 import orjson
 from aiohttp import web
-from embedding_proxy.proxy.embedding.registry import Model, ModelUnknown
-from embedding_proxy.proxy.onward.passthrough import Passthrough
-from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.model_registry import Model, ModelUnknown
+
+from .passthrough import Passthrough
 
 # OpenAI's objects carry the time a model was made; ours were not made by us.
 _CREATED = 0

@@ -13,11 +13,11 @@ import ipaddress
 from collections.abc import Iterable
 
 from aiohttp import web
-from embedding_proxy.proxy.errors import Failure
-from embedding_proxy.proxy.settings.schema import Server
+from embedding_proxy.proxy.config.schema import Server
 from yarl import URL
 
 from .cors import Cors
+from .errors import Failure
 
 _MAX_SHOWN = 100
 """Characters of a foreign host name that an error repeats."""

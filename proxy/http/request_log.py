@@ -10,7 +10,8 @@ import re
 
 import orjson
 from aiohttp import web
-from embedding_proxy.proxy import errors
+
+from . import errors
 
 log = logging.getLogger("embedding_proxy.requests")
 

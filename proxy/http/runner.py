@@ -14,11 +14,11 @@ from contextlib import suppress
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import HttpProcessingError, RawRequestMessage
-from embedding_proxy.proxy.errors import INTERNAL, Failure, new_request_id
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from .connection import Connection
 from .connection_limits import ConnectionLimits
+from .errors import INTERNAL, Failure, new_request_id
 from .pace import UnreadReplies
 from .request_log import has_own_id
 from .response_cache import ResponseCache

@@ -1,4 +1,8 @@
-"""GET /status: what an operator wants to know of a running proxy, as JSON.
+"""The sums of the ledger as people and scripts read them: plain values, dollars instead of nano.
+
+What operators' tools ask: is the process alive, does it take requests, what does it serve.
+
+GET /status: what an operator wants to know of a running proxy, as JSON.
 
 With several workers, what is told since the start is told by the worker that happens to answer;
 what is told since ever is the store's, and so everyone's.
@@ -6,17 +10,104 @@ what is told since ever is the store's, and so everyone's.
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import orjson
 from aiohttp import web
-from embedding_proxy.cache.ledger import By
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.ledger import By, Usage
+from embedding_proxy.providers.billing import NANO
 from embedding_proxy.providers.routing.retry_budget import MAX_TOKENS
-from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.request import CALLER
 
-from . import sums
+
+def shown(usage: Usage) -> dict[str, Any]:
+    """Return sums by name."""
+    return {
+        "hits": usage.hits,
+        "joins": usage.joins,
+        "misses": usage.misses,
+        "duplicates": usage.duplicates,
+        "tokens_saved": usage.tokens_saved,
+        "tokens_billed": usage.tokens_billed,
+        "hit_rate": round(usage.hit_rate, 4),
+        "usd_saved": usage.nanodollars_saved / NANO,
+        "usd_billed": usage.nanodollars_billed / NANO,
+    }
+
+
+def line(by: Sequence[By], names: Sequence[Any], usage: Usage) -> dict[str, Any]:
+    """Return one line of the ledger, with what it is summed by; a day as a date of UTC.
+
+    >>> line([By.DAY, By.CLIENT], [20_000, "ci"], Usage(hits=1))["day"]
+    '2024-10-04'
+    """
+    told = {column.value: name for column, name in zip(by, names, strict=True)}
+    if By.DAY in by:
+        told["day"] = datetime.fromtimestamp(86_400 * told["day"], UTC).date().isoformat()
+    return {**told, **shown(usage)}
+
+
+LIVE_PATHS = ("/livez", "/healthz", "/health")
+"""Other tools' names for the first lead to the same answer."""
+DESCRIPTION_PATH = "/openapi.json"
+OPEN_PATHS = frozenset({*LIVE_PATHS, "/readyz", DESCRIPTION_PATH})
+"""Answered without a key: probes have none, and the description is that of every installation."""
+ROOT = "/"
+"""Answered without a key, too: whoever opens the address in a browser sends none."""
+
+_PLACES = {
+    "embeddings": "POST /v1/embeddings",
+    "models": "GET /v1/models",
+    "status": "GET /status",
+    "metrics": "GET /metrics",
+    "probes": "GET /livez, GET /readyz",
+    "description": "GET /openapi.json",
+}
+
+
+async def live(_: web.Request) -> web.Response:
+    """Answer 200 as long as the event loop turns."""
+    return web.json_response({"status": "ok"})
+
+
+async def ready(_: web.Request) -> web.Response:
+    """Answer 200: the store was opened before the port was. It never depends on a provider."""
+    return web.json_response({"status": "ok"})
+
+
+async def describe(_: web.Request) -> web.Response:
+    """Answer with the OpenAPI description of the proxy's own routes."""
+    return web.Response(body=description(), content_type="application/json")
+
+
+@cache
+def description() -> bytes:
+    """Return the OpenAPI description: the file `openapi.json` beside this one, as it stands."""
+    return Path(__file__).with_name("openapi.json").read_bytes()
+
+
+async def root(request: web.Request) -> web.Response:
+    """Answer with what this is and where to look, as JSON that people can read.
+
+    The version is for those who may use the proxy: for others it would be a hint at its faults.
+    """
+    caller = request.get(CALLER)
+    content: dict[str, object] = {"name": "embedding-proxy"}
+    if caller is not None:
+        content["version"] = version("embedding-proxy")
+    else:
+        content["key"] = "send one of this proxy's keys as `Authorization: Bearer KEY`"
+    content["base_url"] = "this address, with /v1 appended"
+    content["routes"] = _PLACES
+    body = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    return web.Response(body=body, content_type="application/json", charset="utf-8")
 
 
 class Status:
@@ -79,5 +170,5 @@ def _told(by_model: dict[str, Usage]) -> dict[str, object]:
     total = Usage()
     for usage in by_model.values():
         total = total.plus(usage)
-    models = {model: sums.shown(usage) for model, usage in sorted(by_model.items())}
-    return {**sums.shown(total), "models": models}
+    models = {model: shown(usage) for model, usage in sorted(by_model.items())}
+    return {**shown(total), "models": models}

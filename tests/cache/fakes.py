@@ -5,12 +5,10 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from embedding_proxy.cache.disk.changes import Found
-from embedding_proxy.cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, keyring
-from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, Partition, keyring
+from embedding_proxy.cache.ledger import Heading, Usage
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.row import Partition
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import (
     NORMAL,
     Bill,

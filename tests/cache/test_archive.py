@@ -7,7 +7,7 @@ import struct
 import tracemalloc
 
 import pytest
-from embedding_proxy.cache.key import checksum
+from embedding_proxy.cache.key import Partition, Row, checksum
 from embedding_proxy.cache.maintenance.archive import (
     FORMAT,
     MOST_BYTES,
@@ -17,7 +17,6 @@ from embedding_proxy.cache.maintenance.archive import (
     write,
 )
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition, Row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -12,11 +12,10 @@ from embedding_proxy.cache.disk.changes import Changes, Kept
 from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.disk.purge import Choice
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.maintenance import backup, short_reads, transfer
+from embedding_proxy.cache.key import Partition, Row
+from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.maintenance import archive, backup, short_reads
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition, Row
-from embedding_proxy.cache.usage import Usage
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)
@@ -42,7 +41,7 @@ def database(tmp_path, monkeypatch):
     # Nobody writes during a pause.
     monkeypatch.setattr(short_reads, "ROOM_SECONDS", 0.0)
     with connection.opened(tmp_path / "store", GIB, create=True) as file:
-        list(transfer.put(file, ROWS))
+        list(archive.put(file, ROWS))
         yield file
 
 
@@ -60,7 +59,7 @@ def _restored(target, directory):
     (directory / "v1" / "cache.db").write_bytes(target.read_bytes())
     with connection.opened(directory, GIB) as file:
         assert file.sql("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return list(transfer.rows(file, Choice(), transfer.Read()))
+        return list(archive.rows(file, Choice(), archive.Read()))
 
 
 def test_a_copy_is_a_stores_file(database, target, tmp_path):
@@ -145,7 +144,7 @@ def test_others_write_meanwhile(database, target, tmp_path):
         steps += 1
         if waiting:
             with connection.opened(tmp_path / "store", GIB) as other:
-                list(transfer.put(other, waiting.pop()))
+                list(archive.put(other, waiting.pop()))
                 other.sql("DELETE FROM Cache WHERE rowid = ?", (steps,))
 
     backup.copy(database, target, write)
@@ -230,7 +229,7 @@ def test_what_is_bought_again_meanwhile_is_copied_again(database, target, tmp_pa
 
     def buy_again():
         database.sql("DELETE FROM Cache WHERE key = ?", (digest,))
-        list(transfer.put(database, [new]))
+        list(archive.put(database, [new]))
 
     between += [lambda: None] * 10 + [buy_again]
     backup.copy(database, target, lambda *_: None)
@@ -276,7 +275,7 @@ def test_a_store_that_is_written_faster_than_it_is_copied(database, target, monk
     numbers = iter(range(1_000, 100_000))
 
     def write(*_):
-        list(transfer.put(database, [_row(next(numbers)) for _ in range(25)]))
+        list(archive.put(database, [_row(next(numbers)) for _ in range(25)]))
 
     with pytest.raises(OSError, match="faster than it can be copied"):
         backup.copy(database, target, write)

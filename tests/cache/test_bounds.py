@@ -5,9 +5,8 @@ from embedding_proxy.cache.disk import bounds, ledger_reader
 from embedding_proxy.cache.disk.changes import Changes, Kept
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.ledger import By, Heading
-from embedding_proxy.cache.row import OTHER_NAMESPACE, Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import OTHER_NAMESPACE, Partition
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.providers.base import Space, current_label
 from hypothesis import given
 from hypothesis import strategies as st

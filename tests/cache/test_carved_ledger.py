@@ -2,7 +2,7 @@
 
 import pytest
 from embedding_proxy.cache.disk.carved_ledger import LAYOUT_1, USAGE, USAGE_COPY, CarvedLedger, Page
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.ledger import Usage
 
 A = (20_000, 1, "a", "p", "c")
 B = (20_000, 1, "b", "p", "c")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from embedding_proxy.cache.disk.carver import Report, rows
 from embedding_proxy.cache.disk.pages import MAX_UNREADABLE
+from embedding_proxy.cache.key import Partition, Row
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition, Row
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -10,9 +10,8 @@ from embedding_proxy.cache.disk.changes import Changes, Found, Kept, Use
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import FAILURES, Database
 from embedding_proxy.cache.disk.eviction import TOUCH_MS
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Heading, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

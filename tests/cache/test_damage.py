@@ -19,11 +19,9 @@ from embedding_proxy.cache.disk.salvage import salvage_pending
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.disk.set_aside import SetAside
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.key import FORMAT
-from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.key import FORMAT, Partition
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
 
 from embedding_proxy import cache
 from tests.cache.page_kinds import addresses_on, damaged, overwrite, page_kinds, page_of

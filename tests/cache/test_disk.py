@@ -15,8 +15,7 @@ from embedding_proxy.cache.disk.connection import Disk, StoreError
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.key import FORMAT
-from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.key import FORMAT, Partition
 
 from tests.cache.fakes import settle
 

@@ -11,9 +11,9 @@ from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight, SharedTask
+from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import (
     Account,
     ClientKeyRefused,

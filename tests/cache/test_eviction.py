@@ -11,9 +11,8 @@ from embedding_proxy.cache.disk.changes import Changes, Kept, Use
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Heading, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

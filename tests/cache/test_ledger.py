@@ -10,12 +10,10 @@ from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
-from embedding_proxy.cache.key import Namespace, keyring
-from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.key import Namespace, Partition, keyring
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.row import Partition
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import Account, Bill, Context, Outcome, RateLimited, Space
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, settle, tokens_of

@@ -15,10 +15,9 @@ from embedding_proxy.cache.disk import database
 from embedding_proxy.cache.disk.connection import StoreError, lock_of, opened
 from embedding_proxy.cache.disk.database import Database, LogHeld
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
 
 from embedding_proxy import cache
 

@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 from embedding_proxy.cache import record
 from embedding_proxy.cache.errors import NotCached
+from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import CachePolicy, Context, Embedded, RateLimited
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import random
 import pytest
 from embedding_proxy.cache.errors import name_input
 from embedding_proxy.providers.base import Context, InvalidRequest, Outcome, Refusal, UpstreamError
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

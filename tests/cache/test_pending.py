@@ -1,11 +1,11 @@
 """What waits for the disk: bounded, in order, and no sum is lost or counted twice."""
 
 import pytest
-from embedding_proxy.cache.disk import pending as pending_module
+from embedding_proxy.cache.disk import writer as pending_module
 from embedding_proxy.cache.disk.changes import Changes, Kept, Use
-from embedding_proxy.cache.disk.pending import Pending
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.disk.writer import Pending
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -12,9 +12,9 @@ from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.eviction import TOUCH_MS
 from embedding_proxy.cache.disk.purge import Choice
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import encode
-from embedding_proxy.cache.row import Partition
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers.base import Space
 from hypothesis import given, settings

@@ -15,7 +15,7 @@ from embedding_proxy.cache.disk.connection import Disk
 from embedding_proxy.cache.disk.read_only import SLOW_SECONDS, Glance
 from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.row import Partition
+from embedding_proxy.cache.key import Partition
 from embedding_proxy.providers.backoff import MAX_SECONDS, MIN_SECONDS
 
 GIB = 1 << 30

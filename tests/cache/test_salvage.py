@@ -18,13 +18,11 @@ from embedding_proxy.cache.disk.read_only import DamagedFile
 from embedding_proxy.cache.disk.salvage import salvage_file, salvage_pending
 from embedding_proxy.cache.disk.set_aside import SetAside
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.key import FORMAT, keyring
-from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.key import FORMAT, Partition, keyring
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import Space
 
 from tests.cache.fakes import entries_in

@@ -14,10 +14,9 @@ from embedding_proxy.cache.disk import schema
 from embedding_proxy.cache.disk.database import is_damage
 from embedding_proxy.cache.disk.store import Store, StoreError
 from embedding_proxy.cache.key import FORMAT, keyring
-from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.ledger import Heading, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.providers.base import Space
 
 from tests.cache.fakes import entries_in

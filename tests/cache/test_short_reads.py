@@ -10,11 +10,11 @@ import pytest
 from embedding_proxy.cache.disk import connection
 from embedding_proxy.cache.disk.purge import Choice
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
-from embedding_proxy.cache.maintenance import backup, stats, transfer, verify
+from embedding_proxy.cache.key import Partition, Row
+from embedding_proxy.cache.maintenance import archive, backup, stats, verify
 from embedding_proxy.cache.maintenance.short_reads import LogWatch, id_ranges
 from embedding_proxy.cache.maintenance.verify import Findings
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition, Row
 
 LIMIT = 64 << 20
 """Of the store; its log has a fiftieth."""
@@ -90,7 +90,7 @@ class Writer:
 def database(tmp_path):
     """Give a store of some rows."""
     with connection.opened(tmp_path / "store", LIMIT, create=True) as file:
-        list(transfer.put(file, ROWS))
+        list(archive.put(file, ROWS))
         yield file
 
 
@@ -130,9 +130,9 @@ def test_a_backup_lets_the_log_begin_anew(database, writer, monkeypatch, tmp_pat
 
 def test_an_export_of_few_lets_the_log_begin_anew(database, writer, monkeypatch):
     """Entries that are far from one another are looked for in steps, too."""
-    monkeypatch.setattr(transfer, "ENTRIES_A_RANGE", 50, raising=False)
+    monkeypatch.setattr(archive, "ENTRIES_A_RANGE", 50, raising=False)
     writer.beside(database.cache._con, 1_000)
-    found = list(transfer.rows(database, Choice(namespace="tenant"), transfer.Read()))
+    found = list(archive.rows(database, Choice(namespace="tenant"), archive.Read()))
     database.cache._con.set_progress_handler(None, 0)
     assert found == [row for row in ROWS if row.partition == THERE]
     assert writer.writes > 5

@@ -6,11 +6,10 @@ import time
 import pytest
 from embedding_proxy.cache.disk import connection
 from embedding_proxy.cache.disk.changes import Changes, Kept
-from embedding_proxy.cache.ledger import Heading
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Heading, Usage
 from embedding_proxy.cache.maintenance import stats
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 4)

@@ -19,10 +19,9 @@ from embedding_proxy.cache.disk.changes import Changes, Kept
 from embedding_proxy.cache.disk.database import PAGE_BYTES, RawDisk
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.store import Store, StoreError
-from embedding_proxy.cache.key import FORMAT
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.cache.key import FORMAT, Partition
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 from tests.cache.fakes import settle
 

@@ -8,9 +8,8 @@ import pytest
 from embedding_proxy.cache.disk import database
 from embedding_proxy.cache.disk import store as store_module
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Heading, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

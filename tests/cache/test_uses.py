@@ -1,8 +1,8 @@
 """Which uses are remembered, and which are still to be written."""
 
-from embedding_proxy.cache.disk import pending
+from embedding_proxy.cache.disk import writer
 from embedding_proxy.cache.disk.changes import Use
-from embedding_proxy.cache.disk.pending import Uses
+from embedding_proxy.cache.disk.writer import Uses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +11,7 @@ ADDRESSES = [bytes([i]) for i in range(8)]
 
 def test_those_noted_longest_ago_are_forgotten(monkeypatch):
     """Half of the most are always there, never more than all; what is forgotten is not written."""
-    monkeypatch.setattr(pending, "MAX_USES", 4)
+    monkeypatch.setattr(writer, "MAX_USES", 4)
     uses = Uses()
     for at, address in enumerate(ADDRESSES):
         uses.note([address], Use(at, None))

@@ -11,11 +11,10 @@ from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.disk.database import FILE_NAME
 from embedding_proxy.cache.disk.purge import Choice
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
-from embedding_proxy.cache.key import checksum
-from embedding_proxy.cache.maintenance import transfer, verify
+from embedding_proxy.cache.key import Partition, Row, checksum
+from embedding_proxy.cache.maintenance import archive, verify
 from embedding_proxy.cache.maintenance.verify import Findings
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition, Row
 
 GIB = 1 << 30
 HERE = Partition("", "a/space", 64)
@@ -40,7 +39,7 @@ def store(tmp_path):
         return connection.opened(tmp_path, GIB, create=True)
 
     with opened() as database:
-        list(transfer.put(database, ROWS))
+        list(archive.put(database, ROWS))
     return opened
 
 
@@ -51,7 +50,7 @@ def _scan(database):
 
 
 def _rows(database):
-    return list(transfer.rows(database, Choice(), transfer.Read()))
+    return list(archive.rows(database, Choice(), archive.Read()))
 
 
 def test_a_sound_store_is_sound(store):
@@ -272,7 +271,7 @@ def test_pages_that_cannot_be_read_are_noted_not_raised(tmp_path):
     """Damage below the rows ends the scan, with what SQLite says of it."""
     rows = [_row(i) for i in range(400)]
     with connection.opened(tmp_path, GIB, create=True) as database:
-        list(transfer.put(database, rows))
+        list(archive.put(database, rows))
         path = database.path
     leaf = _pages(path, 0x0D)[-1]
     _overwrite(path, leaf, bytes(PAGE_BYTES))

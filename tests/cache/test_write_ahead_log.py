@@ -13,10 +13,9 @@ import pytest
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.disk.write_ahead_log import Log, check, damage_of
-from embedding_proxy.cache.ledger import By, Heading
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
 
 GIB = 1 << 30
 PARTITION = Partition("", "a/space", 96)

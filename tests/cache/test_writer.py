@@ -5,14 +5,13 @@ import sqlite3
 
 import diskcache
 import pytest
-from embedding_proxy.cache.disk import pending as pending_module
+from embedding_proxy.cache.disk import writer as pending_module
 from embedding_proxy.cache.disk.changes import Kept, Use
 from embedding_proxy.cache.disk.database import FileReplaced
 from embedding_proxy.cache.disk.eviction import StoreFull
 from embedding_proxy.cache.disk.writer import Writer
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.row import Partition
-from embedding_proxy.cache.usage import Usage
+from embedding_proxy.cache.key import Partition
+from embedding_proxy.cache.ledger import Heading, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

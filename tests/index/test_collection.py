@@ -6,7 +6,8 @@ import ssl
 from unittest.mock import Mock
 
 import pytest
-from embedding_proxy.index import connection
+from embedding_proxy.index import client as connection
+from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import (
     CollectionOptions,
     Provenance,
@@ -15,8 +16,7 @@ from embedding_proxy.index.collection import (
     look,
     name_of,
 )
-from embedding_proxy.index.connection import Connection
-from embedding_proxy.index.failures import (
+from embedding_proxy.index.errors import (
     Denied,
     InUse,
     Missing,

@@ -1,13 +1,7 @@
 """What a migration remembers."""
 
 import pytest
-from embedding_proxy.index.migration.journal import (
-    Counts,
-    JournalError,
-    MigrationState,
-    Phase,
-    State,
-)
+from embedding_proxy.index.migration.state import Counts, JournalError, MigrationState, Phase, State
 
 STATE = State(
     place="http://localhost:6333",

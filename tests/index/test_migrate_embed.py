@@ -1,7 +1,7 @@
 """Asking with patience: what passes is waited for, what is one text's fault is told of it alone."""
 
 import pytest
-from embedding_proxy.index.migration.embed import (
+from embedding_proxy.index.migration.embedding import (
     LONGEST_WAIT_S,
     MOST_TRIES,
     Refused,

@@ -5,28 +5,28 @@ import random
 
 import numpy as np
 import pytest
-from embedding_proxy.index.connection import Connection
-from embedding_proxy.index.failures import Missing, OtherSpace, Rejected
-from embedding_proxy.index.migrate import (
+from embedding_proxy.index.client import Connection
+from embedding_proxy.index.errors import Missing, OtherSpace, Rejected
+from embedding_proxy.index.migration import qdrant
+from embedding_proxy.index.migration.copy import copy, follow, prove
+from embedding_proxy.index.migration.cutover import cutover, finalize, rollback
+from embedding_proxy.index.migration.plan import PASSES, Survey
+from embedding_proxy.index.migration.qdrant import Points
+from embedding_proxy.index.migration.runner import (
     Migration,
     MigrationRefused,
     Pace,
+    Regime,
     Wanted,
     begin,
     restart,
     state_for,
 )
-from embedding_proxy.index.migration import collections
-from embedding_proxy.index.migration.copy import copy, follow, prove
-from embedding_proxy.index.migration.journal import MigrationState, Phase
-from embedding_proxy.index.migration.plan import PASSES, Survey
-from embedding_proxy.index.migration.points import Points
-from embedding_proxy.index.migration.regime import Regime
-from embedding_proxy.index.migration.switch import cutover, finalize, rollback
-from embedding_proxy.index.migration.template import Rule
+from embedding_proxy.index.migration.state import MigrationState, Phase
+from embedding_proxy.index.migration.text_template import Rule
 from embedding_proxy.index.migration.verify import verify
 from embedding_proxy.providers.base import InvalidRequest, Space
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
 from fault_server import vector_of
 from qdrant_client import models
 from qdrant_server import QdrantServer, overloaded
@@ -101,7 +101,7 @@ def made(points, tmp_path):
     """Give a function that begins a migration of `docs`."""
 
     async def make(model, *, pace=None, name="docs", **wanted):
-        old = await collections.look(points, name, wanted.get("vector"))
+        old = await qdrant.look(points, name, wanted.get("vector"))
         points.vector_name = old.vector
         asked = Wanted(name, Rule.field("content"), **wanted)
         migration = Migration(
@@ -318,8 +318,8 @@ async def test_named_and_sparse_vectors_are_carried(tmp_path):
         one = models.PointStruct(id=1, vector=vector, payload={"content": "x"})
         await _put(points, one)
         with pytest.raises(Rejected, match="--vector: text, image"):
-            await collections.look(points, "docs")
-        old = await collections.look(points, "docs", "text")
+            await qdrant.look(points, "docs")
+        old = await qdrant.look(points, "docs", "text")
         points.vector_name = old.vector
         wanted = Wanted("docs", Rule.field("content"), vector="text")
         model = FakeModel()
@@ -342,9 +342,9 @@ async def test_what_cannot_be_migrated_is_refused(points):
     params = COSINE.model_copy(update={"multivector_config": many})
     await points.ask(lambda client: client.create_collection("many", params))
     with pytest.raises(Rejected, match="multivector"):
-        await collections.look(points, "many")
+        await qdrant.look(points, "many")
     with pytest.raises(Missing, match="no collection or alias `nothing`"):
-        await collections.look(points, "nothing")
+        await qdrant.look(points, "nothing")
 
 
 async def test_faults_of_qdrant_are_waited_for(server, points, made):
@@ -406,7 +406,7 @@ async def test_another_migration_of_the_same_collection_is_refused(points, made)
     with pytest.raises(MigrationRefused, match=r"under way \(new, 8 numbers"):
         await made(FakeModel(4))
     await restart(points, migration.journal)
-    assert not await collections.exists(points, migration.state.target)
+    assert not await qdrant.exists(points, migration.state.target)
     await made(FakeModel(4))
 
 
@@ -432,7 +432,7 @@ async def test_a_plan_counts_what_is_cached(points):
     survey = Survey(points, model, price=2.0, pace=Pace(page=3))
     plans = []
     for name in ("docs", "more"):
-        old = await collections.look(points, name)
+        old = await qdrant.look(points, name)
         plans.append(await survey.plan(Wanted(name, Rule.field("content")), old, silent))
     first, second = plans
     assert (first.points, first.without_text, first.dead, first.first_dead) == (7, 1, 1, [6])
@@ -461,7 +461,7 @@ async def test_a_plan_tells_how_long_it_takes(points, limits, seconds):
     times = iter(range(100))
     pace = Pace(page=3, ahead=2)
     survey = Survey(points, FakeModel(), 1.0, pace, limits, clock=lambda: next(times))
-    old = await collections.look(points, "docs")
+    old = await qdrant.look(points, "docs")
     plan = await survey.plan(Wanted("docs", Rule.field("content")), old, silent)
     # Two pages, each a second of this clock.
     assert (plan.seconds_buying, plan.seconds_moving) == (seconds, 2 * PASSES)
@@ -482,7 +482,7 @@ async def test_a_spoilt_collection_is_not_switched_to(points, made):
     with pytest.raises(MigrationRefused, match="point 2 of docs__new-8 has another vector"):
         await cutover(migration, SAME, "live", allow_missing=False)
     assert migration.state.phase is Phase.COPIED
-    assert await collections.aliases_of(points, target) == []
+    assert await qdrant.aliases_of(points, target) == []
 
 
 async def test_what_a_search_or_a_count_does_not_find_is_told(points, made, monkeypatch):
@@ -552,12 +552,12 @@ async def test_no_write_is_lost_at_any_moment_of_a_cutover(server, made, points,
 
         for moment in moments:
             await _fill(points, 4)
-            await collections.switch(points, "docs", ["live"])
+            await qdrant.switch(points, "docs", ["live"])
             migration = await made(model, pace=pace)
             await _run(migration)
             meddler = Meddler(points, deed, moment)
             switched = []
-            switch = collections.switch
+            switch = qdrant.switch
 
             async def noted(*arguments, switch=switch, switched=switched, meddler=meddler):
                 switched.append(meddler.calls)
@@ -565,7 +565,7 @@ async def test_no_write_is_lost_at_any_moment_of_a_cutover(server, made, points,
 
             with monkeypatch.context() as patch:
                 patch.setattr(points, "ask", meddler.ask)
-                patch.setattr(collections, "switch", noted)
+                patch.setattr(qdrant, "switch", noted)
                 verdict = await cutover(migration, SAME, None, allow_missing=False)
             assert verdict.late.quiet
             if moment == 0:
@@ -596,7 +596,7 @@ async def test_late_changes_of_what_was_changed_since_stay_as_they_are(server, p
     await _fill(points, 5)
     migration = await made(FakeModel())
     await _run(migration)
-    switch = collections.switch
+    switch = qdrant.switch
 
     async def slow(*arguments):
         await _put(points, *(_struct(number, "late") for number in (1, 2, 6)))
@@ -609,7 +609,7 @@ async def test_late_changes_of_what_was_changed_since_stay_as_they_are(server, p
         await points.delete("live", [2])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collections, "switch", slow)
+        patch.setattr(qdrant, "switch", slow)
         verdict = await cutover(migration, SAME, "live", allow_missing=False)
     found = {one: p["payload"]["content"] for one, p in (await server.points("live")).items()}
     assert found == {1: "newer", 3: "newer", 5: "text 5", 6: "newer"}
@@ -622,14 +622,14 @@ async def test_late_points_without_text_are_dead_letters(server, points, made):
     await _fill(points, 3)
     migration = await made(FakeModel())
     await _run(migration)
-    switch = collections.switch
+    switch = qdrant.switch
 
     async def slow(*arguments):
         await _put(points, _struct(2, ""), _struct(4, ""))
         await switch(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collections, "switch", slow)
+        patch.setattr(qdrant, "switch", slow)
         verdict = await cutover(migration, SAME, "live", allow_missing=False)
     assert set(await _texts(server, "live")) == {1, 3}
     assert (verdict.late.dead, verdict.late.written, migration.state.counts.dead) == (2, 0, 2)
@@ -642,7 +642,7 @@ async def test_late_vectors_are_copied_where_vectors_are(server, points, made):
     model = FakeModel(name="old")
     migration = await made(model, old_space=model.space)
     await _run(migration)
-    switch = collections.switch
+    switch = qdrant.switch
 
     async def slow(*arguments):
         moved = _struct(2)
@@ -651,7 +651,7 @@ async def test_late_vectors_are_copied_where_vectors_are(server, points, made):
         await switch(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collections, "switch", slow)
+        patch.setattr(qdrant, "switch", slow)
         verdict = await cutover(migration, SAME, "live", allow_missing=False)
     assert verdict.late.written == 1
     found = await server.points("live")
@@ -664,7 +664,7 @@ async def test_who_goes_on_writing_by_the_old_name_is_told(points, made):
     migration = await made(FakeModel(), pace=Pace(page=4, sample=1, passes=2))
     await _run(migration)
     model, number = migration.model, 10
-    switch = collections.switch
+    switch = qdrant.switch
 
     async def again():
         nonlocal number
@@ -677,7 +677,7 @@ async def test_who_goes_on_writing_by_the_old_name_is_told(points, made):
         await switch(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collections, "switch", slow)
+        patch.setattr(qdrant, "switch", slow)
         verdict = await cutover(migration, SAME, "live", allow_missing=False)
     assert (verdict.late.written, verdict.late.quiet) == (2, False)
     assert migration.journal.load().phase is Phase.SWITCHED
@@ -696,11 +696,11 @@ async def test_clients_of_the_real_name(points, made):
     with pytest.raises(MigrationRefused, match="--alias docs: there is a collection"):
         await cutover(migration, SAME, "docs", allow_missing=False)
     await cutover(migration, SAME, "live", allow_missing=False)
-    assert await collections.aliases_of(points, target) == ["live"]
+    assert await qdrant.aliases_of(points, target) == ["live"]
     await _put(points, _struct(9), name="live")
     state, only_new = await rollback(points, journal)
     assert only_new == 1
-    assert await collections.aliases_of(points, state.source) == ["live"]
+    assert await qdrant.aliases_of(points, state.source) == ["live"]
     with pytest.raises(MigrationRefused, match="rolled back"):
         await rollback(points, journal)
 
@@ -713,7 +713,7 @@ async def test_clients_of_the_real_name(points, made):
         await made(FakeModel())
     state = await finalize(points, journal, take_name=True)
     assert state.phase is Phase.FINALIZED
-    assert await collections.aliases_of(points, target) == ["docs", "live"]
+    assert await qdrant.aliases_of(points, target) == ["docs", "live"]
     assert await points.count("docs") == 3
     with pytest.raises(MigrationRefused, match="it is finalized"):
         await rollback(points, journal)
@@ -724,7 +724,7 @@ async def test_an_interrupted_cutover_goes_on_without_touching_new_writes(server
     await _fill(points, 3)
     migration = await made(FakeModel())
     await _run(migration)
-    switch = collections.switch
+    switch = qdrant.switch
 
     async def dies(*arguments):
         await _put(points, _struct(4))
@@ -732,7 +732,7 @@ async def test_an_interrupted_cutover_goes_on_without_touching_new_writes(server
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collections, "switch", dies)
+        patch.setattr(qdrant, "switch", dies)
         with pytest.raises(KeyboardInterrupt):
             await cutover(migration, SAME, "live", allow_missing=False)
     assert migration.journal.load().phase is Phase.SWITCHING
@@ -749,7 +749,7 @@ async def test_an_alias_that_was_moved_elsewhere_keeps_the_old_collection(points
     migration = await made(FakeModel())
     await _run(migration)
     await cutover(migration, SAME, "live", allow_missing=False)
-    await collections.switch(points, "docs", ["live"])
+    await qdrant.switch(points, "docs", ["live"])
     with pytest.raises(MigrationRefused, match="were changed since the cutover"):
         await finalize(points, migration.journal)
     assert await points.count("docs") == 3

@@ -5,9 +5,10 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from embedding_proxy.index import outbox_file, outbox_purge
+from embedding_proxy.index import outbox as outbox_purge
+from embedding_proxy.index import outbox_db
 from embedding_proxy.index.outbox import FILE_NAME, Full, Outbox
-from embedding_proxy.index.outbox_file import OutboxFile
+from embedding_proxy.index.outbox_db import OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 
 DOCS = Target("docs", "m", 2)
@@ -268,7 +269,7 @@ def test_a_file_of_the_first_version_is_taken_over(tmp_path):
     """What waits in it is sent, and found by a purge: its namespace stands in its payload."""
     path = tmp_path / FILE_NAME
     with closing(sqlite3.connect(path)) as sql:
-        sql.executescript(outbox_file._LAYOUT + "PRAGMA user_version = 1;")
+        sql.executescript(outbox_db._LAYOUT + "PRAGMA user_version = 1;")
         sql.execute("INSERT INTO target VALUES (1, 'docs', 'm', 2)")
         for number, payload in enumerate((b'{"namespace": "n"}', b"{}")):
             row = (id_bytes(number), 8, 0.0, payload, bytes(8))

@@ -1,7 +1,7 @@
 """Whether vectors are copied, cut or bought."""
 
 import pytest
-from embedding_proxy.index.migration.regime import Regime, RegimeRefused, choose
+from embedding_proxy.index.migration.runner import Regime, RegimeRefused, choose
 from embedding_proxy.providers.base import Space
 
 LARGE = Space("openai/large", 8, matryoshka=True)

@@ -10,8 +10,8 @@ import pytest
 from clock import Clock
 from embedding_proxy.index import indexer as indexer_module
 from embedding_proxy.index import sender
+from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import CollectionOptions
-from embedding_proxy.index.connection import Connection
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.outbox import Full, Outbox
 from embedding_proxy.index.point import Point, Target, id_bytes

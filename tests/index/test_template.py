@@ -1,7 +1,7 @@
 """Which text a point stands for."""
 
 import pytest
-from embedding_proxy.index.migration.template import Rule, TemplateError
+from embedding_proxy.index.migration.text_template import Rule, TemplateError
 
 TICKET = {"title": "T", "description": "D", "tags": ["a", "b"], "meta": {"team": "x", "n": 3}}
 

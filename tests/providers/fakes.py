@@ -3,7 +3,7 @@
 import asyncio
 
 from embedding_proxy.providers.base import Embedded, InvalidRequest, Outcome
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler

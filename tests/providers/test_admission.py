@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 from embedding_proxy.providers.base import Context, DeadlineExceeded, LocalQueueFull
-from embedding_proxy.providers.limits import Limits
-from embedding_proxy.providers.routing.admission import MOST_MODELS, Admission
+from embedding_proxy.providers.profile import Limits
+from embedding_proxy.providers.upstream.rate_limiter import MOST_MODELS, Admission
 
 
 async def _turn(admission, model):

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from embedding_proxy.providers import answer
 from embedding_proxy.providers.base import (
     AuthenticationError,
     Charge,
@@ -27,8 +26,9 @@ from embedding_proxy.providers.base import (
     TransientError,
     UpstreamError,
 )
-from embedding_proxy.providers.error_body import refusal
-from embedding_proxy.providers.ratelimit import MAX_TOLD_WAIT, retry_after
+from embedding_proxy.providers.upstream import response
+from embedding_proxy.providers.upstream.error_reply import refusal
+from embedding_proxy.providers.upstream.rate_limit_headers import MAX_TOLD_WAIT, retry_after
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -66,9 +66,9 @@ def body_of(data: object, **fields: object) -> bytes:
     return json.dumps({"object": "list", "data": data, "model": "m", **fields}).encode()
 
 
-def read(body: bytes, count: int = 2) -> answer.Answer:
+def read(body: bytes, count: int = 2) -> response.Answer:
     """Read a reply to `count` inputs."""
-    return answer.read("acme", SPACE, ["one text"] * count, {}, body)
+    return response.read("acme", SPACE, ["one text"] * count, {}, body)
 
 
 @pytest.mark.parametrize("form", [list, base64_of], ids=["floats", "base64"])
@@ -215,7 +215,7 @@ def test_one_bad_vector_spoils_its_input_alone_and_is_named(embedding, problem):
     assert [*checked.problems] == [1]
     assert re.match(rf"embedding 1: .*{problem}", checked.problems[1])
     assert checked.charge == Charge(7)
-    error = answer.bad_vectors("acme", checked)
+    error = response.bad_vectors("acme", checked)
     assert re.match(rf"acme: embedding 1: .*{problem}", str(error))
     assert (error.index, error.indices) == (1, (1,))
 
@@ -223,7 +223,7 @@ def test_one_bad_vector_spoils_its_input_alone_and_is_named(embedding, problem):
 def test_of_many_bad_vectors_a_few_are_described():
     """The error names all places, describes the first three, and counts the others."""
     data = [item(place, numbers_of(place) if place == 1 else []) for place in range(6)]
-    error = answer.bad_vectors("acme", read(body_of(data), 6))
+    error = response.bad_vectors("acme", read(body_of(data), 6))
     assert (error.index, error.indices) == (0, (0, 2, 3, 4, 5))
     problem = "0 dimensions instead of 3"
     told = "; ".join(f"embedding {place}: {problem}" for place in (0, 2, 3))
@@ -634,7 +634,7 @@ def test_a_length_is_1_where_it_is_promised(scale, good):
     body = body_of([item(0, UNIT), item(1, [scale * number for number in UNIT])])
 
     def checked(*, unit_norm):
-        return answer.read("acme", SPACE, ["a", "a"], {}, body, unit_norm=unit_norm)
+        return response.read("acme", SPACE, ["a", "a"], {}, body, unit_norm=unit_norm)
 
     assert len(checked(unit_norm=False).vectors) == 2
     if good:
@@ -646,11 +646,11 @@ def test_a_length_is_1_where_it_is_promised(scale, good):
 def test_one_vector_for_two_texts_is_neithers():
     """Whose it is nobody knows: both are asked for again, and the third is kept."""
     body = body_of([item(0, numbers_of(0)), item(1, numbers_of(1)), item(2, numbers_of(0))])
-    assert len(answer.read("acme", SPACE, ["a", "b", "A"], {}, body).vectors) == 3
-    checked = answer.read("acme", SPACE, ["a", "b", "c"], {}, body)
+    assert len(response.read("acme", SPACE, ["a", "b", "A"], {}, body).vectors) == 3
+    checked = response.read("acme", SPACE, ["a", "b", "c"], {}, body)
     assert checked.vectors == [packed(numbers_of(1))]
     assert list(checked.places) == [1]
-    error = answer.bad_vectors("acme", checked)
+    error = response.bad_vectors("acme", checked)
     assert str(error) == "acme: embeddings 0 and 2 are one, of different inputs"
     assert (error.index, error.indices) == (0, (0, 2))
 
@@ -659,9 +659,9 @@ def test_one_vector_for_all_texts_is_no_answer():
     """Nothing of it is used, and the places say that each input may be asked for alone."""
     body = body_of([item(place, numbers_of(0)) for place in range(3)])
     with pytest.raises(InvalidAnswer, match="acme: embeddings 0 and 1 are one") as caught:
-        answer.read("acme", SPACE, ["a", "b", "c"], {}, body)
+        response.read("acme", SPACE, ["a", "b", "c"], {}, body)
     assert (caught.value.index, caught.value.indices) == (None, (0, 1, 2))
-    assert len(answer.read("acme", SPACE, ["a"], {}, body_of(items(1))).vectors) == 1
+    assert len(response.read("acme", SPACE, ["a"], {}, body_of(items(1))).vectors) == 1
 
 
 @pytest.mark.parametrize(("told", "model"), [("m", "m"), ("", None), (None, None), (7, None)])
@@ -674,9 +674,9 @@ def test_one_vector_in_any_script_is_neithers_where_the_tokenizer_is_known():
     """Of another model nobody knows whether it reads the script."""
     body = body_of([item(0, numbers_of(0)), item(1, numbers_of(1)), item(2, numbers_of(0))])
     texts = ["猫", "鳥", "狗"]
-    assert len(answer.read("acme", SPACE, texts, {}, body).vectors) == 3
+    assert len(response.read("acme", SPACE, texts, {}, body).vectors) == 3
     exact = replace(SPACE, tokenizer="cl100k_base")
-    assert list(answer.read("acme", exact, texts, {}, body).places) == [1]
+    assert list(response.read("acme", exact, texts, {}, body).places) == [1]
     # A field of the request may have let the model read less.
     cut = replace(exact, parameters=(("truncate_prompt_tokens", b"1"),))
-    assert len(answer.read("acme", cut, texts, {}, body).vectors) == 3
+    assert len(response.read("acme", cut, texts, {}, body).vectors) == 3

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from embedding_proxy.providers.azure import Azure
 from embedding_proxy.providers.base import Context, Space
-from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
+from embedding_proxy.providers.upstream.content_encoding import ACCEPT_ENCODING
+from embedding_proxy.providers.vendors import Azure
 from fault_server import vector_of
 
 SPACE = Space("openai/text-embedding-3-small", 1536, unit_norm=True)

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from embedding_proxy.providers import failures
+from embedding_proxy.providers import errors
 from embedding_proxy.providers.base import (
     InvalidRequest,
     ProviderError,
@@ -143,14 +143,14 @@ def test_a_label_holds_no_value():
 def test_the_tree_that_is_drawn_is_the_tree_that_is_built():
     """Each error stands in the module's docstring under the class it inherits from, and only so."""
     drawn, path = {}, {}
-    for line in failures.__doc__.splitlines():
+    for line in errors.__doc__.splitlines():
         if match := re.match(r"    ([│├└─ ]*)(\w+)(?:  |$)", line):
             depth = len(match[1]) // 4
             path[depth] = match[2]
             drawn[match[2]] = path[depth - 1] if depth else "Exception"
     built = {
         name: kind.__mro__[1].__name__
-        for name, kind in vars(failures).items()
+        for name, kind in vars(errors).items()
         if isinstance(kind, type) and issubclass(kind, Exception)
     }
     assert drawn == built

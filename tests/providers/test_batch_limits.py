@@ -3,13 +3,13 @@
 import asyncio
 
 from embedding_proxy.providers.base import Context, InvalidRequest, Space
-from embedding_proxy.providers.batching.batch_limits import (
+from embedding_proxy.providers.profile import Limits
+from embedding_proxy.providers.scheduling.batch_limits import (
     MAX_MODELS,
     MAX_NAMED_CALLS,
     MAX_SMALL_CALLS,
     BatchLimits,
 )
-from embedding_proxy.providers.limits import Limits
 
 from tests.providers.fakes import Upstream, check, schedule, settle
 

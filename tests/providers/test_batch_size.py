@@ -4,8 +4,8 @@ from itertools import chain
 
 import pytest
 from embedding_proxy.providers.base import Context, Space
-from embedding_proxy.providers.batching import batch_size
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
+from embedding_proxy.providers.scheduling import batch_size
 from hypothesis import given
 from hypothesis import strategies as st
 

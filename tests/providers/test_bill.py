@@ -13,8 +13,8 @@ from embedding_proxy.providers.base import (
     RateLimited,
     Space,
 )
-from embedding_proxy.providers.bill import MOST_NANODOLLARS, nanodollars
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.billing import MOST_NANODOLLARS, nanodollars
+from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler

@@ -1,8 +1,8 @@
 """The catalogue is money and widths: what it says of OpenAI's models, and laws for every entry."""
 
 import pytest
-from embedding_proxy.providers.catalogue import CATALOGUE
-from embedding_proxy.providers.kinds import KINDS, LOCAL
+from embedding_proxy.providers.model_catalog import CATALOGUE
+from embedding_proxy.providers.registry import KINDS, LOCAL
 
 ENTRIES = pytest.mark.parametrize("name", CATALOGUE)
 

@@ -1,8 +1,8 @@
 """A key is taken out of what an upstream said, in a time that grows with the text alone."""
 
 import pytest
-from embedding_proxy.providers.credential import Credential
-from embedding_proxy.providers.redaction import Redactor
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.upstream.redaction import Redactor
 
 KEY = "sk-anne-0123456789"
 MEGABYTE = 1_000_000

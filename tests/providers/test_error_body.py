@@ -15,8 +15,13 @@ from embedding_proxy.providers.base import (
     ScopedQuotaExceeded,
     UpstreamError,
 )
-from embedding_proxy.providers.error_body import MAX_REASON, is_error, parse_reason, refusal
-from embedding_proxy.providers.ratelimit import MAX_TOLD_WAIT
+from embedding_proxy.providers.upstream.error_reply import (
+    MAX_REASON,
+    is_error,
+    parse_reason,
+    refusal,
+)
+from embedding_proxy.providers.upstream.rate_limit_headers import MAX_TOLD_WAIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,7 +241,12 @@ def coded(code: object = None, message: str = "no", **fields: object) -> dict[st
         (403, coded(403, metadata={"reasons": ["violence"], "flagged_input": "a text"}),
          InvalidRequest, 403),
         (200, coded(403, metadata={"flagged_input": "a text"}), InvalidRequest, 403),
-        (403, coded(None, innererror={"code": "ResponsibleAIPolicyViolation"}), InvalidRequest, 403),
+        (
+            403,
+            coded(None, innererror={"code": "ResponsibleAIPolicyViolation"}),
+            InvalidRequest,
+            403,
+        ),
         (400, coded("DataInspectionFailed"), InvalidRequest, 400),
     ],
 )  # fmt: skip

@@ -21,9 +21,8 @@ from embedding_proxy.providers.base import (
     Space,
     UpstreamError,
 )
-from embedding_proxy.providers.http import HttpProvider
-from embedding_proxy.providers.limits import Limits
-from embedding_proxy.providers.profile import Profile
+from embedding_proxy.providers.openai_compatible import HttpProvider
+from embedding_proxy.providers.profile import Limits, Profile
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler

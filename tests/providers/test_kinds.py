@@ -4,13 +4,13 @@ import sys
 from dataclasses import replace
 
 import pytest
-from embedding_proxy.providers import kinds
+from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Context, Space
-from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Profile
 from fault_server import vector_of
 
-ALL = pytest.mark.parametrize("name", kinds.KINDS)
+ALL = pytest.mark.parametrize("name", registry.KINDS)
 SELF_HOSTED = {"ollama", "vllm", "tei", "infinity", "lm_studio", "llama_cpp", "openai_compatible"}
 TELLING_NO_ADDRESS = {"azure", "openai_compatible", "tei", "llama_cpp"}
 
@@ -18,8 +18,8 @@ TELLING_NO_ADDRESS = {"azure", "openai_compatible", "tei", "llama_cpp"}
 @ALL
 def test_a_key_travels_encrypted_and_to_one_place(name):
     """Who needs a key is reached by TLS, and no two kinds share an origin or a key."""
-    one = kinds.KINDS[name].profile
-    others = [kind.profile for other, kind in kinds.KINDS.items() if other != name]
+    one = registry.KINDS[name].profile
+    others = [kind.profile for other, kind in registry.KINDS.items() if other != name]
     assert (one.api_key_env is None) is (name in SELF_HOSTED)
     assert (one.base_url is None) is (name in TELLING_NO_ADDRESS)
     if one.api_key_env is not None:
@@ -32,7 +32,7 @@ def test_a_key_travels_encrypted_and_to_one_place(name):
 
 def test_ids_go_only_where_they_are_understood():
     """Token arrays are cl100k ids, so nobody but OpenAI, Azure and OpenRouter gets them."""
-    takers = {name for name, kind in kinds.KINDS.items() if kind.profile.accepts_tokens}
+    takers = {name for name, kind in registry.KINDS.items() if kind.profile.accepts_tokens}
     assert takers == {"openai", "azure", "openrouter"}
 
 
@@ -50,14 +50,14 @@ def test_ids_go_only_where_they_are_understood():
 )
 def test_known_limits_are_declared(name, fields):
     """What a vendor publishes of a call's size stands in its profile."""
-    limits = kinds.find(name).profile.limits
+    limits = registry.find(name).profile.limits
     assert {field: getattr(limits, field) for field in fields} == fields
 
 
 @ALL
 def test_late_chunking_is_nobodys_field(name):
     """A field that mixes the inputs of a call is never on a list of known ones."""
-    known = kinds.KINDS[name].profile.extra_fields
+    known = registry.KINDS[name].profile.extra_fields
     assert known is None or "late_chunking" not in known
 
 
@@ -65,7 +65,7 @@ def test_late_chunking_is_nobodys_field(name):
 async def test_what_each_kind_sends_is_what_it_declares(name, upstream):
     """Each kind is asked in its own form: format, user and width as declared, and nothing else."""
     upstream.widths["m"] = 8
-    kind = kinds.KINDS[name]
+    kind = registry.KINDS[name]
     profile = replace(kind.profile, base_url=upstream.url)
     space = Space("s", 8, dimensions_sent=True)
     async with kind.adapter("mine", profile, api_key="made-up", sleep=None) as provider:
@@ -85,9 +85,9 @@ async def test_what_each_kind_sends_is_what_it_declares(name, upstream):
 
 def test_an_unknown_kind_names_the_known_ones():
     """A name that is no kind's is answered with those that are, and not repeated."""
-    with pytest.raises(kinds.UnknownKind) as caught:
-        kinds.find("opnai")
-    assert all(name in str(caught.value) for name in [*kinds.KINDS, "local"])
+    with pytest.raises(registry.UnknownKind) as caught:
+        registry.find("opnai")
+    assert all(name in str(caught.value) for name in [*registry.KINDS, "local"])
     assert "opnai" not in str(caught.value)
 
 
@@ -117,7 +117,7 @@ def installed(tmp_path, monkeypatch):
         info = tmp_path / "acme-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
-        lines = [f"[{kinds.GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
+        lines = [f"[{registry.GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
         (info / "entry_points.txt").write_text("\n".join(lines))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "acme_kinds", raising=False)
@@ -128,14 +128,14 @@ def installed(tmp_path, monkeypatch):
 def test_a_package_may_bring_a_profile(installed):
     """An entry point that leads to data alone is a kind that speaks plain OpenAI."""
     installed(acme="acme_kinds:data")
-    kind = kinds.find("acme")
+    kind = registry.find("acme")
     assert (kind.profile.base_url, kind.adapter) == ("http://h/v1", HttpProvider)
 
 
 async def test_a_package_may_bring_an_adapter(installed, upstream):
     """An entry point that leads to a class is used as ours are."""
     installed(acme="acme_kinds:Own")
-    kind = kinds.find("acme")
+    kind = registry.find("acme")
     profile = replace(kind.profile, base_url=upstream.url)
     async with kind.adapter("acme", profile) as provider:
         got = await provider.ask("m", Space("s", 1536), ["a"], Context())
@@ -155,14 +155,14 @@ async def test_a_package_may_bring_an_adapter(installed, upstream):
 def test_a_package_that_brings_something_else_is_named(leads_to, problem, installed):
     """A broken entry point is told as what it is, before any request."""
     installed(acme=leads_to)
-    with pytest.raises(kinds.UnknownKind, match=problem):
-        kinds.find("acme")
+    with pytest.raises(registry.UnknownKind, match=problem):
+        registry.find("acme")
 
 
 def test_a_package_cannot_take_the_place_of_ours(installed):
     """A built-in kind is what it was, whatever is installed, and its key stays with it."""
     installed(openai="acme_kinds:Own")
-    assert kinds.find("openai").profile.base_url == "https://api.openai.com/v1"
+    assert registry.find("openai").profile.base_url == "https://api.openai.com/v1"
 
 
 def test_a_profile_without_an_address_makes_no_provider():

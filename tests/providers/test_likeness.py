@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from embedding_proxy.providers.likeness import cosines, nearest, overlap, percentile, recall
+from embedding_proxy.providers.similarity import cosines, nearest, overlap, percentile, recall
 
 
 def _vectors(*rows):

@@ -16,8 +16,8 @@ from embedding_proxy.providers.base import (
     Unreachable,
     UpstreamError,
 )
-from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
-from embedding_proxy.providers.openai import OpenAI
+from embedding_proxy.providers.upstream.content_encoding import ACCEPT_ENCODING
+from embedding_proxy.providers.vendors import OpenAI
 from fault_server import vector_of
 
 URL = "https://api.openai.com/v1/embeddings"

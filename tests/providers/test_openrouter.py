@@ -16,8 +16,8 @@ from embedding_proxy.providers.base import (
     Space,
     UpstreamError,
 )
-from embedding_proxy.providers.content_encoding import ACCEPT_ENCODING
-from embedding_proxy.providers.openrouter import OpenRouter
+from embedding_proxy.providers.upstream.content_encoding import ACCEPT_ENCODING
+from embedding_proxy.providers.vendors import OpenRouter
 from fault_server import vector_of
 
 URL = "https://openrouter.ai/api/v1/embeddings"

@@ -13,7 +13,7 @@ from embedding_proxy.providers.base import (
     Space,
     UpstreamError,
 )
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.router import Route, Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler

@@ -3,7 +3,7 @@
 import numpy as np
 from clock import Clock
 from embedding_proxy.providers.base import Context, Embedded, Space, UpstreamError
-from embedding_proxy.providers.probe import SAME, TEXTS, agreement, probe
+from embedding_proxy.providers.route_check import SAME, TEXTS, agreement, probe
 from embedding_proxy.providers.routing.route import Route
 
 SPACE = Space("vendor/model", 4)

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from embedding_proxy.providers.ratelimit import (
+from embedding_proxy.providers.upstream.rate_limit_headers import (
     MAX_TOLD_WAIT,
     MAX_WAIT,
     allowance,

@@ -2,7 +2,7 @@
 
 import pytest
 from embedding_proxy.providers.base import InvalidRequest, RateLimited
-from embedding_proxy.providers.batching.refusal import is_about_an_input, is_about_size
+from embedding_proxy.providers.scheduling.refusal import is_about_an_input, is_about_size
 
 
 @pytest.mark.parametrize(

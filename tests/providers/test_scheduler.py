@@ -14,10 +14,10 @@ from embedding_proxy.providers.base import (
     RateLimited,
     Space,
 )
-from embedding_proxy.providers.batching.batch_size import MIN_INPUTS as LEAST
-from embedding_proxy.providers.batching.calls import assembled
-from embedding_proxy.providers.limits import Limits, limits_of
+from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.scheduling.assembly import assembled
+from embedding_proxy.providers.scheduling.batch_size import MIN_INPUTS as LEAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

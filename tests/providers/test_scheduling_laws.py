@@ -14,8 +14,8 @@ from embedding_proxy.providers.base import (
     Space,
     UpstreamError,
 )
-from embedding_proxy.providers.batching.calls import rows_of
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
+from embedding_proxy.providers.scheduling.assembly import rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

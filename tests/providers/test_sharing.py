@@ -12,7 +12,7 @@ from embedding_proxy.providers.base import (
     Space,
     UpstreamError,
 )
-from embedding_proxy.providers.limits import Limits
+from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.scheduling import scheduler
 from embedding_proxy.providers.scheduling.search import MAX_SEARCHES
 from hypothesis import given, settings

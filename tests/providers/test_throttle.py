@@ -5,8 +5,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 from embedding_proxy.providers.base import LocalQueueFull, RateLimited
-from embedding_proxy.providers.ratelimit import MAX_WAIT
-from embedding_proxy.providers.routing.throttle import (
+from embedding_proxy.providers.upstream.rate_limit_headers import MAX_WAIT
+from embedding_proxy.providers.upstream.rate_limiter import (
     LONGEST_HOLD,
     LONGEST_PAUSE,
     Bucket,

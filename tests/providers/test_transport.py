@@ -10,7 +10,6 @@ import zlib
 
 import pytest
 from aiohttp import web
-from embedding_proxy.providers import content_encoding
 from embedding_proxy.providers.base import (
     Context,
     DeadlineExceeded,
@@ -20,9 +19,10 @@ from embedding_proxy.providers.base import (
     UpstreamError,
     UpstreamTimeout,
 )
-from embedding_proxy.providers.limits import Timeouts
+from embedding_proxy.providers.profile import Timeouts
 from embedding_proxy.providers.routing.policy import rule
-from embedding_proxy.providers.transport import Transport
+from embedding_proxy.providers.upstream import content_encoding
+from embedding_proxy.providers.upstream.transport import Transport
 from fault_server import FaultServer, cut, reset, stale, status
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,7 +1,7 @@
 """One vector for two inputs: a fault where the inputs differ in what every model reads."""
 
 import pytest
-from embedding_proxy.providers.batching.twins import find_duplicate_vectors
+from embedding_proxy.providers.upstream.duplicate_vectors import find_duplicate_vectors
 from hypothesis import given
 from hypothesis import strategies as st
 

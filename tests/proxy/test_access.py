@@ -3,9 +3,9 @@
 import hashlib
 
 import pytest
-from embedding_proxy.proxy.http.access import Authenticator
-from embedding_proxy.proxy.http.caller import Client
-from embedding_proxy.proxy.settings.schema import ClientKey
+from embedding_proxy.proxy.config.schema import ClientKey
+from embedding_proxy.proxy.http.auth import Authenticator
+from embedding_proxy.proxy.service.request import Client
 
 FIRST = ClientKey(key="first-key", name="the first")
 SECOND = ClientKey(key="zweiter-schlüssel", namespace="team")

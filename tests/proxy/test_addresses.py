@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from embedding_proxy.proxy.config import ConfigError, load
-from embedding_proxy.proxy.settings.addresses import base_url
+from embedding_proxy.proxy.config.addresses import base_url
+from embedding_proxy.proxy.config.loader import ConfigError, load
 from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL

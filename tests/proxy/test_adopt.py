@@ -11,7 +11,7 @@ from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.maintenance.import_source import Pair, Refused
 from embedding_proxy.providers.base import Embedded, ProviderError, Space
 from embedding_proxy.providers.vector import from_numbers
-from embedding_proxy.proxy.commands.adopt import Importer, SampleDiffers
+from embedding_proxy.proxy.cli.cache_import import Importer, SampleDiffers
 
 SPACE = Space("a/space", 4, tokenizer="cl100k_base")
 RING = keyring(SPACE, Namespace("tenant"))

@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 from aiohttp import web
-from embedding_proxy.proxy.http.guard import _unrouted
+from embedding_proxy.proxy.http.middleware import _unrouted
 from fault_server import status
 
 SMALL = "text-embedding-3-small"
@@ -552,7 +552,7 @@ async def test_a_failure_amid_a_reply_cuts_the_connection(upstream, start_proxy,
         yield b'{"object":"list"'
         raise RuntimeError("in the midst")
 
-    monkeypatch.setattr("embedding_proxy.proxy.wire.render", breaks)
+    monkeypatch.setattr("embedding_proxy.proxy.http.openai_format.render", breaks)
     with pytest.raises(aiohttp.ClientPayloadError):
         await proxy.post(body)
 

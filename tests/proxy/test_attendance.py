@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 from embedding_proxy.proxy.http.connection import Connection
+from embedding_proxy.proxy.http.idle_timeout import ClientLeft, IdleTimeout, Stalled
 from embedding_proxy.proxy.http.runner import CONNECTION
-from embedding_proxy.proxy.onward.attendance import ClientLeft, IdleTimeout, Stalled
 
 
 @pytest.fixture

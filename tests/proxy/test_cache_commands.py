@@ -21,19 +21,18 @@ from command import Done
 from embedding_proxy.cache.disk import bounds, connection, database, purge, set_aside
 from embedding_proxy.cache.disk.changes import Changes, Kept
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
-from embedding_proxy.cache.key import Namespace, keyring
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.maintenance import archive, backup, short_reads, transfer, verify
+from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, Partition, Row, keyring
+from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.maintenance import archive, backup, short_reads, verify
+from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import OTHER_NAMESPACE, Partition, Row
-from embedding_proxy.cache.usage import Usage
-from embedding_proxy.index import outbox_purge
+from embedding_proxy.index import outbox as outbox_purge
 from embedding_proxy.index.outbox import Outbox
-from embedding_proxy.index.outbox_file import FILE_NAME, OutboxFile
+from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.bill import NANO
-from embedding_proxy.proxy import cli
+from embedding_proxy.providers.billing import NANO
+from embedding_proxy.proxy.cli import main
 from fault_server import vector_of
 
 ROOT = Path(__file__).parents[2]
@@ -524,7 +523,7 @@ async def test_a_purge_tells_what_the_entries_cost(run, start_proxy, upstream, f
 )
 def test_a_purge_asks_on_a_terminal(says, *, code, left, run, mixed, monkeypatch):
     """The question has entries, size and value; anything but yes deletes nothing."""
-    monkeypatch.setattr("embedding_proxy.proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.output.has_terminal", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO(says))
     done = run("purge", "--all", "--json", sure=False)
     assert "Delete 8 entries, 2.9 kB, of unknown value for good?" in done.err
@@ -534,7 +533,7 @@ def test_a_purge_asks_on_a_terminal(says, *, code, left, run, mixed, monkeypatch
 
 def test_where_there_is_nothing_to_delete_nothing_is_asked(run, mixed, monkeypatch):
     """A purge of nothing ends well."""
-    monkeypatch.setattr("embedding_proxy.proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.output.has_terminal", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert run("purge", "--older-than", "41d", sure=False).code == 0
 
@@ -728,7 +727,7 @@ def test_a_backup_that_ends_early_leaves_nothing(error, *, code, run, fill, tmp_
         assert not (folder / "b.db").exists()
         raise error or KeyboardInterrupt
 
-    monkeypatch.setattr("embedding_proxy.proxy.commands.common._lines", lambda *_: end)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.output._lines", lambda *_: end)
     done = run("backup", str(folder / "b.db"))
     assert (done.code, done.out) == (code, "")
     assert "Traceback" not in done.err
@@ -1084,7 +1083,7 @@ def test_every_command_says_which_store_it_works_on(fill, tmp_path, monkeypatch,
         words = ["embedding-proxy", "cache", *words, "--config", "config.yaml"]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
         assert not caught.value.code, words
         out, err = capsys.readouterr()
         assert err.count(f"store: {tmp_path / 'cache'}\n") == 1, words

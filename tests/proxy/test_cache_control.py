@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 from embedding_proxy.providers.base import NORMAL, CachePolicy
-from embedding_proxy.proxy.http.cache_control import (
+from embedding_proxy.proxy.service.request import (
     MEANING,
     CacheControl,
     Mode,

@@ -20,13 +20,13 @@ import pytest
 from command import STORE
 from embedding_proxy.cache.disk import connection
 from embedding_proxy.cache.disk.purge import Choice
-from embedding_proxy.cache.key import Namespace, checksum, keyring
-from embedding_proxy.cache.maintenance import archive, transfer
+from embedding_proxy.cache.key import Namespace, Row, checksum, keyring
+from embedding_proxy.cache.maintenance import archive
+from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.record import Entry, decode, encode
-from embedding_proxy.cache.row import Row
 from embedding_proxy.providers.base import Space
-from embedding_proxy.proxy import cli
-from embedding_proxy.proxy.sources.langchain import _uuid
+from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.importers.langchain import _uuid
 from fault_server import status, vector_of
 from pyarrow import parquet
 from qdrant_client import QdrantClient
@@ -87,7 +87,7 @@ def run(tmp_path, monkeypatch, capsysbinary):
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
         out, err = capsysbinary.readouterr()
         return Done(caught.value.code or 0, out, STORE.sub("", err.decode()))
 
@@ -697,7 +697,7 @@ def test_an_interrupted_import_keeps_whole_batches(run, held, tmp_path, monkeypa
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("embedding_proxy.proxy.commands.common._lines", lambda *_: interrupt)
+        patched.setattr("embedding_proxy.proxy.cli.output._lines", lambda *_: interrupt)
         done = run("import", tmp_path / "a.emba")
     assert (done.code, done.raw) == (130, b"")
     assert "Traceback" not in done.err
@@ -708,7 +708,7 @@ def test_an_interrupted_import_keeps_whole_batches(run, held, tmp_path, monkeypa
 
 def test_progress_of_a_long_work_is_told_on_stderr(run, fill, tmp_path, monkeypatch):
     """Without a terminal lines say how far it is; standard output stays JSON alone."""
-    monkeypatch.setattr("embedding_proxy.proxy.commands.common.LINE_SECONDS", -1.0)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.output.LINE_SECONDS", -1.0)
     fill(*ROWS)
     done = run("export", tmp_path / "a.emba", "--json")
     assert (done.json["entries"], done.err.splitlines()[-1]) == (40, "exporting: 100%")

@@ -10,18 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 from command import Done
+from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure
-from embedding_proxy.index.connection import Connection
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.openai import OpenAI
-from embedding_proxy.providers.probe import TEXTS, Probe
+from embedding_proxy.providers.route_check import TEXTS, Probe
 from embedding_proxy.providers.routing.route import Route
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.settings.schema import Settings
-from embedding_proxy.proxy.trials import checkup
-from embedding_proxy.proxy.trials.choice import ModelSelection, choose
-from embedding_proxy.proxy.trials.finding import RouteResult
+from embedding_proxy.providers.vendors import OpenAI
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.diagnostics import check as checkup
+from embedding_proxy.proxy.diagnostics.routes import ModelSelection, RouteResult, choose
 from fault_server import hang, status
 from qdrant_server import QdrantServer
 

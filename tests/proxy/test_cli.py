@@ -19,11 +19,11 @@ import pytest
 import typer
 from aiohttp import web
 from embedding_proxy.cache.disk.store import StoreError
-from embedding_proxy.proxy import cli
-from embedding_proxy.proxy.demo import DemoFailed
-from embedding_proxy.proxy.http.cache_control import MEANING
-from embedding_proxy.proxy.imports import importing
-from embedding_proxy.proxy.server import PortUnavailable
+from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.cli.demo import DemoFailed
+from embedding_proxy.proxy.cli.imports import importing
+from embedding_proxy.proxy.http.server import PortUnavailable
+from embedding_proxy.proxy.service.request import MEANING
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "embedding_proxy", "serve"]
@@ -185,7 +185,7 @@ def run(monkeypatch, capsys):
     def run_command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["embedding-proxy", *arguments])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
         return caught.value.code or 0, *capsys.readouterr()
 
     return run_command
@@ -245,9 +245,9 @@ def serving(monkeypatch):
             announce()
             return outcome
 
-        monkeypatch.setattr("embedding_proxy.proxy.server.serve", serve)
-        monkeypatch.setattr("embedding_proxy.proxy.server.listen", contextlib.nullcontext)
-        monkeypatch.setattr("embedding_proxy.proxy.server.base_url", lambda _: "http://h:1/v1")
+        monkeypatch.setattr("embedding_proxy.proxy.http.server.serve", serve)
+        monkeypatch.setattr("embedding_proxy.proxy.http.server.listen", contextlib.nullcontext)
+        monkeypatch.setattr("embedding_proxy.proxy.http.server.base_url", lambda _: "http://h:1/v1")
         return noted
 
     return end_with
@@ -290,10 +290,10 @@ def test_a_mode_that_is_not_the_usual_one_is_said(mode, run, serving, tmp_path, 
 
 
 LATER = {
-    "embedding_proxy.index.migrate",
+    "embedding_proxy.index.migration.runner",
     "numpy.testing",
-    "embedding_proxy.proxy.commands.migrate",
-    "embedding_proxy.proxy.trials",
+    "embedding_proxy.proxy.cli.migrate",
+    "embedding_proxy.proxy.diagnostics",
 }
 LATER |= {"openai", "qdrant_client", "redis", "rich", "wordllama"}
 """What takes long to import, and a proxy that has nothing to do with it does without."""
@@ -332,7 +332,7 @@ def test_it_is_ready_soon(tmp_path):
     what += " len(os.listdir('/proc/self/task')) - threading.active_count(),"
     what += " os.environ['PYDANTIC_DISABLE_PLUGINS']"
     *modules, collects, frozen, others, plugins = _told_when_ready(tmp_path, what)
-    assert "embedding_proxy.proxy.service" in modules
+    assert "embedding_proxy.proxy.service.embedding_service" in modules
     assert not LATER & set(modules)
     assert (collects, frozen, others, plugins) == ("True", "True", "0", "__all__")
 
@@ -352,7 +352,7 @@ def test_it_runs_with_and_without_uvloop(module, monkeypatch):
     async def loop_module() -> str:
         return type(asyncio.get_running_loop()).__module__.partition(".")[0]
 
-    assert cli._run(loop_module()) == ("asyncio" if module == "uvloop" else "uvloop")
+    assert main._run(loop_module()) == ("asyncio" if module == "uvloop" else "uvloop")
 
 
 HEAVY = {
@@ -393,7 +393,7 @@ finally:
         check=True,
     )
     modules = set(done.stderr.split())
-    assert "embedding_proxy.proxy.cli" in modules
+    assert "embedding_proxy.proxy.cli.main" in modules
     assert not HEAVY & modules
     assert len(modules) < MAX_MODULES
 
@@ -401,7 +401,7 @@ finally:
 def test_help_has_the_first_sentence_of_each_command():
     """What `--help` tells without importing a command is what its docstring begins with."""
     seen = 0
-    root = typer.main.get_command(cli.app)
+    root = typer.main.get_command(main.app)
     for lazy in (root, *(root.commands[name] for name in ("cache", "migrate", "config"))):
         for name, place in lazy.places.items():
             if name not in lazy.commands:
@@ -415,14 +415,14 @@ def test_help_has_the_first_sentence_of_each_command():
 
 
 INTERRUPTED = {
-    "version": (["--version"], ["embedding_proxy.proxy.cli", "typer", "importlib.metadata"]),
+    "version": (["--version"], ["embedding_proxy.proxy.cli.main", "typer", "importlib.metadata"]),
     "stats": (
         ["cache", "stats"],
-        ["numpy", "aiohttp", "diskcache", "embedding_proxy.proxy.commands.stats"],
+        ["numpy", "aiohttp", "diskcache", "embedding_proxy.proxy.cli.cache"],
     ),
     "serve": (
         ["serve", "--port", "0"],
-        ["pydantic", "yaml", "embedding_proxy.proxy.server", "uvloop"],
+        ["pydantic", "yaml", "embedding_proxy.proxy.http.server", "uvloop"],
     ),
     "demo": (["demo"], ["openai", "rich.table"]),
 }
@@ -502,19 +502,19 @@ def _raised(error: BaseException):
 
 def test_the_demo_succeeds_quietly(run, monkeypatch):
     """A demo that shows what it promises is code 0."""
-    monkeypatch.setattr("embedding_proxy.proxy.demo.run", lambda: None)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.demo.run", lambda: None)
     assert run("demo") == (0, "", "")
 
 
 def test_a_demo_that_fails_is_exit_code_1(run, monkeypatch):
     """A demo that does not show what it promises says what is missing."""
-    monkeypatch.setattr("embedding_proxy.proxy.demo.run", _raised(DemoFailed("no hits")))
+    monkeypatch.setattr("embedding_proxy.proxy.cli.demo.run", _raised(DemoFailed("no hits")))
     assert run("demo") == (1, "", "embedding-proxy: demo: no hits\n")
 
 
 def test_an_interrupted_demo_is_exit_code_130(run, monkeypatch):
     """Ctrl-C is code 130, without a traceback."""
-    monkeypatch.setattr("embedding_proxy.proxy.demo.run", _raised(KeyboardInterrupt()))
+    monkeypatch.setattr("embedding_proxy.proxy.cli.demo.run", _raised(KeyboardInterrupt()))
     code, out, err = run("demo")
     assert code == 130
     assert "Traceback" not in out + err
@@ -522,7 +522,7 @@ def test_an_interrupted_demo_is_exit_code_130(run, monkeypatch):
 
 def test_a_demo_without_its_extra_says_how_to_install_it(run, monkeypatch):
     """Without the demo's packages the command says which extra brings them."""
-    monkeypatch.delitem(sys.modules, "embedding_proxy.proxy.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "embedding_proxy.proxy.cli.demo", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     code, _, err = run("demo")
     assert code == 1

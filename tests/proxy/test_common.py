@@ -9,12 +9,11 @@ from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import SourceError
 from embedding_proxy.providers.base import NoRoute
-from embedding_proxy.proxy import formatting
-from embedding_proxy.proxy.commands import common, spans
-from embedding_proxy.proxy.commands.common import WorkFailed
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.server import PortUnavailable
-from embedding_proxy.proxy.workers import WorkerFailed
+from embedding_proxy.proxy.cli import formatting, output
+from embedding_proxy.proxy.cli.output import WorkFailed
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.http.server import PortUnavailable
+from embedding_proxy.proxy.http.workers import WorkerFailed
 
 FAILURES = [
     (ConfigError, 2),
@@ -30,7 +29,7 @@ FAILURES = [
 @pytest.mark.parametrize(("kind", "code"), FAILURES)
 def test_what_is_foreseeable_is_one_line_and_a_code(kind, code, capsys):
     """Wrong configuration is code 2, all other failures 1; signs in a message are only signs."""
-    with pytest.raises(SystemExit) as caught, common.one_line():
+    with pytest.raises(SystemExit) as caught, output.one_line():
         raise kind("100% of {this} [red]failed[/red] ü")
     assert caught.value.code == code
     assert capsys.readouterr() == (
@@ -42,7 +41,7 @@ def test_what_is_foreseeable_is_one_line_and_a_code(kind, code, capsys):
 @pytest.mark.parametrize(("ended", "code", "lines"), [(2, 2, 0), (1, 1, 0), (-9, 1, 1)])
 def test_a_worker_that_has_said_why_needs_no_second_line(ended, code, lines, capsys):
     """The start ends as the worker did, and tells of one that could say nothing."""
-    with pytest.raises(SystemExit) as caught, common.one_line():
+    with pytest.raises(SystemExit) as caught, output.one_line():
         raise WorkerFailed(ended)
     assert caught.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == lines
@@ -50,16 +49,16 @@ def test_a_worker_that_has_said_why_needs_no_second_line(ended, code, lines, cap
 
 def test_a_mistake_of_ours_is_not_hidden():
     """What nobody foresaw is raised as it is; what succeeds ends nothing."""
-    with pytest.raises(LookupError), common.one_line():
+    with pytest.raises(LookupError), output.one_line():
         raise LookupError
-    with common.one_line():
+    with output.one_line():
         pass
 
 
 def test_json_is_all_that_is_printed(capsys):
     """One value, valid, in UTF-8, and on standard output only."""
     value = {"a": [1, 2.5, None, True], "ü %s": "☃ \n \x1b"}
-    common.print_json(value)
+    output.print_json(value)
     out, err = capsys.readouterr()
     assert (orjson.loads(out), err) == (value, "")
     assert out.endswith("\n")
@@ -76,7 +75,7 @@ class _Clock:
 def clock(monkeypatch):
     """Give a clock that goes only when it is told."""
     clock = _Clock()
-    monkeypatch.setattr(common, "time", clock)
+    monkeypatch.setattr(output, "time", clock)
     return clock
 
 
@@ -90,7 +89,7 @@ def clock(monkeypatch):
 )
 def test_without_a_terminal_progress_is_a_line_now_and_then(total, lines, clock, capsys):
     """Nothing at first, then a line every five seconds, to stderr; never more than all."""
-    with common.progress("working", total) as tell:
+    with output.progress("working", total) as tell:
         for done, later in ((10, 4.9), (1000, 0.1), (1001, 0), (2000, 4.9), (9000, 0.1), (9001, 1)):
             clock.now += later
             tell(done)
@@ -109,7 +108,7 @@ def test_on_a_terminal_progress_is_a_bar_that_goes_away(total, monkeypatch, caps
     monkeypatch.delenv("NO_COLOR", raising=False)
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    with common.progress("copying [bold]", total) as tell:
+    with output.progress("copying [bold]", total) as tell:
         tell(3)
         tell(20)
     assert "copying" in terminal.getvalue()
@@ -148,9 +147,9 @@ def test_spans_for_people(seconds, text):
 )
 def test_spans_are_read(text, seconds):
     """Each unit is worth what it says, and blanks around the number do no harm."""
-    assert spans.seconds(text, "--o") == seconds
-    assert spans.before(1e9, text, "--o") == 1e9 - seconds
-    assert spans.before(1e9, None, "--o") is None
+    assert output.seconds(text, "--o") == seconds
+    assert output.before(1e9, text, "--o") == 1e9 - seconds
+    assert output.before(1e9, None, "--o") is None
 
 
 @pytest.mark.parametrize(
@@ -159,4 +158,4 @@ def test_spans_are_read(text, seconds):
 def test_what_is_no_span_is_wrong_usage(text):
     """The message names the option and gives an example; nothing is guessed."""
     with pytest.raises(ConfigError, match=r"^--older-than: expected .*, as in 90d$"):
-        spans.seconds(text, "--older-than")
+        output.seconds(text, "--older-than")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.routing.route import Route
-from embedding_proxy.proxy.trials.comparison import report
-from embedding_proxy.proxy.trials.finding import RouteResult
-from embedding_proxy.proxy.trials.samples import Samples
-from embedding_proxy.proxy.trials.trial import Plan, RouteBenchmark
+from embedding_proxy.proxy.diagnostics.benchmark import Plan, RouteBenchmark
+from embedding_proxy.proxy.diagnostics.report import report
+from embedding_proxy.proxy.diagnostics.routes import RouteResult
+from embedding_proxy.proxy.diagnostics.sample_texts import Samples
 
 TEXTS = Samples(["a", "b", "c", "d", "e"], 5, {})
 PAIRS = Samples(["a", "b", "c", "d", "q"], 4, {4: frozenset({0, 1})})

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from command import Done
-from embedding_proxy.proxy.config import ConfigError, load
-from embedding_proxy.proxy.settings.conversion import convert
+from embedding_proxy.proxy.config.legacy import convert
+from embedding_proxy.proxy.config.loader import ConfigError, load
 
 ROOT = Path(__file__).parents[2]
 SECRET = "sk-proj-abcdefgh12345678"

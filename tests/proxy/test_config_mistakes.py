@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from embedding_proxy.proxy.config import ConfigError, load
-from embedding_proxy.proxy.settings import yaml_file
-from embedding_proxy.proxy.settings.yaml_file import YamlError
+from embedding_proxy.proxy.config import yaml_file
+from embedding_proxy.proxy.config.loader import ConfigError, load
+from embedding_proxy.proxy.config.yaml_file import YamlError
 from hypothesis import example, given
 from hypothesis import strategies as st
 

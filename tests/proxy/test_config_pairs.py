@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from embedding_proxy.proxy.config import ConfigError, load, validated
-from embedding_proxy.proxy.settings.explanation import known_keys
+from embedding_proxy.proxy.config.loader import ConfigError, load, validated
+from embedding_proxy.proxy.config.validation import known_keys
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

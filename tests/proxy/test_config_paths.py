@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from embedding_proxy.proxy.config import ConfigError, load
-from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.config.loader import ConfigError, load
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 CA = Path(__file__).parents[1] / "data" / "tls" / "ca.pem"
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from embedding_proxy.providers import kinds
-from embedding_proxy.providers.catalogue import CATALOGUE
-from embedding_proxy.proxy import config
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.settings import effective
+from embedding_proxy.providers import registry
+from embedding_proxy.providers.model_catalog import CATALOGUE
+from embedding_proxy.proxy.config import loader, show
+from embedding_proxy.proxy.config.loader import ConfigError
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from pages import PAGES, fenced
@@ -27,8 +26,8 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 def _shown(file: Path, purpose="inspect") -> str:
     """Return what `config show` prints of a file, but for its comments."""
-    found = config.read_configuration(file, purpose=purpose)
-    return config.dump(effective.values(found.settings, found.content, everything=False))
+    found = loader.read_configuration(file, purpose=purpose)
+    return loader.dump(show.values(found.settings, found.content, everything=False))
 
 
 def _profiles(loaded):
@@ -56,7 +55,7 @@ def _round_trip(text: str, folder: Path, monkeypatch) -> None:
             patch.setenv(name, f"a-{name}" if "PROXY" not in name else "http://me:pw@h:1")
         for name in made_up:
             patch.setenv(name, SECRET)
-        one, other = (config.load(file, purpose="serve") for file in (first, second))
+        one, other = (loader.load(file, purpose="serve") for file in (first, second))
     assert _profiles(other).keys() == _profiles(one).keys()
     if SECRET in text or not made_up:
         assert _profiles(other) == _profiles(one)
@@ -94,7 +93,7 @@ def test_what_is_shown_can_be_shown_again_and_says_what_is_to_be_set(tmp_path, c
     assert refused.err.count("is not set; set it") == 3
 
 
-NAMES = st.sampled_from([*kinds.KINDS, "mine", "eu.west-1"])
+NAMES = st.sampled_from([*registry.KINDS, "mine", "eu.west-1"])
 WORDS = st.text(
     alphabet=st.characters(codec="utf-8", exclude_characters="\x00$", exclude_categories=["Cs"]),
     min_size=1,
@@ -194,12 +193,12 @@ def test_whatever_loads_is_shown_and_loads_again(content, tmp_path, monkeypatch)
     for name, entry in content.get("providers", {}).items():
         if name in ("mine", "eu.west-1"):
             entry.update({"kind": "mistral", "api_key_env": "MINE"})
-        elif kinds.KINDS[name].profile.base_url is None:
+        elif registry.KINDS[name].profile.base_url is None:
             entry["base_url"] = "http://127.0.0.1:1/v1"
     text = yaml.safe_dump(content, allow_unicode=True)
     (tmp_path / "first.yaml").write_text(text, encoding="utf-8")
     try:
-        config.read_configuration(tmp_path / "first.yaml", purpose="inspect")
+        loader.read_configuration(tmp_path / "first.yaml", purpose="inspect")
     except ConfigError:
         reject()
     _round_trip(text, tmp_path, monkeypatch)

@@ -1,8 +1,8 @@
 """The demo's text: docstrings that every Python brings along."""
 
 import pytest
-from embedding_proxy.proxy import corpus
-from embedding_proxy.proxy.corpus import Docstring, standard_library
+from embedding_proxy.proxy.diagnostics import sample_texts
+from embedding_proxy.proxy.diagnostics.sample_texts import Docstring, standard_library
 
 MODULE = '''"""What this module is about, in words."""
 
@@ -48,7 +48,7 @@ def library(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(text.encode("latin-1"))
     (tmp_path / "folder.py").mkdir()
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(sample_texts.sysconfig, "get_path", lambda _: str(tmp_path))
 
 
 # An invalid escape is a SyntaxWarning from Python 3.12 on; before, one that is not shown.
@@ -70,6 +70,6 @@ def test_docstrings_are_found_by_name(library):
 
 def test_the_real_library_is_where_it_is_looked_for():
     """A module that every Python has gives its docstring, under its own name."""
-    root = corpus.Path(corpus.sysconfig.get_path("stdlib"))
-    docs = {doc.name: doc.text for doc in corpus._docstrings(root / "shlex.py", "shlex")}
+    root = sample_texts.Path(sample_texts.sysconfig.get_path("stdlib"))
+    docs = {doc.name: doc.text for doc in sample_texts._docstrings(root / "shlex.py", "shlex")}
     assert docs["shlex.quote"] == "Return a shell-escaped version of the string *s*."

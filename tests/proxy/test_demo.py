@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from embedding_proxy.proxy import demo
-from embedding_proxy.proxy.corpus import Docstring
-from embedding_proxy.proxy.demo import (
+from embedding_proxy.proxy.cli import demo
+from embedding_proxy.proxy.cli.demo import (
     DemoFailed,
     Pass,
     _judge,
@@ -14,6 +13,7 @@ from embedding_proxy.proxy.demo import (
     _summary,
     _table,
 )
+from embedding_proxy.proxy.diagnostics.sample_texts import Docstring
 from rich.console import Console
 
 DOCS = [

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from embedding_proxy.cache import embedder
-from embedding_proxy.proxy.wire import ResponseFormat
+from embedding_proxy.proxy.http.openai_format import ResponseFormat
 from fault_server import status
 
 SMALL = "text-embedding-3-small"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from embedding_proxy.providers import failures
+from embedding_proxy.providers import errors
 from embedding_proxy.providers.base import (
     EmbeddingError,
     InvalidRequest,
@@ -15,12 +15,12 @@ from embedding_proxy.providers.base import (
     Refusal,
     UpstreamTimeout,
 )
-from embedding_proxy.proxy.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
+from embedding_proxy.proxy.http.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
 
 
 def _leaves(cls: type) -> list[type]:
     """Return the classes of the error tree without subclasses there."""
-    below = [child for child in cls.__subclasses__() if child.__module__ == failures.__name__]
+    below = [child for child in cls.__subclasses__() if child.__module__ == errors.__name__]
     return [leaf for child in below for leaf in _leaves(child)] if below else [cls]
 
 
@@ -81,7 +81,7 @@ TABLE = [
 @pytest.mark.parametrize(("name", "said", "status", "kind", "code", "wait"), TABLE)
 def test_each_error_has_its_status_and_codes(*, name, said, status, kind, code, wait):
     """Each error becomes its status, type and code, and says when another try makes sense."""
-    error = _made(getattr(failures, name), said)
+    error = _made(getattr(errors, name), said)
     assert failure(error) == Failure(status, str(error), kind, None, code, wait)
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import typer
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.key import Namespace, keyring
-from embedding_proxy.cache.maintenance import transfer
+from embedding_proxy.cache.key import Namespace, Row, keyring
+from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Row
 from embedding_proxy.providers.base import Space
-from embedding_proxy.proxy import cli
+from embedding_proxy.proxy.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -88,7 +87,7 @@ def _put(folder):
     key = keyring(SPACE, Namespace("")).key("a")
     record = encode(Entry(bytes(8), 1, True, key.digest))  # noqa: FBT003
     with connection.opened(folder, GIB, create=True) as file:
-        list(transfer.put(file, [Row(key.address, record, time.time(), keyring(SPACE).partition)]))
+        list(archive.put(file, [Row(key.address, record, time.time(), keyring(SPACE).partition)]))
         return file.path
 
 
@@ -116,7 +115,7 @@ def test_every_command_ends_with_the_code_of_the_page(words, code, folder, comma
     """Done, failed or wrong usage; wrong usage is told on stderr, and nothing on stdout."""
     monkeypatch.setenv("MISTRAL_API_KEY", "k")
     # It would go on in a second process.
-    monkeypatch.setattr("embedding_proxy.proxy.commands.migrate.outlive", lambda: None)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.migrate.outlive", lambda: None)
     # A Qdrant that is not there would be waited for.
     monkeypatch.setattr("embedding_proxy.index.collection_reader.MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -135,7 +134,7 @@ def test_every_command_ends_with_the_code_of_the_page(words, code, folder, comma
 
 def test_all_commands_are_tried():
     """Each command of the command line stands in the table above, or is named beside it."""
-    root = typer.main.get_command(cli.app)
+    root = typer.main.get_command(main.app)
     names = set()
     for name in root.list_commands(None):
         root.load(name)
@@ -150,4 +149,4 @@ def test_the_page_tells_of_no_other_code():
     """The table has the codes that the command line says it has, and no more."""
     codes = re.findall(r"^\| (\d+) \|", PAGE.partition("## Exit codes\n")[2], re.MULTILINE)
     assert codes == ["0", "1", "2", "130"]
-    assert [code for code in codes if code not in cli.__doc__] == []
+    assert [code for code in codes if code not in main.__doc__] == []

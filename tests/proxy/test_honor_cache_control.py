@@ -1,8 +1,8 @@
 """`server.honor_cache_control`: whose `Cache-Control` counts."""
 
 import pytest
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.settings.schema import Server
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Server
 from pages import taken
 from pydantic import ValidationError
 

@@ -10,13 +10,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from embedding_proxy.cache.key import keyring
+from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure, name_of
-from embedding_proxy.index.connection import Connection
 from embedding_proxy.index.outbox import Outbox
 from embedding_proxy.providers.base import Space
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.embedding.indexing import collection_of
-from embedding_proxy.proxy.settings.index_section import Qdrant
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Qdrant
+from embedding_proxy.proxy.service.index_writes import collection_of
 from fault_server import vector_of
 from qdrant_server import QdrantServer, answer, overloaded
 

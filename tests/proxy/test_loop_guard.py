@@ -10,9 +10,9 @@ import pytest
 import yaml
 from aiohttp import web
 from any_server import AnyServer
-from embedding_proxy.providers import hops
+from embedding_proxy.providers.upstream import hops
+from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.loop_guard import installation_id
-from embedding_proxy.proxy.settings.schema import Settings
 from http_proxy import Relay
 
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
@@ -248,7 +248,7 @@ def _resolve(monkeypatch):
             raise socket.gaierror(socket.EAI_NONAME, "made up")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (known[host], 0))]
 
-    monkeypatch.setattr("embedding_proxy.proxy.own_address.socket.getaddrinfo", look_up)
+    monkeypatch.setattr("embedding_proxy.proxy.config.own_address.socket.getaddrinfo", look_up)
 
 
 def _written(tmp_path, base_url, server) -> Path:

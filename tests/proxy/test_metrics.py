@@ -3,7 +3,7 @@
 import os
 import re
 
-from embedding_proxy.providers.probe import TEXTS
+from embedding_proxy.providers.route_check import TEXTS
 from fault_server import status, tokens_of
 
 LINE = re.compile(r'(\w+)\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (\S+)')

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from aiohttp import web
 from command import Done
-from embedding_proxy.index.migration.journal import MigrationState
-from embedding_proxy.proxy.commands import migrate_lock
-from embedding_proxy.proxy.commands.migrate_lock import held
-from embedding_proxy.proxy.commands.migrating import named, settings_for, width_of
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.index.migration.state import MigrationState
+from embedding_proxy.proxy.cli import migrate_process
+from embedding_proxy.proxy.cli.migrate_options import named, settings_for, width_of
+from embedding_proxy.proxy.cli.migrate_process import held
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Settings
 from example_package import install
 from fault_server import status, vector_of
 from old_system import LARGE, MISTRAL, OldSystem
@@ -192,7 +192,7 @@ async def test_what_would_be_wrong_to_begin(migrate, system, monkeypatch):
 
 async def test_only_one_process_at_a_time(migrate, system, monkeypatch):
     """While somebody works on a migration, another one is told so."""
-    monkeypatch.setattr(migrate_lock, "NOTICED_S", 0)
+    monkeypatch.setattr(migrate_process, "NOTICED_S", 0)
     journal = MigrationState(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT)
     async with held(journal):
         done = await migrate("run", CONTEXT, "--to", MISTRAL)
@@ -306,7 +306,7 @@ async def test_finalize_asks_twice(migrate, system, options, says, monkeypatch):
     done = await migrate("finalize", CONTEXT, *options, says=says)
     assert (done.code, CONTEXT in await system.collections()) == (2, True)
     assert "there is no terminal to ask on; say --yes --yes" in done.err
-    monkeypatch.setattr("embedding_proxy.proxy.commands.common.has_terminal", lambda: True)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.output.has_terminal", lambda: True)
     for less in (says.removesuffix("y\n"), says.removesuffix("y\n") + "n\n"):
         done = await migrate("finalize", CONTEXT, *options, says=less)
         assert (done.code, CONTEXT in await system.collections()) == (1, True)

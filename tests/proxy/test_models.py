@@ -8,7 +8,7 @@ import openai
 import pytest
 from aiohttp import web
 from any_server import AnyServer
-from embedding_proxy.proxy.onward import origin
+from embedding_proxy.proxy.http import passthrough_upstream
 
 SMALL = "text-embedding-3-small"
 
@@ -147,8 +147,8 @@ SILENT = {
 @pytest.mark.parametrize("act", SILENT.values(), ids=SILENT)
 async def test_an_upstreams_trouble_leaves_our_models(act, other, start_proxy, monkeypatch):
     """Whatever keeps the upstream from listing, ours are listed, and soon."""
-    monkeypatch.setattr(origin, "_LIST_SECONDS", 0.3)
-    monkeypatch.setattr(origin, "_LIST_BYTES", 900)
+    monkeypatch.setattr(passthrough_upstream, "_LIST_SECONDS", 0.3)
+    monkeypatch.setattr(passthrough_upstream, "_LIST_BYTES", 900)
     other.act = act
     proxy = await start_proxy(openai=other, passthrough="openai")
     names = [model.id async for model in proxy.client.models.list()]

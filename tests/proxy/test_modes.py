@@ -12,9 +12,9 @@ from aiohttp import web
 from conftest import no_wait
 from embedding_proxy.cache.tiered import Lookup
 from embedding_proxy.providers.base import Outcome
-from embedding_proxy.proxy.cli import app
-from embedding_proxy.proxy.config import load
-from embedding_proxy.proxy.service import EmbeddingService
+from embedding_proxy.proxy.cli.main import app
+from embedding_proxy.proxy.config.loader import load
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import status, vector_of
 from typer.testing import CliRunner
 

@@ -9,13 +9,13 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers.base import Context, NoRoute
-from embedding_proxy.providers.catalogue import CATALOGUE
+from embedding_proxy.providers.model_catalog import CATALOGUE
 from embedding_proxy.providers.routing.health import HealthRegistry
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.embedding.learned import LearnedDimensions
-from embedding_proxy.proxy.embedding.opening import open_providers
-from embedding_proxy.proxy.embedding.registry import Registry
-from embedding_proxy.proxy.settings.schema import ProviderConfig, Settings
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import ProviderConfig, Settings
+from embedding_proxy.proxy.service.learned_dimensions import LearnedDimensions
+from embedding_proxy.proxy.service.model_registry import Registry
+from embedding_proxy.proxy.service.provider_factory import open_providers
 
 SMALL = "text-embedding-3-small"
 

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import pytest
-from embedding_proxy.proxy.http.ops import DESCRIPTION_PATH, OPEN_PATHS
+from embedding_proxy.proxy.http.status import DESCRIPTION_PATH, OPEN_PATHS
 
 
 def test_probes_have_the_names_that_tools_ask_for():

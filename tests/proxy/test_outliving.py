@@ -6,9 +6,9 @@ import signal
 
 import pytest
 from aiohttp import web
-from embedding_proxy.proxy.commands import outliving
-from embedding_proxy.proxy.commands.common import WorkFailed
-from embedding_proxy.proxy.commands.outliving import ShieldedTask
+from embedding_proxy.proxy.cli import migrate_process
+from embedding_proxy.proxy.cli.migrate_process import ShieldedTask
+from embedding_proxy.proxy.cli.output import WorkFailed
 from old_system import MISTRAL, OldSystem
 
 COLLECTION = "hephaestus_project_context"
@@ -88,10 +88,10 @@ def test_a_worker_that_is_killed_is_told_of():
     """Where it is the second process that is killed, the first one says so."""
 
     def work():
-        outliving.run_detached()
+        migrate_process.run_detached()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    before = {number: signal.getsignal(number) for number in outliving._TO_STOP}
+    before = {number: signal.getsignal(number) for number in migrate_process._TO_STOP}
     try:
         with pytest.raises(WorkFailed, match="killed by SIGKILL; run it again"):
             work()

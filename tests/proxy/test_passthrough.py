@@ -14,7 +14,7 @@ import openai
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
-from embedding_proxy.providers import hops
+from embedding_proxy.providers.upstream import hops
 from embedding_proxy.proxy.http.runner import LIMITS
 from yarl import URL
 

@@ -8,7 +8,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 from any_server import AnyServer
-from embedding_proxy.proxy.http.paths import may_be_embeddings
+from embedding_proxy.proxy.http.target import may_be_embeddings
 from hypothesis import given
 from hypothesis import strategies as st
 

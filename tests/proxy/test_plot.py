@@ -4,7 +4,7 @@ import re
 from xml.etree import ElementTree as ET
 
 import pytest
-from embedding_proxy.proxy.trials.plot import HEIGHT, WIDTH, Point, _axis, svg
+from embedding_proxy.proxy.diagnostics.report import HEIGHT, WIDTH, Point, _axis, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

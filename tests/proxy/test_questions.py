@@ -5,12 +5,12 @@ import asyncio
 import numpy as np
 import pytest
 from conftest import no_wait
+from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import CollectionOptions, Provenance, ensure
-from embedding_proxy.index.connection import Connection
-from embedding_proxy.index.failures import InUse, Missing, OtherSpace
-from embedding_proxy.proxy.config import ConfigError
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.index.errors import InUse, Missing, OtherSpace
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import vector_of
 from qdrant_server import QdrantServer
 

@@ -19,12 +19,10 @@ import pytest
 from disk_faults import CannotMount, file_system, full, locked, read_only
 from embedding_proxy.cache.disk import connection, database
 from embedding_proxy.cache.disk.changes import Changes
-from embedding_proxy.cache.key import Namespace, keyring
-from embedding_proxy.cache.ledger import Heading
-from embedding_proxy.cache.maintenance import transfer
+from embedding_proxy.cache.key import Namespace, Row, keyring
+from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Row
-from embedding_proxy.cache.usage import Usage
 from embedding_proxy.index.outbox import Outbox
 from embedding_proxy.index.point import Point, Target
 from embedding_proxy.providers.base import Space
@@ -101,7 +99,7 @@ def _failing(error, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(connection, "Database", fail)
-        patch.setattr("embedding_proxy.proxy.commands.purge.OutboxFile", fail)
+        patch.setattr("embedding_proxy.proxy.cli.cache_purge.OutboxFile", fail)
         yield
 
 

@@ -5,20 +5,18 @@ import logging
 
 import pytest
 from embedding_proxy.providers.base import InvalidRequest
-from embedding_proxy.proxy.embedding import request_fields
-from embedding_proxy.proxy.embedding.request_fields import (
-    OWN_FIELDS,
-    RULES,
-    Group,
-    classify,
-    rule_of,
-)
-from embedding_proxy.proxy.embedding.space_watch import (
+from embedding_proxy.proxy.service import request_fields
+from embedding_proxy.proxy.service.request_fields import (
     MAX_FIELDS,
     MAX_NAME,
     MAX_SETS,
+    OWN_FIELDS,
+    RULES,
     WINDOW_S,
+    Group,
     SpaceWatch,
+    classify,
+    rule_of,
 )
 from hypothesis import given
 from hypothesis import strategies as st

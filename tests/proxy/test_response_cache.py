@@ -8,8 +8,8 @@ import time
 
 import pytest
 from clock import Clock
-from embedding_proxy.cache.usage import Usage
-from embedding_proxy.proxy import cli
+from embedding_proxy.cache.ledger import Usage
+from embedding_proxy.proxy.cli import main
 from embedding_proxy.proxy.http import connection
 from embedding_proxy.proxy.http.response_cache import (
     _INPUT_BYTES,
@@ -170,7 +170,7 @@ def command_on(tmp_path, monkeypatch):
         command = ["embedding-proxy", "cache", *arguments, "--config", str(config)]
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit):
-            await asyncio.to_thread(cli.main)
+            await asyncio.to_thread(main.main)
         await proxy.service._store._heed_purges()
 
     return run

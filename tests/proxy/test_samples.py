@@ -4,8 +4,8 @@ import gzip
 
 import pytest
 from embedding_proxy.cache.maintenance.import_source import SourceError
-from embedding_proxy.proxy.trials import samples
-from embedding_proxy.proxy.trials.samples import read
+from embedding_proxy.proxy.diagnostics import sample_texts
+from embedding_proxy.proxy.diagnostics.sample_texts import read
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def test_what_is_wrong_with_pairs_is_told(write, tmp_path):
 
 def test_too_many_texts_are_refused(write, monkeypatch):
     """Each text is compared with all others, so there is an end to it."""
-    monkeypatch.setattr(samples, "MOST", 3)
+    monkeypatch.setattr(sample_texts, "MOST", 3)
     assert len(read(write("t", "a\nb\nc\nc"), None).inputs) == 3
     with pytest.raises(SourceError, match="4 different texts and queries are too many"):
         read(write("t", "a\nb\nc\nd"), None)
-    monkeypatch.setattr("embedding_proxy.proxy.sources.jsonl._LONGEST", 4)
+    monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._LONGEST", 4)
     with pytest.raises(SourceError, match="line 1 is too long"):
         read(write("t", "abcdefgh\n"), None)

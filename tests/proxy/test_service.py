@@ -8,9 +8,9 @@ import pytest
 from conftest import no_wait
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.providers.base import InvalidRequest, NoRoute, Outcome
-from embedding_proxy.proxy.embedding.registry import ModelUnknown
-from embedding_proxy.proxy.service import EmbeddingService
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.model_registry import ModelUnknown
 from fault_server import FaultServer, vector_of
 
 SMALL = "text-embedding-3-small"

@@ -4,9 +4,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from embedding_proxy.providers.catalogue import CATALOGUE
-from embedding_proxy.proxy.settings.model_entry import RouteConfig
-from embedding_proxy.proxy.settings.schema import DEFAULT_PROVIDERS, Cache, ProviderConfig, Settings
+from embedding_proxy.providers.model_catalog import CATALOGUE
+from embedding_proxy.proxy.config.models import RouteConfig
+from embedding_proxy.proxy.config.schema import DEFAULT_PROVIDERS, Cache, ProviderConfig, Settings
 from pydantic import ValidationError
 
 ROUTES = [{"provider": "openai", "model": "m"}]

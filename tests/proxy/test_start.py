@@ -10,8 +10,8 @@ from importlib.metadata import version
 import aiohttp
 import pytest
 from embedding_proxy.cache.maintenance.holding import holding
-from embedding_proxy.proxy import server, start
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http import server, startup_log
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def started(tmp_path, monkeypatch, caplog):
             url, ready = server.base_url(listening), asyncio.Event()
 
             def announce() -> None:
-                start.report(settings)
+                startup_log.report(settings)
                 ready.set()
 
             task = asyncio.create_task(server.serve(settings, listening, announce))

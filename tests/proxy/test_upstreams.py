@@ -3,19 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from embedding_proxy.providers import kinds
-from embedding_proxy.providers.limits import Limits, Timeouts
-from embedding_proxy.proxy.settings.schema import Settings
-from embedding_proxy.proxy.settings.upstreams import ProviderConfig
+from embedding_proxy.providers import registry
+from embedding_proxy.providers.profile import Limits, Timeouts
+from embedding_proxy.proxy.config.providers import ProviderConfig
+from embedding_proxy.proxy.config.schema import Settings
 from pydantic import ValidationError
 
 ADDRESS = "https://h.example/v1"
 
 
-@pytest.mark.parametrize("name", kinds.KINDS)
+@pytest.mark.parametrize("name", registry.KINDS)
 def test_what_is_not_said_is_as_the_kind_declares(name):
     """A provider of which nothing but the kind is said has its kind's profile, every field."""
-    declared = kinds.KINDS[name].profile
+    declared = registry.KINDS[name].profile
     address = {} if declared.base_url else {"base_url": ADDRESS}
     wanted = replace(declared, base_url=declared.base_url or ADDRESS)
     assert ProviderConfig(kind=name, **address).as_profile() == wanted
@@ -60,7 +60,7 @@ def test_what_is_not_said_is_as_the_kind_declares(name):
 )
 def test_each_fact_can_be_overridden_alone(said, field, value):
     """One key changes one field, null included, and the rest stays as the kind declares it."""
-    declared = kinds.KINDS["mistral"].profile
+    declared = registry.KINDS["mistral"].profile
     assert ProviderConfig(kind="mistral", **said).as_profile() == replace(
         declared, **{field: value}
     )
@@ -139,10 +139,12 @@ def test_a_key_has_a_name_of_its_own_under_another_name(entry, fine):
 
 def test_a_provider_named_like_a_kind_need_not_say_it():
     """Every kind can be had by its name alone, or by its name and address."""
-    names = {n: {} if k.profile.base_url else {"base_url": ADDRESS} for n, k in kinds.KINDS.items()}
+    names = {
+        n: {} if k.profile.base_url else {"base_url": ADDRESS} for n, k in registry.KINDS.items()
+    }
     providers = Settings.model_validate({"providers": names}).providers
     assert {name: entry.kind for name, entry in providers.items()} == {
-        name: name for name in [*kinds.KINDS, kinds.LOCAL]
+        name: name for name in [*registry.KINDS, registry.LOCAL]
     }
 
 

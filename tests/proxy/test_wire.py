@@ -6,8 +6,14 @@ import json
 import numpy as np
 import pytest
 from embedding_proxy.providers.base import InvalidRequest
-from embedding_proxy.proxy import wire
-from embedding_proxy.proxy.wire import MOST_INPUTS, EmbeddingRequest, ResponseFormat, parse, render
+from embedding_proxy.proxy.http import openai_format
+from embedding_proxy.proxy.http.openai_format import (
+    MOST_INPUTS,
+    EmbeddingRequest,
+    ResponseFormat,
+    parse,
+    render,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -244,7 +250,9 @@ def test_what_is_rendered_reads_back_bit_for_bit(matrix, encoding):
     vectors = [row.astype("<f4").tobytes() for row in matrix]
     form = ResponseFormat(width, encoding, 'a"b\n', 5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "CHUNK", CHUNK * (64 + width * (5 if encoding == "base64" else 12)))
+        patch.setattr(
+            openai_format, "CHUNK", CHUNK * (64 + width * (5 if encoding == "base64" else 12))
+        )
         chunks = list(render(vectors, form))
     reply = json.loads(b"".join(chunks))
     assert len(chunks) == -(-len(vectors) // CHUNK) + 1
@@ -268,7 +276,7 @@ def test_what_is_rendered_reads_back_bit_for_bit(matrix, encoding):
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_a_narrower_width_is_cut_in_every_chunk(encoding, monkeypatch):
     """Vectors wider than asked for are cut and renormalised, beyond the first chunk too."""
-    monkeypatch.setattr(wire, "CHUNK", 300)
+    monkeypatch.setattr(openai_format, "CHUNK", 300)
     vectors = [np.array([3, 4, i], "<f4").tobytes() for i in range(CHUNK + 2)]
     chunks = list(render(vectors, ResponseFormat(2, encoding, "m", 1)))
     assert len(chunks) > 2

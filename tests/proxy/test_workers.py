@@ -13,9 +13,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 from aiohttp import web
+from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure
-from embedding_proxy.index.connection import Connection
-from embedding_proxy.proxy.workers import WorkerFailed
+from embedding_proxy.proxy.http.workers import WorkerFailed
 from qdrant_server import QdrantServer
 
 MODEL = "wordllama-embed"

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import orjson
 import pytest
-from embedding_proxy.cache.key import checksum
+from embedding_proxy.cache.key import Partition, Row, checksum
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.row import Partition, Row
 
 HERE = Partition("", "openai/text-embedding-3-small", 2)
 GOOD = (0.6, 0.8)

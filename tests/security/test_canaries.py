@@ -17,14 +17,13 @@ import orjson
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
-from embedding_proxy.providers.network import Network
-from embedding_proxy.providers.openai import OpenAI
 from embedding_proxy.providers.profile import Profile
-from embedding_proxy.providers.quoted_inputs import QuotedInputs
-from embedding_proxy.providers.redaction import MAX_BYTES, Redactor
+from embedding_proxy.providers.upstream.network import Network
+from embedding_proxy.providers.upstream.redaction import MAX_BYTES, QuotedInputs, Redactor
+from embedding_proxy.providers.vendors import OpenAI
 from embedding_proxy.proxy import log
-from embedding_proxy.proxy.config import ConfigError, validated
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.loader import ConfigError, validated
+from embedding_proxy.proxy.config.schema import Settings
 from fault_server import FaultServer, status
 from http_proxy import HttpProxy
 from leaks import WATCH, found_in, spellings

@@ -6,10 +6,10 @@ import logging
 from contextlib import AsyncExitStack
 
 import pytest
+from embedding_proxy.proxy.config.schema import Server, Settings
 from embedding_proxy.proxy.http.connection import Connection
 from embedding_proxy.proxy.http.connection_limits import ConnectionLimits
 from embedding_proxy.proxy.http.runner import LIMITS
-from embedding_proxy.proxy.settings.schema import Server, Settings
 from pydantic import ValidationError
 from talk import Talk
 

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import orjson
 import pytest
-from embedding_proxy.providers.error_body import refusal
-from embedding_proxy.providers.quoted_inputs import QuotedInputs
-from embedding_proxy.providers.readings import readings
-from embedding_proxy.providers.redaction import Redactor
+from embedding_proxy.providers.upstream.error_reply import refusal
+from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor, readings
 from embedding_proxy.proxy import log
-from embedding_proxy.proxy.http import cache_control
-from embedding_proxy.proxy.http.paths import may_be_embeddings
-from embedding_proxy.proxy.settings import file_path, references
-from embedding_proxy.proxy.settings.pasted_keys import hide_keys
+from embedding_proxy.proxy.config import references
+from embedding_proxy.proxy.config import references as file_path
+from embedding_proxy.proxy.config.errors import hide_keys
+from embedding_proxy.proxy.http.target import may_be_embeddings
+from embedding_proxy.proxy.service import request
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("proxy", "index", "cache", "providers")
@@ -192,7 +191,7 @@ READERS = {
     "a text that is quoted": lambda text: QuotedInputs([text]).hide("wrong: " + text[:400]),
     "a record of the log": lambda text: log.escape(log.hide_credentials(text)),
     "an error of the configuration": hide_keys,
-    "Cache-Control": cache_control.parse_cache_control,
+    "Cache-Control": request.parse_cache_control,
     "a path": lambda text: may_be_embeddings("POST", "/v1/" + text),
 }
 

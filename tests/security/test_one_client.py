@@ -5,7 +5,8 @@ import time
 
 import aiohttp
 import pytest
-from embedding_proxy.proxy.embedding import client_keys, proofs
+from embedding_proxy.proxy.service import client_keys
+from embedding_proxy.proxy.service import client_keys as proofs
 from fault_server import hang, status
 
 KEY = "sk-client-0123456789-{}"

@@ -2,11 +2,11 @@
 
 import pytest
 import yaml
-from embedding_proxy.providers.catalogue import CATALOGUE
-from embedding_proxy.providers.kinds import KINDS
-from embedding_proxy.proxy.config import ConfigError, load
-from embedding_proxy.proxy.settings.explanation import known_keys
-from embedding_proxy.proxy.settings.pasted_keys import hide_keys, looks_like_key
+from embedding_proxy.providers.model_catalog import CATALOGUE
+from embedding_proxy.providers.registry import KINDS
+from embedding_proxy.proxy.config.errors import hide_keys, looks_like_key
+from embedding_proxy.proxy.config.loader import ConfigError, load
+from embedding_proxy.proxy.config.validation import known_keys
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,8 +10,8 @@ import pytest
 from embedding_proxy.cache import private_files
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.maintenance import backup
-from embedding_proxy.index.migration.journal import MigrationState
-from embedding_proxy.index.migration.seen import Snapshot
+from embedding_proxy.index.migration.snapshot import Snapshot
+from embedding_proxy.index.migration.state import MigrationState
 from qdrant_server import QdrantServer
 
 MODEL = "text-embedding-3-small"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 from aiohttp import web
 from any_server import AnyServer, echo
+from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import runner
 from embedding_proxy.proxy.http.pace import (
     MIN_BUSY_BYTES_PER_S,
@@ -19,7 +20,6 @@ from embedding_proxy.proxy.http.pace import (
     UnreadReplies,
 )
 from embedding_proxy.proxy.http.runner import LIMITS
-from embedding_proxy.proxy.settings.schema import Settings
 from pydantic import ValidationError
 from talk import Talk
 

@@ -7,9 +7,9 @@ import signal
 
 import pytest
 from any_server import AnyServer
-from embedding_proxy.proxy import server
-from embedding_proxy.proxy.server import base_url, listen, serve
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http import server
+from embedding_proxy.proxy.http.server import base_url, listen, serve
 from fault_server import FaultServer
 from talk import Talk
 

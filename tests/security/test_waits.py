@@ -10,16 +10,16 @@ import aiohttp
 import pytest
 from aiohttp import web
 from any_server import AnyServer
-from embedding_proxy.index.failures import Unavailable, translated
-from embedding_proxy.providers.ratelimit import (
+from embedding_proxy.index.errors import Unavailable, translated
+from embedding_proxy.providers.upstream.rate_limit_headers import (
     MAX_TOLD_WAIT,
     MAX_WAIT,
     seconds_until,
     tellable,
     told_header,
 )
-from embedding_proxy.proxy.errors import Failure
-from embedding_proxy.proxy.http import guard
+from embedding_proxy.proxy.http import middleware
+from embedding_proxy.proxy.http.errors import Failure
 from fault_server import status
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,7 +178,7 @@ async def test_a_failure_outside_of_the_handler_is_a_500_in_openais_shape(
     def fail(*_: object) -> None:
         raise RuntimeError("made up")
 
-    monkeypatch.setattr(guard.target, "check", fail)
+    monkeypatch.setattr(middleware.target, "check", fail)
     proxy = await start_proxy()
     caplog.set_level(logging.ERROR)
     reply = await proxy.http.get(proxy.url.replace("/v1", "/livez"))

@@ -5,7 +5,7 @@ import json
 import aiohttp
 import pytest
 from any_server import AnyServer
-from embedding_proxy.proxy.settings.schema import Settings
+from embedding_proxy.proxy.config.schema import Settings
 from pydantic import ValidationError
 from talk import Talk
 

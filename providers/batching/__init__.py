@@ -1,1 +1,0 @@
-"""What makes calls out of inputs: parts, gathered requests, limits."""

@@ -1,0 +1,113 @@
+"""Ways to bring vectors to another width that installed packages bring, beside our own policies.
+
+A package brings one by an entry point of the group `embedding_proxy.widths`. Its name is what a
+model's `width` may say; it leads to an object as `Strategy` tells, or to a class that makes one
+without arguments. It is loaded when a configuration names it.
+
+What a strategy gives is a space of its own, named after it and its version: such vectors compare
+with one another, and neither with the model's own nor with those of another version.
+
+Which widths a model can answer with, by the policy that the operator named for it.
+"""
+
+from functools import lru_cache
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+from embedding_proxy.providers import plugins
+from embedding_proxy.providers.base import InvalidRequest, Space
+from embedding_proxy.providers.vector import Floats
+
+GROUP = "embedding_proxy.widths"
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """A way to bring vectors to another width. It must give the same numbers each time."""
+
+    version: str
+    """Another one whenever it gives other numbers than before."""
+
+    def can_give(self, native: int, dimensions: int) -> bool:
+        """Tell whether vectors of `native` numbers can be brought to `dimensions`."""
+        ...
+
+    def bring(self, vectors: Floats, dimensions: int) -> Floats:
+        """Return n vectors, shape (n, native), in shape (n, dimensions). Called in a thread."""
+        ...
+
+
+class UnknownStrategy(LookupError):
+    """There is no such strategy, or the package that brings it brings something else."""
+
+
+@lru_cache
+def find(name: str) -> Strategy:
+    """Return a strategy by its name. Raises UnknownStrategy, with a message for people."""
+    absent = "expected strict, truncate or pad, or a strategy that an installed package brings"
+    where, strategy = plugins.load(GROUP, name, UnknownStrategy, absent)
+    if not isinstance(strategy, Strategy) or not str(strategy.version):
+        raise UnknownStrategy(f"{where} has no version, can_give and bring")
+    return strategy
+
+
+Policy: TypeAlias = Literal["strict", "truncate", "pad"]
+"""What may be done for a width that a model does not have.
+
+`strict`: nothing but what the model is made for: a Matryoshka vector is cut and renormalised.
+`truncate`: every vector is cut and renormalised, also where the model is not made for it.
+`pad`: zeros are appended, which changes neither dot products nor cosines.
+"""
+
+BUILT_IN = ("strict", "truncate", "pad")
+"""The policies; any other name is a strategy's, see `strategies`."""
+WIDEST = 65_536
+"""Dimensions that are asked for, at most."""
+
+
+def can_give(space: Space, dimensions: int, policy: str) -> bool:
+    """Tell whether vectors of a space can be brought to a width.
+
+    >>> plain, nested = Space("plain", 8), Space("nested", 8, matryoshka=True)
+    >>> [can_give(plain, 4, policy) for policy in ("strict", "truncate", "pad")]
+    [False, True, False]
+    >>> [can_give(nested, 4, policy) for policy in ("strict", "truncate", "pad")]
+    [True, True, True]
+    >>> [can_give(nested, 9, policy) for policy in ("strict", "truncate", "pad")]
+    [False, False, True]
+    """
+    native = space.dimensions
+    if policy not in BUILT_IN:
+        within = 1 <= dimensions <= WIDEST
+        return dimensions == native or (within and find(policy).can_give(native, dimensions))
+    if dimensions < native:
+        return dimensions >= 1 and (space.matryoshka or policy == "truncate")
+    return dimensions == native or (policy == "pad" and dimensions <= WIDEST)
+
+
+def chosen(space: Space, dimensions: int | None, policy: str, *, refused: bool = False) -> int:
+    """Return the width to answer with; the native one if none is asked for.
+
+    `refused` says that a strict model takes no `dimensions` at all, not even its own width. Raises
+    InvalidRequest, in OpenAI's words, for a width that cannot be given.
+    """
+    if dimensions is None:
+        return space.dimensions
+    refused = refused and policy == "strict"
+    if not refused and can_give(space, dimensions, policy):
+        return dimensions
+    if refused or (policy == "strict" and not space.matryoshka):
+        raise InvalidRequest(
+            "This model does not support specifying dimensions.", param="dimensions"
+        )
+    if policy not in BUILT_IN:
+        raise InvalidRequest(
+            f"Invalid value for 'dimensions' = {dimensions}: {policy} does not give it.",
+            param="dimensions",
+        )
+    least = 1 if can_give(space, 1, policy) else space.dimensions
+    most = WIDEST if policy == "pad" else space.dimensions
+    raise InvalidRequest(
+        f"Invalid value for 'dimensions' = {dimensions}: must be at least {least} and at most"
+        f" {most} for this model.",
+        param="dimensions",
+    )

@@ -1,0 +1,407 @@
+"""What a text says when it is decoded: encodings in which a secret may hide. Pure.
+
+URLs, HTML, JSON, base64, hexadecimal digits, and each of these within another. Nobody says which
+of them a text is in, so every one is tried. The time is linear in the length of the text.
+
+Removes inputs from what an upstream says of a call: texts belong in no log and no status. Pure.
+
+One call may hold the texts of several clients, and its error is told to each of them. So an error
+repeats no text, not even to the client that sent it: that one knows its own. Where a text is found
+only after decoding (see `readings`), the whole message is left out.
+
+Removes known secrets from what an upstream says, before a client or the log gets it.
+
+Secrets are searched for, not guessed: as they are, as JSON, HTML, URLs and base64 write them, cut
+short, and masked as vendors show them (`sk-ab***yz`). What is left is decoded (see `readings`); a
+text that still holds a secret is not shown. The time is linear in the length of the text.
+"""
+
+import base64
+import html
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from urllib.parse import quote, quote_plus, unquote
+
+import orjson
+
+MAX_DEPTH = 3
+"""Encodings within encodings."""
+_FACTOR, _LEAST = 6, 1 << 16
+"""The characters of all readings together: so many times the text, but not fewer than the other."""
+
+_ESCAPE = re.compile(
+    r"\\(?:u\{([0-9A-Fa-f]{1,6})\}|u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})|([\"'\\/bfnrt]))"
+)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{11,}")
+_HEX = re.compile(r"[0-9A-Fa-f](?:[ :,]?[0-9A-Fa-f]){15,}+")
+_NO_HEX = re.compile(r"[ :,]")
+_BLANK = re.compile(r"[\s\0\u00ad\u200b-\u200d\u2060\ufeff]+")
+_ZEROS = re.compile(r"(&#[xX]?)0++")
+_LONG_NUMBER = re.compile(r"&#[xX]?[0-9A-Fa-f]{9,}+")
+_URLSAFE = str.maketrans("-_", "+/")
+
+
+def readings(text: str) -> Iterator[str]:
+    """Yield a text as it is, and then all that can be decoded from it, MAX_DEPTH deep.
+
+    Of a long text that is encoded all over, not every reading of a reading is tried.
+
+    >>> any("sk-1234/56789" in one for one in readings("c2stMTIzNC81Njc4OQ%253D%253D"))
+    True
+    """
+    yield text
+    left = max(_FACTOR * len(text), _LEAST)
+    line = [text]
+    for _ in range(MAX_DEPTH):
+        found: list[str] = []
+        for one in line:
+            for decode in _DECODERS:
+                decoded = decode(one)
+                if not decoded or decoded == one:
+                    continue
+                left -= len(decoded)
+                if left < 0:
+                    return
+                found.append(decoded)
+                yield decoded
+        line = found
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(_character, text) if "\\" in text else ""
+
+
+def _character(found: re.Match[str]) -> str:
+    digits = found[1] or found[2] or found[3]
+    if not digits:
+        return {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}.get(found[4], found[4])
+    number = int(digits, 16)
+    return chr(number) if number <= 0x10FFFF else ""
+
+
+def _without_references(text: str) -> str:
+    if "&" not in text:
+        return ""
+    # Python refuses numbers of thousands of digits.
+    return html.unescape(_LONG_NUMBER.sub("", _ZEROS.sub(r"\1", text)))
+
+
+def _unquoted(text: str) -> str:
+    return unquote(text) if "%" in text else ""
+
+
+def _joined(text: str) -> str:
+    """Return a text without what separates: a folded header, a wrapped line, UTF-16 as bytes."""
+    return _BLANK.sub("", text)
+
+
+def _from_base64(text: str) -> str:
+    """Return what the words of a text are in base64, each read from its first four digits."""
+    pieces = []
+    for found in _BASE64.finditer(text):
+        word = found[0].translate(_URLSAFE)
+        for first in range(4):
+            digits = word[first:]
+            whole = digits[: len(digits) // 4 * 4] if len(digits) % 4 == 1 else digits
+            pieces.append(base64.b64decode(whole + "=" * (-len(whole) % 4)))
+    return b"\n".join(pieces).decode(errors="replace")
+
+
+def _from_hex(text: str) -> str:
+    pieces: list[str] = []
+    for found in _HEX.finditer(text):
+        digits = _NO_HEX.sub("", found[0])
+        even = len(digits) % 2 == 0
+        pieces += [digits if even else digits[:-1], digits[1:-1] if even else digits[1:]]
+    return b"\n".join(map(bytes.fromhex, pieces)).decode(errors="replace")
+
+
+_DECODERS: tuple[Callable[[str], str], ...] = (
+    _unquoted,
+    _without_references,
+    _unescaped,
+    _joined,
+    _from_base64,
+    _from_hex,
+)
+
+
+INPUT_MASK = "***"
+NOT_SHOWN = "(the message repeats an input, and is not shown)"
+MIN_QUOTED = 16
+"""Characters of an input by which it is recognised. A shorter one may be a part of any sentence."""
+_MAX_PIECES = 1 << 18
+
+
+class QuotedInputs:
+    """Finds the texts of one call in messages. Nothing is prepared before the first message.
+
+    Blanks and upper or lower case make no difference. A part of a text is found if it is twice as
+    long as MIN_QUOTED, and a shorter one if a text begins with it; in calls of more than 4 million
+    characters only longer ones are.
+    """
+
+    def __init__(self, inputs: Iterable[object]) -> None:
+        self._inputs = inputs
+        self._texts: Sequence[str] = ()
+        self._pieces: dict[str, tuple[int, int]] | None = None
+
+    def hide(self, message: str) -> str:
+        """Return a message of at most a few thousand characters with a mask for each quotation.
+
+        >>> QuotedInputs(["my diary of this year"]).hide("Too long: 'My diary of this year'.")
+        "Too long: '***'."
+        """
+        if len(message) < MIN_QUOTED:
+            return message
+        shown = self._masked(message)
+        is_shown = all(self._masked(one) is one for one in readings(shown))
+        return shown if is_shown else NOT_SHOWN
+
+    def _masked(self, message: str) -> str:
+        """Return a message with a mask for each quotation; the same object if it has none."""
+        pieces = self._prepared()
+        if not pieces:
+            return message
+        line = " ".join(message.split())
+        lower = line.lower()
+        if len(lower) != len(line):
+            # Some letters have two lower ones, so that places do not agree.
+            line = lower
+        kept: list[str] = []
+        end = at = 0
+        while at <= len(lower) - MIN_QUOTED:
+            found = pieces.get(lower[at : at + MIN_QUOTED])
+            if found is None:
+                at += 1
+                continue
+            text, place = self._texts[found[0]], found[1]
+            # Of a text of megabytes no more is copied than the message is long.
+            begin = max(0, place - (at - end))
+            before = _common(lower[end:at][::-1], text[begin:place][::-1])
+            after = _common(lower[at:], text[place : place + len(lower) - at])
+            kept += [line[end : at - before], INPUT_MASK]
+            end = at = at + after
+        return "".join([*kept, line[end:]]) if kept else message
+
+    def _prepared(self) -> dict[str, tuple[int, int]]:
+        """Return where pieces of the texts stand: each of MIN_QUOTED characters, at equal steps."""
+        if self._pieces is None:
+            self._texts = [_plain(one) for one in self._inputs if isinstance(one, str)]
+            size = sum(map(len, self._texts))
+            step = MIN_QUOTED * (1 + size // (MIN_QUOTED * _MAX_PIECES))
+            self._pieces = {
+                text[at : at + MIN_QUOTED]: (i, at)
+                for i, text in enumerate(self._texts)
+                for at in range(0, len(text) - MIN_QUOTED + 1, step)
+            }
+        return self._pieces
+
+
+def _common(one: str, other: str) -> int:
+    """Return how many characters two texts have in common at their beginnings."""
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def _plain(text: str) -> str:
+    """Return a text in lower case, each run of blanks one blank."""
+    return " ".join(text.split()).lower()
+
+
+MAX_BYTES = 1 << 20
+"""A longer text is cut here before it is searched."""
+MASK = b"***"
+
+# A shorter secret may be a part of any word, and so may a shorter beginning of one.
+_MIN_SECRET = 8
+_BEGINNING = 8
+# A secret of this length is no word: it is removed from good replies, too.
+_MIN_UNMISTAKABLE = 16
+# So much of a secret, in whatever encoding, is a leak if it begins or ends at most 8 characters
+# from its beginning or its end.
+_PART = 12
+_OFFSETS = (0, 4, 8)
+# Characters of a secret beside a mask by which the masked text is known to be it.
+_MIN_HEAD, _MIN_TAIL = 3, 3
+_DELIMITER = re.compile(rb'[\s"\\]')
+# Each alternative is tried only where a word begins, and none gives back what it has taken.
+_MASKED = re.compile(
+    rb'(?<![^\s"\\])(?:[^\s"\\*]++|\*{1,2}+(?!\*))*+\*{3}[^\s"\\]*+'
+    rb"|(?<![\w-])[\w-]{2,}+(?:\.{3}|\xe2\x80[\xa2\xa6])[\w-]{2,}+"
+)
+_GAP = re.compile(rb"\*{3,}|\.{3}|\xe2\x80[\xa2\xa6]")
+
+
+class Redactor:
+    """Removes some secrets. Those of fewer than 8 bytes are no secrets: they occur in any text."""
+
+    def __init__(self, *secrets: str, every_mask: bool = False) -> None:
+        """`every_mask`: also remove what looks masked and is no known secret."""
+        self._secrets = [s.encode() for s in dict.fromkeys(secrets) if len(s) >= _MIN_SECRET]
+        forms = {form for secret in self._secrets for form in _forms(secret)}
+        self._forms = sorted(forms, key=len, reverse=True)
+        texts = [secret.decode() for secret in self._secrets]
+        self._short = [one for one in texts if len(one) < _MIN_UNMISTAKABLE]
+        long = [one for one in texts if len(one) >= _MIN_UNMISTAKABLE]
+        lower = [one.lower() for one in long]
+        self._parts = {part for one in lower for part in _parts(one)}
+        passing = {form for one in long for form in _forms(one.encode())}
+        self._passing = [f for f in self._forms if f in passing and len(f) >= _MIN_UNMISTAKABLE]
+        self._every_mask = every_mask
+
+    def redact(self, body: bytes) -> bytes:
+        """Return a text without the secrets, of at most MAX_BYTES.
+
+        >>> Redactor("sk-123456789xyz").redact(b"Wrong: sk-12***xyz, sk-123456789xyz.")
+        b'Wrong: *** ***.'
+        """
+        body = body[:MAX_BYTES]
+        if not self._secrets:
+            return self._without_masks(body)
+        body = self._without_masks(body)
+        for form in self._forms:
+            body = body.replace(form, MASK)
+        for secret in self._secrets:
+            if len(secret) > _BEGINNING:
+                body = _without_beginnings(secret[:_BEGINNING], body)
+        return body
+
+    def redact_text(self, text: str) -> str:
+        """Return a text without the secrets; the whole is a mask where they are well hidden."""
+        found = self.redact(text.encode(errors="replace"))
+        return found.decode(errors="replace") if self.is_clean(found) else MASK.decode()
+
+    def is_clean(self, body: bytes) -> bool:
+        """Tell whether no secret shows in a text, nor in what it can be decoded to.
+
+        A long secret is told from a part near its beginning or end, in upper or lower case. Such a
+        text may hold an encoding that `redact` does not know, or one within another.
+        """
+        return not self._secrets or not any(
+            map(self._shows, readings(body.decode(errors="replace")))
+        )
+
+    def _shows(self, text: str) -> bool:
+        if any(secret in text for secret in self._short):
+            return True
+        lower = text.lower() if self._parts else ""
+        return any(part in lower for part in self._parts)
+
+    def overwrite(self, text: str) -> str:
+        """Return a good message as `stream` does: with stars in place of secrets."""
+        return self.overwrite_bytes(text.encode()).decode()
+
+    def overwrite_bytes(self, body: bytes) -> bytes:
+        """Return a good message of bytes as `stream` does."""
+        passing = self.stream()
+        return passing.feed(body) + passing.finish()
+
+    def stream(self) -> "RedactedStream":
+        """Return what redacts a good reply as it passes."""
+        return RedactedStream(self._passing)
+
+    @property
+    def watches_good_replies(self) -> bool:
+        """Whether any secret is long enough to be removed from good replies."""
+        return bool(self._passing)
+
+    def _without_masks(self, body: bytes) -> bytes:
+        if not (self._secrets or self._every_mask):
+            return body
+        return _MASKED.sub(lambda found: MASK if self._is_ours(found[0]) else found[0], body)
+
+    def _is_ours(self, masked: bytes) -> bool:
+        return self._every_mask or any(_may_be(masked, secret) for secret in self._secrets)
+
+
+class RedactedStream:
+    """Overwrites secrets in bytes that pass, each by as many stars: no length changes."""
+
+    def __init__(self, secrets: Iterable[bytes]) -> None:
+        self._secrets = list(secrets)
+        self._held = b""
+        self.found = False
+        """Whether anything was overwritten."""
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether an end is held back that may begin a secret."""
+        return bool(self._held)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what can be sent on; an end that may begin a secret is held back."""
+        data = self._held + chunk
+        for secret in self._secrets:
+            if secret in data:
+                data = data.replace(secret, b"*" * len(secret))
+                self.found = True
+        held = max((_held(secret, data) for secret in self._secrets), default=0)
+        end = len(data) - held
+        self._held = data[end:]
+        return data[:end]
+
+    def finish(self) -> bytes:
+        """Return what was held back."""
+        held, self._held = self._held, b""
+        return held
+
+
+def _held(secret: bytes, data: bytes) -> int:
+    """Return the length of the longest end of the data that begins the secret."""
+    end = data[max(0, len(data) - len(secret) + 1) :]
+    at = end.find(secret[:1])
+    while at >= 0:
+        if secret.startswith(end[at:]):
+            return len(end) - at
+        at = end.find(secret[:1], at + 1)
+    return 0
+
+
+def _forms(secret: bytes) -> Iterable[bytes]:
+    """Yield a secret as it is written in a text, in JSON, HTML, URLs and base64."""
+    text = secret.decode()
+    yield secret
+    yield orjson.dumps(text)[1:-1]
+    # An error in JSON, as the message of another.
+    yield orjson.dumps(orjson.dumps(text)[1:-1].decode())[1:-1]
+    yield orjson.dumps(text)[1:-1].replace(b"/", b"\\/")
+    yield html.escape(text).encode()
+    for quoted in (quote(text, safe=""), quote_plus(text)):
+        yield quoted.encode()
+        yield re.sub("%..", lambda found: found[0].lower(), quoted).encode()
+    for before in range(3):
+        # Of what stands in base64 amid other bytes, the digits that depend on the secret alone.
+        padded = b"\0" * before + secret
+        whole = len(padded) // 3 * 3
+        first = (0, 2, 3)[before]
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            digits = encode(padded[:whole])[first:]
+            if len(digits) >= _MIN_SECRET:
+                yield digits
+
+
+def _parts(secret: str) -> Iterable[str]:
+    """Yield the parts of a long secret by which it is known."""
+    for offset in _OFFSETS:
+        yield from (secret[offset : offset + _PART], secret[: len(secret) - offset][-_PART:])
+
+
+def _without_beginnings(beginning: bytes, body: bytes) -> bytes:
+    """Return a text without the words that begin so, from there to their ends."""
+    pieces = []
+    at = 0
+    while (found := body.find(beginning, at)) >= 0:
+        end = _DELIMITER.search(body, found)
+        pieces += [body[at:found], MASK]
+        at = len(body) if end is None else end.start()
+    return b"".join([*pieces, body[at:]])
+
+
+def _may_be(masked: bytes, secret: bytes) -> bool:
+    """Tell whether a masked word shows the beginning or the end of a secret."""
+    word = masked.strip(b"'`.,:;()<>[]{}")
+    shown = _GAP.split(word)
+    head, tail = shown[0], shown[-1]
+    begins = len(head) >= _MIN_HEAD and secret.startswith(head)
+    return begins or (len(tail) >= _MIN_TAIL and secret.endswith(tail))

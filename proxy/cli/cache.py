@@ -1,0 +1,374 @@
+"""`embedding-proxy cache …`: the group of commands, what they share, and `backup`.
+
+They look at the store, delete from it, copy it. Beside a running proxy.
+
+`embedding-proxy cache export`: entries in one file, to be carried elsewhere.
+
+`embedding-proxy cache stats`: what is kept, how often it was used, and what that saved.
+"""
+
+import difflib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import typer
+from embedding_proxy.cache import atomic_file, ledger
+from embedding_proxy.cache.disk import bounds, connection, ledger_reader
+from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.purge import Choice, count_entries
+from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
+from embedding_proxy.cache.key import OTHER_NAMESPACE, Row
+from embedding_proxy.cache.maintenance import archive, backup, stats
+from embedding_proxy.cache.maintenance import archive as transfer
+from embedding_proxy.providers.base import current_label
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http import status
+from embedding_proxy.proxy.service.embedding_service import GIB
+
+from .formatting import age, count, listed, money, saved, share, size
+from .formatting import count as entries
+from .groups import cache_app as app
+from .output import (
+    ConfigOption,
+    JsonOption,
+    WorkFailed,
+    WrongUsage,
+    console,
+    path_text,
+    plain,
+    print_json,
+    printable,
+    progress,
+    tell_store,
+)
+
+NamespaceOption = Annotated[
+    str | None,
+    typer.Option(help='Only this namespace; "" is that of clients without one.', callback=plain),
+]
+SpaceOption = Annotated[
+    str | None,
+    typer.Option(help="Only this space, as `cache stats` shows it.", callback=plain),
+]
+
+
+@contextmanager
+def opened(settings: Settings, *, create: bool = False) -> Iterator[Database]:
+    """Give the store that a configuration names, and say on stderr which it is. Raises StoreError.
+
+    See `tell_store`.
+    """
+    cache = settings.cache
+    limit = int(cache.size_limit_gib * GIB)
+    with connection.opened(cache.directory, limit, cache.pinned, create=create) as file:
+        tell_store(settings)
+        yield file
+
+
+@contextmanager
+def opened_for_reading(settings: Settings) -> Iterator[ReadableFile]:
+    """Give the store that a configuration names to a command that only reads, and say which it is.
+
+    Says on stderr, too, when what its write-ahead log holds is left out. Raises StoreError.
+    """
+    cache = settings.cache
+    limit = int(cache.size_limit_gib * GIB)
+    with connection.opened_for_reading(cache.directory, limit, cache.pinned) as file:
+        tell_store(settings)
+        if isinstance(file, ReadOnlyFile) and file.lacks_log:
+            why = file.reason or "the folder takes no writes"
+            line = f"what the log {file.path.name}-wal holds cannot be read, and is left out: {why}"
+            typer.echo(printable(path_text(line)), err=True)
+        yield file
+
+
+def check_known(
+    settings: Settings, file: ReadableFile, namespace: str | None, space: str | None
+) -> None:
+    """Raise WrongUsage for a namespace or space of which the store holds nothing.
+
+    Where namespaces or spaces share a partition, see `cache.disk.bounds`, it is not known which.
+    """
+    rows = file.sql("SELECT DISTINCT namespace, space FROM Partitions").fetchall()
+    namespaces, spaces = sorted({row[0] for row in rows}), sorted({row[1] for row in rows})
+    if OTHER_NAMESPACE in namespaces:
+        return
+    if namespace is not None and namespace not in ("", *namespaces):
+        raise WrongUsage(_unknown("--namespace", "namespace", namespace, namespaces))
+    if space is None:
+        return
+    label = current_label(space)
+    rest = bounds.rest_of(label)
+    if not any(one in (label, rest) or one.startswith(f"{label}?") for one in spaces):
+        entry = settings.models.get(space)
+        near = [] if entry is None else [entry.as_space().label]
+        raise WrongUsage(_unknown("--space", "space", space, spaces, near))
+
+
+def _unknown(
+    option: str, what: str, name: str, known: list[str], near: list[str] | None = None
+) -> str:
+    near = [one for one in near or () if one in known] or difflib.get_close_matches(name, known, 1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    there = f"known: {listed(map(repr, known))}" if known else "it holds nothing yet"
+    return f"{option}: the store has no {what} {name!r}{meant}; {there}"
+
+
+@app.command(name="backup")
+def back_up(
+    target: Annotated[Path, typer.Argument(metavar="FILE")],
+    *,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy all entries and the ledger to FILE, itself a store's file, while proxies go on."""
+    if target.exists():
+        raise WorkFailed(f"{target} exists; it is not overwritten")
+    if not target.parent.is_dir():
+        raise WorkFailed(f"{target}: there is no such folder")
+    if not os.access(target.parent, os.W_OK):
+        raise WorkFailed(f"{target}: its folder takes no files; name another one")
+    settings = loader.load(config_file, purpose="inspect")
+    try:
+        with opened_for_reading(settings) as file:
+            ((total,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'")
+            with progress("copying", total) as tell:
+                backup.copy(file, target, lambda done, _total: tell(done))
+    except connection.StoreError as error:
+        # SQLite does not say which of the two it means.
+        raise WorkFailed(f"{target}: not written: {error}") from error
+    written = target.stat().st_size
+    if as_json:
+        print_json({"file": path_text(target), "bytes": written})
+    else:
+        typer.echo(
+            f"{target}: {size(written)}; to restore it, stop all proxies, remove cache.db-wal and"
+            " cache.db-shm, and put it in the place of cache.db"
+        )
+
+
+STREAM = "-"
+
+
+@app.command(name="export")
+def export(  # noqa: PLR0913 - one parameter an option
+    target: Annotated[str, typer.Argument(metavar="FILE", help="- is standard output.")],
+    *,
+    config_file: ConfigOption = None,
+    namespace: NamespaceOption = None,
+    space: SpaceOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FILE if there is one already.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write entries to one file, to be carried elsewhere; such files can be joined with cat."""
+    settings = loader.load(config_file, purpose="inspect")
+    if target != STREAM:
+        _check(Path(target), force=force)
+    choice = Choice(namespace=namespace, space=space)
+    report = transfer.Read()
+    with opened_for_reading(settings) as database:
+        check_known(settings, database, namespace, space)
+        total, _ = count_entries(database, choice)
+        with _written(target, force=force) as file, progress("exporting", total) as tell:
+            rows = _told(transfer.rows(database, choice, report), tell)
+            written = archive.write(file, rows)
+    damaged = entries(report.damaged, "damaged one")
+    left_out = f", {damaged} left out" if report.damaged else ""
+    if as_json and target != STREAM:
+        print_json({"file": path_text(target), "entries": written, "damaged": report.damaged})
+    else:
+        typer.echo(
+            f"{target}: {entries(written, 'entry', 'entries')}{left_out}", err=target == STREAM
+        )
+
+
+def _check(path: Path, *, force: bool) -> None:
+    """Raise WorkFailed for what cannot be written, or must not be, before anything is read."""
+    if not path.name or path.is_dir():
+        raise WorkFailed(f"{path_text(path)}: is a directory; name a file")
+    if not path.parent.is_dir():
+        raise WorkFailed(f"{path_text(path)}: there is no such folder")
+    if path.exists() and not path.is_file():
+        # A device or a pipe would be replaced by a file, for everybody.
+        raise WorkFailed(f"{path_text(path)}: is no regular file; - is standard output")
+    if not force and os.path.lexists(path):
+        raise WorkFailed(f"{path_text(path)} exists; it is not overwritten without --force")
+
+
+@contextmanager
+def _written(target: str, *, force: bool) -> Iterator[BinaryIO]:
+    """Give a file that is there under its name only once it is whole. Raises WorkFailed."""
+    if target == STREAM:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with atomic_file.opened(Path(target), exclusive=not force) as file:
+            yield file
+    except FileExistsError as error:
+        raise WorkFailed(
+            f"{target} exists by now; it is not overwritten without --force"
+        ) from error
+    except OSError as error:
+        raise WorkFailed(f"{target}: {error.strerror or error}") from error
+
+
+def _told(rows: Iterator[Row], tell: Any) -> Iterator[Row]:  # noqa: ANN401 - a function
+    for number, row in enumerate(rows, start=1):
+        tell(number)
+        yield row
+
+
+WIDEST = 120
+"""Characters of a table's line, beside the name of a space."""
+
+
+@app.command(name="stats")
+def show_stats(
+    *,
+    config_file: ConfigOption = None,
+    by: Annotated[
+        list[ledger.By] | None,
+        typer.Option(help="Show the bill instead, summed by this; may be given several times."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is kept, by namespace and space, how often it was used, and what that saved."""
+    settings = loader.load(config_file, purpose="inspect")
+    columns = list(dict.fromkeys(by or ()))
+    with opened_for_reading(settings) as file:
+        if columns:
+            bill = [status.line(columns, *line) for line in ledger_reader.read(file.sql, columns)]
+        else:
+            held = stats.gather(file)
+    if columns:
+        if as_json:
+            print_json(bill)
+        else:
+            _print_bill(columns, bill)
+        return
+    shown = _as_dict(settings, held)
+    if as_json:
+        print_json(shown)
+    else:
+        _print_stats(held, shown)
+
+
+def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
+    partitions = []
+    for one in held.held:
+        namespace, space, dimensions = one.partition
+        partitions.append(
+            {
+                "namespace": namespace,
+                "space": space,
+                "dimensions": dimensions,
+                "entries": one.entries,
+                "bytes": one.bytes,
+                "oldest": one.oldest,
+                "newest": one.newest,
+                "last_used": one.last_used,
+                **status.shown(one.usage),
+            }
+        )
+    return {
+        "directory": path_text(settings.cache.directory.absolute()),
+        "file_bytes": held.file_bytes,
+        "data_bytes": held.data_bytes,
+        "wal_bytes": held.log_bytes,
+        "size_limit_bytes": int(settings.cache.size_limit_gib * GIB),
+        "entries": held.entries,
+        "counted_since": None if held.since_day is None else held.since_day * 86_400,
+        **status.shown(held.usage),
+        "partitions": partitions,
+    }
+
+
+def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
+    from rich.table import Table  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
+
+    now = time.time()
+    table = Table(box=None, pad_edge=False)
+    for title in ("namespace", "space"):
+        table.add_column(title, no_wrap=True)
+    for title in (
+        "width",
+        "entries",
+        "size",
+        "oldest",
+        "used",
+        "hit rate",
+        "tokens saved",
+        "saved",
+        "share",
+    ):
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in shown["partitions"]:
+        spans_shown = (
+            "" if one[name] is None else age(now - one[name]) for name in ("oldest", "last_used")
+        )
+        asked = one["hits"] + one["joins"] + one["misses"] + one["duplicates"]
+        table.add_row(
+            one["namespace"] or "-",
+            one["space"],
+            str(one["dimensions"] or ""),
+            f"{one['entries']:,}",
+            size(one["bytes"]),
+            *spans_shown,
+            share(asked - one["misses"], asked),
+            f"{one['tokens_saved']:,}",
+            money(one["usd_saved"]),
+            share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
+        )
+    longest = max((len(one["space"]) for one in shown["partitions"]), default=0)
+    out = console(WIDEST + longest)
+    out.print(
+        f"{count(held.entries, 'entry', 'entries')}: {size(held.data_bytes)} of data and"
+        f" {size(held.log_bytes)} of write-ahead log, of at most"
+        f" {size(shown['size_limit_bytes'])}",
+        soft_wrap=True,
+    )
+    if shown["partitions"]:
+        out.print(table)
+    usage = held.usage
+    if usage.inputs:
+        out.print(
+            f"{count(usage.inputs, 'input was', 'inputs were')} asked for,"
+            f" {usage.misses:,} of them bought:"
+            f" hit rate {share(usage.inputs - usage.misses, usage.inputs)},"
+            f" {saved(shown['usd_saved'], shown['usd_billed'])},"
+            f" {money(shown['usd_billed'])} spent.",
+            soft_wrap=True,
+        )
+
+
+def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False)
+    for title in columns:
+        table.add_column(title, no_wrap=True)
+    for title in ("inputs", "bought", "tokens billed", "billed", "tokens saved", "saved", "share"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in bill:
+        inputs = one["hits"] + one["joins"] + one["misses"] + one["duplicates"]
+        table.add_row(
+            *(str(one[name] or "-") for name in columns),
+            f"{inputs:,}",
+            f"{one['misses']:,}",
+            f"{one['tokens_billed']:,}",
+            money(one["usd_billed"]),
+            f"{one['tokens_saved']:,}",
+            money(one["usd_saved"]),
+            share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
+        )
+    longest = max((sum(len(str(one[name])) for name in columns) for one in bill), default=0)
+    console(WIDEST + longest).print(table)

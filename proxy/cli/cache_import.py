@@ -1,0 +1,351 @@
+"""Taking in vectors that were bought elsewhere: checked one by one, and as a whole by a sample.
+
+A vector of another model with the same width looks right. So some texts are embedded anew, with the
+model that they are said to be of, and what comes back must point the same way.
+
+`embedding-proxy cache import`: an export is taken in, or vectors that people own already.
+"""
+
+import asyncio
+import itertools
+import math
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import typer
+from embedding_proxy.cache import record
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
+from embedding_proxy.cache.maintenance import archive
+from embedding_proxy.cache.maintenance import archive as transfer
+from embedding_proxy.cache.maintenance.archive import ArchiveError
+from embedding_proxy.cache.maintenance.import_source import Pair, Refused, Source
+from embedding_proxy.cache.record import Entry
+from embedding_proxy.providers import tokens, vector
+from embedding_proxy.providers.base import Context, Embedder, Vector
+from embedding_proxy.providers.route_check import SAME
+from embedding_proxy.providers.routing.health import HealthRegistry
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.importers import FORMATS, open_source
+from embedding_proxy.proxy.service.provider_factory import make_router, open_providers, scheduled
+
+from .cache import opened, opened_for_reading
+from .formatting import count
+from .groups import cache_app as app
+from .output import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
+
+MOST_OFF_NORM = 0.01
+_MOST_SHOWN = 5
+_BATCH = 500
+_BYTES_A_TOKEN = 4
+
+
+@dataclass
+class Survey:
+    """What one pass over a source found."""
+
+    pairs: int = 0
+    refused: int = 0
+    first_refused: list[Refused] = field(default_factory=list)
+    sample: list[Pair] = field(default_factory=list)
+
+
+class SampleDiffers(Exception):
+    """The model gives other vectors for these texts; the message says how different."""
+
+
+class Importer:
+    """Pairs of text and vector -> rows of a partition."""
+
+    def __init__(self, ring: Keyring, *, unit_norm: bool) -> None:
+        """`unit_norm` says whether a vector of another length than 1 is refused."""
+        self._ring = ring
+        self._unit_norm = unit_norm
+
+    def survey(self, source: Source, sample: int, chance: random.Random) -> Iterator[Survey]:
+        """Read all pairs once, yielding what was found so far; draw a sample evenly from all."""
+        found = Survey()
+        for item in self.checked(source):
+            if isinstance(item, Refused):
+                found.refused += 1
+                if len(found.first_refused) < _MOST_SHOWN:
+                    found.first_refused.append(item)
+            else:
+                found.pairs += 1
+                if len(found.sample) < sample:
+                    found.sample.append(item)
+                elif (place := chance.randrange(found.pairs)) < sample:
+                    found.sample[place] = item
+            yield found
+
+    def checked(self, items: Iterable[Pair | Refused]) -> Iterator[Pair | Refused]:
+        """Replace each pair whose vector cannot be one of this model by the reason."""
+        for number, item in enumerate(items, start=1):
+            why = None if isinstance(item, Refused) else self._objection(item.vector)
+            yield item if why is None else Refused(f"pair {number}", f"the vector: {why}")
+
+    def _objection(self, candidate: Vector) -> str | None:
+        """Say why this is no vector of the model, if it is none."""
+        try:
+            vector.check(candidate, self._ring.space.dimensions)
+        except vector.VectorError as error:
+            return str(error)
+        length = vector.length(candidate)
+        if self._unit_norm and abs(length - 1) > MOST_OFF_NORM:
+            return f"its length is {length:.3f}, and 1 in this model"
+        return None
+
+    async def compare(self, sample: list[Pair], embedder: Embedder) -> float:
+        """Embed the sample's texts anew; return the smallest cosine with what is offered.
+
+        Raises SampleDiffers, EmbeddingError.
+        """
+        texts = [pair.text for pair in sample]
+        answer = await embedder.embed(self._ring.space, texts, Context())
+        cosines = [
+            vector.cosine(pair.vector, bought)
+            for pair, bought in zip(sample, answer.vectors, strict=True)
+        ]
+        off = sum(cosine < SAME for cosine in cosines)
+        if off:
+            raise SampleDiffers(
+                f"{off} of {len(cosines)} sampled texts have other vectors in this model"
+                f" (cosine {min(cosines):.3f}, wanted {SAME}); nothing was taken in"
+            )
+        return min(cosines)
+
+    def rows(self, source: Source) -> Iterator[Row]:
+        """Yield the rows of the pairs that can be used. Raises SourceError."""
+        batch: list[Pair] = []
+        for item in self.checked(source):
+            if isinstance(item, Pair):
+                batch.append(item)
+            if len(batch) == _BATCH:
+                yield from self._rows_of(batch)
+                batch = []
+        yield from self._rows_of(batch)
+
+    def _rows_of(self, pairs: list[Pair]) -> Iterator[Row]:
+        texts = [pair.text for pair in pairs]
+        encoding = self._ring.space.tokenizer
+        if encoding is None:
+            # Nobody said what they cost; a guess is marked as not counted.
+            costs = [math.ceil(len(text.encode()) / _BYTES_A_TOKEN) for text in texts]
+        else:
+            costs = tokens.count(texts, encoding)
+        for pair, cost in zip(pairs, costs, strict=True):
+            key = self._ring.key(pair.text)
+            entry = Entry(pair.vector, cost, encoding is not None, key.digest)
+            yield Row(key.address, record.encode(entry), math.nan, self._ring.partition)
+
+
+_MAGIC = b"EMBA"
+_STREAM = "-"
+
+
+@app.command(name="import")
+def import_vectors(  # noqa: PLR0913 - one parameter an option
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A file of `cache export` (- is standard input), or text and embeddings:"
+            " JSONL, Parquet, a folder of LangChain, qdrant://host/collection.",
+        ),
+    ],
+    *,
+    config_file: ConfigOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model of the embeddings, if SOURCE is no export.")
+    ] = None,
+    namespace: Annotated[
+        str, typer.Option(help="Where they go, if SOURCE is no export.", callback=plain)
+    ] = "",
+    sample: Annotated[
+        int,
+        typer.Option(min=0, help="Embed so many texts anew to prove the model; 0 = trust SOURCE."),
+    ] = 5,
+    kind: Annotated[
+        str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
+    vector_field: Annotated[
+        str | None, typer.Option(help="Field or column of the embedding; a named vector.")
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(help="File of the texts, for LangChain's folder.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take in entries of an export, or embeddings you already own; what is there stays."""
+    settings = loader.load(config_file)
+    if _is_archive(source):
+        if namespace:
+            raise loader.ConfigError(
+                f"{source} is an export, which says itself where its entries belong:"
+                " leave out --namespace"
+            )
+        with _read(source) as file:
+            _take_archive(settings, source, file, dry_run=dry_run, as_json=as_json)
+        return
+    if ":/" not in source and not Path(source).exists():
+        raise WorkFailed(f"{source}: No such file or directory")
+    model = _known(settings, model)
+    if kind is not None and kind not in FORMATS:
+        raise loader.ConfigError(f"--format: there is no {kind!r}; known: {', '.join(FORMATS)}")
+    pairs = open_source(
+        source, format=kind, text_field=text_field, vector_field=vector_field, texts=texts
+    )
+    entry = settings.models[model]
+    ring = keyring(entry.as_space(), Namespace(namespace))
+    adoption = Importer(ring, unit_norm=entry.unit_norm)
+    survey = _survey(adoption, pairs, sample)
+    cosine = None
+    if sample and survey.sample:
+        cosine = asyncio.run(_compare(settings, model, adoption, survey))
+    sums = _put(settings, adoption.rows(pairs), survey.pairs, dry_run=dry_run)
+    if as_json:
+        print_json(
+            {
+                "pairs": survey.pairs,
+                "stored": sums.stored,
+                "present": sums.present,
+                "refused": survey.refused,
+                "first_refused": [{"where": r.where, "why": r.why} for r in survey.first_refused],
+                "sample_cosine": cosine,
+                "dry_run": dry_run,
+            }
+        )
+    else:
+        _tell_sums(sums, dry_run=dry_run)
+        for refused in survey.first_refused:
+            typer.echo(f"  refused: {refused.where}: {refused.why}", err=True)
+        if survey.refused:
+            typer.echo(f"  {survey.refused:,} refused in all", err=True)
+    if survey.refused:
+        raise typer.Exit(1)
+
+
+def _known(settings: Settings, model: str | None) -> str:
+    if model not in settings.models:
+        names = ", ".join(sorted(settings.models))
+        raise loader.ConfigError(f"--model: name the model of the embeddings; known: {names}")
+    return model
+
+
+def _is_archive(source: str) -> bool:
+    if source == _STREAM or source.endswith(".emba"):
+        return True
+    try:
+        with Path(source).open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+@contextmanager
+def _read(source: str) -> Iterator[BinaryIO]:
+    if source == _STREAM:
+        yield sys.stdin.buffer
+        return
+    try:
+        with Path(source).open("rb") as file:
+            yield file
+    except OSError as error:
+        raise WorkFailed(f"{source}: {error.strerror or error}") from error
+
+
+def _take_archive(
+    settings: Settings, source: str, file: BinaryIO, *, dry_run: bool, as_json: bool
+) -> None:
+    report = archive.Report()
+    try:
+        if file.seekable():
+            # The whole is checked before anything of it is taken in.
+            begin = file.tell()
+            for _ in archive.read(file, archive.Report()):
+                pass
+            file.seek(begin)
+        sums = _put(settings, archive.read(file, report), None, dry_run=dry_run)
+    except ArchiveError as error:
+        raise WorkFailed(f"{source}: {error}") from error
+    if as_json:
+        print_json(
+            {
+                "entries": report.entries,
+                "stored": sums.stored,
+                "present": sums.present,
+                "complete": report.complete,
+                "missing": report.missing,
+                "damaged_places": report.damaged_places,
+                "damaged_bytes": report.damaged_bytes,
+                "dry_run": dry_run,
+            }
+        )
+    else:
+        _tell_sums(sums, dry_run=dry_run)
+    if not report.complete:
+        raise WorkFailed(
+            f"{source}: not all of it is whole:"
+            f" {count(report.damaged_places, 'place is', 'places are')} damaged"
+            f" ({count(report.damaged_bytes, 'byte')}),"
+            f" {count(report.missing, 'entry is', 'entries are')} known to be missing"
+        )
+
+
+def _put(
+    settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
+) -> transfer.Written:
+    sums = transfer.Written()
+    # The first is looked at before a store is made for it.
+    rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
+    with ExitStack() as stack:
+        tell = stack.enter_context(progress("importing", total))
+        database: ReadableFile
+        if dry_run:
+            database = stack.enter_context(opened_for_reading(settings))
+        else:
+            database = stack.enter_context(opened(settings, create=True))
+        for sums in transfer.put(database, rows, dry_run=dry_run):
+            tell(sums.stored + sums.present)
+    return sums
+
+
+def _tell_sums(sums: transfer.Written, *, dry_run: bool) -> None:
+    verb = "would be taken in" if dry_run else "taken in"
+    stored = count(sums.stored, "entry", "entries")
+    present = count(sums.present, "was", "were")
+    typer.echo(f"{stored} {verb}, {present} there already")
+
+
+def _survey(adoption: Importer, source: Source, sample: int) -> Survey:
+    found = Survey()
+    # The sample is drawn anew each time: nobody can prepare for it.
+    with progress("reading") as tell:
+        for found in adoption.survey(source, sample, random.SystemRandom()):
+            tell(found.pairs + found.refused)
+    if not found.pairs:
+        why = f": {found.first_refused[0].why}" if found.first_refused else ""
+        raise WorkFailed(f"{source.name}: there is nothing that could be taken in{why}")
+    return found
+
+
+async def _compare(settings: Settings, model: str, adoption: Importer, survey: Survey) -> float:
+    async with AsyncExitStack() as stack:
+        providers = await open_providers(settings, stack)
+        router = make_router(settings, model, settings.models[model], providers, HealthRegistry())
+        if not router.routes:
+            raise WorkFailed(
+                f"{router.unavailable} Or trust the source without a sample: --sample 0"
+            )
+        try:
+            return await adoption.compare(survey.sample, scheduled(router, settings))
+        except SampleDiffers as error:
+            raise WorkFailed(str(error)) from error

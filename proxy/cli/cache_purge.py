@@ -1,0 +1,284 @@
+"""`embedding-proxy cache purge`: entries are deleted, and what waits for Qdrant of them."""
+
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import typer
+from embedding_proxy.cache.disk import bounds, purge, salvage
+from embedding_proxy.cache.disk.database import Database, is_damage
+from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
+from embedding_proxy.cache.maintenance import stats
+from embedding_proxy.index import outbox as outbox_purge
+from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
+from embedding_proxy.providers.base import current_label
+from embedding_proxy.providers.billing import NANO
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import GIB
+
+from . import output
+from .cache import NamespaceOption, SpaceOption, check_known, opened, opened_for_reading
+from .formatting import count, money, size
+from .groups import cache_app as app
+from .output import ConfigOption, JsonOption, WorkFailed, need_terminal, print_json, progress
+
+
+@app.command(name="purge")
+def purge_entries(  # noqa: PLR0913 - one parameter an option
+    *,
+    config_file: ConfigOption = None,
+    namespace: NamespaceOption = None,
+    space: SpaceOption = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Only what was bought longer ago: 90d, 12h, 30min.")
+    ] = None,
+    unused_for: Annotated[
+        str | None, typer.Option(help="Only what was used last longer ago: 90d, 12h, 30min.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            help="Only this input, in --namespace or that of clients without one; needs --model.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model of --input.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All entries.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete the entries for which all that is given holds; running proxies forget them soon.
+
+    Says what they have cost, and asks. Without a terminal nobody can be asked: say --yes.
+    """
+    settings = loader.load(config_file, purpose="inspect")
+    now = time.time()
+    choice = purge.Choice(
+        namespace=namespace,
+        space=space,
+        stored_before=output.before(now, older_than, "--older-than"),
+        used_before=output.before(now, unused_for, "--unused-for"),
+        address=_address(settings, text, model, namespace),
+    )
+    if choice == purge.Choice() and not everything:
+        raise loader.ConfigError("cache purge: say what to delete, or --all; see --help")
+    if not dry_run:
+        need_terminal("cache purge", "--yes", is_sure=yes)
+        # What is deleted must not come back from a damaged file that is not salvaged yet.
+        limit = int(settings.cache.size_limit_gib * GIB)
+        salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned)
+    deleted = 0
+    if dry_run:
+        with opened_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
+            chosen = _look_up(settings, file, waiting, choice)
+    else:
+        with opened(settings) as store, _outbox(settings) as outbox:
+            chosen = _look_up(settings, store, outbox, choice)
+            if not yes and (chosen.entries or chosen.points):
+                typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
+            if outbox is not None:
+                outbox_purge.remove(outbox, chosen.points)
+            deleted = _delete(store, chosen.choices, chosen.entries)
+    _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
+
+
+def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> None:
+    if as_json:
+        told = {
+            "chosen": chosen.entries,
+            "bytes": chosen.bytes,
+            "usd_value": None if chosen.nanodollars is None else chosen.nanodollars / NANO,
+            "deleted": deleted,
+            "waiting": len(chosen.points),
+        }
+        if chosen.of_others:
+            told["of_shared_partitions"] = chosen.of_others
+        print_json({**told, "dry_run": dry_run})
+        return
+    done = "would be deleted" if dry_run else "deleted"
+    typer.echo(f"{chosen.told}: {done}")
+    if not dry_run and deleted != chosen.entries:
+        typer.echo(f"{count(deleted, 'entry was', 'entries were')} still there to be deleted")
+    if chosen.of_others:
+        typer.echo(
+            f"{count(chosen.of_others, 'of them lies', 'of them lie')} in a partition that several"
+            " namespaces or spaces share: they cannot be told apart, so all of them go"
+        )
+    if chosen.has_outbox:
+        typer.echo(
+            f"{count(len(chosen.points), 'point')} that"
+            f" {'waits' if len(chosen.points) == 1 else 'wait'} for Qdrant {done};"
+            " those in Qdrant stay"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What a purge is about to delete."""
+
+    choices: list[purge.Choice]
+    entries: int
+    bytes: int
+    of_others: int
+    """Those of the entries that lie in a partition that several namespaces or spaces share."""
+    points: list[outbox_purge.Picked]
+    """What waits for Qdrant."""
+    has_outbox: bool
+    nanodollars: int | None
+    """About what the entries have cost; None if that is known of none."""
+    without_value: int
+    """Of how many it is not known, because none of their partition was bought here."""
+
+    @property
+    def told(self) -> str:
+        """What is deleted, in words."""
+        if self.nanodollars is None:
+            worth = "of unknown value"
+        else:
+            worth = f"worth about {money(self.nanodollars / NANO)}"
+            if self.without_value:
+                worth += f" and {self.without_value:,} of unknown value"
+        return f"{count(self.entries, 'entry', 'entries')}, {size(self.bytes)}, {worth}"
+
+
+def _look_up(
+    settings: Settings,
+    file: ReadableFile,
+    outbox: OutboxFile | ReadOnlyOutbox | None,
+    choice: purge.Choice,
+) -> _Chosen:
+    """Return what a choice comes to. Raises WrongUsage if it names what is not there."""
+    namespace, space = choice.namespace, choice.space
+    is_named = namespace is not None or space is not None
+    if is_named and not (outbox and outbox_purge.pick(outbox, namespace=namespace, space=space)):
+        check_known(settings, file, namespace, space)
+    choices = [choice, *(one for one in _shared(choice) if purge.count_entries(file, one)[0])]
+    counts = [purge.count_entries(file, one) for one in choices]
+    entries, held = (sum(column) for column in zip(*counts, strict=True))
+    points = [] if outbox is None else _waiting(outbox, file, choices)
+    of_partitions: Counter[int | None] = Counter()
+    for one in choices:
+        of_partitions.update(
+            {name: number for name, (number, _) in purge.count_by_partition(file, one).items()}
+        )
+    nano, unknown = stats.value(file, of_partitions)
+    unknown += entries - of_partitions.total()
+    return _Chosen(
+        choices,
+        entries,
+        held,
+        entries - counts[0][0],
+        points,
+        outbox is not None,
+        None if entries and unknown >= entries else nano,
+        unknown,
+    )
+
+
+def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> int:
+    """Delete what is chosen, and return how many entries that were; `entries` are expected."""
+    deleted = 0
+    try:
+        with progress("deleting", entries) as tell:
+            for choice in choices:
+                for count in purge.delete(file, choice):
+                    deleted += count
+                    tell(deleted)
+    finally:
+        # Also what an interruption cut short is to be forgotten.
+        if deleted:
+            purge.announce(file, deleted)
+    return deleted
+
+
+def _shared(choice: purge.Choice) -> list[purge.Choice]:
+    """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
+
+    See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
+    """
+    found = []
+    rest = None if choice.space is None else bounds.rest_of(current_label(choice.space))
+    if rest is not None and rest != choice.space:
+        found.append(replace(choice, space=rest))
+    is_chosen_by_name = choice.namespace is not None or choice.space is not None
+    if is_chosen_by_name and choice.namespace != OTHER_NAMESPACE:
+        found.append(replace(choice, namespace=OTHER_NAMESPACE, space=None))
+    return found
+
+
+@contextmanager
+def _outbox(settings: Settings) -> Iterator[OutboxFile | None]:
+    """Give what waits for Qdrant; None where nothing ever did. Raises WorkFailed."""
+    folder = settings.cache.directory
+    if not (folder / FILE_NAME).exists():
+        yield None
+        return
+    try:
+        with closing(OutboxFile(folder)) as file:
+            yield file
+    except (sqlite3.Error, OSError) as error:
+        raise WorkFailed(f"{folder / FILE_NAME}: {error}") from error
+
+
+@contextmanager
+def _outbox_for_reading(
+    settings: Settings,
+) -> Iterator[OutboxFile | ReadOnlyOutbox | None]:
+    """Give what waits for Qdrant to a dry run, which changes nothing. Raises WorkFailed.
+
+    Only a file of an older version is opened for writing: it has to be brought up to date to be
+    read. One that is damaged is left as it is.
+    """
+    path = settings.cache.directory / FILE_NAME
+    if not path.exists():
+        yield None
+        return
+    with ExitStack() as stack:
+        found: OutboxFile | ReadOnlyOutbox | None
+        try:
+            found = stack.enter_context(closing(ReadOnlyOutbox(path.parent)))
+        except sqlite3.Error as error:
+            if is_damage(error):
+                raise WorkFailed(f"{path}: {error}") from error
+            found = stack.enter_context(_outbox(settings))
+        yield found
+
+
+def _waiting(
+    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.Choice]
+) -> list[outbox_purge.Picked]:
+    """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
+    choice = choices[0]
+    found = outbox_purge.pick(
+        outbox, namespace=choice.namespace, space=choice.space, address=choice.address
+    )
+    if choice.stored_before is None and choice.used_before is None:
+        return found
+    return [
+        one
+        for one in found
+        if any(purge.is_chosen(file, chosen, one.address) for chosen in choices)
+    ]
+
+
+def _address(
+    settings: Settings, text: str | None, model: str | None, namespace: str | None
+) -> bytes | None:
+    """Return the address of `--input`. Raises ConfigError, InputRefused."""
+    if text is None and model is None:
+        return None
+    if text is None:
+        raise loader.ConfigError("--model: is the model of --input; name a --space instead")
+    entry = settings.models.get(model or "")
+    if entry is None:
+        names = ", ".join(sorted(settings.models))
+        raise loader.ConfigError(f"--model: name the model of --input; known: {names}")
+    ring = keyring(entry.as_space(), Namespace(namespace or ""))
+    return ring.key(text).address

@@ -1,0 +1,191 @@
+"""`embedding-proxy cache verify`: every record read, what is damaged mended or salvaged."""
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from embedding_proxy.cache.disk import connection, salvage, set_aside
+from embedding_proxy.cache.disk.carver import Report
+from embedding_proxy.cache.disk.connection import StoreError
+from embedding_proxy.cache.disk.database import FILE_NAME
+from embedding_proxy.cache.disk.salvage import Outcome
+from embedding_proxy.cache.maintenance import verify
+from embedding_proxy.cache.maintenance.verify import Findings
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import GIB
+
+from .cache import opened, opened_for_reading
+from .formatting import count
+from .groups import cache_app as app
+from .output import ConfigOption, JsonOption, WorkFailed, print_json, progress
+
+
+@app.command(name="verify")
+def verify_store(
+    *,
+    config_file: ConfigOption = None,
+    mend: Annotated[
+        bool,
+        typer.Option(
+            help="Delete what is damaged; save what is whole out of a file that cannot be read."
+        ),
+    ] = False,
+    salvage_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--salvage", metavar="FILE", help="Take what is whole out of a damaged cache.db."
+        ),
+    ] = None,
+    add_sums: Annotated[
+        bool,
+        typer.Option(
+            help="Add the sums of FILE to the ledger, once; never those of a copy of this store."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every record and say what is damaged. Exit code 1 if something is left that is."""
+    settings = loader.load(config_file, purpose="inspect")
+    if add_sums and salvage_file is None:
+        raise loader.ConfigError("--add-sums: is about the FILE of --salvage")
+    if salvage_file is not None:
+        _salvage(settings, salvage_file, add_sums=add_sums, as_json=as_json)
+        return
+    findings = _scan(settings, for_writing=mend)
+    mended = False
+    saved: Outcome | None = None
+    if mend and findings.broken:
+        saved = _start_anew(settings)
+        mended = True
+    elif mend and findings.is_mendable:
+        with opened(settings) as database:
+            verify.mend(database, findings)
+        mended = True
+    if as_json:
+        print_json(
+            {
+                "records": findings.records,
+                "damaged": findings.damaged,
+                "lost_sight_of": findings.lost_sight_of,
+                "wrong_partition": findings.wrong_partition,
+                "orphans": findings.orphans,
+                "broken": findings.broken,
+                "unchecked": findings.unchecked,
+                "mended": mended,
+                "salvaged": None if saved is None else saved.records,
+            }
+        )
+    else:
+        _tell(findings, mended=mended, saved=saved)
+    if not (findings.sound or mended) or (findings.unchecked and not findings.broken):
+        raise typer.Exit(1)
+
+
+def _scan(settings: Settings, *, for_writing: bool) -> Findings:
+    findings = Findings()
+    # Who is going to mend learns at once that the store cannot be written.
+    open_store = opened if for_writing else opened_for_reading
+    try:
+        with open_store(settings) as database:
+            ((total,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
+            with progress("verifying", total) as tell:
+                for seen in verify.scan(database, findings):
+                    tell(seen)
+    except StoreError as error:
+        if not connection.is_damaged(error):
+            raise
+        findings.broken = str(error.__cause__)
+    return findings
+
+
+def _tell(findings: Findings, *, mended: bool, saved: Outcome | None) -> None:
+    typer.echo(f"{count(findings.records, 'record is', 'records are')} whole")
+    if findings.damaged:
+        verb = "deleted" if mended else "damaged; --mend deletes them"
+        typer.echo(f"{count(findings.damaged, 'record')} {verb}")
+    if findings.lost_sight_of:
+        verb = "entered again" if mended else "not entered; --mend does it"
+        typer.echo(f"{count(findings.lost_sight_of, 'record')} {verb}")
+    if findings.wrong_partition:
+        whole = count(findings.wrong_partition, "whole record has", "whole records have")
+        now = "an unknown space now" if mended else "a space of another width"
+        remedy = "" if mended else "; --mend keeps what is whole, with its space unknown"
+        typer.echo(f"{whole} {now}{remedy}")
+    if findings.orphans:
+        verb = "deleted" if mended else "without a record; --mend deletes them"
+        typer.echo(f"{count(findings.orphans, 'row')} of the list of entries {verb}")
+    if findings.unchecked and not findings.broken:
+        typer.echo(
+            f"not checked, because the proxy wrote too much meanwhile: {findings.unchecked};"
+            " run it again when less is written"
+        )
+    if findings.broken:
+        typer.echo(f"the file is damaged: {findings.broken}")
+        if saved is None:
+            typer.echo("--mend moves it aside and saves what is whole in it")
+        else:
+            records = count(saved.records, "record was", "records were")
+            typer.echo(f"it was moved aside; {records} saved out of it")
+
+
+def _start_anew(settings: Settings) -> Outcome:
+    """Move the damaged file aside, and what is whole in it into a fresh one."""
+    cache = settings.cache
+    path = connection.folder_of(cache.directory) / FILE_NAME
+    limit = int(cache.size_limit_gib * GIB)
+    try:
+        inode = set_aside.inode_of(path)
+        with contextlib.closing(connection.lock_of(cache.directory)) as lock, lock:
+            aside = set_aside.move(path, inode)
+        if aside is not None:
+            typer.echo(f"moved to {aside.folder}", err=True)
+        size = 0 if aside is None else aside.path.stat().st_size
+        with progress("salvaging", size) as tell:
+            saved = salvage.salvage_pending(cache.directory, limit, cache.pinned, tell)
+    except OSError as error:
+        raise WorkFailed(f"{cache.directory}: {error}") from error
+    return saved[0] if saved else Outcome()
+
+
+def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -> None:
+    own = connection.folder_of(settings.cache.directory) / FILE_NAME
+    if not path.is_file():
+        raise WorkFailed(f"{path}: there is no such file")
+    if own.exists() and own.samefile(path):
+        raise WorkFailed(f"{path} is the store itself: `cache verify --mend` mends it")
+    add_sums = add_sums or set_aside.is_in_folder(path)
+    saved, report = _put(settings, path, add_sums=add_sums)
+    left_out = "" if add_sums else f"the sums of {path} are not added; --add-sums adds them"
+    if not (report.records or saved.sums):
+        raise WorkFailed(
+            f"{path}: there is no record in it that is whole{left_out and '; '}{left_out}"
+        )
+    if as_json:
+        print_json(
+            {
+                "stored": saved.records,
+                "present": saved.present,
+                "damaged": report.damaged,
+                "sums": saved.sums,
+                "sums_left_out": not add_sums,
+            }
+        )
+    else:
+        typer.echo(
+            f"{count(saved.records, 'record')} saved,"
+            f" {count(saved.present, 'was', 'were')} there already,"
+            f" {count(report.damaged, 'is', 'are')} damaged;"
+            f" {count(saved.sums, 'sum')} added to the ledger"
+        )
+        if left_out:
+            typer.echo(left_out)
+
+
+def _put(settings: Settings, path: Path, *, add_sums: bool) -> tuple[Outcome, Report]:
+    with (
+        opened(settings, create=True) as database,
+        progress("salvaging", path.stat().st_size) as tell,
+    ):
+        return salvage.salvage_file(path, database, tell, add_sums=add_sums)

@@ -1,0 +1,407 @@
+"""What `compare` found, for people, for scripts, and as a plot.
+
+`embedding-proxy compare`: providers and models on given texts, before one switches.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from embedding_proxy.providers import tokens
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.diagnostics import report as comparison
+from embedding_proxy.proxy.diagnostics import report as plot
+from embedding_proxy.proxy.diagnostics import sample_texts
+from embedding_proxy.proxy.diagnostics.benchmark import Plan, RouteBenchmark, cost, run
+from embedding_proxy.proxy.diagnostics.report import Likeness, Point, Report, Row, name_of
+from embedding_proxy.proxy.diagnostics.routes import Candidates, ModelSelection, RouteResult, find
+from embedding_proxy.proxy.diagnostics.sample_texts import Samples
+
+from .formatting import money, price, size
+from .output import (
+    ConfigOption,
+    JsonOption,
+    WorkFailed,
+    console,
+    path_text,
+    print_json,
+    printable,
+    progress,
+)
+
+WIDEST = 120
+"""Characters of the table's line, beside the names."""
+MILLION = 1_000_000
+
+
+def planned(trials: Sequence[RouteBenchmark], plan: Plan) -> dict[str, Any]:
+    """Return what would be asked; a cost that cannot be told is None."""
+    routes = []
+    for trial in trials:
+        count, usd = cost(trial, plan, 0.0)
+        known = trial.price is not None
+        routes.append({"route": name_of(trial), "tokens": count, "usd": usd if known else None})
+    return {"inputs": len(plan.inputs), "calls_each": plan.calls, "routes": routes}
+
+
+def as_dict(
+    report: Report,
+    samples: Samples,
+    plan: Plan,
+    left_out: Sequence[str],
+    problems: Sequence[str],
+) -> dict[str, Any]:
+    """Return all that was found, as scripts get it."""
+    return {
+        "texts": samples.texts,
+        "labelled_queries": len(samples.wanted),
+        "rounds": plan.rounds,
+        "batch": len(plan.batches[0]),
+        "k": report.k,
+        "chance": report.chance,
+        "routes": [_route(report, row) for row in report.rows],
+        "pairs": [_pair(pair) for pair in report.pairs],
+        "left_out": list(left_out),
+        "cheapest": report.cheapest and report.cheapest.name,
+        "fastest": report.fastest and report.fastest.name,
+        "best_recall": report.best_recall and report.best_recall.name,
+        "problems": list(problems),
+        "ok": not problems,
+    }
+
+
+def _route(report: Report, row: Row) -> dict[str, Any]:
+    trial = row.trial
+    beaten = report.beaten_by(row)
+    return {
+        "route": row.name,
+        "model": trial.finding.models[0],
+        "provider": trial.route.name,
+        "upstream_model": trial.route.model,
+        "space": trial.space.name,
+        "complete": row.complete,
+        "calls": trial.calls,
+        "failures": dict(trial.failures),
+        "error": trial.why or None,
+        "first_ms": None if trial.first_s is None else _rounded(1000 * trial.first_s),
+        "p50_ms": _rounded(row.p50_ms),
+        "p95_ms": _rounded(row.p95_ms),
+        "overhead_ms": _rounded(row.overhead_ms),
+        "batch_p50_ms": _rounded(row.batch_p50_ms),
+        "batch_p95_ms": _rounded(row.batch_p95_ms),
+        "tokens": trial.tokens,
+        "usd": trial.usd,
+        "charged": trial.told and trial.tokens > 0,
+        "usd_per_million_tokens": row.usd_per_million_tokens,
+        "usd_per_million_inputs": row.usd_per_million_inputs,
+        "dimensions": trial.width or None,
+        "bytes_per_vector": row.bytes_per_vector or None,
+        "bytes_per_million": row.bytes_per_vector * MILLION or None,
+        "recall": row.recall,
+        "beaten_by": beaten and beaten.name,
+    }
+
+
+def _pair(pair: Likeness) -> dict[str, Any]:
+    least, mean = pair.cosine or (None, None)
+    return {
+        "one": pair.one.name,
+        "other": pair.other.name,
+        "same_space": pair.same_space,
+        "least_cosine": least,
+        "mean_cosine": mean,
+        "agree": pair.agree,
+        "overlap": pair.overlap,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+def print_report(
+    report: Report,
+    samples: Samples,
+    plan: Plan,
+    left_out: Sequence[str],
+    problems: Sequence[str],
+) -> None:
+    """Print a table of the routes, then what else there is to say, one line each."""
+    from rich.table import Table  # noqa: PLC0415 - takes 50 ms, which `serve` is spared
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("route", no_wrap=True)
+    batch = f"x{len(plan.batches[0])}"
+    titles = ["answered", "p50", "p95", f"{batch} p50", f"{batch} p95", "$/M tokens", "$/M inputs"]
+    titles += ["width", "1M vectors", *([f"recall@{report.k}"] if samples.wanted else [])]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(printable(row.name), *_cells(row, with_recall=bool(samples.wanted)))
+    longest = max(len(row.name) for row in report.rows)
+    console(WIDEST + longest).print(table)
+    for heading, found in (
+        ("failures", _failures(report)),
+        ("not asked", left_out),
+        ("agreement", _agreement(report)),
+        ("to choose", _advice(report)),
+        ("problems", problems),
+    ):
+        lines = list(found)
+        if lines:
+            typer.echo(f"\n{heading}:")
+        for line in lines:
+            typer.echo(printable(f"  {line}"))
+
+
+def _cells(row: Row, *, with_recall: bool) -> Iterator[str]:
+    trial = row.trial
+    yield f"{trial.calls - trial.failures.total()}/{trial.calls}"
+    for value in (row.p50_ms, row.p95_ms, row.batch_p50_ms, row.batch_p95_ms):
+        yield "-" if value is None else f"{value:,.0f} ms" if value >= 10 else f"{value:.1f} ms"
+    for usd in (row.usd_per_million_tokens, row.usd_per_million_inputs):
+        yield "?" if usd is None else price(usd)
+    yield str(trial.width or "-")
+    yield size(MILLION * row.bytes_per_vector) if trial.width else "-"
+    if with_recall:
+        yield "-" if row.recall is None else f"{row.recall:.3f}"
+
+
+def _failures(report: Report) -> Iterator[str]:
+    for row in report.rows:
+        if row.trial.failures:
+            kinds = ", ".join(f"{n} x {kind}" for kind, n in row.trial.failures.most_common())
+            yield f"{row.name}: {kinds}; the last: {row.trial.why}"
+
+
+def _agreement(report: Report) -> Iterator[str]:
+    for pair in report.pairs:
+        names = f"{pair.one.name} and {pair.other.name}"
+        if pair.cosine is not None:
+            verdict = "agree" if pair.agree else "DISAGREE"
+            least, mean = pair.cosine
+            yield f"{names} {verdict}: cosine {least:.6f} at least, {mean:.6f} on average"
+        elif pair.same_space:
+            widths = f"{pair.one.trial.width} and {pair.other.trial.width}"
+            yield f"{names} DISAGREE: widths {widths} in one space"
+        elif pair.overlap is not None:
+            yield (
+                f"{names}: {pair.overlap:.0%} of the {report.k} nearest in common,"
+                f" {report.chance or 0:.0%} by chance"
+            )
+
+
+def _advice(report: Report) -> Iterator[str]:
+    if len(report.choices) < 2:
+        return
+    if report.cheapest:
+        yield f"cheapest: {report.cheapest.name}"
+    if report.fastest:
+        yield f"fastest: {report.fastest.name}"
+    if report.best_recall:
+        yield f"finds most: {report.best_recall.name}"
+    for pair in report.pairs:
+        if pair.agree:
+            yield f"{pair.one.name} agrees with {pair.other.name}: either stands in for the other"
+    for row in report.rows:
+        beaten = report.beaten_by(row)
+        if beaten:
+            yield f"{row.name} is no better than {beaten.name} in anything that was measured"
+
+
+def drawn(report: Report) -> str:
+    """Return a plot of the median latency against recall if that is known, else against cost."""
+    by_recall = report.best_recall is not None
+    points = []
+    for row in report.rows:
+        y = row.recall if by_recall else row.usd_per_million_inputs
+        told = [
+            "no answer" if row.p50_ms is None else f"{row.p50_ms:,.1f} ms",
+            "cost not known"
+            if row.usd_per_million_inputs is None
+            else f"${price(row.usd_per_million_inputs)} per million inputs",
+            *([f"recall {row.recall:.3f}"] if row.recall is not None else []),
+        ]
+        points.append(Point(printable(row.name), row.p50_ms, y, ", ".join(told)))
+    y_label = f"recall@{report.k}" if by_recall else "USD per million inputs"
+    return plot.svg("Embedding routes compared", "median of single calls, ms", y_label, points)
+
+
+ASK_ABOVE_USD = 0.10
+"""What is spent without `--yes`, at most, as far as it can be told before."""
+UNKNOWN_USD = 1.0
+"""USD per million tokens that are reckoned with where a price is not known; few cost more."""
+
+
+def compare(  # noqa: PLR0913 - one parameter an option
+    *,
+    config_file: ConfigOption = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model; several times. Else those that the configuration names."),
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="Only routes of this provider; may be given several times."),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Texts, one a line; or JSONL with a `text`."),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSONL of a `query` and the `text` it should find."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often all is measured.")] = 3,
+    k: Annotated[int, typer.Option("--k", min=1, help="How many of the nearest count.")] = 5,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Write the figures as a plot, an SVG."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only say what would be asked, and what it costs.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help=f"Spend more than {money(ASK_ABOVE_USD)}, too.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare models and providers: latency, errors, cost, storage, and whether they agree.
+
+    Every route of the models is asked for the same texts, past the cache. Exit code 1 if a model
+    has no route that answered for all of them.
+    """
+    if plot_file is not None and (plot_file.is_dir() or not plot_file.parent.is_dir()):
+        raise ConfigError(f"--plot: {path_text(plot_file)} cannot be written there")
+    settings, named = loader.load_named(config_file)
+    names = tuple(dict.fromkeys(model or named))
+    if not names:
+        raise ConfigError("--model: say which; the configuration names none")
+    found = sample_texts.read(texts, pairs)
+    plan = Plan(found.inputs, rounds)
+    budget = None if yes else ASK_ABOVE_USD
+    work = _Work(settings, names, tuple(provider or ()), plan, dry_run=dry_run, budget=budget)
+    trials, left_out = asyncio.run(work.do())
+    if dry_run:
+        if as_json:
+            print_json(planned(trials, plan))
+        return
+    report = comparison.report(trials, found, k)
+    problems = [
+        f"{name}: no route answered for all inputs"
+        for name in names
+        if not any(name in row.trial.finding.models for row in report.choices)
+    ]
+    if plot_file is not None:
+        plot_file.write_text(drawn(report), encoding="utf-8")
+    if as_json:
+        print_json(as_dict(report, found, plan, left_out, problems))
+    else:
+        print_report(report, found, plan, left_out, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is to be tried, and for how much."""
+
+    settings: Settings
+    names: Sequence[str]
+    providers: Sequence[str]
+    plan: Plan
+    dry_run: bool
+    budget: float | None
+    """USD; None = whatever it costs."""
+
+    async def do(self) -> tuple[list[RouteBenchmark], list[str]]:
+        """Try the routes; return them, and why others were left out.
+
+        Raises ConfigError before a cent is spent; WorkFailed if there is no route.
+        """
+        async with AsyncExitStack() as stack:
+            choice = ModelSelection(self.names, also="nothing")
+            candidates = await find(self.settings, choice, stack)
+            findings = list(self._chosen(candidates.findings))
+            trials = [
+                RouteBenchmark(one, one.route, one.space, self._price(candidates, one))
+                for one in findings
+                if one.route is not None
+            ]
+            if not trials:
+                raise WorkFailed(candidates.routers[self.names[0]].unavailable)
+            self._refuse_too_long(candidates, trials)
+            self._tell_cost(trials)
+            if not self.dry_run:
+                with progress("asking", len(trials) * self.plan.calls) as tell:
+                    await run(trials, self.plan, self.settings.server.request_timeout_s, tell)
+        left_out = [
+            f"{one.models[0]} at {one.provider}: {one.why}" for one in findings if not one.route
+        ]
+        return trials, left_out
+
+    def _chosen(self, findings: Iterable[RouteResult]) -> Iterator[RouteResult]:
+        """Yield the routes of the named models at the named providers. Raises ConfigError."""
+        known = self.settings.providers
+        for name in self.providers:
+            if name not in known:
+                raise ConfigError(
+                    f"--provider: there is no provider {name!r}; known: {', '.join(sorted(known))}"
+                )
+        missing = {*self.providers}
+        for one in findings:
+            if not {*self.names}.isdisjoint(one.models):
+                missing.discard(one.provider)
+                if not self.providers or one.provider in self.providers:
+                    yield one
+        if missing:
+            raise ConfigError(
+                f"--provider: no route of {', '.join(self.names)} leads to"
+                f" {', '.join(sorted(missing))}; add one to its `routes`"
+            )
+
+    def _price(self, candidates: Candidates, one: RouteResult) -> float | None:
+        """Return USD per million tokens; None if it is not known: 0 is, on one's own machine."""
+        entry = self.settings.providers[one.provider]
+        price = candidates.models[one.models[0]].price
+        if one.route is not None and one.route.price is not None:
+            return one.route.price
+        return price if price or (entry and entry.key_variable is None) else None
+
+    def _refuse_too_long(self, candidates: Candidates, trials: Iterable[RouteBenchmark]) -> None:
+        for trial in trials:
+            name = trial.finding.models[0]
+            most = candidates.models[name].context
+            if most is None or trial.space.tokenizer is None:
+                continue
+            sizes = tokens.count(self.plan.inputs, trial.space.tokenizer)
+            for text, count in zip(self.plan.inputs, sizes, strict=True):
+                if count > most:
+                    raise ConfigError(
+                        f"an input has {count:,} tokens, of which {name} takes {most:,}; shorten or"
+                        f" leave out the one that begins with {text[:40]!r}"
+                    )
+
+    def _tell_cost(self, trials: Sequence[RouteBenchmark]) -> None:
+        """Say on stderr what will be asked and what it costs. Raises ConfigError if it is much."""
+        costs = [cost(trial, self.plan, UNKNOWN_USD) for trial in trials]
+        count, total = (sum(each) for each in zip(*costs, strict=True))
+        told = (
+            f"inputs: {len(self.plan.inputs):,}, routes: {len(trials)}, calls of each:"
+            f" {self.plan.calls:,}; about {count:,} tokens for {money(total)}"
+        )
+        unknown = [comparison.name_of(trial) for trial in trials if trial.price is None]
+        if unknown:
+            told += f" ({money(UNKNOWN_USD)} a million for {', '.join(unknown)}, price not known)"
+        typer.echo(printable(told), err=True)
+        if self.budget is not None and total > self.budget and not self.dry_run:
+            raise ConfigError(
+                f"that is more than {money(self.budget)}: say --yes if you want it, or take fewer"
+                " texts or --rounds; nobody was asked"
+            )

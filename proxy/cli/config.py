@@ -1,0 +1,105 @@
+"""`embedding-proxy config …`: what applies, and what an older configuration comes to."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from embedding_proxy.cache import atomic_file
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config import show as effective
+from embedding_proxy.proxy.config.legacy import Converted, convert
+
+from .output import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
+
+
+def show(
+    *,
+    config_file: ConfigOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="The models of the catalogue, too.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what applies: every key with its value, and which variables with keys are set.
+
+    It is a configuration that `config show` reads again. No key is in it: a secret of the file is
+    shown as ${NAME}, and to serve with it that variable has to be set.
+    """
+    found = loader.read_configuration(config_file, purpose="inspect")
+    settings = found.settings
+    values = effective.values(settings, found.content, everything=everything)
+    keys = effective.keys_of(settings)
+    if as_json:
+        told = {name: {"variable": one, "set": there} for name, (one, there) in keys.items()}
+        file = None if config_file is None else path_text(config_file)
+        print_json({"config": file, "keys": told, "settings": values})
+        return
+    typer.echo(printable(f"# What applies with {path_text(config_file or loader.BUILT_IN)}"))
+    left_out = len(settings.models) - len(values["models"])
+    if left_out:
+        typer.echo(f"# and {left_out} more models of the catalogue, which --all shows.")
+    for name, (variable, there) in keys.items():
+        state = "is set" if there else "is not set: this provider is skipped"
+        typer.echo(f"# {name}: {variable} {state}")
+    for line in found.unresolved:
+        typer.echo(printable(f"# {line}"))
+    for name in effective.made_up(values, found.content):
+        typer.echo(f"# {name} stands for a secret of that file; set this variable to serve with it")
+    typer.echo(loader.dump(values), nl=False)
+
+
+def convert_old(
+    old_file: Annotated[Path, typer.Argument(metavar="OLD_FILE")],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Written there, not to stdout."),
+    ] = None,
+) -> None:
+    """Turn an older configuration (llm.embedding, vector_store) into one of this proxy.
+
+    What became of each key is told on stderr.
+    """
+    if output is not None and output.exists():
+        raise WorkFailed(f"{path_text(output)} exists; it is not overwritten")
+    name = path_text(old_file)
+    done = convert(loader.read(old_file), name)
+    text = "\n".join([*_written(done, name), ""])
+    loader.validated(_sections(done), f"{name}, converted")
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        try:
+            atomic_file.write(output, text.encode(), mode=0o666, exclusive=True)
+        except FileExistsError as error:
+            raise WorkFailed(f"{path_text(output)} exists; it is not overwritten") from error
+    for line in _told(done):
+        typer.echo(line, err=True)
+
+
+def _sections(done: Converted) -> dict[str, object]:
+    sections: dict[str, object] = {}
+    if done.providers:
+        sections |= {"providers": done.providers, "models": done.models}
+    if done.qdrant:
+        sections["index"] = {"qdrant": done.qdrant}
+    return sections
+
+
+def _told(done: Converted) -> Iterator[str]:
+    for path, what in done.notes:
+        yield printable(f"{path} -> {what}")
+    for warning in done.warnings:
+        yield printable(f"warning: {warning}")
+
+
+def _written(done: Converted, name: str) -> Iterator[str]:
+    """Yield the lines of our file: what became of the old keys as comments, then the sections."""
+    yield printable(f"# Converted from {name}. What became of its keys:")
+    for line in _told(done):
+        yield f"#   {line}"
+    yield "# All other keys have their defaults: `embedding-proxy config show` tells them."
+    for section, value in _sections(done).items():
+        yield ""
+        yield loader.dump({section: value}).rstrip()

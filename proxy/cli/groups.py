@@ -1,0 +1,174 @@
+"""The groups of commands, whose modules are imported when one of their commands is called.
+
+All the commands together take half a second to import. So a group knows the names of its commands
+and the first sentence of what each does, for `--help`, and where the rest is.
+"""
+
+import importlib
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .imports import importing
+
+
+class Place(NamedTuple):
+    """Where a command is, and what it does."""
+
+    module: str
+    """In this package. It adds the command to the group, or has a function for it."""
+    help: str
+    """The first sentence of its docstring: a test sees that they agree."""
+    attribute: str = ""
+    """The name of that function; empty where the module adds the command by itself."""
+
+
+class LazyGroup(TyperGroup):
+    """A group of commands that are imported when they are called."""
+
+    app: ClassVar[typer.Typer]
+    places: ClassVar[Mapping[str, Place]]
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002 - typer's own class
+        """Return the names of all commands, those that are always there first."""
+        own = [name for name in self.commands if name not in self.places]
+        return [*own, *self.places]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as above
+        """Return a command; one that is not imported yet is there with its name and help only."""
+        place = self.places.get(cmd_name)
+        if place is not None and cmd_name not in self.commands:
+            return TyperCommand(cmd_name, help=place.help, short_help=place.help)
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 - as above
+        """Return the command that is called, imported."""
+        if args:
+            self.load(args[0])
+        return super().resolve_command(ctx, args)
+
+    def load(self, name: str) -> None:
+        """Import a command, if it is one of those that are imported late."""
+        place = self.places.get(name)
+        if place is None or name in self.commands:
+            return
+        with importing():
+            module = importlib.import_module(f".{place.module}", __package__)
+        app = self.app
+        if place.attribute:
+            app = plain_app()
+            app.command(name=name)(getattr(module, place.attribute))
+        command: Any = typer.main.get_command(app)
+        if app is self.app and isinstance(command, TyperGroup):
+            # A Typer of one command, and no callback, is that command.
+            command = command.commands[name]
+        command.name = name
+        self.commands[name] = command
+
+
+def plain_app(**options: Any) -> typer.Typer:  # noqa: ANN401 - as above
+    """Return a Typer whose help and errors are plain text: rich takes 0.1 s to import."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, **options)
+
+
+def group(help_: str, places: Mapping[str, Place], **options: Any) -> typer.Typer:  # noqa: ANN401
+    """Return a group of commands; `options` are those of Typer."""
+    own = type("_Group", (LazyGroup,), {"places": places})
+    made = plain_app(cls=own, no_args_is_help=True, help=help_, short_help=help_, **options)
+    own.app = made  # type: ignore[attr-defined]
+    return made
+
+
+cache_app = group(
+    "Look at the cache, mend it, copy it, delete from it.",
+    {
+        "stats": Place(
+            "stats",
+            "Show what is kept, by namespace and space, how often it was used, and what that"
+            " saved.",
+        ),
+        "verify": Place("verify", "Read every record and say what is damaged."),
+        "purge": Place(
+            "purge",
+            "Delete the entries for which all that is given holds; running proxies forget them"
+            " soon.",
+        ),
+        "backup": Place(
+            "cache",
+            "Copy all entries and the ledger to FILE, itself a store's file, while proxies go on.",
+        ),
+        "export": Place(
+            "export",
+            "Write entries to one file, to be carried elsewhere; such files can be joined with"
+            " cat.",
+        ),
+        "import": Place(
+            "take_in",
+            "Take in entries of an export, or embeddings you already own; what is there stays.",
+        ),
+    },
+)
+
+migrate_app = group(
+    "Move Qdrant collections to the vectors of another model or provider, and back.",
+    {
+        "plan": Place(
+            "migrate",
+            "Say what a migration would do, cost and take; nothing is bought, and nothing changes.",
+        ),
+        "run": Place(
+            "migrate",
+            "Fill new collections beside the old ones; run it again to go on after an"
+            " interruption.",
+        ),
+        "status": Place("migrate_end", "Say how far migrations are, and what comes next."),
+        "cutover": Place(
+            "migrate_end",
+            "Verify the new collections, and let the aliases of the old ones point to them.",
+        ),
+        "rollback": Place(
+            "migrate_end",
+            "Let the aliases point to the old collections again; the new ones stay.",
+        ),
+        "finalize": Place("migrate_end", "Delete the old collections for good. Asks twice."),
+    },
+)
+
+
+@migrate_app.callback()
+def _say_what_is_waited_for() -> None:
+    logging.getLogger("embedding_proxy.migrate").setLevel(logging.WARNING)
+
+
+config_app = group(
+    "Look at the configuration; convert an older one.",
+    {
+        "show": Place(
+            "config",
+            "Show what applies: every key with its value, and which variables with keys are set.",
+            "show",
+        ),
+        "convert": Place(
+            "config",
+            "Turn an older configuration (llm.embedding, vector_store) into one of this proxy.",
+            "convert_old",
+        ),
+    },
+)
+
+OTHERS = {
+    "check": Place(
+        "check",
+        "Try the cache, Qdrant, and every provider with a real embedding, and compare the routes.",
+        "check",
+    ),
+    "compare": Place(
+        "compare",
+        "Compare models and providers: latency, errors, cost, storage, and whether they agree.",
+        "compare",
+    ),
+}
+"""Those that stand beside the groups."""

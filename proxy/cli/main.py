@@ -1,0 +1,153 @@
+"""The command `embedding-proxy`.
+
+Exit codes: 0 done, 1 the work failed or something is wrong, 2 wrong usage or configuration, 130
+interrupted. What a command needs is imported when it is called: `--help` and `--version` need
+nothing of it.
+"""
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from .groups import OTHERS, cache_app, config_app, group, migrate_app
+from .imports import EXIT_CODE, importing
+from .output import ConfigOption, discard_unwritten, fail, one_line
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Coroutine
+
+T = TypeVar("T")
+
+app = group(
+    "A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
+    OTHERS,
+    # A flag without a value is converted by typer, which imports pydantic for it.
+    context_settings={"default_map": {"help": False}},
+    pretty_exceptions_enable=False,
+)
+app.add_typer(cache_app, name="cache")
+app.add_typer(migrate_app, name="migrate")
+app.add_typer(config_app, name="config")
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001 - typer's signature
+    if value:
+        from importlib import metadata  # noqa: PLC0415 - as all that is imported late
+
+        typer.echo(f"embedding-proxy {metadata.version('embedding-proxy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    version: Annotated[  # noqa: ARG001 - its callback does it
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    import logging  # noqa: PLC0415
+
+    from embedding_proxy.proxy import log  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.ERROR, handlers=[log.handler()])
+    # What a command waits for.
+    logging.getLogger("embedding_proxy.qdrant").setLevel(logging.WARNING)
+
+
+@app.command()
+def serve(
+    config_file: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
+) -> None:
+    """Run the proxy until it is told to stop."""
+    with importing():
+        import logging  # noqa: PLC0415
+
+        from embedding_proxy.proxy.config import loader  # noqa: PLC0415
+        from embedding_proxy.proxy.http import server, startup_log  # noqa: PLC0415
+        from embedding_proxy.proxy.http import workers as processes  # noqa: PLC0415
+        from embedding_proxy.proxy.service.request import MEANING  # noqa: PLC0415
+
+    logging.getLogger().setLevel(logging.INFO)
+    # The client of Qdrant would have each of its calls in the log.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    given = {"host": host, "port": port, "workers": workers}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
+    settings = configuration.settings
+    if settings.cache.mode != "normal":
+        logging.getLogger("embedding_proxy").warning(
+            "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
+        )
+    startup_log.check_open_files()
+    startup_log.check_environment(configuration)
+    with server.listen(settings) as listening:
+
+        def announce() -> None:
+            startup_log.report(settings)
+            typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
+
+        count = settings.server.workers
+
+        def work(ready: Callable[[], None]) -> signal.Signals:
+            with one_line():
+                return _run(server.serve(settings, listening, ready, is_worker=count > 1))
+
+        told = work(announce) if count == 1 else processes.run(count, work, announce)
+    if told is signal.SIGINT:
+        raise typer.Exit(EXIT_CODE)
+
+
+@app.command(short_help="Embed real text on the local model, twice, and show what came from cache.")
+def demo() -> None:
+    """Embed real text on the local model, twice, and show what came from the cache."""
+    try:
+        with importing():
+            from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
+    except ImportError as error:
+        fail(str(error).strip().rpartition("\n")[2], 1)
+    try:
+        run()
+    except DemoFailed as error:
+        fail(f"demo: {error}", 1)
+
+
+def _run(main: "Coroutine[Any, Any, T]") -> T:
+    import asyncio  # noqa: PLC0415
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(main)
+
+
+def _loop_factory() -> "Callable[[], asyncio.AbstractEventLoop] | None":
+    try:
+        from uvloop import new_event_loop  # noqa: PLC0415 - not there on Windows
+    except ImportError:
+        return None
+    return new_event_loop
+
+
+def main() -> None:
+    """Run the command line; every foreseeable failure is one line and an exit code."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the encoding of a terminal lacks is shown as an escape.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with one_line():
+            app()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            discard_unwritten(stream)

@@ -1,0 +1,352 @@
+"""How `embedding-proxy migrate` says what it found and did: for people, and for scripts.
+
+`embedding-proxy migrate plan | run`: what it would cost, and the work itself.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from embedding_proxy.index.migration import qdrant as collections
+from embedding_proxy.index.migration import runner as begins
+from embedding_proxy.index.migration.copy import copy, follow, prove
+from embedding_proxy.index.migration.plan import Plan, Survey
+from embedding_proxy.index.migration.qdrant import Points
+from embedding_proxy.index.migration.runner import (
+    DEFAULT,
+    Migration,
+    MigrationRefused,
+    Pace,
+    Regime,
+    Wanted,
+    begin,
+)
+from embedding_proxy.index.migration.state import MigrationState, Phase, State
+from embedding_proxy.index.migration.verify import Verdict
+from embedding_proxy.providers.base import EmbeddingError
+from embedding_proxy.providers.route_check import SAME
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+
+from . import migrate_options as ask
+from .formatting import age, count, money
+from .groups import migrate_app as app
+from .migrate_options import Target, settings_for
+from .migrate_process import held, run_detached, until_left, wait_for_others
+from .output import (
+    ConfigOption,
+    JsonOption,
+    WorkFailed,
+    path_text,
+    print_json,
+    progress,
+    tell_store,
+)
+
+_NEXT = {
+    Phase.COPYING: "run it again to go on",
+    Phase.COPIED: "next: cutover",
+    Phase.SWITCHING: "interrupted: cutover goes on, rollback goes back",
+    Phase.SWITCHED: "next: finalize deletes the old collection, rollback goes back",
+    Phase.ROLLED_BACK: "run goes on, run --restart begins anew",
+    Phase.FINALIZED: "done",
+}
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON."""
+    told = asdict(plan)
+    told["regime"], told["why"] = plan.decision.regime, plan.decision.why
+    del told["decision"]
+    return told
+
+
+def print_plans(found: Sequence[Plan], *, exact: bool) -> None:
+    """Print what a migration would do; `exact` says whether the tokens are counted exactly."""
+    for one in found:
+        typer.echo(f"{one.collection}: {one.decision.regime} ({one.decision.why})")
+        if one.source != one.collection:
+            typer.echo(f"  {one.collection} is an alias of {one.source}")
+        typer.echo(f"  {one.source} ({one.width}) -> {one.target} ({one.dimensions})")
+        ids = f"{count(one.numeric_ids, 'number')}, {count(one.uuid_ids, 'UUID')}"
+        typer.echo(
+            f"  {count(one.points, 'point')} (ids: {ids}), {one.without_text:,} without text"
+        )
+        for why, number in sorted(one.odd_vectors.items()):
+            typer.echo(f"  {count(number, 'odd vector')}: {why}")
+        if one.dead:
+            first = ", ".join(map(str, one.first_dead))
+            typer.echo(f"  {count(one.dead, 'point')} cannot be carried: {first}")
+        about = "" if exact else "about "
+        typer.echo(
+            f"  {one.to_embed:,} to embed: {count(one.distinct, 'distinct text')},"
+            f" {about}{count(one.tokens, 'token')};"
+            f" {count(one.cached, 'is', 'are')} in the cache"
+        )
+        typer.echo(
+            f"  to buy: {count(one.to_buy, 'text')}, {about}{count(one.tokens_to_buy, 'token')},"
+            f" {money(one.dollars)}"
+        )
+        typer.echo(
+            f"  about {age(one.seconds)}, an estimate: {age(one.seconds_buying)} to buy (calls:"
+            f" {one.calls:,}), {age(one.seconds_moving)} for Qdrant by what reading took now"
+        )
+    if len(found) > 1:
+        typer.echo(
+            f"in all: {count(sum(one.points for one in found), 'point')},"
+            f" {count(sum(one.to_buy for one in found), 'text')} to buy,"
+            f" {money(sum(one.dollars for one in found))},"
+            f" about {age(sum(one.seconds for one in found))}"
+        )
+
+
+def state_dict(state: State, journal: MigrationState) -> dict[str, Any]:
+    """Return the state of a migration as JSON."""
+    told = asdict(state)
+    told["phase"] = str(state.phase)
+    told["dead_letters"] = path_text(journal.dead_letters) if state.counts.dead else None
+    return told
+
+
+def print_state(
+    state: State, journal: MigrationState, sizes: Mapping[str, int] | None = None
+) -> None:
+    """Print how far a migration is; `sizes` are the points that are there now."""
+    counts = state.counts
+    typer.echo(f"{state.collection}: {state.phase}; {_NEXT[state.phase]}")
+    typer.echo(f"  {state.source} -> {state.target}: {state.model}, {state.dimensions} numbers")
+    typer.echo(f"  {state.regime}: {state.why}")
+    if state.proof is not None:
+        typer.echo(f"  proved on {len(state.proved)} texts: cosine {state.proof:.5f} at least")
+    typer.echo(
+        f"  {count(counts.points, 'point')} seen: {counts.copied:,} copied,"
+        f" {counts.embedded:,} embedded, {counts.bought:,} bought;"
+        f" {counts.updated:,} updated and {counts.deleted:,} deleted since"
+    )
+    for name, number in (sizes or {}).items():
+        typer.echo(f"  {count(number, 'point')} in {name}")
+    if state.aliases:
+        typer.echo(f"  aliases: {', '.join(state.aliases)}")
+    if counts.dead:
+        letters = path_text(journal.dead_letters)
+        typer.echo(f"  {counts.dead:,} could not be carried: {letters}")
+
+
+def print_verdict(found: Verdict) -> None:
+    """Print what a verification saw."""
+    late = found.late
+    if late is not None and (late.written or late.deleted or late.left or late.dead):
+        typer.echo(
+            f"  written to the old collection during the switch: {late.written:,} carried,"
+            f" {late.deleted:,} deleted, {late.left:,} newer in the new one, {late.dead:,} could"
+            " not be carried"
+        )
+    if late is not None and not late.quiet:
+        typer.echo(
+            "  the old collection is still written to, by its own name: let those clients use the"
+            " alias; what they write from now on is not in the new one"
+        )
+    if not found.verified:
+        return
+    cosine = "" if found.cosine is None else f", cosine {found.cosine:.5f} at least"
+    typer.echo(
+        f"  verified: {found.new_points:,} of {count(found.old_points, 'point')},"
+        f" ids and payloads equal; {found.sampled} sampled{cosine};"
+        f" {found.recalled} found by their own vectors"
+    )
+
+
+@app.command()
+def plan(  # noqa: PLR0913 - one parameter an option
+    names: ask.CollectionsArgument = None,
+    *,
+    to: ask.ToOption = None,
+    old: ask.FromOption = None,
+    dimensions: ask.DimensionsOption = None,
+    text_field: ask.FieldOption = None,
+    template: ask.TemplateOption = None,
+    text_by: ask.ByOption = None,
+    file: ask.FileOption = None,
+    regime: ask.RegimeOption = Regime.AUTO,
+    vector: ask.VectorOption = None,
+    into: ask.IntoOption = None,
+    qdrant: ask.QdrantOption = None,
+    namespace: ask.NamespaceOption = "",
+    sample: ask.SampleOption = DEFAULT.sample,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a migration would do, cost and take; nothing is bought, and nothing changes."""
+    what = ask.asked(
+        config_file=config_file,
+        names=names,
+        to=to,
+        old=old,
+        dimensions=dimensions,
+        texts=ask.Texts(text_field, template, text_by, file, vector, into),
+        regime=regime,
+    )
+    tell_store(what.settings)
+    pace = Pace(sample=sample)
+    plans = asyncio.run(_plan(what, qdrant, namespace, pace))
+    if as_json:
+        print_json([plan_dict(one) for one in plans])
+    else:
+        print_plans(plans, exact=what.model.space.tokenizer is not None)
+
+
+async def _plan(what: ask.Asked, place: str | None, namespace: str, pace: Pace) -> list[Plan]:
+    async with opened(what, place, namespace) as (points, target):
+        survey = Survey(points, target, what.model.entry.price, pace, target.limits)
+        plans = []
+        for wanted in what.wanted:
+            old = await collections.look(points, wanted.collection, wanted.vector)
+            points.vector_name = old.vector
+            plans.append(await survey.plan(wanted, old, progress))
+        return plans
+
+
+@app.command()
+def run(  # noqa: PLR0913 - one parameter an option
+    names: ask.CollectionsArgument = None,
+    *,
+    to: ask.ToOption = None,
+    old: ask.FromOption = None,
+    dimensions: ask.DimensionsOption = None,
+    text_field: ask.FieldOption = None,
+    template: ask.TemplateOption = None,
+    text_by: ask.ByOption = None,
+    file: ask.FileOption = None,
+    regime: ask.RegimeOption = Regime.AUTO,
+    vector: ask.VectorOption = None,
+    into: ask.IntoOption = None,
+    qdrant: ask.QdrantOption = None,
+    namespace: ask.NamespaceOption = "",
+    sample: ask.SampleOption = DEFAULT.sample,
+    passes: ask.PassesOption = DEFAULT.passes,
+    page: Annotated[
+        int, typer.Option(min=1, max=2048, help="Points read, and texts embedded, at a time.")
+    ] = DEFAULT.page,
+    ahead: Annotated[
+        int, typer.Option(min=1, max=64, help="Pages that are asked for at a time.")
+    ] = DEFAULT.ahead,
+    points_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Go no faster than this.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option(help="Delete what an unfinished migration has made, and begin anew.")
+    ] = False,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fill new collections beside the old ones; run it again to go on after an interruption.
+
+    Answers that are on their way when it is stopped, even by kill -9, are kept for the next run.
+    Exit code 1 if a point could not be carried, or a collection could not be migrated.
+    """
+    what = ask.asked(
+        config_file=config_file,
+        names=names,
+        to=to,
+        old=old,
+        dimensions=dimensions,
+        texts=ask.Texts(text_field, template, text_by, file, vector, into),
+        regime=regime,
+    )
+    tell_store(what.settings)
+    pace = Pace(page, ahead, points_per_second, sample, passes)
+    life = run_detached()
+    try:
+        ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart, life=life))
+    except asyncio.CancelledError:
+        raise typer.Exit(130) from None
+    failed = [why for _, _, why in ended if why is not None]
+    done = [(state, journal) for state, journal, _ in ended if state is not None]
+    if as_json:
+        print_json([state_dict(state, journal) for state, journal in done])
+    else:
+        for state, journal in done:
+            print_state(state, journal)
+    if failed:
+        raise WorkFailed("; ".join(failed))
+    if any(state.counts.dead for state, _ in done):
+        raise typer.Exit(1)
+
+
+Ended = tuple[State | None, MigrationState, str | None]
+"""What came of a collection: how far it is, and why it went no further."""
+
+
+async def _run(  # noqa: PLR0913 - in the order of their making
+    what: ask.Asked,
+    place: str | None,
+    namespace: str,
+    pace: Pace,
+    *,
+    restart: bool,
+    life: int | None,
+) -> list[Ended]:
+    ended: list[Ended] = []
+    async with until_left(life):
+        connection = ask.connection(what.settings, place)
+        journals = [
+            ask.journal_of(what.settings, connection, wanted.collection) for wanted in what.wanted
+        ]
+        # Before Qdrant is opened: a folder is open in one process only.
+        await wait_for_others(*journals)
+        async with opened(what, place, namespace) as (points, target):
+            if target.unusable:
+                raise WorkFailed(target.unusable)
+            for wanted, journal in zip(what.wanted, journals, strict=True):
+                try:
+                    async with held(journal, target.finish):
+                        state = await _migrate(
+                            points, target, journal, wanted, pace, restart=restart
+                        )
+                    ended.append((state, journal, None))
+                except MigrationRefused as error:
+                    # What is wrong with one collection says nothing of the next.
+                    ended.append((journal.load(), journal, str(error)))
+                except EmbeddingError as error:
+                    again = "run it again to go on"
+                    raise WorkFailed(f"{wanted.collection}: {error} ({again})") from error
+    return ended
+
+
+async def _migrate(  # noqa: PLR0913 - in the order of their making
+    points: Points,
+    target: Target,
+    journal: MigrationState,
+    wanted: Wanted,
+    pace: Pace,
+    *,
+    restart: bool,
+) -> State:
+    if restart:
+        await begins.restart(points, journal)
+    old = await collections.look(points, wanted.collection, wanted.vector)
+    points.vector_name = old.vector
+    state = begins.state_for(points, old, wanted, target)
+    migration = Migration(
+        points, target, journal, wanted.rule, old, state, pace=pace, progress=progress
+    )
+    await begin(migration)
+    # What it buys is of use only with what it finds.
+    await target.seen_through(prove(migration, SAME))
+    await copy(migration)
+    await follow(migration)
+    return migration.state
+
+
+@asynccontextmanager
+async def opened(
+    what: ask.Asked, place: str | None, namespace: str
+) -> AsyncIterator[tuple[Points, Target]]:
+    """Open Qdrant, and the service that buys the vectors."""
+    connection = ask.connection(what.settings, place)
+    settings = settings_for(what.settings, what.model)
+    async with connection, EmbeddingService(settings) as service:
+        target = Target(service, what.model, what.dimensions, namespace)
+        yield Points(connection), target

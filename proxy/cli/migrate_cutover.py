@@ -1,0 +1,287 @@
+"""`embedding-proxy migrate status | cutover | rollback | finalize`: from the old to the new.
+
+What is migrated, and how, is in the journal that `run` has written.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from embedding_proxy.index.migration import cutover as switching
+from embedding_proxy.index.migration import qdrant as collections
+from embedding_proxy.index.migration.qdrant import Points
+from embedding_proxy.index.migration.runner import DEFAULT, Migration, MigrationRefused, Pace
+from embedding_proxy.index.migration.state import JournalError, MigrationState, State, journals_in
+from embedding_proxy.index.migration.text_template import Rule
+from embedding_proxy.index.migration.verify import Verdict
+from embedding_proxy.providers.route_check import SAME
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+
+from . import formatting
+from . import migrate as show
+from . import migrate_options as ask
+from .groups import migrate_app as app
+from .migrate_options import Target, named, settings_for
+from .migrate_process import held, wait_for_others
+from .output import (
+    ConfigOption,
+    JsonOption,
+    WorkFailed,
+    need_terminal,
+    print_json,
+    printable,
+    progress,
+    tell_store,
+)
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="COLLECTION...", help="As they were given to `run`."),
+]
+
+
+@app.command()
+def status(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    qdrant: ask.QdrantOption = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how far migrations are, and what comes next.
+
+    Without COLLECTION, all that were begun here; Qdrant is not asked then.
+    """
+    settings = loader.load(config_file)
+    tell_store(settings)
+    if not names and file is None:
+        _show_all(settings, qdrant, to, as_json=as_json)
+        return
+
+    async def look(points: Points, journal: MigrationState) -> dict[str, int]:
+        state = switching.begun(journal)
+        return {
+            name: await points.count(name)
+            for name in (state.source, state.target)
+            if await collections.exists(points, name)
+        }
+
+    found = _each(settings, qdrant, ask.names_of(names, file), to, look, lock=False)
+    if as_json:
+        print_json([{**show.state_dict(s, j), "points_now": sizes} for s, j, sizes in found])
+    else:
+        for state, journal, sizes in found:
+            show.print_state(state, journal, sizes)
+
+
+def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json: bool) -> None:
+    """Show the journals there are, of one Qdrant and one model if these are named.
+
+    Raises WorkFailed in the end for those that cannot be read.
+    """
+    wanted = None if place is None else str(ask.connection(settings, place)).rstrip("/")
+    found, failed = [], []
+    for journal in journals_in(ask.journal_folder(settings)):
+        try:
+            state = journal.load()
+        except JournalError as error:
+            failed.append(str(error))
+            continue
+        if state and wanted in (None, state.place) and to in (None, state.model):
+            found.append((state, journal))
+    found.sort(key=lambda one: (one[0].place, one[0].collection))
+    if as_json:
+        print_json([show.state_dict(state, journal) for state, journal in found])
+    else:
+        for state, journal in found:
+            show.print_state(state, journal)
+            typer.echo(printable(f"  in {state.place}"))
+        if not found and not failed:
+            typer.echo("no migration was begun here")
+    if failed:
+        raise WorkFailed("; ".join(failed))
+
+
+@app.command()
+def cutover(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    alias: Annotated[
+        str | None,
+        typer.Option(help="Make this alias; {collection} stands for the collection's name."),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option(help="Go on although some points could not be carried.")
+    ] = False,
+    qdrant: ask.QdrantOption = None,
+    namespace: ask.NamespaceOption = "",
+    sample: ask.SampleOption = DEFAULT.sample,
+    passes: ask.PassesOption = DEFAULT.passes,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify the new collections, and let the aliases of the old ones point to them."""
+    settings = loader.load(config_file)
+    tell_store(settings)
+    chosen = ask.names_of(names, file)
+    if alias is not None and len(chosen) > 1 and "{collection}" not in alias:
+        raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
+    pace = Pace(sample=sample, passes=passes)
+
+    async def switch(points: Points, journal: MigrationState) -> Verdict:
+        state = switching.begun(journal)
+        own = alias and alias.replace("{collection}", state.collection)
+        model = named(settings, state.model, f"{journal.path}: model")
+        async with EmbeddingService(settings_for(settings, model)) as service:
+            target = Target(service, model, state.dimensions, namespace)
+            old = await collections.look(points, state.source, state.vector)
+            points.vector_name = state.vector
+            migration = Migration(
+                points,
+                target,
+                journal,
+                Rule.read(state.rule),
+                old,
+                state,
+                pace=pace,
+                progress=progress,
+            )
+            return await switching.cutover(migration, SAME, own, allow_missing=allow_missing)
+
+    found = _each(settings, qdrant, chosen, to, switch)
+    if as_json:
+        print_json([{**show.state_dict(s, j), "verified": asdict(v)} for s, j, v in found])
+        return
+    for state, journal, verdict in found:
+        show.print_state(state, journal)
+        show.print_verdict(verdict)
+
+
+@app.command()
+def rollback(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    qdrant: ask.QdrantOption = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the aliases point to the old collections again; the new ones stay."""
+
+    async def back(points: Points, journal: MigrationState) -> int:
+        return (await switching.rollback(points, journal))[1]
+
+    settings = loader.load(config_file)
+    tell_store(settings)
+    found = _each(settings, qdrant, ask.names_of(names, file), to, back)
+    if as_json:
+        print_json([{**show.state_dict(s, j), "only_in_new": count} for s, j, count in found])
+        return
+    for state, journal, count in found:
+        show.print_state(state, journal)
+        if count:
+            typer.echo(
+                f"  {state.source} lacks {formatting.count(count, 'point')} of {state.target}"
+            )
+
+
+@app.command()
+def finalize(  # noqa: PLR0913 - one parameter an option
+    names: Names = None,
+    *,
+    file: ask.FileOption = None,
+    to: ask.ToOption = None,
+    take_name: Annotated[
+        bool, typer.Option(help="Let the old collection's name be an alias of the new one.")
+    ] = False,
+    yes: Annotated[
+        int, typer.Option("--yes", count=True, help="Do not ask; give it twice for both questions.")
+    ] = 0,
+    qdrant: ask.QdrantOption = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete the old collections for good. Asks twice."""
+    settings = loader.load(config_file)
+    chosen = ask.names_of(names, file)
+    tell_store(settings)
+    need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
+
+    async def look(points: Points, journal: MigrationState) -> int:
+        state = switching.begun(journal)
+        there = await collections.exists(points, state.source)
+        return await points.count(state.source) if there else 0
+
+    before = _each(settings, qdrant, chosen, to, look, lock=False)
+    doomed = [f"{s.source} ({formatting.count(points, 'point')})" for s, _, points in before]
+    if yes < 1:
+        typer.confirm(f"Delete {', '.join(doomed)} for good?", abort=True, err=True)
+    if yes < 2:
+        typer.confirm("There is no way back afterwards. Sure?", abort=True, err=True)
+
+    async def end(points: Points, journal: MigrationState) -> None:
+        await switching.finalize(points, journal, take_name=take_name)
+
+    found = _each(settings, qdrant, chosen, to, end)
+    if as_json:
+        print_json([show.state_dict(state, journal) for state, journal, _ in found])
+    else:
+        for state, journal, _ in found:
+            show.print_state(state, journal)
+
+
+def _each(  # noqa: PLR0913 - what all four commands share
+    settings: Settings,
+    place: str | None,
+    names: Sequence[str],
+    to: str | None,
+    work: Callable[[Points, MigrationState], Awaitable[Any]],
+    *,
+    lock: bool = True,
+) -> list[tuple[State, MigrationState, Any]]:
+    """Do something for each migration; return its state afterwards, and what was found.
+
+    What is wrong with one does not keep the others back. Raises WorkFailed at the end.
+    """
+
+    async def one(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
+        state = switching.begun(journal)
+        if to is not None and to != state.model:
+            raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
+        if not lock:
+            return await work(points, journal)
+        async with held(journal):
+            return await work(points, journal)
+
+    async def every() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
+        found, failed = [], []
+        connection = ask.connection(settings, place)
+        journals = [ask.journal_of(settings, connection, name) for name in names]
+        await wait_for_others(*(journals if lock else ()))
+        async with connection:
+            points = Points(connection)
+            for name, journal in zip(names, journals, strict=True):
+                try:
+                    result = await one(points, journal)
+                except MigrationRefused as error:
+                    failed.append(f"{name}: {error}")
+                else:
+                    found.append((switching.begun(journal), journal, result))
+        return found, failed
+
+    found, failed = asyncio.run(every())
+    if failed:
+        for state, _, _ in found:
+            typer.echo(f"{state.collection}: {state.phase}", err=True)
+        raise WorkFailed("; ".join(failed))
+    return found

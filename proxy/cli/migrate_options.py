@@ -1,0 +1,355 @@
+"""What a migration asks of the configuration: the model it goes to, and the one it comes from.
+
+A model is named as a client names it, or with the provider before it that is to serve it:
+`text-embedding-3-large`, `openrouter/openai/text-embedding-3-large`.
+
+What `embedding-proxy migrate` is asked for: its options, and what they come to.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from embedding_proxy.index.client import Connection
+from embedding_proxy.index.migration.runner import Regime, Wanted
+from embedding_proxy.index.migration.state import MigrationState
+from embedding_proxy.index.migration.text_template import Rule, TemplateError
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import InvalidAnswer, Space, Vector
+from embedding_proxy.providers.dimensions import can_give
+from embedding_proxy.providers.profile import Limits, limits_of
+from embedding_proxy.proxy.config import loader
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.models import ModelConfig as ModelEntry
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.index_writes import connection as configured
+from embedding_proxy.proxy.service.inputs import CostPreview
+from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY
+
+from .migrate_process import ShieldedTask
+from .output import plain
+
+LONGEST_END_S = 120.0
+"""How long answers are waited for when a run is stopped."""
+CLIENT = "migrate"
+"""On whose account the purchases of a migration go in the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A model as the command line names it."""
+
+    asked: str
+    """As it was named."""
+    name: str
+    entry: ModelEntry
+    provider: str | None
+    """The only one that may serve it; None = its routes in their order."""
+
+    @property
+    def space(self) -> Space:
+        """The space of its vectors."""
+        return self.entry.as_space()
+
+
+def named(settings: Settings, text: str, option: str) -> Named:
+    """Return the model that an option names. Raises ConfigError."""
+    if (entry := settings.models.get(text)) is not None:
+        return _known(Named(text, text, entry, None), option)
+    provider, _, rest = text.partition("/")
+    if rest and settings.providers.get(provider) is not None:
+        for name, entry in settings.models.items():
+            routes = [route for route in entry.routes if route.provider == provider]
+            if routes and (name == rest or rest in {route.model for route in routes}):
+                return _known(Named(text, name, entry, provider), option)
+    near = difflib.get_close_matches(text, settings.models, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "`models` in the configuration can add it"
+    raise ConfigError(f"{option}: there is no model {text!r}; {hint}")
+
+
+def _known(model: Named, option: str) -> Named:
+    if model.entry.dimensions is None:
+        raise ConfigError(f"{option}: say how wide its vectors are: models.{model.name}.dimensions")
+    return model
+
+
+def width_of(model: Named, dimensions: int | None) -> int:
+    """Return the width to migrate to; the native one if none is asked for. Raises ConfigError."""
+    native = model.space.dimensions
+    if dimensions is None:
+        return native
+    if not can_give(model.space, dimensions, "strict"):
+        what = f"1 to {native}" if model.space.matryoshka else f"{native} and no other"
+        raise ConfigError(f"--dimensions: {model.name} gives {what}")
+    return dimensions
+
+
+def settings_for(settings: Settings, model: Named) -> Settings:
+    """Return the settings of a service that serves a migration. Raises ConfigError.
+
+    No model of another space may stand in: its vectors would be lost among the others. Nor is what
+    is embedded indexed, as what clients ask for is.
+    """
+    if settings.cache.mode in ("off", "refresh"):
+        raise ConfigError(
+            f"cache.mode: {settings.cache.mode}: a migration that is interrupted would buy again"
+            " what it has bought; set normal"
+        )
+    routes = tuple(
+        route for route in model.entry.routes if model.provider in (None, route.provider)
+    )
+    entry = model.entry.model_copy(update={"routes": routes, "fallback": ()})
+    server = settings.server.model_copy(update={"canary_hours": None, "allow_oversize": True})
+    models = {**settings.models, model.name: entry}
+    index = settings.index.model_copy(update={"qdrant": None})
+    return settings.model_copy(update={"server": server, "models": models, "index": index})
+
+
+class Target:
+    """The model that a migration goes to, behind our own cache and routes."""
+
+    def __init__(
+        self, service: EmbeddingService, model: Named, dimensions: int, namespace: str = ""
+    ) -> None:
+        self.name = model.name
+        self.asked = model.asked
+        self.space = model.space
+        self.dimensions = dimensions
+        self.seen_through = ShieldedTask()
+        self._service = service
+        self._namespace = namespace
+
+    @property
+    def unusable(self) -> str | None:
+        """What to set before the model can be asked for; None if it can."""
+        model = self._service.models[self.name]
+        if model.by_client is not None and not model.by_client.others:
+            provider = model.by_client.providers[0]
+            return f"{self.name}: provider {provider} {CLIENTS_PAY}"
+        return None if model.usable else model.router.unavailable
+
+    @property
+    def limits(self) -> Limits:
+        """What the provider that is asked first takes; the usual where none can be asked."""
+        routes = self._service.models[self.name].router.routes
+        return limits_of(routes[0].provider) if routes else Limits()
+
+    async def embed(
+        self, texts: Sequence[str], *, anew: bool = False
+    ) -> tuple[Sequence[Vector], int]:
+        """Return a vector for each of 1…N texts, and how many were bought; `anew` buys all.
+
+        Whoever is called off meanwhile finds them in the cache the next time. Raises
+        EmbeddingError.
+        """
+        buying = self._service.embed(
+            list(texts),
+            self.name,
+            dimensions=None if self.dimensions == self.space.dimensions else self.dimensions,
+            namespace=self._namespace,
+            client=CLIENT,
+            cache_control="no-cache" if anew else "",
+        )
+        result = await self.seen_through(buying)
+        if result.space != self.space or result.dimensions != self.dimensions:
+            raise InvalidAnswer(result.space.name, "is not the space that was asked for")
+        vectors = vector.derive(result.embedded.vectors, self.dimensions)
+        return vectors, result.usage.misses
+
+    async def finish(self) -> None:
+        """Wait until all that was asked for is in the cache, or has failed."""
+        await self.seen_through.over(LONGEST_END_S)
+
+    async def look(self, texts: Sequence[str]) -> Sequence[CostPreview]:
+        """Return what is known of each text; nothing is bought, and nothing changes."""
+        return await self._service.look(texts, self.name, namespace=self._namespace)
+
+
+CollectionsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="COLLECTION...", help="Collections, or aliases of them."),
+]
+ToOption = Annotated[
+    str | None,
+    typer.Option("--to", help="The new model; openrouter/MODEL is served by openrouter alone."),
+]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="The model of the old vectors, if it is known.")
+]
+DimensionsOption = Annotated[
+    int | None, typer.Option(help="The new width; the model's own unless given.")
+]
+FieldOption = Annotated[
+    str | None, typer.Option(help="Field of the payload with the text: content unless given.")
+]
+TemplateOption = Annotated[
+    str | None, typer.Option(help='Several fields instead: "{title} {description} {tags}".')
+]
+ByOption = Annotated[
+    str | None, typer.Option(help="What makes the texts, of a package of yours; see the guide.")
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", help="YAML: a text_field, template or text_by for each collection."),
+]
+RegimeOption = Annotated[
+    Regime, typer.Option(help="Where the new vectors come from; auto chooses, and says why.")
+]
+VectorOption = Annotated[
+    str | None, typer.Option("--vector", help="The vector to migrate, where points have several.")
+]
+IntoOption = Annotated[
+    str | None, typer.Option(help="Name of the new collection, for a single one.")
+]
+QdrantOption = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of a server, or folder; index.qdrant unless given. Key: QDRANT_API_KEY."
+    ),
+]
+NamespaceOption = Annotated[str, typer.Option(help="The part of the cache to use.", callback=plain)]
+SampleOption = Annotated[
+    int, typer.Option(min=1, help="Texts embedded to prove that vectors may be copied.")
+]
+PassesOption = Annotated[
+    int, typer.Option(min=1, help="Whole comparisons with the old collection, at most.")
+]
+
+API_KEY = "QDRANT_API_KEY"
+"""The variable of the key of a server that is named on the command line."""
+DEFAULT_FIELD = "content"
+_TEXTS = ("text_field", "template", "text_by")
+_KEYS = {*_TEXTS, "vector", "into"}
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Where the texts of all collections are that say nothing of their own."""
+
+    field: str | None = None
+    template: str | None = None
+    by: str | None = None
+    file: Path | None = None
+    vector: str | None = None
+    into: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a command is to do."""
+
+    settings: Settings
+    model: Named
+    dimensions: int
+    wanted: Sequence[Wanted]
+
+
+def asked(  # noqa: PLR0913 - what is asked for, by name
+    *,
+    config_file: Path | None,
+    names: Sequence[str] | None,
+    to: str | None,
+    old: str | None,
+    dimensions: int | None,
+    texts: Texts,
+    regime: Regime,
+) -> Asked:
+    """Return what the options say. Raises ConfigError."""
+    settings = loader.load(config_file)
+    if to is None:
+        raise ConfigError("--to: name the model to migrate to")
+    model = named(settings, to, "--to")
+    space = named(settings, old, "--from").space if old else None
+    mapping = {} if texts.file is None else _mapping(texts.file)
+    collections = _chosen(names, mapping)
+    if texts.into and len(collections) > 1:
+        raise ConfigError("--into is for one collection; a --file can name one for each")
+    wanted = []
+    for name in collections:
+        own = mapping.get(name, {})
+        wanted.append(
+            Wanted(
+                collection=name,
+                rule=_rule(name, own, texts),
+                regime=regime,
+                old_space=space,
+                vector=own.get("vector", texts.vector),
+                into=own.get("into", texts.into),
+            )
+        )
+    return Asked(settings, model, width_of(model, dimensions), wanted)
+
+
+def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:
+    """Return the collections that are named, or else those of the file. Raises ConfigError."""
+    return _chosen(names, {} if file is None else _mapping(file))
+
+
+def _chosen(names: Sequence[str] | None, mapping: Mapping[str, object]) -> list[str]:
+    collections = list(dict.fromkeys(names or mapping))
+    if not collections:
+        raise ConfigError("name the collections to migrate, or give --file")
+    return collections
+
+
+def _mapping(path: Path) -> dict[str, Mapping[str, str]]:
+    found: dict[str, Mapping[str, str]] = {}
+    for name, entry in loader.load_mapping(path).items():
+        said: Any = {} if entry is None else entry
+        if not isinstance(name, str) or not isinstance(said, dict):
+            raise ConfigError(f"{path}: {name}: expected keys such as `text_field: content`")
+        for key, value in said.items():
+            if key not in _KEYS:
+                known = ", ".join(sorted(_KEYS))
+                raise ConfigError(f"{path}: {name}.{key}: unknown key; known here: {known}")
+            if not isinstance(value, str):
+                raise ConfigError(f"{path}: {name}.{key}: expected a string; put it in quotes")
+        found[name] = said
+    return found
+
+
+def _rule(name: str, own: Mapping[str, str], texts: Texts) -> Rule:
+    field, template, by = (own.get(key) for key in _TEXTS)
+    if not {*_TEXTS} & own.keys():
+        field, template, by = texts.field, texts.template, texts.by
+    if sum(one is not None for one in (field, template, by)) > 1:
+        raise ConfigError(f"{name}: give a text field, a template or text-by, not both")
+    try:
+        if template is not None:
+            return Rule.template(template)
+        if by is not None:
+            return Rule.brought(by)
+        return Rule.field(DEFAULT_FIELD if field is None else field)
+    except TemplateError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def connection(settings: Settings, place: str | None) -> Connection:
+    """Return the Qdrant that is asked for. Raises ConfigError."""
+    if place is None:
+        if settings.index.qdrant is None:
+            raise ConfigError("--qdrant: give the URL of a Qdrant, or set index.qdrant")
+        return configured(settings.index.qdrant)
+    if place.startswith(("http://", "https://")):
+        key = API_KEY if os.environ.get(API_KEY) else None
+        return Connection(url=place.rstrip("/"), api_key_env=key)
+    path = Path(place)
+    # The client would make the folder.
+    if not (path / "meta.json").is_file():
+        raise ConfigError(f"--qdrant: {place} is no URL, and no folder of Qdrant's embedded mode")
+    return Connection(path=path.resolve())
+
+
+def journal_of(settings: Settings, qdrant: Connection, collection: str) -> MigrationState:
+    """Return where the state of a migration is kept."""
+    return MigrationState(journal_folder(settings), str(qdrant).rstrip("/"), collection)
+
+
+def journal_folder(settings: Settings) -> Path:
+    """Return the folder of all journals: beside the store."""
+    return settings.cache.directory / "migrations"

@@ -1,0 +1,215 @@
+"""Work that outlives the command that began it, by as long as it takes to keep what is paid for.
+
+Nothing a process does can keep an answer that comes after it was killed. So the work is done by a
+second process, in a session of its own. The first one waits for it; when it ends before, however
+it ends, the pipe between them does, too: then the second begins nothing new, sees through what it
+has begun, says nothing more, and ends.
+
+One process at a time works on a migration; one that was left may still be keeping its answers.
+
+The lock is on a file beside the journal, which says FINISHING from when its holder begins nothing
+new any more. Whoever comes then waits; while somebody works, others are refused.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import typer
+from embedding_proxy.cache import private_files
+from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.index.migration.runner import MigrationRefused
+from embedding_proxy.index.migration.state import JournalError, MigrationState
+
+from .output import WorkFailed
+
+T = TypeVar("T")
+
+_TO_STOP = (
+    (signal.SIGINT, signal.SIGTERM)
+    if sys.platform == "win32"
+    else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+)
+
+
+def run_detached() -> int | None:
+    """Return in the second process: the end of the pipe that says when it is left.
+
+    The first one waits here, passes signals on, and exits as the second does; 128 + its number
+    after a signal. A second signal ends the second process at once. Where there is no fork, or
+    signals go to another thread, there is one process, and None is returned. Raises WorkFailed if
+    the second process was killed.
+    """
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        return None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    here, there = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _TO_STOP)
+    worker = os.fork()
+    if worker == 0:
+        os.setsid()
+        os.close(there)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_STOP)
+        return here
+    os.close(here)
+    code, told = _wait(worker, there)
+    if told is not None:
+        sys.exit(128 + told)
+    if code < 0:
+        raise WorkFailed(f"killed by {signal.Signals(-code).name}; run it again to go on")
+    sys.exit(code)
+
+
+def _wait(worker: int, life: int) -> tuple[int, int | None]:
+    """Return how the worker ended, and the signal that was passed on to it."""
+    told: int | None = None
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal told
+        if told is not None:
+            os.kill(worker, signal.SIGKILL)
+            return
+        told = number
+        os.close(life)
+        typer.echo("keeping what has been asked for; once more to lose it", err=True)
+
+    for number in _TO_STOP:
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_STOP)
+    _, status = os.waitpid(worker, 0)
+    return os.waitstatus_to_exitcode(status), told
+
+
+@asynccontextmanager
+async def until_left(life: int | None) -> AsyncIterator[None]:
+    """Cancel the current task, and say nothing from then on, when the first process has ended."""
+    task = asyncio.current_task()
+    if life is None or task is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def left() -> None:
+        loop.remove_reader(life)
+        # Whoever read what we print may be gone as well.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in (sys.stdout.fileno(), sys.stderr.fileno()):
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+        task.cancel()
+
+    loop.add_reader(life, left)
+    try:
+        yield
+    finally:
+        loop.remove_reader(life)
+
+
+class ShieldedTask:
+    """Work that goes on to its end though whoever waits for it is called off."""
+
+    def __init__(self) -> None:
+        self._begun: set[asyncio.Future[Any]] = set()
+
+    async def __call__(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what the work gives."""
+        task = asyncio.ensure_future(work)
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return await asyncio.shield(task)
+
+    async def over(self, limit_s: float) -> None:
+        """Wait until nothing is under way, for so long; then call off what is left."""
+        left = set(self._begun)
+        if left:
+            _, late = await asyncio.wait(left, timeout=limit_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+
+FINISHING = b"finishing\n"
+NOTICED_S = 0.5
+"""In which a process that was left has said so."""
+_POLL_S = 0.05
+
+
+async def _nothing() -> None:
+    """End at once."""
+
+
+async def wait_for_others(*journals: MigrationState) -> None:
+    """Wait while processes that were left keep what they have asked for. Raises JournalError."""
+    loop = asyncio.get_running_loop()
+    noticed, told = loop.time() + NOTICED_S, False
+    for path in map(_path, journals):
+        while path.exists() and not _free(path):
+            if path.read_bytes() == FINISHING:
+                if not told:
+                    typer.echo("waiting for the last answers of a run that was stopped", err=True)
+                told = True
+            elif loop.time() >= noticed:
+                break
+            await asyncio.sleep(_POLL_S)
+
+
+@asynccontextmanager
+async def held(
+    journal: MigrationState, finish: Callable[[], Awaitable[None]] = _nothing
+) -> AsyncIterator[None]:
+    """Hold a migration, and `finish` before it is let go. Raises MigrationRefused, JournalError."""
+    path = _path(journal)
+    lock = _open(path)
+    try:
+        lock.__enter__()
+    except TimeoutError as error:
+        lock.close()
+        raise MigrationRefused(f"another process works on this migration ({path})") from error
+    try:
+        _say(path, b"")
+        yield
+    finally:
+        _say(path, FINISHING)
+        try:
+            await finish()
+        finally:
+            lock.__exit__(None, None, None)
+            lock.close()
+
+
+def _path(journal: MigrationState) -> Path:
+    return journal.path.with_suffix(".lock")
+
+
+def _free(path: Path) -> bool:
+    lock = _open(path)
+    try:
+        with lock:
+            return True
+    except TimeoutError:
+        return False
+    finally:
+        lock.close()
+
+
+def _open(path: Path) -> WriterLock:
+    try:
+        private_files.make_folder(path.parent)
+        return WriterLock(path, 0)
+    except OSError as error:
+        raise JournalError(f"{path}: {error.strerror or error}") from error
+
+
+def _say(path: Path, what: bytes) -> None:
+    # On a disk that is full, others are refused instead of let wait.
+    with contextlib.suppress(OSError), open(path, "wb", opener=private_files.opener) as file:
+        file.write(what)

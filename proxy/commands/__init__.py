@@ -1,1 +1,0 @@
-"""The groups of commands that are more than a line or two."""

@@ -1,0 +1,159 @@
+"""Mistakes of a configuration: one of them with its place, and the error that carries them all.
+
+A validator of a section raises `Problems` where it finds several mistakes at once, or where a
+mistake belongs to one key of the section. pydantic reports it as it does any ValueError.
+
+Hides what may be a key in the message of a configuration error. Pure.
+
+A key is sometimes pasted where a name belongs: as the name of a provider, a model, a setting or a
+variable. Messages repeat names. What looks like a key is replaced there; nothing else tells a name
+from a key, so a key that is made of words is not recognised.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+KeyPath = tuple[str | int, ...]
+"""The place of a key: the names of sections, keys and list positions that lead to it."""
+
+
+class Problem(NamedTuple):
+    """One mistake: where it is, and what is wrong with the remedy."""
+
+    path: KeyPath
+    message: str
+    hides_name: bool = False
+    """Whether the last name of the path is not shown: it may be a key that was pasted there."""
+    needs: tuple[KeyPath, ...] = ()
+    """The other keys that it depends on: where one of them is wrong itself, it is not told."""
+    meant: str = ""
+    """The known key that a misspelt one stands for."""
+
+    @property
+    def key(self) -> str:
+        """The place as text: `models.m.routes.0.provider`; empty for the whole file."""
+        path = (*self.path[:-1], MASK) if self.hides_name else self.path
+        return ".".join(map(str, path))
+
+    def below(self, path: Iterable[str | int]) -> "Problem":
+        """Return the same problem as seen from a section further up."""
+        start = tuple(path)
+        needs = tuple((*start, *need) for need in self.needs)
+        return self._replace(path=(*start, *self.path), needs=needs)
+
+    def follows(self, wrong: Collection[KeyPath]) -> bool:
+        """Tell whether it is a consequence of other mistakes, whose places are given."""
+        places = (self.path, *self.needs)
+        return any(place[:n] in wrong for place in places for n in range(1, len(place) + 1))
+
+
+class Problems(ValueError):
+    """What is wrong with a section; paths are relative to it."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(
+            "; ".join(
+                f"{one.key}: {one.message}" if one.path else one.message for one in self.problems
+            )
+        )
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used.
+
+    `problems` has a line for each mistake, with file, line, key and remedy, as far as they are
+    known. No line holds a key.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = tuple(
+            hide_keys(problem).replace("\r", "\\r").replace("\n", "\\n") for problem in problems
+        )
+        super().__init__("\n".join(self.problems))
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise Problems if there are any."""
+    found = tuple(problems)
+    if found:
+        raise Problems(found)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    """Return the known name that a name is most like; empty if it is like none.
+
+    >>> nearest("opnai", ["local", "openai"]), nearest("mine", ["local", "openai"])
+    ('openai', '')
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return what to add to a message that a name is unknown; empty if it is like none.
+
+    >>> suggestion("opnai", ["local", "openai"])
+    '; did you mean openai?'
+    """
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""
+
+
+MASK = "***"
+_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|\.ya?ml(?::\d+)?\W*$")
+_WORD = re.compile(r"\S+")
+_TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
+_PART = re.compile(r"[A-Za-z0-9]+")
+_PREFIXES = re.compile(
+    r"(?:sk|pk|rk|gsk|xai|nvapi|pa)-[\w-]{6,}|(?:sk|pk|rk|gsk|hf|jina|fw|tgp|ghp|glpat|r8)_\w{6,}"
+    r"|AIza[\w-]{10,}|AKIA[A-Z0-9]{8,}|eyJ[\w-]{8,}"
+)
+_JWT = re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]{6,}){1,2}")
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_MIN_RANDOM = 16
+_MIN_DIGITS = 2
+
+
+def looks_like_key(name: str) -> bool:
+    """Tell whether a name begins as vendors' keys do, or holds a long random part.
+
+    >>> looks_like_key("sk-proj-abcdef123"), looks_like_key("3f9a0c51b7e24d68a1f0")
+    (True, True)
+    >>> looks_like_key("sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2")
+    False
+    """
+    if _PREFIXES.match(name) or _UUID.search(name):
+        return True
+    return any(_is_random(part) for part in _PART.findall(name))
+
+
+def hide_keys(message: str) -> str:
+    """Return a message without what looks like a key; paths of files and addresses stay.
+
+    Of an address the user, the query and the fragment may be a key as well.
+
+    >>> hide_keys("/etc/proxy.yaml: providers.sk-proj-abcdef123.kind: is missing; add it")
+    '/etc/proxy.yaml: providers.***.kind: is missing; add it'
+    """
+    return _WORD.sub(lambda word: _in_word(word[0]), message)
+
+
+def _in_word(word: str) -> str:
+    scheme, is_address, rest = word.partition("://")
+    if is_address:
+        user, at, place = rest.rpartition("@")
+        end = min((i for mark in "?#" if (i := place.find(mark)) >= 0), default=len(place))
+        return f"{scheme}://{MASK if user else user}{at}{place[:end]}{_hidden(place[end:])}"
+    return word if _PATH.search(word) else _hidden(word)
+
+
+def _hidden(word: str) -> str:
+    word = _JWT.sub(MASK, word)
+    return _TOKEN.sub(lambda found: MASK if looks_like_key(found[0]) else found[0], word)
+
+
+def _is_random(part: str) -> bool:
+    digits = sum(c.isdigit() for c in part)
+    return len(part) >= _MIN_RANDOM and _MIN_DIGITS <= digits < len(part)

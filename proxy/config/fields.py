@@ -1,0 +1,80 @@
+"""The types of values in a configuration, and what every section of one does."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from embedding_proxy.proxy.service import request
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+)
+
+from . import addresses, references
+
+FOLDER = "folder"
+"""In the context of a validation: the folder of the file (see `file_path.absolute`). Without it
+relative paths are below the working directory."""
+INSPECTED = "inspected"
+"""In the context of a validation: whether nobody will be asked, so that files for it may lack."""
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")  # noqa: TRY004 - pydantic reports ValueErrors
+    return value
+
+
+def _off(value: object) -> object:
+    """Take YAML's `off`, which is its word for false, for the word that was written."""
+    return "off" if value is False else value
+
+
+def _web_origin(value: str) -> str:
+    if value != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+", value):
+        raise ValueError("expected an origin like https://app.example.com, or *")
+    return value
+
+
+def _absolute(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, str | Path):
+        return value
+    context = info.context or {}
+    return references.absolute(value, context.get(FOLDER, Path()))
+
+
+def _host_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f:.]+\]?", value):
+        raise ValueError("expected a host name like proxy.example.com, without scheme and port")
+    return value
+
+
+CacheMode = Annotated[request.Mode, BeforeValidator(_off)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Name = Annotated[str, Field(min_length=1)]
+ProviderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+WebOrigin = Annotated[str, AfterValidator(_web_origin)]
+FilePath = Annotated[Path, BeforeValidator(_absolute)]
+"""An absolute path, made of what the file says."""
+HostName = Annotated[str, AfterValidator(_host_name)]
+HttpUrl = Annotated[str, AfterValidator(addresses.http_url)]
+BaseUrl = Annotated[str, AfterValidator(addresses.base_url)]
+ProxyUrl = Annotated[str, AfterValidator(addresses.proxy_url)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; knows its keys and refuses others."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        # A value may be a key: it stands in no message, of a traceback neither.
+        hide_input_in_errors=True,
+    )

@@ -1,0 +1,402 @@
+"""Reads a configuration of the older kind (`llm:`, `vector_store:`), nested or flat. Pure.
+
+A key that lies open in it is refused. What is unknown, or empty, is named and left out.
+
+Turns an older configuration into ours, and says what became of each of its keys. Pure.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from embedding_proxy.providers import registry
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.dimensions import can_give
+from embedding_proxy.providers.model_catalog import CATALOGUE, ModelEntry
+
+from .loader import ConfigError
+from .providers import MOST_RETRIES
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_NAMED_SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
+_LOOKS_SECRET = re.compile(r"\b(sk|pk)-[A-Za-z0-9_-]{8,}|//[^/@\s]*@")
+
+# What may be said of embeddings, and of which type; the flat form may put `embedding_` before it.
+_TEXTS = ("provider", "model", "api_key_env", "api_key", "base_url")
+_NUMBERS = ("dimensions", "max_retries", "timeout")
+_EMBEDDING = (*_TEXTS, *_NUMBERS, "fallback_providers")
+_STORE_TEXTS = ("type", "qdrant_url", "collection_prefix", "qdrant_api_key", "qdrant_api_key_env")
+_STORE = (*_STORE_TEXTS, "embedding_dimension", "allow_dynamic_dimensions")
+
+
+class Said(NamedTuple):
+    """A value of the old file, and where it stands."""
+
+    path: str
+    value: Any
+
+
+@dataclass(slots=True)
+class Old:
+    """What an old file says: by the names of the nested form, whichever it has."""
+
+    embedding: dict[str, Said] = field(default_factory=dict)
+    fallbacks: list[dict[str, Said]] = field(default_factory=list)
+    store: dict[str, Said] = field(default_factory=dict)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """(path, why)"""
+
+
+def read(content: Mapping[Any, Any], file: str) -> Old:
+    """Take an old configuration apart. Raises ConfigError for one that holds a key, or none of it.
+
+    `file` is its name, for messages.
+    """
+    open_keys = [
+        f"{file}: {path}: holds a key; put that into a variable, write the variable's name into"
+        " `api_key_env` in its place, and convert again"
+        for name in ("llm", "vector_store")
+        for path in _find_keys(content.get(name), name)
+    ]
+    if open_keys:
+        raise ConfigError(*open_keys)
+    old = Old()
+    llm = _section(content.get("llm"), file, "llm")
+    if llm.get("embedding") is None:
+        _read_flat(llm, file, old)
+    else:
+        nested = _section(llm["embedding"], file, "llm.embedding")
+        old.embedding = _take(nested, _EMBEDDING, file, "llm.embedding", old)
+        others = [key for key in llm if key != "embedding"]
+        old.left_out += [
+            (f"llm.{key}", "not of embeddings, or older than llm.embedding") for key in others
+        ]
+    listed = old.embedding.pop("fallback_providers", None)
+    if listed is not None:
+        _read_fallbacks(listed, file, old)
+    store = _section(content.get("vector_store"), file, "vector_store")
+    old.store = _take(store, _STORE, file, "vector_store", old)
+    for key in content:
+        if key not in ("llm", "vector_store"):
+            old.left_out.append((str(key), "no matter of this proxy"))
+    if not old.embedding and not old.store:
+        raise ConfigError(
+            f"{file}: says nothing of embeddings; expected llm.embedding, llm.embedding_model or"
+            " vector_store, as in older configurations"
+        )
+    return old
+
+
+def variable(said: Mapping[str, Said]) -> Said | None:
+    """Return the name of the variable that holds a key, named or referred to."""
+    if "api_key_env" in said:
+        return said["api_key_env"]
+    given = said.get("api_key")
+    found = given and _REFERENCE.fullmatch(given.value)
+    return Said(given.path, found[1]) if given and found else None
+
+
+def _find_keys(value: object, path: str) -> Iterator[str]:
+    """Yield where a key lies open below a path: something called so, or looking so."""
+    last = path.rpartition(".")[2]
+    if isinstance(value, dict):
+        for key, below in value.items():
+            yield from _find_keys(below, f"{path}.{key}")
+    elif isinstance(value, list):
+        for i, below in enumerate(value):
+            yield from _find_keys(below, f"{path}.{i}")
+    elif isinstance(value, str) and value and not _REFERENCE.fullmatch(value):
+        no_name = last.endswith("_env") and not _VARIABLE.fullmatch(value)
+        if no_name or _NAMED_SECRET.search(last) or _LOOKS_SECRET.search(value):
+            yield path
+
+
+def _section(value: object, file: str, path: str) -> Mapping[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: {path}: expected keys with values below it")
+    return value
+
+
+def _read_flat(llm: Mapping[Any, Any], file: str, old: Old) -> None:
+    """Read the older form, whose other keys may be about a model that chats."""
+    if llm.get("embedding_model") is None:
+        old.left_out += [(f"llm.{key}", "says nothing of embeddings") for key in llm]
+        return
+    # What stands there beside another service's name is not for embeddings.
+    plain_one, own_one = llm.get("provider"), llm.get("embedding_provider")
+    own = plain_one is None or (plain_one in registry.KINDS and own_one in (None, plain_one))
+    found = {}
+    for key, value in llm.items():
+        plain = str(key).removeprefix("embedding_")
+        plain = "dimensions" if plain == "dimension" else plain
+        if str(key).startswith("embedding_") and plain in _EMBEDDING:
+            found[plain] = (key, value)
+        elif own and plain in _EMBEDDING and plain not in ("model", "provider"):
+            found.setdefault(plain, (key, value))
+        elif own and key == "provider":
+            found.setdefault("provider", (key, value))
+    used = {key for key, _ in found.values()}
+    old.left_out += [
+        (f"llm.{key}", "not of embeddings, or unknown") for key in llm if key not in used
+    ]
+    for plain, (key, value) in found.items():
+        _keep(plain, Said(f"llm.{key}", value), file, old.embedding, old)
+
+
+def _read_fallbacks(listed: Said, file: str, old: Old) -> None:
+    if not isinstance(listed.value, list):
+        raise ConfigError(f"{file}: {listed.path}: expected a list of `provider` and `model`")
+    for i, entry in enumerate(listed.value):
+        path = f"{listed.path}.{i}"
+        if not isinstance(entry, dict) or not {"provider", "model"} <= entry.keys():
+            raise ConfigError(f"{file}: {path}: expected `provider` and `model`")
+        old.fallbacks.append(_take(entry, (*_TEXTS, *_NUMBERS), file, path, old))
+
+
+def _take(
+    section: Mapping[Any, Any], known: Iterable[str], file: str, path: str, old: Old
+) -> dict[str, Said]:
+    """Return what is known of a section; name the rest."""
+    found: dict[str, Said] = {}
+    for key, value in section.items():
+        if key in known:
+            _keep(key, Said(f"{path}.{key}", value), file, found, old)
+        else:
+            old.left_out.append((f"{path}.{key}", "unknown key"))
+    return found
+
+
+def _keep(key: str, said: Said, file: str, into: dict[str, Said], old: Old) -> None:
+    value = said.value
+    if value in (None, "", []):
+        old.left_out.append((said.path, "empty"))
+        return
+    if key in _TEXTS + _STORE_TEXTS and not isinstance(value, str):
+        raise ConfigError(f"{file}: {said.path}: expected a string")
+    if key in (*_NUMBERS, "embedding_dimension") and (
+        isinstance(value, bool) or not isinstance(value, int | float) or value < 0
+    ):
+        raise ConfigError(f"{file}: {said.path}: expected a number")
+    into[key] = said
+
+
+@dataclass(slots=True)
+class Converted:
+    """Our configuration, and what became of the old one."""
+
+    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    qdrant: dict[str, Any] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """(old key, what became of it)"""
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, said: Said | None, told: str) -> None:
+        """Say what became of a key, if it was there."""
+        if said is not None:
+            self.notes.append((said.path, told))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model at a provider: our name for it, and what is known of it."""
+
+    name: str
+    provider: str
+    upstream: str
+    entry: ModelEntry
+
+    @property
+    def route(self) -> dict[str, str]:
+        return {"provider": self.provider, "model": self.upstream}
+
+    def described(self) -> dict[str, Any]:
+        """Return what our configuration must say of it beside its routes."""
+        if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
+            return {}
+        known = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
+        return {key: value for key, value in known.items() if value is not None}
+
+
+def convert(content: Mapping[Any, Any], file: str) -> Converted:
+    """Return what an old configuration comes to; `file` is its name, for messages.
+
+    Raises ConfigError for one that holds a key, or that names a provider nobody knows.
+    """
+    old = read(content, file)
+    done = Converted()
+    width = None
+    if old.embedding:
+        first = _first(old, file, done)
+        width = first.entry.dimensions
+        _fallbacks(old, file, first, done)
+    _store(old, width, done)
+    done.notes += [(path, f"left out: {why}") for path, why in old.left_out]
+    return done
+
+
+def _first(old: Old, file: str, done: Converted) -> _Model:
+    said = old.embedding
+    if "model" not in said:
+        raise ConfigError(f"{file}: llm.embedding.model: is missing; add it")
+    provider = said["provider"].value if "provider" in said else "openai"
+    model = _model(provider, said["model"].value)
+    _provider(provider, said, file, done)
+    if "provider" not in said:
+        done.warnings.append(f"no provider is named: {provider} is taken, as it always was")
+    done.note(said.get("provider"), f"providers.{provider}")
+    done.note(said["model"], f"models.{model.name}, asked for at {provider}")
+    model = _with_dimensions(model, said.get("dimensions"), done)
+    done.models[model.name] = {**model.described(), "routes": [model.route]}
+    return model
+
+
+def _model(provider: str, upstream: str) -> _Model:
+    """Return what is known of a model at a provider: the catalogue's entry, or its name alone."""
+    for name, entry in CATALOGUE.items():
+        if (provider, upstream) in entry.routes and (
+            name == upstream or provider == registry.LOCAL
+        ):
+            return _Model(name, provider, upstream, entry)
+    space = upstream if provider == "openrouter" else f"{provider}/{upstream}"
+    return _Model(upstream, provider, upstream, ModelEntry(space, 0, 0.0, ()))
+
+
+def _with_dimensions(model: _Model, said: Said | None, done: Converted) -> _Model:
+    """Return a model whose width may be what the old file says."""
+    native = model.entry.dimensions
+    if said is None:
+        return model
+    wanted = int(said.value)
+    if not native:
+        done.note(said, f"models.{model.name}.dimensions")
+        return replace(model, entry=replace(model.entry, dimensions=wanted))
+    if wanted == native:
+        done.note(said, "left out: it is known of the model")
+        return model
+    done.note(said, "no counterpart: each request asks for its width, `dimensions`")
+    may = "can be cut to it" if model.entry.matryoshka and wanted < native else "has no other"
+    done.warnings.append(
+        f"{said.path} is {wanted}, but {model.name} gives {native} numbers unless a request asks"
+        f" otherwise, and {may}; the original never sent this key on"
+    )
+    return model
+
+
+def _provider(name: str, said: Mapping[str, Said], file: str, done: Converted) -> None:
+    """Describe a provider as far as an old file does; what was said of it first counts."""
+    given = done.providers.setdefault(name, {})
+    address, time, retries = (said.get(one) for one in ("base_url", "timeout", "max_retries"))
+    if name == registry.LOCAL and retries is not None:
+        done.note(retries, "left out: nobody is asked, so nobody is asked again")
+        retries = None
+    if retries is not None:
+        retries = retries._replace(value=min(int(retries.value), MOST_RETRIES))
+    key = variable(said)
+    known = name in registry.KINDS or name == registry.LOCAL
+    if not known:
+        if address is None:
+            raise ConfigError(
+                f"{file}: {said['provider'].path}: there is no provider {name!r}; known:"
+                f" {', '.join(sorted((*registry.KINDS, registry.LOCAL)))}; or give the `base_url`"
+                " of one that speaks as OpenAI does"
+            )
+        given.setdefault("kind", "openai_compatible")
+    told = {"base_url": address, "api_key_env": key, "timeout_s": time, "retries": retries}
+    for ours, one in told.items():
+        if one is None:
+            continue
+        if given.setdefault(ours, one.value) == one.value:
+            done.note(one, f"providers.{name}.{ours}")
+        else:
+            done.note(one, f"left out: providers.{name} has another {ours} already")
+            done.warnings.append(f"{one.path}: give this provider a name and a `kind` of its own")
+    usual = registry.KINDS[name].profile.base_url if name in registry.KINDS else None
+    if address is not None and usual is not None and address.value.rstrip("/") != usual:
+        done.warnings.append(
+            f"providers.{name} asks {address.value}: if that serves other models under the same"
+            " names, give them a `space` of their own"
+        )
+
+
+def _fallbacks(old: Old, file: str, first: _Model, done: Converted) -> None:
+    """Turn old fallbacks into routes of the same space, or into models that may stand in."""
+    for said in old.fallbacks:
+        if not {"provider", "model"} <= said.keys():
+            raise ConfigError(f"{file}: llm.embedding.fallback_providers: an entry is empty")
+        other = _model(said["provider"].value, said["model"].value)
+        path = said["provider"].path.rpartition(".")[0]
+        _provider(other.provider, said, file, done)
+        if other.entry.space == first.entry.space:
+            routes = done.models[first.name]["routes"]
+            if other.route not in routes:
+                routes.append(other.route)
+            done.note(said.get("dimensions"), "left out: it is known of the model")
+            done.notes.append((path, f"models.{first.name}.routes: the same model"))
+            continue
+        other = _with_dimensions(other, said.get("dimensions"), done)
+        _stand_in(path, first, other, done)
+
+
+def _stand_in(path: str, first: _Model, other: _Model, done: Converted) -> None:
+    """Let a model of another space stand in, at a width that is named."""
+    described = done.models.setdefault(other.name, {**other.described(), "routes": []})
+    if other.route not in described["routes"]:
+        described["routes"].append(other.route)
+    wanted, native = first.entry.dimensions, other.entry.dimensions
+    if not wanted or not native:
+        unknown = other.name if wanted else first.name
+        done.notes.append(
+            (path, f"models.{other.name}; no fallback: the width of {unknown} is not known")
+        )
+        return
+    space = Space(other.entry.space, native, other.entry.matryoshka)
+    width = (
+        "strict" if can_give(space, wanted, "strict") else "pad" if native < wanted else "truncate"
+    )
+    fallbacks = done.models[first.name].setdefault("fallback", [])
+    if all(entry["model"] != other.name for entry in fallbacks):
+        fallbacks.append({"model": other.name, "width": width})
+    done.notes.append((path, f"models.{first.name}.fallback: another model, width {width}"))
+    done.warnings.append(
+        f"{other.name} is another space than {first.name}: its vectors compare with none of the"
+        " first. Answers of it say x-embedding-fallback: true; do not store them beside the others,"
+        " or remove `fallback`"
+    )
+
+
+def _store(old: Old, width: int | None, done: Converted) -> None:
+    said = old.store
+    names = {"api_key": "qdrant_api_key", "api_key_env": "qdrant_api_key_env"}
+    keys = {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
+    found = {"url": said.get("qdrant_url"), "api_key_env": variable(keys)}
+    for ours, one in found.items():
+        if one is not None:
+            done.qdrant[ours] = one.value
+            done.note(one, f"index.qdrant.{ours}")
+    if "collection_prefix" in said:
+        prefix = said["collection_prefix"].value.rstrip("_") + "_"
+        done.qdrant["prefix"] = prefix
+        done.note(
+            said["collection_prefix"],
+            f"index.qdrant.prefix: collections are {prefix}MODEL-WIDTH, old ones stay",
+        )
+    if done.qdrant and "url" not in done.qdrant:
+        done.qdrant["url"] = "http://localhost:6333"
+        done.warnings.append("index.qdrant.url: the old file names none; say where Qdrant is")
+    given = said.get("embedding_dimension")
+    done.note(given, "no counterpart: a collection has the width of its model")
+    if given is not None and width and given.value != width:
+        done.warnings.append(
+            f"{given.path} is {given.value}, but the model gives {width} numbers: the collections"
+            " there were made for another model, or hold vectors that were cut"
+        )
+    done.note(
+        said.get("allow_dynamic_dimensions"),
+        "no counterpart: each width has a collection of its own, none is ever changed",
+    )
+    done.note(said.get("type"), "left out: Qdrant is the only store")

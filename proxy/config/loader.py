@@ -1,0 +1,255 @@
+"""Configuration files -> validated settings.
+
+All mistakes of a file are told at once: a ConfigError has a line for each that names the file, the
+line, the key and the remedy.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import references, yaml_file
+from .errors import ConfigError, KeyPath, Problem
+from .fields import FOLDER, INSPECTED
+from .references import Purpose
+from .schema import Settings
+from .validation import validate
+from .yaml_file import YamlError, YamlFile, dump
+
+__all__ = [
+    "BUILT_IN",
+    "ConfigError",
+    "Configuration",
+    "dump",
+    "load",
+    "load_mapping",
+    "load_named",
+    "read",
+    "read_configuration",
+    "validated",
+]
+
+BUILT_IN = "the built-in configuration"
+COMMAND_LINE = "the command line"
+MAX_PROBLEMS = 50
+"""Mistakes that are told of one file; more are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A configuration file, or the built-in one, and what it comes to."""
+
+    settings: Settings
+    content: Mapping[Any, Any]
+    """What the file says, not validated, `${NAME}` as it stands."""
+    file: Path | None
+    """None = the built-in one."""
+    unresolved: tuple[str, ...] = ()
+    """Variables of the file that are not set and that nobody needs now; a line for each, as in
+    ConfigError."""
+    _source: "_Source | None" = field(default=None, repr=False)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that the file itself names; the settings hold the whole catalogue."""
+        return tuple(self.content.get("models") or ())
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The providers that the file of a user names, but for those that are null."""
+        if self.file is None or not self.settings.names_providers:
+            return ()
+        named = self.content.get("providers") or {}
+        return tuple(name for name in named if self.settings.providers.get(name) is not None)
+
+    def problem(self, path: KeyPath, message: str) -> str:
+        """Return a line that tells what is wrong with a key, as in ConfigError."""
+        source = self._source or _Source(_name_of(self.file))
+        return source.line(Problem(path, message))
+
+
+def load(
+    path: Path | None = None,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    purpose: Purpose = "embed",
+) -> Settings:
+    """Read a configuration file, or the built-in one, and return its settings.
+
+    See `read_configuration`. Raises ConfigError.
+    """
+    return read_configuration(path, overrides=overrides, purpose=purpose).settings
+
+
+def load_named(path: Path | None = None) -> tuple[Settings, tuple[str, ...]]:
+    """Return the settings as `load` does, and the models that the file itself names.
+
+    Raises ConfigError.
+    """
+    found = read_configuration(path)
+    return found.settings, found.models
+
+
+def read_configuration(
+    path: Path | None = None,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    purpose: Purpose = "embed",
+) -> Configuration:
+    """Read a configuration file, or the built-in one. Raises ConfigError.
+
+    `overrides` replaces keys of the `server` section (the command line's options). Variables that
+    `purpose` does not need may be unset: in place of a client's key there is then one that nobody
+    knows. Relative paths are below the folder of the file.
+    """
+    source = _Source(_name_of(path), _parsed(_built_in_file() if path is None else path, path))
+    written = _mapping(source)
+    source.overrides = overrides or {}
+    settings, unresolved = _settings(source, _folder_of(path), purpose)
+    lines = tuple(source.line(one) for one in unresolved)
+    return Configuration(settings, written, path, lines, source)
+
+
+def validated(content: Mapping[Any, Any], name: str) -> Settings:
+    """Return the settings that a file of that name holds. Raises ConfigError.
+
+    Relative paths are below the working directory.
+    """
+    return _settings(_Source(name, YamlFile(content)), Path(), "embed")[0]
+
+
+def read(path: Path | None) -> dict[Any, Any]:
+    """Return what a file holds, or the built-in one: not validated, `${NAME}` as it stands.
+
+    Raises ConfigError.
+    """
+    return _mapping(_Source(_name_of(path), _parsed(path or _built_in_file(), path)))
+
+
+def load_mapping(path: Path) -> dict[Any, Any]:
+    """Return what a YAML file beside the configuration holds, a mapping. Raises ConfigError."""
+    return read(path)
+
+
+@dataclass(slots=True)
+class _Source:
+    """Where a configuration comes from: what makes lines of its mistakes."""
+
+    name: str
+    file: YamlFile = field(default_factory=lambda: YamlFile(None))
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    """Keys of the `server` section that do not come from the file."""
+
+    def where(self, path: KeyPath) -> tuple[str, int]:
+        """Return the file, and the line of a key in it; 0 where that is not known."""
+        if len(path) > 1 and path[0] == "server" and path[1] in self.overrides:
+            return COMMAND_LINE, 0
+        return self.name, self.file.line_of(path) or 0
+
+    def content(self) -> dict[Any, Any]:
+        """Return what applies before it is validated: the file, and what replaces keys of it."""
+        content = dict(_mapping(self))
+        if self.name == BUILT_IN:
+            # The file shows where the default leads; XDG_DATA_HOME may lead elsewhere.
+            content["cache"] = {k: v for k, v in content["cache"].items() if k != "directory"}
+            # Nobody has named these: they are what is there by default.
+            content.pop("providers", None)
+        if self.overrides:
+            server = content.get("server") or {}
+            content["server"] = {**server, **self.overrides} if isinstance(server, dict) else server
+        return content
+
+    def line(self, problem: Problem, line: int = 0) -> str:
+        """Return a problem as `file:line: key: problem; remedy`, without what is not known."""
+        name, found = self.where(problem.path)
+        line = line or found
+        if name == BUILT_IN:
+            line = 0
+        place = f"{name}:{line}" if line else name
+        return ": ".join(part for part in (place, problem.key, problem.message) if part)
+
+    def mistakes(self, problems: Iterable[Problem]) -> list[tuple[int, str]]:
+        """Return problems as (number of the line, what is told)."""
+        return [(self.where(one.path)[1], self.line(one)) for one in problems]
+
+    def error(self, mistakes: Iterable[tuple[int, str]]) -> ConfigError:
+        """Return the error that tells of mistakes, in the order of the file's lines."""
+        found = sorted(dict.fromkeys(mistakes), key=lambda one: one[0])
+        lines = [line for _, line in found[:MAX_PROBLEMS]]
+        if len(found) > MAX_PROBLEMS:
+            lines.append(f"{self.name}: and {len(found) - MAX_PROBLEMS} more mistakes")
+        return ConfigError(*lines)
+
+
+def _name_of(path: Path | None) -> str:
+    return BUILT_IN if path is None else str(path)
+
+
+def _built_in_file() -> Path:
+    """Return config.yaml: beside this file in an installation, at the root of a checkout."""
+    installed = Path(__file__).with_name("config.yaml")
+    return installed if installed.exists() else Path(__file__).parents[1] / "config.yaml"
+
+
+def _folder_of(path: Path | None) -> Path | None:
+    """Return the folder that a file's relative paths are below; None where it lies in none."""
+    if path is None:
+        return Path()
+    whole = path.absolute()
+    # /dev/shm is a folder like any other; /dev/stdin, /dev/fd/N and what is below /proc are not.
+    is_stream = whole.parts[1:2] in (("dev",), ("proc",)) and whole.parts[1:3] != ("dev", "shm")
+    in_folder = path.is_file() and not is_stream
+    return whole.parent if in_folder else None
+
+
+def _parsed(source: Path, path: Path | None) -> YamlFile:
+    """Return what a file holds. Raises ConfigError."""
+    name = _name_of(path)
+    try:
+        return yaml_file.parse(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "; for standard input give /dev/stdin" if name == "-" else ""
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}{hint}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: is not UTF-8 text; save it as UTF-8") from error
+    except YamlError as error:
+        where = f"{name}:{error.line}" if error.line else name
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _mapping(source: _Source) -> dict[Any, Any]:
+    """Return what a file holds, keys with values. Raises ConfigError."""
+    content = source.file.content
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{source.name}: expected keys such as `server:`, found something else")
+    return content or {}
+
+
+def _settings(
+    source: _Source, folder: Path | None, purpose: Purpose
+) -> tuple[Settings, list[Problem]]:
+    """Return the settings of a source, and its variables that nobody needs now.
+
+    Raises ConfigError with all mistakes; of a key that is written twice, those of each copy.
+    """
+    context = {FOLDER: folder, INSPECTED: purpose == "inspect"}
+    mistakes = [
+        (one.line, source.line(Problem(one.path, one.message), one.line))
+        for one in source.file.duplicates
+    ]
+    settings: Settings | None = None
+    spared: list[Problem] = []
+    for version in source.file.versions or (source.file,):
+        copy = replace(source, file=version)
+        try:
+            resolved, needed, spared = references.resolve(copy.content(), purpose)
+            settings, problems = validate(resolved, context, [one.path for one in needed])
+        except RecursionError as error:
+            raise ConfigError(
+                f"{source.name}: an anchor holds itself; write the values out"
+            ) from error
+        mistakes += copy.mistakes([*needed, *problems])
+    if mistakes or settings is None:
+        raise source.error(mistakes)
+    return settings, spared

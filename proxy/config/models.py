@@ -1,0 +1,135 @@
+"""What a configuration may say of one model: its space, its routes, what may stand in for it."""
+
+from typing import Annotated, Literal
+
+from embedding_proxy.providers import dimensions as strategies
+from embedding_proxy.providers import model_catalog
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.dimensions import BUILT_IN, Policy, can_give
+from embedding_proxy.providers.model_catalog import ModelEntry
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from .errors import Problem, refuse, suggestion
+from .fields import Name, Number, Section, Whole
+
+
+class RouteConfig(Section):
+    """Where a model can be bought, and under which name."""
+
+    provider: Name
+    model: Name
+    price: Annotated[Number, Field(ge=0)] | None = None
+
+
+class Fallback(Section):
+    """A model of another space that answers when no route of the first one does."""
+
+    model: Name
+    width: Policy = "strict"
+
+    def objection(self, first: "ModelConfig", stand_in: "ModelConfig") -> str | None:
+        """Say why a model cannot stand in for another; None if it can."""
+        if stand_in.space == first.space:
+            return "has the same space; add its routes to `routes` instead"
+        if first.dimensions is None or stand_in.dimensions is None:
+            return "say the `dimensions` of both models, so that it is known whether they fit"
+        if not can_give(stand_in.as_space(), first.dimensions, self.width):
+            return (
+                f"gives {stand_in.dimensions} numbers where {first.dimensions} are asked for;"
+                f" say `width: {'pad' if stand_in.dimensions < first.dimensions else 'truncate'}`"
+                " if that is what you want"
+            )
+        return None
+
+
+class ModelConfig(Section):
+    """One embedding model."""
+
+    space: Annotated[str, Field(min_length=1, max_length=200)]
+    dimensions: Annotated[Whole, Field(ge=1, le=65536)] | None = None
+    matryoshka: bool = False
+    dimensions_refused: bool = False
+    dimensions_sent: bool = False
+    tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
+    context: Annotated[Whole, Field(ge=1)] | None = None
+    truncate: Literal["end"] | None = None
+    unit_norm: bool = False
+    price: Annotated[Number, Field(ge=0)] = 0
+    order: Literal["listed", "cheapest", "fastest"] = "listed"
+    hedge_after_s: Annotated[Number, Field(gt=0)] | None = None
+    width: Name = "strict"
+    routes: Annotated[tuple[RouteConfig, ...], Field(min_length=1)]
+    fallback: tuple[Fallback, ...] = ()
+
+    @field_validator("fallback", mode="before")
+    @classmethod
+    def _several_or_one(cls, value: object) -> object:
+        """Take one for a list of one, a name for all that is said of it, and null for none."""
+        if value is None:
+            return ()
+        several = value if isinstance(value, list | tuple) else [value]
+        return [{"model": entry} if isinstance(entry, str) else entry for entry in several]
+
+    @field_validator("width")
+    @classmethod
+    def _known_width(cls, value: str) -> str:
+        if value not in BUILT_IN:
+            try:
+                strategies.find(value)
+            except strategies.UnknownStrategy as error:
+                raise ValueError(f"{error}{suggestion(value, BUILT_IN)}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _cut_by_tokens_of_its_own(self) -> "ModelConfig":
+        refuse(
+            Problem(
+                ("truncate",),
+                f"needs the model's `{key}`; give it, or leave `truncate` out: then what is too"
+                " long is refused",
+                needs=((key,),),
+            )
+            for key in ("tokenizer", "context")
+            if self.truncate is not None and getattr(self, key) is None
+        )
+        return self
+
+    @property
+    def truncate_to(self) -> int | None:
+        """Tokens to which an input is cut before anything else; None = it is not."""
+        return self.context if self.truncate else None
+
+    def as_space(self) -> Space:
+        """Return the space of this model's vectors."""
+        return Space(
+            self.space,
+            self.dimensions or 0,
+            self.matryoshka,
+            self.tokenizer,
+            unit_norm=self.unit_norm,
+            dimensions_sent=self.dimensions_sent,
+        )
+
+
+def from_catalogue(entry: ModelEntry) -> dict[str, object]:
+    """Return what the catalogue says of a model, as a configuration would say it."""
+    return {
+        "space": entry.space,
+        "dimensions": entry.dimensions or None,
+        "matryoshka": entry.matryoshka,
+        "dimensions_refused": entry.dimensions_refused,
+        "dimensions_sent": entry.dimensions_sent,
+        "tokenizer": entry.tokenizer,
+        "context": entry.context,
+        "unit_norm": entry.unit_norm,
+        "price": entry.price,
+        "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],
+    }
+
+
+def by_name(name: str) -> ModelConfig | None:
+    """Return what can be said of a model that is not configured; None for what is no name."""
+    try:
+        return ModelConfig.model_validate(from_catalogue(model_catalog.by_name(name)))
+    except ValidationError:
+        return None

@@ -1,0 +1,123 @@
+"""References of a configuration to the environment: `${NAME}` and `${NAME:-default}`.
+
+Paths of a configuration: `~` and variables expanded, relative ones below the file's folder.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import KeyPath, Problem
+
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+Purpose = Literal["serve", "embed", "inspect"]
+"""What a configuration is read for: `serve` opens a port; `embed` asks providers and opens none;
+`inspect` does neither."""
+
+_SPARED: Mapping[Purpose, tuple[str, ...]] = {
+    "serve": (),
+    "embed": ("server.keys.*",),
+    "inspect": ("server.keys.*", "providers.*.headers.*", "providers.*.proxy"),
+}
+"""Keys whose variables need not be set, by purpose: they are for clients, or for providers."""
+
+
+def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list[Problem]]:
+    """Return a configuration with its references replaced, and the variables that are not set.
+
+    The first list has those that `purpose` needs, whose references stay; the second one the
+    others, in whose place a value is put that nobody can know or use. An empty variable counts as
+    unset. What a variable holds is not searched for references.
+    """
+    needed: list[Problem] = []
+    spared: list[Problem] = []
+
+    def replaced(value: object, path: KeyPath) -> object:
+        if isinstance(value, dict):
+            return {key: replaced(one, (*path, _part(key))) for key, one in value.items()}
+        if isinstance(value, list):
+            return [replaced(one, (*path, i)) for i, one in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        references = _REFERENCE.finditer(value)
+        unset = [one[1] for one in references if not os.environ.get(one[1]) and one[2] is None]
+        if not unset:
+            return _REFERENCE.sub(lambda one: os.environ.get(one[1]) or one[2], value)
+        problems = [
+            Problem(path, f"the variable {name} is not set; set it, or write ${{{name}:-default}}")
+            for name in dict.fromkeys(unset)
+        ]
+        key = ".".join(map(str, path))
+        if not any(fnmatchcase(key, pattern) for pattern in _SPARED[purpose]):
+            needed.extend(problems)
+            return value
+        spared.extend(problems)
+        return "http://unset:unset@unset.invalid" if path[-1] == "proxy" else secrets.token_hex()
+
+    return replaced(content, ()), needed, spared
+
+
+def _part(key: object) -> str | int:
+    return key if isinstance(key, str | int) else str(key)
+
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+
+
+def absolute(text: str | Path, folder: Path | None) -> Path:
+    """Return the absolute path that a configuration means. Raises ValueError with a remedy.
+
+    `folder` is that of the file; None where there is none, as for standard input: then a relative
+    path is refused.
+    """
+    text = str(text)
+    if not text.strip():
+        raise ValueError("expected a path, not an empty string")
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    path = _at_home(_VARIABLE.sub(_value, text))
+    if path.is_absolute():
+        return path
+    if folder is None:
+        raise ValueError(
+            "is a relative path, and this configuration lies in no folder; write an absolute path"
+        )
+    path = folder.absolute() / path
+    # `..` behind a link leads elsewhere than it reads: so it is resolved, and not left to be read.
+    return path.resolve() if ".." in path.parts else path
+
+
+def home() -> Path:
+    """Return the home directory of this process. Raises ValueError with a remedy."""
+    return _at_home("~")
+
+
+def _at_home(text: str) -> Path:
+    """Return a path with a leading `~` or `~user` expanded. Raises ValueError."""
+    path = Path(text)
+    if not text.startswith("~"):
+        return path
+    first = path.parts[0]
+    try:
+        found = path.expanduser()
+    except RuntimeError as error:
+        if first == "~":
+            raise ValueError("the home directory is not known; set HOME") from error
+        raise ValueError(f"there is no such user: {first}") from error
+    is_empty = first == "~" and os.environ.get("HOME") == ""
+    if is_empty or not found.is_absolute():
+        raise ValueError("HOME is no absolute path; set it to one")
+    return found
+
+
+def _value(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    value = os.environ.get(name)
+    if not value:
+        raise ValueError(f"the variable {name} is not set; set it, or write the path out")
+    return value

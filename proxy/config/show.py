@@ -1,0 +1,135 @@
+"""What a configuration comes to: every key with the value that applies, ready to be a file again.
+
+No secret is in it: what only the environment should hold stands there as a reference `${NAME}`,
+that of the file or one made up. `config show` reads such a file as it is; to serve with it, the
+variables have to be set, so that nobody serves with a placeholder for a key.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from embedding_proxy.providers import registry
+
+from .fields import Section
+from .providers import NETWORK, TIMEOUTS, ProviderConfig
+from .schema import Settings
+
+_WHOLE_REFERENCE = re.compile(r"\$\{[^}]*\}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)")
+
+
+def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) -> dict[str, Any]:
+    """Return the sections of a configuration, defaults filled in.
+
+    `content` is what its file holds. Of the models, those that it names are shown, or all: the
+    others are the catalogue's in any case.
+    """
+    shown: dict[str, Any] = {
+        name: _plain(getattr(settings, name)) for name in Settings.model_fields
+    }
+    # The default is a provider that need not be there; one that is named has to be.
+    shown["passthrough"] = settings.passthrough if settings.passes_to else None
+    keys = _at(content, "server", "keys")
+    for i, entry in enumerate(shown["server"]["keys"]):
+        given = keys[i] if isinstance(keys, list) else None
+        given = given.get("key") if isinstance(given, dict) else given
+        entry["key"] = _reference(given, f"CLIENT_KEY_{i + 1}")
+    for name, provider in settings.providers.items():
+        if provider is not None:
+            written = _at(content, "providers", name)
+            shown["providers"][name] = _provider(name, provider, written)
+    if not everything:
+        named = content.get("models") or {}
+        shown["models"] = {name: shown["models"][name] for name in named}
+    return shown
+
+
+def made_up(shown: object, content: object) -> list[str]:
+    """Return the variables of what is shown that the file does not refer to, in order."""
+    known = set(_variables(content))
+    return [name for name in dict.fromkeys(_variables(shown)) if name not in known]
+
+
+def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
+    """Return, by provider, the variable that holds its key, and whether it is set."""
+    named = {name: one.key_variable for name, one in settings.providers.items() if one}
+    return {
+        name: (variable, bool(os.environ.get(variable, "").strip()))
+        for name, variable in named.items()
+        if variable
+    }
+
+
+def _variables(value: object) -> Iterator[str]:
+    """Yield the names of all `${NAME}` below a value."""
+    if isinstance(value, Mapping):
+        for one in value.values():
+            yield from _variables(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _variables(one)
+    elif isinstance(value, str):
+        yield from _VARIABLE.findall(value)
+
+
+def _provider(name: str, provider: ProviderConfig, written: object) -> dict[str, Any]:
+    """Return what applies to a provider: of what it does not say, its kind's defaults.
+
+    `written` is what the file says of it.
+    """
+    if provider.kind == registry.LOCAL:
+        return {"kind": provider.kind, "timeout_s": _plain(provider.timeout_s)}
+    profile = provider.as_profile()
+    written = written if isinstance(written, Mapping) else {}
+    headers = _at(written, "headers")
+    shown = {field: _plain(getattr(profile, field, None)) for field in ProviderConfig.model_fields}
+    shown |= {"kind": provider.kind, "key": provider.key, "share": provider.share}
+    shown["retries"] = provider.retries
+    shown |= {key: _plain(getattr(profile.network, key)) for key in NETWORK}
+    if "@" in (profile.network.proxy or ""):
+        made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_PROXY".upper())
+        shown["proxy"] = _reference(written.get("proxy"), made_up)
+    shown |= {key: _plain(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
+    shown["limits"] = {
+        field: getattr(profile.limits, field) for field in type(provider.limits).model_fields
+    }
+    shown["headers"] = dict(profile.headers)
+    own = registry.find(provider.kind).profile.headers
+    for header, value in provider.headers.items():
+        if own.get(header) == value:
+            continue  # What the kind says itself is no secret.
+        given = headers.get(header) if isinstance(headers, dict) else None
+        made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
+        shown["headers"][header] = _reference(given, f"HEADER_{made_up}")
+    return shown
+
+
+def _reference(given: object, made_up: str) -> str:
+    """Return what stands for a secret: the file's own reference, if it holds nothing else."""
+    if isinstance(given, str) and _WHOLE_REFERENCE.fullmatch(given) and ":-" not in given:
+        return given
+    return f"${{{made_up}}}"
+
+
+def _at(content: object, *path: str) -> object:
+    for part in path:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - whatever YAML can hold
+    """Return a value in YAML's own types; a whole number without its point."""
+    if isinstance(value, Section):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list | frozenset):
+        return [_plain(one) for one in (sorted(value) if isinstance(value, frozenset) else value)]
+    if isinstance(value, Path):
+        return os.fsencode(value).decode(errors="replace")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value

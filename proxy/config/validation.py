@@ -1,0 +1,279 @@
+"""What pydantic found wrong with a configuration, in words: problem and remedy for each mistake.
+
+No value of the file is repeated: it may be a key.
+
+Validates a configuration, and finds all of its mistakes in one go.
+
+pydantic looks at what belongs together only where each part is right by itself. So what is wrong is
+replaced by something that is right, and the rest is validated again, until nothing is left to find.
+What only follows from a replaced value is no mistake of the file, and is not returned.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from embedding_proxy.providers.model_catalog import CATALOGUE
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from .errors import KeyPath, Problem, Problems, nearest
+from .fields import Section
+from .schema import KINDS, Settings
+
+_EXPECTED = {
+    "string_too_long": "a shorter string",
+    "string_pattern_mismatch": "a name of letters, digits and the like; no key and no address",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "keys with values below it",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "model_type": "keys with values below it",
+    "none_required": "null; this version has nothing else",
+    "path_type": "a path",
+    "string_too_short": "something, not an empty string",
+    "string_type": "a string; put it in quotes",
+    "too_short": "at least one entry",
+    "tuple_type": "a list",
+}
+_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z_]{0,39}")
+"""An unknown key that is shown though it is like none that is known."""
+_NEAR_NAME = re.compile(r"[\w .-]{1,40}")
+"""A name that is not valid and is shown."""
+_OLD_SECTIONS = {"llm", "vector_store"}
+
+
+def explain(error: ValidationError) -> Iterator[Problem]:
+    """Yield the mistakes that a validation found; a path may be masked."""
+    found = error.errors(include_url=False, include_input=False)
+    paths = [tuple(part for part in one["loc"] if part != "[key]") for one in found]
+    for path, one in zip(paths, found, strict=True):
+        # A list whose only entry is wrong counts as empty.
+        is_follow_up = one["type"] == "too_short" and any(
+            other[: len(path)] == path and other != path for other in paths
+        )
+        if not is_follow_up:
+            yield from _problems(path, one)
+
+
+def field_at(path: Sequence[str | int]) -> FieldInfo | type[Section] | None:
+    """Return what a path leads to: a key of a section, or a section; None for anything else.
+
+    >>> field_at(("models", "m", "routes", 0)), field_at(("server", "sport"))
+    (<class 'proxy.settings.model_entry.Route'>, None)
+    """
+    found: FieldInfo | type[Section] | None = Settings
+    is_name = False
+    for part in path:
+        if is_name:  # of an entry, or its position in a list
+            is_name = False
+            continue
+        section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
+        found = section.model_fields.get(str(part)) if section is not None else None
+        if found is None:
+            return None
+        is_name = _is_container(found.annotation)
+    if isinstance(found, FieldInfo) and not is_name and _is_container(found.annotation):
+        return _section_of(found.annotation)
+    return found
+
+
+def known_keys(path: Sequence[str | int]) -> Iterator[str]:
+    """Yield the keys of the section at `path`."""
+    found = field_at(path)
+    section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
+    yield from section.model_fields if section is not None else ()
+
+
+def _problems(path: KeyPath, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
+    kind = one["type"]
+    if kind == "extra_forbidden":
+        yield _unknown_key(path)
+    elif kind == "missing":
+        yield Problem(path, f"is missing; add it{_meant_entry(path)}")
+    elif kind == "value_error":
+        cause = one.get("ctx", {}).get("error")
+        if isinstance(cause, Problems):
+            yield from (problem.below(path) for problem in cause.problems)
+        else:
+            yield Problem(path, one["msg"].removeprefix("Value error, "))
+    else:
+        # With other characters it is probably a key or an address.
+        hides_name = (
+            kind == "string_pattern_mismatch"
+            and one["loc"][-1] == "[key]"
+            and not _NEAR_NAME.fullmatch(str(path[-1]))
+        )
+        expected = _EXPECTED.get(kind) or one["msg"].removeprefix("Input should be ")
+        yield Problem(path, f"expected {expected}", hides_name)
+
+
+def _meant_entry(path: KeyPath) -> str:
+    """Return a hint for a name that lacks what is known of a similar one."""
+    known = {("providers", "kind"): KINDS, ("models", "space"): tuple(CATALOGUE)}
+    near = nearest(str(path[1]), known.get((str(path[0]), str(path[-1])), ())) if path[1:] else ""
+    return f", or did you mean {near}?" if near else ""
+
+
+def _unknown_key(path: KeyPath) -> Problem:
+    name = str(path[-1])
+    if path[0] in _OLD_SECTIONS and len(path) == 1:
+        return Problem(
+            path,
+            "is a section of an older configuration; `embedding-proxy config convert FILE` turns"
+            " that into one of this proxy",
+        )
+    keys = sorted(known_keys(path[:-1]))
+    near = nearest(name, keys, cutoff=0.5)
+    if near:
+        return Problem(path, f"unknown key; did you mean {near}?", meant=near)
+    hides_name = not _PLAIN_NAME.fullmatch(name)
+    return Problem(path, f"unknown key; known here: {', '.join(keys)}", hides_name)
+
+
+def _is_container(annotation: Any) -> bool:  # noqa: ANN401 - any annotation
+    """Tell whether a key holds several values, by name or in a list."""
+    if isinstance(annotation, type):
+        return False
+    origin = get_origin(annotation)
+    return origin in (dict, tuple) or (
+        origin is not None and any(_is_container(one) for one in get_args(annotation))
+    )
+
+
+def _section_of(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - any annotation
+    """Return the Section inside an annotation, as in `dict[str, Provider | None]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+
+
+_MAX_ROUNDS = 20
+
+_STAND_INS: Mapping[str, Any] = {
+    "kind": "openai",
+    "routes": [{"provider": "local", "model": "any"}],
+    "provider": "local",
+    "model": "any",
+}
+"""Values of required keys that are right by themselves; of all others a random one is."""
+
+
+def validate(
+    content: dict[Any, Any], context: Mapping[str, Any], unset: Iterable[KeyPath]
+) -> tuple[Settings | None, list[Problem]]:
+    """Return the settings of a content, None where it has mistakes, and these.
+
+    `content` is changed. `unset` has the places of values that are not known, which count as
+    mistakes that were told.
+    """
+    wrong = set(unset)
+    for path in wrong:
+        _replace(content, path)
+    problems: list[Problem] = []
+    misspelt: dict[KeyPath, KeyPath] = {}
+    for _ in range(_MAX_ROUNDS):
+        try:
+            settings = Settings.model_validate(content, context=context)
+        except ValidationError as error:
+            found = list(explain(error))
+            is_last = not any(one["loc"] for one in error.errors(include_url=False))
+        else:
+            return (None if problems or wrong else settings), problems
+        lacking = {
+            (*one.path[:-1], one.meant)
+            for one in found
+            if one.meant and one.meant not in _parent(content, one.path)
+        }
+        problems += [
+            _as_written(one, misspelt) for one in found if not one.follows(wrong | lacking)
+        ]
+        places = {one.path for one in found} - wrong
+        if is_last or not places:
+            break
+        for one in found:
+            if one.meant:
+                place = _rename_section(content, one)
+                if place is not None:
+                    misspelt[place] = one.path
+                    lacking.discard(place)
+        for path in places:
+            _replace(content, path)
+        wrong |= places | lacking
+    return None, problems
+
+
+def _as_written(problem: Problem, misspelt: Mapping[KeyPath, KeyPath]) -> Problem:
+    """Return a problem of a section whose name was corrected, with the name that the file has."""
+    for meant, written in misspelt.items():
+        if problem.path[: len(meant)] == meant:
+            return problem._replace(path=(*written, *problem.path[len(meant) :]))
+    return problem
+
+
+def _rename_section(content: dict[Any, Any], problem: Problem) -> KeyPath | None:
+    """Give a misspelt section its name, so that it is validated, too; return its place then."""
+    parent = _parent(content, problem.path)
+    value = parent.get(problem.path[-1])
+    if not isinstance(value, dict) or problem.meant in parent:
+        return None
+    parent[problem.meant] = parent.pop(problem.path[-1])
+    return (*problem.path[:-1], problem.meant)
+
+
+def _parent(content: dict[Any, Any], path: KeyPath) -> Any:  # noqa: ANN401 - whatever YAML holds
+    """Return what holds the last key of a path."""
+    parent: Any = content
+    for part in path[:-1]:
+        parent = parent[_key(parent, part)]
+    return parent
+
+
+def _key(node: Any, part: str | int) -> Any:  # noqa: ANN401 - as above
+    """Return the key that a part of a path stands for: pydantic tells a null or a date as text."""
+    if isinstance(node, dict) and part not in node:
+        return next((one for one in node if str(one) == str(part)), part)
+    return part
+
+
+def _replace(content: dict[Any, Any], path: KeyPath) -> None:
+    """Put something right in the place of what is wrong, or remove it if it may lack."""
+    node: Any = content
+    holder: tuple[Any, Any] | None = None
+    for i, part in enumerate(path):
+        key = _key(node, part)
+        is_there = key in node if isinstance(node, dict) else key in range(len(node))
+        below = node[key] if is_there else None
+        if i + 1 < len(path) and isinstance(below, dict | list):
+            holder, node = (node, key), below
+            continue
+        value = _stand_in(path[: i + 1])
+        if value is not None and (is_there or isinstance(node, dict)):
+            node[key] = value
+        elif is_there and isinstance(node, dict):
+            del node[key]
+        elif holder is not None and isinstance(node, list):
+            # All wrong entries of a list of plain values are found together.
+            del holder[0][holder[1]]
+        return
+
+
+def _stand_in(path: KeyPath) -> Any:  # noqa: ANN401 - whatever is right there
+    """Return a value that is right by itself; None for what may lack."""
+    found = field_at(path)
+    if found is None:
+        return None
+    if isinstance(found, type):
+        return {
+            name: _value(name) for name, field in found.model_fields.items() if field.is_required()
+        }
+    return _value(str(path[-1])) if found.is_required() else None
+
+
+def _value(name: str) -> Any:  # noqa: ANN401 - as above
+    return _STAND_INS.get(name) or secrets.token_hex()

@@ -1,0 +1,1 @@
+"""Providers tested on purpose: `check` and `compare`."""

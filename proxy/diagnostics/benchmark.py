@@ -1,0 +1,196 @@
+"""A route put to the test: asked for the same inputs as others, past the cache, and measured.
+
+One call at a time, whoever it goes to: no time is measured under the load of another. The routes
+take turns, a round each, so that a slow minute is everybody's. Nothing is tried again at once: what
+a round could not get, the next one asks for.
+"""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from embedding_proxy.providers import tokens
+from embedding_proxy.providers.base import (
+    Account,
+    AuthenticationError,
+    Bill,
+    Context,
+    EmbeddingError,
+    ModelNotFound,
+    QuotaExceeded,
+    Space,
+    Vector,
+    nanodollars,
+)
+from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.route_check import probe
+from embedding_proxy.providers.routing.route import Route
+
+from .routes import RouteResult
+
+BATCH = 64
+"""Inputs that are asked for together, at most; as many calls as the provider needs for them."""
+SINGLES = 10
+"""Inputs that are asked for alone in each round, one after the other."""
+MOST_IN_A_ROW = 3
+"""Failures after which a route is given up: each may take as long as the provider's limits say."""
+
+# No further call can succeed where one of these was met.
+_FINAL = (AuthenticationError, ModelNotFound, QuotaExceeded)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every route is asked for."""
+
+    inputs: Sequence[str]
+    rounds: int
+
+    @property
+    def batches(self) -> list[range]:
+        """The places of the inputs of each batch: as equal as can be, so that they compare."""
+        count = len(self.inputs)
+        parts = -(-count // BATCH)
+        ends = [count * i // parts for i in range(parts + 1)]
+        return [range(start, end) for start, end in pairwise(ends)]
+
+    @property
+    def singles(self) -> range:
+        """The places of the inputs that are asked for alone in each round."""
+        return range(min(SINGLES, len(self.inputs)))
+
+    @property
+    def calls(self) -> int:
+        """How often a route is asked that never fails."""
+        return 1 + len(self.batches) + self.rounds - 1 + self.rounds * len(self.singles)
+
+    def tokens(self, encoding: str | None) -> int:
+        """Return how many tokens a route is asked for in all; an estimate without an encoding."""
+        sizes = tokens.count(self.inputs, encoding or tokens.CL100K)
+        again = (self.rounds - 1) * sum(sizes[i] for i in self.batches[0])
+        return sizes[0] + sum(sizes) + again + self.rounds * sum(sizes[i] for i in self.singles)
+
+
+@dataclass(slots=True, eq=False)
+class RouteBenchmark:
+    """What came of asking one route."""
+
+    finding: RouteResult
+    route: Route
+    space: Space
+    price: float | None
+    """USD per million tokens; None if it is not known."""
+    calls: int = 0
+    first_s: float | None = None
+    """What the first call took, which connects, or loads a model; it counts among no others."""
+    singles_s: list[float] = field(default_factory=list)
+    batches_s: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    """By the kind of failure."""
+    why: str = ""
+    """The last failure, in words."""
+    vectors: dict[int, Vector] = field(default_factory=dict)
+    """By the places of their inputs."""
+    answers: Counter[int] = field(default_factory=Counter)
+    """How often each input was answered, by its place."""
+    spent: Counter[int] = field(default_factory=Counter)
+    """Nanodollars that were billed for each input, by its place."""
+    tokens: int = 0
+    """What was billed, failed calls included."""
+    told: bool = True
+    """Whether the upstream named the cost of all its calls."""
+    _in_a_row: int = 0
+    _over: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many numbers its vectors have; 0 while that is not known."""
+        return self.space.dimensions
+
+    @property
+    def usd(self) -> float | None:
+        """What was billed; None where the upstream did not say, and no price is known."""
+        known = self.price is not None or (self.told and self.tokens > 0)
+        return self.spent.total() / NANO if known else None
+
+    @property
+    def usd_an_input(self) -> float | None:
+        """What an input costs on average, however often each was asked for; None as for `usd`."""
+        if self.usd is None or not self.answers:
+            return None
+        each = [self.spent[place] / count for place, count in self.answers.items()]
+        return math.fsum(each) / len(each) / NANO
+
+    async def ask(self, plan: Plan, places: Sequence[int], patience_s: float) -> float | None:
+        """Ask for the inputs at these places; return the seconds of a good answer, else None.
+
+        Asks nobody once the route is given up.
+        """
+        if self._over:
+            return None
+        clock = asyncio.get_running_loop().time
+        account = Account(self.finding.models[0], price=self.price or 0.0)
+
+        def charge(bill: Bill) -> None:
+            self.tokens += sum(bill.tokens)
+            self.told &= bill.told
+            for place, nano in zip(bill.places, bill.nanodollars, strict=True):
+                self.spent[places[place]] += nano
+
+        context = Context(clock() + patience_s, account=account, on_charge=charge)
+        inputs = [plan.inputs[place] for place in places]
+        self.calls += 1
+        found = await probe(self.route, self.space, context, clock, inputs)
+        if found.failure is not None:
+            self._fail(found.failure)
+            return None
+        self._in_a_row = 0
+        self.answers.update(places)
+        self.vectors |= zip(places, found.vectors, strict=True)
+        # Whoever did not know the width knows it now, and holds the other answers to it.
+        self.space = replace(self.space, dimensions=len(found.vectors[0]) // 4)
+        return found.seconds
+
+    def _fail(self, failure: EmbeddingError) -> None:
+        self.failures[type(failure).__name__] += 1
+        self.why = str(failure).removeprefix(f"{self.route.name}: ")
+        self._in_a_row += 1
+        self._over = isinstance(failure, _FINAL) or self._in_a_row >= MOST_IN_A_ROW
+
+
+async def run(
+    trials: Sequence[RouteBenchmark], plan: Plan, patience_s: float, tell: Callable[[float], None]
+) -> None:
+    """Ask every route. `tell` is told how many calls were made, by all together."""
+
+    async def ask(trial: RouteBenchmark, places: Sequence[int]) -> float | None:
+        seconds = await trial.ask(plan, places, patience_s)
+        tell(sum(one.calls for one in trials))
+        return seconds
+
+    for trial in trials:
+        trial.first_s = await ask(trial, [0])
+    for _ in range(plan.rounds):
+        for trial in trials:
+            missing = [part for part in plan.batches if not trial.vectors.keys() >= {*part}]
+            for part in missing or plan.batches[:1]:
+                seconds = await ask(trial, part)
+                if seconds is not None:
+                    trial.batches_s.append(seconds)
+            for place in plan.singles:
+                seconds = await ask(trial, [place])
+                if seconds is not None:
+                    trial.singles_s.append(seconds)
+
+
+def cost(trial: RouteBenchmark, plan: Plan, unknown: float) -> tuple[int, float]:
+    """Return the tokens and the USD that a trial will take about; `unknown` is for want of a price.
+
+    It is in USD per million tokens, as all prices are.
+    """
+    total = plan.tokens(trial.space.tokenizer)
+    price = unknown if trial.price is None else trial.price
+    return total, nanodollars(total, price) / NANO

@@ -1,0 +1,233 @@
+"""What came of asking a route for known texts, and of holding two answers against each other.
+
+Which models a check looks at: enough to try every provider, and not the whole catalogue.
+
+The routes that can be tried: those of some models, in the space of each, and why one cannot.
+
+Providers are opened for it as for a start of the proxy; nothing is asked here.
+"""
+
+import difflib
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.providers import local, registry
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.route_check import SAME, Probe, agreement
+from embedding_proxy.providers.routing.health import HealthRegistry
+from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.proxy.config import models as model_entry
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.models import ModelConfig
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service.learned_dimensions import WIDTHS_FILE, LearnedDimensions
+from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY, make_router, open_providers
+
+
+@dataclass(slots=True)
+class RouteResult:
+    """A route in one space, the models that lead to it, and what came of asking it."""
+
+    models: list[str]
+    space: Space
+    provider: str
+    upstream_model: str
+    route: Route | None
+    """None where the provider cannot be used."""
+    why: str = "not asked"
+    """Why it was not asked, or failed; empty once it answered."""
+    probe: Probe | None = None
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether it answered well; None if it was not asked."""
+        return None if self.probe is None else self.probe.failure is None
+
+    @property
+    def width(self) -> int:
+        """How many numbers its vectors have; 0 if it has given none."""
+        return len(self.probe.vectors[0]) // 4 if self.probe and self.probe.vectors else 0
+
+    def __str__(self) -> str:
+        return f"{self.provider} ({self.upstream_model})"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two routes of one space that answered, and the least cosine between their answers.
+
+    It is 0 where their widths differ.
+    """
+
+    one: RouteResult
+    other: RouteResult
+    cosine: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether they are one model."""
+        return self.cosine >= SAME
+
+
+def compare(findings: Sequence[RouteResult]) -> Iterator[Comparison]:
+    """Compare the answers of each space with the first of them; they are one model, or two."""
+    answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
+    for one in findings:
+        if one.probe is not None and one.ok:
+            answered[one.space.name].append((one, one.probe))
+    for (first, base), *others in answered.values():
+        for other, found in others:
+            same = first.width == other.width
+            cosine = agreement(base.vectors, found.vectors) if same else 0.0
+            yield Comparison(first, other, cosine)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSelection:
+    """Which models are looked at."""
+
+    named: Sequence[str]
+    """Those of no configuration are asked for by their names alone, as the proxy does it."""
+    must_work: bool = True
+    """Whether a named model that has no usable route is a problem."""
+    also: Literal["nothing", "each provider", "all"] = "each provider"
+    """Beside them: one model of each usable provider that no named one leads to, or all models."""
+
+
+def choose(
+    settings: Settings, choice: ModelSelection, usable: Collection[str]
+) -> dict[str, ModelConfig]:
+    """Return the models to look at, by name. Raises ConfigError for one that there is not."""
+
+    def providers_of(model: ModelConfig) -> set[str]:
+        return {route.provider for route in model.routes} & {*usable}
+
+    chosen = {name: settings.models.get(name) or _by_name(settings, name) for name in choice.named}
+    for name, model in chosen.items():
+        if name not in settings.models and not providers_of(model):
+            raise _unknown(settings, name)
+    covered = {provider for model in chosen.values() for provider in providers_of(model)}
+    for name, model in settings.models.items():
+        new = providers_of(model) - covered
+        if (choice.also == "each provider" and new) or (
+            choice.also == "all" and providers_of(model)
+        ):
+            chosen.setdefault(name, model)
+            covered |= new
+    # What shares a space shares its vectors, whoever asks for them under which name.
+    spaces = {model.space for model in chosen.values()}
+    for name, model in settings.models.items():
+        if model.space in spaces and providers_of(model):
+            chosen.setdefault(name, model)
+    return chosen
+
+
+def with_stand_ins(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of models, and of those that may stand in for them."""
+    models = [settings.models[name] for name in names if name in settings.models]
+    stand_ins = [fallback.model for model in models for fallback in model.fallback]
+    return tuple(dict.fromkeys([*names, *stand_ins]))
+
+
+def _by_name(settings: Settings, name: str) -> ModelConfig:
+    """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
+    asks = settings.server.unknown_models == "ask"
+    model = model_entry.by_name(name) if asks else None
+    if model is None:
+        raise _unknown(settings, name)
+    return model
+
+
+def _unknown(settings: Settings, name: str) -> ConfigError:
+    near = difflib.get_close_matches(name, settings.models, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "add it to `models`"
+    return ConfigError(f"--model: there is no model {name!r}; {hint}")
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatus:
+    """Whether a provider that the configuration names can be used."""
+
+    state: Literal["usable", "skipped", "disabled"]
+    kind: str | None
+    why: str = ""
+    """Why it cannot, or is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What there is to try."""
+
+    standings: Mapping[str, ProviderStatus]
+    """Of each provider that the configuration names."""
+    models: Mapping[str, ModelConfig]
+    routers: Mapping[str, Router]
+    findings: list[RouteResult]
+    """The routes of the models, those of one space together, each route once."""
+
+
+async def find(settings: Settings, choice: ModelSelection, stack: AsyncExitStack) -> Candidates:
+    """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
+    opened = await open_providers(settings, stack)
+    standings = {name: _standing(settings, name, opened) for name in settings.providers}
+    usable = {name: one for name, one in opened.items() if standings[name].state == "usable"}
+    models = choose(settings, choice, usable)
+    upstreams = HealthRegistry()
+    routers = {
+        name: make_router(settings, name, model, usable, upstreams)
+        for name, model in models.items()
+    }
+    learned = LearnedDimensions(connection.folder_of(settings.cache.directory) / WIDTHS_FILE)
+    await learned.refresh()
+    return Candidates(standings, models, routers, _findings(models, routers, standings, learned))
+
+
+def _standing(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
+    entry = settings.providers[name]
+    if entry is None:
+        return ProviderStatus("disabled", None, "null in the configuration")
+    if entry.by_client:
+        return ProviderStatus("skipped", entry.kind, CLIENTS_PAY)
+    if name not in opened:
+        return ProviderStatus("skipped", entry.kind, f"{entry.key_variable} is not set")
+    if entry.kind == registry.LOCAL and not local.is_installed():
+        return ProviderStatus("skipped", entry.kind, local.MISSING)
+    if not any(route.provider == name for one in settings.models.values() for route in one.routes):
+        return ProviderStatus(
+            "usable", entry.kind, "no model has a route to it; add one to `models`"
+        )
+    return ProviderStatus("usable", entry.kind)
+
+
+def _findings(
+    models: Mapping[str, ModelConfig],
+    routers: Mapping[str, Router],
+    standings: Mapping[str, ProviderStatus],
+    learned: LearnedDimensions,
+) -> list[RouteResult]:
+    """Return the routes of some models, those of one space together, each route once."""
+    spaces = {}
+    for name, model in models.items():
+        space = model.as_space()
+        # A width that the proxy has learned holds from then on.
+        spaces[name] = replace(space, dimensions=space.dimensions or learned.get(space.name))
+    order = list(dict.fromkeys(space.name for space in spaces.values()))
+    found: dict[tuple[Space, str, str], RouteResult] = {}
+    for name in sorted(routers, key=lambda name: order.index(spaces[name].name)):
+        routes = {(route.name, route.model): route for route in routers[name].routes}
+        for entry in models[name].routes:
+            here = (entry.provider, entry.model)
+            one = found.setdefault(
+                (spaces[name], *here), RouteResult([], spaces[name], *here, routes.get(here))
+            )
+            if name not in one.models:
+                one.models.append(name)
+            if one.route is None:
+                standing = standings.get(entry.provider)
+                one.why = standing.why if standing else "the provider is not configured"
+    return list(found.values())

@@ -1,0 +1,130 @@
+"""build_app(settings): the only wiring of HTTP. One cleanup context a resource."""
+
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http.connection_limits import ConnectionLimits
+from embedding_proxy.proxy.http.cors import Cors
+from embedding_proxy.proxy.http.descriptor_watch import watch_descriptors
+from embedding_proxy.proxy.http.loop_guard import loop_guard
+from embedding_proxy.proxy.http.metrics import Metrics
+from embedding_proxy.proxy.http.models import Models
+from embedding_proxy.proxy.http.origin_check import OriginCheck
+from embedding_proxy.proxy.http.pace import MIN_BYTES_PER_S, UnreadReplies
+from embedding_proxy.proxy.http.response_cache import HitCache, JSONVectorCache, ResponseCache
+from embedding_proxy.proxy.http.runner import (
+    CONNECTION,
+    HEAD_TIMEOUT_S,
+    LIMITS,
+    RESPONSES,
+    SEND_TIMEOUT_S,
+    UNREAD,
+)
+from embedding_proxy.proxy.http.status import Status
+from embedding_proxy.proxy.service.embedding_service import MIB, REPLIES_SHARE, EmbeddingService
+from embedding_proxy.proxy.service.request import CALLER
+
+from . import request_body, request_log, status
+from .auth import Authenticator
+from .embeddings import Embeddings
+from .middleware import for_admins, guard
+from .passthrough import Passthrough
+from .passthrough_upstream import PREFIXES, PassthroughUpstream
+
+RETRY_HEADER = "x-stainless-retry-count"
+"""Sent by OpenAI's own clients, and all that is built on them: they repeat a request by
+themselves."""
+SERVICE = web.AppKey("service", EmbeddingService)
+
+
+def build_app(settings: Settings, service: EmbeddingService | None = None) -> web.Application:
+    """Return the application; its service is opened at start-up and closed at the end.
+
+    `service` replaces the one that the settings name, which is how tests inject waits of zero.
+    """
+    service = service or EmbeddingService(settings)
+    server = settings.server
+    access, cors = Authenticator(server.keys), Cors(server.cors)
+    app = web.Application(
+        middlewares=[guard(access, cors, OriginCheck(server, cors)), loop_guard(settings)]
+    )
+    app[SERVICE] = service
+    reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
+    app[RESPONSES] = responses = ResponseCache(reply_bytes, is_enabled=server.fast_path)
+    app[LIMITS] = ConnectionLimits.of(server)
+    app[HEAD_TIMEOUT_S] = server.head_timeout_s
+    app[SEND_TIMEOUT_S] = server.send_timeout_s
+    app[UNREAD] = unread = UnreadReplies(int(server.max_unread_mib * MIB))
+    passthrough = None
+    if settings.passes_to is not None:
+        origin = PassthroughUpstream(settings, access)
+        passthrough = Passthrough(origin, settings)
+
+        async def open_origin(_: web.Application) -> AsyncIterator[None]:
+            async with origin:
+                yield
+
+        app.cleanup_ctx.append(open_origin)
+
+    async def open_service(_: web.Application) -> AsyncIterator[None]:
+        async with service:
+            yield
+
+    app.cleanup_ctx.append(open_service)
+    app.cleanup_ctx.append(watch_descriptors)
+    app.on_response_prepare.append(request_log.stamp)
+    app.on_response_prepare.append(cors.mark)
+    embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses.lru), unread)
+    responses.handler = embeddings
+    _add_routes(app, embeddings, service, settings, access, passthrough)
+    return app
+
+
+def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
+    app: web.Application,
+    embeddings: Embeddings,
+    service: EmbeddingService,
+    settings: Settings,
+    access: Authenticator,
+    passthrough: Passthrough | None,
+) -> None:
+    models, server = Models(service, passthrough), settings.server
+    most = int(server.max_body_mib * MIB)
+    takes_keys = any(one.by_client for one in settings.providers.values() if one)
+
+    async def post_embeddings(request: web.Request) -> web.StreamResponse:
+        # Of the waiting time that a client has, what is held back is worth a tenth at most.
+        request[CONNECTION].hold_body(int(MIN_BYTES_PER_S * server.body_timeout_s / 10))
+        content = await request_body.read(request, most, server.body_timeout_s)
+        caller = request[CALLER]
+        if takes_keys:
+            caller = caller._replace(api_key=access.own_key(request.headers))
+        retries = request.headers.get(RETRY_HEADER)
+        if retries is not None:
+            caller = caller._replace(retries=int(bool(retries.strip("0"))))
+        return await embeddings.post(request, content, caller)
+
+    for prefix in (*PREFIXES, ""):
+        for slash in ("", "/"):
+            path = f"{prefix}/embeddings{slash}"
+            app.router.add_post(path, post_embeddings)
+            app.router.add_get(f"{prefix}/models{slash}", models.list)
+        # The ids of OpenRouter's models hold slashes.
+        app.router.add_get(f"{prefix}/models/{{id:.+?}}{{slash:/?}}", models.get)
+    # OpenAI's first form, and Azure's.
+    for place in ("/v1/engines", "/openai/deployments"):
+        path = f"{place}/{{model:.+?}}/embeddings{{slash:/?}}"
+        app.router.add_post(path, post_embeddings)
+    if passthrough is not None:
+        for prefix in PREFIXES:
+            # At a path of ours another method is a 405; `Passthrough` refuses all its spellings.
+            path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
+            app.router.add_route("*", path, passthrough.handle)
+    app.router.add_get("/status", for_admins(Status(service).get))
+    app.router.add_get("/metrics", for_admins(Metrics(service).get))
+    for path in status.LIVE_PATHS:
+        app.router.add_get(path, status.live)
+    app.router.add_get("/readyz", status.ready)
+    app.router.add_get(status.DESCRIPTION_PATH, status.describe)
+    app.router.add_get(status.ROOT, status.root)

@@ -1,0 +1,201 @@
+"""POST /v1/embeddings: the room where a request lives."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import orjson
+from aiohttp import web
+from embedding_proxy.providers.base import EmbeddingError, Vector
+from embedding_proxy.proxy.http.pace import UnreadReplies
+from embedding_proxy.proxy.http.request_log import MODEL
+from embedding_proxy.proxy.http.response_cache import (
+    CONTEXT,
+    REUSE,
+    HitCache,
+    Hits,
+    JSONVectorCache,
+    RequestContext,
+    SyncResponse,
+)
+from embedding_proxy.proxy.http.runner import CONNECTION
+from embedding_proxy.proxy.service import request as cache_control
+from embedding_proxy.proxy.service.embedding_result import Result
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, Client
+
+from . import openai_format
+
+# Up to this many bytes, reading a body is quicker than handing it to a thread.
+_PARSE_INLINE = 1 << 20
+# Inputs, of a request that is answered without a turn for others.
+_FEW = 8
+_PART = 1 << 20
+"""Bytes of a reply that is kept as a whole, sent at a time."""
+# Of a long reply: about half a millisecond's work. More at a time would not be quicker.
+_CHUNKS_AT_A_TIME = 4
+
+
+class Embeddings:
+    """Answers embedding requests from a service."""
+
+    def __init__(
+        self,
+        service: EmbeddingService,
+        hit_cache: HitCache,
+        json_cache: JSONVectorCache,
+        unread: UnreadReplies,
+    ) -> None:
+        self._service = service
+        self._hit_cache = hit_cache
+        self._json_cache = json_cache
+        self._unread = unread
+
+    async def post(self, request: web.Request, body: bytes, caller: Client) -> web.StreamResponse:
+        """Answer one request. Raises EmbeddingError."""
+        # `Pragma` is not looked at: RFC 9111 keeps it for HTTP/1.0 clients, and says no more.
+        control = cache_control.counted(
+            ", ".join(request.headers.getall("Cache-Control", ())),
+            self._service.settings.server.honor_cache_control,
+            is_admin=caller.is_admin,
+        )
+        model = request.match_info.get("model")
+        digest = await self._hit_cache.digest(body, caller, control, model)
+        found = await self._hit_cache.get(digest)
+        if found is not None:
+            hits, vectors = found
+            if vectors and self._hit_cache.has_room(hits, len(vectors)):
+                hits = await self._render(hits, vectors)
+                self._hit_cache.put(digest, hits, len(vectors))
+            return await self._send(request, hits, vectors)
+        named = partial(request.__setitem__, MODEL)
+        parse = partial(openai_format.parse, body, self._service.most_inputs, model, named)
+        asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
+        waiting = caller._replace(is_connected=partial(_is_connected, request))
+        result = await self._service.answer(asked, waiting, control)
+        form = openai_format.ResponseFormat(
+            result.dimensions, asked.encoding, asked.model, result.tokens
+        )
+        hits = Hits(form, _headers(result), self._service.again(result, asked.index))
+        self._hit_cache.put(digest, hits, len(asked.inputs))
+        if not (caller.api_key or "Content-Encoding" in request.headers):
+            request[CONTEXT] = RequestContext(caller, control, model)
+        return await self._send(request, hits, result.embedded.vectors)
+
+    def parse_sync(
+        self, body: bytes, context: RequestContext
+    ) -> tuple[openai_format.EmbeddingRequest, bytes] | None:
+        """Return what a body asks for, and what decides the answer; see `SyncHandler`."""
+        try:
+            asked = openai_format.parse(body, self._service.most_inputs, context.model)
+        except EmbeddingError:
+            # It is raised again by whoever tells of it.
+            return None
+        if len(asked.inputs) > _FEW or asked.parameters or asked.index != NO_INDEX_OPTIONS:
+            return None
+        told = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
+        return asked, orjson.dumps(told)
+
+    def handle_sync(
+        self, asked: openai_format.EmbeddingRequest, context: RequestContext
+    ) -> SyncResponse | None:
+        """Answer one request if nothing has to be waited for; see `SyncHandler`."""
+        try:
+            result = self._service.at_hand(asked, context.caller, context.control)
+        except EmbeddingError:
+            # It is raised again by whoever tells of it.
+            return None
+        if result is None:
+            return None
+        vectors = result.embedded.vectors
+        again = self._service.again(result, asked.index)
+        reuse = None if again is None else again.reuse_of(vectors)
+        form = openai_format.ResponseFormat(
+            result.dimensions, asked.encoding, asked.model, result.tokens
+        )
+        text = b"".join(openai_format.render(vectors, form, self._json_cache.json))
+        return SyncResponse(_headers(result), text, reuse, len(vectors))
+
+    async def _send(
+        self, request: web.Request, hits: Hits, vectors: Sequence[Vector]
+    ) -> web.StreamResponse:
+        form = hits.form
+        if hits.rendered:
+            parts = range(0, len(hits.rendered), _PART)
+            view = memoryview(hits.rendered)
+            return await self._stream(request, hits, (), (view[at : at + _PART] for at in parts))
+        chunks = openai_format.render(vectors, form, self._json_cache.json)
+        if len(vectors) <= form.vectors_a_chunk:
+            reuse = None if hits.again is None else hits.again.reuse_of(vectors)
+            if reuse is not None:
+                request[REUSE] = reuse, len(vectors)
+            return web.Response(
+                body=b"".join(chunks), content_type="application/json", headers=hits.headers
+            )
+        return await self._stream(request, hits, vectors, chunks)
+
+    async def _render(self, hits: Hits, vectors: Sequence[Vector]) -> Hits:
+        """Return hits with all that is to be sent of them, while others get their turn."""
+        reuse = None if hits.again is None else hits.again.reuse_of(vectors)
+        if reuse is None:
+            return hits
+        parts = []
+        for number, chunk in enumerate(
+            openai_format.render(vectors, hits.form, self._json_cache.json)
+        ):
+            parts.append(chunk)
+            if number % _CHUNKS_AT_A_TIME == 0:
+                await asyncio.sleep(0)
+        return hits._replace(rendered=b"".join(parts), reuse=reuse)
+
+    async def _stream(
+        self,
+        request: web.Request,
+        hits: Hits,
+        vectors: Sequence[Vector],
+        chunks: Iterable[bytes | memoryview],
+    ) -> web.StreamResponse:
+        """Send a long reply as its client takes it."""
+        response = web.StreamResponse(headers=hits.headers)
+        response.content_type = "application/json"
+        response.content_length = len(hits.rendered) or hits.form.length(len(vectors))
+        await response.prepare(request)
+        if request.transport is not None:  # Else nobody is there any more.
+            self._unread.bound(request.transport)
+            request.transport.set_write_buffer_limits(_CHUNKS_AT_A_TIME * openai_format.CHUNK)
+        with self._unread.holding(len(hits.rendered) or sum(map(len, vectors))):
+            for number, chunk in enumerate(chunks):
+                # A write to a fast reader does not wait; other requests get their turn here.
+                if number % _CHUNKS_AT_A_TIME == 0:
+                    await asyncio.sleep(0)
+                await response.write(chunk)
+            await response.write_eof()
+        return response
+
+
+def _is_connected(request: web.Request) -> bool:
+    """Tell whether the client is there, and has not closed its direction of the connection."""
+    if request[CONNECTION].has_left:
+        return False
+    return request.transport is not None and not request.transport.is_closing()
+
+
+def _headers(result: Result) -> dict[str, str]:
+    """Return what a reply says about the cache; the counts are of distinct inputs."""
+    usage = result.usage
+    bought = usage.joins or usage.misses
+    verdict = ("partial" if usage.hits else "miss") if bought else "hit"
+    headers = {
+        "x-cache": verdict,
+        "x-cache-hits": str(usage.hits),
+        "x-cache-joined": str(usage.joins),
+        "x-cache-misses": str(usage.misses),
+        "x-embedding-space": result.space.label,
+        "x-tokens-billed": str(usage.tokens_billed),
+        "x-tokens-saved": str(usage.tokens_saved),
+    }
+    if result.fallback:
+        headers["x-embedding-fallback"] = "true"
+    if result.embedded.providers:
+        headers["x-embedding-provider"] = ", ".join(result.embedded.providers)
+    return headers

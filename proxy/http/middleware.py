@@ -1,0 +1,124 @@
+"""What stands around every request: host, origin and key, an id, and errors in OpenAI's shape."""
+
+import logging
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from embedding_proxy.providers.base import EmbeddingError, InvalidRequest
+from embedding_proxy.proxy.service.request import CALLER
+
+from . import errors, status, target
+from .auth import Authenticator
+from .cors import Cors
+from .errors import Failure
+from .origin_check import OriginCheck
+from .passthrough_upstream import KEY_HEADERS
+from .request_body import BodyRefused
+from .request_log import REQUEST_ID, STARTED, identify, tell
+from .target import REMEDY, may_be_embeddings
+
+log = logging.getLogger("embedding_proxy.guard")
+
+
+def guard(access: Authenticator, cors: Cors, origin_check: OriginCheck) -> Middleware:
+    """Return the middleware around everything: target, host, origin and key are checked first.
+
+    It gives every error OpenAI's shape. Of `ops.OPEN_PATHS` only the target is checked, and
+    `ops.ROOT` is answered without a key; without a CALLER in its request then.
+    """
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        identify(request)
+        refused = _refused(request, access, cors, origin_check)
+        response = await _answered(request, handler) if refused is None else refused
+        tell(request, response)
+        return response
+
+    return guarded
+
+
+def _refused(
+    request: web.Request, access: Authenticator, cors: Cors, origin_check: OriginCheck
+) -> web.Response | None:
+    """Return the reply to a request that no handler gets to see; None to all others."""
+    try:
+        target.check(request.method, request.raw_path)
+    except InvalidRequest as error:
+        return errors.failure(error).response()
+    is_open = request.path in status.OPEN_PATHS
+    refusal = None if is_open else origin_check.refusal(request)
+    if refusal is not None:
+        return refusal.response()
+    preflight = cors.preflight(request)
+    if preflight is not None or is_open:
+        return preflight
+    admitted = access.admit(
+        request.headers.get("Authorization"),
+        *(value for name in KEY_HEADERS for value in request.headers.getall(name, ())),
+    )
+    if isinstance(admitted, Failure):
+        return None if request.path == status.ROOT else admitted.response()
+    request[CALLER] = admitted
+    return None
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Return the reply of a handler, or the one that explains its error."""
+    try:
+        return await handler(request)
+    except ConnectionError:
+        # The client is gone, perhaps in the midst of a reply; nobody is left to tell.
+        raise
+    except Exception as error:
+        response = _explained(request, error)
+        if request.get(STARTED):
+            # Amid a reply there is no room for another; only a cut tells that it is not whole.
+            raise ConnectionAbortedError("the reply could not be finished") from error
+        return response
+
+
+def for_admins(handler: Handler) -> Handler:
+    """Return a handler that serves admins alone: keys with `admin: true`, or all without keys."""
+
+    async def checked(request: web.Request) -> web.StreamResponse:
+        if not request[CALLER].is_admin:
+            return Failure(
+                403,
+                f"This key may not read {request.path}: that is for keys of server.keys with"
+                " `admin: true`.",
+                "invalid_request_error",
+                code="insufficient_permissions",
+            ).response()
+        return await handler(request)
+
+    return checked
+
+
+def _explained(request: web.Request, error: Exception) -> web.Response:
+    """Return the response that tells of an error."""
+    if isinstance(error, EmbeddingError):
+        response = errors.failure(error).response()
+        if isinstance(error, BodyRefused):
+            response.force_close()
+        return response
+    if isinstance(error, web.HTTPException):
+        response = _unrouted(request, error).response()
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    # Whatever else it is, it is ours: the log gets the traceback, the client does not.
+    log.error("request %s failed", request[REQUEST_ID], exc_info=error)
+    return errors.INTERNAL.response()
+
+
+def _unrouted(request: web.Request, error: web.HTTPException) -> Failure:
+    """Return the error for a request that no handler takes."""
+    what = f"({request.method} {request.path[:200]})"
+    if error.status == 404 and may_be_embeddings(request.method, request.raw_path):
+        what += f"; {REMEDY}"
+    if error.status == 405:
+        return Failure(405, f"Not allowed to do this here {what}.", "invalid_request_error")
+    if error.status == 404:
+        return Failure(404, f"Invalid URL {what}", "invalid_request_error", code="unknown_url")
+    return Failure(error.status, error.reason, "invalid_request_error")

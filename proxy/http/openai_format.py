@@ -1,0 +1,273 @@
+"""OpenAI's embeddings JSON <-> our values. Pure: bytes in, values out; imports no HTTP library.
+
+Source of the rules: OpenAI's API reference for `POST /v1/embeddings` (autumn 2026).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
+
+import orjson
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Input, InvalidRequest, Vector
+from embedding_proxy.proxy.service import request
+from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, IndexOptions
+from embedding_proxy.proxy.service.request_fields import classify
+
+MOST_INPUTS = 2048
+"""At OpenAI: inputs in one request, and ids in a token array that stands alone."""
+CHUNK = 96 << 10
+"""About how many bytes of a reply are made at a time. From 128 KiB on the C library takes fresh
+memory for each, and to fault that in takes four times as long as to fill it."""
+
+_HEAD = b'{"object":"list","data":['
+_ITEM = b'{"object":"embedding","index":%d,"embedding":'
+_CLOSING: Mapping[str, bytes] = {"base64": b'"}', "float": b"}"}
+_TAKEN = "only text and token ids are taken"
+# Bytes; in a longer body that cannot be read, half of a surrogate pair is not looked for.
+_MAX_EXPLAINED = 8 << 20
+_POWERS = (10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
+
+Encoding: TypeAlias = Literal["float", "base64"]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """A request that is well formed; whether the model can answer it is not known here."""
+
+    model: str
+    inputs: list[Input]
+    dimensions: int | None
+    encoding: Encoding
+    user: str | None
+    parameters: Mapping[str, object]
+    """Further fields that may change the numbers: sent on, and part of the space."""
+    index: IndexOptions = NO_INDEX_OPTIONS
+    """What is to be indexed; it is for the proxy, and sent to nobody."""
+    neutral: Mapping[str, object] = field(default_factory=dict)
+    """Further fields that change no number: for providers that declare them."""
+
+
+def parse(
+    body: bytes,
+    most_inputs: int | None = None,
+    model: str | None = None,
+    on_model: Callable[[str], None] | None = None,
+) -> EmbeddingRequest:
+    """Read a request body. Raises InvalidRequest, status 400, for whatever OpenAI would refuse.
+
+    A field that is null is taken as absent. `most_inputs` is the longest `input`; None = any.
+    `model` is what the path names, for older forms of the API; it counts before the body's.
+    `on_model` is told the model as soon as it is known, also of a request that is refused then.
+    Further fields are placed by `request_fields`.
+    """
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise _unreadable(body, error) from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    named = fields.pop("model", None)
+    model = named if model is None else model
+    if model is None:
+        raise InvalidRequest("You must provide a model parameter.", param="model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequest("'model' must be a non-empty string.", param="model")
+    if on_model is not None:
+        on_model(model)
+    dimensions = fields.pop("dimensions", None)
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise InvalidRequest("'dimensions' must be an integer of at least 1.", param="dimensions")
+    encoding = fields.pop("encoding_format", "float")
+    if encoding not in ("float", "base64"):
+        raise InvalidRequest(
+            "'encoding_format' must be 'float' or 'base64'.", param="encoding_format"
+        )
+    user = fields.pop("user", None)
+    if user is not None and not isinstance(user, str):
+        raise InvalidRequest("'user' must be a string.", param="user")
+    value, wish = fields.pop("input", None), fields.pop("index", None)
+    further = classify(fields)
+    inputs = parse_input(value, most_inputs)
+    index = request.parse_index_options(wish, len(inputs))
+    return EmbeddingRequest(
+        model, inputs, dimensions, encoding, user, further.parameters, index, further.neutral
+    )
+
+
+def parse_input(
+    value: Any,  # noqa: ANN401 - whatever JSON holds
+    most: int | None = None,
+) -> list[Input]:
+    """Return the inputs that the `input` field stands for, in any of its four forms.
+
+    `most` is how many items an array may have: inputs, or ids of a token array that stands alone.
+
+    >>> parse_input("a"), parse_input(["a", "b"]), parse_input([1, 2]), parse_input([[1], [2, 3]])
+    (['a'], ['a', 'b'], [(1, 2)], [(1,), (2, 3)])
+    """
+    if isinstance(value, str):
+        return [_text(value, "")]
+    if not isinstance(value, list):
+        raise _invalid("must be a string, an array of strings or an array of tokens", "")
+    if not value:
+        raise _invalid("must not be an empty array", "")
+    if most is not None and len(value) > most:
+        raise _invalid(f"is an array too long: {len(value)} items, and a maximum of {most}", "")
+    first = type(value[0])
+    if first is str:
+        if set(map(type, value)) == {str} and all(value):
+            return value
+        return [_text(item, f"[{i}]") for i, item in enumerate(value)]
+    if first is list:
+        return [_tokens(item, f"[{i}]") for i, item in enumerate(value)]
+    if first is not int:
+        raise _invalid(f"must be a string or an integer token; {_TAKEN}", "[0]")
+    return [_tokens(value, "")]
+
+
+def _text(item: object, where: str) -> str:
+    if not isinstance(item, str):
+        raise _invalid(f"must be a string, like the items before it; {_TAKEN}", where)
+    if not item:
+        raise _invalid("must not be an empty string", where)
+    return item
+
+
+def _tokens(item: object, where: str) -> tuple[int, ...]:
+    if not isinstance(item, list):
+        raise _invalid(f"must be an array of tokens, like the items before it; {_TAKEN}", where)
+    if not item:
+        raise _invalid("must not be an empty array", where)
+    if set(map(type, item)) == {int} and min(item) >= 0 and max(item) < 1 << 32:
+        return tuple(item)
+    for i, token in enumerate(item):
+        # bool is an int to Python, not to JSON.
+        if type(token) is not int:
+            raise _invalid(f"must be an integer token; {_TAKEN}", f"{where}[{i}]")
+        if not 0 <= token < 1 << 32:
+            raise _invalid("is no token of any model", f"{where}[{i}]")
+    return tuple(item)
+
+
+def _unreadable(body: bytes, error: orjson.JSONDecodeError) -> InvalidRequest:
+    """Return why a body cannot be read; half of a surrogate pair is named by its place.
+
+    `json` reads it where orjson does not: it is well-formed JSON, but no Unicode.
+    """
+    try:
+        if len(body) <= _MAX_EXPLAINED:
+            found = _half_pair(json.loads(body.decode("utf-8", "surrogatepass")), ())
+            if found is not None:
+                place = "".join(f"[{one}]" if type(one) is int else f".{one}" for one in found)
+                return InvalidRequest(
+                    f"'${place}' is invalid: it holds half of a surrogate pair, which is no"
+                    " Unicode.",
+                    param=str(found[0]) if found else None,
+                )
+    except (ValueError, RecursionError):
+        pass
+    return InvalidRequest(f"The request body could not be parsed as JSON: {error}.")
+
+
+def _half_pair(value: object, place: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
+    """Return the place of the first text that has no UTF-8; None if each has."""
+    if isinstance(value, str):
+        return None if _is_unicode(value) else place
+    if isinstance(value, list):
+        found = (_half_pair(item, (*place, i)) for i, item in enumerate(value))
+    elif isinstance(value, dict):
+        shown = ((ascii(name)[1:-1][:100], name, item) for name, item in value.items())
+        found = (
+            _half_pair(item, (*place, plain)) if _is_unicode(name) else (*place, plain)
+            for plain, name, item in shown
+        )
+    else:
+        return None
+    return next((one for one in found if one is not None), None)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _invalid(problem: str, where: str) -> InvalidRequest:
+    return InvalidRequest(f"'$.input{where}' is invalid: it {problem}.", param="input")
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """How a reply is given."""
+
+    dimensions: int
+    """The width to answer with; wider vectors are cut and renormalised, narrower ones padded."""
+    encoding: Encoding
+    model: str
+    """The name that the client asked for."""
+    prompt_tokens: int
+
+    @property
+    def vectors_a_chunk(self) -> int:
+        """How many vectors are rendered at a time, in about a millisecond at most.
+
+        >>> ResponseFormat(1536, "base64", "m", 1).vectors_a_chunk
+        12
+        >>> ResponseFormat(1536, "float", "m", 1).vectors_a_chunk
+        5
+        """
+        numbers = self.dimensions * (12 if self.encoding == "float" else 5)
+        return max(1, CHUNK // (numbers + 64))
+
+    @property
+    def tail(self) -> bytes:
+        """What stands behind the vectors."""
+        usage = b'"prompt_tokens":%d,"total_tokens":%d' % (self.prompt_tokens, self.prompt_tokens)
+        return b'],"model":%b,"usage":{%b}}' % (orjson.dumps(self.model), usage)
+
+    def length(self, vectors: int) -> int | None:
+        """Return the bytes of a whole reply; None where only rendering it tells."""
+        if self.encoding == "float":
+            return None
+        base64 = (4 * self.dimensions + 2) // 3 * 4
+        item = len(_ITEM) - len(b"%d") + len(b'""}') + base64
+        digits = vectors + sum(max(0, vectors - power) for power in _POWERS)
+        commas = vectors - 1
+        return len(_HEAD) + vectors * item + digits + commas + len(self.tail)
+
+
+def render(
+    vectors: Sequence[Vector],
+    form: ResponseFormat,
+    to_json: Callable[[Vector], bytes] = vector.to_json,
+) -> Iterator[bytes]:
+    """Yield the reply in chunks of about `CHUNK` bytes, indices 0…n-1 in the order given.
+
+    `to_json` writes vectors that need not be cut or padded.
+    """
+    step = form.vectors_a_chunk
+    encoded: Callable[[Vector], bytes] = vector.to_base64
+    if form.encoding == "float":
+        native = bool(vectors) and len(vectors[0]) == 4 * form.dimensions
+        encoded = to_json if native else vector.to_json
+    for start in range(0, len(vectors), step):
+        some = vector.derive(vectors[start : start + step], form.dimensions)
+        parts = [b""] * (2 * len(some))
+        parts[::2] = _openings(form.encoding, start, step)[: len(some)]
+        parts[1::2] = map(encoded, some)
+        yield b"".join(parts)
+    yield _CLOSING[form.encoding] + form.tail
+
+
+@lru_cache(maxsize=1024)
+def _openings(encoding: Encoding, start: int, count: int) -> list[bytes]:
+    """Return what stands before vectors, from the place `start` on, and behind those before."""
+    before, quote = _CLOSING[encoding] + b",", b'"' if encoding == "base64" else b""
+    places = range(start, start + count)
+    return [(before if place else _HEAD) + _ITEM % place + quote for place in places]

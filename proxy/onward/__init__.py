@@ -1,1 +1,0 @@
-"""Calls that are not ours: passed on to one provider as they are."""

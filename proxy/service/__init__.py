@@ -1,0 +1,1 @@
+"""Embedding without HTTP: models, clients, requests and their results."""

@@ -1,0 +1,106 @@
+"""What a service gives for the inputs of a request, whoever asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+from embedding_proxy.cache.ledger import Answered, Usage
+from embedding_proxy.providers import similarity as likeness
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Input, InvalidAnswer, Outcome, Space, Vector
+from embedding_proxy.providers.slices import slices
+
+from .model_registry import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to n inputs, in their order."""
+
+    model: Model
+    """The one that was asked for."""
+    space: Space
+    """Of the vectors: another than the model's only if `fallback` is true."""
+    dimensions: int
+    """The width that was asked for."""
+    embedded: Answered
+    """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
+    fallback: bool = False
+    """Whether a model of another space stood in for the one that was asked for."""
+    name: str = ""
+    """Of the model that gave the vectors."""
+    inputs: Sequence[Input] = ()
+    """As they were embedded: token arrays as texts where they stand for some, cut if so wanted."""
+    namespace: str = ""
+    """The part of the cache in which they were looked up."""
+
+    @property
+    def vectors(self) -> vector.Floats:
+        """The vectors as one array of float32, shape (n, dimensions)."""
+        return vector.stack(vector.derive(self.embedded.vectors, self.dimensions))
+
+    def similarity(self, other: Optional["Result"] = None) -> vector.Floats:
+        """Return the cosines of all vectors with all of another result, or of this; shape (n, m).
+
+        Raises ValueError for vectors that do not compare: of another space, or another width.
+        """
+        other = other or self
+        mine, theirs = ((one.space.label, one.dimensions) for one in (self, other))
+        if mine != theirs:
+            raise ValueError(
+                "vectors of two spaces do not compare:"
+                f" {mine[0]} at {mine[1]}, {theirs[0]} at {theirs[1]}"
+            )
+        rows, columns = (
+            vector.derive(one.embedded.vectors, one.dimensions) for one in (self, other)
+        )
+        return likeness.similarities(rows, columns)
+
+    @property
+    def outcomes(self) -> Sequence[Outcome]:
+        """How each input was answered."""
+        return self.embedded.outcomes
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of all inputs: what an uncached request would have been charged."""
+        return sum(self.embedded.tokens)
+
+    @property
+    def tokens_billed(self) -> int:
+        """Prompt tokens that providers charged now."""
+        return self.usage.tokens_billed
+
+    @property
+    def usage(self) -> Usage:
+        """The sums: how many inputs were answered in which way, what was billed and saved."""
+        return self.embedded.usage
+
+
+def made(  # noqa: PLR0913, PLR0917 - what is known of an answer
+    asked: Model,
+    answering: Model,
+    space: Space,
+    width: int,
+    inputs: Sequence[Input],
+    embedded: Answered,
+    namespace: str,
+) -> Result:
+    """Return the result that an answer is, of which every vector can be brought to the width."""
+    fallback = answering.name != asked.name
+    return Result(asked, space, width, embedded, fallback, answering.name, inputs, namespace)
+
+
+def check(space: Space, width: int, vectors: Sequence[Vector]) -> None:
+    """Check that vectors of a space can be brought to a width. Raises InvalidAnswer."""
+    if width < space.dimensions:
+        try:
+            vector.check_heads(vectors, width)
+        except vector.VectorError as error:
+            raise InvalidAnswer(space.name, f"a vector cannot be cut: {error}") from error
+
+
+async def check_in_steps(space: Space, width: int, vectors: Sequence[Vector]) -> None:
+    """Do the same for many vectors. Raises InvalidAnswer."""
+    async for some in slices(vectors if width < space.dimensions else ()):
+        check(space, width, some)

@@ -1,0 +1,395 @@
+"""What a service can be asked beside vectors: how alike texts are, which are nearest to one.
+
+For code of one's own; the proxy has no such routes. Nothing that is asked here is indexed.
+
+EmbeddingService: what a configuration names, opened. For the app, the commands and your code.
+
+::
+
+    async with EmbeddingService.from_config("config.yaml") as service:
+        result = await service.embed(["some text"], model="text-embedding-3-small", dimensions=256)
+        result.vectors  # float32, shape (1, 256)
+
+It knows which model is which space and where it can be bought; it knows no HTTP.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.key import Namespace
+from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line, Reusable, Usage
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.index.collection import Provenance
+from embedding_proxy.index.errors import OtherSpace
+from embedding_proxy.index.search import Found, search
+from embedding_proxy.providers import similarity as likeness
+from embedding_proxy.providers import vector
+from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.routing.health import HealthRegistry
+from embedding_proxy.providers.slices import SLICE
+from embedding_proxy.proxy.config.loader import ConfigError, load
+from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http import openai_format
+from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
+
+from . import drift_check, index_writes, request
+from .client_keys import ClientKeys
+from .drift_check import DriftCheck
+from .embedding_result import Result
+from .index_writes import Indexing, collection_of
+from .inputs import CostPreview, preview_cost
+from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
+from .model_registry import Model, Registry
+from .pipeline import EmbeddingPipeline, apply_dimension_strategy, space_of
+from .provider_factory import open_providers
+from .request import NO_INDEX_OPTIONS, Client, IndexOptions, Secret
+from .request_fields import classify
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A text, and how near it is to the one that was asked about."""
+
+    place: int
+    """In the list that was given."""
+    text: str
+    score: float
+    """The cosine."""
+
+
+class SearchMixin(ABC):
+    """Similarities and searches over whatever embeds."""
+
+    settings: Settings
+    indexing: Indexing | None
+
+    @abstractmethod
+    async def embed(
+        self,
+        inputs: str | Sequence[str | int | Sequence[int]],
+        model: str,
+        *,
+        dimensions: int | None = None,
+        parameters: Mapping[str, object] | None = None,
+        index: object = None,
+    ) -> Result:
+        """Embed one input or several. Raises EmbeddingError."""
+
+    async def similarity(
+        self, one: str, other: str, model: str, *, dimensions: int | None = None
+    ) -> float:
+        """Return the cosine between two texts, -1…1. Raises EmbeddingError."""
+        found = await self.embed([one, other], model, dimensions=dimensions, index=False)
+        return float(found.similarity()[0, 1])
+
+    async def nearest(
+        self, query: str, texts: Sequence[str], k: int, model: str, *, dimensions: int | None = None
+    ) -> list[Near]:
+        """Return the k texts that are nearest to a query, the nearest first; of equals the earlier.
+
+        Raises EmbeddingError.
+        """
+        if not texts:
+            return []
+        found = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
+        first, *others = vector.derive(found.embedded.vectors, found.dimensions)
+        ranked = likeness.ranked(first, others, k)
+        return [Near(place, texts[place], score) for place, score in ranked]
+
+    async def query(  # noqa: PLR0913 - a question's parts, by name
+        self,
+        text: str,
+        model: str,
+        limit: int = 10,
+        *,
+        collection: str | None = None,
+        dimensions: int | None = None,
+        parameters: Mapping[str, object] | None = None,
+        stored: Mapping[str, object] | None = None,
+        where: Mapping[str, Any] | None = None,
+    ) -> list[Found]:
+        """Return what is nearest to a text in the collection of the model's space in Qdrant.
+
+        It is the collection that the answers of this model, width and parameters are indexed into,
+        unless one is named; one that holds vectors of another space or width is never searched.
+        `stored` are the parameters of the vectors there, where they are others than the query's
+        `parameters`, and the model is made for that: `input_type` "document" and "query". `where`
+        is a filter in Qdrant's JSON. Raises EmbeddingError, QdrantFailure, and ConfigError without
+        `index.qdrant`.
+        """
+        if self.indexing is None or self.settings.index.qdrant is None:
+            raise ConfigError(
+                "index.qdrant: is not set, so there is nothing to search; set its url"
+            )
+        asked = await self.embed(
+            text, model, dimensions=dimensions, parameters=parameters, index=False
+        )
+        if asked.fallback:
+            raise OtherSpace(
+                f"{asked.name} stood in for {model}: its vectors compare with none of the"
+                f" collection's; ask again when {model} answers"
+            )
+        space = asked.space
+        if stored is not None:
+            space = asked.model.space.with_parameters(stored)
+            if asked.space.name != space.name:
+                space = space_of(asked.model.width, space, asked.dimensions)
+        qdrant = self.settings.index.qdrant
+        name = collection or qdrant.collection
+        name = name or collection_of(asked.name, space, asked.dimensions, qdrant)
+        (numbers,) = vector.derive(asked.embedded.vectors, asked.dimensions)
+        return await search(
+            await self.indexing.indexer.connection(),
+            name,
+            Provenance(space.label, asked.dimensions),
+            numbers,
+            limit=limit,
+            where=where,
+            adopt=qdrant.adopt,
+        )
+
+
+MIB = 1 << 20
+GIB = 1 << 30
+DAY = 86_400
+REPLIES_SHARE = 0.5
+"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
+
+
+class EmbeddingService(SearchMixin):
+    """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
+
+    def __init__(
+        self, settings: Settings, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        """`sleep` waits between attempts at a provider, in seconds; tests inject a wait of zero."""
+        self.settings = settings
+        self._sleep = sleep
+        self._registry: Registry | None = None
+        self._answering: EmbeddingPipeline | None = None
+        self.upstreams = HealthRegistry()
+        """What is known of the providers: breakers, counters."""
+        self.canaries: DriftCheck | None = None
+        self.indexing: Indexing | None = None
+        """What goes to Qdrant; None where none is configured."""
+        self._stack = AsyncExitStack()
+        self._tiers: Tiers | None = None
+        self._store: Store | None = None
+
+    @classmethod
+    def from_config(cls, path: str | Path | None = None) -> Self:
+        """Return the service that a configuration file names, or the built-in configuration.
+
+        Raises ConfigError.
+        """
+        return cls(load(None if path is None else Path(path)))
+
+    async def __aenter__(self) -> Self:
+        """Open the store and the providers. Raises StoreError if the directory cannot be used."""
+        cache = self.settings.cache
+        async with AsyncExitStack() as stack:
+            ttl_s = cache.ttl_days and cache.ttl_days * DAY
+            size_limit = int(cache.size_limit_gib * GIB)
+            pinned = (*cache.pinned, drift_check.NAMESPACE)
+            store = await stack.enter_async_context(
+                Store(
+                    cache.directory,
+                    size_limit,
+                    ttl_s=ttl_s,
+                    # Frozen, nothing could be bought again.
+                    deletes_expired=cache.mode != "frozen",
+                    pinned=pinned,
+                )
+            )
+            self._store = store
+            memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
+            self._tiers = Tiers(memory, store)
+            # Frozen, whoever would ask a provider finds none that could be paid.
+            providers = {}
+            if cache.mode != "frozen":
+                providers = await open_providers(self.settings, stack, self._sleep)
+            learned = LearnedDimensions(store.folder / WIDTHS_FILE)
+            await learned.refresh()
+            self._registry = Registry(
+                self.settings,
+                providers,
+                self._tiers,
+                self.upstreams,
+                learned,
+                sleep=self._sleep,
+            )
+            stack.push_async_callback(self._registry.close)
+            client_keys = None
+            if any(one.by_client for one in self.settings.providers.values() if one):
+                client_keys = ClientKeys(self.settings, store.folder)
+            self._answering = EmbeddingPipeline(self.settings, self._registry, client_keys)
+            if self.settings.index.qdrant is not None:
+                self.indexing = await stack.enter_async_context(
+                    Indexing(
+                        self.settings, self.settings.index.qdrant, cache.directory, self._sleep
+                    )
+                )
+            if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
+                self.canaries = await stack.enter_async_context(
+                    DriftCheck(
+                        self._registry.models,
+                        self.upstreams,
+                        store.folder / "canaries.json",
+                        hours=self.settings.server.canary_hours,
+                    )
+                )
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    @property
+    def counters(self) -> TierCounters:
+        """What the tiers have seen since the start."""
+        return self._tiers.counters if self._tiers else TierCounters()
+
+    @property
+    def counted(self) -> Mapping[Heading, Usage]:
+        """The sums of the ledger that this process has added since the start."""
+        return self._store.counted if self._store else {}
+
+    async def ledger(self, by: Sequence[By]) -> list[Line] | None:
+        """Return the sums since ever, of all processes; None while they cannot be read.
+
+        At most MAX_HEADINGS lines, and one for each provider with what is left: what is configured
+        comes first, then what was counted first.
+        """
+        if self._store is None:
+            return None
+        server = self.settings.server
+        namespaces = ["", drift_check.NAMESPACE, *(key.namespace for key in server.keys)]
+        named = {By.MODEL: list(self.settings.models), By.NAMESPACE: namespaces}
+        preferred = {column: names for column, names in named.items() if column in by}
+        return await self._store.ledger(by, MAX_HEADINGS, preferred)
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The models that are configured, or have been asked for by name; none before opening."""
+        return self._registry.models if self._registry else {}
+
+    @property
+    def rate_limit_waits(self) -> dict[str, dict[str, float]]:
+        """Seconds that calls wait for a rate limit, by provider and its own name for the model."""
+        return self._registry.rate_limit_waits() if self._registry else {}
+
+    @property
+    def other_models(self) -> dict[str, dict[str, int]]:
+        """How many replies of a provider named another model than was asked for, by both names."""
+        return self._registry.other_models() if self._registry else {}
+
+    @property
+    def most_inputs(self) -> int | None:
+        """How many inputs a request may have; None = any number."""
+        return None if self.settings.server.allow_oversize else openai_format.MOST_INPUTS
+
+    async def embed(  # noqa: PLR0913 - the parameters of a request
+        self,
+        inputs: str | Sequence[str | int | Sequence[int]],
+        model: str,
+        *,
+        dimensions: int | None = None,
+        parameters: Mapping[str, object] | None = None,
+        user: str | None = None,
+        namespace: str = "",
+        client: str = "",
+        api_key: str = "",
+        cache_control: str = "",
+        index: object = None,
+    ) -> Result:
+        """Embed one text, one token array, or several texts or token arrays.
+
+        `dimensions` below the native width cuts and renormalises, for models that allow it.
+        `parameters` are further request fields, treated as a client's: see `request_fields`.
+        `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
+        `api_key` is the client's own, for providers with `key: client`.
+        `cache_control` is what a client would say in the header of that name: "no-cache".
+        `index` is what a client would say in the field of that name: False, or a mapping.
+        Raises EmbeddingError.
+        """
+
+        def parse() -> list[Input]:
+            if isinstance(inputs, str):
+                return openai_format.parse_input(inputs)
+            plain = [item if isinstance(item, str | int) else list(item) for item in inputs]
+            return openai_format.parse_input(plain, self.most_inputs)
+
+        parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
+        given = {name: one for name, one in (parameters or {}).items() if one is not None}
+        further = classify(given)
+        asked = EmbeddingRequest(
+            model=model,
+            inputs=parsed,
+            dimensions=dimensions,
+            encoding="base64",
+            user=user,
+            parameters=further.parameters,
+            neutral=further.neutral,
+            index=request.parse_index_options(index, len(parsed)),
+        )
+        return await self.answer(asked, Client(namespace, client, Secret(api_key)), cache_control)
+
+    async def look(
+        self, inputs: Sequence[str], model: str, *, namespace: str = ""
+    ) -> list[CostPreview]:
+        """Return what is known of texts before anything is bought. Raises EmbeddingError."""
+        if self._registry is None or self._tiers is None:
+            raise RuntimeError("the service is not open")
+        return await preview_cost(
+            self._registry.get(model), self._tiers, inputs, Namespace(namespace)
+        )
+
+    def at_hand(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result | None:
+        """Return what `answer` would, already counted, if it need not be waited for; else None.
+
+        Raises EmbeddingError.
+        """
+        if self._answering is None or asked.index != NO_INDEX_OPTIONS:
+            return None
+        result = self._answering.at_hand(asked, caller, control)
+        if result is None or result.embedded.again is None:
+            return None
+        if self.indexing is not None and not self.indexing.knows(asked.index, result):
+            return None
+        result.embedded.again.count()
+        return result
+
+    def again(self, result: Result, index: IndexOptions) -> Reusable | None:
+        """Return what gives this answer to the same request once more; None to have it asked anew.
+
+        What stood in may not be needed again; and points that are not known to be indexed are.
+        """
+        again = None if result.fallback else result.embedded.again
+        if self.indexing is None or again is None:
+            return again
+        return self.indexing.again(again, index, result)
+
+    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str = "") -> Result:
+        """Answer a well-formed request, by a model that stands in for its own if need be.
+
+        What is answered is indexed where the configuration says so. `control` is its
+        `Cache-Control`. Raises EmbeddingError.
+        """
+        unable = index_writes.refused(self.settings, asked.index)
+        if unable is not None:
+            raise unable
+        if self._answering is None:
+            raise RuntimeError("the service is not open")
+        result = await apply_dimension_strategy(
+            await self._answering.answer(asked, caller, control)
+        )
+        if self.indexing is not None:
+            await self.indexing.take(asked.index, control, result)
+        return result

@@ -1,0 +1,159 @@
+"""From settings to open providers, and to the routers over them.
+
+Here the names in a configuration become objects: the only file that knows every kind of provider.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+from embedding_proxy.providers import registry
+from embedding_proxy.providers.base import Embedder
+from embedding_proxy.providers.client_credential import key_mistake
+from embedding_proxy.providers.local import Local
+from embedding_proxy.providers.profile import Limits
+from embedding_proxy.providers.routing.health import HealthRegistry
+from embedding_proxy.providers.routing.route import Provider, Route
+from embedding_proxy.providers.routing.router import Router
+from embedding_proxy.providers.scheduling.scheduler import Scheduler
+from embedding_proxy.proxy.config import models
+from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.providers import ProviderConfig as ProviderEntry
+from embedding_proxy.proxy.config.schema import Settings
+
+CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
+
+log = logging.getLogger("embedding_proxy.opening")
+
+
+async def open_providers(
+    settings: Settings,
+    stack: AsyncExitStack,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> dict[str, Provider]:
+    """Open every provider that can be used. Raises ConfigError.
+
+    The log names the others, if the configuration does.
+    """
+    opened: dict[str, Provider] = {}
+    for name, entry in settings.providers.items():
+        if entry is None:
+            continue
+        if entry.kind == registry.LOCAL:
+            opened[name] = await stack.enter_async_context(Local(name))
+            continue
+        if entry.by_client:
+            log.info("provider %s: %s", name, CLIENTS_PAY)
+        variable, key = entry.key_variable, key_of(entry)
+        if variable and not key:
+            # One that nobody has named is there for whoever has its key.
+            level = logging.WARNING if settings.names_providers else logging.DEBUG
+            log.log(level, "provider %s is skipped: %s is not set", name, variable)
+            continue
+        check_network(name, entry)
+        adapter = registry.find(entry.kind).adapter
+        profile = entry.as_profile()
+        profile = replace(profile, limits=_share(name, profile.limits, settings.server.workers))
+        opened[name] = await stack.enter_async_context(
+            adapter(name, profile, api_key=key or None, sleep=sleep)
+        )
+    return opened
+
+
+def _share(name: str, limits: Limits, workers: int) -> Limits:
+    """Return what each of so many worker processes may use of the limits of a provider."""
+    if limits.concurrency < workers:
+        log.warning(
+            "provider %s: limits.concurrency is %d, and server.workers %d: each worker makes one"
+            " call at a time, so there may be %d; set fewer workers to keep to the limit",
+            *(name, limits.concurrency, workers, workers),
+        )
+    return limits.share(workers)
+
+
+def key_of(entry: ProviderEntry) -> str:
+    """Return a provider's key from the environment, or nothing. Raises ConfigError."""
+    variable = entry.key_variable
+    key = os.environ.get(variable, "").strip() if variable else ""
+    mistake = key_mistake(key, variable or "")
+    if mistake:
+        raise ConfigError(f"{variable}: {mistake}")
+    return key
+
+
+def check_network(name: str, entry: ProviderEntry) -> None:
+    """Raise ConfigError if a provider cannot be reached in the way that is configured for it."""
+    profile = entry.as_profile()
+    try:
+        profile.network.proxy_for(profile.base_url or "")
+    except ValueError as error:
+        raise ConfigError(f"providers.{name}.trust_env: {error}") from error
+
+
+def scheduled(router: Router, settings: Settings) -> Embedder:
+    """Return what makes batches of the inputs of all requests, and sends them to the routes."""
+    return Scheduler(router, settings.server.gather_ms / 1000)
+
+
+def make_router(  # noqa: PLR0913 - what a router is made of
+    settings: Settings,
+    name: str,
+    entry: models.ModelConfig,
+    providers: Mapping[str, Provider],
+    upstreams: HealthRegistry,
+    *,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Router:
+    """Return the routes of a model, those whose provider can be used."""
+    routes = [
+        Route(
+            providers[route.provider],
+            route.model,
+            route.price,
+            retries=_retries(settings, route.provider),
+        )
+        for route in entry.routes
+        if route.provider in providers
+    ]
+    remedy = _remedy(settings, name, entry)
+    return Router(
+        routes,
+        unavailable=remedy,
+        upstreams=upstreams,
+        order=entry.order,
+        hedge_after_s=entry.hedge_after_s,
+        sleep=sleep,
+    )
+
+
+def _retries(settings: Settings, provider: str) -> int | None:
+    entry = settings.providers.get(provider)
+    return None if entry is None else entry.retries
+
+
+def _by_client(settings: Settings, provider: str) -> bool:
+    entry = settings.providers.get(provider)
+    return entry is not None and entry.by_client
+
+
+def _remedy(settings: Settings, name: str, entry: models.ModelConfig) -> str:
+    """Say what to set so that the model can be asked for."""
+    configured = [settings.providers.get(route.provider) for route in entry.routes]
+    wanted = [one.key_variable for one in configured if one and one.key_variable]
+    variables = list(dict.fromkeys(wanted))
+    paid = [route.provider for route in entry.routes if _by_client(settings, route.provider)]
+    if paid:
+        return (
+            f"The model `{name}` is asked for with each client's own key, and a command has none"
+            f" (providers.{paid[0]}.key)."
+        )
+    if not variables:
+        names = " or ".join(dict.fromkeys(route.provider for route in entry.routes))
+        return f"No provider for the model `{name}` is configured: add {names} to `providers`."
+    return (
+        f"No provider for the model `{name}` has a key:"
+        f" set {' or '.join(variables)} and start the proxy again."
+    )

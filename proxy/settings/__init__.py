@@ -1,1 +1,0 @@
-"""What a configuration may say, and what older ones said."""

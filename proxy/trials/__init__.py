@@ -1,1 +1,0 @@
-"""Providers put to the test on purpose: whether they work, and which is better."""
