@@ -43,10 +43,10 @@ PATIENCE_SECONDS = 120.0
 """Longer than the longest rest and the time between two flushes together."""
 
 IN_SHORT = {
-    "cache.disk.database.BUSY_SECONDS": 0.1,
-    "providers.backoff.MIN_SECONDS": 0.05,
-    "providers.backoff.MAX_SECONDS": 1.5,
-    "cache.disk.store.TICK_SECONDS": 0.05,
+    "embedding_proxy.cache.disk.database.BUSY_SECONDS": 0.1,
+    "embedding_proxy.providers.backoff.MIN_SECONDS": 0.05,
+    "embedding_proxy.providers.backoff.MAX_SECONDS": 1.5,
+    "embedding_proxy.cache.disk.store.TICK_SECONDS": 0.05,
 }
 """What the proxy waits for, at a twentieth."""
 _START = """
@@ -54,7 +54,7 @@ import importlib, json, os
 for name, value in json.loads(os.environ["CONSTANTS"]).items():
     module, _, constant = name.rpartition(".")
     setattr(importlib.import_module(module), constant, value)
-from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.cli.main import main
 main()
 """
 
@@ -310,7 +310,7 @@ async def suffer(fault: str, seconds: float, folder: Path, *, in_short: bool = F
     async with contextlib.AsyncExitStack() as stack:
         if fault == "full":
             # To the last byte, and not as far as the proxy would leave some of it to others.
-            constants["cache.disk.database.FREE_BYTES"] = 0
+            constants["embedding_proxy.cache.disk.database.FREE_BYTES"] = 0
         if "full" in fault:
             stack.enter_context(file_system(directory, 256 << 20))
         upstream = await stack.enter_async_context(FaultServer())

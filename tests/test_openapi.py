@@ -56,7 +56,7 @@ async def test_it_is_served_as_it_stands_and_without_a_key(start_proxy):
         assert (response.status, response.content_type) == (200, "application/json")
         assert (
             await response.read()
-            == resources.files("proxy.http").joinpath("openapi.json").read_bytes()
+            == resources.files("embedding_proxy.proxy.http").joinpath("openapi.json").read_bytes()
         )
 
 
