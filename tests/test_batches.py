@@ -322,3 +322,25 @@ async def test_a_bulk_job_that_queues_is_answered_and_holds_up_no_other_model(
     await right(await bulk, inputs)
     shown = proxy.service.upstreams.snapshot()["openai"]
     assert (shown["state"], shown["failures"], shown["rests"]) == ("closed", {}, {})
+
+
+@pytest.mark.parametrize("fault", [429, 503, 500])
+async def test_a_half_that_goes_on_to_the_next_route_comes_back_to_its_search(
+    fault, upstream, second, start_proxy
+):
+    """A refused batch is halved; a half that meets another failure is answered elsewhere."""
+    first_half = {"a", "b"}
+
+    async def act(request, payload):
+        inputs = set(payload["input"])
+        if inputs == first_half:
+            return await status(fault)(request, payload)
+        if inputs > first_half:
+            return await status(400)(request, payload)
+        return web.json_response(upstream.reply(payload))
+
+    upstream.always = act
+    proxy = await start_proxy(openai=upstream, openrouter=second)
+    response = await proxy.post({"model": "text-embedding-3-small", "input": [*"abcd"]})
+    assert response.status == 200, await response.text()
+    assert set(second.inputs) <= first_half

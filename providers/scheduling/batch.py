@@ -207,22 +207,33 @@ class Batch:
                 self._key.search.note(self._inputs, [], None, is_answered=True)
             return
         if isinstance(error, ProviderError):
-            is_hedged = bool(missing[0].batches)
-            if is_hedged and not isinstance(error, LocalQueueFull):
-                # Another route is asked beside: what comes of that decides.
-                return
-            step = policy.next_step(error, self._standing(error, missing))
-            if isinstance(step, policy.Retry):
-                self._queues.add_later(step.after_s, self._key, missing, self._route)
-                return
-            self._health.note_failed(self._limit_key, missing[0].input)
-            if not isinstance(error, AuthenticationError | LocalQueueFull):
-                log.warning("%s", error)
-            if isinstance(step, policy.NextRoute):
-                self._queues.add_again(self._key, missing)
-            if isinstance(step, policy.NextRoute) or is_hedged:
-                return
-        self._give_up(error, missing)
+            missing = self._try_on(error, missing)
+        if missing:
+            self._give_up(error, missing)
+
+    def _try_on(self, error: ProviderError, missing: list[PendingInput]) -> list[PendingInput]:
+        """Queue inputs for another attempt, if the policy says so; return those it gives up."""
+        # Of inputs for which another route is asked beside, what comes of that decides.
+        unhedged = [one for one in missing if not one.batches]
+        if not isinstance(error, LocalQueueFull):
+            missing = unhedged
+        if not missing:
+            return []
+        search, half = self._key.search, self._key.half
+        step = policy.next_step(error, self._standing(error, missing))
+        if search is not None and not isinstance(step, policy.GiveUp):
+            # The rest of the half comes back to the search later.
+            search.note([one for one in self._inputs if one not in missing], [], None)
+        if isinstance(step, policy.Retry):
+            self._queues.add_later(step.after_s, self._key, missing, self._route)
+            return []
+        self._health.note_failed(self._limit_key, missing[0].input)
+        if not isinstance(error, AuthenticationError | LocalQueueFull):
+            log.warning("%s", error)
+        if isinstance(step, policy.NextRoute):
+            self._queues.add_again(self._key, missing, search=search, half=half)
+            return []
+        return unhedged
 
     def _give_up(self, error: EmbeddingError, missing: list[PendingInput]) -> None:
         """End the way of inputs that no attempt is left for."""

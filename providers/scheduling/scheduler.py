@@ -257,7 +257,9 @@ class _Queue:
             for one in inputs:
                 one.passed += (route,)
                 one.failures += (failure,)
-            self._scheduler.add_again(self._key, inputs)
+            self._scheduler.add_again(
+                self._key, inputs, search=self._key.search, half=self._key.half
+            )
         self.send()
 
     def _choose(self) -> Route | None:
