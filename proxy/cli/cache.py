@@ -1,10 +1,6 @@
-"""`embedding-proxy cache …`: the group of commands, what they share, and `backup`.
+"""`embedding-proxy cache backup | export | stats`, and what all `cache` commands share.
 
-They look at the store, delete from it, copy it. Beside a running proxy.
-
-`embedding-proxy cache export`: entries in one file, to be carried elsewhere.
-
-`embedding-proxy cache stats`: what is kept, how often it was used, and what that saved.
+The `cache` commands read the store, delete from it and copy it, also while proxies use it.
 """
 
 import difflib
@@ -24,7 +20,6 @@ from embedding_proxy.cache.disk.purge import Choice, count_entries
 from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Row
 from embedding_proxy.cache.maintenance import archive, backup, stats
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
@@ -32,8 +27,7 @@ from embedding_proxy.proxy.http import status
 from embedding_proxy.proxy.service.embedding_service import GIB
 
 from .formatting import age, count, listed, money, saved, share, size
-from .formatting import count as entries
-from .groups import cache_app as app
+from .groups import cache_app
 from .output import (
     ConfigOption,
     JsonOption,
@@ -56,6 +50,9 @@ SpaceOption = Annotated[
     str | None,
     typer.Option(help="Only this space, as `cache stats` shows it.", callback=plain),
 ]
+STREAM = "-"
+WIDEST = 120
+"""Characters of a table's line, beside the name of a space."""
 
 
 @contextmanager
@@ -120,7 +117,7 @@ def _unknown(
     return f"{option}: the store has no {what} {name!r}{meant}; {there}"
 
 
-@app.command(name="backup")
+@cache_app.command(name="backup")
 def back_up(
     target: Annotated[Path, typer.Argument(metavar="FILE")],
     *,
@@ -153,10 +150,7 @@ def back_up(
         )
 
 
-STREAM = "-"
-
-
-@app.command(name="export")
+@cache_app.command(name="export")
 def export(  # noqa: PLR0913 - one parameter an option
     target: Annotated[str, typer.Argument(metavar="FILE", help="- is standard output.")],
     *,
@@ -173,20 +167,20 @@ def export(  # noqa: PLR0913 - one parameter an option
     if target != STREAM:
         _check(Path(target), force=force)
     choice = Choice(namespace=namespace, space=space)
-    report = transfer.Read()
+    report = archive.Read()
     with opened_for_reading(settings) as database:
         check_known(settings, database, namespace, space)
         total, _ = count_entries(database, choice)
         with _written(target, force=force) as file, progress("exporting", total) as tell:
-            rows = _told(transfer.rows(database, choice, report), tell)
+            rows = _told(archive.rows(database, choice, report), tell)
             written = archive.write(file, rows)
-    damaged = entries(report.damaged, "damaged one")
+    damaged = count(report.damaged, "damaged one")
     left_out = f", {damaged} left out" if report.damaged else ""
     if as_json and target != STREAM:
         print_json({"file": path_text(target), "entries": written, "damaged": report.damaged})
     else:
         typer.echo(
-            f"{target}: {entries(written, 'entry', 'entries')}{left_out}", err=target == STREAM
+            f"{target}: {count(written, 'entry', 'entries')}{left_out}", err=target == STREAM
         )
 
 
@@ -227,11 +221,7 @@ def _told(rows: Iterator[Row], tell: Any) -> Iterator[Row]:  # noqa: ANN401 - a 
         yield row
 
 
-WIDEST = 120
-"""Characters of a table's line, beside the name of a space."""
-
-
-@app.command(name="stats")
+@cache_app.command(name="stats")
 def show_stats(
     *,
     config_file: ConfigOption = None,

@@ -1,9 +1,8 @@
-"""Taking in vectors that were bought elsewhere: checked one by one, and as a whole by a sample.
+"""`embedding-proxy cache import`: entries of an export, or vectors that people own already.
 
-A vector of another model with the same width looks right. So some texts are embedded anew, with the
-model that they are said to be of, and what comes back must point the same way.
-
-`embedding-proxy cache import`: an export is taken in, or vectors that people own already.
+Vectors are checked one by one, and as a whole by a sample. A vector of another model with the same
+width looks right. So some texts are embedded anew, with the model that the vectors are said to be
+of; the vectors that come back must point the same way.
 """
 
 import asyncio
@@ -22,7 +21,6 @@ from embedding_proxy.cache import record
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import Pair, Refused, Source
 from embedding_proxy.cache.record import Entry
@@ -37,13 +35,15 @@ from embedding_proxy.proxy.service.provider_factory import make_router, open_pro
 
 from .cache import opened, opened_for_reading
 from .formatting import count
-from .groups import cache_app as app
+from .groups import cache_app
 from .output import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
 
 MOST_OFF_NORM = 0.01
 _MOST_SHOWN = 5
 _BATCH = 500
 _BYTES_A_TOKEN = 4
+_MAGIC = b"EMBA"
+_STREAM = "-"
 
 
 @dataclass
@@ -145,11 +145,7 @@ class Importer:
             yield Row(key.address, record.encode(entry), math.nan, self._ring.partition)
 
 
-_MAGIC = b"EMBA"
-_STREAM = "-"
-
-
-@app.command(name="import")
+@cache_app.command(name="import")
 def import_vectors(  # noqa: PLR0913 - one parameter an option
     source: Annotated[
         str,
@@ -205,12 +201,12 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
     )
     entry = settings.models[model]
     ring = keyring(entry.as_space(), Namespace(namespace))
-    adoption = Importer(ring, unit_norm=entry.unit_norm)
-    survey = _survey(adoption, pairs, sample)
+    importer = Importer(ring, unit_norm=entry.unit_norm)
+    survey = _survey(importer, pairs, sample)
     cosine = None
     if sample and survey.sample:
-        cosine = asyncio.run(_compare(settings, model, adoption, survey))
-    sums = _put(settings, adoption.rows(pairs), survey.pairs, dry_run=dry_run)
+        cosine = asyncio.run(_compare(settings, model, importer, survey))
+    sums = _put(settings, importer.rows(pairs), survey.pairs, dry_run=dry_run)
     if as_json:
         print_json(
             {
@@ -302,8 +298,8 @@ def _take_archive(
 
 def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
-) -> transfer.Written:
-    sums = transfer.Written()
+) -> archive.Written:
+    sums = archive.Written()
     # The first is looked at before a store is made for it.
     rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
     with ExitStack() as stack:
@@ -313,23 +309,23 @@ def _put(
             database = stack.enter_context(opened_for_reading(settings))
         else:
             database = stack.enter_context(opened(settings, create=True))
-        for sums in transfer.put(database, rows, dry_run=dry_run):
+        for sums in archive.put(database, rows, dry_run=dry_run):
             tell(sums.stored + sums.present)
     return sums
 
 
-def _tell_sums(sums: transfer.Written, *, dry_run: bool) -> None:
+def _tell_sums(sums: archive.Written, *, dry_run: bool) -> None:
     verb = "would be taken in" if dry_run else "taken in"
     stored = count(sums.stored, "entry", "entries")
     present = count(sums.present, "was", "were")
     typer.echo(f"{stored} {verb}, {present} there already")
 
 
-def _survey(adoption: Importer, source: Source, sample: int) -> Survey:
+def _survey(importer: Importer, source: Source, sample: int) -> Survey:
     found = Survey()
     # The sample is drawn anew each time: nobody can prepare for it.
     with progress("reading") as tell:
-        for found in adoption.survey(source, sample, random.SystemRandom()):
+        for found in importer.survey(source, sample, random.SystemRandom()):
             tell(found.pairs + found.refused)
     if not found.pairs:
         why = f": {found.first_refused[0].why}" if found.first_refused else ""
@@ -337,7 +333,7 @@ def _survey(adoption: Importer, source: Source, sample: int) -> Survey:
     return found
 
 
-async def _compare(settings: Settings, model: str, adoption: Importer, survey: Survey) -> float:
+async def _compare(settings: Settings, model: str, importer: Importer, survey: Survey) -> float:
     async with AsyncExitStack() as stack:
         providers = await open_providers(settings, stack)
         router = make_router(settings, model, settings.models[model], providers, HealthRegistry())
@@ -346,6 +342,6 @@ async def _compare(settings: Settings, model: str, adoption: Importer, survey: S
                 f"{router.unavailable} Or trust the source without a sample: --sample 0"
             )
         try:
-            return await adoption.compare(survey.sample, scheduled(router, settings))
+            return await importer.compare(survey.sample, scheduled(router, settings))
         except SampleDiffers as error:
             raise WorkFailed(str(error)) from error

@@ -18,11 +18,11 @@ from embedding_proxy.proxy.service.embedding_service import GIB
 
 from .cache import opened, opened_for_reading
 from .formatting import count
-from .groups import cache_app as app
+from .groups import cache_app
 from .output import ConfigOption, JsonOption, WorkFailed, print_json, progress
 
 
-@app.command(name="verify")
+@cache_app.command(name="verify")
 def verify_store(
     *,
     config_file: ConfigOption = None,

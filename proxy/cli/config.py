@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 from embedding_proxy.cache import atomic_file
-from embedding_proxy.proxy.config import loader
-from embedding_proxy.proxy.config import show as effective
+from embedding_proxy.proxy.config import loader, show
 from embedding_proxy.proxy.config.legacy import Converted, convert
 
 from .output import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
 
 
-def show(
+def show_config(
     *,
     config_file: ConfigOption = None,
     everything: Annotated[
@@ -28,8 +27,8 @@ def show(
     """
     found = loader.read_configuration(config_file, purpose="inspect")
     settings = found.settings
-    values = effective.values(settings, found.content, everything=everything)
-    keys = effective.keys_of(settings)
+    values = show.values(settings, found.content, everything=everything)
+    keys = show.keys_of(settings)
     if as_json:
         told = {name: {"variable": one, "set": there} for name, (one, there) in keys.items()}
         file = None if config_file is None else path_text(config_file)
@@ -44,7 +43,7 @@ def show(
         typer.echo(f"# {name}: {variable} {state}")
     for line in found.unresolved:
         typer.echo(printable(f"# {line}"))
-    for name in effective.made_up(values, found.content):
+    for name in show.made_up(values, found.content):
         typer.echo(f"# {name} stands for a secret of that file; set this variable to serve with it")
     typer.echo(loader.dump(values), nl=False)
 

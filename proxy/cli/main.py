@@ -73,8 +73,11 @@ def serve(
         import logging  # noqa: PLC0415
 
         from embedding_proxy.proxy.config import loader  # noqa: PLC0415
-        from embedding_proxy.proxy.http import server, startup_log  # noqa: PLC0415
-        from embedding_proxy.proxy.http import workers as processes  # noqa: PLC0415
+        from embedding_proxy.proxy.http import (  # noqa: PLC0415
+            server,
+            startup_log,
+        )
+        from embedding_proxy.proxy.http.workers import run_workers  # noqa: PLC0415
         from embedding_proxy.proxy.service.request import MEANING  # noqa: PLC0415
 
     logging.getLogger().setLevel(logging.INFO)
@@ -102,7 +105,7 @@ def serve(
             with one_line():
                 return _run(server.serve(settings, listening, ready, is_worker=count > 1))
 
-        told = work(announce) if count == 1 else processes.run(count, work, announce)
+        told = work(announce) if count == 1 else run_workers(count, work, announce)
     if told is signal.SIGINT:
         raise typer.Exit(EXIT_CODE)
 

@@ -1,9 +1,7 @@
-"""What a migration asks of the configuration: the model it goes to, and the one it comes from.
+"""The options of `embedding-proxy migrate`, and the models, collections and texts that they name.
 
 A model is named as a client names it, or with the provider before it that is to serve it:
 `text-embedding-3-large`, `openrouter/openai/text-embedding-3-large`.
-
-What `embedding-proxy migrate` is asked for: its options, and what they come to.
 """
 
 import difflib
@@ -24,10 +22,10 @@ from embedding_proxy.providers.dimensions import can_give
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.models import ModelConfig as ModelEntry
+from embedding_proxy.proxy.config.models import ModelConfig
 from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service import index_writes
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.index_writes import connection as configured
 from embedding_proxy.proxy.service.inputs import CostPreview
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY
 
@@ -38,6 +36,60 @@ LONGEST_END_S = 120.0
 """How long answers are waited for when a run is stopped."""
 CLIENT = "migrate"
 """On whose account the purchases of a migration go in the ledger."""
+API_KEY = "QDRANT_API_KEY"
+"""The variable of the key of a server that is named on the command line."""
+DEFAULT_FIELD = "content"
+_TEXTS = ("text_field", "template", "text_by")
+_KEYS = {*_TEXTS, "vector", "into"}
+CollectionsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="COLLECTION...", help="Collections, or aliases of them."),
+]
+ToOption = Annotated[
+    str | None,
+    typer.Option("--to", help="The new model; openrouter/MODEL is served by openrouter alone."),
+]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="The model of the old vectors, if it is known.")
+]
+DimensionsOption = Annotated[
+    int | None, typer.Option(help="The new width; the model's own unless given.")
+]
+FieldOption = Annotated[
+    str | None, typer.Option(help="Field of the payload with the text: content unless given.")
+]
+TemplateOption = Annotated[
+    str | None, typer.Option(help='Several fields instead: "{title} {description} {tags}".')
+]
+ByOption = Annotated[
+    str | None, typer.Option(help="What makes the texts, of a package of yours; see the guide.")
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", help="YAML: a text_field, template or text_by for each collection."),
+]
+RegimeOption = Annotated[
+    Regime, typer.Option(help="Where the new vectors come from; auto chooses, and says why.")
+]
+VectorOption = Annotated[
+    str | None, typer.Option("--vector", help="The vector to migrate, where points have several.")
+]
+IntoOption = Annotated[
+    str | None, typer.Option(help="Name of the new collection, for a single one.")
+]
+QdrantOption = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of a server, or folder; index.qdrant unless given. Key: QDRANT_API_KEY."
+    ),
+]
+NamespaceOption = Annotated[str, typer.Option(help="The part of the cache to use.", callback=plain)]
+SampleOption = Annotated[
+    int, typer.Option(min=1, help="Texts embedded to prove that vectors may be copied.")
+]
+PassesOption = Annotated[
+    int, typer.Option(min=1, help="Whole comparisons with the old collection, at most.")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +99,7 @@ class Named:
     asked: str
     """As it was named."""
     name: str
-    entry: ModelEntry
+    entry: ModelConfig
     provider: str | None
     """The only one that may serve it; None = its routes in their order."""
 
@@ -170,63 +222,6 @@ class Target:
         return await self._service.look(texts, self.name, namespace=self._namespace)
 
 
-CollectionsArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="COLLECTION...", help="Collections, or aliases of them."),
-]
-ToOption = Annotated[
-    str | None,
-    typer.Option("--to", help="The new model; openrouter/MODEL is served by openrouter alone."),
-]
-FromOption = Annotated[
-    str | None, typer.Option("--from", help="The model of the old vectors, if it is known.")
-]
-DimensionsOption = Annotated[
-    int | None, typer.Option(help="The new width; the model's own unless given.")
-]
-FieldOption = Annotated[
-    str | None, typer.Option(help="Field of the payload with the text: content unless given.")
-]
-TemplateOption = Annotated[
-    str | None, typer.Option(help='Several fields instead: "{title} {description} {tags}".')
-]
-ByOption = Annotated[
-    str | None, typer.Option(help="What makes the texts, of a package of yours; see the guide.")
-]
-FileOption = Annotated[
-    Path | None,
-    typer.Option("--file", help="YAML: a text_field, template or text_by for each collection."),
-]
-RegimeOption = Annotated[
-    Regime, typer.Option(help="Where the new vectors come from; auto chooses, and says why.")
-]
-VectorOption = Annotated[
-    str | None, typer.Option("--vector", help="The vector to migrate, where points have several.")
-]
-IntoOption = Annotated[
-    str | None, typer.Option(help="Name of the new collection, for a single one.")
-]
-QdrantOption = Annotated[
-    str | None,
-    typer.Option(
-        help="URL of a server, or folder; index.qdrant unless given. Key: QDRANT_API_KEY."
-    ),
-]
-NamespaceOption = Annotated[str, typer.Option(help="The part of the cache to use.", callback=plain)]
-SampleOption = Annotated[
-    int, typer.Option(min=1, help="Texts embedded to prove that vectors may be copied.")
-]
-PassesOption = Annotated[
-    int, typer.Option(min=1, help="Whole comparisons with the old collection, at most.")
-]
-
-API_KEY = "QDRANT_API_KEY"
-"""The variable of the key of a server that is named on the command line."""
-DEFAULT_FIELD = "content"
-_TEXTS = ("text_field", "template", "text_by")
-_KEYS = {*_TEXTS, "vector", "into"}
-
-
 @dataclass(frozen=True, slots=True)
 class Texts:
     """Where the texts of all collections are that say nothing of their own."""
@@ -334,7 +329,7 @@ def connection(settings: Settings, place: str | None) -> Connection:
     if place is None:
         if settings.index.qdrant is None:
             raise ConfigError("--qdrant: give the URL of a Qdrant, or set index.qdrant")
-        return configured(settings.index.qdrant)
+        return index_writes.connection(settings.index.qdrant)
     if place.startswith(("http://", "https://")):
         key = API_KEY if os.environ.get(API_KEY) else None
         return Connection(url=place.rstrip("/"), api_key_env=key)

@@ -1,14 +1,13 @@
-"""Work that outlives the command that began it, by as long as it takes to keep what is paid for.
+"""The process of a migration, which outlives its command, and the lock that keeps others out.
 
-Nothing a process does can keep an answer that comes after it was killed. So the work is done by a
-second process, in a session of its own. The first one waits for it; when it ends before, however
-it ends, the pipe between them does, too: then the second begins nothing new, sees through what it
-has begun, says nothing more, and ends.
+A killed process cannot keep an answer that comes later. So a second process does the work, in a
+session of its own, and the first one waits for it. When the first one ends, however it ends, the
+pipe between them closes. Then the second begins nothing new, keeps what it has paid for, prints
+nothing more, and ends.
 
-One process at a time works on a migration; one that was left may still be keeping its answers.
-
-The lock is on a file beside the journal, which says FINISHING from when its holder begins nothing
-new any more. Whoever comes then waits; while somebody works, others are refused.
+One process at a time works on a migration. The lock is on a file beside the journal, which says
+FINISHING as soon as its holder begins nothing new any more. Another process waits then; while the
+holder works, others are refused.
 """
 
 import asyncio
@@ -32,12 +31,15 @@ from embedding_proxy.index.migration.state import JournalError, MigrationState
 from .output import WorkFailed
 
 T = TypeVar("T")
-
 _TO_STOP = (
     (signal.SIGINT, signal.SIGTERM)
     if sys.platform == "win32"
     else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 )
+FINISHING = b"finishing\n"
+NOTICED_S = 0.5
+"""In which a process that was left has said so."""
+_POLL_S = 0.05
 
 
 def run_detached() -> int | None:
@@ -135,12 +137,6 @@ class ShieldedTask:
             for task in late:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
-
-
-FINISHING = b"finishing\n"
-NOTICED_S = 0.5
-"""In which a process that was left has said so."""
-_POLL_S = 0.05
 
 
 async def _nothing() -> None:

@@ -1,7 +1,4 @@
-"""What commands share: their options, what they print, and how they end.
-
-Spans of time as people write them on a command line.
-"""
+"""What commands share: their options, what they print, and how they end."""
 
 import os
 import re
@@ -13,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
-from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.log import escape
 
 if TYPE_CHECKING:
@@ -24,11 +21,11 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
 MAX_LINE = 20_000
 """Characters of the line with which a command fails."""
 LINE_SECONDS = 5.0
 """How often long work says how far it is where there is no terminal."""
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
 class WorkFailed(Exception):
@@ -60,7 +57,6 @@ def one_line() -> Iterator[None]:
         if told is not None:
             fail(told, 1)
         # Imported once there is a failure: what could not be imported could not fail either.
-        from embedding_proxy.proxy.config.loader import ConfigError  # noqa: PLC0415
         from embedding_proxy.proxy.http.workers import WorkerFailed  # noqa: PLC0415
 
         if isinstance(error, ConfigError):
@@ -151,8 +147,6 @@ def plain(option: str | None) -> str | None:
         try:
             option.encode()
         except UnicodeEncodeError as error:
-            from embedding_proxy.proxy.config.loader import ConfigError  # noqa: PLC0415 - see `one_line`
-
             raise ConfigError(f"{option!r}: is not UTF-8") from error
     return option
 
@@ -237,9 +231,6 @@ def _lines(what: str, total: float | None) -> Callable[[float], None]:
             typer.echo(f"{what}: {far}", err=True)
 
     return tell
-
-
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
 def seconds(text: str, option: str) -> float:

@@ -3,11 +3,10 @@
 A validator of a section raises `Problems` where it finds several mistakes at once, or where a
 mistake belongs to one key of the section. pydantic reports it as it does any ValueError.
 
-Hides what may be a key in the message of a configuration error. Pure.
-
-A key is sometimes pasted where a name belongs: as the name of a provider, a model, a setting or a
-variable. Messages repeat names. What looks like a key is replaced there; nothing else tells a name
-from a key, so a key that is made of words is not recognised.
+`hide_keys` removes from a message what may be an API key. A key is sometimes pasted where a name
+belongs: as the name of a provider, a model, a setting or a variable; and messages repeat names.
+What looks like a key is replaced. Nothing else tells a name from a key, so a key that is made of
+words is not recognised.
 """
 
 import difflib
@@ -17,6 +16,19 @@ from typing import NamedTuple
 
 KeyPath = tuple[str | int, ...]
 """The place of a key: the names of sections, keys and list positions that lead to it."""
+MASK = "***"
+_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|\.ya?ml(?::\d+)?\W*$")
+_WORD = re.compile(r"\S+")
+_TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
+_PART = re.compile(r"[A-Za-z0-9]+")
+_PREFIXES = re.compile(
+    r"(?:sk|pk|rk|gsk|xai|nvapi|pa)-[\w-]{6,}|(?:sk|pk|rk|gsk|hf|jina|fw|tgp|ghp|glpat|r8)_\w{6,}"
+    r"|AIza[\w-]{10,}|AKIA[A-Z0-9]{8,}|eyJ[\w-]{8,}"
+)
+_JWT = re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]{6,}){1,2}")
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_MIN_RANDOM = 16
+_MIN_DIGITS = 2
 
 
 class Problem(NamedTuple):
@@ -99,21 +111,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """
     near = nearest(name, known)
     return f"; did you mean {near}?" if near else ""
-
-
-MASK = "***"
-_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|\.ya?ml(?::\d+)?\W*$")
-_WORD = re.compile(r"\S+")
-_TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
-_PART = re.compile(r"[A-Za-z0-9]+")
-_PREFIXES = re.compile(
-    r"(?:sk|pk|rk|gsk|xai|nvapi|pa)-[\w-]{6,}|(?:sk|pk|rk|gsk|hf|jina|fw|tgp|ghp|glpat|r8)_\w{6,}"
-    r"|AIza[\w-]{10,}|AKIA[A-Z0-9]{8,}|eyJ[\w-]{8,}"
-)
-_JWT = re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]{6,}){1,2}")
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-_MIN_RANDOM = 16
-_MIN_DIGITS = 2
 
 
 def looks_like_key(name: str) -> bool:

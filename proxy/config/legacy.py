@@ -1,8 +1,7 @@
-"""Reads a configuration of the older kind (`llm:`, `vector_store:`), nested or flat. Pure.
+"""Converts a configuration of the older kind (`llm:`, `vector_store:`), nested or flat. Pure.
 
-A key that lies open in it is refused. What is unknown, or empty, is named and left out.
-
-Turns an older configuration into ours, and says what became of each of its keys. Pure.
+`read` takes the old file apart. It refuses a file that holds an API key. `convert` returns the new
+configuration and says what became of each old key; unknown and empty ones are named and left out.
 """
 
 import re
@@ -22,7 +21,6 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAMED_SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(r"\b(sk|pk)-[A-Za-z0-9_-]{8,}|//[^/@\s]*@")
-
 # What may be said of embeddings, and of which type; the flat form may put `embedding_` before it.
 _TEXTS = ("provider", "model", "api_key_env", "api_key", "base_url")
 _NUMBERS = ("dimensions", "max_retries", "timeout")
@@ -47,6 +45,44 @@ class Old:
     store: dict[str, Said] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """(path, why)"""
+
+
+@dataclass(slots=True)
+class Converted:
+    """Our configuration, and what became of the old one."""
+
+    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    qdrant: dict[str, Any] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """(old key, what became of it)"""
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, said: Said | None, told: str) -> None:
+        """Say what became of a key, if it was there."""
+        if said is not None:
+            self.notes.append((said.path, told))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model at a provider: our name for it, and what is known of it."""
+
+    name: str
+    provider: str
+    upstream: str
+    entry: ModelEntry
+
+    @property
+    def route(self) -> dict[str, str]:
+        return {"provider": self.provider, "model": self.upstream}
+
+    def described(self) -> dict[str, Any]:
+        """Return what our configuration must say of it beside its routes."""
+        if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
+            return {}
+        known = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
+        return {key: value for key, value in known.items() if value is not None}
 
 
 def read(content: Mapping[Any, Any], file: str) -> Old:
@@ -182,44 +218,6 @@ def _keep(key: str, said: Said, file: str, into: dict[str, Said], old: Old) -> N
     ):
         raise ConfigError(f"{file}: {said.path}: expected a number")
     into[key] = said
-
-
-@dataclass(slots=True)
-class Converted:
-    """Our configuration, and what became of the old one."""
-
-    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    qdrant: dict[str, Any] = field(default_factory=dict)
-    notes: list[tuple[str, str]] = field(default_factory=list)
-    """(old key, what became of it)"""
-    warnings: list[str] = field(default_factory=list)
-
-    def note(self, said: Said | None, told: str) -> None:
-        """Say what became of a key, if it was there."""
-        if said is not None:
-            self.notes.append((said.path, told))
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model at a provider: our name for it, and what is known of it."""
-
-    name: str
-    provider: str
-    upstream: str
-    entry: ModelEntry
-
-    @property
-    def route(self) -> dict[str, str]:
-        return {"provider": self.provider, "model": self.upstream}
-
-    def described(self) -> dict[str, Any]:
-        """Return what our configuration must say of it beside its routes."""
-        if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
-            return {}
-        known = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
-        return {key: value for key, value in known.items() if value is not None}
 
 
 def convert(content: Mapping[Any, Any], file: str) -> Converted:

@@ -1,6 +1,6 @@
-"""References of a configuration to the environment: `${NAME}` and `${NAME:-default}`.
+"""What a configuration refers to: the environment (`${NAME}`, `${NAME:-default}`) and paths.
 
-Paths of a configuration: `~` and variables expanded, relative ones below the file's folder.
+In paths `~` and variables are expanded; relative paths start at the folder of the file.
 """
 
 import os
@@ -14,11 +14,10 @@ from typing import Any, Literal
 from .errors import KeyPath, Problem
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 Purpose = Literal["serve", "embed", "inspect"]
 """What a configuration is read for: `serve` opens a port; `embed` asks providers and opens none;
 `inspect` does neither."""
-
 _SPARED: Mapping[Purpose, tuple[str, ...]] = {
     "serve": (),
     "embed": ("server.keys.*",),
@@ -64,9 +63,6 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
 
 def _part(key: object) -> str | int:
     return key if isinstance(key, str | int) else str(key)
-
-
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 
 
 def absolute(text: str | Path, folder: Path | None) -> Path:

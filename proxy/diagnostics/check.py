@@ -1,10 +1,8 @@
-"""Whether the Qdrant of a configuration can be used, found out before the first request.
+"""Finds out, before the first request, whether what a configuration names works. Prints nothing.
 
-Whether the providers of a configuration can be used: without one, every cache miss fails.
-
-Whether what a configuration names works, found out before the first request. Prints nothing.
-
-Each route is asked for known texts; the routes of one space must then have given the same vectors.
+- Routes: each is asked for known texts; all routes of one space must give the same vectors.
+- Providers: without one that can be asked, every cache miss fails.
+- Qdrant: whether vectors can be written to its collections.
 """
 
 import asyncio
@@ -39,140 +37,10 @@ from .routes import (
     with_stand_ins,
 )
 
-PATIENCE_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class CollectionStatus:
-    """What came of asking it."""
-
-    place: str
-    """Its address, or its folder."""
-    ok: bool | None = None
-    """Whether vectors may be written there; None if it was not asked."""
-    collections: int | None = None
-    error: str | None = None
-
-    @property
-    def line(self) -> str:
-        """What is to be told, in one line."""
-        if self.ok:
-            return f"Qdrant: {self.place}: ok, {self.collections} collections"
-        return f"Qdrant: {self.place}: {'FAILED' if self.ok is False else self.error}"
-
-    @property
-    def problem(self) -> str | None:
-        """What is wrong, if something is."""
-        return f"index.qdrant: {self.error}" if self.ok is False else None
-
-    def as_json(self) -> dict[str, object]:
-        """Return everything there is to say."""
-        return asdict(self)
-
-
-async def look(  # noqa: PLR0911 - one for each thing that may come of it
-    settings: Settings, *, offline: bool
-) -> CollectionStatus | None:
-    """Open the Qdrant of a configuration, and see whose collections are there; None if it has none.
-
-    Nothing is made there.
-    """
-    qdrant = settings.index.qdrant
-    if qdrant is None:
-        return None
-    place = qdrant.url or str(qdrant.path)
-    if offline:
-        return CollectionStatus(place, error="not asked")
-    if qdrant.path is not None and not qdrant.path.exists():
-        return CollectionStatus(place, error="not there yet, the proxy makes it at its first start")
-    try:
-        async with (
-            asyncio.timeout(PATIENCE_SECONDS),
-            index_writes.connection(qdrant) as opened,
-        ):
-            found = await opened.ask(lambda client: client.get_collections())
-            against = await index_writes.objections(settings, opened)
-    except InUse as error:
-        # Most likely by a proxy that runs; it has looked at its start.
-        return CollectionStatus(place, error=str(error))
-    except QdrantFailure as error:
-        return CollectionStatus(place, ok=False, error=str(error))
-    except TimeoutError:
-        return CollectionStatus(place, ok=False, error=f"no answer within {PATIENCE_SECONDS:.0f} s")
-    if against:
-        return CollectionStatus(place, ok=False, error="; ".join(against))
-    return CollectionStatus(place, ok=True, collections=len(found.collections))
-
-
-def unusable(
-    configuration: Configuration, standings: Mapping[str, ProviderStatus]
-) -> Iterator[str]:
-    """Yield a problem for each provider that the file names in vain, and for want of any.
-
-    With `cache.mode: frozen` no provider is asked, so none has to be usable.
-    """
-    settings = configuration.settings
-    if settings.cache.mode == "frozen":
-        return
-    usable = {name for name, one in standings.items() if _answers(one)}
-    leading = {
-        route.provider for model in settings.models.values() for route in model.routes
-    } & usable
-    in_vain = list(_in_vain(configuration, standings, usable, leading))
-    if in_vain:
-        yield from in_vain
-    elif not leading:
-        yield (
-            "no provider can be asked: every input that is not in the cache is answered with an"
-            f" error{_reasons(standings)}"
-        )
-    elif not _has_remote(settings, leading) and not _is_local_by_choice(configuration):
-        yield (
-            "no remote provider can be asked: every input that is not in the cache is answered"
-            f" with an error, but for those of the local model{_reasons(standings)}"
-        )
-
-
-def _in_vain(
-    configuration: Configuration,
-    standings: Mapping[str, ProviderStatus],
-    usable: Collection[str],
-    leading: Collection[str],
-) -> Iterator[str]:
-    """Yield a problem for each provider that the file names and no request can reach."""
-    for name in configuration.providers:
-        why = standings[name].why
-        if name not in usable:
-            yield configuration.problem(("providers", name), f"this provider is skipped: {why}")
-        elif name not in leading and configuration.settings.passthrough != name:
-            yield configuration.problem(("providers", name), f"is never asked: {why}")
-
-
-def _answers(standing: ProviderStatus) -> bool:
-    """Tell whether requests may be answered by a provider."""
-    return standing.state == "usable" or standing.why == CLIENTS_PAY
-
-
-def _has_remote(settings: Settings, names: Iterable[str]) -> bool:
-    entries = (settings.providers[name] for name in names)
-    return any(entry is not None and entry.kind != registry.LOCAL for entry in entries)
-
-
-def _is_local_by_choice(configuration: Configuration) -> bool:
-    """Tell whether the file names providers, and no remote one among them."""
-    is_chosen = configuration.file is not None and configuration.settings.names_providers
-    return is_chosen and not _has_remote(configuration.settings, configuration.providers)
-
-
-def _reasons(standings: Mapping[str, ProviderStatus]) -> str:
-    """Return why providers cannot be asked, with the remedies."""
-    skipped = [f"{name}: {one.why}" for name, one in standings.items() if one.state == "skipped"]
-    return f" ({'; '.join(skipped)})" if skipped else "; add a provider to `providers`"
-
-
 AT_ONCE = 8
 """Providers that are asked at the same time, each for one model after the other: so the times are
 those of single calls, and a small machine need not load several models at once."""
+PATIENCE_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -266,3 +134,131 @@ def _problems(
                 f" least cosine of their vectors is {pair.cosine:.6f}, below {SAME}. They are two"
                 " spaces: remove one of the routes, or give it a model with a space of its own"
             )
+
+
+def unusable(
+    configuration: Configuration, standings: Mapping[str, ProviderStatus]
+) -> Iterator[str]:
+    """Yield a problem for each provider that the file names in vain, and for want of any.
+
+    With `cache.mode: frozen` no provider is asked, so none has to be usable.
+    """
+    settings = configuration.settings
+    if settings.cache.mode == "frozen":
+        return
+    usable = {name for name, one in standings.items() if _answers(one)}
+    leading = {
+        route.provider for model in settings.models.values() for route in model.routes
+    } & usable
+    in_vain = list(_in_vain(configuration, standings, usable, leading))
+    if in_vain:
+        yield from in_vain
+    elif not leading:
+        yield (
+            "no provider can be asked: every input that is not in the cache is answered with an"
+            f" error{_reasons(standings)}"
+        )
+    elif not _has_remote(settings, leading) and not _is_local_by_choice(configuration):
+        yield (
+            "no remote provider can be asked: every input that is not in the cache is answered"
+            f" with an error, but for those of the local model{_reasons(standings)}"
+        )
+
+
+def _in_vain(
+    configuration: Configuration,
+    standings: Mapping[str, ProviderStatus],
+    usable: Collection[str],
+    leading: Collection[str],
+) -> Iterator[str]:
+    """Yield a problem for each provider that the file names and no request can reach."""
+    for name in configuration.providers:
+        why = standings[name].why
+        if name not in usable:
+            yield configuration.problem(("providers", name), f"this provider is skipped: {why}")
+        elif name not in leading and configuration.settings.passthrough != name:
+            yield configuration.problem(("providers", name), f"is never asked: {why}")
+
+
+def _answers(standing: ProviderStatus) -> bool:
+    """Tell whether requests may be answered by a provider."""
+    return standing.state == "usable" or standing.why == CLIENTS_PAY
+
+
+def _has_remote(settings: Settings, names: Iterable[str]) -> bool:
+    entries = (settings.providers[name] for name in names)
+    return any(entry is not None and entry.kind != registry.LOCAL for entry in entries)
+
+
+def _is_local_by_choice(configuration: Configuration) -> bool:
+    """Tell whether the file names providers, and no remote one among them."""
+    is_chosen = configuration.file is not None and configuration.settings.names_providers
+    return is_chosen and not _has_remote(configuration.settings, configuration.providers)
+
+
+def _reasons(standings: Mapping[str, ProviderStatus]) -> str:
+    """Return why providers cannot be asked, with the remedies."""
+    skipped = [f"{name}: {one.why}" for name, one in standings.items() if one.state == "skipped"]
+    return f" ({'; '.join(skipped)})" if skipped else "; add a provider to `providers`"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionStatus:
+    """What came of asking it."""
+
+    place: str
+    """Its address, or its folder."""
+    ok: bool | None = None
+    """Whether vectors may be written there; None if it was not asked."""
+    collections: int | None = None
+    error: str | None = None
+
+    @property
+    def line(self) -> str:
+        """What is to be told, in one line."""
+        if self.ok:
+            return f"Qdrant: {self.place}: ok, {self.collections} collections"
+        return f"Qdrant: {self.place}: {'FAILED' if self.ok is False else self.error}"
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, if something is."""
+        return f"index.qdrant: {self.error}" if self.ok is False else None
+
+    def as_json(self) -> dict[str, object]:
+        """Return everything there is to say."""
+        return asdict(self)
+
+
+async def look(  # noqa: PLR0911 - one for each thing that may come of it
+    settings: Settings, *, offline: bool
+) -> CollectionStatus | None:
+    """Open the Qdrant of a configuration, and see whose collections are there; None if it has none.
+
+    Nothing is made there.
+    """
+    qdrant = settings.index.qdrant
+    if qdrant is None:
+        return None
+    place = qdrant.url or str(qdrant.path)
+    if offline:
+        return CollectionStatus(place, error="not asked")
+    if qdrant.path is not None and not qdrant.path.exists():
+        return CollectionStatus(place, error="not there yet, the proxy makes it at its first start")
+    try:
+        async with (
+            asyncio.timeout(PATIENCE_SECONDS),
+            index_writes.connection(qdrant) as opened,
+        ):
+            found = await opened.ask(lambda client: client.get_collections())
+            against = await index_writes.find_conflicts(settings, opened)
+    except InUse as error:
+        # Most likely by a proxy that runs; it has looked at its start.
+        return CollectionStatus(place, error=str(error))
+    except QdrantFailure as error:
+        return CollectionStatus(place, ok=False, error=str(error))
+    except TimeoutError:
+        return CollectionStatus(place, ok=False, error=f"no answer within {PATIENCE_SECONDS:.0f} s")
+    if against:
+        return CollectionStatus(place, ok=False, error="; ".join(against))
+    return CollectionStatus(place, ok=True, collections=len(found.collections))

@@ -1,10 +1,9 @@
-"""What came of asking a route for known texts, and of holding two answers against each other.
+"""Which models and routes a check or a comparison looks at, and what came of asking them.
 
-Which models a check looks at: enough to try every provider, and not the whole catalogue.
-
-The routes that can be tried: those of some models, in the space of each, and why one cannot.
-
-Providers are opened for it as for a start of the proxy; nothing is asked here.
+`choose` picks the models: enough to try every provider, and not the whole catalogue. `find` opens
+the providers as a start of the proxy does, and returns the routes of these models, with the reason
+why one cannot be asked; it asks none of them. `compare` holds the answers of routes against each
+other.
 """
 
 import difflib
@@ -21,70 +20,11 @@ from embedding_proxy.providers.route_check import SAME, Probe, agreement
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
-from embedding_proxy.proxy.config import models as model_entry
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.models import ModelConfig
+from embedding_proxy.proxy.config.models import ModelConfig, by_name
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY, make_router, open_providers
-
-
-@dataclass(slots=True)
-class RouteResult:
-    """A route in one space, the models that lead to it, and what came of asking it."""
-
-    models: list[str]
-    space: Space
-    provider: str
-    upstream_model: str
-    route: Route | None
-    """None where the provider cannot be used."""
-    why: str = "not asked"
-    """Why it was not asked, or failed; empty once it answered."""
-    probe: Probe | None = None
-
-    @property
-    def ok(self) -> bool | None:
-        """Whether it answered well; None if it was not asked."""
-        return None if self.probe is None else self.probe.failure is None
-
-    @property
-    def width(self) -> int:
-        """How many numbers its vectors have; 0 if it has given none."""
-        return len(self.probe.vectors[0]) // 4 if self.probe and self.probe.vectors else 0
-
-    def __str__(self) -> str:
-        return f"{self.provider} ({self.upstream_model})"
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two routes of one space that answered, and the least cosine between their answers.
-
-    It is 0 where their widths differ.
-    """
-
-    one: RouteResult
-    other: RouteResult
-    cosine: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether they are one model."""
-        return self.cosine >= SAME
-
-
-def compare(findings: Sequence[RouteResult]) -> Iterator[Comparison]:
-    """Compare the answers of each space with the first of them; they are one model, or two."""
-    answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
-    for one in findings:
-        if one.probe is not None and one.ok:
-            answered[one.space.name].append((one, one.probe))
-    for (first, base), *others in answered.values():
-        for other, found in others:
-            same = first.width == other.width
-            cosine = agreement(base.vectors, found.vectors) if same else 0.0
-            yield Comparison(first, other, cosine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +77,7 @@ def with_stand_ins(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
 def _by_name(settings: Settings, name: str) -> ModelConfig:
     """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
     asks = settings.server.unknown_models == "ask"
-    model = model_entry.by_name(name) if asks else None
+    model = by_name(name) if asks else None
     if model is None:
         raise _unknown(settings, name)
     return model
@@ -157,6 +97,34 @@ class ProviderStatus:
     kind: str | None
     why: str = ""
     """Why it cannot, or is of no use."""
+
+
+@dataclass(slots=True)
+class RouteResult:
+    """A route in one space, the models that lead to it, and what came of asking it."""
+
+    models: list[str]
+    space: Space
+    provider: str
+    upstream_model: str
+    route: Route | None
+    """None where the provider cannot be used."""
+    why: str = "not asked"
+    """Why it was not asked, or failed; empty once it answered."""
+    probe: Probe | None = None
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether it answered well; None if it was not asked."""
+        return None if self.probe is None else self.probe.failure is None
+
+    @property
+    def width(self) -> int:
+        """How many numbers its vectors have; 0 if it has given none."""
+        return len(self.probe.vectors[0]) // 4 if self.probe and self.probe.vectors else 0
+
+    def __str__(self) -> str:
+        return f"{self.provider} ({self.upstream_model})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,3 +199,33 @@ def _findings(
                 standing = standings.get(entry.provider)
                 one.why = standing.why if standing else "the provider is not configured"
     return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two routes of one space that answered, and the least cosine between their answers.
+
+    It is 0 where their widths differ.
+    """
+
+    one: RouteResult
+    other: RouteResult
+    cosine: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether they are one model."""
+        return self.cosine >= SAME
+
+
+def compare(findings: Sequence[RouteResult]) -> Iterator[Comparison]:
+    """Compare the answers of each space with the first of them; they are one model, or two."""
+    answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
+    for one in findings:
+        if one.probe is not None and one.ok:
+            answered[one.space.name].append((one, one.probe))
+    for (first, base), *others in answered.values():
+        for other, found in others:
+            same = first.width == other.width
+            cosine = agreement(base.vectors, found.vectors) if same else 0.0
+            yield Comparison(first, other, cosine)

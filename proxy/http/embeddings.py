@@ -19,10 +19,9 @@ from embedding_proxy.proxy.http.response_cache import (
     SyncResponse,
 )
 from embedding_proxy.proxy.http.runner import CONNECTION
-from embedding_proxy.proxy.service import request as cache_control
 from embedding_proxy.proxy.service.embedding_result import Result
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, Client
+from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, Client, effective_cache_control
 
 from . import openai_format
 
@@ -54,7 +53,7 @@ class Embeddings:
     async def post(self, request: web.Request, body: bytes, caller: Client) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
         # `Pragma` is not looked at: RFC 9111 keeps it for HTTP/1.0 clients, and says no more.
-        control = cache_control.counted(
+        control = effective_cache_control(
             ", ".join(request.headers.getall("Cache-Control", ())),
             self._service.settings.server.honor_cache_control,
             is_admin=caller.is_admin,

@@ -17,7 +17,7 @@ from embedding_proxy.providers.upstream.content_encoding import PIECE, DecodeErr
 from embedding_proxy.providers.upstream.redaction import MAX_BYTES, RedactedStream, Redactor
 from multidict import CIMultiDict
 
-from .errors import body as error_body
+from .errors import error_body
 
 _MAX_INLINE = 1 << 15
 """Bytes that are searched at once; longer bodies are searched in a thread."""

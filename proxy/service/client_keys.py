@@ -1,24 +1,19 @@
-"""Which models are asked for with the client's own key, and what the configuration says of it.
+"""Models that are bought with the client's own API key.
 
-The secret with which the digests of clients' keys are keyed: made once, kept beside the store.
+`ClientKeyPolicy` says which models these are. What a key has bought is served to that key alone: it
+is kept in a namespace of its own, named by a digest. Where the operator sets `share`, it is kept
+where all entries are. In both cases nothing is served to a key that the provider has not accepted:
+the first request of a key buys one input with it, past the cache, and keeps that like any other.
 
-With it, and with nothing else, a digest can be held against a key. All workers share the file.
+A client without a key is served by the other routes of the model, if it has any; so is one whose
+key cannot be proved at the moment. A client whose key is refused gets that error.
 
-What is known of clients' keys: which the provider has accepted, and when; which it has refused.
+`Proofs` remembers which keys a provider has accepted or refused, and when. It keeps digests, in
+memory and as empty files whose time is that of the proof: so workers share them, and a restart
+during an outage loses none. A proof that the disk does not take is known to this process alone.
 
-Kept under digests, in memory and as empty files whose time is that of the proof: so workers share
-them, and a restart amid an outage forgets none. Failure licence: what the disk does not take is
-known to this process alone.
-
-Models that are bought with the client's own key: whose cache it is, and who may look into it.
-
-What a key has bought is served to that key alone: it lies in a namespace of its own, named by a
-digest. Where the operator says `share`, it lies where everybody's does. In both cases nothing is
-served to a key that the provider has not accepted: its first request begins past the cache, with
-one input that is bought with the key, and kept like any other.
-
-A client without a key is served by the other routes of the model, if it has any, and so is one
-whose key cannot be proved just now. One whose key is refused is told so.
+The digests are keyed with a secret that is made once and kept beside the store. Without it no
+digest can be tested against a key. All workers share the file.
 """
 
 import asyncio
@@ -61,6 +56,40 @@ from embedding_proxy.proxy.config.schema import Settings
 from .learned_dimensions import embed_one_first
 from .request import Client
 
+log = logging.getLogger("embedding_proxy.keys")
+FILE = "client-keys.secret"
+"""The name of the file, in the folder of the store."""
+SIZE = 32
+"""Bytes."""
+FOLDER = "client-keys"
+"""The name of the folder of proofs, in that of the store."""
+FRESH_S = 3600.0
+"""So long after a proof nothing is asked."""
+STALE_S = 86_400.0
+"""So long after a proof a key is still served while the provider cannot be asked. Beyond it, or as
+soon as the provider refuses it, it is not."""
+AGAIN_S = 60.0
+"""So long after an attempt that told nothing another is made."""
+REFUSED_S = 60.0
+"""So long a refused key is refused here, and nobody is asked."""
+RENEW_S = 300.0
+"""A newer proof is not renewed by an answer."""
+MOST = 10_000
+"""Keys that are remembered, of either sort; those noted longest ago are forgotten."""
+SWEEP_EVERY = 1000
+"""New files after which the old ones are looked for, and those beyond MOST."""
+AT_ONCE = 16
+"""Keys that are proved at a time: bad ones cannot flood a provider, however many come."""
+RETRY_S = 1.0
+"""When to try again to prove a key, where nobody named a time."""
+PROOF_S = 5.0
+"""Seconds that a request waits for a proof of its key at most, its turn for it included. A call
+that was sent goes on, and proves the key when its answer comes."""
+LONGEST = 4096
+"""Characters of a key."""
+Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[Answered]]
+"""Asks the cache, and behind it the routes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ByClient:
@@ -98,14 +127,6 @@ def by_client(
     )
 
 
-FILE = "client-keys.secret"
-"""The name of the file, in the folder of the store."""
-SIZE = 32
-"""Bytes."""
-
-log = logging.getLogger("embedding_proxy.keys")
-
-
 def load(folder: Path) -> bytes:
     """Return the secret, made now if there is none. Raises StoreError for one that is damaged.
 
@@ -135,24 +156,6 @@ def _make(file: Path) -> None:
     """Write a new secret, whole or not at all; if another process is first, its own stays."""
     with contextlib.suppress(FileExistsError):
         atomic_file.write(file, secrets.token_bytes(SIZE), exclusive=True)
-
-
-FRESH_S = 3600.0
-"""So long after a proof nothing is asked."""
-STALE_S = 86_400.0
-"""So long after a proof a key is still served while the provider cannot be asked. Beyond it, or as
-soon as the provider refuses it, it is not."""
-AGAIN_S = 60.0
-"""So long after an attempt that told nothing another is made."""
-REFUSED_S = 60.0
-"""So long a refused key is refused here, and nobody is asked."""
-RENEW_S = 300.0
-"""A newer proof is not renewed by an answer."""
-MOST = 10_000
-"""Keys that are remembered, of either sort; those noted longest ago are forgotten."""
-
-SWEEP_EVERY = 1000
-"""New files after which the old ones are looked for, and those beyond MOST."""
 
 
 class KeyStatus(enum.Enum):
@@ -248,23 +251,6 @@ def _again(refusal: ClientKeyRefused) -> ClientKeyRefused:
     return ClientKeyRefused(
         str(refusal), status=refusal.status, kind=refusal.kind, code=refusal.code
     )
-
-
-FOLDER = "client-keys"
-"""The name of the folder of proofs, in that of the store."""
-AT_ONCE = 16
-"""Keys that are proved at a time: bad ones cannot flood a provider, however many come."""
-RETRY_S = 1.0
-"""When to try again to prove a key, where nobody named a time."""
-PROOF_S = 5.0
-"""Seconds that a request waits for a proof of its key at most, its turn for it included. A call
-that was sent goes on, and proves the key when its answer comes."""
-LONGEST = 4096
-"""Characters of a key."""
-
-
-Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[Answered]]
-"""Asks the cache, and behind it the routes."""
 
 
 class ClientKeys:

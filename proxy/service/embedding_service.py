@@ -1,8 +1,4 @@
-"""What a service can be asked beside vectors: how alike texts are, which are nearest to one.
-
-For code of one's own; the proxy has no such routes. Nothing that is asked here is indexed.
-
-EmbeddingService: what a configuration names, opened. For the app, the commands and your code.
+"""EmbeddingService: an opened configuration. For the app, the commands and library users.
 
 ::
 
@@ -10,7 +6,9 @@ EmbeddingService: what a configuration names, opened. For the app, the commands 
         result = await service.embed(["some text"], model="text-embedding-3-small", dimensions=256)
         result.vectors  # float32, shape (1, 256)
 
-It knows which model is which space and where it can be bought; it knows no HTTP.
+It knows which model belongs to which space and where it can be bought; it knows no HTTP.
+`SearchMixin` adds similarities and searches, for library users; the proxy has no such routes.
+Texts that are embedded for these are not indexed.
 """
 
 import asyncio
@@ -29,8 +27,7 @@ from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import Found, search
-from embedding_proxy.providers import similarity as likeness
-from embedding_proxy.providers import vector
+from embedding_proxy.providers import similarity, vector
 from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.slices import SLICE
@@ -51,6 +48,12 @@ from .pipeline import EmbeddingPipeline, apply_dimension_strategy, space_of
 from .provider_factory import open_providers
 from .request import NO_INDEX_OPTIONS, Client, IndexOptions, Secret
 from .request_fields import classify
+
+MIB = 1 << 20
+GIB = 1 << 30
+DAY = 86_400
+REPLIES_SHARE = 0.5
+"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class SearchMixin(ABC):
             return []
         found = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
         first, *others = vector.derive(found.embedded.vectors, found.dimensions)
-        ranked = likeness.ranked(first, others, k)
+        ranked = similarity.ranked(first, others, k)
         return [Near(place, texts[place], score) for place, score in ranked]
 
     async def query(  # noqa: PLR0913 - a question's parts, by name
@@ -154,13 +157,6 @@ class SearchMixin(ABC):
             where=where,
             adopt=qdrant.adopt,
         )
-
-
-MIB = 1 << 20
-GIB = 1 << 30
-DAY = 86_400
-REPLIES_SHARE = 0.5
-"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
 
 
 class EmbeddingService(SearchMixin):

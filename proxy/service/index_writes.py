@@ -20,8 +20,7 @@ import orjson
 from embedding_proxy.cache.key import Key, Namespace, checksum, keyring
 from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.index.client import Connection
-from embedding_proxy.index.collection import CollectionOptions, name_of
-from embedding_proxy.index.collection import conflicts as collection_objections
+from embedding_proxy.index.collection import CollectionOptions, conflicts, name_of
 from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
@@ -75,13 +74,13 @@ def making(qdrant: Qdrant) -> CollectionOptions:
     )
 
 
-async def objections(settings: Settings, open_connection: Connection) -> list[str]:
+async def find_conflicts(settings: Settings, open_connection: Connection) -> list[str]:
     """Say why vectors may not go to the collections that are there. Raises QdrantFailure."""
     qdrant = settings.index.qdrant
     if qdrant is None:
         return []
     spaces = {name: entry.as_space().label for name, entry in settings.models.items()}
-    return await collection_objections(
+    return await conflicts(
         open_connection,
         spaces,
         making(qdrant),
@@ -130,7 +129,7 @@ class Indexing:
         """Refuse the start if a collection belongs to another space. Raises ConfigError."""
         try:
             async with asyncio.timeout(LOOK_SECONDS):
-                against = await objections(self._settings, qdrant)
+                against = await find_conflicts(self._settings, qdrant)
         except (Unavailable, Denied, TimeoutError) as error:
             log.warning("Qdrant at %s: %s; points wait on disk", qdrant, str(error) or "no answer")
             return

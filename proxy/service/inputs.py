@@ -1,9 +1,9 @@
-"""What becomes of a request's inputs before the cache is asked.
+"""Prepares the inputs of a request before the cache looks them up, and previews what they cost.
 
-Token arrays become the texts they stand for, and what is too long is cut where the operator wants
-it so: the cache sees the input whose vector it keeps.
+Token arrays become the texts that they stand for. Inputs that are too long are cut where the
+operator wants that. So the cache sees the input whose vector it keeps.
 
-What is known of texts before anything is bought: their tokens, and whether they are cached.
+`preview_cost` tells the tokens of texts, and whether they are cached, before anything is bought.
 """
 
 import asyncio
@@ -21,10 +21,8 @@ from .model_registry import Model
 
 MOST_TOKENS = 300_000
 """In all inputs of a request, at OpenAI."""
-
 MOST_IDS = 1 << 17
 """A token array of more is never decoded: no model takes so many."""
-
 # Up to this many token ids, or characters to be cut, preparing is quicker than a thread.
 _INLINE = 8192
 _INLINE_INPUTS = 512

@@ -16,8 +16,7 @@ from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.context_length import ContextLengthCheck
-from embedding_proxy.proxy.config import models as model_entry
-from embedding_proxy.proxy.config.models import Fallback
+from embedding_proxy.proxy.config.models import Fallback, ModelConfig, by_name
 from embedding_proxy.proxy.config.schema import Settings
 
 from .client_keys import ByClient, by_client
@@ -183,7 +182,7 @@ class Registry:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""
         if self._settings.server.unknown_models == "refuse":
             raise ModelUnknown(name)
-        entry = model_entry.by_name(name)
+        entry = by_name(name)
         if entry is None:
             raise ModelUnknown(name)
         model = replace(self._make(name, entry), by_name=True)
@@ -208,7 +207,7 @@ class Registry:
             del self._unlisted[next(iter(self._unlisted))]
         return model
 
-    def _make(self, name: str, entry: model_entry.ModelConfig) -> Model:
+    def _make(self, name: str, entry: ModelConfig) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
         source = ContextLengthCheck(scheduled(router, settings), entry.context)
@@ -229,7 +228,7 @@ class Registry:
         )
 
 
-def _neutral_fields(settings: Settings, entry: model_entry.ModelConfig) -> frozenset[str]:
+def _neutral_fields(settings: Settings, entry: ModelConfig) -> frozenset[str]:
     """Return what the providers of a model declare as neutral; each is sent its own only."""
     providers = (settings.providers.get(route.provider) for route in entry.routes)
     remote = (one for one in providers if one is not None and one.kind != registry.LOCAL)

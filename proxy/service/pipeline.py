@@ -1,12 +1,12 @@
-"""Applies a width strategy to an answer: other vectors, and so another space.
+"""From a well-formed request to vectors: which model, which dimensions, which deadline, which key.
 
-Answers with the model that was asked for, or with one of another space that may stand in for it.
+A request is answered by the model that it names, or by a fallback model of another space. Fallback
+happens only where the operator configures it (`fallback:`), and for the request as a whole: all
+vectors of an answer are of one space. Answers of a fallback model are cached under its own space
+alone, so the first model's vectors come back with the first model.
 
-Only where the operator wrote it down (`fallback:`), and for the request as a whole: the vectors of
-one answer are always of one space. What a model that stands in gives is cached under its own space
-alone, so that the first model's vectors come back with the first model.
-
-From a well-formed request to vectors: which model, what width, until when, on whose key.
+A dimension strategy makes other vectors, and so another space, of an answer: see
+`apply_dimension_strategy`.
 """
 
 import asyncio
@@ -41,82 +41,8 @@ from .model_registry import Model, Registry
 from .request import Client, to_cache_policy
 from .request_fields import SpaceWatch
 
-
-async def apply_dimension_strategy(result: Result) -> Result:
-    """Return an answer at its width, where the model's width is a matter of a strategy.
-
-    Nothing of it is cached: that is the model's own vector. Raises InvalidAnswer.
-    """
-    name, native = result.model.width, result.space.dimensions
-    if name in BUILT_IN or result.fallback or result.dimensions == native:
-        return result
-    vectors = await asyncio.to_thread(_bring, name, result.embedded.vectors, result.dimensions)
-    embedded = replace(result.embedded, vectors=vectors, again=None)
-    return replace(result, space=space_of(name, result.space, result.dimensions), embedded=embedded)
-
-
-def space_of(name: str, space: Space, dimensions: int) -> Space:
-    """Return the space of what a strategy makes of vectors of a space."""
-    return replace(
-        space,
-        name=f"{space.name}~{name}-{find(name).version}",
-        dimensions=dimensions,
-        matryoshka=False,
-        unit_norm=False,
-    )
-
-
-def _bring(name: str, vectors: Sequence[Vector], dimensions: int) -> list[Vector]:
-    try:
-        rows = vector.rows(find(name).bring(vector.stack(vectors), dimensions))
-        if len(rows) != len(vectors):
-            raise vector.VectorError(f"{len(rows)} vectors for {len(vectors)}")  # noqa: TRY301
-        for row in rows:
-            vector.check(row, dimensions)
-    except Exception as error:
-        why = str(error) or type(error).__name__
-        raise InvalidAnswer(f"width {name}", f"the strategy failed: {why}") from error
-    return rows
-
-
 T = TypeVar("T")
-
 log = logging.getLogger("embedding_proxy.fallback")
-
-
-def fallback_models(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
-    """Return the models that may stand in for a model at that width, in the order preferred."""
-    return [
-        models[fallback.model]
-        for fallback in model.fallbacks
-        if can_give(models[fallback.model].space, dimensions, fallback.width)
-    ]
-
-
-async def embed_with_fallback(
-    ask: Callable[[Model, float], Awaitable[T]], models: Sequence[Model], deadline: float
-) -> T:
-    """Ask one model after the other, and return the first answer.
-
-    `ask` takes a model and the point on the event loop's clock by which it has to answer: each
-    leaves the later ones an equal share of the time. A refusal of the inputs, or of the client's
-    key, by the first model ends the matter; a later one may refuse what the first would take.
-    Raises EmbeddingError: what the first model failed with, for that is the one asked for.
-    """
-    clock = asyncio.get_running_loop().time
-    failure: EmbeddingError | None = None
-    for place, model in enumerate(models):
-        now = clock()
-        try:
-            return await ask(model, now + (deadline - now) / (len(models) - place))
-        except EmbeddingError as error:
-            if failure is None and isinstance(error, InvalidRequest | ClientKeyRefused):
-                raise
-            failure = failure or error
-            for following in models[place + 1 : place + 2]:
-                log.warning("%s: %s stands in: %s", model.name, following.name, error)
-    assert failure is not None  # noqa: S101 - there is at least one model
-    raise failure
 
 
 class EmbeddingPipeline:
@@ -278,3 +204,75 @@ def _width(model: Model, asked: EmbeddingRequest) -> int:
     """Return the width to answer with. Raises InputRefused."""
     refused = model.dimensions_refused
     return dimensions.chosen(model.space, asked.dimensions, model.width, refused=refused)
+
+
+def fallback_models(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
+    """Return the models that may stand in for a model at that width, in the order preferred."""
+    return [
+        models[fallback.model]
+        for fallback in model.fallbacks
+        if can_give(models[fallback.model].space, dimensions, fallback.width)
+    ]
+
+
+async def embed_with_fallback(
+    ask: Callable[[Model, float], Awaitable[T]], models: Sequence[Model], deadline: float
+) -> T:
+    """Ask one model after the other, and return the first answer.
+
+    `ask` takes a model and the point on the event loop's clock by which it has to answer: each
+    leaves the later ones an equal share of the time. A refusal of the inputs, or of the client's
+    key, by the first model ends the matter; a later one may refuse what the first would take.
+    Raises EmbeddingError: what the first model failed with, for that is the one asked for.
+    """
+    clock = asyncio.get_running_loop().time
+    failure: EmbeddingError | None = None
+    for place, model in enumerate(models):
+        now = clock()
+        try:
+            return await ask(model, now + (deadline - now) / (len(models) - place))
+        except EmbeddingError as error:
+            if failure is None and isinstance(error, InvalidRequest | ClientKeyRefused):
+                raise
+            failure = failure or error
+            for following in models[place + 1 : place + 2]:
+                log.warning("%s: %s stands in: %s", model.name, following.name, error)
+    assert failure is not None  # noqa: S101 - there is at least one model
+    raise failure
+
+
+async def apply_dimension_strategy(result: Result) -> Result:
+    """Return an answer at its width, where the model's width is a matter of a strategy.
+
+    Nothing of it is cached: that is the model's own vector. Raises InvalidAnswer.
+    """
+    name, native = result.model.width, result.space.dimensions
+    if name in BUILT_IN or result.fallback or result.dimensions == native:
+        return result
+    vectors = await asyncio.to_thread(_bring, name, result.embedded.vectors, result.dimensions)
+    embedded = replace(result.embedded, vectors=vectors, again=None)
+    return replace(result, space=space_of(name, result.space, result.dimensions), embedded=embedded)
+
+
+def space_of(name: str, space: Space, dimensions: int) -> Space:
+    """Return the space of what a strategy makes of vectors of a space."""
+    return replace(
+        space,
+        name=f"{space.name}~{name}-{find(name).version}",
+        dimensions=dimensions,
+        matryoshka=False,
+        unit_norm=False,
+    )
+
+
+def _bring(name: str, vectors: Sequence[Vector], dimensions: int) -> list[Vector]:
+    try:
+        rows = vector.rows(find(name).bring(vector.stack(vectors), dimensions))
+        if len(rows) != len(vectors):
+            raise vector.VectorError(f"{len(rows)} vectors for {len(vectors)}")  # noqa: TRY301
+        for row in rows:
+            vector.check(row, dimensions)
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise InvalidAnswer(f"width {name}", f"the strategy failed: {why}") from error
+    return rows

@@ -21,7 +21,7 @@ from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
 from embedding_proxy.proxy.config import models
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.providers import ProviderConfig as ProviderEntry
+from embedding_proxy.proxy.config.providers import ProviderConfig
 from embedding_proxy.proxy.config.schema import Settings
 
 CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
@@ -74,7 +74,7 @@ def _share(name: str, limits: Limits, workers: int) -> Limits:
     return limits.share(workers)
 
 
-def key_of(entry: ProviderEntry) -> str:
+def key_of(entry: ProviderConfig) -> str:
     """Return a provider's key from the environment, or nothing. Raises ConfigError."""
     variable = entry.key_variable
     key = os.environ.get(variable, "").strip() if variable else ""
@@ -84,7 +84,7 @@ def key_of(entry: ProviderEntry) -> str:
     return key
 
 
-def check_network(name: str, entry: ProviderEntry) -> None:
+def check_network(name: str, entry: ProviderConfig) -> None:
     """Raise ConfigError if a provider cannot be reached in the way that is configured for it."""
     profile = entry.as_profile()
     try:

@@ -1,13 +1,10 @@
-"""What `cache.mode` and a request's `Cache-Control` say of one request. Pure; imports no HTTP.
+"""What a request says beside its inputs: its client, its cache policy, its index options.
 
-Source of the rules: RFC 9111, 5.2 and 5.2.1. As it recommends, what is not known or not well formed
-is passed over, and names are read in any case.
+The cache policy follows from `cache.mode` and the header `Cache-Control`. Source of the rules:
+RFC 9111, 5.2 and 5.2.1. As it recommends, directives that are unknown or not well formed are
+ignored, and names are case-insensitive.
 
-Who a request comes from, as far as that matters behind the door.
-
-The field `index` of a request: what is to be indexed of it, and under which ids. Pure.
-
-::
+The field `index` says which points are written to Qdrant, and under which ids::
 
     extra_body={"index": {"collection": "docs", "ids": [1, 2], "payload": [{"lang": "en"}, {}]}}
     extra_body={"index": False}
@@ -27,29 +24,60 @@ from embedding_proxy.index.point import MOST_ID, PointId
 from embedding_proxy.providers.base import CachePolicy, InvalidRequest
 
 Mode: TypeAlias = Literal["normal", "frozen", "refresh", "off"]
-
 MEANING: dict[Mode, str] = {
     "normal": "what is not cached is bought, once",
     "frozen": "nothing is bought; what is not cached is an error",
     "refresh": "everything is bought anew, and replaced in the cache",
     "off": "everything is bought; nothing is read from the cache or kept in it",
 }
-
+Honor: TypeAlias = Literal["admin"] | bool
+"""`server.honor_cache_control`: whether a request's header counts, or only that of an admin."""
 # What stands between commas. One inside quotes parts nothing; quotes that are never closed take in
 # all that follows.
 _ITEM = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+"?)++', re.DOTALL)
 _SECONDS = re.compile(r"[0-9]+")
+_KEYS = ("collection", "ids", "payload")
 
 
-Honor: TypeAlias = Literal["admin"] | bool
-"""`server.honor_cache_control`: whether a request's header counts, or only that of an admin."""
+class Secret(str):
+    """A key; it is not shown where values are."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
 
 
-def counted(header: str, honor: Honor, *, is_admin: bool) -> str:
+class Client(NamedTuple):
+    """The one who sent a request."""
+
+    namespace: str = ""
+    """The part of the cache that is the caller's."""
+    client: str = ""
+    """The name of the caller's key in the ledger; empty where no key is asked for."""
+    api_key: Secret = Secret()
+    """The caller's own key for a provider; empty where it sent none, or none is used."""
+    is_admin: bool = False
+    """Whether the caller may do what is the operator's: its key says `admin: true`, or no key is
+    asked for."""
+    retries: int | None = None
+    """0 = the caller repeats requests by itself, and this is its first try; 1 = a later one; None =
+    it is not known to do so."""
+    is_connected: Callable[[], bool] | None = None
+    """Tells whether the caller still waits for the answer; None = it does."""
+
+
+CALLER = web.RequestKey("caller", Client)
+"""Where the guard puts the caller of a request that it lets in."""
+
+
+def effective_cache_control(header: str, honor: Honor, *, is_admin: bool) -> str:
     """Return the header's value, or nothing where it does not count.
 
-    >>> counted("no-cache", "admin", is_admin=False), counted("no-cache", True, is_admin=False)
-    ('', 'no-cache')
+    >>> effective_cache_control("no-cache", "admin", is_admin=False)
+    ''
+    >>> effective_cache_control("no-cache", True, is_admin=False)
+    'no-cache'
     """
     return header if honor is True or (honor == "admin" and is_admin) else ""
 
@@ -66,7 +94,7 @@ class CacheControl(NamedTuple):
 def parse_cache_control(header: str) -> CacheControl:
     """Read the header's value; several headers are joined with commas.
 
-    >>> parse('No-Cache, max-age="60", private="no-store"')
+    >>> parse_cache_control('No-Cache, max-age="60", private="no-store"')
     CacheControl(max_age=0.0, no_store=False, only_if_cached=False)
     """
     said: dict[str, float] = {}
@@ -111,41 +139,6 @@ def to_cache_policy(mode: Mode, header: str) -> CachePolicy:
     )
 
 
-class Secret(str):
-    """A key; it is not shown where values are."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-
-class Client(NamedTuple):
-    """The one who sent a request."""
-
-    namespace: str = ""
-    """The part of the cache that is the caller's."""
-    client: str = ""
-    """The name of the caller's key in the ledger; empty where no key is asked for."""
-    api_key: Secret = Secret()
-    """The caller's own key for a provider; empty where it sent none, or none is used."""
-    is_admin: bool = False
-    """Whether the caller may do what is the operator's: its key says `admin: true`, or no key is
-    asked for."""
-    retries: int | None = None
-    """0 = the caller repeats requests by itself, and this is its first try; 1 = a later one; None =
-    it is not known to do so."""
-    is_connected: Callable[[], bool] | None = None
-    """Tells whether the caller still waits for the answer; None = it does."""
-
-
-CALLER = web.RequestKey("caller", Client)
-"""Where the guard puts the caller of a request that it lets in."""
-
-
-_KEYS = ("collection", "ids", "payload")
-
-
 @dataclass(frozen=True, slots=True)
 class IndexOptions:
     """What a request says about its indexing."""
@@ -167,7 +160,8 @@ def parse_index_options(value: object, inputs: int) -> IndexOptions:
 
     Raises InvalidRequest.
 
-    >>> parse(False, 1).wanted, parse({"ids": [7]}, 1).ids
+    >>> options = parse_index_options({"ids": [7]}, 1)
+    >>> parse_index_options(False, 1).wanted, options.ids
     (False, (7,))
     """
     if value is None or value is True:

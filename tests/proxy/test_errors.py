@@ -15,7 +15,7 @@ from embedding_proxy.providers.base import (
     Refusal,
     UpstreamTimeout,
 )
-from embedding_proxy.proxy.http.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
+from embedding_proxy.proxy.http.errors import INTERNAL, RETRY_SECONDS, Failure, error_body, failure
 
 
 def _leaves(cls: type) -> list[type]:
@@ -117,7 +117,7 @@ def test_the_body_always_has_the_four_keys(leaf):
 
 def test_a_body_of_only_a_message_has_nulls():
     """What is not known of an error is null, not left out."""
-    assert json.loads(body("m", "t")) == {
+    assert json.loads(error_body("m", "t")) == {
         "error": {"message": "m", "type": "t", "param": None, "code": None}
     }
 
