@@ -21,13 +21,13 @@ from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.routing import health
 from embedding_proxy.proxy.cli import main
-from embedding_proxy.proxy.cli.migrate_options import Target, named
+from embedding_proxy.proxy.cli.migrate_options import Target, find_model
 from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service import client_keys, provider_factory
 from embedding_proxy.proxy.service import client_keys as client_secret
 from embedding_proxy.proxy.service import client_keys as proofs
-from embedding_proxy.proxy.service.client_keys import ByClient, KeyStatus, Proofs
+from embedding_proxy.proxy.service.client_keys import ClientKeyPolicy, KeyStatus, Proofs
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import hang, status, tokens_of, vector_of
 from qdrant_server import QdrantServer
@@ -290,7 +290,7 @@ async def test_a_key_is_written_nowhere(start, upstream, tmp_path, caplog):
         assert part not in str(told)
         assert part not in str(ours)
     files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert any(file.name == client_secret.FILE for file in files)
+    assert any(file.name == client_secret.HASH_KEY_FILE for file in files)
     for file in files:
         assert secret not in str(file)
         assert secret.encode() not in file.read_bytes()
@@ -307,24 +307,26 @@ def test_a_digest_needs_the_secret(tmp_path):
         names.add(keys._digest("https://a", ANNE))
         names.add(keys._digest("https://b", ANNE))
     assert len(names) == 4
-    hows = [ByClient(MODEL, "s", ("p",), origin, share=False, others=False) for origin in "ab"]
+    hows = [
+        ClientKeyPolicy(MODEL, "s", ("p",), origin, share=False, others=False) for origin in "ab"
+    ]
     assert len({keys._credential(how, ANNE) for how in hows}) == 2
 
 
 def test_the_secret_is_made_once(tmp_path, caplog):
     """Who comes second takes the first one's; it is for the owner's eyes; a damaged one is said."""
-    secret = client_secret.load(tmp_path)
-    file = tmp_path / client_secret.FILE
-    assert len(secret) == client_secret.SIZE
+    secret = client_secret.load_secret(tmp_path)
+    file = tmp_path / client_secret.HASH_KEY_FILE
+    assert len(secret) == client_secret.HASH_KEY_SIZE
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    client_secret._make(file)
-    assert client_secret.load(tmp_path) == secret
-    assert [one.name for one in tmp_path.iterdir()] == [client_secret.FILE]
+    client_secret._make_secret(file)
+    assert client_secret.load_secret(tmp_path) == secret
+    assert [one.name for one in tmp_path.iterdir()] == [client_secret.HASH_KEY_FILE]
     file.write_bytes(b"short")
     with pytest.raises(client_secret.StoreError, match="is damaged: bring it back"):
-        client_secret.load(tmp_path)
+        client_secret.load_secret(tmp_path)
     assert not caplog.records
-    assert len(client_secret.load(tmp_path / "missing")) == client_secret.SIZE
+    assert len(client_secret.load_secret(tmp_path / "missing")) == client_secret.HASH_KEY_SIZE
     assert "cannot be kept" in caplog.text
 
 
@@ -715,7 +717,7 @@ async def test_a_model_known_by_name_alone(start, upstream):
 
 async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     """Keys without end leave limits, rests, budgets and proofs of the newest alone."""
-    monkeypatch.setattr(proofs, "MOST", 20)
+    monkeypatch.setattr(proofs, "MAX_KEYS", 20)
     monkeypatch.setattr(health, "MAX_KEYS", 20)
     proxy = await start()
     for one in (proxy.service.upstreams._budgets, _provider(proxy)._admissions):
@@ -809,7 +811,7 @@ async def test_a_provider_asked_without_a_key_asks_nobody(start, upstream):
     """Whoever reaches past the service, as a probe does, gets an error, and no call is made."""
     proxy = await start()
     for ask in (
-        provider_factory.scheduled(
+        provider_factory.make_scheduler(
             proxy.service.models[MODEL].router, proxy.service.settings
         ).embed,
         proxy.service.models[MODEL].router.routes[0].embed,
@@ -866,7 +868,7 @@ def test_a_proof_by_the_clock(tmp_path):
 
 def test_the_files_of_proofs_are_bounded(tmp_path, monkeypatch):
     """Of keys without end the newest have a file; the others are proved again."""
-    monkeypatch.setattr(proofs, "MOST", 5)
+    monkeypatch.setattr(proofs, "MAX_KEYS", 5)
     monkeypatch.setattr(proofs, "SWEEP_EVERY", 10)
     now = 1_800_000_000.0
     known = Proofs(tmp_path / "p", lambda: now)
@@ -992,7 +994,7 @@ async def test_passed_calls_use_the_same_key(start_proxy):
 async def test_commands_leave_it_out_and_say_so(run_cli, start, upstream):
     """`check` skips it and is content, `compare` and `migrate` say why there is nothing to ask."""
     service = (await start()).service
-    target = Target(service, named(service.settings, MODEL, "--to"), 1536)
+    target = Target(service, find_model(service.settings, MODEL, "--to"), 1536)
     assert "each client's own key" in target.unusable
     providers = {"openai": _theirs(upstream), "local": None}
     models = {MODEL: {"routes": [{"provider": "openai", "model": MODEL}]}}

@@ -31,12 +31,16 @@ from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.importers import FORMATS, open_source
-from embedding_proxy.proxy.service.provider_factory import make_router, open_providers, scheduled
+from embedding_proxy.proxy.service.provider_factory import (
+    make_router,
+    make_scheduler,
+    open_providers,
+)
 
-from .cache import opened, opened_for_reading
+from .cache import open_store, open_store_for_reading
 from .formatting import count
 from .groups import cache_app
-from .output import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
+from .output import ConfigOption, JsonOption, WorkFailed, check_utf8, print_json, progress
 
 MOST_OFF_NORM = 0.01
 _MOST_SHOWN = 5
@@ -161,7 +165,7 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option(help="The model of the embeddings, if SOURCE is no export.")
     ] = None,
     namespace: Annotated[
-        str, typer.Option(help="Where they go, if SOURCE is no export.", callback=plain)
+        str, typer.Option(help="Where they go, if SOURCE is no export.", callback=check_utf8)
     ] = "",
     sample: Annotated[
         int,
@@ -188,12 +192,12 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
                 f"{source} is an export, which says itself where its entries belong:"
                 " leave out --namespace"
             )
-        with _read(source) as file:
-            _take_archive(settings, source, file, dry_run=dry_run, as_json=as_json)
+        with _open_archive(source) as file:
+            _import_archive(settings, source, file, dry_run=dry_run, as_json=as_json)
         return
     if ":/" not in source and not Path(source).exists():
         raise WorkFailed(f"{source}: No such file or directory")
-    model = _known(settings, model)
+    model = _check_model(settings, model)
     if kind is not None and kind not in FORMATS:
         raise loader.ConfigError(f"--format: there is no {kind!r}; known: {', '.join(FORMATS)}")
     pairs = open_source(
@@ -229,7 +233,7 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
         raise typer.Exit(1)
 
 
-def _known(settings: Settings, model: str | None) -> str:
+def _check_model(settings: Settings, model: str | None) -> str:
     if model not in settings.models:
         names = ", ".join(sorted(settings.models))
         raise loader.ConfigError(f"--model: name the model of the embeddings; known: {names}")
@@ -247,7 +251,7 @@ def _is_archive(source: str) -> bool:
 
 
 @contextmanager
-def _read(source: str) -> Iterator[BinaryIO]:
+def _open_archive(source: str) -> Iterator[BinaryIO]:
     if source == _STREAM:
         yield sys.stdin.buffer
         return
@@ -258,7 +262,7 @@ def _read(source: str) -> Iterator[BinaryIO]:
         raise WorkFailed(f"{source}: {error.strerror or error}") from error
 
 
-def _take_archive(
+def _import_archive(
     settings: Settings, source: str, file: BinaryIO, *, dry_run: bool, as_json: bool
 ) -> None:
     report = archive.Report()
@@ -306,9 +310,9 @@ def _put(
         tell = stack.enter_context(progress("importing", total))
         database: ReadableFile
         if dry_run:
-            database = stack.enter_context(opened_for_reading(settings))
+            database = stack.enter_context(open_store_for_reading(settings))
         else:
-            database = stack.enter_context(opened(settings, create=True))
+            database = stack.enter_context(open_store(settings, create=True))
         for sums in archive.put(database, rows, dry_run=dry_run):
             tell(sums.stored + sums.present)
     return sums
@@ -342,6 +346,6 @@ async def _compare(settings: Settings, model: str, importer: Importer, survey: S
                 f"{router.unavailable} Or trust the source without a sample: --sample 0"
             )
         try:
-            return await importer.compare(survey.sample, scheduled(router, settings))
+            return await importer.compare(survey.sample, make_scheduler(router, settings))
         except SampleDiffers as error:
             raise WorkFailed(str(error)) from error

@@ -23,7 +23,7 @@ from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import GIB
 
 from . import output
-from .cache import NamespaceOption, SpaceOption, check_known, opened, opened_for_reading
+from .cache import NamespaceOption, SpaceOption, check_known, open_store, open_store_for_reading
 from .formatting import count, money, size
 from .groups import cache_app
 from .output import ConfigOption, JsonOption, WorkFailed, need_terminal, print_json, progress
@@ -63,8 +63,8 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     choice = purge.Choice(
         namespace=namespace,
         space=space,
-        stored_before=output.before(now, older_than, "--older-than"),
-        used_before=output.before(now, unused_for, "--unused-for"),
+        stored_before=output.past_time(now, older_than, "--older-than"),
+        used_before=output.past_time(now, unused_for, "--unused-for"),
         address=_address(settings, text, model, namespace),
     )
     if choice == purge.Choice() and not everything:
@@ -76,10 +76,10 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned)
     deleted = 0
     if dry_run:
-        with opened_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
+        with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
             chosen = _look_up(settings, file, waiting, choice)
     else:
-        with opened(settings) as store, _outbox(settings) as outbox:
+        with open_store(settings) as store, _outbox(settings) as outbox:
             chosen = _look_up(settings, store, outbox, choice)
             if not yes and (chosen.entries or chosen.points):
                 typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
@@ -159,10 +159,13 @@ def _look_up(
     is_named = namespace is not None or space is not None
     if is_named and not (outbox and pick(outbox, namespace=namespace, space=space)):
         check_known(settings, file, namespace, space)
-    choices = [choice, *(one for one in _shared(choice) if purge.count_entries(file, one)[0])]
+    choices = [
+        choice,
+        *(one for one in _shared_partitions(choice) if purge.count_entries(file, one)[0]),
+    ]
     counts = [purge.count_entries(file, one) for one in choices]
     entries, held = (sum(column) for column in zip(*counts, strict=True))
-    points = [] if outbox is None else _waiting(outbox, file, choices)
+    points = [] if outbox is None else _pending_points(outbox, file, choices)
     of_partitions: Counter[int | None] = Counter()
     for one in choices:
         of_partitions.update(
@@ -198,7 +201,7 @@ def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> in
     return deleted
 
 
-def _shared(choice: purge.Choice) -> list[purge.Choice]:
+def _shared_partitions(choice: purge.Choice) -> list[purge.Choice]:
     """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
 
     See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
@@ -251,7 +254,7 @@ def _outbox_for_reading(
         yield found
 
 
-def _waiting(
+def _pending_points(
     outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.Choice]
 ) -> list[Picked]:
     """Return the points that wait of what is chosen first; by age the entry in the cache counts."""

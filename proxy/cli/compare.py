@@ -18,15 +18,20 @@ from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.diagnostics import sample_texts
 from embedding_proxy.proxy.diagnostics.benchmark import Plan, RouteBenchmark, cost, run
 from embedding_proxy.proxy.diagnostics.report import (
+    ComparisonReport,
+    ComparisonRow,
     Likeness,
-    Point,
-    Report,
-    Row,
+    PlotPoint,
     make_report,
     name_of,
     svg,
 )
-from embedding_proxy.proxy.diagnostics.routes import Candidates, ModelSelection, RouteResult, find
+from embedding_proxy.proxy.diagnostics.routes import (
+    Candidates,
+    ModelSelection,
+    RouteResult,
+    find_routes,
+)
 from embedding_proxy.proxy.diagnostics.sample_texts import Samples
 
 from .formatting import money, price, size
@@ -138,7 +143,7 @@ class _Work:
         """
         async with AsyncExitStack() as stack:
             choice = ModelSelection(self.names, also="nothing")
-            candidates = await find(self.settings, choice, stack)
+            candidates = await find_routes(self.settings, choice, stack)
             findings = list(self._chosen(candidates.findings))
             trials = [
                 RouteBenchmark(one, one.route, one.space, self._price(candidates, one))
@@ -229,7 +234,7 @@ def plan_as_dict(trials: Sequence[RouteBenchmark], plan: Plan) -> dict[str, Any]
 
 
 def as_dict(
-    report: Report,
+    report: ComparisonReport,
     samples: Samples,
     plan: Plan,
     left_out: Sequence[str],
@@ -254,7 +259,7 @@ def as_dict(
     }
 
 
-def _route(report: Report, row: Row) -> dict[str, Any]:
+def _route(report: ComparisonReport, row: ComparisonRow) -> dict[str, Any]:
     trial = row.trial
     beaten = report.beaten_by(row)
     return {
@@ -267,12 +272,12 @@ def _route(report: Report, row: Row) -> dict[str, Any]:
         "calls": trial.calls,
         "failures": dict(trial.failures),
         "error": trial.why or None,
-        "first_ms": None if trial.first_s is None else _rounded(1000 * trial.first_s),
-        "p50_ms": _rounded(row.p50_ms),
-        "p95_ms": _rounded(row.p95_ms),
-        "overhead_ms": _rounded(row.overhead_ms),
-        "batch_p50_ms": _rounded(row.batch_p50_ms),
-        "batch_p95_ms": _rounded(row.batch_p95_ms),
+        "first_ms": None if trial.first_s is None else _round(1000 * trial.first_s),
+        "p50_ms": _round(row.p50_ms),
+        "p95_ms": _round(row.p95_ms),
+        "overhead_ms": _round(row.overhead_ms),
+        "batch_p50_ms": _round(row.batch_p50_ms),
+        "batch_p95_ms": _round(row.batch_p95_ms),
         "tokens": trial.tokens,
         "usd": trial.usd,
         "charged": trial.told and trial.tokens > 0,
@@ -299,12 +304,12 @@ def _pair(pair: Likeness) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
 
 def print_report(
-    report: Report,
+    report: ComparisonReport,
     samples: Samples,
     plan: Plan,
     left_out: Sequence[str],
@@ -338,7 +343,7 @@ def print_report(
             typer.echo(printable(f"  {line}"))
 
 
-def _cells(row: Row, *, with_recall: bool) -> Iterator[str]:
+def _cells(row: ComparisonRow, *, with_recall: bool) -> Iterator[str]:
     trial = row.trial
     yield f"{trial.calls - trial.failures.total()}/{trial.calls}"
     for value in (row.p50_ms, row.p95_ms, row.batch_p50_ms, row.batch_p95_ms):
@@ -351,14 +356,14 @@ def _cells(row: Row, *, with_recall: bool) -> Iterator[str]:
         yield "-" if row.recall is None else f"{row.recall:.3f}"
 
 
-def _failures(report: Report) -> Iterator[str]:
+def _failures(report: ComparisonReport) -> Iterator[str]:
     for row in report.rows:
         if row.trial.failures:
             kinds = ", ".join(f"{n} x {kind}" for kind, n in row.trial.failures.most_common())
             yield f"{row.name}: {kinds}; the last: {row.trial.why}"
 
 
-def _agreement(report: Report) -> Iterator[str]:
+def _agreement(report: ComparisonReport) -> Iterator[str]:
     for pair in report.pairs:
         names = f"{pair.one.name} and {pair.other.name}"
         if pair.cosine is not None:
@@ -375,7 +380,7 @@ def _agreement(report: Report) -> Iterator[str]:
             )
 
 
-def _advice(report: Report) -> Iterator[str]:
+def _advice(report: ComparisonReport) -> Iterator[str]:
     if len(report.choices) < 2:
         return
     if report.cheapest:
@@ -393,7 +398,7 @@ def _advice(report: Report) -> Iterator[str]:
             yield f"{row.name} is no better than {beaten.name} in anything that was measured"
 
 
-def draw_plot(report: Report) -> str:
+def draw_plot(report: ComparisonReport) -> str:
     """Return a plot of the median latency against recall if that is known, else against cost."""
     by_recall = report.best_recall is not None
     points = []
@@ -406,6 +411,6 @@ def draw_plot(report: Report) -> str:
             else f"${price(row.usd_per_million_inputs)} per million inputs",
             *([f"recall {row.recall:.3f}"] if row.recall is not None else []),
         ]
-        points.append(Point(printable(row.name), row.p50_ms, y, ", ".join(told)))
+        points.append(PlotPoint(printable(row.name), row.p50_ms, y, ", ".join(told)))
     y_label = f"recall@{report.k}" if by_recall else "USD per million inputs"
     return svg("Embedding routes compared", "median of single calls, ms", y_label, points)

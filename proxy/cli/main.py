@@ -16,7 +16,7 @@ import typer
 
 from .groups import OTHERS, cache_app, config_app, group, migrate_app
 from .imports import EXIT_CODE, importing
-from .output import ConfigOption, discard_unwritten, fail, one_line
+from .output import ConfigOption, discard_unwritten, fail, handle_failures
 
 if TYPE_CHECKING:
     import asyncio
@@ -102,7 +102,7 @@ def serve(
         count = settings.server.workers
 
         def work(ready: Callable[[], None]) -> signal.Signals:
-            with one_line():
+            with handle_failures():
                 return _run(server.serve(settings, listening, ready, is_worker=count > 1))
 
         told = work(announce) if count == 1 else run_workers(count, work, announce)
@@ -149,7 +149,7 @@ def main() -> None:
             # What the encoding of a terminal lacks is shown as an escape.
             stream.reconfigure(errors="backslashreplace")
     try:
-        with one_line():
+        with handle_failures():
             app()
     finally:
         for stream in (sys.stdout, sys.stderr):

@@ -33,7 +33,7 @@ from . import migrate_options
 from .formatting import age, count, money
 from .groups import migrate_app
 from .migrate_options import Target, settings_for
-from .migrate_process import held, run_detached, until_left, wait_for_others
+from .migrate_process import cancel_when_left, hold_lock, run_detached, wait_for_others
 from .output import (
     ConfigOption,
     JsonOption,
@@ -75,13 +75,13 @@ def plan(  # noqa: PLR0913 - one parameter an option
     as_json: JsonOption = False,
 ) -> None:
     """Say what a migration would do, cost and take; nothing is bought, and nothing changes."""
-    what = migrate_options.asked(
+    what = migrate_options.parse_options(
         config_file=config_file,
         names=names,
         to=to,
         old=old,
         dimensions=dimensions,
-        texts=migrate_options.Texts(text_field, template, text_by, file, vector, into),
+        texts=migrate_options.TextOptions(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
     tell_store(what.settings)
@@ -94,9 +94,9 @@ def plan(  # noqa: PLR0913 - one parameter an option
 
 
 async def _plan(
-    what: migrate_options.Asked, place: str | None, namespace: str, pace: Pace
+    what: migrate_options.MigrationRequest, place: str | None, namespace: str, pace: Pace
 ) -> list[Plan]:
-    async with opened(what, place, namespace) as (points, target):
+    async with open_target(what, place, namespace) as (points, target):
         survey = Survey(points, target, what.model.entry.price, pace, target.limits)
         plans = []
         for wanted in what.wanted:
@@ -144,13 +144,13 @@ def run(  # noqa: PLR0913 - one parameter an option
     Answers that are on their way when it is stopped, even by kill -9, are kept for the next run.
     Exit code 1 if a point could not be carried, or a collection could not be migrated.
     """
-    what = migrate_options.asked(
+    what = migrate_options.parse_options(
         config_file=config_file,
         names=names,
         to=to,
         old=old,
         dimensions=dimensions,
-        texts=migrate_options.Texts(text_field, template, text_by, file, vector, into),
+        texts=migrate_options.TextOptions(text_field, template, text_by, file, vector, into),
         regime=regime,
     )
     tell_store(what.settings)
@@ -178,7 +178,7 @@ Ended = tuple[State | None, MigrationState, str | None]
 
 
 async def _run(  # noqa: PLR0913 - in the order of their making
-    what: migrate_options.Asked,
+    what: migrate_options.MigrationRequest,
     place: str | None,
     namespace: str,
     pace: Pace,
@@ -187,7 +187,7 @@ async def _run(  # noqa: PLR0913 - in the order of their making
     life: int | None,
 ) -> list[Ended]:
     ended: list[Ended] = []
-    async with until_left(life):
+    async with cancel_when_left(life):
         connection = migrate_options.connection(what.settings, place)
         journals = [
             migrate_options.journal_of(what.settings, connection, wanted.collection)
@@ -195,12 +195,12 @@ async def _run(  # noqa: PLR0913 - in the order of their making
         ]
         # Before Qdrant is opened: a folder is open in one process only.
         await wait_for_others(*journals)
-        async with opened(what, place, namespace) as (points, target):
+        async with open_target(what, place, namespace) as (points, target):
             if target.unusable:
                 raise WorkFailed(target.unusable)
             for wanted, journal in zip(what.wanted, journals, strict=True):
                 try:
-                    async with held(journal, target.finish):
+                    async with hold_lock(journal, target.finish):
                         state = await _migrate(
                             points, target, journal, wanted, pace, restart=restart
                         )
@@ -240,8 +240,8 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
 
 
 @asynccontextmanager
-async def opened(
-    what: migrate_options.Asked, place: str | None, namespace: str
+async def open_target(
+    what: migrate_options.MigrationRequest, place: str | None, namespace: str
 ) -> AsyncIterator[tuple[Points, Target]]:
     """Open Qdrant, and the service that buys the vectors."""
     connection = migrate_options.connection(what.settings, place)

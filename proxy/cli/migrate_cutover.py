@@ -23,8 +23,8 @@ from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
 from . import formatting, migrate, migrate_options
 from .groups import migrate_app
-from .migrate_options import Target, named, settings_for
-from .migrate_process import held, wait_for_others
+from .migrate_options import Target, find_model, settings_for
+from .migrate_process import hold_lock, wait_for_others
 from .output import (
     ConfigOption,
     JsonOption,
@@ -139,7 +139,7 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
     async def switch(points: Points, journal: MigrationState) -> Verdict:
         state = cutover.begun(journal)
         own = alias and alias.replace("{collection}", state.collection)
-        model = named(settings, state.model, f"{journal.path}: model")
+        model = find_model(settings, state.model, f"{journal.path}: model")
         async with EmbeddingService(settings_for(settings, model)) as service:
             target = Target(service, model, state.dimensions, namespace)
             old = await look(points, state.source, state.vector)
@@ -259,7 +259,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
         if not lock:
             return await work(points, journal)
-        async with held(journal):
+        async with hold_lock(journal):
             return await work(points, journal)
 
     async def every() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:

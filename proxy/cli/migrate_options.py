@@ -30,7 +30,7 @@ from embedding_proxy.proxy.service.inputs import CostPreview
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY
 
 from .migrate_process import ShieldedTask
-from .output import plain
+from .output import check_utf8
 
 LONGEST_END_S = 120.0
 """How long answers are waited for when a run is stopped."""
@@ -83,7 +83,9 @@ QdrantOption = Annotated[
         help="URL of a server, or folder; index.qdrant unless given. Key: QDRANT_API_KEY."
     ),
 ]
-NamespaceOption = Annotated[str, typer.Option(help="The part of the cache to use.", callback=plain)]
+NamespaceOption = Annotated[
+    str, typer.Option(help="The part of the cache to use.", callback=check_utf8)
+]
 SampleOption = Annotated[
     int, typer.Option(min=1, help="Texts embedded to prove that vectors may be copied.")
 ]
@@ -93,7 +95,7 @@ PassesOption = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class NamedModel:
     """A model as the command line names it."""
 
     asked: str
@@ -109,28 +111,28 @@ class Named:
         return self.entry.as_space()
 
 
-def named(settings: Settings, text: str, option: str) -> Named:
+def find_model(settings: Settings, text: str, option: str) -> NamedModel:
     """Return the model that an option names. Raises ConfigError."""
     if (entry := settings.models.get(text)) is not None:
-        return _known(Named(text, text, entry, None), option)
+        return _check_dimensions(NamedModel(text, text, entry, None), option)
     provider, _, rest = text.partition("/")
     if rest and settings.providers.get(provider) is not None:
         for name, entry in settings.models.items():
             routes = [route for route in entry.routes if route.provider == provider]
             if routes and (name == rest or rest in {route.model for route in routes}):
-                return _known(Named(text, name, entry, provider), option)
+                return _check_dimensions(NamedModel(text, name, entry, provider), option)
     near = difflib.get_close_matches(text, settings.models, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "`models` in the configuration can add it"
     raise ConfigError(f"{option}: there is no model {text!r}; {hint}")
 
 
-def _known(model: Named, option: str) -> Named:
+def _check_dimensions(model: NamedModel, option: str) -> NamedModel:
     if model.entry.dimensions is None:
         raise ConfigError(f"{option}: say how wide its vectors are: models.{model.name}.dimensions")
     return model
 
 
-def width_of(model: Named, dimensions: int | None) -> int:
+def width_of(model: NamedModel, dimensions: int | None) -> int:
     """Return the width to migrate to; the native one if none is asked for. Raises ConfigError."""
     native = model.space.dimensions
     if dimensions is None:
@@ -141,7 +143,7 @@ def width_of(model: Named, dimensions: int | None) -> int:
     return dimensions
 
 
-def settings_for(settings: Settings, model: Named) -> Settings:
+def settings_for(settings: Settings, model: NamedModel) -> Settings:
     """Return the settings of a service that serves a migration. Raises ConfigError.
 
     No model of another space may stand in: its vectors would be lost among the others. Nor is what
@@ -166,7 +168,7 @@ class Target:
     """The model that a migration goes to, behind our own cache and routes."""
 
     def __init__(
-        self, service: EmbeddingService, model: Named, dimensions: int, namespace: str = ""
+        self, service: EmbeddingService, model: NamedModel, dimensions: int, namespace: str = ""
     ) -> None:
         self.name = model.name
         self.asked = model.asked
@@ -223,7 +225,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class TextOptions:
     """Where the texts of all collections are that say nothing of their own."""
 
     field: str | None = None
@@ -235,33 +237,33 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class MigrationRequest:
     """What a command is to do."""
 
     settings: Settings
-    model: Named
+    model: NamedModel
     dimensions: int
     wanted: Sequence[Wanted]
 
 
-def asked(  # noqa: PLR0913 - what is asked for, by name
+def parse_options(  # noqa: PLR0913 - what is asked for, by name
     *,
     config_file: Path | None,
     names: Sequence[str] | None,
     to: str | None,
     old: str | None,
     dimensions: int | None,
-    texts: Texts,
+    texts: TextOptions,
     regime: Regime,
-) -> Asked:
+) -> MigrationRequest:
     """Return what the options say. Raises ConfigError."""
     settings = loader.load(config_file)
     if to is None:
         raise ConfigError("--to: name the model to migrate to")
-    model = named(settings, to, "--to")
-    space = named(settings, old, "--from").space if old else None
-    mapping = {} if texts.file is None else _mapping(texts.file)
-    collections = _chosen(names, mapping)
+    model = find_model(settings, to, "--to")
+    space = find_model(settings, old, "--from").space if old else None
+    mapping = {} if texts.file is None else _read_mapping(texts.file)
+    collections = _collection_names(names, mapping)
     if texts.into and len(collections) > 1:
         raise ConfigError("--into is for one collection; a --file can name one for each")
     wanted = []
@@ -277,22 +279,22 @@ def asked(  # noqa: PLR0913 - what is asked for, by name
                 into=own.get("into", texts.into),
             )
         )
-    return Asked(settings, model, width_of(model, dimensions), wanted)
+    return MigrationRequest(settings, model, width_of(model, dimensions), wanted)
 
 
 def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:
     """Return the collections that are named, or else those of the file. Raises ConfigError."""
-    return _chosen(names, {} if file is None else _mapping(file))
+    return _collection_names(names, {} if file is None else _read_mapping(file))
 
 
-def _chosen(names: Sequence[str] | None, mapping: Mapping[str, object]) -> list[str]:
+def _collection_names(names: Sequence[str] | None, mapping: Mapping[str, object]) -> list[str]:
     collections = list(dict.fromkeys(names or mapping))
     if not collections:
         raise ConfigError("name the collections to migrate, or give --file")
     return collections
 
 
-def _mapping(path: Path) -> dict[str, Mapping[str, str]]:
+def _read_mapping(path: Path) -> dict[str, Mapping[str, str]]:
     found: dict[str, Mapping[str, str]] = {}
     for name, entry in loader.load_mapping(path).items():
         said: Any = {} if entry is None else entry
@@ -308,7 +310,7 @@ def _mapping(path: Path) -> dict[str, Mapping[str, str]]:
     return found
 
 
-def _rule(name: str, own: Mapping[str, str], texts: Texts) -> Rule:
+def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule:
     field, template, by = (own.get(key) for key in _TEXTS)
     if not {*_TEXTS} & own.keys():
         field, template, by = texts.field, texts.template, texts.by

@@ -92,7 +92,7 @@ def _wait(worker: int, life: int) -> tuple[int, int | None]:
 
 
 @asynccontextmanager
-async def until_left(life: int | None) -> AsyncIterator[None]:
+async def cancel_when_left(life: int | None) -> AsyncIterator[None]:
     """Cancel the current task, and say nothing from then on, when the first process has ended."""
     task = asyncio.current_task()
     if life is None or task is None:
@@ -139,7 +139,7 @@ class ShieldedTask:
             await asyncio.gather(*left, return_exceptions=True)
 
 
-async def _nothing() -> None:
+async def _do_nothing() -> None:
     """End at once."""
 
 
@@ -147,8 +147,8 @@ async def wait_for_others(*journals: MigrationState) -> None:
     """Wait while processes that were left keep what they have asked for. Raises JournalError."""
     loop = asyncio.get_running_loop()
     noticed, told = loop.time() + NOTICED_S, False
-    for path in map(_path, journals):
-        while path.exists() and not _free(path):
+    for path in map(_lock_path, journals):
+        while path.exists() and not _is_free(path):
             if path.read_bytes() == FINISHING:
                 if not told:
                     typer.echo("waiting for the last answers of a run that was stopped", err=True)
@@ -159,22 +159,22 @@ async def wait_for_others(*journals: MigrationState) -> None:
 
 
 @asynccontextmanager
-async def held(
-    journal: MigrationState, finish: Callable[[], Awaitable[None]] = _nothing
+async def hold_lock(
+    journal: MigrationState, finish: Callable[[], Awaitable[None]] = _do_nothing
 ) -> AsyncIterator[None]:
     """Hold a migration, and `finish` before it is let go. Raises MigrationRefused, JournalError."""
-    path = _path(journal)
-    lock = _open(path)
+    path = _lock_path(journal)
+    lock = _open_lock(path)
     try:
         lock.__enter__()
     except TimeoutError as error:
         lock.close()
         raise MigrationRefused(f"another process works on this migration ({path})") from error
     try:
-        _say(path, b"")
+        _write_note(path, b"")
         yield
     finally:
-        _say(path, FINISHING)
+        _write_note(path, FINISHING)
         try:
             await finish()
         finally:
@@ -182,12 +182,12 @@ async def held(
             lock.close()
 
 
-def _path(journal: MigrationState) -> Path:
+def _lock_path(journal: MigrationState) -> Path:
     return journal.path.with_suffix(".lock")
 
 
-def _free(path: Path) -> bool:
-    lock = _open(path)
+def _is_free(path: Path) -> bool:
+    lock = _open_lock(path)
     try:
         with lock:
             return True
@@ -197,7 +197,7 @@ def _free(path: Path) -> bool:
         lock.close()
 
 
-def _open(path: Path) -> WriterLock:
+def _open_lock(path: Path) -> WriterLock:
     try:
         private_files.make_folder(path.parent)
         return WriterLock(path, 0)
@@ -205,7 +205,7 @@ def _open(path: Path) -> WriterLock:
         raise JournalError(f"{path}: {error.strerror or error}") from error
 
 
-def _say(path: Path, what: bytes) -> None:
+def _write_note(path: Path, what: bytes) -> None:
     # On a disk that is full, others are refused instead of let wait.
     with contextlib.suppress(OSError), open(path, "wb", opener=private_files.opener) as file:
         file.write(what)

@@ -40,7 +40,7 @@ class WrongUsage(Exception):
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
+def handle_failures() -> Iterator[None]:
     """End with one line and an exit code when something foreseeable goes wrong.
 
     A configuration gets a line for each of its mistakes.
@@ -141,7 +141,7 @@ def say(message: str) -> None:
         typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
 
 
-def plain(option: str | None) -> str | None:
+def check_utf8(option: str | None) -> str | None:
     """Return an option as it is; a callback. Raises ConfigError for what is not UTF-8."""
     if option is not None and not option.isascii():
         try:
@@ -233,7 +233,7 @@ def _lines(what: str, total: float | None) -> Callable[[float], None]:
     return tell
 
 
-def seconds(text: str, option: str) -> float:
+def parse_duration(text: str, option: str) -> float:
     """Return the length of a span such as `90d`, in seconds. Raises ConfigError.
 
     >>> seconds("1.5h", "--older-than")
@@ -245,6 +245,6 @@ def seconds(text: str, option: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def before(now: float, text: str | None, option: str) -> float | None:
+def past_time(now: float, text: str | None, option: str) -> float | None:
     """Return the moment a span ago; None without one. Raises ConfigError."""
-    return None if text is None else max(0.0, now - seconds(text, option))
+    return None if text is None else max(0.0, now - parse_duration(text, option))

@@ -134,19 +134,19 @@ def hide_keys(message: str) -> str:
     >>> hide_keys("/etc/proxy.yaml: providers.sk-proj-abcdef123.kind: is missing; add it")
     '/etc/proxy.yaml: providers.***.kind: is missing; add it'
     """
-    return _WORD.sub(lambda word: _in_word(word[0]), message)
+    return _WORD.sub(lambda word: _hide_in_word(word[0]), message)
 
 
-def _in_word(word: str) -> str:
+def _hide_in_word(word: str) -> str:
     scheme, is_address, rest = word.partition("://")
     if is_address:
         user, at, place = rest.rpartition("@")
         end = min((i for mark in "?#" if (i := place.find(mark)) >= 0), default=len(place))
-        return f"{scheme}://{MASK if user else user}{at}{place[:end]}{_hidden(place[end:])}"
-    return word if _PATH.search(word) else _hidden(word)
+        return f"{scheme}://{MASK if user else user}{at}{place[:end]}{_hide_tokens(place[end:])}"
+    return word if _PATH.search(word) else _hide_tokens(word)
 
 
-def _hidden(word: str) -> str:
+def _hide_tokens(word: str) -> str:
     word = _JWT.sub(MASK, word)
     return _TOKEN.sub(lambda found: MASK if looks_like_key(found[0]) else found[0], word)
 

@@ -44,7 +44,7 @@ def _absolute(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str | Path):
         return value
     context = info.context or {}
-    return references.absolute(value, context.get(FOLDER, Path()))
+    return references.absolute_path(value, context.get(FOLDER, Path()))
 
 
 def _host_name(value: str) -> str:

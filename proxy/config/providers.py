@@ -141,7 +141,7 @@ class ProviderConfig(Section):
     @field_validator("neutral_fields")
     @classmethod
     def _fit_to_send(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unfit = (request_fields.unfit([name]) for name in value)
+        unfit = (request_fields.neutral_field_problem([name]) for name in value)
         refuse(Problem((), f"{problem}; remove it") for problem in unfit if problem is not None)
         return value
 

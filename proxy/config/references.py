@@ -38,7 +38,7 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
 
     def replaced(value: object, path: KeyPath) -> object:
         if isinstance(value, dict):
-            return {key: replaced(one, (*path, _part(key))) for key, one in value.items()}
+            return {key: replaced(one, (*path, _path_part(key))) for key, one in value.items()}
         if isinstance(value, list):
             return [replaced(one, (*path, i)) for i, one in enumerate(value)]
         if not isinstance(value, str):
@@ -61,11 +61,11 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
     return replaced(content, ()), needed, spared
 
 
-def _part(key: object) -> str | int:
+def _path_part(key: object) -> str | int:
     return key if isinstance(key, str | int) else str(key)
 
 
-def absolute(text: str | Path, folder: Path | None) -> Path:
+def absolute_path(text: str | Path, folder: Path | None) -> Path:
     """Return the absolute path that a configuration means. Raises ValueError with a remedy.
 
     `folder` is that of the file; None where there is none, as for standard input: then a relative
@@ -76,7 +76,7 @@ def absolute(text: str | Path, folder: Path | None) -> Path:
         raise ValueError("expected a path, not an empty string")
     if "\0" in text:
         raise ValueError("holds a NUL character")
-    path = _at_home(_VARIABLE.sub(_value, text))
+    path = _expand_home(_VARIABLE.sub(_variable_value, text))
     if path.is_absolute():
         return path
     if folder is None:
@@ -88,12 +88,12 @@ def absolute(text: str | Path, folder: Path | None) -> Path:
     return path.resolve() if ".." in path.parts else path
 
 
-def home() -> Path:
+def home_directory() -> Path:
     """Return the home directory of this process. Raises ValueError with a remedy."""
-    return _at_home("~")
+    return _expand_home("~")
 
 
-def _at_home(text: str) -> Path:
+def _expand_home(text: str) -> Path:
     """Return a path with a leading `~` or `~user` expanded. Raises ValueError."""
     path = Path(text)
     if not text.startswith("~"):
@@ -111,7 +111,7 @@ def _at_home(text: str) -> Path:
     return found
 
 
-def _value(match: re.Match[str]) -> str:
+def _variable_value(match: re.Match[str]) -> str:
     name = match[1] or match[2]
     value = os.environ.get(name)
     if not value:

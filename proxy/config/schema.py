@@ -146,7 +146,11 @@ def _is_loopback(host: str) -> bool:
 def _default_directory() -> Path:
     home = os.environ.get("XDG_DATA_HOME", "")
     try:
-        base = Path(home) if Path(home).is_absolute() else references.home() / ".local" / "share"
+        base = (
+            Path(home)
+            if Path(home).is_absolute()
+            else references.home_directory() / ".local" / "share"
+        )
     except ValueError as error:
         raise Problems(
             [Problem(("directory",), f"{error}, or XDG_DATA_HOME, or this key")]

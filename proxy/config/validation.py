@@ -45,7 +45,7 @@ _NEAR_NAME = re.compile(r"[\w .-]{1,40}")
 """A name that is not valid and is shown."""
 _OLD_SECTIONS = {"llm", "vector_store"}
 _MAX_ROUNDS = 20
-_STAND_INS: Mapping[str, Any] = {
+_REPLACEMENTS: Mapping[str, Any] = {
     "kind": "openai",
     "routes": [{"provider": "local", "model": "any"}],
     "provider": "local",
@@ -81,7 +81,7 @@ def validate(
             if one.meant and one.meant not in _parent(content, one.path)
         }
         problems += [
-            _as_written(one, misspelt) for one in found if not one.follows(wrong | lacking)
+            _restore_name(one, misspelt) for one in found if not one.follows(wrong | lacking)
         ]
         places = {one.path for one in found} - wrong
         if is_last or not places:
@@ -98,7 +98,7 @@ def validate(
     return None, problems
 
 
-def _as_written(problem: Problem, misspelt: Mapping[KeyPath, KeyPath]) -> Problem:
+def _restore_name(problem: Problem, misspelt: Mapping[KeyPath, KeyPath]) -> Problem:
     """Return a problem of a section whose name was corrected, with the name that the file has."""
     for meant, written in misspelt.items():
         if problem.path[: len(meant)] == meant:
@@ -142,7 +142,7 @@ def _replace(content: dict[Any, Any], path: KeyPath) -> None:
         if i + 1 < len(path) and isinstance(below, dict | list):
             holder, node = (node, key), below
             continue
-        value = _stand_in(path[: i + 1])
+        value = _replacement(path[: i + 1])
         if value is not None and (is_there or isinstance(node, dict)):
             node[key] = value
         elif is_there and isinstance(node, dict):
@@ -153,20 +153,22 @@ def _replace(content: dict[Any, Any], path: KeyPath) -> None:
         return
 
 
-def _stand_in(path: KeyPath) -> Any:  # noqa: ANN401 - whatever is right there
+def _replacement(path: KeyPath) -> Any:  # noqa: ANN401 - whatever is right there
     """Return a value that is right by itself; None for what may lack."""
     found = field_at(path)
     if found is None:
         return None
     if isinstance(found, type):
         return {
-            name: _value(name) for name, field in found.model_fields.items() if field.is_required()
+            name: _required_value(name)
+            for name, field in found.model_fields.items()
+            if field.is_required()
         }
-    return _value(str(path[-1])) if found.is_required() else None
+    return _required_value(str(path[-1])) if found.is_required() else None
 
 
-def _value(name: str) -> Any:  # noqa: ANN401 - as above
-    return _STAND_INS.get(name) or secrets.token_hex()
+def _required_value(name: str) -> Any:  # noqa: ANN401 - as above
+    return _REPLACEMENTS.get(name) or secrets.token_hex()
 
 
 def explain(error: ValidationError) -> Iterator[Problem]:

@@ -32,9 +32,9 @@ from .routes import (
     ModelSelection,
     ProviderStatus,
     RouteResult,
+    add_fallback_models,
     compare,
-    find,
-    with_stand_ins,
+    find_routes,
 )
 
 AT_ONCE = 8
@@ -61,22 +61,22 @@ async def examine(
 
     `tell` is told how many routes have been asked.
     """
-    choice = replace(choice, named=with_stand_ins(settings, choice.named))
+    choice = replace(choice, named=add_fallback_models(settings, choice.named))
     async with AsyncExitStack() as stack:
-        candidates = await find(settings, choice, stack)
+        candidates = await find_routes(settings, choice, stack)
         found = Checkup(candidates.standings, candidates.findings)
         if not offline:
-            await _ask(found.findings, settings.server.request_timeout_s, tell)
+            await _probe_routes(found.findings, settings.server.request_timeout_s, tell)
     for one in found.findings:
         if one.probe is not None:
             failure = one.probe.failure
-            one.why = "" if failure is None else _why(settings, choice, one, failure)
+            one.why = "" if failure is None else _failure_reason(settings, choice, one, failure)
     found.comparisons = list(compare(found.findings))
     found.problems = list(_problems(choice, candidates.routers, found))
     return found
 
 
-async def _ask(
+async def _probe_routes(
     findings: Sequence[RouteResult], patience_s: float, tell: Callable[[float], None]
 ) -> None:
     clock = asyncio.get_running_loop().time
@@ -104,7 +104,7 @@ async def _ask(
             group.create_task(ask_in_turn(queue))
 
 
-def _why(
+def _failure_reason(
     settings: Settings, choice: ModelSelection, one: RouteResult, failure: EmbeddingError
 ) -> str:
     """Say why a route failed, and what may be done."""
@@ -136,7 +136,7 @@ def _problems(
             )
 
 
-def unusable(
+def provider_problems(
     configuration: Configuration, standings: Mapping[str, ProviderStatus]
 ) -> Iterator[str]:
     """Yield a problem for each provider that the file names in vain, and for want of any.
@@ -146,11 +146,11 @@ def unusable(
     settings = configuration.settings
     if settings.cache.mode == "frozen":
         return
-    usable = {name for name, one in standings.items() if _answers(one)}
+    usable = {name for name, one in standings.items() if _can_answer(one)}
     leading = {
         route.provider for model in settings.models.values() for route in model.routes
     } & usable
-    in_vain = list(_in_vain(configuration, standings, usable, leading))
+    in_vain = list(_unreachable_providers(configuration, standings, usable, leading))
     if in_vain:
         yield from in_vain
     elif not leading:
@@ -165,7 +165,7 @@ def unusable(
         )
 
 
-def _in_vain(
+def _unreachable_providers(
     configuration: Configuration,
     standings: Mapping[str, ProviderStatus],
     usable: Collection[str],
@@ -180,7 +180,7 @@ def _in_vain(
             yield configuration.problem(("providers", name), f"is never asked: {why}")
 
 
-def _answers(standing: ProviderStatus) -> bool:
+def _can_answer(standing: ProviderStatus) -> bool:
     """Tell whether requests may be answered by a provider."""
     return standing.state == "usable" or standing.why == CLIENTS_PAY
 
@@ -230,7 +230,7 @@ class CollectionStatus:
         return asdict(self)
 
 
-async def look(  # noqa: PLR0911 - one for each thing that may come of it
+async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of it
     settings: Settings, *, offline: bool
 ) -> CollectionStatus | None:
     """Open the Qdrant of a configuration, and see whose collections are there; None if it has none.

@@ -24,7 +24,7 @@ _TICKS = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Row:
+class ComparisonRow:
     """One route."""
 
     trial: RouteBenchmark
@@ -55,8 +55,8 @@ class Row:
 class Likeness:
     """Two routes that answered for everything."""
 
-    one: Row
-    other: Row
+    one: ComparisonRow
+    other: ComparisonRow
     cosine: tuple[float, float] | None
     """The least and the mean, where the spaces match and the widths too."""
     overlap: float | None
@@ -76,10 +76,10 @@ class Likeness:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ComparisonReport:
     """What is told of all."""
 
-    rows: Sequence[Row]
+    rows: Sequence[ComparisonRow]
     pairs: Sequence[Likeness]
     k: int
     """How many neighbours are looked at; fewer than asked for where there are few texts."""
@@ -87,29 +87,29 @@ class Report:
     """The overlap of neighbours that are drawn by lot."""
 
     @property
-    def choices(self) -> Sequence[Row]:
+    def choices(self) -> Sequence[ComparisonRow]:
         """The routes that can be recommended."""
         return [row for row in self.rows if row.complete]
 
     @property
-    def cheapest(self) -> Row | None:
+    def cheapest(self) -> ComparisonRow | None:
         """The route whose inputs cost least, of equals the faster one; None if no cost is known."""
         known = [row for row in self.choices if row.usd_per_million_inputs is not None]
         return min(known, key=lambda row: (_usd(row), _ms(row)), default=None)
 
     @property
-    def fastest(self) -> Row | None:
+    def fastest(self) -> ComparisonRow | None:
         """The route with the shortest median of single calls."""
         known = [row for row in self.choices if row.p50_ms is not None]
         return min(known, key=_ms, default=None)
 
     @property
-    def best_recall(self) -> Row | None:
+    def best_recall(self) -> ComparisonRow | None:
         """The route that finds most, of equals the cheaper one; None without labelled pairs."""
         known = [row for row in self.choices if row.recall is not None]
         return max(known, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
 
-    def beaten_by(self, row: Row) -> Row | None:
+    def beaten_by(self, row: ComparisonRow) -> ComparisonRow | None:
         """Return a route that is as good as this one, no dearer, no slower, and better in one.
 
         As good is a route that gives the same vectors, or, with labelled pairs, one that finds as
@@ -124,7 +124,7 @@ class Report:
         return next((one for one in others if _beats(one, row, same=one in same)), None)
 
 
-def make_report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> Report:
+def make_report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> ComparisonReport:
     """Measure what came of some trials; the `k` nearest texts count."""
     count = len(samples.inputs)
     # With nearly all texts among the nearest, everything would agree with everything.
@@ -139,7 +139,7 @@ def make_report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> R
     rows = [_row(trial, samples, neighbours.get(id(trial)), least) for trial in trials]
     pairs = list(_pairs(rows, samples, neighbours))
     chance = k / (samples.texts - 1) if samples.texts > 2 else None
-    return Report(rows, pairs, k, chance)
+    return ComparisonReport(rows, pairs, k, chance)
 
 
 def _row(
@@ -147,13 +147,13 @@ def _row(
     samples: Samples,
     neighbours: Sequence[Sequence[int]] | None,
     least_s: float | None,
-) -> Row:
+) -> ComparisonRow:
     p50 = _percentile_ms(trial.singles_s, 50)
     usd = trial.usd
     found = None
     if neighbours is not None and samples.wanted:
         found = recall([neighbours[i] for i in samples.wanted], list(samples.wanted.values()))
-    return Row(
+    return ComparisonRow(
         trial,
         name_of(trial),
         complete=len(trial.vectors) == len(samples.inputs),
@@ -172,7 +172,9 @@ def _row(
 
 
 def _pairs(
-    rows: Sequence[Row], samples: Samples, neighbours: Mapping[int, Sequence[Sequence[int]]]
+    rows: Sequence[ComparisonRow],
+    samples: Samples,
+    neighbours: Mapping[int, Sequence[Sequence[int]]],
 ) -> Iterator[Likeness]:
     texts = range(samples.texts)
     places = range(len(samples.inputs))
@@ -203,7 +205,7 @@ def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
     return 1000 * percentile(seconds, percent) if seconds else None
 
 
-def _beats(one: Row, other: Row, *, same: bool) -> bool:
+def _beats(one: ComparisonRow, other: ComparisonRow, *, same: bool) -> bool:
     """Tell whether one is no worse than another in anything, and better in something."""
     figures = [
         (one.usd_per_million_inputs, other.usd_per_million_inputs),
@@ -212,24 +214,26 @@ def _beats(one: Row, other: Row, *, same: bool) -> bool:
     if not same:
         mine, theirs = (None if row.recall is None else 1 - row.recall for row in (one, other))
         figures.append((mine, theirs))
-    gains = [_rough(b) - _rough(a) for a, b in figures if a is not None and b is not None]
+    gains = [
+        _round_figure(b) - _round_figure(a) for a, b in figures if a is not None and b is not None
+    ]
     return len(gains) == len(figures) and min(gains) >= 0 and max(gains) > 0
 
 
-def _rough(figure: float) -> float:
+def _round_figure(figure: float) -> float:
     """Return a figure without the digits that differ from one measurement to the next."""
     return float(f"{figure:.2g}")
 
 
-def _usd(row: Row) -> float:
-    return _rough(row.usd_per_million_inputs or 0.0)
+def _usd(row: ComparisonRow) -> float:
+    return _round_figure(row.usd_per_million_inputs or 0.0)
 
 
-def _ms(row: Row) -> float:
+def _ms(row: ComparisonRow) -> float:
     return float("inf") if row.p50_ms is None else row.p50_ms
 
 
-class Point(NamedTuple):
+class PlotPoint(NamedTuple):
     """One thing, and where it is; a coordinate that is not known leaves it out of the plot."""
 
     name: str
@@ -239,7 +243,7 @@ class Point(NamedTuple):
     """What is said of it below."""
 
 
-def svg(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
+def svg(title: str, x_label: str, y_label: str, points: Sequence[PlotPoint]) -> str:
     """Return a plot from zero on, linear in both directions; a list below names the points.
 
     Points are numbered as they come. Coordinates are not negative.

@@ -1,9 +1,9 @@
 """Which models and routes a check or a comparison looks at, and what came of asking them.
 
-`choose` picks the models: enough to try every provider, and not the whole catalogue. `find` opens
-the providers as a start of the proxy does, and returns the routes of these models, with the reason
-why one cannot be asked; it asks none of them. `compare` holds the answers of routes against each
-other.
+`choose_models` picks the models: enough to try every provider, and not the whole catalogue.
+`find_routes` opens the providers as a start of the proxy does, and returns the routes of these
+models, with the reason why one cannot be asked; it asks none of them. `compare` compares the
+answers of routes.
 """
 
 import difflib
@@ -39,7 +39,7 @@ class ModelSelection:
     """Beside them: one model of each usable provider that no named one leads to, or all models."""
 
 
-def choose(
+def choose_models(
     settings: Settings, choice: ModelSelection, usable: Collection[str]
 ) -> dict[str, ModelConfig]:
     """Return the models to look at, by name. Raises ConfigError for one that there is not."""
@@ -47,10 +47,12 @@ def choose(
     def providers_of(model: ModelConfig) -> set[str]:
         return {route.provider for route in model.routes} & {*usable}
 
-    chosen = {name: settings.models.get(name) or _by_name(settings, name) for name in choice.named}
+    chosen = {
+        name: settings.models.get(name) or _model_by_name(settings, name) for name in choice.named
+    }
     for name, model in chosen.items():
         if name not in settings.models and not providers_of(model):
-            raise _unknown(settings, name)
+            raise _unknown_model(settings, name)
     covered = {provider for model in chosen.values() for provider in providers_of(model)}
     for name, model in settings.models.items():
         new = providers_of(model) - covered
@@ -67,23 +69,23 @@ def choose(
     return chosen
 
 
-def with_stand_ins(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
+def add_fallback_models(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
     """Return the names of models, and of those that may stand in for them."""
     models = [settings.models[name] for name in names if name in settings.models]
     stand_ins = [fallback.model for model in models for fallback in model.fallback]
     return tuple(dict.fromkeys([*names, *stand_ins]))
 
 
-def _by_name(settings: Settings, name: str) -> ModelConfig:
+def _model_by_name(settings: Settings, name: str) -> ModelConfig:
     """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
     asks = settings.server.unknown_models == "ask"
     model = by_name(name) if asks else None
     if model is None:
-        raise _unknown(settings, name)
+        raise _unknown_model(settings, name)
     return model
 
 
-def _unknown(settings: Settings, name: str) -> ConfigError:
+def _unknown_model(settings: Settings, name: str) -> ConfigError:
     near = difflib.get_close_matches(name, settings.models, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else "add it to `models`"
     return ConfigError(f"--model: there is no model {name!r}; {hint}")
@@ -139,12 +141,14 @@ class Candidates:
     """The routes of the models, those of one space together, each route once."""
 
 
-async def find(settings: Settings, choice: ModelSelection, stack: AsyncExitStack) -> Candidates:
+async def find_routes(
+    settings: Settings, choice: ModelSelection, stack: AsyncExitStack
+) -> Candidates:
     """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
     opened = await open_providers(settings, stack)
-    standings = {name: _standing(settings, name, opened) for name in settings.providers}
+    standings = {name: _provider_status(settings, name, opened) for name in settings.providers}
     usable = {name: one for name, one in opened.items() if standings[name].state == "usable"}
-    models = choose(settings, choice, usable)
+    models = choose_models(settings, choice, usable)
     upstreams = HealthRegistry()
     routers = {
         name: make_router(settings, name, model, usable, upstreams)
@@ -152,10 +156,12 @@ async def find(settings: Settings, choice: ModelSelection, stack: AsyncExitStack
     }
     learned = LearnedDimensions(connection.folder_of(settings.cache.directory) / WIDTHS_FILE)
     await learned.refresh()
-    return Candidates(standings, models, routers, _findings(models, routers, standings, learned))
+    return Candidates(
+        standings, models, routers, _route_results(models, routers, standings, learned)
+    )
 
 
-def _standing(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
+def _provider_status(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
     entry = settings.providers[name]
     if entry is None:
         return ProviderStatus("disabled", None, "null in the configuration")
@@ -172,7 +178,7 @@ def _standing(settings: Settings, name: str, opened: Collection[str]) -> Provide
     return ProviderStatus("usable", entry.kind)
 
 
-def _findings(
+def _route_results(
     models: Mapping[str, ModelConfig],
     routers: Mapping[str, Router],
     standings: Mapping[str, ProviderStatus],

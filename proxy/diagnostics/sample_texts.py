@@ -45,14 +45,18 @@ def read(texts: Path | None, pairs: Path | None) -> Samples:
     """
     given: list[str] = []
     if texts is not None:
-        given = [text for (text,) in _fields(texts, "text")] if is_jsonl(texts) else _plain(texts)
+        given = (
+            [text for (text,) in _read_fields(texts, "text")]
+            if is_jsonl(texts)
+            else _read_lines(texts)
+        )
         if not given:
             raise SourceError(f"{texts} holds no text")
-    known = [] if pairs is None else list(_fields(pairs, "query", "text"))
+    known = [] if pairs is None else list(_read_fields(pairs, "query", "text"))
     if pairs is not None and not known:
         raise SourceError(f"{pairs} holds no pair")
     if texts is None and pairs is None:
-        given = [*TEXTS, *a_few()]
+        given = [*TEXTS, *sample_paragraphs()]
     places = {text: i for i, text in enumerate(dict.fromkeys([*given, *(t for _, t in known)]))}
     count = len(places)
     wanted: dict[int, frozenset[int]] = {}
@@ -68,7 +72,7 @@ def read(texts: Path | None, pairs: Path | None) -> Samples:
     return Samples(list(places), count, wanted)
 
 
-def _plain(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     found = []
     for number, line in lines(path):
         try:
@@ -82,7 +86,7 @@ def _plain(path: Path) -> list[str]:
     return found
 
 
-def _fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
+def _read_fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
     """Yield the strings in some fields of each line. Raises SourceError for a line without them."""
     need_fields(path, *fields)
     for item in objects(path, *fields):
@@ -118,7 +122,7 @@ def standard_library() -> list[Docstring]:
     return found
 
 
-def a_few() -> list[str]:
+def sample_paragraphs() -> list[str]:
     """Return the first paragraphs of some docstrings, different ones; about sixty short texts."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
@@ -136,14 +140,14 @@ def _docstrings(path: Path, module: str) -> Iterator[Docstring]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return
-    yield from _inside(tree, module)
+    yield from _walk_docstrings(tree, module)
 
 
-def _inside(node: ast.AST, name: str) -> Iterator[Docstring]:
+def _walk_docstrings(node: ast.AST, name: str) -> Iterator[Docstring]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=False)
         if text:
             yield Docstring(name, inspect.cleandoc(text))
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _inside(child, f"{name}.{child.name}")
+                yield from _walk_docstrings(child, f"{name}.{child.name}")

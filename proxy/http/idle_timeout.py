@@ -9,11 +9,11 @@ from aiohttp import web
 from embedding_proxy.proxy.http.runner import CONNECTION
 
 
-class Stalled(TimeoutError):
+class IdleTooLong(TimeoutError):
     """Nothing moved in either direction for too long."""
 
 
-class ClientLeft(ConnectionAbortedError):
+class ClientGone(ConnectionAbortedError):
     """The client is gone; nobody is left to tell."""
 
 
@@ -71,5 +71,5 @@ class IdleTimeout:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError as timeout:
             if self._left:
-                raise ClientLeft("the client is gone") from timeout
-            raise Stalled(f"nothing moved for {self._idle_s:g} s") from timeout
+                raise ClientGone("the client is gone") from timeout
+            raise IdleTooLong(f"nothing moved for {self._idle_s:g} s") from timeout

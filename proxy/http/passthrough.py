@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import passthrough_websocket
-from .idle_timeout import IdleTimeout, Stalled
+from .idle_timeout import IdleTimeout, IdleTooLong
 from .passthrough_reply import (
     SecretFound,
     redacted_chunks,
@@ -27,7 +27,7 @@ from .passthrough_reply import (
     redacted_reason,
     redacted_reply,
 )
-from .passthrough_upstream import PREFIXES, PassthroughUpstream, returned
+from .passthrough_upstream import PREFIXES, PassthroughUpstream, reply_headers
 from .request_body import MIB, BodyRefused, too_slow
 from .target import may_be_embeddings
 
@@ -78,7 +78,7 @@ class Passthrough:
                 async with await self._begun(request, url, headers, upload) as reply:
                     attendance.moved()
                     return await self._returned(request, reply, attendance)
-        except Stalled as error:
+        except IdleTooLong as error:
             raise UpstreamTimeout(origin.name, str(error)) from error
 
     async def _begun(
@@ -97,14 +97,14 @@ class Passthrough:
             if upload.refusal is not None:
                 raise upload.refusal from error
             raise self._origin.failure(error) from error
-        return self._origin.checked(reply)
+        return self._origin.check_reply(reply)
 
     async def _returned(
         self, request: web.Request, reply: aiohttp.ClientResponse, attendance: IdleTimeout
     ) -> web.StreamResponse:
         """Give the client the reply as it comes. Raises ConnectionError if it breaks off."""
         redactor = self._origin.redactor
-        headers = redacted_headers(returned(reply.headers), redactor)
+        headers = redacted_headers(reply_headers(reply.headers), redactor)
         reason = redacted_reason(reply.reason, redactor)
         is_good = 200 <= reply.status < 300
         chunks = self._chunks(request, reply, attendance)

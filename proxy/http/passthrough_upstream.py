@@ -92,7 +92,7 @@ _LIST_SECONDS = 3.0
 _LIST_BYTES = 1 << 24
 
 
-class Unanswered(aiohttp.ClientConnectionError):
+class ReplyLost(aiohttp.ClientConnectionError):
     """A call was sent, and its connection ended before the reply; the cause says how."""
 
 
@@ -108,7 +108,7 @@ async def _send_once(
     except aiohttp.ClientConnectorError:
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise Unanswered(*error.args) from error
+        raise ReplyLost(*error.args) from error
 
 
 class PassthroughUpstream:
@@ -180,7 +180,7 @@ class PassthroughUpstream:
         """
         self._base.verify(url)
         own = {**self._profile.headers, **self._credentials(request), **hops.headers()}
-        return forwarded(request.headers, own)
+        return request_headers(request.headers, own)
 
     def _credentials(self, request: web.Request) -> Mapping[str, str]:
         name = self._profile.key_header
@@ -214,7 +214,7 @@ class PassthroughUpstream:
 
     def failure(self, error: Exception) -> EmbeddingError:
         """Return what a client is told when the origin could not be asked."""
-        if isinstance(error, Unanswered) and isinstance(error.__cause__, Exception):
+        if isinstance(error, ReplyLost) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         if isinstance(error, TimeoutError):
             place = self._profile.network.place_of(self._base_url)
@@ -227,7 +227,7 @@ class PassthroughUpstream:
             return OutOfDescriptors()
         return Unreachable(self.name, reason(error))
 
-    def checked(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+    def check_reply(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
         """Return a reply of the upstream. Raises Unreachable for one of an HTTP proxy."""
         if reply.status == 407:
             reply.close()
@@ -273,30 +273,30 @@ def _listed_models(body: bytes) -> list[dict[str, Any]]:
     return [one for one in models if isinstance(one, dict) and isinstance(one.get("id"), str)]
 
 
-def forwarded(headers: CIMultiDictProxy[str], own: Mapping[str, str]) -> CIMultiDict[str]:
+def request_headers(headers: CIMultiDictProxy[str], own: Mapping[str, str]) -> CIMultiDict[str]:
     """Return what an upstream is sent of a client's headers, and `own` in place of its like."""
-    kept = _kept(headers, _NOT_FORWARDED, _NOT_FORWARDED_BEGINNINGS)
+    kept = _filter_headers(headers, _NOT_FORWARDED, _NOT_FORWARDED_BEGINNINGS)
     for name, value in own.items():
         kept[name] = value
     return kept
 
 
-def returned(headers: CIMultiDictProxy[str], now: float | None = None) -> CIMultiDict[str]:
+def reply_headers(headers: CIMultiDictProxy[str], now: float | None = None) -> CIMultiDict[str]:
     """Return what a client is sent of an upstream's headers; waits are bounded.
 
     `now` is the present time in seconds since 1970.
     """
     now = time.time() if now is None else now
-    kept = _kept(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
+    kept = _filter_headers(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
     told = ((name, told_header(name.lower(), value, now)) for name, value in kept.items())
     return CIMultiDict((name, value) for name, value in told if value is not None)
 
 
-def _kept(
+def _filter_headers(
     headers: CIMultiDictProxy[str], unwanted: frozenset[str], beginnings: tuple[str, ...]
 ) -> CIMultiDict[str]:
     # A message may name further ones that are of its connection.
-    named = set(_listed(headers.getall("Connection", ())))
+    named = set(_split_names(headers.getall("Connection", ())))
     return CIMultiDict(
         (name, value)
         for name, value in headers.items()
@@ -306,5 +306,5 @@ def _kept(
     )
 
 
-def _listed(values: Iterable[str]) -> Iterable[str]:
+def _split_names(values: Iterable[str]) -> Iterable[str]:
     return (part.strip().lower() for value in values for part in value.split(","))

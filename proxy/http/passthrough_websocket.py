@@ -85,10 +85,10 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
 def _go_away(pumps: asyncio.TaskGroup, *sockets: _Socket) -> None:
     """Close both connections: the proxy stops."""
     for one in sockets:
-        pumps.create_task(_closed(one, WSCloseCode.GOING_AWAY))
+        pumps.create_task(_wait_closed(one, WSCloseCode.GOING_AWAY))
 
 
-async def _closed(socket: _Socket, code: int, why: bytes = b"") -> None:
+async def _wait_closed(socket: _Socket, code: int, why: bytes = b"") -> None:
     with suppress(ConnectionError, aiohttp.ClientError):
         await socket.close(code=code, message=why)
 
@@ -122,7 +122,7 @@ async def _pump(
             code, why = WSCloseCode.MESSAGE_TOO_BIG, "a message is too large"
     told = origin.redactor.redact_text(why).encode()
     # What is no whole character at the end would break the frame.
-    await _closed(sink, code, told[:_MAX_REASON].decode(errors="ignore").encode())
+    await _wait_closed(sink, code, told[:_MAX_REASON].decode(errors="ignore").encode())
 
 
 def _is_too_large(error: object) -> bool:

@@ -54,7 +54,7 @@ def check(method: str, target: str) -> None:
         raise _refusal("it does not begin with a slash")
     if may_be_embeddings(method, target):
         return
-    plain = decoded(path)
+    plain = decode_path(path)
     if "\\" in plain:
         raise _refusal("it holds a backslash")
     if plain.startswith("//"):
@@ -77,11 +77,11 @@ def may_be_embeddings(method: str, target: str) -> bool:
     (True, False)
     """
     path = _SCHEME_AND_HOST.sub("", target).partition("?")[0].partition("#")[0]
-    plain = decoded(path)
+    plain = decode_path(path)
     if _CONTROL.search(plain):
         # Where a server ends the path at such a character cannot be known.
         return True
-    segments = [_plain(one) for one in re.split(r"[/\\?#]", plain)]
+    segments = [_plain_segment(one) for one in re.split(r"[/\\?#]", plain)]
     segments = [one for one in segments if one]
     if _ENDPOINT not in segments:
         return False
@@ -89,7 +89,7 @@ def may_be_embeddings(method: str, target: str) -> bool:
     return not (is_list and method in ("GET", "HEAD"))
 
 
-def decoded(path: str) -> str:
+def decode_path(path: str) -> str:
     """Return a path with its percent-encoding undone, however often it was encoded."""
     for _ in range(_MAX_DECODINGS):
         further = _UNICODE_ESCAPE.sub(lambda found: chr(int(found[1], 16)), unquote(path))
@@ -99,7 +99,7 @@ def decoded(path: str) -> str:
     return path
 
 
-def _plain(segment: str) -> str:
+def _plain_segment(segment: str) -> str:
     """Return a segment without parameters, case, and what some servers strip at its ends."""
     name = unicodedata.normalize("NFKC", segment.partition(";")[0]).casefold()
     return _EDGES.sub("", name)

@@ -57,11 +57,11 @@ from .learned_dimensions import embed_one_first
 from .request import Client
 
 log = logging.getLogger("embedding_proxy.keys")
-FILE = "client-keys.secret"
+HASH_KEY_FILE = "client-keys.secret"
 """The name of the file, in the folder of the store."""
-SIZE = 32
+HASH_KEY_SIZE = 32
 """Bytes."""
-FOLDER = "client-keys"
+PROOFS_FOLDER = "client-keys"
 """The name of the folder of proofs, in that of the store."""
 FRESH_S = 3600.0
 """So long after a proof nothing is asked."""
@@ -74,25 +74,25 @@ REFUSED_S = 60.0
 """So long a refused key is refused here, and nobody is asked."""
 RENEW_S = 300.0
 """A newer proof is not renewed by an answer."""
-MOST = 10_000
+MAX_KEYS = 10_000
 """Keys that are remembered, of either sort; those noted longest ago are forgotten."""
 SWEEP_EVERY = 1000
 """New files after which the old ones are looked for, and those beyond MOST."""
-AT_ONCE = 16
+MAX_PROVED_AT_ONCE = 16
 """Keys that are proved at a time: bad ones cannot flood a provider, however many come."""
 RETRY_S = 1.0
 """When to try again to prove a key, where nobody named a time."""
 PROOF_S = 5.0
 """Seconds that a request waits for a proof of its key at most, its turn for it included. A call
 that was sent goes on, and proves the key when its answer comes."""
-LONGEST = 4096
+MAX_KEY_LENGTH = 4096
 """Characters of a key."""
 Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[Answered]]
 """Asks the cache, and behind it the routes."""
 
 
 @dataclass(frozen=True, slots=True)
-class ByClient:
+class ClientKeyPolicy:
     """That a model is asked for with the client's own key."""
 
     model: str
@@ -106,9 +106,9 @@ class ByClient:
     """Whether the model has routes that need no client's key."""
 
 
-def by_client(
+def client_key_policy(
     settings: Settings, name: str, entry: ModelConfig, usable: Container[str]
-) -> ByClient | None:
+) -> ClientKeyPolicy | None:
     """Return how a model is asked for with clients' keys; None if it is not.
 
     `usable` are the names of the providers that can be asked.
@@ -117,7 +117,7 @@ def by_client(
     asked = {name: one for name, one in routes.items() if one is not None and one.by_client}
     if not asked:
         return None
-    return ByClient(
+    return ClientKeyPolicy(
         model=name,
         space=entry.space,
         providers=tuple(asked),
@@ -127,15 +127,15 @@ def by_client(
     )
 
 
-def load(folder: Path) -> bytes:
+def load_secret(folder: Path) -> bytes:
     """Return the secret, made now if there is none. Raises StoreError for one that is damaged.
 
     Where it cannot be kept it is this process's own: what is bought then is found by nobody later.
     """
-    file = folder / FILE
+    file = folder / HASH_KEY_FILE
     try:
         if not file.exists():
-            _make(file)
+            _make_secret(file)
         secret = file.read_bytes()
     except OSError as error:
         log.warning(
@@ -143,8 +143,8 @@ def load(folder: Path) -> bytes:
             " a restart",
             *(file, error.strerror),
         )
-        return secrets.token_bytes(SIZE)
-    if len(secret) != SIZE:
+        return secrets.token_bytes(HASH_KEY_SIZE)
+    if len(secret) != HASH_KEY_SIZE:
         raise StoreError(
             f"{file}: is damaged: bring it back from a backup; or delete it, and what was bought"
             " with clients' keys is bought anew"
@@ -152,10 +152,10 @@ def load(folder: Path) -> bytes:
     return secret
 
 
-def _make(file: Path) -> None:
+def _make_secret(file: Path) -> None:
     """Write a new secret, whole or not at all; if another process is first, its own stays."""
     with contextlib.suppress(FileExistsError):
-        atomic_file.write(file, secrets.token_bytes(SIZE), exclusive=True)
+        atomic_file.write(file, secrets.token_bytes(HASH_KEY_SIZE), exclusive=True)
 
 
 class KeyStatus(enum.Enum):
@@ -175,9 +175,9 @@ class Proofs:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder
         self._clock = clock
-        self._proved = LRUCache[str, float](MOST)
-        self._refused = LRUCache[str, tuple[float, ClientKeyRefused]](MOST)
-        self._deferred = LRUCache[str, float](MOST)
+        self._proved = LRUCache[str, float](MAX_KEYS)
+        self._refused = LRUCache[str, tuple[float, ClientKeyRefused]](MAX_KEYS)
+        self._deferred = LRUCache[str, float](MAX_KEYS)
         self._written = 0
         with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -188,7 +188,7 @@ class Proofs:
         now = self._clock()
         at, refusal = self._refused.peek(name) or (-REFUSED_S, None)
         if refusal is not None and 0 <= now - at < REFUSED_S:
-            raise _again(refusal)
+            raise _copy_refusal(refusal)
         age = now - (self._proved.peek(name) or 0.0)
         if not 0 <= age < FRESH_S:
             # Another worker may have proved it since.
@@ -216,7 +216,7 @@ class Proofs:
     def refused(self, name: str, refusal: ClientKeyRefused) -> None:
         """Note that the provider does not accept a key: from now on nothing is served to it."""
         self._proved.pop(name)
-        self._refused[name] = (self._clock(), _again(refusal))
+        self._refused[name] = (self._clock(), _copy_refusal(refusal))
         with contextlib.suppress(OSError):
             (self._folder / name).unlink(missing_ok=True)
 
@@ -240,13 +240,13 @@ class Proofs:
             with os.scandir(self._folder) as files:
                 ages = sorted(((file.stat().st_mtime, file.path) for file in files), reverse=True)
             for place, (at, path) in enumerate(ages):
-                if at < before or place >= MOST:
+                if at < before or place >= MAX_KEYS:
                     Path(path).unlink(missing_ok=True)
         except OSError as error:
             log.info("%s: proofs of clients' keys are not kept: %s", self._folder, error.strerror)
 
 
-def _again(refusal: ClientKeyRefused) -> ClientKeyRefused:
+def _copy_refusal(refusal: ClientKeyRefused) -> ClientKeyRefused:
     """Return the same refusal, to be raised once more."""
     return ClientKeyRefused(
         str(refusal), status=refusal.status, kind=refusal.kind, code=refusal.code
@@ -260,13 +260,18 @@ class ClientKeys:
         """`folder` is that of the store."""
         self._frozen = settings.cache.mode == "frozen"
         self._asks_keys = bool(settings.server.keys)
-        self._secret = load(folder)
-        self.proofs = Proofs(folder / FOLDER)
+        self._secret = load_secret(folder)
+        self.proofs = Proofs(folder / PROOFS_FOLDER)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._places = asyncio.Semaphore(MAX_PROVED_AT_ONCE)
 
     async def embed(
-        self, how: ByClient, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
+        self,
+        how: ClientKeyPolicy,
+        caller: Client,
+        inputs: Sequence[Input],
+        context: Context,
+        ask: Ask,
     ) -> tuple[Answered, str]:
         """Answer from what the caller's key may see, and buy the rest with it.
 
@@ -291,7 +296,7 @@ class ClientKeys:
             return replace(await ask(inputs, context), again=None), context.namespace
         return answer, namespace
 
-    def proof_of(self, credential: Credential, how: ByClient) -> str:
+    def proof_of(self, credential: Credential, how: ClientKeyPolicy) -> str:
         """Return under which name it is known that a key was accepted for a model."""
         return self._digest(credential.name, how.space)
 
@@ -313,9 +318,9 @@ class ClientKeys:
                 raise DeadlineExceeded("the time of the request was up") from error
             yield
 
-    def _credential(self, how: ByClient, key: str) -> Credential:
+    def _credential(self, how: ClientKeyPolicy, key: str) -> Credential:
         """Return a key and its name: a digest of it and of where it is for."""
-        if len(key) > LONGEST or not (key.isascii() and key.isprintable()) or " " in key:
+        if len(key) > MAX_KEY_LENGTH or not (key.isascii() and key.isprintable()) or " " in key:
             raise ClientKeyRefused("Incorrect API key provided: it holds what is in no key.")
         return Credential(key, f"key-{self._digest(how.origin, key)}")
 
@@ -323,7 +328,7 @@ class ClientKeys:
         told = b"".join(part(b"k", one.encode()) for one in parts)
         return hashlib.blake2b(told, digest_size=16, key=self._secret).hexdigest()
 
-    def _missing(self, how: ByClient) -> ClientKeyRefused:
+    def _missing(self, how: ClientKeyPolicy) -> ClientKeyRefused:
         ours = ", and this proxy's key in `x-proxy-key`" if self._asks_keys else ""
         return ClientKeyRefused(
             f"You didn't provide an API key of your own, with which `{how.model}` is asked for at"
@@ -335,7 +340,7 @@ class _Visit:
     """One request that comes with a key."""
 
     def __init__(
-        self, keys: ClientKeys, how: ByClient, own: Context, credential: Credential, ask: Ask
+        self, keys: ClientKeys, how: ClientKeyPolicy, own: Context, credential: Credential, ask: Ask
     ) -> None:
         self._keys = keys
         self._how = how
@@ -427,7 +432,7 @@ class _Visit:
             self._keys.proofs.accepted(self._proof)
         if answer.again is None:
             return answer
-        return replace(answer, again=_WhileProved(self._is_proved, answer.again))
+        return replace(answer, again=_KeyBoundHit(self._is_proved, answer.again))
 
     def _is_proved(self) -> bool:
         """Tell whether an answer may be given to the key once more."""
@@ -438,7 +443,7 @@ class _Visit:
 
 
 @dataclass(frozen=True, slots=True)
-class _WhileProved:
+class _KeyBoundHit:
     """An answer that is given again for as long as the key is good."""
 
     is_proved: Callable[[], bool]

@@ -77,7 +77,7 @@ class Result:
         return self.embedded.usage
 
 
-def made(  # noqa: PLR0913, PLR0917 - what is known of an answer
+def make_result(  # noqa: PLR0913, PLR0917 - what is known of an answer
     asked: Model,
     answering: Model,
     space: Space,

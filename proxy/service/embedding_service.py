@@ -40,7 +40,7 @@ from . import drift_check, index_writes, request
 from .client_keys import ClientKeys
 from .drift_check import DriftCheck
 from .embedding_result import Result
-from .index_writes import Indexing, collection_of
+from .index_writes import IndexWrites, collection_of
 from .inputs import CostPreview, preview_cost
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from .model_registry import Model, Registry
@@ -57,7 +57,7 @@ REPLIES_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Near:
+class Neighbour:
     """A text, and how near it is to the one that was asked about."""
 
     place: int
@@ -71,7 +71,7 @@ class SearchMixin(ABC):
     """Similarities and searches over whatever embeds."""
 
     settings: Settings
-    indexing: Indexing | None
+    indexing: IndexWrites | None
 
     @abstractmethod
     async def embed(
@@ -94,7 +94,7 @@ class SearchMixin(ABC):
 
     async def nearest(
         self, query: str, texts: Sequence[str], k: int, model: str, *, dimensions: int | None = None
-    ) -> list[Near]:
+    ) -> list[Neighbour]:
         """Return the k texts that are nearest to a query, the nearest first; of equals the earlier.
 
         Raises EmbeddingError.
@@ -104,7 +104,7 @@ class SearchMixin(ABC):
         found = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
         first, *others = vector.derive(found.embedded.vectors, found.dimensions)
         ranked = similarity.ranked(first, others, k)
-        return [Near(place, texts[place], score) for place, score in ranked]
+        return [Neighbour(place, texts[place], score) for place, score in ranked]
 
     async def query(  # noqa: PLR0913 - a question's parts, by name
         self,
@@ -173,7 +173,7 @@ class EmbeddingService(SearchMixin):
         self.upstreams = HealthRegistry()
         """What is known of the providers: breakers, counters."""
         self.canaries: DriftCheck | None = None
-        self.indexing: Indexing | None = None
+        self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
@@ -228,7 +228,7 @@ class EmbeddingService(SearchMixin):
             self._answering = EmbeddingPipeline(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
                 self.indexing = await stack.enter_async_context(
-                    Indexing(
+                    IndexWrites(
                         self.settings, self.settings.index.qdrant, cache.directory, self._sleep
                     )
                 )
@@ -378,9 +378,7 @@ class EmbeddingService(SearchMixin):
         What is answered is indexed where the configuration says so. `control` is its
         `Cache-Control`. Raises EmbeddingError.
         """
-        unable = index_writes.refused(self.settings, asked.index)
-        if unable is not None:
-            raise unable
+        index_writes.check_index_options(self.settings, asked.index)
         if self._answering is None:
             raise RuntimeError("the service is not open")
         result = await apply_dimension_strategy(

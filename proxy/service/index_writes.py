@@ -46,11 +46,11 @@ _INLINE = 32
 _POINTS_AT_A_TIME = 2048
 
 
-def refused(settings: Settings, wish: IndexOptions) -> InvalidRequest | None:
-    """Return the error for a request that wants indexing where there is none."""
-    if settings.index.qdrant is not None or wish is NO_INDEX_OPTIONS or not wish.wanted:
-        return None
-    return InvalidRequest(
+def check_index_options(settings: Settings, options: IndexOptions) -> None:
+    """Raise InvalidRequest for a request that wants indexing where there is none."""
+    if settings.index.qdrant is not None or options is NO_INDEX_OPTIONS or not options.wanted:
+        return
+    raise InvalidRequest(
         "This proxy indexes nothing: set index.qdrant.url, or index.qdrant.path, in its"
         " configuration, or leave out the field 'index'.",
         param="index",
@@ -67,7 +67,7 @@ def connection(qdrant: Qdrant) -> Connection:
     )
 
 
-def making(qdrant: Qdrant) -> CollectionOptions:
+def collection_options(qdrant: Qdrant) -> CollectionOptions:
     """Return how collections are made."""
     return CollectionOptions(
         qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt
@@ -83,13 +83,13 @@ async def find_conflicts(settings: Settings, open_connection: Connection) -> lis
     return await conflicts(
         open_connection,
         spaces,
-        making(qdrant),
+        collection_options(qdrant),
         collection=qdrant.collection,
         prefix=qdrant.prefix,
     )
 
 
-class Indexing:
+class IndexWrites:
     """Indexes answers. Open it with `async with`."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Indexing:
         self.indexer = Indexer(
             folder,
             lambda: connection(qdrant),
-            making(qdrant),
+            collection_options(qdrant),
             on_open=self._look,
             size_limit=int(qdrant.outbox_gib * GIB),
             most_bytes=qdrant.batch_mib * MIB,
@@ -160,7 +160,7 @@ class Indexing:
         """Return what gives an answer once more while its points are known; None if not all are."""
         if not self.knows(wish, result):
             return None
-        return again if not wish.wanted else _WhileIndexed(self.indexer, self.indexer.epoch, again)
+        return again if not wish.wanted else _IndexBoundHit(self.indexer, self.indexer.epoch, again)
 
     def _target(self, wish: IndexOptions, result: Result) -> Target | None:
         """Return where the points of an answer go; None if nowhere."""
@@ -251,7 +251,7 @@ class Indexing:
 
 
 @dataclass(frozen=True, slots=True)
-class _WhileIndexed:
+class _IndexBoundHit:
     """An answer that is given again for as long as its points are known."""
 
     indexer: Indexer

@@ -19,9 +19,9 @@ from embedding_proxy.providers.scheduling.context_length import ContextLengthChe
 from embedding_proxy.proxy.config.models import Fallback, ModelConfig, by_name
 from embedding_proxy.proxy.config.schema import Settings
 
-from .client_keys import ByClient, by_client
+from .client_keys import ClientKeyPolicy, client_key_policy
 from .learned_dimensions import LearnedDimensions, WidthLearner
-from .provider_factory import make_router, scheduled
+from .provider_factory import make_router, make_scheduler
 
 MOST_KEPT = 1000
 """Models that are listed at most; and as many that are not, being asked for by name alone."""
@@ -64,7 +64,7 @@ class Model:
     """Tokens to which an input is cut before the cache is asked; None = it is not cut."""
     fallbacks: tuple[Fallback, ...] = ()
     """Models of other spaces that may stand in when no route answers, in this order."""
-    by_client: ByClient | None = None
+    by_client: ClientKeyPolicy | None = None
     """How it is asked for with the client's own key; None = it is not."""
     neutral_fields: frozenset[str] = frozenset()
     """Request fields that one of its providers declares to change no number."""
@@ -210,7 +210,7 @@ class Registry:
     def _make(self, name: str, entry: ModelConfig) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
-        source = ContextLengthCheck(scheduled(router, settings), entry.context)
+        source = ContextLengthCheck(make_scheduler(router, settings), entry.context)
         return Model(
             name=name,
             space=entry.as_space(),
@@ -223,7 +223,7 @@ class Registry:
             context=entry.context,
             truncate_to=entry.truncate_to,
             fallbacks=entry.fallback,
-            by_client=by_client(settings, name, entry, self._usable),
+            by_client=client_key_policy(settings, name, entry, self._usable),
             neutral_fields=_neutral_fields(settings, entry),
         )
 

@@ -35,7 +35,7 @@ from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
 
 from . import request_fields
 from .client_keys import Ask, ClientKeys
-from .embedding_result import Result, check, check_in_steps, made
+from .embedding_result import Result, check, check_in_steps, make_result
 from .inputs import are_short_texts, prepare
 from .model_registry import Model, Registry
 from .request import Client, to_cache_policy
@@ -81,7 +81,7 @@ class EmbeddingPipeline:
         if embedded is None or embedded.again is None:
             return None
         check(space, width, embedded.vectors)
-        return made(model, model, space, width, asked.inputs, embedded, caller.namespace)
+        return make_result(model, model, space, width, asked.inputs, embedded, caller.namespace)
 
     def _model(self, asked: EmbeddingRequest) -> Model:
         model = self._registry.get(asked.model)
@@ -134,7 +134,7 @@ class EmbeddingPipeline:
                 embed = partial(one.embedder.embed, space)
                 embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
             await check_in_steps(space, width, embedded.vectors)
-            return made(model, one, space, width, inputs, embedded, namespace)
+            return make_result(model, one, space, width, inputs, embedded, namespace)
 
         models = [model, *fallback_models(model, self._registry.models, width)]
         return await embed_with_fallback(ask, models, deadline)
@@ -166,7 +166,7 @@ class EmbeddingPipeline:
         space = model.space.with_parameters(parameters)
         width = _width(model, asked)
         await check_in_steps(space, width, embedded.vectors)
-        return made(model, model, space, width, inputs, embedded, namespace)
+        return make_result(model, model, space, width, inputs, embedded, namespace)
 
     async def _with_key(
         self, model: Model, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
@@ -197,7 +197,7 @@ def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], 
     if not declared:
         return ()
     given = {**asked.parameters, **asked.neutral}
-    return request_fields.canonical({n: given[n] for n in given if n in declared})
+    return request_fields.canonical_fields({n: given[n] for n in given if n in declared})
 
 
 def _width(model: Model, asked: EmbeddingRequest) -> int:
@@ -249,7 +249,9 @@ async def apply_dimension_strategy(result: Result) -> Result:
     name, native = result.model.width, result.space.dimensions
     if name in BUILT_IN or result.fallback or result.dimensions == native:
         return result
-    vectors = await asyncio.to_thread(_bring, name, result.embedded.vectors, result.dimensions)
+    vectors = await asyncio.to_thread(
+        _change_dimensions, name, result.embedded.vectors, result.dimensions
+    )
     embedded = replace(result.embedded, vectors=vectors, again=None)
     return replace(result, space=space_of(name, result.space, result.dimensions), embedded=embedded)
 
@@ -265,7 +267,7 @@ def space_of(name: str, space: Space, dimensions: int) -> Space:
     )
 
 
-def _bring(name: str, vectors: Sequence[Vector], dimensions: int) -> list[Vector]:
+def _change_dimensions(name: str, vectors: Sequence[Vector], dimensions: int) -> list[Vector]:
     try:
         rows = vector.rows(find(name).bring(vector.stack(vectors), dimensions))
         if len(rows) != len(vectors):

@@ -93,7 +93,7 @@ def check_network(name: str, entry: ProviderConfig) -> None:
         raise ConfigError(f"providers.{name}.trust_env: {error}") from error
 
 
-def scheduled(router: Router, settings: Settings) -> Embedder:
+def make_scheduler(router: Router, settings: Settings) -> Embedder:
     """Return what makes batches of the inputs of all requests, and sends them to the routes."""
     return Scheduler(router, settings.server.gather_ms / 1000)
 
@@ -134,7 +134,7 @@ def _retries(settings: Settings, provider: str) -> int | None:
     return None if entry is None else entry.retries
 
 
-def _by_client(settings: Settings, provider: str) -> bool:
+def _uses_client_keys(settings: Settings, provider: str) -> bool:
     entry = settings.providers.get(provider)
     return entry is not None and entry.by_client
 
@@ -144,7 +144,7 @@ def _remedy(settings: Settings, name: str, entry: models.ModelConfig) -> str:
     configured = [settings.providers.get(route.provider) for route in entry.routes]
     wanted = [one.key_variable for one in configured if one and one.key_variable]
     variables = list(dict.fromkeys(wanted))
-    paid = [route.provider for route in entry.routes if _by_client(settings, route.provider)]
+    paid = [route.provider for route in entry.routes if _uses_client_keys(settings, route.provider)]
     if paid:
         return (
             f"The model `{name}` is asked for with each client's own key, and a command has none"

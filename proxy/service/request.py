@@ -102,7 +102,7 @@ def parse_cache_control(header: str) -> CacheControl:
         name, _, argument = item.partition("=")
         name = name.strip().lower()
         if name == "max-age":
-            digits = _SECONDS.fullmatch(_unquoted(argument.strip()))
+            digits = _SECONDS.fullmatch(_unquote(argument.strip()))
             if digits is None:
                 continue
             # A number beyond all bounds becomes infinite, as the RFC wants it.
@@ -116,7 +116,7 @@ def parse_cache_control(header: str) -> CacheControl:
     )
 
 
-def _unquoted(argument: str) -> str:
+def _unquote(argument: str) -> str:
     if len(argument) < 2 or not argument[0] == argument[-1] == '"':
         return argument
     return re.sub(r"\\(.)", r"\1", argument[1:-1])

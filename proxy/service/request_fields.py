@@ -79,10 +79,10 @@ NO_FIELDS = Fields({}, {})
 
 
 def _rows(rule: Rule, names: str) -> dict[str, Rule]:
-    return {_normalized(name): rule for name in names.split()}
+    return {_normalize(name): rule for name in names.split()}
 
 
-def _normalized(name: str) -> str:
+def _normalize(name: str) -> str:
     """Return a name without the differences of spelling: `outputDtype`, `OUTPUT-DTYPE`."""
     return "".join(character for character in name.lower() if character not in "_- .")
 
@@ -231,7 +231,7 @@ def rule_of(name: str) -> Rule:
     >>> rule_of("outputDtype").group, rule_of("drop_params").group, rule_of("any_other").group
     (<Group.REFUSED: 'refused'>, <Group.NEUTRAL: 'neutral'>, <Group.KEY: 'key'>)
     """
-    plain = _normalized(name)
+    plain = _normalize(name)
     found = RULES.get(plain)
     if found is not None:
         return found
@@ -269,7 +269,7 @@ def classify(fields: Mapping[str, object]) -> Fields:
     return Fields(parameters, neutral)
 
 
-def unfit(names: Iterable[str]) -> str | None:
+def neutral_field_problem(names: Iterable[str]) -> str | None:
     """Return why fields cannot be declared as `neutral_fields`; None if they can."""
     for name in names:
         if name in OWN_FIELDS:
@@ -279,7 +279,7 @@ def unfit(names: Iterable[str]) -> str | None:
     return None
 
 
-def canonical(fields: Mapping[str, object]) -> tuple[tuple[str, bytes], ...]:
+def canonical_fields(fields: Mapping[str, object]) -> tuple[tuple[str, bytes], ...]:
     """Return fields as (name, JSON), sorted. Raises InvalidRequest for what is nested too deep."""
     try:
         return tuple(sorted((name, orjson.dumps(value)) for name, value in fields.items()))
@@ -299,12 +299,12 @@ def _is_default(rule: Rule, value: object) -> bool:
 
 
 def _refusal(rule: Rule, name: str) -> InvalidRequest:
-    own = next((one for one in OWN_FIELDS if _normalized(one) == _normalized(name)), "")
+    own = next((one for one in OWN_FIELDS if _normalize(one) == _normalize(name)), "")
     return InvalidRequest(rule.reason.format(name=name[:100], own=own), param=name[:100])
 
 
 @dataclass(slots=True)
-class _Seen:
+class _ParameterSets:
     """The parameter sets of one model."""
 
     sets: dict[bytes, tuple[float, dict[str, bytes]]] = field(default_factory=dict)
@@ -320,13 +320,13 @@ class SpaceWatch:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._models = LRUCache[str, _Seen](_MAX_MODELS)
+        self._models = LRUCache[str, _ParameterSets](_MAX_MODELS)
 
     def note(self, model: str, parameters: Sequence[tuple[str, bytes]]) -> None:
         """Take note of one request's parameters, (name, canonical JSON); warn if they are many."""
         if not parameters:
             return
-        seen = self._models.get_or_make(model, _Seen)
+        seen = self._models.get_or_make(model, _ParameterSets)
         if seen.is_told:
             return
         now = self._clock()
