@@ -308,7 +308,8 @@ def test_a_digest_needs_the_secret(tmp_path):
         names.add(keys._digest("https://b", ANNE))
     assert len(names) == 4
     hows = [
-        ClientKeyPolicy(MODEL, "s", ("p",), origin, share=False, others=False) for origin in "ab"
+        ClientKeyPolicy(MODEL, "s", ("p",), origin, share=False, has_other_routes=False)
+        for origin in "ab"
     ]
     assert len({keys._credential(how, ANNE) for how in hows}) == 2
 
@@ -786,7 +787,7 @@ async def test_canaries_use_nobodys_key(start, upstream, second, monkeypatch, ca
     monkeypatch.setenv("OPENROUTER_API_KEY", "sk-operator-0123456789")
     proxy = await start(more={"openrouter": {"base_url": second.url}})
     await _ask(proxy, ANNE)
-    assert [one["provider"] for one in await proxy.service.canaries.look()] == ["openrouter"]
+    assert [one["provider"] for one in await proxy.service.canaries.check()] == ["openrouter"]
     assert len(upstream.calls) == 1
     assert not [line for line in caplog.records if line.name == "embedding_proxy.canary"]
 
@@ -839,8 +840,8 @@ def test_a_proof_by_the_clock(tmp_path):
     """Fresh for an hour, good for a day, deferred for a minute; files of the past are deleted."""
     now = 1_800_000_000.0
     known = Proofs(tmp_path / "p", lambda: now)
-    assert known.standing("a") is KeyStatus.UNKNOWN
-    known.accepted("a")
+    assert known.status("a") is KeyStatus.UNKNOWN
+    known.accept("a")
     start = now
     for age, want in (
         (0, KeyStatus.PROVED),
@@ -851,16 +852,16 @@ def test_a_proof_by_the_clock(tmp_path):
         (-1, KeyStatus.UNKNOWN),
     ):
         now = start + age
-        assert known.standing("a") is want
-        assert Proofs(tmp_path / "p", lambda: start).standing("a") is KeyStatus.PROVED
-        assert known.standing("b") is KeyStatus.UNKNOWN
+        assert known.status("a") is want
+        assert Proofs(tmp_path / "p", lambda: start).status("a") is KeyStatus.PROVED
+        assert known.status("b") is KeyStatus.UNKNOWN
     now = start + proofs.FRESH_S
     known.defer("a")
-    assert known.standing("a") is KeyStatus.PROVED
+    assert known.status("a") is KeyStatus.PROVED
     now += proofs.AGAIN_S
-    assert known.standing("a") is KeyStatus.DUE
-    known.accepted("a")
-    assert known.standing("a") is KeyStatus.PROVED
+    assert known.status("a") is KeyStatus.DUE
+    known.accept("a")
+    assert known.status("a") is KeyStatus.PROVED
     now += proofs.STALE_S + 1
     Proofs(tmp_path / "p", lambda: now)
     assert not list((tmp_path / "p").iterdir())
@@ -874,7 +875,7 @@ def test_the_files_of_proofs_are_bounded(tmp_path, monkeypatch):
     known = Proofs(tmp_path / "p", lambda: now)
     for number in range(20):
         now += 1
-        known.accepted(f"{number:02}")
+        known.accept(f"{number:02}")
     assert sorted(file.name for file in (tmp_path / "p").iterdir()) == [
         f"{number:02}" for number in range(15, 20)
     ]
@@ -884,25 +885,25 @@ def test_a_refusal_by_the_clock(tmp_path):
     """A refused key is refused for a minute, and unknown then, to every worker."""
     now = 1_800_000_000.0
     known = Proofs(tmp_path / "p", lambda: now)
-    known.accepted("a")
-    known.refused("a", ClientKeyRefused("no", status=403, code="c"))
+    known.accept("a")
+    known.refuse("a", ClientKeyRefused("no", status=403, code="c"))
     for _ in range(2):
         with pytest.raises(ClientKeyRefused, match="no") as caught:
-            known.standing("a")
+            known.status("a")
         assert (caught.value.status, caught.value.code) == (403, "c")
         now += proofs.REFUSED_S - 1 if now < 1_800_000_001 else 0
-    assert Proofs(tmp_path / "p", lambda: now).standing("a") is KeyStatus.UNKNOWN
+    assert Proofs(tmp_path / "p", lambda: now).status("a") is KeyStatus.UNKNOWN
     now += 1
-    assert known.standing("a") is KeyStatus.UNKNOWN
+    assert known.status("a") is KeyStatus.UNKNOWN
 
 
 def test_proofs_without_a_disk(tmp_path):
     """What cannot be written is known to this process."""
     (tmp_path / "file").touch()
     known = Proofs(tmp_path / "file" / "p")
-    known.accepted("a")
-    assert known.standing("a") is KeyStatus.PROVED
-    known.refused("a", ClientKeyRefused("no"))
+    known.accept("a")
+    assert known.status("a") is KeyStatus.PROVED
+    known.refuse("a", ClientKeyRefused("no"))
 
 
 @pytest.mark.parametrize(
@@ -995,7 +996,7 @@ async def test_commands_leave_it_out_and_say_so(run_cli, start, upstream):
     """`check` skips it and is content, `compare` and `migrate` say why there is nothing to ask."""
     service = (await start()).service
     target = Target(service, find_model(service.settings, MODEL, "--to"), 1536)
-    assert "each client's own key" in target.unusable
+    assert "each client's own key" in target.unusable_reason
     providers = {"openai": _theirs(upstream), "local": None}
     models = {MODEL: {"routes": [{"provider": "openai", "model": MODEL}]}}
     sections = {"providers": providers, "models": models}
@@ -1015,4 +1016,4 @@ async def test_what_applies_can_be_read_again(run_cli, tmp_path):
     file = tmp_path / "shown.yaml"
     file.write_text(told)
     entry = load(file).providers["openai"]
-    assert (entry.by_client, entry.share, entry.key_variable) == (True, True, None)
+    assert (entry.uses_client_key, entry.share, entry.key_variable) == (True, True, None)

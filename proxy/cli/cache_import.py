@@ -75,7 +75,7 @@ class Importer:
     def survey(self, source: Source, sample: int, chance: random.Random) -> Iterator[Survey]:
         """Read all pairs once, yielding what was found so far; draw a sample evenly from all."""
         found = Survey()
-        for item in self.checked(source):
+        for item in self.check_pairs(source):
             if isinstance(item, Refused):
                 found.refused += 1
                 if len(found.first_refused) < _MOST_SHOWN:
@@ -88,7 +88,7 @@ class Importer:
                     found.sample[place] = item
             yield found
 
-    def checked(self, items: Iterable[Pair | Refused]) -> Iterator[Pair | Refused]:
+    def check_pairs(self, items: Iterable[Pair | Refused]) -> Iterator[Pair | Refused]:
         """Replace each pair whose vector cannot be one of this model by the reason."""
         for number, item in enumerate(items, start=1):
             why = None if isinstance(item, Refused) else self._objection(item.vector)
@@ -127,7 +127,7 @@ class Importer:
     def rows(self, source: Source) -> Iterator[Row]:
         """Yield the rows of the pairs that can be used. Raises SourceError."""
         batch: list[Pair] = []
-        for item in self.checked(source):
+        for item in self.check_pairs(source):
             if isinstance(item, Pair):
                 batch.append(item)
             if len(batch) == _BATCH:

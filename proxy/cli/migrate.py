@@ -196,8 +196,8 @@ async def _run(  # noqa: PLR0913 - in the order of their making
         # Before Qdrant is opened: a folder is open in one process only.
         await wait_for_others(*journals)
         async with open_target(what, place, namespace) as (points, target):
-            if target.unusable:
-                raise WorkFailed(target.unusable)
+            if target.unusable_reason:
+                raise WorkFailed(target.unusable_reason)
             for wanted, journal in zip(what.wanted, journals, strict=True):
                 try:
                     async with hold_lock(journal, target.finish):
@@ -233,7 +233,7 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
     )
     await begin(migration)
     # What it buys is of use only with what it finds.
-    await target.seen_through(prove(migration, SAME))
+    await target.shield(prove(migration, SAME))
     await copy(migration)
     await follow(migration)
     return migration.state

@@ -174,16 +174,16 @@ class Target:
         self.asked = model.asked
         self.space = model.space
         self.dimensions = dimensions
-        self.seen_through = ShieldedTask()
+        self.shield = ShieldedTask()
         self._service = service
         self._namespace = namespace
 
     @property
-    def unusable(self) -> str | None:
+    def unusable_reason(self) -> str | None:
         """What to set before the model can be asked for; None if it can."""
         model = self._service.models[self.name]
-        if model.by_client is not None and not model.by_client.others:
-            provider = model.by_client.providers[0]
+        if model.client_key_policy is not None and not model.client_key_policy.has_other_routes:
+            provider = model.client_key_policy.providers[0]
             return f"{self.name}: provider {provider} {CLIENTS_PAY}"
         return None if model.usable else model.router.unavailable
 
@@ -209,7 +209,7 @@ class Target:
             client=CLIENT,
             cache_control="no-cache" if anew else "",
         )
-        result = await self.seen_through(buying)
+        result = await self.shield(buying)
         if result.space != self.space or result.dimensions != self.dimensions:
             raise InvalidAnswer(result.space.name, "is not the space that was asked for")
         vectors = vector.derive(result.embedded.vectors, self.dimensions)
@@ -217,11 +217,11 @@ class Target:
 
     async def finish(self) -> None:
         """Wait until all that was asked for is in the cache, or has failed."""
-        await self.seen_through.over(LONGEST_END_S)
+        await self.shield.wait(LONGEST_END_S)
 
     async def look(self, texts: Sequence[str]) -> Sequence[CostPreview]:
         """Return what is known of each text; nothing is bought, and nothing changes."""
-        return await self._service.look(texts, self.name, namespace=self._namespace)
+        return await self._service.preview(texts, self.name, namespace=self._namespace)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class ShieldedTask:
         task.add_done_callback(self._begun.discard)
         return await asyncio.shield(task)
 
-    async def over(self, limit_s: float) -> None:
+    async def wait(self, limit_s: float) -> None:
         """Wait until nothing is under way, for so long; then call off what is left."""
         left = set(self._begun)
         if left:

@@ -49,13 +49,13 @@ class Problem(NamedTuple):
         path = (*self.path[:-1], MASK) if self.hides_name else self.path
         return ".".join(map(str, path))
 
-    def below(self, path: Iterable[str | int]) -> "Problem":
+    def add_prefix(self, path: Iterable[str | int]) -> "Problem":
         """Return the same problem as seen from a section further up."""
         start = tuple(path)
         needs = tuple((*start, *need) for need in self.needs)
         return self._replace(path=(*start, *self.path), needs=needs)
 
-    def follows(self, wrong: Collection[KeyPath]) -> bool:
+    def is_consequence_of(self, wrong: Collection[KeyPath]) -> bool:
         """Tell whether it is a consequence of other mistakes, whose places are given."""
         places = (self.path, *self.needs)
         return any(place[:n] in wrong for place in places for n in range(1, len(place) + 1))

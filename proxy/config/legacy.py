@@ -77,7 +77,7 @@ class _Model:
     def route(self) -> dict[str, str]:
         return {"provider": self.provider, "model": self.upstream}
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return what our configuration must say of it beside its routes."""
         if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
             return {}
@@ -249,7 +249,7 @@ def _convert_first(old: OldConfig, file: str, done: ConvertedConfig) -> _Model:
     done.note(said.get("provider"), f"providers.{provider}")
     done.note(said["model"], f"models.{model.name}, asked for at {provider}")
     model = _apply_dimensions(model, said.get("dimensions"), done)
-    done.models[model.name] = {**model.described(), "routes": [model.route]}
+    done.models[model.name] = {**model.describe(), "routes": [model.route]}
     return model
 
 
@@ -344,7 +344,7 @@ def _convert_fallbacks(old: OldConfig, file: str, first: _Model, done: Converted
 
 def _add_fallback(path: str, first: _Model, other: _Model, done: ConvertedConfig) -> None:
     """Let a model of another space stand in, at a width that is named."""
-    described = done.models.setdefault(other.name, {**other.described(), "routes": []})
+    described = done.models.setdefault(other.name, {**other.describe(), "routes": []})
     if other.route not in described["routes"]:
         described["routes"].append(other.route)
     wanted, native = first.entry.dimensions, other.entry.dimensions

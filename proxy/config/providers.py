@@ -199,7 +199,7 @@ class ProviderConfig(Section):
 
     def _misfits_of_the_clients_key(self) -> Iterator[Problem]:
         """Yield what does not go with a client's key, or with the lack of one."""
-        if not self.by_client:
+        if not self.uses_client_key:
             if self.share:
                 yield Problem(
                     ("share",),
@@ -224,7 +224,7 @@ class ProviderConfig(Section):
             )
 
     @property
-    def by_client(self) -> bool:
+    def uses_client_key(self) -> bool:
         """Whether it is asked with each client's own key."""
         return self.key == "client"
 
@@ -242,7 +242,7 @@ class ProviderConfig(Section):
     @property
     def key_variable(self) -> str | None:
         """The variable that holds this provider's key; None if it needs none."""
-        if self.kind == registry.LOCAL or self.by_client:
+        if self.kind == registry.LOCAL or self.uses_client_key:
             return None
         return self.api_key_env or registry.find(self.kind).profile.api_key_env
 
@@ -268,7 +268,7 @@ class ProviderConfig(Section):
             profile,
             base_url=self.base_url or profile.base_url,
             api_key_env=self.key_variable,
-            by_client=self.by_client,
+            by_client=self.uses_client_key,
             limits=replace(profile.limits, **limits),
             timeouts=replace(profile.timeouts, **times),
             network=replace(profile.network, **network),

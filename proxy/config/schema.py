@@ -358,7 +358,7 @@ class Settings(Section):
 
     def _origins_for_clients(self) -> Iterator[Problem]:
         """Yield a second origin for one key: a client sends one, and it belongs to one."""
-        taking = {name: one for name, one in self.providers.items() if one and one.by_client}
+        taking = {name: one for name, one in self.providers.items() if one and one.uses_client_key}
         if taking and self.passthrough_auth == "client" and self.passes_to:
             taking[self.passthrough or ""] = self.passes_to
         (first, *others) = taking or [""]

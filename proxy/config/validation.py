@@ -81,7 +81,9 @@ def validate(
             if one.meant and one.meant not in _parent(content, one.path)
         }
         problems += [
-            _restore_name(one, misspelt) for one in found if not one.follows(wrong | lacking)
+            _restore_name(one, misspelt)
+            for one in found
+            if not one.is_consequence_of(wrong | lacking)
         ]
         places = {one.path for one in found} - wrong
         if is_last or not places:
@@ -193,7 +195,7 @@ def _problems(path: KeyPath, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - p
     elif kind == "value_error":
         cause = one.get("ctx", {}).get("error")
         if isinstance(cause, Problems):
-            yield from (problem.below(path) for problem in cause.problems)
+            yield from (problem.add_prefix(path) for problem in cause.problems)
         else:
             yield Problem(path, one["msg"].removeprefix("Value error, "))
     else:

@@ -165,7 +165,7 @@ def _provider_status(settings: Settings, name: str, opened: Collection[str]) -> 
     entry = settings.providers[name]
     if entry is None:
         return ProviderStatus("disabled", None, "null in the configuration")
-    if entry.by_client:
+    if entry.uses_client_key:
         return ProviderStatus("skipped", entry.kind, CLIENTS_PAY)
     if name not in opened:
         return ProviderStatus("skipped", entry.kind, f"{entry.key_variable} is not set")

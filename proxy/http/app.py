@@ -94,7 +94,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
 ) -> None:
     models, server = Models(service, passthrough), settings.server
     most = int(server.max_body_mib * MIB)
-    takes_keys = any(one.by_client for one in settings.providers.values() if one)
+    takes_keys = any(one.uses_client_key for one in settings.providers.values() if one)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         # Of the waiting time that a client has, what is held back is worth a tenth at most.

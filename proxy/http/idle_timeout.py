@@ -41,7 +41,7 @@ class IdleTimeout:
                 self._leave()
         return self
 
-    def moved(self) -> None:
+    def note_progress(self) -> None:
         """Take note that something was sent or received."""
         self._end_in(self._idle_s)
 

@@ -131,7 +131,7 @@ class PassthroughUpstream:
         self.redactor = Redactor(*self._profile.secrets(self._key))
         """Removes the provider's key from what its upstream says."""
         check_network(self.name, entry)
-        self._by_client = settings.passthrough_auth == "client" or entry.by_client
+        self._by_client = settings.passthrough_auth == "client" or entry.uses_client_key
         self._access = access
         self._session: aiohttp.ClientSession | None = None
 

@@ -102,7 +102,7 @@ class ClientKeyPolicy:
     origin: str
     share: bool
     """Whether what one key has bought is served to others."""
-    others: bool
+    has_other_routes: bool
     """Whether the model has routes that need no client's key."""
 
 
@@ -114,7 +114,7 @@ def client_key_policy(
     `usable` are the names of the providers that can be asked.
     """
     routes = {route.provider: settings.providers.get(route.provider) for route in entry.routes}
-    asked = {name: one for name, one in routes.items() if one is not None and one.by_client}
+    asked = {name: one for name, one in routes.items() if one is not None and one.uses_client_key}
     if not asked:
         return None
     return ClientKeyPolicy(
@@ -123,7 +123,7 @@ def client_key_policy(
         providers=tuple(asked),
         origin=next(one.origin for one in asked.values()),
         share=all(one.share for one in asked.values()),
-        others=any(provider in usable for provider in routes if provider not in asked),
+        has_other_routes=any(provider in usable for provider in routes if provider not in asked),
     )
 
 
@@ -183,7 +183,7 @@ class Proofs:
             folder.mkdir(mode=0o700, exist_ok=True)
         self._sweep()
 
-    def standing(self, name: str) -> KeyStatus:
+    def status(self, name: str) -> KeyStatus:
         """Return what is known. Raises ClientKeyRefused for a key that was refused just now."""
         now = self._clock()
         at, refusal = self._refused.peek(name) or (-REFUSED_S, None)
@@ -198,7 +198,7 @@ class Proofs:
         deferred = 0 <= now - (self._deferred.peek(name) or -AGAIN_S) < AGAIN_S
         return KeyStatus.PROVED if age < FRESH_S or deferred else KeyStatus.DUE
 
-    def accepted(self, name: str) -> None:
+    def accept(self, name: str) -> None:
         """Note that the provider has answered to a key."""
         now = self._clock()
         if 0 <= now - (self._proved.peek(name) or -RENEW_S) < RENEW_S:
@@ -213,7 +213,7 @@ class Proofs:
         if self._written % SWEEP_EVERY == 0:
             self._sweep()
 
-    def refused(self, name: str, refusal: ClientKeyRefused) -> None:
+    def refuse(self, name: str, refusal: ClientKeyRefused) -> None:
         """Note that the provider does not accept a key: from now on nothing is served to it."""
         self._proved.pop(name)
         self._refused[name] = (self._clock(), _copy_refusal(refusal))
@@ -254,7 +254,7 @@ def _copy_refusal(refusal: ClientKeyRefused) -> ClientKeyRefused:
 
 
 class ClientKeys:
-    """Answers those who come with keys of their own. Raises StoreError, see `client_secret`."""
+    """Answers those who come with keys of their own. Raises StoreError, see `load_secret`."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         """`folder` is that of the store."""
@@ -263,7 +263,7 @@ class ClientKeys:
         self._secret = load_secret(folder)
         self.proofs = Proofs(folder / PROOFS_FOLDER)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._places = asyncio.Semaphore(MAX_PROVED_AT_ONCE)
+        self._proving = asyncio.Semaphore(MAX_PROVED_AT_ONCE)
 
     async def embed(
         self,
@@ -279,7 +279,7 @@ class ClientKeys:
         that is not accepted, and for none; NoProviderAvailable for one that cannot be proved now.
         """
         if not caller.api_key:
-            if not how.others:
+            if not how.has_other_routes:
                 raise self._missing(how)
             return await ask(inputs, context), context.namespace
         credential = self._credential(how, caller.api_key)
@@ -300,10 +300,10 @@ class ClientKeys:
         """Return under which name it is known that a key was accepted for a model."""
         return self._digest(credential.name, how.space)
 
-    def standing(self, proof: str) -> KeyStatus:
+    def status(self, proof: str) -> KeyStatus:
         """Return what a key may have. Raises ClientKeyRefused for one that was refused just now."""
         # Frozen, nobody can be asked: what a key has bought is there for whoever has the key.
-        return KeyStatus.PROVED if self._frozen else self.proofs.standing(proof)
+        return KeyStatus.PROVED if self._frozen else self.proofs.status(proof)
 
     @asynccontextmanager
     async def turn(self, proof: str, deadline: float | None) -> AsyncIterator[None]:
@@ -313,7 +313,7 @@ class ClientKeys:
             try:
                 async with asyncio.timeout_at(deadline):
                     await stack.enter_async_context(lock)
-                    await stack.enter_async_context(self._places)
+                    await stack.enter_async_context(self._proving)
             except TimeoutError as error:
                 raise DeadlineExceeded("the time of the request was up") from error
             yield
@@ -351,9 +351,9 @@ class _Visit:
 
     async def answer(self, inputs: Sequence[Input]) -> Answered | None:
         """Return the answer; None if the key cannot be proved now, and other routes may do."""
-        standing, spend = self._keys.standing(self._proof), self._own.terms.spend
-        if standing is KeyStatus.UNKNOWN and not spend:
-            if self._how.others:
+        status, spend = self._keys.status(self._proof), self._own.terms.spend
+        if status is KeyStatus.UNKNOWN and not spend:
+            if self._how.has_other_routes:
                 return None
             raise InvalidRequest(
                 f"Your key has not been proved at {self._how.providers[0]} for so long that nothing"
@@ -361,15 +361,15 @@ class _Visit:
                 status=504,
                 code="not_cached",
             )
-        if standing is KeyStatus.PROVED or not spend:
-            return await self._asked(inputs)
+        if status is KeyStatus.PROVED or not spend:
+            return await self._ask_noted(inputs)
         shortest = min(range(len(inputs)), key=lambda place: len(inputs[place]))
         try:
-            return await embed_one_first(inputs, shortest, self._first, self._asked)
+            return await embed_one_first(inputs, shortest, self._first, self._ask_noted)
         except (NoProviderAvailable, ProviderError, InvalidRequest) as error:
-            if self._keys.standing(self._proof) is not KeyStatus.UNKNOWN:
+            if self._keys.status(self._proof) is not KeyStatus.UNKNOWN:
                 raise
-            if self._how.others:
+            if self._how.has_other_routes:
                 return None
             if not isinstance(error, TransientError) or isinstance(error, RateLimited):
                 raise
@@ -397,39 +397,39 @@ class _Visit:
         )
         try:
             async with self._keys.turn(self._proof, by):
-                standing = self._keys.standing(self._proof)
-                if standing is KeyStatus.DUE:
+                status = self._keys.status(self._proof)
+                if status is KeyStatus.DUE:
                     # Others need not wait: they are served on the older proof meanwhile.
                     self._keys.proofs.defer(self._proof)
-                if standing is not KeyStatus.PROVED:
-                    return await self._asked(inputs, proving)
+                if status is not KeyStatus.PROVED:
+                    return await self._ask_noted(inputs, proving)
         except (NoProviderAvailable, ProviderError, DeadlineExceeded) as error:
             is_late = isinstance(error, DeadlineExceeded)
             if is_late and self._own.deadline is not None and self._own.deadline <= clock():
                 raise
-            if self._keys.standing(self._proof) is KeyStatus.UNKNOWN:
+            if self._keys.status(self._proof) is KeyStatus.UNKNOWN:
                 if not is_late:
                     raise
                 told = f"Your key cannot be proved just now (no answer within {PROOF_S:g} s)."
                 raise NoProviderAvailable(told, RETRY_S) from error
             self._keys.proofs.defer(self._proof)
             log.info("%s is served on an older proof: %s", self._credential.name, error)
-        return await self._asked(inputs)
+        return await self._ask_noted(inputs)
 
     def _accept(self, bill: Bill) -> None:
         """Note that the key was charged, though its client may be gone: that proves it as well."""
         if bill.provider in self._how.providers:
-            self._keys.proofs.accepted(self._proof)
+            self._keys.proofs.accept(self._proof)
 
-    async def _asked(self, inputs: Sequence[Input], context: Context | None = None) -> Answered:
+    async def _ask_noted(self, inputs: Sequence[Input], context: Context | None = None) -> Answered:
         """Ask, and note what it says of the key."""
         try:
             answer = await self._ask(inputs, context or self._own)
         except ClientKeyRefused as refusal:
-            self._keys.proofs.refused(self._proof, refusal)
+            self._keys.proofs.refuse(self._proof, refusal)
             raise
         if not {*answer.providers}.isdisjoint(self._how.providers):
-            self._keys.proofs.accepted(self._proof)
+            self._keys.proofs.accept(self._proof)
         if answer.again is None:
             return answer
         return replace(answer, again=_KeyBoundHit(self._is_proved, answer.again))
@@ -437,7 +437,7 @@ class _Visit:
     def _is_proved(self) -> bool:
         """Tell whether an answer may be given to the key once more."""
         try:
-            return self._keys.standing(self._proof) is KeyStatus.PROVED
+            return self._keys.status(self._proof) is KeyStatus.PROVED
         except ClientKeyRefused:
             return False
 

@@ -131,7 +131,7 @@ class DriftCheck:
 
     async def __aenter__(self) -> Self:
         """Begin to look, in the background."""
-        self._looking = asyncio.create_task(self._look_for_ever())
+        self._looking = asyncio.create_task(self._check_forever())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -139,15 +139,15 @@ class DriftCheck:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
 
-    async def _look_for_ever(self) -> None:
+    async def _check_forever(self) -> None:
         while True:
             await asyncio.sleep(min(LOOK_S, self._hours * HOUR))
             try:
-                await self.look()
+                await self.check()
             except Exception:  # whatever it is, it is nobody else's trouble
                 log.exception("the canaries could not be asked")
 
-    async def look(self) -> list[Finding]:
+    async def check(self) -> list[Finding]:
         """Ask the routes that are due, one after the other, and return what was found.
 
         While another worker does so, nothing is asked: what is due then is seen at the next look.
@@ -161,9 +161,9 @@ class DriftCheck:
             except OSError as error:
                 # Where there can be no lock there can be no file: each worker asks for itself.
                 log.info("%s: cannot be locked: %s", self._lock_file, error)
-            return await self._look()
+            return await self._check()
 
-    async def _look(self) -> list[Finding]:
+    async def _check(self) -> list[Finding]:
         found: list[Finding] = []
         for name, model in list(self._models.items()):
             attempts = model.router.counts.attempts

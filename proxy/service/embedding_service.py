@@ -223,7 +223,7 @@ class EmbeddingService(SearchMixin):
             )
             stack.push_async_callback(self._registry.close)
             client_keys = None
-            if any(one.by_client for one in self.settings.providers.values() if one):
+            if any(one.uses_client_key for one in self.settings.providers.values() if one):
                 client_keys = ClientKeys(self.settings, store.folder)
             self._answering = EmbeddingPipeline(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
@@ -287,7 +287,7 @@ class EmbeddingService(SearchMixin):
         return self._registry.other_models() if self._registry else {}
 
     @property
-    def most_inputs(self) -> int | None:
+    def max_inputs(self) -> int | None:
         """How many inputs a request may have; None = any number."""
         return None if self.settings.server.allow_oversize else openai_format.MOST_INPUTS
 
@@ -320,7 +320,7 @@ class EmbeddingService(SearchMixin):
             if isinstance(inputs, str):
                 return openai_format.parse_input(inputs)
             plain = [item if isinstance(item, str | int) else list(item) for item in inputs]
-            return openai_format.parse_input(plain, self.most_inputs)
+            return openai_format.parse_input(plain, self.max_inputs)
 
         parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
         given = {name: one for name, one in (parameters or {}).items() if one is not None}
@@ -337,7 +337,7 @@ class EmbeddingService(SearchMixin):
         )
         return await self.answer(asked, Client(namespace, client, Secret(api_key)), cache_control)
 
-    async def look(
+    async def preview(
         self, inputs: Sequence[str], model: str, *, namespace: str = ""
     ) -> list[CostPreview]:
         """Return what is known of texts before anything is bought. Raises EmbeddingError."""
@@ -347,14 +347,16 @@ class EmbeddingService(SearchMixin):
             self._registry.get(model), self._tiers, inputs, Namespace(namespace)
         )
 
-    def at_hand(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result | None:
+    def embed_from_cache(
+        self, asked: EmbeddingRequest, caller: Client, control: str
+    ) -> Result | None:
         """Return what `answer` would, already counted, if it need not be waited for; else None.
 
         Raises EmbeddingError.
         """
         if self._answering is None or asked.index != NO_INDEX_OPTIONS:
             return None
-        result = self._answering.at_hand(asked, caller, control)
+        result = self._answering.embed_from_cache(asked, caller, control)
         if result is None or result.embedded.again is None:
             return None
         if self.indexing is not None and not self.indexing.knows(asked.index, result):
@@ -362,7 +364,7 @@ class EmbeddingService(SearchMixin):
         result.embedded.again.count()
         return result
 
-    def again(self, result: Result, index: IndexOptions) -> Reusable | None:
+    def reusable(self, result: Result, index: IndexOptions) -> Reusable | None:
         """Return what gives this answer to the same request once more; None to have it asked anew.
 
         What stood in may not be needed again; and points that are not known to be indexed are.
@@ -370,7 +372,7 @@ class EmbeddingService(SearchMixin):
         again = None if result.fallback else result.embedded.again
         if self.indexing is None or again is None:
             return again
-        return self.indexing.again(again, index, result)
+        return self.indexing.reusable(again, index, result)
 
     async def answer(self, asked: EmbeddingRequest, caller: Client, control: str = "") -> Result:
         """Answer a well-formed request, by a model that stands in for its own if need be.

@@ -64,7 +64,7 @@ class Model:
     """Tokens to which an input is cut before the cache is asked; None = it is not cut."""
     fallbacks: tuple[Fallback, ...] = ()
     """Models of other spaces that may stand in when no route answers, in this order."""
-    by_client: ClientKeyPolicy | None = None
+    client_key_policy: ClientKeyPolicy | None = None
     """How it is asked for with the client's own key; None = it is not."""
     neutral_fields: frozenset[str] = frozenset()
     """Request fields that one of its providers declares to change no number."""
@@ -76,7 +76,7 @@ class Model:
         """Whether a provider is configured; without one, what is cached is still served."""
         return bool(self.router.routes)
 
-    def at(self, dimensions: int) -> "Model":
+    def with_dimensions(self, dimensions: int) -> "Model":
         """Return the model at a width that is asked of the upstream: a space of its own.
 
         Nothing says that a model known by name alone may be cut, so it is not.
@@ -116,7 +116,7 @@ class Registry:
         self._learned = learned
         # Frozen there are none, and nobody is asked: each would do.
         frozen = settings.cache.mode == "frozen"
-        self._usable = set(settings.providers) if frozen else set(providers)
+        self._usable_providers = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
         self._in_flight = InFlight()
         self._learner = WidthLearner(learned, tiers, self._in_flight)
@@ -223,7 +223,7 @@ class Registry:
             context=entry.context,
             truncate_to=entry.truncate_to,
             fallbacks=entry.fallback,
-            by_client=client_key_policy(settings, name, entry, self._usable),
+            client_key_policy=client_key_policy(settings, name, entry, self._usable_providers),
             neutral_fields=_neutral_fields(settings, entry),
         )
 

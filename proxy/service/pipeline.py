@@ -59,14 +59,16 @@ class EmbeddingPipeline:
         self._client_keys = client_keys
         self._spaces = SpaceWatch()
 
-    def at_hand(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result | None:
+    def embed_from_cache(
+        self, asked: EmbeddingRequest, caller: Client, control: str
+    ) -> Result | None:
         """Return what `answer` would if it need not be waited for; else None.
 
         It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
         EmbeddingError.
         """
         model = self._model(asked)
-        if model.by_client is not None or model.width not in dimensions.BUILT_IN:
+        if model.client_key_policy is not None or model.width not in dimensions.BUILT_IN:
             return None
         if model.truncate_to is not None or not are_short_texts(asked.inputs):
             return None
@@ -86,7 +88,7 @@ class EmbeddingPipeline:
     def _model(self, asked: EmbeddingRequest) -> Model:
         model = self._registry.get(asked.model)
         if model.by_name and asked.dimensions is not None:
-            return model.at(asked.dimensions)
+            return model.with_dimensions(asked.dimensions)
         return model
 
     async def answer(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result:
@@ -128,7 +130,7 @@ class EmbeddingPipeline:
             space = _space(one, asked)
             inputs, context = await prepared(one, by)
             namespace = caller.namespace
-            if one.by_client is None:
+            if one.client_key_policy is None:
                 embedded = await one.embedder.embed(space, inputs, context)
             else:
                 embed = partial(one.embedder.embed, space)
@@ -159,7 +161,7 @@ class EmbeddingPipeline:
             return await model.embedder.embed(space, some, context)
 
         namespace = caller.namespace
-        if model.by_client is None:
+        if model.client_key_policy is None:
             embedded = await ask(inputs, context)
         else:
             embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
@@ -172,9 +174,9 @@ class EmbeddingPipeline:
         self, model: Model, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
     ) -> tuple[Answered, str]:
         """Ask for a client that pays with its own key; also return whose namespace it was."""
-        if model.by_client is None or self._client_keys is None:
+        if model.client_key_policy is None or self._client_keys is None:
             raise RuntimeError(f"{model.name}: takes no key of a client")
-        return await self._client_keys.embed(model.by_client, caller, inputs, context, ask)
+        return await self._client_keys.embed(model.client_key_policy, caller, inputs, context, ask)
 
 
 def _parameters(model: Model, asked: EmbeddingRequest) -> Mapping[str, object]:

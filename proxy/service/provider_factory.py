@@ -45,7 +45,7 @@ async def open_providers(
         if entry.kind == registry.LOCAL:
             opened[name] = await stack.enter_async_context(Local(name))
             continue
-        if entry.by_client:
+        if entry.uses_client_key:
             log.info("provider %s: %s", name, CLIENTS_PAY)
         variable, key = entry.key_variable, key_of(entry)
         if variable and not key:
@@ -136,7 +136,7 @@ def _retries(settings: Settings, provider: str) -> int | None:
 
 def _uses_client_keys(settings: Settings, provider: str) -> bool:
     entry = settings.providers.get(provider)
-    return entry is not None and entry.by_client
+    return entry is not None and entry.uses_client_key
 
 
 def _remedy(settings: Settings, name: str, entry: models.ModelConfig) -> str:

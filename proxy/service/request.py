@@ -143,7 +143,7 @@ def to_cache_policy(mode: Mode, header: str) -> CachePolicy:
 class IndexOptions:
     """What a request says about its indexing."""
 
-    wanted: bool = True
+    is_enabled: bool = True
     collection: str | None = None
     """None = the collection that the configuration gives."""
     ids: Sequence[PointId] | None = None
@@ -161,13 +161,13 @@ def parse_index_options(value: object, inputs: int) -> IndexOptions:
     Raises InvalidRequest.
 
     >>> options = parse_index_options({"ids": [7]}, 1)
-    >>> parse_index_options(False, 1).wanted, options.ids
+    >>> parse_index_options(False, 1).is_enabled, options.ids
     (False, (7,))
     """
     if value is None or value is True:
         return NO_INDEX_OPTIONS
     if value is False:
-        return IndexOptions(wanted=False)
+        return IndexOptions(is_enabled=False)
     if not isinstance(value, Mapping):
         raise _invalid("must be false, or an object with collection, ids or payload", "")
     fields = {name: given for name, given in value.items() if given is not None}

@@ -35,14 +35,14 @@ async def test_who_leaves_ends_it(connection):
     async def wait() -> None:
         connection.on_leave()
         connection.on_leave()
-        attendance.moved()
+        attendance.note_progress()
         await asyncio.Event().wait()
 
     with pytest.raises(ClientGone):
         async with asyncio.timeout(5), attendance:
             await wait()
     assert connection.on_leave is None
-    attendance.moved()
+    attendance.note_progress()
 
 
 async def test_what_moves_puts_the_end_off(connection):
@@ -51,7 +51,7 @@ async def test_what_moves_puts_the_end_off(connection):
     async with _of(connection) as attendance:
         assert attendance._scope.when() == pytest.approx(now + 60, abs=5)
         attendance._idle_s = 1000.0
-        attendance.moved()
+        attendance.note_progress()
         assert attendance._scope.when() == pytest.approx(now + 1000, abs=5)
 
 
