@@ -17,8 +17,8 @@ from pydantic import (
 from . import addresses, references
 
 FOLDER = "folder"
-"""In the context of a validation: the folder of the file (see `file_path.absolute`). Without it
-relative paths are below the working directory."""
+"""In the context of a validation: the folder of the file (see `references.absolute_path`).
+Without it relative paths are below the working directory."""
 INSPECTED = "inspected"
 """In the context of a validation: whether nobody will be asked, so that files for it may lack."""
 

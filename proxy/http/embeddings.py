@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: the room where a request lives."""
+"""POST /v1/embeddings: answers from kept responses, from the cache, or through the service."""
 
 import asyncio
 from collections.abc import Iterable, Sequence

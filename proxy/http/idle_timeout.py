@@ -1,4 +1,4 @@
-"""Stays with a call while bytes move, and until its client leaves."""
+"""Cancels a passed-through call when no bytes move for too long, or when its client leaves."""
 
 import asyncio
 from collections.abc import Callable

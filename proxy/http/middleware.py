@@ -1,4 +1,4 @@
-"""What stands around every request: host, origin and key, an id, and errors in OpenAI's shape."""
+"""Middleware of every request: checks target, host, origin and key; gives errors OpenAI's shape."""
 
 import logging
 
@@ -8,11 +8,10 @@ from embedding_proxy.providers.base import EmbeddingError, InvalidRequest
 from embedding_proxy.proxy.service.request import CALLER
 
 from . import errors, status, target
-from .auth import Authenticator
+from .auth import KEY_HEADERS, Authenticator
 from .cors import Cors
 from .errors import Failure
 from .origin_check import OriginCheck
-from .passthrough_upstream import KEY_HEADERS
 from .request_body import BodyRefused
 from .request_log import REQUEST_ID, STARTED, identify, log_request
 from .target import REMEDY, may_be_embeddings
@@ -23,8 +22,8 @@ log = logging.getLogger("embedding_proxy.guard")
 def request_middleware(access: Authenticator, cors: Cors, origin_check: OriginCheck) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
-    It gives every error OpenAI's shape. Of `ops.OPEN_PATHS` only the target is checked, and
-    `ops.ROOT` is answered without a key; without a CALLER in its request then.
+    It gives every error OpenAI's shape. Of `status.OPEN_PATHS` only the target is checked, and
+    `status.ROOT` is answered without a key; without a CALLER in its request then.
     """
 
     @web.middleware

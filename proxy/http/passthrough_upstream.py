@@ -41,13 +41,11 @@ from embedding_proxy.proxy.service.provider_factory import check_network, key_of
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from .auth import Authenticator
+from .auth import KEY_HEADERS, Authenticator
 
 log = logging.getLogger("embedding_proxy.passthrough")
 PREFIXES = ("/v1", "/api/v1", "/openai/v1")
 """What stands for the base URL in the paths of clients: OpenAI's, OpenRouter's and Azure's."""
-KEY_HEADERS = ("x-proxy-key", "api-key", "x-api-key")
-"""Where a client may give its key, besides `Authorization: Bearer …`."""
 # Of one connection, not of the message (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
     {

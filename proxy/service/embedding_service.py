@@ -350,7 +350,7 @@ class EmbeddingService(SearchMixin):
     def embed_from_cache(
         self, asked: EmbeddingRequest, caller: Client, control: str
     ) -> Result | None:
-        """Return what `answer` would, already counted, if it need not be waited for; else None.
+        """Return what `answer` would, already counted, if nothing has to be waited for; else None.
 
         Raises EmbeddingError.
         """
@@ -375,7 +375,7 @@ class EmbeddingService(SearchMixin):
         return self.indexing.reusable(again, index, result)
 
     async def answer(self, asked: EmbeddingRequest, caller: Client, control: str = "") -> Result:
-        """Answer a well-formed request, by a model that stands in for its own if need be.
+        """Answer a well-formed request, by a fallback model where no route of its own answers.
 
         What is answered is indexed where the configuration says so. `control` is its
         `Cache-Control`. Raises EmbeddingError.

@@ -62,7 +62,7 @@ class EmbeddingPipeline:
     def embed_from_cache(
         self, asked: EmbeddingRequest, caller: Client, control: str
     ) -> Result | None:
-        """Return what `answer` would if it need not be waited for; else None.
+        """Return what `answer` would, if it can be given without waiting; else None.
 
         It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
         EmbeddingError.
@@ -92,7 +92,7 @@ class EmbeddingPipeline:
         return model
 
     async def answer(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result:
-        """Answer a request, by a model that stands in for its own if need be.
+        """Answer a request, by a fallback model where no route of its own answers.
 
         `control` is its `Cache-Control`. Raises EmbeddingError.
         """

@@ -68,7 +68,7 @@ class Client(NamedTuple):
 
 
 CALLER = web.RequestKey("caller", Client)
-"""Where the guard puts the caller of a request that it lets in."""
+"""Where the middleware puts the client of a request that it admits."""
 
 
 def effective_cache_control(header: str, honor: Honor, *, is_admin: bool) -> str:

@@ -35,7 +35,7 @@ from embedding_proxy.providers.lru_cache import LRUCache
 
 log = logging.getLogger("embedding_proxy.spaces")
 OWN_FIELDS = ("model", "input", "dimensions", "encoding_format", "user", "index")
-"""Fields that `wire` reads itself."""
+"""Fields that `http.openai_format` reads itself."""
 MAX_SETS = 20
 """Distinct parameter sets of one model within `WINDOW_S` that are nothing unusual."""
 WINDOW_S = 600.0
