@@ -142,7 +142,7 @@ async def test_a_spoilt_file_is_written_anew(spoilt, upstream, start_proxy, cloc
 
 async def test_they_are_looked_after_in_the_background(upstream, start_proxy, monkeypatch, caplog):
     """Left to itself, the proxy looks; what goes wrong is logged, and it looks again."""
-    monkeypatch.setattr(drift_check, "LOOK_S", 0.01)
+    monkeypatch.setattr(drift_check, "CHECK_INTERVAL_S", 0.01)
     looks = 0
 
     async def look(self):

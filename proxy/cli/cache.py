@@ -53,7 +53,7 @@ SpaceOption = Annotated[
     typer.Option(help="Only this space, as `cache stats` shows it.", callback=check_utf8),
 ]
 STREAM = "-"
-WIDEST = 120
+MAX_TABLE_WIDTH = 120
 """Characters of a table's line, beside the name of a space."""
 
 
@@ -321,7 +321,7 @@ def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
             share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
         )
     longest = max((len(one["space"]) for one in shown["partitions"]), default=0)
-    out = console(WIDEST + longest)
+    out = console(MAX_TABLE_WIDTH + longest)
     out.print(
         f"{count(held.entries, 'entry', 'entries')}: {size(held.data_bytes)} of data and"
         f" {size(held.log_bytes)} of write-ahead log, of at most"
@@ -363,4 +363,4 @@ def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
             share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
         )
     longest = max((sum(len(str(one[name])) for name in columns) for one in bill), default=0)
-    console(WIDEST + longest).print(table)
+    console(MAX_TABLE_WIDTH + longest).print(table)

@@ -42,8 +42,8 @@ from .formatting import count
 from .groups import cache_app
 from .output import ConfigOption, JsonOption, WorkFailed, check_utf8, print_json, progress
 
-MOST_OFF_NORM = 0.01
-_MOST_SHOWN = 5
+MAX_NORM_ERROR = 0.01
+_MAX_SHOWN = 5
 _BATCH = 500
 _BYTES_A_TOKEN = 4
 _MAGIC = b"EMBA"
@@ -78,7 +78,7 @@ class Importer:
         for item in self.check_pairs(source):
             if isinstance(item, Refused):
                 found.refused += 1
-                if len(found.first_refused) < _MOST_SHOWN:
+                if len(found.first_refused) < _MAX_SHOWN:
                     found.first_refused.append(item)
             else:
                 found.pairs += 1
@@ -101,7 +101,7 @@ class Importer:
         except vector.VectorError as error:
             return str(error)
         length = vector.length(candidate)
-        if self._unit_norm and abs(length - 1) > MOST_OFF_NORM:
+        if self._unit_norm and abs(length - 1) > MAX_NORM_ERROR:
             return f"its length is {length:.3f}, and 1 in this model"
         return None
 

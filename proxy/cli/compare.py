@@ -50,7 +50,7 @@ ASK_ABOVE_USD = 0.10
 """What is spent without `--yes`, at most, as far as it can be told before."""
 UNKNOWN_USD = 1.0
 """USD per million tokens that are reckoned with where a price is not known; few cost more."""
-WIDEST = 120
+MAX_TABLE_WIDTH = 120
 """Characters of the table's line, beside the names."""
 MILLION = 1_000_000
 
@@ -328,7 +328,7 @@ def print_report(
     for row in report.rows:
         table.add_row(printable(row.name), *_cells(row, with_recall=bool(samples.wanted)))
     longest = max(len(row.name) for row in report.rows)
-    console(WIDEST + longest).print(table)
+    console(MAX_TABLE_WIDTH + longest).print(table)
     for heading, found in (
         ("failures", _failures(report)),
         ("not asked", left_out),

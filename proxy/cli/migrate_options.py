@@ -32,7 +32,7 @@ from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY
 from .migrate_process import ShieldedTask
 from .output import check_utf8
 
-LONGEST_END_S = 120.0
+MAX_END_S = 120.0
 """How long answers are waited for when a run is stopped."""
 CLIENT = "migrate"
 """On whose account the purchases of a migration go in the ledger."""
@@ -217,7 +217,7 @@ class Target:
 
     async def finish(self) -> None:
         """Wait until all that was asked for is in the cache, or has failed."""
-        await self.shield.wait(LONGEST_END_S)
+        await self.shield.wait(MAX_END_S)
 
     async def look(self, texts: Sequence[str]) -> Sequence[CostPreview]:
         """Return what is known of each text; nothing is bought, and nothing changes."""

@@ -15,7 +15,7 @@ from embedding_proxy.providers.dimensions import can_give
 from embedding_proxy.providers.model_catalog import CATALOGUE, ModelEntry
 
 from .loader import ConfigError
-from .providers import MOST_RETRIES
+from .providers import MAX_RETRIES
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -295,7 +295,7 @@ def _convert_provider(
         done.note(retries, "left out: nobody is asked, so nobody is asked again")
         retries = None
     if retries is not None:
-        retries = retries._replace(value=min(int(retries.value), MOST_RETRIES))
+        retries = retries._replace(value=min(int(retries.value), MAX_RETRIES))
     key = variable(said)
     known = name in registry.KINDS or name == registry.LOCAL
     if not known:

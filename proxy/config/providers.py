@@ -29,7 +29,7 @@ from .fields import (
     Whole,
 )
 
-MOST_RETRIES = 100
+MAX_RETRIES = 100
 _COUNT = Field(ge=1, le=10**9)
 
 # What the transport and HTTP itself say is not the operator's to change; the key has its own way.
@@ -90,7 +90,7 @@ class ProviderConfig(Section):
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
     least_bytes_per_s: Annotated[Number, Field(ge=0)] = 100
     rate_window_s: Annotated[Number, Field(gt=0)] = 15
-    retries: Annotated[Whole, Field(ge=0, le=MOST_RETRIES)] | None = None
+    retries: Annotated[Whole, Field(ge=0, le=MAX_RETRIES)] | None = None
     limits: LimitsConfig = LimitsConfig()
     encoding_format: Literal["base64", "float"] | None = "base64"
     accepts_tokens: bool = True

@@ -39,7 +39,7 @@ KINDS: tuple[str, ...] = (*registry.KINDS, registry.LOCAL)
 """The built-in kinds of provider; one that is named like its kind need not say so."""
 DEFAULT_PROVIDERS = ("openai", "openrouter", "local")
 """The kinds that are there when a configuration names none."""
-MOST_MIB = 4.5
+MAX_BATCH_MIB = 4.5
 """Of one request to Qdrant."""
 
 
@@ -192,7 +192,7 @@ class Qdrant(Section):
     on_disk: bool = False
     quantization: Literal["scalar", "binary"] | None = None
     payload_indexes: dict[Name, FieldType] = Field(default_factory=dict)
-    batch_mib: Annotated[Number, Field(gt=0, le=MOST_MIB)] = 1
+    batch_mib: Annotated[Number, Field(gt=0, le=MAX_BATCH_MIB)] = 1
     outbox_gib: Annotated[Number, Field(gt=0, le=1e6)] = 10
 
     @field_validator("path", mode="before")

@@ -37,10 +37,10 @@ from .routes import (
     find_routes,
 )
 
-AT_ONCE = 8
+MAX_PROVIDERS_AT_ONCE = 8
 """Providers that are asked at the same time, each for one model after the other: so the times are
 those of single calls, and a small machine need not load several models at once."""
-PATIENCE_SECONDS = 10.0
+QDRANT_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ async def _probe_routes(
     findings: Sequence[RouteResult], patience_s: float, tell: Callable[[float], None]
 ) -> None:
     clock = asyncio.get_running_loop().time
-    gate = asyncio.Semaphore(AT_ONCE)
+    gate = asyncio.Semaphore(MAX_PROVIDERS_AT_ONCE)
     queues: defaultdict[str, list[tuple[RouteResult, Route]]] = defaultdict(list)
     for one in findings:
         if one.route is not None:
@@ -247,7 +247,7 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
         return CollectionStatus(place, error="not there yet, the proxy makes it at its first start")
     try:
         async with (
-            asyncio.timeout(PATIENCE_SECONDS),
+            asyncio.timeout(QDRANT_TIMEOUT_S),
             index_writes.connection(qdrant) as opened,
         ):
             found = await opened.ask(lambda client: client.get_collections())
@@ -258,7 +258,7 @@ async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of i
     except QdrantFailure as error:
         return CollectionStatus(place, ok=False, error=str(error))
     except TimeoutError:
-        return CollectionStatus(place, ok=False, error=f"no answer within {PATIENCE_SECONDS:.0f} s")
+        return CollectionStatus(place, ok=False, error=f"no answer within {QDRANT_TIMEOUT_S:.0f} s")
     if against:
         return CollectionStatus(place, ok=False, error="; ".join(against))
     return CollectionStatus(place, ok=True, collections=len(found.collections))

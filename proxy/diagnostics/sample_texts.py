@@ -17,7 +17,7 @@ from embedding_proxy.cache.maintenance.import_source import Refused, SourceError
 from embedding_proxy.providers.route_check import TEXTS
 from embedding_proxy.proxy.importers.jsonl import is_jsonl, lines, need_fields, objects
 
-MOST = 2000
+MAX_SAMPLES = 2000
 """Distinct inputs, at most: each is compared with all the others."""
 # Not prose about the library: tests, vendored copies, and what is not always installed.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "__pycache__"}
@@ -64,10 +64,10 @@ def read(texts: Path | None, pairs: Path | None) -> Samples:
         place = places.setdefault(query, len(places))
         if query != text:
             wanted[place] = wanted.get(place, frozenset()) | {places[text]}
-    if len(places) > MOST:
+    if len(places) > MAX_SAMPLES:
         raise SourceError(
-            f"{len(places):,} different texts and queries are too many, {MOST:,} are compared at"
-            " most; take a sample of them"
+            f"{len(places):,} different texts and queries are too many, {MAX_SAMPLES:,} are compared"
+            " at most; take a sample of them"
         )
     return Samples(list(places), count, wanted)
 

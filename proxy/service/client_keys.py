@@ -77,7 +77,7 @@ RENEW_S = 300.0
 MAX_KEYS = 10_000
 """Keys that are remembered, of either sort; those noted longest ago are forgotten."""
 SWEEP_EVERY = 1000
-"""New files after which the old ones are looked for, and those beyond MOST."""
+"""New files after which the old ones are looked for, and those beyond MAX_KEYS."""
 MAX_PROVED_AT_ONCE = 16
 """Keys that are proved at a time: bad ones cannot flood a provider, however many come."""
 RETRY_S = 1.0
@@ -234,7 +234,7 @@ class Proofs:
         return at
 
     def _sweep(self) -> None:
-        """Delete the files that prove nothing any more, and all but the newest MOST."""
+        """Delete the files that prove nothing any more, and all but the newest MAX_KEYS."""
         before = self._clock() - STALE_S
         try:
             with os.scandir(self._folder) as files:

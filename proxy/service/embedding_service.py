@@ -289,7 +289,7 @@ class EmbeddingService(SearchMixin):
     @property
     def max_inputs(self) -> int | None:
         """How many inputs a request may have; None = any number."""
-        return None if self.settings.server.allow_oversize else openai_format.MOST_INPUTS
+        return None if self.settings.server.allow_oversize else openai_format.MAX_INPUTS
 
     async def embed(  # noqa: PLR0913 - the parameters of a request
         self,

@@ -48,7 +48,7 @@ WIDTHS_FILE = "widths.json"
 MAX_WIDTHS = 10_000
 """Spaces whose width is pinned. Clients name the models; of further ones each process learns the
 width for itself, from an input that it buys."""
-PATIENCE_S = 2.0
+LOCK_TIMEOUT_S = 2.0
 """The longest wait for another worker that writes the file."""
 MAX_SPACES = 1000
 """Spaces with parameters whose width is remembered, where the model's own is not known."""
@@ -91,7 +91,7 @@ class LearnedDimensions:
     def _pin(self, space: str, width: int) -> int:
         """Add a width to the file; return the one of the file where another worker was first."""
         try:
-            with closing(WriterLock(self._lock_file, PATIENCE_S)) as lock, lock:
+            with closing(WriterLock(self._lock_file, LOCK_TIMEOUT_S)) as lock, lock:
                 kept = self._read()
                 if space in kept:
                     return kept[space]

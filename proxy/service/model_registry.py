@@ -23,7 +23,7 @@ from .client_keys import ClientKeyPolicy, client_key_policy
 from .learned_dimensions import LearnedDimensions, WidthLearner
 from .provider_factory import make_router, make_scheduler
 
-MOST_KEPT = 1000
+MAX_UNLISTED = 1000
 """Models that are listed at most; and as many that are not, being asked for by name alone."""
 
 
@@ -194,7 +194,7 @@ class Registry:
     def _keep(self, model: Model, width: int) -> Model:
         """Return a model that has learned its width; the next one who asks finds it so."""
         model = replace(model, space=replace(model.space, dimensions=width))
-        if model.name in self.models or len(self.models) < MOST_KEPT:
+        if model.name in self.models or len(self.models) < MAX_UNLISTED:
             self.models[model.name] = model
             self._unlisted.pop(model.name, None)
         else:
@@ -203,7 +203,7 @@ class Registry:
 
     def _keep_unlisted(self, model: Model) -> Model:
         self._unlisted[model.name] = model
-        if len(self._unlisted) > MOST_KEPT:
+        if len(self._unlisted) > MAX_UNLISTED:
             del self._unlisted[next(iter(self._unlisted))]
         return model
 

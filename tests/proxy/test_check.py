@@ -453,7 +453,7 @@ async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
         return Probe(route, 0.0)
 
     monkeypatch.setattr(checkup, "probe", probe)
-    names = [f"p{i}" for i in range(checkup.AT_ONCE + 2)]
+    names = [f"p{i}" for i in range(checkup.MAX_PROVIDERS_AT_ONCE + 2)]
     routes = [Route(SimpleNamespace(name=name), model) for model in "ab" for name in names]
     space = Space("s", 8, tokenizer="cl100k_base")
     findings = [RouteResult(["m"], space, one.name, one.model, one) for one in routes]
@@ -462,7 +462,7 @@ async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
     task = asyncio.create_task(checkup._probe_routes(findings, 1.0, told.append))
     for _ in range(10):
         await asyncio.sleep(0)
-    assert begun == names[: checkup.AT_ONCE]
+    assert begun == names[: checkup.MAX_PROVIDERS_AT_ONCE]
     gate.set()
     await task
     assert sorted(begun) == sorted(2 * names)

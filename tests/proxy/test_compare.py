@@ -250,7 +250,7 @@ async def test_what_one_round_could_not_get_the_next_one_asks_for(compare, upstr
         (status(401), "CredentialsRefused", 1),
         (status(402), "OutOfCredit", 1),
         (status(404), "ModelNotFound", 1),
-        (status(500), "UpstreamFault", benchmark.MOST_IN_A_ROW),
+        (status(500), "UpstreamFault", benchmark.MAX_FAILURES_IN_A_ROW),
     ],
 )
 async def test_a_route_that_fails_is_given_up(act, kind, calls, compare, upstream):
