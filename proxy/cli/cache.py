@@ -29,6 +29,7 @@ from embedding_proxy.proxy.service.embedding_service import GIB
 from .formatting import age, count, join_names, money, savings, share, size
 from .groups import cache_app
 from .output import (
+    MAX_TABLE_WIDTH,
     ConfigOption,
     JsonOption,
     WorkFailed,
@@ -53,8 +54,6 @@ SpaceOption = Annotated[
     typer.Option(help="Only this space, as `cache stats` shows it.", callback=check_utf8),
 ]
 STREAM = "-"
-MAX_TABLE_WIDTH = 120
-"""Characters of a table's line, beside the name of a space."""
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from embedding_proxy.proxy.diagnostics.sample_texts import Samples
 
 from .formatting import money, price, size
 from .output import (
+    MAX_TABLE_WIDTH,
     ConfigOption,
     JsonOption,
     WorkFailed,
@@ -50,8 +51,6 @@ ASK_ABOVE_USD = 0.10
 """What is spent without `--yes`, at most, as far as it can be told before."""
 UNKNOWN_USD = 1.0
 """USD per million tokens that are reckoned with where a price is not known; few cost more."""
-MAX_TABLE_WIDTH = 120
-"""Characters of the table's line, beside the names."""
 MILLION = 1_000_000
 
 

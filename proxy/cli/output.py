@@ -23,6 +23,8 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 MAX_LINE = 20_000
 """Characters of the line with which a command fails."""
+MAX_TABLE_WIDTH = 120
+"""Characters of a line of a table, beside the names in it."""
 LINE_SECONDS = 5.0
 """How often long work says how far it is where there is no terminal."""
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}

@@ -66,8 +66,8 @@ def read(texts: Path | None, pairs: Path | None) -> Samples:
             wanted[place] = wanted.get(place, frozenset()) | {places[text]}
     if len(places) > MAX_SAMPLES:
         raise SourceError(
-            f"{len(places):,} different texts and queries are too many, {MAX_SAMPLES:,} are compared"
-            " at most; take a sample of them"
+            f"{len(places):,} different texts and queries are too many, {MAX_SAMPLES:,} are"
+            " compared at most; take a sample of them"
         )
     return Samples(list(places), count, wanted)
 
