@@ -180,11 +180,11 @@ def test_a_signal_ends_a_start_that_hangs(number):
     """Workers that never answer, say for a lock that another keeps, hold nobody up."""
     code = (
         "import signal\n"
-        "from embedding_proxy.proxy import workers\n"
+        "from embedding_proxy.proxy.http import workers\n"
         "def work(ready):\n"
         "    print('begun', flush=True)\n"
         "    signal.pause()\n"
-        "print(workers.run(2, work, lambda: print('announced')).name)\n"
+        "print(workers.run_workers(2, work, lambda: print('announced')).name)\n"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
