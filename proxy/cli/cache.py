@@ -53,6 +53,7 @@ SpaceOption = Annotated[
     str | None,
     typer.Option(help="Only this space, as `cache stats` shows it.", callback=check_utf8),
 ]
+
 STREAM = "-"
 
 

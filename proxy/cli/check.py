@@ -131,7 +131,7 @@ def _found_dict(found: Checkup) -> dict[str, Any]:
             name: {"state": one.state, "kind": one.kind, "why": one.why or None}
             for name, one in found.providers.items()
         },
-        "routes": [_route_dict(one) for one in found.findings],
+        "routes": [_route_dict(one) for one in found.results],
         "pairs": [
             {
                 "space": pair.one.space.name,
@@ -166,8 +166,8 @@ def _found_lines(found: Checkup) -> Iterator[str]:
     yield from _align(
         (one.state, name, one.why or f"kind {one.kind}") for name, one in found.providers.items()
     )
-    rows = iter(list(_align(_cells(one) for one in found.findings)))
-    for space, group in groupby(found.findings, key=lambda one: one.space.name):
+    rows = iter(list(_align(_cells(one) for one in found.results)))
+    for space, group in groupby(found.results, key=lambda one: one.space.name):
         here = list(group)
         names = dict.fromkeys(name for one in here for name in one.models)
         yield ""

@@ -111,7 +111,7 @@ def compare(  # noqa: PLR0913 - one parameter an option
     problems = [
         f"{name}: no route answered for all inputs"
         for name in names
-        if not any(name in row.trial.finding.models for row in report.choices)
+        if not any(name in row.trial.result.models for row in report.choices)
     ]
     if plot_file is not None:
         plot_file.write_text(draw_plot(report), encoding="utf-8")
@@ -143,10 +143,10 @@ class _Work:
         async with AsyncExitStack() as stack:
             choice = ModelSelection(self.names, also="nothing")
             candidates = await find_routes(self.settings, choice, stack)
-            findings = list(self._chosen(candidates.findings))
+            results = list(self._chosen(candidates.results))
             trials = [
                 RouteBenchmark(one, one.route, one.space, self._price(candidates, one))
-                for one in findings
+                for one in results
                 if one.route is not None
             ]
             if not trials:
@@ -157,11 +157,11 @@ class _Work:
                 with progress("asking", len(trials) * self.plan.calls) as tell:
                     await run(trials, self.plan, self.settings.server.request_timeout_s, tell)
         left_out = [
-            f"{one.models[0]} at {one.provider}: {one.why}" for one in findings if not one.route
+            f"{one.models[0]} at {one.provider}: {one.why}" for one in results if not one.route
         ]
         return trials, left_out
 
-    def _chosen(self, findings: Iterable[RouteResult]) -> Iterator[RouteResult]:
+    def _chosen(self, results: Iterable[RouteResult]) -> Iterator[RouteResult]:
         """Yield the routes of the named models at the named providers. Raises ConfigError."""
         known = self.settings.providers
         for name in self.providers:
@@ -170,7 +170,7 @@ class _Work:
                     f"--provider: there is no provider {name!r}; known: {', '.join(sorted(known))}"
                 )
         missing = {*self.providers}
-        for one in findings:
+        for one in results:
             if not {*self.names}.isdisjoint(one.models):
                 missing.discard(one.provider)
                 if not self.providers or one.provider in self.providers:
@@ -191,7 +191,7 @@ class _Work:
 
     def _refuse_too_long(self, candidates: Candidates, trials: Iterable[RouteBenchmark]) -> None:
         for trial in trials:
-            name = trial.finding.models[0]
+            name = trial.result.models[0]
             most = candidates.models[name].context
             if most is None or trial.space.tokenizer is None:
                 continue
@@ -263,7 +263,7 @@ def _route(report: ComparisonReport, row: ComparisonRow) -> dict[str, Any]:
     beaten = report.beaten_by(row)
     return {
         "route": row.name,
-        "model": trial.finding.models[0],
+        "model": trial.result.models[0],
         "provider": trial.route.name,
         "upstream_model": trial.route.model,
         "space": trial.space.name,

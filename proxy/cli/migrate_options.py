@@ -41,6 +41,7 @@ API_KEY = "QDRANT_API_KEY"
 DEFAULT_FIELD = "content"
 _TEXTS = ("text_field", "template", "text_by")
 _KEYS = {*_TEXTS, "vector", "into"}
+
 CollectionsArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="COLLECTION...", help="Collections, or aliases of them."),

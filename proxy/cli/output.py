@@ -21,6 +21,7 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
 MAX_LINE = 20_000
 """Characters of the line with which a command fails."""
 MAX_TABLE_WIDTH = 120

@@ -78,7 +78,7 @@ class Plan:
 class RouteBenchmark:
     """What came of asking one route."""
 
-    finding: RouteResult
+    result: RouteResult
     route: Route
     space: Space
     price: float | None
@@ -132,7 +132,7 @@ class RouteBenchmark:
         if self._over:
             return None
         clock = asyncio.get_running_loop().time
-        account = Account(self.finding.models[0], price=self.price or 0.0)
+        account = Account(self.result.models[0], price=self.price or 0.0)
 
         def charge(bill: Bill) -> None:
             self.tokens += sum(bill.tokens)

@@ -48,7 +48,7 @@ class Checkup:
     """What was found."""
 
     providers: Mapping[str, ProviderStatus]
-    findings: list[RouteResult]
+    results: list[RouteResult]
     comparisons: list[Comparison] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """One line for each thing that does not work."""
@@ -64,28 +64,28 @@ async def examine(
     choice = replace(choice, named=add_fallback_models(settings, choice.named))
     async with AsyncExitStack() as stack:
         candidates = await find_routes(settings, choice, stack)
-        found = Checkup(candidates.standings, candidates.findings)
+        found = Checkup(candidates.statuses, candidates.results)
         if not offline:
-            await _probe_routes(found.findings, settings.server.request_timeout_s, tell)
-    for one in found.findings:
+            await _probe_routes(found.results, settings.server.request_timeout_s, tell)
+    for one in found.results:
         if one.probe is not None:
             failure = one.probe.failure
             one.why = "" if failure is None else _failure_reason(settings, choice, one, failure)
-    found.comparisons = list(compare(found.findings))
+    found.comparisons = list(compare(found.results))
     found.problems = list(_problems(choice, candidates.routers, found))
     return found
 
 
 async def _probe_routes(
-    findings: Sequence[RouteResult], patience_s: float, tell: Callable[[float], None]
+    results: Sequence[RouteResult], patience_s: float, tell: Callable[[float], None]
 ) -> None:
     clock = asyncio.get_running_loop().time
     gate = asyncio.Semaphore(MAX_PROVIDERS_AT_ONCE)
     queues: defaultdict[str, list[tuple[RouteResult, Route]]] = defaultdict(list)
-    for one in findings:
+    for one in results:
         if one.route is not None:
             queues[one.provider].append((one, one.route))
-    for encoding in {one.space.tokenizer for one in findings if one.space.tokenizer}:
+    for encoding in {one.space.tokenizer for one in results if one.space.tokenizer}:
         # To load a vocabulary takes 0.1 s, which are no provider's.
         tokens.count(TEXTS, encoding)
     done = 0
@@ -120,11 +120,11 @@ def _failure_reason(
 def _problems(
     choice: ModelSelection, routers: Mapping[str, Router], found: Checkup
 ) -> Iterator[str]:
-    for one in found.findings:
+    for one in found.results:
         if one.ok is False:
             yield f"{one.models[0]} at {one}: {one.why}"
     for name in choice.named if choice.must_work else ():
-        why = {one.why for one in found.findings if name in one.models}
+        why = {one.why for one in found.results if name in one.models}
         if not routers[name].routes and CLIENTS_PAY not in why:
             yield local.MISSING if local.MISSING in why else routers[name].unavailable
     for pair in found.comparisons:
@@ -137,7 +137,7 @@ def _problems(
 
 
 def provider_problems(
-    configuration: Configuration, standings: Mapping[str, ProviderStatus]
+    configuration: Configuration, statuses: Mapping[str, ProviderStatus]
 ) -> Iterator[str]:
     """Yield a problem for each provider that the file names in vain, and for want of any.
 
@@ -146,43 +146,43 @@ def provider_problems(
     settings = configuration.settings
     if settings.cache.mode == "frozen":
         return
-    usable = {name for name, one in standings.items() if _can_answer(one)}
+    usable = {name for name, one in statuses.items() if _can_answer(one)}
     leading = {
         route.provider for model in settings.models.values() for route in model.routes
     } & usable
-    in_vain = list(_unreachable_providers(configuration, standings, usable, leading))
+    in_vain = list(_unreachable_providers(configuration, statuses, usable, leading))
     if in_vain:
         yield from in_vain
     elif not leading:
         yield (
             "no provider can be asked: every input that is not in the cache is answered with an"
-            f" error{_reasons(standings)}"
+            f" error{_reasons(statuses)}"
         )
     elif not _has_remote(settings, leading) and not _is_local_by_choice(configuration):
         yield (
             "no remote provider can be asked: every input that is not in the cache is answered"
-            f" with an error, but for those of the local model{_reasons(standings)}"
+            f" with an error, but for those of the local model{_reasons(statuses)}"
         )
 
 
 def _unreachable_providers(
     configuration: Configuration,
-    standings: Mapping[str, ProviderStatus],
+    statuses: Mapping[str, ProviderStatus],
     usable: Collection[str],
     leading: Collection[str],
 ) -> Iterator[str]:
     """Yield a problem for each provider that the file names and no request can reach."""
     for name in configuration.providers:
-        why = standings[name].why
+        why = statuses[name].why
         if name not in usable:
             yield configuration.problem(("providers", name), f"this provider is skipped: {why}")
         elif name not in leading and configuration.settings.passthrough != name:
             yield configuration.problem(("providers", name), f"is never asked: {why}")
 
 
-def _can_answer(standing: ProviderStatus) -> bool:
+def _can_answer(status: ProviderStatus) -> bool:
     """Tell whether requests may be answered by a provider."""
-    return standing.state == "usable" or standing.why == CLIENTS_PAY
+    return status.state == "usable" or status.why == CLIENTS_PAY
 
 
 def _has_remote(settings: Settings, names: Iterable[str]) -> bool:
@@ -196,15 +196,15 @@ def _is_local_by_choice(configuration: Configuration) -> bool:
     return is_chosen and not _has_remote(configuration.settings, configuration.providers)
 
 
-def _reasons(standings: Mapping[str, ProviderStatus]) -> str:
+def _reasons(statuses: Mapping[str, ProviderStatus]) -> str:
     """Return why providers cannot be asked, with the remedies."""
-    skipped = [f"{name}: {one.why}" for name, one in standings.items() if one.state == "skipped"]
+    skipped = [f"{name}: {one.why}" for name, one in statuses.items() if one.state == "skipped"]
     return f" ({'; '.join(skipped)})" if skipped else "; add a provider to `providers`"
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionStatus:
-    """What came of asking it."""
+    """What came of asking the Qdrant of a configuration."""
 
     place: str
     """Its address, or its folder."""

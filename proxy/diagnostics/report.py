@@ -195,7 +195,7 @@ def _pairs(
 
 def name_of(trial: RouteBenchmark) -> str:
     """Return what a route is called: its model and provider, and the upstream's name for it."""
-    model, route = trial.finding.models[0], trial.route
+    model, route = trial.result.models[0], trial.route
     plain = f"{model} at {route.name}"
     same = model.rpartition("/")[2] == route.model.rpartition("/")[2]
     return plain if same else f"{plain} ({route.model})"

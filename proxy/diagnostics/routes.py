@@ -133,11 +133,11 @@ class RouteResult:
 class Candidates:
     """What there is to try."""
 
-    standings: Mapping[str, ProviderStatus]
+    statuses: Mapping[str, ProviderStatus]
     """Of each provider that the configuration names."""
     models: Mapping[str, ModelConfig]
     routers: Mapping[str, Router]
-    findings: list[RouteResult]
+    results: list[RouteResult]
     """The routes of the models, those of one space together, each route once."""
 
 
@@ -146,8 +146,8 @@ async def find_routes(
 ) -> Candidates:
     """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
     opened = await open_providers(settings, stack)
-    standings = {name: _provider_status(settings, name, opened) for name in settings.providers}
-    usable = {name: one for name, one in opened.items() if standings[name].state == "usable"}
+    statuses = {name: _provider_status(settings, name, opened) for name in settings.providers}
+    usable = {name: one for name, one in opened.items() if statuses[name].state == "usable"}
     models = choose_models(settings, choice, usable)
     upstreams = HealthRegistry()
     routers = {
@@ -156,9 +156,7 @@ async def find_routes(
     }
     learned = LearnedDimensions(connection.folder_of(settings.cache.directory) / WIDTHS_FILE)
     await learned.refresh()
-    return Candidates(
-        standings, models, routers, _route_results(models, routers, standings, learned)
-    )
+    return Candidates(statuses, models, routers, _route_results(models, routers, statuses, learned))
 
 
 def _provider_status(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
@@ -181,7 +179,7 @@ def _provider_status(settings: Settings, name: str, opened: Collection[str]) -> 
 def _route_results(
     models: Mapping[str, ModelConfig],
     routers: Mapping[str, Router],
-    standings: Mapping[str, ProviderStatus],
+    statuses: Mapping[str, ProviderStatus],
     learned: LearnedDimensions,
 ) -> list[RouteResult]:
     """Return the routes of some models, those of one space together, each route once."""
@@ -202,8 +200,8 @@ def _route_results(
             if name not in one.models:
                 one.models.append(name)
             if one.route is None:
-                standing = standings.get(entry.provider)
-                one.why = standing.why if standing else "the provider is not configured"
+                status = statuses.get(entry.provider)
+                one.why = status.why if status else "the provider is not configured"
     return list(found.values())
 
 
@@ -224,10 +222,10 @@ class Comparison:
         return self.cosine >= SAME
 
 
-def compare(findings: Sequence[RouteResult]) -> Iterator[Comparison]:
+def compare(results: Sequence[RouteResult]) -> Iterator[Comparison]:
     """Compare the answers of each space with the first of them; they are one model, or two."""
     answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
-    for one in findings:
+    for one in results:
         if one.probe is not None and one.ok:
             answered[one.space.name].append((one, one.probe))
     for (first, base), *others in answered.values():

@@ -44,6 +44,7 @@ from yarl import URL
 from .auth import KEY_HEADERS, Authenticator
 
 log = logging.getLogger("embedding_proxy.passthrough")
+
 PREFIXES = ("/v1", "/api/v1", "/openai/v1")
 """What stands for the base URL in the paths of clients: OpenAI's, OpenRouter's and Azure's."""
 # Of one connection, not of the message (RFC 9110, 7.6.1).

@@ -57,6 +57,7 @@ from .learned_dimensions import embed_one_first
 from .request import Client
 
 log = logging.getLogger("embedding_proxy.keys")
+
 HASH_KEY_FILE = "client-keys.secret"
 """The name of the file, in the folder of the store."""
 HASH_KEY_SIZE = 32

@@ -54,6 +54,7 @@ MAX_SPACES = 1000
 """Spaces with parameters whose width is remembered, where the model's own is not known."""
 # By so many seconds a clock that is read later may be behind.
 _CLOCK_S = 1.0
+
 log = logging.getLogger("embedding_proxy.learned")
 
 

@@ -34,6 +34,7 @@ from embedding_proxy.providers.base import InvalidRequest
 from embedding_proxy.providers.lru_cache import LRUCache
 
 log = logging.getLogger("embedding_proxy.spaces")
+
 OWN_FIELDS = ("model", "input", "dimensions", "encoding_format", "user", "index")
 """Fields that `http.openai_format` reads itself."""
 MAX_SETS = 20

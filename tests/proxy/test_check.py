@@ -456,10 +456,10 @@ async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
     names = [f"p{i}" for i in range(checkup.MAX_PROVIDERS_AT_ONCE + 2)]
     routes = [Route(SimpleNamespace(name=name), model) for model in "ab" for name in names]
     space = Space("s", 8, tokenizer="cl100k_base")
-    findings = [RouteResult(["m"], space, one.name, one.model, one) for one in routes]
+    results = [RouteResult(["m"], space, one.name, one.model, one) for one in routes]
     told = []
     tokens._tokenizer.cache_clear()
-    task = asyncio.create_task(checkup._probe_routes(findings, 1.0, told.append))
+    task = asyncio.create_task(checkup._probe_routes(results, 1.0, told.append))
     for _ in range(10):
         await asyncio.sleep(0)
     assert begun == names[: checkup.MAX_PROVIDERS_AT_ONCE]
@@ -467,7 +467,7 @@ async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
     await task
     assert sorted(begun) == sorted(2 * names)
     assert told == [*range(1, len(routes) + 1)]
-    assert all(one.ok for one in findings)
+    assert all(one.ok for one in results)
     assert set(loaded) == {1}, "the time of a provider includes no loading of ours"
 
 
