@@ -177,12 +177,12 @@ def rollback_command(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Let the aliases point to the old collections again; the new ones stay."""
 
-    async def back(points: Points, journal: MigrationState) -> int:
+    async def roll_back(points: Points, journal: MigrationState) -> int:
         return (await cutover.rollback(points, journal))[1]
 
     settings = loader.load(config_file)
     tell_store(settings)
-    found = _each(settings, qdrant, migrate_options.names_of(names, file), to, back)
+    found = _each(settings, qdrant, migrate_options.names_of(names, file), to, roll_back)
     if as_json:
         print_json([{**migrate.state_dict(s, j), "only_in_new": count} for s, j, count in found])
         return
@@ -228,10 +228,10 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     if yes < 2:
         typer.confirm("There is no way back afterwards. Sure?", abort=True, err=True)
 
-    async def end(points: Points, journal: MigrationState) -> None:
+    async def finish(points: Points, journal: MigrationState) -> None:
         await cutover.finalize(points, journal, take_name=take_name)
 
-    found = _each(settings, qdrant, chosen, to, end)
+    found = _each(settings, qdrant, chosen, to, finish)
     if as_json:
         print_json([migrate.state_dict(state, journal) for state, journal, _ in found])
     else:
@@ -253,7 +253,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
     What is wrong with one does not keep the others back. Raises WorkFailed at the end.
     """
 
-    async def one(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
+    async def run_work(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
         state = cutover.begun(journal)
         if to is not None and to != state.model:
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
@@ -262,7 +262,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
         async with hold_lock(journal):
             return await work(points, journal)
 
-    async def every() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
+    async def run_all() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
         found, failed = [], []
         connection = migrate_options.connection(settings, place)
         journals = [migrate_options.journal_of(settings, connection, name) for name in names]
@@ -271,14 +271,14 @@ def _each(  # noqa: PLR0913 - what all four commands share
             points = Points(connection)
             for name, journal in zip(names, journals, strict=True):
                 try:
-                    result = await one(points, journal)
+                    result = await run_work(points, journal)
                 except MigrationRefused as error:
                     failed.append(f"{name}: {error}")
                 else:
                     found.append((cutover.begun(journal), journal, result))
         return found, failed
 
-    found, failed = asyncio.run(every())
+    found, failed = asyncio.run(run_all())
     if failed:
         for state, _, _ in found:
             typer.echo(f"{state.collection}: {state.phase}", err=True)

@@ -100,7 +100,7 @@ async def cancel_when_left(life: int | None) -> AsyncIterator[None]:
         return
     loop = asyncio.get_running_loop()
 
-    def left() -> None:
+    def cancel() -> None:
         loop.remove_reader(life)
         # Whoever read what we print may be gone as well.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -109,7 +109,7 @@ async def cancel_when_left(life: int | None) -> AsyncIterator[None]:
         os.close(nowhere)
         task.cancel()
 
-    loop.add_reader(life, left)
+    loop.add_reader(life, cancel)
     try:
         yield
     finally:

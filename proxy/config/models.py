@@ -126,7 +126,7 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
     }
 
 
-def by_name(name: str) -> ModelConfig | None:
+def unlisted_model(name: str) -> ModelConfig | None:
     """Return what can be said of a model that is not configured; None for what is no name."""
     try:
         return ModelConfig.model_validate(from_catalogue(model_catalog.by_name(name)))

@@ -36,11 +36,11 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
     needed: list[Problem] = []
     spared: list[Problem] = []
 
-    def replaced(value: object, path: KeyPath) -> object:
+    def replace(value: object, path: KeyPath) -> object:
         if isinstance(value, dict):
-            return {key: replaced(one, (*path, _path_part(key))) for key, one in value.items()}
+            return {key: replace(one, (*path, _path_part(key))) for key, one in value.items()}
         if isinstance(value, list):
-            return [replaced(one, (*path, i)) for i, one in enumerate(value)]
+            return [replace(one, (*path, i)) for i, one in enumerate(value)]
         if not isinstance(value, str):
             return value
         references = _REFERENCE.finditer(value)
@@ -58,7 +58,7 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
         spared.extend(problems)
         return "http://unset:unset@unset.invalid" if path[-1] == "proxy" else secrets.token_hex()
 
-    return replaced(content, ()), needed, spared
+    return replace(content, ()), needed, spared
 
 
 def _path_part(key: object) -> str | int:

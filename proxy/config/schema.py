@@ -346,7 +346,11 @@ class Settings(Section):
 
     def _passes_to_nobody(self) -> Iterator[Problem]:
         """Yield a misspelt provider, and the local model, which knows nothing but embeddings."""
-        if "passthrough" in self.model_fields_set and self.passthrough and not self.passes_to:
+        if (
+            "passthrough" in self.model_fields_set
+            and self.passthrough
+            and not self.passthrough_provider
+        ):
             remote = [n for n, entry in self.providers.items() if entry and entry.kind != "local"]
             yield Problem(
                 ("passthrough",),
@@ -359,8 +363,8 @@ class Settings(Section):
     def _origins_for_clients(self) -> Iterator[Problem]:
         """Yield a second origin for one key: a client sends one, and it belongs to one."""
         taking = {name: one for name, one in self.providers.items() if one and one.uses_client_key}
-        if taking and self.passthrough_auth == "client" and self.passes_to:
-            taking[self.passthrough or ""] = self.passes_to
+        if taking and self.passthrough_auth == "client" and self.passthrough_provider:
+            taking[self.passthrough or ""] = self.passthrough_provider
         (first, *others) = taking or [""]
         for other in others:
             if taking[other].origin != taking[first].origin:
@@ -417,7 +421,7 @@ class Settings(Section):
                     )
 
     @property
-    def passes_to(self) -> ProviderConfig | None:
+    def passthrough_provider(self) -> ProviderConfig | None:
         """The provider that other calls are passed to, if it is configured."""
         entry = self.providers.get(self.passthrough or "")
         return None if entry is None or entry.kind == registry.LOCAL else entry

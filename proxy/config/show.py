@@ -31,7 +31,7 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
         name: _plain_value(getattr(settings, name)) for name in Settings.model_fields
     }
     # The default is a provider that need not be there; one that is named has to be.
-    shown["passthrough"] = settings.passthrough if settings.passes_to else None
+    shown["passthrough"] = settings.passthrough if settings.passthrough_provider else None
     keys = _content_at(content, "server", "keys")
     for i, entry in enumerate(shown["server"]["keys"]):
         given = keys[i] if isinstance(keys, list) else None

@@ -21,7 +21,7 @@ from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.models import ModelConfig, by_name
+from embedding_proxy.proxy.config.models import ModelConfig, unlisted_model
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY, make_router, open_providers
@@ -79,7 +79,7 @@ def add_fallback_models(settings: Settings, names: Sequence[str]) -> tuple[str, 
 def _model_by_name(settings: Settings, name: str) -> ModelConfig:
     """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
     asks = settings.server.unknown_models == "ask"
-    model = by_name(name) if asks else None
+    model = unlisted_model(name) if asks else None
     if model is None:
         raise _unknown_model(settings, name)
     return model

@@ -60,7 +60,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app[SEND_TIMEOUT_S] = server.send_timeout_s
     app[UNREAD] = unread = UnreadReplies(int(server.max_unread_mib * MIB))
     passthrough = None
-    if settings.passes_to is not None:
+    if settings.passthrough_provider is not None:
         origin = PassthroughUpstream(settings, access)
         passthrough = Passthrough(origin, settings)
 

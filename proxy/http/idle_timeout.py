@@ -21,8 +21,8 @@ class IdleTimeout:
     """Cancels what is done inside `async with` when the client leaves, or nothing moves any more.
 
     A client that only stops sending, its request being whole, counts as one that left: it cannot be
-    told from one that closed, and what an upstream does for nobody is paid for. Raises ClientLeft,
-    Stalled.
+    told from one that closed, and what an upstream does for nobody is paid for. Raises ClientGone,
+    IdleTooLong.
     """
 
     def __init__(self, request: web.Request, idle_s: float) -> None:

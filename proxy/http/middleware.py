@@ -27,14 +27,14 @@ def request_middleware(access: Authenticator, cors: Cors, origin_check: OriginCh
     """
 
     @web.middleware
-    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         identify(request)
         refused = _refuse(request, access, cors, origin_check)
         response = await _answer(request, handler) if refused is None else refused
         log_request(request, response)
         return response
 
-    return guarded
+    return handle
 
 
 def _refuse(
@@ -80,7 +80,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 def admin_only(handler: Handler) -> Handler:
     """Return a handler that serves admins alone: keys with `admin: true`, or all without keys."""
 
-    async def checked(request: web.Request) -> web.StreamResponse:
+    async def handle(request: web.Request) -> web.StreamResponse:
         if not request[CALLER].is_admin:
             return Failure(
                 403,
@@ -91,7 +91,7 @@ def admin_only(handler: Handler) -> Handler:
             ).response()
         return await handler(request)
 
-    return checked
+    return handle
 
 
 def _explain(request: web.Request, error: Exception) -> web.Response:

@@ -118,7 +118,7 @@ class PassthroughUpstream:
 
     def __init__(self, settings: Settings, access: Authenticator) -> None:
         """Look up the key. Raises ConfigError, and ValueError if calls are passed to nobody."""
-        entry = settings.passes_to
+        entry = settings.passthrough_provider
         if entry is None or settings.passthrough is None:
             raise ValueError("calls are passed to nobody")
         self.name = settings.passthrough

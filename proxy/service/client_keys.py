@@ -281,7 +281,7 @@ class ClientKeys:
         """
         if not caller.api_key:
             if not how.has_other_routes:
-                raise self._missing(how)
+                raise self._missing_key_error(how)
             return await ask(inputs, context), context.namespace
         credential = self._credential(how, caller.api_key)
         namespace = context.namespace
@@ -329,7 +329,7 @@ class ClientKeys:
         told = b"".join(part(b"k", one.encode()) for one in parts)
         return hashlib.blake2b(told, digest_size=16, key=self._secret).hexdigest()
 
-    def _missing(self, how: ClientKeyPolicy) -> ClientKeyRefused:
+    def _missing_key_error(self, how: ClientKeyPolicy) -> ClientKeyRefused:
         ours = ", and this proxy's key in `x-proxy-key`" if self._asks_keys else ""
         return ClientKeyRefused(
             f"You didn't provide an API key of your own, with which `{how.model}` is asked for at"
@@ -366,7 +366,7 @@ class _Visit:
             return await self._ask_noted(inputs)
         shortest = min(range(len(inputs)), key=lambda place: len(inputs[place]))
         try:
-            return await embed_one_first(inputs, shortest, self._first, self._ask_noted)
+            return await embed_one_first(inputs, shortest, self._prove, self._ask_noted)
         except (NoProviderAvailable, ProviderError, InvalidRequest) as error:
             if self._keys.status(self._proof) is not KeyStatus.UNKNOWN:
                 raise
@@ -379,7 +379,7 @@ class _Visit:
                 f"Your key cannot be proved just now ({error}).", wait
             ) from error
 
-    async def _first(self, inputs: Sequence[Input]) -> Answered:
+    async def _prove(self, inputs: Sequence[Input]) -> Answered:
         """Ask for the inputs past the cache, unless the key is proved when its turn comes."""
         # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
         # A call that an earlier request left under way is such a purchase, and is not made again.

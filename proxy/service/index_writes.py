@@ -188,13 +188,13 @@ class IndexWrites:
             keys = await ring.keys(result.inputs)
         # Of equal ids the last counts, also where they are added one after the other.
         async for some in slices(range(len(keys)), _POINTS_AT_A_TIME):
-            places = self._unindexed(options, result, keys, some, target)
+            places = self._select_unindexed(options, result, keys, some, target)
             if places:
                 points = partial(self._points, options, result, keys, places)
                 few = len(places) <= _INLINE
                 await self.indexer.add(target, points() if few else await asyncio.to_thread(points))
 
-    def _unindexed(
+    def _select_unindexed(
         self,
         options: IndexOptions,
         result: Result,

@@ -225,16 +225,16 @@ class WidthLearner:
 
         width = 0
 
-        async def first(_: Sequence[Input]) -> Answered:
+        async def embed_first(_: Sequence[Input]) -> Answered:
             nonlocal width
             await _wait(learning, context)
             width, answer = learning.task.result()
             return answer
 
-        async def others(some: Sequence[Input]) -> Answered:
+        async def embed_others(some: Sequence[Input]) -> Answered:
             return await embedder.embed(replace(space, dimensions=width), some, context)
 
-        answer = await embed_one_first(inputs, 0, first, others)
+        answer = await embed_one_first(inputs, 0, embed_first, embed_others)
         return width, answer
 
     async def _buy_first(

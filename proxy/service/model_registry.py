@@ -16,7 +16,7 @@ from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.context_length import ContextLengthCheck
-from embedding_proxy.proxy.config.models import Fallback, ModelConfig, by_name
+from embedding_proxy.proxy.config.models import Fallback, ModelConfig, unlisted_model
 from embedding_proxy.proxy.config.schema import Settings
 
 from .client_keys import ClientKeyPolicy, client_key_policy
@@ -182,7 +182,7 @@ class Registry:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""
         if self._settings.server.unknown_models == "refuse":
             raise ModelUnknown(name)
-        entry = by_name(name)
+        entry = unlisted_model(name)
         if entry is None:
             raise ModelUnknown(name)
         model = replace(self._make(name, entry), by_name=True)

@@ -101,7 +101,7 @@ class EmbeddingPipeline:
         deadline = asyncio.get_running_loop().time() + server.request_timeout_s
         allowed = to_cache_policy(self._settings.cache.mode, control)
 
-        async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+        async def make_context(one: Model, by: float) -> tuple[Sequence[Input], Context]:
             begun = asyncio.get_running_loop().time()
             inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
             account = Account(asked.model, caller.client, one.price)
@@ -122,13 +122,13 @@ class EmbeddingPipeline:
         if asked.parameters:
             self._spaces.note(model.name, _space(model, asked).parameters)
         if not model.space.dimensions:
-            inputs, context = await prepared(model, deadline)
+            inputs, context = await make_context(model, deadline)
             return await self._learn(model, asked, caller, inputs, context)
         width = _width(model, asked)
 
         async def ask(one: Model, by: float) -> Result:
             space = _space(one, asked)
-            inputs, context = await prepared(one, by)
+            inputs, context = await make_context(one, by)
             namespace = caller.namespace
             if one.client_key_policy is None:
                 embedded = await one.embedder.embed(space, inputs, context)
