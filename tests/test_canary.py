@@ -150,7 +150,7 @@ async def test_they_are_looked_after_in_the_background(upstream, start_proxy, mo
         looks += 1
         raise RuntimeError("made up")
 
-    monkeypatch.setattr(DriftCheck, "look", look)
+    monkeypatch.setattr(DriftCheck, "check", look)
     proxy = await start_proxy(openai=upstream)
     while looks < 3:
         await proxy.post({"model": MODEL, "input": "a"})

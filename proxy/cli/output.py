@@ -239,7 +239,7 @@ def _lines(what: str, total: float | None) -> Callable[[float], None]:
 def parse_duration(text: str, option: str) -> float:
     """Return the length of a span such as `90d`, in seconds. Raises ConfigError.
 
-    >>> seconds("1.5h", "--older-than")
+    >>> parse_duration("1.5h", "--older-than")
     5400.0
     """
     found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]+)", text.strip())

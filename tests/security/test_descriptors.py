@@ -65,7 +65,7 @@ def serve(request, tmp_path, upstream, monkeypatch) -> Iterator[Callable[..., Se
     started = []
 
     own_loop = "cli._loop_factory = lambda: None;" if request.param == "asyncio" else ""
-    code = f"from embedding_proxy.proxy import cli; {own_loop} cli.main()"
+    code = f"from embedding_proxy.proxy.cli import main as cli; {own_loop} cli.main()"
     command = [sys.executable, "-c", code, "serve", "--config", str(config)]
 
     def start(**sections: object) -> Served:

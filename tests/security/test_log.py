@@ -137,7 +137,7 @@ def test_mistakes_of_clients_hide_no_warning(written):
 def test_the_command_writes_its_log_so():
     """`embedding-proxy` itself escapes what it logs."""
     code = (
-        "import logging, sys; from embedding_proxy.proxy import cli;"
+        "import logging, sys; from embedding_proxy.proxy.cli import main as cli;"
         "cli._root(); logging.getLogger('embedding_proxy').error('a\\n\\x1b[2Jb')"
     )
     done = subprocess.run(
