@@ -51,7 +51,7 @@ def escape(text: str, most: int = MAX_MESSAGE) -> str:
     cut = f"… ({len(text) - most:,} more characters)" if len(text) > most else ""
     text = text[:most]
     if not text.isprintable():
-        text = "".join(c if c.isprintable() else _escaped(c) for c in text)
+        text = "".join(c if c.isprintable() else _escape_sign(c) for c in text)
     return text + cut
 
 
@@ -66,7 +66,7 @@ def hide_credentials(text: str) -> str:
     return _USER.sub(f"://{MASK}@", _KEY_HEADER.sub(rf"\1{MASK}", text))
 
 
-def _escaped(character: str) -> str:
+def _escape_sign(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 

@@ -21,13 +21,13 @@ from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.routing import health
 from embedding_proxy.proxy.cli import main
-from embedding_proxy.proxy.cli.migrate_options import Target, named
+from embedding_proxy.proxy.cli.migrate_options import Target, find_model
 from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service import client_keys, provider_factory
 from embedding_proxy.proxy.service import client_keys as client_secret
 from embedding_proxy.proxy.service import client_keys as proofs
-from embedding_proxy.proxy.service.client_keys import ByClient, KeyStatus, Proofs
+from embedding_proxy.proxy.service.client_keys import ClientKeyPolicy, KeyStatus, Proofs
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from fault_server import hang, status, tokens_of, vector_of
 from qdrant_server import QdrantServer
@@ -290,7 +290,7 @@ async def test_a_key_is_written_nowhere(start, upstream, tmp_path, caplog):
         assert part not in str(told)
         assert part not in str(ours)
     files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert any(file.name == client_secret.FILE for file in files)
+    assert any(file.name == client_secret.HASH_KEY_FILE for file in files)
     for file in files:
         assert secret not in str(file)
         assert secret.encode() not in file.read_bytes()
@@ -307,24 +307,27 @@ def test_a_digest_needs_the_secret(tmp_path):
         names.add(keys._digest("https://a", ANNE))
         names.add(keys._digest("https://b", ANNE))
     assert len(names) == 4
-    hows = [ByClient(MODEL, "s", ("p",), origin, share=False, others=False) for origin in "ab"]
+    hows = [
+        ClientKeyPolicy(MODEL, "s", ("p",), origin, share=False, has_other_routes=False)
+        for origin in "ab"
+    ]
     assert len({keys._credential(how, ANNE) for how in hows}) == 2
 
 
 def test_the_secret_is_made_once(tmp_path, caplog):
     """Who comes second takes the first one's; it is for the owner's eyes; a damaged one is said."""
-    secret = client_secret.load(tmp_path)
-    file = tmp_path / client_secret.FILE
-    assert len(secret) == client_secret.SIZE
+    secret = client_secret.load_secret(tmp_path)
+    file = tmp_path / client_secret.HASH_KEY_FILE
+    assert len(secret) == client_secret.HASH_KEY_SIZE
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    client_secret._make(file)
-    assert client_secret.load(tmp_path) == secret
-    assert [one.name for one in tmp_path.iterdir()] == [client_secret.FILE]
+    client_secret._make_secret(file)
+    assert client_secret.load_secret(tmp_path) == secret
+    assert [one.name for one in tmp_path.iterdir()] == [client_secret.HASH_KEY_FILE]
     file.write_bytes(b"short")
     with pytest.raises(client_secret.StoreError, match="is damaged: bring it back"):
-        client_secret.load(tmp_path)
+        client_secret.load_secret(tmp_path)
     assert not caplog.records
-    assert len(client_secret.load(tmp_path / "missing")) == client_secret.SIZE
+    assert len(client_secret.load_secret(tmp_path / "missing")) == client_secret.HASH_KEY_SIZE
     assert "cannot be kept" in caplog.text
 
 
@@ -715,7 +718,7 @@ async def test_a_model_known_by_name_alone(start, upstream):
 
 async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     """Keys without end leave limits, rests, budgets and proofs of the newest alone."""
-    monkeypatch.setattr(proofs, "MOST", 20)
+    monkeypatch.setattr(proofs, "MAX_KEYS", 20)
     monkeypatch.setattr(health, "MAX_KEYS", 20)
     proxy = await start()
     for one in (proxy.service.upstreams._budgets, _provider(proxy)._admissions):
@@ -784,7 +787,7 @@ async def test_canaries_use_nobodys_key(start, upstream, second, monkeypatch, ca
     monkeypatch.setenv("OPENROUTER_API_KEY", "sk-operator-0123456789")
     proxy = await start(more={"openrouter": {"base_url": second.url}})
     await _ask(proxy, ANNE)
-    assert [one["provider"] for one in await proxy.service.canaries.look()] == ["openrouter"]
+    assert [one["provider"] for one in await proxy.service.canaries.check()] == ["openrouter"]
     assert len(upstream.calls) == 1
     assert not [line for line in caplog.records if line.name == "embedding_proxy.canary"]
 
@@ -809,7 +812,7 @@ async def test_a_provider_asked_without_a_key_asks_nobody(start, upstream):
     """Whoever reaches past the service, as a probe does, gets an error, and no call is made."""
     proxy = await start()
     for ask in (
-        provider_factory.scheduled(
+        provider_factory.make_scheduler(
             proxy.service.models[MODEL].router, proxy.service.settings
         ).embed,
         proxy.service.models[MODEL].router.routes[0].embed,
@@ -837,8 +840,8 @@ def test_a_proof_by_the_clock(tmp_path):
     """Fresh for an hour, good for a day, deferred for a minute; files of the past are deleted."""
     now = 1_800_000_000.0
     known = Proofs(tmp_path / "p", lambda: now)
-    assert known.standing("a") is KeyStatus.UNKNOWN
-    known.accepted("a")
+    assert known.status("a") is KeyStatus.UNKNOWN
+    known.accept("a")
     start = now
     for age, want in (
         (0, KeyStatus.PROVED),
@@ -849,16 +852,16 @@ def test_a_proof_by_the_clock(tmp_path):
         (-1, KeyStatus.UNKNOWN),
     ):
         now = start + age
-        assert known.standing("a") is want
-        assert Proofs(tmp_path / "p", lambda: start).standing("a") is KeyStatus.PROVED
-        assert known.standing("b") is KeyStatus.UNKNOWN
+        assert known.status("a") is want
+        assert Proofs(tmp_path / "p", lambda: start).status("a") is KeyStatus.PROVED
+        assert known.status("b") is KeyStatus.UNKNOWN
     now = start + proofs.FRESH_S
     known.defer("a")
-    assert known.standing("a") is KeyStatus.PROVED
+    assert known.status("a") is KeyStatus.PROVED
     now += proofs.AGAIN_S
-    assert known.standing("a") is KeyStatus.DUE
-    known.accepted("a")
-    assert known.standing("a") is KeyStatus.PROVED
+    assert known.status("a") is KeyStatus.DUE
+    known.accept("a")
+    assert known.status("a") is KeyStatus.PROVED
     now += proofs.STALE_S + 1
     Proofs(tmp_path / "p", lambda: now)
     assert not list((tmp_path / "p").iterdir())
@@ -866,13 +869,13 @@ def test_a_proof_by_the_clock(tmp_path):
 
 def test_the_files_of_proofs_are_bounded(tmp_path, monkeypatch):
     """Of keys without end the newest have a file; the others are proved again."""
-    monkeypatch.setattr(proofs, "MOST", 5)
+    monkeypatch.setattr(proofs, "MAX_KEYS", 5)
     monkeypatch.setattr(proofs, "SWEEP_EVERY", 10)
     now = 1_800_000_000.0
     known = Proofs(tmp_path / "p", lambda: now)
     for number in range(20):
         now += 1
-        known.accepted(f"{number:02}")
+        known.accept(f"{number:02}")
     assert sorted(file.name for file in (tmp_path / "p").iterdir()) == [
         f"{number:02}" for number in range(15, 20)
     ]
@@ -882,25 +885,25 @@ def test_a_refusal_by_the_clock(tmp_path):
     """A refused key is refused for a minute, and unknown then, to every worker."""
     now = 1_800_000_000.0
     known = Proofs(tmp_path / "p", lambda: now)
-    known.accepted("a")
-    known.refused("a", ClientKeyRefused("no", status=403, code="c"))
+    known.accept("a")
+    known.refuse("a", ClientKeyRefused("no", status=403, code="c"))
     for _ in range(2):
         with pytest.raises(ClientKeyRefused, match="no") as caught:
-            known.standing("a")
+            known.status("a")
         assert (caught.value.status, caught.value.code) == (403, "c")
         now += proofs.REFUSED_S - 1 if now < 1_800_000_001 else 0
-    assert Proofs(tmp_path / "p", lambda: now).standing("a") is KeyStatus.UNKNOWN
+    assert Proofs(tmp_path / "p", lambda: now).status("a") is KeyStatus.UNKNOWN
     now += 1
-    assert known.standing("a") is KeyStatus.UNKNOWN
+    assert known.status("a") is KeyStatus.UNKNOWN
 
 
 def test_proofs_without_a_disk(tmp_path):
     """What cannot be written is known to this process."""
     (tmp_path / "file").touch()
     known = Proofs(tmp_path / "file" / "p")
-    known.accepted("a")
-    assert known.standing("a") is KeyStatus.PROVED
-    known.refused("a", ClientKeyRefused("no"))
+    known.accept("a")
+    assert known.status("a") is KeyStatus.PROVED
+    known.refuse("a", ClientKeyRefused("no"))
 
 
 @pytest.mark.parametrize(
@@ -992,8 +995,8 @@ async def test_passed_calls_use_the_same_key(start_proxy):
 async def test_commands_leave_it_out_and_say_so(run_cli, start, upstream):
     """`check` skips it and is content, `compare` and `migrate` say why there is nothing to ask."""
     service = (await start()).service
-    target = Target(service, named(service.settings, MODEL, "--to"), 1536)
-    assert "each client's own key" in target.unusable
+    target = Target(service, find_model(service.settings, MODEL, "--to"), 1536)
+    assert "each client's own key" in target.unusable_reason
     providers = {"openai": _theirs(upstream), "local": None}
     models = {MODEL: {"routes": [{"provider": "openai", "model": MODEL}]}}
     sections = {"providers": providers, "models": models}
@@ -1013,4 +1016,4 @@ async def test_what_applies_can_be_read_again(run_cli, tmp_path):
     file = tmp_path / "shown.yaml"
     file.write_text(told)
     entry = load(file).providers["openai"]
-    assert (entry.by_client, entry.share, entry.key_variable) == (True, True, None)
+    assert (entry.uses_client_key, entry.share, entry.key_variable) == (True, True, None)

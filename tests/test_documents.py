@@ -193,7 +193,7 @@ def test_what_the_page_on_clients_shows_is_a_configuration(text, tmp_path, monke
     monkeypatch.setenv("PROMETHEUS_KEY", "p")
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    assert load(file).passes_to is not None
+    assert load(file).passthrough_provider is not None
 
 
 def _told_to_install() -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from embedding_proxy.cache.disk import bounds, store
 from embedding_proxy.cache.key import OTHER_NAMESPACE
 from embedding_proxy.providers import openai_compatible
 from embedding_proxy.proxy.service import embedding_service
-from embedding_proxy.proxy.service.client_keys import FILE
+from embedding_proxy.proxy.service.client_keys import HASH_KEY_FILE
 from fault_server import tokens_of
 
 MAX_HEADINGS, MAX_PARAMETER_SETS, MAX_PARTITIONS, MAX_OTHER_MODELS = 60, 20, 80, 20
@@ -151,7 +151,7 @@ async def test_clients_own_keys(upstream, start_proxy, tmp_path):
     inputs = series[f'embedding_proxy_inputs_total{{{rest},outcome="misses"}}']
     assert inputs >= REQUESTS - 2 * MAX_HEADINGS
     directory = tmp_path / "cache"
-    assert (directory / "v1" / FILE).exists()
+    assert (directory / "v1" / HASH_KEY_FILE).exists()
     assert len(_rows(directory, "SELECT 1 FROM Partitions")) <= MAX_PARTITIONS + 2
     assert len(_rows(directory, "SELECT 1 FROM Usage")) <= 2 * (MAX_HEADINGS + 2)
     assert len(_rows(directory, "SELECT 1 FROM Entries")) == REQUESTS

@@ -1,10 +1,6 @@
-"""`embedding-proxy cache …`: the group of commands, what they share, and `backup`.
+"""`embedding-proxy cache backup | export | stats`, and what all `cache` commands share.
 
-They look at the store, delete from it, copy it. Beside a running proxy.
-
-`embedding-proxy cache export`: entries in one file, to be carried elsewhere.
-
-`embedding-proxy cache stats`: what is kept, how often it was used, and what that saved.
+The `cache` commands read the store, delete from it and copy it, also while proxies use it.
 """
 
 import difflib
@@ -24,24 +20,23 @@ from embedding_proxy.cache.disk.purge import Choice, count_entries
 from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Row
 from embedding_proxy.cache.maintenance import archive, backup, stats
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import status
 from embedding_proxy.proxy.service.embedding_service import GIB
 
-from .formatting import age, count, listed, money, saved, share, size
-from .formatting import count as entries
-from .groups import cache_app as app
+from .formatting import age, count, join_names, money, savings, share, size
+from .groups import cache_app
 from .output import (
+    MAX_TABLE_WIDTH,
     ConfigOption,
     JsonOption,
     WorkFailed,
     WrongUsage,
+    check_utf8,
     console,
     path_text,
-    plain,
     print_json,
     printable,
     progress,
@@ -50,16 +45,20 @@ from .output import (
 
 NamespaceOption = Annotated[
     str | None,
-    typer.Option(help='Only this namespace; "" is that of clients without one.', callback=plain),
+    typer.Option(
+        help='Only this namespace; "" is that of clients without one.', callback=check_utf8
+    ),
 ]
 SpaceOption = Annotated[
     str | None,
-    typer.Option(help="Only this space, as `cache stats` shows it.", callback=plain),
+    typer.Option(help="Only this space, as `cache stats` shows it.", callback=check_utf8),
 ]
+
+STREAM = "-"
 
 
 @contextmanager
-def opened(settings: Settings, *, create: bool = False) -> Iterator[Database]:
+def open_store(settings: Settings, *, create: bool = False) -> Iterator[Database]:
     """Give the store that a configuration names, and say on stderr which it is. Raises StoreError.
 
     See `tell_store`.
@@ -72,7 +71,7 @@ def opened(settings: Settings, *, create: bool = False) -> Iterator[Database]:
 
 
 @contextmanager
-def opened_for_reading(settings: Settings) -> Iterator[ReadableFile]:
+def open_store_for_reading(settings: Settings) -> Iterator[ReadableFile]:
     """Give the store that a configuration names to a command that only reads, and say which it is.
 
     Says on stderr, too, when what its write-ahead log holds is left out. Raises StoreError.
@@ -100,7 +99,7 @@ def check_known(
     if OTHER_NAMESPACE in namespaces:
         return
     if namespace is not None and namespace not in ("", *namespaces):
-        raise WrongUsage(_unknown("--namespace", "namespace", namespace, namespaces))
+        raise WrongUsage(_unknown_name_message("--namespace", "namespace", namespace, namespaces))
     if space is None:
         return
     label = current_label(space)
@@ -108,20 +107,20 @@ def check_known(
     if not any(one in (label, rest) or one.startswith(f"{label}?") for one in spaces):
         entry = settings.models.get(space)
         near = [] if entry is None else [entry.as_space().label]
-        raise WrongUsage(_unknown("--space", "space", space, spaces, near))
+        raise WrongUsage(_unknown_name_message("--space", "space", space, spaces, near))
 
 
-def _unknown(
+def _unknown_name_message(
     option: str, what: str, name: str, known: list[str], near: list[str] | None = None
 ) -> str:
     near = [one for one in near or () if one in known] or difflib.get_close_matches(name, known, 1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
-    there = f"known: {listed(map(repr, known))}" if known else "it holds nothing yet"
+    there = f"known: {join_names(map(repr, known))}" if known else "it holds nothing yet"
     return f"{option}: the store has no {what} {name!r}{meant}; {there}"
 
 
-@app.command(name="backup")
-def back_up(
+@cache_app.command(name="backup")
+def backup_store(
     target: Annotated[Path, typer.Argument(metavar="FILE")],
     *,
     config_file: ConfigOption = None,
@@ -136,7 +135,7 @@ def back_up(
         raise WorkFailed(f"{target}: its folder takes no files; name another one")
     settings = loader.load(config_file, purpose="inspect")
     try:
-        with opened_for_reading(settings) as file:
+        with open_store_for_reading(settings) as file:
             ((total,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'")
             with progress("copying", total) as tell:
                 backup.copy(file, target, lambda done, _total: tell(done))
@@ -153,10 +152,7 @@ def back_up(
         )
 
 
-STREAM = "-"
-
-
-@app.command(name="export")
+@cache_app.command(name="export")
 def export(  # noqa: PLR0913 - one parameter an option
     target: Annotated[str, typer.Argument(metavar="FILE", help="- is standard output.")],
     *,
@@ -171,26 +167,26 @@ def export(  # noqa: PLR0913 - one parameter an option
     """Write entries to one file, to be carried elsewhere; such files can be joined with cat."""
     settings = loader.load(config_file, purpose="inspect")
     if target != STREAM:
-        _check(Path(target), force=force)
+        _check_target(Path(target), force=force)
     choice = Choice(namespace=namespace, space=space)
-    report = transfer.Read()
-    with opened_for_reading(settings) as database:
+    report = archive.Read()
+    with open_store_for_reading(settings) as database:
         check_known(settings, database, namespace, space)
         total, _ = count_entries(database, choice)
-        with _written(target, force=force) as file, progress("exporting", total) as tell:
-            rows = _told(transfer.rows(database, choice, report), tell)
+        with _open_target(target, force=force) as file, progress("exporting", total) as tell:
+            rows = _count_rows(archive.rows(database, choice, report), tell)
             written = archive.write(file, rows)
-    damaged = entries(report.damaged, "damaged one")
+    damaged = count(report.damaged, "damaged one")
     left_out = f", {damaged} left out" if report.damaged else ""
     if as_json and target != STREAM:
         print_json({"file": path_text(target), "entries": written, "damaged": report.damaged})
     else:
         typer.echo(
-            f"{target}: {entries(written, 'entry', 'entries')}{left_out}", err=target == STREAM
+            f"{target}: {count(written, 'entry', 'entries')}{left_out}", err=target == STREAM
         )
 
 
-def _check(path: Path, *, force: bool) -> None:
+def _check_target(path: Path, *, force: bool) -> None:
     """Raise WorkFailed for what cannot be written, or must not be, before anything is read."""
     if not path.name or path.is_dir():
         raise WorkFailed(f"{path_text(path)}: is a directory; name a file")
@@ -204,7 +200,7 @@ def _check(path: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def _written(target: str, *, force: bool) -> Iterator[BinaryIO]:
+def _open_target(target: str, *, force: bool) -> Iterator[BinaryIO]:
     """Give a file that is there under its name only once it is whole. Raises WorkFailed."""
     if target == STREAM:
         yield sys.stdout.buffer
@@ -221,17 +217,13 @@ def _written(target: str, *, force: bool) -> Iterator[BinaryIO]:
         raise WorkFailed(f"{target}: {error.strerror or error}") from error
 
 
-def _told(rows: Iterator[Row], tell: Any) -> Iterator[Row]:  # noqa: ANN401 - a function
+def _count_rows(rows: Iterator[Row], tell: Any) -> Iterator[Row]:  # noqa: ANN401 - a function
     for number, row in enumerate(rows, start=1):
         tell(number)
         yield row
 
 
-WIDEST = 120
-"""Characters of a table's line, beside the name of a space."""
-
-
-@app.command(name="stats")
+@cache_app.command(name="stats")
 def show_stats(
     *,
     config_file: ConfigOption = None,
@@ -244,7 +236,7 @@ def show_stats(
     """Show what is kept, by namespace and space, how often it was used, and what that saved."""
     settings = loader.load(config_file, purpose="inspect")
     columns = list(dict.fromkeys(by or ()))
-    with opened_for_reading(settings) as file:
+    with open_store_for_reading(settings) as file:
         if columns:
             bill = [status.line(columns, *line) for line in ledger_reader.read(file.sql, columns)]
         else:
@@ -329,7 +321,7 @@ def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
             share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
         )
     longest = max((len(one["space"]) for one in shown["partitions"]), default=0)
-    out = console(WIDEST + longest)
+    out = console(MAX_TABLE_WIDTH + longest)
     out.print(
         f"{count(held.entries, 'entry', 'entries')}: {size(held.data_bytes)} of data and"
         f" {size(held.log_bytes)} of write-ahead log, of at most"
@@ -344,7 +336,7 @@ def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
             f"{count(usage.inputs, 'input was', 'inputs were')} asked for,"
             f" {usage.misses:,} of them bought:"
             f" hit rate {share(usage.inputs - usage.misses, usage.inputs)},"
-            f" {saved(shown['usd_saved'], shown['usd_billed'])},"
+            f" {savings(shown['usd_saved'], shown['usd_billed'])},"
             f" {money(shown['usd_billed'])} spent.",
             soft_wrap=True,
         )
@@ -371,4 +363,4 @@ def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
             share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
         )
     longest = max((sum(len(str(one[name])) for name in columns) for one in bill), default=0)
-    console(WIDEST + longest).print(table)
+    console(MAX_TABLE_WIDTH + longest).print(table)

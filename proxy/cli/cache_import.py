@@ -1,9 +1,8 @@
-"""Taking in vectors that were bought elsewhere: checked one by one, and as a whole by a sample.
+"""`embedding-proxy cache import`: entries of an export, or vectors that people own already.
 
-A vector of another model with the same width looks right. So some texts are embedded anew, with the
-model that they are said to be of, and what comes back must point the same way.
-
-`embedding-proxy cache import`: an export is taken in, or vectors that people own already.
+Vectors are checked one by one, and as a whole by a sample. A vector of another model with the same
+width looks right. So some texts are embedded anew, with the model that the vectors are said to be
+of; the vectors that come back must point the same way.
 """
 
 import asyncio
@@ -22,7 +21,6 @@ from embedding_proxy.cache import record
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import Pair, Refused, Source
 from embedding_proxy.cache.record import Entry
@@ -33,17 +31,23 @@ from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.importers import FORMATS, open_source
-from embedding_proxy.proxy.service.provider_factory import make_router, open_providers, scheduled
+from embedding_proxy.proxy.service.provider_factory import (
+    make_router,
+    make_scheduler,
+    open_providers,
+)
 
-from .cache import opened, opened_for_reading
+from .cache import open_store, open_store_for_reading
 from .formatting import count
-from .groups import cache_app as app
-from .output import ConfigOption, JsonOption, WorkFailed, plain, print_json, progress
+from .groups import cache_app
+from .output import ConfigOption, JsonOption, WorkFailed, check_utf8, print_json, progress
 
-MOST_OFF_NORM = 0.01
-_MOST_SHOWN = 5
+MAX_NORM_ERROR = 0.01
+_MAX_SHOWN = 5
 _BATCH = 500
 _BYTES_A_TOKEN = 4
+_MAGIC = b"EMBA"
+_STREAM = "-"
 
 
 @dataclass
@@ -71,10 +75,10 @@ class Importer:
     def survey(self, source: Source, sample: int, chance: random.Random) -> Iterator[Survey]:
         """Read all pairs once, yielding what was found so far; draw a sample evenly from all."""
         found = Survey()
-        for item in self.checked(source):
+        for item in self.check_pairs(source):
             if isinstance(item, Refused):
                 found.refused += 1
-                if len(found.first_refused) < _MOST_SHOWN:
+                if len(found.first_refused) < _MAX_SHOWN:
                     found.first_refused.append(item)
             else:
                 found.pairs += 1
@@ -84,7 +88,7 @@ class Importer:
                     found.sample[place] = item
             yield found
 
-    def checked(self, items: Iterable[Pair | Refused]) -> Iterator[Pair | Refused]:
+    def check_pairs(self, items: Iterable[Pair | Refused]) -> Iterator[Pair | Refused]:
         """Replace each pair whose vector cannot be one of this model by the reason."""
         for number, item in enumerate(items, start=1):
             why = None if isinstance(item, Refused) else self._objection(item.vector)
@@ -97,7 +101,7 @@ class Importer:
         except vector.VectorError as error:
             return str(error)
         length = vector.length(candidate)
-        if self._unit_norm and abs(length - 1) > MOST_OFF_NORM:
+        if self._unit_norm and abs(length - 1) > MAX_NORM_ERROR:
             return f"its length is {length:.3f}, and 1 in this model"
         return None
 
@@ -123,7 +127,7 @@ class Importer:
     def rows(self, source: Source) -> Iterator[Row]:
         """Yield the rows of the pairs that can be used. Raises SourceError."""
         batch: list[Pair] = []
-        for item in self.checked(source):
+        for item in self.check_pairs(source):
             if isinstance(item, Pair):
                 batch.append(item)
             if len(batch) == _BATCH:
@@ -145,11 +149,7 @@ class Importer:
             yield Row(key.address, record.encode(entry), math.nan, self._ring.partition)
 
 
-_MAGIC = b"EMBA"
-_STREAM = "-"
-
-
-@app.command(name="import")
+@cache_app.command(name="import")
 def import_vectors(  # noqa: PLR0913 - one parameter an option
     source: Annotated[
         str,
@@ -165,7 +165,7 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option(help="The model of the embeddings, if SOURCE is no export.")
     ] = None,
     namespace: Annotated[
-        str, typer.Option(help="Where they go, if SOURCE is no export.", callback=plain)
+        str, typer.Option(help="Where they go, if SOURCE is no export.", callback=check_utf8)
     ] = "",
     sample: Annotated[
         int,
@@ -192,12 +192,12 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
                 f"{source} is an export, which says itself where its entries belong:"
                 " leave out --namespace"
             )
-        with _read(source) as file:
-            _take_archive(settings, source, file, dry_run=dry_run, as_json=as_json)
+        with _open_archive(source) as file:
+            _import_archive(settings, source, file, dry_run=dry_run, as_json=as_json)
         return
     if ":/" not in source and not Path(source).exists():
         raise WorkFailed(f"{source}: No such file or directory")
-    model = _known(settings, model)
+    model = _check_model(settings, model)
     if kind is not None and kind not in FORMATS:
         raise loader.ConfigError(f"--format: there is no {kind!r}; known: {', '.join(FORMATS)}")
     pairs = open_source(
@@ -205,12 +205,12 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
     )
     entry = settings.models[model]
     ring = keyring(entry.as_space(), Namespace(namespace))
-    adoption = Importer(ring, unit_norm=entry.unit_norm)
-    survey = _survey(adoption, pairs, sample)
+    importer = Importer(ring, unit_norm=entry.unit_norm)
+    survey = _survey(importer, pairs, sample)
     cosine = None
     if sample and survey.sample:
-        cosine = asyncio.run(_compare(settings, model, adoption, survey))
-    sums = _put(settings, adoption.rows(pairs), survey.pairs, dry_run=dry_run)
+        cosine = asyncio.run(_compare(settings, model, importer, survey))
+    sums = _put(settings, importer.rows(pairs), survey.pairs, dry_run=dry_run)
     if as_json:
         print_json(
             {
@@ -233,7 +233,7 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
         raise typer.Exit(1)
 
 
-def _known(settings: Settings, model: str | None) -> str:
+def _check_model(settings: Settings, model: str | None) -> str:
     if model not in settings.models:
         names = ", ".join(sorted(settings.models))
         raise loader.ConfigError(f"--model: name the model of the embeddings; known: {names}")
@@ -251,7 +251,7 @@ def _is_archive(source: str) -> bool:
 
 
 @contextmanager
-def _read(source: str) -> Iterator[BinaryIO]:
+def _open_archive(source: str) -> Iterator[BinaryIO]:
     if source == _STREAM:
         yield sys.stdin.buffer
         return
@@ -262,7 +262,7 @@ def _read(source: str) -> Iterator[BinaryIO]:
         raise WorkFailed(f"{source}: {error.strerror or error}") from error
 
 
-def _take_archive(
+def _import_archive(
     settings: Settings, source: str, file: BinaryIO, *, dry_run: bool, as_json: bool
 ) -> None:
     report = archive.Report()
@@ -302,34 +302,34 @@ def _take_archive(
 
 def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
-) -> transfer.Written:
-    sums = transfer.Written()
+) -> archive.Written:
+    sums = archive.Written()
     # The first is looked at before a store is made for it.
     rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
     with ExitStack() as stack:
         tell = stack.enter_context(progress("importing", total))
         database: ReadableFile
         if dry_run:
-            database = stack.enter_context(opened_for_reading(settings))
+            database = stack.enter_context(open_store_for_reading(settings))
         else:
-            database = stack.enter_context(opened(settings, create=True))
-        for sums in transfer.put(database, rows, dry_run=dry_run):
+            database = stack.enter_context(open_store(settings, create=True))
+        for sums in archive.put(database, rows, dry_run=dry_run):
             tell(sums.stored + sums.present)
     return sums
 
 
-def _tell_sums(sums: transfer.Written, *, dry_run: bool) -> None:
+def _tell_sums(sums: archive.Written, *, dry_run: bool) -> None:
     verb = "would be taken in" if dry_run else "taken in"
     stored = count(sums.stored, "entry", "entries")
     present = count(sums.present, "was", "were")
     typer.echo(f"{stored} {verb}, {present} there already")
 
 
-def _survey(adoption: Importer, source: Source, sample: int) -> Survey:
+def _survey(importer: Importer, source: Source, sample: int) -> Survey:
     found = Survey()
     # The sample is drawn anew each time: nobody can prepare for it.
     with progress("reading") as tell:
-        for found in adoption.survey(source, sample, random.SystemRandom()):
+        for found in importer.survey(source, sample, random.SystemRandom()):
             tell(found.pairs + found.refused)
     if not found.pairs:
         why = f": {found.first_refused[0].why}" if found.first_refused else ""
@@ -337,7 +337,7 @@ def _survey(adoption: Importer, source: Source, sample: int) -> Survey:
     return found
 
 
-async def _compare(settings: Settings, model: str, adoption: Importer, survey: Survey) -> float:
+async def _compare(settings: Settings, model: str, importer: Importer, survey: Survey) -> float:
     async with AsyncExitStack() as stack:
         providers = await open_providers(settings, stack)
         router = make_router(settings, model, settings.models[model], providers, HealthRegistry())
@@ -346,6 +346,6 @@ async def _compare(settings: Settings, model: str, adoption: Importer, survey: S
                 f"{router.unavailable} Or trust the source without a sample: --sample 0"
             )
         try:
-            return await adoption.compare(survey.sample, scheduled(router, settings))
+            return await importer.compare(survey.sample, make_scheduler(router, settings))
         except SampleDiffers as error:
             raise WorkFailed(str(error)) from error

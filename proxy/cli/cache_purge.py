@@ -14,7 +14,7 @@ from embedding_proxy.cache.disk.database import Database, is_damage
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
-from embedding_proxy.index import outbox as outbox_purge
+from embedding_proxy.index.outbox import Picked, pick, remove
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.billing import NANO
@@ -23,13 +23,13 @@ from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import GIB
 
 from . import output
-from .cache import NamespaceOption, SpaceOption, check_known, opened, opened_for_reading
+from .cache import NamespaceOption, SpaceOption, check_known, open_store, open_store_for_reading
 from .formatting import count, money, size
-from .groups import cache_app as app
+from .groups import cache_app
 from .output import ConfigOption, JsonOption, WorkFailed, need_terminal, print_json, progress
 
 
-@app.command(name="purge")
+@cache_app.command(name="purge")
 def purge_entries(  # noqa: PLR0913 - one parameter an option
     *,
     config_file: ConfigOption = None,
@@ -63,8 +63,8 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     choice = purge.Choice(
         namespace=namespace,
         space=space,
-        stored_before=output.before(now, older_than, "--older-than"),
-        used_before=output.before(now, unused_for, "--unused-for"),
+        stored_before=output.past_time(now, older_than, "--older-than"),
+        used_before=output.past_time(now, unused_for, "--unused-for"),
         address=_address(settings, text, model, namespace),
     )
     if choice == purge.Choice() and not everything:
@@ -76,15 +76,15 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned)
     deleted = 0
     if dry_run:
-        with opened_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
+        with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
             chosen = _look_up(settings, file, waiting, choice)
     else:
-        with opened(settings) as store, _outbox(settings) as outbox:
+        with open_store(settings) as store, _outbox(settings) as outbox:
             chosen = _look_up(settings, store, outbox, choice)
             if not yes and (chosen.entries or chosen.points):
                 typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
             if outbox is not None:
-                outbox_purge.remove(outbox, chosen.points)
+                remove(outbox, chosen.points)
             deleted = _delete(store, chosen.choices, chosen.entries)
     _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
 
@@ -128,7 +128,7 @@ class _Chosen:
     bytes: int
     of_others: int
     """Those of the entries that lie in a partition that several namespaces or spaces share."""
-    points: list[outbox_purge.Picked]
+    points: list[Picked]
     """What waits for Qdrant."""
     has_outbox: bool
     nanodollars: int | None
@@ -157,12 +157,15 @@ def _look_up(
     """Return what a choice comes to. Raises WrongUsage if it names what is not there."""
     namespace, space = choice.namespace, choice.space
     is_named = namespace is not None or space is not None
-    if is_named and not (outbox and outbox_purge.pick(outbox, namespace=namespace, space=space)):
+    if is_named and not (outbox and pick(outbox, namespace=namespace, space=space)):
         check_known(settings, file, namespace, space)
-    choices = [choice, *(one for one in _shared(choice) if purge.count_entries(file, one)[0])]
+    choices = [
+        choice,
+        *(one for one in _shared_partitions(choice) if purge.count_entries(file, one)[0]),
+    ]
     counts = [purge.count_entries(file, one) for one in choices]
     entries, held = (sum(column) for column in zip(*counts, strict=True))
-    points = [] if outbox is None else _waiting(outbox, file, choices)
+    points = [] if outbox is None else _pending_points(outbox, file, choices)
     of_partitions: Counter[int | None] = Counter()
     for one in choices:
         of_partitions.update(
@@ -198,7 +201,7 @@ def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> in
     return deleted
 
 
-def _shared(choice: purge.Choice) -> list[purge.Choice]:
+def _shared_partitions(choice: purge.Choice) -> list[purge.Choice]:
     """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
 
     See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
@@ -251,14 +254,12 @@ def _outbox_for_reading(
         yield found
 
 
-def _waiting(
+def _pending_points(
     outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.Choice]
-) -> list[outbox_purge.Picked]:
+) -> list[Picked]:
     """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
     choice = choices[0]
-    found = outbox_purge.pick(
-        outbox, namespace=choice.namespace, space=choice.space, address=choice.address
-    )
+    found = pick(outbox, namespace=choice.namespace, space=choice.space, address=choice.address)
     if choice.stored_before is None and choice.used_before is None:
         return found
     return [

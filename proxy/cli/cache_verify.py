@@ -16,13 +16,13 @@ from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import GIB
 
-from .cache import opened, opened_for_reading
+from .cache import open_store, open_store_for_reading
 from .formatting import count
-from .groups import cache_app as app
+from .groups import cache_app
 from .output import ConfigOption, JsonOption, WorkFailed, print_json, progress
 
 
-@app.command(name="verify")
+@cache_app.command(name="verify")
 def verify_store(
     *,
     config_file: ConfigOption = None,
@@ -60,7 +60,7 @@ def verify_store(
         saved = _start_anew(settings)
         mended = True
     elif mend and findings.is_mendable:
-        with opened(settings) as database:
+        with open_store(settings) as database:
             verify.mend(database, findings)
         mended = True
     if as_json:
@@ -86,9 +86,9 @@ def verify_store(
 def _scan(settings: Settings, *, for_writing: bool) -> Findings:
     findings = Findings()
     # Who is going to mend learns at once that the store cannot be written.
-    open_store = opened if for_writing else opened_for_reading
+    opener = open_store if for_writing else open_store_for_reading
     try:
-        with open_store(settings) as database:
+        with opener(settings) as database:
             ((total,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
             with progress("verifying", total) as tell:
                 for seen in verify.scan(database, findings):
@@ -185,7 +185,7 @@ def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -
 
 def _put(settings: Settings, path: Path, *, add_sums: bool) -> tuple[Outcome, Report]:
     with (
-        opened(settings, create=True) as database,
+        open_store(settings, create=True) as database,
         progress("salvaging", path.stat().st_size) as tell,
     ):
         return salvage.salvage_file(path, database, tell, add_sums=add_sums)

@@ -13,7 +13,7 @@ from embedding_proxy.proxy.config.loader import Configuration
 from embedding_proxy.proxy.config.own_address import check_own_address
 from embedding_proxy.proxy.config.schema import Cache
 from embedding_proxy.proxy.diagnostics import check as index_check
-from embedding_proxy.proxy.diagnostics.check import Checkup, examine, unusable
+from embedding_proxy.proxy.diagnostics.check import Checkup, examine, provider_problems
 from embedding_proxy.proxy.diagnostics.routes import ModelSelection, RouteResult
 from embedding_proxy.proxy.service.embedding_service import GIB
 
@@ -53,10 +53,10 @@ def check(
     store = place.inspect(cache.directory, int(cache.size_limit_gib * GIB), cache.pinned)
     with progress("asking") as tell:
         found = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
-    qdrant = asyncio.run(index_check.look(settings, offline=offline))
+    qdrant = asyncio.run(index_check.check_qdrant(settings, offline=offline))
     problems = [*_unset(configuration), *found.problems]
     if not model:
-        problems += unusable(configuration, found.providers)
+        problems += provider_problems(configuration, found.providers)
     if qdrant is not None and qdrant.problem:
         problems = [path_text(qdrant.problem), *problems]
     if store.problem:
@@ -131,7 +131,7 @@ def _found_dict(found: Checkup) -> dict[str, Any]:
             name: {"state": one.state, "kind": one.kind, "why": one.why or None}
             for name, one in found.providers.items()
         },
-        "routes": [_route_dict(one) for one in found.findings],
+        "routes": [_route_dict(one) for one in found.results],
         "pairs": [
             {
                 "space": pair.one.space.name,
@@ -163,11 +163,11 @@ def _route_dict(one: RouteResult) -> dict[str, Any]:
 
 def _found_lines(found: Checkup) -> Iterator[str]:
     yield ""
-    yield from _aligned(
+    yield from _align(
         (one.state, name, one.why or f"kind {one.kind}") for name, one in found.providers.items()
     )
-    rows = iter(list(_aligned(_cells(one) for one in found.findings)))
-    for space, group in groupby(found.findings, key=lambda one: one.space.name):
+    rows = iter(list(_align(_cells(one) for one in found.results)))
+    for space, group in groupby(found.results, key=lambda one: one.space.name):
         here = list(group)
         names = dict.fromkeys(name for one in here for name in one.models)
         yield ""
@@ -190,7 +190,7 @@ def _cells(one: RouteResult) -> tuple[str, ...]:
     return "ok", *where, time, f"width {one.width}", f"{one.probe.tokens} tokens"
 
 
-def _aligned(rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def _align(rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield the rows as lines whose cells stand below one another; the last of a row is free."""
     rows = list(rows)
     widths: dict[int, int] = {}

@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 from embedding_proxy.cache import atomic_file
-from embedding_proxy.proxy.config import loader
-from embedding_proxy.proxy.config import show as effective
-from embedding_proxy.proxy.config.legacy import Converted, convert
+from embedding_proxy.proxy.config import loader, show
+from embedding_proxy.proxy.config.legacy import ConvertedConfig, convert
 
 from .output import ConfigOption, JsonOption, WorkFailed, path_text, print_json, printable
 
 
-def show(
+def show_config(
     *,
     config_file: ConfigOption = None,
     everything: Annotated[
@@ -28,8 +27,8 @@ def show(
     """
     found = loader.read_configuration(config_file, purpose="inspect")
     settings = found.settings
-    values = effective.values(settings, found.content, everything=everything)
-    keys = effective.keys_of(settings)
+    values = show.values(settings, found.content, everything=everything)
+    keys = show.keys_of(settings)
     if as_json:
         told = {name: {"variable": one, "set": there} for name, (one, there) in keys.items()}
         file = None if config_file is None else path_text(config_file)
@@ -44,7 +43,7 @@ def show(
         typer.echo(f"# {name}: {variable} {state}")
     for line in found.unresolved:
         typer.echo(printable(f"# {line}"))
-    for name in effective.made_up(values, found.content):
+    for name in show.computed_names(values, found.content):
         typer.echo(f"# {name} stands for a secret of that file; set this variable to serve with it")
     typer.echo(loader.dump(values), nl=False)
 
@@ -66,7 +65,7 @@ def convert_old(
     name = path_text(old_file)
     done = convert(loader.read(old_file), name)
     text = "\n".join([*_written(done, name), ""])
-    loader.validated(_sections(done), f"{name}, converted")
+    loader.validate_content(_sections(done), f"{name}, converted")
     if output is None:
         typer.echo(text, nl=False)
     else:
@@ -78,7 +77,7 @@ def convert_old(
         typer.echo(line, err=True)
 
 
-def _sections(done: Converted) -> dict[str, object]:
+def _sections(done: ConvertedConfig) -> dict[str, object]:
     sections: dict[str, object] = {}
     if done.providers:
         sections |= {"providers": done.providers, "models": done.models}
@@ -87,14 +86,14 @@ def _sections(done: Converted) -> dict[str, object]:
     return sections
 
 
-def _told(done: Converted) -> Iterator[str]:
+def _told(done: ConvertedConfig) -> Iterator[str]:
     for path, what in done.notes:
         yield printable(f"{path} -> {what}")
     for warning in done.warnings:
         yield printable(f"warning: {warning}")
 
 
-def _written(done: Converted, name: str) -> Iterator[str]:
+def _written(done: ConvertedConfig, name: str) -> Iterator[str]:
     """Yield the lines of our file: what became of the old keys as comments, then the sections."""
     yield printable(f"# Converted from {name}. What became of its keys:")
     for line in _told(done):

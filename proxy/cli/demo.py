@@ -20,7 +20,7 @@ from embedding_proxy.providers import tokens, vector
 from embedding_proxy.providers.model_catalog import CATALOGUE
 from embedding_proxy.proxy.diagnostics.sample_texts import Docstring, standard_library
 
-from .formatting import money, saved
+from .formatting import money, savings
 
 try:
     import openai
@@ -170,7 +170,7 @@ def _summary(first: Pass, second: Pass, price: float) -> str:
         f"Served again from disk at {rate:,.0f} inputs/s, client included"
         f" ({first.seconds / second.seconds:.1f} × as fast as the local model)."
         f" At OpenAI ({PAID_MODEL}) the three passes would have cost {money(3 * price)} without"
-        f" the cache, {money(price)} with it: {saved(2 * price, price)}."
+        f" the cache, {money(price)} with it: {savings(2 * price, price)}."
     )
 
 

@@ -63,20 +63,20 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.1f}%"
 
 
-def saved(usd_saved: float, usd_billed: float) -> str:
+def savings(usd_saved: float, usd_billed: float) -> str:
     """Return what the cache has saved, and the share of all that would have been spent without it.
 
-    >>> saved(0.75, 0.25), saved(0, 0)
+    >>> savings(0.75, 0.25), savings(0, 0)
     ('$0.75 saved (75.0%)', '$0.00 saved')
     """
     percent = share(usd_saved, usd_saved + usd_billed)
     return f"{money(usd_saved)} saved{percent and f' ({percent})'}"
 
 
-def listed(names: Iterable[str], most: int = 20) -> str:
+def join_names(names: Iterable[str], most: int = 20) -> str:
     """Return names as a list for a message, cut where it would be long.
 
-    >>> listed("abc"), listed("abc", 1)
+    >>> join_names("abc"), join_names("abc", 1)
     ('a, b, c', 'a and 2 more')
     """
     names = list(names)

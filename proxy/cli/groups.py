@@ -149,7 +149,7 @@ config_app = group(
         "show": Place(
             "config",
             "Show what applies: every key with its value, and which variables with keys are set.",
-            "show",
+            "show_config",
         ),
         "convert": Place(
             "config",

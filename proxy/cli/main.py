@@ -16,7 +16,7 @@ import typer
 
 from .groups import OTHERS, cache_app, config_app, group, migrate_app
 from .imports import EXIT_CODE, importing
-from .output import ConfigOption, discard_unwritten, fail, one_line
+from .output import ConfigOption, discard_unwritten, fail, handle_failures
 
 if TYPE_CHECKING:
     import asyncio
@@ -73,8 +73,11 @@ def serve(
         import logging  # noqa: PLC0415
 
         from embedding_proxy.proxy.config import loader  # noqa: PLC0415
-        from embedding_proxy.proxy.http import server, startup_log  # noqa: PLC0415
-        from embedding_proxy.proxy.http import workers as processes  # noqa: PLC0415
+        from embedding_proxy.proxy.http import (  # noqa: PLC0415
+            server,
+            startup_log,
+        )
+        from embedding_proxy.proxy.http.workers import run_workers  # noqa: PLC0415
         from embedding_proxy.proxy.service.request import MEANING  # noqa: PLC0415
 
     logging.getLogger().setLevel(logging.INFO)
@@ -99,10 +102,10 @@ def serve(
         count = settings.server.workers
 
         def work(ready: Callable[[], None]) -> signal.Signals:
-            with one_line():
+            with handle_failures():
                 return _run(server.serve(settings, listening, ready, is_worker=count > 1))
 
-        told = work(announce) if count == 1 else processes.run(count, work, announce)
+        told = work(announce) if count == 1 else run_workers(count, work, announce)
     if told is signal.SIGINT:
         raise typer.Exit(EXIT_CODE)
 
@@ -146,7 +149,7 @@ def main() -> None:
             # What the encoding of a terminal lacks is shown as an escape.
             stream.reconfigure(errors="backslashreplace")
     try:
-        with one_line():
+        with handle_failures():
             app()
     finally:
         for stream in (sys.stdout, sys.stderr):

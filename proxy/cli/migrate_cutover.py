@@ -9,9 +9,8 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from embedding_proxy.index.migration import cutover as switching
-from embedding_proxy.index.migration import qdrant as collections
-from embedding_proxy.index.migration.qdrant import Points
+from embedding_proxy.index.migration import cutover
+from embedding_proxy.index.migration.qdrant import Points, exists, look
 from embedding_proxy.index.migration.runner import DEFAULT, Migration, MigrationRefused, Pace
 from embedding_proxy.index.migration.state import JournalError, MigrationState, State, journals_in
 from embedding_proxy.index.migration.text_template import Rule
@@ -22,12 +21,10 @@ from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
-from . import formatting
-from . import migrate as show
-from . import migrate_options as ask
-from .groups import migrate_app as app
-from .migrate_options import Target, named, settings_for
-from .migrate_process import held, wait_for_others
+from . import formatting, migrate, migrate_options
+from .groups import migrate_app
+from .migrate_options import Target, find_model, settings_for
+from .migrate_process import hold_lock, wait_for_others
 from .output import (
     ConfigOption,
     JsonOption,
@@ -45,13 +42,13 @@ Names = Annotated[
 ]
 
 
-@app.command()
-def status(  # noqa: PLR0913 - one parameter an option
+@migrate_app.command(name="status")
+def status_command(  # noqa: PLR0913 - one parameter an option
     names: Names = None,
     *,
-    file: ask.FileOption = None,
-    to: ask.ToOption = None,
-    qdrant: ask.QdrantOption = None,
+    file: migrate_options.FileOption = None,
+    to: migrate_options.ToOption = None,
+    qdrant: migrate_options.QdrantOption = None,
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -65,20 +62,22 @@ def status(  # noqa: PLR0913 - one parameter an option
         _show_all(settings, qdrant, to, as_json=as_json)
         return
 
-    async def look(points: Points, journal: MigrationState) -> dict[str, int]:
-        state = switching.begun(journal)
+    async def count_points(points: Points, journal: MigrationState) -> dict[str, int]:
+        state = cutover.begun(journal)
         return {
             name: await points.count(name)
             for name in (state.source, state.target)
-            if await collections.exists(points, name)
+            if await exists(points, name)
         }
 
-    found = _each(settings, qdrant, ask.names_of(names, file), to, look, lock=False)
+    found = _each(
+        settings, qdrant, migrate_options.names_of(names, file), to, count_points, lock=False
+    )
     if as_json:
-        print_json([{**show.state_dict(s, j), "points_now": sizes} for s, j, sizes in found])
+        print_json([{**migrate.state_dict(s, j), "points_now": sizes} for s, j, sizes in found])
     else:
         for state, journal, sizes in found:
-            show.print_state(state, journal, sizes)
+            migrate.print_state(state, journal, sizes)
 
 
 def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json: bool) -> None:
@@ -86,9 +85,9 @@ def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json:
 
     Raises WorkFailed in the end for those that cannot be read.
     """
-    wanted = None if place is None else str(ask.connection(settings, place)).rstrip("/")
+    wanted = None if place is None else str(migrate_options.connection(settings, place)).rstrip("/")
     found, failed = [], []
-    for journal in journals_in(ask.journal_folder(settings)):
+    for journal in journals_in(migrate_options.journal_folder(settings)):
         try:
             state = journal.load()
         except JournalError as error:
@@ -98,10 +97,10 @@ def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json:
             found.append((state, journal))
     found.sort(key=lambda one: (one[0].place, one[0].collection))
     if as_json:
-        print_json([show.state_dict(state, journal) for state, journal in found])
+        print_json([migrate.state_dict(state, journal) for state, journal in found])
     else:
         for state, journal in found:
-            show.print_state(state, journal)
+            migrate.print_state(state, journal)
             typer.echo(printable(f"  in {state.place}"))
         if not found and not failed:
             typer.echo("no migration was begun here")
@@ -109,12 +108,12 @@ def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json:
         raise WorkFailed("; ".join(failed))
 
 
-@app.command()
-def cutover(  # noqa: PLR0913 - one parameter an option
+@migrate_app.command(name="cutover")
+def cutover_command(  # noqa: PLR0913 - one parameter an option
     names: Names = None,
     *,
-    file: ask.FileOption = None,
-    to: ask.ToOption = None,
+    file: migrate_options.FileOption = None,
+    to: migrate_options.ToOption = None,
     alias: Annotated[
         str | None,
         typer.Option(help="Make this alias; {collection} stands for the collection's name."),
@@ -122,28 +121,28 @@ def cutover(  # noqa: PLR0913 - one parameter an option
     allow_missing: Annotated[
         bool, typer.Option(help="Go on although some points could not be carried.")
     ] = False,
-    qdrant: ask.QdrantOption = None,
-    namespace: ask.NamespaceOption = "",
-    sample: ask.SampleOption = DEFAULT.sample,
-    passes: ask.PassesOption = DEFAULT.passes,
+    qdrant: migrate_options.QdrantOption = None,
+    namespace: migrate_options.NamespaceOption = "",
+    sample: migrate_options.SampleOption = DEFAULT.sample,
+    passes: migrate_options.PassesOption = DEFAULT.passes,
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Verify the new collections, and let the aliases of the old ones point to them."""
     settings = loader.load(config_file)
     tell_store(settings)
-    chosen = ask.names_of(names, file)
+    chosen = migrate_options.names_of(names, file)
     if alias is not None and len(chosen) > 1 and "{collection}" not in alias:
         raise ConfigError("--alias: give each collection its own, such as '{collection}_live'")
     pace = Pace(sample=sample, passes=passes)
 
     async def switch(points: Points, journal: MigrationState) -> Verdict:
-        state = switching.begun(journal)
+        state = cutover.begun(journal)
         own = alias and alias.replace("{collection}", state.collection)
-        model = named(settings, state.model, f"{journal.path}: model")
+        model = find_model(settings, state.model, f"{journal.path}: model")
         async with EmbeddingService(settings_for(settings, model)) as service:
             target = Target(service, model, state.dimensions, namespace)
-            old = await collections.look(points, state.source, state.vector)
+            old = await look(points, state.source, state.vector)
             points.vector_name = state.vector
             migration = Migration(
                 points,
@@ -155,89 +154,89 @@ def cutover(  # noqa: PLR0913 - one parameter an option
                 pace=pace,
                 progress=progress,
             )
-            return await switching.cutover(migration, SAME, own, allow_missing=allow_missing)
+            return await cutover.cutover(migration, SAME, own, allow_missing=allow_missing)
 
     found = _each(settings, qdrant, chosen, to, switch)
     if as_json:
-        print_json([{**show.state_dict(s, j), "verified": asdict(v)} for s, j, v in found])
+        print_json([{**migrate.state_dict(s, j), "verified": asdict(v)} for s, j, v in found])
         return
     for state, journal, verdict in found:
-        show.print_state(state, journal)
-        show.print_verdict(verdict)
+        migrate.print_state(state, journal)
+        migrate.print_verdict(verdict)
 
 
-@app.command()
-def rollback(  # noqa: PLR0913 - one parameter an option
+@migrate_app.command(name="rollback")
+def rollback_command(  # noqa: PLR0913 - one parameter an option
     names: Names = None,
     *,
-    file: ask.FileOption = None,
-    to: ask.ToOption = None,
-    qdrant: ask.QdrantOption = None,
+    file: migrate_options.FileOption = None,
+    to: migrate_options.ToOption = None,
+    qdrant: migrate_options.QdrantOption = None,
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let the aliases point to the old collections again; the new ones stay."""
 
-    async def back(points: Points, journal: MigrationState) -> int:
-        return (await switching.rollback(points, journal))[1]
+    async def roll_back(points: Points, journal: MigrationState) -> int:
+        return (await cutover.rollback(points, journal))[1]
 
     settings = loader.load(config_file)
     tell_store(settings)
-    found = _each(settings, qdrant, ask.names_of(names, file), to, back)
+    found = _each(settings, qdrant, migrate_options.names_of(names, file), to, roll_back)
     if as_json:
-        print_json([{**show.state_dict(s, j), "only_in_new": count} for s, j, count in found])
+        print_json([{**migrate.state_dict(s, j), "only_in_new": count} for s, j, count in found])
         return
     for state, journal, count in found:
-        show.print_state(state, journal)
+        migrate.print_state(state, journal)
         if count:
             typer.echo(
                 f"  {state.source} lacks {formatting.count(count, 'point')} of {state.target}"
             )
 
 
-@app.command()
-def finalize(  # noqa: PLR0913 - one parameter an option
+@migrate_app.command(name="finalize")
+def finalize_command(  # noqa: PLR0913 - one parameter an option
     names: Names = None,
     *,
-    file: ask.FileOption = None,
-    to: ask.ToOption = None,
+    file: migrate_options.FileOption = None,
+    to: migrate_options.ToOption = None,
     take_name: Annotated[
         bool, typer.Option(help="Let the old collection's name be an alias of the new one.")
     ] = False,
     yes: Annotated[
         int, typer.Option("--yes", count=True, help="Do not ask; give it twice for both questions.")
     ] = 0,
-    qdrant: ask.QdrantOption = None,
+    qdrant: migrate_options.QdrantOption = None,
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Delete the old collections for good. Asks twice."""
     settings = loader.load(config_file)
-    chosen = ask.names_of(names, file)
+    chosen = migrate_options.names_of(names, file)
     tell_store(settings)
     need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
 
-    async def look(points: Points, journal: MigrationState) -> int:
-        state = switching.begun(journal)
-        there = await collections.exists(points, state.source)
+    async def count_points(points: Points, journal: MigrationState) -> int:
+        state = cutover.begun(journal)
+        there = await exists(points, state.source)
         return await points.count(state.source) if there else 0
 
-    before = _each(settings, qdrant, chosen, to, look, lock=False)
+    before = _each(settings, qdrant, chosen, to, count_points, lock=False)
     doomed = [f"{s.source} ({formatting.count(points, 'point')})" for s, _, points in before]
     if yes < 1:
         typer.confirm(f"Delete {', '.join(doomed)} for good?", abort=True, err=True)
     if yes < 2:
         typer.confirm("There is no way back afterwards. Sure?", abort=True, err=True)
 
-    async def end(points: Points, journal: MigrationState) -> None:
-        await switching.finalize(points, journal, take_name=take_name)
+    async def finish(points: Points, journal: MigrationState) -> None:
+        await cutover.finalize(points, journal, take_name=take_name)
 
-    found = _each(settings, qdrant, chosen, to, end)
+    found = _each(settings, qdrant, chosen, to, finish)
     if as_json:
-        print_json([show.state_dict(state, journal) for state, journal, _ in found])
+        print_json([migrate.state_dict(state, journal) for state, journal, _ in found])
     else:
         for state, journal, _ in found:
-            show.print_state(state, journal)
+            migrate.print_state(state, journal)
 
 
 def _each(  # noqa: PLR0913 - what all four commands share
@@ -254,32 +253,32 @@ def _each(  # noqa: PLR0913 - what all four commands share
     What is wrong with one does not keep the others back. Raises WorkFailed at the end.
     """
 
-    async def one(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
-        state = switching.begun(journal)
+    async def run_work(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
+        state = cutover.begun(journal)
         if to is not None and to != state.model:
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
         if not lock:
             return await work(points, journal)
-        async with held(journal):
+        async with hold_lock(journal):
             return await work(points, journal)
 
-    async def every() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
+    async def run_all() -> tuple[list[tuple[State, MigrationState, Any]], list[str]]:
         found, failed = [], []
-        connection = ask.connection(settings, place)
-        journals = [ask.journal_of(settings, connection, name) for name in names]
+        connection = migrate_options.connection(settings, place)
+        journals = [migrate_options.journal_of(settings, connection, name) for name in names]
         await wait_for_others(*(journals if lock else ()))
         async with connection:
             points = Points(connection)
             for name, journal in zip(names, journals, strict=True):
                 try:
-                    result = await one(points, journal)
+                    result = await run_work(points, journal)
                 except MigrationRefused as error:
                     failed.append(f"{name}: {error}")
                 else:
-                    found.append((switching.begun(journal), journal, result))
+                    found.append((cutover.begun(journal), journal, result))
         return found, failed
 
-    found, failed = asyncio.run(every())
+    found, failed = asyncio.run(run_all())
     if failed:
         for state, _, _ in found:
             typer.echo(f"{state.collection}: {state.phase}", err=True)

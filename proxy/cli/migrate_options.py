@@ -1,9 +1,7 @@
-"""What a migration asks of the configuration: the model it goes to, and the one it comes from.
+"""The options of `embedding-proxy migrate`, and the models, collections and texts that they name.
 
 A model is named as a client names it, or with the provider before it that is to serve it:
 `text-embedding-3-large`, `openrouter/openai/text-embedding-3-large`.
-
-What `embedding-proxy migrate` is asked for: its options, and what they come to.
 """
 
 import difflib
@@ -24,151 +22,25 @@ from embedding_proxy.providers.dimensions import can_give
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.models import ModelConfig as ModelEntry
+from embedding_proxy.proxy.config.models import ModelConfig
 from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.service import index_writes
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.index_writes import connection as configured
 from embedding_proxy.proxy.service.inputs import CostPreview
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY
 
 from .migrate_process import ShieldedTask
-from .output import plain
+from .output import check_utf8
 
-LONGEST_END_S = 120.0
+MAX_END_S = 120.0
 """How long answers are waited for when a run is stopped."""
 CLIENT = "migrate"
 """On whose account the purchases of a migration go in the ledger."""
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A model as the command line names it."""
-
-    asked: str
-    """As it was named."""
-    name: str
-    entry: ModelEntry
-    provider: str | None
-    """The only one that may serve it; None = its routes in their order."""
-
-    @property
-    def space(self) -> Space:
-        """The space of its vectors."""
-        return self.entry.as_space()
-
-
-def named(settings: Settings, text: str, option: str) -> Named:
-    """Return the model that an option names. Raises ConfigError."""
-    if (entry := settings.models.get(text)) is not None:
-        return _known(Named(text, text, entry, None), option)
-    provider, _, rest = text.partition("/")
-    if rest and settings.providers.get(provider) is not None:
-        for name, entry in settings.models.items():
-            routes = [route for route in entry.routes if route.provider == provider]
-            if routes and (name == rest or rest in {route.model for route in routes}):
-                return _known(Named(text, name, entry, provider), option)
-    near = difflib.get_close_matches(text, settings.models, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`models` in the configuration can add it"
-    raise ConfigError(f"{option}: there is no model {text!r}; {hint}")
-
-
-def _known(model: Named, option: str) -> Named:
-    if model.entry.dimensions is None:
-        raise ConfigError(f"{option}: say how wide its vectors are: models.{model.name}.dimensions")
-    return model
-
-
-def width_of(model: Named, dimensions: int | None) -> int:
-    """Return the width to migrate to; the native one if none is asked for. Raises ConfigError."""
-    native = model.space.dimensions
-    if dimensions is None:
-        return native
-    if not can_give(model.space, dimensions, "strict"):
-        what = f"1 to {native}" if model.space.matryoshka else f"{native} and no other"
-        raise ConfigError(f"--dimensions: {model.name} gives {what}")
-    return dimensions
-
-
-def settings_for(settings: Settings, model: Named) -> Settings:
-    """Return the settings of a service that serves a migration. Raises ConfigError.
-
-    No model of another space may stand in: its vectors would be lost among the others. Nor is what
-    is embedded indexed, as what clients ask for is.
-    """
-    if settings.cache.mode in ("off", "refresh"):
-        raise ConfigError(
-            f"cache.mode: {settings.cache.mode}: a migration that is interrupted would buy again"
-            " what it has bought; set normal"
-        )
-    routes = tuple(
-        route for route in model.entry.routes if model.provider in (None, route.provider)
-    )
-    entry = model.entry.model_copy(update={"routes": routes, "fallback": ()})
-    server = settings.server.model_copy(update={"canary_hours": None, "allow_oversize": True})
-    models = {**settings.models, model.name: entry}
-    index = settings.index.model_copy(update={"qdrant": None})
-    return settings.model_copy(update={"server": server, "models": models, "index": index})
-
-
-class Target:
-    """The model that a migration goes to, behind our own cache and routes."""
-
-    def __init__(
-        self, service: EmbeddingService, model: Named, dimensions: int, namespace: str = ""
-    ) -> None:
-        self.name = model.name
-        self.asked = model.asked
-        self.space = model.space
-        self.dimensions = dimensions
-        self.seen_through = ShieldedTask()
-        self._service = service
-        self._namespace = namespace
-
-    @property
-    def unusable(self) -> str | None:
-        """What to set before the model can be asked for; None if it can."""
-        model = self._service.models[self.name]
-        if model.by_client is not None and not model.by_client.others:
-            provider = model.by_client.providers[0]
-            return f"{self.name}: provider {provider} {CLIENTS_PAY}"
-        return None if model.usable else model.router.unavailable
-
-    @property
-    def limits(self) -> Limits:
-        """What the provider that is asked first takes; the usual where none can be asked."""
-        routes = self._service.models[self.name].router.routes
-        return limits_of(routes[0].provider) if routes else Limits()
-
-    async def embed(
-        self, texts: Sequence[str], *, anew: bool = False
-    ) -> tuple[Sequence[Vector], int]:
-        """Return a vector for each of 1…N texts, and how many were bought; `anew` buys all.
-
-        Whoever is called off meanwhile finds them in the cache the next time. Raises
-        EmbeddingError.
-        """
-        buying = self._service.embed(
-            list(texts),
-            self.name,
-            dimensions=None if self.dimensions == self.space.dimensions else self.dimensions,
-            namespace=self._namespace,
-            client=CLIENT,
-            cache_control="no-cache" if anew else "",
-        )
-        result = await self.seen_through(buying)
-        if result.space != self.space or result.dimensions != self.dimensions:
-            raise InvalidAnswer(result.space.name, "is not the space that was asked for")
-        vectors = vector.derive(result.embedded.vectors, self.dimensions)
-        return vectors, result.usage.misses
-
-    async def finish(self) -> None:
-        """Wait until all that was asked for is in the cache, or has failed."""
-        await self.seen_through.over(LONGEST_END_S)
-
-    async def look(self, texts: Sequence[str]) -> Sequence[CostPreview]:
-        """Return what is known of each text; nothing is bought, and nothing changes."""
-        return await self._service.look(texts, self.name, namespace=self._namespace)
-
+API_KEY = "QDRANT_API_KEY"
+"""The variable of the key of a server that is named on the command line."""
+DEFAULT_FIELD = "content"
+_TEXTS = ("text_field", "template", "text_by")
+_KEYS = {*_TEXTS, "vector", "into"}
 
 CollectionsArgument = Annotated[
     list[str] | None,
@@ -212,7 +84,9 @@ QdrantOption = Annotated[
         help="URL of a server, or folder; index.qdrant unless given. Key: QDRANT_API_KEY."
     ),
 ]
-NamespaceOption = Annotated[str, typer.Option(help="The part of the cache to use.", callback=plain)]
+NamespaceOption = Annotated[
+    str, typer.Option(help="The part of the cache to use.", callback=check_utf8)
+]
 SampleOption = Annotated[
     int, typer.Option(min=1, help="Texts embedded to prove that vectors may be copied.")
 ]
@@ -220,15 +94,139 @@ PassesOption = Annotated[
     int, typer.Option(min=1, help="Whole comparisons with the old collection, at most.")
 ]
 
-API_KEY = "QDRANT_API_KEY"
-"""The variable of the key of a server that is named on the command line."""
-DEFAULT_FIELD = "content"
-_TEXTS = ("text_field", "template", "text_by")
-_KEYS = {*_TEXTS, "vector", "into"}
+
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """A model as the command line names it."""
+
+    asked: str
+    """As it was named."""
+    name: str
+    entry: ModelConfig
+    provider: str | None
+    """The only one that may serve it; None = its routes in their order."""
+
+    @property
+    def space(self) -> Space:
+        """The space of its vectors."""
+        return self.entry.as_space()
+
+
+def find_model(settings: Settings, text: str, option: str) -> NamedModel:
+    """Return the model that an option names. Raises ConfigError."""
+    if (entry := settings.models.get(text)) is not None:
+        return _check_dimensions(NamedModel(text, text, entry, None), option)
+    provider, _, rest = text.partition("/")
+    if rest and settings.providers.get(provider) is not None:
+        for name, entry in settings.models.items():
+            routes = [route for route in entry.routes if route.provider == provider]
+            if routes and (name == rest or rest in {route.model for route in routes}):
+                return _check_dimensions(NamedModel(text, name, entry, provider), option)
+    near = difflib.get_close_matches(text, settings.models, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "`models` in the configuration can add it"
+    raise ConfigError(f"{option}: there is no model {text!r}; {hint}")
+
+
+def _check_dimensions(model: NamedModel, option: str) -> NamedModel:
+    if model.entry.dimensions is None:
+        raise ConfigError(f"{option}: say how wide its vectors are: models.{model.name}.dimensions")
+    return model
+
+
+def width_of(model: NamedModel, dimensions: int | None) -> int:
+    """Return the width to migrate to; the native one if none is asked for. Raises ConfigError."""
+    native = model.space.dimensions
+    if dimensions is None:
+        return native
+    if not can_give(model.space, dimensions, "strict"):
+        what = f"1 to {native}" if model.space.matryoshka else f"{native} and no other"
+        raise ConfigError(f"--dimensions: {model.name} gives {what}")
+    return dimensions
+
+
+def settings_for(settings: Settings, model: NamedModel) -> Settings:
+    """Return the settings of a service that serves a migration. Raises ConfigError.
+
+    No model of another space may stand in: its vectors would be lost among the others. Nor is what
+    is embedded indexed, as what clients ask for is.
+    """
+    if settings.cache.mode in ("off", "refresh"):
+        raise ConfigError(
+            f"cache.mode: {settings.cache.mode}: a migration that is interrupted would buy again"
+            " what it has bought; set normal"
+        )
+    routes = tuple(
+        route for route in model.entry.routes if model.provider in (None, route.provider)
+    )
+    entry = model.entry.model_copy(update={"routes": routes, "fallback": ()})
+    server = settings.server.model_copy(update={"canary_hours": None, "allow_oversize": True})
+    models = {**settings.models, model.name: entry}
+    index = settings.index.model_copy(update={"qdrant": None})
+    return settings.model_copy(update={"server": server, "models": models, "index": index})
+
+
+class Target:
+    """The model that a migration goes to, behind our own cache and routes."""
+
+    def __init__(
+        self, service: EmbeddingService, model: NamedModel, dimensions: int, namespace: str = ""
+    ) -> None:
+        self.name = model.name
+        self.asked = model.asked
+        self.space = model.space
+        self.dimensions = dimensions
+        self.shield = ShieldedTask()
+        self._service = service
+        self._namespace = namespace
+
+    @property
+    def unusable_reason(self) -> str | None:
+        """What to set before the model can be asked for; None if it can."""
+        model = self._service.models[self.name]
+        if model.client_key_policy is not None and not model.client_key_policy.has_other_routes:
+            provider = model.client_key_policy.providers[0]
+            return f"{self.name}: provider {provider} {CLIENTS_PAY}"
+        return None if model.usable else model.router.unavailable
+
+    @property
+    def limits(self) -> Limits:
+        """What the provider that is asked first takes; the usual where none can be asked."""
+        routes = self._service.models[self.name].router.routes
+        return limits_of(routes[0].provider) if routes else Limits()
+
+    async def embed(
+        self, texts: Sequence[str], *, anew: bool = False
+    ) -> tuple[Sequence[Vector], int]:
+        """Return a vector for each of 1…N texts, and how many were bought; `anew` buys all.
+
+        Whoever is called off meanwhile finds them in the cache the next time. Raises
+        EmbeddingError.
+        """
+        buying = self._service.embed(
+            list(texts),
+            self.name,
+            dimensions=None if self.dimensions == self.space.dimensions else self.dimensions,
+            namespace=self._namespace,
+            client=CLIENT,
+            cache_control="no-cache" if anew else "",
+        )
+        result = await self.shield(buying)
+        if result.space != self.space or result.dimensions != self.dimensions:
+            raise InvalidAnswer(result.space.name, "is not the space that was asked for")
+        vectors = vector.derive(result.embedded.vectors, self.dimensions)
+        return vectors, result.usage.misses
+
+    async def finish(self) -> None:
+        """Wait until all that was asked for is in the cache, or has failed."""
+        await self.shield.wait(MAX_END_S)
+
+    async def look(self, texts: Sequence[str]) -> Sequence[CostPreview]:
+        """Return what is known of each text; nothing is bought, and nothing changes."""
+        return await self._service.preview(texts, self.name, namespace=self._namespace)
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class TextOptions:
     """Where the texts of all collections are that say nothing of their own."""
 
     field: str | None = None
@@ -240,33 +238,33 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class MigrationRequest:
     """What a command is to do."""
 
     settings: Settings
-    model: Named
+    model: NamedModel
     dimensions: int
     wanted: Sequence[Wanted]
 
 
-def asked(  # noqa: PLR0913 - what is asked for, by name
+def parse_options(  # noqa: PLR0913 - what is asked for, by name
     *,
     config_file: Path | None,
     names: Sequence[str] | None,
     to: str | None,
     old: str | None,
     dimensions: int | None,
-    texts: Texts,
+    texts: TextOptions,
     regime: Regime,
-) -> Asked:
+) -> MigrationRequest:
     """Return what the options say. Raises ConfigError."""
     settings = loader.load(config_file)
     if to is None:
         raise ConfigError("--to: name the model to migrate to")
-    model = named(settings, to, "--to")
-    space = named(settings, old, "--from").space if old else None
-    mapping = {} if texts.file is None else _mapping(texts.file)
-    collections = _chosen(names, mapping)
+    model = find_model(settings, to, "--to")
+    space = find_model(settings, old, "--from").space if old else None
+    mapping = {} if texts.file is None else _read_mapping(texts.file)
+    collections = _collection_names(names, mapping)
     if texts.into and len(collections) > 1:
         raise ConfigError("--into is for one collection; a --file can name one for each")
     wanted = []
@@ -282,22 +280,22 @@ def asked(  # noqa: PLR0913 - what is asked for, by name
                 into=own.get("into", texts.into),
             )
         )
-    return Asked(settings, model, width_of(model, dimensions), wanted)
+    return MigrationRequest(settings, model, width_of(model, dimensions), wanted)
 
 
 def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:
     """Return the collections that are named, or else those of the file. Raises ConfigError."""
-    return _chosen(names, {} if file is None else _mapping(file))
+    return _collection_names(names, {} if file is None else _read_mapping(file))
 
 
-def _chosen(names: Sequence[str] | None, mapping: Mapping[str, object]) -> list[str]:
+def _collection_names(names: Sequence[str] | None, mapping: Mapping[str, object]) -> list[str]:
     collections = list(dict.fromkeys(names or mapping))
     if not collections:
         raise ConfigError("name the collections to migrate, or give --file")
     return collections
 
 
-def _mapping(path: Path) -> dict[str, Mapping[str, str]]:
+def _read_mapping(path: Path) -> dict[str, Mapping[str, str]]:
     found: dict[str, Mapping[str, str]] = {}
     for name, entry in loader.load_mapping(path).items():
         said: Any = {} if entry is None else entry
@@ -313,7 +311,7 @@ def _mapping(path: Path) -> dict[str, Mapping[str, str]]:
     return found
 
 
-def _rule(name: str, own: Mapping[str, str], texts: Texts) -> Rule:
+def _rule(name: str, own: Mapping[str, str], texts: TextOptions) -> Rule:
     field, template, by = (own.get(key) for key in _TEXTS)
     if not {*_TEXTS} & own.keys():
         field, template, by = texts.field, texts.template, texts.by
@@ -334,7 +332,7 @@ def connection(settings: Settings, place: str | None) -> Connection:
     if place is None:
         if settings.index.qdrant is None:
             raise ConfigError("--qdrant: give the URL of a Qdrant, or set index.qdrant")
-        return configured(settings.index.qdrant)
+        return index_writes.connection(settings.index.qdrant)
     if place.startswith(("http://", "https://")):
         key = API_KEY if os.environ.get(API_KEY) else None
         return Connection(url=place.rstrip("/"), api_key_env=key)

@@ -1,14 +1,13 @@
-"""Work that outlives the command that began it, by as long as it takes to keep what is paid for.
+"""The process of a migration, which outlives its command, and the lock that keeps others out.
 
-Nothing a process does can keep an answer that comes after it was killed. So the work is done by a
-second process, in a session of its own. The first one waits for it; when it ends before, however
-it ends, the pipe between them does, too: then the second begins nothing new, sees through what it
-has begun, says nothing more, and ends.
+A killed process cannot keep an answer that comes later. So a second process does the work, in a
+session of its own, and the first one waits for it. When the first one ends, however it ends, the
+pipe between them closes. Then the second begins nothing new, keeps what it has paid for, prints
+nothing more, and ends.
 
-One process at a time works on a migration; one that was left may still be keeping its answers.
-
-The lock is on a file beside the journal, which says FINISHING from when its holder begins nothing
-new any more. Whoever comes then waits; while somebody works, others are refused.
+One process at a time works on a migration. The lock is on a file beside the journal, which says
+FINISHING as soon as its holder begins nothing new any more. Another process waits then; while the
+holder works, others are refused.
 """
 
 import asyncio
@@ -32,12 +31,15 @@ from embedding_proxy.index.migration.state import JournalError, MigrationState
 from .output import WorkFailed
 
 T = TypeVar("T")
-
 _TO_STOP = (
     (signal.SIGINT, signal.SIGTERM)
     if sys.platform == "win32"
     else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 )
+FINISHING = b"finishing\n"
+NOTICED_S = 0.5
+"""In which a process that was left has said so."""
+_POLL_S = 0.05
 
 
 def run_detached() -> int | None:
@@ -90,7 +92,7 @@ def _wait(worker: int, life: int) -> tuple[int, int | None]:
 
 
 @asynccontextmanager
-async def until_left(life: int | None) -> AsyncIterator[None]:
+async def cancel_when_left(life: int | None) -> AsyncIterator[None]:
     """Cancel the current task, and say nothing from then on, when the first process has ended."""
     task = asyncio.current_task()
     if life is None or task is None:
@@ -98,7 +100,7 @@ async def until_left(life: int | None) -> AsyncIterator[None]:
         return
     loop = asyncio.get_running_loop()
 
-    def left() -> None:
+    def cancel() -> None:
         loop.remove_reader(life)
         # Whoever read what we print may be gone as well.
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -107,7 +109,7 @@ async def until_left(life: int | None) -> AsyncIterator[None]:
         os.close(nowhere)
         task.cancel()
 
-    loop.add_reader(life, left)
+    loop.add_reader(life, cancel)
     try:
         yield
     finally:
@@ -127,7 +129,7 @@ class ShieldedTask:
         task.add_done_callback(self._begun.discard)
         return await asyncio.shield(task)
 
-    async def over(self, limit_s: float) -> None:
+    async def wait(self, limit_s: float) -> None:
         """Wait until nothing is under way, for so long; then call off what is left."""
         left = set(self._begun)
         if left:
@@ -137,13 +139,7 @@ class ShieldedTask:
             await asyncio.gather(*left, return_exceptions=True)
 
 
-FINISHING = b"finishing\n"
-NOTICED_S = 0.5
-"""In which a process that was left has said so."""
-_POLL_S = 0.05
-
-
-async def _nothing() -> None:
+async def _do_nothing() -> None:
     """End at once."""
 
 
@@ -151,8 +147,8 @@ async def wait_for_others(*journals: MigrationState) -> None:
     """Wait while processes that were left keep what they have asked for. Raises JournalError."""
     loop = asyncio.get_running_loop()
     noticed, told = loop.time() + NOTICED_S, False
-    for path in map(_path, journals):
-        while path.exists() and not _free(path):
+    for path in map(_lock_path, journals):
+        while path.exists() and not _is_free(path):
             if path.read_bytes() == FINISHING:
                 if not told:
                     typer.echo("waiting for the last answers of a run that was stopped", err=True)
@@ -163,22 +159,22 @@ async def wait_for_others(*journals: MigrationState) -> None:
 
 
 @asynccontextmanager
-async def held(
-    journal: MigrationState, finish: Callable[[], Awaitable[None]] = _nothing
+async def hold_lock(
+    journal: MigrationState, finish: Callable[[], Awaitable[None]] = _do_nothing
 ) -> AsyncIterator[None]:
     """Hold a migration, and `finish` before it is let go. Raises MigrationRefused, JournalError."""
-    path = _path(journal)
-    lock = _open(path)
+    path = _lock_path(journal)
+    lock = _open_lock(path)
     try:
         lock.__enter__()
     except TimeoutError as error:
         lock.close()
         raise MigrationRefused(f"another process works on this migration ({path})") from error
     try:
-        _say(path, b"")
+        _write_note(path, b"")
         yield
     finally:
-        _say(path, FINISHING)
+        _write_note(path, FINISHING)
         try:
             await finish()
         finally:
@@ -186,12 +182,12 @@ async def held(
             lock.close()
 
 
-def _path(journal: MigrationState) -> Path:
+def _lock_path(journal: MigrationState) -> Path:
     return journal.path.with_suffix(".lock")
 
 
-def _free(path: Path) -> bool:
-    lock = _open(path)
+def _is_free(path: Path) -> bool:
+    lock = _open_lock(path)
     try:
         with lock:
             return True
@@ -201,7 +197,7 @@ def _free(path: Path) -> bool:
         lock.close()
 
 
-def _open(path: Path) -> WriterLock:
+def _open_lock(path: Path) -> WriterLock:
     try:
         private_files.make_folder(path.parent)
         return WriterLock(path, 0)
@@ -209,7 +205,7 @@ def _open(path: Path) -> WriterLock:
         raise JournalError(f"{path}: {error.strerror or error}") from error
 
 
-def _say(path: Path, what: bytes) -> None:
+def _write_note(path: Path, what: bytes) -> None:
     # On a disk that is full, others are refused instead of let wait.
     with contextlib.suppress(OSError), open(path, "wb", opener=private_files.opener) as file:
         file.write(what)

@@ -1,7 +1,4 @@
-"""What commands share: their options, what they print, and how they end.
-
-Spans of time as people write them on a command line.
-"""
+"""What commands share: their options, what they print, and how they end."""
 
 import os
 import re
@@ -13,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
-from embedding_proxy.proxy.config.loader import ConfigError
+from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.log import escape
 
 if TYPE_CHECKING:
@@ -27,8 +24,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 
 MAX_LINE = 20_000
 """Characters of the line with which a command fails."""
+MAX_TABLE_WIDTH = 120
+"""Characters of a line of a table, beside the names in it."""
 LINE_SECONDS = 5.0
 """How often long work says how far it is where there is no terminal."""
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
 class WorkFailed(Exception):
@@ -43,7 +43,7 @@ class WrongUsage(Exception):
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
+def handle_failures() -> Iterator[None]:
     """End with one line and an exit code when something foreseeable goes wrong.
 
     A configuration gets a line for each of its mistakes.
@@ -60,7 +60,6 @@ def one_line() -> Iterator[None]:
         if told is not None:
             fail(told, 1)
         # Imported once there is a failure: what could not be imported could not fail either.
-        from embedding_proxy.proxy.config.loader import ConfigError  # noqa: PLC0415
         from embedding_proxy.proxy.http.workers import WorkerFailed  # noqa: PLC0415
 
         if isinstance(error, ConfigError):
@@ -145,14 +144,12 @@ def say(message: str) -> None:
         typer.echo(f"embedding-proxy: {escape(message, MAX_LINE)}", err=True)
 
 
-def plain(option: str | None) -> str | None:
+def check_utf8(option: str | None) -> str | None:
     """Return an option as it is; a callback. Raises ConfigError for what is not UTF-8."""
     if option is not None and not option.isascii():
         try:
             option.encode()
         except UnicodeEncodeError as error:
-            from embedding_proxy.proxy.config.loader import ConfigError  # noqa: PLC0415 - see `one_line`
-
             raise ConfigError(f"{option!r}: is not UTF-8") from error
     return option
 
@@ -239,13 +236,10 @@ def _lines(what: str, total: float | None) -> Callable[[float], None]:
     return tell
 
 
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-
-
-def seconds(text: str, option: str) -> float:
+def parse_duration(text: str, option: str) -> float:
     """Return the length of a span such as `90d`, in seconds. Raises ConfigError.
 
-    >>> seconds("1.5h", "--older-than")
+    >>> parse_duration("1.5h", "--older-than")
     5400.0
     """
     found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]+)", text.strip())
@@ -254,6 +248,6 @@ def seconds(text: str, option: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def before(now: float, text: str | None, option: str) -> float | None:
+def past_time(now: float, text: str | None, option: str) -> float | None:
     """Return the moment a span ago; None without one. Raises ConfigError."""
-    return None if text is None else max(0.0, now - seconds(text, option))
+    return None if text is None else max(0.0, now - parse_duration(text, option))

@@ -26,7 +26,7 @@ def http_url(value: str) -> str:
     >>> http_url("http://[::1]:8000/v1")
     'http://[::1]:8000/v1'
     """
-    parts = _parsed(value)
+    parts = _parse(value)
     if "@" in parts.netloc:
         raise ValueError(
             f"{EXPECTED}, without user and password; a key goes into the variable that api_key_env"
@@ -44,7 +44,7 @@ def base_url(value: str) -> str:
 
     An address that ends in an endpoint is refused: the proxy appends `/embeddings` itself.
     """
-    parts = _parsed(value)
+    parts = _parse(value)
     if "@" not in parts.netloc:
         path = parts.path.rstrip("/").lower()
         for end in _ENDPOINTS:
@@ -73,7 +73,7 @@ def proxy_url(value: str) -> str:
     if "://" not in value:
         raise ValueError(f"{expected}; it has no http://")
     try:
-        parts = _parsed(value)
+        parts = _parse(value)
     except ValueError as error:
         raise ValueError(str(error).replace(EXPECTED, expected)) from None
     if parts.path not in ("", "/") or "?" in value or "#" in value:
@@ -87,7 +87,7 @@ def proxy_url(value: str) -> str:
     return value
 
 
-def _parsed(value: str) -> SplitResult:
+def _parse(value: str) -> SplitResult:
     """Return the parts of an address with a usable host and port. Raises ValueError."""
     if not re.match(r"https?://", value, re.IGNORECASE):
         raise ValueError(EXPECTED)

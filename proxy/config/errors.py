@@ -3,11 +3,10 @@
 A validator of a section raises `Problems` where it finds several mistakes at once, or where a
 mistake belongs to one key of the section. pydantic reports it as it does any ValueError.
 
-Hides what may be a key in the message of a configuration error. Pure.
-
-A key is sometimes pasted where a name belongs: as the name of a provider, a model, a setting or a
-variable. Messages repeat names. What looks like a key is replaced there; nothing else tells a name
-from a key, so a key that is made of words is not recognised.
+`hide_keys` removes from a message what may be an API key. A key is sometimes pasted where a name
+belongs: as the name of a provider, a model, a setting or a variable; and messages repeat names.
+What looks like a key is replaced. Nothing else tells a name from a key, so a key that is made of
+words is not recognised.
 """
 
 import difflib
@@ -17,6 +16,19 @@ from typing import NamedTuple
 
 KeyPath = tuple[str | int, ...]
 """The place of a key: the names of sections, keys and list positions that lead to it."""
+MASK = "***"
+_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|\.ya?ml(?::\d+)?\W*$")
+_WORD = re.compile(r"\S+")
+_TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
+_PART = re.compile(r"[A-Za-z0-9]+")
+_PREFIXES = re.compile(
+    r"(?:sk|pk|rk|gsk|xai|nvapi|pa)-[\w-]{6,}|(?:sk|pk|rk|gsk|hf|jina|fw|tgp|ghp|glpat|r8)_\w{6,}"
+    r"|AIza[\w-]{10,}|AKIA[A-Z0-9]{8,}|eyJ[\w-]{8,}"
+)
+_JWT = re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]{6,}){1,2}")
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_MIN_RANDOM = 16
+_MIN_DIGITS = 2
 
 
 class Problem(NamedTuple):
@@ -37,13 +49,13 @@ class Problem(NamedTuple):
         path = (*self.path[:-1], MASK) if self.hides_name else self.path
         return ".".join(map(str, path))
 
-    def below(self, path: Iterable[str | int]) -> "Problem":
+    def add_prefix(self, path: Iterable[str | int]) -> "Problem":
         """Return the same problem as seen from a section further up."""
         start = tuple(path)
         needs = tuple((*start, *need) for need in self.needs)
         return self._replace(path=(*start, *self.path), needs=needs)
 
-    def follows(self, wrong: Collection[KeyPath]) -> bool:
+    def is_consequence_of(self, wrong: Collection[KeyPath]) -> bool:
         """Tell whether it is a consequence of other mistakes, whose places are given."""
         places = (self.path, *self.needs)
         return any(place[:n] in wrong for place in places for n in range(1, len(place) + 1))
@@ -101,21 +113,6 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-MASK = "***"
-_PATH = re.compile(r"^[\"'`(]*(?:~?/|\.{1,2}/|[A-Za-z]:\\)|\.ya?ml(?::\d+)?\W*$")
-_WORD = re.compile(r"\S+")
-_TOKEN = re.compile(r"[A-Za-z0-9_+/=~-]{8,}")
-_PART = re.compile(r"[A-Za-z0-9]+")
-_PREFIXES = re.compile(
-    r"(?:sk|pk|rk|gsk|xai|nvapi|pa)-[\w-]{6,}|(?:sk|pk|rk|gsk|hf|jina|fw|tgp|ghp|glpat|r8)_\w{6,}"
-    r"|AIza[\w-]{10,}|AKIA[A-Z0-9]{8,}|eyJ[\w-]{8,}"
-)
-_JWT = re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]{6,}){1,2}")
-_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-_MIN_RANDOM = 16
-_MIN_DIGITS = 2
-
-
 def looks_like_key(name: str) -> bool:
     """Tell whether a name begins as vendors' keys do, or holds a long random part.
 
@@ -137,19 +134,19 @@ def hide_keys(message: str) -> str:
     >>> hide_keys("/etc/proxy.yaml: providers.sk-proj-abcdef123.kind: is missing; add it")
     '/etc/proxy.yaml: providers.***.kind: is missing; add it'
     """
-    return _WORD.sub(lambda word: _in_word(word[0]), message)
+    return _WORD.sub(lambda word: _hide_in_word(word[0]), message)
 
 
-def _in_word(word: str) -> str:
+def _hide_in_word(word: str) -> str:
     scheme, is_address, rest = word.partition("://")
     if is_address:
         user, at, place = rest.rpartition("@")
         end = min((i for mark in "?#" if (i := place.find(mark)) >= 0), default=len(place))
-        return f"{scheme}://{MASK if user else user}{at}{place[:end]}{_hidden(place[end:])}"
-    return word if _PATH.search(word) else _hidden(word)
+        return f"{scheme}://{MASK if user else user}{at}{place[:end]}{_hide_tokens(place[end:])}"
+    return word if _PATH.search(word) else _hide_tokens(word)
 
 
-def _hidden(word: str) -> str:
+def _hide_tokens(word: str) -> str:
     word = _JWT.sub(MASK, word)
     return _TOKEN.sub(lambda found: MASK if looks_like_key(found[0]) else found[0], word)
 

@@ -17,8 +17,8 @@ from pydantic import (
 from . import addresses, references
 
 FOLDER = "folder"
-"""In the context of a validation: the folder of the file (see `file_path.absolute`). Without it
-relative paths are below the working directory."""
+"""In the context of a validation: the folder of the file (see `references.absolute_path`).
+Without it relative paths are below the working directory."""
 INSPECTED = "inspected"
 """In the context of a validation: whether nobody will be asked, so that files for it may lack."""
 
@@ -44,7 +44,7 @@ def _absolute(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str | Path):
         return value
     context = info.context or {}
-    return references.absolute(value, context.get(FOLDER, Path()))
+    return references.absolute_path(value, context.get(FOLDER, Path()))
 
 
 def _host_name(value: str) -> str:

@@ -1,8 +1,7 @@
-"""Reads a configuration of the older kind (`llm:`, `vector_store:`), nested or flat. Pure.
+"""Converts a configuration of the older kind (`llm:`, `vector_store:`), nested or flat. Pure.
 
-A key that lies open in it is refused. What is unknown, or empty, is named and left out.
-
-Turns an older configuration into ours, and says what became of each of its keys. Pure.
+`read` takes the old file apart. It refuses a file that holds an API key. `convert` returns the new
+configuration and says what became of each old key; unknown and empty ones are named and left out.
 """
 
 import re
@@ -16,13 +15,12 @@ from embedding_proxy.providers.dimensions import can_give
 from embedding_proxy.providers.model_catalog import CATALOGUE, ModelEntry
 
 from .loader import ConfigError
-from .providers import MOST_RETRIES
+from .providers import MAX_RETRIES
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAMED_SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
 _LOOKS_SECRET = re.compile(r"\b(sk|pk)-[A-Za-z0-9_-]{8,}|//[^/@\s]*@")
-
 # What may be said of embeddings, and of which type; the flat form may put `embedding_` before it.
 _TEXTS = ("provider", "model", "api_key_env", "api_key", "base_url")
 _NUMBERS = ("dimensions", "max_retries", "timeout")
@@ -31,7 +29,7 @@ _STORE_TEXTS = ("type", "qdrant_url", "collection_prefix", "qdrant_api_key", "qd
 _STORE = (*_STORE_TEXTS, "embedding_dimension", "allow_dynamic_dimensions")
 
 
-class Said(NamedTuple):
+class OldValue(NamedTuple):
     """A value of the old file, and where it stands."""
 
     path: str
@@ -39,17 +37,55 @@ class Said(NamedTuple):
 
 
 @dataclass(slots=True)
-class Old:
+class OldConfig:
     """What an old file says: by the names of the nested form, whichever it has."""
 
-    embedding: dict[str, Said] = field(default_factory=dict)
-    fallbacks: list[dict[str, Said]] = field(default_factory=list)
-    store: dict[str, Said] = field(default_factory=dict)
+    embedding: dict[str, OldValue] = field(default_factory=dict)
+    fallbacks: list[dict[str, OldValue]] = field(default_factory=list)
+    store: dict[str, OldValue] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """(path, why)"""
 
 
-def read(content: Mapping[Any, Any], file: str) -> Old:
+@dataclass(slots=True)
+class ConvertedConfig:
+    """Our configuration, and what became of the old one."""
+
+    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    qdrant: dict[str, Any] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """(old key, what became of it)"""
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, said: OldValue | None, told: str) -> None:
+        """Say what became of a key, if it was there."""
+        if said is not None:
+            self.notes.append((said.path, told))
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model at a provider: our name for it, and what is known of it."""
+
+    name: str
+    provider: str
+    upstream: str
+    entry: ModelEntry
+
+    @property
+    def route(self) -> dict[str, str]:
+        return {"provider": self.provider, "model": self.upstream}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what our configuration must say of it beside its routes."""
+        if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
+            return {}
+        known = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
+        return {key: value for key, value in known.items() if value is not None}
+
+
+def read(content: Mapping[Any, Any], file: str) -> OldConfig:
     """Take an old configuration apart. Raises ConfigError for one that holds a key, or none of it.
 
     `file` is its name, for messages.
@@ -62,7 +98,7 @@ def read(content: Mapping[Any, Any], file: str) -> Old:
     ]
     if open_keys:
         raise ConfigError(*open_keys)
-    old = Old()
+    old = OldConfig()
     llm = _section(content.get("llm"), file, "llm")
     if llm.get("embedding") is None:
         _read_flat(llm, file, old)
@@ -89,13 +125,13 @@ def read(content: Mapping[Any, Any], file: str) -> Old:
     return old
 
 
-def variable(said: Mapping[str, Said]) -> Said | None:
+def variable(said: Mapping[str, OldValue]) -> OldValue | None:
     """Return the name of the variable that holds a key, named or referred to."""
     if "api_key_env" in said:
         return said["api_key_env"]
     given = said.get("api_key")
     found = given and _REFERENCE.fullmatch(given.value)
-    return Said(given.path, found[1]) if given and found else None
+    return OldValue(given.path, found[1]) if given and found else None
 
 
 def _find_keys(value: object, path: str) -> Iterator[str]:
@@ -121,7 +157,7 @@ def _section(value: object, file: str, path: str) -> Mapping[Any, Any]:
     return value
 
 
-def _read_flat(llm: Mapping[Any, Any], file: str, old: Old) -> None:
+def _read_flat(llm: Mapping[Any, Any], file: str, old: OldConfig) -> None:
     """Read the older form, whose other keys may be about a model that chats."""
     if llm.get("embedding_model") is None:
         old.left_out += [(f"llm.{key}", "says nothing of embeddings") for key in llm]
@@ -144,10 +180,10 @@ def _read_flat(llm: Mapping[Any, Any], file: str, old: Old) -> None:
         (f"llm.{key}", "not of embeddings, or unknown") for key in llm if key not in used
     ]
     for plain, (key, value) in found.items():
-        _keep(plain, Said(f"llm.{key}", value), file, old.embedding, old)
+        _keep(plain, OldValue(f"llm.{key}", value), file, old.embedding, old)
 
 
-def _read_fallbacks(listed: Said, file: str, old: Old) -> None:
+def _read_fallbacks(listed: OldValue, file: str, old: OldConfig) -> None:
     if not isinstance(listed.value, list):
         raise ConfigError(f"{file}: {listed.path}: expected a list of `provider` and `model`")
     for i, entry in enumerate(listed.value):
@@ -158,19 +194,19 @@ def _read_fallbacks(listed: Said, file: str, old: Old) -> None:
 
 
 def _take(
-    section: Mapping[Any, Any], known: Iterable[str], file: str, path: str, old: Old
-) -> dict[str, Said]:
+    section: Mapping[Any, Any], known: Iterable[str], file: str, path: str, old: OldConfig
+) -> dict[str, OldValue]:
     """Return what is known of a section; name the rest."""
-    found: dict[str, Said] = {}
+    found: dict[str, OldValue] = {}
     for key, value in section.items():
         if key in known:
-            _keep(key, Said(f"{path}.{key}", value), file, found, old)
+            _keep(key, OldValue(f"{path}.{key}", value), file, found, old)
         else:
             old.left_out.append((f"{path}.{key}", "unknown key"))
     return found
 
 
-def _keep(key: str, said: Said, file: str, into: dict[str, Said], old: Old) -> None:
+def _keep(key: str, said: OldValue, file: str, into: dict[str, OldValue], old: OldConfig) -> None:
     value = said.value
     if value in (None, "", []):
         old.left_out.append((said.path, "empty"))
@@ -184,74 +220,36 @@ def _keep(key: str, said: Said, file: str, into: dict[str, Said], old: Old) -> N
     into[key] = said
 
 
-@dataclass(slots=True)
-class Converted:
-    """Our configuration, and what became of the old one."""
-
-    providers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    qdrant: dict[str, Any] = field(default_factory=dict)
-    notes: list[tuple[str, str]] = field(default_factory=list)
-    """(old key, what became of it)"""
-    warnings: list[str] = field(default_factory=list)
-
-    def note(self, said: Said | None, told: str) -> None:
-        """Say what became of a key, if it was there."""
-        if said is not None:
-            self.notes.append((said.path, told))
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """A model at a provider: our name for it, and what is known of it."""
-
-    name: str
-    provider: str
-    upstream: str
-    entry: ModelEntry
-
-    @property
-    def route(self) -> dict[str, str]:
-        return {"provider": self.provider, "model": self.upstream}
-
-    def described(self) -> dict[str, Any]:
-        """Return what our configuration must say of it beside its routes."""
-        if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
-            return {}
-        known = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
-        return {key: value for key, value in known.items() if value is not None}
-
-
-def convert(content: Mapping[Any, Any], file: str) -> Converted:
+def convert(content: Mapping[Any, Any], file: str) -> ConvertedConfig:
     """Return what an old configuration comes to; `file` is its name, for messages.
 
     Raises ConfigError for one that holds a key, or that names a provider nobody knows.
     """
     old = read(content, file)
-    done = Converted()
+    done = ConvertedConfig()
     width = None
     if old.embedding:
-        first = _first(old, file, done)
+        first = _convert_first(old, file, done)
         width = first.entry.dimensions
-        _fallbacks(old, file, first, done)
-    _store(old, width, done)
+        _convert_fallbacks(old, file, first, done)
+    _convert_store(old, width, done)
     done.notes += [(path, f"left out: {why}") for path, why in old.left_out]
     return done
 
 
-def _first(old: Old, file: str, done: Converted) -> _Model:
+def _convert_first(old: OldConfig, file: str, done: ConvertedConfig) -> _Model:
     said = old.embedding
     if "model" not in said:
         raise ConfigError(f"{file}: llm.embedding.model: is missing; add it")
     provider = said["provider"].value if "provider" in said else "openai"
     model = _model(provider, said["model"].value)
-    _provider(provider, said, file, done)
+    _convert_provider(provider, said, file, done)
     if "provider" not in said:
         done.warnings.append(f"no provider is named: {provider} is taken, as it always was")
     done.note(said.get("provider"), f"providers.{provider}")
     done.note(said["model"], f"models.{model.name}, asked for at {provider}")
-    model = _with_dimensions(model, said.get("dimensions"), done)
-    done.models[model.name] = {**model.described(), "routes": [model.route]}
+    model = _apply_dimensions(model, said.get("dimensions"), done)
+    done.models[model.name] = {**model.describe(), "routes": [model.route]}
     return model
 
 
@@ -266,7 +264,7 @@ def _model(provider: str, upstream: str) -> _Model:
     return _Model(upstream, provider, upstream, ModelEntry(space, 0, 0.0, ()))
 
 
-def _with_dimensions(model: _Model, said: Said | None, done: Converted) -> _Model:
+def _apply_dimensions(model: _Model, said: OldValue | None, done: ConvertedConfig) -> _Model:
     """Return a model whose width may be what the old file says."""
     native = model.entry.dimensions
     if said is None:
@@ -287,7 +285,9 @@ def _with_dimensions(model: _Model, said: Said | None, done: Converted) -> _Mode
     return model
 
 
-def _provider(name: str, said: Mapping[str, Said], file: str, done: Converted) -> None:
+def _convert_provider(
+    name: str, said: Mapping[str, OldValue], file: str, done: ConvertedConfig
+) -> None:
     """Describe a provider as far as an old file does; what was said of it first counts."""
     given = done.providers.setdefault(name, {})
     address, time, retries = (said.get(one) for one in ("base_url", "timeout", "max_retries"))
@@ -295,7 +295,7 @@ def _provider(name: str, said: Mapping[str, Said], file: str, done: Converted) -
         done.note(retries, "left out: nobody is asked, so nobody is asked again")
         retries = None
     if retries is not None:
-        retries = retries._replace(value=min(int(retries.value), MOST_RETRIES))
+        retries = retries._replace(value=min(int(retries.value), MAX_RETRIES))
     key = variable(said)
     known = name in registry.KINDS or name == registry.LOCAL
     if not known:
@@ -323,14 +323,14 @@ def _provider(name: str, said: Mapping[str, Said], file: str, done: Converted) -
         )
 
 
-def _fallbacks(old: Old, file: str, first: _Model, done: Converted) -> None:
+def _convert_fallbacks(old: OldConfig, file: str, first: _Model, done: ConvertedConfig) -> None:
     """Turn old fallbacks into routes of the same space, or into models that may stand in."""
     for said in old.fallbacks:
         if not {"provider", "model"} <= said.keys():
             raise ConfigError(f"{file}: llm.embedding.fallback_providers: an entry is empty")
         other = _model(said["provider"].value, said["model"].value)
         path = said["provider"].path.rpartition(".")[0]
-        _provider(other.provider, said, file, done)
+        _convert_provider(other.provider, said, file, done)
         if other.entry.space == first.entry.space:
             routes = done.models[first.name]["routes"]
             if other.route not in routes:
@@ -338,13 +338,13 @@ def _fallbacks(old: Old, file: str, first: _Model, done: Converted) -> None:
             done.note(said.get("dimensions"), "left out: it is known of the model")
             done.notes.append((path, f"models.{first.name}.routes: the same model"))
             continue
-        other = _with_dimensions(other, said.get("dimensions"), done)
-        _stand_in(path, first, other, done)
+        other = _apply_dimensions(other, said.get("dimensions"), done)
+        _add_fallback(path, first, other, done)
 
 
-def _stand_in(path: str, first: _Model, other: _Model, done: Converted) -> None:
+def _add_fallback(path: str, first: _Model, other: _Model, done: ConvertedConfig) -> None:
     """Let a model of another space stand in, at a width that is named."""
-    described = done.models.setdefault(other.name, {**other.described(), "routes": []})
+    described = done.models.setdefault(other.name, {**other.describe(), "routes": []})
     if other.route not in described["routes"]:
         described["routes"].append(other.route)
     wanted, native = first.entry.dimensions, other.entry.dimensions
@@ -369,7 +369,7 @@ def _stand_in(path: str, first: _Model, other: _Model, done: Converted) -> None:
     )
 
 
-def _store(old: Old, width: int | None, done: Converted) -> None:
+def _convert_store(old: OldConfig, width: int | None, done: ConvertedConfig) -> None:
     said = old.store
     names = {"api_key": "qdrant_api_key", "api_key_env": "qdrant_api_key_env"}
     keys = {ours: said[theirs] for ours, theirs in names.items() if theirs in said}

@@ -27,7 +27,7 @@ __all__ = [
     "load_named",
     "read",
     "read_configuration",
-    "validated",
+    "validate_content",
 ]
 
 BUILT_IN = "the built-in configuration"
@@ -103,7 +103,7 @@ def read_configuration(
     `purpose` does not need may be unset: in place of a client's key there is then one that nobody
     knows. Relative paths are below the folder of the file.
     """
-    source = _Source(_name_of(path), _parsed(_built_in_file() if path is None else path, path))
+    source = _Source(_name_of(path), _parse(_built_in_file() if path is None else path, path))
     written = _mapping(source)
     source.overrides = overrides or {}
     settings, unresolved = _settings(source, _folder_of(path), purpose)
@@ -111,7 +111,7 @@ def read_configuration(
     return Configuration(settings, written, path, lines, source)
 
 
-def validated(content: Mapping[Any, Any], name: str) -> Settings:
+def validate_content(content: Mapping[Any, Any], name: str) -> Settings:
     """Return the settings that a file of that name holds. Raises ConfigError.
 
     Relative paths are below the working directory.
@@ -124,7 +124,7 @@ def read(path: Path | None) -> dict[Any, Any]:
 
     Raises ConfigError.
     """
-    return _mapping(_Source(_name_of(path), _parsed(path or _built_in_file(), path)))
+    return _mapping(_Source(_name_of(path), _parse(path or _built_in_file(), path)))
 
 
 def load_mapping(path: Path) -> dict[Any, Any]:
@@ -187,9 +187,9 @@ def _name_of(path: Path | None) -> str:
 
 
 def _built_in_file() -> Path:
-    """Return config.yaml: beside this file in an installation, at the root of a checkout."""
-    installed = Path(__file__).with_name("config.yaml")
-    return installed if installed.exists() else Path(__file__).parents[1] / "config.yaml"
+    """Return config.yaml: in `proxy` in an installation, at the root of a checkout."""
+    installed = Path(__file__).parents[1] / "config.yaml"
+    return installed if installed.exists() else Path(__file__).parents[2] / "config.yaml"
 
 
 def _folder_of(path: Path | None) -> Path | None:
@@ -203,7 +203,7 @@ def _folder_of(path: Path | None) -> Path | None:
     return whole.parent if in_folder else None
 
 
-def _parsed(source: Path, path: Path | None) -> YamlFile:
+def _parse(source: Path, path: Path | None) -> YamlFile:
     """Return what a file holds. Raises ConfigError."""
     name = _name_of(path)
     try:

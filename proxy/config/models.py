@@ -2,10 +2,9 @@
 
 from typing import Annotated, Literal
 
-from embedding_proxy.providers import dimensions as strategies
 from embedding_proxy.providers import model_catalog
 from embedding_proxy.providers.base import Space
-from embedding_proxy.providers.dimensions import BUILT_IN, Policy, can_give
+from embedding_proxy.providers.dimensions import BUILT_IN, Policy, UnknownStrategy, can_give, find
 from embedding_proxy.providers.model_catalog import ModelEntry
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -75,8 +74,8 @@ class ModelConfig(Section):
     def _known_width(cls, value: str) -> str:
         if value not in BUILT_IN:
             try:
-                strategies.find(value)
-            except strategies.UnknownStrategy as error:
+                find(value)
+            except UnknownStrategy as error:
                 raise ValueError(f"{error}{suggestion(value, BUILT_IN)}") from error
         return value
 
@@ -127,7 +126,7 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
     }
 
 
-def by_name(name: str) -> ModelConfig | None:
+def unlisted_model(name: str) -> ModelConfig | None:
     """Return what can be said of a model that is not configured; None for what is no name."""
     try:
         return ModelConfig.model_validate(from_catalogue(model_catalog.by_name(name)))

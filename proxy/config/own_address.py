@@ -43,8 +43,8 @@ def check_own_address(configuration: Configuration) -> None:
 
 def _is_own(host: str, listening: str) -> bool:
     """Tell whether a connection to `host` reaches a server that listens on `listening`."""
-    taken = _resolved(listening)
-    for address in _resolved(host):
+    taken = _resolve(listening)
+    for address in _resolve(host):
         # To connect to 0.0.0.0 is to connect to this machine.
         reached = _LOOPBACK[address.version] if address.is_unspecified else address
         if reached in taken:
@@ -54,7 +54,7 @@ def _is_own(host: str, listening: str) -> bool:
     return False
 
 
-def _resolved(host: str) -> set[_Address]:
+def _resolve(host: str) -> set[_Address]:
     """Return the addresses of a host; none if it has none, for then nothing is reached there."""
     with suppress(ValueError):
         return {ipaddress.ip_address(host)}

@@ -29,7 +29,7 @@ from .fields import (
     Whole,
 )
 
-MOST_RETRIES = 100
+MAX_RETRIES = 100
 _COUNT = Field(ge=1, le=10**9)
 
 # What the transport and HTTP itself say is not the operator's to change; the key has its own way.
@@ -90,7 +90,7 @@ class ProviderConfig(Section):
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
     least_bytes_per_s: Annotated[Number, Field(ge=0)] = 100
     rate_window_s: Annotated[Number, Field(gt=0)] = 15
-    retries: Annotated[Whole, Field(ge=0, le=MOST_RETRIES)] | None = None
+    retries: Annotated[Whole, Field(ge=0, le=MAX_RETRIES)] | None = None
     limits: LimitsConfig = LimitsConfig()
     encoding_format: Literal["base64", "float"] | None = "base64"
     accepts_tokens: bool = True
@@ -141,7 +141,7 @@ class ProviderConfig(Section):
     @field_validator("neutral_fields")
     @classmethod
     def _fit_to_send(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unfit = (request_fields.unfit([name]) for name in value)
+        unfit = (request_fields.neutral_field_problem([name]) for name in value)
         refuse(Problem((), f"{problem}; remove it") for problem in unfit if problem is not None)
         return value
 
@@ -199,7 +199,7 @@ class ProviderConfig(Section):
 
     def _misfits_of_the_clients_key(self) -> Iterator[Problem]:
         """Yield what does not go with a client's key, or with the lack of one."""
-        if not self.by_client:
+        if not self.uses_client_key:
             if self.share:
                 yield Problem(
                     ("share",),
@@ -224,7 +224,7 @@ class ProviderConfig(Section):
             )
 
     @property
-    def by_client(self) -> bool:
+    def uses_client_key(self) -> bool:
         """Whether it is asked with each client's own key."""
         return self.key == "client"
 
@@ -242,7 +242,7 @@ class ProviderConfig(Section):
     @property
     def key_variable(self) -> str | None:
         """The variable that holds this provider's key; None if it needs none."""
-        if self.kind == registry.LOCAL or self.by_client:
+        if self.kind == registry.LOCAL or self.uses_client_key:
             return None
         return self.api_key_env or registry.find(self.kind).profile.api_key_env
 
@@ -268,7 +268,7 @@ class ProviderConfig(Section):
             profile,
             base_url=self.base_url or profile.base_url,
             api_key_env=self.key_variable,
-            by_client=self.by_client,
+            by_client=self.uses_client_key,
             limits=replace(profile.limits, **limits),
             timeouts=replace(profile.timeouts, **times),
             network=replace(profile.network, **network),

@@ -1,6 +1,6 @@
-"""References of a configuration to the environment: `${NAME}` and `${NAME:-default}`.
+"""What a configuration refers to: the environment (`${NAME}`, `${NAME:-default}`) and paths.
 
-Paths of a configuration: `~` and variables expanded, relative ones below the file's folder.
+In paths `~` and variables are expanded; relative paths start at the folder of the file.
 """
 
 import os
@@ -14,11 +14,10 @@ from typing import Any, Literal
 from .errors import KeyPath, Problem
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 Purpose = Literal["serve", "embed", "inspect"]
 """What a configuration is read for: `serve` opens a port; `embed` asks providers and opens none;
 `inspect` does neither."""
-
 _SPARED: Mapping[Purpose, tuple[str, ...]] = {
     "serve": (),
     "embed": ("server.keys.*",),
@@ -37,11 +36,11 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
     needed: list[Problem] = []
     spared: list[Problem] = []
 
-    def replaced(value: object, path: KeyPath) -> object:
+    def replace(value: object, path: KeyPath) -> object:
         if isinstance(value, dict):
-            return {key: replaced(one, (*path, _part(key))) for key, one in value.items()}
+            return {key: replace(one, (*path, _path_part(key))) for key, one in value.items()}
         if isinstance(value, list):
-            return [replaced(one, (*path, i)) for i, one in enumerate(value)]
+            return [replace(one, (*path, i)) for i, one in enumerate(value)]
         if not isinstance(value, str):
             return value
         references = _REFERENCE.finditer(value)
@@ -59,17 +58,14 @@ def resolve(content: object, purpose: Purpose) -> tuple[Any, list[Problem], list
         spared.extend(problems)
         return "http://unset:unset@unset.invalid" if path[-1] == "proxy" else secrets.token_hex()
 
-    return replaced(content, ()), needed, spared
+    return replace(content, ()), needed, spared
 
 
-def _part(key: object) -> str | int:
+def _path_part(key: object) -> str | int:
     return key if isinstance(key, str | int) else str(key)
 
 
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
-
-
-def absolute(text: str | Path, folder: Path | None) -> Path:
+def absolute_path(text: str | Path, folder: Path | None) -> Path:
     """Return the absolute path that a configuration means. Raises ValueError with a remedy.
 
     `folder` is that of the file; None where there is none, as for standard input: then a relative
@@ -80,7 +76,7 @@ def absolute(text: str | Path, folder: Path | None) -> Path:
         raise ValueError("expected a path, not an empty string")
     if "\0" in text:
         raise ValueError("holds a NUL character")
-    path = _at_home(_VARIABLE.sub(_value, text))
+    path = _expand_home(_VARIABLE.sub(_variable_value, text))
     if path.is_absolute():
         return path
     if folder is None:
@@ -92,12 +88,12 @@ def absolute(text: str | Path, folder: Path | None) -> Path:
     return path.resolve() if ".." in path.parts else path
 
 
-def home() -> Path:
+def home_directory() -> Path:
     """Return the home directory of this process. Raises ValueError with a remedy."""
-    return _at_home("~")
+    return _expand_home("~")
 
 
-def _at_home(text: str) -> Path:
+def _expand_home(text: str) -> Path:
     """Return a path with a leading `~` or `~user` expanded. Raises ValueError."""
     path = Path(text)
     if not text.startswith("~"):
@@ -115,7 +111,7 @@ def _at_home(text: str) -> Path:
     return found
 
 
-def _value(match: re.Match[str]) -> str:
+def _variable_value(match: re.Match[str]) -> str:
     name = match[1] or match[2]
     value = os.environ.get(name)
     if not value:

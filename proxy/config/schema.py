@@ -1,8 +1,6 @@
-"""The section `index` of a configuration: the vector store behind the proxy.
+"""What a configuration may say: its sections, keys, types and defaults.
 
-What a configuration may say: its sections, keys, types and defaults.
-
-Settings objects stay in `proxy`; the rooms below take plain arguments.
+Settings objects stay in `proxy`; the packages below it take plain arguments.
 """
 
 import ipaddress
@@ -37,75 +35,12 @@ from .fields import (
 from .models import ModelConfig, from_catalogue
 from .providers import ProviderConfig
 
-MOST_MIB = 4.5
+KINDS: tuple[str, ...] = (*registry.KINDS, registry.LOCAL)
+"""The built-in kinds of provider; one that is named like its kind need not say so."""
+DEFAULT_PROVIDERS = ("openai", "openrouter", "local")
+"""The kinds that are there when a configuration names none."""
+MAX_BATCH_MIB = 4.5
 """Of one request to Qdrant."""
-
-
-class Qdrant(Section):
-    """Where vectors are indexed, and how."""
-
-    url: HttpUrl | None = None
-    path: FilePath | None = None
-    api_key_env: VariableName | None = None
-    timeout_s: Annotated[Number, Field(ge=1, le=3600)] = 60
-    collection: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)] | None = None
-    prefix: Annotated[str, Field(max_length=100)] = ""
-    store_text: bool = True
-    adopt: bool = False
-    on_disk: bool = False
-    quantization: Literal["scalar", "binary"] | None = None
-    payload_indexes: dict[Name, FieldType] = Field(default_factory=dict)
-    batch_mib: Annotated[Number, Field(gt=0, le=MOST_MIB)] = 1
-    outbox_gib: Annotated[Number, Field(gt=0, le=1e6)] = 10
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _a_folder_of_its_own(cls, value: object) -> object:
-        if isinstance(value, str) and not value.strip(" ."):
-            raise ValueError("expected a folder for Qdrant's files")
-        return value
-
-    @field_validator("collection", "prefix")
-    @classmethod
-    def _a_name(cls, value: str | None) -> str | None:
-        """Refuse what Qdrant would refuse in a name."""
-        bad = not_in_names(value or "")
-        if bad:
-            raise ValueError(f"a collection's name cannot hold {bad!r}")
-        return value
-
-    @field_validator("payload_indexes", mode="before")
-    @classmethod
-    def _keywords(cls, value: object) -> object:
-        """Take a list of fields for keywords, which is what is mostly filtered by."""
-        if not isinstance(value, list | tuple):
-            return value
-        if not all(isinstance(name, str) for name in value):
-            raise ValueError("expected a list of names, or names with types below it")
-        return dict.fromkeys(value, "keyword")
-
-    @model_validator(mode="after")
-    def _one_place(self) -> "Qdrant":
-        refuse(self._misfits())
-        return self
-
-    def _misfits(self) -> Iterator[Problem]:
-        """Yield what does not go together."""
-        needs: tuple[KeyPath, ...] = (("url",), ("path",))
-        if (self.url is None) == (self.path is None):
-            yield Problem(
-                (), "set either url, of a server, or path, of a folder of this machine", needs=needs
-            )
-        elif self.path is not None and self.api_key_env is not None:
-            yield Problem(
-                ("api_key_env",), "is for a server; a folder has no key: remove it", needs=needs
-            )
-
-
-class Index(Section):
-    """The vector store behind the proxy."""
-
-    qdrant: Qdrant | None = None
 
 
 class ClientKey(Section):
@@ -211,7 +146,11 @@ def _is_loopback(host: str) -> bool:
 def _default_directory() -> Path:
     home = os.environ.get("XDG_DATA_HOME", "")
     try:
-        base = Path(home) if Path(home).is_absolute() else references.home() / ".local" / "share"
+        base = (
+            Path(home)
+            if Path(home).is_absolute()
+            else references.home_directory() / ".local" / "share"
+        )
     except ValueError as error:
         raise Problems(
             [Problem(("directory",), f"{error}, or XDG_DATA_HOME, or this key")]
@@ -239,10 +178,71 @@ class Cache(Section):
         return value
 
 
-KINDS: tuple[str, ...] = (*registry.KINDS, registry.LOCAL)
-"""The built-in kinds of provider; one that is named like its kind need not say so."""
-DEFAULT_PROVIDERS = ("openai", "openrouter", "local")
-"""The kinds that are there when a configuration names none."""
+class Qdrant(Section):
+    """Where vectors are indexed, and how."""
+
+    url: HttpUrl | None = None
+    path: FilePath | None = None
+    api_key_env: VariableName | None = None
+    timeout_s: Annotated[Number, Field(ge=1, le=3600)] = 60
+    collection: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)] | None = None
+    prefix: Annotated[str, Field(max_length=100)] = ""
+    store_text: bool = True
+    adopt: bool = False
+    on_disk: bool = False
+    quantization: Literal["scalar", "binary"] | None = None
+    payload_indexes: dict[Name, FieldType] = Field(default_factory=dict)
+    batch_mib: Annotated[Number, Field(gt=0, le=MAX_BATCH_MIB)] = 1
+    outbox_gib: Annotated[Number, Field(gt=0, le=1e6)] = 10
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _a_folder_of_its_own(cls, value: object) -> object:
+        if isinstance(value, str) and not value.strip(" ."):
+            raise ValueError("expected a folder for Qdrant's files")
+        return value
+
+    @field_validator("collection", "prefix")
+    @classmethod
+    def _a_name(cls, value: str | None) -> str | None:
+        """Refuse what Qdrant would refuse in a name."""
+        bad = not_in_names(value or "")
+        if bad:
+            raise ValueError(f"a collection's name cannot hold {bad!r}")
+        return value
+
+    @field_validator("payload_indexes", mode="before")
+    @classmethod
+    def _keywords(cls, value: object) -> object:
+        """Take a list of fields for keywords, which is what is mostly filtered by."""
+        if not isinstance(value, list | tuple):
+            return value
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("expected a list of names, or names with types below it")
+        return dict.fromkeys(value, "keyword")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Qdrant":
+        refuse(self._misfits())
+        return self
+
+    def _misfits(self) -> Iterator[Problem]:
+        """Yield what does not go together."""
+        needs: tuple[KeyPath, ...] = (("url",), ("path",))
+        if (self.url is None) == (self.path is None):
+            yield Problem(
+                (), "set either url, of a server, or path, of a folder of this machine", needs=needs
+            )
+        elif self.path is not None and self.api_key_env is not None:
+            yield Problem(
+                ("api_key_env",), "is for a server; a folder has no key: remove it", needs=needs
+            )
+
+
+class Index(Section):
+    """The vector store behind the proxy."""
+
+    qdrant: Qdrant | None = None
 
 
 class Settings(Section):
@@ -346,7 +346,11 @@ class Settings(Section):
 
     def _passes_to_nobody(self) -> Iterator[Problem]:
         """Yield a misspelt provider, and the local model, which knows nothing but embeddings."""
-        if "passthrough" in self.model_fields_set and self.passthrough and not self.passes_to:
+        if (
+            "passthrough" in self.model_fields_set
+            and self.passthrough
+            and not self.passthrough_provider
+        ):
             remote = [n for n, entry in self.providers.items() if entry and entry.kind != "local"]
             yield Problem(
                 ("passthrough",),
@@ -358,9 +362,9 @@ class Settings(Section):
 
     def _origins_for_clients(self) -> Iterator[Problem]:
         """Yield a second origin for one key: a client sends one, and it belongs to one."""
-        taking = {name: one for name, one in self.providers.items() if one and one.by_client}
-        if taking and self.passthrough_auth == "client" and self.passes_to:
-            taking[self.passthrough or ""] = self.passes_to
+        taking = {name: one for name, one in self.providers.items() if one and one.uses_client_key}
+        if taking and self.passthrough_auth == "client" and self.passthrough_provider:
+            taking[self.passthrough or ""] = self.passthrough_provider
         (first, *others) = taking or [""]
         for other in others:
             if taking[other].origin != taking[first].origin:
@@ -417,7 +421,7 @@ class Settings(Section):
                     )
 
     @property
-    def passes_to(self) -> ProviderConfig | None:
+    def passthrough_provider(self) -> ProviderConfig | None:
         """The provider that other calls are passed to, if it is configured."""
         entry = self.providers.get(self.passthrough or "")
         return None if entry is None or entry.kind == registry.LOCAL else entry

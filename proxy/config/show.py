@@ -28,18 +28,18 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
     others are the catalogue's in any case.
     """
     shown: dict[str, Any] = {
-        name: _plain(getattr(settings, name)) for name in Settings.model_fields
+        name: _plain_value(getattr(settings, name)) for name in Settings.model_fields
     }
     # The default is a provider that need not be there; one that is named has to be.
-    shown["passthrough"] = settings.passthrough if settings.passes_to else None
-    keys = _at(content, "server", "keys")
+    shown["passthrough"] = settings.passthrough if settings.passthrough_provider else None
+    keys = _content_at(content, "server", "keys")
     for i, entry in enumerate(shown["server"]["keys"]):
         given = keys[i] if isinstance(keys, list) else None
         given = given.get("key") if isinstance(given, dict) else given
         entry["key"] = _reference(given, f"CLIENT_KEY_{i + 1}")
     for name, provider in settings.providers.items():
         if provider is not None:
-            written = _at(content, "providers", name)
+            written = _content_at(content, "providers", name)
             shown["providers"][name] = _provider(name, provider, written)
     if not everything:
         named = content.get("models") or {}
@@ -47,7 +47,7 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
     return shown
 
 
-def made_up(shown: object, content: object) -> list[str]:
+def computed_names(shown: object, content: object) -> list[str]:
     """Return the variables of what is shown that the file does not refer to, in order."""
     known = set(_variables(content))
     return [name for name in dict.fromkeys(_variables(shown)) if name not in known]
@@ -81,18 +81,20 @@ def _provider(name: str, provider: ProviderConfig, written: object) -> dict[str,
     `written` is what the file says of it.
     """
     if provider.kind == registry.LOCAL:
-        return {"kind": provider.kind, "timeout_s": _plain(provider.timeout_s)}
+        return {"kind": provider.kind, "timeout_s": _plain_value(provider.timeout_s)}
     profile = provider.as_profile()
     written = written if isinstance(written, Mapping) else {}
-    headers = _at(written, "headers")
-    shown = {field: _plain(getattr(profile, field, None)) for field in ProviderConfig.model_fields}
+    headers = _content_at(written, "headers")
+    shown = {
+        field: _plain_value(getattr(profile, field, None)) for field in ProviderConfig.model_fields
+    }
     shown |= {"kind": provider.kind, "key": provider.key, "share": provider.share}
     shown["retries"] = provider.retries
-    shown |= {key: _plain(getattr(profile.network, key)) for key in NETWORK}
+    shown |= {key: _plain_value(getattr(profile.network, key)) for key in NETWORK}
     if "@" in (profile.network.proxy or ""):
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_PROXY".upper())
         shown["proxy"] = _reference(written.get("proxy"), made_up)
-    shown |= {key: _plain(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
+    shown |= {key: _plain_value(getattr(profile.timeouts, own)) for key, own in TIMEOUTS.items()}
     shown["limits"] = {
         field: getattr(profile.limits, field) for field in type(provider.limits).model_fields
     }
@@ -114,20 +116,22 @@ def _reference(given: object, made_up: str) -> str:
     return f"${{{made_up}}}"
 
 
-def _at(content: object, *path: str) -> object:
+def _content_at(content: object, *path: str) -> object:
     for part in path:
         content = content.get(part) if isinstance(content, dict) else None
     return content
 
 
-def _plain(value: object) -> Any:  # noqa: ANN401 - whatever YAML can hold
+def _plain_value(value: object) -> Any:  # noqa: ANN401 - whatever YAML can hold
     """Return a value in YAML's own types; a whole number without its point."""
     if isinstance(value, Section):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        return {name: _plain_value(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain_value(one) for key, one in value.items()}
     if isinstance(value, tuple | list | frozenset):
-        return [_plain(one) for one in (sorted(value) if isinstance(value, frozenset) else value)]
+        return [
+            _plain_value(one) for one in (sorted(value) if isinstance(value, frozenset) else value)
+        ]
     if isinstance(value, Path):
         return os.fsencode(value).decode(errors="replace")
     if isinstance(value, float) and value.is_integer():

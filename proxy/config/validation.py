@@ -1,12 +1,10 @@
-"""What pydantic found wrong with a configuration, in words: problem and remedy for each mistake.
+"""Validates a configuration, finds all of its mistakes in one go, and explains each with a remedy.
 
-No value of the file is repeated: it may be a key.
+pydantic looks at what belongs together only where each part is right by itself. So `validate`
+replaces what is wrong by something that is right, and validates again, until there is nothing left
+to find. What only follows from a replaced value is no mistake of the file, and is not returned.
 
-Validates a configuration, and finds all of its mistakes in one go.
-
-pydantic looks at what belongs together only where each part is right by itself. So what is wrong is
-replaced by something that is right, and the rest is validated again, until nothing is left to find.
-What only follows from a replaced value is no mistake of the file, and is not returned.
+`explain` puts pydantic's errors into words. It repeats no value of the file: it may be a key.
 """
 
 import re
@@ -46,116 +44,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z_]{0,39}")
 _NEAR_NAME = re.compile(r"[\w .-]{1,40}")
 """A name that is not valid and is shown."""
 _OLD_SECTIONS = {"llm", "vector_store"}
-
-
-def explain(error: ValidationError) -> Iterator[Problem]:
-    """Yield the mistakes that a validation found; a path may be masked."""
-    found = error.errors(include_url=False, include_input=False)
-    paths = [tuple(part for part in one["loc"] if part != "[key]") for one in found]
-    for path, one in zip(paths, found, strict=True):
-        # A list whose only entry is wrong counts as empty.
-        is_follow_up = one["type"] == "too_short" and any(
-            other[: len(path)] == path and other != path for other in paths
-        )
-        if not is_follow_up:
-            yield from _problems(path, one)
-
-
-def field_at(path: Sequence[str | int]) -> FieldInfo | type[Section] | None:
-    """Return what a path leads to: a key of a section, or a section; None for anything else.
-
-    >>> field_at(("models", "m", "routes", 0)), field_at(("server", "sport"))
-    (<class 'proxy.settings.model_entry.Route'>, None)
-    """
-    found: FieldInfo | type[Section] | None = Settings
-    is_name = False
-    for part in path:
-        if is_name:  # of an entry, or its position in a list
-            is_name = False
-            continue
-        section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
-        found = section.model_fields.get(str(part)) if section is not None else None
-        if found is None:
-            return None
-        is_name = _is_container(found.annotation)
-    if isinstance(found, FieldInfo) and not is_name and _is_container(found.annotation):
-        return _section_of(found.annotation)
-    return found
-
-
-def known_keys(path: Sequence[str | int]) -> Iterator[str]:
-    """Yield the keys of the section at `path`."""
-    found = field_at(path)
-    section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
-    yield from section.model_fields if section is not None else ()
-
-
-def _problems(path: KeyPath, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
-    kind = one["type"]
-    if kind == "extra_forbidden":
-        yield _unknown_key(path)
-    elif kind == "missing":
-        yield Problem(path, f"is missing; add it{_meant_entry(path)}")
-    elif kind == "value_error":
-        cause = one.get("ctx", {}).get("error")
-        if isinstance(cause, Problems):
-            yield from (problem.below(path) for problem in cause.problems)
-        else:
-            yield Problem(path, one["msg"].removeprefix("Value error, "))
-    else:
-        # With other characters it is probably a key or an address.
-        hides_name = (
-            kind == "string_pattern_mismatch"
-            and one["loc"][-1] == "[key]"
-            and not _NEAR_NAME.fullmatch(str(path[-1]))
-        )
-        expected = _EXPECTED.get(kind) or one["msg"].removeprefix("Input should be ")
-        yield Problem(path, f"expected {expected}", hides_name)
-
-
-def _meant_entry(path: KeyPath) -> str:
-    """Return a hint for a name that lacks what is known of a similar one."""
-    known = {("providers", "kind"): KINDS, ("models", "space"): tuple(CATALOGUE)}
-    near = nearest(str(path[1]), known.get((str(path[0]), str(path[-1])), ())) if path[1:] else ""
-    return f", or did you mean {near}?" if near else ""
-
-
-def _unknown_key(path: KeyPath) -> Problem:
-    name = str(path[-1])
-    if path[0] in _OLD_SECTIONS and len(path) == 1:
-        return Problem(
-            path,
-            "is a section of an older configuration; `embedding-proxy config convert FILE` turns"
-            " that into one of this proxy",
-        )
-    keys = sorted(known_keys(path[:-1]))
-    near = nearest(name, keys, cutoff=0.5)
-    if near:
-        return Problem(path, f"unknown key; did you mean {near}?", meant=near)
-    hides_name = not _PLAIN_NAME.fullmatch(name)
-    return Problem(path, f"unknown key; known here: {', '.join(keys)}", hides_name)
-
-
-def _is_container(annotation: Any) -> bool:  # noqa: ANN401 - any annotation
-    """Tell whether a key holds several values, by name or in a list."""
-    if isinstance(annotation, type):
-        return False
-    origin = get_origin(annotation)
-    return origin in (dict, tuple) or (
-        origin is not None and any(_is_container(one) for one in get_args(annotation))
-    )
-
-
-def _section_of(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - any annotation
-    """Return the Section inside an annotation, as in `dict[str, Provider | None]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
-
-
 _MAX_ROUNDS = 20
-
-_STAND_INS: Mapping[str, Any] = {
+_REPLACEMENTS: Mapping[str, Any] = {
     "kind": "openai",
     "routes": [{"provider": "local", "model": "any"}],
     "provider": "local",
@@ -191,7 +81,9 @@ def validate(
             if one.meant and one.meant not in _parent(content, one.path)
         }
         problems += [
-            _as_written(one, misspelt) for one in found if not one.follows(wrong | lacking)
+            _restore_name(one, misspelt)
+            for one in found
+            if not one.is_consequence_of(wrong | lacking)
         ]
         places = {one.path for one in found} - wrong
         if is_last or not places:
@@ -208,7 +100,7 @@ def validate(
     return None, problems
 
 
-def _as_written(problem: Problem, misspelt: Mapping[KeyPath, KeyPath]) -> Problem:
+def _restore_name(problem: Problem, misspelt: Mapping[KeyPath, KeyPath]) -> Problem:
     """Return a problem of a section whose name was corrected, with the name that the file has."""
     for meant, written in misspelt.items():
         if problem.path[: len(meant)] == meant:
@@ -252,7 +144,7 @@ def _replace(content: dict[Any, Any], path: KeyPath) -> None:
         if i + 1 < len(path) and isinstance(below, dict | list):
             holder, node = (node, key), below
             continue
-        value = _stand_in(path[: i + 1])
+        value = _replacement(path[: i + 1])
         if value is not None and (is_there or isinstance(node, dict)):
             node[key] = value
         elif is_there and isinstance(node, dict):
@@ -263,17 +155,124 @@ def _replace(content: dict[Any, Any], path: KeyPath) -> None:
         return
 
 
-def _stand_in(path: KeyPath) -> Any:  # noqa: ANN401 - whatever is right there
+def _replacement(path: KeyPath) -> Any:  # noqa: ANN401 - whatever is right there
     """Return a value that is right by itself; None for what may lack."""
     found = field_at(path)
     if found is None:
         return None
     if isinstance(found, type):
         return {
-            name: _value(name) for name, field in found.model_fields.items() if field.is_required()
+            name: _required_value(name)
+            for name, field in found.model_fields.items()
+            if field.is_required()
         }
-    return _value(str(path[-1])) if found.is_required() else None
+    return _required_value(str(path[-1])) if found.is_required() else None
 
 
-def _value(name: str) -> Any:  # noqa: ANN401 - as above
-    return _STAND_INS.get(name) or secrets.token_hex()
+def _required_value(name: str) -> Any:  # noqa: ANN401 - as above
+    return _REPLACEMENTS.get(name) or secrets.token_hex()
+
+
+def explain(error: ValidationError) -> Iterator[Problem]:
+    """Yield the mistakes that a validation found; a path may be masked."""
+    found = error.errors(include_url=False, include_input=False)
+    paths = [tuple(part for part in one["loc"] if part != "[key]") for one in found]
+    for path, one in zip(paths, found, strict=True):
+        # A list whose only entry is wrong counts as empty.
+        is_follow_up = one["type"] == "too_short" and any(
+            other[: len(path)] == path and other != path for other in paths
+        )
+        if not is_follow_up:
+            yield from _problems(path, one)
+
+
+def _problems(path: KeyPath, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
+    kind = one["type"]
+    if kind == "extra_forbidden":
+        yield _unknown_key(path)
+    elif kind == "missing":
+        yield Problem(path, f"is missing; add it{_meant_entry(path)}")
+    elif kind == "value_error":
+        cause = one.get("ctx", {}).get("error")
+        if isinstance(cause, Problems):
+            yield from (problem.add_prefix(path) for problem in cause.problems)
+        else:
+            yield Problem(path, one["msg"].removeprefix("Value error, "))
+    else:
+        # With other characters it is probably a key or an address.
+        hides_name = (
+            kind == "string_pattern_mismatch"
+            and one["loc"][-1] == "[key]"
+            and not _NEAR_NAME.fullmatch(str(path[-1]))
+        )
+        expected = _EXPECTED.get(kind) or one["msg"].removeprefix("Input should be ")
+        yield Problem(path, f"expected {expected}", hides_name)
+
+
+def _meant_entry(path: KeyPath) -> str:
+    """Return a hint for a name that lacks what is known of a similar one."""
+    known = {("providers", "kind"): KINDS, ("models", "space"): tuple(CATALOGUE)}
+    near = nearest(str(path[1]), known.get((str(path[0]), str(path[-1])), ())) if path[1:] else ""
+    return f", or did you mean {near}?" if near else ""
+
+
+def _unknown_key(path: KeyPath) -> Problem:
+    name = str(path[-1])
+    if path[0] in _OLD_SECTIONS and len(path) == 1:
+        return Problem(
+            path,
+            "is a section of an older configuration; `embedding-proxy config convert FILE` turns"
+            " that into one of this proxy",
+        )
+    keys = sorted(known_keys(path[:-1]))
+    near = nearest(name, keys, cutoff=0.5)
+    if near:
+        return Problem(path, f"unknown key; did you mean {near}?", meant=near)
+    hides_name = not _PLAIN_NAME.fullmatch(name)
+    return Problem(path, f"unknown key; known here: {', '.join(keys)}", hides_name)
+
+
+def field_at(path: Sequence[str | int]) -> FieldInfo | type[Section] | None:
+    """Return what a path leads to: a key of a section, or a section; None for anything else.
+
+    >>> field_at(("models", "m", "routes", 0)), field_at(("server", "sport"))
+    (<class 'embedding_proxy.proxy.config.models.RouteConfig'>, None)
+    """
+    found: FieldInfo | type[Section] | None = Settings
+    is_name = False
+    for part in path:
+        if is_name:  # of an entry, or its position in a list
+            is_name = False
+            continue
+        section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
+        found = section.model_fields.get(str(part)) if section is not None else None
+        if found is None:
+            return None
+        is_name = _is_container(found.annotation)
+    if isinstance(found, FieldInfo) and not is_name and _is_container(found.annotation):
+        return _section_of(found.annotation)
+    return found
+
+
+def known_keys(path: Sequence[str | int]) -> Iterator[str]:
+    """Yield the keys of the section at `path`."""
+    found = field_at(path)
+    section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
+    yield from section.model_fields if section is not None else ()
+
+
+def _is_container(annotation: Any) -> bool:  # noqa: ANN401 - any annotation
+    """Tell whether a key holds several values, by name or in a list."""
+    if isinstance(annotation, type):
+        return False
+    origin = get_origin(annotation)
+    return origin in (dict, tuple) or (
+        origin is not None and any(_is_container(one) for one in get_args(annotation))
+    )
+
+
+def _section_of(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - any annotation
+    """Return the Section inside an annotation, as in `dict[str, Provider | None]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)

@@ -35,7 +35,7 @@ BATCH = 64
 """Inputs that are asked for together, at most; as many calls as the provider needs for them."""
 SINGLES = 10
 """Inputs that are asked for alone in each round, one after the other."""
-MOST_IN_A_ROW = 3
+MAX_FAILURES_IN_A_ROW = 3
 """Failures after which a route is given up: each may take as long as the provider's limits say."""
 
 # No further call can succeed where one of these was met.
@@ -78,7 +78,7 @@ class Plan:
 class RouteBenchmark:
     """What came of asking one route."""
 
-    finding: RouteResult
+    result: RouteResult
     route: Route
     space: Space
     price: float | None
@@ -132,7 +132,7 @@ class RouteBenchmark:
         if self._over:
             return None
         clock = asyncio.get_running_loop().time
-        account = Account(self.finding.models[0], price=self.price or 0.0)
+        account = Account(self.result.models[0], price=self.price or 0.0)
 
         def charge(bill: Bill) -> None:
             self.tokens += sum(bill.tokens)
@@ -158,7 +158,7 @@ class RouteBenchmark:
         self.failures[type(failure).__name__] += 1
         self.why = str(failure).removeprefix(f"{self.route.name}: ")
         self._in_a_row += 1
-        self._over = isinstance(failure, _FINAL) or self._in_a_row >= MOST_IN_A_ROW
+        self._over = isinstance(failure, _FINAL) or self._in_a_row >= MAX_FAILURES_IN_A_ROW
 
 
 async def run(

@@ -1,10 +1,8 @@
-"""Whether the Qdrant of a configuration can be used, found out before the first request.
+"""Finds out, before the first request, whether what a configuration names works. Prints nothing.
 
-Whether the providers of a configuration can be used: without one, every cache miss fails.
-
-Whether what a configuration names works, found out before the first request. Prints nothing.
-
-Each route is asked for known texts; the routes of one space must then have given the same vectors.
+- Routes: each is asked for known texts; all routes of one space must give the same vectors.
+- Providers: without one that can be asked, every cache miss fails.
+- Qdrant: whether vectors can be written to its collections.
 """
 
 import asyncio
@@ -34,17 +32,179 @@ from .routes import (
     ModelSelection,
     ProviderStatus,
     RouteResult,
+    add_fallback_models,
     compare,
-    find,
-    with_stand_ins,
+    find_routes,
 )
 
-PATIENCE_SECONDS = 10.0
+MAX_PROVIDERS_AT_ONCE = 8
+"""Providers that are asked at the same time, each for one model after the other: so the times are
+those of single calls, and a small machine need not load several models at once."""
+QDRANT_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True)
+class Checkup:
+    """What was found."""
+
+    providers: Mapping[str, ProviderStatus]
+    results: list[RouteResult]
+    comparisons: list[Comparison] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """One line for each thing that does not work."""
+
+
+async def examine(
+    settings: Settings, choice: ModelSelection, *, offline: bool, tell: Callable[[float], None]
+) -> Checkup:
+    """Ask every usable route of the chosen models, unless `offline`. Raises ConfigError.
+
+    `tell` is told how many routes have been asked.
+    """
+    choice = replace(choice, named=add_fallback_models(settings, choice.named))
+    async with AsyncExitStack() as stack:
+        candidates = await find_routes(settings, choice, stack)
+        found = Checkup(candidates.statuses, candidates.results)
+        if not offline:
+            await _probe_routes(found.results, settings.server.request_timeout_s, tell)
+    for one in found.results:
+        if one.probe is not None:
+            failure = one.probe.failure
+            one.why = "" if failure is None else _failure_reason(settings, choice, one, failure)
+    found.comparisons = list(compare(found.results))
+    found.problems = list(_problems(choice, candidates.routers, found))
+    return found
+
+
+async def _probe_routes(
+    results: Sequence[RouteResult], patience_s: float, tell: Callable[[float], None]
+) -> None:
+    clock = asyncio.get_running_loop().time
+    gate = asyncio.Semaphore(MAX_PROVIDERS_AT_ONCE)
+    queues: defaultdict[str, list[tuple[RouteResult, Route]]] = defaultdict(list)
+    for one in results:
+        if one.route is not None:
+            queues[one.provider].append((one, one.route))
+    for encoding in {one.space.tokenizer for one in results if one.space.tokenizer}:
+        # To load a vocabulary takes 0.1 s, which are no provider's.
+        tokens.count(TEXTS, encoding)
+    done = 0
+
+    async def ask_in_turn(queue: Sequence[tuple[RouteResult, Route]]) -> None:
+        nonlocal done
+        async with gate:
+            for one, route in queue:
+                context = Context(clock() + patience_s)
+                one.probe = await probe(route, one.space, context, clock)
+                done += 1
+                tell(done)
+
+    async with asyncio.TaskGroup() as group:
+        for queue in queues.values():
+            group.create_task(ask_in_turn(queue))
+
+
+def _failure_reason(
+    settings: Settings, choice: ModelSelection, one: RouteResult, failure: EmbeddingError
+) -> str:
+    """Say why a route failed, and what may be done."""
+    why = str(failure).removeprefix(f"{one.provider}: ")
+    entry = settings.providers[one.provider]
+    if isinstance(failure, AuthenticationError) and entry and entry.key_variable:
+        why += f" (its key is that in {entry.key_variable})"
+    if isinstance(failure, ModelNotFound) and not {*one.models} & {*choice.named}:
+        why += " (chosen from the catalogue; --model checks the one that you use)"
+    return why
+
+
+def _problems(
+    choice: ModelSelection, routers: Mapping[str, Router], found: Checkup
+) -> Iterator[str]:
+    for one in found.results:
+        if one.ok is False:
+            yield f"{one.models[0]} at {one}: {one.why}"
+    for name in choice.named if choice.must_work else ():
+        why = {one.why for one in found.results if name in one.models}
+        if not routers[name].routes and CLIENTS_PAY not in why:
+            yield local.MISSING if local.MISSING in why else routers[name].unavailable
+    for pair in found.comparisons:
+        if not pair.ok:
+            yield (
+                f"{pair.one.space.name}: {pair.one} and {pair.other} are refused as one space: the"
+                f" least cosine of their vectors is {pair.cosine:.6f}, below {SAME}. They are two"
+                " spaces: remove one of the routes, or give it a model with a space of its own"
+            )
+
+
+def provider_problems(
+    configuration: Configuration, statuses: Mapping[str, ProviderStatus]
+) -> Iterator[str]:
+    """Yield a problem for each provider that the file names in vain, and for want of any.
+
+    With `cache.mode: frozen` no provider is asked, so none has to be usable.
+    """
+    settings = configuration.settings
+    if settings.cache.mode == "frozen":
+        return
+    usable = {name for name, one in statuses.items() if _can_answer(one)}
+    leading = {
+        route.provider for model in settings.models.values() for route in model.routes
+    } & usable
+    in_vain = list(_unreachable_providers(configuration, statuses, usable, leading))
+    if in_vain:
+        yield from in_vain
+    elif not leading:
+        yield (
+            "no provider can be asked: every input that is not in the cache is answered with an"
+            f" error{_reasons(statuses)}"
+        )
+    elif not _has_remote(settings, leading) and not _is_local_by_choice(configuration):
+        yield (
+            "no remote provider can be asked: every input that is not in the cache is answered"
+            f" with an error, but for those of the local model{_reasons(statuses)}"
+        )
+
+
+def _unreachable_providers(
+    configuration: Configuration,
+    statuses: Mapping[str, ProviderStatus],
+    usable: Collection[str],
+    leading: Collection[str],
+) -> Iterator[str]:
+    """Yield a problem for each provider that the file names and no request can reach."""
+    for name in configuration.providers:
+        why = statuses[name].why
+        if name not in usable:
+            yield configuration.problem(("providers", name), f"this provider is skipped: {why}")
+        elif name not in leading and configuration.settings.passthrough != name:
+            yield configuration.problem(("providers", name), f"is never asked: {why}")
+
+
+def _can_answer(status: ProviderStatus) -> bool:
+    """Tell whether requests may be answered by a provider."""
+    return status.state == "usable" or status.why == CLIENTS_PAY
+
+
+def _has_remote(settings: Settings, names: Iterable[str]) -> bool:
+    entries = (settings.providers[name] for name in names)
+    return any(entry is not None and entry.kind != registry.LOCAL for entry in entries)
+
+
+def _is_local_by_choice(configuration: Configuration) -> bool:
+    """Tell whether the file names providers, and no remote one among them."""
+    is_chosen = configuration.file is not None and configuration.settings.names_providers
+    return is_chosen and not _has_remote(configuration.settings, configuration.providers)
+
+
+def _reasons(statuses: Mapping[str, ProviderStatus]) -> str:
+    """Return why providers cannot be asked, with the remedies."""
+    skipped = [f"{name}: {one.why}" for name, one in statuses.items() if one.state == "skipped"]
+    return f" ({'; '.join(skipped)})" if skipped else "; add a provider to `providers`"
 
 
 @dataclass(frozen=True, slots=True)
 class CollectionStatus:
-    """What came of asking it."""
+    """What came of asking the Qdrant of a configuration."""
 
     place: str
     """Its address, or its folder."""
@@ -70,7 +230,7 @@ class CollectionStatus:
         return asdict(self)
 
 
-async def look(  # noqa: PLR0911 - one for each thing that may come of it
+async def check_qdrant(  # noqa: PLR0911 - one for each thing that may come of it
     settings: Settings, *, offline: bool
 ) -> CollectionStatus | None:
     """Open the Qdrant of a configuration, and see whose collections are there; None if it has none.
@@ -87,182 +247,18 @@ async def look(  # noqa: PLR0911 - one for each thing that may come of it
         return CollectionStatus(place, error="not there yet, the proxy makes it at its first start")
     try:
         async with (
-            asyncio.timeout(PATIENCE_SECONDS),
+            asyncio.timeout(QDRANT_TIMEOUT_S),
             index_writes.connection(qdrant) as opened,
         ):
             found = await opened.ask(lambda client: client.get_collections())
-            against = await index_writes.objections(settings, opened)
+            against = await index_writes.find_conflicts(settings, opened)
     except InUse as error:
         # Most likely by a proxy that runs; it has looked at its start.
         return CollectionStatus(place, error=str(error))
     except QdrantFailure as error:
         return CollectionStatus(place, ok=False, error=str(error))
     except TimeoutError:
-        return CollectionStatus(place, ok=False, error=f"no answer within {PATIENCE_SECONDS:.0f} s")
+        return CollectionStatus(place, ok=False, error=f"no answer within {QDRANT_TIMEOUT_S:.0f} s")
     if against:
         return CollectionStatus(place, ok=False, error="; ".join(against))
     return CollectionStatus(place, ok=True, collections=len(found.collections))
-
-
-def unusable(
-    configuration: Configuration, standings: Mapping[str, ProviderStatus]
-) -> Iterator[str]:
-    """Yield a problem for each provider that the file names in vain, and for want of any.
-
-    With `cache.mode: frozen` no provider is asked, so none has to be usable.
-    """
-    settings = configuration.settings
-    if settings.cache.mode == "frozen":
-        return
-    usable = {name for name, one in standings.items() if _answers(one)}
-    leading = {
-        route.provider for model in settings.models.values() for route in model.routes
-    } & usable
-    in_vain = list(_in_vain(configuration, standings, usable, leading))
-    if in_vain:
-        yield from in_vain
-    elif not leading:
-        yield (
-            "no provider can be asked: every input that is not in the cache is answered with an"
-            f" error{_reasons(standings)}"
-        )
-    elif not _has_remote(settings, leading) and not _is_local_by_choice(configuration):
-        yield (
-            "no remote provider can be asked: every input that is not in the cache is answered"
-            f" with an error, but for those of the local model{_reasons(standings)}"
-        )
-
-
-def _in_vain(
-    configuration: Configuration,
-    standings: Mapping[str, ProviderStatus],
-    usable: Collection[str],
-    leading: Collection[str],
-) -> Iterator[str]:
-    """Yield a problem for each provider that the file names and no request can reach."""
-    for name in configuration.providers:
-        why = standings[name].why
-        if name not in usable:
-            yield configuration.problem(("providers", name), f"this provider is skipped: {why}")
-        elif name not in leading and configuration.settings.passthrough != name:
-            yield configuration.problem(("providers", name), f"is never asked: {why}")
-
-
-def _answers(standing: ProviderStatus) -> bool:
-    """Tell whether requests may be answered by a provider."""
-    return standing.state == "usable" or standing.why == CLIENTS_PAY
-
-
-def _has_remote(settings: Settings, names: Iterable[str]) -> bool:
-    entries = (settings.providers[name] for name in names)
-    return any(entry is not None and entry.kind != registry.LOCAL for entry in entries)
-
-
-def _is_local_by_choice(configuration: Configuration) -> bool:
-    """Tell whether the file names providers, and no remote one among them."""
-    is_chosen = configuration.file is not None and configuration.settings.names_providers
-    return is_chosen and not _has_remote(configuration.settings, configuration.providers)
-
-
-def _reasons(standings: Mapping[str, ProviderStatus]) -> str:
-    """Return why providers cannot be asked, with the remedies."""
-    skipped = [f"{name}: {one.why}" for name, one in standings.items() if one.state == "skipped"]
-    return f" ({'; '.join(skipped)})" if skipped else "; add a provider to `providers`"
-
-
-AT_ONCE = 8
-"""Providers that are asked at the same time, each for one model after the other: so the times are
-those of single calls, and a small machine need not load several models at once."""
-
-
-@dataclass(slots=True)
-class Checkup:
-    """What was found."""
-
-    providers: Mapping[str, ProviderStatus]
-    findings: list[RouteResult]
-    comparisons: list[Comparison] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    """One line for each thing that does not work."""
-
-
-async def examine(
-    settings: Settings, choice: ModelSelection, *, offline: bool, tell: Callable[[float], None]
-) -> Checkup:
-    """Ask every usable route of the chosen models, unless `offline`. Raises ConfigError.
-
-    `tell` is told how many routes have been asked.
-    """
-    choice = replace(choice, named=with_stand_ins(settings, choice.named))
-    async with AsyncExitStack() as stack:
-        candidates = await find(settings, choice, stack)
-        found = Checkup(candidates.standings, candidates.findings)
-        if not offline:
-            await _ask(found.findings, settings.server.request_timeout_s, tell)
-    for one in found.findings:
-        if one.probe is not None:
-            failure = one.probe.failure
-            one.why = "" if failure is None else _why(settings, choice, one, failure)
-    found.comparisons = list(compare(found.findings))
-    found.problems = list(_problems(choice, candidates.routers, found))
-    return found
-
-
-async def _ask(
-    findings: Sequence[RouteResult], patience_s: float, tell: Callable[[float], None]
-) -> None:
-    clock = asyncio.get_running_loop().time
-    gate = asyncio.Semaphore(AT_ONCE)
-    queues: defaultdict[str, list[tuple[RouteResult, Route]]] = defaultdict(list)
-    for one in findings:
-        if one.route is not None:
-            queues[one.provider].append((one, one.route))
-    for encoding in {one.space.tokenizer for one in findings if one.space.tokenizer}:
-        # To load a vocabulary takes 0.1 s, which are no provider's.
-        tokens.count(TEXTS, encoding)
-    done = 0
-
-    async def ask_in_turn(queue: Sequence[tuple[RouteResult, Route]]) -> None:
-        nonlocal done
-        async with gate:
-            for one, route in queue:
-                context = Context(clock() + patience_s)
-                one.probe = await probe(route, one.space, context, clock)
-                done += 1
-                tell(done)
-
-    async with asyncio.TaskGroup() as group:
-        for queue in queues.values():
-            group.create_task(ask_in_turn(queue))
-
-
-def _why(
-    settings: Settings, choice: ModelSelection, one: RouteResult, failure: EmbeddingError
-) -> str:
-    """Say why a route failed, and what may be done."""
-    why = str(failure).removeprefix(f"{one.provider}: ")
-    entry = settings.providers[one.provider]
-    if isinstance(failure, AuthenticationError) and entry and entry.key_variable:
-        why += f" (its key is that in {entry.key_variable})"
-    if isinstance(failure, ModelNotFound) and not {*one.models} & {*choice.named}:
-        why += " (chosen from the catalogue; --model checks the one that you use)"
-    return why
-
-
-def _problems(
-    choice: ModelSelection, routers: Mapping[str, Router], found: Checkup
-) -> Iterator[str]:
-    for one in found.findings:
-        if one.ok is False:
-            yield f"{one.models[0]} at {one}: {one.why}"
-    for name in choice.named if choice.must_work else ():
-        why = {one.why for one in found.findings if name in one.models}
-        if not routers[name].routes and CLIENTS_PAY not in why:
-            yield local.MISSING if local.MISSING in why else routers[name].unavailable
-    for pair in found.comparisons:
-        if not pair.ok:
-            yield (
-                f"{pair.one.space.name}: {pair.one} and {pair.other} are refused as one space: the"
-                f" least cosine of their vectors is {pair.cosine:.6f}, below {SAME}. They are two"
-                " spaces: remove one of the routes, or give it a model with a space of its own"
-            )

@@ -1,8 +1,7 @@
-"""A plot of numbered points as SVG, written by hand: no library, no script, no font of its own.
+"""Compares the routes of a benchmark: how fast, how dear, how alike, and which to choose. Pure.
 
-What trials say of the routes: how fast, how dear, how alike, and which of them to choose. Pure.
-
-Only what answered for every input is compared with others, so that all figures are about the same.
+Only routes that answered for every input are compared with others, so that all figures are about
+the same inputs. `svg` draws numbered points as SVG, without a library, a script or a font.
 """
 
 import math
@@ -24,7 +23,217 @@ _LINE = 20
 _TICKS = 5
 
 
-class Point(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class ComparisonRow:
+    """One route."""
+
+    trial: RouteBenchmark
+    name: str
+    complete: bool
+    """Whether every input was answered."""
+    p50_ms: float | None
+    """Of calls with a single input, as the next; None if none was answered."""
+    p95_ms: float | None
+    overhead_ms: float | None
+    """What its median single call takes longer than that of the fastest route here."""
+    batch_p50_ms: float | None
+    batch_p95_ms: float | None
+    usd_per_million_tokens: float | None
+    """None where neither the upstream nor the configuration says."""
+    usd_per_million_inputs: float | None
+    """Of inputs like these: models count tokens differently, so only this compares."""
+    recall: float | None
+    """Of the labelled pairs; None without any, or if it is not complete."""
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """What a vector takes: 4 bytes a number; 0 if it has given none."""
+        return 4 * self.trial.width
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """Two routes that answered for everything."""
+
+    one: ComparisonRow
+    other: ComparisonRow
+    cosine: tuple[float, float] | None
+    """The least and the mean, where the spaces match and the widths too."""
+    overlap: float | None
+    """The share of the nearest that they have in common, where the spaces do not match."""
+
+    @property
+    def same_space(self) -> bool:
+        """Whether both are said to give the same vectors."""
+        return self.one.trial.space.name == self.other.trial.space.name
+
+    @property
+    def agree(self) -> bool | None:
+        """Whether two routes of one space do give the same vectors; None of two spaces."""
+        if not self.same_space:
+            return None
+        return self.cosine is not None and self.cosine[0] >= SAME
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonReport:
+    """What is told of all."""
+
+    rows: Sequence[ComparisonRow]
+    pairs: Sequence[Likeness]
+    k: int
+    """How many neighbours are looked at; fewer than asked for where there are few texts."""
+    chance: float | None
+    """The overlap of neighbours that are drawn by lot."""
+
+    @property
+    def choices(self) -> Sequence[ComparisonRow]:
+        """The routes that can be recommended."""
+        return [row for row in self.rows if row.complete]
+
+    @property
+    def cheapest(self) -> ComparisonRow | None:
+        """The route whose inputs cost least, of equals the faster one; None if no cost is known."""
+        known = [row for row in self.choices if row.usd_per_million_inputs is not None]
+        return min(known, key=lambda row: (_usd(row), _ms(row)), default=None)
+
+    @property
+    def fastest(self) -> ComparisonRow | None:
+        """The route with the shortest median of single calls."""
+        known = [row for row in self.choices if row.p50_ms is not None]
+        return min(known, key=_ms, default=None)
+
+    @property
+    def best_recall(self) -> ComparisonRow | None:
+        """The route that finds most, of equals the cheaper one; None without labelled pairs."""
+        known = [row for row in self.choices if row.recall is not None]
+        return max(known, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
+
+    def beaten_by(self, row: ComparisonRow) -> ComparisonRow | None:
+        """Return a route that is as good as this one, no dearer, no slower, and better in one.
+
+        As good is a route that gives the same vectors, or, with labelled pairs, one that finds as
+        much: a cheap model is no bargain where nothing is known of what it is good for.
+        """
+        same = {
+            pair.other if pair.one is row else pair.one
+            for pair in self.pairs
+            if pair.agree and row in (pair.one, pair.other)
+        }
+        others = [other for other in self.choices if other is not row]
+        return next((one for one in others if _beats(one, row, same=one in same)), None)
+
+
+def make_report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> ComparisonReport:
+    """Measure what came of some trials; the `k` nearest texts count."""
+    count = len(samples.inputs)
+    # With nearly all texts among the nearest, everything would agree with everything.
+    k = min(k, max(1, (samples.texts - 1) // 2))
+    whole = [trial for trial in trials if len(trial.vectors) == count]
+    neighbours: dict[int, list[list[int]]] = {}
+    for trial in whole if samples.texts > 2 else ():
+        vectors = [trial.vectors[place] for place in range(count)]
+        neighbours[id(trial)] = nearest(vectors, range(count), samples.texts, k)
+    medians = [percentile(trial.singles_s, 50) for trial in whole if trial.singles_s]
+    least = min(medians, default=None)
+    rows = [_row(trial, samples, neighbours.get(id(trial)), least) for trial in trials]
+    pairs = list(_pairs(rows, samples, neighbours))
+    chance = k / (samples.texts - 1) if samples.texts > 2 else None
+    return ComparisonReport(rows, pairs, k, chance)
+
+
+def _row(
+    trial: RouteBenchmark,
+    samples: Samples,
+    neighbours: Sequence[Sequence[int]] | None,
+    least_s: float | None,
+) -> ComparisonRow:
+    p50 = _percentile_ms(trial.singles_s, 50)
+    usd = trial.usd
+    found = None
+    if neighbours is not None and samples.wanted:
+        found = recall([neighbours[i] for i in samples.wanted], list(samples.wanted.values()))
+    return ComparisonRow(
+        trial,
+        name_of(trial),
+        complete=len(trial.vectors) == len(samples.inputs),
+        p50_ms=p50,
+        p95_ms=_percentile_ms(trial.singles_s, 95),
+        overhead_ms=None if p50 is None or least_s is None else max(p50 - 1000 * least_s, 0.0),
+        batch_p50_ms=_percentile_ms(trial.batches_s, 50),
+        batch_p95_ms=_percentile_ms(trial.batches_s, 95),
+        # A route that was billed for nothing has its price all the same.
+        usd_per_million_tokens=(
+            trial.price if usd is None or not trial.tokens else usd / trial.tokens * 1e6
+        ),
+        usd_per_million_inputs=None if trial.usd_an_input is None else 1e6 * trial.usd_an_input,
+        recall=found,
+    )
+
+
+def _pairs(
+    rows: Sequence[ComparisonRow],
+    samples: Samples,
+    neighbours: Mapping[int, Sequence[Sequence[int]]],
+) -> Iterator[Likeness]:
+    texts = range(samples.texts)
+    places = range(len(samples.inputs))
+    for one, other in combinations([row for row in rows if row.complete], 2):
+        first, second = one.trial, other.trial
+        both = shared = None
+        if first.space.name == second.space.name:
+            if first.width == second.width:
+                both = cosines(
+                    [first.vectors[place] for place in places],
+                    [second.vectors[place] for place in places],
+                )
+        elif neighbours:
+            here, there = neighbours[id(first)], neighbours[id(second)]
+            shared = overlap([here[i] for i in texts], [there[i] for i in texts])
+        yield Likeness(one, other, both, shared)
+
+
+def name_of(trial: RouteBenchmark) -> str:
+    """Return what a route is called: its model and provider, and the upstream's name for it."""
+    model, route = trial.result.models[0], trial.route
+    plain = f"{model} at {route.name}"
+    same = model.rpartition("/")[2] == route.model.rpartition("/")[2]
+    return plain if same else f"{plain} ({route.model})"
+
+
+def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
+    return 1000 * percentile(seconds, percent) if seconds else None
+
+
+def _beats(one: ComparisonRow, other: ComparisonRow, *, same: bool) -> bool:
+    """Tell whether one is no worse than another in anything, and better in something."""
+    figures = [
+        (one.usd_per_million_inputs, other.usd_per_million_inputs),
+        (one.p50_ms, other.p50_ms),
+    ]
+    if not same:
+        mine, theirs = (None if row.recall is None else 1 - row.recall for row in (one, other))
+        figures.append((mine, theirs))
+    gains = [
+        _round_figure(b) - _round_figure(a) for a, b in figures if a is not None and b is not None
+    ]
+    return len(gains) == len(figures) and min(gains) >= 0 and max(gains) > 0
+
+
+def _round_figure(figure: float) -> float:
+    """Return a figure without the digits that differ from one measurement to the next."""
+    return float(f"{figure:.2g}")
+
+
+def _usd(row: ComparisonRow) -> float:
+    return _round_figure(row.usd_per_million_inputs or 0.0)
+
+
+def _ms(row: ComparisonRow) -> float:
+    return float("inf") if row.p50_ms is None else row.p50_ms
+
+
+class PlotPoint(NamedTuple):
     """One thing, and where it is; a coordinate that is not known leaves it out of the plot."""
 
     name: str
@@ -34,7 +243,7 @@ class Point(NamedTuple):
     """What is said of it below."""
 
 
-def svg(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
+def svg(title: str, x_label: str, y_label: str, points: Sequence[PlotPoint]) -> str:
     """Return a plot from zero on, linear in both directions; a list below names the points.
 
     Points are numbered as they come. Coordinates are not negative.
@@ -90,209 +299,3 @@ def _axis(values: Sequence[float]) -> tuple[float, list[float]]:
     step = next(power * n for n in (1, 2, 5, 10) if power * n * _TICKS >= most)
     ticks = [step * i for i in range(_TICKS + 1)]
     return ticks[-1], ticks
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """One route."""
-
-    trial: RouteBenchmark
-    name: str
-    complete: bool
-    """Whether every input was answered."""
-    p50_ms: float | None
-    """Of calls with a single input, as the next; None if none was answered."""
-    p95_ms: float | None
-    overhead_ms: float | None
-    """What its median single call takes longer than that of the fastest route here."""
-    batch_p50_ms: float | None
-    batch_p95_ms: float | None
-    usd_per_million_tokens: float | None
-    """None where neither the upstream nor the configuration says."""
-    usd_per_million_inputs: float | None
-    """Of inputs like these: models count tokens differently, so only this compares."""
-    recall: float | None
-    """Of the labelled pairs; None without any, or if it is not complete."""
-
-    @property
-    def bytes_per_vector(self) -> int:
-        """What a vector takes: 4 bytes a number; 0 if it has given none."""
-        return 4 * self.trial.width
-
-
-@dataclass(frozen=True, slots=True)
-class Likeness:
-    """Two routes that answered for everything."""
-
-    one: Row
-    other: Row
-    cosine: tuple[float, float] | None
-    """The least and the mean, where the spaces match and the widths too."""
-    overlap: float | None
-    """The share of the nearest that they have in common, where the spaces do not match."""
-
-    @property
-    def same_space(self) -> bool:
-        """Whether both are said to give the same vectors."""
-        return self.one.trial.space.name == self.other.trial.space.name
-
-    @property
-    def agree(self) -> bool | None:
-        """Whether two routes of one space do give the same vectors; None of two spaces."""
-        if not self.same_space:
-            return None
-        return self.cosine is not None and self.cosine[0] >= SAME
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What is told of all."""
-
-    rows: Sequence[Row]
-    pairs: Sequence[Likeness]
-    k: int
-    """How many neighbours are looked at; fewer than asked for where there are few texts."""
-    chance: float | None
-    """The overlap of neighbours that are drawn by lot."""
-
-    @property
-    def choices(self) -> Sequence[Row]:
-        """The routes that can be recommended."""
-        return [row for row in self.rows if row.complete]
-
-    @property
-    def cheapest(self) -> Row | None:
-        """The route whose inputs cost least, of equals the faster one; None if no cost is known."""
-        known = [row for row in self.choices if row.usd_per_million_inputs is not None]
-        return min(known, key=lambda row: (_usd(row), _ms(row)), default=None)
-
-    @property
-    def fastest(self) -> Row | None:
-        """The route with the shortest median of single calls."""
-        known = [row for row in self.choices if row.p50_ms is not None]
-        return min(known, key=_ms, default=None)
-
-    @property
-    def best_recall(self) -> Row | None:
-        """The route that finds most, of equals the cheaper one; None without labelled pairs."""
-        known = [row for row in self.choices if row.recall is not None]
-        return max(known, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
-
-    def beaten_by(self, row: Row) -> Row | None:
-        """Return a route that is as good as this one, no dearer, no slower, and better in one.
-
-        As good is a route that gives the same vectors, or, with labelled pairs, one that finds as
-        much: a cheap model is no bargain where nothing is known of what it is good for.
-        """
-        same = {
-            pair.other if pair.one is row else pair.one
-            for pair in self.pairs
-            if pair.agree and row in (pair.one, pair.other)
-        }
-        others = [other for other in self.choices if other is not row]
-        return next((one for one in others if _beats(one, row, same=one in same)), None)
-
-
-def report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> Report:
-    """Measure what came of some trials; the `k` nearest texts count."""
-    count = len(samples.inputs)
-    # With nearly all texts among the nearest, everything would agree with everything.
-    k = min(k, max(1, (samples.texts - 1) // 2))
-    whole = [trial for trial in trials if len(trial.vectors) == count]
-    neighbours: dict[int, list[list[int]]] = {}
-    for trial in whole if samples.texts > 2 else ():
-        vectors = [trial.vectors[place] for place in range(count)]
-        neighbours[id(trial)] = nearest(vectors, range(count), samples.texts, k)
-    medians = [percentile(trial.singles_s, 50) for trial in whole if trial.singles_s]
-    least = min(medians, default=None)
-    rows = [_row(trial, samples, neighbours.get(id(trial)), least) for trial in trials]
-    pairs = list(_pairs(rows, samples, neighbours))
-    chance = k / (samples.texts - 1) if samples.texts > 2 else None
-    return Report(rows, pairs, k, chance)
-
-
-def _row(
-    trial: RouteBenchmark,
-    samples: Samples,
-    neighbours: Sequence[Sequence[int]] | None,
-    least_s: float | None,
-) -> Row:
-    p50 = _percentile_ms(trial.singles_s, 50)
-    usd = trial.usd
-    found = None
-    if neighbours is not None and samples.wanted:
-        found = recall([neighbours[i] for i in samples.wanted], list(samples.wanted.values()))
-    return Row(
-        trial,
-        name_of(trial),
-        complete=len(trial.vectors) == len(samples.inputs),
-        p50_ms=p50,
-        p95_ms=_percentile_ms(trial.singles_s, 95),
-        overhead_ms=None if p50 is None or least_s is None else max(p50 - 1000 * least_s, 0.0),
-        batch_p50_ms=_percentile_ms(trial.batches_s, 50),
-        batch_p95_ms=_percentile_ms(trial.batches_s, 95),
-        # A route that was billed for nothing has its price all the same.
-        usd_per_million_tokens=(
-            trial.price if usd is None or not trial.tokens else usd / trial.tokens * 1e6
-        ),
-        usd_per_million_inputs=None if trial.usd_an_input is None else 1e6 * trial.usd_an_input,
-        recall=found,
-    )
-
-
-def _pairs(
-    rows: Sequence[Row], samples: Samples, neighbours: Mapping[int, Sequence[Sequence[int]]]
-) -> Iterator[Likeness]:
-    texts = range(samples.texts)
-    places = range(len(samples.inputs))
-    for one, other in combinations([row for row in rows if row.complete], 2):
-        first, second = one.trial, other.trial
-        both = shared = None
-        if first.space.name == second.space.name:
-            if first.width == second.width:
-                both = cosines(
-                    [first.vectors[place] for place in places],
-                    [second.vectors[place] for place in places],
-                )
-        elif neighbours:
-            here, there = neighbours[id(first)], neighbours[id(second)]
-            shared = overlap([here[i] for i in texts], [there[i] for i in texts])
-        yield Likeness(one, other, both, shared)
-
-
-def name_of(trial: RouteBenchmark) -> str:
-    """Return what a route is called: its model and provider, and the upstream's name for it."""
-    model, route = trial.finding.models[0], trial.route
-    plain = f"{model} at {route.name}"
-    same = model.rpartition("/")[2] == route.model.rpartition("/")[2]
-    return plain if same else f"{plain} ({route.model})"
-
-
-def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
-    return 1000 * percentile(seconds, percent) if seconds else None
-
-
-def _beats(one: Row, other: Row, *, same: bool) -> bool:
-    """Tell whether one is no worse than another in anything, and better in something."""
-    figures = [
-        (one.usd_per_million_inputs, other.usd_per_million_inputs),
-        (one.p50_ms, other.p50_ms),
-    ]
-    if not same:
-        mine, theirs = (None if row.recall is None else 1 - row.recall for row in (one, other))
-        figures.append((mine, theirs))
-    gains = [_rough(b) - _rough(a) for a, b in figures if a is not None and b is not None]
-    return len(gains) == len(figures) and min(gains) >= 0 and max(gains) > 0
-
-
-def _rough(figure: float) -> float:
-    """Return a figure without the digits that differ from one measurement to the next."""
-    return float(f"{figure:.2g}")
-
-
-def _usd(row: Row) -> float:
-    return _rough(row.usd_per_million_inputs or 0.0)
-
-
-def _ms(row: Row) -> float:
-    return float("inf") if row.p50_ms is None else row.p50_ms

@@ -1,10 +1,9 @@
-"""What came of asking a route for known texts, and of holding two answers against each other.
+"""Which models and routes a check or a comparison looks at, and what came of asking them.
 
-Which models a check looks at: enough to try every provider, and not the whole catalogue.
-
-The routes that can be tried: those of some models, in the space of each, and why one cannot.
-
-Providers are opened for it as for a start of the proxy; nothing is asked here.
+`choose_models` picks the models: enough to try every provider, and not the whole catalogue.
+`find_routes` opens the providers as a start of the proxy does, and returns the routes of these
+models, with the reason why one cannot be asked; it asks none of them. `compare` compares the
+answers of routes.
 """
 
 import difflib
@@ -21,12 +20,85 @@ from embedding_proxy.providers.route_check import SAME, Probe, agreement
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
-from embedding_proxy.proxy.config import models as model_entry
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.models import ModelConfig
+from embedding_proxy.proxy.config.models import ModelConfig, unlisted_model
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from embedding_proxy.proxy.service.provider_factory import CLIENTS_PAY, make_router, open_providers
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSelection:
+    """Which models are looked at."""
+
+    named: Sequence[str]
+    """Those of no configuration are asked for by their names alone, as the proxy does it."""
+    must_work: bool = True
+    """Whether a named model that has no usable route is a problem."""
+    also: Literal["nothing", "each provider", "all"] = "each provider"
+    """Beside them: one model of each usable provider that no named one leads to, or all models."""
+
+
+def choose_models(
+    settings: Settings, choice: ModelSelection, usable: Collection[str]
+) -> dict[str, ModelConfig]:
+    """Return the models to look at, by name. Raises ConfigError for one that there is not."""
+
+    def providers_of(model: ModelConfig) -> set[str]:
+        return {route.provider for route in model.routes} & {*usable}
+
+    chosen = {
+        name: settings.models.get(name) or _model_by_name(settings, name) for name in choice.named
+    }
+    for name, model in chosen.items():
+        if name not in settings.models and not providers_of(model):
+            raise _unknown_model(settings, name)
+    covered = {provider for model in chosen.values() for provider in providers_of(model)}
+    for name, model in settings.models.items():
+        new = providers_of(model) - covered
+        if (choice.also == "each provider" and new) or (
+            choice.also == "all" and providers_of(model)
+        ):
+            chosen.setdefault(name, model)
+            covered |= new
+    # What shares a space shares its vectors, whoever asks for them under which name.
+    spaces = {model.space for model in chosen.values()}
+    for name, model in settings.models.items():
+        if model.space in spaces and providers_of(model):
+            chosen.setdefault(name, model)
+    return chosen
+
+
+def add_fallback_models(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of models, and of those that may stand in for them."""
+    models = [settings.models[name] for name in names if name in settings.models]
+    stand_ins = [fallback.model for model in models for fallback in model.fallback]
+    return tuple(dict.fromkeys([*names, *stand_ins]))
+
+
+def _model_by_name(settings: Settings, name: str) -> ModelConfig:
+    """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
+    asks = settings.server.unknown_models == "ask"
+    model = unlisted_model(name) if asks else None
+    if model is None:
+        raise _unknown_model(settings, name)
+    return model
+
+
+def _unknown_model(settings: Settings, name: str) -> ConfigError:
+    near = difflib.get_close_matches(name, settings.models, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "add it to `models`"
+    return ConfigError(f"--model: there is no model {name!r}; {hint}")
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatus:
+    """Whether a provider that the configuration names can be used."""
+
+    state: Literal["usable", "skipped", "disabled"]
+    kind: str | None
+    why: str = ""
+    """Why it cannot, or is of no use."""
 
 
 @dataclass(slots=True)
@@ -58,125 +130,25 @@ class RouteResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two routes of one space that answered, and the least cosine between their answers.
-
-    It is 0 where their widths differ.
-    """
-
-    one: RouteResult
-    other: RouteResult
-    cosine: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether they are one model."""
-        return self.cosine >= SAME
-
-
-def compare(findings: Sequence[RouteResult]) -> Iterator[Comparison]:
-    """Compare the answers of each space with the first of them; they are one model, or two."""
-    answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
-    for one in findings:
-        if one.probe is not None and one.ok:
-            answered[one.space.name].append((one, one.probe))
-    for (first, base), *others in answered.values():
-        for other, found in others:
-            same = first.width == other.width
-            cosine = agreement(base.vectors, found.vectors) if same else 0.0
-            yield Comparison(first, other, cosine)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSelection:
-    """Which models are looked at."""
-
-    named: Sequence[str]
-    """Those of no configuration are asked for by their names alone, as the proxy does it."""
-    must_work: bool = True
-    """Whether a named model that has no usable route is a problem."""
-    also: Literal["nothing", "each provider", "all"] = "each provider"
-    """Beside them: one model of each usable provider that no named one leads to, or all models."""
-
-
-def choose(
-    settings: Settings, choice: ModelSelection, usable: Collection[str]
-) -> dict[str, ModelConfig]:
-    """Return the models to look at, by name. Raises ConfigError for one that there is not."""
-
-    def providers_of(model: ModelConfig) -> set[str]:
-        return {route.provider for route in model.routes} & {*usable}
-
-    chosen = {name: settings.models.get(name) or _by_name(settings, name) for name in choice.named}
-    for name, model in chosen.items():
-        if name not in settings.models and not providers_of(model):
-            raise _unknown(settings, name)
-    covered = {provider for model in chosen.values() for provider in providers_of(model)}
-    for name, model in settings.models.items():
-        new = providers_of(model) - covered
-        if (choice.also == "each provider" and new) or (
-            choice.also == "all" and providers_of(model)
-        ):
-            chosen.setdefault(name, model)
-            covered |= new
-    # What shares a space shares its vectors, whoever asks for them under which name.
-    spaces = {model.space for model in chosen.values()}
-    for name, model in settings.models.items():
-        if model.space in spaces and providers_of(model):
-            chosen.setdefault(name, model)
-    return chosen
-
-
-def with_stand_ins(settings: Settings, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of models, and of those that may stand in for them."""
-    models = [settings.models[name] for name in names if name in settings.models]
-    stand_ins = [fallback.model for model in models for fallback in model.fallback]
-    return tuple(dict.fromkeys([*names, *stand_ins]))
-
-
-def _by_name(settings: Settings, name: str) -> ModelConfig:
-    """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
-    asks = settings.server.unknown_models == "ask"
-    model = model_entry.by_name(name) if asks else None
-    if model is None:
-        raise _unknown(settings, name)
-    return model
-
-
-def _unknown(settings: Settings, name: str) -> ConfigError:
-    near = difflib.get_close_matches(name, settings.models, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "add it to `models`"
-    return ConfigError(f"--model: there is no model {name!r}; {hint}")
-
-
-@dataclass(frozen=True, slots=True)
-class ProviderStatus:
-    """Whether a provider that the configuration names can be used."""
-
-    state: Literal["usable", "skipped", "disabled"]
-    kind: str | None
-    why: str = ""
-    """Why it cannot, or is of no use."""
-
-
-@dataclass(frozen=True, slots=True)
 class Candidates:
     """What there is to try."""
 
-    standings: Mapping[str, ProviderStatus]
+    statuses: Mapping[str, ProviderStatus]
     """Of each provider that the configuration names."""
     models: Mapping[str, ModelConfig]
     routers: Mapping[str, Router]
-    findings: list[RouteResult]
+    results: list[RouteResult]
     """The routes of the models, those of one space together, each route once."""
 
 
-async def find(settings: Settings, choice: ModelSelection, stack: AsyncExitStack) -> Candidates:
+async def find_routes(
+    settings: Settings, choice: ModelSelection, stack: AsyncExitStack
+) -> Candidates:
     """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
     opened = await open_providers(settings, stack)
-    standings = {name: _standing(settings, name, opened) for name in settings.providers}
-    usable = {name: one for name, one in opened.items() if standings[name].state == "usable"}
-    models = choose(settings, choice, usable)
+    statuses = {name: _provider_status(settings, name, opened) for name in settings.providers}
+    usable = {name: one for name, one in opened.items() if statuses[name].state == "usable"}
+    models = choose_models(settings, choice, usable)
     upstreams = HealthRegistry()
     routers = {
         name: make_router(settings, name, model, usable, upstreams)
@@ -184,14 +156,14 @@ async def find(settings: Settings, choice: ModelSelection, stack: AsyncExitStack
     }
     learned = LearnedDimensions(connection.folder_of(settings.cache.directory) / WIDTHS_FILE)
     await learned.refresh()
-    return Candidates(standings, models, routers, _findings(models, routers, standings, learned))
+    return Candidates(statuses, models, routers, _route_results(models, routers, statuses, learned))
 
 
-def _standing(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
+def _provider_status(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
     entry = settings.providers[name]
     if entry is None:
         return ProviderStatus("disabled", None, "null in the configuration")
-    if entry.by_client:
+    if entry.uses_client_key:
         return ProviderStatus("skipped", entry.kind, CLIENTS_PAY)
     if name not in opened:
         return ProviderStatus("skipped", entry.kind, f"{entry.key_variable} is not set")
@@ -204,10 +176,10 @@ def _standing(settings: Settings, name: str, opened: Collection[str]) -> Provide
     return ProviderStatus("usable", entry.kind)
 
 
-def _findings(
+def _route_results(
     models: Mapping[str, ModelConfig],
     routers: Mapping[str, Router],
-    standings: Mapping[str, ProviderStatus],
+    statuses: Mapping[str, ProviderStatus],
     learned: LearnedDimensions,
 ) -> list[RouteResult]:
     """Return the routes of some models, those of one space together, each route once."""
@@ -228,6 +200,36 @@ def _findings(
             if name not in one.models:
                 one.models.append(name)
             if one.route is None:
-                standing = standings.get(entry.provider)
-                one.why = standing.why if standing else "the provider is not configured"
+                status = statuses.get(entry.provider)
+                one.why = status.why if status else "the provider is not configured"
     return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two routes of one space that answered, and the least cosine between their answers.
+
+    It is 0 where their widths differ.
+    """
+
+    one: RouteResult
+    other: RouteResult
+    cosine: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether they are one model."""
+        return self.cosine >= SAME
+
+
+def compare(results: Sequence[RouteResult]) -> Iterator[Comparison]:
+    """Compare the answers of each space with the first of them; they are one model, or two."""
+    answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
+    for one in results:
+        if one.probe is not None and one.ok:
+            answered[one.space.name].append((one, one.probe))
+    for (first, base), *others in answered.values():
+        for other, found in others:
+            same = first.width == other.width
+            cosine = agreement(base.vectors, found.vectors) if same else 0.0
+            yield Comparison(first, other, cosine)

@@ -1,6 +1,7 @@
-"""Real text that every machine has: the docstrings of Python's standard library.
+"""Texts that providers are compared on: those of files, and docstrings that every machine has.
 
-What providers are compared on: texts, and queries whose right texts are known.
+`read` also returns queries whose right texts are known. The docstrings are those of Python's
+standard library.
 """
 
 import ast
@@ -16,8 +17,89 @@ from embedding_proxy.cache.maintenance.import_source import Refused, SourceError
 from embedding_proxy.providers.route_check import TEXTS
 from embedding_proxy.proxy.importers.jsonl import is_jsonl, lines, need_fields, objects
 
+MAX_SAMPLES = 2000
+"""Distinct inputs, at most: each is compared with all the others."""
 # Not prose about the library: tests, vendored copies, and what is not always installed.
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "__pycache__"}
+# Of various matters, small, and in every Python.
+_A_FEW = ("bisect", "calendar", "colorsys", "fractions", "heapq", "shlex", "statistics", "textwrap")
+_OF_EACH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Distinct inputs: first the texts among which is searched, then queries that are none."""
+
+    inputs: Sequence[str]
+    texts: int
+    """How many of the inputs are texts."""
+    wanted: Mapping[int, frozenset[int]]
+    """The right texts of each query, by their places among the inputs."""
+
+
+def read(texts: Path | None, pairs: Path | None) -> Samples:
+    """Return the inputs that files hold; without one, some that every machine has.
+
+    Lines of `texts` are texts, or in a `….jsonl` objects with a `text`; those of `pairs` are
+    objects with a `query` and a `text`. Blank and repeated ones are left out. Raises SourceError.
+    """
+    given: list[str] = []
+    if texts is not None:
+        given = (
+            [text for (text,) in _read_fields(texts, "text")]
+            if is_jsonl(texts)
+            else _read_lines(texts)
+        )
+        if not given:
+            raise SourceError(f"{texts} holds no text")
+    known = [] if pairs is None else list(_read_fields(pairs, "query", "text"))
+    if pairs is not None and not known:
+        raise SourceError(f"{pairs} holds no pair")
+    if texts is None and pairs is None:
+        given = [*TEXTS, *sample_paragraphs()]
+    places = {text: i for i, text in enumerate(dict.fromkeys([*given, *(t for _, t in known)]))}
+    count = len(places)
+    wanted: dict[int, frozenset[int]] = {}
+    for query, text in known:
+        place = places.setdefault(query, len(places))
+        if query != text:
+            wanted[place] = wanted.get(place, frozenset()) | {places[text]}
+    if len(places) > MAX_SAMPLES:
+        raise SourceError(
+            f"{len(places):,} different texts and queries are too many, {MAX_SAMPLES:,} are"
+            " compared at most; take a sample of them"
+        )
+    return Samples(list(places), count, wanted)
+
+
+def _read_lines(path: Path) -> list[str]:
+    found = []
+    for number, line in lines(path):
+        try:
+            text = "" if line is None else line.decode()
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path}: line {number} is not UTF-8 text") from error
+        if line is None:
+            raise SourceError(f"{path}: line {number} is too long")
+        if text.strip():
+            found.append(text)
+    return found
+
+
+def _read_fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
+    """Yield the strings in some fields of each line. Raises SourceError for a line without them."""
+    need_fields(path, *fields)
+    for item in objects(path, *fields):
+        if isinstance(item, Refused):
+            raise SourceError(f"{path}: {item.where}: {item.why}")
+        where, found = item
+        values = [found[field] for field in fields]
+        for field, value in zip(fields, values, strict=True):
+            if not isinstance(value, str):
+                raise SourceError(f"{path}: {where}: its `{field}` is no string")
+        texts = tuple(value for value in values if isinstance(value, str))
+        if all(text.strip() for text in texts):
+            yield texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +122,7 @@ def standard_library() -> list[Docstring]:
     return found
 
 
-# Of various matters, small, and in every Python.
-_A_FEW = ("bisect", "calendar", "colorsys", "fractions", "heapq", "shlex", "statistics", "textwrap")
-_OF_EACH = 8
-
-
-def a_few() -> list[str]:
+def sample_paragraphs() -> list[str]:
     """Return the first paragraphs of some docstrings, different ones; about sixty short texts."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
@@ -63,90 +140,14 @@ def _docstrings(path: Path, module: str) -> Iterator[Docstring]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return
-    yield from _inside(tree, module)
+    yield from _walk_docstrings(tree, module)
 
 
-def _inside(node: ast.AST, name: str) -> Iterator[Docstring]:
+def _walk_docstrings(node: ast.AST, name: str) -> Iterator[Docstring]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node, clean=False)
         if text:
             yield Docstring(name, inspect.cleandoc(text))
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _inside(child, f"{name}.{child.name}")
-
-
-MOST = 2000
-"""Distinct inputs, at most: each is compared with all the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Distinct inputs: first the texts among which is searched, then queries that are none."""
-
-    inputs: Sequence[str]
-    texts: int
-    """How many of the inputs are texts."""
-    wanted: Mapping[int, frozenset[int]]
-    """The right texts of each query, by their places among the inputs."""
-
-
-def read(texts: Path | None, pairs: Path | None) -> Samples:
-    """Return the inputs that files hold; without one, some that every machine has.
-
-    Lines of `texts` are texts, or in a `….jsonl` objects with a `text`; those of `pairs` are
-    objects with a `query` and a `text`. Blank and repeated ones are left out. Raises SourceError.
-    """
-    given: list[str] = []
-    if texts is not None:
-        given = [text for (text,) in _fields(texts, "text")] if is_jsonl(texts) else _plain(texts)
-        if not given:
-            raise SourceError(f"{texts} holds no text")
-    known = [] if pairs is None else list(_fields(pairs, "query", "text"))
-    if pairs is not None and not known:
-        raise SourceError(f"{pairs} holds no pair")
-    if texts is None and pairs is None:
-        given = [*TEXTS, *a_few()]
-    places = {text: i for i, text in enumerate(dict.fromkeys([*given, *(t for _, t in known)]))}
-    count = len(places)
-    wanted: dict[int, frozenset[int]] = {}
-    for query, text in known:
-        place = places.setdefault(query, len(places))
-        if query != text:
-            wanted[place] = wanted.get(place, frozenset()) | {places[text]}
-    if len(places) > MOST:
-        raise SourceError(
-            f"{len(places):,} different texts and queries are too many, {MOST:,} are compared at"
-            " most; take a sample of them"
-        )
-    return Samples(list(places), count, wanted)
-
-
-def _plain(path: Path) -> list[str]:
-    found = []
-    for number, line in lines(path):
-        try:
-            text = "" if line is None else line.decode()
-        except UnicodeDecodeError as error:
-            raise SourceError(f"{path}: line {number} is not UTF-8 text") from error
-        if line is None:
-            raise SourceError(f"{path}: line {number} is too long")
-        if text.strip():
-            found.append(text)
-    return found
-
-
-def _fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
-    """Yield the strings in some fields of each line. Raises SourceError for a line without them."""
-    need_fields(path, *fields)
-    for item in objects(path, *fields):
-        if isinstance(item, Refused):
-            raise SourceError(f"{path}: {item.where}: {item.why}")
-        where, found = item
-        values = [found[field] for field in fields]
-        for field, value in zip(fields, values, strict=True):
-            if not isinstance(value, str):
-                raise SourceError(f"{path}: {where}: its `{field}` is no string")
-        texts = tuple(value for value in values if isinstance(value, str))
-        if all(text.strip() for text in texts):
-            yield texts
+                yield from _walk_docstrings(child, f"{name}.{child.name}")

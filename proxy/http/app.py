@@ -28,7 +28,7 @@ from embedding_proxy.proxy.service.request import CALLER
 from . import request_body, request_log, status
 from .auth import Authenticator
 from .embeddings import Embeddings
-from .middleware import for_admins, guard
+from .middleware import admin_only, request_middleware
 from .passthrough import Passthrough
 from .passthrough_upstream import PREFIXES, PassthroughUpstream
 
@@ -47,7 +47,10 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     server = settings.server
     access, cors = Authenticator(server.keys), Cors(server.cors)
     app = web.Application(
-        middlewares=[guard(access, cors, OriginCheck(server, cors)), loop_guard(settings)]
+        middlewares=[
+            request_middleware(access, cors, OriginCheck(server, cors)),
+            loop_guard(settings),
+        ]
     )
     app[SERVICE] = service
     reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
@@ -57,7 +60,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app[SEND_TIMEOUT_S] = server.send_timeout_s
     app[UNREAD] = unread = UnreadReplies(int(server.max_unread_mib * MIB))
     passthrough = None
-    if settings.passes_to is not None:
+    if settings.passthrough_provider is not None:
         origin = PassthroughUpstream(settings, access)
         passthrough = Passthrough(origin, settings)
 
@@ -73,7 +76,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
 
     app.cleanup_ctx.append(open_service)
     app.cleanup_ctx.append(watch_descriptors)
-    app.on_response_prepare.append(request_log.stamp)
+    app.on_response_prepare.append(request_log.add_request_id)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses.lru), unread)
     responses.handler = embeddings
@@ -91,7 +94,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
 ) -> None:
     models, server = Models(service, passthrough), settings.server
     most = int(server.max_body_mib * MIB)
-    takes_keys = any(one.by_client for one in settings.providers.values() if one)
+    takes_keys = any(one.uses_client_key for one in settings.providers.values() if one)
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         # Of the waiting time that a client has, what is held back is worth a tenth at most.
@@ -121,8 +124,8 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
             # At a path of ours another method is a 405; `Passthrough` refuses all its spellings.
             path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
             app.router.add_route("*", path, passthrough.handle)
-    app.router.add_get("/status", for_admins(Status(service).get))
-    app.router.add_get("/metrics", for_admins(Metrics(service).get))
+    app.router.add_get("/status", admin_only(Status(service).get))
+    app.router.add_get("/metrics", admin_only(Metrics(service).get))
     for path in status.LIVE_PATHS:
         app.router.add_get(path, status.live)
     app.router.add_get("/readyz", status.ready)

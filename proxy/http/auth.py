@@ -1,7 +1,4 @@
-"""Who may come in, and who that is: the keys that clients must send.
-
-Asked before anything else is looked at.
-"""
+"""Authenticates clients by the keys of the proxy, before anything else of a request is read."""
 
 import hashlib
 import hmac
@@ -11,6 +8,9 @@ from embedding_proxy.proxy.config.schema import ClientKey
 from embedding_proxy.proxy.service.request import Client, Secret
 
 from .errors import Failure
+
+KEY_HEADERS = ("x-proxy-key", "api-key", "x-api-key")
+"""Where a client may give its key, besides `Authorization: Bearer …`."""
 
 
 class Authenticator:

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: the room where a request lives."""
+"""POST /v1/embeddings: answers from kept responses, from the cache, or through the service."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -19,10 +19,9 @@ from embedding_proxy.proxy.http.response_cache import (
     SyncResponse,
 )
 from embedding_proxy.proxy.http.runner import CONNECTION
-from embedding_proxy.proxy.service import request as cache_control
 from embedding_proxy.proxy.service.embedding_result import Result
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, Client
+from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, Client, effective_cache_control
 
 from . import openai_format
 
@@ -54,7 +53,7 @@ class Embeddings:
     async def post(self, request: web.Request, body: bytes, caller: Client) -> web.StreamResponse:
         """Answer one request. Raises EmbeddingError."""
         # `Pragma` is not looked at: RFC 9111 keeps it for HTTP/1.0 clients, and says no more.
-        control = cache_control.counted(
+        control = effective_cache_control(
             ", ".join(request.headers.getall("Cache-Control", ())),
             self._service.settings.server.honor_cache_control,
             is_admin=caller.is_admin,
@@ -69,14 +68,14 @@ class Embeddings:
                 self._hit_cache.put(digest, hits, len(vectors))
             return await self._send(request, hits, vectors)
         named = partial(request.__setitem__, MODEL)
-        parse = partial(openai_format.parse, body, self._service.most_inputs, model, named)
+        parse = partial(openai_format.parse, body, self._service.max_inputs, model, named)
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
         form = openai_format.ResponseFormat(
             result.dimensions, asked.encoding, asked.model, result.tokens
         )
-        hits = Hits(form, _headers(result), self._service.again(result, asked.index))
+        hits = Hits(form, _headers(result), self._service.reusable(result, asked.index))
         self._hit_cache.put(digest, hits, len(asked.inputs))
         if not (caller.api_key or "Content-Encoding" in request.headers):
             request[CONTEXT] = RequestContext(caller, control, model)
@@ -87,7 +86,7 @@ class Embeddings:
     ) -> tuple[openai_format.EmbeddingRequest, bytes] | None:
         """Return what a body asks for, and what decides the answer; see `SyncHandler`."""
         try:
-            asked = openai_format.parse(body, self._service.most_inputs, context.model)
+            asked = openai_format.parse(body, self._service.max_inputs, context.model)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
@@ -101,14 +100,14 @@ class Embeddings:
     ) -> SyncResponse | None:
         """Answer one request if nothing has to be waited for; see `SyncHandler`."""
         try:
-            result = self._service.at_hand(asked, context.caller, context.control)
+            result = self._service.embed_from_cache(asked, context.caller, context.control)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
         if result is None:
             return None
         vectors = result.embedded.vectors
-        again = self._service.again(result, asked.index)
+        again = self._service.reusable(result, asked.index)
         reuse = None if again is None else again.reuse_of(vectors)
         form = openai_format.ResponseFormat(
             result.dimensions, asked.encoding, asked.model, result.tokens
@@ -163,7 +162,7 @@ class Embeddings:
         if request.transport is not None:  # Else nobody is there any more.
             self._unread.bound(request.transport)
             request.transport.set_write_buffer_limits(_CHUNKS_AT_A_TIME * openai_format.CHUNK)
-        with self._unread.holding(len(hits.rendered) or sum(map(len, vectors))):
+        with self._unread.hold(len(hits.rendered) or sum(map(len, vectors))):
             for number, chunk in enumerate(chunks):
                 # A write to a fast reader does not wait; other requests get their turn here.
                 if number % _CHUNKS_AT_A_TIME == 0:

@@ -62,7 +62,7 @@ class Failure:
             headers["retry-after-ms"] = str(round(wait * 1000))
         return web.Response(
             status=self.status,
-            body=body(self.message, self.kind, self.param, self.code),
+            body=error_body(self.message, self.kind, self.param, self.code),
             content_type="application/json",
             headers=headers,
         )
@@ -83,7 +83,7 @@ def new_request_id() -> str:
     return f"req_{random.getrandbits(128):032x}"
 
 
-def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
     """Return an error in OpenAI's shape: four keys, always."""
     error = {"message": message, "type": kind, "param": param, "code": code}
     return orjson.dumps({"error": error})

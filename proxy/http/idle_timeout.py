@@ -1,4 +1,4 @@
-"""Stays with a call while bytes move, and until its client leaves."""
+"""Cancels a passed-through call when no bytes move for too long, or when its client leaves."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from aiohttp import web
 from embedding_proxy.proxy.http.runner import CONNECTION
 
 
-class Stalled(TimeoutError):
+class IdleTooLong(TimeoutError):
     """Nothing moved in either direction for too long."""
 
 
-class ClientLeft(ConnectionAbortedError):
+class ClientGone(ConnectionAbortedError):
     """The client is gone; nobody is left to tell."""
 
 
@@ -21,8 +21,8 @@ class IdleTimeout:
     """Cancels what is done inside `async with` when the client leaves, or nothing moves any more.
 
     A client that only stops sending, its request being whole, counts as one that left: it cannot be
-    told from one that closed, and what an upstream does for nobody is paid for. Raises ClientLeft,
-    Stalled.
+    told from one that closed, and what an upstream does for nobody is paid for. Raises ClientGone,
+    IdleTooLong.
     """
 
     def __init__(self, request: web.Request, idle_s: float) -> None:
@@ -41,7 +41,7 @@ class IdleTimeout:
                 self._leave()
         return self
 
-    def moved(self) -> None:
+    def note_progress(self) -> None:
         """Take note that something was sent or received."""
         self._end_in(self._idle_s)
 
@@ -71,5 +71,5 @@ class IdleTimeout:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError as timeout:
             if self._left:
-                raise ClientLeft("the client is gone") from timeout
-            raise Stalled(f"nothing moved for {self._idle_s:g} s") from timeout
+                raise ClientGone("the client is gone") from timeout
+            raise IdleTooLong(f"nothing moved for {self._idle_s:g} s") from timeout

@@ -33,7 +33,7 @@ def loop_guard(settings: Settings) -> Middleware:
     own = installation_id(settings)
 
     @web.middleware
-    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         passed = hops.parse(request.headers.getall(hops.HEADER, ()))
         if own in passed:
             return _refusal(
@@ -51,12 +51,12 @@ def loop_guard(settings: Settings) -> Middleware:
         finally:
             hops.leave(token)
 
-    return guarded
+    return handle
 
 
 def _remedy(settings: Settings, request: web.Request) -> str:
     name = settings.passthrough
-    if settings.passes_to is not None and "embeddings" not in request.path:
+    if settings.passthrough_provider is not None and "embeddings" not in request.path:
         return f"Set providers.{name}.base_url to the upstream's own address."
     return "Set providers.NAME.base_url to the upstream's own address."
 

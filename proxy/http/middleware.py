@@ -1,4 +1,4 @@
-"""What stands around every request: host, origin and key, an id, and errors in OpenAI's shape."""
+"""Middleware of every request: checks target, host, origin and key; gives errors OpenAI's shape."""
 
 import logging
 
@@ -8,37 +8,36 @@ from embedding_proxy.providers.base import EmbeddingError, InvalidRequest
 from embedding_proxy.proxy.service.request import CALLER
 
 from . import errors, status, target
-from .auth import Authenticator
+from .auth import KEY_HEADERS, Authenticator
 from .cors import Cors
 from .errors import Failure
 from .origin_check import OriginCheck
-from .passthrough_upstream import KEY_HEADERS
 from .request_body import BodyRefused
-from .request_log import REQUEST_ID, STARTED, identify, tell
+from .request_log import REQUEST_ID, STARTED, identify, log_request
 from .target import REMEDY, may_be_embeddings
 
 log = logging.getLogger("embedding_proxy.guard")
 
 
-def guard(access: Authenticator, cors: Cors, origin_check: OriginCheck) -> Middleware:
+def request_middleware(access: Authenticator, cors: Cors, origin_check: OriginCheck) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
-    It gives every error OpenAI's shape. Of `ops.OPEN_PATHS` only the target is checked, and
-    `ops.ROOT` is answered without a key; without a CALLER in its request then.
+    It gives every error OpenAI's shape. Of `status.OPEN_PATHS` only the target is checked, and
+    `status.ROOT` is answered without a key; without a CALLER in its request then.
     """
 
     @web.middleware
-    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         identify(request)
-        refused = _refused(request, access, cors, origin_check)
-        response = await _answered(request, handler) if refused is None else refused
-        tell(request, response)
+        refused = _refuse(request, access, cors, origin_check)
+        response = await _answer(request, handler) if refused is None else refused
+        log_request(request, response)
         return response
 
-    return guarded
+    return handle
 
 
-def _refused(
+def _refuse(
     request: web.Request, access: Authenticator, cors: Cors, origin_check: OriginCheck
 ) -> web.Response | None:
     """Return the reply to a request that no handler gets to see; None to all others."""
@@ -63,7 +62,7 @@ def _refused(
     return None
 
 
-async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Return the reply of a handler, or the one that explains its error."""
     try:
         return await handler(request)
@@ -71,17 +70,17 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
         # The client is gone, perhaps in the midst of a reply; nobody is left to tell.
         raise
     except Exception as error:
-        response = _explained(request, error)
+        response = _explain(request, error)
         if request.get(STARTED):
             # Amid a reply there is no room for another; only a cut tells that it is not whole.
             raise ConnectionAbortedError("the reply could not be finished") from error
         return response
 
 
-def for_admins(handler: Handler) -> Handler:
+def admin_only(handler: Handler) -> Handler:
     """Return a handler that serves admins alone: keys with `admin: true`, or all without keys."""
 
-    async def checked(request: web.Request) -> web.StreamResponse:
+    async def handle(request: web.Request) -> web.StreamResponse:
         if not request[CALLER].is_admin:
             return Failure(
                 403,
@@ -92,10 +91,10 @@ def for_admins(handler: Handler) -> Handler:
             ).response()
         return await handler(request)
 
-    return checked
+    return handle
 
 
-def _explained(request: web.Request, error: Exception) -> web.Response:
+def _explain(request: web.Request, error: Exception) -> web.Response:
     """Return the response that tells of an error."""
     if isinstance(error, EmbeddingError):
         response = errors.failure(error).response()
@@ -103,7 +102,7 @@ def _explained(request: web.Request, error: Exception) -> web.Response:
             response.force_close()
         return response
     if isinstance(error, web.HTTPException):
-        response = _unrouted(request, error).response()
+        response = _not_found(request, error).response()
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
@@ -112,7 +111,7 @@ def _explained(request: web.Request, error: Exception) -> web.Response:
     return errors.INTERNAL.response()
 
 
-def _unrouted(request: web.Request, error: web.HTTPException) -> Failure:
+def _not_found(request: web.Request, error: web.HTTPException) -> Failure:
     """Return the error for a request that no handler takes."""
     what = f"({request.method} {request.path[:200]})"
     if error.status == 404 and may_be_embeddings(request.method, request.raw_path):

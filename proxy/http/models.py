@@ -49,7 +49,7 @@ class Models:
 
 def _is_told(model: Model) -> bool:
     """Tell whether a model may be listed: not one that a client has named with its own key."""
-    return not (model.by_name and model.by_client)
+    return not (model.by_name and model.client_key_policy)
 
 
 def _wire(model: Model) -> dict[str, object]:

@@ -16,7 +16,7 @@ from embedding_proxy.proxy.service import request
 from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, IndexOptions
 from embedding_proxy.proxy.service.request_fields import classify
 
-MOST_INPUTS = 2048
+MAX_INPUTS = 2048
 """At OpenAI: inputs in one request, and ids in a token array that stands alone."""
 CHUNK = 96 << 10
 """About how many bytes of a reply are made at a time. From 128 KiB on the C library takes fresh

@@ -112,7 +112,7 @@ class UnreadReplies:
         return self._held > self.max_bytes
 
     @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
+    def hold(self, size: int) -> Iterator[None]:
         """Count so many bytes until the block ends."""
         self._held += size
         try:

@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import passthrough_websocket
-from .idle_timeout import IdleTimeout, Stalled
+from .idle_timeout import IdleTimeout, IdleTooLong
 from .passthrough_reply import (
     SecretFound,
     redacted_chunks,
@@ -27,7 +27,7 @@ from .passthrough_reply import (
     redacted_reason,
     redacted_reply,
 )
-from .passthrough_upstream import PREFIXES, PassthroughUpstream, returned
+from .passthrough_upstream import PREFIXES, PassthroughUpstream, reply_headers
 from .request_body import MIB, BodyRefused, too_slow
 from .target import may_be_embeddings
 
@@ -69,16 +69,16 @@ class Passthrough:
         url = origin.address(request)
         headers = origin.headers(request, url)
         try:
-            async with IdleTimeout(request, self._idle_s) as attendance:
+            async with IdleTimeout(request, self._idle_s) as idle_timeout:
                 if passthrough_websocket.is_wanted(request):
                     return await passthrough_websocket.connect(
-                        request, origin, url, headers, attendance, self._max_message
+                        request, origin, url, headers, idle_timeout, self._max_message
                     )
-                upload = _Upload(request, attendance, self._body_timeout_s)
+                upload = _Upload(request, idle_timeout, self._body_timeout_s)
                 async with await self._begun(request, url, headers, upload) as reply:
-                    attendance.moved()
-                    return await self._returned(request, reply, attendance)
-        except Stalled as error:
+                    idle_timeout.note_progress()
+                    return await self._send_reply(request, reply, idle_timeout)
+        except IdleTooLong as error:
             raise UpstreamTimeout(origin.name, str(error)) from error
 
     async def _begun(
@@ -97,17 +97,17 @@ class Passthrough:
             if upload.refusal is not None:
                 raise upload.refusal from error
             raise self._origin.failure(error) from error
-        return self._origin.checked(reply)
+        return self._origin.check_reply(reply)
 
-    async def _returned(
-        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: IdleTimeout
+    async def _send_reply(
+        self, request: web.Request, reply: aiohttp.ClientResponse, idle_timeout: IdleTimeout
     ) -> web.StreamResponse:
         """Give the client the reply as it comes. Raises ConnectionError if it breaks off."""
         redactor = self._origin.redactor
-        headers = redacted_headers(returned(reply.headers), redactor)
+        headers = redacted_headers(reply_headers(reply.headers), redactor)
         reason = redacted_reason(reply.reason, redactor)
         is_good = 200 <= reply.status < 300
-        chunks = self._chunks(request, reply, attendance)
+        chunks = self._chunks(request, reply, idle_timeout)
         if not (is_good or request.method == "HEAD" or reply.status == 304):
             return await redacted_reply(reply.status, reason, headers, chunks, redactor)
         response = web.StreamResponse(status=reply.status, reason=reason, headers=headers)
@@ -116,7 +116,7 @@ class Passthrough:
             encoding = ",".join(headers.getall("Content-Encoding", ()))
             async for passed in redacted_chunks(chunks, encoding, redactor):
                 await response.write(passed)
-                attendance.moved()
+                idle_timeout.note_progress()
         except SecretFound as error:
             log.warning(
                 "passthrough: %s: a compressed reply was cut off before the proxy's key, which it"
@@ -128,10 +128,10 @@ class Passthrough:
         return response
 
     async def _chunks(
-        self, request: web.Request, reply: aiohttp.ClientResponse, attendance: IdleTimeout
+        self, request: web.Request, reply: aiohttp.ClientResponse, idle_timeout: IdleTimeout
     ) -> AsyncIterator[bytes]:
         while chunk := await self._next(request, reply):
-            attendance.moved()
+            idle_timeout.note_progress()
             yield chunk
 
     async def _next(self, request: web.Request, reply: aiohttp.ClientResponse) -> bytes:
@@ -162,9 +162,9 @@ def _is_below(target: str) -> bool:
 class _Upload:
     """The body of a call, as it comes from the client."""
 
-    def __init__(self, request: web.Request, attendance: IdleTimeout, timeout_s: float) -> None:
+    def __init__(self, request: web.Request, idle_timeout: IdleTimeout, timeout_s: float) -> None:
         self._content = request.content
-        self._attendance = attendance
+        self._idle_timeout = idle_timeout
         self._timeout_s = timeout_s
         self.refusal: BodyRefused | None = None
         """Why it ended before its end, if it did."""
@@ -174,7 +174,7 @@ class _Upload:
         pace = Pace(self._timeout_s)
         try:
             while chunk := await pace.read(self._content):
-                self._attendance.moved()
+                self._idle_timeout.note_progress()
                 yield chunk
         except TimeoutError:
             self.refusal = too_slow(self._timeout_s)

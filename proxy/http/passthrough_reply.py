@@ -17,7 +17,7 @@ from embedding_proxy.providers.upstream.content_encoding import PIECE, DecodeErr
 from embedding_proxy.providers.upstream.redaction import MAX_BYTES, RedactedStream, Redactor
 from multidict import CIMultiDict
 
-from .errors import body as error_body
+from .errors import error_body
 
 _MAX_INLINE = 1 << 15
 """Bytes that are searched at once; longer bodies are searched in a thread."""
@@ -40,8 +40,8 @@ async def redacted_reply(
 
     Raises what `chunks` raises.
     """
-    raw = await _gathered(chunks)
-    body = None if raw is None else _decoded(raw, headers.get("Content-Encoding", ""))
+    raw = await _gather(chunks)
+    body = None if raw is None else _decode(raw, headers.get("Content-Encoding", ""))
     problem = None
     if raw is None or body is None:
         problem = f"is longer than {MAX_BYTES >> 20} MiB" if raw is None else "cannot be decoded"
@@ -49,9 +49,9 @@ async def redacted_reply(
         # A long body takes a while; others are served meanwhile.
         is_short = len(body) <= _MAX_INLINE
         found, is_clean = (
-            _redacted(body, redactor)
+            _redact(body, redactor)
             if is_short
-            else await asyncio.to_thread(_redacted, body, redactor)
+            else await asyncio.to_thread(_redact, body, redactor)
         )
         if found != body:
             raw = found
@@ -81,7 +81,7 @@ async def redacted_chunks(
     """
     passing = redactor.stream()
     if encoding and redactor.watches_good_replies:
-        async for chunk in _unchanged(chunks, Decoder(encoding), passing):
+        async for chunk in _stream_unchanged(chunks, Decoder(encoding), passing):
             yield chunk
         return
     async for chunk in chunks:
@@ -91,7 +91,7 @@ async def redacted_chunks(
         yield rest
 
 
-async def _unchanged(
+async def _stream_unchanged(
     chunks: AsyncIterator[bytes], decoder: Decoder | None, passing: RedactedStream
 ) -> AsyncIterator[bytes]:
     """Yield a compressed reply, each part when it is known to hold no key. Raises SecretFound."""
@@ -127,7 +127,7 @@ async def _is_waiting(pieces: Iterator[bytes], passing: RedactedStream) -> bool:
     return is_waiting
 
 
-async def _gathered(chunks: AsyncIterator[bytes]) -> bytes | None:
+async def _gather(chunks: AsyncIterator[bytes]) -> bytes | None:
     """Return a whole body; None if it is longer than MAX_BYTES."""
     pieces: list[bytes] = []
     size = 0
@@ -139,13 +139,13 @@ async def _gathered(chunks: AsyncIterator[bytes]) -> bytes | None:
     return b"".join(pieces)
 
 
-def _redacted(body: bytes, redactor: Redactor) -> tuple[bytes, bool]:
+def _redact(body: bytes, redactor: Redactor) -> tuple[bytes, bool]:
     """Return a body without secrets that can be removed, and whether none is left."""
     found = redactor.redact(body)
     return found, redactor.is_clean(found)
 
 
-def _decoded(raw: bytes, encoding: str) -> bytes | None:
+def _decode(raw: bytes, encoding: str) -> bytes | None:
     """Return what a body stands for; None if it cannot be read, or is longer than MAX_BYTES."""
     decoder = Decoder(encoding)
     body = bytearray()

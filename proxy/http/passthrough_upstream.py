@@ -1,9 +1,7 @@
-"""Which headers of a passed-through call go on, in both directions.
+"""The upstream of passed-through calls: its address, its key, the headers of both directions.
 
-Everything does but what is listed here: applications and SDKs use headers that nobody can foresee.
-(Upstream calls for embeddings are the opposite: they are built from a list.)
-
-The provider that other calls are passed to: its address, its key, and the way there.
+All headers are passed on but those that are listed here: applications and SDKs use headers that
+nobody can foresee. (Upstream calls for embeddings are the opposite: they are built from a list.)
 """
 
 import logging
@@ -43,11 +41,12 @@ from embedding_proxy.proxy.service.provider_factory import check_network, key_of
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from .auth import Authenticator
+from .auth import KEY_HEADERS, Authenticator
 
-KEY_HEADERS = ("x-proxy-key", "api-key", "x-api-key")
-"""Where a client may give its key, besides `Authorization: Bearer …`."""
+log = logging.getLogger("embedding_proxy.passthrough")
 
+PREFIXES = ("/v1", "/api/v1", "/openai/v1")
+"""What stands for the base URL in the paths of clients: OpenAI's, OpenRouter's and Azure's."""
 # Of one connection, not of the message (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
     {
@@ -85,59 +84,14 @@ _NOT_FORWARDED_BEGINNINGS = (
     "sec-websocket-",
     "x-forwarded-",
 )
-
 # What an upstream says of its own origin would here be said of ours.
 _NOT_RETURNED = _HOP_BY_HOP | {"alt-svc", "strict-transport-security"}
 _NOT_RETURNED_BEGINNINGS = ("access-control-",)
-
-
-def forwarded(headers: CIMultiDictProxy[str], own: Mapping[str, str]) -> CIMultiDict[str]:
-    """Return what an upstream is sent of a client's headers, and `own` in place of its like."""
-    kept = _kept(headers, _NOT_FORWARDED, _NOT_FORWARDED_BEGINNINGS)
-    for name, value in own.items():
-        kept[name] = value
-    return kept
-
-
-def returned(headers: CIMultiDictProxy[str], now: float | None = None) -> CIMultiDict[str]:
-    """Return what a client is sent of an upstream's headers; waits are bounded.
-
-    `now` is the present time in seconds since 1970.
-    """
-    now = time.time() if now is None else now
-    kept = _kept(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
-    told = ((name, told_header(name.lower(), value, now)) for name, value in kept.items())
-    return CIMultiDict((name, value) for name, value in told if value is not None)
-
-
-def _kept(
-    headers: CIMultiDictProxy[str], unwanted: frozenset[str], beginnings: tuple[str, ...]
-) -> CIMultiDict[str]:
-    # A message may name further ones that are of its connection.
-    named = set(_listed(headers.getall("Connection", ())))
-    return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if (lower := name.lower()) not in unwanted
-        and lower not in named
-        and not lower.startswith(beginnings)
-    )
-
-
-def _listed(values: Iterable[str]) -> Iterable[str]:
-    return (part.strip().lower() for value in values for part in value.split(","))
-
-
-log = logging.getLogger("embedding_proxy.passthrough")
-
-PREFIXES = ("/v1", "/api/v1", "/openai/v1")
-"""What stands for the base URL in the paths of clients: OpenAI's, OpenRouter's and Azure's."""
-
 _LIST_SECONDS = 3.0
 _LIST_BYTES = 1 << 24
 
 
-class Unanswered(aiohttp.ClientConnectionError):
+class ReplyLost(aiohttp.ClientConnectionError):
     """A call was sent, and its connection ended before the reply; the cause says how."""
 
 
@@ -153,7 +107,7 @@ async def _send_once(
     except aiohttp.ClientConnectorError:
         raise
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise Unanswered(*error.args) from error
+        raise ReplyLost(*error.args) from error
 
 
 class PassthroughUpstream:
@@ -164,7 +118,7 @@ class PassthroughUpstream:
 
     def __init__(self, settings: Settings, access: Authenticator) -> None:
         """Look up the key. Raises ConfigError, and ValueError if calls are passed to nobody."""
-        entry = settings.passes_to
+        entry = settings.passthrough_provider
         if entry is None or settings.passthrough is None:
             raise ValueError("calls are passed to nobody")
         self.name = settings.passthrough
@@ -176,7 +130,7 @@ class PassthroughUpstream:
         self.redactor = Redactor(*self._profile.secrets(self._key))
         """Removes the provider's key from what its upstream says."""
         check_network(self.name, entry)
-        self._by_client = settings.passthrough_auth == "client" or entry.by_client
+        self._by_client = settings.passthrough_auth == "client" or entry.uses_client_key
         self._access = access
         self._session: aiohttp.ClientSession | None = None
 
@@ -225,7 +179,7 @@ class PassthroughUpstream:
         """
         self._base.verify(url)
         own = {**self._profile.headers, **self._credentials(request), **hops.headers()}
-        return forwarded(request.headers, own)
+        return request_headers(request.headers, own)
 
     def _credentials(self, request: web.Request) -> Mapping[str, str]:
         name = self._profile.key_header
@@ -259,7 +213,7 @@ class PassthroughUpstream:
 
     def failure(self, error: Exception) -> EmbeddingError:
         """Return what a client is told when the origin could not be asked."""
-        if isinstance(error, Unanswered) and isinstance(error.__cause__, Exception):
+        if isinstance(error, ReplyLost) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         if isinstance(error, TimeoutError):
             place = self._profile.network.place_of(self._base_url)
@@ -272,7 +226,7 @@ class PassthroughUpstream:
             return OutOfDescriptors()
         return Unreachable(self.name, reason(error))
 
-    def checked(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+    def check_reply(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
         """Return a reply of the upstream. Raises Unreachable for one of an HTTP proxy."""
         if reply.status == 407:
             reply.close()
@@ -316,3 +270,40 @@ def _listed_models(body: bytes) -> list[dict[str, Any]]:
     data = content.get("data") if isinstance(content, dict) else None
     models = data if isinstance(data, list) else []
     return [one for one in models if isinstance(one, dict) and isinstance(one.get("id"), str)]
+
+
+def request_headers(headers: CIMultiDictProxy[str], own: Mapping[str, str]) -> CIMultiDict[str]:
+    """Return what an upstream is sent of a client's headers, and `own` in place of its like."""
+    kept = _filter_headers(headers, _NOT_FORWARDED, _NOT_FORWARDED_BEGINNINGS)
+    for name, value in own.items():
+        kept[name] = value
+    return kept
+
+
+def reply_headers(headers: CIMultiDictProxy[str], now: float | None = None) -> CIMultiDict[str]:
+    """Return what a client is sent of an upstream's headers; waits are bounded.
+
+    `now` is the present time in seconds since 1970.
+    """
+    now = time.time() if now is None else now
+    kept = _filter_headers(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
+    told = ((name, told_header(name.lower(), value, now)) for name, value in kept.items())
+    return CIMultiDict((name, value) for name, value in told if value is not None)
+
+
+def _filter_headers(
+    headers: CIMultiDictProxy[str], unwanted: frozenset[str], beginnings: tuple[str, ...]
+) -> CIMultiDict[str]:
+    # A message may name further ones that are of its connection.
+    named = set(_split_names(headers.getall("Connection", ())))
+    return CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if (lower := name.lower()) not in unwanted
+        and lower not in named
+        and not lower.startswith(beginnings)
+    )
+
+
+def _split_names(values: Iterable[str]) -> Iterable[str]:
+    return (part.strip().lower() for value in values for part in value.split(","))

@@ -38,7 +38,7 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
     origin: PassthroughUpstream,
     url: URL,
     headers: CIMultiDict[str],
-    attendance: IdleTimeout,
+    idle_timeout: IdleTimeout,
     max_message: int,
 ) -> web.StreamResponse:
     """Carry messages both ways until either side closes; a refused call is answered with why.
@@ -69,26 +69,26 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
     except (aiohttp.ClientError, OSError) as error:
         raise origin.failure(error) from error
     async with upstream:
-        attendance.moved()
+        idle_timeout.note_progress()
         chosen = (upstream.protocol,) if upstream.protocol else ()
         client = web.WebSocketResponse(
             protocols=chosen, max_msg_size=max_message, compress=False, timeout=_CLOSE_SECONDS
         )
         await client.prepare(request)
         async with asyncio.TaskGroup() as pumps:
-            pumps.create_task(_pump(client, upstream, attendance, origin))
-            pumps.create_task(_pump(upstream, client, attendance, origin))
-            attendance.on_grace_over(partial(_go_away, pumps, client, upstream))
+            pumps.create_task(_pump(client, upstream, idle_timeout, origin))
+            pumps.create_task(_pump(upstream, client, idle_timeout, origin))
+            idle_timeout.on_grace_over(partial(_go_away, pumps, client, upstream))
     return client
 
 
 def _go_away(pumps: asyncio.TaskGroup, *sockets: _Socket) -> None:
     """Close both connections: the proxy stops."""
     for one in sockets:
-        pumps.create_task(_closed(one, WSCloseCode.GOING_AWAY))
+        pumps.create_task(_wait_closed(one, WSCloseCode.GOING_AWAY))
 
 
-async def _closed(socket: _Socket, code: int, why: bytes = b"") -> None:
+async def _wait_closed(socket: _Socket, code: int, why: bytes = b"") -> None:
     with suppress(ConnectionError, aiohttp.ClientError):
         await socket.close(code=code, message=why)
 
@@ -99,14 +99,14 @@ def _may_go(origin: PassthroughUpstream, protocol: str) -> bool:
 
 
 async def _pump(
-    source: _Socket, sink: _Socket, attendance: IdleTimeout, origin: PassthroughUpstream
+    source: _Socket, sink: _Socket, idle_timeout: IdleTimeout, origin: PassthroughUpstream
 ) -> None:
     """Send on what comes, and at last how it ended; a side that is gone ends it too."""
     code, why = _BROKEN, ""
     with suppress(ConnectionError, aiohttp.ClientError):
         while True:
             message = await source.receive()
-            attendance.moved()
+            idle_timeout.note_progress()
             if message.type is WSMsgType.TEXT:
                 await sink.send_str(origin.redactor.overwrite(message.data))
             elif message.type is WSMsgType.BINARY:
@@ -122,7 +122,7 @@ async def _pump(
             code, why = WSCloseCode.MESSAGE_TOO_BIG, "a message is too large"
     told = origin.redactor.redact_text(why).encode()
     # What is no whole character at the end would break the frame.
-    await _closed(sink, code, told[:_MAX_REASON].decode(errors="ignore").encode())
+    await _wait_closed(sink, code, told[:_MAX_REASON].decode(errors="ignore").encode())
 
 
 def _is_too_large(error: object) -> bool:

@@ -41,14 +41,14 @@ def has_own_id(request: web.BaseRequest) -> bool:
     return any(name in request.headers for name in CLIENT_HEADERS)
 
 
-async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
     """Give every response its request's id, streamed ones too; an upstream's own is kept."""
     own = request.get(REQUEST_ID) or errors.new_request_id()
     response.headers.setdefault(HEADER, own)
     request[STARTED] = True
 
 
-def tell(request: web.Request, response: web.StreamResponse) -> None:
+def log_request(request: web.Request, response: web.StreamResponse) -> None:
     """Log a request that is answered with an error; as a warning if that is not the client's.
 
     A passed-through reply keeps the upstream's id, which is told beside the request's own.

@@ -3,7 +3,7 @@
 The parser reads requests of HTTP/0.9, 2.0 and others too; they are refused, under HTTP/1.1.
 `Expect` is dealt with here: a client that waits is told to go on, other expectations are ignored
 (RFC 9110, 10.1.1). aiohttp would do so route by route, and fail at what is no UTF-8. Bodies come as
-they were sent: who wants them decompressed does so (`body`).
+they were sent: who wants them decompressed does so (`request_body`).
 """
 
 import asyncio

@@ -1,15 +1,13 @@
-"""Paths that a server may take for its embeddings endpoint, however they are spelled. Pure.
+"""Checks request targets (RFC 9112, 3.2), and recognises the embeddings endpoint in them. Pure.
+
+A target is a path with its query, or a whole address of http or https, as clients of a forward
+proxy send it. Everything else that names a host, or that some server could read as a host, gets
+a 400: a target decides where a passed-through call goes, and the provider's key goes with it.
 
 Calls for embeddings go through the cache, or nowhere. An upstream may read a path more freely than
 this proxy does: it may decode it twice, merge slashes, fold case, drop parameters. So a path that
 any such reading leads to `embeddings` is never passed on with the provider's key; it gets a 404
 that names the right path.
-
-Checks request targets (RFC 9112, 3.2): what could be taken for another address is refused. Pure.
-
-A target is a path with its query, or a whole address of http or https, as clients of a forward
-proxy send it. Everything else that names a host, or that some server could read as a host, is a
-400: a target decides where a passed-through call goes, and the provider's key goes with it.
 """
 
 import re
@@ -19,55 +17,14 @@ from urllib.parse import unquote
 from embedding_proxy.providers.base import InvalidRequest
 
 REMEDY = "embeddings are at POST /v1/embeddings"
-
 _MAX_DECODINGS = 8
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_HTTP = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)
 _SCHEME_AND_HOST = re.compile(r"^[a-z][a-z0-9+.-]*://[^/?#\\]*", re.IGNORECASE)
 _UNICODE_ESCAPE = re.compile(r"%u([0-9a-f]{4})", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _EDGES = re.compile(r"^[^a-z0-9]+|[^a-z0-9]+$")
 _ENDPOINT = "embeddings"
-
-
-def may_be_embeddings(method: str, target: str) -> bool:
-    """Tell whether a server could take a request for one to its embeddings endpoint.
-
-    `target` is the request target as it was sent: a path and a query, or a whole address.
-    OpenRouter lists its models at `GET /embeddings/models`; that does not count.
-
-    >>> may_be_embeddings("POST", "/v1//%2565mbeddings;v=1"), may_be_embeddings("POST", "/v1/files")
-    (True, False)
-    """
-    path = _SCHEME_AND_HOST.sub("", target).partition("?")[0].partition("#")[0]
-    plain = decoded(path)
-    if _CONTROL.search(plain):
-        # Where a server ends the path at such a character cannot be known.
-        return True
-    segments = [_plain(one) for one in re.split(r"[/\\?#]", plain)]
-    segments = [one for one in segments if one]
-    if _ENDPOINT not in segments:
-        return False
-    is_list = segments[-2:] == [_ENDPOINT, "models"] and segments.count(_ENDPOINT) == 1
-    return not (is_list and method in ("GET", "HEAD"))
-
-
-def decoded(path: str) -> str:
-    """Return a path with its percent-encoding undone, however often it was encoded."""
-    for _ in range(_MAX_DECODINGS):
-        further = _UNICODE_ESCAPE.sub(lambda found: chr(int(found[1], 16)), unquote(path))
-        if further == path:
-            break
-        path = further
-    return path
-
-
-def _plain(segment: str) -> str:
-    """Return a segment without parameters, case, and what some servers strip at its ends."""
-    name = unicodedata.normalize("NFKC", segment.partition(";")[0]).casefold()
-    return _EDGES.sub("", name)
-
-
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-_HTTP = re.compile(r"https?://([^/?#]*)", re.IGNORECASE)
 
 
 def path_of(target: str) -> str:
@@ -97,7 +54,7 @@ def check(method: str, target: str) -> None:
         raise _refusal("it does not begin with a slash")
     if may_be_embeddings(method, target):
         return
-    plain = decoded(path)
+    plain = decode_path(path)
     if "\\" in plain:
         raise _refusal("it holds a backslash")
     if plain.startswith("//"):
@@ -108,3 +65,41 @@ def _refusal(problem: str) -> InvalidRequest:
     return InvalidRequest(
         f"The request target is not valid: {problem}. Send a path such as /v1/embeddings."
     )
+
+
+def may_be_embeddings(method: str, target: str) -> bool:
+    """Tell whether a server could take a request for one to its embeddings endpoint.
+
+    `target` is the request target as it was sent: a path and a query, or a whole address.
+    OpenRouter lists its models at `GET /embeddings/models`; that does not count.
+
+    >>> may_be_embeddings("POST", "/v1//%2565mbeddings;v=1"), may_be_embeddings("POST", "/v1/files")
+    (True, False)
+    """
+    path = _SCHEME_AND_HOST.sub("", target).partition("?")[0].partition("#")[0]
+    plain = decode_path(path)
+    if _CONTROL.search(plain):
+        # Where a server ends the path at such a character cannot be known.
+        return True
+    segments = [_plain_segment(one) for one in re.split(r"[/\\?#]", plain)]
+    segments = [one for one in segments if one]
+    if _ENDPOINT not in segments:
+        return False
+    is_list = segments[-2:] == [_ENDPOINT, "models"] and segments.count(_ENDPOINT) == 1
+    return not (is_list and method in ("GET", "HEAD"))
+
+
+def decode_path(path: str) -> str:
+    """Return a path with its percent-encoding undone, however often it was encoded."""
+    for _ in range(_MAX_DECODINGS):
+        further = _UNICODE_ESCAPE.sub(lambda found: chr(int(found[1], 16)), unquote(path))
+        if further == path:
+            break
+        path = further
+    return path
+
+
+def _plain_segment(segment: str) -> str:
+    """Return a segment without parameters, case, and what some servers strip at its ends."""
+    name = unicodedata.normalize("NFKC", segment.partition(";")[0]).casefold()
+    return _EDGES.sub("", name)

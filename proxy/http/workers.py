@@ -38,7 +38,7 @@ class WorkerFailed(Exception):
         """Whether its own last line is all there is to say."""
 
 
-def run(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
+def run_workers(count: int, work: Work, announce: Callable[[], None]) -> signal.Signals:
     """Run workers until SIGINT, SIGTERM or SIGHUP, and return which it was.
 
     The workers then answer what they have begun; another SIGINT or SIGTERM ends them at once.

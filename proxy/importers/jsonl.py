@@ -18,9 +18,9 @@ from embedding_proxy.cache.maintenance.import_source import (
 
 Object: TypeAlias = dict[str, object]
 
-_LONGEST = 16 << 20
+_MAX_LINE_BYTES = 16 << 20
 """Bytes of a line. A text of the longest context with the widest vector takes a hundredth."""
-TOO_LONG = f"longer than {_LONGEST >> 20} MiB"
+TOO_LONG = f"longer than {_MAX_LINE_BYTES >> 20} MiB"
 _LOOKED_AT = 100
 """Lines in which a field must show up at least once."""
 _BOM = b"\xef\xbb\xbf"
@@ -99,9 +99,9 @@ def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     number = 0
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            while line := file.readline(_LONGEST):
+            while line := file.readline(_MAX_LINE_BYTES):
                 number += 1
-                if len(line) == _LONGEST and not line.endswith(b"\n"):
+                if len(line) == _MAX_LINE_BYTES and not line.endswith(b"\n"):
                     _skip_line(file)
                     yield number, None
                 elif line.strip(_BLANK):
@@ -114,5 +114,5 @@ def lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _skip_line(file: IO[bytes] | gzip.GzipFile) -> None:
-    while (piece := file.readline(_LONGEST)) and not piece.endswith(b"\n"):
+    while (piece := file.readline(_MAX_LINE_BYTES)) and not piece.endswith(b"\n"):
         pass

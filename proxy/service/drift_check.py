@@ -29,9 +29,9 @@ from .model_registry import Model
 
 NAMESPACE = "embedding-proxy/canary"
 """Where the first answers are kept; never evicted."""
-LOOK_S = 600.0
+CHECK_INTERVAL_S = 600.0
 """How often it is seen whether any is due; so long after a start there is none."""
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 """How long one route may take."""
 HOUR = 3600.0
 MAX_ROUTES = 1000
@@ -42,7 +42,7 @@ log = logging.getLogger("embedding_proxy.canary")
 T = TypeVar("T")
 
 
-class Finding(TypedDict):
+class DriftResult(TypedDict):
     """What came of asking one route."""
 
     space: str
@@ -84,14 +84,14 @@ class DriftCheck:
         self._attempts: Counter[str] = Counter()
         self._asked: dict[_RouteKey, float] = {}
         """When a route was asked last by this worker, whether or not it has answered."""
-        self._looking: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[DriftResult]:
         """What was found last of each route, by any worker; of MAX_ROUTES routes at most."""
         try:
             found = [
-                Finding(
+                DriftResult(
                     space=str(one["space"]),
                     provider=str(one["provider"]),
                     upstream_model=str(one["upstream_model"]),
@@ -130,27 +130,27 @@ class DriftCheck:
         return content if isinstance(content, dict) else {}
 
     async def __aenter__(self) -> Self:
-        """Begin to look, in the background."""
-        self._looking = asyncio.create_task(self._look_for_ever())
+        """Begin to check, in the background."""
+        self._task = asyncio.create_task(self._check_forever())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _look_for_ever(self) -> None:
+    async def _check_forever(self) -> None:
         while True:
-            await asyncio.sleep(min(LOOK_S, self._hours * HOUR))
+            await asyncio.sleep(min(CHECK_INTERVAL_S, self._hours * HOUR))
             try:
-                await self.look()
+                await self.check()
             except Exception:  # whatever it is, it is nobody else's trouble
                 log.exception("the canaries could not be asked")
 
-    async def look(self) -> list[Finding]:
+    async def check(self) -> list[DriftResult]:
         """Ask the routes that are due, one after the other, and return what was found.
 
-        While another worker does so, nothing is asked: what is due then is seen at the next look.
+        While another worker does so, nothing is asked: what is due then is seen at the next check.
         """
         with ExitStack() as stack:
             try:
@@ -161,10 +161,10 @@ class DriftCheck:
             except OSError as error:
                 # Where there can be no lock there can be no file: each worker asks for itself.
                 log.info("%s: cannot be locked: %s", self._lock_file, error)
-            return await self._look()
+            return await self._check()
 
-    async def _look(self) -> list[Finding]:
-        found: list[Finding] = []
+    async def _check(self) -> list[DriftResult]:
+        found: list[DriftResult] = []
         for name, model in list(self._models.items()):
             attempts = model.router.counts.attempts
             if not model.space.dimensions or attempts <= self._attempts[name]:
@@ -192,7 +192,7 @@ class DriftCheck:
             and not 0 <= now - asked.get(_key(model, route), -math.inf) < self._hours * HOUR
         ]
 
-    async def _ask(self, model: Model, routes: Sequence[Route]) -> list[Finding]:
+    async def _ask(self, model: Model, routes: Sequence[Route]) -> list[DriftResult]:
         """Hold the answers of routes against those that were bought first."""
         self._asked.update({_key(model, route): self._clock() for route in routes})
         try:
@@ -216,7 +216,7 @@ class DriftCheck:
                 )
             space, provider, upstream_model = _key(model, route)
             found.append(
-                Finding(
+                DriftResult(
                     space=space,
                     provider=provider,
                     upstream_model=upstream_model,
@@ -242,10 +242,10 @@ class DriftCheck:
 
     def _context(self, model: Model) -> Context:
         account = Account(model.name, price=model.price)
-        deadline = self._upstreams.clock() + PATIENCE_S
+        deadline = self._upstreams.clock() + TIMEOUT_S
         return Context(deadline, namespace=NAMESPACE, account=account)
 
-    def _keep(self, found: Sequence[Finding]) -> None:
+    def _keep(self, found: Sequence[DriftResult]) -> None:
         """Add to the file what was asked and found. For the worker that holds the lock."""
         findings = {_name(one): one for one in (*self.findings, *found)}
         asked = {key: (*key, at) for key, at in self._asked_by_any.items()}
@@ -267,7 +267,7 @@ def _newest(rows: Mapping[_RouteKey, T], at: Callable[[T], float]) -> list[T]:
     return [row for key, row in rows.items() if key in kept]
 
 
-def _name(finding: Finding) -> _RouteKey:
+def _name(finding: DriftResult) -> _RouteKey:
     return finding["space"], finding["provider"], finding["upstream_model"]
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 from embedding_proxy.cache.ledger import Answered, Usage
-from embedding_proxy.providers import similarity as likeness
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Input, InvalidAnswer, Outcome, Space, Vector
+from embedding_proxy.providers.similarity import similarities
 from embedding_proxy.providers.slices import slices
 
 from .model_registry import Model
@@ -54,7 +54,7 @@ class Result:
         rows, columns = (
             vector.derive(one.embedded.vectors, one.dimensions) for one in (self, other)
         )
-        return likeness.similarities(rows, columns)
+        return similarities(rows, columns)
 
     @property
     def outcomes(self) -> Sequence[Outcome]:
@@ -77,7 +77,7 @@ class Result:
         return self.embedded.usage
 
 
-def made(  # noqa: PLR0913, PLR0917 - what is known of an answer
+def make_result(  # noqa: PLR0913, PLR0917 - what is known of an answer
     asked: Model,
     answering: Model,
     space: Space,

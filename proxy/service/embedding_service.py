@@ -1,8 +1,4 @@
-"""What a service can be asked beside vectors: how alike texts are, which are nearest to one.
-
-For code of one's own; the proxy has no such routes. Nothing that is asked here is indexed.
-
-EmbeddingService: what a configuration names, opened. For the app, the commands and your code.
+"""EmbeddingService: an opened configuration. For the app, the commands and library users.
 
 ::
 
@@ -10,7 +6,9 @@ EmbeddingService: what a configuration names, opened. For the app, the commands 
         result = await service.embed(["some text"], model="text-embedding-3-small", dimensions=256)
         result.vectors  # float32, shape (1, 256)
 
-It knows which model is which space and where it can be bought; it knows no HTTP.
+It knows which model belongs to which space and where it can be bought; it knows no HTTP.
+`SearchMixin` adds similarities and searches, for library users; the proxy has no such routes.
+Texts that are embedded for these are not indexed.
 """
 
 import asyncio
@@ -29,8 +27,7 @@ from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import Found, search
-from embedding_proxy.providers import similarity as likeness
-from embedding_proxy.providers import vector
+from embedding_proxy.providers import similarity, vector
 from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.slices import SLICE
@@ -43,7 +40,7 @@ from . import drift_check, index_writes, request
 from .client_keys import ClientKeys
 from .drift_check import DriftCheck
 from .embedding_result import Result
-from .index_writes import Indexing, collection_of
+from .index_writes import IndexWrites, collection_of
 from .inputs import CostPreview, preview_cost
 from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from .model_registry import Model, Registry
@@ -52,9 +49,15 @@ from .provider_factory import open_providers
 from .request import NO_INDEX_OPTIONS, Client, IndexOptions, Secret
 from .request_fields import classify
 
+MIB = 1 << 20
+GIB = 1 << 30
+DAY = 86_400
+REPLIES_SHARE = 0.5
+"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
+
 
 @dataclass(frozen=True, slots=True)
-class Near:
+class Neighbour:
     """A text, and how near it is to the one that was asked about."""
 
     place: int
@@ -68,7 +71,7 @@ class SearchMixin(ABC):
     """Similarities and searches over whatever embeds."""
 
     settings: Settings
-    indexing: Indexing | None
+    indexing: IndexWrites | None
 
     @abstractmethod
     async def embed(
@@ -91,7 +94,7 @@ class SearchMixin(ABC):
 
     async def nearest(
         self, query: str, texts: Sequence[str], k: int, model: str, *, dimensions: int | None = None
-    ) -> list[Near]:
+    ) -> list[Neighbour]:
         """Return the k texts that are nearest to a query, the nearest first; of equals the earlier.
 
         Raises EmbeddingError.
@@ -100,8 +103,8 @@ class SearchMixin(ABC):
             return []
         found = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
         first, *others = vector.derive(found.embedded.vectors, found.dimensions)
-        ranked = likeness.ranked(first, others, k)
-        return [Near(place, texts[place], score) for place, score in ranked]
+        ranked = similarity.ranked(first, others, k)
+        return [Neighbour(place, texts[place], score) for place, score in ranked]
 
     async def query(  # noqa: PLR0913 - a question's parts, by name
         self,
@@ -156,13 +159,6 @@ class SearchMixin(ABC):
         )
 
 
-MIB = 1 << 20
-GIB = 1 << 30
-DAY = 86_400
-REPLIES_SHARE = 0.5
-"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
-
-
 class EmbeddingService(SearchMixin):
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
@@ -177,7 +173,7 @@ class EmbeddingService(SearchMixin):
         self.upstreams = HealthRegistry()
         """What is known of the providers: breakers, counters."""
         self.canaries: DriftCheck | None = None
-        self.indexing: Indexing | None = None
+        self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
@@ -227,12 +223,12 @@ class EmbeddingService(SearchMixin):
             )
             stack.push_async_callback(self._registry.close)
             client_keys = None
-            if any(one.by_client for one in self.settings.providers.values() if one):
+            if any(one.uses_client_key for one in self.settings.providers.values() if one):
                 client_keys = ClientKeys(self.settings, store.folder)
             self._answering = EmbeddingPipeline(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
                 self.indexing = await stack.enter_async_context(
-                    Indexing(
+                    IndexWrites(
                         self.settings, self.settings.index.qdrant, cache.directory, self._sleep
                     )
                 )
@@ -291,9 +287,9 @@ class EmbeddingService(SearchMixin):
         return self._registry.other_models() if self._registry else {}
 
     @property
-    def most_inputs(self) -> int | None:
+    def max_inputs(self) -> int | None:
         """How many inputs a request may have; None = any number."""
-        return None if self.settings.server.allow_oversize else openai_format.MOST_INPUTS
+        return None if self.settings.server.allow_oversize else openai_format.MAX_INPUTS
 
     async def embed(  # noqa: PLR0913 - the parameters of a request
         self,
@@ -324,7 +320,7 @@ class EmbeddingService(SearchMixin):
             if isinstance(inputs, str):
                 return openai_format.parse_input(inputs)
             plain = [item if isinstance(item, str | int) else list(item) for item in inputs]
-            return openai_format.parse_input(plain, self.most_inputs)
+            return openai_format.parse_input(plain, self.max_inputs)
 
         parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
         given = {name: one for name, one in (parameters or {}).items() if one is not None}
@@ -341,7 +337,7 @@ class EmbeddingService(SearchMixin):
         )
         return await self.answer(asked, Client(namespace, client, Secret(api_key)), cache_control)
 
-    async def look(
+    async def preview(
         self, inputs: Sequence[str], model: str, *, namespace: str = ""
     ) -> list[CostPreview]:
         """Return what is known of texts before anything is bought. Raises EmbeddingError."""
@@ -351,14 +347,16 @@ class EmbeddingService(SearchMixin):
             self._registry.get(model), self._tiers, inputs, Namespace(namespace)
         )
 
-    def at_hand(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result | None:
-        """Return what `answer` would, already counted, if it need not be waited for; else None.
+    def embed_from_cache(
+        self, asked: EmbeddingRequest, caller: Client, control: str
+    ) -> Result | None:
+        """Return what `answer` would, already counted, if nothing has to be waited for; else None.
 
         Raises EmbeddingError.
         """
         if self._answering is None or asked.index != NO_INDEX_OPTIONS:
             return None
-        result = self._answering.at_hand(asked, caller, control)
+        result = self._answering.embed_from_cache(asked, caller, control)
         if result is None or result.embedded.again is None:
             return None
         if self.indexing is not None and not self.indexing.knows(asked.index, result):
@@ -366,7 +364,7 @@ class EmbeddingService(SearchMixin):
         result.embedded.again.count()
         return result
 
-    def again(self, result: Result, index: IndexOptions) -> Reusable | None:
+    def reusable(self, result: Result, index: IndexOptions) -> Reusable | None:
         """Return what gives this answer to the same request once more; None to have it asked anew.
 
         What stood in may not be needed again; and points that are not known to be indexed are.
@@ -374,17 +372,15 @@ class EmbeddingService(SearchMixin):
         again = None if result.fallback else result.embedded.again
         if self.indexing is None or again is None:
             return again
-        return self.indexing.again(again, index, result)
+        return self.indexing.reusable(again, index, result)
 
     async def answer(self, asked: EmbeddingRequest, caller: Client, control: str = "") -> Result:
-        """Answer a well-formed request, by a model that stands in for its own if need be.
+        """Answer a well-formed request, by a fallback model where no route of its own answers.
 
         What is answered is indexed where the configuration says so. `control` is its
         `Cache-Control`. Raises EmbeddingError.
         """
-        unable = index_writes.refused(self.settings, asked.index)
-        if unable is not None:
-            raise unable
+        index_writes.check_index_options(self.settings, asked.index)
         if self._answering is None:
             raise RuntimeError("the service is not open")
         result = await apply_dimension_strategy(

@@ -20,8 +20,7 @@ import orjson
 from embedding_proxy.cache.key import Key, Namespace, checksum, keyring
 from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.index.client import Connection
-from embedding_proxy.index.collection import CollectionOptions, name_of
-from embedding_proxy.index.collection import conflicts as collection_objections
+from embedding_proxy.index.collection import CollectionOptions, conflicts, name_of
 from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
@@ -47,11 +46,11 @@ _INLINE = 32
 _POINTS_AT_A_TIME = 2048
 
 
-def refused(settings: Settings, wish: IndexOptions) -> InvalidRequest | None:
-    """Return the error for a request that wants indexing where there is none."""
-    if settings.index.qdrant is not None or wish is NO_INDEX_OPTIONS or not wish.wanted:
-        return None
-    return InvalidRequest(
+def check_index_options(settings: Settings, options: IndexOptions) -> None:
+    """Raise InvalidRequest for a request that wants indexing where there is none."""
+    if settings.index.qdrant is not None or options is NO_INDEX_OPTIONS or not options.is_enabled:
+        return
+    raise InvalidRequest(
         "This proxy indexes nothing: set index.qdrant.url, or index.qdrant.path, in its"
         " configuration, or leave out the field 'index'.",
         param="index",
@@ -68,29 +67,29 @@ def connection(qdrant: Qdrant) -> Connection:
     )
 
 
-def making(qdrant: Qdrant) -> CollectionOptions:
+def collection_options(qdrant: Qdrant) -> CollectionOptions:
     """Return how collections are made."""
     return CollectionOptions(
         qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt
     )
 
 
-async def objections(settings: Settings, open_connection: Connection) -> list[str]:
+async def find_conflicts(settings: Settings, open_connection: Connection) -> list[str]:
     """Say why vectors may not go to the collections that are there. Raises QdrantFailure."""
     qdrant = settings.index.qdrant
     if qdrant is None:
         return []
     spaces = {name: entry.as_space().label for name, entry in settings.models.items()}
-    return await collection_objections(
+    return await conflicts(
         open_connection,
         spaces,
-        making(qdrant),
+        collection_options(qdrant),
         collection=qdrant.collection,
         prefix=qdrant.prefix,
     )
 
 
-class Indexing:
+class IndexWrites:
     """Indexes answers. Open it with `async with`."""
 
     def __init__(
@@ -105,7 +104,7 @@ class Indexing:
         self.indexer = Indexer(
             folder,
             lambda: connection(qdrant),
-            making(qdrant),
+            collection_options(qdrant),
             on_open=self._look,
             size_limit=int(qdrant.outbox_gib * GIB),
             most_bytes=qdrant.batch_mib * MIB,
@@ -130,49 +129,57 @@ class Indexing:
         """Refuse the start if a collection belongs to another space. Raises ConfigError."""
         try:
             async with asyncio.timeout(LOOK_SECONDS):
-                against = await objections(self._settings, qdrant)
+                against = await find_conflicts(self._settings, qdrant)
         except (Unavailable, Denied, TimeoutError) as error:
             log.warning("Qdrant at %s: %s; points wait on disk", qdrant, str(error) or "no answer")
             return
         if against:
             raise ConfigError(f"index.qdrant: {against[0]}")
 
-    async def take(self, wish: IndexOptions, control: str, result: Result) -> None:
+    async def take(self, options: IndexOptions, control: str, result: Result) -> None:
         """Put what was answered into the outbox. Never raises; waits for the local disk only."""
         try:
-            if wish.wanted and result.inputs and not request.parse_cache_control(control).no_store:
-                await self._take(wish, result)
+            if (
+                options.is_enabled
+                and result.inputs
+                and not request.parse_cache_control(control).no_store
+            ):
+                await self._take(options, result)
         except Exception:
             log.exception("an answer is not indexed")
 
-    def knows(self, wish: IndexOptions, result: Result) -> bool:
+    def knows(self, options: IndexOptions, result: Result) -> bool:
         """Tell whether each point of an answer is known to be in the outbox, or to have arrived.
 
         Of a request that names ids or a payload none is. Of one that indexes nothing each is.
         """
-        if not wish.wanted:
+        if not options.is_enabled:
             return True
-        keys, target = result.embedded.keys, self._target(wish, result)
-        if not keys or target is None or wish.ids is not None or wish.payload is not None:
+        keys, target = result.embedded.keys, self._target(options, result)
+        if not keys or target is None or options.ids is not None or options.payload is not None:
             return False
         return self.indexer.knows_all(target, [key.address for key in keys])
 
-    def again(self, again: Reusable, wish: IndexOptions, result: Result) -> Reusable | None:
+    def reusable(self, again: Reusable, options: IndexOptions, result: Result) -> Reusable | None:
         """Return what gives an answer once more while its points are known; None if not all are."""
-        if not self.knows(wish, result):
+        if not self.knows(options, result):
             return None
-        return again if not wish.wanted else _WhileIndexed(self.indexer, self.indexer.epoch, again)
+        return (
+            again
+            if not options.is_enabled
+            else _IndexBoundHit(self.indexer, self.indexer.epoch, again)
+        )
 
-    def _target(self, wish: IndexOptions, result: Result) -> Target | None:
+    def _target(self, options: IndexOptions, result: Result) -> Target | None:
         """Return where the points of an answer go; None if nowhere."""
-        named = wish.collection or self._qdrant.collection
+        named = options.collection or self._qdrant.collection
         if named and result.fallback:
             return None
         name = named or collection_of(result.name, result.space, result.dimensions, self._qdrant)
         return Target(name, result.space.label, result.dimensions)
 
-    async def _take(self, wish: IndexOptions, result: Result) -> None:
-        target = self._target(wish, result)
+    async def _take(self, options: IndexOptions, result: Result) -> None:
+        target = self._target(options, result)
         if target is None:
             return
         keys: Sequence[Key] = result.embedded.keys
@@ -181,22 +188,22 @@ class Indexing:
             keys = await ring.keys(result.inputs)
         # Of equal ids the last counts, also where they are added one after the other.
         async for some in slices(range(len(keys)), _POINTS_AT_A_TIME):
-            places = self._wanted(wish, result, keys, some, target)
+            places = self._select_unindexed(options, result, keys, some, target)
             if places:
-                points = partial(self._points, wish, result, keys, places)
+                points = partial(self._points, options, result, keys, places)
                 few = len(places) <= _INLINE
                 await self.indexer.add(target, points() if few else await asyncio.to_thread(points))
 
-    def _wanted(
+    def _select_unindexed(
         self,
-        wish: IndexOptions,
+        options: IndexOptions,
         result: Result,
         keys: Sequence[Key],
         places: Sequence[int],
         target: Target,
     ) -> Sequence[int]:
         """Return those of some places whose points are new, or not known to be indexed."""
-        if wish.ids is not None or wish.payload is not None:
+        if options.ids is not None or options.payload is not None:
             return places
         outcomes, knows = result.outcomes, self.indexer.knows
         return [
@@ -207,7 +214,7 @@ class Indexing:
 
     def _points(
         self,
-        wish: IndexOptions,
+        options: IndexOptions,
         result: Result,
         keys: Sequence[Key],
         places: Sequence[int],
@@ -232,14 +239,16 @@ class Indexing:
             if self._qdrant.store_text and isinstance(item, str):
                 content["text"] = item
             # What the request gives counts, but for what tells whose vector it is.
-            given = wish.payload[place] if wish.payload is not None else {}
+            given = options.payload[place] if options.payload is not None else {}
             content = {**content, **given, **fixed}
             mark = 0
-            if wish.ids is not None or wish.payload is not None:
+            if options.ids is not None or options.payload is not None:
                 mark = _mark(numbers, content)
             points.append(
                 Point(
-                    id_bytes(wish.ids[place]) if wish.ids is not None else keys[place].address,
+                    id_bytes(options.ids[place])
+                    if options.ids is not None
+                    else keys[place].address,
                     numbers,
                     orjson.dumps({**common, **content}),
                     mark,
@@ -252,7 +261,7 @@ class Indexing:
 
 
 @dataclass(frozen=True, slots=True)
-class _WhileIndexed:
+class _IndexBoundHit:
     """An answer that is given again for as long as its points are known."""
 
     indexer: Indexer

@@ -1,9 +1,9 @@
-"""What becomes of a request's inputs before the cache is asked.
+"""Prepares the inputs of a request before the cache looks them up, and previews what they cost.
 
-Token arrays become the texts they stand for, and what is too long is cut where the operator wants
-it so: the cache sees the input whose vector it keeps.
+Token arrays become the texts that they stand for. Inputs that are too long are cut where the
+operator wants that. So the cache sees the input whose vector it keeps.
 
-What is known of texts before anything is bought: their tokens, and whether they are cached.
+`preview_cost` tells the tokens of texts, and whether they are cached, before anything is bought.
 """
 
 import asyncio
@@ -19,18 +19,16 @@ from embedding_proxy.providers.base import CachePolicy, Input, InvalidRequest, W
 
 from .model_registry import Model
 
-MOST_TOKENS = 300_000
+MAX_TOKENS = 300_000
 """In all inputs of a request, at OpenAI."""
-
-MOST_IDS = 1 << 17
+MAX_IDS = 1 << 17
 """A token array of more is never decoded: no model takes so many."""
-
 # Up to this many token ids, or characters to be cut, preparing is quicker than a thread.
 _INLINE = 8192
 _INLINE_INPUTS = 512
 
 
-class Prepared(NamedTuple):
+class PreparedInputs(NamedTuple):
     """The inputs to embed, and who refuses them if they are too much together."""
 
     inputs: Sequence[Input]
@@ -38,20 +36,20 @@ class Prepared(NamedTuple):
     """See `Context.weigh`: to count them takes longer than to answer them from memory."""
 
 
-async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool) -> Prepared:
+async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool) -> PreparedInputs:
     """Return the inputs as a model is asked for them.
 
     More tokens than OpenAI takes in a request are to be refused, unless `allow_oversize`; only
     where the model's tokenizer is known.
     """
     if model.truncate_to is None and set(map(type, inputs)) == {str}:
-        return _weighed(inputs, model, allow_oversize=allow_oversize)
+        return _check_token_limit(inputs, model, allow_oversize=allow_oversize)
     # Clients send cl100k ids, unless they know of another tokenizer.
     encoding = model.space.tokenizer or tokens.CL100K
     most = model.truncate_to
 
     # What is sure to be cut or refused is not worth decoding.
-    longest = (model.space.tokenizer and model.context) or MOST_IDS
+    longest = (model.space.tokenizer and model.context) or MAX_IDS
 
     def change() -> list[Input]:
         texts = [
@@ -65,16 +63,18 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
         changed = await asyncio.to_thread(change) if is_long else change()
     except UnicodeEncodeError:
         # Half a surrogate pair cannot be cut; the cache refuses it, and says so.
-        return Prepared(inputs)
-    return _weighed(changed, model, allow_oversize=allow_oversize)
+        return PreparedInputs(inputs)
+    return _check_token_limit(changed, model, allow_oversize=allow_oversize)
 
 
-def _weighed(inputs: Sequence[Input], model: Model, *, allow_oversize: bool) -> Prepared:
+def _check_token_limit(
+    inputs: Sequence[Input], model: Model, *, allow_oversize: bool
+) -> PreparedInputs:
     if allow_oversize or model.space.tokenizer is None:
-        return Prepared(inputs)
-    if are_short_texts(inputs) or sum(map(tokens.bound, inputs)) <= MOST_TOKENS:
-        return Prepared(inputs)
-    return Prepared(inputs, partial(_weigh, inputs, model.space.tokenizer))
+        return PreparedInputs(inputs)
+    if are_short_texts(inputs) or sum(map(tokens.bound, inputs)) <= MAX_TOKENS:
+        return PreparedInputs(inputs)
+    return PreparedInputs(inputs, partial(_count_tokens, inputs, model.space.tokenizer))
 
 
 def are_short_texts(inputs: Sequence[Input]) -> bool:
@@ -82,17 +82,17 @@ def are_short_texts(inputs: Sequence[Input]) -> bool:
 
     No token is shorter than a byte, and no character longer than four.
     """
-    return set(map(type, inputs)) == {str} and 4 * sum(map(len, inputs)) <= MOST_TOKENS
+    return set(map(type, inputs)) == {str} and 4 * sum(map(len, inputs)) <= MAX_TOKENS
 
 
-async def _weigh(
+async def _count_tokens(
     inputs: Sequence[Input], encoding: str, known: Sequence[int] | None
 ) -> dict[str, int]:
     counts = await tokens.counted(inputs, encoding) if known is None else known
     total = sum(counts)
-    if total > MOST_TOKENS:
+    if total > MAX_TOKENS:
         raise InvalidRequest(
-            f"Requested {total} tokens, max {MOST_TOKENS} tokens per request",
+            f"Requested {total} tokens, max {MAX_TOKENS} tokens per request",
             kind="max_tokens_per_request",
             code="max_tokens_per_request",
         )

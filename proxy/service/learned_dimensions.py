@@ -1,11 +1,11 @@
-"""Asks for one input before the others: what its answer tells decides how they are asked for.
+"""Dimensions that no configuration tells: learned from the first answer, and pinned in a file.
 
-Widths that no configuration tells: learned from a model's first answer, and pinned in a file.
+`WidthLearner` buys one input before the cache is asked, in one task for all requests that come
+meanwhile. It keeps that input like any other, under the dimensions that the answer tells; so the
+cache knows no space without dimensions. A model that changes its dimensions afterwards is another
+model; its answers are refused like all others of wrong dimensions.
 
-One input is bought before the cache is asked, by one task for all who come meanwhile. It is kept
-like any other, under the width that it tells; so the cache knows no space without a width.
-A model that changes its width afterwards is another model; its answers are refused like any others
-of a wrong width.
+`embed_one_first` asks for one input before the others. Client keys are proved with it, too.
 """
 
 import asyncio
@@ -43,60 +43,12 @@ from embedding_proxy.providers.scheduling import assembly
 from embedding_proxy.providers.slices import slices
 
 EmbedSome: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
-
-
-async def embed_one_first(
-    inputs: Sequence[Input], place: int, first: EmbedSome, others: EmbedSome
-) -> Answered:
-    """Ask `first` for the input at a place, and its equals, then `others` for the rest, if any.
-
-    Returns the answer to all of them. Raises EmbeddingError, with a place among all of them.
-    """
-    parts: list[tuple[Sequence[int], Embedded]] = []
-    usages = []
-    same: list[int] = []
-    rest: list[int] = []
-    others_inputs: list[Input] = []
-    async for some in slices(range(len(inputs))):
-        for at in some:
-            if inputs[at] == inputs[place]:
-                same.append(at)
-            else:
-                rest.append(at)
-                others_inputs.append(inputs[at])
-    for places, items, ask in (
-        (same, [inputs[place]] * len(same), first),
-        (rest, others_inputs, others),
-    ):
-        if not places:
-            continue
-        try:
-            answer = await ask(items)
-        except EmbeddingError as error:
-            if error.index is None:
-                raise
-            raise name_input(error, places[error.index], len(inputs)) from error
-        parts.append((places, answer))
-        usages.append(answer.usage)
-    if not rest:
-        return answer
-    whole = await assembly.assembled_in_steps(parts)
-    return Answered(
-        vectors=whole.vectors,
-        tokens=whole.tokens,
-        counted=whole.counted,
-        providers=whole.providers,
-        outcomes=whole.outcomes,
-        usage=usages[0].plus(usages[1]),
-    )
-
-
 WIDTHS_FILE = "widths.json"
 """The name of the file, in the folder of the store."""
 MAX_WIDTHS = 10_000
 """Spaces whose width is pinned. Clients name the models; of further ones each process learns the
 width for itself, from an input that it buys."""
-PATIENCE_S = 2.0
+LOCK_TIMEOUT_S = 2.0
 """The longest wait for another worker that writes the file."""
 MAX_SPACES = 1000
 """Spaces with parameters whose width is remembered, where the model's own is not known."""
@@ -140,7 +92,7 @@ class LearnedDimensions:
     def _pin(self, space: str, width: int) -> int:
         """Add a width to the file; return the one of the file where another worker was first."""
         try:
-            with closing(WriterLock(self._lock_file, PATIENCE_S)) as lock, lock:
+            with closing(WriterLock(self._lock_file, LOCK_TIMEOUT_S)) as lock, lock:
                 kept = self._read()
                 if space in kept:
                     return kept[space]
@@ -273,16 +225,16 @@ class WidthLearner:
 
         width = 0
 
-        async def first(_: Sequence[Input]) -> Answered:
+        async def embed_first(_: Sequence[Input]) -> Answered:
             nonlocal width
             await _wait(learning, context)
             width, answer = learning.task.result()
             return answer
 
-        async def others(some: Sequence[Input]) -> Answered:
+        async def embed_others(some: Sequence[Input]) -> Answered:
             return await embedder.embed(replace(space, dimensions=width), some, context)
 
-        answer = await embed_one_first(inputs, 0, first, others)
+        answer = await embed_one_first(inputs, 0, embed_first, embed_others)
         return width, answer
 
     async def _buy_first(
@@ -353,6 +305,52 @@ class WidthLearner:
         if space.parameters:
             return self._widths.get(space.label, 0)
         return self._learned.get(space.name)
+
+
+async def embed_one_first(
+    inputs: Sequence[Input], place: int, first: EmbedSome, others: EmbedSome
+) -> Answered:
+    """Ask `first` for the input at a place, and its equals, then `others` for the rest, if any.
+
+    Returns the answer to all of them. Raises EmbeddingError, with a place among all of them.
+    """
+    parts: list[tuple[Sequence[int], Embedded]] = []
+    usages = []
+    same: list[int] = []
+    rest: list[int] = []
+    others_inputs: list[Input] = []
+    async for some in slices(range(len(inputs))):
+        for at in some:
+            if inputs[at] == inputs[place]:
+                same.append(at)
+            else:
+                rest.append(at)
+                others_inputs.append(inputs[at])
+    for places, items, ask in (
+        (same, [inputs[place]] * len(same), first),
+        (rest, others_inputs, others),
+    ):
+        if not places:
+            continue
+        try:
+            answer = await ask(items)
+        except EmbeddingError as error:
+            if error.index is None:
+                raise
+            raise name_input(error, places[error.index], len(inputs)) from error
+        parts.append((places, answer))
+        usages.append(answer.usage)
+    if not rest:
+        return answer
+    whole = await assembly.assembled_in_steps(parts)
+    return Answered(
+        vectors=whole.vectors,
+        tokens=whole.tokens,
+        counted=whole.counted,
+        providers=whole.providers,
+        outcomes=whole.outcomes,
+        usage=usages[0].plus(usages[1]),
+    )
 
 
 class _Bought:

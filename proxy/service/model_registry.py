@@ -16,15 +16,14 @@ from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.context_length import ContextLengthCheck
-from embedding_proxy.proxy.config import models as model_entry
-from embedding_proxy.proxy.config.models import Fallback
+from embedding_proxy.proxy.config.models import Fallback, ModelConfig, unlisted_model
 from embedding_proxy.proxy.config.schema import Settings
 
-from .client_keys import ByClient, by_client
+from .client_keys import ClientKeyPolicy, client_key_policy
 from .learned_dimensions import LearnedDimensions, WidthLearner
-from .provider_factory import make_router, scheduled
+from .provider_factory import make_router, make_scheduler
 
-MOST_KEPT = 1000
+MAX_UNLISTED = 1000
 """Models that are listed at most; and as many that are not, being asked for by name alone."""
 
 
@@ -65,7 +64,7 @@ class Model:
     """Tokens to which an input is cut before the cache is asked; None = it is not cut."""
     fallbacks: tuple[Fallback, ...] = ()
     """Models of other spaces that may stand in when no route answers, in this order."""
-    by_client: ByClient | None = None
+    client_key_policy: ClientKeyPolicy | None = None
     """How it is asked for with the client's own key; None = it is not."""
     neutral_fields: frozenset[str] = frozenset()
     """Request fields that one of its providers declares to change no number."""
@@ -77,7 +76,7 @@ class Model:
         """Whether a provider is configured; without one, what is cached is still served."""
         return bool(self.router.routes)
 
-    def at(self, dimensions: int) -> "Model":
+    def with_dimensions(self, dimensions: int) -> "Model":
         """Return the model at a width that is asked of the upstream: a space of its own.
 
         Nothing says that a model known by name alone may be cut, so it is not.
@@ -117,7 +116,7 @@ class Registry:
         self._learned = learned
         # Frozen there are none, and nobody is asked: each would do.
         frozen = settings.cache.mode == "frozen"
-        self._usable = set(settings.providers) if frozen else set(providers)
+        self._usable_providers = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
         self._in_flight = InFlight()
         self._learner = WidthLearner(learned, tiers, self._in_flight)
@@ -183,7 +182,7 @@ class Registry:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""
         if self._settings.server.unknown_models == "refuse":
             raise ModelUnknown(name)
-        entry = model_entry.by_name(name)
+        entry = unlisted_model(name)
         if entry is None:
             raise ModelUnknown(name)
         model = replace(self._make(name, entry), by_name=True)
@@ -195,7 +194,7 @@ class Registry:
     def _keep(self, model: Model, width: int) -> Model:
         """Return a model that has learned its width; the next one who asks finds it so."""
         model = replace(model, space=replace(model.space, dimensions=width))
-        if model.name in self.models or len(self.models) < MOST_KEPT:
+        if model.name in self.models or len(self.models) < MAX_UNLISTED:
             self.models[model.name] = model
             self._unlisted.pop(model.name, None)
         else:
@@ -204,14 +203,14 @@ class Registry:
 
     def _keep_unlisted(self, model: Model) -> Model:
         self._unlisted[model.name] = model
-        if len(self._unlisted) > MOST_KEPT:
+        if len(self._unlisted) > MAX_UNLISTED:
             del self._unlisted[next(iter(self._unlisted))]
         return model
 
-    def _make(self, name: str, entry: model_entry.ModelConfig) -> Model:
+    def _make(self, name: str, entry: ModelConfig) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
-        source = ContextLengthCheck(scheduled(router, settings), entry.context)
+        source = ContextLengthCheck(make_scheduler(router, settings), entry.context)
         return Model(
             name=name,
             space=entry.as_space(),
@@ -224,12 +223,12 @@ class Registry:
             context=entry.context,
             truncate_to=entry.truncate_to,
             fallbacks=entry.fallback,
-            by_client=by_client(settings, name, entry, self._usable),
+            client_key_policy=client_key_policy(settings, name, entry, self._usable_providers),
             neutral_fields=_neutral_fields(settings, entry),
         )
 
 
-def _neutral_fields(settings: Settings, entry: model_entry.ModelConfig) -> frozenset[str]:
+def _neutral_fields(settings: Settings, entry: ModelConfig) -> frozenset[str]:
     """Return what the providers of a model declare as neutral; each is sent its own only."""
     providers = (settings.providers.get(route.provider) for route in entry.routes)
     remote = (one for one in providers if one is not None and one.kind != registry.LOCAL)

@@ -1,12 +1,12 @@
-"""Applies a width strategy to an answer: other vectors, and so another space.
+"""From a well-formed request to vectors: which model, which dimensions, which deadline, which key.
 
-Answers with the model that was asked for, or with one of another space that may stand in for it.
+A request is answered by the model that it names, or by a fallback model of another space. Fallback
+happens only where the operator configures it (`fallback:`), and for the request as a whole: all
+vectors of an answer are of one space. Answers of a fallback model are cached under its own space
+alone, so the first model's vectors come back with the first model.
 
-Only where the operator wrote it down (`fallback:`), and for the request as a whole: the vectors of
-one answer are always of one space. What a model that stands in gives is cached under its own space
-alone, so that the first model's vectors come back with the first model.
-
-From a well-formed request to vectors: which model, what width, until when, on whose key.
+A dimension strategy makes other vectors, and so another space, of an answer: see
+`apply_dimension_strategy`.
 """
 
 import asyncio
@@ -35,53 +35,177 @@ from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
 
 from . import request_fields
 from .client_keys import Ask, ClientKeys
-from .embedding_result import Result, check, check_in_steps, made
+from .embedding_result import Result, check, check_in_steps, make_result
 from .inputs import are_short_texts, prepare
 from .model_registry import Model, Registry
 from .request import Client, to_cache_policy
 from .request_fields import SpaceWatch
 
-
-async def apply_dimension_strategy(result: Result) -> Result:
-    """Return an answer at its width, where the model's width is a matter of a strategy.
-
-    Nothing of it is cached: that is the model's own vector. Raises InvalidAnswer.
-    """
-    name, native = result.model.width, result.space.dimensions
-    if name in BUILT_IN or result.fallback or result.dimensions == native:
-        return result
-    vectors = await asyncio.to_thread(_bring, name, result.embedded.vectors, result.dimensions)
-    embedded = replace(result.embedded, vectors=vectors, again=None)
-    return replace(result, space=space_of(name, result.space, result.dimensions), embedded=embedded)
-
-
-def space_of(name: str, space: Space, dimensions: int) -> Space:
-    """Return the space of what a strategy makes of vectors of a space."""
-    return replace(
-        space,
-        name=f"{space.name}~{name}-{find(name).version}",
-        dimensions=dimensions,
-        matryoshka=False,
-        unit_norm=False,
-    )
-
-
-def _bring(name: str, vectors: Sequence[Vector], dimensions: int) -> list[Vector]:
-    try:
-        rows = vector.rows(find(name).bring(vector.stack(vectors), dimensions))
-        if len(rows) != len(vectors):
-            raise vector.VectorError(f"{len(rows)} vectors for {len(vectors)}")  # noqa: TRY301
-        for row in rows:
-            vector.check(row, dimensions)
-    except Exception as error:
-        why = str(error) or type(error).__name__
-        raise InvalidAnswer(f"width {name}", f"the strategy failed: {why}") from error
-    return rows
-
-
 T = TypeVar("T")
-
 log = logging.getLogger("embedding_proxy.fallback")
+
+
+class EmbeddingPipeline:
+    """Answers requests with the models of a registry.
+
+    `client_keys` answers for those that are bought with the client's own key, if there are any.
+    """
+
+    def __init__(
+        self, settings: Settings, registry: Registry, client_keys: ClientKeys | None
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._client_keys = client_keys
+        self._spaces = SpaceWatch()
+
+    def embed_from_cache(
+        self, asked: EmbeddingRequest, caller: Client, control: str
+    ) -> Result | None:
+        """Return what `answer` would, if it can be given without waiting; else None.
+
+        It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
+        EmbeddingError.
+        """
+        model = self._model(asked)
+        if model.client_key_policy is not None or model.width not in dimensions.BUILT_IN:
+            return None
+        if model.truncate_to is not None or not are_short_texts(asked.inputs):
+            return None
+        if not model.space.dimensions:
+            return None
+        width = _width(model, asked)
+        space = _space(model, asked)
+        allowed = to_cache_policy(self._settings.cache.mode, control)
+        account = Account(asked.model, caller.client, model.price)
+        inputs, namespace = asked.inputs, caller.namespace
+        embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
+        if embedded is None or embedded.again is None:
+            return None
+        check(space, width, embedded.vectors)
+        return make_result(model, model, space, width, asked.inputs, embedded, caller.namespace)
+
+    def _model(self, asked: EmbeddingRequest) -> Model:
+        model = self._registry.get(asked.model)
+        if model.by_name and asked.dimensions is not None:
+            return model.with_dimensions(asked.dimensions)
+        return model
+
+    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result:
+        """Answer a request, by a fallback model where no route of its own answers.
+
+        `control` is its `Cache-Control`. Raises EmbeddingError.
+        """
+        model = self._model(asked)
+        server = self._settings.server
+        deadline = asyncio.get_running_loop().time() + server.request_timeout_s
+        allowed = to_cache_policy(self._settings.cache.mode, control)
+
+        async def make_context(one: Model, by: float) -> tuple[Sequence[Input], Context]:
+            begun = asyncio.get_running_loop().time()
+            inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
+            account = Account(asked.model, caller.client, one.price)
+            neutral = _neutral(one, asked)
+            return inputs, Context(
+                by,
+                begun=begun,
+                user=asked.user,
+                neutral=neutral,
+                namespace=caller.namespace,
+                terms=allowed,
+                weigh=weigh,
+                account=account,
+                client_retries=caller.retries,
+                has_waiters=caller.is_connected,
+            )
+
+        if asked.parameters:
+            self._spaces.note(model.name, _space(model, asked).parameters)
+        if not model.space.dimensions:
+            inputs, context = await make_context(model, deadline)
+            return await self._learn(model, asked, caller, inputs, context)
+        width = _width(model, asked)
+
+        async def ask(one: Model, by: float) -> Result:
+            space = _space(one, asked)
+            inputs, context = await make_context(one, by)
+            namespace = caller.namespace
+            if one.client_key_policy is None:
+                embedded = await one.embedder.embed(space, inputs, context)
+            else:
+                embed = partial(one.embedder.embed, space)
+                embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
+            await check_in_steps(space, width, embedded.vectors)
+            return make_result(model, one, space, width, inputs, embedded, namespace)
+
+        models = [model, *fallback_models(model, self._registry.models, width)]
+        return await embed_with_fallback(ask, models, deadline)
+
+    async def _learn(
+        self,
+        model: Model,
+        asked: EmbeddingRequest,
+        caller: Client,
+        inputs: Sequence[Input],
+        context: Context,
+    ) -> Result:
+        """Answer with a model whose width the first answer tells."""
+        parameters = _parameters(model, asked)
+
+        async def ask(some: Sequence[Input], context: Context) -> Answered:
+            nonlocal model
+            if not model.space.dimensions:
+                model, answer = await self._registry.learn(model, parameters, some, context)
+                return answer
+            space = model.space.with_parameters(parameters)
+            return await model.embedder.embed(space, some, context)
+
+        namespace = caller.namespace
+        if model.client_key_policy is None:
+            embedded = await ask(inputs, context)
+        else:
+            embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
+        space = model.space.with_parameters(parameters)
+        width = _width(model, asked)
+        await check_in_steps(space, width, embedded.vectors)
+        return make_result(model, model, space, width, inputs, embedded, namespace)
+
+    async def _with_key(
+        self, model: Model, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
+    ) -> tuple[Answered, str]:
+        """Ask for a client that pays with its own key; also return whose namespace it was."""
+        if model.client_key_policy is None or self._client_keys is None:
+            raise RuntimeError(f"{model.name}: takes no key of a client")
+        return await self._client_keys.embed(model.client_key_policy, caller, inputs, context, ask)
+
+
+def _parameters(model: Model, asked: EmbeddingRequest) -> Mapping[str, object]:
+    """Return the fields that belong to the space: what no provider of the model calls neutral."""
+    declared = model.neutral_fields
+    if not declared or declared.isdisjoint(asked.parameters):
+        return asked.parameters
+    return {name: value for name, value in asked.parameters.items() if name not in declared}
+
+
+def _space(model: Model, asked: EmbeddingRequest) -> Space:
+    """Return the space that a request is answered from. Raises InputRefused."""
+    parameters = _parameters(model, asked) if asked.parameters else None
+    return model.space.with_parameters(parameters) if parameters else model.space
+
+
+def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], ...]:
+    """Return the fields that a provider of the model declares as neutral. Raises InputRefused."""
+    declared = model.neutral_fields
+    if not declared:
+        return ()
+    given = {**asked.parameters, **asked.neutral}
+    return request_fields.canonical_fields({n: given[n] for n in given if n in declared})
+
+
+def _width(model: Model, asked: EmbeddingRequest) -> int:
+    """Return the width to answer with. Raises InputRefused."""
+    refused = model.dimensions_refused
+    return dimensions.chosen(model.space, asked.dimensions, model.width, refused=refused)
 
 
 def fallback_models(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
@@ -119,162 +243,40 @@ async def embed_with_fallback(
     raise failure
 
 
-class EmbeddingPipeline:
-    """Answers requests with the models of a registry.
+async def apply_dimension_strategy(result: Result) -> Result:
+    """Return an answer at its width, where the model's width is a matter of a strategy.
 
-    `client_keys` answers for those that are bought with the client's own key, if there are any.
+    Nothing of it is cached: that is the model's own vector. Raises InvalidAnswer.
     """
-
-    def __init__(
-        self, settings: Settings, registry: Registry, client_keys: ClientKeys | None
-    ) -> None:
-        self._settings = settings
-        self._registry = registry
-        self._client_keys = client_keys
-        self._spaces = SpaceWatch()
-
-    def at_hand(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result | None:
-        """Return what `answer` would if it need not be waited for; else None.
-
-        It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
-        EmbeddingError.
-        """
-        model = self._model(asked)
-        if model.by_client is not None or model.width not in dimensions.BUILT_IN:
-            return None
-        if model.truncate_to is not None or not are_short_texts(asked.inputs):
-            return None
-        if not model.space.dimensions:
-            return None
-        width = _width(model, asked)
-        space = _space(model, asked)
-        allowed = to_cache_policy(self._settings.cache.mode, control)
-        account = Account(asked.model, caller.client, model.price)
-        inputs, namespace = asked.inputs, caller.namespace
-        embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
-        if embedded is None or embedded.again is None:
-            return None
-        check(space, width, embedded.vectors)
-        return made(model, model, space, width, asked.inputs, embedded, caller.namespace)
-
-    def _model(self, asked: EmbeddingRequest) -> Model:
-        model = self._registry.get(asked.model)
-        if model.by_name and asked.dimensions is not None:
-            return model.at(asked.dimensions)
-        return model
-
-    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result:
-        """Answer a request, by a model that stands in for its own if need be.
-
-        `control` is its `Cache-Control`. Raises EmbeddingError.
-        """
-        model = self._model(asked)
-        server = self._settings.server
-        deadline = asyncio.get_running_loop().time() + server.request_timeout_s
-        allowed = to_cache_policy(self._settings.cache.mode, control)
-
-        async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
-            begun = asyncio.get_running_loop().time()
-            inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
-            account = Account(asked.model, caller.client, one.price)
-            neutral = _neutral(one, asked)
-            return inputs, Context(
-                by,
-                begun=begun,
-                user=asked.user,
-                neutral=neutral,
-                namespace=caller.namespace,
-                terms=allowed,
-                weigh=weigh,
-                account=account,
-                client_retries=caller.retries,
-                has_waiters=caller.is_connected,
-            )
-
-        if asked.parameters:
-            self._spaces.note(model.name, _space(model, asked).parameters)
-        if not model.space.dimensions:
-            inputs, context = await prepared(model, deadline)
-            return await self._learn(model, asked, caller, inputs, context)
-        width = _width(model, asked)
-
-        async def ask(one: Model, by: float) -> Result:
-            space = _space(one, asked)
-            inputs, context = await prepared(one, by)
-            namespace = caller.namespace
-            if one.by_client is None:
-                embedded = await one.embedder.embed(space, inputs, context)
-            else:
-                embed = partial(one.embedder.embed, space)
-                embedded, namespace = await self._with_key(one, caller, inputs, context, embed)
-            await check_in_steps(space, width, embedded.vectors)
-            return made(model, one, space, width, inputs, embedded, namespace)
-
-        models = [model, *fallback_models(model, self._registry.models, width)]
-        return await embed_with_fallback(ask, models, deadline)
-
-    async def _learn(
-        self,
-        model: Model,
-        asked: EmbeddingRequest,
-        caller: Client,
-        inputs: Sequence[Input],
-        context: Context,
-    ) -> Result:
-        """Answer with a model whose width the first answer tells."""
-        parameters = _parameters(model, asked)
-
-        async def ask(some: Sequence[Input], context: Context) -> Answered:
-            nonlocal model
-            if not model.space.dimensions:
-                model, answer = await self._registry.learn(model, parameters, some, context)
-                return answer
-            space = model.space.with_parameters(parameters)
-            return await model.embedder.embed(space, some, context)
-
-        namespace = caller.namespace
-        if model.by_client is None:
-            embedded = await ask(inputs, context)
-        else:
-            embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
-        space = model.space.with_parameters(parameters)
-        width = _width(model, asked)
-        await check_in_steps(space, width, embedded.vectors)
-        return made(model, model, space, width, inputs, embedded, namespace)
-
-    async def _with_key(
-        self, model: Model, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
-    ) -> tuple[Answered, str]:
-        """Ask for a client that pays with its own key; also return whose namespace it was."""
-        if model.by_client is None or self._client_keys is None:
-            raise RuntimeError(f"{model.name}: takes no key of a client")
-        return await self._client_keys.embed(model.by_client, caller, inputs, context, ask)
+    name, native = result.model.width, result.space.dimensions
+    if name in BUILT_IN or result.fallback or result.dimensions == native:
+        return result
+    vectors = await asyncio.to_thread(
+        _change_dimensions, name, result.embedded.vectors, result.dimensions
+    )
+    embedded = replace(result.embedded, vectors=vectors, again=None)
+    return replace(result, space=space_of(name, result.space, result.dimensions), embedded=embedded)
 
 
-def _parameters(model: Model, asked: EmbeddingRequest) -> Mapping[str, object]:
-    """Return the fields that belong to the space: what no provider of the model calls neutral."""
-    declared = model.neutral_fields
-    if not declared or declared.isdisjoint(asked.parameters):
-        return asked.parameters
-    return {name: value for name, value in asked.parameters.items() if name not in declared}
+def space_of(name: str, space: Space, dimensions: int) -> Space:
+    """Return the space of what a strategy makes of vectors of a space."""
+    return replace(
+        space,
+        name=f"{space.name}~{name}-{find(name).version}",
+        dimensions=dimensions,
+        matryoshka=False,
+        unit_norm=False,
+    )
 
 
-def _space(model: Model, asked: EmbeddingRequest) -> Space:
-    """Return the space that a request is answered from. Raises InputRefused."""
-    parameters = _parameters(model, asked) if asked.parameters else None
-    return model.space.with_parameters(parameters) if parameters else model.space
-
-
-def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], ...]:
-    """Return the fields that a provider of the model declares as neutral. Raises InputRefused."""
-    declared = model.neutral_fields
-    if not declared:
-        return ()
-    given = {**asked.parameters, **asked.neutral}
-    return request_fields.canonical({n: given[n] for n in given if n in declared})
-
-
-def _width(model: Model, asked: EmbeddingRequest) -> int:
-    """Return the width to answer with. Raises InputRefused."""
-    refused = model.dimensions_refused
-    return dimensions.chosen(model.space, asked.dimensions, model.width, refused=refused)
+def _change_dimensions(name: str, vectors: Sequence[Vector], dimensions: int) -> list[Vector]:
+    try:
+        rows = vector.rows(find(name).bring(vector.stack(vectors), dimensions))
+        if len(rows) != len(vectors):
+            raise vector.VectorError(f"{len(rows)} vectors for {len(vectors)}")  # noqa: TRY301
+        for row in rows:
+            vector.check(row, dimensions)
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise InvalidAnswer(f"width {name}", f"the strategy failed: {why}") from error
+    return rows

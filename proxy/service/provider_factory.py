@@ -21,7 +21,7 @@ from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
 from embedding_proxy.proxy.config import models
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.providers import ProviderConfig as ProviderEntry
+from embedding_proxy.proxy.config.providers import ProviderConfig
 from embedding_proxy.proxy.config.schema import Settings
 
 CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
@@ -45,7 +45,7 @@ async def open_providers(
         if entry.kind == registry.LOCAL:
             opened[name] = await stack.enter_async_context(Local(name))
             continue
-        if entry.by_client:
+        if entry.uses_client_key:
             log.info("provider %s: %s", name, CLIENTS_PAY)
         variable, key = entry.key_variable, key_of(entry)
         if variable and not key:
@@ -74,7 +74,7 @@ def _share(name: str, limits: Limits, workers: int) -> Limits:
     return limits.share(workers)
 
 
-def key_of(entry: ProviderEntry) -> str:
+def key_of(entry: ProviderConfig) -> str:
     """Return a provider's key from the environment, or nothing. Raises ConfigError."""
     variable = entry.key_variable
     key = os.environ.get(variable, "").strip() if variable else ""
@@ -84,7 +84,7 @@ def key_of(entry: ProviderEntry) -> str:
     return key
 
 
-def check_network(name: str, entry: ProviderEntry) -> None:
+def check_network(name: str, entry: ProviderConfig) -> None:
     """Raise ConfigError if a provider cannot be reached in the way that is configured for it."""
     profile = entry.as_profile()
     try:
@@ -93,7 +93,7 @@ def check_network(name: str, entry: ProviderEntry) -> None:
         raise ConfigError(f"providers.{name}.trust_env: {error}") from error
 
 
-def scheduled(router: Router, settings: Settings) -> Embedder:
+def make_scheduler(router: Router, settings: Settings) -> Embedder:
     """Return what makes batches of the inputs of all requests, and sends them to the routes."""
     return Scheduler(router, settings.server.gather_ms / 1000)
 
@@ -134,9 +134,9 @@ def _retries(settings: Settings, provider: str) -> int | None:
     return None if entry is None else entry.retries
 
 
-def _by_client(settings: Settings, provider: str) -> bool:
+def _uses_client_keys(settings: Settings, provider: str) -> bool:
     entry = settings.providers.get(provider)
-    return entry is not None and entry.by_client
+    return entry is not None and entry.uses_client_key
 
 
 def _remedy(settings: Settings, name: str, entry: models.ModelConfig) -> str:
@@ -144,7 +144,7 @@ def _remedy(settings: Settings, name: str, entry: models.ModelConfig) -> str:
     configured = [settings.providers.get(route.provider) for route in entry.routes]
     wanted = [one.key_variable for one in configured if one and one.key_variable]
     variables = list(dict.fromkeys(wanted))
-    paid = [route.provider for route in entry.routes if _by_client(settings, route.provider)]
+    paid = [route.provider for route in entry.routes if _uses_client_keys(settings, route.provider)]
     if paid:
         return (
             f"The model `{name}` is asked for with each client's own key, and a command has none"

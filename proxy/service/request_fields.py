@@ -1,14 +1,7 @@
-"""Warns of a request field that makes a new embedding space of nearly every request.
+"""What each field of an embeddings request does to the vector: one table, with reasons.
 
-A field that changes no number, but that the proxy does not know as such, belongs to the space. When
-its value differs from request to request (an id, a time), no text is ever a cache hit, and each is
-bought again without a word. So the distinct parameter sets of a model are counted over a short
-time, and too many are warned of once. Only digests of values are kept, and only names are logged.
-
-What each field of an embeddings request does to the vector: one table, with reasons. Pure.
-
-`wire` reads `model`, `input`, `dimensions`, `encoding_format`, `user` and `index`. Every other
-field is placed here, in one of three groups:
+`http.openai_format` reads `model`, `input`, `dimensions`, `encoding_format`, `user` and `index`.
+Every other field is placed here, in one of three groups:
 
 - key: it may change the numbers. It is sent to the provider and is part of the embedding space, so
   that two values never share a cache entry. A field that no table names belongs to this group: a
@@ -20,6 +13,12 @@ field is placed here, in one of three groups:
 A new field must be placed in one of the groups. Sources: the API references of OpenAI, OpenRouter,
 Voyage, Cohere, Jina, Mistral, Nomic, Google, Amazon Bedrock and NVIDIA; the request schemas of
 vLLM; LiteLLM's list of the arguments that it keeps to itself (autumn 2026).
+
+`SpaceWatch` warns of a field that makes a new embedding space of nearly every request. A field that
+changes no number, but that the proxy does not know as such, belongs to the space. When its value
+differs from request to request (an id, a time), no text is ever a cache hit, and each is bought
+again without a word. So the distinct parameter sets of a model are counted over a short time, and
+too many are warned of once. Only digests of values are kept, and only names are logged.
 """
 
 import enum
@@ -34,6 +33,10 @@ import orjson
 from embedding_proxy.providers.base import InvalidRequest
 from embedding_proxy.providers.lru_cache import LRUCache
 
+log = logging.getLogger("embedding_proxy.spaces")
+
+OWN_FIELDS = ("model", "input", "dimensions", "encoding_format", "user", "index")
+"""Fields that `http.openai_format` reads itself."""
 MAX_SETS = 20
 """Distinct parameter sets of one model within `WINDOW_S` that are nothing unusual."""
 WINDOW_S = 600.0
@@ -43,68 +46,6 @@ MAX_NAME = 100
 """Characters of a field's name that are kept."""
 _MAX_MODELS = 256
 """Watched at a time; the one that was asked for longest ago is forgotten first."""
-
-log = logging.getLogger("embedding_proxy.spaces")
-
-
-@dataclass(slots=True)
-class _Seen:
-    """The parameter sets of one model."""
-
-    sets: dict[bytes, tuple[float, dict[str, bytes]]] = field(default_factory=dict)
-    """By digest: when it was last used, and the digest of each value. The newest is last."""
-    is_told: bool = False
-
-
-class SpaceWatch:
-    """Counts distinct parameter sets by model. For one event loop.
-
-    `clock` returns seconds; tests inject one that they move themselves.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._models = LRUCache[str, _Seen](_MAX_MODELS)
-
-    def note(self, model: str, parameters: Sequence[tuple[str, bytes]]) -> None:
-        """Take note of one request's parameters, (name, canonical JSON); warn if they are many."""
-        if not parameters:
-            return
-        seen = self._models.get_or_make(model, _Seen)
-        if seen.is_told:
-            return
-        now = self._clock()
-        whole = _digest(b"".join(_digest(name.encode()) + _digest(one) for name, one in parameters))
-        values = {name[:MAX_NAME]: _digest(value) for name, value in parameters[:MAX_FIELDS]}
-        seen.sets[whole] = now, values
-        seen.sets = {key: one for key, one in seen.sets.items() if one[0] >= now - WINDOW_S}
-        if len(seen.sets) > MAX_SETS:
-            seen.is_told = True
-            self._warn(model, [one for _, one in seen.sets.values()])
-            seen.sets.clear()
-
-    @staticmethod
-    def _warn(model: str, sets: Sequence[dict[str, bytes]]) -> None:
-        names = sorted({name for one in sets for name in one})
-        distinct = {name: len({one.get(name) for one in sets}) for name in names}
-        field = max(names, key=lambda name: distinct[name])
-        log.warning(
-            "model %s: more than %d distinct sets of request fields within %d minutes; most differ"
-            " in the field %r, so the same text is bought for each of its values. If it changes no"
-            " vector, list it in providers.NAME.neutral_fields, or do not send it",
-            model,
-            MAX_SETS,
-            WINDOW_S // 60,
-            field,
-        )
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-OWN_FIELDS = ("model", "input", "dimensions", "encoding_format", "user", "index")
-"""Fields that `wire` reads itself."""
 
 
 class Group(enum.Enum):
@@ -139,10 +80,10 @@ NO_FIELDS = Fields({}, {})
 
 
 def _rows(rule: Rule, names: str) -> dict[str, Rule]:
-    return {_normalized(name): rule for name in names.split()}
+    return {_normalize(name): rule for name in names.split()}
 
 
-def _normalized(name: str) -> str:
+def _normalize(name: str) -> str:
     """Return a name without the differences of spelling: `outputDtype`, `OUTPUT-DTYPE`."""
     return "".join(character for character in name.lower() if character not in "_- .")
 
@@ -178,7 +119,6 @@ _OTHER_INPUT = _refused(
     "`{name}` is not supported: only text and token ids are taken, and only in `input`."
 )
 _STREAM = _refused("`{name}` is not supported: an embeddings reply is not streamed.", (False,))
-
 RULES: dict[str, Rule] = {
     # Known to change the numbers. They are listed so that nobody moves them by mistake.
     **_rows(
@@ -266,7 +206,6 @@ RULES: dict[str, Rule] = {
     ),
 }
 """The rule of each field, by its normalized name."""
-
 ENDINGS: Sequence[tuple[tuple[str, ...], Rule]] = (
     (
         (
@@ -279,13 +218,11 @@ ENDINGS: Sequence[tuple[tuple[str, ...], Rule]] = (
     ),
 )
 """Rules by the end of a normalized name."""
-
 BEGINNINGS: Sequence[tuple[tuple[str, ...], Rule]] = (
     (("aws", "vertex", "azure", "s3", "bedrock", "watsonx", "gcs", "oci"), _CONNECTION),
     (("litellm", "langfuse", "langsmith", "helicone"), _neutral("a gateway's own bookkeeping")),
 )
 """Rules by the beginning of a normalized name."""
-
 _UNKNOWN = _key("nothing is known of it")
 
 
@@ -295,7 +232,7 @@ def rule_of(name: str) -> Rule:
     >>> rule_of("outputDtype").group, rule_of("drop_params").group, rule_of("any_other").group
     (<Group.REFUSED: 'refused'>, <Group.NEUTRAL: 'neutral'>, <Group.KEY: 'key'>)
     """
-    plain = _normalized(name)
+    plain = _normalize(name)
     found = RULES.get(plain)
     if found is not None:
         return found
@@ -333,7 +270,7 @@ def classify(fields: Mapping[str, object]) -> Fields:
     return Fields(parameters, neutral)
 
 
-def unfit(names: Iterable[str]) -> str | None:
+def neutral_field_problem(names: Iterable[str]) -> str | None:
     """Return why fields cannot be declared as `neutral_fields`; None if they can."""
     for name in names:
         if name in OWN_FIELDS:
@@ -343,7 +280,7 @@ def unfit(names: Iterable[str]) -> str | None:
     return None
 
 
-def canonical(fields: Mapping[str, object]) -> tuple[tuple[str, bytes], ...]:
+def canonical_fields(fields: Mapping[str, object]) -> tuple[tuple[str, bytes], ...]:
     """Return fields as (name, JSON), sorted. Raises InvalidRequest for what is nested too deep."""
     try:
         return tuple(sorted((name, orjson.dumps(value)) for name, value in fields.items()))
@@ -363,5 +300,61 @@ def _is_default(rule: Rule, value: object) -> bool:
 
 
 def _refusal(rule: Rule, name: str) -> InvalidRequest:
-    own = next((one for one in OWN_FIELDS if _normalized(one) == _normalized(name)), "")
+    own = next((one for one in OWN_FIELDS if _normalize(one) == _normalize(name)), "")
     return InvalidRequest(rule.reason.format(name=name[:100], own=own), param=name[:100])
+
+
+@dataclass(slots=True)
+class _ParameterSets:
+    """The parameter sets of one model."""
+
+    sets: dict[bytes, tuple[float, dict[str, bytes]]] = field(default_factory=dict)
+    """By digest: when it was last used, and the digest of each value. The newest is last."""
+    is_told: bool = False
+
+
+class SpaceWatch:
+    """Counts distinct parameter sets by model. For one event loop.
+
+    `clock` returns seconds; tests inject one that they move themselves.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._models = LRUCache[str, _ParameterSets](_MAX_MODELS)
+
+    def note(self, model: str, parameters: Sequence[tuple[str, bytes]]) -> None:
+        """Take note of one request's parameters, (name, canonical JSON); warn if they are many."""
+        if not parameters:
+            return
+        seen = self._models.get_or_make(model, _ParameterSets)
+        if seen.is_told:
+            return
+        now = self._clock()
+        whole = _digest(b"".join(_digest(name.encode()) + _digest(one) for name, one in parameters))
+        values = {name[:MAX_NAME]: _digest(value) for name, value in parameters[:MAX_FIELDS]}
+        seen.sets[whole] = now, values
+        seen.sets = {key: one for key, one in seen.sets.items() if one[0] >= now - WINDOW_S}
+        if len(seen.sets) > MAX_SETS:
+            seen.is_told = True
+            self._warn(model, [one for _, one in seen.sets.values()])
+            seen.sets.clear()
+
+    @staticmethod
+    def _warn(model: str, sets: Sequence[dict[str, bytes]]) -> None:
+        names = sorted({name for one in sets for name in one})
+        distinct = {name: len({one.get(name) for one in sets}) for name in names}
+        field = max(names, key=lambda name: distinct[name])
+        log.warning(
+            "model %s: more than %d distinct sets of request fields within %d minutes; most differ"
+            " in the field %r, so the same text is bought for each of its values. If it changes no"
+            " vector, list it in providers.NAME.neutral_fields, or do not send it",
+            model,
+            MAX_SETS,
+            WINDOW_S // 60,
+            field,
+        )
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

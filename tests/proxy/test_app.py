@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 from aiohttp import web
-from embedding_proxy.proxy.http.middleware import _unrouted
+from embedding_proxy.proxy.http.middleware import _not_found
 from fault_server import status
 
 SMALL = "text-embedding-3-small"
@@ -523,7 +523,7 @@ async def test_a_client_that_leaves_amid_a_reply_is_no_alarm(upstream, start_pro
 @pytest.mark.parametrize("error", [web.HTTPGone(), web.HTTPExpectationFailed()])
 def test_any_http_error_of_aiohttps_becomes_one_of_openais(error):
     """An error that aiohttp raises keeps its status and reason, in OpenAI's shape."""
-    failure = _unrouted(SimpleNamespace(method="GET", path="/"), error)
+    failure = _not_found(SimpleNamespace(method="GET", path="/"), error)
     assert (failure.status, failure.message) == (error.status, error.reason)
     assert (failure.kind, failure.retry_after) == ("invalid_request_error", None)
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from embedding_proxy.proxy.http.connection import Connection
-from embedding_proxy.proxy.http.idle_timeout import ClientLeft, IdleTimeout, Stalled
+from embedding_proxy.proxy.http.idle_timeout import ClientGone, IdleTimeout, IdleTooLong
 from embedding_proxy.proxy.http.runner import CONNECTION
 
 
@@ -23,7 +23,7 @@ def _of(connection, idle_s=60.0) -> IdleTimeout:
 async def test_who_left_before_it_began_is_not_waited_for(connection):
     """A client may be gone by the time its call is taken up."""
     connection.has_left = True
-    with pytest.raises(ClientLeft):
+    with pytest.raises(ClientGone):
         async with asyncio.timeout(5), _of(connection):
             await asyncio.Event().wait()
 
@@ -35,14 +35,14 @@ async def test_who_leaves_ends_it(connection):
     async def wait() -> None:
         connection.on_leave()
         connection.on_leave()
-        attendance.moved()
+        attendance.note_progress()
         await asyncio.Event().wait()
 
-    with pytest.raises(ClientLeft):
+    with pytest.raises(ClientGone):
         async with asyncio.timeout(5), attendance:
             await wait()
     assert connection.on_leave is None
-    attendance.moved()
+    attendance.note_progress()
 
 
 async def test_what_moves_puts_the_end_off(connection):
@@ -51,13 +51,13 @@ async def test_what_moves_puts_the_end_off(connection):
     async with _of(connection) as attendance:
         assert attendance._scope.when() == pytest.approx(now + 60, abs=5)
         attendance._idle_s = 1000.0
-        attendance.moved()
+        attendance.note_progress()
         assert attendance._scope.when() == pytest.approx(now + 1000, abs=5)
 
 
 async def test_nothing_that_moves_ends_it(connection):
     """Without movement it is over after the time that was given."""
-    with pytest.raises(Stalled, match=r"nothing moved for 0\.01 s"):
+    with pytest.raises(IdleTooLong, match=r"nothing moved for 0\.01 s"):
         async with _of(connection, 0.01):
             await asyncio.Event().wait()
 

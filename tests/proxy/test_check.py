@@ -20,7 +20,7 @@ from embedding_proxy.providers.vendors import OpenAI
 from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.diagnostics import check as checkup
-from embedding_proxy.proxy.diagnostics.routes import ModelSelection, RouteResult, choose
+from embedding_proxy.proxy.diagnostics.routes import ModelSelection, RouteResult, choose_models
 from fault_server import hang, status
 from qdrant_server import QdrantServer
 
@@ -410,7 +410,7 @@ def test_as_few_models_are_chosen_as_will_do(usable, named, also, models):
     mine["azure"]["matryoshka"] = True
     providers = {"ollama": {}, "azure": {"base_url": "http://a/v1"}}
     settings = Settings.model_validate({"providers": providers, "models": mine})
-    assert list(choose(settings, ModelSelection(named, also=also), usable.split())) == models
+    assert list(choose_models(settings, ModelSelection(named, also=also), usable.split())) == models
 
 
 def test_a_model_that_there_is_not_is_wrong_usage():
@@ -418,7 +418,7 @@ def test_a_model_that_there_is_not_is_wrong_usage():
     with pytest.raises(
         ConfigError, match=r"--model: there is no model 'text-embeding-3-small'; did"
     ):
-        choose(Settings(), ModelSelection(["text-embeding-3-small"]), [])
+        choose_models(Settings(), ModelSelection(["text-embeding-3-small"]), [])
 
 
 async def test_all_models_are_asked_for_once_each(check, upstream):
@@ -453,21 +453,21 @@ async def test_providers_are_asked_side_by_side_and_each_in_turn(monkeypatch):
         return Probe(route, 0.0)
 
     monkeypatch.setattr(checkup, "probe", probe)
-    names = [f"p{i}" for i in range(checkup.AT_ONCE + 2)]
+    names = [f"p{i}" for i in range(checkup.MAX_PROVIDERS_AT_ONCE + 2)]
     routes = [Route(SimpleNamespace(name=name), model) for model in "ab" for name in names]
     space = Space("s", 8, tokenizer="cl100k_base")
-    findings = [RouteResult(["m"], space, one.name, one.model, one) for one in routes]
+    results = [RouteResult(["m"], space, one.name, one.model, one) for one in routes]
     told = []
     tokens._tokenizer.cache_clear()
-    task = asyncio.create_task(checkup._ask(findings, 1.0, told.append))
+    task = asyncio.create_task(checkup._probe_routes(results, 1.0, told.append))
     for _ in range(10):
         await asyncio.sleep(0)
-    assert begun == names[: checkup.AT_ONCE]
+    assert begun == names[: checkup.MAX_PROVIDERS_AT_ONCE]
     gate.set()
     await task
     assert sorted(begun) == sorted(2 * names)
     assert told == [*range(1, len(routes) + 1)]
-    assert all(one.ok for one in findings)
+    assert all(one.ok for one in results)
     assert set(loaded) == {1}, "the time of a provider includes no loading of ours"
 
 

@@ -29,7 +29,7 @@ FAILURES = [
 @pytest.mark.parametrize(("kind", "code"), FAILURES)
 def test_what_is_foreseeable_is_one_line_and_a_code(kind, code, capsys):
     """Wrong configuration is code 2, all other failures 1; signs in a message are only signs."""
-    with pytest.raises(SystemExit) as caught, output.one_line():
+    with pytest.raises(SystemExit) as caught, output.handle_failures():
         raise kind("100% of {this} [red]failed[/red] ü")
     assert caught.value.code == code
     assert capsys.readouterr() == (
@@ -41,7 +41,7 @@ def test_what_is_foreseeable_is_one_line_and_a_code(kind, code, capsys):
 @pytest.mark.parametrize(("ended", "code", "lines"), [(2, 2, 0), (1, 1, 0), (-9, 1, 1)])
 def test_a_worker_that_has_said_why_needs_no_second_line(ended, code, lines, capsys):
     """The start ends as the worker did, and tells of one that could say nothing."""
-    with pytest.raises(SystemExit) as caught, output.one_line():
+    with pytest.raises(SystemExit) as caught, output.handle_failures():
         raise WorkerFailed(ended)
     assert caught.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == lines
@@ -49,9 +49,9 @@ def test_a_worker_that_has_said_why_needs_no_second_line(ended, code, lines, cap
 
 def test_a_mistake_of_ours_is_not_hidden():
     """What nobody foresaw is raised as it is; what succeeds ends nothing."""
-    with pytest.raises(LookupError), output.one_line():
+    with pytest.raises(LookupError), output.handle_failures():
         raise LookupError
-    with output.one_line():
+    with output.handle_failures():
         pass
 
 
@@ -147,9 +147,9 @@ def test_spans_for_people(seconds, text):
 )
 def test_spans_are_read(text, seconds):
     """Each unit is worth what it says, and blanks around the number do no harm."""
-    assert output.seconds(text, "--o") == seconds
-    assert output.before(1e9, text, "--o") == 1e9 - seconds
-    assert output.before(1e9, None, "--o") is None
+    assert output.parse_duration(text, "--o") == seconds
+    assert output.past_time(1e9, text, "--o") == 1e9 - seconds
+    assert output.past_time(1e9, None, "--o") is None
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_spans_are_read(text, seconds):
 def test_what_is_no_span_is_wrong_usage(text):
     """The message names the option and gives an example; nothing is guessed."""
     with pytest.raises(ConfigError, match=r"^--older-than: expected .*, as in 90d$"):
-        output.seconds(text, "--older-than")
+        output.parse_duration(text, "--older-than")

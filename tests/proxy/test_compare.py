@@ -122,7 +122,7 @@ async def test_the_table_says_it_for_people(compare, upstream, second):
     unknown = ["0/3", *["-"] * 4, "0.02", "?", "1536", "6.1", "GB"]
     assert rows[f"{SMALL} at openrouter"][3:] == unknown
     assert (
-        f"  {SMALL} at openrouter: 3 x UpstreamFault; the last: status 503: made-up 503\n"
+        f"  {SMALL} at openrouter: 3 x UpstreamError; the last: status 503: made-up 503\n"
         in done.out
     )
     assert "to choose" not in done.out, "there is nothing to choose from"
@@ -237,7 +237,7 @@ async def test_what_one_round_could_not_get_the_next_one_asks_for(compare, upstr
     done = await compare("--model", SMALL, "--json", providers=_at(upstream))
     one = done.route("openai")
     assert (done.code, one["complete"], one["calls"]) == (0, True, 34)
-    assert one["failures"] == {"UpstreamFault": 1, "RateLimited": 1, "Unreadable": 1}
+    assert one["failures"] == {"UpstreamError": 1, "RateLimited": 1, "MalformedResponse": 1}
     assert one["error"] == "the answer is not JSON"
     upstream.script.extend(faults)
     done = await compare("--model", SMALL, "--rounds", "1", "--json", providers=_at(upstream))
@@ -247,10 +247,10 @@ async def test_what_one_round_could_not_get_the_next_one_asks_for(compare, upstr
 @pytest.mark.parametrize(
     ("act", "kind", "calls"),
     [
-        (status(401), "CredentialsRefused", 1),
-        (status(402), "OutOfCredit", 1),
+        (status(401), "AuthenticationError", 1),
+        (status(402), "QuotaExceeded", 1),
         (status(404), "ModelNotFound", 1),
-        (status(500), "UpstreamFault", benchmark.MOST_IN_A_ROW),
+        (status(500), "UpstreamError", benchmark.MAX_FAILURES_IN_A_ROW),
     ],
 )
 async def test_a_route_that_fails_is_given_up(act, kind, calls, compare, upstream):

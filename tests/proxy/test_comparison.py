@@ -8,7 +8,7 @@ import pytest
 from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.proxy.diagnostics.benchmark import Plan, RouteBenchmark
-from embedding_proxy.proxy.diagnostics.report import report
+from embedding_proxy.proxy.diagnostics.report import make_report
 from embedding_proxy.proxy.diagnostics.routes import RouteResult
 from embedding_proxy.proxy.diagnostics.sample_texts import Samples
 
@@ -43,7 +43,7 @@ def test_the_figures_of_a_route():
     """Milliseconds by nearest rank, money by token and by input, bytes by width."""
     slow = _trial("slow", ms=range(20, 0, -1), batches_s=[0.3, 0.1, 0.2])
     fast = _trial("fast", ms=[4])
-    row, other = report([slow, fast], TEXTS, 5).rows
+    row, other = make_report([slow, fast], TEXTS, 5).rows
     assert (row.p50_ms, row.p95_ms) == pytest.approx((10, 19))
     assert (row.batch_p50_ms, row.batch_p95_ms) == pytest.approx((200, 300))
     assert (row.overhead_ms, other.overhead_ms) == pytest.approx((6, 0))
@@ -58,7 +58,7 @@ def test_an_input_costs_the_same_however_often_it_was_asked_for():
     trial = _trial()
     trial.answers[0] = 9
     trial.spent[0] *= 9
-    assert report([trial], TEXTS, 2).rows[0].usd_per_million_inputs == pytest.approx(0.2)
+    assert make_report([trial], TEXTS, 2).rows[0].usd_per_million_inputs == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_an_input_costs_the_same_however_often_it_was_asked_for():
 )
 def test_a_cost_is_only_told_where_it_is_known(price, told, usd):
     """By the upstream or the configuration; what nobody says is not nothing."""
-    row = report([_trial(usd=price, told=told)], TEXTS, 2).rows[0]
+    row = make_report([_trial(usd=price, told=told)], TEXTS, 2).rows[0]
     assert row.usd_per_million_tokens == usd
     assert row.usd_per_million_inputs == usd
 
@@ -75,7 +75,7 @@ def test_a_route_without_an_answer_has_no_figures():
     """It is in the table, compared with none, and never recommended."""
     dead = _trial("dead", rows=[], ms=(), usd=0.0)
     whole = _trial("whole")
-    found = report([dead, whole], TEXTS, 2)
+    found = make_report([dead, whole], TEXTS, 2)
     row = found.rows[0]
     assert (row.complete, row.p50_ms, row.p95_ms, row.overhead_ms) == (False, None, None, None)
     assert (row.usd_per_million_tokens, row.usd_per_million_inputs) == (0.0, None)
@@ -86,7 +86,7 @@ def test_a_route_without_an_answer_has_no_figures():
 def test_what_answered_in_part_is_not_compared():
     """All figures are about the same inputs, so who lacks one is left out of choices."""
     part = _trial("part", rows=NEAR_A[:4], ms=[1])
-    found = report([part, _trial("whole"), _trial("other")], TEXTS, 2)
+    found = make_report([part, _trial("whole"), _trial("other")], TEXTS, 2)
     assert [(pair.one.trial.route.name, pair.other.trial.route.name) for pair in found.pairs] == [
         ("whole", "other")
     ]
@@ -99,7 +99,7 @@ def test_routes_of_one_space_agree_or_do_not():
     turned = [*NEAR_A[:4], (1, 0.2)]
     wide = [(*row, 0) for row in NEAR_A]
     trials = [_trial(), _trial("q"), _trial("r", rows=turned), _trial("w", rows=wide)]
-    found = report(trials, TEXTS, 2)
+    found = make_report(trials, TEXTS, 2)
     verdicts = {
         (pair.one.trial.route.name, pair.other.trial.route.name): (pair.agree, pair.cosine)
         for pair in found.pairs
@@ -115,7 +115,7 @@ def test_routes_of_one_space_agree_or_do_not():
 
 def test_two_spaces_are_compared_by_neighbours():
     """Cosines across spaces say nothing, so there are none; chance is told beside the overlap."""
-    found = report([_trial(), _trial("q", "t", NEAR_C), _trial("r", "u", NEAR_A)], TEXTS, 2)
+    found = make_report([_trial(), _trial("q", "t", NEAR_C), _trial("r", "u", NEAR_A)], TEXTS, 2)
     overlaps = [pair.overlap for pair in found.pairs]
     assert [pair.agree for pair in found.pairs] == [None] * 3
     assert [pair.cosine for pair in found.pairs] == [None] * 3
@@ -126,19 +126,19 @@ def test_two_spaces_are_compared_by_neighbours():
 
 def test_with_few_texts_fewer_neighbours_count():
     """With nearly all texts among the nearest, everything would agree with everything."""
-    assert [report([_trial()], TEXTS, k).k for k in (1, 2, 5)] == [1, 2, 2]
+    assert [make_report([_trial()], TEXTS, k).k for k in (1, 2, 5)] == [1, 2, 2]
     two = Samples(["a", "b"], 2, {})
-    found = report([_trial(rows=NEAR_A[:2]), _trial("q", "t", NEAR_A[:2])], two, 5)
+    found = make_report([_trial(rows=NEAR_A[:2]), _trial("q", "t", NEAR_A[:2])], two, 5)
     assert (found.k, found.chance, found.pairs[0].overlap) == (1, None, None)
 
 
 def test_recall_is_of_the_labelled_texts_among_the_nearest():
     """Queries are searched among the texts, never among queries."""
-    found = report([_trial(), _trial("q", "t", NEAR_C)], PAIRS, 2)
+    found = make_report([_trial(), _trial("q", "t", NEAR_C)], PAIRS, 2)
     assert [row.recall for row in found.rows] == [0.5, 0.0]
     assert found.k == 1
     assert found.best_recall is found.rows[0]
-    assert report([_trial()], TEXTS, 2).best_recall is None
+    assert make_report([_trial()], TEXTS, 2).best_recall is None
 
 
 def test_the_cheapest_and_the_fastest_are_named():
@@ -149,10 +149,10 @@ def test_the_cheapest_and_the_fastest_are_named():
         _trial("c", ms=[8], usd=0.13),
         _trial("d", ms=[1], usd=None),
     ]
-    found = report(trials, TEXTS, 2)
+    found = make_report(trials, TEXTS, 2)
     assert found.cheapest is found.rows[1]
     assert found.fastest is found.rows[3]
-    assert report([trials[3]], TEXTS, 2).cheapest is None
+    assert make_report([trials[3]], TEXTS, 2).cheapest is None
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_cheapest_and_the_fastest_are_named():
 )
 def test_a_route_is_beaten_only_by_one_that_is_as_good(one, other, beaten):
     """The same vectors for less, or sooner; other models are not judged without labelled pairs."""
-    found = report([_trial("a", **one), _trial("b", **other)], TEXTS, 2)
+    found = make_report([_trial("a", **one), _trial("b", **other)], TEXTS, 2)
     assert (found.beaten_by(found.rows[0]) is found.rows[1]) is beaten
     assert not beaten or found.beaten_by(found.rows[1]) is None
 
@@ -179,14 +179,14 @@ def test_with_labelled_pairs_models_are_judged_too():
     """A model that finds as much, and costs and takes no more, beats one of another space."""
     good, poor = {"rows": NEAR_A, "space": "t"}, {"rows": NEAR_C, "space": "t"}
     for other, beaten in ((good, True), (poor, False)):
-        found = report([_trial(ms=[9]), _trial("b", ms=[7], **other)], PAIRS, 2)
+        found = make_report([_trial(ms=[9]), _trial("b", ms=[7], **other)], PAIRS, 2)
         assert (found.beaten_by(found.rows[0]) is found.rows[1]) is beaten
 
 
 def test_routes_are_called_by_what_tells_them_apart():
     """The upstream's name is told where it is another."""
     names = [_trial(), _trial("q", upstream="vendor/m"), _trial("r", upstream="x")]
-    assert [row.name for row in report(names, TEXTS, 2).rows] == [
+    assert [row.name for row in make_report(names, TEXTS, 2).rows] == [
         "m at p",
         "m at q",
         "m at r (x)",

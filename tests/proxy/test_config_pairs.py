@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from embedding_proxy.proxy.config.loader import ConfigError, load, validated
+from embedding_proxy.proxy.config.loader import ConfigError, load, validate_content
 from embedding_proxy.proxy.config.validation import known_keys
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -201,5 +201,5 @@ def test_any_content_is_read_or_refused(server, provider, model, qdrant, names):
         "modles": {names[0]: model},
     }
     with pytest.raises(ConfigError) as caught:
-        validated(content, "a file")
+        validate_content(content, "a file")
     assert all(line.startswith("a file: ") for line in caught.value.problems)

@@ -37,7 +37,7 @@ def _profiles(loaded):
         for name, one in loaded.providers.items()
     }
     rest = {name: getattr(loaded, name) for name in type(loaded).model_fields}
-    return {**rest, "providers": providers, "passthrough": loaded.passes_to is not None}
+    return {**rest, "providers": providers, "passthrough": loaded.passthrough_provider is not None}
 
 
 def _round_trip(text: str, folder: Path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from embedding_proxy.providers.base import (
     Refusal,
     UpstreamTimeout,
 )
-from embedding_proxy.proxy.http.errors import INTERNAL, RETRY_SECONDS, Failure, body, failure
+from embedding_proxy.proxy.http.errors import INTERNAL, RETRY_SECONDS, Failure, error_body, failure
 
 
 def _leaves(cls: type) -> list[type]:
@@ -42,8 +42,8 @@ TABLE = [
     ("NoRoute", None, 403, "server_error", "provider_not_configured", None),
     ("DeadlineExceeded", None, 504, "server_error", "timeout", RETRY_SECONDS),
     ("NoProviderAvailable", None, 503, "server_error", "upstream_unavailable", 2.5),
-    ("CredentialsRefused", None, 403, "server_error", "upstream_auth", None),
-    ("CredentialsRefused", Refusal(401, "m", "t", "invalid_api_key"), 403, "server_error",
+    ("AuthenticationError", None, 403, "server_error", "upstream_auth", None),
+    ("AuthenticationError", Refusal(401, "m", "t", "invalid_api_key"), 403, "server_error",
      "upstream_auth", None),
     ("OutOfDescriptors", None, 503, "server_error", "proxy_overloaded", RETRY_SECONDS),
     ("PermissionDenied", None, 403, "invalid_request_error", "upstream_permission_denied", None),
@@ -63,17 +63,17 @@ TABLE = [
     ("RateLimited", Refusal(429, "m", "tokens", None, 20.5), 429, "tokens", "rate_limit_exceeded",
      20.5),
     ("RateLimited", Refusal(429, "m", retry_after=0.0), 429, "requests", "rate_limit_exceeded", 0),
-    ("Full", None, 429, "requests", "rate_limit_exceeded", RETRY_SECONDS),
-    ("Full", Refusal(429, "m", "requests", "rate_limit_exceeded", 9.5), 429, "requests",
+    ("LocalQueueFull", None, 429, "requests", "rate_limit_exceeded", RETRY_SECONDS),
+    ("LocalQueueFull", Refusal(429, "m", "requests", "rate_limit_exceeded", 9.5), 429, "requests",
      "rate_limit_exceeded", 9.5),
-    ("UpstreamFault", None, 502, "server_error", "upstream_error", None),
-    ("UpstreamFault", Refusal(500, "m", "t", "c", 3), 502, "server_error", "upstream_error", 3),
-    ("UpstreamFault", Refusal(503, "m"), 503, "server_error", "upstream_error", RETRY_SECONDS),
-    ("UpstreamFault", Refusal(504, "m"), 504, "server_error", "upstream_error", RETRY_SECONDS),
-    ("UpstreamFault", Refusal(418, "m"), 502, "server_error", "upstream_error", None),
+    ("UpstreamError", None, 502, "server_error", "upstream_error", None),
+    ("UpstreamError", Refusal(500, "m", "t", "c", 3), 502, "server_error", "upstream_error", 3),
+    ("UpstreamError", Refusal(503, "m"), 503, "server_error", "upstream_error", RETRY_SECONDS),
+    ("UpstreamError", Refusal(504, "m"), 504, "server_error", "upstream_error", RETRY_SECONDS),
+    ("UpstreamError", Refusal(418, "m"), 502, "server_error", "upstream_error", None),
     ("UpstreamTimeout", None, 504, "server_error", "upstream_timeout", RETRY_SECONDS),
     ("Unreachable", None, 502, "server_error", "upstream_unreachable", RETRY_SECONDS),
-    ("Unreadable", None, 502, "server_error", "upstream_invalid_answer", RETRY_SECONDS),
+    ("MalformedResponse", None, 502, "server_error", "upstream_invalid_answer", RETRY_SECONDS),
     ("InvalidAnswer", None, 502, "server_error", "upstream_invalid_answer", RETRY_SECONDS),
 ]  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_the_body_always_has_the_four_keys(leaf):
 
 def test_a_body_of_only_a_message_has_nulls():
     """What is not known of an error is null, not left out."""
-    assert json.loads(body("m", "t")) == {
+    assert json.loads(error_body("m", "t")) == {
         "error": {"message": "m", "type": "t", "param": None, "code": None}
     }
 

@@ -115,7 +115,7 @@ def test_every_command_ends_with_the_code_of_the_page(words, code, folder, comma
     """Done, failed or wrong usage; wrong usage is told on stderr, and nothing on stdout."""
     monkeypatch.setenv("MISTRAL_API_KEY", "k")
     # It would go on in a second process.
-    monkeypatch.setattr("embedding_proxy.proxy.cli.migrate.outlive", lambda: None)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.migrate.run_detached", lambda: None)
     # A Qdrant that is not there would be waited for.
     monkeypatch.setattr("embedding_proxy.index.collection_reader.MAX_TRIES", 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:

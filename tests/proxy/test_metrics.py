@@ -76,7 +76,7 @@ async def test_another_model_and_the_canaries_are_told(upstream, start_proxy):
     upstream.always = upstream.altered(lambda reply: reply.update(model="another"))
     proxy = await start_proxy(openai=upstream, models={"m": MODEL})
     assert (await proxy.post({"model": "m", "input": "a"})).status == 200
-    (found,) = await proxy.service.canaries.look()
+    (found,) = await proxy.service.canaries.check()
     told = await _told(proxy)
     named = {WORKER, ("provider", "openai"), ("model", "another")}
     assert told["provider_other_model_total", frozenset(named)] == 3

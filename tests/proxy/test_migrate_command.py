@@ -13,8 +13,8 @@ from aiohttp import web
 from command import Done
 from embedding_proxy.index.migration.state import MigrationState
 from embedding_proxy.proxy.cli import migrate_process
-from embedding_proxy.proxy.cli.migrate_options import named, settings_for, width_of
-from embedding_proxy.proxy.cli.migrate_process import held
+from embedding_proxy.proxy.cli.migrate_options import find_model, settings_for, width_of
+from embedding_proxy.proxy.cli.migrate_process import hold_lock
 from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from example_package import install
@@ -194,7 +194,7 @@ async def test_only_one_process_at_a_time(migrate, system, monkeypatch):
     """While somebody works on a migration, another one is told so."""
     monkeypatch.setattr(migrate_process, "NOTICED_S", 0)
     journal = MigrationState(system.folder / "cache" / "migrations", system.qdrant.url, CONTEXT)
-    async with held(journal):
+    async with hold_lock(journal):
         done = await migrate("run", CONTEXT, "--to", MISTRAL)
     assert (done.code, "another process works on this migration" in done.err) == (1, True)
     assert (await migrate("run", CONTEXT, "--to", MISTRAL)).code == 0
@@ -322,15 +322,15 @@ async def test_finalize_asks_twice(migrate, system, options, says, monkeypatch):
 def test_models_and_their_providers():
     """A name stands for a model; with a provider before it, that one alone serves it."""
     settings = Settings()
-    assert named(settings, LARGE, "--to").provider is None
-    assert named(settings, f"openai/{LARGE}", "--to").provider is None
-    found = named(settings, f"openrouter/openai/{LARGE}", "--to")
+    assert find_model(settings, LARGE, "--to").provider is None
+    assert find_model(settings, f"openai/{LARGE}", "--to").provider is None
+    found = find_model(settings, f"openrouter/openai/{LARGE}", "--to")
     assert (found.provider, found.space.name) == ("openrouter", f"openai/{LARGE}")
     entry = settings_for(settings, found).models[found.name]
     assert [(route.provider, route.model) for route in entry.routes] == [
         ("openrouter", f"openai/{LARGE}")
     ]
-    assert named(settings, "openrouter/mistralai/mistral-embed-2312", "--to").space.dimensions
+    assert find_model(settings, "openrouter/mistralai/mistral-embed-2312", "--to").space.dimensions
     assert width_of(found, None) == 3072
     assert width_of(found, 256) == 256
 
@@ -345,10 +345,10 @@ def test_no_other_model_may_stand_in():
             }
         }
     )
-    model = named(settings, LARGE, "--to")
+    model = find_model(settings, LARGE, "--to")
     assert settings.models[LARGE].fallback
     changed = settings_for(settings, model)
     assert changed.models[LARGE].fallback == ()
     assert changed.server.canary_hours is None
     with pytest.raises(ConfigError, match=r"models\.unknown\.dimensions"):
-        named(settings, "unknown", "--to")
+        find_model(settings, "unknown", "--to")

@@ -110,12 +110,12 @@ async def test_what_takes_too_long_is_called_off():
         finally:
             ended.append(True)
 
-    seen_through = ShieldedTask()
-    waiting = asyncio.ensure_future(seen_through(work()))
+    shield = ShieldedTask()
+    waiting = asyncio.ensure_future(shield(work()))
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert ended == []
-    await seen_through.over(0)
+    await shield.wait(0)
     assert ended == [True]

@@ -4,14 +4,18 @@ import re
 from xml.etree import ElementTree as ET
 
 import pytest
-from embedding_proxy.proxy.diagnostics.report import HEIGHT, WIDTH, Point, _axis, svg
+from embedding_proxy.proxy.diagnostics.report import HEIGHT, WIDTH, PlotPoint, _axis, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_points_are_where_their_figures_are():
     """Twice the figure is twice as far from the axis; names and notes are told below, too."""
-    points = [Point("a", 50, 0.1, "x"), Point("b <&>", 100, 0.2, "y"), Point("c", None, 1, "z")]
+    points = [
+        PlotPoint("a", 50, 0.1, "x"),
+        PlotPoint("b <&>", 100, 0.2, "y"),
+        PlotPoint("c", None, 1, "z"),
+    ]
     root = ET.fromstring(svg("T & t", "x < 1", "y", points))
     circles = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter(f"{SVG}circle")]
     (x1, y1), (x2, y2) = circles
@@ -39,6 +43,6 @@ def test_axes_end_at_round_numbers_past_the_largest(values):
 
 def test_a_plot_of_nothing_is_a_plot():
     """Where no figure is known the axes remain."""
-    root = ET.fromstring(svg("T", "x", "y", [Point("a", None, None, "no answer")]))
+    root = ET.fromstring(svg("T", "x", "y", [PlotPoint("a", None, None, "no answer")]))
     assert root.get("width") == str(WIDTH)
     assert not list(root.iter(f"{SVG}circle"))

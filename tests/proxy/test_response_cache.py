@@ -293,7 +293,7 @@ async def test_where_points_are_not_known_nothing_is_repeated(upstream, start_pr
         def knows(self, *_: object) -> bool:
             return False
 
-        def again(self, *_: object) -> None:
+        def reusable(self, *_: object) -> None:
             return None
 
     proxy = await start_proxy(openai=upstream)

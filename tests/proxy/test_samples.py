@@ -83,10 +83,10 @@ def test_what_is_wrong_with_pairs_is_told(write, tmp_path):
 
 def test_too_many_texts_are_refused(write, monkeypatch):
     """Each text is compared with all others, so there is an end to it."""
-    monkeypatch.setattr(sample_texts, "MOST", 3)
+    monkeypatch.setattr(sample_texts, "MAX_SAMPLES", 3)
     assert len(read(write("t", "a\nb\nc\nc"), None).inputs) == 3
     with pytest.raises(SourceError, match="4 different texts and queries are too many"):
         read(write("t", "a\nb\nc\nd"), None)
-    monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._LONGEST", 4)
+    monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._MAX_LINE_BYTES", 4)
     with pytest.raises(SourceError, match="line 1 is too long"):
         read(write("t", "abcdefgh\n"), None)

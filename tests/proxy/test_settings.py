@@ -99,7 +99,7 @@ def test_a_model_of_the_catalogue_may_lead_to_a_provider_that_is_not_configured(
 )
 def test_other_calls_go_to_openai_unless_told_otherwise(sections, kind):
     """The default holds only where openai is configured; null is nobody, not the default."""
-    entry = _settings(**sections).passes_to
+    entry = _settings(**sections).passthrough_provider
     assert (entry and entry.kind) == kind
 
 

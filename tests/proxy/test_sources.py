@@ -141,7 +141,7 @@ def test_a_bad_line_is_refused_and_reading_goes_on(tmp_path, line, why):
 
 def test_a_line_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
     """A line longer than any pair is passed over, and the next one read."""
-    monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._LONGEST", len(LINE))
+    monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._MAX_LINE_BYTES", len(LINE))
     long = Refused("line 2", "longer than 16 MiB")
     assert _read(tmp_path / JSONL, LINE + b"-" * 1000 + b"\n" + LINE) == [
         _pair("a", 1, 2),
@@ -329,7 +329,7 @@ def test_what_is_no_vector_in_langchains_folder_is_refused(folder, texts, value,
 
 def test_texts_of_langchain_are_read_as_lines(folder, texts, monkeypatch):
     """A line that is not UTF-8, or too long, is refused as such."""
-    monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._LONGEST", 20)
+    monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._MAX_LINE_BYTES", 20)
     file = texts(b"\xff\n" + b"a" * 50)
     assert _read(folder(GOLDEN["sha1"]), texts=file) == [
         Refused("line 1", "the text is not UTF-8"),

@@ -8,7 +8,7 @@ import pytest
 from embedding_proxy.providers.base import InvalidRequest
 from embedding_proxy.proxy.http import openai_format
 from embedding_proxy.proxy.http.openai_format import (
-    MOST_INPUTS,
+    MAX_INPUTS,
     EmbeddingRequest,
     ResponseFormat,
     parse,
@@ -34,23 +34,21 @@ def _body(**fields) -> bytes:
         (["1", "[1]"], ["1", "[1]"]),
         ([1, 2, 0], [(1, 2, 0)]),
         ([[1], [2, 4294967295]], [(1,), (2, 4294967295)]),
-        (["x"] * MOST_INPUTS, ["x"] * MOST_INPUTS),
-        ([7] * MOST_INPUTS, [(7,) * MOST_INPUTS]),
-        ([[7] * (MOST_INPUTS + 1)], [(7,) * (MOST_INPUTS + 1)]),
+        (["x"] * MAX_INPUTS, ["x"] * MAX_INPUTS),
+        ([7] * MAX_INPUTS, [(7,) * MAX_INPUTS]),
+        ([[7] * (MAX_INPUTS + 1)], [(7,) * (MAX_INPUTS + 1)]),
     ],
     ids=str,
 )
 def test_all_four_forms_are_read(given_input, inputs):
     """A string, strings, tokens and token arrays become inputs, nothing changed, in order."""
-    assert parse(_body(input=given_input), MOST_INPUTS).inputs == inputs
+    assert parse(_body(input=given_input), MAX_INPUTS).inputs == inputs
 
 
-@pytest.mark.parametrize(
-    ("item", "count"), [("x", MOST_INPUTS + 1), (7, 1), ([7], MOST_INPUTS + 1)]
-)
+@pytest.mark.parametrize(("item", "count"), [("x", MAX_INPUTS + 1), (7, 1), ([7], MAX_INPUTS + 1)])
 def test_without_a_limit_any_number_is_read(item, count):
     """More inputs than OpenAI takes, and a token array as long as a model's context, are read."""
-    assert len(parse(_body(input=[item] * (MOST_INPUTS + 1))).inputs) == count
+    assert len(parse(_body(input=[item] * (MAX_INPUTS + 1))).inputs) == count
 
 
 @pytest.mark.parametrize(
@@ -92,12 +90,12 @@ BAD = {
     "empty string": ({"input": ""}, "input", "'$.input' is invalid: it must not be an empty str"),
     "empty list": ({"input": []}, "input", "'$.input' is invalid: it must not be an empty array"),
     "too many": (
-        {"input": ["x"] * (MOST_INPUTS + 1)},
+        {"input": ["x"] * (MAX_INPUTS + 1)},
         "input",
         "'$.input' is invalid: it is an array too long: 2049 items, and a maximum of 2048",
     ),
     "too many tokens": (
-        {"input": [1] * (MOST_INPUTS + 1)},
+        {"input": [1] * (MAX_INPUTS + 1)},
         "input",
         "2049 items, and a maximum of 2048",
     ),
@@ -155,7 +153,7 @@ BAD = {
 def test_bad_fields_are_refused_by_name_and_place(fields, param, message):
     """Each bad field gets a 400 that names it, and the place inside it."""
     with pytest.raises(InvalidRequest) as caught:
-        parse(_body(**fields), MOST_INPUTS)
+        parse(_body(**fields), MAX_INPUTS)
     error = caught.value
     assert (error.status, error.kind, error.param) == (400, "invalid_request_error", param)
     assert message in str(error)
@@ -194,11 +192,11 @@ FIELDS = st.fixed_dictionaries({}, optional=dict.fromkeys(FIELD_NAMES, JSON))
 def _checked(body: bytes) -> None:
     """Parse; whatever comes of it must be a request as promised, or InvalidRequest."""
     try:
-        request = parse(body, MOST_INPUTS)
+        request = parse(body, MAX_INPUTS)
     except InvalidRequest as error:
         assert error.status == 400  # noqa: PT017 - either outcome is fine, each has its rule
         return
-    assert 1 <= len(request.inputs) <= MOST_INPUTS
+    assert 1 <= len(request.inputs) <= MAX_INPUTS
     assert all(request.inputs)
     assert all(
         isinstance(item, str) or all(type(token) is int and token >= 0 for token in item)

@@ -124,8 +124,7 @@ async def test_what_a_terminal_sends_to_all_ends_them_in_good_order(
 
 def test_a_second_signal_ends_the_workers_at_once(tmp_path):
     """The parent passes it on: a worker that does not end is not waited for."""
-    stuck = "import asyncio, embedding_proxy.proxy.http.server\n"
-    stuck += "import embedding_proxy.proxy.http.runner as c\n"
+    stuck = "import asyncio, embedding_proxy.proxy.http.runner as c\n"
     stuck += "c.Runner.cleanup = lambda _: asyncio.Event().wait()\n"
     with _running(tmp_path, before=stuck) as (parent, _):
         parent.send_signal(signal.SIGINT)
@@ -185,7 +184,7 @@ def test_a_signal_ends_a_start_that_hangs(number):
         "def work(ready):\n"
         "    print('begun', flush=True)\n"
         "    signal.pause()\n"
-        "print(workers.run(2, work, lambda: print('announced')).name)\n"
+        "print(workers.run_workers(2, work, lambda: print('announced')).name)\n"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:

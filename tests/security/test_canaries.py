@@ -22,7 +22,7 @@ from embedding_proxy.providers.upstream.network import Network
 from embedding_proxy.providers.upstream.redaction import MAX_BYTES, QuotedInputs, Redactor
 from embedding_proxy.providers.vendors import OpenAI
 from embedding_proxy.proxy import log
-from embedding_proxy.proxy.config.loader import ConfigError, validated
+from embedding_proxy.proxy.config.loader import ConfigError, validate_content
 from embedding_proxy.proxy.config.schema import Settings
 from fault_server import FaultServer, status
 from http_proxy import HttpProxy
@@ -459,7 +459,7 @@ def test_what_is_shown_of_objects_holds_no_key(monkeypatch):
 def test_an_error_of_the_configuration_holds_no_value(content):
     """Nor does the traceback of one, which shows what caused it."""
     with pytest.raises(ConfigError) as caught:
-        validated(content, "config.yaml")
+        validate_content(content, "config.yaml")
     shown = log.LineFormatter().formatException((caught.type, caught.value, caught.tb))
     assert "config.yaml" in shown
     _clean(shown + repr(caught.value.__cause__), KEY, CLIENT)

@@ -290,7 +290,7 @@ async def test_a_due_proof_has_a_time_limit_of_its_own(with_keys, upstream, monk
 async def test_keys_that_cannot_be_proved_hold_up_no_proved_one(with_keys, upstream, monkeypatch):
     """Proofs of unknown keys that hang leave a key that is due its hits."""
     monkeypatch.setattr(client_keys, "PROOF_S", 0.05)
-    monkeypatch.setattr(client_keys, "AT_ONCE", 2)
+    monkeypatch.setattr(client_keys, "MAX_PROVED_AT_ONCE", 2)
     proxy = await with_keys()
     known = proxy.service._answering._client_keys.proofs
     now = time.time()

@@ -21,7 +21,8 @@ BODY = json.dumps({"model": MODEL, "input": "a" * 1000}).encode()
 SHORT_GRACE = 0.3
 RUN = """
 import sys
-from embedding_proxy.proxy import cli, server
+from embedding_proxy.proxy.cli import main as cli
+from embedding_proxy.proxy.http import server
 server.GRACE_SECONDS = float(sys.argv.pop(1))
 cli.main()
 """

@@ -241,7 +241,7 @@ def test_who_takes_a_reply_slowly_gets_all_of_it():
 def test_where_unread_replies_hold_too_much_more_is_asked(held, rate, is_cut):
     """Who takes next to nothing in a second makes room; who goes on reading is let alone."""
     unread = UnreadReplies(100)
-    with unread.holding(held):
+    with unread.hold(held):
         loop, transport = _watched(1 << 30, unread)
         transport.size -= rate
         assert loop.pass_on() == 1
