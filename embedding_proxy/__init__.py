@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddingService", "Result", "close", "embed"]
 
 _PLACES = {
-    "EmbeddingService": "proxy.service",
-    "Result": "proxy.embedding.result",
+    "EmbeddingService": "proxy.service.embedding_service",
+    "Result": "proxy.service.embedding_result",
     "close": "proxy.blocking",
     "embed": "proxy.blocking",
 }

@@ -86,13 +86,13 @@ cache_app = group(
     "Look at the cache, mend it, copy it, delete from it.",
     {
         "stats": Place(
-            "stats",
+            "cache",
             "Show what is kept, by namespace and space, how often it was used, and what that"
             " saved.",
         ),
-        "verify": Place("verify", "Read every record and say what is damaged."),
+        "verify": Place("cache_verify", "Read every record and say what is damaged."),
         "purge": Place(
-            "purge",
+            "cache_purge",
             "Delete the entries for which all that is given holds; running proxies forget them"
             " soon.",
         ),
@@ -101,12 +101,12 @@ cache_app = group(
             "Copy all entries and the ledger to FILE, itself a store's file, while proxies go on.",
         ),
         "export": Place(
-            "export",
+            "cache",
             "Write entries to one file, to be carried elsewhere; such files can be joined with"
             " cat.",
         ),
         "import": Place(
-            "take_in",
+            "cache_import",
             "Take in entries of an export, or embeddings you already own; what is there stays.",
         ),
     },
@@ -124,16 +124,16 @@ migrate_app = group(
             "Fill new collections beside the old ones; run it again to go on after an"
             " interruption.",
         ),
-        "status": Place("migrate_end", "Say how far migrations are, and what comes next."),
+        "status": Place("migrate_cutover", "Say how far migrations are, and what comes next."),
         "cutover": Place(
-            "migrate_end",
+            "migrate_cutover",
             "Verify the new collections, and let the aliases of the old ones point to them.",
         ),
         "rollback": Place(
-            "migrate_end",
+            "migrate_cutover",
             "Let the aliases point to the old collections again; the new ones stay.",
         ),
-        "finalize": Place("migrate_end", "Delete the old collections for good. Asks twice."),
+        "finalize": Place("migrate_cutover", "Delete the old collections for good. Asks twice."),
     },
 )
 

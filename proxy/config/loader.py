@@ -187,9 +187,9 @@ def _name_of(path: Path | None) -> str:
 
 
 def _built_in_file() -> Path:
-    """Return config.yaml: beside this file in an installation, at the root of a checkout."""
-    installed = Path(__file__).with_name("config.yaml")
-    return installed if installed.exists() else Path(__file__).parents[1] / "config.yaml"
+    """Return config.yaml: in `proxy` in an installation, at the root of a checkout."""
+    installed = Path(__file__).parents[1] / "config.yaml"
+    return installed if installed.exists() else Path(__file__).parents[2] / "config.yaml"
 
 
 def _folder_of(path: Path | None) -> Path | None:
