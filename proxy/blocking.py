@@ -88,7 +88,7 @@ class _Services:
         # A call is submitted under the lock, so that no service is closed before it has begun.
         with self._lock:
             if self._is_ended:
-                raise RuntimeError("embedding_proxy.embed: the main thread has ended")
+                raise RuntimeError("embed: the main thread has ended")
             background = self._open.get(name)
             if background is None:
                 background = self._open[name] = _Background(config)
