@@ -43,6 +43,7 @@ def run(tmp_path, config):
             capture_output=True,
             text=True,
             check=False,
+            timeout=300,
         )
 
     return run
@@ -189,6 +190,7 @@ import embedding_proxy
 
 begun = threading.Event()
 ended = threading.Event()
+blocking = embedding_proxy.embed  # Imported, so that what comes next runs before its own.
 threading._register_atexit(ended.set)
 embed = embedding_proxy.EmbeddingService.embed
 
