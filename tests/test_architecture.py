@@ -56,7 +56,7 @@ Given Glance glance go_on guard Halver Heads heed_purges InputRefused is_the_lea
 journal Journey journey Kept kinds landed lane Late late later least let_finish likeness made
 Making mend most most_inputs NoneTooLong NOTHING_SAID objection objections oddity
 one_before_others onward opening Origin outlive outliving OutOfCredit PassingFailure patience_s
-Patient Pins place places Pool prove proved Purchase Questions reached read_few ready receipt
+Patient Pins place places Pool prove proved Purchase Questions reached read_few receipt
 regime Repeat Repeating Replies Rest rested resting revive scouting scouts Seen seen SeenThrough
 sent serials_of shown Shut stamp stand_in stand_ins Standing still take_back take_in Terms terms
 Texts there told Trial Turn turn twins Unreadable unsent unusable UpstreamFault Upstreams Uses
@@ -102,8 +102,7 @@ STILL_RETIRED = {
     "proxy/http/models.py": {"wire"},
     "proxy/http/pace.py": {"unsent"},
     "proxy/http/request_log.py": {"stamp"},
-    "proxy/http/startup_log.py": {"ready"},
-    "proxy/http/status.py": {"ready", "shown", "told"},
+    "proxy/http/status.py": {"shown", "told"},
     "proxy/service/client_keys.py": {"Visit", "WhileProved", "again", "by_client"},
     "proxy/service/drift_check.py": {"Finding"},
     "proxy/service/embedding_result.py": {"made"},

@@ -122,6 +122,7 @@ WIDTH, GAP, MARGIN, TOP, LINE = 268, 44, 24, 150, 15
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1f2933 }
 .modules { font: 11px ui-monospace, monospace; fill: #52606d }
+.count { font: 11px system-ui, sans-serif; paint-order: stroke; stroke: #fff; stroke-width: 4 }
 .package { font-size: 17px; font-weight: 600 }
 .layer { font-size: 13px; font-weight: 600 }
 .column { fill: #f5f7fa; stroke: #cbd2d9 }
@@ -151,7 +152,7 @@ def _column(
     parts = []
     for layer in PACKAGES[package]:
         stems = [Path(file).stem for file in FILES if layer_of(file) == (package, layer)]
-        lines = wrap(", ".join(stem for stem in stems if stem != "__init__"), 32)
+        lines = wrap(", ".join(stem for stem in stems if stem != "__init__"), 30)
         height = 28 + LINE * len(lines)
         heights[package, layer] = y, y + height
         parts.append(
@@ -201,7 +202,7 @@ def _across(left: dict[str, int]) -> Iterator[str]:
         kind = "across" if steps > 0 else "up"
         yield f'<path class="{kind}" d="M{start},{TOP} C{start},{y} {end},{y} {end},{TOP}"/>'
         yield _text(
-            (start + end) // 2, (TOP + 3 * y) // 4 - 4, f"{count} imports", "modules", "middle"
+            (start + end) // 2, (TOP + 3 * y) // 4 - 4, f"{count} imports", "count", "middle"
         )
 
 
