@@ -62,7 +62,16 @@ TRIALS = {
     "test_shared_store",
     "test_storage_promises",
 }
-"""The tests that try the whole for long; what they pass through is tested room by room."""
+"""The tests that try the whole for long; what they pass through is tested part by part."""
+SLOW = {
+    "test_credential",
+    "test_damage",
+    "test_lost_log",
+    "test_purge",
+    "test_short_reads",
+    "test_write_ahead_log",
+}
+"""Further tests that `make quick` leaves out: they take seconds, as a file."""
 
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
@@ -85,6 +94,13 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out."""
+    for item in items:
+        if item.path.stem in TRIALS | SLOW:
+            item.add_marker("slow")
 
 
 TESTS = itertools.count(1)
