@@ -369,7 +369,7 @@ def test_without_a_file_the_built_in_one_applies(monkeypatch, tmp_path):
     """No file means the file at the root of the repository, but for XDG_DATA_HOME."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     settings = load()
-    shipped = load(Path(loader.__file__).parents[1] / "config.yaml")
+    shipped = load(Path(loader.__file__).parents[2] / "config.yaml")
     assert settings.cache.directory == tmp_path / "embedding-proxy"
     same = {"cache": settings.cache, "providers": settings.providers}
     assert settings == shipped.model_copy(update=same)
@@ -387,7 +387,7 @@ def test_an_installation_reads_the_copy_beside_the_package(monkeypatch, tmp_path
     package = tmp_path / "proxy"
     package.mkdir()
     (tmp_path / "config.yaml").write_text("{cache: {directory: x}, server: {port: 1}}")
-    monkeypatch.setattr(loader, "__file__", str(package / "config.py"))
+    monkeypatch.setattr(loader, "__file__", str(package / "config" / "loader.py"))
     assert load().server.port == 1
     (package / "config.yaml").write_text("{cache: {directory: x}, server: {port: 2}}")
     assert load().server.port == 2
