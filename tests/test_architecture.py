@@ -214,7 +214,7 @@ def imports(name: str) -> set[str]:
 
 
 def _ours(names: set[str]) -> set[str]:
-    """Return the modules of the house among imported names, the package's own file included."""
+    """Return our own modules among imported names, the package's own file included."""
     found = set()
     for name in names:
         if name.startswith("embedding_proxy."):
