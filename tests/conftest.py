@@ -64,14 +64,42 @@ TRIALS = {
 }
 """The tests that try the whole for long; what they pass through is tested part by part."""
 SLOW = {
+    "test_archive",
+    "test_backup",
+    "test_blocking",
+    "test_cache_commands",
+    "test_carry",
+    "test_carver",
+    "test_charges",
+    "test_check",
+    "test_cli",
+    "test_client_keys",
+    "test_compare",
+    "test_config_pairs",
+    "test_config_round_trip",
     "test_credential",
     "test_damage",
+    "test_demo",
+    "test_environments",
+    "test_errors_page",
+    "test_eviction",
+    "test_fallback",
+    "test_indexing",
+    "test_learned",
     "test_lost_log",
+    "test_makefile",
+    "test_migrate_command",
+    "test_migrate_run",
+    "test_outliving",
+    "test_passthrough",
     "test_purge",
+    "test_reading_commands",
+    "test_schema",
     "test_short_reads",
+    "test_workers",
     "test_write_ahead_log",
 }
-"""Further tests that `make quick` leaves out: they take seconds, as a file."""
+"""Further tests that `make quick` leaves out, beside those of `security/`: each takes seconds."""
 
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
@@ -99,7 +127,7 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out."""
     for item in items:
-        if item.path.stem in TRIALS | SLOW:
+        if item.path.stem in TRIALS | SLOW or item.path.parent.name == "security":
             item.add_marker("slow")
 
 
