@@ -6,10 +6,15 @@ SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills paths clients pins client-pins clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills paths clients pins client-pins clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
+
+# The part of the suite that takes less than a minute on two cores: what is slow is named in
+# tests/conftest.py.
+quick: .venv/test
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test: .venv/test
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
@@ -33,13 +38,20 @@ cover: .venv/test
 serve: .venv/demo
 	$(BIN)/embedding-proxy serve
 
-lint: .venv/test
+lint: mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# mypy knows no `__path__`: it is shown the packages inside embedding_proxy/, by links.
+mypy: .venv/test
 	mkdir -p build/types/embedding_proxy
 	ln -sfn $(foreach name,__init__.py __main__.py py.typed,$(CURDIR)/embedding_proxy/$(name)) \
 		$(foreach name,proxy index cache providers,$(CURDIR)/$(name)) build/types/embedding_proxy/
 	$(BIN)/mypy
+
+# docs/architecture.svg, from the imports.
+picture:
+	$(PYTHON) tools/draw_architecture.py
 
 # kill -9 amid writes of two processes, ROUNDS times; the suite runs a few of them.
 ROUNDS ?= 2000

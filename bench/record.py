@@ -136,8 +136,10 @@ def headline(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.verdict and row not in peers:
             own[row.target] = max(own.get(row.target, row), row, key=lambda one: one.strain)
-    lines = ["| | | measured | target | |", "|---|---|---|---|---|"]
-    lines += (f"| {' | '.join(cells(row)[:5])} |" for row in (*own.values(), *peers))
+    lines = ["| | measured | target | |", "|---|---|---|---|"]
+    for row in (*own.values(), *peers):
+        _, *shown, verdict = cells(row)[:5]
+        lines.append(f"| {' | '.join(shown)} | {'not met' if verdict == 'MISS' else verdict} |")
     return "\n".join(lines)
 
 

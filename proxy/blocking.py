@@ -7,9 +7,10 @@ own is needed where an event loop runs already, as in a notebook.
 
 import asyncio
 import atexit
+import concurrent.futures.thread
 import os
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,53 +24,101 @@ class _Background:
     """An open service and its event loop, on a thread of its own. Raises what opening raises."""
 
     def __init__(self, config: str | Path | None) -> None:
+        self.service = EmbeddingService.from_config(config)
+        self._calls: set[concurrent.futures.Future[Any]] = set()
+        self._stop = asyncio.Event()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="embedding_proxy", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="embedding_proxy", daemon=True)
         self._thread.start()
-        self.process = os.getpid()
         try:
-            self.service = EmbeddingService.from_config(config)
-            self.run(self.service.__aenter__())
+            wait(self.submit(self.service.__aenter__()))
         except BaseException:
             self._end()
             raise
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run work on the thread, and return its result."""
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._stop.wait())
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start work on the thread, and return what its result will be."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            raise
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
 
     def close(self) -> None:
-        """Close the service: what is being bought is kept."""
+        """Wait for the calls in progress, and close the service: what is being bought is kept."""
         try:
-            self.run(self.service.__aexit__(None, None, None))
+            concurrent.futures.wait(list(self._calls))
+            wait(self.submit(self.service.__aexit__(None, None, None)))
         finally:
             self._end()
 
     def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
-        self._loop.close()
 
 
-_lock = threading.Lock()
-_open: dict[str | None, _Background] = {}
+def wait(future: concurrent.futures.Future[T]) -> T:
+    """Return the result of work on the thread; Ctrl-C cancels it."""
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        future.cancel()
+        raise
 
 
-def _service(config: str | Path | None) -> _Background:
-    name = None if config is None else str(Path(config).resolve())
-    with _lock:
-        found = _open.get(name)
-        # A forked process has no copy of the thread.
-        if found is None or found.process != os.getpid():
-            found = _open[name] = _Background(config)
-        return found
+class _Services:
+    """The services that are open in this process, by the paths of their configuration files."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str | None, _Background] = {}
+        self._inherited: list[object] = []
+        self._is_ended = False
+
+    def submit(
+        self,
+        config: str | Path | None,
+        work: Callable[[EmbeddingService], Coroutine[Any, Any, T]],
+    ) -> concurrent.futures.Future[T]:
+        """Start work with the service of a configuration, which is opened if need be."""
+        name = None if config is None else str(Path(config).resolve())
+        # A call is submitted under the lock, so that no service is closed before it has begun.
+        with self._lock:
+            if self._is_ended:
+                raise RuntimeError("embed: the main thread has ended")
+            background = self._open.get(name)
+            if background is None:
+                background = self._open[name] = _Background(config)
+            return background.submit(work(background.service))
+
+    def close(self) -> None:
+        """Close them all; the next call opens a new one."""
+        with self._lock:
+            services = list(self._open.values())
+            self._open.clear()
+        for background in services:
+            background.close()
+
+    def end(self) -> None:
+        """Close them all for good."""
+        with self._lock:
+            self._is_ended = True
+        self.close()
+
+    def forget(self) -> None:
+        """Begin anew in a forked process: it has a copy of everything but the threads.
+
+        The copies are kept: to close a copy of a database would harm the parent's.
+        """
+        self._lock = threading.Lock()
+        self._inherited += self._open.values()
+        self._open = {}
+
+
+_services = _Services()
 
 
 def embed(  # noqa: PLR0913 - the parameters of a request
@@ -80,7 +129,10 @@ def embed(  # noqa: PLR0913 - the parameters of a request
     parameters: Mapping[str, object] | None = None,
     user: str | None = None,
     namespace: str = "",
+    client: str = "",
+    api_key: str = "",
     cache_control: str = "",
+    index: object = None,
     config: str | Path | None = None,
 ) -> Result:
     """Embed one text, one token array, or several texts or token arrays; from any thread.
@@ -89,30 +141,36 @@ def embed(  # noqa: PLR0913 - the parameters of a request
     for the built-in configuration. It is read, with the keys in the environment, at the first call
     that names it; `close` has the next call read it anew.
     The result's `vectors` are float32 of shape (number of inputs, dimensions).
-    Raises ConfigError, StoreError, EmbeddingError.
+    Raises ConfigError, StoreError, EmbeddingError; RuntimeError once the main thread has ended.
     """
-    background = _service(config)
-    return background.run(
-        background.service.embed(
+    future = _services.submit(
+        config,
+        lambda service: service.embed(
             inputs,
             model,
             dimensions=dimensions,
             parameters=parameters,
             user=user,
             namespace=namespace,
+            client=client,
+            api_key=api_key,
             cache_control=cache_control,
-        )
+            index=index,
+        ),
     )
+    return wait(future)
 
 
 def close() -> None:
-    """Close the services that `embed` opened. What is being bought is kept. It may be repeated."""
-    with _lock:
-        services = list(_open.values())
-        _open.clear()
-    for one in services:
-        if one.process == os.getpid():
-            one.close()
+    """Close the services that `embed` opened, after the calls in progress. It may be repeated.
+
+    The end of the main thread does the same.
+    """
+    _services.close()
 
 
-atexit.register(close)
+# `atexit` is too late: by then no executor takes work any more, and what is to be written would be
+# lost. What is registered here runs before the executors end, as it is registered after theirs.
+getattr(threading, "_register_atexit", atexit.register)(_services.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_services.forget)

@@ -62,7 +62,56 @@ TRIALS = {
     "test_shared_store",
     "test_storage_promises",
 }
-"""The tests that try the whole for long; what they pass through is tested room by room."""
+"""The tests that try the whole for long; what they pass through is tested part by part."""
+SLOW = {
+    "test_archive",
+    "test_backup",
+    "test_blocking",
+    "test_cache_commands",
+    "test_canary",
+    "test_carry",
+    "test_carver",
+    "test_charges",
+    "test_check",
+    "test_cli",
+    "test_client_keys",
+    "test_compare",
+    "test_config_pairs",
+    "test_config_round_trip",
+    "test_credential",
+    "test_damage",
+    "test_demo",
+    "test_environments",
+    "test_errors_page",
+    "test_eviction",
+    "test_exit_codes",
+    "test_fallback",
+    "test_forms",
+    "test_indexing",
+    "test_learned",
+    "test_ledger",
+    "test_limits",
+    "test_lost_log",
+    "test_makefile",
+    "test_migrate_command",
+    "test_migrate_run",
+    "test_misses",
+    "test_outliving",
+    "test_passthrough",
+    "test_paths",
+    "test_private_names",
+    "test_provider_shapes",
+    "test_purge",
+    "test_reading_commands",
+    "test_real",
+    "test_schema",
+    "test_short_reads",
+    "test_steps",
+    "test_upstream_answers",
+    "test_workers",
+    "test_write_ahead_log",
+}
+"""Further tests that `make quick` leaves out, beside those of `security/`: each takes seconds."""
 
 collect_ignore = ["clients"]
 """Scripts that run in environments of their own."""
@@ -85,6 +134,13 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out."""
+    for item in items:
+        if item.path.stem in TRIALS | SLOW or item.path.parent.name == "security":
+            item.add_marker("slow")
 
 
 TESTS = itertools.count(1)

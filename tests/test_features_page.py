@@ -1,4 +1,4 @@
-"""docs/features.md: every promised row is there once, and what it names as proof exists."""
+"""tests/features.md: every promised row is there once, and what it names as proof exists."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from pages import ROOT, unknown
 
-PAGE = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "tests" / "features.md").read_text(encoding="utf-8")
 ROWS = [line.strip("| ").split(" | ") for line in PAGE.splitlines() if line.startswith("| F")]
 PROOFS = {row[0]: re.findall(r"`([^`]+)`|\]\(([^)]+)\)", row[-1]) for row in ROWS}
 
@@ -42,7 +42,7 @@ def test_every_row_is_there_once():
 @pytest.mark.parametrize("row", PROOFS)
 def test_what_shows_a_row_exists(row):
     """Each test, command, target and file that a row names is there; each row names one."""
-    proofs = [span or f"docs/{link}" for span, link in PROOFS[row]]
+    proofs = [span or link.removeprefix("../") for span, link in PROOFS[row]]
     assert proofs
     assert [_missing(proof) for proof in proofs] == [""] * len(proofs)
 

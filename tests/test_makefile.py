@@ -1,5 +1,6 @@
 """The Makefile says which Python it needs, and replaces a `.venv` that cannot be used."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -75,3 +76,24 @@ def test_an_environment_of_another_python_than_asked_for_is_replaced(checkout):
     other = _python(checkout / "other", '#!/bin/sh\necho "3.99"\n')
     planned = _make(checkout, "-n", "demo", f"PYTHON={other}").stdout
     assert "-m venv --clear .venv" in planned
+
+
+def test_quick_leaves_out_files_that_are_there():
+    """The names in conftest.py are those of test files: a renamed one would be run again."""
+    left_out = set()
+    for node in ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in {"TRIALS", "SLOW"}:
+            left_out |= ast.literal_eval(node.value)
+    there = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+    assert len(left_out) > 20
+    assert left_out <= there
+    assert '-m "not slow"' in _make(ROOT, "-n", "quick").stdout
+
+
+def test_lint_and_the_hooks_run_mypy_alike():
+    """`make mypy` shows mypy the packages by links; `make lint` and pre-commit use it."""
+    planned = _make(ROOT, "-n", "mypy").stdout
+    assert "build/types/embedding_proxy" in planned
+    links = planned[planned.index("mkdir -p build/types") :].rstrip()
+    assert links in _make(ROOT, "-n", "lint").stdout
+    assert "entry: make mypy" in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
