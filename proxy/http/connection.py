@@ -37,7 +37,7 @@ from .framing import (
     refusal,
 )
 from .inner_transport import InnerTransport
-from .pace import SendWatch, Timer, UnreadReplies, reset_unsent
+from .pace import SendWatch, Timer, UnreadReplies, reset_unsent, unread
 from .request_body import MalformedBody
 from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
@@ -170,6 +170,19 @@ class Connection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.close()
             self._loop.call_soon(reset_unsent, self.transport)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the client has sent what was not read yet, or a request that was not begun."""
+        if self.transport is None:
+            return False
+        return HEAD_END in self._received or unread(self.transport) > 0
+
+    def evict(self) -> None:
+        """Close the connection at once, for another one; who has begun a request is told so."""
+        if self._received:
+            self._refuse(NO_ROOM)
+        self.force_close()
 
     def _refuse(self, failure: Failure) -> None:
         """Write a reply without a request; the connection is closed behind it."""

@@ -1,12 +1,14 @@
 """How many client connections there may be, in all and from one address, and which one gives way.
 
 Each connection takes a file descriptor, and a call upstream may need another. Where there is no
-room for a new connection, one that waits for a request is closed for it: first one on which no
-request was ever read, then the one that has been idle for longest. So silent connections starve
-nobody. If all are busy, the new one is refused.
+room for a new connection, one that has waited MIN_WAIT_S for a request is closed for it: first one
+on which no request was ever read, then the one that has been idle for longest. So silent
+connections starve nobody. One that is younger, or has sent what was not read yet, is never closed:
+its client would get no reply. If no connection may be closed, the new one is refused with 503.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -26,32 +28,44 @@ NO_ROOM = Failure(
 )
 _PER_ADDRESS_SHARE = 0.75
 """Of all connections, those from one address, where `max_connections_per_address` is not set."""
+MIN_WAIT_S = 1.0
+"""Seconds for which a connection waits at least before it is closed for another: a client sends its
+request soon after it has connected."""
 
 
 class Closable(Protocol):
     """A connection, as far as it matters here."""
 
-    def force_close(self) -> None:
-        """Close it at once."""
+    @property
+    def has_unread(self) -> bool:
+        """Whether its client has sent what was not read yet."""
+
+    def evict(self) -> None:
+        """Close it at once, for another."""
 
 
 class _Waiting:
-    """Connections that wait for a request; those that had none come first."""
+    """Connections that wait for a request, with the time since when; those that had none first."""
 
     def __init__(self) -> None:
-        self._new: dict[Closable, None] = {}
-        self._idle: dict[Closable, None] = {}
+        self._new: dict[Closable, float] = {}
+        self._idle: dict[Closable, float] = {}
 
-    def add(self, connection: Closable, *, is_new: bool) -> None:
-        (self._new if is_new else self._idle)[connection] = None
+    def add(self, connection: Closable, since: float, *, is_new: bool) -> None:
+        (self._new if is_new else self._idle)[connection] = since
 
     def discard(self, connection: Closable) -> None:
         self._new.pop(connection, None)
         self._idle.pop(connection, None)
 
-    def first(self) -> Closable | None:
-        """Return the one to close for another; None if all are busy."""
-        return next(iter(self._new), None) or next(iter(self._idle), None)
+    def first(self, before: float) -> Closable | None:
+        """Return the first one that has waited since before that time; None if there is none."""
+        for waiting in (self._new, self._idle):
+            for connection, since in waiting.items():
+                if since < before:
+                    return connection
+                break  # They are in the order of time.
+        return None
 
 
 class _Address:
@@ -65,12 +79,22 @@ class _Address:
 class ConnectionLimits:
     """Counts connections and makes room for new ones. For one event loop."""
 
-    def __init__(self, max_connections: int, max_per_address: int | None = None) -> None:
-        """`max_per_address` is three quarters of `max_connections` where it is None."""
+    def __init__(
+        self,
+        max_connections: int,
+        max_per_address: int | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_per_address` is three quarters of `max_connections` where it is None.
+
+        `clock` gives seconds.
+        """
         if max_per_address is None:
             max_per_address = int(max_connections * _PER_ADDRESS_SHARE)
         self.max_connections = max(1, max_connections)
         self.max_per_address = max(1, min(max_per_address, self.max_connections))
+        self.clock = clock
         self._of: dict[Closable, str] = {}
         self._addresses: dict[str, _Address] = {}
         self._waiting = _Waiting()
@@ -149,16 +173,20 @@ class ConnectionLimits:
         self.is_tight = len(self._of) * 4 > self.max_connections
 
     def _wait(self, connection: Closable, *, is_new: bool) -> None:
-        self._waiting.add(connection, is_new=is_new)
-        self._addresses[self._of[connection]].waiting.add(connection, is_new=is_new)
+        now = self.clock()
+        self._waiting.add(connection, now, is_new=is_new)
+        self._addresses[self._of[connection]].waiting.add(connection, now, is_new=is_new)
 
     def _make_room(self, waiting: _Waiting) -> bool:
-        connection = waiting.first()
-        if connection is None:
-            return False
-        self.leave(connection)
-        connection.force_close()
-        return True
+        before = self.clock() - MIN_WAIT_S
+        while (connection := waiting.first(before)) is not None:
+            if not connection.has_unread:
+                self.leave(connection)
+                connection.evict()
+                return True
+            # Its request is about to be read: its wait begins anew.
+            self.idle(connection)
+        return False
 
     def _warn(self, key: str, limit: int) -> None:
         if self._warnings.is_due():
