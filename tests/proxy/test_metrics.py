@@ -42,7 +42,7 @@ async def test_counters_are_told_by_all_that_the_ledger_knows(upstream, start_pr
     for _ in range(2):
         asked = {"model": "m", "input": ["one text", "one text"]}
         assert (await proxy.post(asked, Authorization="Bearer k")).status == 200
-    assert (await _told(proxy))["lookups_total", frozenset({WORKER, ("tier", "memory")})] == 1
+    assert (await _told(proxy))["cache_lookups_total", frozenset({WORKER, ("result", "memory")})] == 1
     await start_proxy.stop()
     proxy = await start_proxy(openai=upstream, **sections)
     upstream.script.append(status(402))
@@ -58,15 +58,15 @@ async def test_counters_are_told_by_all_that_the_ledger_knows(upstream, start_pr
         ("inputs_total", {*served, ("outcome", "misses")}, 0),
         ("tokens_total", {*bought, ("kind", "billed")}, tokens),
         ("tokens_total", {*served, ("kind", "saved")}, 3 * tokens),
-        ("dollars_total", {*bought, ("kind", "billed")}, tokens * 2e-6),
-        ("lookups_total", {WORKER, ("tier", "memory")}, 0),
-        ("lookups_total", {WORKER, ("tier", "none")}, 1),
-        ("mismatches_total", {WORKER}, 0),
+        ("cost_usd_total", {*bought, ("kind", "billed")}, tokens * 2e-6),
+        ("cache_lookups_total", {WORKER, ("result", "memory")}, 0),
+        ("cache_lookups_total", {WORKER, ("result", "miss")}, 1),
+        ("cache_corrupt_records_total", {WORKER}, 0),
         ("provider_attempts_total", {WORKER, ("provider", "openai")}, 1),
         ("provider_ready", {WORKER, ("provider", "openai")}, 0),
     ):
         assert told[name, frozenset(labels)] == value, (name, labels)
-    failures = {WORKER, ("provider", "openai"), ("error", "OutOfCredit")}
+    failures = {WORKER, ("provider", "openai"), ("reason", "quota_exceeded")}
     assert told["provider_failures_total", frozenset(failures)] == 1
 
 
@@ -79,9 +79,9 @@ async def test_another_model_and_the_canaries_are_told(upstream, start_proxy):
     (found,) = await proxy.service.canaries.look()
     told = await _told(proxy)
     named = {WORKER, ("provider", "openai"), ("model", "another")}
-    assert told["provider_other_model_total", frozenset(named)] == 3
+    assert told["provider_model_mismatch_total", frozenset(named)] == 3
     route = {("space", "s/m"), ("provider", "openai"), ("upstream_model", "m")}
-    assert told["canary_cosine", frozenset(route)] == found["cosine"] > 0.999
+    assert told["model_drift_cosine_similarity", frozenset(route)] == found["cosine"] > 0.999
     async with proxy.http.get(proxy.url.removesuffix("/v1") + "/status") as response:
         content = await response.json()
     assert content["other_models"] == {"openai": {"another": 3}}
