@@ -47,6 +47,8 @@ HOLD_S = 0.01
 """Seconds for which a head waits for its body: many clients send them apart."""
 KEEPALIVE_S = 3630.0
 """Seconds for which a connection may be idle: mostly longer than in a load balancer before it."""
+MAX_REFUSED_S = 1.0
+"""Seconds for which a refused connection is read: its client may be sending its request."""
 MAX_BUFFER = 1 << 16
 """Bytes that wait behind the request in progress; then no more is read."""
 
@@ -125,7 +127,7 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         if not self._server.limits.enter(self, str(peer[0]) if isinstance(peer, tuple) else ""):
-            self._refuse(NO_ROOM)
+            self._turn_away()
             return
         self._server.connections.add(self)
         connected = transport.get_extra_info("socket")
@@ -188,10 +190,30 @@ class Connection(asyncio.Protocol):
         """Write a reply without a request; the connection is closed behind it."""
         if self.transport is None:
             return
+        self._write_refusal(self.transport, failure)
+        self.close()
+
+    def _write_refusal(self, transport: asyncio.Transport, failure: Failure) -> None:
         own = new_request_id()
         log.info("request %s: status %d: %s", own, failure.status, failure.message)
-        self.transport.write(failure.last_bytes(own))
-        self.close()
+        transport.write(failure.last_bytes(own))
+
+    def _turn_away(self) -> None:
+        """Refuse a connection for which there is no room, and read what its client still sends.
+
+        Were it closed with something unread, the client would get a reset, and many an HTTP client
+        then does not read the reply. It closes the connection itself when it has the reply.
+        """
+        if self.transport is None or not self._server.limits.hold_refused(self):
+            self._refuse(NO_ROOM)
+            return
+        self._write_refusal(self.transport, NO_ROOM)
+        self._phase = _Phase.OVER
+        self._server.connections.add(self)
+        with suppress(OSError):  # The client may be gone.
+            self.transport.write_eof()
+        self._keepalive = Timer(self._loop, self.force_close)
+        self._keepalive.start(MAX_REFUSED_S)
 
     def _check_idle(self) -> None:
         is_idle = self._phase is _Phase.HEAD and not self._received

@@ -28,6 +28,10 @@ NO_ROOM = Failure(
 )
 _PER_ADDRESS_SHARE = 0.75
 """Of all connections, those from one address, where `max_connections_per_address` is not set."""
+MAX_REFUSED = 4096
+"""Refused connections that are read for a while, at most."""
+_REFUSED_SHARE = 8
+"""They take at most this part (1/8) of the file descriptors that are left."""
 MIN_WAIT_S = 1.0
 """Seconds for which a connection waits at least before it is closed for another: a client sends its
 request soon after it has connected."""
@@ -84,11 +88,13 @@ class ConnectionLimits:
         max_connections: int,
         max_per_address: int | None = None,
         *,
+        max_refused: int = MAX_REFUSED,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_per_address` is three quarters of `max_connections` where it is None.
 
-        `clock` gives seconds.
+        `max_refused` bounds the refused connections that are read for a while, and `clock` gives
+        seconds.
         """
         if max_per_address is None:
             max_per_address = int(max_connections * _PER_ADDRESS_SHARE)
@@ -96,6 +102,8 @@ class ConnectionLimits:
         self.max_per_address = max(1, min(max_per_address, self.max_connections))
         self.clock = clock
         self._of: dict[Closable, str] = {}
+        self._max_refused = max_refused
+        self._refused: set[Closable] = set()
         self._addresses: dict[str, _Address] = {}
         self._waiting = _Waiting()
         self.is_tight = False
@@ -110,7 +118,8 @@ class ConnectionLimits:
         Half of the descriptors that are left, as `left` tells, are for clients: a request may need
         a connection to a provider.
         """
-        room = max(1, left() // 2)
+        descriptors_left = left()
+        room = max(1, descriptors_left // 2)
         if room < server.max_connections:
             log.warning(
                 "the limit on open files (ulimit -n) allows %s connections of clients, less than"
@@ -118,10 +127,14 @@ class ConnectionLimits:
                 room,
                 server.max_connections,
             )
-        return cls(min(server.max_connections, room), server.max_connections_per_address)
+        return cls(
+            min(server.max_connections, room),
+            server.max_connections_per_address,
+            max_refused=min(MAX_REFUSED, descriptors_left // _REFUSED_SHARE),
+        )
 
     def __len__(self) -> int:
-        """Return how many connections there are."""
+        """Return how many connections there are, without those refused."""
         return len(self._of)
 
     def enter(self, connection: Closable, address: str) -> bool:
@@ -143,8 +156,16 @@ class ConnectionLimits:
         self._wait(connection, is_new=True)
         return True
 
+    def hold_refused(self, connection: Closable) -> bool:
+        """Tell whether a refused connection may be read for a while; count it until it leaves."""
+        has_room = len(self._refused) < self._max_refused
+        if has_room:
+            self._refused.add(connection)
+        return has_room
+
     def leave(self, connection: Closable) -> None:
         """Count a connection no longer; one that was not counted is no error."""
+        self._refused.discard(connection)
         address = self._of.pop(connection, None)
         if address is None:
             return

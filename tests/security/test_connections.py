@@ -5,10 +5,11 @@ import itertools
 import json
 import logging
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import pytest
 from embedding_proxy.proxy.config.schema import Server, Settings
+from embedding_proxy.proxy.http import connection
 from embedding_proxy.proxy.http.connection import Connection
 from embedding_proxy.proxy.http.connection_limits import MIN_WAIT_S, ConnectionLimits
 from embedding_proxy.proxy.http.runner import LIMITS
@@ -182,6 +183,40 @@ async def test_of_requests_at_one_instant_each_has_a_reply(limit, start_proxy, u
     assert all(b"proxy_overloaded" in one for one in replies if one.startswith(b"HTTP/1.1 503"))
 
 
+async def _refused(proxy, stack):
+    """Return a connection for which there is no room, and which has its 503."""
+    await stack.enter_async_context(Talk(proxy.url, b""))
+    while not len(proxy.app[LIMITS]):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    proxy.app[LIMITS].clock = itertools.repeat(0.0).__next__
+    talk = await stack.enter_async_context(Talk(proxy.url, b""))
+    assert (await talk.response())[0] == 503
+    return talk
+
+
+async def test_who_is_refused_may_send_its_request(start_proxy, monkeypatch):
+    """A reset would keep many a client from its 503."""
+    monkeypatch.setattr(connection, "MAX_REFUSED_S", SECONDS)
+    proxy = await start_proxy(server={"max_connections": 1})
+    async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
+        talk = await _refused(proxy, stack)
+        for _ in range(20):
+            await talk.send(b"x" * (1 << 16))
+        assert await talk.is_over()
+
+
+async def test_who_is_refused_and_sends_on_and_on_is_cut(start_proxy, monkeypatch):
+    """It is read for a while only."""
+    monkeypatch.setattr(connection, "MAX_REFUSED_S", SOON)
+    proxy = await start_proxy(server={"max_connections": 1})
+    async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
+        talk = await _refused(proxy, stack)
+        with suppress(ConnectionError):
+            while True:
+                await talk.send(b"x")
+                await asyncio.sleep(0)
+
+
 @pytest.mark.parametrize("sent", [b"POST /v1/embeddings HTTP/1.1\r\nHo", b""])
 async def test_who_has_begun_a_request_is_told_that_it_makes_way(sent, start_proxy, upstream):
     """A head that does not end keeps its place no longer than a silent connection."""
@@ -215,6 +250,18 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_few_refused_connections_are_read():
+    """Each holds a file descriptor; a share of those that are left."""
+    limits = ConnectionLimits(1, max_refused=2)
+    first, second, third = (Fake() for _ in range(3))
+    assert [limits.hold_refused(one) for one in (first, second, third)] == [True, True, False]
+    limits.leave(second)
+    assert limits.hold_refused(third)
+    assert not len(limits)
+    few = ConnectionLimits.of(Server(), left=lambda: 7)
+    assert not few.hold_refused(first)
 
 
 def test_who_has_just_come_or_sent_something_makes_no_way():
@@ -307,9 +354,9 @@ async def test_a_request_and_a_reset_at_once_leave_no_traceback(start_proxy, mon
     made = []
     connection_made = Connection.connection_made
 
-    def noted(connection: Connection, transport: asyncio.Transport) -> None:
-        made.append(connection)
-        connection_made(connection, transport)
+    def noted(one: Connection, transport: asyncio.Transport) -> None:
+        made.append(one)
+        connection_made(one, transport)
 
     monkeypatch.setattr(Connection, "connection_made", noted)
     proxy = await start_proxy()
