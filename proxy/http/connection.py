@@ -16,16 +16,14 @@ What is unusual is handed through as it comes, and the connection ends with it.
 import asyncio
 import enum
 import logging
-import socket
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol, cast
 
 from aiohttp import StreamReader, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
 
-from .connection_limits import NO_ROOM, ConnectionLimits
+from .connection_limits import NO_ROOM, ConnectionLimits, RefusedConnection, write_refusal
 from .errors import Failure, new_request_id
 from .framing import (
     HEAD_END,
@@ -37,7 +35,7 @@ from .framing import (
     refusal,
 )
 from .inner_transport import InnerTransport
-from .pace import SendWatch, Timer, UnreadReplies, reset_unsent, unread
+from .pace import SendWatch, Timer, UnreadReplies, keep_alive, reset_unsent, unread
 from .request_body import MalformedBody
 from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
@@ -47,8 +45,6 @@ HOLD_S = 0.01
 """Seconds for which a head waits for its body: many clients send them apart."""
 KEEPALIVE_S = 3630.0
 """Seconds for which a connection may be idle: mostly longer than in a load balancer before it."""
-MAX_REFUSED_S = 1.0
-"""Seconds for which a refused connection is read: its client may be sending its request."""
 MAX_BUFFER = 1 << 16
 """Bytes that wait behind the request in progress; then no more is read."""
 
@@ -127,13 +123,10 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         if not self._server.limits.enter(self, str(peer[0]) if isinstance(peer, tuple) else ""):
-            self._turn_away()
+            RefusedConnection(self._server.limits, self.transport)
             return
         self._server.connections.add(self)
-        connected = transport.get_extra_info("socket")
-        if connected is not None:
-            with suppress(OSError):
-                connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(transport)
         self._keepalive.start(KEEPALIVE_S)
         self._head_deadline.start(self._server.head_timeout_s)
 
@@ -176,8 +169,6 @@ class Connection(asyncio.Protocol):
     @property
     def has_unread(self) -> bool:
         """Whether the client has sent what was not read yet, or a request that was not begun."""
-        if self.transport is None:
-            return False
         return HEAD_END in self._received or unread(self.transport) > 0
 
     def evict(self) -> None:
@@ -188,32 +179,9 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, failure: Failure) -> None:
         """Write a reply without a request; the connection is closed behind it."""
-        if self.transport is None:
-            return
-        self._write_refusal(self.transport, failure)
-        self.close()
-
-    def _write_refusal(self, transport: asyncio.Transport, failure: Failure) -> None:
-        own = new_request_id()
-        log.info("request %s: status %d: %s", own, failure.status, failure.message)
-        transport.write(failure.last_bytes(own))
-
-    def _turn_away(self) -> None:
-        """Refuse a connection for which there is no room, and read what its client still sends.
-
-        Were it closed with something unread, the client would get a reset, and many an HTTP client
-        then does not read the reply. It closes the connection itself when it has the reply.
-        """
-        if self.transport is None or not self._server.limits.hold_refused(self):
-            self._refuse(NO_ROOM)
-            return
-        self._write_refusal(self.transport, NO_ROOM)
-        self._phase = _Phase.OVER
-        self._server.connections.add(self)
-        with suppress(OSError):  # The client may be gone.
-            self.transport.write_eof()
-        self._keepalive = Timer(self._loop, self.force_close)
-        self._keepalive.start(MAX_REFUSED_S)
+        if self.transport is not None:
+            write_refusal(self.transport, failure)
+            self.close()
 
     def _check_idle(self) -> None:
         is_idle = self._phase is _Phase.HEAD and not self._received
@@ -493,10 +461,7 @@ class Connection(asyncio.Protocol):
             return HEAD_END in self._received
         if self._phase is _Phase.OVER:
             return False
-        if self._phase is _Phase.THROUGH and self._body is None:
-            # aiohttp may have read what it refuses in the next turn.
-            return True
-        if self._body is not None:
+        if self._body is not None:  # Else aiohttp may refuse in the next turn what it has read.
             self._end_input()
         return True
 

@@ -7,15 +7,18 @@ connections starve nobody. One that is younger, or has sent what was not read ye
 its client would get no reply. If no connection may be closed, the new one is refused with 503.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from embedding_proxy.providers import descriptors
 from embedding_proxy.proxy.config.schema import Server
 
-from .errors import RETRY_SECONDS, Failure
+from .errors import RETRY_SECONDS, Failure, new_request_id
+from .pace import Timer
 
 log = logging.getLogger("embedding_proxy.connection")
 
@@ -28,6 +31,8 @@ NO_ROOM = Failure(
 )
 _PER_ADDRESS_SHARE = 0.75
 """Of all connections, those from one address, where `max_connections_per_address` is not set."""
+MAX_REFUSED_S = 1.0
+"""Seconds for which a refused connection is read: its client may be sending its request."""
 MAX_REFUSED = 4096
 """Refused connections that are read for a while, at most."""
 _REFUSED_SHARE = 8
@@ -103,7 +108,7 @@ class ConnectionLimits:
         self.clock = clock
         self._of: dict[Closable, str] = {}
         self._max_refused = max_refused
-        self._refused: set[Closable] = set()
+        self._refused: set[RefusedConnection] = set()
         self._addresses: dict[str, _Address] = {}
         self._waiting = _Waiting()
         self.is_tight = False
@@ -156,16 +161,24 @@ class ConnectionLimits:
         self._wait(connection, is_new=True)
         return True
 
-    def hold_refused(self, connection: Closable) -> bool:
-        """Tell whether a refused connection may be read for a while; count it until it leaves."""
+    def hold_refused(self, connection: "RefusedConnection") -> bool:
+        """Tell whether a refused connection may be read for a while; if so, count it."""
         has_room = len(self._refused) < self._max_refused
         if has_room:
             self._refused.add(connection)
         return has_room
 
+    def release_refused(self, connection: "RefusedConnection") -> None:
+        """Count a refused connection no longer; one that was not counted is no error."""
+        self._refused.discard(connection)
+
+    def close_refused(self) -> None:
+        """Close the refused connections: the proxy stops."""
+        for connection in self._refused:
+            connection.close()
+
     def leave(self, connection: Closable) -> None:
         """Count a connection no longer; one that was not counted is no error."""
-        self._refused.discard(connection)
         address = self._of.pop(connection, None)
         if address is None:
             return
@@ -217,3 +230,40 @@ class ConnectionLimits:
                 key,
                 limit,
             )
+
+
+def write_refusal(transport: asyncio.Transport, failure: Failure) -> None:
+    """Write a reply without a request, behind which the connection is closed."""
+    own = new_request_id()
+    log.info("request %s: status %d: %s", own, failure.status, failure.message)
+    transport.write(failure.last_bytes(own))
+
+
+class RefusedConnection(asyncio.Protocol):
+    """Takes over a connection for which there is no room: writes the 503, and reads on for a while.
+
+    Were the connection closed with something unread, the client would get a reset, and many an HTTP
+    client then does not read the reply. A client closes it by itself when it has the reply.
+    """
+
+    def __init__(self, limits: ConnectionLimits, transport: asyncio.Transport) -> None:
+        self._limits = limits
+        self._transport = transport
+        self._end = Timer(asyncio.get_running_loop(), transport.abort)
+        transport.set_protocol(self)
+        write_refusal(transport, NO_ROOM)
+        if limits.hold_refused(self):
+            self._end.start(MAX_REFUSED_S)
+            with suppress(OSError):  # The client may be gone.
+                transport.write_eof()
+        else:
+            transport.close()
+
+    def connection_lost(self, _: BaseException | None) -> None:
+        """Take note that the connection is no more."""
+        self._end.stop()
+        self._limits.release_refused(self)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()

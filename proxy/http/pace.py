@@ -186,6 +186,14 @@ class SendWatch:
         reset(transport)
 
 
+def keep_alive(transport: asyncio.BaseTransport) -> None:
+    """Let the kernel find out whether an idle client is still there."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
 def reset(transport: asyncio.Transport) -> None:
     """End a connection in disorder, without waiting for the client to take what was sent.
 
@@ -212,9 +220,9 @@ def _unsent(transport: asyncio.Transport) -> int:
     return transport.get_write_buffer_size() + number
 
 
-def unread(transport: asyncio.Transport) -> int:
+def unread(transport: asyncio.Transport | None) -> int:
     """Return how many bytes have come that the event loop has not read; 0 if it is not known."""
-    return _count(transport, FIONREAD) if os.name == "posix" else 0
+    return _count(transport, FIONREAD) if transport is not None and os.name == "posix" else 0
 
 
 def _count(transport: asyncio.Transport, request: int) -> int:

@@ -6,10 +6,11 @@ import json
 import logging
 import socket
 from contextlib import AsyncExitStack, suppress
+from unittest.mock import Mock
 
 import pytest
 from embedding_proxy.proxy.config.schema import Server, Settings
-from embedding_proxy.proxy.http import connection
+from embedding_proxy.proxy.http import connection_limits
 from embedding_proxy.proxy.http.connection import Connection
 from embedding_proxy.proxy.http.connection_limits import MIN_WAIT_S, ConnectionLimits
 from embedding_proxy.proxy.http.runner import LIMITS
@@ -196,7 +197,7 @@ async def _refused(proxy, stack):
 
 async def test_who_is_refused_may_send_its_request(start_proxy, monkeypatch):
     """A reset would keep many a client from its 503."""
-    monkeypatch.setattr(connection, "MAX_REFUSED_S", SECONDS)
+    monkeypatch.setattr(connection_limits, "MAX_REFUSED_S", SECONDS)
     proxy = await start_proxy(server={"max_connections": 1})
     async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
         talk = await _refused(proxy, stack)
@@ -207,7 +208,7 @@ async def test_who_is_refused_may_send_its_request(start_proxy, monkeypatch):
 
 async def test_who_is_refused_and_sends_on_and_on_is_cut(start_proxy, monkeypatch):
     """It is read for a while only."""
-    monkeypatch.setattr(connection, "MAX_REFUSED_S", SOON)
+    monkeypatch.setattr(connection_limits, "MAX_REFUSED_S", SOON)
     proxy = await start_proxy(server={"max_connections": 1})
     async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
         talk = await _refused(proxy, stack)
@@ -255,11 +256,13 @@ class Clock:
 def test_few_refused_connections_are_read():
     """Each holds a file descriptor; a share of those that are left."""
     limits = ConnectionLimits(1, max_refused=2)
-    first, second, third = (Fake() for _ in range(3))
+    first, second, third = (Mock() for _ in range(3))
     assert [limits.hold_refused(one) for one in (first, second, third)] == [True, True, False]
-    limits.leave(second)
+    limits.release_refused(second)
     assert limits.hold_refused(third)
     assert not len(limits)
+    limits.close_refused()
+    assert [one.close.called for one in (first, second, third)] == [True, False, True]
     few = ConnectionLimits.of(Server(), left=lambda: 7)
     assert not few.hold_refused(first)
 
