@@ -28,7 +28,7 @@ It knows no provider, no cache and no wire format::
 """
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 from .billing import Charge
 
@@ -36,6 +36,9 @@ from .billing import Charge
 class EmbeddingError(Exception):
     """Base of all that can go wrong. The message is for people and holds no key and no input."""
 
+    reason: ClassVar[str] = "other"
+    """The word for it in metrics and in /status. Each class that is raised has its own, which stays
+    when the class gets another name: dashboards and alerts are made of it."""
     index: int | None = None
     """The place of the one input to blame, in the call that raises; None if it is not known."""
     param: str | None = None
@@ -55,6 +58,8 @@ class InvalidRequest(EmbeddingError):
     `param`, `code` and `kind` are OpenAI's error fields; `status` is 400, 403 (moderation), 413 or
     422.
     """
+
+    reason = "invalid_request"
 
     def __init__(  # noqa: PLR0913 - the fields of OpenAI's error object
         self,
@@ -81,6 +86,8 @@ class ClientKeyRefused(EmbeddingError):
     `status`, `kind` and `code` are for the client, as in `InvalidRequest`.
     """
 
+    reason = "client_key_refused"
+
     def __init__(
         self,
         message: str,
@@ -98,13 +105,19 @@ class ClientKeyRefused(EmbeddingError):
 class NoRoute(EmbeddingError):
     """No provider is configured that could answer; the message says what to set."""
 
+    reason = "no_route"
+
 
 class DeadlineExceeded(EmbeddingError):
     """The time of the request was up before an answer came."""
 
+    reason = "deadline_exceeded"
+
 
 class OutOfDescriptors(EmbeddingError):
     """This process can open no further connection: it says nothing about any provider."""
+
+    reason = "out_of_descriptors"
 
     def __init__(self) -> None:
         super().__init__(
@@ -115,6 +128,8 @@ class OutOfDescriptors(EmbeddingError):
 
 class NoProviderAvailable(EmbeddingError):
     """No provider may be asked just now; the next one may in `retry_after` seconds."""
+
+    reason = "no_provider_available"
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -162,6 +177,8 @@ class AuthenticationError(ProviderError):
     401, or a 400 or 403 whose code or sentence says so (Google, DeepInfra).
     """
 
+    reason = "authentication_error"
+
 
 class PermissionDenied(ProviderError):
     """403 without a reason that is known: the model is not for this key, or the input is refused.
@@ -170,12 +187,16 @@ class PermissionDenied(ProviderError):
     about the provider.
     """
 
+    reason = "permission_denied"
+
 
 class QuotaExceeded(ProviderError):
     """The account has no credit: asking again will not help.
 
     402, or any status with a code that speaks of billing (`insufficient_quota`, `Arrearage`).
     """
+
+    reason = "quota_exceeded"
 
 
 class ScopedQuotaExceeded(QuotaExceeded):
@@ -185,13 +206,19 @@ class ScopedQuotaExceeded(QuotaExceeded):
     little for so large a call (OpenRouter). Other requests may be answered.
     """
 
+    reason = "scoped_quota_exceeded"
+
 
 class ModelNotFound(ProviderError):
     """This provider does not serve the model, or not to this key: 404, or a code that says so."""
 
+    reason = "model_not_found"
+
 
 class LoopDetected(ProviderError):
     """508: the provider's address leads back to this proxy. Asking again does not help."""
+
+    reason = "loop_detected"
 
 
 class TransientError(ProviderError):
@@ -201,6 +228,8 @@ class TransientError(ProviderError):
 class RateLimited(TransientError):
     """429: too many requests or tokens for now."""
 
+    reason = "rate_limited"
+
 
 class LocalQueueFull(RateLimited):
     """The proxy's own queue before this provider has no room in time: no call was made.
@@ -208,25 +237,37 @@ class LocalQueueFull(RateLimited):
     A client sees no difference. Of the provider it says nothing.
     """
 
+    reason = "local_queue_full"
+
 
 class UpstreamError(TransientError):
     """408, 409, 5xx and everything else that is the upstream's own fault."""
+
+    reason = "upstream_error"
 
 
 class UpstreamTimeout(TransientError):
     """No whole answer within the limit of one attempt."""
 
+    reason = "timeout"
+
 
 class ConnectionTimeout(UpstreamTimeout):
     """No connection within its limit: no request reached the provider."""
+
+    reason = "connection_timeout"
 
 
 class Unreachable(TransientError):
     """Name resolution, connection or TLS failed, or the connection was lost."""
 
+    reason = "unreachable"
+
 
 class MalformedResponse(TransientError):
     """An answer with a status of success that is no JSON object: a gateway's page, or cut off."""
+
+    reason = "malformed_response"
 
 
 class InvalidAnswer(TransientError):
@@ -241,3 +282,5 @@ class InvalidAnswer(TransientError):
     - One vector came for all inputs of the call, which differ: `index` is None, and `indices` are
       all places. Nothing of it is used; the upstream may answer each input alone.
     """
+
+    reason = "invalid_response"

@@ -1,7 +1,7 @@
 """The one map of bounded size: for values whose keys come from outside, or that take much room."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, ItemsView, Iterator
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -40,6 +40,10 @@ class LRUCache(Generic[K, V]):
     def __iter__(self) -> Iterator[K]:
         """Give the keys, the least recently used first."""
         return iter(self._items)
+
+    def items(self) -> ItemsView[K, V]:
+        """Return the keys with their values, the least recently used first."""
+        return self._items.items()
 
     def get(self, key: K) -> V | None:
         """Return the value of a key, None if there is none; it is the most recently used now."""

@@ -278,7 +278,7 @@ async def test_who_queues_behind_a_rate_limit_goes_on_at_once(upstream, second, 
     assert len(upstream.calls) == 1
     shown = proxy.service.upstreams.snapshot()["openai"]
     assert (shown["state"], shown["attempts"]) == ("closed", 1)
-    assert shown["failures"] == {"RateLimited": 1}
+    assert shown["failures"] == {"rate_limited": 1}
     assert shown["rests"] == {MODEL: pytest.approx(40, abs=2)}
     other = await proxy.post({"model": "text-embedding-ada-002", "input": "a"})
     assert other.headers["x-embedding-provider"] == "openai"

@@ -187,7 +187,7 @@ async def test_a_refused_key_is_served_nothing(code, share, start, upstream):
     assert _keys(upstream) == [BERT]
     known = proxy.service.upstreams.snapshot()["openai"]
     assert (known["state"], known["failures_in_a_row"]) == ("closed", 0)
-    assert known["failures"] == {"ClientKeyRefused": 1}
+    assert known["failures"] == {"client_key_refused": 1}
     assert (await _ask(proxy, ANNE, "new")).status == 200
     assert BERT not in str(await _namespaces(proxy))
 

@@ -437,7 +437,7 @@ async def test_a_fault_in_one_part(name, place, at, world, caplog):
     tries = holding(world.faulty, bad)
     failed = tries[: row.again] if row.status == 200 else [*tries]
     if row.url:
-        assert world.health[world.name].failures == {"Unreachable": 2}
+        assert world.health[world.name].failures == {"unreachable": 2}
     elif row.options:
         # On a slow machine the time may be up before the call arrives.
         assert world.health[world.name].attempts == 1

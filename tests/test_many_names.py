@@ -88,7 +88,7 @@ def _assert_exact(series):
     assert sums["inputs_total", 'outcome="misses"'] == REQUESTS
     assert sums["tokens_total", 'kind="billed"'] == REQUESTS * TOKENS
     dollars = REQUESTS * TOKENS * PRICE / 1e6
-    assert sums["dollars_total", 'kind="billed"'] == pytest.approx(dollars, rel=1e-9)
+    assert sums["cost_usd_total", 'kind="billed"'] == pytest.approx(dollars, rel=1e-9)
 
 
 @pytest.mark.untraced

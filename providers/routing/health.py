@@ -15,9 +15,9 @@ The numbers here are read by whoever shows them; `snapshot` gives them as plain 
 import asyncio
 import logging
 import random
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypedDict, TypeVar
+from typing import NamedTuple, TypedDict
 from weakref import WeakValueDictionary
 
 from embedding_proxy.providers.base import Credential, Input, ProviderError, RateLimited
@@ -31,8 +31,6 @@ from .retry_budget import RetryBudget
 from .route import scope_of
 
 log = logging.getLogger("embedding_proxy.health")
-
-T = TypeVar("T")
 
 MAX_COOLDOWN_TOLD_S = 3600.0
 """An upstream that names next year is asked again within the hour."""
@@ -51,20 +49,6 @@ MAX_INPUTS = 1000
 """Inputs of which something is remembered."""
 
 _SEVERITY = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
-
-
-class _Recent(OrderedDict[object, T], Generic[T]):
-    """A dict that forgets what was noted longest ago."""
-
-    def __init__(self, max_length: int) -> None:
-        super().__init__()
-        self._max_length = max_length
-
-    def __setitem__(self, key: object, value: T) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        if len(self) > self._max_length:
-            self.popitem(last=False)
 
 
 class CallPermit(NamedTuple):
@@ -96,7 +80,7 @@ class Snapshot(TypedDict):
     opened: int
     attempts: int
     failures: dict[str, int]
-    """By class of the error."""
+    """By the reason of the error."""
 
 
 class Health:
@@ -108,17 +92,17 @@ class Health:
         self._chance = chance
         self.breaker = CircuitBreaker(clock, chance)
         """That of the provider as a whole."""
-        self._breakers: OrderedDict[str, CircuitBreaker] = OrderedDict()
-        """Those of its scopes, the one that was asked longest ago first."""
+        self._breakers = LRUCache[str, CircuitBreaker](MAX_KEYS)
+        """Those of its scopes."""
         self._opened = 0
         self.attempts = 0
         self.failures: Counter[str] = Counter()
-        self._cooldowns: _Recent[float] = _Recent(MAX_KEYS)
+        self._cooldowns = LRUCache[str, float](MAX_KEYS)
         """Until when a key is left alone."""
-        self._limits: _Recent[int] = _Recent(MAX_KEYS)
+        self._limits = LRUCache[str, int](MAX_KEYS)
         """How often in a row a key was rate limited, counting once for each cooldown."""
-        self._blamed: _Recent[None] = _Recent(MAX_INPUTS)
-        self._failed: _Recent[float] = _Recent(MAX_INPUTS)
+        self._blamed = LRUCache[int, bool](MAX_INPUTS)
+        self._failed = LRUCache[int, float](MAX_INPUTS)
         """When a request failed, by its first input."""
         self._lasting: ProviderError | None = None
 
@@ -134,7 +118,7 @@ class Health:
 
     def is_repeat(self, key: str, item: Input) -> bool:
         """Tell whether a request that begins with this input has failed a moment ago."""
-        failed_at = self._failed.get(hash((key, item))) if self._failed else None
+        failed_at = self._failed.peek(hash((key, item))) if self._failed else None
         return failed_at is not None and self._clock() - failed_at <= REPEAT_S
 
     def note_failed(self, key: str, item: Input) -> None:
@@ -143,11 +127,11 @@ class Health:
 
     def is_blamed(self, key: str, item: Input) -> bool:
         """Tell whether calls are known to fail because of this input."""
-        return bool(self._blamed) and hash((key, item)) in self._blamed
+        return bool(self._blamed) and self._blamed.peek(hash((key, item))) is not None
 
     def blame_input(self, key: str, item: Input) -> None:
         """Remember that a call failed because of this input, and not of the provider."""
-        self._blamed[hash((key, item))] = None
+        self._blamed[hash((key, item))] = True
 
     # Whether it may be asked.
 
@@ -156,22 +140,21 @@ class Health:
         scope = scope_of(key)
         breaker = self._breakers.get(scope)
         if breaker is None:
-            breaker = self._breakers[scope] = CircuitBreaker(self._clock, self._chance)
-            if len(self._breakers) > MAX_KEYS:
+            if len(self._breakers) >= self._breakers.max_size:
                 # First one that counts no failure: names without end close no open breaker.
-                idle = (s for s, one in self._breakers.items() if one.failures == 0 and s != scope)
-                del self._breakers[next(idle, next(iter(self._breakers)))]
-        self._breakers.move_to_end(scope)
+                idle = (one for one, known in self._breakers.items() if known.failures == 0)
+                self._breakers.pop(next(idle, scope))
+            breaker = self._breakers[scope] = CircuitBreaker(self._clock, self._chance)
         return breaker
 
     def rest(self, key: str) -> float:
         """Return the seconds of cooldown that are left."""
-        until = self._cooldowns.get(key) if self._cooldowns else None
+        until = self._cooldowns.peek(key) if self._cooldowns else None
         return 0.0 if until is None else max(until - self._clock(), 0.0)
 
     def held(self, key: str) -> float:
         """Return the seconds for which a breaker holds calls back; 0 when none does."""
-        scope = self._breakers.get(scope_of(key))
+        scope = self._breakers.peek(scope_of(key))
         return max(self.breaker.wait_s, 0.0 if scope is None else scope.wait_s)
 
     def wait(self, key: str) -> float:
@@ -182,20 +165,20 @@ class Health:
         """Say why it may not be asked: what holds it back the longest."""
         if self.rest(key) > self.held(key):
             return "rate limited"
-        scope = self._breakers.get(scope_of(key))
+        scope = self._breakers.peek(scope_of(key))
         if scope is not None and scope.wait_s > self.breaker.wait_s:
             return scope.reason
         return self.breaker.reason
 
     def is_limited(self, key: str) -> bool:
         """Tell whether the last call met a rate limit."""
-        return key in self._limits
+        return self._limits.peek(key) is not None
 
     def ready(self, key: str, *, rested: bool = False) -> bool:
         """Tell whether `acquire` would give a permit. `rested`: the caller has waited as told."""
         if not rested and self.rest(key):
             return False
-        scope = self._breakers.get(scope_of(key))
+        scope = self._breakers.peek(scope_of(key))
         return self.breaker.is_ready and (scope is None or scope.is_ready)
 
     def acquire(self, key: str, *, rested: bool = False) -> CallPermit | None:
@@ -215,13 +198,13 @@ class Health:
         if permit.is_probe:
             log.warning("%s: is well again", self.name)
         if self._limits:
-            self._limits.pop(key, None)
+            self._limits.pop(key)
         self._release(permit, Verdict.SUCCESS)
 
     def answered_alone(self, key: str, item: Input) -> None:
         """Note that a call with this input alone was answered: it is to blame no more."""
         if self._blamed:
-            self._blamed.pop(hash((key, item)), None)
+            self._blamed.pop(hash((key, item)))
 
     def failed(
         self,
@@ -237,7 +220,7 @@ class Health:
         `by_client`: the key was a client's own, whose credit is nobody else's. `is_counted`: False
         where it may be due to one input, or to a wait of our own.
         """
-        self.failures[type(error).__name__] += 1
+        self.failures[error.reason] += 1
         rule = policy.rule(error)
         if rule.opens_s is not None and not by_client:
             self._lasting = error
@@ -279,7 +262,7 @@ class Health:
         before = self.breaker.times_opened
         self.breaker.release(permit.of_provider, of_provider)
         self._tell(self.breaker, before)
-        breaker = self._breakers.get(permit.scope)
+        breaker = self._breakers.peek(permit.scope)
         if breaker is not None:
             before = breaker.times_opened
             breaker.release(permit.of_scope, of_scope)
@@ -298,20 +281,21 @@ class Health:
         """Begin a cooldown: as long as was asked for, else longer each time in a row."""
         # Looked at once: a cooldown may end between two looks.
         is_cooling = self.rest(key) > 0
+        limits = self._limits.peek(key) or 0
         if not is_cooling:
             # Calls that were under way together meet one limit once.
-            self._limits[key] = min(self._limits.get(key, 0) + 1, MAX_LIMITS_IN_A_ROW)
+            limits = self._limits[key] = min(limits + 1, MAX_LIMITS_IN_A_ROW)
         if not wait:
             if is_cooling:
                 return
-            wait = min(FIRST_COOLDOWN * 2 ** (self._limits[key] - 1), MAX_COOLDOWN)
+            wait = min(FIRST_COOLDOWN * 2 ** (limits - 1), MAX_COOLDOWN)
             wait = max(wait, min_wait)
         until = self._clock() + min(wait, MAX_COOLDOWN_TOLD_S)
-        self._cooldowns[key] = max(self._cooldowns.get(key, until), until)
+        self._cooldowns[key] = max(self._cooldowns.peek(key) or until, until)
 
     def snapshot(self) -> Snapshot:
         """Return the present state."""
-        breakers = [self.breaker, *self._breakers.values()]
+        breakers = [self.breaker, *(one for _, one in self._breakers.items())]
         worst = max(breakers, key=lambda one: (_SEVERITY[one.state], one.wait_s))
         return Snapshot(
             state=worst.state,
@@ -321,7 +305,7 @@ class Health:
                 for scope, one in self._breakers.items()
                 if one.state is not State.CLOSED
             },
-            rests={str(k): round(left, 3) for k in self._cooldowns if (left := self.rest(str(k)))},
+            rests={key: round(left, 3) for key in self._cooldowns if (left := self.rest(key))},
             why="" if worst.state is State.CLOSED else worst.reason,
             failures_in_a_row=max(one.failures for one in breakers),
             opened=self._opened,

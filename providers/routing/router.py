@@ -42,7 +42,7 @@ class Counts:
     refused: int = 0
     """Batches for which no provider could be asked."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Failed attempts by class of the error; `Full` are those that were not made."""
+    """Failed attempts by the error's reason; `local_queue_full` are those that were not made."""
 
 
 class Router:

@@ -180,8 +180,8 @@ class Batch:
         else:
             if isinstance(error, ClientKeyRefused):
                 # Of the provider it says nothing; it is counted all the same.
-                self._router.counts.failures[type(error).__name__] += 1
-                self._health.failures[type(error).__name__] += 1
+                self._router.counts.failures[error.reason] += 1
+                self._health.failures[error.reason] += 1
             self._health.cancelled(self._permit)
             for one in self._inputs:
                 one.story = one.story[:-1]
@@ -279,7 +279,7 @@ class Batch:
         self, error: ProviderError, missing: Sequence[PendingInput], *, is_counted: bool
     ) -> None:
         """Count a failed attempt, and write it into the history of its inputs."""
-        self._router.counts.failures[type(error).__name__] += 1
+        self._router.counts.failures[error.reason] += 1
         if isinstance(error, AuthenticationError):
             log.error("%s: THE PROXY'S OWN KEY IS NOT ACCEPTED: %s", self._route.name, error)
         if isinstance(error, LocalQueueFull):
@@ -337,7 +337,7 @@ class Batch:
         """Count the attempt no more: it was not made."""
         counts, route = self._router.counts, self._route
         self._health.cancelled(self._permit, is_sent=False)
-        counts.failures[type(error).__name__] += 1
+        counts.failures[error.reason] += 1
         counts.attempts -= 1
         for one in self._inputs:
             before = one.story[: len(one.story) - 1]

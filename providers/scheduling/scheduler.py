@@ -250,7 +250,7 @@ class _Queue:
         inputs = [*self._inputs]
         self._inputs.clear()
         if inputs:
-            self._router.counts.failures[LocalQueueFull.__name__] += 1
+            self._router.counts.failures[LocalQueueFull.reason] += 1
             message = "all the calls that it takes at a time are under way"
             said = Refusal(429, message, "requests", "rate_limit_exceeded")
             failure = FailedAttempt(route, LocalQueueFull(route.name, message, said))

@@ -16,16 +16,14 @@ What is unusual is handed through as it comes, and the connection ends with it.
 import asyncio
 import enum
 import logging
-import socket
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol, cast
 
 from aiohttp import StreamReader, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import RawRequestMessage
 
-from .connection_limits import NO_ROOM, ConnectionLimits
+from .connection_limits import NO_ROOM, ConnectionLimits, RefusedConnection, write_refusal
 from .errors import Failure, new_request_id
 from .framing import (
     HEAD_END,
@@ -37,7 +35,7 @@ from .framing import (
     refusal,
 )
 from .inner_transport import InnerTransport
-from .pace import SendWatch, Timer, UnreadReplies, reset_unsent
+from .pace import SendWatch, Timer, UnreadReplies, keep_alive, reset_unsent, unread
 from .request_body import MalformedBody
 from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
@@ -125,13 +123,10 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         if not self._server.limits.enter(self, str(peer[0]) if isinstance(peer, tuple) else ""):
-            self._refuse(NO_ROOM)
+            RefusedConnection(self._server.limits, self.transport)
             return
         self._server.connections.add(self)
-        connected = transport.get_extra_info("socket")
-        if connected is not None:
-            with suppress(OSError):
-                connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        keep_alive(transport)
         self._keepalive.start(KEEPALIVE_S)
         self._head_deadline.start(self._server.head_timeout_s)
 
@@ -171,14 +166,22 @@ class Connection(asyncio.Protocol):
             self.transport.close()
             self._loop.call_soon(reset_unsent, self.transport)
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether the client has sent what was not read yet, or a request that was not begun."""
+        return HEAD_END in self._received or unread(self.transport) > 0
+
+    def evict(self) -> None:
+        """Close the connection at once, for another one; who has begun a request is told so."""
+        if self._received:
+            self._refuse(NO_ROOM)
+        self.force_close()
+
     def _refuse(self, failure: Failure) -> None:
         """Write a reply without a request; the connection is closed behind it."""
-        if self.transport is None:
-            return
-        own = new_request_id()
-        log.info("request %s: status %d: %s", own, failure.status, failure.message)
-        self.transport.write(failure.last_bytes(own))
-        self.close()
+        if self.transport is not None:
+            write_refusal(self.transport, failure)
+            self.close()
 
     def _check_idle(self) -> None:
         is_idle = self._phase is _Phase.HEAD and not self._received
@@ -458,10 +461,7 @@ class Connection(asyncio.Protocol):
             return HEAD_END in self._received
         if self._phase is _Phase.OVER:
             return False
-        if self._phase is _Phase.THROUGH and self._body is None:
-            # aiohttp may have read what it refuses in the next turn.
-            return True
-        if self._body is not None:
+        if self._body is not None:  # Else aiohttp may refuse in the next turn what it has read.
             self._end_input()
         return True
 

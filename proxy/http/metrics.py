@@ -56,7 +56,7 @@ class Metrics:
         return [
             ("inputs_total", "counter", "Inputs answered, by how they were.", inputs),
             ("tokens_total", "counter", "Tokens billed and saved.", tokens),
-            ("dollars_total", "counter", "US dollars billed and saved.", dollars),
+            ("cost_usd_total", "counter", "US dollars billed and saved.", dollars),
         ]
 
     async def _index(self) -> list[Family]:
@@ -67,9 +67,9 @@ class Metrics:
             return []
         worker = {"worker": str(os.getpid())}
         points: list[Sample] = [
-            ({**worker, "what": what}, count)
-            for what, count in told["since_start"].items()
-            if what not in ("failures", "damaged")
+            ({**worker, "result": result}, count)
+            for result, count in told["since_start"].items()
+            if result not in ("failures", "damaged")
         ]
         failures: list[Sample] = [(worker, told["since_start"]["failures"])]
         damaged: list[Sample] = [(worker, told["since_start"]["damaged"])]
@@ -80,11 +80,12 @@ class Metrics:
              [({}, told["backlog_bytes"])]),
             ("index_backlog_age_seconds", "gauge", "How long the first of them has waited.",
              [({}, told["backlog_age_s"])]),
-            ("index_refused_points", "gauge", "Points that Qdrant refuses, put aside.",
+            ("index_dead_letter_points", "gauge", "Points that Qdrant refuses, put aside.",
              [({}, told["refused_points"])]),
             ("index_points_total", "counter", "Points, by what became of them.", points),
             ("index_failures_total", "counter", "Failed attempts to send points.", failures),
-            ("index_damage_total", "counter", "Damage found in what waits on disk.", damaged),
+            ("index_outbox_corruptions_total", "counter", "Damage found in what waits on disk.",
+             damaged),
         ]  # fmt: skip
 
     def _worker(self) -> list[Family]:
@@ -93,7 +94,7 @@ class Metrics:
         found = {
             "memory": counters.memory_hits,
             "disk": counters.disk_hits,
-            "none": counters.misses,
+            "miss": counters.misses,
         }
         asked: list[Sample] = []
         failed: list[Sample] = []
@@ -102,24 +103,38 @@ class Metrics:
             labels = {**worker, "provider": name}
             asked.append((labels, state["attempts"]))
             ready.append((labels, state["state"] == State.CLOSED))
-            failed += [({**labels, "error": e}, n) for e, n in sorted(state["failures"].items())]
+            failed += [({**labels, "reason": e}, n) for e, n in sorted(state["failures"].items())]
         others: list[Sample] = [
             ({**worker, "provider": provider, "model": model}, n)
             for provider, models in self._service.other_models.items()
             for model, n in sorted(models.items())
         ]
-        lookups: list[Sample] = [({**worker, "tier": tier}, n) for tier, n in found.items()]
+        retries: list[Sample] = []
+        failovers: list[Sample] = []
+        hedges: list[Sample] = []
+        for name, model in self._service.models.items():
+            count = model.router.counts
+            labels = {**worker, "model": name}
+            retries.append((labels, count.retries))
+            failovers.append((labels, count.failovers))
+            hedges.append((labels, count.hedges))
+        lookups: list[Sample] = [({**worker, "result": tier}, n) for tier, n in found.items()]
         return [
-            ("lookups_total", "counter", "Inputs looked up, by the tier that had them.", lookups),
-            ("mismatches_total", "counter", "Records that did not verify.",
+            ("cache_lookups_total", "counter",
+             "Inputs looked up, by the tier that had them.", lookups),
+            ("cache_corrupt_records_total", "counter", "Records that did not verify.",
              [(worker, counters.mismatches)]),
             ("provider_attempts_total", "counter", "Calls of providers.", asked),
-            ("provider_failures_total", "counter", "Calls that failed, by error.", failed),
-            ("provider_other_model_total", "counter",
+            ("provider_failures_total", "counter", "Calls that failed, by reason.", failed),
+            ("provider_model_mismatch_total", "counter",
              "Replies that named another model than was asked for, by that name.", others),
-            ("canary_cosine", "gauge",
+            ("model_drift_cosine_similarity", "gauge",
              "Known texts now against those bought first; below 0.999 the model has changed.",
              self._canaries()),
+            ("retries_total", "counter", "Further attempts at the same route.", retries),
+            ("failovers_total", "counter", "Attempts at a further route.", failovers),
+            ("hedged_requests_total", "counter",
+             "Batches sent to a second route while the first had not answered.", hedges),
             ("provider_ready", "gauge", "Whether a provider is asked as usual.", ready),
         ]  # fmt: skip
 

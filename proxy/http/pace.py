@@ -25,10 +25,10 @@ from typing import Any
 
 from aiohttp import StreamReader
 
-# Windows does not tell what a socket has not sent.
+# Windows does not tell what a socket has not sent, or what was not read of it.
 if os.name == "posix":
     from fcntl import ioctl
-    from termios import TIOCOUTQ
+    from termios import FIONREAD, TIOCOUTQ
 
 log = logging.getLogger("embedding_proxy.connection")
 
@@ -186,6 +186,14 @@ class SendWatch:
         reset(transport)
 
 
+def keep_alive(transport: asyncio.BaseTransport) -> None:
+    """Let the kernel find out whether an idle client is still there."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
 def reset(transport: asyncio.Transport) -> None:
     """End a connection in disorder, without waiting for the client to take what was sent.
 
@@ -208,10 +216,19 @@ def reset_unsent(transport: asyncio.Transport) -> None:
 
 def _unsent(transport: asyncio.Transport) -> int:
     """Return how many bytes the peer has not acknowledged."""
-    buffered = transport.get_write_buffer_size()
+    number = _count(transport, TIOCOUTQ) if os.name == "posix" else 0
+    return transport.get_write_buffer_size() + number
+
+
+def unread(transport: asyncio.Transport | None) -> int:
+    """Return how many bytes have come that the event loop has not read; 0 if it is not known."""
+    return _count(transport, FIONREAD) if transport is not None and os.name == "posix" else 0
+
+
+def _count(transport: asyncio.Transport, request: int) -> int:
+    """Return what the kernel counts of a socket; 0 if it does not tell."""
     connection: Any = transport.get_extra_info("socket")
-    if os.name == "posix" and connection is not None:
+    if connection is not None:
         with suppress(OSError):
-            number = ioctl(connection.fileno(), TIOCOUTQ, bytes(4))
-            buffered += int.from_bytes(number, sys.byteorder)
-    return buffered
+            return int.from_bytes(ioctl(connection.fileno(), request, bytes(4)), sys.byteorder)
+    return 0

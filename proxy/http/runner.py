@@ -145,6 +145,7 @@ class Runner:
         await asyncio.sleep(0)
         for connection in list(self.connections):
             connection.drain()
+        self.limits.close_refused()
         await self._until_lost(self._shutdown_timeout)
         told = [one.on_grace_over for one in self.connections if one.on_grace_over is not None]
         for tell in told:

@@ -347,7 +347,7 @@ async def test_an_attempt_leaves_time_for_the_next_route():
     deadline = asyncio.get_running_loop().time() + 0.05
     world.upstreams.clock = asyncio.get_running_loop().time
     assert await world.ask(context=Context(deadline=deadline)) == "b"
-    assert world.router.counts.failures == {"UpstreamTimeout": 1}
+    assert world.router.counts.failures == {"timeout": 1}
 
 
 async def test_a_probe_that_hangs_does_not_hold_up_its_request(monkeypatch):
@@ -416,7 +416,7 @@ async def test_what_happened_can_be_read():
         await world.ask()
     counts = world.router.counts
     assert (counts.attempts, counts.retries, counts.failovers) == (8, 2, 3)
-    assert counts.failures == {"UpstreamError": 5}
+    assert counts.failures == {"upstream_error": 5}
     shown = world.upstreams.snapshot()
     assert shown["a"] == {
         "state": "open",
@@ -427,7 +427,7 @@ async def test_what_happened_can_be_read():
         "failures_in_a_row": 5,
         "opened": 1,
         "attempts": 5,
-        "failures": {"UpstreamError": 5},
+        "failures": {"upstream_error": 5},
     }
     assert (shown["b"]["state"], shown["b"]["why"], shown["b"]["attempts"]) == ("closed", "", 3)
 
@@ -611,7 +611,7 @@ async def test_a_full_queue_is_no_call():
     assert world.upstreams.budget.can_retry
     counts = world.router.counts
     assert (counts.attempts, counts.retries, counts.failovers) == (20, 0, 20)
-    assert (counts.failures, world.waits) == ({"LocalQueueFull": 20}, [])
+    assert (counts.failures, world.waits) == ({"local_queue_full": 20}, [])
     world.a.does = None
     assert await world.ask() == "a"
 

@@ -390,10 +390,10 @@ async def test_a_connection_whose_head_was_held_still_makes_way(
     await _until(lambda: not len(limits))
     async with Talk(proxy.url, HEAD) as talk:
         await _until(lambda: len(limits) and connections[-1]._hold._handle)
-        assert limits._waiting.first() is None
+        assert limits._waiting.first(float("inf")) is None
         await talk.send(KNOWN[len(HEAD) :])
         assert (await talk.response())[0] == 200
-        assert limits._waiting.first() is connections[-1]
+        assert limits._waiting.first(float("inf")) is connections[-1]
 
 
 async def test_a_client_that_reads_nothing_is_not_written_to_for_ever(

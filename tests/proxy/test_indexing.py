@@ -517,7 +517,7 @@ async def test_an_outbox_that_is_damaged_meanwhile_costs_no_request(
     assert (await _ask(proxy, "a", "b", "c")).headers["x-cache"] == "hit"
     await _holds(qdrant, 3)
     async with proxy.http.get(proxy.url.removesuffix("/v1") + "/metrics") as response:
-        assert 'embedding_proxy_index_damage_total{worker="' in await response.text()
+        assert 'embedding_proxy_index_outbox_corruptions_total{worker="' in await response.text()
     told = await _arrived(proxy)
     assert (told["since_start"]["dropped"], told["since_start"]["damaged"]) == (0, 1)
 

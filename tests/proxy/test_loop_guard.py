@@ -71,7 +71,7 @@ async def test_embeddings_of_ones_own_are_refused(relay, start):
             await looped(response, "set providers.openai.base_url to the upstream's own address")
     health = proxy.service.upstreams.of("openai")
     assert health.attempts == 8
-    assert health.failures == {"LoopDetected": 8}
+    assert health.failures == {"loop_detected": 8}
     assert relay.connections <= 8
 
 

@@ -380,7 +380,7 @@ async def test_each_is_counted_as_any_other(upstream, start_proxy, repeated):
     for client, hits in (("ci", 6), ("dev", 4)):
         told = re.findall(rf'inputs_total{{.*client="{client}".*outcome="hits"}} (.*)', lines)
         assert sum(map(float, told)) == hits
-    assert re.search(r'lookups_total{.*tier="memory"} 10.0', lines)
+    assert re.search(r'cache_lookups_total{.*result="memory"} 10.0', lines)
 
 
 async def test_each_has_an_id_and_the_time_of_its_own(upstream, start_proxy, repeated, monkeypatch):

@@ -37,7 +37,7 @@ async def test_models_and_providers_are_told_with_what_ails_them(upstream, start
     assert not told["models"]["n"]["usable"]
     assert "openrouter" in told["models"]["n"]["why"]
     assert told["providers"]["openai"]["why"] == "key refused"
-    assert told["providers"]["openai"]["failures"] == {"CredentialsRefused": 1}
+    assert told["providers"]["openai"]["failures"] == {"authentication_error": 1}
     assert told["retry_budget"] == {"tokens": 20.0, "max_tokens": 20.0, "can_retry": True}
     assert (told["version"], told["worker"]) == (version("embedding-proxy"), os.getpid())
     assert told["uptime_s"] >= 0

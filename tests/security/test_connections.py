@@ -1,14 +1,18 @@
 """Connections that say nothing, or are too many: closed in time, and they starve nobody."""
 
 import asyncio
+import itertools
 import json
 import logging
-from contextlib import AsyncExitStack
+import socket
+from contextlib import AsyncExitStack, suppress
+from unittest.mock import Mock
 
 import pytest
 from embedding_proxy.proxy.config.schema import Server, Settings
+from embedding_proxy.proxy.http import connection_limits
 from embedding_proxy.proxy.http.connection import Connection
-from embedding_proxy.proxy.http.connection_limits import ConnectionLimits
+from embedding_proxy.proxy.http.connection_limits import MIN_WAIT_S, ConnectionLimits
 from embedding_proxy.proxy.http.runner import LIMITS
 from pydantic import ValidationError
 from talk import Talk
@@ -16,6 +20,8 @@ from talk import Talk
 MODEL = "text-embedding-3-small"
 SECONDS = 20
 SOON = 0.05
+AT_ONCE = 60
+"""Connections; a listening socket has room for more."""
 
 
 def _post(text: str) -> bytes:
@@ -110,6 +116,8 @@ async def test_a_request_that_takes_long_is_not_cut(start_proxy, upstream):
 async def test_silent_connections_starve_nobody(start_proxy, upstream, caplog):
     """Beyond the limit the oldest silent ones are closed, and every request is answered."""
     proxy = await start_proxy(openai=upstream, server={"max_connections": 8})
+    # Each look at the clock is two seconds later: all that wait have waited for long.
+    proxy.app[LIMITS].clock = itertools.count(step=2).__next__
     async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
         talk = await stack.enter_async_context(Talk(proxy.url, _post("a")))
         assert (await talk.response())[0] == 200
@@ -145,23 +153,149 @@ async def test_where_all_are_busy_a_new_one_is_refused(start_proxy, upstream):
             assert await third.is_over()
         upstream.gate.set()
         assert [(await one.response())[0] for one in (first, second)] == [200, 200]
+    while len(proxy.app[LIMITS]):  # noqa: ASYNC110
+        await asyncio.sleep(0)
     response = await proxy.post({"model": MODEL, "input": "c"})
     assert response.status == 200
     assert set(upstream.inputs) == {"a", "b", "c"}
 
 
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_address"])
+async def test_of_requests_at_one_instant_each_has_a_reply(limit, start_proxy, upstream):
+    """Those beyond the limit get a 503, and none is closed for another before it was read."""
+    proxy = await start_proxy(openai=upstream, server={limit: 10})
+    host, _, port = proxy.url.removeprefix("http://").partition("/")[0].partition(":")
+    loop = asyncio.get_running_loop()
+    clients = []
+    try:
+        # The event loop does nothing meanwhile: it finds all of them, and what they have sent.
+        for _ in range(AT_ONCE):
+            clients.append(socket.create_connection((host, int(port))))
+            clients[-1].sendall(_post("a"))
+            clients[-1].setblocking(False)  # noqa: FBT003 - the library's own
+        async with asyncio.timeout(SECONDS):
+            replies = [await loop.sock_recv(client, 1 << 16) for client in clients]
+    finally:
+        for client in clients:
+            client.close()
+    found = [reply[:12] for reply in replies]
+    assert set(found) == {b"HTTP/1.1 200", b"HTTP/1.1 503"}
+    assert found.count(b"HTTP/1.1 200") < AT_ONCE / 2
+    assert all(b"proxy_overloaded" in one for one in replies if one.startswith(b"HTTP/1.1 503"))
+
+
+async def _refused(proxy, stack):
+    """Return a connection for which there is no room, and which has its 503."""
+    await stack.enter_async_context(Talk(proxy.url, b""))
+    while not len(proxy.app[LIMITS]):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    proxy.app[LIMITS].clock = itertools.repeat(0.0).__next__
+    talk = await stack.enter_async_context(Talk(proxy.url, b""))
+    assert (await talk.response())[0] == 503
+    return talk
+
+
+async def test_who_is_refused_may_send_its_request(start_proxy, monkeypatch):
+    """A reset would keep many a client from its 503."""
+    monkeypatch.setattr(connection_limits, "MAX_REFUSED_S", SECONDS)
+    proxy = await start_proxy(server={"max_connections": 1})
+    async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
+        talk = await _refused(proxy, stack)
+        for _ in range(20):
+            await talk.send(b"x" * (1 << 16))
+        assert await talk.is_over()
+
+
+async def test_who_is_refused_and_sends_on_and_on_is_cut(start_proxy, monkeypatch):
+    """It is read for a while only."""
+    monkeypatch.setattr(connection_limits, "MAX_REFUSED_S", SOON)
+    proxy = await start_proxy(server={"max_connections": 1})
+    async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
+        talk = await _refused(proxy, stack)
+        with suppress(ConnectionError):
+            while True:
+                await talk.send(b"x")
+                await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("sent", [b"POST /v1/embeddings HTTP/1.1\r\nHo", b""])
+async def test_who_has_begun_a_request_is_told_that_it_makes_way(sent, start_proxy, upstream):
+    """A head that does not end keeps its place no longer than a silent connection."""
+    proxy = await start_proxy(openai=upstream, server={"max_connections": 1})
+    proxy.app[LIMITS].clock = itertools.count(step=2).__next__
+    async with asyncio.timeout(SECONDS), Talk(proxy.url, _post("a")) as first:
+        # Behind a reply it is known to have been read.
+        await first.send(sent)
+        assert (await first.response())[0] == 200
+        async with Talk(proxy.url, _post("a")) as second:
+            assert (await second.response())[0] == 200
+        if sent:
+            assert (await first.response())[0] == 503
+        assert await first.is_over()
+
+
 class Fake:
     """A connection."""
 
-    is_closed = False
+    is_closed = has_unread = False
 
-    def force_close(self) -> None:
+    def evict(self) -> None:
         self.is_closed = True
+
+
+class Clock:
+    """Seconds that pass as the test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_few_refused_connections_are_read():
+    """Each holds a file descriptor; a share of those that are left."""
+    limits = ConnectionLimits(1, max_refused=2)
+    first, second, third = (Mock() for _ in range(3))
+    assert [limits.hold_refused(one) for one in (first, second, third)] == [True, True, False]
+    limits.release_refused(second)
+    assert limits.hold_refused(third)
+    assert not len(limits)
+    limits.close_refused()
+    assert [one.close.called for one in (first, second, third)] == [True, False, True]
+    few = ConnectionLimits.of(Server(), left=lambda: 7)
+    assert not few.hold_refused(first)
+
+
+def test_who_has_just_come_or_sent_something_makes_no_way():
+    """Nor who has just been answered: a request may be under way."""
+    clock = Clock()
+    limits = ConnectionLimits(3, 3, clock=clock)
+    made = [Fake() for _ in range(3)]
+    first, _, third = made
+    for one in made:
+        assert limits.enter(one, "")
+    assert not limits.enter(Fake(), "")
+    clock.now = 1.5 * MIN_WAIT_S
+    limits.idle(third)
+    first.has_unread = True
+    assert limits.enter(Fake(), "")
+    assert not limits.enter(Fake(), "")
+    assert [one.is_closed for one in made] == [False, True, False]
+    # Only now it has sent nothing for so long.
+    first.has_unread = False
+    clock.now += MIN_WAIT_S
+    assert not limits.enter(Fake(), "")
+    clock.now += MIN_WAIT_S / 2
+    for _ in range(3):
+        assert limits.enter(Fake(), "")
+    assert not limits.enter(Fake(), "")
+    assert [one.is_closed for one in made] == [True, True, True]
 
 
 def test_one_address_has_its_own_limit():
     """Connections of one address make way for its own, not those of others."""
-    limits = ConnectionLimits(10, 2)
+    limits = ConnectionLimits(10, 2, clock=itertools.count(step=2).__next__)
     other, *own = [Fake() for _ in range(4)]
     assert limits.enter(other, "10.0.0.2")
     assert all(limits.enter(one, "10.0.0.1") for one in own)
@@ -177,7 +311,7 @@ def test_one_address_has_its_own_limit():
 
 def test_who_never_asked_makes_way_first():
     """Then the one whose last answer is the oldest; never one with a request in progress."""
-    limits = ConnectionLimits(4, 4)
+    limits = ConnectionLimits(4, 4, clock=itertools.count(step=2).__next__)
     busy, first, second, new = made = [Fake() for _ in range(4)]
     for one in made:
         assert limits.enter(one, "")
@@ -223,9 +357,9 @@ async def test_a_request_and_a_reset_at_once_leave_no_traceback(start_proxy, mon
     made = []
     connection_made = Connection.connection_made
 
-    def noted(connection: Connection, transport: asyncio.Transport) -> None:
-        made.append(connection)
-        connection_made(connection, transport)
+    def noted(one: Connection, transport: asyncio.Transport) -> None:
+        made.append(one)
+        connection_made(one, transport)
 
     monkeypatch.setattr(Connection, "connection_made", noted)
     proxy = await start_proxy()
