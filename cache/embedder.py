@@ -11,20 +11,16 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from embedding_proxy.providers.base import (
-    Account,
-    Bill,
     CachePolicy,
     Context,
-    DeadlineExceeded,
     Embedder,
-    EmbeddingError,
     Input,
-    OnCharge,
     Outcome,
     Space,
     Vector,
-    nanodollars,
 )
+from embedding_proxy.providers.billing import Account, Bill, OnCharge, nanodollars
+from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError
 from embedding_proxy.providers.slices import SLICE, slices
 
 from .cached_hit import CachedHit

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from embedding_proxy.providers.base import CachePolicy, EmbeddingError, InvalidRequest
+from embedding_proxy.providers.base import CachePolicy
+from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest
 
 _UNNAMED = "unnamed"
 """Where a failure that names an input keeps the one that does not."""

@@ -15,16 +15,13 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from embedding_proxy.providers.base import (
-    Bill,
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
-    Credential,
     DeadlineExceeded,
-    Embedded,
-    Embedder,
     EmbeddingError,
-    Input,
     InvalidRequest,
     NoProviderAvailable,
     PermissionDenied,

@@ -21,7 +21,8 @@ from itertools import accumulate
 from typing import NamedTuple, overload
 
 import xxhash
-from embedding_proxy.providers.base import Input, InvalidRequest, Space
+from embedding_proxy.providers.base import Input, Space
+from embedding_proxy.providers.errors import InvalidRequest
 
 RESERVED_NAMESPACES = "embedding-proxy/"
 """How the namespaces begin that are the proxy's own; no client is given such a one."""

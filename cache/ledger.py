@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from operator import add
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from embedding_proxy.providers.base import Account, Bill, Embedded, Vector
+from embedding_proxy.providers.base import Embedded, Vector
+from embedding_proxy.providers.billing import Account, Bill
 
 from .key import OTHER, OTHER_NAMESPACE, Key, Partition
 

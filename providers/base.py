@@ -1,7 +1,7 @@
-"""The words every room shares: input, space, vector, what an embedder gives and how it fails.
+"""The shared types of embedding: inputs, vectors, spaces, request contexts, results and `Embedder`.
 
-This file knows no provider, no cache and no wire format. How an embedder fails: see `failures`;
-what it charges: `bill`.
+This module knows no provider, no cache and no wire format. `errors` defines how an embedder fails,
+`billing` what a call is charged.
 """
 
 import asyncio
@@ -18,78 +18,9 @@ from urllib.parse import quote, unquote_to_bytes
 import orjson
 from embedding_proxy.providers.scheduling.attempts import Attempt
 
-from .billing import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
+from .billing import NOBODY, Account, Charge, OnCharge
 from .client_credential import Credential
-from .errors import (
-    AuthenticationError,
-    ClientKeyRefused,
-    ConnectionTimeout,
-    DeadlineExceeded,
-    EmbeddingError,
-    InvalidAnswer,
-    InvalidRequest,
-    LocalQueueFull,
-    LoopDetected,
-    MalformedResponse,
-    ModelNotFound,
-    NoProviderAvailable,
-    NoRoute,
-    OutOfDescriptors,
-    PermissionDenied,
-    ProviderError,
-    QuotaExceeded,
-    RateLimited,
-    Refusal,
-    ScopedQuotaExceeded,
-    TransientError,
-    Unreachable,
-    UpstreamError,
-    UpstreamTimeout,
-)
-
-__all__ = [
-    "NORMAL",
-    "Account",
-    "AuthenticationError",
-    "Bill",
-    "CachePolicy",
-    "Charge",
-    "ClientKeyRefused",
-    "ConnectionTimeout",
-    "Context",
-    "Credential",
-    "DeadlineExceeded",
-    "Embedded",
-    "Embedder",
-    "EmbeddingError",
-    "Input",
-    "InvalidAnswer",
-    "InvalidRequest",
-    "LocalQueueFull",
-    "LoopDetected",
-    "MalformedResponse",
-    "ModelNotFound",
-    "NoProviderAvailable",
-    "NoRoute",
-    "OnCharge",
-    "OnPart",
-    "OutOfDescriptors",
-    "Outcome",
-    "PermissionDenied",
-    "ProviderError",
-    "QuotaExceeded",
-    "RateLimited",
-    "Refusal",
-    "ScopedQuotaExceeded",
-    "Space",
-    "TransientError",
-    "Unreachable",
-    "UpstreamError",
-    "UpstreamTimeout",
-    "Vector",
-    "current_label",
-    "nanodollars",
-]
+from .errors import InvalidRequest
 
 Input: TypeAlias = str | tuple[int, ...]
 """One thing to embed: a string, or a token array (cl100k ids)."""

@@ -14,7 +14,8 @@ from functools import lru_cache
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from embedding_proxy.providers import plugins
-from embedding_proxy.providers.base import InvalidRequest, Space
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.vector import Floats
 
 GROUP = "embedding_proxy.widths"

@@ -17,21 +17,17 @@ from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
 from embedding_proxy.providers.upstream.transport import Reply, Transport
 
 from . import descriptors, tokens
-from .base import (
+from .base import Context, Embedded, Input, Outcome, Space
+from .billing import Charge
+from .client_credential import MOST_KEYS, Credential
+from .errors import (
     AuthenticationError,
-    Charge,
     ClientKeyRefused,
-    Context,
-    Embedded,
     EmbeddingError,
-    Input,
     InvalidRequest,
     LocalQueueFull,
-    Outcome,
     RateLimited,
-    Space,
 )
-from .client_credential import MOST_KEYS, Credential
 from .lru_cache import LRUCache
 from .profile import Limits, Profile
 from .upstream import error_reply, response

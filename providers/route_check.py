@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from embedding_proxy.providers.routing.route import Route
 
-from .base import Context, EmbeddingError, Input, InvalidAnswer, ProviderError, Space, Vector
+from .base import Context, Input, Space, Vector
+from .errors import EmbeddingError, InvalidAnswer, ProviderError
 from .vector import cosine
 
 SAME = 0.999

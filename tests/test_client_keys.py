@@ -16,8 +16,9 @@ from aiohttp import web
 from any_server import AnyServer
 from conftest import no_wait
 from embedding_proxy.providers import registry
-from embedding_proxy.providers.base import ClientKeyRefused, Context, Space
+from embedding_proxy.providers.base import Context, Space
 from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import ClientKeyRefused
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.routing import health
 from embedding_proxy.proxy.cli import main

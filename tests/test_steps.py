@@ -9,7 +9,9 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from embedding_proxy.providers.base import Charge, Embedded, InvalidRequest, Outcome
+from embedding_proxy.providers.base import Embedded, Outcome
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service import embedding_service as service_module

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from embedding_proxy.providers.backoff import Backoff
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Space, Vector
+from embedding_proxy.providers.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NoProviderAvailable,
-    Space,
     TransientError,
-    Vector,
 )
 
 log = logging.getLogger("embedding_proxy.migrate")

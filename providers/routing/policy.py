@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ConnectionTimeout,
     EmbeddingError,

@@ -5,20 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import (
-    Account,
-    Bill,
-    Charge,
-    Context,
-    Credential,
-    Embedded,
-    EmbeddingError,
-    Input,
-    InvalidRequest,
-    ProviderError,
-    Space,
-    nanodollars,
-)
+from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.billing import Account, Bill, Charge, nanodollars
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest, ProviderError
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.scheduling import batch_size
 from embedding_proxy.providers.scheduling.assembly import assembled

@@ -9,17 +9,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Input, Space
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Credential,
     EmbeddingError,
-    Input,
     InvalidRequest,
     NoProviderAvailable,
     NoRoute,
     RateLimited,
     Refusal,
-    Space,
 )
 
 from .health import Health, HealthRegistry

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ClientKeyRefused,
     DeadlineExceeded,

@@ -10,7 +10,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from embedding_proxy.providers.base import Input, InvalidRequest
+from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 
 from .refusal import is_about_size, is_about_tokens, named_batch_limit

@@ -7,14 +7,9 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from embedding_proxy.providers.base import (
-    Bill,
-    Context,
-    Embedded,
-    InvalidAnswer,
-    LocalQueueFull,
-    ProviderError,
-)
+from embedding_proxy.providers.base import Context, Embedded
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.errors import InvalidAnswer, LocalQueueFull, ProviderError
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.upstream.duplicate_vectors import (

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, InvalidRequest, Space
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space
+from embedding_proxy.providers.errors import InvalidRequest
 
 
 class ContextLengthCheck:

@@ -8,18 +8,15 @@ import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from embedding_proxy.providers.base import (
-    Bill,
-    Context,
-    Credential,
+from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     DeadlineExceeded,
-    Embedded,
     EmbeddingError,
-    Input,
     InvalidRequest,
     LocalQueueFull,
     ProviderError,
-    Space,
 )
 from embedding_proxy.providers.routing import policy
 from embedding_proxy.providers.routing.route import Route

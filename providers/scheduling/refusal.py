@@ -3,7 +3,7 @@
 import re
 from typing import TypeGuard
 
-from embedding_proxy.providers.base import InvalidRequest, UpstreamError
+from embedding_proxy.providers.errors import InvalidRequest, UpstreamError
 
 _INPUT = re.compile(r"(\$\.)?input($|[.\[])")
 

@@ -13,16 +13,8 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from embedding_proxy.providers.base import (
-    Context,
-    DeadlineExceeded,
-    Embedded,
-    Input,
-    LocalQueueFull,
-    RateLimited,
-    Refusal,
-    Space,
-)
+from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, RateLimited, Refusal
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.health import Slots
 from embedding_proxy.providers.routing.route import Route

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     EmbeddingError,
     InvalidAnswer,
     InvalidRequest,

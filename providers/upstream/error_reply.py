@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import orjson
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     EmbeddingError,
     InvalidRequest,

@@ -2,7 +2,7 @@
 
 import re
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ModelNotFound,
     ProviderError,

@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 
-from embedding_proxy.providers.base import Context, DeadlineExceeded, Input, LocalQueueFull, Refusal
+from embedding_proxy.providers.base import Context, Input
+from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, Refusal
 from embedding_proxy.providers.profile import Limits
 
 from .rate_limit_headers import MAX_WAIT, allowance

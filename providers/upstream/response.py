@@ -9,16 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import (
-    Charge,
-    Input,
-    InvalidAnswer,
-    MalformedResponse,
-    ProviderError,
-    Space,
-    Vector,
-)
-from embedding_proxy.providers.billing import MOST_NANODOLLARS, NANO
+from embedding_proxy.providers.base import Input, Space, Vector
+from embedding_proxy.providers.billing import MOST_NANODOLLARS, NANO, Charge
+from embedding_proxy.providers.errors import InvalidAnswer, MalformedResponse, ProviderError
 
 from . import duplicate_vectors, error_reply
 

@@ -22,9 +22,9 @@ from typing import Self
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from embedding_proxy.providers import descriptors
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Context
+from embedding_proxy.providers.errors import (
     ConnectionTimeout,
-    Context,
     DeadlineExceeded,
     LoopDetected,
     OutOfDescriptors,

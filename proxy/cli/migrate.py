@@ -26,7 +26,7 @@ from embedding_proxy.index.migration.runner import (
 )
 from embedding_proxy.index.migration.state import MigrationState, Phase, State
 from embedding_proxy.index.migration.verify import Verdict
-from embedding_proxy.providers.base import EmbeddingError
+from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.route_check import SAME
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 

@@ -19,8 +19,9 @@ from embedding_proxy.index.migration.runner import Regime, Wanted
 from embedding_proxy.index.migration.state import MigrationState
 from embedding_proxy.index.migration.text_template import Rule, TemplateError
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import InvalidAnswer, Space, Vector
+from embedding_proxy.providers.base import Space, Vector
 from embedding_proxy.providers.dimensions import can_give
+from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.loader import ConfigError

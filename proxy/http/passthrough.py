@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import HttpVersion11, web
-from embedding_proxy.providers.base import InvalidRequest, UpstreamTimeout
+from embedding_proxy.providers.errors import InvalidRequest, UpstreamTimeout
 from embedding_proxy.providers.upstream.transport import reason
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.pace import Pace, reset

@@ -19,7 +19,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 from embedding_proxy.providers import descriptors
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     EmbeddingError,
     InvalidRequest,
     NoRoute,

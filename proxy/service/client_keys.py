@@ -40,19 +40,17 @@ from embedding_proxy.cache import atomic_file
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.cache.key import part
 from embedding_proxy.cache.ledger import Answered, Reusable
-from embedding_proxy.providers.base import (
-    Bill,
+from embedding_proxy.providers.base import Context, Input, Vector
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
-    Credential,
     DeadlineExceeded,
-    Input,
     InvalidRequest,
     NoProviderAvailable,
     ProviderError,
     RateLimited,
     TransientError,
-    Vector,
 )
 from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.proxy.config.models import ModelConfig

@@ -7,7 +7,8 @@ from typing import Optional
 from embedding_proxy.cache.ledger import Answered, Usage
 from embedding_proxy.providers import similarity as likeness
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import Input, InvalidAnswer, Outcome, Space, Vector
+from embedding_proxy.providers.base import Input, Outcome, Space, Vector
+from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.slices import slices
 
 from .model_registry import Model

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from embedding_proxy.cache.key import Keys, Namespace, keyring
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import CachePolicy, Input, InvalidRequest, Weigh
+from embedding_proxy.providers.base import CachePolicy, Input, Weigh
+from embedding_proxy.providers.errors import InvalidRequest
 
 from .model_registry import Model
 

@@ -27,18 +27,9 @@ from embedding_proxy.cache.in_flight import InFlight, SharedTask, wait
 from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.ledger import Answered
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import (
-    Bill,
-    Context,
-    DeadlineExceeded,
-    Embedded,
-    Embedder,
-    EmbeddingError,
-    Input,
-    InvalidAnswer,
-    OnCharge,
-    Space,
-)
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space
+from embedding_proxy.providers.billing import Bill, OnCharge
+from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError, InvalidAnswer
 from embedding_proxy.providers.scheduling import assembly
 from embedding_proxy.providers.slices import slices
 

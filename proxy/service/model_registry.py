@@ -9,8 +9,9 @@ from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.ledger import Answered
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers import registry
-from embedding_proxy.providers.base import Context, Embedder, Input, InvalidRequest, Space
+from embedding_proxy.providers.base import Context, Embedder, Input, Space
 from embedding_proxy.providers.dimensions import WIDEST
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider

@@ -18,18 +18,15 @@ from typing import TypeVar
 
 from embedding_proxy.cache.ledger import Answered
 from embedding_proxy.providers import dimensions, vector
-from embedding_proxy.providers.base import (
-    Account,
+from embedding_proxy.providers.base import Context, Input, Space, Vector
+from embedding_proxy.providers.billing import Account
+from embedding_proxy.providers.dimensions import BUILT_IN, can_give, find
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
     EmbeddingError,
-    Input,
     InvalidAnswer,
     InvalidRequest,
-    Space,
-    Vector,
 )
-from embedding_proxy.providers.dimensions import BUILT_IN, can_give, find
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
 

@@ -24,7 +24,8 @@ from uuid import UUID
 from aiohttp import web
 from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
 from embedding_proxy.index.point import MOST_ID, PointId
-from embedding_proxy.providers.base import CachePolicy, InvalidRequest
+from embedding_proxy.providers.base import CachePolicy
+from embedding_proxy.providers.errors import InvalidRequest
 
 Mode: TypeAlias = Literal["normal", "frozen", "refresh", "off"]
 

@@ -11,7 +11,6 @@ from embedding_proxy.cache.record import Entry
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers.base import (
     NORMAL,
-    Bill,
     CachePolicy,
     Context,
     Embedded,
@@ -19,6 +18,7 @@ from embedding_proxy.providers.base import (
     Outcome,
     Space,
 )
+from embedding_proxy.providers.billing import Bill
 
 
 def key_of(item: Input, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Key:

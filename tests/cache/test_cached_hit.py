@@ -10,7 +10,8 @@ from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import LOT, Tiers
-from embedding_proxy.providers.base import NORMAL, Account, CachePolicy, Context, Space
+from embedding_proxy.providers.base import NORMAL, CachePolicy, Context, Space
+from embedding_proxy.providers.billing import Account
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 

@@ -14,18 +14,16 @@ from embedding_proxy.cache.in_flight import InFlight, SharedTask
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
-from embedding_proxy.providers.base import (
-    Account,
+from embedding_proxy.providers.base import Context, Outcome, Space
+from embedding_proxy.providers.billing import Account
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
-    Credential,
     DeadlineExceeded,
     EmbeddingError,
     InvalidRequest,
     NoRoute,
-    Outcome,
     RateLimited,
-    Space,
     UpstreamTimeout,
 )
 from hypothesis import given, settings

@@ -14,7 +14,9 @@ from embedding_proxy.cache.key import Namespace, Partition, keyring
 from embedding_proxy.cache.ledger import By, Heading, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import Account, Bill, Context, Outcome, RateLimited, Space
+from embedding_proxy.providers.base import Context, Outcome, Space
+from embedding_proxy.providers.billing import Account, Bill
+from embedding_proxy.providers.errors import RateLimited
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, settle, tokens_of
 

@@ -7,13 +7,13 @@ from embedding_proxy.index.migration.embedding import (
     Refused,
     RetryingEmbedder,
 )
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.errors import (
     InvalidRequest,
     NoProviderAvailable,
     QuotaExceeded,
     RateLimited,
     Refusal,
-    Space,
     Unreachable,
 )
 

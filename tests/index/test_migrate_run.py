@@ -25,7 +25,8 @@ from embedding_proxy.index.migration.runner import (
 from embedding_proxy.index.migration.state import MigrationState, Phase
 from embedding_proxy.index.migration.text_template import Rule
 from embedding_proxy.index.migration.verify import verify
-from embedding_proxy.providers.base import InvalidRequest, Space
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from fault_server import vector_of
 from qdrant_client import models

@@ -2,7 +2,8 @@
 
 import asyncio
 
-from embedding_proxy.providers.base import Embedded, InvalidRequest, Outcome
+from embedding_proxy.providers.base import Embedded, Outcome
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router

@@ -3,7 +3,8 @@
 import asyncio
 
 import pytest
-from embedding_proxy.providers.base import Context, DeadlineExceeded, LocalQueueFull
+from embedding_proxy.providers.base import Context
+from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.upstream.rate_limiter import MOST_MODELS, Admission
 

@@ -10,9 +10,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Charge,
     EmbeddingError,
     InvalidAnswer,
     InvalidRequest,
@@ -22,7 +23,6 @@ from embedding_proxy.providers.base import (
     ProviderError,
     QuotaExceeded,
     RateLimited,
-    Space,
     TransientError,
     UpstreamError,
 )

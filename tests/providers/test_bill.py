@@ -4,16 +4,9 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from embedding_proxy.providers.base import (
-    Account,
-    Bill,
-    Charge,
-    Context,
-    InvalidAnswer,
-    RateLimited,
-    Space,
-)
-from embedding_proxy.providers.billing import MOST_NANODOLLARS, nanodollars
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.billing import MOST_NANODOLLARS, Account, Bill, Charge, nanodollars
+from embedding_proxy.providers.errors import InvalidAnswer, RateLimited
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router

@@ -6,19 +6,17 @@ from dataclasses import replace
 
 import pytest
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Context, Outcome, Space
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Charge,
-    Context,
     DeadlineExceeded,
     InvalidAnswer,
     InvalidRequest,
     LocalQueueFull,
     MalformedResponse,
-    Outcome,
     ProviderError,
     RateLimited,
-    Space,
     UpstreamError,
 )
 from embedding_proxy.providers.openai_compatible import HttpProvider

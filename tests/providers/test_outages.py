@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 from clock import Clock
-from embedding_proxy.providers import base
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers import errors
+from embedding_proxy.providers.base import Context, Embedded, Space
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Charge,
-    Context,
-    Embedded,
     InvalidAnswer,
     InvalidRequest,
     LocalQueueFull,
@@ -23,7 +22,6 @@ from embedding_proxy.providers.base import (
     QuotaExceeded,
     RateLimited,
     Refusal,
-    Space,
     TransientError,
     Unreachable,
     UpstreamError,
@@ -95,7 +93,7 @@ class World:
         inputs = inputs or (f"text {next(self.texts)}",)
         try:
             answer = await Scheduler(router or self.router).embed(SPACE, inputs, context)
-        except base.EmbeddingError as failure:
+        except errors.EmbeddingError as failure:
             return failure
         return answer.providers[0]
 

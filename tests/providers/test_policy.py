@@ -1,7 +1,7 @@
 """The policy as a table: a failure and where its inputs stand in, a step out."""
 
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ConnectionTimeout,
     DeadlineExceeded,

@@ -6,14 +6,8 @@ from dataclasses import replace
 from math import ceil, log2
 
 import pytest
-from embedding_proxy.providers.base import (
-    Context,
-    DeadlineExceeded,
-    Embedded,
-    InvalidRequest,
-    RateLimited,
-    Space,
-)
+from embedding_proxy.providers.base import Context, Embedded, Space
+from embedding_proxy.providers.errors import DeadlineExceeded, InvalidRequest, RateLimited
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.scheduling.assembly import assembled

@@ -4,7 +4,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
-from embedding_proxy.providers.base import LocalQueueFull, RateLimited
+from embedding_proxy.providers.errors import LocalQueueFull, RateLimited
 from embedding_proxy.providers.upstream.rate_limit_headers import MAX_WAIT
 from embedding_proxy.providers.upstream.rate_limiter import (
     LONGEST_HOLD,

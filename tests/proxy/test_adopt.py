@@ -9,7 +9,8 @@ import pytest
 from embedding_proxy.cache import record
 from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.maintenance.import_source import Pair, Refused
-from embedding_proxy.providers.base import Embedded, ProviderError, Space
+from embedding_proxy.providers.base import Embedded, Space
+from embedding_proxy.providers.errors import ProviderError
 from embedding_proxy.providers.vector import from_numbers
 from embedding_proxy.proxy.cli.cache_import import Importer, SampleDiffers
 
