@@ -139,7 +139,7 @@ class CachingEmbedder:
             outcomes=[Outcome.HIT] * len(tokens),
             usage=usage,
             keys=keys,
-            again=again if _is_plain(terms) else None,
+            cached_hit=again if _is_plain(terms) else None,
         )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
@@ -242,7 +242,7 @@ class CachingEmbedder:
         while landed := list(self._in_flight.landed_since(mark, indices)):
             mark = self._in_flight.landed
             partition, terms = request.ring.partition, request.context.terms
-            lookup = await self._tiers.lookup(Keys.of(landed), partition, terms)
+            lookup = await self._tiers.lookup(Keys.from_keys(landed), partition, terms)
             for key, entry in zip(landed, lookup.entries, strict=True):
                 if entry is not None:
                     request.entries[indices.pop(key)] = entry
@@ -282,7 +282,7 @@ class CachingEmbedder:
             outcomes=outcomes,
             usage=usage,
             keys=request.all_keys,
-            again=again,
+            cached_hit=again,
         )
 
 

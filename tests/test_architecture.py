@@ -14,12 +14,15 @@ MOST_LINES = 500
 
 SEEN_BY_CACHE = {
     "providers.base",
+    "providers.billing",
+    "providers.client_credential",
+    "providers.errors",
     "providers.vector",
     "providers.tokens",
     "providers.slices",
     "providers.lru_cache",
     "providers.backoff",
-    "providers.batching.calls",
+    "providers.scheduling.assembly",
 }
 
 # A library, and the only files that may import it.

@@ -31,7 +31,7 @@ from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.salvager import Salvager
 from embedding_proxy.cache.disk.writer import Writer
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, Heading, Line, Usage
 
 from . import purge
 
@@ -80,10 +80,10 @@ class Store:
         self._purges, self._purged_file = 0, self._disk.file
         self.counted: dict[Heading, Usage] = {}
         """The sums of what this process has counted since it opened the store: of the first
-        MAX_HEADINGS headings, and of all others together."""
+        MAX_LEDGER_KEYS headings, and of all others together."""
         self._day = 0
         self._headings_of_day: set[Heading] = set()
-        """Those that have a line of their own on disk: the first MAX_HEADINGS of the day."""
+        """Those that have a line of their own on disk: the first MAX_LEDGER_KEYS of the day."""
 
     @property
     def folder(self) -> Path:
@@ -146,17 +146,17 @@ class Store:
         kept = {a: Kept(record, partition, now) for a, record in records.items()}
         if self._cannot_write:
             if self._ticking is not None and not self._closing:
-                self._pending.failed(Changes(records=kept))
+                self._pending.keep_failed(Changes(records=kept))
             return False
         self._pending.changes.records.update(kept)
-        return await self._writer.written()
+        return await self._writer.commit()
 
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
         """Delete records that were found to be bad, unless they were replaced since."""
         if self._cannot_write:
             return False
         self._pending.changes.dead.extend(dead.items())
-        return await self._writer.written()
+        return await self._writer.commit()
 
     async def salvaged(self) -> None:
         """Wait until all that is whole in damaged files is in the present one. Never raises."""
@@ -171,13 +171,13 @@ class Store:
         day = int(time.time() // 86_400)
         if day != self._day:
             self._day, self._headings_of_day = day, set()
-        if heading in self._headings_of_day or len(self._headings_of_day) < MAX_HEADINGS:
+        if heading in self._headings_of_day or len(self._headings_of_day) < MAX_LEDGER_KEYS:
             self._headings_of_day.add(heading)
             self._pending.changes.count(day, heading, usage)
         else:
             self._pending.changes.count(day, heading.rest, usage)
         known = self.counted.get(heading)
-        if known is None and len(self.counted) >= MAX_HEADINGS:
+        if known is None and len(self.counted) >= MAX_LEDGER_KEYS:
             heading = heading.rest
             known = self.counted.get(heading)
         self.counted[heading] = usage if known is None else known.plus(usage)
@@ -186,7 +186,7 @@ class Store:
         """Write the sums so far; return whether they are on disk. Never raises."""
         if self._cannot_write:
             return False
-        return await self._writer.written()
+        return await self._writer.commit()
 
     async def ledger(
         self,

@@ -300,7 +300,7 @@ class ClientKeys:
         answer = await _Visit(self, how, own, credential, ask).answer(inputs)
         if answer is None:
             # The next time it may be proved, or refused.
-            return replace(await ask(inputs, context), again=None), context.namespace
+            return replace(await ask(inputs, context), cached_hit=None), context.namespace
         return answer, namespace
 
     def proof_of(self, credential: Credential, how: ByClient) -> str:
@@ -437,9 +437,9 @@ class _Visit:
             raise
         if not {*answer.providers}.isdisjoint(self._how.providers):
             self._keys.proofs.accepted(self._proof)
-        if answer.again is None:
+        if answer.cached_hit is None:
             return answer
-        return replace(answer, again=_WhileProved(self._is_proved, answer.again))
+        return replace(answer, cached_hit=_WhileProved(self._is_proved, answer.cached_hit))
 
     def _is_proved(self) -> bool:
         """Tell whether an answer may be given to the key once more."""

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line, Reusable, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, Heading, Line, Reusable, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
@@ -264,8 +264,8 @@ class EmbeddingService(SearchMixin):
     async def ledger(self, by: Sequence[By]) -> list[Line] | None:
         """Return the sums since ever, of all processes; None while they cannot be read.
 
-        At most MAX_HEADINGS lines, and one for each provider with what is left: what is configured
-        comes first, then what was counted first.
+        At most MAX_LEDGER_KEYS lines, and one for each provider with what is left: what is
+        configured comes first, then what was counted first.
         """
         if self._store is None:
             return None
@@ -273,7 +273,7 @@ class EmbeddingService(SearchMixin):
         namespaces = ["", drift_check.NAMESPACE, *(key.namespace for key in server.keys)]
         named = {By.MODEL: list(self.settings.models), By.NAMESPACE: namespaces}
         preferred = {column: names for column, names in named.items() if column in by}
-        return await self._store.ledger(by, MAX_HEADINGS, preferred)
+        return await self._store.ledger(by, MAX_LEDGER_KEYS, preferred)
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -359,11 +359,11 @@ class EmbeddingService(SearchMixin):
         if self._answering is None or asked.index != NO_INDEX_OPTIONS:
             return None
         result = self._answering.at_hand(asked, caller, control)
-        if result is None or result.embedded.again is None:
+        if result is None or result.embedded.cached_hit is None:
             return None
         if self.indexing is not None and not self.indexing.knows(asked.index, result):
             return None
-        result.embedded.again.count()
+        result.embedded.cached_hit.count()
         return result
 
     def again(self, result: Result, index: IndexOptions) -> Reusable | None:
@@ -371,7 +371,7 @@ class EmbeddingService(SearchMixin):
 
         What stood in may not be needed again; and points that are not known to be indexed are.
         """
-        again = None if result.fallback else result.embedded.again
+        again = None if result.fallback else result.embedded.cached_hit
         if self.indexing is None or again is None:
             return again
         return self.indexing.again(again, index, result)

@@ -123,7 +123,7 @@ async def preview_cost(
     keys = await ring.keys(prepared)
     distinct = list(dict.fromkeys(keys))
     found = (
-        await tiers.lookup(Keys.of(distinct), ring.partition, CachePolicy(write=False))
+        await tiers.lookup(Keys.from_keys(distinct), ring.partition, CachePolicy(write=False))
     ).entries
     there = {key for key, entry in zip(distinct, found, strict=True) if entry is not None}
     counts = await tokens.counted(prepared, model.space.tokenizer or tokens.CL100K)

@@ -48,7 +48,7 @@ async def apply_dimension_strategy(result: Result) -> Result:
     if name in BUILT_IN or result.fallback or result.dimensions == native:
         return result
     vectors = await asyncio.to_thread(_bring, name, result.embedded.vectors, result.dimensions)
-    embedded = replace(result.embedded, vectors=vectors, again=None)
+    embedded = replace(result.embedded, vectors=vectors, cached_hit=None)
     return replace(result, space=space_of(name, result.space, result.dimensions), embedded=embedded)
 
 
@@ -149,7 +149,7 @@ class EmbeddingPipeline:
         account = Account(asked.model, caller.client, model.price)
         inputs, namespace = asked.inputs, caller.namespace
         embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
-        if embedded is None or embedded.again is None:
+        if embedded is None or embedded.cached_hit is None:
             return None
         check(space, width, embedded.vectors)
         return made(model, model, space, width, asked.inputs, embedded, caller.namespace)

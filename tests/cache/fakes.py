@@ -46,7 +46,7 @@ async def entries_in(
     tiers: Tiers, keys: Collection[Key], partition: Partition, terms: CachePolicy = NORMAL
 ) -> dict[Key, Entry]:
     """Return what tiers have of some keys."""
-    lookup = await tiers.lookup(Keys.of(keys), partition, terms)
+    lookup = await tiers.lookup(Keys.from_keys(keys), partition, terms)
     found = {key: entry for key, entry in zip(keys, lookup.entries, strict=True) if entry}
     assert [key not in found for key in keys] == [i in lookup.missing for i in range(len(keys))]
     return found

@@ -87,7 +87,7 @@ def test_partitions_are_bounded_in_all(tmp_path, monkeypatch):
 
 def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
     """The first headings of a day have a row each, whoever writes; each next day begins anew."""
-    monkeypatch.setattr(bounds, "MAX_HEADINGS", 3)
+    monkeypatch.setattr(bounds, "MAX_LEDGER_KEYS", 3)
     headings = [Heading(PARTITION, f"m{i}", ("p", "")[i % 2], f"c{i}") for i in range(8)]
     one = Usage(hits=1, tokens_billed=5, nanodollars_billed=7)
     for chosen in (headings[:5], headings[::-1], headings):
@@ -111,7 +111,7 @@ def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
 def test_a_heading_of_shared_partitions_is_one_row(tmp_path, monkeypatch):
     """Spaces that share a partition share their row of the ledger, and it is counted once."""
     monkeypatch.setattr(bounds, "MAX_PARAMETER_SETS", 1)
-    monkeypatch.setattr(bounds, "MAX_HEADINGS", 2)
+    monkeypatch.setattr(bounds, "MAX_LEDGER_KEYS", 2)
     usage = {(1, Heading(Partition("", _label(i), 8), "m")): Usage(hits=1) for i in range(5)}
     with opened(tmp_path, GIB, create=True) as file:
         file.write(Changes(usage=usage))
@@ -122,7 +122,7 @@ def test_a_heading_of_shared_partitions_is_one_row(tmp_path, monkeypatch):
 
 async def test_what_a_process_counts_is_bounded(tmp_path, monkeypatch):
     """Sums in memory, and what waits to be written, have so many lines and one a provider."""
-    monkeypatch.setattr("embedding_proxy.cache.disk.store.MAX_HEADINGS", 4)
+    monkeypatch.setattr("embedding_proxy.cache.disk.store.MAX_LEDGER_KEYS", 4)
     async with Store(tmp_path, GIB) as store:
         for i in range(20):
             store.count(Heading(PARTITION, f"m{i}", "p", f"c{i}"), Usage(misses=1, tokens_billed=i))

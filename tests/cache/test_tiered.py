@@ -94,7 +94,7 @@ async def test_what_is_read_at_once_is_as_if_waited_for(tiers, store, quick):
 
 async def test_nothing_is_awaited_that_need_not_be(tiers, quick):
     """The same look-up is a whole one without a turn of the loop, and one that is missing, too."""
-    keys = Keys.of([*quick, key_of("unknown", SPACE)])
+    keys = Keys.from_keys([*quick, key_of("unknown", SPACE)])
     asking = tiers.lookup(keys, PARTITION)
     with pytest.raises(StopIteration) as caught:
         asking.send(None)

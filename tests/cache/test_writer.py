@@ -78,7 +78,7 @@ class Rig:
     def put(self, number, record=b"record"):
         """Start writing a record, as a task."""
         self.writer.pending.changes.records[_address(number)] = Kept(record, P)
-        return asyncio.create_task(self.writer.written())
+        return asyncio.create_task(self.writer.commit())
 
     @property
     def backlog(self):
@@ -273,7 +273,7 @@ async def test_a_flush_stops_at_the_first_failure(rig, monkeypatch):
     assert len(rig.disk.file.sizes) == 1
     rig.disk.file.failure = lambda _: None
     await rig.writer.flush()
-    assert rig.writer.pending.take_what_can_wait() is None
+    assert rig.writer.pending.take_deferred() is None
 
 
 async def test_finishing_writes_all_there_is(rig):
@@ -295,7 +295,7 @@ async def test_finishing_writes_all_there_is(rig):
     await _told(finishing)
     assert await _told(*waiting) == [True, True]
     assert (rig.numbers, rig.disk.file.hits, rig.backlog) == ({1, 2, 3}, 1, set())
-    assert rig.writer.pending.take_what_can_wait() is None
+    assert rig.writer.pending.take_deferred() is None
 
 
 async def test_sums_do_not_share_the_fate_of_a_record_that_cannot_be_kept(rig):
