@@ -24,7 +24,6 @@ from embedding_proxy.cache.disk.purge import Choice, count_entries
 from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Row
 from embedding_proxy.cache.maintenance import archive, backup, stats
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
@@ -173,12 +172,12 @@ def export(  # noqa: PLR0913 - one parameter an option
     if target != STREAM:
         _check(Path(target), force=force)
     choice = Choice(namespace=namespace, space=space)
-    report = transfer.Read()
+    report = archive.ExportReport()
     with opened_for_reading(settings) as database:
         check_known(settings, database, namespace, space)
         total, _ = count_entries(database, choice)
         with _written(target, force=force) as file, progress("exporting", total) as tell:
-            rows = _told(transfer.rows(database, choice, report), tell)
+            rows = _told(archive.export_rows(database, choice, report), tell)
             written = archive.write(file, rows)
     damaged = entries(report.damaged, "damaged one")
     left_out = f", {damaged} left out" if report.damaged else ""

@@ -22,7 +22,6 @@ from embedding_proxy.cache import record
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import Pair, Refused, Source
 from embedding_proxy.cache.record import Entry
@@ -265,12 +264,12 @@ def _read(source: str) -> Iterator[BinaryIO]:
 def _take_archive(
     settings: Settings, source: str, file: BinaryIO, *, dry_run: bool, as_json: bool
 ) -> None:
-    report = archive.Report()
+    report = archive.ArchiveReport()
     try:
         if file.seekable():
             # The whole is checked before anything of it is taken in.
             begin = file.tell()
-            for _ in archive.read(file, archive.Report()):
+            for _ in archive.read(file, archive.ArchiveReport()):
                 pass
             file.seek(begin)
         sums = _put(settings, archive.read(file, report), None, dry_run=dry_run)
@@ -302,8 +301,8 @@ def _take_archive(
 
 def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
-) -> transfer.Written:
-    sums = transfer.Written()
+) -> archive.ImportReport:
+    sums = archive.ImportReport()
     # The first is looked at before a store is made for it.
     rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
     with ExitStack() as stack:
@@ -313,12 +312,12 @@ def _put(
             database = stack.enter_context(opened_for_reading(settings))
         else:
             database = stack.enter_context(opened(settings, create=True))
-        for sums in transfer.put(database, rows, dry_run=dry_run):
+        for sums in archive.import_rows(database, rows, dry_run=dry_run):
             tell(sums.stored + sums.present)
     return sums
 
 
-def _tell_sums(sums: transfer.Written, *, dry_run: bool) -> None:
+def _tell_sums(sums: archive.ImportReport, *, dry_run: bool) -> None:
     verb = "would be taken in" if dry_run else "taken in"
     stored = count(sums.stored, "entry", "entries")
     present = count(sums.present, "was", "were")

@@ -41,7 +41,7 @@ def database(tmp_path, monkeypatch):
     # Nobody writes during a pause.
     monkeypatch.setattr(short_reads, "ROOM_SECONDS", 0.0)
     with connection.opened(tmp_path / "store", GIB, create=True) as file:
-        list(archive.put(file, ROWS))
+        list(archive.import_rows(file, ROWS))
         yield file
 
 
@@ -59,7 +59,7 @@ def _restored(target, directory):
     (directory / "v1" / "cache.db").write_bytes(target.read_bytes())
     with connection.opened(directory, GIB) as file:
         assert file.sql("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return list(archive.rows(file, Choice(), archive.Read()))
+        return list(archive.export_rows(file, Choice(), archive.ExportReport()))
 
 
 def test_a_copy_is_a_stores_file(database, target, tmp_path):
@@ -144,7 +144,7 @@ def test_others_write_meanwhile(database, target, tmp_path):
         steps += 1
         if waiting:
             with connection.opened(tmp_path / "store", GIB) as other:
-                list(archive.put(other, waiting.pop()))
+                list(archive.import_rows(other, waiting.pop()))
                 other.sql("DELETE FROM Cache WHERE rowid = ?", (steps,))
 
     backup.copy(database, target, write)
@@ -229,7 +229,7 @@ def test_what_is_bought_again_meanwhile_is_copied_again(database, target, tmp_pa
 
     def buy_again():
         database.sql("DELETE FROM Cache WHERE key = ?", (digest,))
-        list(archive.put(database, [new]))
+        list(archive.import_rows(database, [new]))
 
     between += [lambda: None] * 10 + [buy_again]
     backup.copy(database, target, lambda *_: None)
@@ -275,7 +275,7 @@ def test_a_store_that_is_written_faster_than_it_is_copied(database, target, monk
     numbers = iter(range(1_000, 100_000))
 
     def write(*_):
-        list(archive.put(database, [_row(next(numbers)) for _ in range(25)]))
+        list(archive.import_rows(database, [_row(next(numbers)) for _ in range(25)]))
 
     with pytest.raises(OSError, match="faster than it can be copied"):
         backup.copy(database, target, write)

@@ -24,7 +24,6 @@ from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, Partition, Row, keyring
 from embedding_proxy.cache.ledger import Heading, Usage
 from embedding_proxy.cache.maintenance import archive, backup, short_reads, verify
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.record import Entry, encode
 from embedding_proxy.index import outbox as outbox_purge
 from embedding_proxy.index.outbox import Outbox
@@ -101,7 +100,7 @@ def fill(tmp_path):
 
     def put(*rows):
         with connection.opened(tmp_path / "cache", GIB, create=True) as file:
-            list(transfer.put(file, rows))
+            list(archive.import_rows(file, rows))
             return file.path
 
     return put
@@ -113,7 +112,7 @@ def rows(tmp_path):
 
     def read():
         with connection.opened(tmp_path / "cache", GIB) as file:
-            return list(transfer.rows(file, purge.Choice(), transfer.Read()))
+            return list(archive.export_rows(file, purge.Choice(), archive.ExportReport()))
 
     return read
 
