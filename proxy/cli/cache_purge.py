@@ -14,7 +14,7 @@ from embedding_proxy.cache.disk.database import Database, is_damage
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
-from embedding_proxy.index import outbox as outbox_purge
+from embedding_proxy.index.outbox import OutboxEntry, remove_entries, select_entries
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.billing import NANO
@@ -84,7 +84,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
             if not yes and (chosen.entries or chosen.points):
                 typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
             if outbox is not None:
-                outbox_purge.remove(outbox, chosen.points)
+                remove_entries(outbox, chosen.points)
             deleted = _delete(store, chosen.choices, chosen.entries)
     _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
 
@@ -128,7 +128,7 @@ class _Chosen:
     bytes: int
     of_others: int
     """Those of the entries that lie in a partition that several namespaces or spaces share."""
-    points: list[outbox_purge.Picked]
+    points: list[OutboxEntry]
     """What waits for Qdrant."""
     has_outbox: bool
     nanodollars: int | None
@@ -157,7 +157,7 @@ def _look_up(
     """Return what a choice comes to. Raises WrongUsage if it names what is not there."""
     namespace, space = choice.namespace, choice.space
     is_named = namespace is not None or space is not None
-    if is_named and not (outbox and outbox_purge.pick(outbox, namespace=namespace, space=space)):
+    if is_named and not (outbox and select_entries(outbox, namespace=namespace, space=space)):
         check_known(settings, file, namespace, space)
     choices = [choice, *(one for one in _shared(choice) if purge.count_entries(file, one)[0])]
     counts = [purge.count_entries(file, one) for one in choices]
@@ -253,10 +253,10 @@ def _outbox_for_reading(
 
 def _waiting(
     outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.Choice]
-) -> list[outbox_purge.Picked]:
+) -> list[OutboxEntry]:
     """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
     choice = choices[0]
-    found = outbox_purge.pick(
+    found = select_entries(
         outbox, namespace=choice.namespace, space=choice.space, address=choice.address
     )
     if choice.stored_before is None and choice.used_before is None:

@@ -28,7 +28,7 @@ from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
-from embedding_proxy.index.search import Found, search
+from embedding_proxy.index.search import SearchHit, search
 from embedding_proxy.providers import similarity as likeness
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Input
@@ -114,7 +114,7 @@ class SearchMixin(ABC):
         parameters: Mapping[str, object] | None = None,
         stored: Mapping[str, object] | None = None,
         where: Mapping[str, Any] | None = None,
-    ) -> list[Found]:
+    ) -> list[SearchHit]:
         """Return what is nearest to a text in the collection of the model's space in Qdrant.
 
         It is the collection that the answers of this model, width and parameters are indexed into,

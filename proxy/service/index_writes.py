@@ -69,7 +69,7 @@ def connection(qdrant: Qdrant) -> Connection:
     )
 
 
-def making(qdrant: Qdrant) -> CollectionOptions:
+def collection_options(qdrant: Qdrant) -> CollectionOptions:
     """Return how collections are made."""
     return CollectionOptions(
         qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt
@@ -85,7 +85,7 @@ async def objections(settings: Settings, open_connection: Connection) -> list[st
     return await collection_objections(
         open_connection,
         spaces,
-        making(qdrant),
+        collection_options(qdrant),
         collection=qdrant.collection,
         prefix=qdrant.prefix,
     )
@@ -106,10 +106,10 @@ class Indexing:
         self.indexer = Indexer(
             folder,
             lambda: connection(qdrant),
-            making(qdrant),
+            collection_options(qdrant),
             on_open=self._look,
             size_limit=int(qdrant.outbox_gib * GIB),
-            most_bytes=qdrant.batch_mib * MIB,
+            max_bytes=qdrant.batch_mib * MIB,
             sleep=sleep,
         )
 

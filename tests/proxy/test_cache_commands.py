@@ -25,8 +25,7 @@ from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, Partition, Row
 from embedding_proxy.cache.ledger import Heading, Usage
 from embedding_proxy.cache.maintenance import archive, backup, short_reads, verify
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.index import outbox as outbox_purge
-from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.index.outbox import Outbox, select_entries
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.base import Space
@@ -355,11 +354,11 @@ def waiting(mixed, tmp_path):
             one = id_bytes(numbers[address]) if own else address
             target = Target("docs", space, WIDTH)
             outbox.add(target, [Point(one, bytes(4), b"{}", 0, False, address, namespace)])  # noqa: FBT003
-        outbox.died(outbox.batch(target, GIB, 1), "refused")
+        outbox.move_to_dead_letters(outbox.batch(target, GIB, 1), "refused")
 
     def left():
         with closing(OutboxFile(tmp_path / "cache")) as file:
-            return {numbers[one.address] for one in outbox_purge.pick(file)}
+            return {numbers[one.address] for one in select_entries(file)}
 
     return left
 
