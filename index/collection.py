@@ -204,7 +204,7 @@ async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, Fiel
         )
 
 
-async def aliases(qdrant: Connection | CollectionReader) -> dict[str, str]:
+async def collection_aliases(qdrant: Connection | CollectionReader) -> dict[str, str]:
     """Return the collections that aliases lead to, by the aliases. Raises QdrantFailure."""
     found = await qdrant.ask(lambda client: client.get_aliases())
     return {one.alias_name: one.collection_name for one in found.aliases}
@@ -265,7 +265,7 @@ async def conflicts(
     if lack is not None:
         return [lack]
     found = await qdrant.ask(lambda client: client.get_collections())
-    names = {one.name for one in found.collections} | (await aliases(qdrant)).keys()
+    names = {one.name for one in found.collections} | (await collection_aliases(qdrant)).keys()
     if collection is not None:
         if collection not in names:
             return []

@@ -8,7 +8,7 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
 from .client import Connection
-from .collection import Provenance, aliases, look, objection
+from .collection import Provenance, collection_aliases, look, objection
 from .errors import Missing, OtherSpace
 
 
@@ -47,7 +47,7 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     # An alias may lead elsewhere from one call to the next; a collection's own name does not.
-    real = (await aliases(qdrant)).get(name, name)
+    real = (await collection_aliases(qdrant)).get(name, name)
     seen = await look(qdrant, real)
     if seen is None:
         raise Missing(f"there is no collection {name}: nothing was indexed into it so far")

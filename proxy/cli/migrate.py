@@ -12,16 +12,16 @@ from typing import Annotated, Any
 import typer
 from embedding_proxy.index.migration import qdrant as collections
 from embedding_proxy.index.migration import runner as begins
-from embedding_proxy.index.migration.copy import copy, follow, prove
+from embedding_proxy.index.migration.copy import copy, follow, verify_sample
 from embedding_proxy.index.migration.plan import Plan, Survey
 from embedding_proxy.index.migration.qdrant import Points
 from embedding_proxy.index.migration.runner import (
     DEFAULT,
     Migration,
     MigrationRefused,
+    MigrationRequest,
     Pace,
     Regime,
-    Wanted,
     begin,
 )
 from embedding_proxy.index.migration.state import MigrationState, Phase, State
@@ -319,7 +319,7 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
     points: Points,
     target: Target,
     journal: MigrationState,
-    wanted: Wanted,
+    wanted: MigrationRequest,
     pace: Pace,
     *,
     restart: bool,
@@ -334,7 +334,7 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
     )
     await begin(migration)
     # What it buys is of use only with what it finds.
-    await target.seen_through(prove(migration, SAME))
+    await target.seen_through(verify_sample(migration, SAME))
     await copy(migration)
     await follow(migration)
     return migration.state

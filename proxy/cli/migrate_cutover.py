@@ -13,7 +13,12 @@ from embedding_proxy.index.migration import cutover as switching
 from embedding_proxy.index.migration import qdrant as collections
 from embedding_proxy.index.migration.qdrant import Points
 from embedding_proxy.index.migration.runner import DEFAULT, Migration, MigrationRefused, Pace
-from embedding_proxy.index.migration.state import JournalError, MigrationState, State, journals_in
+from embedding_proxy.index.migration.state import (
+    MigrationState,
+    MigrationStateError,
+    State,
+    states_in,
+)
 from embedding_proxy.index.migration.text_template import Rule
 from embedding_proxy.index.migration.verify import Verdict
 from embedding_proxy.providers.route_check import SAME
@@ -66,7 +71,7 @@ def status(  # noqa: PLR0913 - one parameter an option
         return
 
     async def look(points: Points, journal: MigrationState) -> dict[str, int]:
-        state = switching.begun(journal)
+        state = switching.load_state(journal)
         return {
             name: await points.count(name)
             for name in (state.source, state.target)
@@ -88,10 +93,10 @@ def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json:
     """
     wanted = None if place is None else str(ask.connection(settings, place)).rstrip("/")
     found, failed = [], []
-    for journal in journals_in(ask.journal_folder(settings)):
+    for journal in states_in(ask.journal_folder(settings)):
         try:
             state = journal.load()
-        except JournalError as error:
+        except MigrationStateError as error:
             failed.append(str(error))
             continue
         if state and wanted in (None, state.place) and to in (None, state.model):
@@ -138,7 +143,7 @@ def cutover(  # noqa: PLR0913 - one parameter an option
     pace = Pace(sample=sample, passes=passes)
 
     async def switch(points: Points, journal: MigrationState) -> Verdict:
-        state = switching.begun(journal)
+        state = switching.load_state(journal)
         own = alias and alias.replace("{collection}", state.collection)
         model = named(settings, state.model, f"{journal.path}: model")
         async with EmbeddingService(settings_for(settings, model)) as service:
@@ -218,7 +223,7 @@ def finalize(  # noqa: PLR0913 - one parameter an option
     need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
 
     async def look(points: Points, journal: MigrationState) -> int:
-        state = switching.begun(journal)
+        state = switching.load_state(journal)
         there = await collections.exists(points, state.source)
         return await points.count(state.source) if there else 0
 
@@ -255,7 +260,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
     """
 
     async def one(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
-        state = switching.begun(journal)
+        state = switching.load_state(journal)
         if to is not None and to != state.model:
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
         if not lock:
@@ -276,7 +281,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
                 except MigrationRefused as error:
                     failed.append(f"{name}: {error}")
                 else:
-                    found.append((switching.begun(journal), journal, result))
+                    found.append((switching.load_state(journal), journal, result))
         return found, failed
 
     found, failed = asyncio.run(every())

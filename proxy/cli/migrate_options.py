@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from embedding_proxy.index.client import Connection
-from embedding_proxy.index.migration.runner import Regime, Wanted
+from embedding_proxy.index.migration.runner import MigrationRequest, Regime
 from embedding_proxy.index.migration.state import MigrationState
 from embedding_proxy.index.migration.text_template import Rule, TemplateError
 from embedding_proxy.providers import vector
@@ -247,7 +247,7 @@ class Asked:
     settings: Settings
     model: Named
     dimensions: int
-    wanted: Sequence[Wanted]
+    wanted: Sequence[MigrationRequest]
 
 
 def asked(  # noqa: PLR0913 - what is asked for, by name
@@ -274,7 +274,7 @@ def asked(  # noqa: PLR0913 - what is asked for, by name
     for name in collections:
         own = mapping.get(name, {})
         wanted.append(
-            Wanted(
+            MigrationRequest(
                 collection=name,
                 rule=_rule(name, own, texts),
                 regime=regime,

@@ -27,7 +27,7 @@ import typer
 from embedding_proxy.cache import private_files
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.index.migration.runner import MigrationRefused
-from embedding_proxy.index.migration.state import JournalError, MigrationState
+from embedding_proxy.index.migration.state import MigrationState, MigrationStateError
 
 from .output import WorkFailed
 
@@ -148,7 +148,7 @@ async def _nothing() -> None:
 
 
 async def wait_for_others(*journals: MigrationState) -> None:
-    """Wait while processes that were left keep what they have asked for. Raises JournalError."""
+    """Wait while other processes finish. Raises MigrationStateError."""
     loop = asyncio.get_running_loop()
     noticed, told = loop.time() + NOTICED_S, False
     for path in map(_path, journals):
@@ -166,7 +166,10 @@ async def wait_for_others(*journals: MigrationState) -> None:
 async def held(
     journal: MigrationState, finish: Callable[[], Awaitable[None]] = _nothing
 ) -> AsyncIterator[None]:
-    """Hold a migration, and `finish` before it is let go. Raises MigrationRefused, JournalError."""
+    """Hold a migration; `finish` runs before the release.
+
+    Raises MigrationRefused, MigrationStateError.
+    """
     path = _path(journal)
     lock = _open(path)
     try:
@@ -206,7 +209,7 @@ def _open(path: Path) -> WriterLock:
         private_files.make_folder(path.parent)
         return WriterLock(path, 0)
     except OSError as error:
-        raise JournalError(f"{path}: {error.strerror or error}") from error
+        raise MigrationStateError(f"{path}: {error.strerror or error}") from error
 
 
 def _say(path: Path, what: bytes) -> None:
