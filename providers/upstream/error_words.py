@@ -1,4 +1,4 @@
-"""What the codes and sentences in upstreams' errors mean. Tables only; `error_body` reads them."""
+"""What the codes and sentences in upstreams' errors mean. Tables only; `error_reply` reads them."""
 
 import re
 

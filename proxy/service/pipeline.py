@@ -274,4 +274,4 @@ def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], 
 def _width(model: Model, asked: EmbeddingRequest) -> int:
     """Return the width to answer with. Raises InputRefused."""
     refused = model.dimensions_refused
-    return dimensions.chosen(model.space, asked.dimensions, model.width, refused=refused)
+    return dimensions.choose_dimensions(model.space, asked.dimensions, model.width, refused=refused)

@@ -92,7 +92,7 @@ def test_an_unknown_kind_names_the_known_ones():
 
 
 BROUGHT = """
-from embedding_proxy.providers.http import HttpProvider
+from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Profile
 
 data = Profile(base_url="http://h/v1")
