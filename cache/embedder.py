@@ -27,7 +27,7 @@ from .cached_hit import CachedHit
 from .errors import NotCached, name_input
 from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
-from .ledger import Answered, Usage, charge_usage, ledger_key
+from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
 from .record import Entry
 from .tiered import Tiers
 
@@ -65,7 +65,9 @@ class CachingEmbedder:
         self._tiers = tiers
         self._in_flight = in_flight
 
-    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Answered:
+    async def embed(
+        self, space: Space, inputs: Sequence[Input], context: Context
+    ) -> CountedEmbeddings:
         """Return a vector for each input, asking the wrapped embedder only for unknown ones.
 
         What was asked is on disk when this returns; when it raises EmbeddingError, so is what was
@@ -102,7 +104,7 @@ class CachingEmbedder:
         namespace: str,
         terms: CachePolicy,
         account: Account,
-    ) -> Answered | None:
+    ) -> CountedEmbeddings | None:
         """Return the answer to a few inputs, no two of them equal, if nothing has to be awaited.
 
         Else None. It is not counted yet: its `again` does that. Raises InputRefused.
@@ -124,7 +126,7 @@ class CachingEmbedder:
         entries: Sequence[Entry | None],
         account: Account,
         terms: CachePolicy,
-    ) -> Answered:
+    ) -> CountedEmbeddings:
         """Return the answer that these entries are, of inputs that differ. It is not counted."""
         tokens = list(map(_TOKENS, entries))
         saved = sum(tokens)
@@ -132,7 +134,7 @@ class CachingEmbedder:
         usage = Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
         key = ledger_key(ring.partition, account)
         again = CachedHit(self._tiers, keys, ring.partition, key, usage)
-        return Answered(
+        return CountedEmbeddings(
             vectors=list(map(_VECTOR, entries)),
             tokens=tokens,
             counted=all(map(_COUNTED, entries)),
@@ -248,7 +250,9 @@ class CachingEmbedder:
                     request.entries[indices.pop(key)] = entry
         return bool(indices)
 
-    async def _answer(self, request: _Request, positions: Sequence[int] | None) -> Answered:
+    async def _answer(
+        self, request: _Request, positions: Sequence[int] | None
+    ) -> CountedEmbeddings:
         """Return the answer to all inputs, and count what of it was not bought."""
         entries, outcomes = request.entries, request.outcomes
         is_repeatable = positions is None and _is_plain(request.context.terms)
@@ -274,7 +278,7 @@ class CachingEmbedder:
         is_hit = is_repeatable and usage.hits == len(outcomes)
         again = CachedHit(self._tiers, request.all_keys, partition, key, usage) if is_hit else None
         names = dict.fromkeys(name for fetch in request.fetches for name in fetch.providers)
-        return Answered(
+        return CountedEmbeddings(
             vectors=vectors,
             tokens=tokens,
             counted=is_counted,

@@ -60,7 +60,7 @@ MAX_LEDGER_KEYS = 1000
 """Ledger keys with a line of their own: of a process since its start, and of a day on disk."""
 
 
-class Heading(NamedTuple):
+class LedgerKey(NamedTuple):
     """The key of one line of the ledger, beside the day."""
 
     partition: Partition
@@ -72,17 +72,17 @@ class Heading(NamedTuple):
     """The name of the client's key; empty if the proxy asks for none."""
 
     @property
-    def rest(self) -> "Heading":
+    def rest(self) -> "LedgerKey":
         """The key under which this one is summed beyond MAX_LEDGER_KEYS.
 
         It keeps the provider: providers come from the configuration, clients may choose the rest.
         """
-        return Heading(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
+        return LedgerKey(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
 
 
-def ledger_key(partition: Partition, account: Account, provider: str = "") -> Heading:
+def ledger_key(partition: Partition, account: Account, provider: str = "") -> LedgerKey:
     """Return the key under which inputs of a request, or a provider's charge, are counted."""
-    return Heading(partition, account.model, provider, account.client)
+    return LedgerKey(partition, account.model, provider, account.client)
 
 
 def charge_usage(bill: Bill) -> Usage:
@@ -125,7 +125,7 @@ class Reusable(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered(Embedded):
+class CountedEmbeddings(Embedded):
     """Vectors, and the usage of the request that they answer."""
 
     usage: Usage

@@ -41,7 +41,7 @@ from urllib.parse import unquote, urlsplit
 
 from embedding_proxy.cache.maintenance.import_source import (
     Pair,
-    Refused,
+    RejectedPair,
     SourceError,
     listed,
     to_pair,
@@ -233,7 +233,7 @@ class TextSource:
             there = listed(field for payload in payloads for field in payload) or "none"
             raise SourceError(f"the payloads of {location} have no field `{text}`; fields: {there}")
 
-    def __iter__(self) -> Iterator[Pair | Refused]:
+    def __iter__(self) -> Iterator[Pair | RejectedPair]:
         with self._opened() as (runner, qdrant):
             pages = self._pages(qdrant)
             while page := runner.run(_next(pages)):

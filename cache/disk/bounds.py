@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from embedding_proxy.cache.key import OTHER, OTHER_NAMESPACE, Partition
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, Heading, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, LedgerKey, Usage
 
 from .schema import Sql
 
@@ -79,7 +79,7 @@ def _shared(sql: Sql, partition: Partition) -> Partition:
 
 def usage_rows(
     sql: Sql,
-    usage: Mapping[tuple[int, Heading], Usage],
+    usage: Mapping[tuple[int, LedgerKey], Usage],
     ids: Mapping[Partition | None, int | None],
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of table `Usage` to be added: day, partition, model, provider, client, sums.

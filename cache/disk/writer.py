@@ -17,7 +17,7 @@ from itertools import islice
 
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
-from .changes import Changes, Kept, Use
+from .changes import Changes, PendingRecord, Use
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, Timeout, is_damage
 from .eviction import StoreFull
@@ -35,7 +35,7 @@ WARNING_SECONDS = 10.0
 """The same failure is logged once in so many seconds."""
 
 
-class Uses(Mapping[bytes, Use]):
+class AccessLog(Mapping[bytes, Use]):
     """The latest uses by address, in two generations: noting thousands takes two calls.
 
     `take` returns each use once, to be written; the mapping keeps it.
@@ -78,9 +78,9 @@ class Pending:
 
     def __init__(self) -> None:
         self._changes = Changes()
-        self.uses = Uses()
+        self.uses = AccessLog()
         self._most_records = RECORDS_A_WRITE
-        self.backlog: dict[bytes, Kept] = {}
+        self.backlog: dict[bytes, PendingRecord] = {}
         """Records, by address, that clients were answered with and whose write failed."""
         self._backlog_bytes = 0
 
@@ -120,7 +120,7 @@ class Pending:
         self.backlog.clear()
         self._backlog_bytes = 0
 
-    def note_written(self, records: Mapping[bytes, Kept]) -> None:
+    def note_written(self, records: Mapping[bytes, PendingRecord]) -> None:
         """Remove records that are on disk now from the backlog."""
         if records:
             self._most_records = RECORDS_A_WRITE

@@ -38,9 +38,9 @@ from typing import BinaryIO
 
 import orjson
 from embedding_proxy.cache import record
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.database import Database
-from embedding_proxy.cache.disk.purge import Choice, where
+from embedding_proxy.cache.disk.purge import PurgeFilter, where
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Partition, Row, checksum
 from embedding_proxy.providers.lru_cache import LRUCache
@@ -281,10 +281,10 @@ class ImportReport:
     """Rows whose record is damaged."""
 
 
-def export_rows(database: ReadableFile, choice: Choice, report: ExportReport) -> Iterator[Row]:
+def export_rows(database: ReadableFile, choice: PurgeFilter, report: ExportReport) -> Iterator[Row]:
     """Yield the chosen rows that are whole, in the order of the file. Raises FAILURES."""
     condition, values = where(choice)
-    if choice == Choice():
+    if choice == PurgeFilter():
         # Also records without a row of `Entries`.
         tables = "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
         ranges = iter([(0, MAX_ID)])
@@ -292,7 +292,7 @@ def export_rows(database: ReadableFile, choice: Choice, report: ExportReport) ->
         # The narrow table is read in ranges: few of its rows may be chosen, and far apart.
         tables = "Entries CROSS JOIN Cache ON Cache.rowid = Entries.id"
         ranges = id_ranges(database, ENTRIES_A_RANGE)
-    number = "Cache.rowid" if choice == Choice() else "Entries.id"
+    number = "Cache.rowid" if choice == PurgeFilter() else "Entries.id"
     statement = (
         f"SELECT {number}, {RECORD_COLUMNS},"
         " coalesce(stored / 1000.0, CAST(store_time AS REAL), 0), namespace, space, dimensions"
@@ -331,7 +331,7 @@ def import_rows(
     for batch in _batches(new):
         now = time.time()
         whole = 0
-        by_address: dict[bytes, Kept] = {}
+        by_address: dict[bytes, PendingRecord] = {}
         for row in batch:
             width = record.width(row.record)
             if width is None:
@@ -342,7 +342,7 @@ def import_rows(
             stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
             # Of two rows of one address the first is the more certain (see `disk.salvage`).
             by_address.setdefault(
-                row.address, Kept(row.record, row.partition if known else None, stored)
+                row.address, PendingRecord(row.record, row.partition if known else None, stored)
             )
         stored_records = database.read_many(list(by_address))
         bad = [

@@ -20,7 +20,7 @@ import typer
 from embedding_proxy.cache import atomic_file, ledger
 from embedding_proxy.cache.disk import bounds, connection, ledger_reader
 from embedding_proxy.cache.disk.database import Database
-from embedding_proxy.cache.disk.purge import Choice, count_entries
+from embedding_proxy.cache.disk.purge import PurgeFilter, count_entries
 from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Row
 from embedding_proxy.cache.maintenance import archive, backup, stats
@@ -171,7 +171,7 @@ def export(  # noqa: PLR0913 - one parameter an option
     settings = loader.load(config_file, purpose="inspect")
     if target != STREAM:
         _check(Path(target), force=force)
-    choice = Choice(namespace=namespace, space=space)
+    choice = PurgeFilter(namespace=namespace, space=space)
     report = archive.ExportReport()
     with opened_for_reading(settings) as database:
         check_known(settings, database, namespace, space)

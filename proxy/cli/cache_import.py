@@ -23,7 +23,7 @@ from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.maintenance.archive import ArchiveError
-from embedding_proxy.cache.maintenance.import_source import Pair, Refused, Source
+from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair, Source
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.providers import tokens, vector
 from embedding_proxy.providers.base import Context, Embedder, Vector
@@ -51,7 +51,7 @@ class Survey:
 
     pairs: int = 0
     refused: int = 0
-    first_refused: list[Refused] = field(default_factory=list)
+    first_refused: list[RejectedPair] = field(default_factory=list)
     sample: list[Pair] = field(default_factory=list)
 
 
@@ -71,7 +71,7 @@ class Importer:
         """Read all pairs once, yielding what was found so far; draw a sample evenly from all."""
         found = Survey()
         for item in self.checked(source):
-            if isinstance(item, Refused):
+            if isinstance(item, RejectedPair):
                 found.refused += 1
                 if len(found.first_refused) < _MOST_SHOWN:
                     found.first_refused.append(item)
@@ -83,11 +83,11 @@ class Importer:
                     found.sample[place] = item
             yield found
 
-    def checked(self, items: Iterable[Pair | Refused]) -> Iterator[Pair | Refused]:
+    def checked(self, items: Iterable[Pair | RejectedPair]) -> Iterator[Pair | RejectedPair]:
         """Replace each pair whose vector cannot be one of this model by the reason."""
         for number, item in enumerate(items, start=1):
-            why = None if isinstance(item, Refused) else self._objection(item.vector)
-            yield item if why is None else Refused(f"pair {number}", f"the vector: {why}")
+            why = None if isinstance(item, RejectedPair) else self._objection(item.vector)
+            yield item if why is None else RejectedPair(f"pair {number}", f"the vector: {why}")
 
     def _objection(self, candidate: Vector) -> str | None:
         """Say why this is no vector of the model, if it is none."""

@@ -60,14 +60,14 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     """
     settings = loader.load(config_file, purpose="inspect")
     now = time.time()
-    choice = purge.Choice(
+    choice = purge.PurgeFilter(
         namespace=namespace,
         space=space,
         stored_before=output.before(now, older_than, "--older-than"),
         used_before=output.before(now, unused_for, "--unused-for"),
         address=_address(settings, text, model, namespace),
     )
-    if choice == purge.Choice() and not everything:
+    if choice == purge.PurgeFilter() and not everything:
         raise loader.ConfigError("cache purge: say what to delete, or --all; see --help")
     if not dry_run:
         need_terminal("cache purge", "--yes", is_sure=yes)
@@ -123,7 +123,7 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
 class _Chosen:
     """What a purge is about to delete."""
 
-    choices: list[purge.Choice]
+    choices: list[purge.PurgeFilter]
     entries: int
     bytes: int
     of_others: int
@@ -152,7 +152,7 @@ def _look_up(
     settings: Settings,
     file: ReadableFile,
     outbox: OutboxFile | ReadOnlyOutbox | None,
-    choice: purge.Choice,
+    choice: purge.PurgeFilter,
 ) -> _Chosen:
     """Return what a choice comes to. Raises WrongUsage if it names what is not there."""
     namespace, space = choice.namespace, choice.space
@@ -182,7 +182,7 @@ def _look_up(
     )
 
 
-def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> int:
+def _delete(file: Database, choices: Sequence[purge.PurgeFilter], entries: int) -> int:
     """Delete what is chosen, and return how many entries that were; `entries` are expected."""
     deleted = 0
     try:
@@ -198,7 +198,7 @@ def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> in
     return deleted
 
 
-def _shared(choice: purge.Choice) -> list[purge.Choice]:
+def _shared(choice: purge.PurgeFilter) -> list[purge.PurgeFilter]:
     """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
 
     See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
@@ -252,7 +252,7 @@ def _outbox_for_reading(
 
 
 def _waiting(
-    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.Choice]
+    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.PurgeFilter]
 ) -> list[OutboxEntry]:
     """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
     choice = choices[0]

@@ -39,7 +39,7 @@ from weakref import WeakValueDictionary
 from embedding_proxy.cache import atomic_file
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.cache.key import part
-from embedding_proxy.cache.ledger import Answered, Reusable
+from embedding_proxy.cache.ledger import CountedEmbeddings, Reusable
 from embedding_proxy.providers.base import Context, Input, Vector
 from embedding_proxy.providers.billing import Bill
 from embedding_proxy.providers.client_credential import Credential
@@ -261,7 +261,7 @@ LONGEST = 4096
 """Characters of a key."""
 
 
-Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[Answered]]
+Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[CountedEmbeddings]]
 """Asks the cache, and behind it the routes."""
 
 
@@ -279,7 +279,7 @@ class ClientKeys:
 
     async def embed(
         self, how: ByClient, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
-    ) -> tuple[Answered, str]:
+    ) -> tuple[CountedEmbeddings, str]:
         """Answer from what the caller's key may see, and buy the rest with it.
 
         Also returns the namespace that it was. Raises EmbeddingError: ClientKeyRefused for a key
@@ -356,7 +356,7 @@ class _Visit:
         self._ask = ask
         self._proof = keys.proof_of(credential, how)
 
-    async def answer(self, inputs: Sequence[Input]) -> Answered | None:
+    async def answer(self, inputs: Sequence[Input]) -> CountedEmbeddings | None:
         """Return the answer; None if the key cannot be proved now, and other routes may do."""
         standing, spend = self._keys.standing(self._proof), self._own.terms.spend
         if standing is KeyStatus.UNKNOWN and not spend:
@@ -385,7 +385,7 @@ class _Visit:
                 f"Your key cannot be proved just now ({error}).", wait
             ) from error
 
-    async def _first(self, inputs: Sequence[Input]) -> Answered:
+    async def _first(self, inputs: Sequence[Input]) -> CountedEmbeddings:
         """Ask for the inputs past the cache, unless the key is proved when its turn comes."""
         # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
         # A call that an earlier request left under way is such a purchase, and is not made again.
@@ -428,7 +428,9 @@ class _Visit:
         if bill.provider in self._how.providers:
             self._keys.proofs.accepted(self._proof)
 
-    async def _asked(self, inputs: Sequence[Input], context: Context | None = None) -> Answered:
+    async def _asked(
+        self, inputs: Sequence[Input], context: Context | None = None
+    ) -> CountedEmbeddings:
         """Ask, and note what it says of the key."""
         try:
             answer = await self._ask(inputs, context or self._own)

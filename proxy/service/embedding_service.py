@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, Heading, Line, Reusable, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
@@ -257,7 +257,7 @@ class EmbeddingService(SearchMixin):
         return self._tiers.counters if self._tiers else TierCounters()
 
     @property
-    def counted(self) -> Mapping[Heading, Usage]:
+    def counted(self) -> Mapping[LedgerKey, Usage]:
         """The sums of the ledger that this process has added since the start."""
         return self._store.counted if self._store else {}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
-from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Context, Embedder, Input, Space
@@ -168,7 +168,7 @@ class Registry:
         parameters: Mapping[str, object],
         inputs: Sequence[Input],
         context: Context,
-    ) -> tuple[Model, Answered]:
+    ) -> tuple[Model, CountedEmbeddings]:
         """Embed with a model whose width is not known yet; return what it is then, and the answer.
 
         Raises EmbeddingError.

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.providers import dimensions, vector
 from embedding_proxy.providers.base import Context, Input, Space, Vector
 from embedding_proxy.providers.billing import Account
@@ -221,7 +221,7 @@ class EmbeddingPipeline:
         """Answer with a model whose width the first answer tells."""
         parameters = _parameters(model, asked)
 
-        async def ask(some: Sequence[Input], context: Context) -> Answered:
+        async def ask(some: Sequence[Input], context: Context) -> CountedEmbeddings:
             nonlocal model
             if not model.space.dimensions:
                 model, answer = await self._registry.learn(model, parameters, some, context)
@@ -241,7 +241,7 @@ class EmbeddingPipeline:
 
     async def _with_key(
         self, model: Model, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
-    ) -> tuple[Answered, str]:
+    ) -> tuple[CountedEmbeddings, str]:
         """Ask for a client that pays with its own key; also return whose namespace it was."""
         if model.by_client is None or self._client_keys is None:
             raise RuntimeError(f"{model.name}: takes no key of a client")

@@ -8,12 +8,12 @@ from contextlib import closing
 
 import pytest
 from embedding_proxy.cache.disk import connection, purge
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import StoreError
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition, Row
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import archive, backup, short_reads
 from embedding_proxy.cache.record import Entry, encode
 
@@ -59,7 +59,7 @@ def _restored(target, directory):
     (directory / "v1" / "cache.db").write_bytes(target.read_bytes())
     with connection.opened(directory, GIB) as file:
         assert file.sql("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return list(archive.export_rows(file, Choice(), archive.ExportReport()))
+        return list(archive.export_rows(file, PurgeFilter(), archive.ExportReport()))
 
 
 def test_a_copy_is_a_stores_file(database, target, tmp_path):
@@ -194,7 +194,7 @@ def test_what_is_purged_meanwhile_is_not_in_the_copy(step, database, target, bet
     """Whenever a purge ends before the backup, nothing of what it deleted is left in the file."""
 
     def purge_tenant():
-        list(purge.delete(database, Choice(namespace="tenant")))
+        list(purge.delete(database, PurgeFilter(namespace="tenant")))
         purge.announce(database, 1)
 
     between += [lambda: None] * step + [purge_tenant]
@@ -243,9 +243,9 @@ def test_what_is_in_the_copy_is_billed_in_it(database, target, between):
     """The ledger is copied last: what was bought meanwhile stands in it, whether copied or not."""
 
     def buy():
-        usage = {(20_000, Heading(HERE, "m", "p")): Usage(misses=1, tokens_billed=7)}
+        usage = {(20_000, LedgerKey(HERE, "m", "p")): Usage(misses=1, tokens_billed=7)}
         row = MORE[len(between)]
-        kept = {row.address: Kept(row.record, row.partition)}
+        kept = {row.address: PendingRecord(row.record, row.partition)}
         database.write(Changes(records=kept, usage=usage))
 
     between += [buy] * 30

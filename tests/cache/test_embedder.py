@@ -818,7 +818,7 @@ async def test_namespaces_are_partitions_on_disk(tmp_path):
         rig = Rig(store=store, memory=0)
         for name in ("", "a", "b"):
             await rig.embed("x", "y", context=Context(namespace=name))
-        chosen = purge.Choice(namespace="a")
+        chosen = purge.PurgeFilter(namespace="a")
         with opened(tmp_path, 1 << 30) as file:
             assert purge.count_entries(file, chosen)[0] == 2
             assert sum(purge.delete(file, chosen)) == 2

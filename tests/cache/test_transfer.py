@@ -9,7 +9,7 @@ import time
 
 import pytest
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.key import Partition, Row
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.record import Entry, encode
@@ -47,7 +47,7 @@ def _put(database, rows, **options):
 
 def _read(database, **choice):
     report = archive.ExportReport()
-    return list(archive.export_rows(database, Choice(**choice), report)), report.damaged
+    return list(archive.export_rows(database, PurgeFilter(**choice), report)), report.damaged
 
 
 def test_rows_come_out_as_they_went_in(opened):
@@ -218,7 +218,7 @@ def test_others_write_meanwhile(opened, monkeypatch):
     monkeypatch.setattr(archive, "ROWS_A_BATCH", 10)
     with opened() as database, opened() as other:
         _put(database, ROWS[:20])
-        found = archive.export_rows(database, Choice(), archive.ExportReport())
+        found = archive.export_rows(database, PurgeFilter(), archive.ExportReport())
         first = list(itertools.islice(found, 10))
         _put(other, ROWS[20:30])
         assert first + list(found) == ROWS[:30]
@@ -228,7 +228,7 @@ def test_a_store_that_cannot_be_read_is_no_short_one(opened):
     """A failure on the way is raised, and does not look like the end."""
     with opened() as database:
         _put(database, ROWS)
-        found = archive.export_rows(database, Choice(), archive.ExportReport())
+        found = archive.export_rows(database, PurgeFilter(), archive.ExportReport())
         database.sql("ALTER TABLE Cache RENAME TO Elsewhere")
         with pytest.raises(sqlite3.OperationalError, match="no such table"):
             next(found)

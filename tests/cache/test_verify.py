@@ -9,7 +9,7 @@ import pytest
 from embedding_proxy.cache.disk import connection
 from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.disk.database import FILE_NAME
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.key import Partition, Row, checksum
 from embedding_proxy.cache.maintenance import archive, verify
@@ -50,7 +50,7 @@ def _scan(database):
 
 
 def _rows(database):
-    return list(archive.export_rows(database, Choice(), archive.ExportReport()))
+    return list(archive.export_rows(database, PurgeFilter(), archive.ExportReport()))
 
 
 def test_a_sound_store_is_sound(store):

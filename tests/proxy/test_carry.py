@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 from command import STORE
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.key import Namespace, Row, checksum, keyring
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.record import Entry, decode, encode
@@ -140,7 +140,7 @@ def held(tmp_path):
         if not (tmp_path / store).exists():
             return {}
         with connection.opened(tmp_path / store, GIB) as file:
-            found = archive.export_rows(file, Choice(), archive.ExportReport())
+            found = archive.export_rows(file, PurgeFilter(), archive.ExportReport())
             return {row.address: row for row in found}
 
     return read
