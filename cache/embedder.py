@@ -80,9 +80,9 @@ class CachingEmbedder:
         keys, inputs, positions = await _distinct(all_keys, inputs)
         mark = self._in_flight.landed
         lookup = await self._tiers.lookup(keys, ring.partition, context.terms)
-        if context.weigh is not None:
+        if context.check_tokens is not None:
             tokens = None if lookup.missing else _tokens(lookup.entries, positions)
-            context = replace(context, counts=await context.weigh(tokens), weigh=None)
+            context = replace(context, counts=await context.check_tokens(tokens), check_tokens=None)
         if not lookup.missing and positions is None and len(keys) <= MAX_FETCH:
             # By far the most requests.
             answer = self._hits(ring, keys, lookup.entries, context.account, context.terms)

@@ -44,8 +44,8 @@ def name_input(failure: EmbeddingError, index: int, inputs: int) -> EmbeddingErr
     """
     bare: EmbeddingError = vars(failure).get(_UNNAMED, failure)
     if inputs == 1:
-        return bare.at(index)
-    named = bare.at(index, f"{bare} (input {index})")
+        return bare.with_index(index)
+    named = bare.with_index(index, f"{bare} (input {index})")
     vars(named)[_UNNAMED] = bare
     if named.param is None or named.param.startswith("input"):
         # The upstream's own index, `input[0]`, is that in a call of ours.

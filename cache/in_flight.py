@@ -178,7 +178,7 @@ class Fetch(SharedTask[Key, None]):
             if isinstance(error, ProviderError) and len(self.keys) > 1 and not self._received:
                 # A provider that is down fails with every input, with each in a call of its own if
                 # need be: none of them is to blame.
-                raise error.at(None) from error
+                raise error.with_index(None) from error
             self.failed_key = self.keys[error.index]
             raise
         finally:

@@ -176,7 +176,7 @@ class CachePolicy:
 
 NORMAL = CachePolicy()
 
-Weigh: TypeAlias = Callable[[Sequence[int] | None], Awaitable[Mapping[str, int]]]
+TokenCheck: TypeAlias = Callable[[Sequence[int] | None], Awaitable[Mapping[str, int]]]
 """Takes the tokens of each input, or None if not all are known: then texts are counted, and their
 counts returned. Raises InvalidRequest for more than an upstream takes."""
 
@@ -202,9 +202,9 @@ class Context:
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
     counts: Mapping[str, int] = field(default_factory=dict, compare=False)
     """Tokens of texts that the space's tokenizer counted on the way; they are not counted again."""
-    weigh: Weigh | None = field(default=None, compare=False)
+    check_tokens: TokenCheck | None = field(default=None, compare=False)
     """Asked before anything is bought or given; None = all of it is not too long."""
-    begin_by: float | None = None
+    start_deadline: float | None = None
     """Point on the same clock by which a provider must have begun its call; else it raises
     LocalQueueFull."""
     account: Account = NOBODY

@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar, Self
 
 import orjson
-from embedding_proxy.providers.routing.route import scoped
+from embedding_proxy.providers.routing.route import request_scope
 from embedding_proxy.providers.scheduling.batch_limits import BatchLimits
 from embedding_proxy.providers.scheduling.refusal import is_quoted
 from embedding_proxy.providers.upstream.rate_limiter import ProviderQueue, estimate
@@ -172,7 +172,7 @@ class HttpProvider:
             raise InvalidRequest(f"The request cannot be sent on: {error}.") from error
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
-        scope = scoped(model, space)
+        scope = request_scope(model, space)
         async with queue.slot(scope, estimate(inputs), context):
             is_abandoned = context.attempt is not None and context.attempt.is_abandoned
             if is_abandoned or (context.is_needed is not None and not context.is_needed()):
@@ -205,7 +205,9 @@ class HttpProvider:
     ) -> Embedded:
         """Return an answer with its tokens; if it has bad vectors, tell the good ones and raise."""
         charge = checked.charge or Charge()
-        counts, exact = await tokens.charged(inputs, charge.tokens, space.tokenizer, context.counts)
+        counts, exact = await tokens.count_charged(
+            inputs, charge.tokens, space.tokenizer, context.counts
+        )
         good = Embedded(
             vectors=checked.vectors,
             tokens=[counts[index] for index in checked.indices],

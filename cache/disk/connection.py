@@ -308,7 +308,7 @@ def is_damaged(error: StoreError) -> bool:
 class Disk:
     """One thread reads, one writes. `file` is None while no file can be opened for writing.
 
-    Then `read_only` may hold one that can be read. `inline_reader` is at the same file as `file`, for the
+    Then `read_only` may hold one that can be read. `inline_reader` reads the file `file`, for the
     event loop's thread. `damaged` are files that were set aside, by whatever process, and are not
     salvaged yet: the latest first, for the reading thread.
     """

@@ -17,7 +17,7 @@ def rows_of(part: Embedded, rows: Sequence[int]) -> Embedded:
     )
 
 
-def assembled(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
+def assemble(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
     """Put the answers to all places of a request into their order.
 
     The places of one part may come in any order: parts that failed were put together anew.
@@ -30,7 +30,7 @@ def assembled(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
     return whole.embedded(parts)
 
 
-async def assembled_in_steps(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
+async def assemble_in_steps(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
     """Do the same for any number of places; others get their turn."""
     whole = Whole(sum(len(places) for places, _ in parts))
     for places, part in parts:

@@ -31,7 +31,7 @@ class ContextLengthCheck:
             long = [i for i, item in enumerate(inputs) if tokens.bound(item) > self._most]
             if long:
                 suspects = [inputs[place] for place in long]
-                counts = await tokens.counted(suspects, space.tokenizer, context.counts)
+                counts = await tokens.count_inputs(suspects, space.tokenizer, context.counts)
                 for place, number in zip(long, counts, strict=True):
                     if number > self._most:
                         raise context_length_exceeded(number, self._most, place)

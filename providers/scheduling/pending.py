@@ -22,7 +22,7 @@ from embedding_proxy.providers.routing import policy
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 
-from .assembly import assembled, rows_of
+from .assembly import assemble, rows_of
 
 
 class FailedAttempt(NamedTuple):
@@ -232,7 +232,7 @@ class PendingRequest:
         for index in indices:
             del self.missing[index]
         if not self.missing and self.is_open:
-            self._answer.set_result(assembled(self._parts))
+            self._answer.set_result(assemble(self._parts))
         elif self.context.on_part is not None:
             await self.context.on_part(indices, part)
 

@@ -322,7 +322,7 @@ class _Queue:
             waiting = len(self._inputs)
             min_inputs = MIN_WINDOW_BATCH if self._scheduler.window_s else batch_size.MIN_INPUTS
             share = batch_size.share(waiting, limits, min_inputs)
-            self._batch_inputs = batch_size.even(waiting, share)
+            self._batch_inputs = batch_size.balance(waiting, share)
         while batch := self._take_first(route, limits):
             call_s = self._router.latencies.seconds(route) if is_delayed else None
             if call_s is None or not _is_too_late(batch, call_s):

@@ -288,7 +288,7 @@ class _Slot:
 
     async def __aenter__(self) -> None:
         context, queue = self._context, self._provider_queue
-        until = context.deadline if context.begin_by is None else context.begin_by
+        until = context.deadline if context.start_deadline is None else context.start_deadline
         is_free = all(limiter.is_free for limiter in self._limiters) and not queue.slots.locked()
         try:
             if is_free and queue.connections is None:
@@ -299,7 +299,7 @@ class _Slot:
                     await self._enter(until)
         except TimeoutError as error:
             self._leave(is_unused=True)
-            if context.begin_by is not None:
+            if context.start_deadline is not None:
                 message = "all the calls that it takes at a time are under way"
                 said = Refusal(429, message, "requests", "rate_limit_exceeded")
                 raise LocalQueueFull(queue.provider, message, said) from error

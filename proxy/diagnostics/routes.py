@@ -174,7 +174,7 @@ class Candidates:
 async def find(settings: Settings, choice: ModelSelection, stack: AsyncExitStack) -> Candidates:
     """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
     opened = await open_providers(settings, stack)
-    standings = {name: _standing(settings, name, opened) for name in settings.providers}
+    standings = {name: _attempt_state(settings, name, opened) for name in settings.providers}
     usable = {name: one for name, one in opened.items() if standings[name].state == "usable"}
     models = choose(settings, choice, usable)
     upstreams = HealthRegistry()
@@ -187,7 +187,7 @@ async def find(settings: Settings, choice: ModelSelection, stack: AsyncExitStack
     return Candidates(standings, models, routers, _findings(models, routers, standings, learned))
 
 
-def _standing(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
+def _attempt_state(settings: Settings, name: str, opened: Collection[str]) -> ProviderStatus:
     entry = settings.providers[name]
     if entry is None:
         return ProviderStatus("disabled", None, "null in the configuration")

@@ -398,7 +398,7 @@ class _Visit:
             deadline=by,
             # That the short time of a proof is up says nothing of the provider.
             begun=None,
-            credential=replace(self._credential, alone=True),
+            credential=replace(self._credential, is_exclusive=True),
             terms=replace(terms, max_age=0.0, joins_same_key=terms.max_age > 0),
             on_charge=self._accept,
         )

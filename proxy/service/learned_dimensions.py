@@ -71,7 +71,7 @@ async def embed_one_first(
         usages.append(answer.usage)
     if not rest:
         return answer
-    whole = await assembly.assembled_in_steps(parts)
+    whole = await assembly.assemble_in_steps(parts)
     return CountedEmbeddings(
         vectors=whole.vectors,
         tokens=whole.tokens,
@@ -214,8 +214,8 @@ class WidthLearner:
         EmbeddingError.
         """
         await self._learned.refresh()
-        if context.weigh is not None:
-            context = replace(context, counts=await context.weigh(None), weigh=None)
+        if context.check_tokens is not None:
+            context = replace(context, counts=await context.check_tokens(None), check_tokens=None)
         width, rounds = self._width(space), 0
         while not width:
             if not context.terms.spend:

@@ -172,7 +172,9 @@ class EmbeddingPipeline:
 
         async def prepared(one: Model, by: float) -> tuple[Sequence[Input], Context]:
             begun = asyncio.get_running_loop().time()
-            inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
+            inputs, check_tokens = await prepare(
+                asked.inputs, one, allow_oversize=server.allow_oversize
+            )
             account = Account(asked.model, caller.client, one.price)
             neutral = _neutral(one, asked)
             return inputs, Context(
@@ -182,7 +184,7 @@ class EmbeddingPipeline:
                 neutral=neutral,
                 namespace=caller.namespace,
                 terms=allowed,
-                weigh=weigh,
+                check_tokens=check_tokens,
                 account=account,
                 client_retries=caller.retries,
                 has_waiters=caller.is_connected,

@@ -101,7 +101,7 @@ async def test_a_wait_for_a_connection_is_our_own():
             async with other.slot("m", 1, Context(deadline=loop.time() + 0.01)):
                 raise AssertionError("two calls on one connection")
         with pytest.raises(LocalQueueFull):
-            async with other.slot("m", 1, Context(begin_by=loop.time() + 0.01)):
+            async with other.slot("m", 1, Context(start_deadline=loop.time() + 0.01)):
                 raise AssertionError("two calls on one connection")
     # Whoever has given up holds nothing.
     for _ in range(2 * Limits().concurrency):

@@ -390,7 +390,7 @@ async def test_the_preferred_route_is_the_fastest():
     world = World()
     router = world.make(order="fastest")
     assert [await world.ask(router) for _ in range(3)] == ["a", "b", "a"]
-    router.latencies.answered(router.routes[0], 5.0, 1)
+    router.latencies.note_answer(router.routes[0], 5.0, 1)
     assert await world.ask(router) == "b"
     world.b.does = error(QuotaExceeded)
     assert [await world.ask(router) for _ in range(3)] == ["a"] * 3
@@ -653,7 +653,7 @@ async def test_a_call_begins_in_half_of_its_time_where_another_route_is_left():
     world = World()
 
     async def ask(model, space, inputs, context):
-        seen.append(context.begin_by)
+        seen.append(context.start_deadline)
         raise full()
 
     world.a.ask = world.b.ask = ask
