@@ -1,4 +1,4 @@
-"""An answer that came from the cache alone, given once more: nothing is parsed or hashed."""
+"""Repeats an answer that came from the cache alone: nothing is parsed or hashed again."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""How the cache fails: inputs that are not to be bought, and inputs that a provider refuses."""
+"""Errors of the cache: inputs that may not be bought, and inputs that a provider rejects."""
 
 import math
 from collections.abc import Sequence

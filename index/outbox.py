@@ -24,7 +24,7 @@ from embedding_proxy.cache.key import checksum
 from embedding_proxy.providers.base import current_label
 
 from .outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
-from .point import Backlog, Point, Target, Waiting
+from .point import Backlog, Point, QueuedPoint, Target
 
 __all__ = [
     "FAILURES",
@@ -153,10 +153,10 @@ class Outbox:
         )
         return [Target(*row[:3]) for row in rows]
 
-    def batch(self, target: Target, max_bytes: float, max_points: int) -> list[Waiting]:
+    def batch(self, target: Target, max_bytes: float, max_points: int) -> list[QueuedPoint]:
         """Return a target's first points: one, and more up to `max_bytes` of JSON."""
-        found: list[Waiting] = []
-        corrupt: list[Waiting] = []
+        found: list[QueuedPoint] = []
+        corrupt: list[QueuedPoint] = []
         size = 0.0
         rows = self._file.sql.execute(
             "SELECT seq, point, vector, payload, bytes, sum FROM waiting WHERE target = ?"
@@ -165,7 +165,7 @@ class Outbox:
         )
         try:
             for *row, known in rows:
-                one = Waiting(*row)
+                one = QueuedPoint(*row)
                 if known is not None and known != _sum(one.id, one.vector, one.payload):
                     corrupt.append(one)
                     continue
@@ -179,7 +179,7 @@ class Outbox:
             self._drop_corrupt(target, corrupt)
         return found
 
-    def _drop_corrupt(self, target: Target, points: Sequence[Waiting]) -> None:
+    def _drop_corrupt(self, target: Target, points: Sequence[QueuedPoint]) -> None:
         """Drop damaged points; the next answers with them add them again."""
         log.error("%d points that wait for Qdrant are damaged: not indexed", len(points))
         self.ack(points)
@@ -191,7 +191,7 @@ class Outbox:
             sql.execute(_FORGOTTEN)
         self.corrupt_points += len(points)
 
-    def ack(self, points: Iterable[Waiting]) -> None:
+    def ack(self, points: Iterable[QueuedPoint]) -> None:
         """Delete points that Qdrant confirmed; later ones of the same ids stay."""
         with self._file.change() as sql:
             sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
@@ -200,7 +200,7 @@ class Outbox:
         """Shrink the file after an outage; for when no point is pending."""
         self._file.incremental_vacuum()
 
-    def move_to_dead_letters(self, points: Iterable[Waiting], reason: str) -> None:
+    def move_to_dead_letters(self, points: Iterable[QueuedPoint], reason: str) -> None:
         """Move points that Qdrant rejects to the dead letters."""
         now = time.time()
         with self._file.change() as sql:
@@ -212,7 +212,7 @@ class Outbox:
                 )
                 sql.execute("DELETE FROM waiting WHERE seq = ?", (one.seq,))
 
-    def defer(self, points: Iterable[Waiting]) -> None:
+    def defer(self, points: Iterable[QueuedPoint]) -> None:
         """Move points to the end of the queue."""
         with self._file.change() as sql:
             for one in points:

@@ -40,7 +40,7 @@ class Point:
     """The namespace of the input in the cache."""
 
 
-class Waiting(NamedTuple):
+class QueuedPoint(NamedTuple):
     """A point in the queue."""
 
     seq: int

@@ -28,7 +28,7 @@ from .client import Connection
 from .collection import CollectionOptions, Provenance, ensure
 from .errors import Denied, Missing, OtherSpace, QdrantFailure, Rejected, ServerFault, Unavailable
 from .outbox import FAILURES, OnDisk, Outbox
-from .point import Target, Waiting, id_of
+from .point import QueuedPoint, Target, id_of
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -193,7 +193,7 @@ class Sender:
         self.counters.last_failure = None
         return 0
 
-    async def _send(self, qdrant: Connection, target: Target, batch: Sequence[Waiting]) -> None:
+    async def _send(self, qdrant: Connection, target: Target, batch: Sequence[QueuedPoint]) -> None:
         """Write points and acknowledge them. Raises QdrantFailure for a passing failure."""
         wanted = Provenance(target.space, target.dimensions)
         try:
@@ -206,7 +206,7 @@ class Sender:
             return
         await self._write(qdrant, target.collection, batch)
 
-    async def _write(self, qdrant: Connection, name: str, batch: Sequence[Waiting]) -> None:
+    async def _write(self, qdrant: Connection, name: str, batch: Sequence[QueuedPoint]) -> None:
         try:
             await upsert(qdrant, name, batch)
         except Missing as error:
@@ -230,20 +230,20 @@ class Sender:
         self._max_points = min(MAX_POINTS, 2 * self._max_points)
         self.counters.sent += len(batch)
 
-    async def _move_to_dead_letters(self, batch: Sequence[Waiting], reason: str) -> None:
+    async def _move_to_dead_letters(self, batch: Sequence[QueuedPoint], reason: str) -> None:
         log.error("Qdrant refuses %d points, put aside: %s", len(batch), reason)
         await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason))
         self.counters.refused += len(batch)
 
 
-async def upsert(qdrant: Connection, collection: str, batch: Sequence[Waiting]) -> None:
+async def upsert(qdrant: Connection, collection: str, batch: Sequence[QueuedPoint]) -> None:
     """Write points, and return once they can be found. Raises QdrantFailure."""
     points = await asyncio.to_thread(_structs, batch)
     payloads = [one.payload for one in points]
     await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
 
 
-def _structs(batch: Sequence[Waiting]) -> "list[models.PointStruct]":
+def _structs(batch: Sequence[QueuedPoint]) -> "list[models.PointStruct]":
     """Return points as the client takes them; every number is the float32 that it was."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 

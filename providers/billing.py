@@ -1,4 +1,4 @@
-"""The words of the bill: who asks, and what an upstream charges for a call.
+"""Accounts, charges and bills: who pays, and what an upstream charges for a call.
 
 Money is counted in whole nanodollars (10⁻⁹ USD), so that sums are the same in any order. A token of
 a model at $0.005 per million costs five of them.

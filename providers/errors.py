@@ -1,4 +1,4 @@
-"""How asking for embeddings fails: one tree of errors, whoever made them.
+"""The errors of embedding: one tree, whoever raises them.
 
 It knows no provider, no cache and no wire format::
 

@@ -1,4 +1,4 @@
-"""Known texts asked of one route, to learn whether it answers, how fast, and as others do.
+"""Checks one route with known texts: whether it answers, how fast, and whether as others do.
 
 Two routes of one model must give the same numbers, whoever serves them; so must one route today and
 next month. The texts are few and short: asking costs about a hundred tokens.

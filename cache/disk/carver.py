@@ -1,4 +1,4 @@
-"""A damaged SQLite file -> the rows and the sums that are still whole in it. Carved, not opened.
+"""Carves whole rows and ledger sums out of a damaged SQLite file, without opening it in SQLite.
 
 Nothing but the pages themselves is believed (see `pages`): neither the schema nor any tree above
 them. Numbers in brackets are sections of https://www.sqlite.org/fileformat2.html.

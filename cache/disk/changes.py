@@ -1,4 +1,4 @@
-"""What one transaction on the disk tier does, and the statements that do it."""
+"""The changes of one transaction on the disk tier, and the SQL statements that make them."""
 
 import time
 from collections.abc import Iterable, Iterator

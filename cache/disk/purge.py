@@ -1,4 +1,4 @@
-"""Deleting entries on purpose: chosen by partition, age or address, a little at a time."""
+"""Purge: deletes entries by partition, age or address, in small transactions."""
 
 import contextlib
 import re

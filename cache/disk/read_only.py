@@ -1,4 +1,4 @@
-"""Connections that only read: beside a writer, for want of one, or of a file that is damaged."""
+"""Read-only connections: beside a writer, without one, or to a damaged file."""
 
 import contextlib
 import resource

@@ -1,4 +1,4 @@
-"""The reading half of the disk tier: few records at once, the others by a thread.
+"""The reading half of the disk tier: few records inline, more in a thread.
 
 Failure licence: a read that fails is a miss.
 """

@@ -1,4 +1,4 @@
-"""What a store holds and what it has saved, summed by partition."""
+"""Statistics of a store: entries, bytes and savings, by partition."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

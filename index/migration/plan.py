@@ -1,4 +1,4 @@
-"""What a migration would do and cost: a whole pass over the old collection that changes nothing."""
+"""The plan of a migration: what it would do and cost, from a read-only pass over the old points."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""In which order a model's routes are preferred; whether one may be asked is not decided here."""
+"""Orders a model's routes by preference; it does not decide whether one may be asked."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What follows from a failed attempt: another attempt here, the next route, or giving up.
+"""The policy after a failed attempt: a retry, the next route, or giving up.
 
 Pure: a failure and where its inputs stand go in, a step comes out. What the failure means for the
 circuit breakers is a column of the same table. The only importer of tenacity.

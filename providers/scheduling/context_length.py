@@ -1,4 +1,4 @@
-"""Refuses an input that is longer than its model takes, before any upstream is asked.
+"""Rejects an input that is longer than its model takes, before any upstream is asked.
 
 An upstream would refuse it too, and with it all that shares its call.
 """

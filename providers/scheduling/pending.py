@@ -120,7 +120,7 @@ class PendingRequest:
         """How many inputs it has."""
         self.missing: dict[int, None] = dict.fromkeys(range(len(inputs)))
         """The places for which nothing has come yet, in order."""
-        self.searching: list[Halving] = []
+        self.searching: list[Bisection] = []
         """Searches for bad inputs of it, the one that is under way first: one at a time."""
         self.searches = 0
         """Bad inputs of it that were searched for."""
@@ -250,7 +250,7 @@ class Call(Protocol):
         ...
 
 
-class Halving(Protocol):
+class Bisection(Protocol):
     """A search for a bad input, of which some pending inputs are a half."""
 
     is_internal: bool
@@ -294,7 +294,7 @@ class QueueKey(NamedTuple):
     is_rested: bool = False
     """Whether they have waited as long as that route asked for."""
     is_alone: bool = False
-    search: Halving | None = None
+    search: Bisection | None = None
     """The search that they are a half of."""
     half: int = 0
 
@@ -310,7 +310,7 @@ class Queues(Protocol):
         inputs: Sequence[PendingInput],
         route: Route | None = None,
         *,
-        search: Halving | None = None,
+        search: Bisection | None = None,
         half: int = 0,
     ) -> None:
         """Queue inputs once more; `route`: asks this one, and no other."""

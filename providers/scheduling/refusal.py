@@ -1,4 +1,4 @@
-"""What a refusal is about: the size of the call, one of its inputs, or what all inputs share."""
+"""Tells what a refusal is about: the size of the call, one of its inputs, or all of them."""
 
 import re
 from typing import TypeGuard

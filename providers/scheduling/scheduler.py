@@ -24,7 +24,7 @@ from . import batch_size
 from .attempts import Attempt
 from .batch import Batch
 from .batch_limits import input_bytes
-from .pending import FailedAttempt, Halving, PendingInput, PendingRequest, QueueKey
+from .pending import Bisection, FailedAttempt, PendingInput, PendingRequest, QueueKey
 from .search import fail_inputs, give_up
 
 MAX_WINDOW_INPUTS = 64
@@ -88,7 +88,7 @@ class Scheduler:
         inputs: Sequence[PendingInput],
         route: Route | None = None,
         *,
-        search: Halving | None = None,
+        search: Bisection | None = None,
         half: int = 0,
     ) -> None:
         """Queue inputs once more, before all others: they have waited longest.
