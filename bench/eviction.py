@@ -70,7 +70,7 @@ async def hits(tiers: Tiers, keys: list, chance: random.Random) -> list[float]:
     for _ in range(READS):
         key = chance.choice(keys)
         start = time.perf_counter()
-        lookup = await tiers.lookup(Keys.of([key]), RING.partition)
+        lookup = await tiers.lookup(Keys.from_keys([key]), RING.partition)
         taken.append(1e3 * (time.perf_counter() - start))
         if lookup.missing:
             raise RuntimeError("what is read again and again was evicted")
@@ -101,11 +101,11 @@ async def measure(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         writers = {load: Writer(disk[load], load) for load in LOADS}
         for load, tiers in disk.items():
             await tiers.put_many(hot, RING.partition)
-            await memory[load].lookup(Keys.of(keys), RING.partition)
+            await memory[load].lookup(Keys.from_keys(keys), RING.partition)
             # All three files are as large; only one of them may grow no further.
             for _ in range(LIMIT // 6184 // 500):
                 await writers[load].add(500)
-                await tiers.lookup(Keys.of(keys), RING.partition)
+                await tiers.lookup(Keys.from_keys(keys), RING.partition)
         files = [stores[LOADS[2]].folder / name for name in ("cache.db", "cache.db-wal")]
         most = 0
         for _ in range(rounds):
@@ -132,7 +132,7 @@ async def measure(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
             "at the limit / nobody writes": round(tails["at the limit"] / tails[LOADS[0]], 2),
             "hits": len(taken[tier, LOADS[0]]),
         }
-    rows["written"] = {load: writer.written for load, writer in writers.items()}
+    rows["written"] = {load: writer.commit for load, writer in writers.items()}
     rows["file and log / limit"] = {"most": round(most / LIMIT, 3)}
     return rows
 

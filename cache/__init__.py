@@ -1,1 +1,1 @@
-"""Never pays twice for one vector. Sees spaces and inputs, and knows no provider by name."""
+"""The cache: buys each vector once. Knows spaces and inputs, but no provider by name."""

@@ -1,4 +1,4 @@
-"""An answer that came from the cache alone, given once more: nothing is parsed or hashed."""
+"""Repeats an answer that came from the cache alone: nothing is parsed or hashed again."""
 
 import asyncio
 import math
@@ -9,7 +9,7 @@ from operator import attrgetter
 from embedding_proxy.providers.base import NORMAL, Vector
 
 from .key import Keys, Partition
-from .ledger import Heading, Usage
+from .ledger import LedgerKey, Usage
 from .tiered import LOT, Tiers
 
 _VECTOR = attrgetter("vector")
@@ -28,7 +28,7 @@ class CachedHit:
     tiers: Tiers
     keys: Keys
     partition: Partition
-    heading: Heading
+    heading: LedgerKey
     usage: Usage
 
     async def vectors(self) -> list[Vector] | None:

@@ -11,27 +11,23 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from embedding_proxy.providers.base import (
-    Account,
-    Bill,
     CachePolicy,
     Context,
-    DeadlineExceeded,
     Embedder,
-    EmbeddingError,
     Input,
-    OnCharge,
     Outcome,
     Space,
     Vector,
-    nanodollars,
 )
+from embedding_proxy.providers.billing import Account, Bill, OnCharge, nanodollars
+from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError
 from embedding_proxy.providers.slices import SLICE, slices
 
 from .cached_hit import CachedHit
 from .errors import NotCached, name_input
 from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
-from .ledger import Answered, Usage, charge_usage, ledger_key
+from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
 from .record import Entry
 from .tiered import Tiers
 
@@ -69,7 +65,9 @@ class CachingEmbedder:
         self._tiers = tiers
         self._in_flight = in_flight
 
-    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Answered:
+    async def embed(
+        self, space: Space, inputs: Sequence[Input], context: Context
+    ) -> CountedEmbeddings:
         """Return a vector for each input, asking the wrapped embedder only for unknown ones.
 
         What was asked is on disk when this returns; when it raises EmbeddingError, so is what was
@@ -82,9 +80,9 @@ class CachingEmbedder:
         keys, inputs, positions = await _distinct(all_keys, inputs)
         mark = self._in_flight.landed
         lookup = await self._tiers.lookup(keys, ring.partition, context.terms)
-        if context.weigh is not None:
+        if context.check_tokens is not None:
             tokens = None if lookup.missing else _tokens(lookup.entries, positions)
-            context = replace(context, counts=await context.weigh(tokens), weigh=None)
+            context = replace(context, counts=await context.check_tokens(tokens), check_tokens=None)
         if not lookup.missing and positions is None and len(keys) <= MAX_FETCH:
             # By far the most requests.
             answer = self._hits(ring, keys, lookup.entries, context.account, context.terms)
@@ -106,7 +104,7 @@ class CachingEmbedder:
         namespace: str,
         terms: CachePolicy,
         account: Account,
-    ) -> Answered | None:
+    ) -> CountedEmbeddings | None:
         """Return the answer to a few inputs, no two of them equal, if nothing has to be awaited.
 
         Else None. It is not counted yet: its `again` does that. Raises InputRefused.
@@ -128,7 +126,7 @@ class CachingEmbedder:
         entries: Sequence[Entry | None],
         account: Account,
         terms: CachePolicy,
-    ) -> Answered:
+    ) -> CountedEmbeddings:
         """Return the answer that these entries are, of inputs that differ. It is not counted."""
         tokens = list(map(_TOKENS, entries))
         saved = sum(tokens)
@@ -136,14 +134,14 @@ class CachingEmbedder:
         usage = Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
         key = ledger_key(ring.partition, account)
         again = CachedHit(self._tiers, keys, ring.partition, key, usage)
-        return Answered(
+        return CountedEmbeddings(
             vectors=list(map(_VECTOR, entries)),
             tokens=tokens,
             counted=all(map(_COUNTED, entries)),
             outcomes=[Outcome.HIT] * len(tokens),
             usage=usage,
             keys=keys,
-            again=again if _is_plain(terms) else None,
+            cached_hit=again if _is_plain(terms) else None,
         )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
@@ -246,13 +244,15 @@ class CachingEmbedder:
         while landed := list(self._in_flight.landed_since(mark, indices)):
             mark = self._in_flight.landed
             partition, terms = request.ring.partition, request.context.terms
-            lookup = await self._tiers.lookup(Keys.of(landed), partition, terms)
+            lookup = await self._tiers.lookup(Keys.from_keys(landed), partition, terms)
             for key, entry in zip(landed, lookup.entries, strict=True):
                 if entry is not None:
                     request.entries[indices.pop(key)] = entry
         return bool(indices)
 
-    async def _answer(self, request: _Request, positions: Sequence[int] | None) -> Answered:
+    async def _answer(
+        self, request: _Request, positions: Sequence[int] | None
+    ) -> CountedEmbeddings:
         """Return the answer to all inputs, and count what of it was not bought."""
         entries, outcomes = request.entries, request.outcomes
         is_repeatable = positions is None and _is_plain(request.context.terms)
@@ -278,7 +278,7 @@ class CachingEmbedder:
         is_hit = is_repeatable and usage.hits == len(outcomes)
         again = CachedHit(self._tiers, request.all_keys, partition, key, usage) if is_hit else None
         names = dict.fromkeys(name for fetch in request.fetches for name in fetch.providers)
-        return Answered(
+        return CountedEmbeddings(
             vectors=vectors,
             tokens=tokens,
             counted=is_counted,
@@ -286,7 +286,7 @@ class CachingEmbedder:
             outcomes=outcomes,
             usage=usage,
             keys=request.all_keys,
-            again=again,
+            cached_hit=again,
         )
 
 

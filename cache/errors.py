@@ -1,9 +1,10 @@
-"""How the cache fails: inputs that are not to be bought, and inputs that a provider refuses."""
+"""Errors of the cache: inputs that may not be bought, and inputs that a provider rejects."""
 
 import math
 from collections.abc import Sequence
 
-from embedding_proxy.providers.base import CachePolicy, EmbeddingError, InvalidRequest
+from embedding_proxy.providers.base import CachePolicy
+from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest
 
 _UNNAMED = "unnamed"
 """Where a failure that names an input keeps the one that does not."""
@@ -43,8 +44,8 @@ def name_input(failure: EmbeddingError, index: int, inputs: int) -> EmbeddingErr
     """
     bare: EmbeddingError = vars(failure).get(_UNNAMED, failure)
     if inputs == 1:
-        return bare.at(index)
-    named = bare.at(index, f"{bare} (input {index})")
+        return bare.with_index(index)
+    named = bare.with_index(index, f"{bare} (input {index})")
     vars(named)[_UNNAMED] = bare
     if named.param is None or named.param.startswith("input"):
         # The upstream's own index, `input[0]`, is that in a call of ours.

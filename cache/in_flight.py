@@ -15,16 +15,13 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from embedding_proxy.providers.base import (
-    Bill,
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
-    Credential,
     DeadlineExceeded,
-    Embedded,
-    Embedder,
     EmbeddingError,
-    Input,
     InvalidRequest,
     NoProviderAvailable,
     PermissionDenied,
@@ -181,7 +178,7 @@ class Fetch(SharedTask[Key, None]):
             if isinstance(error, ProviderError) and len(self.keys) > 1 and not self._received:
                 # A provider that is down fails with every input, with each in a call of its own if
                 # need be: none of them is to blame.
-                raise error.at(None) from error
+                raise error.with_index(None) from error
             self.failed_key = self.keys[error.index]
             raise
         finally:

@@ -1,13 +1,15 @@
-"""One entry outside the process: an address, a record, and where it belongs. Pure.
+"""Cache keys, and the partition that an entry belongs to. Pure.
 
-Space + input -> the address under which a record lies, and the digest that proves it is ours.
+A key is made of an embedding space, a namespace and an input. It has an address, under which every
+tier stores the record, and a check digest, which proves that a record is of this input.
 
-The only importer of xxhash. Everything that decides a vector's numbers goes in, each part typed and
-length-prefixed, so that no two different lists of parts give the same bytes; nothing else goes in.
-The input's bytes are taken as they are: no trimming, no case folding, no Unicode normalisation.
+The only importer of xxhash. Everything that decides a vector's numbers is hashed, each part typed
+and length-prefixed, so that two different lists of parts never give the same bytes; nothing else is
+hashed. The input's bytes are taken as they are: no trimming, no case folding, no Unicode
+normalisation.
 
-xxHash finds a record quickly but proves nothing: texts with equal XXH3-128 can be made at will. The
-check digest, BLAKE2b keyed with the namespace's secret over the same parts, is what is believed.
+XXH3-128 finds a record quickly but proves nothing: anyone can make texts of equal hash. The check
+digest, BLAKE2b keyed with the namespace's secret over the same parts, is the proof.
 """
 
 import asyncio
@@ -21,14 +23,29 @@ from itertools import accumulate
 from typing import NamedTuple, overload
 
 import xxhash
-from embedding_proxy.providers.base import Input, InvalidRequest, Space
+from embedding_proxy.providers.base import Input, Space
+from embedding_proxy.providers.errors import InvalidRequest
+
+FORMAT = 1
+"""Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
+
+MAX_KEPT_PARAMETERS = 4096
+"""A keyring is kept for the next request if its parameters have at most so many bytes."""
+
+# About a millisecond of work: so many inputs, or characters and ids in all.
+_MANY = 256
+_LONG = 1 << 17
+
+_LENGTH = struct.Struct("<Q").pack
+_TEXT = b"s"
+_TOKENS = b"t"
 
 RESERVED_NAMESPACES = "embedding-proxy/"
-"""How the namespaces begin that are the proxy's own; no client is given such a one."""
+"""Prefix of the proxy's own namespaces; no client has one of these."""
 OTHER_NAMESPACE = f"{RESERVED_NAMESPACES}other"
-"""The namespace of what is kept and counted together, because there were too many of its kind."""
+"""The namespace under which entries and sums beyond a bound are stored and counted together."""
 OTHER = "other"
-"""What stands for all further names, which clients or upstreams chose."""
+"""Stands for all further names that clients or upstreams chose."""
 
 
 class Partition(NamedTuple):
@@ -41,11 +58,11 @@ class Partition(NamedTuple):
 
 
 UNKNOWN = Partition("", "(not known)", 0)
-"""Stands for entries and sums of which it is not known where they belong."""
+"""The partition of entries and sums whose own one is not known."""
 
 
 class Row(NamedTuple):
-    """One entry as it lies in a store or in an archive."""
+    """One entry as a store or an archive holds it."""
 
     address: bytes
     """16 bytes, see `key`."""
@@ -54,26 +71,11 @@ class Row(NamedTuple):
     stored: float
     """When it was bought, in seconds since 1970."""
     partition: Partition | None
-    """None where it is not known: written by an early version, or salvaged without it."""
-
-
-FORMAT = 1
-"""Version of the bytes hashed here and of those in `record`; a change of either bumps it."""
-
-MAX_KEPT_PARAMETERS = 4096
-"""Bytes of further fields with which a keyring is kept for the next request."""
-
-# About a millisecond of work: so many inputs, or characters and ids in all.
-_MANY = 256
-_LONG = 1 << 17
-
-_LENGTH = struct.Struct("<Q").pack
-_TEXT = b"s"
-_TOKENS = b"t"
+    """None if it is not known: an early version wrote the row, or it was salvaged without it."""
 
 
 class Key(NamedTuple):
-    """The address of one entry, and the proof of what it is about."""
+    """The address of one entry, and the check digest of its input."""
 
     address: bytes
     """XXH3-128 of the parts, 16 bytes big-endian: where the record lies, in every tier."""
@@ -82,7 +84,7 @@ class Key(NamedTuple):
 
 
 class Keys(Sequence[Key]):
-    """The keys of several inputs. Most are only looked up, and never made into a `Key` each."""
+    """The keys of several inputs, in two lists: most lookups need no `Key` object."""
 
     __slots__ = ("addresses", "digests")
 
@@ -91,7 +93,7 @@ class Keys(Sequence[Key]):
         self.digests = digests
 
     @classmethod
-    def of(cls, keys: Collection[Key]) -> "Keys":
+    def from_keys(cls, keys: Collection[Key]) -> "Keys":
         """Return a sequence of these keys."""
         addresses, digests = zip(*keys, strict=True) if keys else ((), ())
         return cls(list(addresses), list(digests))
@@ -114,7 +116,7 @@ class Keys(Sequence[Key]):
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A tenant's part of the cache. The default one is open: its secret is empty."""
+    """A tenant's isolated part of the cache. The default one has an empty secret."""
 
     name: str = ""
     secret: bytes = b""
@@ -125,12 +127,12 @@ DEFAULT_NAMESPACE = Namespace()
 
 
 class Keyring:
-    """Makes the keys of one namespace and one space; what they share is hashed once."""
+    """Makes the keys of one namespace and one space; their common parts are hashed once."""
 
     def __init__(self, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> None:
         self.space = space
         self.partition = Partition(namespace.name, space.label, space.dimensions)
-        """Where the entries belong: what is counted and purged together."""
+        """The partition of the entries."""
         parts = [part(b"v", struct.pack("<I", FORMAT)), part(b"n", namespace.name.encode())]
         parts.append(part(b"m", space.name.encode()))
         for name, value in space.parameters:
@@ -144,7 +146,7 @@ class Keyring:
         return key
 
     async def keys(self, items: Sequence[Input]) -> Keys:
-        """Return the keys of several inputs; where they take long, others get their turn."""
+        """Return the keys of several inputs; long work yields to the event loop in between."""
         if len(items) <= _MANY and sum(map(len, items)) <= _LONG:
             return self.keys_at_once(items)
         addresses: list[bytes] = []
@@ -168,9 +170,9 @@ class Keyring:
 
 
 def keyring(space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Keyring:
-    """Return the keyring of a namespace and a space; those in use are kept, unless they are large.
+    """Return the keyring of a namespace and a space, from a cache unless its parameters are large.
 
-    A client's further fields may be as long as a request.
+    A client's parameters may be as long as a request.
     """
     if space.parameters and sum(len(n) + len(v) for n, v in space.parameters) > MAX_KEPT_PARAMETERS:
         return Keyring(space, namespace)

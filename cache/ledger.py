@@ -1,10 +1,8 @@
-"""What was answered, and how: counts that are summed by what they are about (see `ledger`).
+"""Usage, and the ledger that sums it by day, partition, model, provider and client.
 
-What was paid, to whom and by whom, and what was not: what the sums are about.
-
-Counting adds to numbers in memory, and they are written with the next change or in a while. A
-charge is counted as soon as it is known, so before what was bought with it is written. The sums on
-disk are read by `disk.ledger_reader`.
+Sums grow in memory and are written with the next transaction, or after a while. A charge is counted
+as soon as it is known, so before the record that it paid for is written. `disk.ledger_reader` reads
+the sums on disk.
 """
 
 import enum
@@ -13,7 +11,8 @@ from dataclasses import dataclass
 from operator import add
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from embedding_proxy.providers.base import Account, Bill, Embedded, Vector
+from embedding_proxy.providers.base import Embedded, Vector
+from embedding_proxy.providers.billing import Account, Bill
 
 from .key import OTHER, OTHER_NAMESPACE, Key, Partition
 
@@ -26,9 +25,9 @@ class Usage(NamedTuple):
     misses: int = 0
     duplicates: int = 0
     tokens_saved: int = 0
-    """Tokens of all that was not bought for the request that asked."""
+    """Tokens of the inputs that were not bought for this request."""
     tokens_billed: int = 0
-    """Tokens that upstreams charged, by their own account where they gave one."""
+    """Tokens that upstreams charged, as they say where they say so."""
     nanodollars_saved: int = 0
     """10⁻⁹ USD: what the tokens saved cost at the model's list price."""
     nanodollars_billed: int = 0
@@ -39,7 +38,7 @@ class Usage(NamedTuple):
 
     @property
     def unpaid(self) -> "Usage":
-        """What was answered without buying."""
+        """The sums without the misses and their cost."""
         if not (self.misses or self.tokens_billed or self.nanodollars_billed):
             return self
         return self._replace(misses=0, tokens_billed=0, nanodollars_billed=0)
@@ -57,64 +56,33 @@ class Usage(NamedTuple):
 
 NOTHING = Usage()
 
+MAX_LEDGER_KEYS = 1000
+"""Ledger keys with a line of their own: of a process since its start, and of a day on disk."""
 
-MAX_HEADINGS = 1000
-"""Headings that have a line of their own: of a process since its start, and of a day on disk."""
 
-
-class Heading(NamedTuple):
-    """What one line of the ledger is about, beside the day."""
+class LedgerKey(NamedTuple):
+    """The key of one line of the ledger, beside the day."""
 
     partition: Partition
     model: str = ""
     """The name that clients asked for."""
     provider: str = ""
-    """Who was paid; empty where nobody was."""
+    """The provider that charged; empty if none did."""
     client: str = ""
-    """The name of a client's key; empty where none is asked for."""
+    """The name of the client's key; empty if the proxy asks for none."""
 
     @property
-    def rest(self) -> "Heading":
-        """The heading under which this one is summed where there are too many others.
+    def rest(self) -> "LedgerKey":
+        """The key under which this one is summed beyond MAX_LEDGER_KEYS.
 
-        The provider stays: providers come from the configuration, all else may be a client's word.
+        It keeps the provider: providers come from the configuration, clients may choose the rest.
         """
-        return Heading(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
+        return LedgerKey(Partition(OTHER_NAMESPACE, OTHER, 0), OTHER, self.provider, OTHER)
 
 
-class Reusable(Protocol):
-    """The same request once more; see `cached_hit`."""
-
-    async def vectors(self) -> Sequence[Vector] | None:
-        """Return what it is answered with now, and count it; None if it has to be asked anew.
-
-        Where there are many, others get their turn.
-        """
-
-    def count(self) -> None:
-        """Count an answer that is given."""
-
-    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
-        """Return what tells whether these vectors are still the answer, and if so, counts it.
-
-        None if they are not the answer any more.
-        """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answered(Embedded):
-    """An answer, and its sums."""
-
-    usage: Usage
-    keys: Sequence[Key] = ()
-    """Where each vector is kept; empty where more than one look-up was needed."""
-    again: Reusable | None = None
-    """For the same request once more; None where that has to be asked anew."""
-
-
-def ledger_key(partition: Partition, account: Account, provider: str = "") -> Heading:
-    """Return where a request's inputs, or what a provider charged for them, are counted."""
-    return Heading(partition, account.model, provider, account.client)
+def ledger_key(partition: Partition, account: Account, provider: str = "") -> LedgerKey:
+    """Return the key under which inputs of a request, or a provider's charge, are counted."""
+    return LedgerKey(partition, account.model, provider, account.client)
 
 
 def charge_usage(bill: Bill) -> Usage:
@@ -123,7 +91,7 @@ def charge_usage(bill: Bill) -> Usage:
 
 
 class By(enum.StrEnum):
-    """What the ledger can be summed by: columns of its table, and of that of the partitions."""
+    """Columns that the ledger can be grouped by: of its table, or of table `Partitions`."""
 
     DAY = "day"
     MODEL = "model"
@@ -134,4 +102,34 @@ class By(enum.StrEnum):
 
 
 Line: TypeAlias = tuple[tuple[Any, ...], Usage]
-"""What some sums are about, and the sums."""
+"""The values of the grouped columns, and their sums."""
+
+
+class Reusable(Protocol):
+    """Answers the same request again; see `cached_hit`."""
+
+    async def vectors(self) -> Sequence[Vector] | None:
+        """Return the vectors and count the answer; None if a new lookup is needed.
+
+        Many vectors are read in steps that yield to the event loop.
+        """
+
+    def count(self) -> None:
+        """Count one more answer."""
+
+    def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
+        """Return what tells whether these vectors are still valid, and then counts the answer.
+
+        None if they are not valid any more.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountedEmbeddings(Embedded):
+    """Vectors, and the usage of the request that they answer."""
+
+    usage: Usage
+    keys: Sequence[Key] = ()
+    """The key of each vector; empty if more than one lookup was needed."""
+    cached_hit: Reusable | None = None
+    """Answers the same request again; None if that needs a new lookup."""

@@ -14,7 +14,7 @@ from .record import Entry
 _OVERHEAD = 480
 
 
-class _Kept(NamedTuple):
+class _MemoryEntry(NamedTuple):
     entry: Entry
     stored: float
     """When it was bought, in seconds since 1970."""
@@ -38,7 +38,7 @@ class Memory:
         self._ttl_s = ttl_s
         self.clock = clock
         self._size = 0
-        self._entries: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._entries: OrderedDict[bytes, _MemoryEntry] = OrderedDict()
         self._evicted: dict[bytes, int] = {}
         """What tells the content of entries that were dropped for room from another."""
         self.epoch = 0
@@ -104,7 +104,7 @@ class Memory:
             return None
         return math.inf if self._ttl_s is None else min(one.stored for one in kept) + self._ttl_s
 
-    def _all_of(self, addresses: Iterable[bytes]) -> list[_Kept] | None:
+    def _all_of(self, addresses: Iterable[bytes]) -> list[_MemoryEntry] | None:
         found = list(map(self._entries.get, addresses))
         kept = [one for one in found if one is not None]
         if len(kept) < len(found):
@@ -141,7 +141,7 @@ class Memory:
         elif self._evicted and self._evicted.pop(address, _content(entry)) != _content(entry):
             self.epoch += 1
         bought = self.clock() if stored is None else stored
-        self._entries[address] = _Kept(entry, bought)
+        self._entries[address] = _MemoryEntry(entry, bought)
         self._size += size
         while self._size > self._limit:
             self._evict(next(iter(self._entries)))

@@ -19,10 +19,10 @@ from operator import attrgetter
 from embedding_proxy.providers.base import NORMAL, CachePolicy
 
 from . import record
-from .disk.changes import Found
+from .disk.changes import StoredRecord
 from .disk.store import Store
 from .key import Key, Keys, Partition
-from .ledger import Heading, Usage
+from .ledger import LedgerKey, Usage
 from .memory import Memory
 from .record import Entry
 
@@ -138,7 +138,7 @@ class Tiers:
     def _add_records(
         self,
         lookup: Lookup,
-        records: Mapping[bytes, Found],
+        records: Mapping[bytes, StoredRecord],
         keys: Keys,
         dimensions: int,
         terms: CachePolicy,
@@ -224,7 +224,7 @@ class Tiers:
             for key, entry in some.items():
                 self._memory.put(key.address, entry)
 
-    def count(self, heading: Heading, usage: Usage) -> None:
+    def count(self, heading: LedgerKey, usage: Usage) -> None:
         """Add to the sums of what was answered."""
         self._store.count(heading, usage)
 

@@ -1,13 +1,13 @@
-"""The Qdrant side: what is written to a vector index, and what is read from one. Knows no HTTP.
+"""The Qdrant side: writes answered vectors to an index, and searches it. Knows no HTTP.
 
-connection opens a server or a folder, and says what a server is too old for; failures says how it
-fails. collection makes collections, tells whose vectors they hold, and looks at those that are
-there. A point goes from indexer through the outbox (outbox_file: its file; outbox_purge deletes
-from it) to the sender, and by that to Qdrant. search finds what is nearest to a vector.
-collection_reader reads the points of a collection, also as pairs of text and vector.
+client opens a server or a folder and checks its version; errors defines how Qdrant fails.
+collection makes collections and says whose vectors they hold. A point goes from the indexer through
+the outbox (outbox_db: its file) and the sender to Qdrant. search finds the nearest points to a
+vector. collection_reader reads the points of a collection, also as pairs of text and vector.
 
-A migration, in migration/: template says which text a point stands for, regime where its new vector
-comes from, journal what has been done. migrate begins one, copy proves by samples and carries the
-points by pages, with vectors of embed; verify and switch bring it into use, and seen says what has
-changed meanwhile. points writes to Qdrant, collections makes and switches what is there.
+A migration, in migration/: plan shows its cost, runner decides where vectors come from and begins
+it, text_template says which text a point stands for, copy carries the points, with vectors of
+embedding; verify and cutover bring the new collection into use, and snapshot finds what changed
+meanwhile. state keeps the progress on disk; qdrant makes collections, writes points and switches
+aliases.
 """

@@ -1,4 +1,4 @@
-"""A connection to Qdrant, a server or a folder, that fails in our own words.
+"""A connection to Qdrant, a server or a folder, with errors of our own.
 
 ::
 

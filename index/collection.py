@@ -99,23 +99,23 @@ def not_in_names(text: str) -> str:
 
 
 async def ensure(
-    qdrant: Connection, name: str, wanted: Provenance, making: CollectionOptions | None = None
+    qdrant: Connection, name: str, wanted: Provenance, options: CollectionOptions | None = None
 ) -> bool:
     """Make the collection unless it is there, and see that it is one of these vectors.
 
     Returns whether it was made. `name` may be an alias. Raises QdrantFailure; OtherSpace if the
     collection holds vectors of another space or width, or does not say which.
     """
-    making = making or CollectionOptions()
+    options = options or CollectionOptions()
     info = await _info(qdrant, name)
     if info is None:
-        if await _make(qdrant, name, wanted, making):
-            await index_payload(qdrant, name, making.payload_indexes)
+        if await _make(qdrant, name, wanted, options):
+            await index_payload(qdrant, name, options.payload_indexes)
             return True
         info = await _info(qdrant, name)
     if info is None:
         raise Missing(f"the collection {name} was deleted just now")
-    claim = objection(name, (width_of(info), provenance_of(info)), wanted, adopt=making.adopt)
+    claim = objection(name, (width_of(info), provenance_of(info)), wanted, adopt=options.adopt)
     if claim is not None:
         raise OtherSpace(claim)
     if provenance_of(info) is None:
@@ -123,7 +123,7 @@ async def ensure(
             lambda client: client.update_collection(name, metadata=wanted.as_metadata())
         )
     lacking = {
-        one: kind for one, kind in making.payload_indexes.items() if one not in info.payload_schema
+        one: kind for one, kind in options.payload_indexes.items() if one not in info.payload_schema
     }
     await index_payload(qdrant, name, lacking)
     return False
@@ -204,7 +204,7 @@ async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, Fiel
         )
 
 
-async def aliases(qdrant: Connection | CollectionReader) -> dict[str, str]:
+async def collection_aliases(qdrant: Connection | CollectionReader) -> dict[str, str]:
     """Return the collections that aliases lead to, by the aliases. Raises QdrantFailure."""
     found = await qdrant.ask(lambda client: client.get_aliases())
     return {one.alias_name: one.collection_name for one in found.aliases}
@@ -218,20 +218,20 @@ async def _info(qdrant: Connection, name: str) -> "CollectionInfo | None":
 
 
 async def _make(
-    qdrant: Connection, name: str, wanted: Provenance, making: CollectionOptions
+    qdrant: Connection, name: str, wanted: Provenance, options: CollectionOptions
 ) -> bool:
     """Make a collection; return False if another process was first."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     quantization: Any = None
-    if making.quantization == "scalar":
+    if options.quantization == "scalar":
         scalar = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
         quantization = models.ScalarQuantization(scalar=scalar)
-    elif making.quantization == "binary":
+    elif options.quantization == "binary":
         binary = models.BinaryQuantizationConfig(always_ram=True)
         quantization = models.BinaryQuantization(binary=binary)
     vectors = models.VectorParams(
-        size=wanted.dimensions, distance=models.Distance.COSINE, on_disk=making.on_disk or None
+        size=wanted.dimensions, distance=models.Distance.COSINE, on_disk=options.on_disk or None
     )
     try:
         await qdrant.ask(
@@ -250,7 +250,7 @@ async def _make(
 async def conflicts(
     qdrant: Connection,
     spaces: Mapping[str, str],
-    making: CollectionOptions,
+    options: CollectionOptions,
     *,
     collection: str | None = None,
     prefix: str = "",
@@ -261,15 +261,15 @@ async def conflicts(
     vectors go there, and it must belong to one of them; else each model has collections of its own,
     one a width. What is not there will be made.
     """
-    lack = None if making.adopt else await no_metadata(qdrant)
+    lack = None if options.adopt else await no_metadata(qdrant)
     if lack is not None:
         return [lack]
     found = await qdrant.ask(lambda client: client.get_collections())
-    names = {one.name for one in found.collections} | (await aliases(qdrant)).keys()
+    names = {one.name for one in found.collections} | (await collection_aliases(qdrant)).keys()
     if collection is not None:
         if collection not in names:
             return []
-        return await _objections_to_all(qdrant, collection, spaces, making)
+        return await _objections_to_all(qdrant, collection, spaces, options)
     against: list[str] = []
     for model, space in spaces.items():
         head = name_of(model, 0, prefix=prefix)[:-1]
@@ -278,13 +278,13 @@ async def conflicts(
             seen = await look(qdrant, name) if width else None
             if width and seen:
                 wanted = Provenance(space, int(width[1]))
-                said = objection(name, seen, wanted, adopt=making.adopt)
+                said = objection(name, seen, wanted, adopt=options.adopt)
                 against += [said] if said else []
     return against
 
 
 async def _objections_to_all(
-    qdrant: Connection, name: str, spaces: Mapping[str, str], making: CollectionOptions
+    qdrant: Connection, name: str, spaces: Mapping[str, str], options: CollectionOptions
 ) -> list[str]:
     """Say what stands against every one of the spaces, if nothing may be written at all."""
     seen = await look(qdrant, name)
@@ -293,7 +293,7 @@ async def _objections_to_all(
     width, found = seen
     if found is None:
         wanted = Provenance("the models of this configuration", width)
-        said = objection(name, seen, wanted, adopt=making.adopt)
+        said = objection(name, seen, wanted, adopt=options.adopt)
         return [said] if said else []
     if found.space.partition("?")[0] in spaces.values():
         return []

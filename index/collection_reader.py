@@ -1,4 +1,4 @@
-"""Collections of Qdrant, read: whole in pages, by ids, by likeness, or as pairs of text and vector.
+"""Reads collections of Qdrant: in pages, by ids, by similarity, or as pairs of text and vector.
 
 What passes by itself (an outage, a limit) is waited out, up to some two minutes; everything raises
 QdrantFailure. A point's one vector that is asked for is bytes here, as everywhere in the program;
@@ -41,7 +41,7 @@ from urllib.parse import unquote, urlsplit
 
 from embedding_proxy.cache.maintenance.import_source import (
     Pair,
-    Refused,
+    RejectedPair,
     SourceError,
     listed,
     to_pair,
@@ -151,7 +151,7 @@ class CollectionReader:
             if offset is None:
                 return
 
-    async def those(
+    async def get_points(
         self, collection: str, ids: Sequence[PointId], *, vectors: bool = False
     ) -> dict[PointId, Point]:
         """Return the points of these ids that are there."""
@@ -233,7 +233,7 @@ class TextSource:
             there = listed(field for payload in payloads for field in payload) or "none"
             raise SourceError(f"the payloads of {location} have no field `{text}`; fields: {there}")
 
-    def __iter__(self) -> Iterator[Pair | Refused]:
+    def __iter__(self) -> Iterator[Pair | RejectedPair]:
         with self._opened() as (runner, qdrant):
             pages = self._pages(qdrant)
             while page := runner.run(_next(pages)):

@@ -1,4 +1,4 @@
-"""How Qdrant fails, as a small tree: what passes by itself, and what does not.
+"""Errors of Qdrant, as a small tree: passing failures, and lasting ones.
 
 `translated` makes such a failure of what the client raises: one line, and no key.
 """

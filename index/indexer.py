@@ -1,9 +1,8 @@
-"""Indexer: what has been answered goes to Qdrant, and nobody waits for it.
+"""The indexer: writes answered vectors to Qdrant in the background.
 
-Failure licence: `add` never raises. It waits for the local outbox only, and for that only where
-something is not known to be there: points that this process remembers cost no disk access at all.
-What cannot be written to the outbox is not indexed now; as its id is not known then, the next
-answer with it tries again.
+`add` never raises. It waits only for the local outbox, and only for points that are not known to be
+there: points that this process remembers cost no disk access. A point that cannot be written to the
+outbox is not indexed now; its id stays unknown, so the next answer with it tries again.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 from .client import Connection
 from .collection import CollectionOptions
 from .errors import InUse, Unusable
-from .outbox import FAILURES, Full, Outbox
+from .outbox import FAILURES, Outbox, OutboxFull
 from .point import Point, Target
 from .sender import TICK_SECONDS, Sender
 
@@ -30,14 +29,14 @@ log = logging.getLogger("embedding_proxy.index")
 
 T = TypeVar("T")
 
-MOST_REMEMBERED = 1 << 18
-"""Ids that a process keeps in memory, some 100 bytes each; then it begins anew."""
+MAX_REMEMBERED = 1 << 18
+"""Ids that a process remembers, some 100 bytes each; then it forgets all and begins again."""
 _TARGET = 16
 """As many ids as a target counts for: requests name collections, and each may have few points."""
 
 
 class Indexer:
-    """An outbox in `folder`, and what sends from it. Open it with `async with`.
+    """An outbox in `folder` and its sender. Open it with `async with`.
 
     Of several on one folder, whatever their processes, one sends. `on_open` is given the connection
     before anything is sent, in the process that sends; it may raise to refuse the start.
@@ -47,19 +46,19 @@ class Indexer:
         self,
         folder: Path,
         connect: Callable[[], Connection],
-        making: CollectionOptions,
+        collection_options: CollectionOptions,
         *,
         on_open: Callable[[Connection], Awaitable[None]],
         size_limit: int,
-        most_bytes: float,
+        max_bytes: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._folder = folder
         self._connect = connect
-        self._making = making
+        self._collection_options = collection_options
         self._on_open = on_open
         self._size_limit = size_limit
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._sleep = sleep
         self._thread = ThreadPoolExecutor(1, "outbox")
         self._outbox: Outbox | None = None
@@ -71,11 +70,11 @@ class Indexer:
         self._forgotten = self._renewed = 0
         self._backoff = Backoff(threshold=THRESHOLD)
         self.epoch = 0
-        """Changes whenever points are not known any more: whoever remembers one asks anew then."""
+        """Changes whenever ids are forgotten: holders of a known point have to ask again."""
         self.added = 0
         """Points that this process has put into the outbox."""
         self.dropped = 0
-        """Points that could not be put there."""
+        """Points that could not be put into the outbox."""
 
     async def __aenter__(self) -> Self:
         """Open the outbox and begin to send. Raises Unusable, and what `on_open` raises."""
@@ -97,15 +96,15 @@ class Indexer:
             self._folder,
             self._on_disk,
             self._connect,
-            self._making,
-            most_bytes=self._most_bytes,
+            self._collection_options,
+            max_bytes=self._max_bytes,
             sleep=self._sleep,
         )
         stack.push_async_callback(self._sender.close)
         qdrant = await self._sender.take_first()
         if qdrant is not None:
             await self._on_open(qdrant)
-        for work in (self._sender.run(), self._heed_for_ever()):
+        for work in (self._sender.run(), self._check_forgotten_forever()):
             stack.push_async_callback(_end, asyncio.create_task(work))
 
     async def __aexit__(self, *_: object) -> None:
@@ -145,7 +144,7 @@ class Indexer:
             return
         try:
             added = await self._on_disk(lambda outbox: outbox.add(target, list(wanted.values())))
-        except Full as error:
+        except OutboxFull as error:
             self.dropped += len(wanted)
             self._backoff.fail()
             log.error("not indexed, %d points: the outbox is full: %s", len(wanted), error)  # noqa: TRY400
@@ -162,7 +161,7 @@ class Indexer:
         self._backoff.succeed()
         ids = [one.id for one in wanted.values() if one.mark == 0]
         if ids:
-            if sum(_TARGET + len(known) for known in self._remembered.values()) > MOST_REMEMBERED:
+            if sum(_TARGET + len(known) for known in self._remembered.values()) > MAX_REMEMBERED:
                 self._forget()
             self._remembered[target].update(ids)
         if added:
@@ -170,7 +169,7 @@ class Indexer:
             self._sender.wake.set()
 
     async def connection(self) -> Connection:
-        """Return an open connection to ask by: the sender's, or one of this process's own.
+        """Return an open connection for reading: the sender's, or this process's own.
 
         Raises QdrantFailure; InUse for a folder that another process has open.
         """
@@ -224,7 +223,7 @@ class Indexer:
             return await self._call(lambda: outbox.guarded(work))
         finally:
             if outbox.renewed != self._renewed:
-                # What waited in the file before is not known to have arrived.
+                # Pending points of the former file may not have arrived.
                 self._renewed = outbox.renewed
                 self._forget()
 
@@ -237,8 +236,8 @@ class Indexer:
             with suppress(*FAILURES):
                 await self._call(outbox.close)
 
-    async def _heed_for_ever(self) -> None:
-        """Forget what another process has found to be gone from Qdrant."""
+    async def _check_forgotten_forever(self) -> None:
+        """Forget the ids that another process found to be gone from Qdrant."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             with suppress(*FAILURES):

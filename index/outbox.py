@@ -1,16 +1,15 @@
-"""Points that wait for Qdrant, deleted on purpose: their texts are nobody's any more.
+"""The outbox: points that Qdrant has not confirmed yet, in an SQLite file beside the store.
 
-What Qdrant has already stays there; a batch that is being sent at this moment arrives.
+When `add` returns, the points are on disk, also after a kill -9. Several processes add; one of them
+sends (see `sender`). A point leaves the file when Qdrant has confirmed it, or moves to the dead
+letters with the reason. A point that is added under the id of a pending one replaces it: the newest
+counts, and each id is in the queue once.
 
-The outbox: points that Qdrant has not confirmed yet, in an SQLite file beside the store.
+The file also knows which ids were ever added, so that answers from the cache are not sent again and
+again. `select_entries` and `remove_entries` delete points whose texts are purged; the points that
+Qdrant has already stay there, and a batch that is being sent arrives.
 
-What `add` has returned from is on disk: after a kill −9 it is there. Several processes add; one of
-them sends (see `sender`). A point leaves the file when Qdrant has confirmed it, or goes to the
-table of the dead with the reason. What is added under an id that is waiting replaces what waits:
-the newest wins, and each id has one place in the line.
-
-The file also knows which ids were ever added, so that an answer from the cache is not sent again
-and again. Its calls block; use an Outbox from one thread. Everything raises FAILURES.
+Calls block; use an Outbox from one thread. Everything raises FAILURES.
 """
 
 import logging
@@ -25,74 +24,18 @@ from embedding_proxy.cache.key import checksum
 from embedding_proxy.providers.base import current_label
 
 from .outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
-from .point import Backlog, Point, Target, Waiting
+from .point import Backlog, Point, QueuedPoint, Target
 
-_TABLES = ("waiting", "dead")
-_TERMS = {
-    "namespace": "namespace = :namespace",
-    "space": (
-        "(current_label(space) = :space"
-        " OR substr(current_label(space), 1, length(:space) + 1) = :space || '?')"
-    ),
-    "address": "address = :address",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """A point that waits, or was put aside."""
-
-    target: int
-    point: bytes
-    address: bytes
-    """Of what it was made from, in the cache."""
-
-
-def pick(
-    file: OutboxFile | ReadOnlyOutbox,
-    *,
-    namespace: str | None = None,
-    space: str | None = None,
-    address: bytes | None = None,
-) -> list[Picked]:
-    """Return the points for which all that is given holds; all points if nothing is.
-
-    A space without parameters stands for those with parameters, too. Raises sqlite3.Error.
-    """
-    given = {
-        "namespace": namespace,
-        "space": None if space is None else current_label(space),
-        "address": address,
-    }
-    values = {name: value for name, value in given.items() if value is not None}
-    # What waits since before an update names its space with the values of its parameters.
-    file.sql.create_function("current_label", 1, current_label, deterministic=True)
-    condition = " AND ".join(_TERMS[name] for name in values) or "1"
-    found: list[Picked] = []
-    for table in _TABLES:
-        rows = file.sql.execute(
-            f"SELECT target, point, address FROM {table} JOIN target ON target.id = target"
-            f" WHERE {condition}",
-            values,
-        )
-        found += [Picked(*row) for row in rows]
-    return found
-
-
-def remove(file: OutboxFile, picked: Sequence[Picked]) -> None:
-    """Delete points, and forget that they were ever there. Raises sqlite3.Error, OSError."""
-    if not picked:
-        return
-    keys = [(one.target, one.point) for one in picked]
-    with file.change() as sql:
-        # What is deleted is overwritten.
-        sql.execute("PRAGMA secure_delete = 1")
-        for table in (*_TABLES, "known"):
-            sql.executemany(f"DELETE FROM {table} WHERE target = ? AND point = ?", keys)
-        sql.execute("UPDATE state SET forgotten = forgotten + 1")
-
-
-__all__ = ["FAILURES", "FILE_NAME", "Full", "OnDisk", "Outbox"]
+__all__ = [
+    "FAILURES",
+    "FILE_NAME",
+    "OnDisk",
+    "Outbox",
+    "OutboxEntry",
+    "OutboxFull",
+    "remove_entries",
+    "select_entries",
+]
 
 log = logging.getLogger("embedding_proxy.index")
 
@@ -104,10 +47,19 @@ JSON_A_BYTE = 5.5
 
 _WHOLE = "target, point, bytes, at, payload, vector, sum, address, namespace"
 _FORGOTTEN = "UPDATE state SET forgotten = forgotten + 1"
+_TABLES = ("waiting", "dead")
+_TERMS = {
+    "namespace": "namespace = :namespace",
+    "space": (
+        "(current_label(space) = :space"
+        " OR substr(current_label(space), 1, length(:space) + 1) = :space || '?')"
+    ),
+    "address": "address = :address",
+}
 
 
-class Full(Exception):
-    """The file is as large as it may be: nothing is added until Qdrant takes some of it."""
+class OutboxFull(Exception):
+    """The file has reached its size limit: nothing is added until Qdrant takes some points."""
 
 
 class Outbox:
@@ -116,8 +68,8 @@ class Outbox:
     def __init__(self, folder: Path, size_limit: int) -> None:
         self._size_limit = size_limit
         self._file = OutboxFile(folder)
-        self.spoilt = 0
-        """Points that were not as they had been written, and were let go of."""
+        self.corrupt_points = 0
+        """Points that failed their checksum and were dropped."""
 
     def close(self) -> None:
         """Close the file."""
@@ -126,26 +78,26 @@ class Outbox:
     @property
     def damaged(self) -> int:
         """How often this process has found damage, of the file or of a point."""
-        return self._file.damaged + self.spoilt
+        return self._file.damaged + self.corrupt_points
 
     @property
     def renewed(self) -> int:
-        """How often another file was begun, or found: what it knew before is known no more."""
+        """How often this process opened another file: it lacks the ids of the former one."""
         return self._file.renewed
 
     def guarded(self, work: "Callable[[Outbox], T]") -> T:
-        """Return what work with this outbox gives; where the file is damaged, with a new one."""
+        """Return the result of `work`; a damaged file is replaced, and the work repeated."""
         return self._file.guarded(lambda: work(self))
 
     def add(self, target: Target, points: Sequence[Point]) -> int:
-        """Add those that are new or not known, all or none; return how many. Raises Full."""
+        """Add points that are new or not known, all or none; return how many. Raises OutboxFull."""
         number = self._number(target)
         if number is not None:
             points = [p for p in points if p.new or self._mark(number, p.id) != p.mark]
         if not points:
             return 0
         if self.bytes >= self._size_limit:
-            raise Full(f"{self.bytes / 1e6:.0f} MB wait for Qdrant")
+            raise OutboxFull(f"{self.bytes / 1e6:.0f} MB wait for Qdrant")
         now = time.time()
         with self._file.change() as sql:
             if number is None:
@@ -183,17 +135,17 @@ class Outbox:
 
     @property
     def bytes(self) -> int:
-        """How much of the file is in use."""
+        """Bytes of the file that are in use."""
         return self._file.bytes
 
     @property
     def forgotten(self) -> int:
-        """How often ids were forgotten so far; who keeps a copy of them compares."""
+        """How often ids were forgotten so far; holders of copies of the ids compare it."""
         row = self._file.sql.execute("SELECT forgotten FROM state").fetchone()
         return int(row[0])
 
     def targets(self) -> list[Target]:
-        """Return the targets for which something waits, the one that waits longest first."""
+        """Return the targets that have pending points, the longest waiting first."""
         rows = self._file.sql.execute(
             "SELECT collection, space, dimensions,"
             " (SELECT min(seq) FROM waiting WHERE target = target.id) AS first"
@@ -201,10 +153,10 @@ class Outbox:
         )
         return [Target(*row[:3]) for row in rows]
 
-    def batch(self, target: Target, most_bytes: float, most_points: int) -> list[Waiting]:
-        """Return the first of a target's line: one, and more while its JSON has most_bytes."""
-        found: list[Waiting] = []
-        spoilt: list[Waiting] = []
+    def batch(self, target: Target, max_bytes: float, max_points: int) -> list[QueuedPoint]:
+        """Return a target's first points: one, and more up to `max_bytes` of JSON."""
+        found: list[QueuedPoint] = []
+        corrupt: list[QueuedPoint] = []
         size = 0.0
         rows = self._file.sql.execute(
             "SELECT seq, point, vector, payload, bytes, sum FROM waiting WHERE target = ?"
@@ -213,43 +165,43 @@ class Outbox:
         )
         try:
             for *row, known in rows:
-                one = Waiting(*row)
+                one = QueuedPoint(*row)
                 if known is not None and known != _sum(one.id, one.vector, one.payload):
-                    spoilt.append(one)
+                    corrupt.append(one)
                     continue
                 size += JSON_A_BYTE * len(one.vector) + len(one.payload) + 100
-                if found and (size > most_bytes or len(found) >= most_points):
+                if found and (size > max_bytes or len(found) >= max_points):
                     break
                 found.append(one)
         finally:
             rows.close()
-        if spoilt:
-            self._let_go(target, spoilt)
+        if corrupt:
+            self._drop_corrupt(target, corrupt)
         return found
 
-    def _let_go(self, target: Target, points: Sequence[Waiting]) -> None:
-        """Drop points that are damaged; the next answers with them add them again."""
+    def _drop_corrupt(self, target: Target, points: Sequence[QueuedPoint]) -> None:
+        """Drop damaged points; the next answers with them add them again."""
         log.error("%d points that wait for Qdrant are damaged: not indexed", len(points))
-        self.sent(points)
+        self.ack(points)
         with self._file.change() as sql:
             sql.executemany(
                 "DELETE FROM known WHERE target = ? AND point = ?",
                 ((self._number(target), one.id) for one in points),
             )
             sql.execute(_FORGOTTEN)
-        self.spoilt += len(points)
+        self.corrupt_points += len(points)
 
-    def sent(self, points: Iterable[Waiting]) -> None:
-        """Let go of points; what has been added under their ids meanwhile stays."""
+    def ack(self, points: Iterable[QueuedPoint]) -> None:
+        """Delete points that Qdrant confirmed; later ones of the same ids stay."""
         with self._file.change() as sql:
             sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
 
     def tidy(self) -> None:
-        """Give some of the room back that an outage has taken; for when nothing waits."""
-        self._file.give_back()
+        """Shrink the file after an outage; for when no point is pending."""
+        self._file.incremental_vacuum()
 
-    def died(self, points: Iterable[Waiting], reason: str) -> None:
-        """Put points that Qdrant refuses out of the way of others."""
+    def move_to_dead_letters(self, points: Iterable[QueuedPoint], reason: str) -> None:
+        """Move points that Qdrant rejects to the dead letters."""
         now = time.time()
         with self._file.change() as sql:
             for one in points:
@@ -260,8 +212,8 @@ class Outbox:
                 )
                 sql.execute("DELETE FROM waiting WHERE seq = ?", (one.seq,))
 
-    def later(self, points: Iterable[Waiting]) -> None:
-        """Put points at the end of the line."""
+    def defer(self, points: Iterable[QueuedPoint]) -> None:
+        """Move points to the end of the queue."""
         with self._file.change() as sql:
             for one in points:
                 sql.execute(
@@ -270,14 +222,14 @@ class Outbox:
                     (one.seq,),
                 )
 
-    def revive(self) -> int:
-        """Let the dead wait again: whoever starts may have removed the reason."""
+    def requeue_dead_letters(self) -> int:
+        """Queue the dead letters again, at a start: the reason may be gone. Return how many."""
         with self._file.change() as sql:
             sql.execute(f"INSERT OR IGNORE INTO waiting ({_WHOLE}) SELECT {_WHOLE} FROM dead")
             return sql.execute("DELETE FROM dead").rowcount
 
     def forget(self, collection: str) -> None:
-        """Forget which points a collection has, but for those in the line: it is a new one."""
+        """Forget the ids of a collection that is new, except those of pending points."""
         with self._file.change() as sql:
             gone = sql.execute(
                 "DELETE FROM known WHERE target IN (SELECT id FROM target WHERE collection = ?)"
@@ -289,7 +241,7 @@ class Outbox:
                 sql.execute(_FORGOTTEN)
 
     def backlog(self) -> Backlog:
-        """Count what has not arrived."""
+        """Count the points that have not arrived."""
         points, size, oldest = self._file.sql.execute(
             "SELECT count(*), coalesce(sum(bytes), 0), min(at) FROM waiting INDEXED BY line"
         ).fetchone()
@@ -301,13 +253,67 @@ class Outbox:
         return Backlog(points, size, oldest, dead, tuple(map(tuple, reasons[:20])))
 
 
-def _sum(point: bytes, vector: bytes, payload: bytes) -> bytes:
-    return checksum(point + vector + payload)
-
-
 class OnDisk(Protocol):
-    """Runs work on the outbox in its thread."""
+    """Runs work on the outbox in the outbox's thread."""
 
     async def __call__(self, work: Callable[[Outbox], T]) -> T:
-        """Return what it returns. Raises FAILURES."""
+        """Return the result of `work`. Raises FAILURES."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEntry:
+    """Identifies a pending point or a dead letter."""
+
+    target: int
+    point: bytes
+    address: bytes
+    """The cache address of the input that it was made from."""
+
+
+def select_entries(
+    file: OutboxFile | ReadOnlyOutbox,
+    *,
+    namespace: str | None = None,
+    space: str | None = None,
+    address: bytes | None = None,
+) -> list[OutboxEntry]:
+    """Return the points that match all given values; all points if none is given.
+
+    A space without parameters matches those with parameters, too. Raises sqlite3.Error.
+    """
+    given = {
+        "namespace": namespace,
+        "space": None if space is None else current_label(space),
+        "address": address,
+    }
+    values = {name: value for name, value in given.items() if value is not None}
+    # Points of an earlier version name their space with the values of its parameters.
+    file.sql.create_function("current_label", 1, current_label, deterministic=True)
+    condition = " AND ".join(_TERMS[name] for name in values) or "1"
+    found: list[OutboxEntry] = []
+    for table in _TABLES:
+        rows = file.sql.execute(
+            f"SELECT target, point, address FROM {table} JOIN target ON target.id = target"
+            f" WHERE {condition}",
+            values,
+        )
+        found += [OutboxEntry(*row) for row in rows]
+    return found
+
+
+def remove_entries(file: OutboxFile, entries: Sequence[OutboxEntry]) -> None:
+    """Delete points, and that their ids are known. Raises sqlite3.Error, OSError."""
+    if not entries:
+        return
+    keys = [(one.target, one.point) for one in entries]
+    with file.change() as sql:
+        # SQLite overwrites what it deletes.
+        sql.execute("PRAGMA secure_delete = 1")
+        for table in (*_TABLES, "known"):
+            sql.executemany(f"DELETE FROM {table} WHERE target = ? AND point = ?", keys)
+        sql.execute(_FORGOTTEN)
+
+
+def _sum(point: bytes, vector: bytes, payload: bytes) -> bytes:
+    return checksum(point + vector + payload)

@@ -1,8 +1,8 @@
-"""The file of the outbox: its tables, how it is opened, and what is done about one that is damaged.
+"""The SQLite file of the outbox: its tables, how it is opened, and the recovery from damage.
 
-A file that turns out to be damaged is moved aside, by whichever process finds it, and a new one is
-begun; the others see that the file at its path is another, and open that. What waited in it is not
-indexed then, and no longer known to be, so the next answers with it are.
+The process that finds the file damaged moves it aside and makes a new one. The other processes see
+that another file is at the path, and open that. The pending points of the damaged file are lost;
+their ids are not known any more, so the next answers with them add them again.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.index")
 
 FILE_NAME = "index-outbox.db"
-PATIENCE_SECONDS = 2.0
+LOCK_TIMEOUT_SECONDS = 2.0
 """The longest wait for another process that writes; a request may be waiting meanwhile."""
 
 _FREE_PAGES = 2048
-"""Of 4 KiB: room that is kept for what comes, and given back at a time."""
+"""Free pages of 4 KiB that the file keeps, and that one vacuum frees."""
 _VERSION = 2
 _LAYOUT = """
 CREATE TABLE IF NOT EXISTS target (
@@ -71,7 +71,7 @@ class OutboxFile:
         """How often this process has moved a damaged file aside."""
         self.renewed = 0
         """How often this process has opened another file than the first."""
-        self._lock = WriterLock(folder / "index-outbox.lock", PATIENCE_SECONDS)
+        self._lock = WriterLock(folder / "index-outbox.lock", LOCK_TIMEOUT_SECONDS)
         try:
             with self._lock:
                 self._open()
@@ -108,7 +108,7 @@ class OutboxFile:
             return True
 
     def guarded(self, work: Callable[[], T]) -> T:
-        """Return what work gives; where the file is damaged it is replaced, and the work redone."""
+        """Return the result of `work`; a damaged file is replaced, and the work repeated."""
         if self.replaced:
             self._renew()
         try:
@@ -120,7 +120,7 @@ class OutboxFile:
         return work()
 
     def _damaged(self, error: sqlite3.Error) -> bool:
-        """Tell whether an error means that the file is damaged, and not something of the moment."""
+        """Tell whether an error means a damaged file, and not a passing failure."""
         if is_damage(error):
             return True
         # What SQLite makes of a file that was cut short, as of a medium that fails.
@@ -138,7 +138,7 @@ class OutboxFile:
 
     @contextlib.contextmanager
     def change(self) -> Iterator[sqlite3.Connection]:
-        """Give a transaction; whoever else changes something waits."""
+        """Give a transaction; other writers wait."""
         with self._lock:
             if self.replaced:
                 raise sqlite3.DatabaseError("the file was taken away")
@@ -153,15 +153,15 @@ class OutboxFile:
 
     @property
     def bytes(self) -> int:
-        """How much of the file is in use."""
+        """Bytes of the file that are in use."""
         pages, free, size = (
             self.sql.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("page_count", "freelist_count", "page_size")
         )
         return int((pages - free) * size)
 
-    def give_back(self) -> None:
-        """Give some of the room back that is not in use, if it is much."""
+    def incremental_vacuum(self) -> None:
+        """Return free pages to the file system if there are many."""
         (free,) = self.sql.execute("PRAGMA freelist_count").fetchone()
         if free > _FREE_PAGES:
             with self._lock:
@@ -212,7 +212,7 @@ def _is_cut_short(path: Path) -> bool:
 
 def _prepared(path: Path) -> sqlite3.Connection:
     private_files.create(path)
-    sql = sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_SECONDS)
+    sql = sqlite3.connect(path, isolation_level=None, timeout=LOCK_TIMEOUT_SECONDS)
     try:
         # Vectors leave gaps of whole pages, and the file shrinks again.
         sql.execute("PRAGMA auto_vacuum = INCREMENTAL")

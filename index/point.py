@@ -1,4 +1,4 @@
-"""A point on its way to Qdrant, where it is meant for, and what is told of those that wait."""
+"""The values of indexing: points, their targets, pending points and the counts of a backlog."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -7,9 +7,9 @@ from uuid import UUID
 from embedding_proxy.providers.base import Vector
 
 PointId: TypeAlias = int | UUID
-"""What Qdrant takes as an id: an unsigned integer of 64 bits, or a UUID."""
+"""An id in Qdrant: an unsigned integer of 64 bits, or a UUID."""
 
-MOST_ID = (1 << 64) - 1
+MAX_ID = (1 << 64) - 1
 
 
 class Target(NamedTuple):
@@ -23,7 +23,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One vector with what is kept beside it."""
+    """A vector with its id and payload."""
 
     id: bytes
     """See `id_bytes`."""
@@ -35,13 +35,13 @@ class Point:
     new: bool
     """Whether it goes to Qdrant even if a point of this id and mark has."""
     address: bytes = b""
-    """Of what it was made from, in the cache; empty where that is its id."""
+    """The cache address of the input; empty if it is the id."""
     namespace: str = ""
-    """The part of the cache that this is in."""
+    """The namespace of the input in the cache."""
 
 
-class Waiting(NamedTuple):
-    """A point in the line."""
+class QueuedPoint(NamedTuple):
+    """A point in the queue."""
 
     seq: int
     id: bytes
@@ -51,7 +51,7 @@ class Waiting(NamedTuple):
 
 
 class Backlog(NamedTuple):
-    """What has not arrived."""
+    """Counts of the points that have not arrived."""
 
     points: int
     bytes: int
@@ -59,7 +59,7 @@ class Backlog(NamedTuple):
     """Since when the first of them waits, in seconds since 1970."""
     dead: int
     reasons: tuple[tuple[str, str, int], ...]
-    """Of the dead: collection, reason, and how many."""
+    """Of the dead letters: collection, reason, and how many."""
 
 
 def id_bytes(one: PointId) -> bytes:

@@ -1,4 +1,4 @@
-"""Finds what is nearest to a vector in a collection, if its vectors compare with that one."""
+"""Similarity search: the points nearest to a vector, in a collection of the same space."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
 from .client import Connection
-from .collection import Provenance, aliases, look, objection
+from .collection import Provenance, collection_aliases, look, objection
 from .errors import Missing, OtherSpace
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A point that a search has found."""
+class SearchHit:
+    """A point that a search found."""
 
     id: int | str
     score: float
@@ -37,7 +37,7 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     limit: int,
     where: Mapping[str, Any] | None,
     adopt: bool,
-) -> list[Found]:
+) -> list[SearchHit]:
     """Return the nearest points, the nearest first; `where` is a filter in Qdrant's JSON.
 
     `name` may be an alias. `adopt`: a collection that says nothing of its space is trusted. Raises
@@ -47,7 +47,7 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     # An alias may lead elsewhere from one call to the next; a collection's own name does not.
-    real = (await aliases(qdrant)).get(name, name)
+    real = (await collection_aliases(qdrant)).get(name, name)
     seen = await look(qdrant, real)
     if seen is None:
         raise Missing(f"there is no collection {name}: nothing was indexed into it so far")
@@ -61,7 +61,7 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
             real, query=numbers, limit=limit, query_filter=condition, with_payload=True
         )
     )
-    return [Found(_id(one.id), one.score, one.payload or {}) for one in found.points]
+    return [SearchHit(_id(one.id), one.score, one.payload or {}) for one in found.points]
 
 
 def _id(one: object) -> int | str:

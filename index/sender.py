@@ -1,12 +1,12 @@
-"""Takes points from the outbox to Qdrant: one process at a time, for as long as it takes.
+"""Sends points from the outbox to Qdrant, in one process at a time, until Qdrant has them.
 
-Each batch is written with `wait=True` and let go of only when Qdrant has confirmed it, so a kill at
-any moment costs a repeated write of the same points at most. Before each batch the collection is
-looked at: it may be gone, or an alias may lead to another one since.
+Each batch is written with `wait=True` and leaves the outbox only when Qdrant has confirmed it, so a
+kill at any moment costs at most a repeated write of the same points. The collection is checked
+before each batch: it may be gone, or an alias may point to another one.
 
-What passes by itself (an outage, a limit) is waited out, however long it takes. What is wrong with
-a single point is found by halving the batch, and that point put aside with the reason. A point that
-makes the server fail (HTTP 500) goes to the end of the line, alone.
+The sender waits out what passes by itself (an outage, a limit), however long it takes. It finds a
+rejected point by bisection of the batch and moves it to the dead letters, with the reason. A point
+that makes the server fail (HTTP 500) goes to the end of the queue, alone.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from .client import Connection
 from .collection import CollectionOptions, Provenance, ensure
 from .errors import Denied, Missing, OtherSpace, QdrantFailure, Rejected, ServerFault, Unavailable
 from .outbox import FAILURES, OnDisk, Outbox
-from .point import Target, Waiting, id_of
+from .point import QueuedPoint, Target, id_of
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("embedding_proxy.index")
 
 TICK_SECONDS = 1.0
-"""How often is looked for what other processes have added, and whether the sender has died."""
-SHORTEST_PAUSE = 0.5
-LONGEST_PAUSE = 30.0
-LONGEST_WAIT = 300.0
-"""Whatever Qdrant asks for."""
-MOST_POINTS = 1000
+"""Interval of checks for points of other processes, and for a sender that has ended."""
+MIN_PAUSE_S = 0.5
+MAX_PAUSE_S = 30.0
+MAX_WAIT_S = 300.0
+"""The longest wait, whatever Qdrant asks for."""
+MAX_POINTS = 1000
 
 
 @dataclass(slots=True)
@@ -51,9 +51,9 @@ class Counters:
     sent: int = 0
     refused: int = 0
     failed: int = 0
-    """How often sending failed, whatever became of it."""
+    """Failed attempts to send."""
     last_failure: str | None = None
-    """What Qdrant, or the outbox, failed with last, unless it succeeded since."""
+    """The last failure of Qdrant or the outbox; None after a success."""
 
 
 class Sender:
@@ -64,25 +64,25 @@ class Sender:
         folder: Path,
         on_disk: OnDisk,
         connect: Callable[[], Connection],
-        making: CollectionOptions,
+        collection_options: CollectionOptions,
         *,
-        most_bytes: float,
+        max_bytes: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._lock = WriterLock(folder / "index-sender.lock", 0)
         self._on_disk = on_disk
         self._connect = connect
-        self._making = making
-        self._most_bytes = most_bytes
-        self._most_points = MOST_POINTS
-        self._backoff = Backoff(SHORTEST_PAUSE, LONGEST_PAUSE)
+        self._collection_options = collection_options
+        self._max_bytes = max_bytes
+        self._max_points = MAX_POINTS
+        self._backoff = Backoff(MIN_PAUSE_S, MAX_PAUSE_S)
         self._sleep = sleep
         self._held = AsyncExitStack()
         self._qdrant: Connection | None = None
         self._holds_lock = False
         self.counters = Counters()
         self.wake = asyncio.Event()
-        """Set by whoever has added something."""
+        """Set when points were added."""
 
     @property
     def sending(self) -> bool:
@@ -95,9 +95,9 @@ class Sender:
         return self._qdrant
 
     async def take(self) -> Connection | None:
-        """Become the one that sends, and return the connection; None if another process is.
+        """Become the sending process, and return the connection; None if another process is.
 
-        Raises QdrantFailure; this process is the one that sends all the same.
+        Raises QdrantFailure; this process is the sending one all the same.
         """
         if not self._holds_lock:
             try:
@@ -106,7 +106,7 @@ class Sender:
                 return None
             self._held.callback(self._lock.__exit__, None, None, None)
             self._holds_lock = True
-            await self._on_disk(Outbox.revive)
+            await self._on_disk(Outbox.requeue_dead_letters)
         if self._qdrant is None:
             self._qdrant = await self._held.enter_async_context(self._connect())
         return self._qdrant
@@ -139,18 +139,18 @@ class Sender:
                     await self._idle(pause)
                 continue
             except Unavailable as error:
-                # A batch that is halved need not wait long.
-                halving = isinstance(error, ServerFault) and self._most_points > 1
-                asked = SHORTEST_PAUSE if halving else error.retry_after_s or None
+                # A bisected batch need not wait long.
+                halving = isinstance(error, ServerFault) and self._max_points > 1
+                asked = MIN_PAUSE_S if halving else error.retry_after_s or None
                 pause = self._failed(error, asked)
             except Denied as error:
-                pause = self._failed(error, LONGEST_PAUSE)
+                pause = self._failed(error, MAX_PAUSE_S)
             except (QdrantFailure, *FAILURES) as error:
                 pause = self._failed(error)
             except Exception:
-                # Nobody awaits this task: were it to end, nothing would be sent any more.
+                # Nobody awaits this task: if it ended, nothing would be sent any more.
                 log.exception("sending to Qdrant failed")
-                pause = LONGEST_PAUSE
+                pause = MAX_PAUSE_S
             await self._sleep(pause)
 
     def _failed(self, error: BaseException, pause: float | None = None) -> float:
@@ -159,7 +159,7 @@ class Sender:
         Unless `pause` says how long, they are more each time, and never quite the same.
         """
         own = self._backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
-        pause = own if pause is None else min(pause, LONGEST_WAIT)
+        pause = own if pause is None else min(pause, MAX_WAIT_S)
         words = str(error) or type(error).__name__
         if words != self.counters.last_failure:
             log.warning("Qdrant: %s; points wait on disk, tried again in %.1f s", words, pause)
@@ -183,8 +183,8 @@ class Sender:
             await self._on_disk(Outbox.tidy)
             return TICK_SECONDS
         target = targets[0]
-        most = (self._most_bytes, self._most_points)
-        batch = await self._on_disk(lambda outbox: outbox.batch(target, *most))
+        limits = (self._max_bytes, self._max_points)
+        batch = await self._on_disk(lambda outbox: outbox.batch(target, *limits))
         if batch:
             await self._send(qdrant, target, batch)
         if self.counters.last_failure is not None:
@@ -193,57 +193,57 @@ class Sender:
         self.counters.last_failure = None
         return 0
 
-    async def _send(self, qdrant: Connection, target: Target, batch: Sequence[Waiting]) -> None:
-        """Write points, and let go of them. Raises QdrantFailure for what passes by itself."""
+    async def _send(self, qdrant: Connection, target: Target, batch: Sequence[QueuedPoint]) -> None:
+        """Write points and acknowledge them. Raises QdrantFailure for a passing failure."""
         wanted = Provenance(target.space, target.dimensions)
         try:
-            if await ensure(qdrant, target.collection, wanted, self._making):
+            if await ensure(qdrant, target.collection, wanted, self._collection_options):
                 await self._on_disk(lambda outbox: outbox.forget(target.collection))
         except Missing as error:
             raise Unavailable(str(error)) from error
         except (OtherSpace, Rejected) as error:
-            await self._put_aside(batch, str(error))
+            await self._move_to_dead_letters(batch, str(error))
             return
         await self._write(qdrant, target.collection, batch)
 
-    async def _write(self, qdrant: Connection, name: str, batch: Sequence[Waiting]) -> None:
+    async def _write(self, qdrant: Connection, name: str, batch: Sequence[QueuedPoint]) -> None:
         try:
             await upsert(qdrant, name, batch)
         except Missing as error:
-            # It was deleted since it was looked at; it is made anew for the next try.
+            # It was deleted since the check; the next attempt makes it again.
             raise Unavailable(str(error)) from error
         except Rejected as error:
             if len(batch) == 1:
-                await self._put_aside(batch, str(error))
+                await self._move_to_dead_letters(batch, str(error))
                 return
             half = len(batch) // 2
             await self._write(qdrant, name, batch[:half])
             await self._write(qdrant, name, batch[half:])
             return
         except ServerFault:
-            # It may be one of these that it cannot digest: the next batch is half as long.
+            # One of these points may be the cause: the next batch is half as long.
             if len(batch) == 1:
-                await self._on_disk(lambda outbox: outbox.later(batch))
-            self._most_points = max(1, len(batch) // 2)
+                await self._on_disk(lambda outbox: outbox.defer(batch))
+            self._max_points = max(1, len(batch) // 2)
             raise
-        await self._on_disk(lambda outbox: outbox.sent(batch))
-        self._most_points = min(MOST_POINTS, 2 * self._most_points)
+        await self._on_disk(lambda outbox: outbox.ack(batch))
+        self._max_points = min(MAX_POINTS, 2 * self._max_points)
         self.counters.sent += len(batch)
 
-    async def _put_aside(self, batch: Sequence[Waiting], reason: str) -> None:
+    async def _move_to_dead_letters(self, batch: Sequence[QueuedPoint], reason: str) -> None:
         log.error("Qdrant refuses %d points, put aside: %s", len(batch), reason)
-        await self._on_disk(lambda outbox: outbox.died(batch, reason))
+        await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason))
         self.counters.refused += len(batch)
 
 
-async def upsert(qdrant: Connection, collection: str, batch: Sequence[Waiting]) -> None:
+async def upsert(qdrant: Connection, collection: str, batch: Sequence[QueuedPoint]) -> None:
     """Write points, and return once they can be found. Raises QdrantFailure."""
     points = await asyncio.to_thread(_structs, batch)
     payloads = [one.payload for one in points]
     await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
 
 
-def _structs(batch: Sequence[Waiting]) -> "list[models.PointStruct]":
+def _structs(batch: Sequence[QueuedPoint]) -> "list[models.PointStruct]":
     """Return points as the client takes them; every number is the float32 that it was."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 

@@ -1,7 +1,7 @@
-"""The words every room shares: input, space, vector, what an embedder gives and how it fails.
+"""The shared types of embedding: inputs, vectors, spaces, request contexts, results and `Embedder`.
 
-This file knows no provider, no cache and no wire format. How an embedder fails: see `failures`;
-what it charges: `bill`.
+This module knows no provider, no cache and no wire format. `errors` defines how an embedder fails,
+`billing` what a call is charged.
 """
 
 import asyncio
@@ -18,78 +18,9 @@ from urllib.parse import quote, unquote_to_bytes
 import orjson
 from embedding_proxy.providers.scheduling.attempts import Attempt
 
-from .billing import NOBODY, Account, Bill, Charge, OnCharge, nanodollars
+from .billing import NOBODY, Account, Charge, OnCharge
 from .client_credential import Credential
-from .errors import (
-    AuthenticationError,
-    ClientKeyRefused,
-    ConnectionTimeout,
-    DeadlineExceeded,
-    EmbeddingError,
-    InvalidAnswer,
-    InvalidRequest,
-    LocalQueueFull,
-    LoopDetected,
-    MalformedResponse,
-    ModelNotFound,
-    NoProviderAvailable,
-    NoRoute,
-    OutOfDescriptors,
-    PermissionDenied,
-    ProviderError,
-    QuotaExceeded,
-    RateLimited,
-    Refusal,
-    ScopedQuotaExceeded,
-    TransientError,
-    Unreachable,
-    UpstreamError,
-    UpstreamTimeout,
-)
-
-__all__ = [
-    "NORMAL",
-    "Account",
-    "AuthenticationError",
-    "Bill",
-    "CachePolicy",
-    "Charge",
-    "ClientKeyRefused",
-    "ConnectionTimeout",
-    "Context",
-    "Credential",
-    "DeadlineExceeded",
-    "Embedded",
-    "Embedder",
-    "EmbeddingError",
-    "Input",
-    "InvalidAnswer",
-    "InvalidRequest",
-    "LocalQueueFull",
-    "LoopDetected",
-    "MalformedResponse",
-    "ModelNotFound",
-    "NoProviderAvailable",
-    "NoRoute",
-    "OnCharge",
-    "OnPart",
-    "OutOfDescriptors",
-    "Outcome",
-    "PermissionDenied",
-    "ProviderError",
-    "QuotaExceeded",
-    "RateLimited",
-    "Refusal",
-    "ScopedQuotaExceeded",
-    "Space",
-    "TransientError",
-    "Unreachable",
-    "UpstreamError",
-    "UpstreamTimeout",
-    "Vector",
-    "current_label",
-    "nanodollars",
-]
+from .errors import InvalidRequest
 
 Input: TypeAlias = str | tuple[int, ...]
 """One thing to embed: a string, or a token array (cl100k ids)."""
@@ -245,7 +176,7 @@ class CachePolicy:
 
 NORMAL = CachePolicy()
 
-Weigh: TypeAlias = Callable[[Sequence[int] | None], Awaitable[Mapping[str, int]]]
+TokenCheck: TypeAlias = Callable[[Sequence[int] | None], Awaitable[Mapping[str, int]]]
 """Takes the tokens of each input, or None if not all are known: then texts are counted, and their
 counts returned. Raises InvalidRequest for more than an upstream takes."""
 
@@ -271,9 +202,9 @@ class Context:
     """Told of each part of a request that is answered before the rest, so that it can be kept."""
     counts: Mapping[str, int] = field(default_factory=dict, compare=False)
     """Tokens of texts that the space's tokenizer counted on the way; they are not counted again."""
-    weigh: Weigh | None = field(default=None, compare=False)
+    check_tokens: TokenCheck | None = field(default=None, compare=False)
     """Asked before anything is bought or given; None = all of it is not too long."""
-    begin_by: float | None = None
+    start_deadline: float | None = None
     """Point on the same clock by which a provider must have begun its call; else it raises
     LocalQueueFull."""
     account: Account = NOBODY

@@ -1,4 +1,4 @@
-"""The words of the bill: who asks, and what an upstream charges for a call.
+"""Accounts, charges and bills: who pays, and what an upstream charges for a call.
 
 Money is counted in whole nanodollars (10⁻⁹ USD), so that sums are the same in any order. A token of
 a model at $0.005 per million costs five of them.
@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 NANO = 1_000_000_000
 """Nanodollars a dollar."""
-MOST_NANODOLLARS = 1 << 50
+MAX_NANODOLLARS = 1 << 50
 """About a million dollars: no call costs more, whatever it says."""
 
 
@@ -73,4 +73,4 @@ def nanodollars(tokens: int, price: float) -> int:
     >>> nanodollars(1_000_000, 0.02) == NANO * 2 // 100
     True
     """
-    return round(min(tokens * price * 1000, MOST_NANODOLLARS))
+    return round(min(tokens * price * 1000, MAX_NANODOLLARS))

@@ -26,7 +26,7 @@ class Credential:
     secret: str = field(repr=False, compare=False)
     name: str
     """A digest that tells it from others, and tells nothing of it: for logs and the ledger."""
-    alone: bool = False
+    is_exclusive: bool = False
     """Whether only providers that take it are to be asked: then an answer proves it."""
 
     def redacted(self, body: bytes) -> bytes:

@@ -29,7 +29,7 @@ _MAX_RAISED = 1 << 16
 _UNLIMITED = 1 << 16
 
 
-class Occasional:
+class Interval:
     """Tells whether a line is to be logged: the first, and then one each WARNING_INTERVAL_S."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,7 +45,7 @@ class Occasional:
         return True
 
 
-_warnings = Occasional()
+_warnings = Interval()
 
 
 def raise_limit() -> None:

@@ -1,22 +1,36 @@
-"""Ways to bring vectors to another width that installed packages bring, beside our own policies.
+"""Dimension policies: which vector widths a model can answer with, and how it gives them.
 
-A package brings one by an entry point of the group `embedding_proxy.widths`. Its name is what a
-model's `width` may say; it leads to an object as `Strategy` tells, or to a class that makes one
-without arguments. It is loaded when a configuration names it.
+The operator names a policy for each model: one of our own (`Policy`), or a strategy that an
+installed package provides. A package provides a strategy by an entry point of the group
+`embedding_proxy.widths`. Its name is what a model's `width` may say; it refers to an object as
+`Strategy` describes, or to a class that makes one without arguments. It is loaded when a
+configuration names it.
 
-What a strategy gives is a space of its own, named after it and its version: such vectors compare
-with one another, and neither with the model's own nor with those of another version.
-
-Which widths a model can answer with, by the policy that the operator named for it.
+The vectors of a strategy are an embedding space of their own, named after the strategy and its
+version: they compare with one another, but neither with the model's own vectors nor with those of
+another version.
 """
 
 from functools import lru_cache
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from embedding_proxy.providers import plugins
-from embedding_proxy.providers.base import InvalidRequest, Space
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.vector import Floats
 
+Policy: TypeAlias = Literal["strict", "truncate", "pad"]
+"""The policy for a width that a model does not have.
+
+`strict`: a Matryoshka vector is cut and renormalised; any other width is refused.
+`truncate`: every vector is cut and renormalised, also where the model is not made for it.
+`pad`: zeros are appended, which changes neither dot products nor cosines.
+"""
+
+BUILT_IN = ("strict", "truncate", "pad")
+"""Our own policies; any other name is a strategy's."""
+MAX_DIMENSIONS = 65_536
+"""The largest width that a request may ask for."""
 GROUP = "embedding_proxy.widths"
 
 
@@ -25,7 +39,7 @@ class Strategy(Protocol):
     """A way to bring vectors to another width. It must give the same numbers each time."""
 
     version: str
-    """Another one whenever it gives other numbers than before."""
+    """Changes whenever the strategy gives other numbers than before."""
 
     def can_give(self, native: int, dimensions: int) -> bool:
         """Tell whether vectors of `native` numbers can be brought to `dimensions`."""
@@ -37,7 +51,7 @@ class Strategy(Protocol):
 
 
 class UnknownStrategy(LookupError):
-    """There is no such strategy, or the package that brings it brings something else."""
+    """There is no such strategy, or the package provides something else under its name."""
 
 
 @lru_cache
@@ -48,20 +62,6 @@ def find(name: str) -> Strategy:
     if not isinstance(strategy, Strategy) or not str(strategy.version):
         raise UnknownStrategy(f"{where} has no version, can_give and bring")
     return strategy
-
-
-Policy: TypeAlias = Literal["strict", "truncate", "pad"]
-"""What may be done for a width that a model does not have.
-
-`strict`: nothing but what the model is made for: a Matryoshka vector is cut and renormalised.
-`truncate`: every vector is cut and renormalised, also where the model is not made for it.
-`pad`: zeros are appended, which changes neither dot products nor cosines.
-"""
-
-BUILT_IN = ("strict", "truncate", "pad")
-"""The policies; any other name is a strategy's, see `strategies`."""
-WIDEST = 65_536
-"""Dimensions that are asked for, at most."""
 
 
 def can_give(space: Space, dimensions: int, policy: str) -> bool:
@@ -77,17 +77,19 @@ def can_give(space: Space, dimensions: int, policy: str) -> bool:
     """
     native = space.dimensions
     if policy not in BUILT_IN:
-        within = 1 <= dimensions <= WIDEST
-        return dimensions == native or (within and find(policy).can_give(native, dimensions))
+        is_valid = 1 <= dimensions <= MAX_DIMENSIONS
+        return dimensions == native or (is_valid and find(policy).can_give(native, dimensions))
     if dimensions < native:
         return dimensions >= 1 and (space.matryoshka or policy == "truncate")
-    return dimensions == native or (policy == "pad" and dimensions <= WIDEST)
+    return dimensions == native or (policy == "pad" and dimensions <= MAX_DIMENSIONS)
 
 
-def chosen(space: Space, dimensions: int | None, policy: str, *, refused: bool = False) -> int:
-    """Return the width to answer with; the native one if none is asked for.
+def choose_dimensions(
+    space: Space, dimensions: int | None, policy: str, *, refused: bool = False
+) -> int:
+    """Return the width of the answer; the native one if none is asked for.
 
-    `refused` says that a strict model takes no `dimensions` at all, not even its own width. Raises
+    `refused`: a strict model takes no `dimensions` at all, not even its own width. Raises
     InvalidRequest, in OpenAI's words, for a width that cannot be given.
     """
     if dimensions is None:
@@ -104,10 +106,10 @@ def chosen(space: Space, dimensions: int | None, policy: str, *, refused: bool =
             f"Invalid value for 'dimensions' = {dimensions}: {policy} does not give it.",
             param="dimensions",
         )
-    least = 1 if can_give(space, 1, policy) else space.dimensions
-    most = WIDEST if policy == "pad" else space.dimensions
+    min_dimensions = 1 if can_give(space, 1, policy) else space.dimensions
+    max_dimensions = MAX_DIMENSIONS if policy == "pad" else space.dimensions
     raise InvalidRequest(
-        f"Invalid value for 'dimensions' = {dimensions}: must be at least {least} and at most"
-        f" {most} for this model.",
+        f"Invalid value for 'dimensions' = {dimensions}: must be at least {min_dimensions} and at"
+        f" most {max_dimensions} for this model.",
         param="dimensions",
     )

@@ -1,4 +1,4 @@
-"""How asking for embeddings fails: one tree of errors, whoever made them.
+"""The errors of embedding: one tree, whoever raises them.
 
 It knows no provider, no cache and no wire format::
 
@@ -44,7 +44,7 @@ class EmbeddingError(Exception):
     param: str | None = None
     """OpenAI's error field: which field of the request is to blame."""
 
-    def at(self, index: int | None, message: str | None = None) -> Self:
+    def with_index(self, index: int | None, message: str | None = None) -> Self:
         """Return the same error as it reads in another call, where the input has that place."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__, index=index)

@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from . import vector
-from .base import (
-    Context,
-    Embedded,
-    Input,
-    InvalidAnswer,
-    InvalidRequest,
-    NoRoute,
-    Outcome,
-    Space,
-    Vector,
-)
+from .base import Context, Embedded, Input, Outcome, Space, Vector
+from .errors import InvalidAnswer, InvalidRequest, NoRoute
 
 if TYPE_CHECKING:
     from wordllama.inference import WordLlamaInference

@@ -1,4 +1,4 @@
-"""The one map of bounded size: for values whose keys come from outside, or that take much room."""
+"""A bounded LRU map: for values whose keys come from outside, or that take much memory."""
 
 from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Iterator

@@ -9,29 +9,25 @@ from functools import partial
 from typing import ClassVar, Self
 
 import orjson
-from embedding_proxy.providers.routing.route import scoped
+from embedding_proxy.providers.routing.route import request_scope
 from embedding_proxy.providers.scheduling.batch_limits import BatchLimits
 from embedding_proxy.providers.scheduling.refusal import is_quoted
-from embedding_proxy.providers.upstream.rate_limiter import Admission, estimate
+from embedding_proxy.providers.upstream.rate_limiter import ProviderQueue, estimate
 from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
 from embedding_proxy.providers.upstream.transport import Reply, Transport
 
 from . import descriptors, tokens
-from .base import (
+from .base import Context, Embedded, Input, Outcome, Space
+from .billing import Charge
+from .client_credential import MOST_KEYS, Credential
+from .errors import (
     AuthenticationError,
-    Charge,
     ClientKeyRefused,
-    Context,
-    Embedded,
     EmbeddingError,
-    Input,
     InvalidRequest,
     LocalQueueFull,
-    Outcome,
     RateLimited,
-    Space,
 )
-from .client_credential import MOST_KEYS, Credential
 from .lru_cache import LRUCache
 from .profile import Limits, Profile
 from .upstream import error_reply, response
@@ -96,15 +92,15 @@ class HttpProvider:
             connections = asyncio.Semaphore(max(1, most))
         elif api_key:
             headers |= self._key_header(api_key)
-        # How many calls there are at a time is decided in `Admission`. A limit of the transport
+        # How many calls there are at a time is decided in `ProviderQueue`. A limit of the transport
         # would be a second queue, whose waits would count as the provider's.
         self._transport = Transport(
             name, profile.base_url, headers, profile.timeouts, network=profile.network
         )
         self._batch_limits = BatchLimits(name, profile.limits)
-        self._admission = Admission(name, profile.limits, sleep)
-        self._admissions = LRUCache[str, Admission](MOST_KEYS)
-        self._new_admission = partial(Admission, name, profile.limits, sleep, connections)
+        self._queue = ProviderQueue(name, profile.limits, sleep)
+        self._client_queues = LRUCache[str, ProviderQueue](MOST_KEYS)
+        self._new_queue = partial(ProviderQueue, name, profile.limits, sleep, connections)
 
     @property
     def accepts_tokens(self) -> bool:
@@ -125,7 +121,7 @@ class HttpProvider:
 
         Of calls with the proxy's own key.
         """
-        return self._admission.waits()
+        return self._queue.waits()
 
     def learn_single(self, model: str) -> None:
         """Ask for one input in a call of this model from now on: more of them get one vector."""
@@ -161,14 +157,14 @@ class HttpProvider:
         objection = self.objection(space)
         if objection is not None:
             raise objection
-        credential, admission, headers = None, self._admission, None
+        credential, queue, headers = None, self._queue, None
         if self.by_client:
             credential = context.credential
             if credential is None:
                 raise ClientKeyRefused(
                     f"{self.name}: is asked with the client's own key; none came"
                 )
-            admission = self._admissions.get_or_make(credential.name, self._new_admission)
+            queue = self._client_queues.get_or_make(credential.name, self._new_queue)
             headers = self._key_header(credential.secret)
         try:
             payload = orjson.dumps(self._payload(model, space, inputs, context))
@@ -176,21 +172,21 @@ class HttpProvider:
             raise InvalidRequest(f"The request cannot be sent on: {error}.") from error
         width = space.dimensions or _WIDEST
         limit = _BYTES_A_REPLY + len(inputs) * width * _BYTES_A_NUMBER
-        scope = scoped(model, space)
-        async with admission.turn(scope, estimate(inputs), context):
+        scope = request_scope(model, space)
+        async with queue.slot(scope, estimate(inputs), context):
             is_abandoned = context.attempt is not None and context.attempt.is_abandoned
             if is_abandoned or (context.is_needed is not None and not context.is_needed()):
                 # Raised so, it gives back its room within the limits.
                 raise LocalQueueFull(self.name, "nobody waits for the answer any more")
             reply = await self._transport.post(self.path(model), payload, limit, context, headers)
-        admission.learn(scope, reply.headers)
+        queue.learn(scope, reply.headers)
         read = partial(self._read, reply, model, space, inputs, credential)
         try:
             is_short = len(reply.body) <= _READ_INLINE and len(inputs) <= _READ_INLINE_INPUTS
             checked = read() if is_short else await asyncio.to_thread(read)
         except EmbeddingError as error:
             if isinstance(error, RateLimited) and error.retry_after is not None:
-                admission.hold(scope, error.retry_after)
+                queue.pause(scope, error.retry_after)
             elif isinstance(error, InvalidRequest) and not is_quoted(error, payload):
                 self._batch_limits.learn_refused(model, inputs, len(payload), error)
             elif isinstance(error, AuthenticationError) and credential is not None:
@@ -198,20 +194,26 @@ class HttpProvider:
             raise
         self._note(model, checked, inputs)
         self._batch_limits.learn_accepted(model, inputs)
-        return await self._delivered(checked, space, inputs, context)
+        return await self._deliver(checked, space, inputs, context)
 
-    async def _delivered(
-        self, checked: response.Answer, space: Space, inputs: Sequence[Input], context: Context
+    async def _deliver(
+        self,
+        checked: response.CheckedReply,
+        space: Space,
+        inputs: Sequence[Input],
+        context: Context,
     ) -> Embedded:
         """Return an answer with its tokens; if it has bad vectors, tell the good ones and raise."""
         charge = checked.charge or Charge()
-        counts, exact = await tokens.charged(inputs, charge.tokens, space.tokenizer, context.counts)
+        counts, exact = await tokens.count_charged(
+            inputs, charge.tokens, space.tokenizer, context.counts
+        )
         good = Embedded(
             vectors=checked.vectors,
-            tokens=[counts[place] for place in checked.places],
+            tokens=[counts[index] for index in checked.indices],
             counted=exact,
             providers=(self.name,),
-            outcomes=[Outcome.MISS] * len(checked.places),
+            outcomes=[Outcome.MISS] * len(checked.indices),
         )
         if not checked.problems:
             return replace(good, charge=checked.charge)
@@ -220,7 +222,7 @@ class HttpProvider:
         total = sum(counts) if charge.tokens is None else charge.tokens
         error.charge = Charge(total, charge.nanodollars)
         if context.on_part is not None:
-            await context.on_part(checked.places, replace(good, charge=error.charge))
+            await context.on_part(checked.indices, replace(good, charge=error.charge))
         raise error
 
     def _key_header(self, key: str) -> dict[str, str]:
@@ -241,7 +243,7 @@ class HttpProvider:
         space: Space,
         inputs: Sequence[Input],
         credential: Credential | None,
-    ) -> response.Answer:
+    ) -> response.CheckedReply:
         """Read a reply. Any status of success with good vectors is an answer."""
 
         def redact(text: str) -> str:
@@ -275,12 +277,12 @@ class HttpProvider:
             url=url,
         )
 
-    def _note(self, model: str, checked: response.Answer, inputs: Sequence[Input]) -> None:
+    def _note(self, model: str, checked: response.CheckedReply, inputs: Sequence[Input]) -> None:
         """Take note of what is odd in a good answer."""
         self._compare(model, checked.model, inputs)
         self._note_numbering(checked)
 
-    def _note_numbering(self, checked: response.Answer) -> None:
+    def _note_numbering(self, checked: response.CheckedReply) -> None:
         """Say once that embeddings come without their index."""
         if checked.is_numbered or self._has_unnumbered_answers:
             return

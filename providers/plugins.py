@@ -1,4 +1,4 @@
-"""What other installed packages bring, by their entry points."""
+"""Loads what other installed packages provide by entry points."""
 
 import sys
 from functools import lru_cache

@@ -1,8 +1,7 @@
-"""What an upstream takes in one call, how many calls at a time, and how long one may last.
+"""Profiles: declarations, as data, of how upstreams differ from OpenAI's embeddings API.
 
-What is to be known of an upstream before it is asked: a declaration, as data.
-
-Upstreams that speak OpenAI's embeddings and need no code, as data.
+A profile has the limits of calls (`Limits`), the time limits (`Timeouts`), the wire format and the
+fields that an upstream knows. `PROFILES` are those of upstreams that need no code of their own.
 
 Sources: the vendors' API references, autumn 2026. A limit that a vendor does not publish is left at
 the default of `Limits`, or at None; each can be overridden in the configuration.
@@ -28,12 +27,12 @@ class Limits:
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     learn: bool = True
-    """Whether the limits that the upstream tells in its headers (`x-ratelimit-…`) are kept too."""
+    """Whether the limits in the upstream's reply headers (`x-ratelimit-…`) are kept, too."""
     bytes: int | None = None
-    """Bytes of all texts in one call together; learned, where larger calls are refused."""
+    """Bytes of all texts in one call; learned when the upstream refuses larger calls."""
 
     def share(self, processes: int) -> "Limits":
-        """Return what one of so many processes may use, so that all together keep to the limits.
+        """Return the share of one of so many processes, so that together they keep the limits.
 
         Each makes at least one call at a time: with more processes than `concurrency` there may be
         as many calls as processes. What is allowed a minute is divided exactly.
@@ -54,6 +53,12 @@ class Limits:
         )
 
 
+def limits_of(provider: object) -> Limits:
+    """Return the limits that a provider declares; the defaults if it declares none."""
+    limits = getattr(provider, "limits", None)
+    return limits if isinstance(limits, Limits) else Limits()
+
+
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """How long one attempt may take, in seconds; the request's own deadline ends it earlier."""
@@ -62,20 +67,14 @@ class Timeouts:
     """From the first byte sent to the last received."""
     connect_s: float = 10.0
     first_byte_s: float | None = None
-    """Until the upstream begins to answer; None leaves it to the total."""
+    """Until the reply begins; None = the total."""
     least_bytes_per_s: float = 100.0
-    """A reply that arrives slower than this, over a whole window, is given up."""
+    """The attempt fails if the reply arrives slower than this over a whole window."""
     rate_window_s: float = 15.0
 
 
-def limits_of(provider: object) -> Limits:
-    """Return what a provider says it takes in a call; the usual where it says nothing."""
-    limits = getattr(provider, "limits", None)
-    return limits if isinstance(limits, Limits) else Limits()
-
-
 _PLAIN_HEADERS = frozenset({"http-referer", "referer", "user-agent", "x-title"})
-"""Headers whose values an operator tells everybody."""
+"""Headers whose values are no secrets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +118,7 @@ class Profile:
     """What else its adapter can be told, with defaults; the configuration may set these alone."""
 
     def secrets(self, api_key: str | None) -> Iterator[str]:
-        """Yield what this upstream is sent and nobody else may see: keys and passwords."""
+        """Yield the keys and passwords that are sent to this upstream and to nobody else."""
         if api_key:
             yield api_key
         for name, value in self.headers.items():
@@ -129,7 +128,7 @@ class Profile:
         yield from self.network.secrets(self.base_url or "")
 
 
-# What a local server can do at once is little; more calls would only wait inside it.
+# A local server handles few calls at a time; more would only wait inside it.
 _LOCAL = Limits(inputs=256, tokens=None, concurrency=4)
 
 PROFILES: dict[str, Profile] = {
@@ -236,4 +235,4 @@ PROFILES: dict[str, Profile] = {
         limits=_LOCAL,
     ),
 }
-"""Profiles by the name of the kind; `openai_compatible` is for what is not listed."""
+"""Profiles by provider kind; `openai_compatible` is for upstreams that are not listed."""

@@ -1,9 +1,9 @@
-"""The kinds of provider a configuration may name: ours, and those that installed packages bring.
+"""The registry of provider kinds: ours, and those that installed packages provide.
 
-A package brings a kind by an entry point of the group `embedding_proxy.providers`. Its name is the
-kind's; it leads to a `Profile`, or to a class with a `profile` that is made and used as
-`HttpProvider` is (deriving from it is the shortest way). It is loaded only when a configuration
-names it.
+A package provides a kind by an entry point of the group `embedding_proxy.providers`. Its name is
+the kind's; it refers to a `Profile`, or to a class with a `profile` that is made and used like
+`HttpProvider` (deriving from it is the shortest way). It is loaded only when a configuration names
+it.
 """
 
 from collections.abc import Awaitable, Callable
@@ -19,7 +19,7 @@ from .vendors import Azure, OpenAI, OpenRouter
 
 GROUP = "embedding_proxy.providers"
 LOCAL = "local"
-"""The kind that asks nobody: a model in this process."""
+"""The kind without an upstream: a model in this process."""
 
 
 class OpenedProvider(Provider, Protocol):
@@ -35,7 +35,7 @@ class OpenedProvider(Provider, Protocol):
 
 
 class Adapter(Protocol):
-    """What makes a provider of one kind."""
+    """Makes a provider of one kind."""
 
     def __call__(
         self,
@@ -51,7 +51,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of provider: what it declares by default, and what makes one."""
+    """A kind of provider: its default profile and its adapter."""
 
     profile: Profile
     adapter: Adapter = HttpProvider
@@ -63,11 +63,11 @@ KINDS: dict[str, Kind] = {
     "azure": Kind(Azure.profile, Azure),
     **{name: Kind(profile) for name, profile in PROFILES.items()},
 }
-"""The built-in kinds, but for `local`, which has nothing to declare."""
+"""The built-in kinds except `local`, which has no profile."""
 
 
 class UnknownKind(LookupError):
-    """There is no such kind, or the package that brings it brings something else."""
+    """There is no such kind, or the package provides something else under its name."""
 
 
 def find(name: str) -> Kind:

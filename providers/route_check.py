@@ -1,4 +1,4 @@
-"""Known texts asked of one route, to learn whether it answers, how fast, and as others do.
+"""Checks one route with known texts: whether it answers, how fast, and whether as others do.
 
 Two routes of one model must give the same numbers, whoever serves them; so must one route today and
 next month. The texts are few and short: asking costs about a hundred tokens.
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from embedding_proxy.providers.routing.route import Route
 
-from .base import Context, EmbeddingError, Input, InvalidAnswer, ProviderError, Space, Vector
+from .base import Context, Input, Space, Vector
+from .errors import EmbeddingError, InvalidAnswer, ProviderError
 from .vector import cosine
 
 SAME = 0.999

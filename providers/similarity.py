@@ -1,4 +1,4 @@
-"""How alike vectors are: text by text within one space, by their neighbours across spaces.
+"""Similarity of vectors: text by text within one space, by neighbours across spaces.
 
 Pure measures: vectors in, numbers out, computed in float64.
 """

@@ -1,4 +1,4 @@
-"""Cuts work over many items into slices: between two of them the event loop serves others."""
+"""Cuts work over many items into slices, between which the event loop serves others."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence

@@ -93,7 +93,7 @@ def count(
     return counts
 
 
-async def counted(
+async def count_inputs(
     inputs: Sequence[Input], encoding: str, known: Mapping[str, int] = _NONE
 ) -> list[int]:
     """Count like `count`, in a thread if it takes long."""
@@ -102,7 +102,7 @@ async def counted(
     return await asyncio.to_thread(count, inputs, encoding, known)
 
 
-async def charged(
+async def count_charged(
     inputs: Sequence[Input], total: int | None, encoding: str | None, known: Mapping[str, int]
 ) -> tuple[list[int], bool]:
     """Return the tokens of each input of a call, and whether they are exact.
@@ -112,7 +112,7 @@ async def charged(
     """
     if encoding is None and total is not None:
         return apportion(total, inputs), False
-    return await counted(inputs, encoding or CL100K, known), encoding is not None
+    return await count_inputs(inputs, encoding or CL100K, known), encoding is not None
 
 
 def cut(item: Input, most: int, encoding: str = CL100K) -> Input:

@@ -1,8 +1,8 @@
-"""OpenAI: the wire format itself.
+"""Providers that need more than a profile, or a class of their own: OpenAI, OpenRouter and Azure.
 
-OpenRouter: OpenAI's format, floats only, errors with integer codes, also inside a 200.
-
-Azure OpenAI: the key in a header of its own, and deployments in place of models.
+OpenAI is the wire format itself. OpenRouter speaks it with floats only, and its errors have integer
+codes, also inside a reply of status 200. Azure OpenAI takes the key in a header of its own, and has
+deployments in place of models.
 """
 
 from collections.abc import Mapping

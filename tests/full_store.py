@@ -39,7 +39,7 @@ import aiohttp
 from aiohttp import web
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Namespace, keyring
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.cache.tiered import Tiers
@@ -381,7 +381,7 @@ class Process:
 
     async def put(self, namespace: str, asked: list[str]) -> None:
         """Write what was bought, with its charge."""
-        ring, heading = RINGS[namespace], Heading(RINGS[namespace].partition, MODEL, "p")
+        ring, heading = RINGS[namespace], LedgerKey(RINGS[namespace].partition, MODEL, "p")
         self._store.count(heading, Usage(misses=len(asked), tokens_billed=3 * len(asked)))
         entries = {
             key: Entry((key.digest * (WIDTH // 4)), tokens=3, counted=True, digest=key.digest)
@@ -395,7 +395,7 @@ class Process:
         ring = RINGS[namespace]
         keys = ring.keys_at_once(asked)
         found = await entries_in(self._tiers, list(keys), ring.partition)
-        self._store.count(Heading(ring.partition, MODEL), Usage(hits=len(found)))
+        self._store.count(LedgerKey(ring.partition, MODEL), Usage(hits=len(found)))
         self.seen["hits"] += len(found)
         self.seen[f"{namespace} lost"] += len(keys) - len(found)
         self.seen["wrong"] += sum(

@@ -27,7 +27,7 @@ from typing import Any
 import aiohttp
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from fault_server import FaultServer, tokens_of, vector_of
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ CONTESTED_EVERY = 100
 """So many requests of a client, all clients ask for the same new text at the same moment."""
 SIZE_LIMIT = 1 << 40
 PARTITION = Partition("", "a space", WIDTH)
-HEADING = Heading(PARTITION, MODEL)
+HEADING = LedgerKey(PARTITION, MODEL)
 
 
 HEADERS = {

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Key, Namespace, keyring
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.cache.tiered import Tiers
@@ -95,7 +95,7 @@ def line_of(ring: int, client: str) -> tuple[str, ...]:
 
 def charge(store: Store, ring: int, client: str, count: int) -> None:
     """Count a charge for so many inputs."""
-    heading = Heading(RINGS[ring].partition, "model", "provider", client)
+    heading = LedgerKey(RINGS[ring].partition, "model", "provider", client)
     store.count(heading, charge_of(count))
 
 

@@ -49,7 +49,7 @@ one that is gone is deleted here."""
 
 RETIRED_WORDS = """
 Access admit Admitted adopt Adoption affords Again again AllResting alone answer Answering Answers
-asked at_hand at_once at_sight Attendance begin_by begun Boundary breaker brought budget bury
+asked at_hand at_once at_sight Attendance start_deadline begun Boundary breaker brought budget bury
 by_client Caller Canaries canary Carver catalogue Changes Choice CredentialsRefused dead declined
 depart died faults few Fill Finding findings flight Form Found Full Gatherer give_back
 Given Glance glance go_on guard Halver Heads heed_purges InputRefused is_the_leaders_own Journal

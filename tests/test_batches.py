@@ -307,7 +307,7 @@ async def test_a_bulk_job_that_queues_is_answered_and_holds_up_no_other_model(
     await ask(proxy, "the first")
     router = proxy.service.models[MODEL].router
     provider = router.routes[0].provider
-    for throttle in (provider._admission._declared, *provider._admission._learned.values()):
+    for throttle in (provider._queue._declared, *provider._queue._learned.values()):
         throttle._sleep = sleep
     inputs = [f"text {i}" for i in range(1000)]
     bulk = asyncio.create_task(ask(proxy, inputs))

@@ -16,8 +16,9 @@ from aiohttp import web
 from any_server import AnyServer
 from conftest import no_wait
 from embedding_proxy.providers import registry
-from embedding_proxy.providers.base import ClientKeyRefused, Context, Space
+from embedding_proxy.providers.base import Context, Space
 from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import ClientKeyRefused
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.routing import health
 from embedding_proxy.proxy.cli import main
@@ -721,7 +722,7 @@ async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     monkeypatch.setattr(proofs, "MAX_KEYS", 20)
     monkeypatch.setattr(health, "MAX_KEYS", 20)
     proxy = await start()
-    for one in (proxy.service.upstreams._budgets, _provider(proxy)._admissions):
+    for one in (proxy.service.upstreams._budgets, _provider(proxy)._client_queues):
         monkeypatch.setattr(one, "max_size", 20)
     upstream.always = status(429, headers={"Retry-After": "300"})
     for i in range(50):
@@ -737,7 +738,7 @@ async def test_what_is_kept_by_key_is_bounded(start, upstream, monkeypatch):
     assert not keys._locks
     assert len(known._cooldowns) <= 20
     assert len(known._limits) <= 20
-    assert len(proxy.service.upstreams._budgets) == len(_provider(proxy)._admissions) == 20
+    assert len(proxy.service.upstreams._budgets) == len(_provider(proxy)._client_queues) == 20
 
 
 def _provider(proxy):

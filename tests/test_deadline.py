@@ -11,7 +11,7 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
-from embedding_proxy.providers.base import EmbeddingError
+from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.scheduling import attempts
 from fault_server import hang, tokens_of
 

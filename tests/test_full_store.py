@@ -8,7 +8,7 @@ import time
 import full_store
 import pytest
 from embedding_proxy.cache.disk import connection, ledger_reader
-from embedding_proxy.cache.disk.purge import Choice, count_entries
+from embedding_proxy.cache.disk.purge import PurgeFilter, count_entries
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import By
@@ -77,7 +77,7 @@ async def test_the_last_use_of_what_is_pinned_is_the_last_use(tmp_path, clock):
         assert len(await store.lookup(_addresses("pinned", range(300)))) == 300
     with connection.opened(tmp_path, limit, ("team",)) as file:
         held = {one.partition.namespace: one for one in stats.gather(file).held}
-        unused, _ = count_entries(file, Choice(namespace="team", used_before=began + DAY))
+        unused, _ = count_entries(file, PurgeFilter(namespace="team", used_before=began + DAY))
     assert held["team"].entries == 300
     assert held["team"].last_used < began + DAY
     assert unused == 300

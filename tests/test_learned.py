@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-from embedding_proxy.providers.base import InvalidAnswer
+from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.proxy.service import learned_dimensions
 from embedding_proxy.proxy.service.learned_dimensions import LearnedDimensions
 from embedding_proxy.proxy.service.model_registry import Registry

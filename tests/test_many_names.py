@@ -15,7 +15,7 @@ from embedding_proxy.proxy.service import embedding_service
 from embedding_proxy.proxy.service.client_keys import HASH_KEY_FILE
 from fault_server import tokens_of
 
-MAX_HEADINGS, MAX_PARAMETER_SETS, MAX_PARTITIONS, MAX_OTHER_MODELS = 60, 20, 80, 20
+MAX_LEDGER_KEYS, MAX_PARAMETER_SETS, MAX_PARTITIONS, MAX_OTHER_MODELS = 60, 20, 80, 20
 """In short; the bounds are the same whatever their numbers are."""
 REQUESTS = 300
 AT_ONCE = 50
@@ -30,14 +30,14 @@ MODELS = {
         "routes": [{"provider": "openai", "model": "m"}],
     }
 }
-MAX_SERIES = 12 * (MAX_HEADINGS + 2) + MAX_OTHER_MODELS + 100
+MAX_SERIES = 12 * (MAX_LEDGER_KEYS + 2) + MAX_OTHER_MODELS + 100
 """Of the ledger 8 a line; the rest is a provider's or a worker's."""
 
 
 @pytest.fixture(autouse=True)
 def _low_bounds(monkeypatch):
     for module in (ledger, bounds, store, embedding_service):
-        monkeypatch.setattr(module, "MAX_HEADINGS", MAX_HEADINGS)
+        monkeypatch.setattr(module, "MAX_LEDGER_KEYS", MAX_LEDGER_KEYS)
     monkeypatch.setattr(bounds, "MAX_PARAMETER_SETS", MAX_PARAMETER_SETS)
     monkeypatch.setattr(bounds, "MAX_PARTITIONS", MAX_PARTITIONS)
     monkeypatch.setattr(openai_compatible, "MAX_OTHER_MODELS", MAX_OTHER_MODELS)
@@ -106,7 +106,7 @@ async def test_further_fields_and_names_in_replies(upstream, start_proxy, tmp_pa
     # What is kept under a shared label is found like any other.
     for number in (0, MAX_PARAMETER_SETS, REQUESTS - 1):
         assert (await ask(number)).headers["x-cache"] == "hit"
-    assert len(proxy.service.counted) <= MAX_HEADINGS + 2
+    assert len(proxy.service.counted) <= MAX_LEDGER_KEYS + 2
     status = await _status(proxy)
     assert len(status["other_models"]["openai"]) == MAX_OTHER_MODELS + 1
     assert sum(status["other_models"]["openai"].values()) == REQUESTS
@@ -118,7 +118,7 @@ async def test_further_fields_and_names_in_replies(upstream, start_proxy, tmp_pa
     _assert_exact(series)
     directory = tmp_path / "cache"
     assert len(_rows(directory, "SELECT 1 FROM Partitions")) <= MAX_PARAMETER_SETS + 3
-    assert len(_rows(directory, "SELECT 1 FROM Usage")) <= 2 * (MAX_HEADINGS + 2)
+    assert len(_rows(directory, "SELECT 1 FROM Usage")) <= 2 * (MAX_LEDGER_KEYS + 2)
     spaces = _rows(directory, "SELECT space, count(*) FROM Entries JOIN Partitions ON"
                    " Partitions.id = partition GROUP BY space")  # fmt: skip
     assert dict(spaces)["s/m?other"] == REQUESTS - MAX_PARAMETER_SETS
@@ -139,7 +139,7 @@ async def test_clients_own_keys(upstream, start_proxy, tmp_path):
     await _ask_all(ask)
     for number in (0, REQUESTS - 1):
         assert (await ask(number)).headers["x-cache"] == "hit"
-    assert len(proxy.service.counted) <= MAX_HEADINGS + 2
+    assert len(proxy.service.counted) <= MAX_LEDGER_KEYS + 2
     status = await _status(proxy)
     assert status["since_start"]["tokens_billed"] == REQUESTS * TOKENS
     await start_proxy.stop()
@@ -149,9 +149,9 @@ async def test_clients_own_keys(upstream, start_proxy, tmp_path):
     _assert_exact(series)
     rest = f'model="other",provider="openai",client="other",namespace="{OTHER_NAMESPACE}"'
     inputs = series[f'embedding_proxy_inputs_total{{{rest},outcome="misses"}}']
-    assert inputs >= REQUESTS - 2 * MAX_HEADINGS
+    assert inputs >= REQUESTS - 2 * MAX_LEDGER_KEYS
     directory = tmp_path / "cache"
     assert (directory / "v1" / HASH_KEY_FILE).exists()
     assert len(_rows(directory, "SELECT 1 FROM Partitions")) <= MAX_PARTITIONS + 2
-    assert len(_rows(directory, "SELECT 1 FROM Usage")) <= 2 * (MAX_HEADINGS + 2)
+    assert len(_rows(directory, "SELECT 1 FROM Usage")) <= 2 * (MAX_LEDGER_KEYS + 2)
     assert len(_rows(directory, "SELECT 1 FROM Entries")) == REQUESTS

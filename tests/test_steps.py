@@ -9,7 +9,9 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from embedding_proxy.providers.base import Charge, Embedded, InvalidRequest, Outcome
+from embedding_proxy.providers.base import Embedded, Outcome
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service import embedding_service as service_module
@@ -152,7 +154,7 @@ async def test_a_large_request_is_answered_as_a_small_one_would_be(opened):
     assert (usage.tokens_billed, usage.tokens_saved) == (4000, 5500)
     again = await service.embed(new + known, "m")
     assert set(again.outcomes) == {Outcome.HIT}
-    assert list(await again.embedded.again.vectors()) == list(again.embedded.vectors)
+    assert list(await again.embedded.cached_hit.vectors()) == list(again.embedded.vectors)
     counted = list(service.counted.values())
     assert sum(one.inputs for one in counted) == 1000 + len(inputs) + 2 * 5000
     assert sum(one.duplicates for one in counted) == 4500

@@ -17,7 +17,7 @@ import pytest
 from embedding_proxy.cache.disk import connection, database, ledger_reader, purge
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.proxy.service import drift_check
 from page_map import addresses_on, read_map
 from pages import ROOT
@@ -257,7 +257,7 @@ async def test_after_a_power_cut_the_last_transactions_are_missing_as_a_whole(tm
     groups = [_addresses(range(start, start + 10)) for start in range(0, 400, 10)]
     async with Store(made, 1 << 30) as store:
         for group in groups:
-            store.count(Heading(PARTITION, "m", "p"), Usage(misses=10, tokens_billed=70))
+            store.count(LedgerKey(PARTITION, "m", "p"), Usage(misses=10, tokens_billed=70))
             assert await store.put_many(dict.fromkeys(group, RECORD), PARTITION)
         whole = _as_after_a_kill(made, tmp_path / "whole")
     seen = set()
@@ -314,11 +314,11 @@ async def test_charges_are_written_where_records_cannot_be(
 async def test_a_purge_leaves_the_sums(tmp_path):
     """Everything is deleted, and the ledger says what it said before."""
     async with Store(tmp_path, 1 << 30) as store:
-        store.count(Heading(PARTITION, "m", "p"), Usage(misses=50, tokens_billed=350))
+        store.count(LedgerKey(PARTITION, "m", "p"), Usage(misses=50, tokens_billed=350))
         assert await store.put_many(dict.fromkeys(_addresses(range(50)), RECORD), PARTITION)
     before = _sums(tmp_path)
     with connection.opened(tmp_path, 1 << 30) as file:
-        deleted = sum(purge.delete(file, purge.Choice()))
+        deleted = sum(purge.delete(file, purge.PurgeFilter()))
     assert deleted == 50
     assert _sums(tmp_path) == before == Usage(misses=50, tokens_billed=350)
 

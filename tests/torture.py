@@ -19,12 +19,12 @@ from pathlib import Path
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 
 WRITERS = 2
 SIZE_LIMIT = 1 << 40
 ADDRESS_BYTES = 16
-HEADING = Heading(Partition("", "m", 1536), "m", "p")
+HEADING = LedgerKey(Partition("", "m", 1536), "m", "p")
 
 
 def record_of(address: bytes) -> bytes:

@@ -1,1 +1,1 @@
-"""The file of the disk tier: opened, read, written, kept under its limit."""
+"""The disk tier: its file, how it is opened, read, written, and kept under its limit."""

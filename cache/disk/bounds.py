@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from embedding_proxy.cache.key import OTHER, OTHER_NAMESPACE, Partition
-from embedding_proxy.cache.ledger import MAX_HEADINGS, Heading, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, LedgerKey, Usage
 
 from .schema import Sql
 
@@ -79,12 +79,12 @@ def _shared(sql: Sql, partition: Partition) -> Partition:
 
 def usage_rows(
     sql: Sql,
-    usage: Mapping[tuple[int, Heading], Usage],
+    usage: Mapping[tuple[int, LedgerKey], Usage],
     ids: Mapping[Partition | None, int | None],
 ) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of table `Usage` to be added: day, partition, model, provider, client, sums.
 
-    A heading that the day has no row of is summed under its `rest` once the day has MAX_HEADINGS
+    A heading that the day has no row of is summed under its `rest` once the day has MAX_LEDGER_KEYS
     rows. `ids` are the numbers of the partitions that are named in `usage`.
     """
     rows: dict[int, int] = {}
@@ -95,7 +95,7 @@ def usage_rows(
         if heading != heading.rest and key not in new and not _is_there(sql, key):
             if day not in rows:
                 ((rows[day],),) = sql("SELECT count(*) FROM Usage WHERE day = ?", (day,))
-            if rows[day] >= MAX_HEADINGS:
+            if rows[day] >= MAX_LEDGER_KEYS:
                 rest = heading.rest
                 rest_id = rest_id or partition_id(sql, rest.partition)
                 key = (day, rest_id, *rest[1:])

@@ -1,4 +1,4 @@
-"""A damaged SQLite file -> the rows and the sums that are still whole in it. Carved, not opened.
+"""Carves whole rows and ledger sums out of a damaged SQLite file, without opening it in SQLite.
 
 Nothing but the pages themselves is believed (see `pages`): neither the schema nor any tree above
 them. Numbers in brackets are sections of https://www.sqlite.org/fileformat2.html.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from embedding_proxy.cache.key import UNKNOWN, Partition, Row
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.record import width
 from embedding_proxy.providers.base import current_label
 
@@ -53,7 +53,7 @@ _Place = tuple[int, int, int, bool]
 
 
 @dataclass
-class Report:
+class CarveReport:
     """What came of a file."""
 
     records: int = 0  # Whole, and handed out; old versions count as well.
@@ -62,7 +62,7 @@ class Report:
 
 
 def rows(
-    database: Path, report: Report, progress: Callable[[int], None] = lambda _: None
+    database: Path, report: CarveReport, progress: Callable[[int], None] = lambda _: None
 ) -> Iterator[Row]:
     """Yield every whole row of a database file (see `Carver`)."""
     with Carver(database, report, progress) as carver:
@@ -78,7 +78,7 @@ class Carver:
     """
 
     def __init__(
-        self, database: Path, report: Report, progress: Callable[[int], None] = lambda _: None
+        self, database: Path, report: CarveReport, progress: Callable[[int], None] = lambda _: None
     ) -> None:
         self._report, self._tell = report, progress
         self._opened = contextlib.ExitStack()
@@ -117,14 +117,14 @@ class Carver:
         self._opened.close()
 
     @property
-    def usage(self) -> dict[tuple[int, Heading], Usage]:
+    def usage(self) -> dict[tuple[int, LedgerKey], Usage]:
         """The sums of the ledger, by day (since 1970, UTC) and heading."""
-        found: dict[tuple[int, Heading], Usage] = {}
+        found: dict[tuple[int, LedgerKey], Usage] = {}
         for (day, number, *names), usage in self._ledger.lines():
             partition = self._partition(number)
             if self._ledger.is_of_layout_1:
                 names[0] = partition.space if partition else ""
-            key = day, Heading(partition or UNKNOWN, *names)
+            key = day, LedgerKey(partition or UNKNOWN, *names)
             found[key] = found[key].plus(usage) if key in found else usage
         return found
 

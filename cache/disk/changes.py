@@ -1,4 +1,4 @@
-"""What one transaction on the disk tier does, and the statements that do it."""
+"""The changes of one transaction on the disk tier, and the SQL statements that make them."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.providers.base import current_label
 
 from . import bounds
@@ -52,7 +52,7 @@ _COUNT = """
 """
 
 
-class Found(NamedTuple):
+class StoredRecord(NamedTuple):
     """A record that was read."""
 
     record: bytes
@@ -60,7 +60,7 @@ class Found(NamedTuple):
     """When it was bought, in seconds since 1970."""
 
 
-class Kept(NamedTuple):
+class PendingRecord(NamedTuple):
     """A record to be written."""
 
     record: bytes
@@ -81,7 +81,7 @@ class Use(NamedTuple):
 class Changes:
     """What one transaction does."""
 
-    records: dict[bytes, Kept] = field(default_factory=dict)
+    records: dict[bytes, PendingRecord] = field(default_factory=dict)
     """Written, by address."""
     dead: list[tuple[bytes, bytes]] = field(default_factory=list)
     """Deleted: address and record, so that a newer record under the address stays."""
@@ -89,7 +89,7 @@ class Changes:
     """Whether records that are there and were not stored earlier stay; else all are replaced."""
     used: dict[bytes, Use] = field(default_factory=dict)
     """Uses noted, by address."""
-    usage: dict[tuple[int, Heading], Usage] = field(default_factory=dict)
+    usage: dict[tuple[int, LedgerKey], Usage] = field(default_factory=dict)
     """Added to the sums, by day (since 1970, UTC) and heading."""
 
     def parts(self, most_bytes: int) -> "Iterator[Changes]":
@@ -103,7 +103,7 @@ class Changes:
             size += len(kept.record)
         yield part
 
-    def count(self, day: int, heading: Heading, usage: Usage) -> None:
+    def count(self, day: int, heading: LedgerKey, usage: Usage) -> None:
         """Add to the sums of a day."""
         sums = self.usage.get((day, heading))
         self.usage[day, heading] = usage if sums is None else sums.plus(usage)

@@ -23,13 +23,13 @@ from .lock import WriterLock
 from .read_only import (
     LEDGER_DAMAGED,
     DamagedFile,
-    Glance,
+    InlineReader,
     ReadableFile,
     ReadOnlyFile,
     primary_code,
 )
 from .schema import NewerLayout
-from .write_ahead_log import LOG, beside, damage_of, is_open_without_log
+from .write_ahead_log import LOG, damage_of, is_open_without_log, sibling_path
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -175,7 +175,7 @@ def _looked_at(directory: Path, size_limit: int) -> Iterator[ReadOnlyFile | None
 def _seen(
     directory: Path, path: Path, size_limit: int, stack: contextlib.ExitStack
 ) -> ReadOnlyFile | None:
-    is_idle = not beside(path, LOG).exists()
+    is_idle = not sibling_path(path, LOG).exists()
     if not _is_there(path) or _obstacle(directory) is not None or not _is_sound(directory, path):
         return None
     file = ReadOnlyFile(path, log_bytes=database.log_bytes(size_limit))
@@ -189,7 +189,7 @@ def _seen(
 
 def _is_sound(directory: Path, path: Path) -> bool:
     """Tell whether the log of a store is whole, and no process has it open after it was deleted."""
-    is_idle = not beside(path, LOG).exists()
+    is_idle = not sibling_path(path, LOG).exists()
     if not is_idle and not damage_of(path):
         return True
     # A log that is written meanwhile may look damaged, and a proxy may be about to begin one.
@@ -200,7 +200,7 @@ def _is_sound(directory: Path, path: Path) -> bool:
 def _tidy(directory: Path, path: Path) -> None:
     """Let SQLite delete an empty log and its index, unless another process uses them by now."""
     with contextlib.suppress(*FAILURES), _held(directory):
-        if beside(path, LOG).stat().st_size == 0:
+        if sibling_path(path, LOG).stat().st_size == 0:
             with contextlib.closing(sqlite3.connect(path, timeout=0.0)) as last:
                 last.execute("PRAGMA user_version").fetchall()
 
@@ -308,7 +308,7 @@ def is_damaged(error: StoreError) -> bool:
 class Disk:
     """One thread reads, one writes. `file` is None while no file can be opened for writing.
 
-    Then `read_only` may hold one that can be read. `glance` is at the same file as `file`, for the
+    Then `read_only` may hold one that can be read. `inline_reader` reads the file `file`, for the
     event loop's thread. `damaged` are files that were set aside, by whatever process, and are not
     salvaged yet: the latest first, for the reading thread.
     """
@@ -318,7 +318,7 @@ class Disk:
         self._size_limit = size_limit
         self._pinned = pinned
         self.file: Database | None = None
-        self.glance: Glance | None = None
+        self.inline_reader: InlineReader | None = None
         self.read_only: ReadOnlyFile | None = None
         self.damaged: tuple[DamagedFile, ...] = ()
         self._lock: WriterLock | None = None
@@ -410,7 +410,7 @@ class Disk:
         self.file = file = await self._in(self._writer, self._open)
         # Without one, everything is read by the thread, whatever it was that failed.
         with contextlib.suppress(Exception):
-            self.glance = await self.read(partial(Glance, file.path))
+            self.inline_reader = await self.read(partial(InlineReader, file.path))
         await self._open_damaged()
 
     async def _open_damaged(self) -> None:
@@ -446,10 +446,10 @@ class Disk:
 
     async def _close(self, old: Database) -> None:
         # Each thread has a connection of its own; the writer's goes last and checkpoints.
-        if self.glance is not None:
-            glance, self.glance = self.glance, None
+        if self.inline_reader is not None:
+            reader, self.inline_reader = self.inline_reader, None
             with contextlib.suppress(*FAILURES):
-                glance.close()
+                reader.close()
         for thread in (self._reader, self._writer):
             with contextlib.suppress(*FAILURES):
                 await self._in(thread, old.close)

@@ -16,7 +16,7 @@ import diskcache
 from embedding_proxy.cache import private_files
 
 from . import eviction, ledger_reader, pages, read_only, schema, set_aside, write_ahead_log
-from .changes import Changes, Found, Use
+from .changes import Changes, StoredRecord, Use
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
 from .schema import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
@@ -121,8 +121,8 @@ class Database:
         self._log_pages = log_bytes(size_limit) // PAGE_BYTES
         self._eviction = Eviction(max(1, limit - self._log_pages), pinned)
         self._size_limit = size_limit
-        self._log = write_ahead_log.beside(self.path, write_ahead_log.LOG)
-        self._shared_memory = write_ahead_log.beside(self.path, write_ahead_log.SHARED_MEMORY)
+        self._log = write_ahead_log.sibling_path(self.path, write_ahead_log.LOG)
+        self._shared_memory = write_ahead_log.sibling_path(self.path, write_ahead_log.SHARED_MEMORY)
         self.most_bytes = max(size_limit // 64, 1 << 18)
         """What one transaction should write at most, so that log and file stay within the limit."""
         self.uses_last_room = False
@@ -274,7 +274,7 @@ class Database:
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
-    ) -> dict[bytes, Found]:
+    ) -> dict[bytes, StoredRecord]:
         """Return the records that are there, by address, but for those stored before a time."""
         return read_only.read_many(self.sql, addresses, not_before)
 

@@ -1,4 +1,4 @@
-"""Keeping a store's file under its limit: the coldest entries go, and their pages are used again.
+"""Eviction: keeps a store's file under its limit by deleting the coldest entries.
 
 The limit is on the real file. Room is made before a transaction writes, so the file does not grow
 beyond the limit even for its length. Deleting by last use leaves pages half empty, and SQLite puts

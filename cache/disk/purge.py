@@ -1,4 +1,4 @@
-"""Deleting entries on purpose: chosen by partition, age or address, a little at a time."""
+"""Purge: deletes entries by partition, age or address, in small transactions."""
 
 import contextlib
 import re
@@ -30,7 +30,7 @@ _RECORDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PurgeFilter:
     """Entries for which all that is given holds; with nothing given, all entries."""
 
     namespace: str | None = None
@@ -42,17 +42,19 @@ class Choice:
     address: bytes | None = None
 
 
-def count_entries(database: ReadableFile, choice: Choice) -> tuple[int, int]:
+def count_entries(database: ReadableFile, choice: PurgeFilter) -> tuple[int, int]:
     """Return how many entries are chosen, and the bytes of their records. Raises FAILURES."""
     counts = count_by_partition(database, choice).values()
     entries, size = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
-    if choice == Choice():
+    if choice == PurgeFilter():
         # Of some records nothing else may be known.
         ((entries,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
     return int(entries), size
 
 
-def count_by_partition(database: ReadableFile, choice: Choice) -> dict[int | None, tuple[int, int]]:
+def count_by_partition(
+    database: ReadableFile, choice: PurgeFilter
+) -> dict[int | None, tuple[int, int]]:
     """Return entries and bytes of what is chosen, by the number of their partition, as `count`."""
     if choice.address is not None:
         condition, values = where(choice)
@@ -73,7 +75,7 @@ def count_by_partition(database: ReadableFile, choice: Choice) -> dict[int | Non
     return found
 
 
-def is_chosen(database: ReadableFile, choice: Choice, address: bytes) -> bool:
+def is_chosen(database: ReadableFile, choice: PurgeFilter, address: bytes) -> bool:
     """Tell whether the entry at an address is there, and among those chosen. Raises FAILURES."""
     condition, values = where(replace(choice, address=address))
     return bool(
@@ -81,14 +83,14 @@ def is_chosen(database: ReadableFile, choice: Choice, address: bytes) -> bool:
     )
 
 
-def delete(database: Database, choice: Choice, *, overwrite: bool = True) -> Iterator[int]:
+def delete(database: Database, choice: PurgeFilter, *, overwrite: bool = True) -> Iterator[int]:
     """Delete the chosen entries, yielding after each transaction how many it deleted.
 
     What is deleted is overwritten with zeros unless told not to. Entries that are stored meanwhile
     are left: where much is stored, it would not end, and delete what was bought after it began. In
     the end the pages that are free are given back. Raises FAILURES.
     """
-    if choice.address is not None or choice == Choice():
+    if choice.address is not None or choice == PurgeFilter():
         yield from _delete_records(database, choice, overwrite=overwrite)
     else:
         for partition, _ in _partitions(database.sql, choice):
@@ -107,7 +109,7 @@ def delete(database: Database, choice: Choice, *, overwrite: bool = True) -> Ite
     yield from _give_back(database)
 
 
-def _partitions(sql: Sql, choice: Choice) -> list[tuple[int | None, int]]:
+def _partitions(sql: Sql, choice: PurgeFilter) -> list[tuple[int | None, int]]:
     """Return the numbers and widths of the partitions that are chosen; None is what is in none."""
     condition, values = where(replace(choice, stored_before=None, used_before=None))
     rows: list[tuple[int | None, int]] = sql(
@@ -126,7 +128,7 @@ def _end(sql: Sql, partition: int | None) -> int:
 
 def _oldest(  # noqa: PLR0913, PLR0917 - where to look, and how far
     sql: Sql,
-    choice: Choice,
+    choice: PurgeFilter,
     partition: int | None,
     last: Position,
     count: int,
@@ -154,7 +156,7 @@ def _delete(connection: Any, rows: Sequence[tuple[int]]) -> None:  # noqa: ANN40
     connection.executemany("DELETE FROM Entries WHERE id = ?", rows)
 
 
-def _delete_records(database: Database, choice: Choice, *, overwrite: bool) -> Iterator[int]:
+def _delete_records(database: Database, choice: PurgeFilter, *, overwrite: bool) -> Iterator[int]:
     """Delete the record at an address, or all records, whatever else is known of them."""
     condition, values = where(choice)
     # A row that others move to the end of the file meanwhile is known by its time.
@@ -197,7 +199,7 @@ def announce(database: Database, entries: int) -> None:
         )
 
 
-def so_far(database: Database) -> int:
+def count_purges(database: Database) -> int:
     """Return the number of the last purge that was announced. Raises FAILURES."""
     ((number,),) = database.sql("SELECT coalesce(max(id), 0) FROM Purges")
     return int(number)
@@ -218,7 +220,7 @@ def _let_others(began: float) -> None:
     time.sleep(max(0.003, (time.monotonic() - began) / 4))
 
 
-def where(choice: Choice) -> tuple[str, dict[str, object]]:
+def where(choice: PurgeFilter) -> tuple[str, dict[str, object]]:
     """Return a condition on Entries and Partitions, for an address on Cache, and its values."""
     terms = {
         "namespace = :namespace": choice.namespace,

@@ -1,4 +1,4 @@
-"""Connections that only read: beside a writer, for want of one, or of a file that is damaged."""
+"""Read-only connections: beside a writer, without one, or to a damaged file."""
 
 import contextlib
 import resource
@@ -13,7 +13,7 @@ from embedding_proxy.cache import ledger
 from embedding_proxy.providers.backoff import Backoff
 
 from . import ledger_reader
-from .changes import Found
+from .changes import StoredRecord
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
 from .set_aside import SetAside
 from .write_ahead_log import damage_of
@@ -49,13 +49,13 @@ class ReadableFile(Protocol):
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
-    ) -> dict[bytes, Found]:
+    ) -> dict[bytes, StoredRecord]:
         """Return the records that are there, by address, but for those stored before a time."""
 
 
-def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
+def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[bytes, StoredRecord]:
     """Return the records that are there, by address, but for those stored before a time."""
-    found: dict[bytes, Found] = {}
+    found: dict[bytes, StoredRecord] = {}
     for start in range(0, len(addresses), ADDRESSES_A_SELECT):
         some = addresses[start : start + ADDRESSES_A_SELECT]
         marks = ",".join("?" * len(some))
@@ -66,7 +66,7 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
         )
         for key, value, stored in rows:
             if type(key) is bytes and type(value) is bytes and stored >= not_before:
-                found[key] = Found(value, stored)
+                found[key] = StoredRecord(value, stored)
     return found
 
 
@@ -120,7 +120,7 @@ class ReadOnlyFile:
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
-    ) -> dict[bytes, Found]:
+    ) -> dict[bytes, StoredRecord]:
         """Return the records that are there, by address, but for those stored before a time."""
         return read_many(self._connection.execute, addresses, not_before)
 
@@ -152,12 +152,12 @@ class DamagedFile:
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
-    ) -> tuple[dict[bytes, Found], set[bytes]]:
+    ) -> tuple[dict[bytes, StoredRecord], set[bytes]]:
         """Return the records that can be read, by address, and which addresses cannot be looked up.
 
         What is in neither is not in the file. After `close`, nothing can be looked up.
         """
-        found: dict[bytes, Found] = {}
+        found: dict[bytes, StoredRecord] = {}
         unreadable: set[bytes] = set()
         for start in range(0, len(addresses), ADDRESSES_A_SELECT):
             some = addresses[start : start + ADDRESSES_A_SELECT]
@@ -174,7 +174,9 @@ class DamagedFile:
                     found |= one
         return found, unreadable
 
-    def _read(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found] | None:
+    def _read(
+        self, addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, StoredRecord] | None:
         if self._connection is None:
             return None
         try:
@@ -189,7 +191,7 @@ class DamagedFile:
             self._connection = None
 
 
-class Glance:
+class InlineReader:
     """A look at a store's file that is short, or not taken: for the event loop's own thread.
 
     What the page cache holds is read in less time than a turn to another thread takes. While it
@@ -206,9 +208,9 @@ class Glance:
         # Of whichever thread reads: not known before it has read once.
         self._disk_reads: int | None = None
 
-    def read_few(
+    def get_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
-    ) -> dict[bytes, Found] | None:
+    ) -> dict[bytes, StoredRecord] | None:
         """Return what `read_many` would; None where that might take long, or has failed.
 
         What fails here is found, and told, by whoever reads the same in a thread.

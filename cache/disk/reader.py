@@ -1,4 +1,4 @@
-"""The reading half of the disk tier: few records at once, the others by a thread.
+"""The reading half of the disk tier: few records inline, more in a thread.
 
 Failure licence: a read that fails is a miss.
 """
@@ -11,7 +11,7 @@ from functools import partial
 
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
-from .changes import Found
+from .changes import StoredRecord
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage
 from .read_only import DamagedFile, ReadOnlyFile
@@ -47,14 +47,16 @@ class Reader:
 
     def lookup_nowait(
         self, addresses: Sequence[bytes], not_before: float
-    ) -> dict[bytes, Found] | None:
+    ) -> dict[bytes, StoredRecord] | None:
         """Return what `lookup` would; None if that has to be awaited."""
         found = self._read_inline(addresses, not_before)
         if found is None or len(found) == len(addresses):
             return found
         return None if self._disk.damaged or self._replaced_file() is not None else found
 
-    async def lookup(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
+    async def lookup(
+        self, addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, StoredRecord]:
         """Return the records that are there, by address, but for those stored before a time.
 
         What the file does not have is looked for in those that were set aside, damaged, and are
@@ -88,15 +90,17 @@ class Reader:
 
     def _read_inline(
         self, addresses: Sequence[bytes], not_before: float
-    ) -> dict[bytes, Found] | None:
+    ) -> dict[bytes, StoredRecord] | None:
         """Return what the file has of a few addresses; None if a thread is to read it."""
-        glance = self._disk.glance
-        if glance is None or len(addresses) > MAX_INLINE_RECORDS or self.backoff.is_waiting:
+        inline = self._disk.inline_reader
+        if inline is None or len(addresses) > MAX_INLINE_RECORDS or self.backoff.is_waiting:
             return None
-        return glance.read_few(addresses, not_before=not_before)
+        return inline.get_many(addresses, not_before=not_before)
 
-    async def _from_file(self, addresses: Sequence[bytes], not_before: float) -> dict[bytes, Found]:
-        found: dict[bytes, Found] = {}
+    async def _from_file(
+        self, addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, StoredRecord]:
+        found: dict[bytes, StoredRecord] = {}
         for start in range(0, len(addresses), MAX_INLINE_RECORDS):
             if start:
                 await asyncio.sleep(0)
@@ -108,7 +112,7 @@ class Reader:
 
     async def _read_in_thread(
         self, addresses: Sequence[bytes], not_before: float
-    ) -> dict[bytes, Found]:
+    ) -> dict[bytes, StoredRecord]:
         for _ in range(TRIES):
             if self.backoff.is_waiting:
                 return {}
@@ -119,7 +123,7 @@ class Reader:
 
     async def _try_in_thread(
         self, addresses: Sequence[bytes], not_before: float
-    ) -> dict[bytes, Found] | None:
+    ) -> dict[bytes, StoredRecord] | None:
         """Return what is there; None if there is another file now."""
         source: Database | ReadOnlyFile | None = None
         try:
@@ -154,11 +158,11 @@ class Reader:
 
     async def _from_damaged(
         self, files: Sequence[DamagedFile], addresses: Sequence[bytes], not_before: float
-    ) -> dict[bytes, Found]:
+    ) -> dict[bytes, StoredRecord]:
         """Return what the damaged files have of these, or the file, once all is saved."""
         if self.backoff.is_waiting:
             return {}
-        found: dict[bytes, Found] = {}
+        found: dict[bytes, StoredRecord] = {}
         unreadable: set[bytes] = set()
         try:
             async with asyncio.timeout(SECONDS):

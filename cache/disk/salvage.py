@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from embedding_proxy.cache.key import Row
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.record import width
 
 from . import set_aside
-from .carver import Carver, Report
-from .changes import Changes, Kept
+from .carver import Carver, CarveReport
+from .changes import Changes, PendingRecord
 from .connection import folder_of, opened
 from .database import FILE_NAME, Database
 from .lock import WriterLock
@@ -60,7 +60,7 @@ Step: TypeAlias = Callable[[Database, Outcome], None]
 def steps(
     path: Path,
     name: str,
-    report: Report,
+    report: CarveReport,
     progress: Callable[[int], None] = lambda _: None,
     *,
     with_sums: bool = True,
@@ -93,7 +93,7 @@ def salvage_file(
     progress: Callable[[int], None] = lambda _: None,
     *,
     add_sums: bool = False,
-) -> tuple[Outcome, Report]:
+) -> tuple[Outcome, CarveReport]:
     """Put what is whole in any damaged file into the store's. Raises FAILURES.
 
     The sums of a file that was set aside are added once: it is known by the name of its folder. The
@@ -120,7 +120,7 @@ def salvage_pending(
         return []
     with opened(directory, size_limit, pinned, create=True) as database:
         while set_aside.pending(path):
-            with alone(directory) as is_alone:
+            with hold_alone(directory) as is_alone:
                 for aside in set_aside.pending(path) if is_alone else []:
                     outcome, _ = _run(
                         database, aside.path, aside.folder.name, progress, aside=aside
@@ -132,7 +132,7 @@ def salvage_pending(
 
 
 @contextlib.contextmanager
-def alone(directory: Path) -> Iterator[bool]:
+def hold_alone(directory: Path) -> Iterator[bool]:
     """Give whether nobody else salvages in this directory; then nobody does meanwhile.
 
     Raises OSError.
@@ -171,8 +171,8 @@ def _run(
     progress: Callable[[int], None],
     *,
     aside: SetAside | None = None,
-) -> tuple[Outcome, Report]:
-    outcome, report = Outcome(), Report()
+) -> tuple[Outcome, CarveReport]:
+    outcome, report = Outcome(), CarveReport()
     # Without a mark no sums are taken.
     with_sums = name is not None and not (aside is not None and aside.has_given_sums)
     for number, step in enumerate(steps(path, name or "", report, progress, with_sums=with_sums)):
@@ -186,7 +186,7 @@ def _run(
 
 
 def _put_sums(
-    usage: dict[tuple[int, Heading], Usage],
+    usage: dict[tuple[int, LedgerKey], Usage],
     names: Collection[str],
     name: str,
     database: Database,
@@ -205,11 +205,11 @@ def _put_sums(
 
 def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> None:
     now = time.time()
-    wanted: dict[bytes, Kept] = {}
+    wanted: dict[bytes, PendingRecord] = {}
     for row in rows:
         stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
         # Of two rows of one address the first is the better known.
-        wanted.setdefault(row.address, Kept(row.record, row.partition, stored))
+        wanted.setdefault(row.address, PendingRecord(row.record, row.partition, stored))
     there = database.read_many(list(wanted))
     bad = [(a, found.record) for a, found in there.items() if width(found.record) is None]
     missing = {a: kept for a, kept in wanted.items() if a not in there}

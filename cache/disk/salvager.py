@@ -18,7 +18,7 @@ from typing import TypeVar
 from embedding_proxy.providers.backoff import Backoff
 
 from . import salvage
-from .carver import Report
+from .carver import CarveReport
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage
 from .salvage import Outcome, Step
@@ -86,7 +86,7 @@ class Salvager:
             return
         try:
             # The lock is one of the kernel's, and taken without waiting.
-            with salvage.alone(self._disk.folder.parent) as is_alone:
+            with salvage.hold_alone(self._disk.folder.parent) as is_alone:
                 if is_alone:
                     for damaged in self._disk.damaged:
                         await self._save(damaged.aside, file)
@@ -108,7 +108,7 @@ class Salvager:
         if not aside.is_pending:
             return
         log.warning("%s: saving what is whole in it; until then it is read as well", aside.folder)
-        outcome, report = Outcome(), Report()
+        outcome, report = Outcome(), CarveReport()
         steps = salvage.steps(
             aside.path,
             aside.folder.name,

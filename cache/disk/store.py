@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
-from embedding_proxy.cache.disk.changes import Changes, Found, Kept, Use
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord, StoredRecord, Use
 from embedding_proxy.cache.disk.connection import Disk, StoreError
 from embedding_proxy.cache.disk.database import FAILURES, FILE_NAME, is_damage
 from embedding_proxy.cache.disk.lock import WriterLock
@@ -31,7 +31,7 @@ from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.salvager import Salvager
 from embedding_proxy.cache.disk.writer import Writer
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Usage
 
 from . import purge
 
@@ -78,12 +78,12 @@ class Store:
         self._stop = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
         self._purges, self._purged_file = 0, self._disk.file
-        self.counted: dict[Heading, Usage] = {}
+        self.counted: dict[LedgerKey, Usage] = {}
         """The sums of what this process has counted since it opened the store: of the first
-        MAX_HEADINGS headings, and of all others together."""
+        MAX_LEDGER_KEYS headings, and of all others together."""
         self._day = 0
-        self._headings_of_day: set[Heading] = set()
-        """Those that have a line of their own on disk: the first MAX_HEADINGS of the day."""
+        self._keys_of_day: set[LedgerKey] = set()
+        """Those that have a line of their own on disk: the first MAX_LEDGER_KEYS of the day."""
 
     @property
     def folder(self) -> Path:
@@ -94,8 +94,8 @@ class Store:
         """Open the file. Raises StoreError if the directory cannot be used."""
         await self._disk.open()
         self._salvager.start()
-        await self._heed_purges()
-        self._ticking = asyncio.create_task(self._tick_for_ever())
+        await self._apply_purges()
+        self._ticking = asyncio.create_task(self._tick_forever())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -109,28 +109,28 @@ class Store:
         finally:
             await self._disk.close()
 
-    async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
+    async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord]:
         """Return the records that are there, by address. Never raises."""
         not_before = self._not_before
         found = {} if self._closing else await self._reader.lookup(addresses, not_before)
         return self._add_backlog(found, addresses, not_before)
 
-    def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+    def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord] | None:
         """Return the same for a few addresses; None if it has to be awaited. Never raises."""
         not_before = self._not_before
         found = None if self._closing else self._reader.lookup_nowait(addresses, not_before)
         return None if found is None else self._add_backlog(found, addresses, not_before)
 
     def _add_backlog(
-        self, found: dict[bytes, Found], addresses: Sequence[bytes], not_before: float
-    ) -> dict[bytes, Found]:
+        self, found: dict[bytes, StoredRecord], addresses: Sequence[bytes], not_before: float
+    ) -> dict[bytes, StoredRecord]:
         """Add what could not be written so far, and is kept in this process."""
         if self._pending.backlog and len(found) < len(addresses):
             for address in addresses:
                 kept = self._pending.backlog.get(address)
                 stored = kept and kept.stored
                 if kept and address not in found and stored is not None and stored >= not_before:
-                    found[address] = Found(kept.record, stored)
+                    found[address] = StoredRecord(kept.record, stored)
         return found
 
     @property
@@ -143,20 +143,20 @@ class Store:
     ) -> bool:
         """Write records, all or none; return whether they are on disk. Never raises."""
         now = time.time()
-        kept = {a: Kept(record, partition, now) for a, record in records.items()}
+        kept = {a: PendingRecord(record, partition, now) for a, record in records.items()}
         if self._cannot_write:
             if self._ticking is not None and not self._closing:
-                self._pending.failed(Changes(records=kept))
+                self._pending.keep_failed(Changes(records=kept))
             return False
         self._pending.changes.records.update(kept)
-        return await self._writer.written()
+        return await self._writer.commit()
 
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
         """Delete records that were found to be bad, unless they were replaced since."""
         if self._cannot_write:
             return False
         self._pending.changes.dead.extend(dead.items())
-        return await self._writer.written()
+        return await self._writer.commit()
 
     async def salvaged(self) -> None:
         """Wait until all that is whole in damaged files is in the present one. Never raises."""
@@ -166,18 +166,18 @@ class Store:
         """Note that entries were used; it is written in a while, not for its own sake."""
         self._pending.uses.note(addresses, Use(int(1000 * time.time()), partition))
 
-    def count(self, heading: Heading, usage: Usage) -> None:
+    def count(self, heading: LedgerKey, usage: Usage) -> None:
         """Add to the sums of what was answered; written with the next change, or in a while."""
         day = int(time.time() // 86_400)
         if day != self._day:
-            self._day, self._headings_of_day = day, set()
-        if heading in self._headings_of_day or len(self._headings_of_day) < MAX_HEADINGS:
-            self._headings_of_day.add(heading)
+            self._day, self._keys_of_day = day, set()
+        if heading in self._keys_of_day or len(self._keys_of_day) < MAX_LEDGER_KEYS:
+            self._keys_of_day.add(heading)
             self._pending.changes.count(day, heading, usage)
         else:
             self._pending.changes.count(day, heading.rest, usage)
         known = self.counted.get(heading)
-        if known is None and len(self.counted) >= MAX_HEADINGS:
+        if known is None and len(self.counted) >= MAX_LEDGER_KEYS:
             heading = heading.rest
             known = self.counted.get(heading)
         self.counted[heading] = usage if known is None else known.plus(usage)
@@ -186,7 +186,7 @@ class Store:
         """Write the sums so far; return whether they are on disk. Never raises."""
         if self._cannot_write:
             return False
-        return await self._writer.written()
+        return await self._writer.commit()
 
     async def ledger(
         self,
@@ -215,7 +215,7 @@ class Store:
     def _cannot_write(self) -> bool:
         return self._closing or not self._writer.ready
 
-    async def _tick_for_ever(self) -> None:
+    async def _tick_forever(self) -> None:
         for tick in itertools.count(1):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
@@ -236,7 +236,7 @@ class Store:
             except FAILURES:
                 self._writer.backoff.fail()
         await self._heed_damage()
-        await self._heed_purges()
+        await self._apply_purges()
         if tick % FLUSH_TICKS == 0:
             await self._writer.flush()
         if self._ttl_s and self._deletes_expired and tick % EXPIRY_TICKS == 1:
@@ -252,7 +252,7 @@ class Store:
             await self._disk.close_saved()
             self._salvager.start()
 
-    async def _heed_purges(self) -> None:
+    async def _apply_purges(self) -> None:
         """Forget what another process has deleted, if it has."""
         file, purges = self._disk.file, await self._purges_so_far()
         if purges is None:
@@ -268,7 +268,7 @@ class Store:
         if source is None or self._reader.backoff.is_waiting:
             return None
         try:
-            return await self._disk.read(partial(purge.so_far, source))
+            return await self._disk.read(partial(purge.count_purges, source))
         except FAILURES:
             # Whatever it is, the next reading of records finds it, and says so.
             return None
@@ -281,7 +281,9 @@ class Store:
         try:
             with contextlib.closing(WriterLock(self.folder.parent / EXPIRY_LOCK, 0)) as lock, lock:
                 # Nobody asked for it to be made unreadable: it is only too old to be served.
-                steps = purge.delete(target, purge.Choice(stored_before=before), overwrite=False)
+                steps = purge.delete(
+                    target, purge.PurgeFilter(stored_before=before), overwrite=False
+                )
                 while await self._disk.write(partial(next, steps, None)) is not None:
                     pass
         except TimeoutError as error:

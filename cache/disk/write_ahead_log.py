@@ -112,7 +112,7 @@ class Log:
         return f"frame {bad[0] + 1} of the write-ahead log does not verify, and commits follow"
 
 
-def beside(path: Path, name: str) -> Path:
+def sibling_path(path: Path, name: str) -> Path:
     """Return where SQLite keeps its LOG or SHARED_MEMORY: beside the file that a link leads to."""
     real = path.resolve()
     return real.with_name(real.name + name)
@@ -134,7 +134,7 @@ def is_open_without_log(path: Path) -> bool:
     Every connection that has read a database of this mode has its log open, and a shared lock: who
     asks for an exclusive one is refused.
     """
-    if beside(path, LOG).exists() or not has_content(path):
+    if sibling_path(path, LOG).exists() or not has_content(path):
         return False
     try:
         with contextlib.closing(
@@ -152,7 +152,7 @@ def is_open_without_log(path: Path) -> bool:
 def damage_of(path: Path) -> str:
     """Return how the log of the database at `path` is damaged; "" if it is not. Raises OSError."""
     try:
-        if not (log_path := beside(path, LOG)).is_file():
+        if not (log_path := sibling_path(path, LOG)).is_file():
             return ""  # SQLite says what else it is.
         if log_path.stat().st_size <= HEADER_BYTES + FRAME_HEADER_BYTES:
             return ""
@@ -180,7 +180,7 @@ def _committed_frames(path: Path, salts: bytes) -> int | None:
     It does not outlive a power cut, and may be that of another log: then the salts differ.
     """
     try:
-        file = os.open(beside(path, SHARED_MEMORY), os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(sibling_path(path, SHARED_MEMORY), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     # To close it would take the locks of other connections of this process. It is opened only where

@@ -1,11 +1,11 @@
-"""What the disk tier has still to write: changes that someone waits for, and others that can wait.
+"""Writes the changes of the disk tier, many in one transaction, one transaction at a time.
 
-The last uses of entries are among the others; they protect from eviction before they are written.
-Pure bookkeeping, for one thread: the event loop's.
+`Pending` collects the changes: those that somebody waits for, and those that can be deferred (uses
+of entries, ledger sums, records of failed writes). `Writer` writes them. A record that cannot be
+written stays in memory within a bound and is tried again. The last uses of entries protect from
+eviction before they are written, too.
 
-The writing half of the disk tier: all that waits goes into one transaction, one at a time.
-
-What could not be written is kept in memory, as far as there is room, and tried again.
+For one thread: the event loop's.
 """
 
 import asyncio
@@ -17,23 +17,28 @@ from itertools import islice
 
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
-from .changes import Changes, Kept, Use
+from .changes import Changes, PendingRecord, Use
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, Timeout, is_damage
 from .eviction import StoreFull
 
+log = logging.getLogger("embedding_proxy.store")
+
 MAX_USES = 50_000
-"""About how many uses are remembered at most. Of those noted last, at least half as many are."""
-MOST_BACKLOG_BYTES = 64 << 20
-"""The most of what could not be written that is kept for another try."""
+"""About how many uses are kept at most. Of the latest ones, at least half as many are."""
+MAX_BACKLOG_BYTES = 64 << 20
+"""Bytes of records of failed writes that are kept for another attempt."""
 USES_A_WRITE = 5_000
 RECORDS_A_WRITE = 2_000
+LAST_TRIES = 3
+WARNING_SECONDS = 10.0
+"""The same failure is logged once in so many seconds."""
 
 
-class Uses(Mapping[bytes, Use]):
-    """Uses by address, in two generations: to note thousands costs no more than two calls.
+class AccessLog(Mapping[bytes, Use]):
+    """The latest uses by address, in two generations: noting thousands takes two calls.
 
-    Each is given out once to be written, and remembered still.
+    `take` returns each use once, to be written; the mapping keeps it.
     """
 
     def __init__(self) -> None:
@@ -51,7 +56,7 @@ class Uses(Mapping[bytes, Use]):
             self._unwritten = {a: None for a in self._unwritten if a in self._old}
 
     def take(self, most: int) -> dict[bytes, Use]:
-        """Return uses that were not given out before, oldest first, at most so many."""
+        """Return at most `most` uses that were not taken before, oldest first."""
         taken = {address: self[address] for address in islice(self._unwritten, most)}
         for address in taken:
             del self._unwritten[address]
@@ -69,61 +74,61 @@ class Uses(Mapping[bytes, Use]):
 
 
 class Pending:
-    """Changes on their way to the disk."""
+    """Changes that are not on disk yet."""
 
     def __init__(self) -> None:
         self._changes = Changes()
-        self.uses = Uses()
+        self.uses = AccessLog()
         self._most_records = RECORDS_A_WRITE
-        self.backlog: dict[bytes, Kept] = {}
-        """Records that were bought and answered with, and that the disk would not take."""
+        self.backlog: dict[bytes, PendingRecord] = {}
+        """Records, by address, that clients were answered with and whose write failed."""
         self._backlog_bytes = 0
 
     @property
     def changes(self) -> Changes:
-        """What goes into the next transaction; add to it."""
+        """The changes of the next transaction; callers add to them."""
         return self._changes
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits that would be lost: neither records nor sums."""
+        """Whether no record and no ledger sum is pending. Uses may be: they can be lost."""
         return not (self.backlog or self._changes.usage or self._changes.records)
 
     def take(self) -> Changes:
-        """Return what is to be written now; what comes later is another transaction's."""
+        """Return the changes to write now; later ones go into the next transaction."""
         taken, self._changes = self._changes, Changes()
         return taken
 
-    def failed(self, changes: Changes) -> None:
-        """Keep what could not be written, as far as there is room."""
+    def keep_failed(self, changes: Changes) -> None:
+        """Keep changes whose write failed: all sums, and records up to MAX_BACKLOG_BYTES."""
         for (day, heading), usage in changes.usage.items():
             self._changes.count(day, heading, usage)
         if changes.records and changes.records.keys() <= self.backlog.keys():
-            # What was tried again and failed again goes behind the rest, and in smaller lots: one
-            # record that can never be written must not keep all others out.
+            # A record that failed again goes behind the others, in smaller transactions:
+            # one record that can never be written must not block all others.
             self._most_records = max(1, self._most_records // 2)
         for address, kept in changes.records.items():
-            known = [self.backlog.pop(address)] if address in self.backlog else []
-            self._backlog_bytes -= sum(len(old.record) for old in known)
-            newer = max(*known, kept, key=lambda one: one.stored or 0.0) if known else kept
-            if self._backlog_bytes + len(newer.record) <= MOST_BACKLOG_BYTES:
+            older = [self.backlog.pop(address)] if address in self.backlog else []
+            self._backlog_bytes -= sum(len(old.record) for old in older)
+            newer = max(*older, kept, key=lambda one: one.stored or 0.0) if older else kept
+            if self._backlog_bytes + len(newer.record) <= MAX_BACKLOG_BYTES:
                 self.backlog[address] = newer
                 self._backlog_bytes += len(newer.record)
 
     def forget_backlog(self) -> None:
-        """Drop what could not be written: what was purged must not come back with it."""
+        """Drop the records of failed writes, so that they do not restore what was purged."""
         self.backlog.clear()
         self._backlog_bytes = 0
 
-    def written(self, records: Mapping[bytes, Kept]) -> None:
-        """Note that records are on disk: older ones of their addresses need no other try."""
+    def note_written(self, records: Mapping[bytes, PendingRecord]) -> None:
+        """Remove records that are on disk now from the backlog."""
         if records:
             self._most_records = RECORDS_A_WRITE
         for address in self.backlog.keys() & records.keys():
             self._backlog_bytes -= len(self.backlog.pop(address).record)
 
-    def take_what_can_wait(self) -> Changes | None:
-        """Return a transaction's worth of uses, sums and backlog; None if there is nothing."""
+    def take_deferred(self) -> Changes | None:
+        """Return one transaction of uses, sums and backlog; None if there is none."""
         uses = self.uses.take(USES_A_WRITE)
         if not (uses or self.backlog or self._changes.usage):
             return None
@@ -132,62 +137,54 @@ class Pending:
         return Changes(records=records, keep_newer=True, used=uses, usage=usage)
 
 
-log = logging.getLogger("embedding_proxy.store")
-
-
-LAST_TRIES = 3
-WARNING_SECONDS = 10.0
-"""How long the same failure is not said again."""
-
-
 class Writer:
-    """Writes what is pending. For one thread: the event loop's. Never raises."""
+    """Writes pending changes to the file. For one thread: the event loop's. Never raises."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self.backoff = Backoff(threshold=THRESHOLD)
         self.pending = Pending()
         self._warned = "", 0.0
-        # What those will be told whose changes wait, and the task that writes them.
-        self._landing: asyncio.Future[bool] | None = None
+        # The result for the callers whose changes are pending, and the task that writes.
+        self._commit: asyncio.Future[bool] | None = None
         self._drain: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether there is a file, and it is not left alone."""
+        """Whether there is a file, and no backoff from it."""
         return self._disk.file is not None and not self.backoff.is_waiting
 
-    async def written(self) -> bool:
-        """Wait until all changes so far are on disk, or have failed to get there."""
-        if self._landing is None:
-            self._landing = asyncio.get_running_loop().create_future()
-        landing = self._landing
+    async def commit(self) -> bool:
+        """Wait until all changes so far were written; return whether they are on disk."""
+        if self._commit is None:
+            self._commit = asyncio.get_running_loop().create_future()
+        commit = self._commit
         if self._drain is None:
             self._drain = asyncio.create_task(self._write_out())
-        return await asyncio.shield(landing)
+        return await asyncio.shield(commit)
 
     async def _write_out(self) -> None:
-        while self._landing is not None:
+        while self._commit is not None:
             changes = self.pending.take()
-            landing, self._landing = self._landing, None
-            landed = False
+            commit, self._commit = self._commit, None
+            is_written = False
             try:
-                landed = await self._write(changes)
+                is_written = await self._write(changes)
             except Exception:
-                # Those who wait must hear of it, and those who come later need a writer.
+                # Waiting callers need a result, and later ones a task that writes.
                 log.exception("writing to the disk tier failed")
             finally:
-                landing.set_result(landed)
+                commit.set_result(is_written)
         self._drain = None
 
     async def _write(self, changes: Changes) -> bool:
-        """Write changes; return whether all of them are on disk. Those that are not are kept."""
+        """Write changes and return whether all are on disk. Those that failed stay pending."""
         file = self._disk.file
         parts = [changes] if file is None else list(changes.parts(file.most_bytes))
-        for place, part in enumerate(parts):
+        for index, part in enumerate(parts):
             if not await self._write_part(part):
-                for left in parts[place:]:
-                    self.pending.failed(left)
+                for remaining in parts[index:]:
+                    self.pending.keep_failed(remaining)
                 return False
         return True
 
@@ -203,7 +200,7 @@ class Writer:
                     await self.replace(target)
                     continue
                 self._warn(error, len(changes.records))
-                # Where the sums can be written, it is not the disk that fails.
+                # If the sums can be written, the records fail and not the disk.
                 if not isinstance(error, StoreFull) and not await self._sums_written(
                     target, changes, error
                 ):
@@ -214,17 +211,17 @@ class Writer:
                 log.exception("writing to the disk tier failed")
                 return False
             self.backoff.succeed()
-            self.pending.written(changes.records)
+            self.pending.note_written(changes.records)
             return True
         return False
 
     async def _sums_written(self, target: Database, changes: Changes, error: BaseException) -> bool:
-        """Write the sums of changes that failed: a record that cannot be kept is paid for, too.
+        """Write the sums of changes that failed: a record that cannot be stored was paid for, too.
 
-        Returns whether there were any, and they are on disk.
+        Returns whether there were sums and they are on disk.
         """
         if not (changes.records and changes.usage) or isinstance(error, TimeoutError | Timeout):
-            # A second wait for the same lock would come to nothing.
+            # Waiting for the same lock a second time would fail, too.
             return False
         try:
             await self._disk.write(partial(target.write, Changes(usage=changes.usage)))
@@ -234,7 +231,7 @@ class Writer:
         return True
 
     def _warn(self, error: BaseException, count: int) -> None:
-        """Say what failed; the same again only after a while."""
+        """Log what failed; the same failure once in WARNING_SECONDS."""
         why = str(error) or "it is locked"
         now = time.monotonic()
         if self._warned[0] != why or now >= self._warned[1]:
@@ -242,10 +239,10 @@ class Writer:
             log.warning("writing to the disk tier failed, %d not kept: %s", count, why)
 
     async def finish(self) -> None:
-        """Wait for what is being written, and write what could wait, whatever failed before.
+        """Wait for the current transaction, then write all that is deferred, despite any backoff.
 
-        What is still refused is lost: so it is tried some times, and the room that is otherwise
-        left free on the file system is used.
+        What fails now is lost. So there are LAST_TRIES attempts, and they may use the space that is
+        otherwise left free on the file system.
         """
         if self._drain is not None:
             await self._drain
@@ -263,14 +260,14 @@ class Writer:
         )
 
     async def flush(self) -> None:
-        """Write what could wait, some thousand rows a transaction."""
+        """Write deferred changes, some thousand rows in each transaction."""
         while self.ready:
-            changes = self.pending.take_what_can_wait()
+            changes = self.pending.take_deferred()
             if changes is None or not await self._write(changes):
                 return
 
     async def replace(self, old: Database) -> None:
-        """Let go of a file that cannot be used any more, and open a fresh one."""
+        """Close a file that cannot be used any more, and open a new one."""
         try:
             await self._disk.replace(old)
         except FAILURES as error:

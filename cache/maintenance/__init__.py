@@ -1,1 +1,1 @@
-"""What people do with a store beside serving from it: look, mend, copy, carry."""
+"""Maintenance of a store: statistics, verification, repair, backup, archives and imports."""

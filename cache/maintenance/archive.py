@@ -1,8 +1,4 @@
-"""Rows out of a store and into a store, a batch at a time. What is whole goes; nothing is replaced.
-
-A running proxy goes on meanwhile: each batch is a read or a transaction of its own.
-
-Rows <-> one file that is carried from store to store. Pure.
+"""Archives: the rows of a store in one file, and their way out of a store and into another.
 
 An archive is a sequence of frames, written and read as a stream; `cat a b > c` makes one of two.
 
@@ -25,8 +21,12 @@ names it, and again before the first that does so in each further 256 entries; o
 never mistaken for another. A later version gives a frame that means something else a new type: its
 frames are understood, or not, whether or not its start was lost.
 
-Where no whole frame is, the reader looks for the next one, so damage costs the frames it hit and no
-other. A checksum finds damage, not malice.
+After damage the reader looks for the next whole frame, so damage costs no frame but those it hit. A
+checksum finds damage, not malice.
+
+`write` and `read` are pure. `export_rows` and `import_rows` work on a store in batches, each a read
+or a transaction of its own, so a running proxy goes on meanwhile. Only whole rows are copied, and
+no row of a store is replaced, except a damaged one.
 """
 
 import math
@@ -38,58 +38,261 @@ from typing import BinaryIO
 
 import orjson
 from embedding_proxy.cache import record
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.database import Database
-from embedding_proxy.cache.disk.purge import Choice, where
+from embedding_proxy.cache.disk.purge import PurgeFilter, where
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Partition, Row, checksum
-from embedding_proxy.cache.record import vector_of, width
 from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.providers.vector import is_finite
 
-from .short_reads import id_ranges
+from .short_reads import MAX_ID, id_ranges
+
+FORMAT = 1
+"""Version of the format described above."""
+MAX_PAYLOAD_BYTES = 1 << 20
+"""Bound of a payload, and so of the read-ahead; a record of 65,536 dimensions takes a quarter."""
+_RENEWED_ENTRIES = 256
+_CHUNK = 1 << 18
+
+_MAGIC = b"EMBA"
+_HEADER = struct.Struct("<4sBI")
+_CHECKSUM = 8
+_OVERHEAD = _HEADER.size + _CHECKSUM
+_ENTRY_HEADER = struct.Struct("<d16s8s")
+_START, _PARTITION, _ENTRY, _END = 1, 2, 3, 4
 
 ROWS_A_BATCH = 500
 ENTRIES_A_RANGE = 20_000
-_END = (1 << 63) - 1
 RECORD_COLUMNS = (
     "CASE typeof(key) WHEN 'blob' THEN key END, raw, mode,"
     " CASE typeof(value) WHEN 'blob' THEN value END"
 )
-"""A text that is none would stop the reading of all rows."""
+"""A text that is not valid UTF-8 would end the query, so only blobs are read."""
+
+
+class ArchiveError(Exception):
+    """The file is no archive, or one of a later format; the message is for the user."""
 
 
 @dataclass
-class Read:
-    """What came of reading a store's rows."""
+class ArchiveReport:
+    """The result of reading an archive."""
+
+    entries: int = 0
+    """Whole entries; all were yielded."""
+    damaged_bytes: int = 0
+    damaged_places: int = 0
+    """Runs of damaged bytes, and whole frames with a damaged record or of an unknown type."""
+    missing: int = 0
+    """Entries that end frames count and that were not found, at least: end frames may be lost."""
+    complete: bool = False
+    """Whether every written entry was found; False until the archive is read to its end."""
+
+    def damage(self, size: int) -> None:
+        """Count one more damaged place."""
+        self.damaged_places += 1
+        self.damaged_bytes += size
+
+
+def write(file: BinaryIO, rows: Iterable[Row]) -> int:
+    """Write an archive and return the number of its entries. Flushes and closes nothing.
+
+    Raises ValueError for a row that `read` would not return unchanged. If `rows` raises, the end is
+    not written, and `read` reports the archive as incomplete.
+    """
+    count = 0
+    references: dict[Partition | None, bytes] = {}
+    file.write(_frame_of(_START, struct.pack("<I", FORMAT)))
+    for address, raw, stored, partition in rows:
+        if len(address) != 16:
+            raise ValueError(f"An address has 16 bytes, not {len(address)}.")
+        if count % _RENEWED_ENTRIES == 0:
+            references.clear()
+        if partition not in references:
+            text = orjson.dumps(partition and partition._asdict())
+            file.write(_frame_of(_PARTITION, text))
+            references[partition] = checksum(text)
+        head = _ENTRY_HEADER.pack(stored, address, references[partition])
+        file.write(_frame_of(_ENTRY, head + raw))
+        count += 1
+    file.write(_frame_of(_END, struct.pack("<Q", count)))
+    return count
+
+
+def read(file: BinaryIO, report: ArchiveReport) -> Iterator[Row]:
+    """Yield the row of every whole entry, and fill the report meanwhile.
+
+    A row is yielded as it was written, or not at all; only its partition may be None instead. The
+    file is read forward, to its end. Raises ArchiveError if no frame is whole, as soon as a later
+    format begins, and at a whole frame that no release can have written: a vector without numbers
+    or with one that is not finite, a width below 1, a time that is not finite.
+    """
+    known = LRUCache[bytes, tuple[Partition | None]](_RENEWED_ENTRIES)
+    kind, begun, whole, seen = None, False, True, 0
+    for kind, payload in _frames(file, report):
+        # A loss of whole frames leaves no damaged bytes.
+        whole &= begun == (kind != _START)
+        if kind == _START:
+            _check_version(payload)
+            begun, seen = True, 0
+        elif kind == _END:
+            promised = int.from_bytes(payload, "little")
+            whole &= seen == promised
+            report.missing += max(0, promised - seen)
+            begun, seen = False, 0
+        elif kind == _ENTRY:
+            seen += 1
+            entry = payload[_ENTRY_HEADER.size :]
+            if record.width(entry) is None:
+                report.damage(_OVERHEAD + len(payload))
+                continue
+            stored, address, reference = _ENTRY_HEADER.unpack_from(payload)
+            _check_entry(report.entries + 1, entry, stored)
+            partition = known.get(reference)
+            whole &= partition is not None
+            report.entries += 1
+            yield Row(address, entry, stored, partition and partition[0])
+        elif kind != _PARTITION or not _note_partition(payload, known):
+            report.damage(_OVERHEAD + len(payload))
+    if kind is None:
+        raise ArchiveError("This is no archive of embeddings, or nothing of it is left.")
+    report.complete = whole and not begun and not report.damaged_places
+
+
+def _frame_of(kind: int, payload: bytes) -> bytes:
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"A frame holds no {len(payload)} bytes.")
+    body = _HEADER.pack(_MAGIC, kind, len(payload)) + payload
+    return body + checksum(body)
+
+
+def _check_version(payload: bytes) -> None:
+    version = int.from_bytes(payload[:4], "little")
+    if version > FORMAT:
+        raise ArchiveError(f"The archive has format {version}; this release reads {FORMAT} only.")
+
+
+def _check_entry(number: int, entry: bytes, stored: float) -> None:
+    """Raise ArchiveError for an undamaged entry that no release writes."""
+    problem = None
+    if record.width(entry) == 0:
+        problem = "its vector holds no number"
+    elif not is_finite(record.vector_of(entry)):
+        problem = "its vector holds a number that is not finite"
+    elif not math.isfinite(stored):
+        problem = "the time when it was stored is not finite"
+    if problem is not None:
+        raise ArchiveError(f"Entry {number:,} of the archive cannot be used: {problem}.")
+
+
+def _note_partition(text: bytes, known: LRUCache[bytes, tuple[Partition | None]]) -> bool:
+    """Store a partition under its reference, in a tuple; return whether the text is one."""
+    found = None
+    try:
+        match orjson.loads(text):
+            case {"namespace": str(namespace), "space": str(space), "dimensions": int(dimensions)}:
+                if dimensions < 1:
+                    raise ArchiveError(
+                        f"The archive cannot be used: it names vectors of {dimensions} dimensions."
+                    )
+                found = Partition(namespace, space, dimensions)
+            case said if said is not None:
+                return False
+    except orjson.JSONDecodeError:
+        return False
+    known[checksum(text)] = (found,)
+    return True
+
+
+def _frames(file: BinaryIO, report: ArchiveReport) -> Iterator[tuple[int, bytes]]:
+    """Yield type and payload of every whole frame; count the bytes between them as damage."""
+    frames = _FrameReader(file)
+    skipped = 0
+    while frames.has(1):
+        frame = frames.frame()
+        if frame is None:
+            skipped += frames.skip()
+            continue
+        if skipped:
+            report.damage(skipped)
+            skipped = 0
+        yield frame
+    if skipped:
+        report.damage(skipped)
+
+
+class _FrameReader:
+    """Finds frames in a file; holds at most one frame and one chunk of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._data = b""
+        self._at = 0
+
+    def has(self, size: int) -> bool:
+        """Read until `size` bytes are in the buffer; return whether the file has them."""
+        while len(self._data) - self._at < size:
+            more = self._file.read(_CHUNK)
+            if not more:
+                return False
+            self._data, self._at = self._data[self._at :] + more, 0
+        return True
+
+    def frame(self) -> tuple[int, bytes] | None:
+        """Take the frame that begins here; None if there is none, or if it is not whole."""
+        if not self.has(_HEADER.size):
+            return None
+        magic, kind, length = _HEADER.unpack_from(self._data, self._at)
+        if magic != _MAGIC or length > MAX_PAYLOAD_BYTES or not self.has(_OVERHEAD + length):
+            return None
+        start = self._at + _HEADER.size
+        end = start + length
+        if checksum(memoryview(self._data)[self._at : end]) != self._data[end : end + _CHECKSUM]:
+            return None
+        self._at = end + _CHECKSUM
+        return kind, self._data[start:end]
+
+    def skip(self) -> int:
+        """Skip to where a frame may begin; return the number of bytes skipped."""
+        start = self._at
+        found = self._data.find(_MAGIC, start + 1)
+        # The last three bytes may be the beginning of a magic that is not yet read whole.
+        self._at = found if found >= 0 else max(start + 1, len(self._data) - len(_MAGIC) + 1)
+        return self._at - start
+
+
+@dataclass
+class ExportReport:
+    """The result of reading rows of a store."""
 
     damaged: int = 0
-    """Rows whose record does not verify; they are left out."""
+    """Rows whose record is damaged; they are left out."""
 
 
 @dataclass
-class Written:
-    """What came of writing rows into a store."""
+class ImportReport:
+    """The result of writing rows into a store."""
 
     stored: int = 0
     present: int = 0
-    """Those that were there already, or came twice."""
+    """Rows that the store has already, or that came twice."""
     refused: int = 0
-    """Those whose record does not verify."""
+    """Rows whose record is damaged."""
 
 
-def rows(database: ReadableFile, choice: Choice, report: Read) -> Iterator[Row]:
-    """Yield the chosen rows that are whole, in the order in which they lie. Raises FAILURES."""
+def export_rows(database: ReadableFile, choice: PurgeFilter, report: ExportReport) -> Iterator[Row]:
+    """Yield the chosen rows that are whole, in the order of the file. Raises FAILURES."""
     condition, values = where(choice)
-    if choice == Choice():
-        # Also rows that no row of `Entries` knows.
+    if choice == PurgeFilter():
+        # Also records without a row of `Entries`.
         tables = "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
-        ranges = iter([(0, _END)])
+        ranges = iter([(0, MAX_ID)])
     else:
-        # The narrow table is read in ranges: few of its rows may be chosen, far from one another.
+        # The narrow table is read in ranges: few of its rows may be chosen, and far apart.
         tables = "Entries CROSS JOIN Cache ON Cache.rowid = Entries.id"
         ranges = id_ranges(database, ENTRIES_A_RANGE)
-    number = "Cache.rowid" if choice == Choice() else "Entries.id"
+    number = "Cache.rowid" if choice == PurgeFilter() else "Entries.id"
     statement = (
         f"SELECT {number}, {RECORD_COLUMNS},"
         " coalesce(stored / 1000.0, CAST(store_time AS REAL), 0), namespace, space, dimensions"
@@ -116,17 +319,19 @@ def is_record(key: object, raw: object, mode: object, value: object) -> bool:
     return raw == 1 and mode == 1 and type(value) is bytes and type(key) is bytes and len(key) == 16
 
 
-def put(database: ReadableFile, new: Iterable[Row], *, dry_run: bool = False) -> Iterator[Written]:
-    """Write the rows that are not there yet; yield the sums so far after each batch.
+def import_rows(
+    database: ReadableFile, new: Iterable[Row], *, dry_run: bool = False
+) -> Iterator[ImportReport]:
+    """Write the rows that the store lacks; yield the sums so far after each batch.
 
-    Any readable file serves `dry_run`; else it is a Database. Raises FAILURES, and what `new`
+    For `dry_run` any readable file will do; else it is a Database. Raises FAILURES, and what `new`
     raises.
     """
-    sums = Written()
+    sums = ImportReport()
     for batch in _batches(new):
         now = time.time()
         whole = 0
-        wanted: dict[bytes, Kept] = {}
+        by_address: dict[bytes, PendingRecord] = {}
         for row in batch:
             width = record.width(row.record)
             if width is None:
@@ -135,16 +340,18 @@ def put(database: ReadableFile, new: Iterable[Row], *, dry_run: bool = False) ->
             whole += 1
             known = row.partition is not None and row.partition.dimensions == width
             stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
-            # Of two rows of one address the first is the better known (see `salvage`).
-            wanted.setdefault(
-                row.address, Kept(row.record, row.partition if known else None, stored)
+            # Of two rows of one address the first is the more certain (see `disk.salvage`).
+            by_address.setdefault(
+                row.address, PendingRecord(row.record, row.partition if known else None, stored)
             )
-        there = database.read_many(list(wanted))
+        stored_records = database.read_many(list(by_address))
         bad = [
-            (a, found.record) for a, found in there.items() if record.width(found.record) is None
+            (a, found.record)
+            for a, found in stored_records.items()
+            if record.width(found.record) is None
         ]
-        missing = {a: kept for a, kept in wanted.items() if a not in there} | {
-            address: wanted[address] for address, _ in bad
+        missing = {a: kept for a, kept in by_address.items() if a not in stored_records} | {
+            address: by_address[address] for address, _ in bad
         }
         if missing and not dry_run:
             if not isinstance(database, Database):
@@ -156,7 +363,7 @@ def put(database: ReadableFile, new: Iterable[Row], *, dry_run: bool = False) ->
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield all rows in batches; those before a failure come before it."""
+    """Yield all rows in batches; the rows before a failure are yielded before it is raised."""
     batch: list[Row] = []
     try:
         for row in rows:
@@ -170,209 +377,3 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         raise
     if batch:
         yield batch
-
-
-FORMAT = 1
-"""Version of the bytes described above."""
-MOST_BYTES = 1 << 20
-"""Longest payload; a record of 65,536 dimensions takes a quarter. Bounds what is read ahead."""
-_RENEWED_ENTRIES = 256
-_CHUNK = 1 << 18
-
-_MAGIC = b"EMBA"
-_HEADER = struct.Struct("<4sBI")
-_CHECKSUM = 8
-_AROUND = _HEADER.size + _CHECKSUM
-_ENTRY_HEADER = struct.Struct("<d16s8s")
-_START, _PARTITION, _ENTRY, _ARCHIVE_END = 1, 2, 3, 4
-
-
-class ArchiveError(Exception):
-    """What was given is no archive, or one of a later format; the message is for the user."""
-
-
-@dataclass
-class Report:
-    """What reading an archive came to."""
-
-    entries: int = 0
-    """Whole entries, all of them handed out."""
-    damaged_bytes: int = 0
-    damaged_places: int = 0
-    """Stretches of damage, and whole frames that hold a damaged record or nothing known."""
-    missing: int = 0
-    """Entries that were promised and not seen, at least: who lost the end lost its promise."""
-    complete: bool = False
-    """Whether all that was written is here; False until the archive has been read to its end."""
-
-    def damage(self, size: int) -> None:
-        """Count one more damaged place."""
-        self.damaged_places += 1
-        self.damaged_bytes += size
-
-
-def write(file: BinaryIO, rows: Iterable[Row]) -> int:
-    """Write an archive and return the number of its entries. Flushes and closes nothing.
-
-    Raises ValueError for a row that would not come back as it is. If `rows` raises, the end is not
-    written, and what is there will be read as incomplete.
-    """
-    count = 0
-    references: dict[Partition | None, bytes] = {}
-    file.write(_framed(_START, struct.pack("<I", FORMAT)))
-    for address, raw, stored, partition in rows:
-        if len(address) != 16:
-            raise ValueError(f"An address has 16 bytes, not {len(address)}.")
-        if count % _RENEWED_ENTRIES == 0:
-            references.clear()
-        if partition not in references:
-            text = orjson.dumps(partition and partition._asdict())
-            file.write(_framed(_PARTITION, text))
-            references[partition] = checksum(text)
-        head = _ENTRY_HEADER.pack(stored, address, references[partition])
-        file.write(_framed(_ENTRY, head + raw))
-        count += 1
-    file.write(_framed(_ARCHIVE_END, struct.pack("<Q", count)))
-    return count
-
-
-def read(file: BinaryIO, report: Report) -> Iterator[Row]:
-    """Yield the row of every whole entry, and fill the report meanwhile.
-
-    A row comes out as it was written, or not at all; only its partition may have become None. The
-    file is read forward, to its end. Raises ArchiveError if not one frame is whole, as soon as a
-    later format begins, and at a whole frame that no release can have written: a vector without
-    numbers or with one that is not finite, a width below 1, a time that is not finite.
-    """
-    known = LRUCache[bytes, tuple[Partition | None]](_RENEWED_ENTRIES)
-    kind, begun, whole, seen = None, False, True, 0
-    for kind, payload in _frames(file, report):
-        # A loss that ends where frames end leaves no damage behind.
-        whole &= begun == (kind != _START)
-        if kind == _START:
-            _check_version(payload)
-            begun, seen = True, 0
-        elif kind == _ARCHIVE_END:
-            promised = int.from_bytes(payload, "little")
-            whole &= seen == promised
-            report.missing += max(0, promised - seen)
-            begun, seen = False, 0
-        elif kind == _ENTRY:
-            seen += 1
-            record = payload[_ENTRY_HEADER.size :]
-            if width(record) is None:
-                report.damage(_AROUND + len(payload))
-                continue
-            stored, address, reference = _ENTRY_HEADER.unpack_from(payload)
-            _check_entry(report.entries + 1, record, stored)
-            partition = known.get(reference)
-            whole &= partition is not None
-            report.entries += 1
-            yield Row(address, record, stored, partition and partition[0])
-        elif kind != _PARTITION or not _learn(payload, known):
-            report.damage(_AROUND + len(payload))
-    if kind is None:
-        raise ArchiveError("This is no archive of embeddings, or nothing of it is left.")
-    report.complete = whole and not begun and not report.damaged_places
-
-
-def _framed(kind: int, payload: bytes) -> bytes:
-    if len(payload) > MOST_BYTES:
-        raise ValueError(f"A frame holds no {len(payload)} bytes.")
-    body = _HEADER.pack(_MAGIC, kind, len(payload)) + payload
-    return body + checksum(body)
-
-
-def _check_version(payload: bytes) -> None:
-    version = int.from_bytes(payload[:4], "little")
-    if version > FORMAT:
-        raise ArchiveError(f"The archive has format {version}; this release reads {FORMAT} only.")
-
-
-def _check_entry(number: int, record: bytes, stored: float) -> None:
-    """Raise ArchiveError for an entry that no release writes, though it is not damaged."""
-    problem = None
-    if width(record) == 0:
-        problem = "its vector holds no number"
-    elif not is_finite(vector_of(record)):
-        problem = "its vector holds a number that is not finite"
-    elif not math.isfinite(stored):
-        problem = "the time when it was stored is not finite"
-    if problem is not None:
-        raise ArchiveError(f"Entry {number:,} of the archive cannot be used: {problem}.")
-
-
-def _learn(text: bytes, known: LRUCache[bytes, tuple[Partition | None]]) -> bool:
-    """Remember a partition under its reference, in a tuple; return whether it was one."""
-    found = None
-    try:
-        match orjson.loads(text):
-            case {"namespace": str(namespace), "space": str(space), "dimensions": int(dimensions)}:
-                if dimensions < 1:
-                    raise ArchiveError(
-                        f"The archive cannot be used: it names vectors of {dimensions} dimensions."
-                    )
-                found = Partition(namespace, space, dimensions)
-            case said if said is not None:
-                return False
-    except orjson.JSONDecodeError:
-        return False
-    known[checksum(text)] = (found,)
-    return True
-
-
-def _frames(file: BinaryIO, report: Report) -> Iterator[tuple[int, bytes]]:
-    """Yield type and payload of every whole frame; count what lies between them as damage."""
-    ahead = _Ahead(file)
-    skipped = 0
-    while ahead.has(1):
-        frame = ahead.frame()
-        if frame is None:
-            skipped += ahead.skip()
-            continue
-        if skipped:
-            report.damage(skipped)
-            skipped = 0
-        yield frame
-    if skipped:
-        report.damage(skipped)
-
-
-class _Ahead:
-    """What was read of a file and not yet used: at most a frame and a chunk."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._data = b""
-        self._at = 0
-
-    def has(self, size: int) -> bool:
-        """Read on until `size` bytes lie ahead; return whether the file has them."""
-        while len(self._data) - self._at < size:
-            more = self._file.read(_CHUNK)
-            if not more:
-                return False
-            self._data, self._at = self._data[self._at :] + more, 0
-        return True
-
-    def frame(self) -> tuple[int, bytes] | None:
-        """Take the frame that begins here; None if none does, or if it is not whole."""
-        if not self.has(_HEADER.size):
-            return None
-        magic, kind, length = _HEADER.unpack_from(self._data, self._at)
-        if magic != _MAGIC or length > MOST_BYTES or not self.has(_AROUND + length):
-            return None
-        start = self._at + _HEADER.size
-        end = start + length
-        if checksum(memoryview(self._data)[self._at : end]) != self._data[end : end + _CHECKSUM]:
-            return None
-        self._at = end + _CHECKSUM
-        return kind, self._data[start:end]
-
-    def skip(self) -> int:
-        """Go on to where a frame may begin; return the number of bytes passed over."""
-        start = self._at
-        found = self._data.find(_MAGIC, start + 1)
-        # The last three bytes may be the beginning of a magic that is not yet read whole.
-        self._at = found if found >= 0 else max(start + 1, len(self._data) - len(_MAGIC) + 1)
-        return self._at - start

@@ -22,7 +22,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RejectedPair:
     """What stands in place of a pair that cannot be used; the next one may be good."""
 
     where: str
@@ -42,42 +42,42 @@ class Source(Protocol):
         """What the source is called in messages."""
         ...
 
-    def __iter__(self) -> Iterator[Pair | Refused]:
+    def __iter__(self) -> Iterator[Pair | RejectedPair]:
         """Give one item for each thing read. Raises SourceError when reading cannot go on."""
         ...
 
 
-def to_pair(where: str, text: object, vector: object) -> Pair | Refused:
+def to_pair(where: str, text: object, vector: object) -> Pair | RejectedPair:
     r"""Make a pair of what was read; `vector` is a list of numbers, base64, or float32 bytes.
 
     >>> to_pair("line 1", "a", [1, 2])
     Pair(text='a', vector=b'\x00\x00\x80?\x00\x00\x00@')
     >>> to_pair("line 2", "", [1, 2])
-    Refused(where='line 2', why='the text is empty')
+    RejectedPair(where='line 2', why='the text is empty')
     """
     text = to_text(where, text)
-    if isinstance(text, Refused):
+    if isinstance(text, RejectedPair):
         return text
     if isinstance(vector, bytes):
         return Pair(text, vector)
     try:
         return Pair(text, from_wire(vector))
     except VectorError as error:
-        return Refused(where, f"the vector: {error}")
+        return RejectedPair(where, f"the vector: {error}")
 
 
-def to_text(where: str, text: object) -> str | Refused:
+def to_text(where: str, text: object) -> str | RejectedPair:
     """Return the text if it is one."""
     if text is None:
-        return Refused(where, "the text is missing")
+        return RejectedPair(where, "the text is missing")
     if not isinstance(text, str):
-        return Refused(where, "the text is not a string")
+        return RejectedPair(where, "the text is not a string")
     if not text:
-        return Refused(where, "the text is empty")
+        return RejectedPair(where, "the text is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
-        return Refused(where, "the text holds half of a surrogate pair")
+        return RejectedPair(where, "the text holds half of a surrogate pair")
     return text
 
 

@@ -29,6 +29,8 @@ ROOM_SECONDS = 1.0
 """The longest wait for the log to be begun anew."""
 TRIES = 5
 """How often a long statement is tried before it is given up."""
+MAX_ID = (1 << 63) - 1
+"""The largest id of a row in SQLite."""
 NO_LIMIT_BYTES = 64 << 20
 """The limit of a log that has none of its own."""
 

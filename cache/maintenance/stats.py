@@ -1,4 +1,4 @@
-"""What a store holds and what it has saved, summed by partition."""
+"""Statistics of a store: entries, bytes and savings, by partition."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.disk.schema import Sql
-from embedding_proxy.cache.disk.write_ahead_log import LOG, beside
+from embedding_proxy.cache.disk.write_ahead_log import LOG, sibling_path
 from embedding_proxy.cache.key import UNKNOWN, Partition
 from embedding_proxy.cache.ledger import Usage
 
@@ -101,7 +101,7 @@ def gather(database: ReadableFile) -> Stats:
         sums = usage.get(number, Usage())
         held.append(Held(partition, count, size, oldest, newest, last_used, sums))
     ((since,),) = sql("SELECT min(day) FROM Usage")
-    sizes = _size(database.path), _size(beside(database.path, LOG))
+    sizes = _size(database.path), _size(sibling_path(database.path, LOG))
     return Stats(*sizes, since, tuple(held))
 
 

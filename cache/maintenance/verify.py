@@ -21,13 +21,12 @@ from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.disk.schema import Sql
 
 from .archive import RECORD_COLUMNS, is_record
-from .short_reads import LogWatch, Pauses, connect, id_ranges
+from .short_reads import MAX_ID, LogWatch, Pauses, connect, id_ranges
 
 ROWS_A_BATCH = 500
 ENTRIES_A_BATCH = 10_000
 MAX_PLACES = 1000
 """How many stretches of the file are remembered for mending; then they are joined."""
-_END = (1 << 63) - 1
 _DIGEST = slice(16, 32)
 """Where a record has its check digest."""
 _BATCH = f"""
@@ -134,9 +133,9 @@ def _scan_records(database: ReadableFile, findings: Findings) -> Iterator[int]:
     count = ROWS_A_BATCH
     while count == ROWS_A_BATCH:
         began = time.monotonic()
-        batch = sql(_BATCH.format(limit=ROWS_A_BATCH), {"after": after, "last": _END}).fetchall()
+        batch = sql(_BATCH.format(limit=ROWS_A_BATCH), {"after": after, "last": MAX_ID}).fetchall()
         count = len(batch)
-        last = batch[-1][0] if count == ROWS_A_BATCH else _END
+        last = batch[-1][0] if count == ROWS_A_BATCH else MAX_ID
         ((orphans,),) = sql(f"SELECT count(*) {_ORPHANS}", {"after": after, "last": last})
         is_mendable = orphans > 0
         findings.orphans += orphans

@@ -1,1 +1,1 @@
-"""The parts of a migration, from the plan to the end of the old collection."""
+"""The parts of a migration, from the plan to the deletion of the old collection."""

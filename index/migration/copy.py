@@ -1,8 +1,7 @@
-"""The passes of a migration: points of the old collection become points of the new one.
+"""The passes of a migration, which make points of the old collection points of the new one.
 
-Where vectors are copied, sampled texts prove before that they may be: what is known may be wrong.
-
-A point is written with a sound vector of the new model, or not at all: then a dead letter says why.
+Before vectors are copied, sampled texts verify that they may be: what is known may be wrong. A
+point is written with a sound vector of the new model, or not at all: then a dead letter says why.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from embedding_proxy.index.collection_reader import Page, Point, PointId
 from embedding_proxy.providers import vector
 
-from .embedding import Refused
+from .embedding import Rejection
 from .runner import Migration, MigrationRefused
 from .snapshot import Snapshot
 from .state import Phase
@@ -27,12 +26,12 @@ Refusals = dict[PointId, tuple[bytes, str]]
 """Points that cannot be carried: the digest of their payload then, and why."""
 
 SAME_NUMBERS = 0.99999
-"""The least cosine of a copied vector and its copy: servers normalise what they store anew."""
+"""The least cosine of a vector and its copy: servers normalise vectors when they store them."""
 
 
 @dataclass(slots=True)
-class Carried:
-    """What becomes of some points."""
+class CarryResult:
+    """Some points after their migration."""
 
     points: list[Point] = field(default_factory=list)
     """With their new vectors."""
@@ -40,12 +39,12 @@ class Carried:
     letters: list[dict[str, Any]] = field(default_factory=list)
 
 
-async def carry(migration: Migration, points: Sequence[Point]) -> Carried:
+async def carry(migration: Migration, points: Sequence[Point]) -> CarryResult:
     """Give each point its new vector, or a dead letter. Raises EmbeddingError."""
-    done = Carried()
+    done = CarryResult()
     texts: list[tuple[Point, str]] = []
     for point in points:
-        wrong = migration.oddity(point) if migration.regime.copies else "not looked at"
+        wrong = migration.vector_error(point) if migration.regime.copies else "not looked at"
         if wrong is None:
             (new,) = vector.derive([point.vector or b""], migration.model.dimensions)
             done.points.append(point.with_vector(new))
@@ -56,9 +55,9 @@ async def carry(migration: Migration, points: Sequence[Point]) -> Carried:
             if migration.regime.copies:
                 why = f"the vector: {wrong}; {why}"
             done.letters.append(letter(point, why))
-    answers = await migration.patient.embed([text for _, text in texts])
+    answers = await migration.embedder.embed([text for _, text in texts])
     for (point, _), answer in zip(texts, answers, strict=True):
-        if isinstance(answer, Refused):
+        if isinstance(answer, Rejection):
             done.letters.append(letter(point, answer.why))
         else:
             done.points.append(point.with_vector(answer))
@@ -77,8 +76,8 @@ def _nothing_at(migration: Migration) -> str:
     return f"nothing at {', '.join(f'`{name}`' for name in migration.rule.fields)}"
 
 
-async def prove(migration: Migration, least: float) -> None:
-    """Embed sampled texts, past the cache, and compare them with the old vectors.
+async def verify_sample(migration: Migration, least: float) -> None:
+    """Embed sampled texts without the cache, and compare them with the old vectors.
 
     Raises MigrationRefused if one differs: then nothing has been copied.
     """
@@ -86,7 +85,7 @@ async def prove(migration: Migration, least: float) -> None:
     if not migration.regime.copies or state.proof is not None:
         return
     drawn = await migration.points.sample(state.source, 4 * migration.pace.sample)
-    sound = [one for one in drawn if migration.oddity(one) is None]
+    sound = [one for one in drawn if migration.vector_error(one) is None]
     able = [(one, text) for one in sound if (text := migration.rule.text(one.payload)) is not None]
     able = able[: migration.pace.sample]
     if not able:
@@ -96,9 +95,9 @@ async def prove(migration: Migration, least: float) -> None:
                 f" {state.rule} and a sound vector: nothing proves that vectors may be copied"
             )
         return
-    answers = await migration.patient.embed([text for _, text in able], anew=True)
+    answers = await migration.embedder.embed([text for _, text in able], anew=True)
     pairs = zip((one for one, _ in able), answers, strict=True)
-    there = [(one, new) for one, new in pairs if not isinstance(new, Refused)]
+    there = [(one, new) for one, new in pairs if not isinstance(new, Rejection)]
     cosines = [
         vector.cosine(vector.derive([one.vector or b""], width)[0], new) for one, new in there
     ]
@@ -121,15 +120,15 @@ async def copy(migration: Migration) -> None:
     """Carry the old points in the order of their ids, from the checkpoint on.
 
     What is in the new collection already is neither embedded nor written again. Raises
-    QdrantFailure, EmbeddingError, JournalError.
+    QdrantFailure, EmbeddingError, MigrationStateError.
     """
     state, pace = migration.state, migration.pace
     if state.first_pass_done:
         return
 
-    async def work(page: Page) -> Carried:
+    async def work(page: Page) -> CarryResult:
         ids = [point.id for point in page.points]
-        there = await migration.points.those(state.target, ids)
+        there = await migration.points.get_points(state.target, ids)
         return await carry(migration, [one for one in page.points if one.id not in there])
 
     total, size = await migration.points.count(state.source), migration.pace.page
@@ -138,9 +137,9 @@ async def copy(migration: Migration) -> None:
         pages = migration.points.pages(
             state.source, size, state.offset, vectors=reads_vectors(migration)
         )
-        async with contextlib.aclosing(ahead(pages, work, pace.ahead)) as carried:
+        async with contextlib.aclosing(map_concurrently(pages, work, pace.ahead)) as carried:
             async for page, done in carried:
-                await _land(migration, page, done)
+                await _write_page(migration, page, done)
                 tell(state.counts.points)
                 if pace.points_per_second:
                     await migration.sleep(len(page.points) / pace.points_per_second)
@@ -149,37 +148,37 @@ async def copy(migration: Migration) -> None:
     migration.save()
 
 
-async def ahead(
-    items: AsyncIterator[T], work: Callable[[T], Awaitable[R]], most: int
+async def map_concurrently(
+    items: AsyncIterator[T], work: Callable[[T], Awaitable[R]], max_tasks: int
 ) -> AsyncGenerator[tuple[T, R]]:
-    """Yield items and what their work gives, in order; that of several items is done at a time."""
-    begun: deque[tuple[T, asyncio.Future[R]]] = deque()
+    """Yield items and the results of `work`, in order; up to `max_tasks` run at a time."""
+    tasks: deque[tuple[T, asyncio.Future[R]]] = deque()
     try:
         async for item in items:
-            begun.append((item, asyncio.ensure_future(work(item))))
-            if len(begun) >= most:
-                first, doing = begun[0]
+            tasks.append((item, asyncio.ensure_future(work(item))))
+            if len(tasks) >= max_tasks:
+                first, doing = tasks[0]
                 result = await doing
-                begun.popleft()
+                tasks.popleft()
                 yield first, result
-        while begun:
-            first, doing = begun[0]
+        while tasks:
+            first, doing = tasks[0]
             result = await doing
-            begun.popleft()
+            tasks.popleft()
             yield first, result
     finally:
-        for _, doing in begun:
+        for _, doing in tasks:
             doing.cancel()
-        for _, doing in begun:
+        for _, doing in tasks:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await doing
 
 
-async def _land(migration: Migration, page: Page, done: Carried) -> None:
-    """Write a page; the checkpoint follows what it speaks of, once that is on the medium."""
+async def _write_page(migration: Migration, page: Page, done: CarryResult) -> None:
+    """Write a page, then the checkpoint after it."""
     state, counts = migration.state, migration.state.counts
     await migration.points.write(state.target, done.points, only_new=True)
-    migration.journal.bury(done.letters)
+    migration.state_file.append_dead_letters(done.letters)
     counts.points += len(page.points)
     counts.embedded += done.embedded
     counts.copied += len(done.points) - done.embedded
@@ -189,12 +188,12 @@ async def _land(migration: Migration, page: Page, done: Carried) -> None:
 
 
 def reads_vectors(migration: Migration) -> bool:
-    """Tell whether the old vectors are of use: to copy one, or others beside it."""
+    """Tell whether the old vectors are needed: to copy them, or others beside them."""
     return migration.regime.copies or migration.old.others
 
 
 async def follow(migration: Migration) -> None:
-    """Compare both collections and mend the new one, until a pass finds nothing to mend.
+    """Compare both collections and repair the new one, until a pass finds no difference.
 
     Raises MigrationRefused if the old one changes faster than it can be followed.
     """
@@ -212,35 +211,35 @@ async def follow(migration: Migration) -> None:
 
 
 async def compare(
-    migration: Migration, refused: Refusals, title: str, seen: Snapshot | None = None
+    migration: Migration, refused: Refusals, title: str, snapshot: Snapshot | None = None
 ) -> int:
-    """Make the new collection equal to the old; return how many points had to be mended.
+    """Make the new collection equal to the old; return how many points were repaired.
 
-    What is in `refused` is not asked for again, and what is refused is added to it. The dead
-    letters are written anew from what is found. `seen` is told of all that the old collection has.
+    Points in `refused` are not tried again; newly refused ones are added to it. The dead letters
+    are replaced by those of this pass. `snapshot` receives all points of the old collection.
     """
     state, counts = migration.state, migration.state.counts
     total, size = await migration.points.count(state.source), migration.pace.page
     letters: list[dict[str, Any]] = []
-    number = mended = 0
+    number = repaired = 0
     with migration.progress(title, total) as tell:
         async for page in migration.points.pages(
             state.source, size, vectors=reads_vectors(migration)
         ):
             known = len(letters)
-            mended += await _mend(migration, page.points, refused, letters)
-            if seen is not None:
-                seen.add(page.points, {one["id"] for one in letters[known:]})
+            repaired += await _repair(migration, page.points, refused, letters)
+            if snapshot is not None:
+                snapshot.add(page.points, {one["id"] for one in letters[known:]})
             number += len(page.points)
             tell(number)
-        mended += await _delete_what_is_gone(migration)
-    migration.journal.bury(letters, anew=True)
+        repaired += await _delete_orphans(migration)
+    migration.state_file.replace_dead_letters(letters)
     counts.points, counts.dead = number, len(letters)
     migration.save()
-    return mended
+    return repaired
 
 
-async def _mend(
+async def _repair(
     migration: Migration,
     points: Sequence[Point],
     refused: Refusals,
@@ -249,7 +248,7 @@ async def _mend(
     """Write the points that are missing or differ; return how many."""
     state, counts = migration.state, migration.state.counts
     ids = [point.id for point in points]
-    there = await migration.points.those(state.target, ids, vectors=migration.regime.copies)
+    there = await migration.points.get_points(state.target, ids, vectors=migration.regime.copies)
     wrong = [one for one in points if _differs(migration, one, there.get(one.id))]
     known = {one.id for one in wrong if refused.get(one.id, (b"",))[0] == one.digest()}
     letters += [letter(one, refused[one.id][1]) for one in wrong if one.id in known]
@@ -259,7 +258,7 @@ async def _mend(
     for found in done.letters:
         refused[found["id"]] = (asked[found["id"]].digest(), found["why"])
     await migration.points.write(state.target, done.points)
-    # What has no vector any more must not be found by its old one.
+    # A point without a new vector must not be found by its old one.
     stale = [found["id"] for found in done.letters if found["id"] in there]
     await migration.points.delete(state.target, stale)
     counts.embedded += done.embedded
@@ -270,21 +269,21 @@ async def _mend(
 
 
 def _differs(migration: Migration, old: Point, new: Point | None) -> bool:
-    """Tell whether a point is missing in the new collection, or is there as it was before."""
+    """Tell whether a point is missing in the new collection, or out of date there."""
     if new is None or old.digest() != new.digest():
         return True
-    if not migration.regime.copies or migration.oddity(old) is not None:
-        return False  # its vector is that of its text, which is in the payload
+    if not migration.regime.copies or migration.vector_error(old) is not None:
+        return False  # its vector follows from its text, which is in the payload
     (expected,) = vector.derive([old.vector or b""], migration.model.dimensions)
     return new.vector is None or vector.cosine(expected, new.vector) < SAME_NUMBERS
 
 
-async def _delete_what_is_gone(migration: Migration) -> int:
-    """Delete points whose old one is not there any more; return how many."""
+async def _delete_orphans(migration: Migration) -> int:
+    """Delete points that the old collection does not have any more; return how many."""
     state, gone = migration.state, 0
     async for page in migration.points.pages(state.target, migration.pace.page):
         ids = [point.id for point in page.points]
-        there = await migration.points.those(state.source, ids)
+        there = await migration.points.get_points(state.source, ids)
         missing = [one for one in ids if one not in there]
         await migration.points.delete(state.target, missing)
         gone += len(missing)

@@ -1,13 +1,13 @@
-"""Which collection clients find: the switch to the new one, the way back, and the end of the old.
+"""Switches clients to the new collection and back, and deletes the old one.
 
-Qdrant has no alias of a name that a collection has. So clients that use an alias are switched at
-one moment; for those that use the old collection's own name, an alias is made that they can change
-to, and `finalize` can give that name to the new collection once the old one is deleted.
+In Qdrant an alias cannot have the name of a collection. So clients that use an alias switch in one
+atomic step. For clients that use the old collection's own name an alias is made that they can
+change to; `finalize` can give that name to the new collection once the old one is deleted.
 
-From the switch on clients write to the new collection, so it must not be made equal to the old one
-any more. What has changed in the old one since it was last seen is late: it is carried over unless
-the point has changed in the new one, too, for that is newer. Whoever uses the old collection by its
-own name and goes on writing is followed for some passes, and told of.
+After the switch clients write to the new collection, so it must not be made equal to the old one
+any more. Late changes (in the old collection, since the snapshot) are carried over, unless the
+point has changed in the new one, too, for that change is newer. Clients that continue to write to
+the old collection by its own name are followed for some passes, and reported.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from . import qdrant
 from .copy import carry, reads_vectors
 from .qdrant import Points
 from .runner import Migration, MigrationRefused
-from .snapshot import Row, Snapshot, whole
+from .snapshot import Snapshot, SnapshotRow, content_digest
 from .state import MigrationState, Phase, State
-from .verify import Late, Verdict, verify
+from .verify import CatchUp, Verdict, verify
 
 
 async def cutover(
@@ -30,7 +30,7 @@ async def cutover(
     """Verify the new collection, then let the aliases of the old one point to it.
 
     `alias` is made if it is not there. What reached the old collection meanwhile is carried then.
-    Raises MigrationRefused: then no alias has changed. An interrupted cutover is gone on with.
+    Raises MigrationRefused: then no alias has changed. Continues an interrupted cutover.
     """
     state, points = migration.state, migration.points
     if state.phase not in (Phase.COPIED, Phase.SWITCHING):
@@ -52,8 +52,8 @@ async def cutover(
         raise MigrationRefused(
             f"--alias {alias}: there is a collection, or an alias of another, of that name"
         )
-    verdict = await _verified(migration, least, allow_missing=allow_missing)
-    # Whoever is killed from here on finds in the journal what has been moved, or is about to be.
+    verdict = await _verify(migration, least, allow_missing=allow_missing)
+    # After a kill from here on, the state file names the aliases that moved, or are to move.
     state.aliases, state.phase = aliases, Phase.SWITCHING
     migration.save()
     await qdrant.switch(points, state.target, aliases)
@@ -61,58 +61,58 @@ async def cutover(
     return verdict
 
 
-async def _verified(migration: Migration, least: float, *, allow_missing: bool) -> Verdict:
+async def _verify(migration: Migration, least: float, *, allow_missing: bool) -> Verdict:
     """Verify, and keep what the old collection held then. Raises MigrationRefused."""
-    state, journal = migration.state, migration.journal
-    with closing(Snapshot(journal.seen)) as seen:
-        verdict = await verify(migration, least, seen)
-        seen.keep()
+    state, state_file = migration.state, migration.state_file
+    with closing(Snapshot(state_file.snapshot)) as snapshot:
+        verdict = await verify(migration, least, snapshot)
+        snapshot.commit()
     against = "; ".join(verdict.problems)
     if verdict.good and verdict.dead and not allow_missing:
         against = (
-            f"{verdict.dead:,} points could not be carried, see {journal.dead_letters};"
+            f"{verdict.dead:,} points could not be carried, see {state_file.dead_letters};"
             " --allow-missing goes on without them"
         )
     if against:
-        journal.seen.unlink(missing_ok=True)
+        state_file.snapshot.unlink(missing_ok=True)
         raise MigrationRefused(f"{state.collection} stays as it is: {against}")
     return verdict
 
 
 async def _end(migration: Migration, verdict: Verdict) -> None:
-    """Carry what is late, if it is known what is; then the cutover is done."""
-    if migration.journal.seen.exists():
-        with closing(Snapshot(migration.journal.seen)) as seen:
-            verdict.late = await catch_up(migration, seen)
+    """Carry late changes if there is a snapshot; then the cutover is done."""
+    if migration.state_file.snapshot.exists():
+        with closing(Snapshot(migration.state_file.snapshot)) as snapshot:
+            verdict.late = await catch_up(migration, snapshot)
     migration.state.phase = Phase.SWITCHED
     migration.save()
-    migration.journal.seen.unlink(missing_ok=True)
+    migration.state_file.snapshot.unlink(missing_ok=True)
 
 
-async def rollback(points: Points, journal: MigrationState) -> tuple[State, int]:
-    """Let the aliases point to the old collection again, those that `cutover` made too.
+async def rollback(points: Points, state_file: MigrationState) -> tuple[State, int]:
+    """Point the aliases to the old collection again, also those that `cutover` made.
 
-    Returns also how many points the new collection has that the old one lacks: what was written
+    Returns also how many points the new collection has that the old one lacks: they were written
     since. Raises MigrationRefused.
     """
-    state = begun(journal)
+    state = load_state(state_file)
     if state.phase not in (Phase.SWITCHING, Phase.SWITCHED):
         raise MigrationRefused(_not_now(state, "rollback"))
     if not await qdrant.exists(points, state.source):
         raise MigrationRefused(f"{state.source} is not there any more: there is no way back")
     await qdrant.switch(points, state.source, state.aliases)
     state.phase = Phase.ROLLED_BACK
-    journal.save(state)
-    journal.seen.unlink(missing_ok=True)
+    state_file.save(state)
+    state_file.snapshot.unlink(missing_ok=True)
     return state, await only_in(points, state.target, state.source)
 
 
-async def finalize(points: Points, journal: MigrationState, *, take_name: bool = False) -> State:
+async def finalize(points: Points, state_file: MigrationState, *, take_name: bool = False) -> State:
     """Delete the old collection; with `take_name`, let its name be an alias of the new one.
 
     Raises MigrationRefused.
     """
-    state = begun(journal)
+    state = load_state(state_file)
     if state.phase is not Phase.SWITCHED and not (take_name and state.phase is Phase.FINALIZED):
         raise MigrationRefused(_not_now(state, "finalize"))
     if state.phase is Phase.SWITCHED:
@@ -125,13 +125,13 @@ async def finalize(points: Points, journal: MigrationState, *, take_name: bool =
     if take_name:
         await qdrant.switch(points, state.target, [state.source])
     state.phase = Phase.FINALIZED
-    journal.save(state)
+    state_file.save(state)
     return state
 
 
-def begun(journal: MigrationState) -> State:
+def load_state(state_file: MigrationState) -> State:
     """Return the state of a migration. Raises MigrationRefused where there is none."""
-    state = journal.load()
+    state = state_file.load()
     if state is None:
         raise MigrationRefused("no migration of it is known here: begin with `plan` and `run`")
     return state
@@ -147,7 +147,7 @@ async def only_in(points: Points, one: str, other: str) -> int:
     count = 0
     async for page in points.pages(one, 1000):
         ids = [point.id for point in page.points]
-        count += len(ids) - len(await points.those(other, ids))
+        count += len(ids) - len(await points.get_points(other, ids))
     return count
 
 
@@ -163,24 +163,24 @@ def _not_now(state: State, step: str) -> str:
     return f"{step} of {state.collection} is not possible now: {expected}"
 
 
-async def catch_up(migration: Migration, seen: Snapshot) -> Late:
-    """Carry what is late, until a pass finds nothing, for so many passes at most.
+async def catch_up(migration: Migration, snapshot: Snapshot) -> CatchUp:
+    """Carry late changes until a pass finds none, for `pace.passes` passes at most.
 
-    Raises QdrantFailure, EmbeddingError, JournalError; done again, it goes on.
+    Raises QdrantFailure, EmbeddingError, MigrationStateError; done again, it goes on.
     """
-    late = Late()
+    late = CatchUp()
     for _ in range(migration.pace.passes):
-        found = await _pass(migration, seen, late)
+        found = await _pass(migration, snapshot, late)
         migration.save()
-        seen.keep()
+        snapshot.commit()
         if not found:
             late.quiet = True
             break
     return late
 
 
-async def _pass(migration: Migration, seen: Snapshot, late: Late) -> int:
-    """Look at the whole old collection; return how many points were late."""
+async def _pass(migration: Migration, snapshot: Snapshot, late: CatchUp) -> int:
+    """Compare the whole old collection with the snapshot; return the number of late changes."""
     state, size = migration.state, migration.pace.page
     found = number = 0
     title = f"catching up with {state.collection}"
@@ -188,70 +188,74 @@ async def _pass(migration: Migration, seen: Snapshot, late: Late) -> int:
         async for page in migration.points.pages(
             state.source, size, vectors=reads_vectors(migration)
         ):
-            rows = seen.rows([one.id for one in page.points])
+            rows = snapshot.rows([one.id for one in page.points])
             changed = [
-                one for one in page.points if one.id not in rows or rows[one.id].whole != whole(one)
+                one
+                for one in page.points
+                if one.id not in rows or rows[one.id].content != content_digest(one)
             ]
             if changed:
                 found += len(changed)
-                await _carry(migration, changed, rows, seen, late)
+                await _carry(migration, changed, rows, snapshot, late)
             number += len(page.points)
             tell(number)
-    for ids in seen.pages(size):
-        there = await migration.points.those(state.source, ids)
+    for ids in snapshot.pages(size):
+        there = await migration.points.get_points(state.source, ids)
         gone = [one for one in ids if one not in there]
         if gone:
             found += len(gone)
-            await _delete(migration, gone, seen, late)
+            await _delete(migration, gone, snapshot, late)
     return found
 
 
 async def _carry(
     migration: Migration,
     changed: Sequence[Point],
-    rows: dict[PointId, Row],
-    seen: Snapshot,
-    late: Late,
+    rows: dict[PointId, SnapshotRow],
+    snapshot: Snapshot,
+    late: CatchUp,
 ) -> None:
     state, counts = migration.state, migration.state.counts
-    new = await migration.points.those(state.target, [one.id for one in changed])
+    new = await migration.points.get_points(state.target, [one.id for one in changed])
     mine = []
     for one in changed:
         row, there = rows.get(one.id), new.get(one.id)
-        if _untouched(row, there):
+        if _is_untouched(row, there):
             mine.append(one)
-        # What an interrupted pass has carried already is neither.
+        # A point that an interrupted pass has carried is neither.
         elif there is None or there.digest() != one.digest():
             late.left += 1
     done = await carry(migration, mine)
     fresh = [one for one in done.points if one.id not in new]
     await migration.points.write(state.target, fresh, only_new=True)
     await migration.points.write(state.target, [one for one in done.points if one.id in new])
-    # What has no vector any more must not be found by its old one.
+    # A point without a new vector must not be found by its old one.
     refused = [letter["id"] for letter in done.letters]
     await migration.points.delete(state.target, [one for one in refused if one in new])
-    migration.journal.bury(done.letters)
+    migration.state_file.append_dead_letters(done.letters)
     counts.embedded += done.embedded
     counts.copied += len(done.points) - done.embedded
     counts.updated += len(done.points) - len(fresh)
     counts.dead += len(refused)
     late.written += len(done.points)
     late.dead += len(refused)
-    seen.add(changed, refused)
+    snapshot.add(changed, refused)
 
 
-async def _delete(migration: Migration, gone: list[PointId], seen: Snapshot, late: Late) -> None:
-    rows = seen.rows(gone)
-    new = await migration.points.those(migration.state.target, gone)
-    mine = [one for one in new if _untouched(rows[one], new[one])]
+async def _delete(
+    migration: Migration, gone: list[PointId], snapshot: Snapshot, late: CatchUp
+) -> None:
+    rows = snapshot.rows(gone)
+    new = await migration.points.get_points(migration.state.target, gone)
+    mine = [one for one in new if _is_untouched(rows[one], new[one])]
     await migration.points.delete(migration.state.target, mine)
     migration.state.counts.deleted += len(mine)
     late.deleted += len(mine)
     late.left += len(new) - len(mine)
-    seen.remove(gone)
+    snapshot.remove(gone)
 
 
-def _untouched(row: Row | None, new: Point | None) -> bool:
+def _is_untouched(row: SnapshotRow | None, new: Point | None) -> bool:
     """Tell whether a point of the new collection is as the cutover left it."""
     if row is None or not row.carried:
         return new is None

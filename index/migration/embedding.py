@@ -1,6 +1,6 @@
-"""Asks for the vectors of texts until they are there, or sure not to come.
+"""Embeds texts for a migration, with retries.
 
-What a provider refuses for one text's sake is told of that text alone; what passes is waited for.
+A rejection because of one text concerns that text alone; passing failures are waited out.
 """
 
 import asyncio
@@ -10,26 +10,25 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from embedding_proxy.providers.backoff import Backoff
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Space, Vector
+from embedding_proxy.providers.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NoProviderAvailable,
-    Space,
     TransientError,
-    Vector,
 )
 
 log = logging.getLogger("embedding_proxy.migrate")
 
-MOST_TRIES = 12
-"""Of one call, in a row; with the waits between them some eight minutes."""
-LONGEST_WAIT_S = 60.0
+MAX_ATTEMPTS = 12
+"""Attempts of one call; with the waits between them some eight minutes."""
+MAX_WAIT_S = 60.0
 
 Sleep = Callable[[float], Awaitable[None]]
 
 
 class Look(Protocol):
-    """What is known of one text before anything is bought."""
+    """The preview of one text: nothing is bought for it."""
 
     @property
     def key(self) -> bytes:
@@ -67,29 +66,29 @@ class Model(Protocol):
         ...
 
     async def look(self, texts: Sequence[str]) -> Sequence[Look]:
-        """Return what is known of each text; nothing is bought, and nothing changes."""
+        """Return the preview of each text; nothing is bought, and nothing changes."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """Why a text has no vector."""
+class Rejection:
+    """The reason why a text has no vector."""
 
     why: str
 
 
 @dataclass(slots=True)
 class RetryingEmbedder:
-    """Embeds with patience; counts what was bought."""
+    """Embeds with retries; counts the inputs that were bought."""
 
     model: Model
     sleep: Sleep = asyncio.sleep
     bought: int = 0
     answered: bool = False
-    """Whether any text has had a vector; until then a refusal may be one of everything."""
+    """Whether any text has had a vector; until then a rejection may concern all texts."""
 
-    async def embed(self, texts: Sequence[str], *, anew: bool = False) -> list[Vector | Refused]:
-        """Return a vector or a refusal for each text; `anew` looks into no cache.
+    async def embed(self, texts: Sequence[str], *, anew: bool = False) -> list[Vector | Rejection]:
+        """Return a vector or a rejection for each text; `anew` looks into no cache.
 
         Raises EmbeddingError if no text can be embedded just now.
         """
@@ -103,15 +102,15 @@ class RetryingEmbedder:
         return list(vectors)
 
     async def _ask(self, texts: Sequence[str], *, anew: bool) -> Sequence[Vector]:
-        backoff = Backoff(1, LONGEST_WAIT_S)
-        for tried in range(1, MOST_TRIES + 1):
+        backoff = Backoff(1, MAX_WAIT_S)
+        for tried in range(1, MAX_ATTEMPTS + 1):
             try:
                 vectors, bought = await self.model.embed(texts, anew=anew)
             except (TransientError, NoProviderAvailable, DeadlineExceeded) as error:
-                if tried == MOST_TRIES:
+                if tried == MAX_ATTEMPTS:
                     raise
                 wait_s = backoff.fail()
-                wait_s = min(LONGEST_WAIT_S, getattr(error, "retry_after", None) or wait_s)
+                wait_s = min(MAX_WAIT_S, getattr(error, "retry_after", None) or wait_s)
                 log.warning("%s; trying again in %.0f s", error, wait_s)
                 await self.sleep(wait_s)
             else:
@@ -121,18 +120,18 @@ class RetryingEmbedder:
 
     async def _without(
         self, texts: Sequence[str], error: InvalidRequest, *, anew: bool
-    ) -> list[Vector | Refused]:
-        """Embed all but the texts that are to blame. What was bought before is in the cache."""
+    ) -> list[Vector | Rejection]:
+        """Embed all but the rejected texts. What was bought before is in the cache."""
         if error.index is None and error.param is not None and not error.param.startswith("input"):
             raise error  # of the model or the width: no text is to blame
         if len(texts) == 1:
             if error.index is None and not self.answered:
                 raise error
-            return [Refused(str(error))]
+            return [Rejection(str(error))]
         if error.index is None:
             half = len(texts) // 2
             halves = texts[:half], texts[half:]
             return [one for some in halves for one in await self.embed(some, anew=anew)]
-        place = error.index
-        rest = await self.embed([*texts[:place], *texts[place + 1 :]], anew=anew)
-        return [*rest[:place], Refused(str(error)), *rest[place:]]
+        index = error.index
+        rest = await self.embed([*texts[:index], *texts[index + 1 :]], anew=anew)
+        return [*rest[:index], Rejection(str(error)), *rest[index:]]

@@ -1,4 +1,4 @@
-"""What a migration would do and cost: a whole pass over the old collection that changes nothing."""
+"""The plan of a migration: what it would do and cost, from a read-only pass over the old points."""
 
 import math
 import time
@@ -10,8 +10,8 @@ from embedding_proxy.providers.profile import Limits
 
 from . import qdrant
 from .embedding import Model
-from .qdrant import Old, Points
-from .runner import Decision, Pace, Progress, Wanted, decide, oddity
+from .qdrant import Points, SourceCollection
+from .runner import Decision, MigrationRequest, Pace, Progress, decide, vector_error
 
 CALL_S = 1.0
 """Seconds that a provider is taken to need for one call: nothing is bought to find out."""
@@ -84,7 +84,9 @@ class Survey:
         self._pace = pace
         self._seen: set[bytes] = set()
 
-    async def plan(self, wanted: Wanted, old: Old, progress: Progress) -> Plan:
+    async def plan(
+        self, wanted: MigrationRequest, old: SourceCollection, progress: Progress
+    ) -> Plan:
         """Return what migrating a collection means. Raises MigrationRefused, QdrantFailure."""
         model, pace = self._model, self._pace
         decision = decide(old, wanted, model)
@@ -110,7 +112,7 @@ class Survey:
                 texts = []
                 for point in page.points:
                     text = wanted.rule.text(point.payload)
-                    wrong = oddity(point, old.width, model.dimensions)
+                    wrong = vector_error(point, old.width, model.dimensions)
                     _count(found, point, text, wrong)
                     if text is not None and (wrong or not decision.regime.copies):
                         texts.append(text)

@@ -1,6 +1,6 @@
-"""Points as a migration writes them: with the new vector, and all others as they came.
+"""What a migration does in Qdrant: writes points, makes collections and switches aliases.
 
-Collections and aliases as a migration finds, makes, switches and deletes them.
+A point is written with its new vector; its other vectors stay as they are.
 """
 
 import contextlib
@@ -10,34 +10,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from embedding_proxy.index.collection import KEY, LONGEST_NAME, Provenance, name_of, provenance_of
-from embedding_proxy.index.collection import aliases as collection_aliases
+from embedding_proxy.index.collection import (
+    KEY,
+    LONGEST_NAME,
+    Provenance,
+    collection_aliases,
+    name_of,
+    provenance_of,
+)
 from embedding_proxy.index.collection_reader import CollectionReader, Point, PointId
 from embedding_proxy.index.errors import Exists, Missing, OtherSpace, Rejected
 from embedding_proxy.providers import vector
 
 if TYPE_CHECKING:
-    from qdrant_client.models import PointStruct
+    from qdrant_client.models import CollectionInfo, PointStruct
 
 WRITE_BYTES = 4_000_000
-"""About how much goes in one write; a server takes 32 MiB, and gateways before it less."""
+"""About how many bytes of JSON one write has; servers take 32 MiB, gateways may take less."""
 _BYTES_A_NUMBER = 12
-"""Of a float32 in JSON."""
+"""About the size of a float32 in JSON."""
 
 
 class Points(CollectionReader):
-    """Reads and writes the points of collections whose migrated vector has this name."""
+    """Reads and writes the points of collections; `name` is that of the migrated vector."""
 
     async def write(
         self, collection: str, points: Sequence[Point], *, only_new: bool = False
     ) -> None:
-        """Write points; they are there when this returns. `only_new` leaves alone what is there.
+        """Write points and return when they can be read. `only_new` keeps points that exist.
 
-        A server before 1.17 does not know `only_new`; so a caller asks before which are there.
+        A server before 1.17 does not support `only_new`; so callers check first which points exist.
         """
         from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-        # Older versions of the package have no such thing; then the asking before must do.
+        # Older versions of the package lack it; then the check of the caller must do.
         modes = getattr(models, "UpdateMode", None)
         options = {"update_mode": modes.INSERT_ONLY} if only_new and modes else {}
         for some in _in_writes(points):
@@ -50,14 +56,14 @@ class Points(CollectionReader):
             )
 
     async def delete(self, collection: str, ids: Sequence[PointId]) -> None:
-        """Delete points; they are gone when this returns."""
+        """Delete points, and return when they are gone."""
         if ids:
             await self.ask(lambda client: client.delete(collection, list(ids), wait=True))
 
     def _struct(self, point: Point) -> "PointStruct":
         from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
-        assert point.vector is not None  # noqa: S101 - nothing is written without
+        assert point.vector is not None  # noqa: S101 - no point is written without one
         (numbers,) = vector.stack([point.vector]).tolist()
         every: Any = numbers
         if self.vector_name or point.others:
@@ -66,7 +72,7 @@ class Points(CollectionReader):
 
 
 def _in_writes(points: Sequence[Point]) -> Iterator[list[Point]]:
-    """Part points so that each write has about WRITE_BYTES at most, and one point at least."""
+    """Split points into writes of about WRITE_BYTES at most, and one point at least."""
     some: list[Point] = []
     size = 0
     for point in points:
@@ -83,16 +89,12 @@ def _in_writes(points: Sequence[Point]) -> Iterator[list[Point]]:
         yield some
 
 
-if TYPE_CHECKING:
-    from qdrant_client.models import CollectionInfo
-
-
 @dataclass(frozen=True, slots=True)
-class Old:
+class SourceCollection:
     """A collection that is to be migrated."""
 
     name: str
-    """Its own, where it was named by an alias."""
+    """Its own name, never an alias."""
     vector: str
     """The name of the vector that is migrated; "" is the unnamed one."""
     width: int
@@ -119,8 +121,8 @@ async def exists(points: Points, name: str) -> bool:
     return await points.ask(lambda client: client.collection_exists(name))
 
 
-async def look(points: Points, name: str, vector: str | None = None) -> Old:
-    """Return what a collection is; `vector` names one of its vectors, where it has several.
+async def look(points: Points, name: str, vector: str | None = None) -> SourceCollection:
+    """Return the description of a collection; `vector` picks one of several vectors.
 
     Raises Missing, and Rejected for one that cannot be migrated.
     """
@@ -141,11 +143,13 @@ async def look(points: Points, name: str, vector: str | None = None) -> Old:
     count = await points.count(real)
     distance = str(one.distance.value)
     others = len(there) > 1 or bool(params.sparse_vectors)
-    return Old(real, chosen, int(one.size), distance, provenance_of(info), count, others)
+    return SourceCollection(
+        real, chosen, int(one.size), distance, provenance_of(info), count, others
+    )
 
 
 def target_name(source: str, model: str, dimensions: int) -> str:
-    """Return what the new collection is called, beside the old.
+    """Return the name of the new collection.
 
     >>> target_name("docs", "mistral/mistral-embed", 1024)
     'docs__mistral_mistral-embed-1024'
@@ -160,11 +164,11 @@ def target_name(source: str, model: str, dimensions: int) -> str:
     return name if name != source else f"{name}-2"
 
 
-async def make_beside(points: Points, old: Old, name: str, wanted: Provenance) -> None:
-    """Make the new collection like the old but for the width, indexes of its payload first.
+async def make_target(points: Points, old: SourceCollection, name: str, wanted: Provenance) -> None:
+    """Make the new collection like the old one but for the width, with its payload indexes.
 
-    One that is there is taken if it says itself that it is of these vectors, or is being made by
-    this migration (an interrupted one). Raises OtherSpace, QdrantFailure.
+    An existing one is used if it says that it holds these vectors, or if it was made by this
+    migration (an interrupted one). Raises OtherSpace, QdrantFailure.
     """
     info = await _info(points, old.name)
     config = _config_like(info, old, wanted)
@@ -188,7 +192,7 @@ async def make_beside(points: Points, old: Old, name: str, wanted: Provenance) -
 
 
 async def owner(points: Points, name: str) -> tuple[Provenance | None, int] | None:
-    """Return what a collection says of itself, and its points; None if there is none."""
+    """Return the provenance and the number of points of a collection; None if there is none."""
     if not await exists(points, name):
         return None
     return provenance_of(await _info(points, name)), await points.count(name)
@@ -201,7 +205,7 @@ async def aliases_of(points: Points, name: str) -> list[str]:
 
 
 async def switch(points: Points, to: str, aliases: Sequence[str]) -> None:
-    """Let all these aliases, new ones too, point to a collection: at one moment."""
+    """Point all these aliases, also new ones, to a collection in one atomic step."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     there = await collection_aliases(points)
@@ -217,7 +221,7 @@ async def switch(points: Points, to: str, aliases: Sequence[str]) -> None:
 
 
 async def delete(points: Points, name: str) -> None:
-    """Delete a collection; one that is not there is no error."""
+    """Delete a collection if it exists."""
     if await exists(points, name):
         await points.ask(lambda client: client.delete_collection(name))
 
@@ -232,8 +236,10 @@ def _width(info: "CollectionInfo", vector: str) -> int:
     return int(one.size) if one else 0
 
 
-def _config_like(info: "CollectionInfo", old: Old, wanted: Provenance) -> dict[str, Any]:
-    """Return how to make a collection like one that is there, but for the width of a vector."""
+def _config_like(
+    info: "CollectionInfo", old: SourceCollection, wanted: Provenance
+) -> dict[str, Any]:
+    """Return the configuration of an existing collection with another width of one vector."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     config, params = info.config, info.config.params
@@ -247,9 +253,9 @@ def _config_like(info: "CollectionInfo", old: Old, wanted: Provenance) -> dict[s
         vectors: Any = {name: widened(name, one) for name, one in found.items()}
     else:
         vectors = widened("", found)
-    hnsw = models.HnswConfigDiff(**_told(config.hnsw_config, models.HnswConfigDiff))
+    hnsw = models.HnswConfigDiff(**_fields_of(config.hnsw_config, models.HnswConfigDiff))
     optimizers = models.OptimizersConfigDiff(
-        **_told(config.optimizer_config, models.OptimizersConfigDiff)
+        **_fields_of(config.optimizer_config, models.OptimizersConfigDiff)
     )
     old_metadata = {k: v for k, v in (config.metadata or {}).items() if k != KEY}
     made = {
@@ -267,7 +273,7 @@ def _config_like(info: "CollectionInfo", old: Old, wanted: Provenance) -> dict[s
     return {key: value for key, value in made.items() if value is not None}
 
 
-def _told(config: Any, taken: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic models, or None
-    """Return what a configuration says, of what may be said when a collection is made."""
-    told = {} if config is None else config.model_dump(exclude_none=True)
-    return {key: value for key, value in told.items() if key in taken.model_fields}
+def _fields_of(config: Any, model: Any) -> dict[str, Any]:  # noqa: ANN401 - pydantic models, or None
+    """Return the values of a configuration that are fields of `model`."""
+    values = {} if config is None else config.model_dump(exclude_none=True)
+    return {key: value for key, value in values.items() if key in model.model_fields}

@@ -1,22 +1,21 @@
-"""How a collection gets the vectors of another model: copied, cut, or made anew.
-
-Pure. `auto` decides by what is known of the two models; copying and cutting are then proved on
-sampled texts, since what is known may be wrong.
-
-Moves a collection to the vectors of another model, or of the same one from another provider.
+"""A migration: moves a collection to the vectors of another model, or of the same from elsewhere.
 
 The new collection is made beside the old one, which is only read: until `cutover` switches the
 aliases, and after a `rollback`, everything is as it was. The order of events::
 
     begin     regime chosen; collection made like the old one, payload indexes first
-    prove     where vectors are copied: sampled texts are embedded, and compared
-    copy      the old points in the order of their ids, a checkpoint after each page that landed
-    compare   whole passes over both, until one finds no difference: what changed meanwhile follows
-    cutover   compared and verified once more, then the aliases switch at one moment; what reached
-              the old collection meanwhile is carried
+    sample    where vectors are copied: sampled texts are embedded, and compared
+    copy      the old points in the order of their ids, a checkpoint after each written page
+    compare   whole passes over both, until one finds no difference: later changes follow
+    cutover   compared and verified once more, then the aliases switch in one atomic step; changes
+              that reached the old collection meanwhile are carried
 
-Whoever kills it at any moment runs it again, and it goes on. What was bought is in the cache, and
-not bought again: only the answers that were on their way at that moment are lost.
+A migration that was killed at any moment continues when it is run again. What was bought is in the
+cache and not bought again; only answers that were on their way at that moment are lost.
+
+This module chooses the regime (where the new vectors come from), keeps what all steps need, and
+begins. `auto` decides by what is known of the two models; as that may be wrong, copies and cuts are
+verified on sampled texts.
 """
 
 import asyncio
@@ -34,9 +33,11 @@ from embedding_proxy.providers.base import Space
 
 from . import qdrant
 from .embedding import Model, RetryingEmbedder
-from .qdrant import Old, Points
+from .qdrant import Points, SourceCollection
 from .state import MigrationState, Phase, State
 from .text_template import Rule
+
+log = logging.getLogger("embedding_proxy.migrate")
 
 
 class Regime(StrEnum):
@@ -45,20 +46,20 @@ class Regime(StrEnum):
     AUTO = "auto"
     """Decided by `choose`."""
     REUSE = "reuse"
-    """Copied: both models are one space, and of one width."""
+    """The old vectors: both models have the same space and width."""
     TRUNCATE = "truncate"
-    """The first numbers of the old vectors, renormalised: one Matryoshka space, narrower."""
+    """The first numbers of the old vectors, renormalised: a Matryoshka space, narrower."""
     REEMBED = "reembed"
-    """From the texts, through the cache."""
+    """Embeddings of the texts, through the cache."""
 
     @property
     def copies(self) -> bool:
-        """Whether nothing need be bought but the sample."""
+        """Whether old vectors are used, so that only the sample is bought."""
         return self in (Regime.REUSE, Regime.TRUNCATE)
 
 
 class RegimeRefused(ValueError):
-    """The regime that was asked for would give wrong vectors; the message says why."""
+    """The requested regime would give wrong vectors; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,9 @@ def choose(
 ) -> Decision:
     """Return the regime for vectors of `old_width` numbers of the space `old` (None = unknown).
 
-    Raises RegimeRefused if the one that is asked for cannot give right vectors.
+    Raises RegimeRefused if the requested one cannot give right vectors.
     """
-    found = _fitting(old, old_width, new, new_width)
+    found = _cheapest(old, old_width, new, new_width)
     if asked in (Regime.AUTO, found.regime):
         return found
     if asked is Regime.REEMBED:
@@ -84,7 +85,7 @@ def choose(
     raise RegimeRefused(f"--regime {asked}: {found.why}")
 
 
-def _fitting(old: Space | None, old_width: int, new: Space, new_width: int) -> Decision:
+def _cheapest(old: Space | None, old_width: int, new: Space, new_width: int) -> Decision:
     """Return the cheapest regime that is right."""
     if old is None:
         return Decision(
@@ -107,14 +108,12 @@ def _fitting(old: Space | None, old_width: int, new: Space, new_width: int) -> D
     )
 
 
-log = logging.getLogger("embedding_proxy.migrate")
-
 Progress = Callable[[str, float], AbstractContextManager[Callable[[float], None]]]
-"""Begins to show work of a name and a total, and gives what is told how much is done."""
+"""Begins to show work of a name and a total; gives a function that takes the amount done."""
 
 
 class MigrationRefused(Exception):
-    """The migration cannot be done, or go on, in this way; the message says what can be done."""
+    """The migration cannot be done, or continue, in this way; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,69 +121,69 @@ class Pace:
     """How fast a migration goes, and how careful it is."""
 
     page: int = 128
-    """Points that are read, and texts that are embedded, at a time."""
+    """Points in one read, and texts in one call."""
     ahead: int = 2
-    """Pages that are embedded side by side; they are written in order. A kill may lose so many."""
+    """Pages that are embedded concurrently; they are written in order. A kill may lose so many."""
     points_per_second: float | None = None
     """At most so many; None = as fast as it goes."""
     sample: int = 10
-    """Texts that are embedded to prove that vectors may be copied, and to verify."""
+    """Texts that are embedded to verify that vectors may be copied, and the result."""
     passes: int = 5
-    """Whole comparisons at most, before the writers are taken to be too busy."""
+    """Whole comparisons at most; then the old collection changes too fast."""
 
 
 DEFAULT = Pace()
 
 
 @dataclass(slots=True)
-class Wanted:
-    """What the user asks for, for one collection."""
+class MigrationRequest:
+    """The user's request for one collection."""
 
     collection: str
     rule: Rule
     regime: Regime = Regime.AUTO
     old_space: Space | None = None
-    """Of the old vectors, where the user says it."""
+    """The space of the old vectors, if the user gives it."""
     vector: str | None = None
     into: str | None = None
-    """The name of the new collection; None = it is made of the old one's and the model's."""
+    """The name of the new collection; None = it is derived from the old one's and the model's."""
 
 
 @dataclass(slots=True)
 class Migration:
-    """The migration of one collection: what it is, and what all its steps need."""
+    """The migration of one collection, with what all its steps need."""
 
     points: Points
     model: Model
-    journal: MigrationState
+    state_file: MigrationState
     rule: Rule
-    old: Old
+    old: SourceCollection
     state: State
     pace: Pace
     progress: Progress
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    patient: RetryingEmbedder = field(init=False)
+    embedder: RetryingEmbedder = field(init=False)
 
     def __post_init__(self) -> None:
-        self.patient = RetryingEmbedder(self.model, self.sleep)
+        self.embedder = RetryingEmbedder(self.model, self.sleep)
 
     @property
     def regime(self) -> Regime:
         """Where the new vectors come from."""
         return Regime(self.state.regime)
 
-    def oddity(self, point: Point) -> str | None:
+    def vector_error(self, point: Point) -> str | None:
         """Say what is wrong with the old vector of a point; None if it is sound."""
-        return oddity(point, self.old.width, self.model.dimensions)
+        return vector_error(point, self.old.width, self.model.dimensions)
 
     def save(self) -> None:
-        """Keep what has been done so far."""
+        """Write the state to its file."""
         counts = self.state.counts
-        counts.bought, self.patient.bought = counts.bought + self.patient.bought, 0
-        self.journal.save(self.state)
+        counts.bought, self.embedder.bought = counts.bought + self.embedder.bought, 0
+        self.state_file.save(self.state)
 
 
-def oddity(point: Point, width: int, new_width: int) -> str | None:
+def vector_error(point: Point, width: int, new_width: int) -> str | None:
     """Say what is wrong with a point's vector; None if it is sound, and so is its head."""
     if point.vector is None:
         return "there is no vector"
@@ -196,10 +195,10 @@ def oddity(point: Point, width: int, new_width: int) -> str | None:
     return None
 
 
-def decide(old: Old, wanted: Wanted, model: Model) -> Decision:
+def decide(old: SourceCollection, wanted: MigrationRequest, model: Model) -> Decision:
     """Return the regime for a collection, and why. Raises MigrationRefused.
 
-    Where neither the user nor the collection says whose vectors the old ones are, nothing is known.
+    The old space is unknown if neither the user nor the collection names it.
     """
     space, found = wanted.old_space, old.provenance
     if space is not None and found is not None and found.space != space.label:
@@ -216,7 +215,9 @@ def decide(old: Old, wanted: Wanted, model: Model) -> Decision:
         raise MigrationRefused(f"{old.name}: {error}") from error
 
 
-def state_for(points: Points, old: Old, wanted: Wanted, model: Model) -> State:
+def state_for(
+    points: Points, old: SourceCollection, wanted: MigrationRequest, model: Model
+) -> State:
     """Return the state of a migration that has not begun. Raises MigrationRefused."""
     decision = decide(old, wanted, model)
     return State(
@@ -235,8 +236,8 @@ def state_for(points: Points, old: Old, wanted: Wanted, model: Model) -> State:
 
 
 async def begin(migration: Migration) -> None:
-    """Go on where the journal says, or begin. Raises MigrationRefused, QdrantFailure."""
-    known = migration.journal.load()
+    """Continue from the saved state, or begin. Raises MigrationRefused, QdrantFailure."""
+    known = migration.state_file.load()
     fresh = migration.state
     if known is not None and known.phase is not Phase.FINALIZED:
         if known.phase in (Phase.SWITCHING, Phase.SWITCHED):
@@ -267,18 +268,18 @@ async def begin(migration: Migration) -> None:
         log.warning("%s", lack)
     state = migration.state
     wanted = Provenance(state.space, state.dimensions, state.rule)
-    # What is made from here on is ours: so the journal knows of it before.
+    # The collection made next is ours: so the state is saved first.
     migration.save()
-    await qdrant.make_beside(migration.points, migration.old, state.target, wanted)
+    await qdrant.make_target(migration.points, migration.old, state.target, wanted)
 
 
-async def restart(points: Points, journal: MigrationState) -> None:
-    """Delete what an unfinished migration has made. Raises MigrationRefused, QdrantFailure."""
-    known = journal.load()
+async def restart(points: Points, state_file: MigrationState) -> None:
+    """Delete the collection of an unfinished migration. Raises MigrationRefused, QdrantFailure."""
+    known = state_file.load()
     if known is None:
         return
     if known.phase in (Phase.SWITCHING, Phase.SWITCHED):
         raise MigrationRefused(f"{known.target} is in use: `rollback` first")
     if known.phase is not Phase.FINALIZED:
         await qdrant.delete(points, known.target)
-    journal.forget()
+    state_file.forget()

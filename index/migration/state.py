@@ -1,8 +1,8 @@
-"""What a migration has done so far, on disk: a small JSON file for each collection.
+"""The state of a migration on disk: a small JSON file for each collection.
 
-It is replaced as a whole, and is on the medium before a write returns, so that a process which is
-killed at any moment finds the last state it wrote. A line for each point that could not be carried
-goes to a file beside it.
+The file is replaced as a whole and is on disk before a write returns, so that a process that was
+killed at any moment finds the last state it wrote. A second file has a line, a dead letter, for
+each point that could not be carried.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ FORMAT = 1
 """Version of the file; one of another version is not touched."""
 
 
-class JournalError(Exception):
+class MigrationStateError(Exception):
     """The file cannot be used; the message names it, and says what can be done."""
 
 
@@ -65,7 +65,7 @@ class Counts:
 
 @dataclass(slots=True)
 class State:
-    """All that is known of the migration of one collection. The names are those in the file."""
+    """The state of the migration of one collection. The names are those in the file."""
 
     place: str
     """The Qdrant: a URL or a folder."""
@@ -87,7 +87,7 @@ class State:
     why: str
     phase: Phase = Phase.COPYING
     offset: PointId | None = None
-    """Where the first pass goes on."""
+    """Where the first pass continues."""
     first_pass_done: bool = False
     counts: Counts = field(default_factory=Counts)
     proof: float | None = None
@@ -105,68 +105,73 @@ class State:
 
 
 class MigrationState:
-    """The state of one migration, and where it is kept."""
+    """The files of one migration: its state, its dead letters, and its snapshot."""
 
     def __init__(self, folder: Path, place: str, collection: str) -> None:
         digest = hashlib.blake2b(orjson.dumps([place, collection]), digest_size=6).hexdigest()
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", collection)[:80]
-        self._put_at(folder / f"{readable}--{digest}.json")
+        self._set_path(folder / f"{readable}--{digest}.json")
 
     @classmethod
-    def at(cls, path: Path) -> Self:
-        """Return the journal that is kept in a file."""
-        journal = cls.__new__(cls)
-        journal._put_at(path)  # noqa: SLF001 - of this class
-        return journal
+    def from_path(cls, path: Path) -> Self:
+        """Return the state whose file is `path`."""
+        state_file = cls.__new__(cls)
+        state_file._set_path(path)  # noqa: SLF001 - of this class
+        return state_file
 
-    def _put_at(self, path: Path) -> None:
+    def _set_path(self, path: Path) -> None:
         self.path = path
         self.dead_letters = self.path.with_suffix(".dead.jsonl")
-        self.seen = self.path.with_suffix(".seen.db")
-        """See `seen`; there during a cutover only."""
+        self.snapshot = self.path.with_suffix(".seen.db")
+        """See `Snapshot`; it exists during a cutover only."""
 
     def load(self) -> State | None:
-        """Return the last state that was written, None if there is none. Raises JournalError."""
+        """Return the last state, None if there is none. Raises MigrationStateError."""
         try:
             raw = self.path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise JournalError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise MigrationStateError(f"{self.path}: cannot be read: {error.strerror}") from error
         try:
             return _state(orjson.loads(raw))
         except (orjson.JSONDecodeError, TypeError, ValueError, KeyError) as error:
-            raise JournalError(
+            raise MigrationStateError(
                 f"{self.path} is not what this version writes ({error}); move it away, and begin"
                 " anew with another name for the new collection: run --into NAME"
             ) from error
 
     def save(self, state: State) -> None:
-        """Write a state; it is on the medium when this returns. Raises JournalError."""
+        """Write a state; it is on disk when this returns. Raises MigrationStateError."""
         _replace(self.path, orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
 
     def forget(self) -> None:
-        """Delete the state and the dead letters; what is not there is no error."""
-        for path in (self.path, self.dead_letters, self.seen):
+        """Delete the files that exist."""
+        for path in (self.path, self.dead_letters, self.snapshot):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
-    def bury(self, letters: Iterable[Mapping[str, object]], *, anew: bool = False) -> None:
-        """Add dead letters, or let these be all there are. Raises JournalError."""
-        lines = b"".join(orjson.dumps(letter) + b"\n" for letter in letters)
-        if anew:
-            _replace(self.dead_letters, lines)
-        elif lines:
+    def replace_dead_letters(self, letters: Iterable[Mapping[str, object]]) -> None:
+        """Replace all dead letters. Raises MigrationStateError."""
+        _replace(self.dead_letters, _lines(letters))
+
+    def append_dead_letters(self, letters: Iterable[Mapping[str, object]]) -> None:
+        """Append dead letters. Raises MigrationStateError."""
+        if lines := _lines(letters):
             try:
                 private_files.make_folder(self.dead_letters.parent)
                 atomic_file.append(self.dead_letters, lines)
             except OSError as error:
-                raise JournalError(f"{self.dead_letters}: {error.strerror}") from error
+                raise MigrationStateError(f"{self.dead_letters}: {error.strerror}") from error
 
 
-def journals_in(folder: Path) -> list[MigrationState]:
-    """Return all journals of a folder, by the names of their files; none where there is none."""
-    return [MigrationState.at(path) for path in sorted(folder.glob("*--*.json"))]
+def states_in(folder: Path) -> list[MigrationState]:
+    """Return all migration states in a folder, sorted by file name."""
+    return [MigrationState.from_path(path) for path in sorted(folder.glob("*--*.json"))]
+
+
+def _lines(letters: Iterable[Mapping[str, object]]) -> bytes:
+    return b"".join(orjson.dumps(letter) + b"\n" for letter in letters)
 
 
 def _state(content: Any) -> State:  # noqa: ANN401 - whatever is in the file
@@ -185,4 +190,6 @@ def _replace(path: Path, content: bytes) -> None:
         private_files.make_folder(path.parent)
         atomic_file.write(path, content)
     except OSError as error:
-        raise JournalError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise MigrationStateError(
+            f"{path}: cannot be written: {error.strerror or error}"
+        ) from error

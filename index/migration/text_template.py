@@ -1,4 +1,4 @@
-"""Which text a point stands for: a field of its payload, or a template over several.
+"""The text of a point: a field of its payload, or a template over several fields.
 
 ::
 

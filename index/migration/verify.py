@@ -1,4 +1,4 @@
-"""Whether the new collection may take the old one's place: looked at as a user would find it."""
+"""Verifies the new collection: counts, contents, sampled vectors, and searches as users do them."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
 from .copy import Refusals, compare
-from .embedding import Refused
+from .embedding import Rejection
 from .runner import Migration
 from .snapshot import Snapshot
 
@@ -19,8 +19,8 @@ _UNIT = 0.01
 
 
 @dataclass(slots=True)
-class Late:
-    """What became of late changes."""
+class CatchUp:
+    """The result of carrying late changes."""
 
     written: int = 0
     """Points written to the new collection."""
@@ -30,40 +30,40 @@ class Late:
     dead: int = 0
     """Points that cannot be carried; the dead letters say why."""
     quiet: bool = False
-    """Whether the last look at the old collection found nothing late."""
+    """Whether the last pass over the old collection found no late change."""
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found."""
+    """The result of a verification."""
 
     verified: bool = False
-    """False where an interrupted cutover had done that before."""
+    """False if an interrupted cutover had done it before."""
     old_points: int = 0
     new_points: int = 0
     dead: int = 0
     """Points of the old collection that the new one lacks, with a reason."""
     differing: int = 0
-    """Points that were mended in the last comparison of ids and payloads."""
+    """Points that the last comparison of ids and payloads repaired."""
     sampled: int = 0
     cosine: float | None = None
     """The smallest between a stored vector and its text embedded again."""
     recalled: int = 0
     """Sampled points that a search with their own vector found."""
-    late: Late | None = None
-    """What was written to the old collection while the aliases were switched."""
+    late: CatchUp | None = None
+    """Changes of the old collection while the aliases were switched."""
     problems: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
-        """Whether nothing speaks against the new collection but its dead letters."""
+        """Whether there is no problem; dead letters are none."""
         return not self.problems
 
 
-async def verify(migration: Migration, least: float, seen: Snapshot | None = None) -> Verdict:
-    """Compare once more, then look at counts, ids, payloads, sampled vectors and searches.
+async def verify(migration: Migration, least: float, snapshot: Snapshot | None = None) -> Verdict:
+    """Compare once more, then check counts, sampled vectors and searches.
 
-    `seen` is told what the old collection held in the last comparison. Raises QdrantFailure,
+    `snapshot` receives what the old collection held in the last comparison. Raises QdrantFailure,
     EmbeddingError.
     """
     state, points = migration.state, migration.points
@@ -71,9 +71,9 @@ async def verify(migration: Migration, least: float, seen: Snapshot | None = Non
     refused: Refusals = {}
     for number in range(1, migration.pace.passes + 1):
         title = f"verifying {state.collection}, pass {number}"
-        if seen is not None:
-            seen.anew()
-        verdict.differing = await compare(migration, refused, title, seen)
+        if snapshot is not None:
+            snapshot.reset()
+        verdict.differing = await compare(migration, refused, title, snapshot)
         if not verdict.differing:
             break
     else:
@@ -99,11 +99,11 @@ async def verify(migration: Migration, least: float, seen: Snapshot | None = Non
 async def _sample(migration: Migration) -> list[Point]:
     """Return points of the new collection, with their vectors.
 
-    Where vectors were copied, the texts of the proof have been bought, and others have not.
+    Where vectors were copied, these are the points whose texts were bought for the sample.
     """
     state, points = migration.state, migration.points
     if state.proved:
-        there = await points.those(state.target, state.proved, vectors=True)
+        there = await points.get_points(state.target, state.proved, vectors=True)
         if there:
             return list(there.values())
     return await points.sample(state.target, migration.pace.sample)
@@ -114,11 +114,11 @@ async def _embed_again(
 ) -> None:
     """Compare stored vectors with those of their texts, which are in the cache."""
     texts = [(one, text) for one in sample if (text := migration.rule.text(one.payload))]
-    answers = await migration.patient.embed([text for _, text in texts])
+    answers = await migration.embedder.embed([text for _, text in texts])
     migration.save()
     cosines = []
     for (point, _), answer in zip(texts, answers, strict=True):
-        if isinstance(answer, Refused):
+        if isinstance(answer, Rejection):
             continue
         cosine = _cosine(point.vector, answer)
         cosines.append(cosine)

@@ -1,1 +1,1 @@
-"""What decides which provider is asked, and how often."""
+"""Decides which provider is asked, and how often."""

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 from weakref import WeakValueDictionary
 
-from embedding_proxy.providers.base import Credential, Input, ProviderError, RateLimited
-from embedding_proxy.providers.client_credential import MOST_KEYS
+from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.client_credential import MOST_KEYS, Credential
+from embedding_proxy.providers.errors import ProviderError, RateLimited
 from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.providers.scheduling.attempts import Attempts
 

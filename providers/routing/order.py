@@ -1,10 +1,10 @@
-"""In which order a model's routes are preferred; whether one may be asked is not decided here."""
+"""Orders a model's routes by preference; it does not decide whether one may be asked."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
-from embedding_proxy.providers.base import Bill
+from embedding_proxy.providers.billing import Bill
 
 from .route import Route
 
@@ -36,11 +36,11 @@ class Latencies:
         self._seconds: dict[Route, float] = {}
         self._asked: dict[Route, float] = {}
 
-    def asked(self, route: Route) -> None:
+    def note_attempt(self, route: Route) -> None:
         """Note that a route is being asked."""
         self._asked[route] = self._clock()
 
-    def answered(self, route: Route, seconds: float, inputs: int) -> None:
+    def note_answer(self, route: Route, seconds: float, inputs: int) -> None:
         """Note how long a good answer to so many inputs took."""
         seconds /= 1 + inputs / INPUTS_A_CALL
         known = self._seconds.get(route)
@@ -78,7 +78,7 @@ class Prices:
     def __init__(self) -> None:
         self._charged: dict[Route, tuple[float, float]] = {}
 
-    def charged(self, route: Route, bill: Bill) -> None:
+    def note_charge(self, route: Route, bill: Bill) -> None:
         """Note what a call was charged."""
         if bill.told:
             tokens, cost = (FADE * sum_ for sum_ in self._charged.get(route, (0.0, 0.0)))

@@ -1,4 +1,4 @@
-"""What follows from a failed attempt: another attempt here, the next route, or giving up.
+"""The policy after a failed attempt: a retry, the next route, or giving up.
 
 Pure: a failure and where its inputs stand go in, a step comes out. What the failure means for the
 circuit breakers is a column of the same table. The only importer of tenacity.
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ConnectionTimeout,
     EmbeddingError,
@@ -123,7 +123,7 @@ def max_attempts(retries: Iterable[int | None]) -> int:
     return max(MAX_ATTEMPTS, sum(one or 0 for one in told) + len(told))
 
 
-class Standing(NamedTuple):
+class AttemptState(NamedTuple):
     """Where the inputs of a failed attempt stand."""
 
     here: int
@@ -162,53 +162,53 @@ class NextRoute(NamedTuple):
 
 
 class GiveUp(NamedTuple):
-    """Fail; `most_telling` says with which error."""
+    """Fail; `select_error` says with which error."""
 
 
 Step: TypeAlias = Retry | NextRoute | GiveUp
 
 
-def next_step(error: EmbeddingError, standing: Standing) -> Step:
+def next_step(error: EmbeddingError, state: AttemptState) -> Step:
     """Return what to do after a failed attempt. Only failures of a provider go any further."""
-    if not isinstance(error, ProviderError) or not standing.is_needed:
+    if not isinstance(error, ProviderError) or not state.is_needed:
         return GiveUp()
-    wait = _retry_wait(error, standing)
+    wait = _retry_wait(error, state)
     if wait is not None:
         return Retry(wait)
-    return NextRoute() if standing.left > 0 and standing.alternatives else GiveUp()
+    return NextRoute() if state.left > 0 and state.alternatives else GiveUp()
 
 
-def may_retry(error: ProviderError, standing: Standing) -> bool:
+def may_retry(error: ProviderError, state: AttemptState) -> bool:
     """Tell whether the number of attempts allows another one at the same route."""
-    if standing.retries is not None:
-        most = 1 + standing.retries
+    if state.retries is not None:
+        most = 1 + state.retries
     else:
-        most = MAX_ATTEMPTS_BEFORE_FAILOVER if standing.alternatives else UNLIMITED
+        most = MAX_ATTEMPTS_BEFORE_FAILOVER if state.alternatives else UNLIMITED
     # Each alternative keeps one attempt in reserve.
-    is_left = standing.left > standing.alternatives
-    return is_left and standing.here < most and standing.here <= rule(error).retries
+    is_left = state.left > state.alternatives
+    return is_left and state.here < most and state.here <= rule(error).retries
 
 
-def _retry_wait(error: ProviderError, standing: Standing) -> float | None:
+def _retry_wait(error: ProviderError, state: AttemptState) -> float | None:
     """Return the seconds after which the same route is asked again; None = it is not."""
-    is_allowed = may_retry(error, standing) and standing.has_budget and standing.is_ready
+    is_allowed = may_retry(error, state) and state.has_budget and state.is_ready
     if isinstance(error, LocalQueueFull) or not is_allowed:
         return None
-    if _is_clients_to_repeat(error, standing):
+    if _is_clients_to_repeat(error, state):
         return None
     asked = error.retry_after or 0.0
-    cooldown = standing.cooldown_s if isinstance(error, RateLimited) else 0.0
+    cooldown = state.cooldown_s if isinstance(error, RateLimited) else 0.0
     # Where another route is left, a wait that nobody asked for must be short.
-    is_patient = error.retry_after is not None or not standing.alternatives
+    is_patient = error.retry_after is not None or not state.alternatives
     most = MAX_WAIT_S if is_patient else MAX_WAIT_BEFORE_FAILOVER_S
-    if (asked or cooldown) >= min(most, standing.time_left_s):
+    if (asked or cooldown) >= min(most, state.time_left_s):
         return None
     if asked:
         return asked
-    return min(cooldown + backoff(standing.here), MAX_WAIT_S, standing.time_left_s)
+    return min(cooldown + backoff(state.here), MAX_WAIT_S, state.time_left_s)
 
 
-def _is_clients_to_repeat(error: ProviderError, standing: Standing) -> bool:
+def _is_clients_to_repeat(error: ProviderError, state: AttemptState) -> bool:
     """Tell whether another attempt is left to the client, which makes it by itself.
 
     Else each of its tries would be three of ours. After a rate limit that is so from the first try
@@ -216,12 +216,12 @@ def _is_clients_to_repeat(error: ProviderError, standing: Standing) -> bool:
     shows it. While a limit is known to be used up each request makes one attempt.
     """
     if isinstance(error, RateLimited):
-        return standing.is_limited or standing.client_retries is not None
+        return state.is_limited or state.client_retries is not None
     is_passing = isinstance(error, UpstreamError | MalformedResponse)
-    return is_passing and (bool(standing.client_retries) or standing.is_repeat)
+    return is_passing and (bool(state.client_retries) or state.is_repeat)
 
 
-def most_telling(errors: Iterable[ProviderError]) -> ProviderError | None:
+def select_error(errors: Iterable[ProviderError]) -> ProviderError | None:
     """Return the failure to tell the client: the last that may pass, else the last."""
     told: ProviderError | None = None
     for error in errors:

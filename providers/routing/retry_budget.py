@@ -1,4 +1,4 @@
-"""How many retries all requests together may make: a token bucket, as in gRPC's retry throttling.
+"""The retry budget of all requests together: a token bucket, as in gRPC's retry throttling.
 
 A failed attempt takes a token, a success gives back SUCCESS_TOKENS, and one returns each second.
 Retries, hedges and searches for a bad input are made while at least half of the tokens are there.

@@ -5,23 +5,13 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import (
-    Account,
-    Bill,
-    Charge,
-    Context,
-    Credential,
-    Embedded,
-    EmbeddingError,
-    Input,
-    InvalidRequest,
-    ProviderError,
-    Space,
-    nanodollars,
-)
+from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.billing import Account, Bill, Charge, nanodollars
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest, ProviderError
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.scheduling import batch_size
-from embedding_proxy.providers.scheduling.assembly import assembled
+from embedding_proxy.providers.scheduling.assembly import assemble
 
 
 class Provider(Protocol):
@@ -58,10 +48,10 @@ class LimitKey(str):  # noqa: SLOT000 - it has one field of its own
         return key
 
 
-def scoped(model: str, space: Space) -> str:
+def request_scope(model: str, space: Space) -> str:
     """Return the scope of calls of a model: with what clients of this space ask for besides.
 
-    >>> scoped("m", Space("m", 8)), scoped("m", Space("m", 8, dimensions_sent=True))
+    >>> request_scope("m", Space("m", 8)), request_scope("m", Space("m", 8, dimensions_sent=True))
     ('m', 'm@8')
     """
     width = f"@{space.dimensions}" if space.dimensions_sent else ""
@@ -103,7 +93,7 @@ class Route:
 
     def takes(self, credential: Credential | None) -> bool:
         """Tell whether the provider may be asked by who has this key, or has none of its own."""
-        if credential is not None and not credential.alone:
+        if credential is not None and not credential.is_exclusive:
             return True
         return self.by_client is (credential is not None)
 
@@ -112,7 +102,7 @@ class Route:
 
         Its scope is the model, and what clients of this space add to their requests.
         """
-        scope = self.model if space is None else scoped(self.model, space)
+        scope = self.model if space is None else request_scope(self.model, space)
         if credential is None or not self.by_client:
             return LimitKey(scope)
         return LimitKey(f"{scope} ({credential.name})", scope)
@@ -139,7 +129,7 @@ class Route:
         for batch in batch_size.split(len(inputs), self.limits, sizes):
             items = [inputs[index] for index in batch]
             parts.append((batch, await self._ask(space, items, context)))
-        return assembled(parts)
+        return assemble(parts)
 
     async def _ask(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
         try:

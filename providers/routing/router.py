@@ -9,17 +9,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Input, Space
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Credential,
     EmbeddingError,
-    Input,
     InvalidRequest,
     NoProviderAvailable,
     NoRoute,
     RateLimited,
     Refusal,
-    Space,
 )
 
 from .health import Health, HealthRegistry
@@ -147,13 +146,13 @@ class View:
     def ready(self, tried: Collection[Route] = ()) -> Sequence[Route]:
         """Return the routes that were not tried and may be asked now, the preferred one first."""
         ready = [one for one in self.routes if one not in tried and self.is_ready(one)]
-        return self.arranged(ready) if len(ready) > 1 else ready
+        return self.arrange(ready) if len(ready) > 1 else ready
 
     def first(self) -> Route:
         """Return the route that would be asked now; if none may be, the preferred one."""
-        return (self.ready() or self.arranged(self.routes))[0]
+        return (self.ready() or self.arrange(self.routes))[0]
 
-    def arranged(self, routes: Sequence[Route]) -> Sequence[Route]:
+    def arrange(self, routes: Sequence[Route]) -> Sequence[Route]:
         """Return routes in the order preferred."""
         match self.router.order:
             case "listed":
@@ -181,13 +180,13 @@ class View:
         Where no second try helps, that is what the provider itself said; where only rate limits are
         in the way, it is one of those.
         """
-        known = [(self.health(route), self.key(route)) for route in self.arranged(self.routes)]
+        known = [(self.health(route), self.key(route)) for route in self.arrange(self.routes)]
         passing = [(health, key) for health, key in known if health.lasting is None]
         if not passing:
             # The error was raised before, and each who is told of it has a traceback of its own.
             last = known[-1][0].lasting
             assert last is not None  # noqa: S101 - none of them is passing
-            return last.at(None)
+            return last.with_index(None)
         wait = min(health.wait(key) for health, key in passing)
         reasons = [
             f"{health.name}: {health.why(key)}, asked again in {health.wait(key):.1f} s"

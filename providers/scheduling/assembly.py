@@ -1,4 +1,4 @@
-"""Answers in parts: rows of them, and the whole put together in the order of the inputs."""
+"""Assembles answers of several calls into one, in the order of the inputs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,22 +17,22 @@ def rows_of(part: Embedded, rows: Sequence[int]) -> Embedded:
     )
 
 
-def assembled(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
+def assemble(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
     """Put the answers to all places of a request into their order.
 
     The places of one part may come in any order: parts that failed were put together anew.
     """
     if len(parts) == 1 and [*parts[0][0]] == sorted(parts[0][0]):
         return parts[0][1]
-    whole = Whole(sum(len(places) for places, _ in parts))
+    whole = Assembler(sum(len(places) for places, _ in parts))
     for places, part in parts:
         whole.add(places, part.vectors, part.tokens, _outcomes(part))
     return whole.embedded(parts)
 
 
-async def assembled_in_steps(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
+async def assemble_in_steps(parts: Sequence[tuple[Sequence[int], Embedded]]) -> Embedded:
     """Do the same for any number of places; others get their turn."""
-    whole = Whole(sum(len(places) for places, _ in parts))
+    whole = Assembler(sum(len(places) for places, _ in parts))
     for places, part in parts:
         outcomes = _outcomes(part)
         async for rows in slices(range(len(places))):
@@ -41,7 +41,7 @@ async def assembled_in_steps(parts: Sequence[tuple[Sequence[int], Embedded]]) ->
     return whole.embedded(parts)
 
 
-class Whole:
+class Assembler:
     """The answer to `count` inputs, put together of parts; `outcome` is that of all others."""
 
     def __init__(self, count: int, outcome: Outcome = Outcome.MISS) -> None:

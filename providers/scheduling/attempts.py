@@ -1,4 +1,4 @@
-"""Calls at providers that are under way: a call that was sent is finished, though nobody waits.
+"""Attempts under way: a call that was sent is finished, though nobody waits for it.
 
 An upstream charges for what it was asked, whether or not the answer is read. So the time of a
 request, or a client that goes, ends the wait for a call, and never the call itself: its answer is

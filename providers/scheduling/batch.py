@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ClientKeyRefused,
     DeadlineExceeded,
@@ -37,7 +37,7 @@ from .pending import (
     requests_of,
 )
 from .refusal import is_internal_error
-from .search import fail_inputs, give_up, told
+from .search import fail_inputs, final_error, give_up
 
 log = logging.getLogger("embedding_proxy.router")
 
@@ -103,7 +103,7 @@ class Batch:
         is_hedge = bool(self._inputs[0].batches)
         is_further = route not in story and bool(story or self._inputs[0].passed)
         counts.failovers += is_further and not is_hedge
-        self._router.latencies.asked(route)
+        self._router.latencies.note_attempt(route)
         for one in self._inputs:
             one.story += (route,)
             one.batches += (self,)
@@ -121,12 +121,12 @@ class Batch:
 
     async def _run(self) -> None:
         begun = self._router.upstreams.clock()
-        begin_by = None
+        start_deadline = None
         if self._limit is not None:
             # Where another route is left, half of the time is enough to wait for a rate limit.
-            begin_by = asyncio.get_running_loop().time() + self._limit / 2
+            start_deadline = asyncio.get_running_loop().time() + self._limit / 2
         try:
-            answer = await self._call.make(begin_by)
+            answer = await self._call.make(start_deadline)
         except asyncio.CancelledError:
             if not self._is_over:
                 self._health.cancelled(self._permit)
@@ -158,7 +158,7 @@ class Batch:
 
     def _note_success(self, seconds: float) -> None:
         inputs, health = self._inputs, self._health
-        self._router.latencies.answered(self._route, seconds, len(inputs))
+        self._router.latencies.note_answer(self._route, seconds, len(inputs))
         self._budget.give_back()
         health.succeeded(self._permit, self._limit_key)
         if len(inputs) == 1:
@@ -220,7 +220,7 @@ class Batch:
         if not missing:
             return []
         search, half = self._key.search, self._key.half
-        step = policy.next_step(error, self._standing(error, missing))
+        step = policy.next_step(error, self._attempt_state(error, missing))
         if search is not None and not isinstance(step, policy.GiveUp):
             # The rest of the half comes back to the search later.
             search.note([one for one in self._inputs if one not in missing], [], None)
@@ -245,12 +245,14 @@ class Batch:
             culprit = self._inputs[0]
         key = self._key._replace(route=self._route)
         if self._key.search is not None:
-            failure = told(self._view, missing, error)
+            failure = final_error(self._view, missing, error)
             self._key.search.note(self._inputs, missing, failure, culprit=culprit)
         else:
             give_up(self._queues, key, self._view, missing, error, culprit)
 
-    def _standing(self, error: ProviderError, missing: Sequence[PendingInput]) -> policy.Standing:
+    def _attempt_state(
+        self, error: ProviderError, missing: Sequence[PendingInput]
+    ) -> policy.AttemptState:
         """Return where the inputs stand that have had no vector."""
         story, passed = missing[0].story, missing[0].passed
         search = self._key.search
@@ -260,7 +262,7 @@ class Batch:
         deadline = max_deadline(requests_of(missing))
         left = float("inf") if deadline is None else deadline - self._router.upstreams.clock()
         rested = isinstance(error, RateLimited)
-        return policy.Standing(
+        return policy.AttemptState(
             here=story.count(self._route),
             left=0 if is_last else most - len(story),
             alternatives=len(self._view.ready((*story, *passed))),

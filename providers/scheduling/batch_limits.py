@@ -1,4 +1,4 @@
-"""What an upstream takes in one call: as declared, or smaller where it has shown so.
+"""The limits of one call at an upstream: as declared, or smaller ones that it has shown.
 
 Limits are learned for each model. An upstream may name the limit ("batch size must be at most 10"):
 that is read from a sentence, which may be misread or quote a client, so it is forgotten after some
@@ -10,7 +10,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from embedding_proxy.providers.base import Input, InvalidRequest
+from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 
 from .refusal import is_about_size, is_about_tokens, named_batch_limit

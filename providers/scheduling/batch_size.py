@@ -39,7 +39,7 @@ async def sizes(
     if sum(most) <= limit:
         return most, False
     if space.tokenizer is not None:
-        return await tokens.counted(inputs, space.tokenizer, context.counts), True
+        return await tokens.count_inputs(inputs, space.tokenizer, context.counts), True
     return [_estimate(item, _BYTES_A_TOKEN) for item in inputs], False
 
 
@@ -60,7 +60,7 @@ def split(count: int, limits: Limits, sizes: Sequence[int]) -> list[range]:
     >>> split(5, Limits(tokens=10), [4, 6, 1, 12, 3])
     [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
     """
-    max_inputs = even(count, limits.inputs)
+    max_inputs = balance(count, limits.inputs)
     batches: list[range] = []
     start = total = 0
     for index in range(count):
@@ -74,12 +74,12 @@ def split(count: int, limits: Limits, sizes: Sequence[int]) -> list[range]:
     return batches
 
 
-def even(count: int, max_inputs: int) -> int:
+def balance(count: int, max_inputs: int) -> int:
     """Return the size of as few batches as there can be, all about equal.
 
     The largest batch is the one that is waited for.
 
-    >>> even(130, 64), even(200, 64)
+    >>> balance(130, 64), balance(200, 64)
     (44, 50)
     """
     return -(-count // -(-count // max_inputs))

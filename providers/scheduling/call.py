@@ -7,14 +7,9 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from embedding_proxy.providers.base import (
-    Bill,
-    Context,
-    Embedded,
-    InvalidAnswer,
-    LocalQueueFull,
-    ProviderError,
-)
+from embedding_proxy.providers.base import Context, Embedded
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.errors import InvalidAnswer, LocalQueueFull, ProviderError
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.upstream.duplicate_vectors import (
@@ -22,7 +17,7 @@ from embedding_proxy.providers.upstream.duplicate_vectors import (
     find_duplicate_vectors,
 )
 
-from .assembly import assembled, rows_of
+from .assembly import assemble, rows_of
 from .attempts import Attempt
 from .pending import (
     FailedAttempt,
@@ -59,7 +54,7 @@ class Call:
         self.attempt = Attempt()
         self._is_billed = False
 
-    def _context(self, begin_by: float | None) -> Context:
+    def _context(self, start_deadline: float | None) -> Context:
         """Return what goes along with the call."""
         context = self._first
         return Context(
@@ -75,21 +70,21 @@ class Call:
                 for one in self._inputs
                 if one.count is not None and type(one.input) is str
             },
-            begin_by=begin_by,
+            start_deadline=start_deadline,
             is_needed=self._is_needed,
             finishes_calls=True,
             attempt=self.attempt,
         )
 
-    async def make(self, begin_by: float | None) -> Embedded:
+    async def make(self, start_deadline: float | None) -> Embedded:
         """Return the answer to all inputs; one to some of them is delivered.
 
-        The provider must have begun by `begin_by`, a point on the event loop's clock, or it raises
-        LocalQueueFull. Raises EmbeddingError.
+        The provider must have begun by `start_deadline`, a point on the event loop's clock, or it
+        raises LocalQueueFull. Raises EmbeddingError.
         """
         if not self._is_needed():
             raise LocalQueueFull(self._route.name, "nobody waits for the answer any more")
-        context = self._context(begin_by)
+        context = self._context(start_deadline)
         if self._key.is_alone and len(self._inputs) > 1:
             return await self._ask_each(replace(context, on_part=None))
         return await self._ask(self._inputs, context)
@@ -130,7 +125,7 @@ class Call:
         shared = sorted({i for group in groups for i in group})
         good = [i for i in parts if i not in shared]
         if good and len(good) < len(inputs):
-            await self.deliver(good, assembled([([i], parts[i]) for i in good]))
+            await self.deliver(good, assemble([([i], parts[i]) for i in good]))
         if shared:
             for one in inputs:
                 one.is_alone = False
@@ -146,7 +141,7 @@ class Call:
             raise worst
         if any(_is_fused(one) for one in inputs[0].failures):
             self._route.learn_single()
-        return assembled([([i], parts[i]) for i in good])
+        return assemble([([i], parts[i]) for i in good])
 
     async def deliver(self, indices: Sequence[int], part: Embedded) -> None:
         """Hand a part of the answer to the requests whose inputs these are."""
@@ -169,7 +164,7 @@ class Call:
     def _charge(self, bill: Bill, inputs: Sequence[PendingInput]) -> None:
         """Tell each request what was charged for its inputs."""
         self._is_billed = True
-        self._router.prices.charged(self._route, bill)
+        self._router.prices.note_charge(self._route, bill)
         whole = bill.at([one.index for one in inputs])
         if len(self._requests) == 1:
             inputs[0].request.charge(whole)

@@ -1,4 +1,4 @@
-"""Refuses an input that is longer than its model takes, before any upstream is asked.
+"""Rejects an input that is longer than its model takes, before any upstream is asked.
 
 An upstream would refuse it too, and with it all that shares its call.
 """
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, InvalidRequest, Space
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space
+from embedding_proxy.providers.errors import InvalidRequest
 
 
 class ContextLengthCheck:
@@ -30,7 +31,7 @@ class ContextLengthCheck:
             long = [i for i, item in enumerate(inputs) if tokens.bound(item) > self._most]
             if long:
                 suspects = [inputs[place] for place in long]
-                counts = await tokens.counted(suspects, space.tokenizer, context.counts)
+                counts = await tokens.count_inputs(suspects, space.tokenizer, context.counts)
                 for place, number in zip(long, counts, strict=True):
                     if number > self._most:
                         raise context_length_exceeded(number, self._most, place)

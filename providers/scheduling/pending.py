@@ -8,24 +8,21 @@ import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from embedding_proxy.providers.base import (
-    Bill,
-    Context,
-    Credential,
+from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     DeadlineExceeded,
-    Embedded,
     EmbeddingError,
-    Input,
     InvalidRequest,
     LocalQueueFull,
     ProviderError,
-    Space,
 )
 from embedding_proxy.providers.routing import policy
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 
-from .assembly import assembled, rows_of
+from .assembly import assemble, rows_of
 
 
 class FailedAttempt(NamedTuple):
@@ -123,7 +120,7 @@ class PendingRequest:
         """How many inputs it has."""
         self.missing: dict[int, None] = dict.fromkeys(range(len(inputs)))
         """The places for which nothing has come yet, in order."""
-        self.searching: list[Halving] = []
+        self.searching: list[Bisection] = []
         """Searches for bad inputs of it, the one that is under way first: one at a time."""
         self.searches = 0
         """Bad inputs of it that were searched for."""
@@ -235,7 +232,7 @@ class PendingRequest:
         for index in indices:
             del self.missing[index]
         if not self.missing and self.is_open:
-            self._answer.set_result(assembled(self._parts))
+            self._answer.set_result(assemble(self._parts))
         elif self.context.on_part is not None:
             await self.context.on_part(indices, part)
 
@@ -253,7 +250,7 @@ class Call(Protocol):
         ...
 
 
-class Halving(Protocol):
+class Bisection(Protocol):
     """A search for a bad input, of which some pending inputs are a half."""
 
     is_internal: bool
@@ -297,7 +294,7 @@ class QueueKey(NamedTuple):
     is_rested: bool = False
     """Whether they have waited as long as that route asked for."""
     is_alone: bool = False
-    search: Halving | None = None
+    search: Bisection | None = None
     """The search that they are a half of."""
     half: int = 0
 
@@ -313,7 +310,7 @@ class Queues(Protocol):
         inputs: Sequence[PendingInput],
         route: Route | None = None,
         *,
-        search: Halving | None = None,
+        search: Bisection | None = None,
         half: int = 0,
     ) -> None:
         """Queue inputs once more; `route`: asks this one, and no other."""

@@ -1,9 +1,9 @@
-"""What a refusal is about: the size of the call, one of its inputs, or what all inputs share."""
+"""Tells what a refusal is about: the size of the call, one of its inputs, or all of them."""
 
 import re
 from typing import TypeGuard
 
-from embedding_proxy.providers.base import InvalidRequest, UpstreamError
+from embedding_proxy.providers.errors import InvalidRequest, UpstreamError
 
 _INPUT = re.compile(r"(\$\.)?input($|[.\[])")
 

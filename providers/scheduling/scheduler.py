@@ -13,16 +13,8 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from embedding_proxy.providers.base import (
-    Context,
-    DeadlineExceeded,
-    Embedded,
-    Input,
-    LocalQueueFull,
-    RateLimited,
-    Refusal,
-    Space,
-)
+from embedding_proxy.providers.base import Context, Embedded, Input, Space
+from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, RateLimited, Refusal
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.health import Slots
 from embedding_proxy.providers.routing.route import Route
@@ -32,7 +24,7 @@ from . import batch_size
 from .attempts import Attempt
 from .batch import Batch
 from .batch_limits import input_bytes
-from .pending import FailedAttempt, Halving, PendingInput, PendingRequest, QueueKey
+from .pending import Bisection, FailedAttempt, PendingInput, PendingRequest, QueueKey
 from .search import fail_inputs, give_up
 
 MAX_WINDOW_INPUTS = 64
@@ -96,7 +88,7 @@ class Scheduler:
         inputs: Sequence[PendingInput],
         route: Route | None = None,
         *,
-        search: Halving | None = None,
+        search: Bisection | None = None,
         half: int = 0,
     ) -> None:
         """Queue inputs once more, before all others: they have waited longest.
@@ -332,7 +324,7 @@ class _Queue:
             waiting = len(self._inputs)
             min_inputs = MIN_WINDOW_BATCH if self._scheduler.window_s else batch_size.MIN_INPUTS
             share = batch_size.share(waiting, limits, min_inputs)
-            self._batch_inputs = batch_size.even(waiting, share)
+            self._batch_inputs = batch_size.balance(waiting, share)
         while batch := self._take_first(route, limits):
             call_s = self._router.latencies.seconds(route) if is_delayed else None
             if call_s is None or not _is_too_late(batch, call_s):

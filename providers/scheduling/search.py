@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     EmbeddingError,
     InvalidAnswer,
     InvalidRequest,
@@ -59,7 +59,7 @@ def give_up(  # noqa: PLR0913, PLR0917 - whose, where, and why
     `error` is that of the last attempt, or None where none was made; `culprit` is the input that it
     names. `key.route` is the route that failed.
     """
-    failure = told(view, inputs, error)
+    failure = final_error(view, inputs, error)
     may_search = view.router.upstreams.budget_of(view.credential).can_retry
     if is_about_size(failure) and len(inputs) > 1:
         divide(queues, key, inputs, failure)
@@ -84,13 +84,13 @@ def give_up(  # noqa: PLR0913, PLR0917 - whose, where, and why
         fail(view, inputs, failure)
 
 
-def told(
+def final_error(
     view: View, inputs: Sequence[PendingInput], error: EmbeddingError | None
 ) -> EmbeddingError:
     """Return the failure that says most, with the cooldown that is left."""
     if error is not None and not isinstance(error, ProviderError):
         return error
-    failure = policy.most_telling(one.error for one in inputs[0].failures)
+    failure = policy.select_error(one.error for one in inputs[0].failures)
     if failure is None:
         return error or view.unavailable()
     said = failure.refusal
@@ -139,7 +139,7 @@ def fail(
         if is_proven is None and len(inputs) > 1:
             blame_providers(view, inputs[0].failures)
         return
-    culprit.request.fail(error.at(culprit.index))
+    culprit.request.fail(error.with_index(culprit.index))
     if isinstance(error, ProviderError) and (is_proven or is_named):
         for route in view.routes:
             if route.name == error.provider:

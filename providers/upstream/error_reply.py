@@ -1,6 +1,6 @@
 """Reads an upstream's error reply: its reason, its codes, and what kind of failure it is.
 
-Upstreams share no shape. This file reads OpenAI's `error` object, FastAPI's `detail`, a top-level
+Upstreams share no shape. This module reads OpenAI's `error` object, FastAPI's `detail`, a top-level
 `message`, `error` as a string, `{"object": "error"}` (vLLM, Mistral), Google's list of one error,
 `errors`, a JSON string, plain text, and the title of an HTML page.
 
@@ -11,7 +11,8 @@ begin its message with decides (`SENTENCES`). The rest of a message decides noth
 the user's input. A 403 that says nothing known is a PermissionDenied, never a refused key: one
 client may cause it by the model or the input that it sends.
 
-Pure: bytes in, an error of `failures` out. Each text in it is one line, bounded, and without keys.
+Pure: bytes in, an error of `providers.errors` out. Each text in it is one line, bounded, and
+without keys.
 """
 
 import codecs
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import orjson
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     EmbeddingError,
     InvalidRequest,

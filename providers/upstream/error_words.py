@@ -1,8 +1,8 @@
-"""What the codes and sentences in upstreams' errors mean. Tables only; `error_body` reads them."""
+"""What the codes and sentences in upstreams' errors mean. Tables only; `error_reply` reads them."""
 
 import re
 
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ModelNotFound,
     ProviderError,

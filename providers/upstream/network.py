@@ -1,12 +1,11 @@
-"""The base URL of an upstream: addresses are built below it, and a key goes to its origin only.
+"""The way to an upstream: its base URL, the HTTP proxy before it, and the trusted certificates.
 
-An address is built from parsed parts, never by joining texts: after `https://api.acme.com` a path
-without its slash would name another host.
+Addresses are built below the base URL, and a key goes to its origin only. An address is built from
+parsed parts, never by joining texts: after `https://api.acme.com` a path without its slash would
+name another host.
 
-How an upstream is reached: through which HTTP proxy, and which certificates are trusted.
-
-By default directly, with the certificates that Python's `ssl` trusts: the system's, or those that
-the variables SSL_CERT_FILE and SSL_CERT_DIR name.
+By default an upstream is reached directly, and the certificates that Python's `ssl` trusts are
+trusted: the system's, or those that the variables SSL_CERT_FILE and SSL_CERT_DIR name.
 """
 
 import base64

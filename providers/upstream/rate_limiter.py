@@ -1,10 +1,11 @@
-"""Keeps calls to one upstream under its limits per minute, so that they queue and are not refused.
+"""Keeps calls to one provider within its limits, so that they queue here and are not refused there.
 
-Limits are declared, or learned from the headers of its replies. Waiting is first come, first
-served; nobody waits past the time by which its call must begin: who would have to is told at once,
-and may go to another route.
+`RateLimiter` keeps the limits per minute; they are declared, or learned from reply headers.
+`ProviderQueue` is the queue before one provider: its declared limits, the learned ones of each
+model, and the concurrency limit.
 
-The queue before one provider: its limits per minute, those of a model, and calls at a time.
+Queues are first in, first out. No call waits past the time by which it must begin: one that would
+have to fails at once, and may go to another route.
 """
 
 import asyncio
@@ -13,19 +14,22 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 
-from embedding_proxy.providers.base import Context, DeadlineExceeded, Input, LocalQueueFull, Refusal
+from embedding_proxy.providers.base import Context, Input
+from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, Refusal
 from embedding_proxy.providers.profile import Limits
 
 from .rate_limit_headers import MAX_WAIT, allowance
 
-LONGEST_HOLD = 60.0
-"""Seconds for which an upstream that asked for a pause is left alone at most, without a try."""
-LONGEST_PAUSE = 20.0
-"""Seconds of such a pause that a call waits out; beyond, it is for the next route."""
+MAX_PAUSE_S = 60.0
+"""The longest pause that an upstream can ask for."""
+MAX_PAUSE_WAIT_S = 20.0
+"""The longest pause that a call waits for; before a longer one it fails, for the next route."""
+MAX_MODELS = 1000
+"""Models whose learned limits are kept, the most recently used ones."""
 
 
 def estimate(inputs: Sequence[Input]) -> int:
-    """Return about how many tokens an upstream will charge; quick rather than exact.
+    """Return about how many tokens an upstream will charge: fast, not exact.
 
     >>> estimate(["eight letters", (1, 2, 3)])
     7
@@ -62,8 +66,8 @@ class Bucket:
         self._level -= cost
 
 
-class Throttle:
-    """The queue before one upstream, or before one model of it.
+class RateLimiter:
+    """Limits of requests and tokens per minute, of one upstream or of one model there.
 
     `clock` gives seconds on the event loop's clock, on which deadlines are; `wall_clock` gives
     seconds since 1970, for headers that name a point in time; `sleep` takes seconds.
@@ -86,17 +90,17 @@ class Throttle:
         self._declared = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._has_limits = requests_per_minute is not None or tokens_per_minute is not None
         self._buckets: dict[str, Bucket] = {}
-        self._line = asyncio.Lock()  # first in, first out
+        self._queue = asyncio.Lock()  # first in, first out
         self._waiting = {"requests": 0, "tokens": 0}
-        self._flying = {"requests": 0, "tokens": 0}
-        self.held_until = float("-inf")
-        """Until when nobody is let through; changed by each `hold` that is for longer."""
+        self._in_flight = {"requests": 0, "tokens": 0}
+        self.paused_until = float("-inf")
+        """The end of the pause; `pause` can only move it to a later time."""
 
     @property
     def is_free(self) -> bool:
-        """Whether a call need not wait: there is no limit, no pause, and nobody queues."""
+        """Whether a call need not wait: there is no limit, no pause, and no queue."""
         is_limited = bool(self._buckets) or self._has_limits
-        return not (is_limited or self._line.locked() or self.held_until > self._clock())
+        return not (is_limited or self._queue.locked() or self.paused_until > self._clock())
 
     async def acquire(self, tokens: int, deadline: float | None) -> None:
         """Wait for room for one call of so many tokens, which holds it until `release`.
@@ -106,27 +110,27 @@ class Throttle:
         cost = {"requests": 1, "tokens": tokens}
         if not self.is_free:
             await self._wait(cost, deadline)
-        _add(self._flying, cost)
+        _add(self._in_flight, cost)
 
     def release(self, tokens: int, *, is_unused: bool = False) -> None:
-        """Note that the call has ended; one that was not made gives its room back."""
+        """Note the end of a call; one that was not made does not count against the limits."""
         cost = {"requests": 1, "tokens": tokens}
         if is_unused:
             self._take(cost, -1)
-        _add(self._flying, cost, -1)
+        _add(self._in_flight, cost, -1)
 
     @property
     def wait_s(self) -> float:
-        """Seconds until there is room for one small call, if nobody queues before it."""
+        """Seconds until there is room for one small call, without regard to the queue."""
         return self._seconds({"requests": 1, "tokens": 1}, {}, self._clock())
 
-    async def pause(self, deadline: float | None) -> None:
-        """Wait until nobody is held any more.
+    async def wait_for_pause(self, deadline: float | None) -> None:
+        """Wait for the end of the pause.
 
         Raises LocalQueueFull if that is after the deadline.
         """
         now = self._clock()
-        seconds = self._held_for(now)
+        seconds = self._paused_for(now)
         self._refuse_late(seconds, now, deadline)
         if seconds > 0:
             await self._sleep(seconds)
@@ -139,27 +143,28 @@ class Throttle:
         self._refuse_late(self._seconds(cost, self._waiting, now), now, deadline)
         _add(self._waiting, cost)
         try:
-            async with self._line:
+            async with self._queue:
                 now = self._clock()
                 seconds = self._seconds(cost, {}, now)
                 self._refuse_late(seconds, now, deadline)
                 if seconds > 0:
                     await self._sleep(seconds)
-                # Whoever is cancelled up to here has taken nothing, and the next in line goes on.
+                # A call that is cancelled before this line has taken nothing; the next one
+                # continues.
                 self._take(cost)
         finally:
             _add(self._waiting, cost, -1)
 
     def _seconds(self, cost: Mapping[str, int], ahead: Mapping[str, int], now: float) -> float:
-        """Return how long a call that is next after `ahead` has to wait."""
+        """Return the seconds that a call behind `ahead` has to wait."""
         waits = [
             bucket.wait(cost[kind], ahead.get(kind, 0), now)
             for kind, bucket in self._buckets.items()
         ]
-        return max([self._held_for(now), *waits])
+        return max([self._paused_for(now), *waits])
 
-    def _held_for(self, now: float) -> float:
-        return max(self.held_until - now, 0.0)
+    def _paused_for(self, now: float) -> float:
+        return max(self.paused_until - now, 0.0)
 
     def _take(self, cost: Mapping[str, int], sign: int = 1) -> None:
         for kind, bucket in self._buckets.items():
@@ -167,16 +172,16 @@ class Throttle:
 
     def _refuse_late(self, seconds: float, now: float, deadline: float | None) -> None:
         too_late = deadline is not None and seconds > 0 and now + seconds >= deadline
-        if too_late or self._held_for(now) > LONGEST_PAUSE:
+        if too_late or self._paused_for(now) > MAX_PAUSE_WAIT_S:
             message = f"its limit of calls is used up; there is room again in {seconds:.1f} s"
             said = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
             raise LocalQueueFull(self._provider, message, said)
 
     def learn(self, headers: Mapping[str, str]) -> None:
-        """Take over the limits that a reply tells; see `ratelimit.allowance`.
+        """Take over the limits in the headers of a reply; see `rate_limit_headers.allowance`.
 
-        Whatever the headers say, and however many calls are under way, no call that comes next
-        waits longer than MAX_WAIT for what was learned here.
+        Whatever the headers say, and however many calls are under way, no later call waits longer
+        than MAX_WAIT because of them.
         """
         now, wall = self._clock(), self._wall_clock()
         for kind in ("requests", "tokens"):
@@ -185,18 +190,18 @@ class Throttle:
                 continue
             limit, remaining, per_s = told
             # The calls under way may not be counted in what remains.
-            level = remaining - self._flying[kind]
+            level = remaining - self._in_flight[kind]
             per_s = max(per_s, (limit - level) / MAX_WAIT)
             self._buckets[kind] = Bucket(limit, level, per_s, now)
 
-    def hold(self, seconds: float) -> None:
-        """Let nobody through for so long: the upstream said so when it refused a call.
+    def pause(self, seconds: float) -> None:
+        """Let no call through for so long: the upstream asked for it when it refused a call.
 
-        It is for those who queue here already; later requests are kept away by what is known of the
-        provider's health, and may go to another route at once.
+        It concerns calls that are queued here. The provider's health keeps later requests away;
+        they may go to another route at once.
         """
-        until = self._clock() + min(seconds, LONGEST_HOLD)
-        self.held_until = max(self.held_until, until)
+        until = self._clock() + min(seconds, MAX_PAUSE_S)
+        self.paused_until = max(self.paused_until, until)
 
 
 def _add(total: dict[str, int], cost: Mapping[str, int], sign: int = 1) -> None:
@@ -204,12 +209,8 @@ def _add(total: dict[str, int], cost: Mapping[str, int], sign: int = 1) -> None:
         total[kind] += sign * number
 
 
-MOST_MODELS = 1000
-"""Models whose learned limits are remembered; those asked for longest ago are forgotten."""
-
-
-class Admission:
-    """Lets calls through to one provider. `sleep` takes seconds."""
+class ProviderQueue:
+    """The queue before one provider. `sleep` takes seconds."""
 
     def __init__(
         self,
@@ -224,108 +225,108 @@ class Admission:
         self.slots = asyncio.Semaphore(limits.concurrency)
         self._learns = limits.learn
         self._sleep = sleep
-        self._declared = Throttle(
+        self._declared = RateLimiter(
             provider,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
             sleep=sleep,
         )
-        self._learned: OrderedDict[str, Throttle] = OrderedDict()
+        self._learned: OrderedDict[str, RateLimiter] = OrderedDict()
 
-    def _of(self, model: str) -> Throttle:
-        """Return the limits learned of a model: each has its own, where upstreams tell them."""
+    def _limiter_of(self, model: str) -> RateLimiter:
+        """Return the learned limits of a model; each model has its own."""
         known = self._learned.get(model)
         if known is None:
-            known = self._learned[model] = Throttle(self.provider, sleep=self._sleep)
-            if len(self._learned) > MOST_MODELS:
+            known = self._learned[model] = RateLimiter(self.provider, sleep=self._sleep)
+            if len(self._learned) > MAX_MODELS:
                 self._learned.popitem(last=False)
         self._learned.move_to_end(model)
         return known
 
     def learn(self, model: str, headers: Mapping[str, str]) -> None:
-        """Take over the limits that a reply tells, if that is wanted."""
+        """Take over the limits in the headers of a reply, if configured so."""
         if self._learns:
-            self._of(model).learn(headers)
+            self._limiter_of(model).learn(headers)
 
-    def hold(self, model: str, seconds: float) -> None:
-        """Let nobody through to a model for so long: it said so when it refused a call."""
-        self._of(model).hold(seconds)
+    def pause(self, model: str, seconds: float) -> None:
+        """Let no call of a model through for so long: the upstream asked for it."""
+        self._limiter_of(model).pause(seconds)
 
     def waits(self) -> dict[str, float]:
         """Return the seconds until there is room within the learned limit of each model, if any."""
-        waits = {model: throttle.wait_s for model, throttle in self._learned.items()}
+        waits = {model: limiter.wait_s for model, limiter in self._learned.items()}
         return {model: wait for model, wait in waits.items() if wait > 0}
 
-    def turn(self, model: str, tokens: int, context: Context) -> "_Turn":
-        """Return what holds a place within both sorts of limits, then among the calls at a time.
+    def slot(self, model: str, tokens: int, context: Context) -> "_Slot":
+        """Return the slot of one call, for `async with`: within the limits, then the concurrency.
 
-        For `async with`. In this order: who queues for the limit of one model takes no place from
-        the others. Raises LocalQueueFull, or DeadlineExceeded.
+        In this order a call that waits for the limit of its model takes no slot from other models.
+        Entering raises LocalQueueFull or DeadlineExceeded.
         """
-        return _Turn(self, (self._of(model), self._declared), tokens, context)
+        return _Slot(self, (self._limiter_of(model), self._declared), tokens, context)
 
 
-class _Turn:
-    """The place of one call: in both queues for limits, and among the calls at the same time."""
+class _Slot:
+    """The slot of one call: in both rate limiters, and in the concurrency limit."""
 
-    __slots__ = ("_admission", "_context", "_held", "_is_admitted", "_queues", "_tokens")
+    __slots__ = ("_context", "_held", "_is_admitted", "_limiters", "_provider_queue", "_tokens")
 
     def __init__(
         self,
-        admission: Admission,
-        queues: tuple[Throttle, Throttle],
+        queue: ProviderQueue,
+        limiters: tuple[RateLimiter, RateLimiter],
         tokens: int,
         context: Context,
     ) -> None:
-        self._admission = admission
-        self._queues = queues
+        self._provider_queue = queue
+        self._limiters = limiters
         self._tokens = tokens
         self._context = context
-        self._held: list[Throttle | asyncio.Semaphore] = []
-        """What it has so far."""
+        self._held: list[RateLimiter | asyncio.Semaphore] = []
+        """What it has acquired so far."""
         self._is_admitted = False
 
     async def __aenter__(self) -> None:
-        context, admission = self._context, self._admission
-        until = context.deadline if context.begin_by is None else context.begin_by
-        is_free = all(queue.is_free for queue in self._queues) and not admission.slots.locked()
+        context, queue = self._context, self._provider_queue
+        until = context.deadline if context.start_deadline is None else context.start_deadline
+        is_free = all(limiter.is_free for limiter in self._limiters) and not queue.slots.locked()
         try:
-            if is_free and admission.connections is None:
-                # Nothing is to be waited for, and nobody to be told.
+            if is_free and queue.connections is None:
+                # There is nothing to wait for, so no timeout is needed.
                 await self._enter(until)
             else:
                 async with asyncio.timeout_at(until):
                     await self._enter(until)
         except TimeoutError as error:
             self._leave(is_unused=True)
-            if context.begin_by is not None:
+            if context.start_deadline is not None:
                 message = "all the calls that it takes at a time are under way"
                 said = Refusal(429, message, "requests", "rate_limit_exceeded")
-                raise LocalQueueFull(admission.provider, message, said) from error
+                raise LocalQueueFull(queue.provider, message, said) from error
             raise DeadlineExceeded(
-                f"the time of the request was up while it waited its turn at {admission.provider}"
+                f"the time of the request was up while it waited its turn at {queue.provider}"
             ) from error
         except BaseException:
             self._leave(is_unused=True)
             raise
 
     async def _enter(self, until: float | None) -> None:
-        learned, slots = self._queues[0], self._admission.slots
-        held_until = learned.held_until
-        for queue in self._queues:
-            await queue.acquire(self._tokens, until)
-            self._held.append(queue)
+        learned, slots = self._limiters[0], self._provider_queue.slots
+        paused_until = learned.paused_until
+        for limiter in self._limiters:
+            await limiter.acquire(self._tokens, until)
+            self._held.append(limiter)
         await slots.acquire()
-        while learned.held_until != held_until:
-            # A call was refused meanwhile, as this one would be.
+        while learned.paused_until != paused_until:
+            # Another call was refused meanwhile, and this one would be, too.
             slots.release()
-            held_until = learned.held_until
-            await learned.pause(until)
+            paused_until = learned.paused_until
+            await learned.wait_for_pause(until)
             await slots.acquire()
         self._held.append(slots)
-        if self._admission.connections is not None:
-            await self._admission.connections.acquire()
-            self._held.append(self._admission.connections)
+        if self._provider_queue.connections is not None:
+            await self._provider_queue.connections.acquire()
+            self._held.append(self._provider_queue.connections)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -333,7 +334,7 @@ class _Turn:
         self._leave(is_unused=isinstance(error, LocalQueueFull))
 
     def _leave(self, *, is_unused: bool) -> None:
-        """Give everything back; the room within the limits only if no call was made."""
+        """Release everything; only an unmade call does not count against the limits."""
         for one in reversed(self._held):
             if isinstance(one, asyncio.Semaphore):
                 one.release()

@@ -1,19 +1,16 @@
-"""What a text says when it is decoded: encodings in which a secret may hide. Pure.
+"""Removes inputs and secrets from what an upstream says, before a client or the log gets it. Pure.
 
-URLs, HTML, JSON, base64, hexadecimal digits, and each of these within another. Nobody says which
-of them a text is in, so every one is tried. The time is linear in the length of the text.
+Inputs: one call may hold the texts of several clients, and each of them gets its error. So an error
+repeats no input, not even to the client that sent it. If an input is found only after decoding, the
+whole message is left out.
 
-Removes inputs from what an upstream says of a call: texts belong in no log and no status. Pure.
+Secrets: known secrets are searched for, not guessed: as they are, as JSON, HTML, URLs and base64
+write them, cut short, and masked as vendors show them (`sk-ab***yz`). What is left is decoded; a
+text that still holds a secret is not shown.
 
-One call may hold the texts of several clients, and its error is told to each of them. So an error
-repeats no text, not even to the client that sent it: that one knows its own. Where a text is found
-only after decoding (see `readings`), the whole message is left out.
-
-Removes known secrets from what an upstream says, before a client or the log gets it.
-
-Secrets are searched for, not guessed: as they are, as JSON, HTML, URLs and base64 write them, cut
-short, and masked as vendors show them (`sk-ab***yz`). What is left is decoded (see `readings`); a
-text that still holds a secret is not shown. The time is linear in the length of the text.
+`decodings` decodes a text in every encoding that may hide a secret: URLs, HTML, JSON, base64,
+hexadecimal digits, and each of these within another. A text does not say which of them it is in, so
+all are tried. Time is linear in the length of the text throughout.
 """
 
 import base64
@@ -24,10 +21,14 @@ from urllib.parse import quote, quote_plus, unquote
 
 import orjson
 
+MASK = "***"
+"""Replaces a removed input or secret."""
+_MASK_BYTES = MASK.encode()
+
 MAX_DEPTH = 3
-"""Encodings within encodings."""
-_FACTOR, _LEAST = 6, 1 << 16
-"""The characters of all readings together: so many times the text, but not fewer than the other."""
+"""Levels of encodings within encodings."""
+_FACTOR, _MIN_CHARACTERS = 6, 1 << 16
+"""Bound of the characters of all decodings: `_FACTOR` times the text, or `_MIN_CHARACTERS`."""
 
 _ESCAPE = re.compile(
     r"\\(?:u\{([0-9A-Fa-f]{1,6})\}|u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})|([\"'\\/bfnrt]))"
@@ -41,20 +42,20 @@ _LONG_NUMBER = re.compile(r"&#[xX]?[0-9A-Fa-f]{9,}+")
 _URLSAFE = str.maketrans("-_", "+/")
 
 
-def readings(text: str) -> Iterator[str]:
+def decodings(text: str) -> Iterator[str]:
     """Yield a text as it is, and then all that can be decoded from it, MAX_DEPTH deep.
 
-    Of a long text that is encoded all over, not every reading of a reading is tried.
+    Of a long text that is encoded throughout, not every decoding of a decoding is tried.
 
-    >>> any("sk-1234/56789" in one for one in readings("c2stMTIzNC81Njc4OQ%253D%253D"))
+    >>> any("sk-1234/56789" in one for one in decodings("c2stMTIzNC81Njc4OQ%253D%253D"))
     True
     """
     yield text
-    left = max(_FACTOR * len(text), _LEAST)
-    line = [text]
+    left = max(_FACTOR * len(text), _MIN_CHARACTERS)
+    level = [text]
     for _ in range(MAX_DEPTH):
         found: list[str] = []
-        for one in line:
+        for one in level:
             for decode in _DECODERS:
                 decoded = decode(one)
                 if not decoded or decoded == one:
@@ -64,10 +65,10 @@ def readings(text: str) -> Iterator[str]:
                     return
                 found.append(decoded)
                 yield decoded
-        line = found
+        level = found
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     return _ESCAPE.sub(_character, text) if "\\" in text else ""
 
 
@@ -79,24 +80,24 @@ def _character(found: re.Match[str]) -> str:
     return chr(number) if number <= 0x10FFFF else ""
 
 
-def _without_references(text: str) -> str:
+def _unescape_html(text: str) -> str:
     if "&" not in text:
         return ""
     # Python refuses numbers of thousands of digits.
     return html.unescape(_LONG_NUMBER.sub("", _ZEROS.sub(r"\1", text)))
 
 
-def _unquoted(text: str) -> str:
+def _unquote_url(text: str) -> str:
     return unquote(text) if "%" in text else ""
 
 
-def _joined(text: str) -> str:
-    """Return a text without what separates: a folded header, a wrapped line, UTF-16 as bytes."""
+def _remove_blanks(text: str) -> str:
+    """Return a text without separators: of a folded header, a wrapped line, UTF-16 as bytes."""
     return _BLANK.sub("", text)
 
 
 def _from_base64(text: str) -> str:
-    """Return what the words of a text are in base64, each read from its first four digits."""
+    """Return the words of a text decoded as base64, each from its first four digits on."""
     pieces = []
     for found in _BASE64.finditer(text):
         word = found[0].translate(_URLSAFE)
@@ -117,19 +118,18 @@ def _from_hex(text: str) -> str:
 
 
 _DECODERS: tuple[Callable[[str], str], ...] = (
-    _unquoted,
-    _without_references,
-    _unescaped,
-    _joined,
+    _unquote_url,
+    _unescape_html,
+    _unescape,
+    _remove_blanks,
     _from_base64,
     _from_hex,
 )
 
 
-INPUT_MASK = "***"
 NOT_SHOWN = "(the message repeats an input, and is not shown)"
 MIN_QUOTED = 16
-"""Characters of an input by which it is recognised. A shorter one may be a part of any sentence."""
+"""Characters of an input that identify it. A shorter text may be a part of any sentence."""
 _MAX_PIECES = 1 << 18
 
 
@@ -155,7 +155,7 @@ class QuotedInputs:
         if len(message) < MIN_QUOTED:
             return message
         shown = self._masked(message)
-        is_shown = all(self._masked(one) is one for one in readings(shown))
+        is_shown = all(self._masked(one) is one for one in decodings(shown))
         return shown if is_shown else NOT_SHOWN
 
     def _masked(self, message: str) -> str:
@@ -166,7 +166,7 @@ class QuotedInputs:
         line = " ".join(message.split())
         lower = line.lower()
         if len(lower) != len(line):
-            # Some letters have two lower ones, so that places do not agree.
+            # Some letters have two lower-case ones, so that positions differ.
             line = lower
         kept: list[str] = []
         end = at = 0
@@ -175,17 +175,17 @@ class QuotedInputs:
             if found is None:
                 at += 1
                 continue
-            text, place = self._texts[found[0]], found[1]
-            # Of a text of megabytes no more is copied than the message is long.
-            begin = max(0, place - (at - end))
-            before = _common(lower[end:at][::-1], text[begin:place][::-1])
-            after = _common(lower[at:], text[place : place + len(lower) - at])
-            kept += [line[end : at - before], INPUT_MASK]
+            text, index = self._texts[found[0]], found[1]
+            # No more of a long text is copied than the length of the message.
+            begin = max(0, index - (at - end))
+            before = _common(lower[end:at][::-1], text[begin:index][::-1])
+            after = _common(lower[at:], text[index : index + len(lower) - at])
+            kept += [line[end : at - before], MASK]
             end = at = at + after
         return "".join([*kept, line[end:]]) if kept else message
 
     def _prepared(self) -> dict[str, tuple[int, int]]:
-        """Return where pieces of the texts stand: each of MIN_QUOTED characters, at equal steps."""
+        """Return pieces of the texts, MIN_QUOTED characters at equal steps, by position."""
         if self._pieces is None:
             self._texts = [_plain(one) for one in self._inputs if isinstance(one, str)]
             size = sum(map(len, self._texts))
@@ -211,12 +211,11 @@ def _plain(text: str) -> str:
 
 MAX_BYTES = 1 << 20
 """A longer text is cut here before it is searched."""
-MASK = b"***"
 
-# A shorter secret may be a part of any word, and so may a shorter beginning of one.
+# A shorter secret, or a shorter beginning of one, may be a part of any word.
 _MIN_SECRET = 8
 _BEGINNING = 8
-# A secret of this length is no word: it is removed from good replies, too.
+# A secret of this length is no word, so it is removed from good replies, too.
 _MIN_UNMISTAKABLE = 16
 # So much of a secret, in whatever encoding, is a leak if it begins or ends at most 8 characters
 # from its beginning or its end.
@@ -234,7 +233,7 @@ _GAP = re.compile(rb"\*{3,}|\.{3}|\xe2\x80[\xa2\xa6]")
 
 
 class Redactor:
-    """Removes some secrets. Those of fewer than 8 bytes are no secrets: they occur in any text."""
+    """Removes secrets. Those of fewer than 8 bytes are ignored: they occur in any text."""
 
     def __init__(self, *secrets: str, every_mask: bool = False) -> None:
         """`every_mask`: also remove what looks masked and is no known secret."""
@@ -258,19 +257,19 @@ class Redactor:
         """
         body = body[:MAX_BYTES]
         if not self._secrets:
-            return self._without_masks(body)
-        body = self._without_masks(body)
+            return self._remove_masked(body)
+        body = self._remove_masked(body)
         for form in self._forms:
-            body = body.replace(form, MASK)
+            body = body.replace(form, _MASK_BYTES)
         for secret in self._secrets:
             if len(secret) > _BEGINNING:
-                body = _without_beginnings(secret[:_BEGINNING], body)
+                body = _remove_beginnings(secret[:_BEGINNING], body)
         return body
 
     def redact_text(self, text: str) -> str:
-        """Return a text without the secrets; the whole is a mask where they are well hidden."""
+        """Return a text without the secrets; only a mask if it hides one in another encoding."""
         found = self.redact(text.encode(errors="replace"))
-        return found.decode(errors="replace") if self.is_clean(found) else MASK.decode()
+        return found.decode(errors="replace") if self.is_clean(found) else MASK
 
     def is_clean(self, body: bytes) -> bool:
         """Tell whether no secret shows in a text, nor in what it can be decoded to.
@@ -279,7 +278,7 @@ class Redactor:
         text may hold an encoding that `redact` does not know, or one within another.
         """
         return not self._secrets or not any(
-            map(self._shows, readings(body.decode(errors="replace")))
+            map(self._shows, decodings(body.decode(errors="replace")))
         )
 
     def _shows(self, text: str) -> bool:
@@ -306,10 +305,10 @@ class Redactor:
         """Whether any secret is long enough to be removed from good replies."""
         return bool(self._passing)
 
-    def _without_masks(self, body: bytes) -> bytes:
+    def _remove_masked(self, body: bytes) -> bytes:
         if not (self._secrets or self._every_mask):
             return body
-        return _MASKED.sub(lambda found: MASK if self._is_ours(found[0]) else found[0], body)
+        return _MASKED.sub(lambda found: _MASK_BYTES if self._is_ours(found[0]) else found[0], body)
 
     def _is_ours(self, masked: bytes) -> bool:
         return self._every_mask or any(_may_be(masked, secret) for secret in self._secrets)
@@ -330,7 +329,7 @@ class RedactedStream:
         return bool(self._held)
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return what can be sent on; an end that may begin a secret is held back."""
+        """Return what can be sent; an end that may begin a secret is held back."""
         data = self._held + chunk
         for secret in self._secrets:
             if secret in data:
@@ -387,13 +386,13 @@ def _parts(secret: str) -> Iterable[str]:
         yield from (secret[offset : offset + _PART], secret[: len(secret) - offset][-_PART:])
 
 
-def _without_beginnings(beginning: bytes, body: bytes) -> bytes:
+def _remove_beginnings(beginning: bytes, body: bytes) -> bytes:
     """Return a text without the words that begin so, from there to their ends."""
     pieces = []
     at = 0
     while (found := body.find(beginning, at)) >= 0:
         end = _DELIMITER.search(body, found)
-        pieces += [body[at:found], MASK]
+        pieces += [body[at:found], _MASK_BYTES]
         at = len(body) if end is None else end.start()
     return b"".join([*pieces, body[at:]])
 

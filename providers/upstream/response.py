@@ -1,7 +1,7 @@
-"""Reads the body of a 2xx reply: vectors that passed every check, or an error of `failures`.
+"""Reads the body of a 2xx reply: vectors that passed every check, or an error.
 
 Pure: bytes in, values out. These are all the checks between an upstream and the cache. No unchecked
-vector leaves this file. `error_body` reads the replies that are errors.
+vector leaves this module. `error_reply` reads the replies that are errors.
 """
 
 import re
@@ -9,20 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import (
-    Charge,
-    Input,
-    InvalidAnswer,
-    MalformedResponse,
-    ProviderError,
-    Space,
-    Vector,
-)
-from embedding_proxy.providers.billing import MOST_NANODOLLARS, NANO
+from embedding_proxy.providers.base import Input, Space, Vector
+from embedding_proxy.providers.billing import MAX_NANODOLLARS, NANO, Charge
+from embedding_proxy.providers.errors import InvalidAnswer, MalformedResponse, ProviderError
 
 from . import duplicate_vectors, error_reply
 
-_MAX_USD = MOST_NANODOLLARS / NANO
+_MAX_USD = MAX_NANODOLLARS / NANO
 _MAX_TOKENS = 1 << 31
 """A larger total is not a token count, and is ignored."""
 _WHOLE = re.compile(r"0|[1-9]\d{0,9}", re.ASCII)
@@ -32,15 +25,16 @@ _MAX_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CheckedReply:
     """The checked content of a reply.
 
-    Of n inputs, `places` and `problems` name each exactly once, and there is at least one good one.
+    Of n inputs, `indices` and `problems` name each exactly once, and there is at least one good
+    one.
     """
 
     vectors: list[Vector]
     """The good vectors, in the order of their inputs."""
-    places: Sequence[int]
+    indices: Sequence[int]
     """The indices of their inputs in the call, ascending: 0…n-1 if all are good."""
     problems: Mapping[int, str]
     """What is wrong with each of the other vectors, by the index of its input."""
@@ -64,7 +58,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     redact: error_reply.Redact = error_reply.redact_nothing,
     hide: error_reply.Redact = error_reply.redact_nothing,
     url: str = "",
-) -> Answer:
+) -> CheckedReply:
     """Return the checked content of a reply with status 2xx.
 
     A vector is good if it has the width of the space (where that is known), is finite and not zero,
@@ -73,7 +67,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     Raises MalformedResponse for a body that is not a JSON object. Raises InvalidAnswer unless there
     is exactly one embedding for each input, the indices are a permutation or can be deduced, and at
     least one vector is good. Raises the error that the reply holds, if it holds one (OpenRouter,
-    vLLM). `redact` and `hide` are those of `error_body.refusal`. The `charge` of these errors is
+    vLLM). `redact` and `hide` are those of `error_reply.refusal`. The `charge` of these errors is
     what the reply says that it cost.
     """
     try:
@@ -94,7 +88,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
         items, is_numbered = _order_by_index(provider, reply, len(inputs))
         vectors, problems = _validate_vectors(space, items, unit_norm=unit_norm)
         shared = _find_shared_vectors(inputs, vectors, duplicate_vectors.exact_tokenizer(space))
-        vectors = {place: numbers for place, numbers in vectors.items() if place not in shared}
+        vectors = {index: numbers for index, numbers in vectors.items() if index not in shared}
         problems |= shared
         if not vectors:
             bad = InvalidAnswer(provider, problems[min(problems)])
@@ -104,9 +98,9 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
         error.charge = charge
         raise
     model = reply.get("model")
-    return Answer(
-        vectors=[vectors[place] for place in sorted(vectors)],
-        places=sorted(vectors),
+    return CheckedReply(
+        vectors=[vectors[index] for index in sorted(vectors)],
+        indices=sorted(vectors),
         problems=dict(sorted(problems.items())),
         charge=charge,
         model=redact(model) if isinstance(model, str) and model else None,
@@ -114,7 +108,7 @@ def read(  # noqa: PLR0913 - who was asked what, and what came back
     )
 
 
-def bad_vectors(provider: str, answer: Answer) -> InvalidAnswer:
+def bad_vectors(provider: str, answer: CheckedReply) -> InvalidAnswer:
     """Return the error for those inputs of an answer whose vectors are bad."""
     error = InvalidAnswer(provider, _describe_problems(answer.problems))
     error.indices = tuple(answer.problems)
@@ -183,13 +177,13 @@ def _order_by_index(
     placed: dict[int | None, Mapping[str, object]] = {
         _parse_whole_number(item["index"]): item for item in numbered
     }
-    free = [place for place in range(count) if place not in placed]
+    free = [index for index in range(count) if index not in placed]
     # No index twice, none beyond the last, and at most one to be deduced.
     if len(placed) != len(numbered) or len(free) != count - len(numbered) or len(free) > 1:
         raise InvalidAnswer(provider, "the indices of the embeddings are no permutation")
     if free:
         placed[free[0]] = next(item for item in items if item.get("index") is None)
-    return [placed[place] for place in range(count)], not free
+    return [placed[index] for index in range(count)], not free
 
 
 def _validate_vectors(
@@ -198,15 +192,15 @@ def _validate_vectors(
     """Return the vectors that are good by themselves, and the problem of each other one."""
     vectors: dict[int, Vector] = {}
     problems: dict[int, str] = {}
-    for place, item in enumerate(items):
+    for index, item in enumerate(items):
         try:
             numbers = vector.from_wire(item.get("embedding"))
             vector.check(numbers, space.dimensions or len(numbers) // 4, unit_norm=unit_norm)
         except vector.VectorError as error:
-            which = f"embedding {place}: " if len(items) > 1 else ""
-            problems[place] = f"{which}{error}"
+            which = f"embedding {index}: " if len(items) > 1 else ""
+            problems[index] = f"{which}{error}"
         else:
-            vectors[place] = numbers
+            vectors[index] = numbers
     return vectors, problems
 
 
@@ -218,16 +212,16 @@ def _find_shared_vectors(
     All of these are bad, the first one too: nothing tells which input the vector belongs to.
     """
     shared = {
-        place: f"embeddings {places[0]} and {places[1]} are one, of different inputs"
-        for places in duplicate_vectors.find_duplicate_vectors(inputs, vectors, tokenizer)
-        for place in places
+        index: f"embeddings {indices[0]} and {indices[1]} are one, of different inputs"
+        for indices in duplicate_vectors.find_duplicate_vectors(inputs, vectors, tokenizer)
+        for index in indices
     }
     return dict(sorted(shared.items()))
 
 
 def _describe_problems(problems: Mapping[int, str]) -> str:
     """Describe the first few problems, and give the number of the others."""
-    told = list(dict.fromkeys(problems[place] for place in sorted(problems)))
+    told = list(dict.fromkeys(problems[index] for index in sorted(problems)))
     more = len(told) - _MAX_NAMED
     text = "; ".join(told[:_MAX_NAMED])
     return f"{text}; and {more} more" if more > 0 else text

@@ -16,7 +16,7 @@ import typer
 from embedding_proxy.cache import atomic_file, ledger
 from embedding_proxy.cache.disk import bounds, connection, ledger_reader
 from embedding_proxy.cache.disk.database import Database
-from embedding_proxy.cache.disk.purge import Choice, count_entries
+from embedding_proxy.cache.disk.purge import PurgeFilter, count_entries
 from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Row
 from embedding_proxy.cache.maintenance import archive, backup, stats
@@ -168,13 +168,13 @@ def export(  # noqa: PLR0913 - one parameter an option
     settings = loader.load(config_file, purpose="inspect")
     if target != STREAM:
         _check_target(Path(target), force=force)
-    choice = Choice(namespace=namespace, space=space)
-    report = archive.Read()
+    choice = PurgeFilter(namespace=namespace, space=space)
+    report = archive.ExportReport()
     with open_store_for_reading(settings) as database:
         check_known(settings, database, namespace, space)
         total, _ = count_entries(database, choice)
         with _open_target(target, force=force) as file, progress("exporting", total) as tell:
-            rows = _count_rows(archive.rows(database, choice, report), tell)
+            rows = _count_rows(archive.export_rows(database, choice, report), tell)
             written = archive.write(file, rows)
     damaged = count(report.damaged, "damaged one")
     left_out = f", {damaged} left out" if report.damaged else ""

@@ -22,7 +22,7 @@ from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.maintenance.archive import ArchiveError
-from embedding_proxy.cache.maintenance.import_source import Pair, Refused, Source
+from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair, Source
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.providers import tokens, vector
 from embedding_proxy.providers.base import Context, Embedder, Vector
@@ -56,7 +56,7 @@ class Survey:
 
     pairs: int = 0
     refused: int = 0
-    first_refused: list[Refused] = field(default_factory=list)
+    first_refused: list[RejectedPair] = field(default_factory=list)
     sample: list[Pair] = field(default_factory=list)
 
 
@@ -76,7 +76,7 @@ class Importer:
         """Read all pairs once, yielding what was found so far; draw a sample evenly from all."""
         found = Survey()
         for item in self.check_pairs(source):
-            if isinstance(item, Refused):
+            if isinstance(item, RejectedPair):
                 found.refused += 1
                 if len(found.first_refused) < _MAX_SHOWN:
                     found.first_refused.append(item)
@@ -88,11 +88,11 @@ class Importer:
                     found.sample[place] = item
             yield found
 
-    def check_pairs(self, items: Iterable[Pair | Refused]) -> Iterator[Pair | Refused]:
+    def check_pairs(self, items: Iterable[Pair | RejectedPair]) -> Iterator[Pair | RejectedPair]:
         """Replace each pair whose vector cannot be one of this model by the reason."""
         for number, item in enumerate(items, start=1):
-            why = None if isinstance(item, Refused) else self._objection(item.vector)
-            yield item if why is None else Refused(f"pair {number}", f"the vector: {why}")
+            why = None if isinstance(item, RejectedPair) else self._objection(item.vector)
+            yield item if why is None else RejectedPair(f"pair {number}", f"the vector: {why}")
 
     def _objection(self, candidate: Vector) -> str | None:
         """Say why this is no vector of the model, if it is none."""
@@ -265,12 +265,12 @@ def _open_archive(source: str) -> Iterator[BinaryIO]:
 def _import_archive(
     settings: Settings, source: str, file: BinaryIO, *, dry_run: bool, as_json: bool
 ) -> None:
-    report = archive.Report()
+    report = archive.ArchiveReport()
     try:
         if file.seekable():
             # The whole is checked before anything of it is taken in.
             begin = file.tell()
-            for _ in archive.read(file, archive.Report()):
+            for _ in archive.read(file, archive.ArchiveReport()):
                 pass
             file.seek(begin)
         sums = _put(settings, archive.read(file, report), None, dry_run=dry_run)
@@ -302,8 +302,8 @@ def _import_archive(
 
 def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
-) -> archive.Written:
-    sums = archive.Written()
+) -> archive.ImportReport:
+    sums = archive.ImportReport()
     # The first is looked at before a store is made for it.
     rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
     with ExitStack() as stack:
@@ -313,12 +313,12 @@ def _put(
             database = stack.enter_context(open_store_for_reading(settings))
         else:
             database = stack.enter_context(open_store(settings, create=True))
-        for sums in archive.put(database, rows, dry_run=dry_run):
+        for sums in archive.import_rows(database, rows, dry_run=dry_run):
             tell(sums.stored + sums.present)
     return sums
 
 
-def _tell_sums(sums: archive.Written, *, dry_run: bool) -> None:
+def _tell_sums(sums: archive.ImportReport, *, dry_run: bool) -> None:
     verb = "would be taken in" if dry_run else "taken in"
     stored = count(sums.stored, "entry", "entries")
     present = count(sums.present, "was", "were")

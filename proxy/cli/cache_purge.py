@@ -14,7 +14,7 @@ from embedding_proxy.cache.disk.database import Database, is_damage
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
-from embedding_proxy.index.outbox import Picked, pick, remove
+from embedding_proxy.index.outbox import OutboxEntry, remove_entries, select_entries
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.billing import NANO
@@ -60,14 +60,14 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     """
     settings = loader.load(config_file, purpose="inspect")
     now = time.time()
-    choice = purge.Choice(
+    choice = purge.PurgeFilter(
         namespace=namespace,
         space=space,
         stored_before=output.past_time(now, older_than, "--older-than"),
         used_before=output.past_time(now, unused_for, "--unused-for"),
         address=_address(settings, text, model, namespace),
     )
-    if choice == purge.Choice() and not everything:
+    if choice == purge.PurgeFilter() and not everything:
         raise loader.ConfigError("cache purge: say what to delete, or --all; see --help")
     if not dry_run:
         need_terminal("cache purge", "--yes", is_sure=yes)
@@ -84,7 +84,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
             if not yes and (chosen.entries or chosen.points):
                 typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
             if outbox is not None:
-                remove(outbox, chosen.points)
+                remove_entries(outbox, chosen.points)
             deleted = _delete(store, chosen.choices, chosen.entries)
     _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
 
@@ -123,12 +123,12 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
 class _Chosen:
     """What a purge is about to delete."""
 
-    choices: list[purge.Choice]
+    choices: list[purge.PurgeFilter]
     entries: int
     bytes: int
     of_others: int
     """Those of the entries that lie in a partition that several namespaces or spaces share."""
-    points: list[Picked]
+    points: list[OutboxEntry]
     """What waits for Qdrant."""
     has_outbox: bool
     nanodollars: int | None
@@ -152,12 +152,12 @@ def _look_up(
     settings: Settings,
     file: ReadableFile,
     outbox: OutboxFile | ReadOnlyOutbox | None,
-    choice: purge.Choice,
+    choice: purge.PurgeFilter,
 ) -> _Chosen:
     """Return what a choice comes to. Raises WrongUsage if it names what is not there."""
     namespace, space = choice.namespace, choice.space
     is_named = namespace is not None or space is not None
-    if is_named and not (outbox and pick(outbox, namespace=namespace, space=space)):
+    if is_named and not (outbox and select_entries(outbox, namespace=namespace, space=space)):
         check_known(settings, file, namespace, space)
     choices = [
         choice,
@@ -185,7 +185,7 @@ def _look_up(
     )
 
 
-def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> int:
+def _delete(file: Database, choices: Sequence[purge.PurgeFilter], entries: int) -> int:
     """Delete what is chosen, and return how many entries that were; `entries` are expected."""
     deleted = 0
     try:
@@ -201,7 +201,7 @@ def _delete(file: Database, choices: Sequence[purge.Choice], entries: int) -> in
     return deleted
 
 
-def _shared_partitions(choice: purge.Choice) -> list[purge.Choice]:
+def _shared_partitions(choice: purge.PurgeFilter) -> list[purge.PurgeFilter]:
     """Return what may also hold chosen entries: the partitions of what came beyond the bounds.
 
     See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
@@ -255,11 +255,13 @@ def _outbox_for_reading(
 
 
 def _pending_points(
-    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.Choice]
-) -> list[Picked]:
+    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.PurgeFilter]
+) -> list[OutboxEntry]:
     """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
     choice = choices[0]
-    found = pick(outbox, namespace=choice.namespace, space=choice.space, address=choice.address)
+    found = select_entries(
+        outbox, namespace=choice.namespace, space=choice.space, address=choice.address
+    )
     if choice.stored_before is None and choice.used_before is None:
         return found
     return [

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from embedding_proxy.cache.disk import connection, salvage, set_aside
-from embedding_proxy.cache.disk.carver import Report
+from embedding_proxy.cache.disk.carver import CarveReport
 from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.disk.database import FILE_NAME
 from embedding_proxy.cache.disk.salvage import Outcome
@@ -183,7 +183,7 @@ def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -
             typer.echo(left_out)
 
 
-def _put(settings: Settings, path: Path, *, add_sums: bool) -> tuple[Outcome, Report]:
+def _put(settings: Settings, path: Path, *, add_sums: bool) -> tuple[Outcome, CarveReport]:
     with (
         open_store(settings, create=True) as database,
         progress("salvaging", path.stat().st_size) as tell,

@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import Annotated, Any
 
 import typer
-from embedding_proxy.cache.maintenance import place
-from embedding_proxy.cache.maintenance.place import Inspection
+from embedding_proxy.cache.maintenance import location
+from embedding_proxy.cache.maintenance.location import Inspection
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.loader import Configuration
 from embedding_proxy.proxy.config.own_address import check_own_address
@@ -50,7 +50,7 @@ def check(
         also="all" if everything else "nothing" if model else "each provider",
     )
     cache = settings.cache
-    store = place.inspect(cache.directory, int(cache.size_limit_gib * GIB), cache.pinned)
+    store = location.inspect(cache.directory, int(cache.size_limit_gib * GIB), cache.pinned)
     with progress("asking") as tell:
         found = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
     qdrant = asyncio.run(index_check.check_qdrant(settings, offline=offline))
@@ -94,9 +94,9 @@ def _cache_dict(cache: Cache, store: Inspection) -> dict[str, Any]:
         "entries": store.held and store.held.entries,
         "file_bytes": store.held and store.held.file_bytes,
         "size_limit_bytes": int(cache.size_limit_gib * GIB),
-        "free_bytes": store.place.free_bytes,
-        "file_system": store.place.file_system,
-        "network": store.place.is_remote,
+        "free_bytes": store.location.free_bytes,
+        "file_system": store.location.file_system,
+        "network": store.location.is_remote,
         "ok": not store.problem,
         "error": path_text(store.problem) or None,
     }
@@ -111,17 +111,17 @@ def _cache_lines(cache: Cache, store: Inspection) -> Iterator[str]:
         says = "cannot be used"
     else:
         says = f"no store yet, the proxy makes it at its first start; at most {limit}"
-    free = size(store.place.free_bytes)
+    free = size(store.location.free_bytes)
     yield f"cache: {path_text(cache.directory)}: {says}; {free} are free on the disk"
     if store.lacking_bytes:
         yield (
             f"  the disk has {size(store.lacking_bytes)} less room than cache.size_limit_gib"
             " allows: free some, or lower the limit"
         )
-    if store.place.is_remote:
+    if store.location.is_remote:
         yield (
-            f"  {store.place.file_system} is a network file system, on which SQLite's locks do not"
-            " hold: the store may be damaged there, use a disk of this machine"
+            f"  {store.location.file_system} is a network file system, on which SQLite's locks do"
+            " not hold: the store may be damaged there, use a disk of this machine"
         )
 
 

@@ -11,21 +11,21 @@ from typing import Annotated, Any
 
 import typer
 from embedding_proxy.index.migration import runner
-from embedding_proxy.index.migration.copy import copy, follow, prove
+from embedding_proxy.index.migration.copy import copy, follow, verify_sample
 from embedding_proxy.index.migration.plan import Plan, Survey
 from embedding_proxy.index.migration.qdrant import Points, look
 from embedding_proxy.index.migration.runner import (
     DEFAULT,
     Migration,
     MigrationRefused,
+    MigrationRequest,
     Pace,
     Regime,
-    Wanted,
     begin,
 )
 from embedding_proxy.index.migration.state import MigrationState, Phase, State
 from embedding_proxy.index.migration.verify import Verdict
-from embedding_proxy.providers.base import EmbeddingError
+from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.route_check import SAME
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 
@@ -94,7 +94,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
 
 
 async def _plan(
-    what: migrate_options.MigrationRequest, place: str | None, namespace: str, pace: Pace
+    what: migrate_options.MigrationOptions, place: str | None, namespace: str, pace: Pace
 ) -> list[Plan]:
     async with open_target(what, place, namespace) as (points, target):
         survey = Survey(points, target, what.model.entry.price, pace, target.limits)
@@ -178,7 +178,7 @@ Ended = tuple[State | None, MigrationState, str | None]
 
 
 async def _run(  # noqa: PLR0913 - in the order of their making
-    what: migrate_options.MigrationRequest,
+    what: migrate_options.MigrationOptions,
     place: str | None,
     namespace: str,
     pace: Pace,
@@ -218,7 +218,7 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
     points: Points,
     target: Target,
     journal: MigrationState,
-    wanted: Wanted,
+    wanted: MigrationRequest,
     pace: Pace,
     *,
     restart: bool,
@@ -233,7 +233,7 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
     )
     await begin(migration)
     # What it buys is of use only with what it finds.
-    await target.shield(prove(migration, SAME))
+    await target.shield(verify_sample(migration, SAME))
     await copy(migration)
     await follow(migration)
     return migration.state
@@ -241,7 +241,7 @@ async def _migrate(  # noqa: PLR0913 - in the order of their making
 
 @asynccontextmanager
 async def open_target(
-    what: migrate_options.MigrationRequest, place: str | None, namespace: str
+    what: migrate_options.MigrationOptions, place: str | None, namespace: str
 ) -> AsyncIterator[tuple[Points, Target]]:
     """Open Qdrant, and the service that buys the vectors."""
     connection = migrate_options.connection(what.settings, place)

@@ -12,7 +12,12 @@ import typer
 from embedding_proxy.index.migration import cutover
 from embedding_proxy.index.migration.qdrant import Points, exists, look
 from embedding_proxy.index.migration.runner import DEFAULT, Migration, MigrationRefused, Pace
-from embedding_proxy.index.migration.state import JournalError, MigrationState, State, journals_in
+from embedding_proxy.index.migration.state import (
+    MigrationState,
+    MigrationStateError,
+    State,
+    states_in,
+)
 from embedding_proxy.index.migration.text_template import Rule
 from embedding_proxy.index.migration.verify import Verdict
 from embedding_proxy.providers.route_check import SAME
@@ -63,7 +68,7 @@ def status_command(  # noqa: PLR0913 - one parameter an option
         return
 
     async def count_points(points: Points, journal: MigrationState) -> dict[str, int]:
-        state = cutover.begun(journal)
+        state = cutover.load_state(journal)
         return {
             name: await points.count(name)
             for name in (state.source, state.target)
@@ -87,10 +92,10 @@ def _show_all(settings: Settings, place: str | None, to: str | None, *, as_json:
     """
     wanted = None if place is None else str(migrate_options.connection(settings, place)).rstrip("/")
     found, failed = [], []
-    for journal in journals_in(migrate_options.journal_folder(settings)):
+    for journal in states_in(migrate_options.journal_folder(settings)):
         try:
             state = journal.load()
-        except JournalError as error:
+        except MigrationStateError as error:
             failed.append(str(error))
             continue
         if state and wanted in (None, state.place) and to in (None, state.model):
@@ -137,7 +142,7 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
     pace = Pace(sample=sample, passes=passes)
 
     async def switch(points: Points, journal: MigrationState) -> Verdict:
-        state = cutover.begun(journal)
+        state = cutover.load_state(journal)
         own = alias and alias.replace("{collection}", state.collection)
         model = find_model(settings, state.model, f"{journal.path}: model")
         async with EmbeddingService(settings_for(settings, model)) as service:
@@ -217,7 +222,7 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     need_terminal("migrate finalize", "--yes --yes", is_sure=yes >= 2)
 
     async def count_points(points: Points, journal: MigrationState) -> int:
-        state = cutover.begun(journal)
+        state = cutover.load_state(journal)
         there = await exists(points, state.source)
         return await points.count(state.source) if there else 0
 
@@ -254,7 +259,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
     """
 
     async def run_work(points: Points, journal: MigrationState) -> Any:  # noqa: ANN401 - what `work` gives
-        state = cutover.begun(journal)
+        state = cutover.load_state(journal)
         if to is not None and to != state.model:
             raise MigrationRefused(f"{state.collection} is migrated to {state.model}, not {to}")
         if not lock:
@@ -275,7 +280,7 @@ def _each(  # noqa: PLR0913 - what all four commands share
                 except MigrationRefused as error:
                     failed.append(f"{name}: {error}")
                 else:
-                    found.append((cutover.begun(journal), journal, result))
+                    found.append((cutover.load_state(journal), journal, result))
         return found, failed
 
     found, failed = asyncio.run(run_all())

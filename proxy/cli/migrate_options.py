@@ -13,12 +13,13 @@ from typing import Annotated, Any
 
 import typer
 from embedding_proxy.index.client import Connection
-from embedding_proxy.index.migration.runner import Regime, Wanted
+from embedding_proxy.index.migration.runner import MigrationRequest, Regime
 from embedding_proxy.index.migration.state import MigrationState
 from embedding_proxy.index.migration.text_template import Rule, TemplateError
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import InvalidAnswer, Space, Vector
+from embedding_proxy.providers.base import Space, Vector
 from embedding_proxy.providers.dimensions import can_give
+from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.loader import ConfigError
@@ -88,7 +89,7 @@ NamespaceOption = Annotated[
     str, typer.Option(help="The part of the cache to use.", callback=check_utf8)
 ]
 SampleOption = Annotated[
-    int, typer.Option(min=1, help="Texts embedded to prove that vectors may be copied.")
+    int, typer.Option(min=1, help="Texts embedded to verify_sample that vectors may be copied.")
 ]
 PassesOption = Annotated[
     int, typer.Option(min=1, help="Whole comparisons with the old collection, at most.")
@@ -238,13 +239,13 @@ class TextOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class MigrationRequest:
+class MigrationOptions:
     """What a command is to do."""
 
     settings: Settings
     model: NamedModel
     dimensions: int
-    wanted: Sequence[Wanted]
+    wanted: Sequence[MigrationRequest]
 
 
 def parse_options(  # noqa: PLR0913 - what is asked for, by name
@@ -256,7 +257,7 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
     dimensions: int | None,
     texts: TextOptions,
     regime: Regime,
-) -> MigrationRequest:
+) -> MigrationOptions:
     """Return what the options say. Raises ConfigError."""
     settings = loader.load(config_file)
     if to is None:
@@ -271,7 +272,7 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
     for name in collections:
         own = mapping.get(name, {})
         wanted.append(
-            Wanted(
+            MigrationRequest(
                 collection=name,
                 rule=_rule(name, own, texts),
                 regime=regime,
@@ -280,7 +281,7 @@ def parse_options(  # noqa: PLR0913 - what is asked for, by name
                 into=own.get("into", texts.into),
             )
         )
-    return MigrationRequest(settings, model, width_of(model, dimensions), wanted)
+    return MigrationOptions(settings, model, width_of(model, dimensions), wanted)
 
 
 def names_of(names: Sequence[str] | None, file: Path | None) -> list[str]:

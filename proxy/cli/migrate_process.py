@@ -26,7 +26,7 @@ import typer
 from embedding_proxy.cache import private_files
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.index.migration.runner import MigrationRefused
-from embedding_proxy.index.migration.state import JournalError, MigrationState
+from embedding_proxy.index.migration.state import MigrationState, MigrationStateError
 
 from .output import WorkFailed
 
@@ -144,7 +144,10 @@ async def _do_nothing() -> None:
 
 
 async def wait_for_others(*journals: MigrationState) -> None:
-    """Wait while processes that were left keep what they have asked for. Raises JournalError."""
+    """Wait while processes that were left keep what they have asked for.
+
+    Raises MigrationStateError.
+    """
     loop = asyncio.get_running_loop()
     noticed, told = loop.time() + NOTICED_S, False
     for path in map(_lock_path, journals):
@@ -162,7 +165,10 @@ async def wait_for_others(*journals: MigrationState) -> None:
 async def hold_lock(
     journal: MigrationState, finish: Callable[[], Awaitable[None]] = _do_nothing
 ) -> AsyncIterator[None]:
-    """Hold a migration, and `finish` before it is let go. Raises MigrationRefused, JournalError."""
+    """Hold a migration, and `finish` before it is let go.
+
+    Raises MigrationRefused, MigrationStateError.
+    """
     path = _lock_path(journal)
     lock = _open_lock(path)
     try:
@@ -202,7 +208,7 @@ def _open_lock(path: Path) -> WriterLock:
         private_files.make_folder(path.parent)
         return WriterLock(path, 0)
     except OSError as error:
-        raise JournalError(f"{path}: {error.strerror or error}") from error
+        raise MigrationStateError(f"{path}: {error.strerror or error}") from error
 
 
 def _write_note(path: Path, what: bytes) -> None:

@@ -104,15 +104,15 @@ def _foreseeable() -> tuple[type[Exception], ...]:
     from embedding_proxy.cache.maintenance.import_source import SourceError  # noqa: PLC0415
     from embedding_proxy.index.errors import QdrantFailure  # noqa: PLC0415
     from embedding_proxy.index.migration.runner import MigrationRefused  # noqa: PLC0415
-    from embedding_proxy.index.migration.state import JournalError  # noqa: PLC0415
+    from embedding_proxy.index.migration.state import MigrationStateError  # noqa: PLC0415
     from embedding_proxy.index.migration.text_template import TemplateError  # noqa: PLC0415
-    from embedding_proxy.providers.base import EmbeddingError  # noqa: PLC0415
+    from embedding_proxy.providers.errors import EmbeddingError  # noqa: PLC0415
     from embedding_proxy.proxy.http.server import PortUnavailable  # noqa: PLC0415
 
     return (
         ArchiveError,
         EmbeddingError,
-        JournalError,
+        MigrationStateError,
         MigrationRefused,
         PortUnavailable,
         QdrantFailure,

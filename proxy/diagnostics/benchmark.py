@@ -13,19 +13,14 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import (
-    Account,
+from embedding_proxy.providers.base import Context, Space, Vector
+from embedding_proxy.providers.billing import NANO, Account, Bill, nanodollars
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Bill,
-    Context,
     EmbeddingError,
     ModelNotFound,
     QuotaExceeded,
-    Space,
-    Vector,
-    nanodollars,
 )
-from embedding_proxy.providers.billing import NANO
 from embedding_proxy.providers.route_check import probe
 from embedding_proxy.providers.routing.route import Route
 

@@ -13,12 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from embedding_proxy.index.errors import InUse, QdrantFailure
 from embedding_proxy.providers import local, registry, tokens
-from embedding_proxy.providers.base import (
-    AuthenticationError,
-    Context,
-    EmbeddingError,
-    ModelNotFound,
-)
+from embedding_proxy.providers.base import Context
+from embedding_proxy.providers.errors import AuthenticationError, EmbeddingError, ModelNotFound
 from embedding_proxy.providers.route_check import SAME, TEXTS, probe
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from embedding_proxy.cache.maintenance.import_source import Refused, SourceError
+from embedding_proxy.cache.maintenance.import_source import RejectedPair, SourceError
 from embedding_proxy.providers.route_check import TEXTS
 from embedding_proxy.proxy.importers.jsonl import is_jsonl, lines, need_fields, objects
 
@@ -90,7 +90,7 @@ def _read_fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
     """Yield the strings in some fields of each line. Raises SourceError for a line without them."""
     need_fields(path, *fields)
     for item in objects(path, *fields):
-        if isinstance(item, Refused):
+        if isinstance(item, RejectedPair):
             raise SourceError(f"{path}: {item.where}: {item.why}")
         where, found = item
         values = [found[field] for field in fields]

@@ -114,7 +114,7 @@ class ConnectionLimits:
         self.is_tight = False
         """Whether more than a quarter of all connections are taken; else the order of those that
         wait does not matter."""
-        self._warnings = descriptors.Occasional()
+        self._warnings = descriptors.Interval()
 
     @classmethod
     def of(cls, server: Server, left: Callable[[], int] = descriptors.left) -> "ConnectionLimits":

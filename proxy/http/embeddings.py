@@ -6,7 +6,8 @@ from functools import partial
 
 import orjson
 from aiohttp import web
-from embedding_proxy.providers.base import EmbeddingError, Vector
+from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.proxy.http.pace import UnreadReplies
 from embedding_proxy.proxy.http.request_log import MODEL
 from embedding_proxy.proxy.http.response_cache import (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import orjson
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ClientKeyRefused,
     DeadlineExceeded,

@@ -4,7 +4,7 @@ import logging
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from embedding_proxy.providers.base import EmbeddingError, InvalidRequest
+from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest
 from embedding_proxy.proxy.service.request import CALLER
 
 from . import errors, status, target

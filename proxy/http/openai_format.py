@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 import orjson
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import Input, InvalidRequest, Vector
+from embedding_proxy.providers.base import Input, Vector
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.service import request
 from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, IndexOptions
 from embedding_proxy.proxy.service.request_fields import classify

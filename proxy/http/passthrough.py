@@ -10,8 +10,8 @@ from typing import Any
 
 import aiohttp
 from aiohttp import HttpVersion11, web
-from embedding_proxy.providers.base import InvalidRequest, UpstreamTimeout
-from embedding_proxy.providers.upstream.transport import reason
+from embedding_proxy.providers.errors import InvalidRequest, UpstreamTimeout
+from embedding_proxy.providers.upstream.transport import failure_reason
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.pace import Pace, reset
 from embedding_proxy.proxy.http.target import path_of
@@ -138,7 +138,7 @@ class Passthrough:
         try:
             return await reply.content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            why = reason(error)
+            why = failure_reason(error)
             log.info("passthrough: %s: %s amid a reply", self._origin.name, why)
             raise self._break_off(request, f"{why} amid a reply") from error
 

@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 from embedding_proxy.providers import descriptors
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     EmbeddingError,
     InvalidRequest,
     NoRoute,
@@ -34,7 +34,7 @@ from embedding_proxy.providers.upstream.content_encoding import (
 from embedding_proxy.providers.upstream.network import BaseUrl
 from embedding_proxy.providers.upstream.rate_limit_headers import told_header
 from embedding_proxy.providers.upstream.redaction import Redactor
-from embedding_proxy.providers.upstream.transport import PROXY_CREDENTIALS_REFUSED, reason
+from embedding_proxy.providers.upstream.transport import PROXY_CREDENTIALS_REFUSED, failure_reason
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.target import path_of
 from embedding_proxy.proxy.service.provider_factory import check_network, key_of
@@ -224,7 +224,7 @@ class PassthroughUpstream:
         if descriptors.is_cause(error):
             descriptors.warn(f"no connection to {self.name} can be made")
             return OutOfDescriptors()
-        return Unreachable(self.name, reason(error))
+        return Unreachable(self.name, failure_reason(error))
 
     def check_reply(self, reply: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
         """Return a reply of the upstream. Raises Unreachable for one of an HTTP proxy."""

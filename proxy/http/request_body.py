@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 
 from aiohttp import web
-from embedding_proxy.providers.base import InvalidRequest
+from embedding_proxy.providers.errors import InvalidRequest
 
 from .pace import MIN_BYTES_PER_S, Pace
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from importlib import metadata
 
-from embedding_proxy.cache.maintenance.holding import holding
+from embedding_proxy.cache.maintenance.size import read_size
 from embedding_proxy.providers import descriptors, local, registry
 from embedding_proxy.proxy.cli.formatting import count, size
 from embedding_proxy.proxy.cli.output import WorkFailed, path_text
@@ -82,7 +82,7 @@ def report(settings: Settings) -> None:
 def _cache_line(settings: Settings) -> str:
     cache = settings.cache
     limit = size(cache.size_limit_gib * GIB)
-    held = holding(cache.directory)
+    held = read_size(cache.directory)
     if held is None:
         return f"cache: {path_text(cache.directory)}: cannot be read; at most {limit}"
     return (

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from urllib.parse import unquote
 
-from embedding_proxy.providers.base import InvalidRequest
+from embedding_proxy.providers.errors import InvalidRequest
 
 REMEDY = "embeddings are at POST /v1/embeddings"
 _MAX_DECODINGS = 8

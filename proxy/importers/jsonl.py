@@ -10,7 +10,7 @@ from typing import IO, TypeAlias
 import orjson
 from embedding_proxy.cache.maintenance.import_source import (
     Pair,
-    Refused,
+    RejectedPair,
     SourceError,
     listed,
     to_pair,
@@ -37,9 +37,9 @@ class JsonLines:
         self._vector = vector
         need_fields(path, text, vector)
 
-    def __iter__(self) -> Iterator[Pair | Refused]:
+    def __iter__(self) -> Iterator[Pair | RejectedPair]:
         for item in objects(self._path, self._text, self._vector):
-            if isinstance(item, Refused):
+            if isinstance(item, RejectedPair):
                 yield item
             else:
                 where, found = item
@@ -56,7 +56,7 @@ def need_fields(path: Path, *fields: str) -> None:
     bad = None
     there: set[str] = set()
     for item in islice(objects(path), _LOOKED_AT):
-        if isinstance(item, Refused):
+        if isinstance(item, RejectedPair):
             bad = bad or item
         else:
             there |= item[1].keys()
@@ -67,12 +67,12 @@ def need_fields(path: Path, *fields: str) -> None:
             raise SourceError(f"{path} has no field `{field}`; fields: {listed(there)}")
 
 
-def objects(path: Path, *fields: str) -> Iterator[tuple[str, Object] | Refused]:
+def objects(path: Path, *fields: str) -> Iterator[tuple[str, Object] | RejectedPair]:
     """Give where each line is, and its object, which has all the fields. Raises SourceError."""
     for number, line in lines(path):
         where = f"line {number}"
         found = _object(line, fields)
-        yield Refused(where, found) if isinstance(found, str) else (where, found)
+        yield RejectedPair(where, found) if isinstance(found, str) else (where, found)
 
 
 def _object(line: bytes | None, fields: tuple[str, ...]) -> Object | str:

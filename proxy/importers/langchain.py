@@ -17,7 +17,7 @@ from uuid import UUID, uuid5
 import orjson
 from embedding_proxy.cache.maintenance.import_source import (
     Pair,
-    Refused,
+    RejectedPair,
     SourceError,
     listed,
     to_pair,
@@ -85,19 +85,19 @@ class LangChain:
         else:
             next(lines(texts), None)
 
-    def __iter__(self) -> Iterator[Pair | Refused]:
+    def __iter__(self) -> Iterator[Pair | RejectedPair]:
         for item in self._each_text():
-            if isinstance(item, Refused):
+            if isinstance(item, RejectedPair):
                 yield item
                 continue
             where, text = item
             if (content := self._look_up(text)) is None:
-                yield Refused(where, "no vector in the folder")
+                yield RejectedPair(where, "no vector in the folder")
             else:
                 try:
                     yield to_pair(where, text, orjson.loads(content))
                 except orjson.JSONDecodeError as error:
-                    yield Refused(where, f"its file is not JSON: {error}")
+                    yield RejectedPair(where, f"its file is not JSON: {error}")
 
     def _scan(self) -> Counter[tuple[str, int]]:
         """Count the files by namespace and length of the digest; names are not kept."""
@@ -128,22 +128,22 @@ class LangChain:
                 raise SourceError(f"{self.name} cannot be read: {error.strerror}") from error
         return None
 
-    def _each_text(self) -> Iterator[tuple[str, str] | Refused]:
+    def _each_text(self) -> Iterator[tuple[str, str] | RejectedPair]:
         for item in self._read_texts():
-            if isinstance(item, Refused):
+            if isinstance(item, RejectedPair):
                 yield item
             else:
                 where, text = item[0], to_text(*item)
-                yield text if isinstance(text, Refused) else (where, text)
+                yield text if isinstance(text, RejectedPair) else (where, text)
 
-    def _read_texts(self) -> Iterator[tuple[str, object] | Refused]:
+    def _read_texts(self) -> Iterator[tuple[str, object] | RejectedPair]:
         if is_jsonl(self._texts):
             for item in objects(self._texts, self._field):
-                yield item if isinstance(item, Refused) else (item[0], item[1][self._field])
+                yield item if isinstance(item, RejectedPair) else (item[0], item[1][self._field])
             return
         for number, line in lines(self._texts):
             where = f"line {number}"
             try:
-                yield Refused(where, TOO_LONG) if line is None else (where, line.decode())
+                yield RejectedPair(where, TOO_LONG) if line is None else (where, line.decode())
             except UnicodeDecodeError:
-                yield Refused(where, "the text is not UTF-8")
+                yield RejectedPair(where, "the text is not UTF-8")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from embedding_proxy.cache.maintenance.import_source import (
     Pair,
-    Refused,
+    RejectedPair,
     SourceError,
     listed,
     to_pair,
@@ -39,7 +39,7 @@ class Parquet:
             if not _is_vector(kind):
                 raise SourceError(f"{path}: column `{vector}` holds {kind}, not lists of numbers")
 
-    def __iter__(self) -> Iterator[Pair | Refused]:
+    def __iter__(self) -> Iterator[Pair | RejectedPair]:
         row = 0
         with self._file() as file:
             columns = [self._text, self._vector]
@@ -127,12 +127,12 @@ def _vectors(column: "Array") -> Iterator[bytes | str]:
             yield bytes(data[4 * start : 4 * (start + length)])
 
 
-def _pair(where: str, text: bytes | None, vector: bytes | str) -> Pair | Refused:
+def _pair(where: str, text: bytes | None, vector: bytes | str) -> Pair | RejectedPair:
     try:
         words = None if text is None else text.decode()
     except UnicodeDecodeError:
-        return Refused(where, "the text is not UTF-8")
+        return RejectedPair(where, "the text is not UTF-8")
     pair = to_pair(where, words, b"" if isinstance(vector, str) else vector)
     if isinstance(pair, Pair) and isinstance(vector, str):
-        return Refused(where, vector)
+        return RejectedPair(where, vector)
     return pair

@@ -34,20 +34,18 @@ from weakref import WeakValueDictionary
 from embedding_proxy.cache import atomic_file
 from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.cache.key import part
-from embedding_proxy.cache.ledger import Answered, Reusable
-from embedding_proxy.providers.base import (
-    Bill,
+from embedding_proxy.cache.ledger import CountedEmbeddings, Reusable
+from embedding_proxy.providers.base import Context, Input, Vector
+from embedding_proxy.providers.billing import Bill
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
-    Credential,
     DeadlineExceeded,
-    Input,
     InvalidRequest,
     NoProviderAvailable,
     ProviderError,
     RateLimited,
     TransientError,
-    Vector,
 )
 from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.proxy.config.models import ModelConfig
@@ -88,7 +86,7 @@ PROOF_S = 5.0
 that was sent goes on, and proves the key when its answer comes."""
 MAX_KEY_LENGTH = 4096
 """Characters of a key."""
-Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[Answered]]
+Ask: TypeAlias = Callable[[Sequence[Input], Context], Awaitable[CountedEmbeddings]]
 """Asks the cache, and behind it the routes."""
 
 
@@ -273,7 +271,7 @@ class ClientKeys:
         inputs: Sequence[Input],
         context: Context,
         ask: Ask,
-    ) -> tuple[Answered, str]:
+    ) -> tuple[CountedEmbeddings, str]:
         """Answer from what the caller's key may see, and buy the rest with it.
 
         Also returns the namespace that it was. Raises EmbeddingError: ClientKeyRefused for a key
@@ -294,7 +292,7 @@ class ClientKeys:
         answer = await _Visit(self, how, own, credential, ask).answer(inputs)
         if answer is None:
             # The next time it may be proved, or refused.
-            return replace(await ask(inputs, context), again=None), context.namespace
+            return replace(await ask(inputs, context), cached_hit=None), context.namespace
         return answer, namespace
 
     def proof_of(self, credential: Credential, how: ClientKeyPolicy) -> str:
@@ -350,7 +348,7 @@ class _Visit:
         self._ask = ask
         self._proof = keys.proof_of(credential, how)
 
-    async def answer(self, inputs: Sequence[Input]) -> Answered | None:
+    async def answer(self, inputs: Sequence[Input]) -> CountedEmbeddings | None:
         """Return the answer; None if the key cannot be proved now, and other routes may do."""
         status, spend = self._keys.status(self._proof), self._own.terms.spend
         if status is KeyStatus.UNKNOWN and not spend:
@@ -379,7 +377,7 @@ class _Visit:
                 f"Your key cannot be proved just now ({error}).", wait
             ) from error
 
-    async def _prove(self, inputs: Sequence[Input]) -> Answered:
+    async def _prove(self, inputs: Sequence[Input]) -> CountedEmbeddings:
         """Ask for the inputs past the cache, unless the key is proved when its turn comes."""
         # What is bought so proves the key: no entry is taken, no other's purchase, no other route.
         # A call that an earlier request left under way is such a purchase, and is not made again.
@@ -392,7 +390,7 @@ class _Visit:
             deadline=by,
             # That the short time of a proof is up says nothing of the provider.
             begun=None,
-            credential=replace(self._credential, alone=True),
+            credential=replace(self._credential, is_exclusive=True),
             terms=replace(terms, max_age=0.0, joins_same_key=terms.max_age > 0),
             on_charge=self._accept,
         )
@@ -422,7 +420,9 @@ class _Visit:
         if bill.provider in self._how.providers:
             self._keys.proofs.accept(self._proof)
 
-    async def _ask_noted(self, inputs: Sequence[Input], context: Context | None = None) -> Answered:
+    async def _ask_noted(
+        self, inputs: Sequence[Input], context: Context | None = None
+    ) -> CountedEmbeddings:
         """Ask, and note what it says of the key."""
         try:
             answer = await self._ask(inputs, context or self._own)
@@ -431,9 +431,9 @@ class _Visit:
             raise
         if not {*answer.providers}.isdisjoint(self._how.providers):
             self._keys.proofs.accept(self._proof)
-        if answer.again is None:
+        if answer.cached_hit is None:
             return answer
-        return replace(answer, again=_KeyBoundHit(self._is_proved, answer.again))
+        return replace(answer, cached_hit=_KeyBoundHit(self._is_proved, answer.cached_hit))
 
     def _is_proved(self) -> bool:
         """Tell whether an answer may be given to the key once more."""

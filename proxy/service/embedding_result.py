@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-from embedding_proxy.cache.ledger import Answered, Usage
+from embedding_proxy.cache.ledger import CountedEmbeddings, Usage
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import Input, InvalidAnswer, Outcome, Space, Vector
+from embedding_proxy.providers.base import Input, Outcome, Space, Vector
+from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.similarity import similarities
 from embedding_proxy.providers.slices import slices
 
@@ -23,7 +24,7 @@ class Result:
     """Of the vectors: another than the model's only if `fallback` is true."""
     dimensions: int
     """The width that was asked for."""
-    embedded: Answered
+    embedded: CountedEmbeddings
     """The vectors at the model's own width, as bytes; tokens, outcomes, providers."""
     fallback: bool = False
     """Whether a model of another space stood in for the one that was asked for."""
@@ -83,7 +84,7 @@ def make_result(  # noqa: PLR0913, PLR0917 - what is known of an answer
     space: Space,
     width: int,
     inputs: Sequence[Input],
-    embedded: Answered,
+    embedded: CountedEmbeddings,
     namespace: str,
 ) -> Result:
     """Return the result that an answer is, of which every vector can be brought to the width."""

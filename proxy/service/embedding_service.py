@@ -21,12 +21,12 @@ from typing import Any, Self
 
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
-from embedding_proxy.cache.ledger import MAX_HEADINGS, By, Heading, Line, Reusable, Usage
+from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
-from embedding_proxy.index.search import Found, search
+from embedding_proxy.index.search import SearchHit, search
 from embedding_proxy.providers import similarity, vector
 from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.routing.health import HealthRegistry
@@ -117,7 +117,7 @@ class SearchMixin(ABC):
         parameters: Mapping[str, object] | None = None,
         stored: Mapping[str, object] | None = None,
         where: Mapping[str, Any] | None = None,
-    ) -> list[Found]:
+    ) -> list[SearchHit]:
         """Return what is nearest to a text in the collection of the model's space in Qdrant.
 
         It is the collection that the answers of this model, width and parameters are indexed into,
@@ -253,15 +253,15 @@ class EmbeddingService(SearchMixin):
         return self._tiers.counters if self._tiers else TierCounters()
 
     @property
-    def counted(self) -> Mapping[Heading, Usage]:
+    def counted(self) -> Mapping[LedgerKey, Usage]:
         """The sums of the ledger that this process has added since the start."""
         return self._store.counted if self._store else {}
 
     async def ledger(self, by: Sequence[By]) -> list[Line] | None:
         """Return the sums since ever, of all processes; None while they cannot be read.
 
-        At most MAX_HEADINGS lines, and one for each provider with what is left: what is configured
-        comes first, then what was counted first.
+        At most MAX_LEDGER_KEYS lines, and one for each provider with what is left: what is
+        configured comes first, then what was counted first.
         """
         if self._store is None:
             return None
@@ -269,7 +269,7 @@ class EmbeddingService(SearchMixin):
         namespaces = ["", drift_check.NAMESPACE, *(key.namespace for key in server.keys)]
         named = {By.MODEL: list(self.settings.models), By.NAMESPACE: namespaces}
         preferred = {column: names for column, names in named.items() if column in by}
-        return await self._store.ledger(by, MAX_HEADINGS, preferred)
+        return await self._store.ledger(by, MAX_LEDGER_KEYS, preferred)
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -357,11 +357,11 @@ class EmbeddingService(SearchMixin):
         if self._answering is None or asked.index != NO_INDEX_OPTIONS:
             return None
         result = self._answering.embed_from_cache(asked, caller, control)
-        if result is None or result.embedded.again is None:
+        if result is None or result.embedded.cached_hit is None:
             return None
         if self.indexing is not None and not self.indexing.knows(asked.index, result):
             return None
-        result.embedded.again.count()
+        result.embedded.cached_hit.count()
         return result
 
     def reusable(self, result: Result, index: IndexOptions) -> Reusable | None:
@@ -369,7 +369,7 @@ class EmbeddingService(SearchMixin):
 
         What stood in may not be needed again; and points that are not known to be indexed are.
         """
-        again = None if result.fallback else result.embedded.again
+        again = None if result.fallback else result.embedded.cached_hit
         if self.indexing is None or again is None:
             return again
         return self.indexing.reusable(again, index, result)

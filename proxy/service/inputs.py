@@ -15,7 +15,8 @@ from typing import NamedTuple
 from embedding_proxy.cache.key import Keys, Namespace, keyring
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import CachePolicy, Input, InvalidRequest, Weigh
+from embedding_proxy.providers.base import CachePolicy, Input, TokenCheck
+from embedding_proxy.providers.errors import InvalidRequest
 
 from .model_registry import Model
 
@@ -32,8 +33,8 @@ class PreparedInputs(NamedTuple):
     """The inputs to embed, and who refuses them if they are too much together."""
 
     inputs: Sequence[Input]
-    weigh: Weigh | None = None
-    """See `Context.weigh`: to count them takes longer than to answer them from memory."""
+    check_tokens: TokenCheck | None = None
+    """See `Context.check_tokens`: to count them takes longer than to answer them from memory."""
 
 
 async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool) -> PreparedInputs:
@@ -88,7 +89,7 @@ def are_short_texts(inputs: Sequence[Input]) -> bool:
 async def _count_tokens(
     inputs: Sequence[Input], encoding: str, known: Sequence[int] | None
 ) -> dict[str, int]:
-    counts = await tokens.counted(inputs, encoding) if known is None else known
+    counts = await tokens.count_inputs(inputs, encoding) if known is None else known
     total = sum(counts)
     if total > MAX_TOKENS:
         raise InvalidRequest(
@@ -122,8 +123,8 @@ async def preview_cost(
     keys = await ring.keys(prepared)
     distinct = list(dict.fromkeys(keys))
     found = (
-        await tiers.lookup(Keys.of(distinct), ring.partition, CachePolicy(write=False))
+        await tiers.lookup(Keys.from_keys(distinct), ring.partition, CachePolicy(write=False))
     ).entries
     there = {key for key, entry in zip(distinct, found, strict=True) if entry is not None}
-    counts = await tokens.counted(prepared, model.space.tokenizer or tokens.CL100K)
+    counts = await tokens.count_inputs(prepared, model.space.tokenizer or tokens.CL100K)
     return [CostPreview(key.digest, n, key in there) for key, n in zip(keys, counts, strict=True)]

@@ -25,24 +25,15 @@ from embedding_proxy.cache.embedder import MAX_ROUNDS_WITH_STRANGERS, CachingEmb
 from embedding_proxy.cache.errors import NotCached, name_input
 from embedding_proxy.cache.in_flight import InFlight, SharedTask, wait
 from embedding_proxy.cache.key import Namespace, keyring
-from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import (
-    Bill,
-    Context,
-    DeadlineExceeded,
-    Embedded,
-    Embedder,
-    EmbeddingError,
-    Input,
-    InvalidAnswer,
-    OnCharge,
-    Space,
-)
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space
+from embedding_proxy.providers.billing import Bill, OnCharge
+from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError, InvalidAnswer
 from embedding_proxy.providers.scheduling import assembly
 from embedding_proxy.providers.slices import slices
 
-EmbedSome: TypeAlias = Callable[[Sequence[Input]], Awaitable[Answered]]
+EmbedSome: TypeAlias = Callable[[Sequence[Input]], Awaitable[CountedEmbeddings]]
 WIDTHS_FILE = "widths.json"
 """The name of the file, in the folder of the store."""
 MAX_WIDTHS = 10_000
@@ -144,7 +135,7 @@ class LearnedDimensions:
             return {}
 
 
-_Learning: TypeAlias = SharedTask[Input, tuple[int, Answered]]
+_Learning: TypeAlias = SharedTask[Input, tuple[int, CountedEmbeddings]]
 """Buys one input of a space; gives the width, and the answer to that input and its equals."""
 
 
@@ -167,7 +158,7 @@ class WidthLearner:
         space: Space,
         inputs: Sequence[Input],
         context: Context,
-    ) -> tuple[int, Answered]:
+    ) -> tuple[int, CountedEmbeddings]:
         """Embed in a space whose width may be unknown; return that, and the answer.
 
         The first request that comes buys its first input from the `source`, past the cache, and
@@ -175,8 +166,8 @@ class WidthLearner:
         EmbeddingError.
         """
         await self._learned.refresh()
-        if context.weigh is not None:
-            context = replace(context, counts=await context.weigh(None), weigh=None)
+        if context.check_tokens is not None:
+            context = replace(context, counts=await context.check_tokens(None), check_tokens=None)
         width, rounds = self._width(space), 0
         while not width:
             if not context.terms.spend:
@@ -209,7 +200,7 @@ class WidthLearner:
         space: Space,
         inputs: Sequence[Input],
         context: Context,
-    ) -> tuple[int, Answered]:
+    ) -> tuple[int, CountedEmbeddings]:
         """Learn the width of a space from the first input, then ask for the others."""
         item, copies = inputs[0], inputs.count(inputs[0])
         # What has no bytes is refused before anybody is asked.
@@ -225,13 +216,13 @@ class WidthLearner:
 
         width = 0
 
-        async def embed_first(_: Sequence[Input]) -> Answered:
+        async def embed_first(_: Sequence[Input]) -> CountedEmbeddings:
             nonlocal width
             await _wait(learning, context)
             width, answer = learning.task.result()
             return answer
 
-        async def embed_others(some: Sequence[Input]) -> Answered:
+        async def embed_others(some: Sequence[Input]) -> CountedEmbeddings:
             return await embedder.embed(replace(space, dimensions=width), some, context)
 
         answer = await embed_one_first(inputs, 0, embed_first, embed_others)
@@ -244,11 +235,11 @@ class WidthLearner:
         space: Space,
         copies: int,
         on_charge: OnCharge,
-    ) -> tuple[int, Answered]:
+    ) -> tuple[int, CountedEmbeddings]:
         """Buy one input of a space without a width, pin that, and keep the input."""
         context = learning.context
 
-        def keep(bought: _Bought) -> asyncio.Task[Answered]:
+        def keep(bought: _Bought) -> asyncio.Task[CountedEmbeddings]:
             return self._in_flight.write(self._keep_first(space, bought, context, copies))
 
         bought = _Bought(learning.keys[0], context.on_charge, keep)
@@ -277,7 +268,7 @@ class WidthLearner:
 
     async def _keep_first(
         self, space: Space, bought: "_Bought", context: Context, copies: int
-    ) -> Answered:
+    ) -> CountedEmbeddings:
         """Keep what was bought of a space, and pin its width. Raises InvalidAnswer.
 
         In this order: who knows the width asks the cache, and must find there what was bought.
@@ -309,7 +300,7 @@ class WidthLearner:
 
 async def embed_one_first(
     inputs: Sequence[Input], place: int, first: EmbedSome, others: EmbedSome
-) -> Answered:
+) -> CountedEmbeddings:
     """Ask `first` for the input at a place, and its equals, then `others` for the rest, if any.
 
     Returns the answer to all of them. Raises EmbeddingError, with a place among all of them.
@@ -342,8 +333,8 @@ async def embed_one_first(
         usages.append(answer.usage)
     if not rest:
         return answer
-    whole = await assembly.assembled_in_steps(parts)
-    return Answered(
+    whole = await assembly.assemble_in_steps(parts)
+    return CountedEmbeddings(
         vectors=whole.vectors,
         tokens=whole.tokens,
         counted=whole.counted,
@@ -364,10 +355,10 @@ class _Bought:
         self,
         item: Input,
         on_charge: OnCharge | None,
-        keep: Callable[["_Bought"], asyncio.Task[Answered]],
+        keep: Callable[["_Bought"], asyncio.Task[CountedEmbeddings]],
     ) -> None:
         self.item = item
-        self.kept: asyncio.Task[Answered] | None = None
+        self.kept: asyncio.Task[CountedEmbeddings] | None = None
         """Done when the answer, which has come, is kept."""
         self.width = 0
         self._keep = keep
@@ -383,7 +374,7 @@ class _Bought:
             self.kept = self._keep(self)
         await asyncio.wait([self.kept])
 
-    async def result(self) -> tuple[int, Answered]:
+    async def result(self) -> tuple[int, CountedEmbeddings]:
         """Return the width, and the answer as the cache gives it. Raises InvalidAnswer."""
         if self.kept is None:
             raise RuntimeError("nothing was bought")

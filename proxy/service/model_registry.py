@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
-from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers import registry
-from embedding_proxy.providers.base import Context, Embedder, Input, InvalidRequest, Space
-from embedding_proxy.providers.dimensions import WIDEST
+from embedding_proxy.providers.base import Context, Embedder, Input, Space
+from embedding_proxy.providers.dimensions import MAX_DIMENSIONS
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider
@@ -82,10 +83,10 @@ class Model:
         Nothing says that a model known by name alone may be cut, so it is not.
         Raises InvalidRequest.
         """
-        if not 1 <= dimensions <= WIDEST:
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise InvalidRequest(
                 f"Invalid value for 'dimensions' = {dimensions}: must be at least 1 and at most"
-                f" {WIDEST}.",
+                f" {MAX_DIMENSIONS}.",
                 param="dimensions",
             )
         name = f"{self.space.name}@{dimensions}"
@@ -166,7 +167,7 @@ class Registry:
         parameters: Mapping[str, object],
         inputs: Sequence[Input],
         context: Context,
-    ) -> tuple[Model, Answered]:
+    ) -> tuple[Model, CountedEmbeddings]:
         """Embed with a model whose width is not known yet; return what it is then, and the answer.
 
         Raises EmbeddingError.

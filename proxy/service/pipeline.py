@@ -16,20 +16,17 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from embedding_proxy.cache.ledger import Answered
+from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.providers import dimensions, vector
-from embedding_proxy.providers.base import (
-    Account,
+from embedding_proxy.providers.base import Context, Input, Space, Vector
+from embedding_proxy.providers.billing import Account
+from embedding_proxy.providers.dimensions import BUILT_IN, can_give, find
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
     EmbeddingError,
-    Input,
     InvalidAnswer,
     InvalidRequest,
-    Space,
-    Vector,
 )
-from embedding_proxy.providers.dimensions import BUILT_IN, can_give, find
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
 
@@ -80,7 +77,7 @@ class EmbeddingPipeline:
         account = Account(asked.model, caller.client, model.price)
         inputs, namespace = asked.inputs, caller.namespace
         embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
-        if embedded is None or embedded.again is None:
+        if embedded is None or embedded.cached_hit is None:
             return None
         check(space, width, embedded.vectors)
         return make_result(model, model, space, width, asked.inputs, embedded, caller.namespace)
@@ -113,7 +110,7 @@ class EmbeddingPipeline:
                 neutral=neutral,
                 namespace=caller.namespace,
                 terms=allowed,
-                weigh=weigh,
+                check_tokens=weigh,
                 account=account,
                 client_retries=caller.retries,
                 has_waiters=caller.is_connected,
@@ -152,7 +149,7 @@ class EmbeddingPipeline:
         """Answer with a model whose width the first answer tells."""
         parameters = _parameters(model, asked)
 
-        async def ask(some: Sequence[Input], context: Context) -> Answered:
+        async def ask(some: Sequence[Input], context: Context) -> CountedEmbeddings:
             nonlocal model
             if not model.space.dimensions:
                 model, answer = await self._registry.learn(model, parameters, some, context)
@@ -172,7 +169,7 @@ class EmbeddingPipeline:
 
     async def _with_key(
         self, model: Model, caller: Client, inputs: Sequence[Input], context: Context, ask: Ask
-    ) -> tuple[Answered, str]:
+    ) -> tuple[CountedEmbeddings, str]:
         """Ask for a client that pays with its own key; also return whose namespace it was."""
         if model.client_key_policy is None or self._client_keys is None:
             raise RuntimeError(f"{model.name}: takes no key of a client")
@@ -205,7 +202,7 @@ def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], 
 def _width(model: Model, asked: EmbeddingRequest) -> int:
     """Return the width to answer with. Raises InputRefused."""
     refused = model.dimensions_refused
-    return dimensions.chosen(model.space, asked.dimensions, model.width, refused=refused)
+    return dimensions.choose_dimensions(model.space, asked.dimensions, model.width, refused=refused)
 
 
 def fallback_models(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
@@ -254,7 +251,7 @@ async def apply_dimension_strategy(result: Result) -> Result:
     vectors = await asyncio.to_thread(
         _change_dimensions, name, result.embedded.vectors, result.dimensions
     )
-    embedded = replace(result.embedded, vectors=vectors, again=None)
+    embedded = replace(result.embedded, vectors=vectors, cached_hit=None)
     return replace(result, space=space_of(name, result.space, result.dimensions), embedded=embedded)
 
 

@@ -20,8 +20,9 @@ from uuid import UUID
 
 from aiohttp import web
 from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
-from embedding_proxy.index.point import MOST_ID, PointId
-from embedding_proxy.providers.base import CachePolicy, InvalidRequest
+from embedding_proxy.index.point import MAX_ID, PointId
+from embedding_proxy.providers.base import CachePolicy
+from embedding_proxy.providers.errors import InvalidRequest
 
 Mode: TypeAlias = Literal["normal", "frozen", "refresh", "off"]
 MEANING: dict[Mode, str] = {
@@ -209,7 +210,7 @@ def _each(value: object, name: str, inputs: int) -> Sequence[object]:
 
 def _id(one: object, place: int) -> PointId:
     # bool is an int to Python, not to JSON.
-    if type(one) is int and 0 <= one <= MOST_ID:
+    if type(one) is int and 0 <= one <= MAX_ID:
         return one
     if isinstance(one, UUID):
         return one

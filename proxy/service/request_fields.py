@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import orjson
-from embedding_proxy.providers.base import InvalidRequest
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.lru_cache import LRUCache
 
 log = logging.getLogger("embedding_proxy.spaces")

@@ -4,14 +4,13 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from embedding_proxy.cache.disk.changes import Found
+from embedding_proxy.cache.disk.changes import StoredRecord
 from embedding_proxy.cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, Partition, keyring
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers.base import (
     NORMAL,
-    Bill,
     CachePolicy,
     Context,
     Embedded,
@@ -19,6 +18,7 @@ from embedding_proxy.providers.base import (
     Outcome,
     Space,
 )
+from embedding_proxy.providers.billing import Bill
 
 
 def key_of(item: Input, space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Key:
@@ -46,7 +46,7 @@ async def entries_in(
     tiers: Tiers, keys: Collection[Key], partition: Partition, terms: CachePolicy = NORMAL
 ) -> dict[Key, Entry]:
     """Return what tiers have of some keys."""
-    lookup = await tiers.lookup(Keys.of(keys), partition, terms)
+    lookup = await tiers.lookup(Keys.from_keys(keys), partition, terms)
     found = {key: entry for key, entry in zip(keys, lookup.entries, strict=True) if entry}
     assert [key not in found for key in keys] == [i in lookup.missing for i in range(len(keys))]
     return found
@@ -135,7 +135,7 @@ class FakeStore:
         self.stored = 0.0
         """When all that it holds was bought, in seconds since 1970."""
         self.usage = Usage()
-        self.sums: dict[Heading, Usage] = {}
+        self.sums: dict[LedgerKey, Usage] = {}
         self.flushed = Usage()
         """What was counted when that was last written by itself."""
         self.on_purge = lambda: None
@@ -144,20 +144,20 @@ class FakeStore:
         self.broken = False
         """Whether every read finds nothing and every write comes to nothing."""
 
-    async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, Found]:
+    async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord]:
         self.reads.append(list(addresses))
         await self.reading.through()
         here = [a for a in addresses if a in self.records and not self.broken]
-        found = {a: Found(self.records[a], self.stored) for a in here}
+        found = {a: StoredRecord(self.records[a], self.stored) for a in here}
         await self.reading.through()
         return found
 
-    def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, Found] | None:
+    def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord] | None:
         if not self.is_quick:
             return None
         self.glances.append(list(addresses))
         here = [a for a in addresses if a in self.records and not self.broken]
-        return {a: Found(self.records[a], self.stored) for a in here}
+        return {a: StoredRecord(self.records[a], self.stored) for a in here}
 
     async def put_many(
         self, records: Mapping[bytes, bytes], partition: Partition | None = None
@@ -177,7 +177,7 @@ class FakeStore:
     def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
         self.touched.update(addresses)
 
-    def count(self, heading: Heading, usage: Usage) -> None:
+    def count(self, heading: LedgerKey, usage: Usage) -> None:
         self.usage = self.usage.plus(usage)
         self.sums[heading] = self.sums.get(heading, Usage()).plus(usage)
 

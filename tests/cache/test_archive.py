@@ -10,9 +10,9 @@ import pytest
 from embedding_proxy.cache.key import Partition, Row, checksum
 from embedding_proxy.cache.maintenance.archive import (
     FORMAT,
-    MOST_BYTES,
+    MAX_PAYLOAD_BYTES,
     ArchiveError,
-    Report,
+    ArchiveReport,
     read,
     write,
 )
@@ -37,7 +37,7 @@ def _archive(*rows):
 
 
 def _read(data):
-    report = Report()
+    report = ArchiveReport()
     return list(read(io.BytesIO(data), report)), report
 
 
@@ -90,7 +90,7 @@ def _check(data):
     if expected is None:
         with pytest.raises(ArchiveError):
             _read(data)
-        return Report()
+        return ArchiveReport()
     rows, report = _read(data)
     assert (rows, report.damaged_bytes, report.damaged_places) == expected
     assert report.entries == len(rows)
@@ -122,7 +122,7 @@ def test_an_archive_has_these_bytes():
         for known in (partition, None)
     ]
     assert _archive(*rows).hex() == archive.replace(" ", "")
-    assert _read(bytes.fromhex(archive)) == (rows, Report(entries=2, complete=True))
+    assert _read(bytes.fromhex(archive)) == (rows, ArchiveReport(entries=2, complete=True))
 
 
 partitions = st.none() | st.builds(
@@ -147,13 +147,13 @@ def test_rows_come_back(lists):
     """Any rows come back as they were and in their order, from one archive or several in a row."""
     rows, report = _read(b"".join(_archive(*rows) for rows in lists))
     assert rows == [row for rows in lists for row in rows]
-    assert report == Report(entries=len(rows), complete=True)
+    assert report == ArchiveReport(entries=len(rows), complete=True)
 
 
 def test_all_the_small_archive_has():
     """The archive of the tests below holds each kind of frame, and each partition once."""
     assert KINDS == [START, PARTITION, ENTRY, PARTITION, ENTRY, ENTRY, PARTITION, ENTRY, ENTRY, END]
-    assert _read(SMALL) == (ROWS, Report(entries=5, complete=True))
+    assert _read(SMALL) == (ROWS, ArchiveReport(entries=5, complete=True))
     assert _expected(SMALL) == (ROWS, 0, 0)
 
 
@@ -238,7 +238,7 @@ def test_a_cut_archive_before_a_whole_one_is_noticed(cut):
 
 def test_an_archive_without_entries_is_one():
     """A cache that holds nothing makes an archive that holds nothing, and is complete."""
-    assert _read(_archive()) == ([], Report(complete=True))
+    assert _read(_archive()) == ([], ArchiveReport(complete=True))
 
 
 def test_rows_that_fail_leave_an_incomplete_archive():
@@ -251,14 +251,14 @@ def test_rows_that_fail_leave_an_incomplete_archive():
     file = io.BytesIO()
     with pytest.raises(OSError, match=r"^$"):
         write(file, rows())
-    assert _read(file.getvalue()) == (ROWS[:1], Report(entries=1))
+    assert _read(file.getvalue()) == (ROWS[:1], ArchiveReport(entries=1))
 
 
 def test_a_report_is_incomplete_until_the_end_is_read():
     """Who stops reading early has not seen that all is well."""
-    report = Report()
+    report = ArchiveReport()
     assert next(read(io.BytesIO(SMALL), report)) == ROWS[0]
-    assert report == Report(entries=1)
+    assert report == ArchiveReport(entries=1)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_newer_archive_is_refused(more):
     newer = _frame(START, struct.pack("<I", FORMAT + 1) + more) + b"".join(FRAMES[1:])
     with pytest.raises(ArchiveError, match=r"^The archive has format 2; this release reads 1 only"):
         _read(newer)
-    report = Report()
+    report = ArchiveReport()
     rows = read(io.BytesIO(SMALL + newer), report)
     assert [next(rows) for _ in ROWS] == ROWS
     with pytest.raises(ArchiveError, match="format 2"):
@@ -351,7 +351,7 @@ def test_any_number_of_partitions_may_take_turns():
     """Entries keep their partitions, however many those are and in whatever order they come."""
     turns = [*range(256), 0, 256, 0, *range(257, 500), 256, 0, 499, *range(300), 1, 0]
     rows = [_row(i, HERE._replace(dimensions=turn + 1)) for i, turn in enumerate(turns)]
-    assert _read(_archive(*rows)) == (rows, Report(entries=len(rows), complete=True))
+    assert _read(_archive(*rows)) == (rows, ArchiveReport(entries=len(rows), complete=True))
 
 
 @pytest.mark.parametrize(
@@ -359,9 +359,9 @@ def test_any_number_of_partitions_may_take_turns():
     [
         pytest.param(ROWS[0]._replace(address=bytes(15)), id="short address"),
         pytest.param(ROWS[0]._replace(address=bytes(17)), id="long address"),
-        pytest.param(ROWS[0]._replace(record=bytes(MOST_BYTES - 31)), id="long record"),
+        pytest.param(ROWS[0]._replace(record=bytes(MAX_PAYLOAD_BYTES - 31)), id="long record"),
         pytest.param(
-            ROWS[0]._replace(partition=Partition("n" * MOST_BYTES, "", 1)), id="long name"
+            ROWS[0]._replace(partition=Partition("n" * MAX_PAYLOAD_BYTES, "", 1)), id="long name"
         ),
     ],
 )
@@ -373,10 +373,10 @@ def test_a_row_that_would_not_come_back_is_not_written(row):
 
 def test_the_longest_payload_is_read():
     """What may be written is read, up to the last byte of the limit."""
-    longest = ROWS[0]._replace(record=_row(1, dimensions=(MOST_BYTES - 32 - 40) // 4).record)
+    longest = ROWS[0]._replace(record=_row(1, dimensions=(MAX_PAYLOAD_BYTES - 32 - 40) // 4).record)
     rows = [ROWS[0], longest, ROWS[2]]
-    assert len(longest.record) == MOST_BYTES - 32
-    assert _read(_archive(*rows)) == (rows, Report(entries=3, complete=True))
+    assert len(longest.record) == MAX_PAYLOAD_BYTES - 32
+    assert _read(_archive(*rows)) == (rows, ArchiveReport(entries=3, complete=True))
 
 
 class Stream:
@@ -402,7 +402,7 @@ def test_a_stream_may_give_little_at_a_time(most):
     """Where the pieces of a stream end makes no difference, not even in what is damaged."""
     data = SMALL[40:] + b"EMB" + SMALL + b"EMB"
     expected = _read(data)
-    report = Report()
+    report = ArchiveReport()
     assert (list(read(Stream(data, most), report)), report) == expected
     assert report.damaged_places == 3
 
@@ -413,20 +413,20 @@ def test_a_pipe_is_read_and_written():
     with open(source, "rb") as reader, open(sink, "wb") as writer:  # noqa: PTH123
         write(writer, ROWS)
         writer.close()
-        assert list(read(reader, report := Report())) == ROWS
+        assert list(read(reader, report := ArchiveReport())) == ROWS
     assert report.complete
 
 
-@pytest.mark.parametrize("length", [MOST_BYTES, MOST_BYTES + 1, (1 << 32) - 1])
+@pytest.mark.parametrize("length", [MAX_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES + 1, (1 << 32) - 1])
 def test_a_damaged_length_does_not_read_far_ahead(length):
     """What follows a length that is wrong is found, before much more than a frame was read."""
-    zeros = 16 * MOST_BYTES
+    zeros = 16 * MAX_PAYLOAD_BYTES
     data = b"EMBA" + bytes([ENTRY]) + struct.pack("<I", length) + SMALL
     stream = Stream(data, 1 << 30, zeros)
-    report = Report()
+    report = ArchiveReport()
     rows = read(stream, report)
     assert next(rows) == ROWS[0]
-    assert stream.given < 2 * MOST_BYTES
+    assert stream.given < 2 * MAX_PAYLOAD_BYTES
     assert list(rows) == ROWS[1:]
     assert (report.damaged_bytes, report.damaged_places) == (9 + zeros, 2)
 
@@ -444,11 +444,11 @@ def test_memory_stays_bounded(tmp_path):
         with path.open("wb") as file:
             write(file, rows())
             for _ in range(20):
-                file.write(bytes(MOST_BYTES))
+                file.write(bytes(MAX_PAYLOAD_BYTES))
         with path.open("rb") as file:
-            assert sum(1 for _ in read(file, Report())) == 2000
+            assert sum(1 for _ in read(file, ArchiveReport())) == 2000
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert path.stat().st_size > 40 * MOST_BYTES
-    assert peak < 8 * MOST_BYTES
+    assert path.stat().st_size > 40 * MAX_PAYLOAD_BYTES
+    assert peak < 8 * MAX_PAYLOAD_BYTES

@@ -8,12 +8,12 @@ from contextlib import closing
 
 import pytest
 from embedding_proxy.cache.disk import connection, purge
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import StoreError
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition, Row
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import archive, backup, short_reads
 from embedding_proxy.cache.record import Entry, encode
 
@@ -41,7 +41,7 @@ def database(tmp_path, monkeypatch):
     # Nobody writes during a pause.
     monkeypatch.setattr(short_reads, "ROOM_SECONDS", 0.0)
     with connection.opened(tmp_path / "store", GIB, create=True) as file:
-        list(archive.put(file, ROWS))
+        list(archive.import_rows(file, ROWS))
         yield file
 
 
@@ -59,7 +59,7 @@ def _restored(target, directory):
     (directory / "v1" / "cache.db").write_bytes(target.read_bytes())
     with connection.opened(directory, GIB) as file:
         assert file.sql("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return list(archive.rows(file, Choice(), archive.Read()))
+        return list(archive.export_rows(file, PurgeFilter(), archive.ExportReport()))
 
 
 def test_a_copy_is_a_stores_file(database, target, tmp_path):
@@ -144,7 +144,7 @@ def test_others_write_meanwhile(database, target, tmp_path):
         steps += 1
         if waiting:
             with connection.opened(tmp_path / "store", GIB) as other:
-                list(archive.put(other, waiting.pop()))
+                list(archive.import_rows(other, waiting.pop()))
                 other.sql("DELETE FROM Cache WHERE rowid = ?", (steps,))
 
     backup.copy(database, target, write)
@@ -194,7 +194,7 @@ def test_what_is_purged_meanwhile_is_not_in_the_copy(step, database, target, bet
     """Whenever a purge ends before the backup, nothing of what it deleted is left in the file."""
 
     def purge_tenant():
-        list(purge.delete(database, Choice(namespace="tenant")))
+        list(purge.delete(database, PurgeFilter(namespace="tenant")))
         purge.announce(database, 1)
 
     between += [lambda: None] * step + [purge_tenant]
@@ -229,7 +229,7 @@ def test_what_is_bought_again_meanwhile_is_copied_again(database, target, tmp_pa
 
     def buy_again():
         database.sql("DELETE FROM Cache WHERE key = ?", (digest,))
-        list(archive.put(database, [new]))
+        list(archive.import_rows(database, [new]))
 
     between += [lambda: None] * 10 + [buy_again]
     backup.copy(database, target, lambda *_: None)
@@ -243,9 +243,9 @@ def test_what_is_in_the_copy_is_billed_in_it(database, target, between):
     """The ledger is copied last: what was bought meanwhile stands in it, whether copied or not."""
 
     def buy():
-        usage = {(20_000, Heading(HERE, "m", "p")): Usage(misses=1, tokens_billed=7)}
+        usage = {(20_000, LedgerKey(HERE, "m", "p")): Usage(misses=1, tokens_billed=7)}
         row = MORE[len(between)]
-        kept = {row.address: Kept(row.record, row.partition)}
+        kept = {row.address: PendingRecord(row.record, row.partition)}
         database.write(Changes(records=kept, usage=usage))
 
     between += [buy] * 30
@@ -275,7 +275,7 @@ def test_a_store_that_is_written_faster_than_it_is_copied(database, target, monk
     numbers = iter(range(1_000, 100_000))
 
     def write(*_):
-        list(archive.put(database, [_row(next(numbers)) for _ in range(25)]))
+        list(archive.import_rows(database, [_row(next(numbers)) for _ in range(25)]))
 
     with pytest.raises(OSError, match="faster than it can be copied"):
         backup.copy(database, target, write)

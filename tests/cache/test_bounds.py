@@ -2,11 +2,11 @@
 
 import pytest
 from embedding_proxy.cache.disk import bounds, ledger_reader
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Partition
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.providers.base import Space, current_label
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +29,7 @@ def _partitions(file):
 
 
 def _record(number, partition):
-    return {number.to_bytes(16, "big"): Kept(b"record", partition)}
+    return {number.to_bytes(16, "big"): PendingRecord(b"record", partition)}
 
 
 def _label(number):
@@ -87,8 +87,8 @@ def test_partitions_are_bounded_in_all(tmp_path, monkeypatch):
 
 def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
     """The first headings of a day have a row each, whoever writes; each next day begins anew."""
-    monkeypatch.setattr(bounds, "MAX_HEADINGS", 3)
-    headings = [Heading(PARTITION, f"m{i}", ("p", "")[i % 2], f"c{i}") for i in range(8)]
+    monkeypatch.setattr(bounds, "MAX_LEDGER_KEYS", 3)
+    headings = [LedgerKey(PARTITION, f"m{i}", ("p", "")[i % 2], f"c{i}") for i in range(8)]
     one = Usage(hits=1, tokens_billed=5, nanodollars_billed=7)
     for chosen in (headings[:5], headings[::-1], headings):
         with opened(tmp_path, GIB, create=True) as file:
@@ -111,8 +111,8 @@ def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
 def test_a_heading_of_shared_partitions_is_one_row(tmp_path, monkeypatch):
     """Spaces that share a partition share their row of the ledger, and it is counted once."""
     monkeypatch.setattr(bounds, "MAX_PARAMETER_SETS", 1)
-    monkeypatch.setattr(bounds, "MAX_HEADINGS", 2)
-    usage = {(1, Heading(Partition("", _label(i), 8), "m")): Usage(hits=1) for i in range(5)}
+    monkeypatch.setattr(bounds, "MAX_LEDGER_KEYS", 2)
+    usage = {(1, LedgerKey(Partition("", _label(i), 8), "m")): Usage(hits=1) for i in range(5)}
     with opened(tmp_path, GIB, create=True) as file:
         file.write(Changes(usage=usage))
         lines = dict(ledger_reader.read(file.sql, [By.SPACE]))
@@ -122,16 +122,18 @@ def test_a_heading_of_shared_partitions_is_one_row(tmp_path, monkeypatch):
 
 async def test_what_a_process_counts_is_bounded(tmp_path, monkeypatch):
     """Sums in memory, and what waits to be written, have so many lines and one a provider."""
-    monkeypatch.setattr("embedding_proxy.cache.disk.store.MAX_HEADINGS", 4)
+    monkeypatch.setattr("embedding_proxy.cache.disk.store.MAX_LEDGER_KEYS", 4)
     async with Store(tmp_path, GIB) as store:
         for i in range(20):
-            store.count(Heading(PARTITION, f"m{i}", "p", f"c{i}"), Usage(misses=1, tokens_billed=i))
-        store.count(Heading(PARTITION, "m1", "p", "c1"), Usage(hits=1))
-        rest = Heading(PARTITION, "m9", "p", "c9").rest
-        assert rest == Heading(Partition(OTHER_NAMESPACE, "other", 0), "other", "p", "other")
+            store.count(
+                LedgerKey(PARTITION, f"m{i}", "p", f"c{i}"), Usage(misses=1, tokens_billed=i)
+            )
+        store.count(LedgerKey(PARTITION, "m1", "p", "c1"), Usage(hits=1))
+        rest = LedgerKey(PARTITION, "m9", "p", "c9").rest
+        assert rest == LedgerKey(Partition(OTHER_NAMESPACE, "other", 0), "other", "p", "other")
         waiting = [heading for _, heading in store._pending.changes.usage]
         assert waiting == list(store.counted) == [
-            *(Heading(PARTITION, f"m{i}", "p", f"c{i}") for i in range(4)),
+            *(LedgerKey(PARTITION, f"m{i}", "p", f"c{i}") for i in range(4)),
             rest,
         ]  # fmt: skip
         total = _total(store.counted.values())
@@ -142,7 +144,7 @@ async def test_what_a_process_counts_is_bounded(tmp_path, monkeypatch):
 
 def test_lines_that_are_shown_are_bounded(tmp_path):
     """Preferred names first, then the earliest day; the rest is summed by provider, exactly."""
-    headings = [Heading(PARTITION, f"m{i}", ("p", "q")[i % 2]) for i in range(6)]
+    headings = [LedgerKey(PARTITION, f"m{i}", ("p", "q")[i % 2]) for i in range(6)]
     usage = {(6 - i, heading): Usage(hits=1 << i) for i, heading in enumerate(headings)}
     with opened(tmp_path, GIB, create=True) as file:
         file.write(Changes(usage=usage))
@@ -166,7 +168,7 @@ def test_no_line_that_is_shown_ever_shrinks(lines, days, tmp_path_factory):
     before: dict = {}
     with opened(tmp_path_factory.mktemp("store"), GIB, create=True) as file:
         for day, name in sorted(days, key=lambda one: one[0]):
-            file.write(Changes(usage={(day, Heading(PARTITION, name, "p")): Usage(hits=1)}))
+            file.write(Changes(usage={(day, LedgerKey(PARTITION, name, "p")): Usage(hits=1)}))
             now = dict(ledger_reader.read(file.sql, [By.MODEL], lines))
             assert len(now) <= lines + 1
             for names, usage in now.items():

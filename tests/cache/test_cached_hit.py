@@ -10,7 +10,8 @@ from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import LOT, Tiers
-from embedding_proxy.providers.base import NORMAL, Account, CachePolicy, Context, Space
+from embedding_proxy.providers.base import NORMAL, CachePolicy, Context, Space
+from embedding_proxy.providers.billing import Account
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, entry_of, key_of
 
@@ -40,7 +41,7 @@ class Bench:
         """Return what tells whether the answer to these holds, once all are known."""
         await self.ask(*inputs)
         answer = await self.ask(*inputs)
-        reuse = answer.again.reuse_of(answer.vectors)
+        reuse = answer.cached_hit.reuse_of(answer.vectors)
 
         async def still() -> bool:
             return reuse()
@@ -50,7 +51,7 @@ class Bench:
     async def looked_up(self, *inputs: str) -> Callable[[], Awaitable[object]]:
         """Return what gives the vectors of these, once all are known."""
         await self.ask(*inputs)
-        return (await self.ask(*inputs)).again.vectors
+        return (await self.ask(*inputs)).cached_hit.vectors
 
 
 WAYS = pytest.mark.parametrize("way", [Bench.known, Bench.looked_up], ids=["still", "vectors"])
@@ -223,7 +224,7 @@ async def test_only_a_plain_whole_hit_can_be_given_again(inputs, terms):
     """What was bought for, holds an input twice, or was not to be any entry, is asked anew."""
     bench = Bench()
     assert await bench.known("a")
-    assert (await bench.ask(*inputs, terms=terms)).again is None
+    assert (await bench.ask(*inputs, terms=terms)).cached_hit is None
 
 
 async def test_what_does_not_fit_into_memory_is_asked_anew():
@@ -232,6 +233,6 @@ async def test_what_does_not_fit_into_memory_is_asked_anew():
     bench.store.stored = bench.clock.now
     await bench.ask("a")
     answer = await bench.ask("a")
-    assert answer.again.reuse_of(answer.vectors) is None
-    assert await answer.again.vectors() is None
+    assert answer.cached_hit.reuse_of(answer.vectors) is None
+    assert await answer.cached_hit.vectors() is None
     assert bench.store.usage.hits == 1

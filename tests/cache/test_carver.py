@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from embedding_proxy.cache.disk.carver import Report, rows
+from embedding_proxy.cache.disk.carver import CarveReport, rows
 from embedding_proxy.cache.disk.pages import MAX_UNREADABLE
 from embedding_proxy.cache.key import Partition, Row
 from embedding_proxy.cache.record import Entry, encode
@@ -97,7 +97,7 @@ def make(path, some, page=PAGE, **options):
 
 def salvaged(path):
     """Return what comes out of a file, and the report."""
-    report = Report()
+    report = CarveReport()
     found = list(rows(path, report))
     assert report.records == len(found)
     return found, report
@@ -156,7 +156,7 @@ def test_a_row_without_an_entry_has_its_own_time_and_no_partition(tmp_path):
     make(tmp_path / "cache.db", GOOD[:20], entries=False)
     found, report = salvaged(tmp_path / "cache.db")
     assert sorted(found) == sorted(row._replace(partition=None) for row in GOOD[:20])
-    assert report == Report(records=20, pages=report.pages)
+    assert report == CarveReport(records=20, pages=report.pages)
 
 
 @pytest.mark.parametrize("own", [0, -5, 1e300, "soon", None, float("inf")])
@@ -546,7 +546,7 @@ def test_a_page_of_noise_is_given_up(tmp_path, kind):
 def test_an_empty_file_gives_nothing_and_a_missing_one_is_an_error(tmp_path):
     """No content is no error; no file is one, of the system's."""
     (tmp_path / "cache.db").touch()
-    assert salvaged(tmp_path / "cache.db") == ([], Report())
+    assert salvaged(tmp_path / "cache.db") == ([], CarveReport())
     with pytest.raises(FileNotFoundError):
         salvaged(tmp_path / "missing.db")
 
@@ -554,6 +554,6 @@ def test_an_empty_file_gives_nothing_and_a_missing_one_is_an_error(tmp_path):
 def test_progress_is_told_up_to_the_end(good):
     """What is told never falls, passes the half on the way, and ends at the size of the file."""
     told = []
-    assert len(list(rows(good, Report(), told.append))) == len(GOOD)
+    assert len(list(rows(good, CarveReport(), told.append))) == len(GOOD)
     assert told == sorted(told)
     assert told[-1] == good.stat().st_size

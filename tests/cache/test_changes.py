@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from embedding_proxy.cache.disk import changes as changes_module
-from embedding_proxy.cache.disk.changes import Changes, Found, Kept, Use
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord, StoredRecord, Use
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import FAILURES, Database
 from embedding_proxy.cache.disk.eviction import TOUCH_MS
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +63,11 @@ def _in_step(database):
 
 def test_a_record_gets_an_entry(database):
     """Each record has its partition, its time of purchase and that of its last use."""
-    records = {A: Kept(b"a", HERE), B: Kept(b"b", THERE, 17.25), C: Kept(b"c", None)}
+    records = {
+        A: PendingRecord(b"a", HERE),
+        B: PendingRecord(b"b", THERE, 17.25),
+        C: PendingRecord(b"c", None),
+    }
     database.write(Changes(records=records))
     now = int(1000 * NOW)
     assert _entries(database) == {
@@ -72,23 +76,23 @@ def test_a_record_gets_an_entry(database):
         C: (None, now, now),
     }
     assert database.read_many([A, B, C]) == {
-        A: Found(b"a", NOW),
-        B: Found(b"b", 17.25),
-        C: Found(b"c", NOW),
+        A: StoredRecord(b"a", NOW),
+        B: StoredRecord(b"b", 17.25),
+        C: StoredRecord(b"c", NOW),
     }
 
 
 def test_a_record_written_again_keeps_one_entry(database):
     """The newer record's partition and times are those of the entry."""
-    database.write(Changes(records={A: Kept(b"old", HERE, 1.0)}))
-    database.write(Changes(records={A: Kept(b"new", THERE, 2.0)}))
+    database.write(Changes(records={A: PendingRecord(b"old", HERE, 1.0)}))
+    database.write(Changes(records={A: PendingRecord(b"new", THERE, 2.0)}))
     assert _entries(database) == {A: (THERE, 2000, int(1000 * NOW))}
     assert _in_step(database)
 
 
 def test_only_the_record_that_was_seen_is_deleted(database):
     """A record goes with its entry; one that was replaced since stays with its own."""
-    database.write(Changes(records={A: Kept(b"a", HERE), B: Kept(b"b", HERE)}))
+    database.write(Changes(records={A: PendingRecord(b"a", HERE), B: PendingRecord(b"b", HERE)}))
     database.write(Changes(dead=[(A, b"a"), (B, b"not b"), (C, b"c")]))
     assert list(_entries(database)) == [B]
     assert _in_step(database)
@@ -96,8 +100,8 @@ def test_only_the_record_that_was_seen_is_deleted(database):
 
 def test_deleted_and_written_in_one_transaction_is_there(database):
     """What is dead goes first, so that the record that takes its place stays."""
-    database.write(Changes(records={A: Kept(b"a", HERE)}))
-    database.write(Changes(records={A: Kept(b"a", THERE)}, dead=[(A, b"a")]))
+    database.write(Changes(records={A: PendingRecord(b"a", HERE)}))
+    database.write(Changes(records={A: PendingRecord(b"a", THERE)}, dead=[(A, b"a")]))
     assert _entries(database)[A][0] == THERE
     assert _in_step(database)
 
@@ -105,7 +109,7 @@ def test_deleted_and_written_in_one_transaction_is_there(database):
 @pytest.mark.parametrize("after", [-5 * TOUCH_MS, -1, 0, 1, TOUCH_MS, TOUCH_MS + 1, 9 * TOUCH_MS])
 def test_a_use_is_written_if_the_last_one_is_a_while_ago(database, after):
     """A use soon after the last one written is not, and none makes an entry older."""
-    database.write(Changes(records={A: Kept(b"a", HERE)}))
+    database.write(Changes(records={A: PendingRecord(b"a", HERE)}))
     was = int(1000 * NOW)
     database.write(Changes(used={A: Use(was + after, HERE), B: Use(was, HERE)}))
     assert _entries(database) == {A: (HERE, was, was + after if after > TOUCH_MS else was)}
@@ -113,7 +117,7 @@ def test_a_use_is_written_if_the_last_one_is_a_while_ago(database, after):
 
 def test_a_use_tells_where_an_entry_belongs_only_if_nothing_did(database):
     """An entry of unknown partition takes that of its first use, and keeps it."""
-    database.write(Changes(records={A: Kept(b"a", None)}))
+    database.write(Changes(records={A: PendingRecord(b"a", None)}))
     for partition, known in ((None, None), (HERE, HERE), (THERE, HERE), (None, HERE)):
         database.write(Changes(used={A: Use(0, partition)}))
         assert _entries(database) == {A: (known, int(1000 * NOW), int(1000 * NOW))}
@@ -123,8 +127,8 @@ def test_sums_are_added_by_day_and_heading(database):
     """Each day and heading has sums of its own, and further counts add to them."""
     one, two = Usage(1, 2, 3, 4, 5, 6, 7, 8), Usage(hits=10, tokens_billed=1 << 40)
     lines = [
-        *((day, Heading(part)) for day, part in ((1, HERE), (1, THERE), (2, HERE))),
-        *((1, Heading(HERE, *names)) for names in ("mpc", "mp", "m", ("", "m"), ("", "", "m"))),
+        *((day, LedgerKey(part)) for day, part in ((1, HERE), (1, THERE), (2, HERE))),
+        *((1, LedgerKey(HERE, *names)) for names in ("mpc", "mp", "m", ("", "m"), ("", "", "m"))),
     ]
     for usage in (one, two, one):
         changes = Changes()
@@ -155,10 +159,10 @@ ODD = [
 
 def test_odd_partitions_are_kept_apart(database):
     """Whatever stands in a name, each partition is one and stays the same when written again."""
-    records = {bytes([i]) * 16: Kept(b"x", partition) for i, partition in enumerate(ODD)}
+    records = {bytes([i]) * 16: PendingRecord(b"x", partition) for i, partition in enumerate(ODD)}
     for _ in range(2):
         database.write(
-            Changes(records=records, usage={(1, Heading(p)): Usage(hits=1) for p in ODD})
+            Changes(records=records, usage={(1, LedgerKey(p)): Usage(hits=1) for p in ODD})
         )
         assert {a: entry[0] for a, entry in _entries(database).items()} == {
             a: kept.partition for a, kept in records.items()
@@ -168,18 +172,29 @@ def test_odd_partitions_are_kept_apart(database):
 
 
 BAD = {
-    "NaN": Changes(records={A: Kept(b"new", THERE), B: Kept(b"b", THERE, math.nan)}),
-    "infinite": Changes(records={A: Kept(b"new", THERE), B: Kept(b"b", THERE, math.inf)}),
-    "too large": Changes(records={A: Kept(b"new", THERE), B: Kept(b"b", THERE, 1e30)}),
-    "half a pair": Changes(
-        records={A: Kept(b"new", THERE), B: Kept(b"b", Partition("\ud800", "m", 4))}
+    "NaN": Changes(
+        records={A: PendingRecord(b"new", THERE), B: PendingRecord(b"b", THERE, math.nan)}
     ),
-    "dimensions": Changes(records={A: Kept(b"n", THERE), B: Kept(b"", Partition("", "", 1 << 63))}),
-    "a use": Changes(records={A: Kept(b"new", THERE)}, used={A: Use(1 << 63, HERE)}),
+    "infinite": Changes(
+        records={A: PendingRecord(b"new", THERE), B: PendingRecord(b"b", THERE, math.inf)}
+    ),
+    "too large": Changes(
+        records={A: PendingRecord(b"new", THERE), B: PendingRecord(b"b", THERE, 1e30)}
+    ),
+    "half a pair": Changes(
+        records={
+            A: PendingRecord(b"new", THERE),
+            B: PendingRecord(b"b", Partition("\ud800", "m", 4)),
+        }
+    ),
+    "dimensions": Changes(
+        records={A: PendingRecord(b"n", THERE), B: PendingRecord(b"", Partition("", "", 1 << 63))}
+    ),
+    "a use": Changes(records={A: PendingRecord(b"new", THERE)}, used={A: Use(1 << 63, HERE)}),
     "a sum": Changes(
-        records={A: Kept(b"new", THERE)},
+        records={A: PendingRecord(b"new", THERE)},
         dead=[(A, b"a")],
-        usage={(1, Heading(THERE)): Usage(hits=1), (1, Heading(HERE)): Usage(hits=1 << 63)},
+        usage={(1, LedgerKey(THERE)): Usage(hits=1), (1, LedgerKey(HERE)): Usage(hits=1 << 63)},
     ),
 }
 
@@ -187,7 +202,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_what_cannot_be_written_leaves_nothing(database, bad):
     """One bad thing keeps out all that came with it, and what was there is as it was."""
-    database.write(Changes(records={A: Kept(b"a", HERE)}))
+    database.write(Changes(records={A: PendingRecord(b"a", HERE)}))
     tables = ("Cache", "Entries", "Partitions", "Usage", "Settings", "Purges")
 
     def everything():
@@ -198,8 +213,8 @@ def test_what_cannot_be_written_leaves_nothing(database, bad):
         database.write(BAD[bad])
     assert everything() == before
     # The number that the partition would have had is another's now.
-    database.write(Changes(records={C: Kept(b"c", Partition("new", "m", 4))}))
-    database.write(Changes(records={B: Kept(b"b", THERE)}))
+    database.write(Changes(records={C: PendingRecord(b"c", Partition("new", "m", 4))}))
+    database.write(Changes(records={B: PendingRecord(b"b", THERE)}))
     assert {a: entry[0] for a, entry in _entries(database).items()} == {
         A: HERE,
         B: THERE,
@@ -211,9 +226,9 @@ def test_what_cannot_be_written_leaves_nothing(database, bad):
 @pytest.mark.parametrize("stored", [-1.5, 0.0, 0.001, 4e9])
 def test_any_finite_time_is_kept(database, stored):
     """Records from before 1970 or from the future come back with their time."""
-    database.write(Changes(records={A: Kept(b"a", HERE, stored)}))
+    database.write(Changes(records={A: PendingRecord(b"a", HERE, stored)}))
     found = database.read_many([A], not_before=-10.0)
-    assert found == {A: Found(b"a", stored)}
+    assert found == {A: StoredRecord(b"a", stored)}
     assert _entries(database)[A][1] == int(1000 * stored)
 
 
@@ -229,7 +244,7 @@ def test_a_huge_transaction_is_one(database):
     addresses = [i.to_bytes(16) for i in range(12_000)]
     database.write(
         Changes(
-            records={a: Kept(a, HERE) for a in addresses},
+            records={a: PendingRecord(a, HERE) for a in addresses},
             used={a: Use(int(1000 * NOW) + 2 * TOUCH_MS, THERE) for a in addresses},
         )
     )
@@ -242,12 +257,12 @@ def test_a_huge_transaction_is_one(database):
 @pytest.mark.parametrize("spoilt", ["record", "entry"])
 def test_an_entry_has_the_time_of_the_record_that_is_there(spoilt, database):
     """Also where an older record takes the place of a damaged one, or an entry is missing."""
-    database.write(Changes(records={A: Kept(b"first", HERE, NOW)}))
+    database.write(Changes(records={A: PendingRecord(b"first", HERE, NOW)}))
     if spoilt == "record":
         database.sql("UPDATE Cache SET mode = 4, value = 'text'")
     else:
         database.sql("DELETE FROM Entries")
-    database.write(Changes(records={A: Kept(b"second", HERE, NOW - 1)}, keep_newer=True))
+    database.write(Changes(records={A: PendingRecord(b"second", HERE, NOW - 1)}, keep_newer=True))
     found = database.read_many([A])[A]
     assert found.record == (b"second" if spoilt == "record" else b"first")
     assert _entries(database) == {A: (HERE, int(1000 * found.stored), int(1000 * NOW))}
@@ -258,7 +273,7 @@ STEPS = st.lists(
         st.dictionaries(
             st.sampled_from([A, B, C]),
             st.builds(
-                Kept,
+                PendingRecord,
                 st.binary(max_size=3),
                 st.sampled_from([HERE, THERE, None]),
                 st.none() | st.integers(-5, 5).map(float),
@@ -293,7 +308,7 @@ def test_any_sequence_agrees_with_a_model(tmp_path_factory, steps):
         for records, dead, used, fails in steps:
             changes = Changes(records=dict(records), dead=list(dead), used=dict(used))
             if fails:
-                changes.count(0, Heading(THERE), Usage(hits=1 << 63))
+                changes.count(0, LedgerKey(THERE), Usage(hits=1 << 63))
                 with pytest.raises(OverflowError):
                     database.write(changes)
             else:
@@ -310,7 +325,7 @@ def test_any_sequence_agrees_with_a_model(tmp_path_factory, steps):
                     if row and (row[1] is None or row[3] < use.at - TOUCH_MS):
                         row[1], row[3] = row[1] or use.partition, max(row[3], use.at)
             found = database.read_many([A, B, C], not_before=-10.0)
-            assert found == {a: Found(row[0], row[2]) for a, row in model.items()}
+            assert found == {a: StoredRecord(row[0], row[2]) for a, row in model.items()}
             assert _entries(database) == {
                 a: (row[1], int(1000 * row[2]), row[3]) for a, row in model.items()
             }

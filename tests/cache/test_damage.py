@@ -10,17 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from embedding_proxy.cache.disk.carver import Report, rows
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.carver import CarveReport, rows
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.pages import INDEX_LEAF, cells
-from embedding_proxy.cache.disk.purge import Choice, announce, delete
+from embedding_proxy.cache.disk.purge import PurgeFilter, announce, delete
 from embedding_proxy.cache.disk.salvage import salvage_pending
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.disk.set_aside import SetAside
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Partition
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.record import Entry, encode
 
 from embedding_proxy import cache
@@ -48,7 +48,7 @@ def _path(directory):
 
 
 def _heading(number):
-    return Heading(PARTITIONS[number % 2], f"model {number % 5}", "seller", f"client {number}")
+    return LedgerKey(PARTITIONS[number % 2], f"model {number % 5}", "seller", f"client {number}")
 
 
 SUMS = {_heading(number): PAID for number in range(20)}
@@ -64,7 +64,7 @@ async def _fill(directory):
     # What is evicted leaves free pages.
     with opened(directory, GIB) as file:
         extra = dict(map(_record, range(5000, 5400)))
-        kept = {address: Kept(record, PARTITIONS[0]) for address, record in extra.items()}
+        kept = {address: PendingRecord(record, PARTITIONS[0]) for address, record in extra.items()}
         file.write(Changes(records=kept))
         with file.transaction() as connection:
             connection.executemany("DELETE FROM Cache WHERE key = ?", [(a,) for a in extra])
@@ -111,7 +111,7 @@ async def _sums(store):
     """Return the sums on disk by what they are about."""
     lines = await store.ledger([By.NAMESPACE, By.SPACE, By.MODEL, By.PROVIDER, By.CLIENT])
     return {
-        Heading(Partition(name, space, 96), *rest): usage for (name, space, *rest), usage in lines
+        LedgerKey(Partition(name, space, 96), *rest): usage for (name, space, *rest), usage in lines
     }
 
 
@@ -303,7 +303,7 @@ async def test_a_purge_first_saves_what_is_damaged(directory):
         # What was deleted to make room may come back as long as there is room.
         assert [outcome.records >= len(RECORDS) for outcome in outcomes] == [True]
         with opened(directory, GIB) as file:
-            assert sum(delete(file, Choice(namespace=""))) == len(RECORDS) / 2
+            assert sum(delete(file, PurgeFilter(namespace=""))) == len(RECORDS) / 2
             announce(file, 1)
         await store._tick(1)
         assert len(await _found(store)) == len(RECORDS) / 2
@@ -319,13 +319,13 @@ async def test_old_versions_of_pages_do_not_bring_back_what_was_purged(directory
         assert await store.put_many(NEW, PARTITIONS[0])
         with opened(directory, GIB) as file:
             for address in NEW:
-                assert sum(delete(file, Choice(address=address))) == 1
+                assert sum(delete(file, PurgeFilter(address=address))) == 1
             announce(file, len(NEW))
         # As a kill leaves it: the log is not merged.
         shutil.copytree(directory, kept)
     log = _path(kept).with_name("cache.db-wal").read_bytes()
     assert all(record in log for record in NEW.values())
-    report = Report()
+    report = CarveReport()
     found = {row.address for row in rows(_path(kept), report)}
     assert set(RECORDS) <= found
     assert not found & set(NEW)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from embedding_proxy.cache.disk import connection as disk_module
 from embedding_proxy.cache.disk import database, purge, set_aside
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import Disk, StoreError
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
@@ -263,7 +263,7 @@ async def test_many_who_find_the_same_damage_replace_once(tmp_path):
         new = disk.file
         await disk.replace(old)
         assert disk.file is new
-        await disk.write(lambda: new.write(Changes(records={bytes(16): Kept(b"x", P)})))
+        await disk.write(lambda: new.write(Changes(records={bytes(16): PendingRecord(b"x", P)})))
     assert len(list(tmp_path.glob("*.damaged-*"))) == 1
 
 
@@ -272,7 +272,9 @@ async def test_what_another_process_replaced_is_not_moved_aside(tmp_path):
     await _fill(tmp_path)
     async with _opened(tmp_path) as one, _opened(tmp_path) as two:
         await one.replace(one.file)
-        await one.write(lambda: one.file.write(Changes(records={bytes(16): Kept(b"x", P)})))
+        await one.write(
+            lambda: one.file.write(Changes(records={bytes(16): PendingRecord(b"x", P)}))
+        )
         await two.replace(two.file)
         assert (await two.read(lambda: two.file.read_many([bytes(16)]))).keys() == {bytes(16)}
     assert len(list(tmp_path.glob("*.damaged-*"))) == 1
@@ -352,7 +354,7 @@ async def test_the_tables_can_be_read_beside_a_running_store(tmp_path):
         await store.put_many(RECORDS, P)
         with disk_module.opened(tmp_path, GIB) as file:
             assert isinstance(file, Database)
-            assert sum(purge.delete(file, purge.Choice())) == len(RECORDS)
+            assert sum(purge.delete(file, purge.PurgeFilter())) == len(RECORDS)
             purge.announce(file, len(RECORDS))
         assert await store.lookup(list(RECORDS)) == {}
         await store._tick(1)

@@ -14,18 +14,16 @@ from embedding_proxy.cache.in_flight import InFlight, SharedTask
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
-from embedding_proxy.providers.base import (
-    Account,
+from embedding_proxy.providers.base import Context, Outcome, Space
+from embedding_proxy.providers.billing import Account
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import (
     ClientKeyRefused,
-    Context,
-    Credential,
     DeadlineExceeded,
     EmbeddingError,
     InvalidRequest,
     NoRoute,
-    Outcome,
     RateLimited,
-    Space,
     UpstreamTimeout,
 )
 from hypothesis import given, settings
@@ -820,7 +818,7 @@ async def test_namespaces_are_partitions_on_disk(tmp_path):
         rig = Rig(store=store, memory=0)
         for name in ("", "a", "b"):
             await rig.embed("x", "y", context=Context(namespace=name))
-        chosen = purge.Choice(namespace="a")
+        chosen = purge.PurgeFilter(namespace="a")
         with opened(tmp_path, 1 << 30) as file:
             assert purge.count_entries(file, chosen)[0] == 2
             assert sum(purge.delete(file, chosen)) == 2

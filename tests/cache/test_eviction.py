@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 from embedding_proxy.cache.disk import changes as changes_module
 from embedding_proxy.cache.disk import eviction, purge
-from embedding_proxy.cache.disk.changes import Changes, Kept, Use
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord, Use
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +62,7 @@ def clock(monkeypatch):
 
 
 def _put(database, numbers, partition=COMMON, size=PAGEFUL, **other):
-    records = {_address(i): Kept(bytes(size), partition) for i in numbers}
+    records = {_address(i): PendingRecord(bytes(size), partition) for i in numbers}
     database.write(Changes(records=records, **other))
 
 
@@ -110,7 +110,7 @@ def test_a_use_that_is_only_in_memory_protects(tmp_path, clock):
         recent = {_address(i): Use(clock.ms + 50_000, COMMON) for i in range(3)}
         for i in range(100, 120):
             clock.now += 1
-            records = {_address(i): Kept(bytes(PAGEFUL), COMMON)}
+            records = {_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}
             database.write(Changes(records=records), recent)
         assert {0, 1, 2} <= _here(database)
         assert not set(range(3, 9)) & _here(database)
@@ -140,7 +140,9 @@ def test_where_everything_was_just_used_there_is_still_room(tmp_path, clock):
         recent = {_address(i): Use(clock.ms + 1_000_000, COMMON) for i in range(200)}
         for i in range(100, 130):
             clock.now += 1
-            database.write(Changes(records={_address(i): Kept(bytes(PAGEFUL), COMMON)}), recent)
+            database.write(
+                Changes(records={_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}), recent
+            )
             assert i in _here(database)
             assert _pages(database)[1] <= LIMIT
 
@@ -206,21 +208,23 @@ def test_where_all_was_just_used_and_something_is_pinned_writes_go_on(tmp_path, 
         for i in range(100, 160):
             clock.now += 1
             recent = {_address(n): Use(clock.ms, COMMON) for n in _here(database)}
-            database.write(Changes(records={_address(i): Kept(bytes(PAGEFUL), COMMON)}), recent)
+            database.write(
+                Changes(records={_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}), recent
+            )
             assert {0, 1, i} <= _here(database)
             assert _pages(database)[1] <= LIMIT
 
 
 def test_a_store_full_of_what_is_pinned_still_keeps_the_bill(tmp_path, clock):
     """The records are refused; their sums and the uses noted are written, and only once."""
-    heading = Heading(COMMON, "m", "p", "c")
+    heading = LedgerKey(COMMON, "m", "p", "c")
     with _opened(tmp_path) as database:
         with contextlib.suppress(OSError):
             for number in range(100):
                 _put(database, [number], PINNED)
         clock.now += LONG
         changes = Changes(
-            records={_address(1000): Kept(bytes(PAGEFUL), COMMON)},
+            records={_address(1000): PendingRecord(bytes(PAGEFUL), COMMON)},
             usage={(1, heading): Usage(misses=1, tokens_billed=7)},
             used={_address(0): Use(clock.ms, PINNED)},
         )
@@ -372,7 +376,7 @@ class Rig:
         self._stack.close()
 
     def put(self, partition, numbers):
-        records = {_address(i): Kept(bytes(PAGEFUL), partition) for i in numbers}
+        records = {_address(i): PendingRecord(bytes(PAGEFUL), partition) for i in numbers}
         self.database.write(Changes(records=records), self._recent)
         self._rows.update(dict.fromkeys(numbers, (partition, self._clock.ms)))
 
@@ -382,7 +386,7 @@ class Rig:
             self._rows.pop(i, None)
 
     def purge(self, partition, _):
-        chosen = purge.Choice(partition.namespace, partition.space)
+        chosen = purge.PurgeFilter(partition.namespace, partition.space)
         doomed = [i for i, row in self._rows.items() if row[0] == partition]
         assert purge.count_entries(self.database, chosen)[0] == len(doomed)
         assert sum(purge.delete(self.database, chosen)) == len(doomed)
@@ -490,7 +494,9 @@ def test_many_hot_entries_at_the_cold_end_all_stay(tmp_path, clock):
         for start in range(1000, 9000, 20):
             clock.now += 1
             recent |= {_address(i): Use(clock.ms, COMMON) for i in hot}
-            records = {_address(i): Kept(bytes(3000), COMMON) for i in range(start, start + 20)}
+            records = {
+                _address(i): PendingRecord(bytes(3000), COMMON) for i in range(start, start + 20)
+            }
             database.write(Changes(records=records), recent)
         assert set(hot) <= _here(database)
         assert _pages(database)[1] <= 400

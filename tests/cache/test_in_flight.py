@@ -8,14 +8,9 @@ from embedding_proxy.cache.in_flight import Fetch, InFlight, wait
 from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import (
-    CachePolicy,
-    Context,
-    Credential,
-    Embedded,
-    NoRoute,
-    Space,
-)
+from embedding_proxy.providers.base import CachePolicy, Context, Embedded, Space
+from embedding_proxy.providers.client_credential import Credential
+from embedding_proxy.providers.errors import NoRoute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

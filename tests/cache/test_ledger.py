@@ -11,10 +11,12 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.key import Namespace, Partition, keyring
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import Account, Bill, Context, Outcome, RateLimited, Space
+from embedding_proxy.providers.base import Context, Outcome, Space
+from embedding_proxy.providers.billing import Account, Bill
+from embedding_proxy.providers.errors import RateLimited
 
 from tests.cache.fakes import FakeEmbedder, FakeStore, settle, tokens_of
 
@@ -45,7 +47,7 @@ def _rig(inner=None):
 
 
 def _heading(provider="", context=OURS):
-    return Heading(PARTITION, context.account.model, provider, context.account.client)
+    return LedgerKey(PARTITION, context.account.model, provider, context.account.client)
 
 
 async def test_each_has_bought_or_saved_on_its_own_account():
@@ -122,10 +124,10 @@ async def test_a_part_whose_keeping_is_cut_off_is_there_all_the_same():
 
 
 LINES = {
-    (1, Heading(PARTITION, "m", "p", "c")): Usage(misses=1, tokens_billed=10),
-    (1, Heading(PARTITION, "m", "", "c")): Usage(hits=2, nanodollars_saved=3),
-    (2, Heading(PARTITION, "n", "", "d")): Usage(hits=4),
-    (2, Heading(Partition("", "m", 3), "m")): Usage(joins=8),
+    (1, LedgerKey(PARTITION, "m", "p", "c")): Usage(misses=1, tokens_billed=10),
+    (1, LedgerKey(PARTITION, "m", "", "c")): Usage(hits=2, nanodollars_saved=3),
+    (2, LedgerKey(PARTITION, "n", "", "d")): Usage(hits=4),
+    (2, LedgerKey(Partition("", "m", 3), "m")): Usage(joins=8),
 }
 
 
@@ -172,7 +174,7 @@ def test_what_was_paid_is_told_though_nobody_knows_what_for(tmp_path):
 
 async def test_a_store_tells_what_is_on_disk_and_what_it_has_counted_itself(tmp_path):
     """Since ever is everyone's and as old as the last write; since the start is one's own."""
-    one, two = Heading(PARTITION, "m", "p"), Heading(PARTITION, "m")
+    one, two = LedgerKey(PARTITION, "m", "p"), LedgerKey(PARTITION, "m")
     async with Store(tmp_path, GIB) as store:
         store.count(one, Usage(misses=1))
         store.count(one, Usage(misses=2))

@@ -16,14 +16,14 @@ from embedding_proxy.cache.disk.connection import StoreError, lock_of, opened
 from embedding_proxy.cache.disk.database import Database, LogHeld
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.record import Entry, encode
 
 from embedding_proxy import cache
 
 GIB = 1 << 30
 PARTITION = Partition("", "a/space", 96)
-HEADING = Heading(PARTITION, "model", "seller", "client")
+HEADING = LedgerKey(PARTITION, "model", "seller", "client")
 PAID = Usage(misses=40, tokens_billed=280, nanodollars_billed=11)
 DELETED = {
     "log": ["cache.db-wal"],

@@ -5,7 +5,8 @@ import random
 
 import pytest
 from embedding_proxy.cache.errors import name_input
-from embedding_proxy.providers.base import Context, InvalidRequest, Outcome, Refusal, UpstreamError
+from embedding_proxy.providers.base import Context, Outcome
+from embedding_proxy.providers.errors import InvalidRequest, Refusal, UpstreamError
 from embedding_proxy.providers.profile import Limits
 from hypothesis import given, settings
 from hypothesis import strategies as st

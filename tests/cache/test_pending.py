@@ -2,7 +2,7 @@
 
 import pytest
 from embedding_proxy.cache.disk import writer as pending_module
-from embedding_proxy.cache.disk.changes import Changes, Kept, Use
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord, Use
 from embedding_proxy.cache.disk.writer import Pending
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import Usage
@@ -20,9 +20,9 @@ def _size(pending):
 def test_what_is_taken_is_taken_once():
     """What comes after a taking is another transaction's."""
     pending = Pending()
-    pending.changes.records[A] = Kept(b"a", P)
+    pending.changes.records[A] = PendingRecord(b"a", P)
     first = pending.take()
-    pending.changes.records[B] = Kept(b"b", P)
+    pending.changes.records[B] = PendingRecord(b"b", P)
     assert list(first.records) == [A]
     assert list(pending.take().records) == [B]
     assert pending.take() == Changes()
@@ -31,9 +31,9 @@ def test_what_is_taken_is_taken_once():
 def test_nothing_can_wait_where_nothing_is():
     """Without uses, sums and backlog there is no transaction to make, whatever else is pending."""
     pending = Pending()
-    assert pending.take_what_can_wait() is None
-    pending.changes.records[A] = Kept(b"a", P)
-    assert pending.take_what_can_wait() is None
+    assert pending.take_deferred() is None
+    pending.changes.records[A] = PendingRecord(b"a", P)
+    assert pending.take_deferred() is None
     assert list(pending.take().records) == [A]
 
 
@@ -42,17 +42,17 @@ def test_uses_sums_and_backlog_go_together():
     pending = Pending()
     pending.uses.note([A, B], Use(1, P))
     pending.changes.count(1, P, Usage(hits=1))
-    pending.failed(Changes(records={C: Kept(b"c", P)}))
-    taken = pending.take_what_can_wait()
+    pending.keep_failed(Changes(records={C: PendingRecord(b"c", P)}))
+    taken = pending.take_deferred()
     assert taken == Changes(
-        records={C: Kept(b"c", P)},
+        records={C: PendingRecord(b"c", P)},
         keep_newer=True,
         used=dict.fromkeys([A, B], Use(1, P)),
         usage={(1, P): Usage(hits=1)},
     )
     assert (pending.changes.usage, list(pending.backlog)) == ({}, [C])
-    pending.written(taken.records)
-    assert pending.take_what_can_wait() is None
+    pending.note_written(taken.records)
+    assert pending.take_deferred() is None
 
 
 def test_a_transaction_of_what_can_wait_is_not_too_large(monkeypatch):
@@ -62,14 +62,14 @@ def test_a_transaction_of_what_can_wait_is_not_too_large(monkeypatch):
     pending = Pending()
     addresses = [bytes([i]) for i in range(7)]
     pending.uses.note(addresses, Use(1, P))
-    pending.failed(Changes(records={a: Kept(a, P) for a in addresses}))
+    pending.keep_failed(Changes(records={a: PendingRecord(a, P) for a in addresses}))
     uses, records = [], []
-    while (taken := pending.take_what_can_wait()) is not None:
+    while (taken := pending.take_deferred()) is not None:
         assert len(taken.used) <= 2
         assert len(taken.records) <= 3
         uses += taken.used
         records += taken.records
-        pending.written(taken.records)
+        pending.note_written(taken.records)
     assert (uses, records) == (addresses, addresses)
 
 
@@ -78,45 +78,49 @@ def test_a_later_use_replaces_an_earlier_one():
     pending = Pending()
     for at in (1, 2):
         pending.uses.note([A], Use(at, P))
-    assert pending.take_what_can_wait().used == {A: Use(2, P)}
+    assert pending.take_deferred().used == {A: Use(2, P)}
 
 
 def test_a_use_protects_after_it_was_taken_to_be_written():
     """What is on its way to the disk is remembered still, and is not taken again."""
     pending = Pending()
     pending.uses.note([A], Use(1, P))
-    assert list(pending.take_what_can_wait().used) == [A]
+    assert list(pending.take_deferred().used) == [A]
     assert dict(pending.uses) == {A: Use(1, P)}
-    assert pending.take_what_can_wait() is None
+    assert pending.take_deferred() is None
 
 
 @pytest.mark.parametrize(("size", "fit"), [(1, 10), (3, 3), (5, 2), (10, 1), (11, 0)])
 def test_the_backlog_is_bounded_in_bytes(monkeypatch, size, fit):
     """As many records are kept for another try as there is room for, and exactly as many."""
-    monkeypatch.setattr(pending_module, "MOST_BACKLOG_BYTES", 10)
+    monkeypatch.setattr(pending_module, "MAX_BACKLOG_BYTES", 10)
     pending = Pending()
     for i in range(12):
-        pending.failed(Changes(records={bytes([i]): Kept(bytes(size), P)}))
+        pending.keep_failed(Changes(records={bytes([i]): PendingRecord(bytes(size), P)}))
     assert list(pending.backlog) == [bytes([i]) for i in range(fit)]
 
 
 def test_a_record_too_large_keeps_no_smaller_one_out(monkeypatch):
     """What does not fit is passed over, what comes with it and fits is kept."""
-    monkeypatch.setattr(pending_module, "MOST_BACKLOG_BYTES", 10)
+    monkeypatch.setattr(pending_module, "MAX_BACKLOG_BYTES", 10)
     pending = Pending()
-    records = {A: Kept(bytes(11), P), B: Kept(bytes(4), P), C: Kept(bytes(6), P)}
-    pending.failed(Changes(records=records))
+    records = {
+        A: PendingRecord(bytes(11), P),
+        B: PendingRecord(bytes(4), P),
+        C: PendingRecord(bytes(6), P),
+    }
+    pending.keep_failed(Changes(records=records))
     assert list(pending.backlog) == [B, C]
 
 
 def test_what_was_written_makes_room(monkeypatch):
     """Writing a record, or a newer one of its address, ends its waiting and frees its bytes."""
-    monkeypatch.setattr(pending_module, "MOST_BACKLOG_BYTES", 10)
+    monkeypatch.setattr(pending_module, "MAX_BACKLOG_BYTES", 10)
     pending = Pending()
-    pending.failed(Changes(records={A: Kept(bytes(10), P)}))
-    pending.written({A: Kept(b"newer and shorter", P), B: Kept(b"", P)})
+    pending.keep_failed(Changes(records={A: PendingRecord(bytes(10), P)}))
+    pending.note_written({A: PendingRecord(b"newer and shorter", P), B: PendingRecord(b"", P)})
     assert pending.backlog == {}
-    pending.failed(Changes(records={B: Kept(bytes(10), P)}))
+    pending.keep_failed(Changes(records={B: PendingRecord(bytes(10), P)}))
     assert list(pending.backlog) == [B]
 
 
@@ -135,26 +139,28 @@ STEPS = st.lists(
 def test_any_sequence_keeps_sums_and_bounds(steps):
     """Sums are written or wait, once each; the backlog's bytes are right, and within its limit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pending_module, "MOST_BACKLOG_BYTES", 10)
+        patch.setattr(pending_module, "MAX_BACKLOG_BYTES", 10)
         pending, counted, written, disk = Pending(), Usage(), Usage(), {}
         for what, with_what in steps:
             if what == "put":
-                pending.changes.records.update({a: Kept(r, P) for a, r in with_what.items()})
+                pending.changes.records.update(
+                    {a: PendingRecord(r, P) for a, r in with_what.items()}
+                )
             elif what == "count":
                 pending.changes.count(1, P, with_what)
                 counted = counted.plus(with_what)
             else:
-                taken = pending.take() if what == "write" else pending.take_what_can_wait()
+                taken = pending.take() if what == "write" else pending.take_deferred()
                 if taken is None:
                     continue
                 if with_what:
                     disk.update(taken.records)
-                    pending.written(taken.records)
+                    pending.note_written(taken.records)
                     for usage in taken.usage.values():
                         written = written.plus(usage)
                     assert not taken.records.keys() & pending.backlog.keys()
                 else:
-                    pending.failed(taken)
+                    pending.keep_failed(taken)
             assert _size(pending) <= 10
             assert pending._backlog_bytes == _size(pending)
             waiting = pending.changes.usage.get((1, P), Usage())

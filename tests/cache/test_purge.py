@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from embedding_proxy.cache.disk import changes as changes_module
 from embedding_proxy.cache.disk import eviction, purge
-from embedding_proxy.cache.disk.changes import Changes, Kept, Use
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord, Use
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.eviction import TOUCH_MS
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.memory import Memory
@@ -66,7 +66,9 @@ def full(tmp_path_factory):
             i: (partition, NOW + i, NOW + 10_000 - i)
             for i, partition in enumerate([*PARTITIONS, None])
         }
-        records = {_address(i): Kept(bytes(56), p, stored) for i, (p, stored, _) in rows.items()}
+        records = {
+            _address(i): PendingRecord(bytes(56), p, stored) for i, (p, stored, _) in rows.items()
+        }
         used = {_address(i): Use(1000 * used, p) for i, (p, _, used) in rows.items()}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(changes_module, "time", SimpleNamespace(time=lambda: 0.0))
@@ -95,7 +97,7 @@ def _delete_and_undo(database, choice):
 
 
 CHOICES = st.builds(
-    Choice,
+    PurgeFilter,
     st.none() | st.sampled_from([*NAMESPACES, "%", "b"]),
     st.none() | st.sampled_from([*LABELS, "m?", "m?task", "", "m%?x=1", "m_"]),
     st.none() | st.floats(-5, len(PARTITIONS) + 5).map(lambda after: NOW + after),
@@ -130,19 +132,19 @@ def test_any_choice_deletes_what_it_counts_and_nothing_else(full, choice):
 @pytest.mark.parametrize(
     ("choice", "gone"),
     [
-        (Choice(), len(PARTITIONS) + 1),
-        (Choice(namespace=""), len(LABELS)),
-        (Choice(namespace="a%"), len(LABELS)),
-        (Choice(space="m"), 3 * len(NAMESPACES)),
-        (Choice(space="m?task=~12549ea7d2d841ef"), len(NAMESPACES)),
-        (Choice(space="_"), len(NAMESPACES)),
-        (Choice(space="m_"), len(NAMESPACES)),
-        (Choice(namespace="a", space="m"), 3),
-        (Choice(stored_before=NOW + 3), 3),
-        (Choice(used_before=NOW + 10_000), len(PARTITIONS)),
-        (Choice(address=_address(5)), 1),
-        (Choice(namespace="a", address=_address(5)), 0),
-        (Choice(address=b"no address at all"), 0),
+        (PurgeFilter(), len(PARTITIONS) + 1),
+        (PurgeFilter(namespace=""), len(LABELS)),
+        (PurgeFilter(namespace="a%"), len(LABELS)),
+        (PurgeFilter(space="m"), 3 * len(NAMESPACES)),
+        (PurgeFilter(space="m?task=~12549ea7d2d841ef"), len(NAMESPACES)),
+        (PurgeFilter(space="_"), len(NAMESPACES)),
+        (PurgeFilter(space="m_"), len(NAMESPACES)),
+        (PurgeFilter(namespace="a", space="m"), 3),
+        (PurgeFilter(stored_before=NOW + 3), 3),
+        (PurgeFilter(used_before=NOW + 10_000), len(PARTITIONS)),
+        (PurgeFilter(address=_address(5)), 1),
+        (PurgeFilter(namespace="a", address=_address(5)), 0),
+        (PurgeFilter(address=b"no address at all"), 0),
     ],
     ids=str,
 )
@@ -156,14 +158,16 @@ def test_a_choice_is_counted_as_it_is_meant(full, choice, gone):
 def test_a_later_use_saves_an_entry_from_a_purge_by_use(tmp_path):
     """Age is the time of purchase and last use that of the last one written."""
     with _opened(tmp_path) as database:
-        database.write(Changes(records={_address(i): Kept(b"x", None, 1.0) for i in range(2)}))
+        database.write(
+            Changes(records={_address(i): PendingRecord(b"x", None, 1.0) for i in range(2)})
+        )
         ((used,),) = database.sql("SELECT DISTINCT used FROM Entries")
         later = used + 2 * TOUCH_MS
         database.write(Changes(used={_address(0): Use(later, None)}))
-        assert sum(purge.delete(database, Choice(used_before=later / 1000))) == 1
+        assert sum(purge.delete(database, PurgeFilter(used_before=later / 1000))) == 1
         assert list(database.read_many([_address(i) for i in range(2)])) == [_address(0)]
-        assert sum(purge.delete(database, Choice(stored_before=1.0))) == 0
-        assert sum(purge.delete(database, Choice(stored_before=1.5))) == 1
+        assert sum(purge.delete(database, PurgeFilter(stored_before=1.0))) == 0
+        assert sum(purge.delete(database, PurgeFilter(stored_before=1.5))) == 1
 
 
 def test_a_large_purge_goes_a_little_at_a_time(tmp_path, monkeypatch):
@@ -172,26 +176,30 @@ def test_a_large_purge_goes_a_little_at_a_time(tmp_path, monkeypatch):
     with _opened(tmp_path) as database, _opened(tmp_path) as other:
         for part in (PARTITIONS[0], PARTITIONS[1]):
             start = PARTITIONS.index(part) * 1000
-            records = {_address(start + i): Kept(bytes(100), part) for i in range(450)}
+            records = {_address(start + i): PendingRecord(bytes(100), part) for i in range(450)}
             database.write(Changes(records=records))
-        steps, left = purge.delete(database, Choice(space="m")), 900
+        steps, left = purge.delete(database, PurgeFilter(space="m")), 900
         for deleted in (100, 100, 100, 100, 50):
             assert next(steps) == deleted
             left -= deleted
-            other.write(Changes(records={_address(5000): Kept(b"x", None)}))
+            other.write(Changes(records={_address(5000): PendingRecord(b"x", None)}))
             assert other.sql("SELECT count(*) FROM Entries").fetchall() == [(left + 1,)]
         assert set(steps) <= {0}
-        assert purge.count_entries(other, Choice()) == (451, 450 * 56)
+        assert purge.count_entries(other, PurgeFilter()) == (451, 450 * 56)
 
 
-@pytest.mark.parametrize("choice", [Choice(), Choice(namespace="")], ids=["all", "namespace"])
+@pytest.mark.parametrize(
+    "choice", [PurgeFilter(), PurgeFilter(namespace="")], ids=["all", "namespace"]
+)
 def test_a_purge_ends_while_others_store_more_than_it_deletes(choice, tmp_path):
     """It deletes what was there when it began, moved or not, and nothing that came later."""
     lot = 2 * purge.ROWS_A_TRANSACTION
     with _opened(tmp_path) as database, _opened(tmp_path) as other:
 
         def store(number):
-            records = {_address(number * lot + i): Kept(b"x", PARTITIONS[0]) for i in range(lot)}
+            records = {
+                _address(number * lot + i): PendingRecord(b"x", PARTITIONS[0]) for i in range(lot)
+            }
             other.write(Changes(records=records))
 
         for number in range(3):
@@ -214,11 +222,11 @@ def test_freed_pages_are_given_back(tmp_path, moved, monkeypatch):
     with _opened(tmp_path) as database:
         for start in range(0, 1000, 100):
             part = PARTITIONS[start // 100 % 2]
-            records = {_address(start + i): Kept(bytes(20_000), part) for i in range(100)}
+            records = {_address(start + i): PendingRecord(bytes(20_000), part) for i in range(100)}
             database.write(Changes(records=records))
         before = database.read_many([_address(i) for i in range(100, 200)])
         ((pages,),) = database.sql("PRAGMA page_count")
-        assert sum(purge.delete(database, Choice(space="m"))) == 500
+        assert sum(purge.delete(database, PurgeFilter(space="m"))) == 500
         assert database.sql("PRAGMA freelist_count").fetchall() == [(0,)]
         ((left,),) = database.sql("PRAGMA page_count")
         assert left < 0.6 * pages
@@ -231,14 +239,16 @@ def test_freed_pages_are_given_back(tmp_path, moved, monkeypatch):
 def test_a_file_that_gives_nothing_back_is_no_endless_work(tmp_path):
     """An early file cannot be made shorter; a purge of it ends all the same."""
     with _opened(tmp_path) as database:
-        database.write(Changes(records={_address(i): Kept(bytes(20_000), None) for i in range(50)}))
+        database.write(
+            Changes(records={_address(i): PendingRecord(bytes(20_000), None) for i in range(50)})
+        )
         # VACUUM makes a file of another kind only where there is no write-ahead log.
         for pragma in ("journal_mode = delete", "auto_vacuum = 0"):
             database.sql(f"PRAGMA {pragma}").fetchall()
         database.sql("VACUUM")
     with _opened(tmp_path) as database:
         assert database.sql("PRAGMA auto_vacuum").fetchall() == [(0,)]
-        assert sum(purge.delete(database, Choice())) == 50
+        assert sum(purge.delete(database, PurgeFilter())) == 50
         ((free,),) = database.sql("PRAGMA freelist_count")
         assert free > 0
 
@@ -246,9 +256,9 @@ def test_a_file_that_gives_nothing_back_is_no_endless_work(tmp_path):
 def test_a_row_without_its_record_is_deleted_too(tmp_path):
     """What is counted as an entry goes with a purge, also where someone took the record away."""
     with _opened(tmp_path) as database:
-        database.write(Changes(records={_address(1): Kept(b"x", None)}))
+        database.write(Changes(records={_address(1): PendingRecord(b"x", None)}))
         database.sql("INSERT INTO Entries VALUES (1000000, NULL, 0, 0)")
-        assert sum(purge.delete(database, Choice(stored_before=1.0))) == 1
+        assert sum(purge.delete(database, PurgeFilter(stored_before=1.0))) == 1
         assert database.sql("SELECT count(*) FROM Entries").fetchall() == [(1,)]
         assert database.read_many([_address(1)]).keys() == {_address(1)}
 
@@ -256,17 +266,17 @@ def test_a_row_without_its_record_is_deleted_too(tmp_path):
 def test_a_purge_of_nothing_deletes_nothing(tmp_path):
     """On an empty store every choice is none."""
     with _opened(tmp_path) as database:
-        assert purge.count_entries(database, Choice()) == (0, 0)
-        assert sum(purge.delete(database, Choice())) == 0
+        assert purge.count_entries(database, PurgeFilter()) == (0, 0)
+        assert sum(purge.delete(database, PurgeFilter())) == 0
 
 
 def test_purges_are_numbered(tmp_path):
     """Each announcement is one more, and whoever looks sees the last."""
     with _opened(tmp_path) as database, _opened(tmp_path) as other:
-        assert purge.so_far(other) == 0
+        assert purge.count_purges(other) == 0
         for number in (1, 2, 3):
             purge.announce(database, 10 * number)
-            assert purge.so_far(other) == number
+            assert purge.count_purges(other) == number
         rows = database.sql("SELECT entries FROM Purges ORDER BY id").fetchall()
         assert rows == [(10,), (20,), (30,)]
 
@@ -306,7 +316,7 @@ async def test_after_a_purge_memory_serves_nothing_of_it(tmp_path):
         tiers = Tiers(Memory(1 << 20), store)
         await tiers.put_many({key: entry}, partition)
         with _opened(tmp_path) as database:
-            assert sum(purge.delete(database, Choice(space="m"))) == 1
+            assert sum(purge.delete(database, PurgeFilter(space="m"))) == 1
             assert await entries_in(tiers, [key], partition) == {key: entry}
             purge.announce(database, 1)
         await store._tick(1)

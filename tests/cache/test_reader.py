@@ -10,9 +10,9 @@ from unittest.mock import Mock
 import pytest
 from clock import Clock
 from embedding_proxy.cache.disk import read_only
-from embedding_proxy.cache.disk.changes import Changes, Found, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord, StoredRecord
 from embedding_proxy.cache.disk.connection import Disk
-from embedding_proxy.cache.disk.read_only import SLOW_SECONDS, Glance
+from embedding_proxy.cache.disk.read_only import SLOW_SECONDS, InlineReader
 from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
@@ -23,11 +23,11 @@ P = Partition("", "m", 4)
 
 
 def _kept(numbers, stored=5.0):
-    return {i.to_bytes(16): Kept(bytes([i % 251]) * 500, P, stored) for i in numbers}
+    return {i.to_bytes(16): PendingRecord(bytes([i % 251]) * 500, P, stored) for i in numbers}
 
 
 def _found(numbers, stored=5.0):
-    return {a: Found(kept.record, stored) for a, kept in _kept(numbers, stored).items()}
+    return {a: StoredRecord(kept.record, stored) for a, kept in _kept(numbers, stored).items()}
 
 
 def _addresses(numbers):
@@ -79,16 +79,16 @@ def by_thread(disk, monkeypatch):
 async def test_both_ways_find_the_same(disk, not_before):
     """What is there, new enough, and nothing else."""
     asked = _addresses([3, 200, 99, 0])
-    found = disk.glance.read_few(asked, not_before=not_before)
+    found = disk.inline_reader.get_many(asked, not_before=not_before)
     assert found == (_found([3, 99, 0]) if not_before <= 5 else {})
     assert found == disk.file.read_many(asked, not_before=not_before)
 
 
 async def test_what_was_just_written_is_seen(disk):
     """A record is there for a glance as soon as it is on disk, and as it was written last."""
-    assert disk.glance.read_few(_addresses([7, 300])) == _found([7])
+    assert disk.inline_reader.get_many(_addresses([7, 300])) == _found([7])
     await _write(disk, [300])
-    assert disk.glance.read_few(_addresses([7, 300])) == _found([7, 300])
+    assert disk.inline_reader.get_many(_addresses([7, 300])) == _found([7, 300])
 
 
 async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
@@ -102,22 +102,22 @@ async def test_after_a_slow_one_none_is_taken_for_a_while(disk, monkeypatch):
 
     quick = read_only.read_many
     monkeypatch.setattr(read_only, "read_many", slow)
-    with contextlib.closing(Glance(disk.file.path, clock)) as glance:
+    with contextlib.closing(InlineReader(disk.file.path, clock)) as glance:
         rest = MIN_SECONDS
         for _ in range(8):
-            assert glance.read_few(_addresses([1])) == _found([1])
+            assert glance.get_many(_addresses([1])) == _found([1])
             clock.now += rest - 0.01
-            assert glance.read_few(_addresses([1])) is None
+            assert glance.get_many(_addresses([1])) is None
             clock.now += 0.02
             rest = min(2 * rest, MAX_SECONDS)
         monkeypatch.setattr(read_only, "read_many", quick)
         for _ in range(2):
-            assert glance.read_few(_addresses([1])) == _found([1])
+            assert glance.get_many(_addresses([1])) == _found([1])
         monkeypatch.setattr(read_only, "read_many", slow)
-        assert glance.read_few(_addresses([1])) == _found([1])
-        assert glance.read_few(_addresses([1])) is None
+        assert glance.get_many(_addresses([1])) == _found([1])
+        assert glance.get_many(_addresses([1])) is None
         clock.now += MIN_SECONDS + 0.01
-        assert glance.read_few(_addresses([1])) == _found([1])
+        assert glance.get_many(_addresses([1])) == _found([1])
 
 
 @pytest.mark.parametrize(("disk_reads", "rests"), [(7, False), (None, True)])
@@ -132,14 +132,14 @@ async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, 
     quick = read_only.read_many
     monkeypatch.setattr(read_only, "read_many", slow)
     monkeypatch.setattr(read_only, "_disk_reads", lambda: disk_reads)
-    with contextlib.closing(Glance(disk.file.path, clock)) as glance:
+    with contextlib.closing(InlineReader(disk.file.path, clock)) as glance:
         # Of the first slow one nobody knows what it waited for.
-        assert glance.read_few(_addresses([1])) == _found([1])
-        assert glance.read_few(_addresses([1])) is None
+        assert glance.get_many(_addresses([1])) == _found([1])
+        assert glance.get_many(_addresses([1])) is None
         clock.now += MIN_SECONDS + 0.01
         for _ in range(2):
-            assert glance.read_few(_addresses([1])) == _found([1])
-            assert (glance.read_few(_addresses([1])) is None) == rests
+            assert glance.get_many(_addresses([1])) == _found([1])
+            assert (glance.get_many(_addresses([1])) is None) == rests
             clock.now += MAX_SECONDS + 0.01
 
 
@@ -147,15 +147,15 @@ async def test_what_was_slow_without_the_disk_does_not_count(disk, monkeypatch, 
 async def test_a_glance_that_fails_is_none_taken(disk, monkeypatch, error):
     """Whatever comes out of SQLite: the thread finds the same, and tells of it."""
     monkeypatch.setattr(read_only, "read_many", Mock(side_effect=error))
-    assert disk.glance.read_few(_addresses([1])) is None
+    assert disk.inline_reader.get_many(_addresses([1])) is None
 
 
 async def test_a_lock_is_not_waited_for(disk, monkeypatch, reader):
     """While another has the file for itself the loop is not held up, and does not ask again."""
-    assert disk.glance._connection.execute("PRAGMA busy_timeout").fetchall() == [(0,)]
+    assert disk.inline_reader._connection.execute("PRAGMA busy_timeout").fetchall() == [(0,)]
     with monkeypatch.context() as patch:
         patch.setattr(read_only, "read_many", _locked)
-        assert disk.glance.read_few(_addresses([1])) is None
+        assert disk.inline_reader.get_many(_addresses([1])) is None
     assert reader.lookup_nowait(_addresses([1]), 0.0) is None
     assert await reader.lookup(_addresses([1]), 0.0) == _found([1])
 
@@ -166,22 +166,22 @@ def _locked(*_):
 
 async def test_another_file_gets_another_glance(disk):
     """What stands at the path is read, not what was taken away."""
-    old = disk.glance
+    old = disk.inline_reader
     await disk.replace(disk.file)
-    assert disk.glance is not old
-    assert disk.glance.read_few(_addresses([1])) == {}
+    assert disk.inline_reader is not old
+    assert disk.inline_reader.get_many(_addresses([1])) == {}
     await _write(disk, [1])
-    assert disk.glance.read_few(_addresses([1])) == _found([1])
+    assert disk.inline_reader.get_many(_addresses([1])) == _found([1])
 
 
 async def test_a_glance_that_cannot_be_had_is_done_without(tmp_path, monkeypatch):
     """The file is open all the same, whatever went wrong."""
     monkeypatch.setattr(
-        "embedding_proxy.cache.disk.connection.Glance", Mock(side_effect=ValueError())
+        "embedding_proxy.cache.disk.connection.InlineReader", Mock(side_effect=ValueError())
     )
     disk = Disk(tmp_path, GIB, ())
     await disk.open()
-    assert (disk.file is None, disk.glance) == (False, None)
+    assert (disk.file is None, disk.inline_reader) == (False, None)
     await disk.close()
 
 
@@ -220,20 +220,20 @@ async def test_others_get_their_turn_between(reader, monkeypatch):
 async def test_what_is_slow_is_left_to_the_thread(disk, reader, by_thread, monkeypatch, quick):
     """From the first few that would be slow, all that is left is read by the thread, in one go."""
     glances = iter([True] * quick)
-    glance = disk.glance.read_few
+    glance = disk.inline_reader.get_many
 
     def some(addresses, *, not_before):
         return glance(addresses, not_before=not_before) if next(glances, False) else None
 
-    monkeypatch.setattr(disk.glance, "read_few", some)
+    monkeypatch.setattr(disk.inline_reader, "get_many", some)
     assert await reader.lookup(_addresses(range(150)), 0.0) == _found(range(100))
     assert by_thread == [150 - 16 * quick]
 
 
 async def test_without_a_glance_the_thread_reads(disk, reader, by_thread):
     """Where no second connection can be had, all is as ever."""
-    disk.glance.close()
-    disk.glance = None
+    disk.inline_reader.close()
+    disk.inline_reader = None
     assert reader.lookup_nowait(_addresses([5]), 0.0) is None
     assert await reader.lookup(_addresses([5, 400]), 0.0) == _found([5])
     assert by_thread == [2]

@@ -19,7 +19,7 @@ from embedding_proxy.cache.disk.salvage import salvage_file, salvage_pending
 from embedding_proxy.cache.disk.set_aside import SetAside
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Partition, keyring
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry, encode
 from embedding_proxy.cache.tiered import Tiers
@@ -29,7 +29,7 @@ from tests.cache.fakes import entries_in
 
 GIB = 1 << 30
 P = Partition("", "m", 4)
-HEADING, PAID = Heading(P, "m", "seller", "client"), Usage(misses=3, tokens_billed=7)
+HEADING, PAID = LedgerKey(P, "m", "seller", "client"), Usage(misses=3, tokens_billed=7)
 RECORDS = {
     i.to_bytes(16): encode(Entry(i.to_bytes(16), 1, True, i.to_bytes(16)))  # noqa: FBT003
     for i in range(300)
@@ -133,9 +133,9 @@ async def test_another_process_that_salvages_is_waited_for(tmp_path, monkeypatch
         waited.set()
         may_go_on.wait()
 
-    with salvage.alone(tmp_path) as is_alone:
+    with salvage.hold_alone(tmp_path) as is_alone:
         assert is_alone
-        with salvage.alone(tmp_path) as is_other_alone:
+        with salvage.hold_alone(tmp_path) as is_other_alone:
             assert not is_other_alone
         with monkeypatch.context() as patch:
             patch.setattr("embedding_proxy.cache.disk.salvage.time.sleep", sleep)
@@ -151,7 +151,7 @@ async def test_a_store_waits_for_the_salvage_of_another_process(tmp_path):
     """What cannot be looked up is found as soon as the other is done."""
     await _fill(tmp_path)
     _no_page_1(_path(tmp_path))
-    with salvage.alone(tmp_path):
+    with salvage.hold_alone(tmp_path):
         async with Store(tmp_path, GIB) as store:
             reading = asyncio.create_task(store.lookup(list(RECORDS)))
             with opened(tmp_path, GIB) as file:
@@ -176,7 +176,7 @@ async def test_nobody_waits_for_long_for_what_takes_long(tmp_path, monkeypatch):
             waits.append(1)
             await finished()
 
-        with salvage.alone(tmp_path) as is_alone:
+        with salvage.hold_alone(tmp_path) as is_alone:
             # The store may have been quicker.
             if is_alone:
                 monkeypatch.setattr(store._reader, "_salvaged", counted)

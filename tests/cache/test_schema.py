@@ -14,7 +14,7 @@ from embedding_proxy.cache.disk import schema
 from embedding_proxy.cache.disk.database import is_damage
 from embedding_proxy.cache.disk.store import Store, StoreError
 from embedding_proxy.cache.key import FORMAT, keyring
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
 from embedding_proxy.providers.base import Space
@@ -173,7 +173,7 @@ async def test_the_sums_of_layout_1_are_carried_over(old_1):
     assert len(before) == 3
     async with Store(old_1.parents[1], GIB) as store:
         await _all_are_served(store)
-        store.count(Heading(RING.partition, "m", "p", "c"), Usage(misses=1))
+        store.count(LedgerKey(RING.partition, "m", "p", "c"), Usage(misses=1))
     assert _is_laid_out(old_1)
     carried = _ask(old_1, "SELECT * FROM Usage WHERE model != 'm' ORDER BY day, partition")
     names = ("openai/text-embedding-3-small", "", "")
@@ -211,7 +211,7 @@ async def test_labels_with_values_become_labels_with_digests(both, path):
     async with Store(path.parents[1], GIB) as store:
         for key in keys[:2]:
             assert await store.put_many({key.address: b"r"}, ring.partition)
-        store.count(Heading(ring.partition, "m", "p", "c"), Usage(misses=2, tokens_billed=7))
+        store.count(LedgerKey(ring.partition, "m", "p", "c"), Usage(misses=2, tokens_billed=7))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("UPDATE Partitions SET space = ?", (OLD_LABEL,))
     if both:
@@ -219,7 +219,7 @@ async def test_labels_with_values_become_labels_with_digests(both, path):
         async with Store(path.parents[1], GIB) as store:
             for key in keys[2:]:
                 assert await store.put_many({key.address: b"r"}, ring.partition)
-            store.count(Heading(ring.partition, "m", "p", "c"), Usage(misses=2, tokens_billed=7))
+            store.count(LedgerKey(ring.partition, "m", "p", "c"), Usage(misses=2, tokens_billed=7))
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
             connection.execute(
                 "INSERT INTO Partitions (namespace, space, dimensions) VALUES ('', ?, 8)",

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.key import Partition, Row
 from embedding_proxy.cache.maintenance import archive, backup, stats, verify
@@ -90,7 +90,7 @@ class Writer:
 def database(tmp_path):
     """Give a store of some rows."""
     with connection.opened(tmp_path / "store", LIMIT, create=True) as file:
-        list(archive.put(file, ROWS))
+        list(archive.import_rows(file, ROWS))
         yield file
 
 
@@ -132,7 +132,9 @@ def test_an_export_of_few_lets_the_log_begin_anew(database, writer, monkeypatch)
     """Entries that are far from one another are looked for in steps, too."""
     monkeypatch.setattr(archive, "ENTRIES_A_RANGE", 50, raising=False)
     writer.beside(database.cache._con, 1_000)
-    found = list(archive.rows(database, Choice(namespace="tenant"), archive.Read()))
+    found = list(
+        archive.export_rows(database, PurgeFilter(namespace="tenant"), archive.ExportReport())
+    )
     database.cache._con.set_progress_handler(None, 0)
     assert found == [row for row in ROWS if row.partition == THERE]
     assert writer.writes > 5

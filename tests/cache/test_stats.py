@@ -5,9 +5,9 @@ import time
 
 import pytest
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import stats
 from embedding_proxy.cache.record import Entry, encode
 
@@ -32,7 +32,7 @@ def _put(database, numbers, partition, stored, used):
     for number in numbers:
         digest = hashlib.blake2b(number.to_bytes(8, "big"), digest_size=16).digest()
         entry = Entry(digest[:4] * width, 7, counted=True, digest=digest)
-        kept[digest] = Kept(encode(entry), partition, stored)
+        kept[digest] = PendingRecord(encode(entry), partition, stored)
     database.write(Changes(records=kept))
     marks = ",".join("?" * len(kept))
     database.sql(
@@ -83,9 +83,9 @@ def test_entries_of_unknown_partition_are_counted_too(database):
 def test_uses_are_summed_over_the_days(database):
     """All days of a partition are one sum, and the sums of all partitions the total."""
     counted = {
-        (DAY, Heading(HERE, "m", "p")): Usage(1, 2, 3, 4, 50, 60, 7, 8),
-        (DAY + 1, Heading(HERE, client="c")): Usage(10, 20, 30, 40, 500, 600, 70, 80),
-        (DAY + 2, Heading(THERE)): Usage(hits=5, tokens_saved=7),
+        (DAY, LedgerKey(HERE, "m", "p")): Usage(1, 2, 3, 4, 50, 60, 7, 8),
+        (DAY + 1, LedgerKey(HERE, client="c")): Usage(10, 20, 30, 40, 500, 600, 70, 80),
+        (DAY + 2, LedgerKey(THERE)): Usage(hits=5, tokens_saved=7),
     }
     database.write(Changes(usage=counted))
     _put(database, range(1), HERE, 1_000, 1_000)

@@ -15,7 +15,7 @@ import diskcache
 import pytest
 from embedding_proxy.cache.disk import connection, database, purge
 from embedding_proxy.cache.disk import store as store_module
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.database import PAGE_BYTES, RawDisk
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.store import Store, StoreError
@@ -875,8 +875,10 @@ async def test_what_expires_is_found_by_an_index_and_not_overwritten(tmp_path, m
 async def test_a_purge_leaves_the_connection_as_it_was(tmp_path):
     """What is purged is overwritten; what is evicted afterwards by the same connection is not."""
     with connection.opened(tmp_path, GIB, create=True) as file:
-        file.write(Changes(records={a: Kept(r, None) for a, r in _records(range(5)).items()}))
-        steps = purge.delete(file, purge.Choice())
+        file.write(
+            Changes(records={a: PendingRecord(r, None) for a, r in _records(range(5)).items()})
+        )
+        steps = purge.delete(file, purge.PurgeFilter())
         assert next(steps) == 5
         assert file.sql("PRAGMA secure_delete").fetchall() == [(0,)]
         assert list(steps) == [0]
@@ -888,8 +890,8 @@ async def test_the_purchase_that_is_newer_wins(tmp_path):
     address = _address(1)
     for first, second, expected in ((5.0, 9.0, new), (9.0, 5.0, old)):
         with connection.opened(tmp_path, GIB, create=True) as file:
-            file.write(Changes(records={address: Kept(old, None, first)}))
-            backlog = {address: Kept(new, None, second)}
+            file.write(Changes(records={address: PendingRecord(old, None, first)}))
+            backlog = {address: PendingRecord(new, None, second)}
             file.write(Changes(records=backlog, keep_newer=True))
             ((value, stored),) = file.sql(
                 "SELECT value, Entries.stored FROM Cache JOIN Entries ON id = Cache.rowid"

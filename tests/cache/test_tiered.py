@@ -8,7 +8,7 @@ import pytest
 from embedding_proxy.cache import record
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Key, Keys, checksum, keyring
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import TierCounters, Tiers
 from embedding_proxy.providers.base import NORMAL, CachePolicy, Space
@@ -94,7 +94,7 @@ async def test_what_is_read_at_once_is_as_if_waited_for(tiers, store, quick):
 
 async def test_nothing_is_awaited_that_need_not_be(tiers, quick):
     """The same look-up is a whole one without a turn of the loop, and one that is missing, too."""
-    keys = Keys.of([*quick, key_of("unknown", SPACE)])
+    keys = Keys.from_keys([*quick, key_of("unknown", SPACE)])
     asking = tiers.lookup(keys, PARTITION)
     with pytest.raises(StopIteration) as caught:
         asking.send(None)
@@ -264,7 +264,7 @@ async def test_entries_come_back_from_a_real_store(tmp_path):
     """Through the real disk tier, reopened with an empty memory, entries are what they were."""
     async with Store(tmp_path, 1 << 30) as disk:
         tiers = Tiers(Memory(0), disk)
-        tiers.count(Heading(PARTITION), Usage(misses=len(ENTRIES), tokens_billed=len(ENTRIES)))
+        tiers.count(LedgerKey(PARTITION), Usage(misses=len(ENTRIES), tokens_billed=len(ENTRIES)))
         await tiers.put_many(ENTRIES, PARTITION)
     async with Store(tmp_path, 1 << 30) as disk:
         assert await entries_in(Tiers(Memory(0), disk), list(ENTRIES), PARTITION) == ENTRIES
@@ -308,8 +308,8 @@ async def test_a_use_is_told_to_the_disk(tiers, store):
 
 async def test_sums_go_to_the_disk_as_they_are(tiers, store):
     """What was answered is added as it is told."""
-    tiers.count(Heading(PARTITION), Usage(hits=1, joins=2))
-    tiers.count(Heading(PARTITION), Usage(duplicates=3, tokens_saved=4))
+    tiers.count(LedgerKey(PARTITION), Usage(hits=1, joins=2))
+    tiers.count(LedgerKey(PARTITION), Usage(duplicates=3, tokens_saved=4))
     assert store.usage == Usage(hits=1, joins=2, duplicates=3, tokens_saved=4)
 
 
@@ -339,7 +339,7 @@ async def test_sums_and_partition_are_in_a_real_store(tmp_path):
     """Each entry is of the partition it was kept for, and so are its sums."""
     async with Store(tmp_path, 1 << 30) as disk:
         tiers = Tiers(Memory(0), disk)
-        tiers.count(Heading(PARTITION), Usage(misses=len(ENTRIES), tokens_billed=len(ENTRIES)))
+        tiers.count(LedgerKey(PARTITION), Usage(misses=len(ENTRIES), tokens_billed=len(ENTRIES)))
         await tiers.put_many(ENTRIES, PARTITION)
         connection = sqlite3.connect(disk.folder / "cache.db")
         with contextlib.closing(connection):

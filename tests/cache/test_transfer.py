@@ -9,7 +9,7 @@ import time
 
 import pytest
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.key import Partition, Row
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.record import Entry, encode
@@ -39,24 +39,24 @@ def opened(tmp_path):
 
 
 def _put(database, rows, **options):
-    sums = archive.Written()
-    for sums in archive.put(database, rows, **options):  # noqa: B007 - the last one counts
+    sums = archive.ImportReport()
+    for sums in archive.import_rows(database, rows, **options):  # noqa: B007 - the last one counts
         pass
     return sums
 
 
 def _read(database, **choice):
-    report = archive.Read()
-    return list(archive.rows(database, Choice(**choice), report)), report.damaged
+    report = archive.ExportReport()
+    return list(archive.export_rows(database, PurgeFilter(**choice), report)), report.damaged
 
 
 def test_rows_come_out_as_they_went_in(opened):
     """Address, record, time and partition survive, in the order of the store."""
     with opened() as database:
-        assert _put(database, ROWS) == archive.Written(stored=50)
+        assert _put(database, ROWS) == archive.ImportReport(stored=50)
         assert _read(database) == (ROWS, 0)
     with opened() as database, opened("two") as other:
-        assert _put(other, _read(database)[0]) == archive.Written(stored=50)
+        assert _put(other, _read(database)[0]) == archive.ImportReport(stored=50)
         assert _read(other) == (ROWS, 0)
 
 
@@ -65,7 +65,7 @@ def test_more_rows_than_a_batch_come_once_each(opened, monkeypatch):
     for size in (1, 7, 49, 50, 51):
         monkeypatch.setattr(archive, "ROWS_A_BATCH", size)
         with opened(f"by {size}") as database:
-            seen = [(sums.stored, sums.present) for sums in archive.put(database, ROWS)]
+            seen = [(sums.stored, sums.present) for sums in archive.import_rows(database, ROWS)]
             assert len(seen) == math.ceil(50 / size)
             assert _read(database) == (ROWS, 0)
 
@@ -124,7 +124,7 @@ def test_a_partition_of_another_width_is_not_believed(opened):
         assert _read(database) == ([_row(1, HERE)._replace(partition=None)], 0)
     with opened("two") as other:
         odd = _row(1)._replace(partition=Partition("", "a/space", 5))
-        assert _put(other, [odd]) == archive.Written(stored=1)
+        assert _put(other, [odd]) == archive.ImportReport(stored=1)
         assert _read(other) == ([odd._replace(partition=None)], 0)
 
 
@@ -141,7 +141,7 @@ def test_what_is_there_stays(opened):
     mine, theirs = _row(1, tokens=1), _row(1, THERE, stored=2_000, tokens=2)
     with opened() as database:
         _put(database, [mine])
-        assert _put(database, [theirs, _row(2)]) == archive.Written(stored=1, present=1)
+        assert _put(database, [theirs, _row(2)]) == archive.ImportReport(stored=1, present=1)
         assert _read(database) == ([mine, _row(2)], 0)
 
 
@@ -151,7 +151,7 @@ def test_what_is_there_and_damaged_is_replaced(opened):
         _put(database, ROWS[:2])
         database.sql("UPDATE Cache SET value = x'00' WHERE key = ?", (ROWS[0].address,))
         database.sql("UPDATE Cache SET mode = 4 WHERE key = ?", (ROWS[1].address,))
-        assert _put(database, ROWS[:2]) == archive.Written(stored=2)
+        assert _put(database, ROWS[:2]) == archive.ImportReport(stored=2)
         rows, damaged = _read(database)
         assert (sorted(rows), damaged) == (sorted(ROWS[:2]), 0)
 
@@ -161,7 +161,7 @@ def test_a_row_that_does_not_verify_is_refused(opened):
     bad = ROWS[1]._replace(record=ROWS[1].record[:-1] + b"\0")
     with opened() as database:
         sums = _put(database, [ROWS[0], bad, ROWS[2]._replace(record=b""), ROWS[3]])
-        assert sums == archive.Written(stored=2, refused=2)
+        assert sums == archive.ImportReport(stored=2, refused=2)
         assert _read(database) == ([ROWS[0], ROWS[3]], 0)
 
 
@@ -193,7 +193,7 @@ def test_a_dry_run_writes_nothing(opened):
     with opened() as database:
         _put(database, ROWS[:10])
         sums = _put(database, ROWS[5:20], dry_run=True)
-        assert sums == archive.Written(stored=10, present=5)
+        assert sums == archive.ImportReport(stored=10, present=5)
         assert _read(database) == (ROWS[:10], 0)
 
 
@@ -218,7 +218,7 @@ def test_others_write_meanwhile(opened, monkeypatch):
     monkeypatch.setattr(archive, "ROWS_A_BATCH", 10)
     with opened() as database, opened() as other:
         _put(database, ROWS[:20])
-        found = archive.rows(database, Choice(), archive.Read())
+        found = archive.export_rows(database, PurgeFilter(), archive.ExportReport())
         first = list(itertools.islice(found, 10))
         _put(other, ROWS[20:30])
         assert first + list(found) == ROWS[:30]
@@ -228,7 +228,7 @@ def test_a_store_that_cannot_be_read_is_no_short_one(opened):
     """A failure on the way is raised, and does not look like the end."""
     with opened() as database:
         _put(database, ROWS)
-        found = archive.rows(database, Choice(), archive.Read())
+        found = archive.export_rows(database, PurgeFilter(), archive.ExportReport())
         database.sql("ALTER TABLE Cache RENAME TO Elsewhere")
         with pytest.raises(sqlite3.OperationalError, match="no such table"):
             next(found)

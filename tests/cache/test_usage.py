@@ -9,13 +9,13 @@ from embedding_proxy.cache.disk import database
 from embedding_proxy.cache.disk import store as store_module
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GIB = 1 << 30
-P = Heading(Partition("", "m", 4), "model", "", "a client")
-Q = Heading(Partition("tenant", "m", 4), "model", "provider")
+P = LedgerKey(Partition("", "m", 4), "model", "", "a client")
+Q = LedgerKey(Partition("tenant", "m", 4), "model", "provider")
 COUNTS = st.integers(0, 1 << 40)
 USAGES = st.builds(Usage, *[COUNTS] * len(Usage._fields))
 
@@ -27,7 +27,7 @@ def _sums(folder):
             "SELECT namespace, space, dimensions, Usage.* FROM Usage"
             " JOIN Partitions ON id = partition"
         ).fetchall()
-    return {(row[3], Heading(Partition(*row[:3]), *row[5:8])): Usage(*row[8:]) for row in rows}
+    return {(row[3], LedgerKey(Partition(*row[:3]), *row[5:8])): Usage(*row[8:]) for row in rows}
 
 
 @given(USAGES, USAGES, USAGES)

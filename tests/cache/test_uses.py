@@ -2,7 +2,7 @@
 
 from embedding_proxy.cache.disk import writer
 from embedding_proxy.cache.disk.changes import Use
-from embedding_proxy.cache.disk.writer import Uses
+from embedding_proxy.cache.disk.writer import AccessLog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +12,7 @@ ADDRESSES = [bytes([i]) for i in range(8)]
 def test_those_noted_longest_ago_are_forgotten(monkeypatch):
     """Half of the most are always there, never more than all; what is forgotten is not written."""
     monkeypatch.setattr(writer, "MAX_USES", 4)
-    uses = Uses()
+    uses = AccessLog()
     for at, address in enumerate(ADDRESSES):
         uses.note([address], Use(at, None))
         assert set(uses) >= set(ADDRESSES[max(0, at - 1) : at + 1])
@@ -24,7 +24,7 @@ def test_those_noted_longest_ago_are_forgotten(monkeypatch):
 
 def test_noted_again_is_to_be_written_again():
     """Once given out a use is not given out again, unless there is a later one."""
-    uses = Uses()
+    uses = AccessLog()
     uses.note(ADDRESSES[:2], Use(1, None))
     assert uses.take(9) == dict.fromkeys(ADDRESSES[:2], Use(1, None))
     assert uses.take(9) == {}
@@ -40,7 +40,7 @@ STEPS = st.lists(st.lists(st.sampled_from(ADDRESSES), max_size=3) | st.integers(
 @given(STEPS)
 def test_in_any_order_the_last_use_counts(steps):
     """What is remembered is the last use; what is given out was noted since it last was."""
-    uses, last, due = Uses(), {}, {}
+    uses, last, due = AccessLog(), {}, {}
     for at, step in enumerate(steps):
         if isinstance(step, list):
             uses.note(step, Use(at, None))

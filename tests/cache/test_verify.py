@@ -9,7 +9,7 @@ import pytest
 from embedding_proxy.cache.disk import connection
 from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.disk.database import FILE_NAME
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.key import Partition, Row, checksum
 from embedding_proxy.cache.maintenance import archive, verify
@@ -39,7 +39,7 @@ def store(tmp_path):
         return connection.opened(tmp_path, GIB, create=True)
 
     with opened() as database:
-        list(archive.put(database, ROWS))
+        list(archive.import_rows(database, ROWS))
     return opened
 
 
@@ -50,7 +50,7 @@ def _scan(database):
 
 
 def _rows(database):
-    return list(archive.rows(database, Choice(), archive.Read()))
+    return list(archive.export_rows(database, PurgeFilter(), archive.ExportReport()))
 
 
 def test_a_sound_store_is_sound(store):
@@ -271,7 +271,7 @@ def test_pages_that_cannot_be_read_are_noted_not_raised(tmp_path):
     """Damage below the rows ends the scan, with what SQLite says of it."""
     rows = [_row(i) for i in range(400)]
     with connection.opened(tmp_path, GIB, create=True) as database:
-        list(archive.put(database, rows))
+        list(archive.import_rows(database, rows))
         path = database.path
     leaf = _pages(path, 0x0D)[-1]
     _overwrite(path, leaf, bytes(PAGE_BYTES))

@@ -14,12 +14,12 @@ from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.disk.write_ahead_log import Log, check, damage_of
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import By, Heading, Usage
+from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.record import Entry, encode
 
 GIB = 1 << 30
 PARTITION = Partition("", "a/space", 96)
-HEADING = Heading(PARTITION, "model", "seller", "client")
+HEADING = LedgerKey(PARTITION, "model", "seller", "client")
 PAID = Usage(misses=40, tokens_billed=280, nanodollars_billed=11)
 FRAME = 24 + 32_768
 

@@ -6,12 +6,12 @@ import sqlite3
 import diskcache
 import pytest
 from embedding_proxy.cache.disk import writer as pending_module
-from embedding_proxy.cache.disk.changes import Kept, Use
+from embedding_proxy.cache.disk.changes import PendingRecord, Use
 from embedding_proxy.cache.disk.database import FileReplaced
 from embedding_proxy.cache.disk.eviction import StoreFull
 from embedding_proxy.cache.disk.writer import Writer
 from embedding_proxy.cache.key import Partition
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,8 +77,8 @@ class Rig:
 
     def put(self, number, record=b"record"):
         """Start writing a record, as a task."""
-        self.writer.pending.changes.records[_address(number)] = Kept(record, P)
-        return asyncio.create_task(self.writer.written())
+        self.writer.pending.changes.records[_address(number)] = PendingRecord(record, P)
+        return asyncio.create_task(self.writer.commit())
 
     @property
     def backlog(self):
@@ -239,7 +239,7 @@ async def test_without_a_file_everything_waits(rig):
     """When no fresh file can be opened either, records and sums wait for one."""
     rig.disk.file.failure = lambda _: FileReplaced("gone")
     rig.disk.can_open = False
-    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=3))
+    rig.writer.pending.changes.count(1, LedgerKey(P), Usage(hits=3))
     assert await _told(rig.put(1)) == [False]
     assert (rig.disk.file, rig.writer.ready, rig.backlog) == (None, False, {1})
     assert await _told(rig.put(2)) == [False]
@@ -273,7 +273,7 @@ async def test_a_flush_stops_at_the_first_failure(rig, monkeypatch):
     assert len(rig.disk.file.sizes) == 1
     rig.disk.file.failure = lambda _: None
     await rig.writer.flush()
-    assert rig.writer.pending.take_what_can_wait() is None
+    assert rig.writer.pending.take_deferred() is None
 
 
 async def test_finishing_writes_all_there_is(rig):
@@ -285,7 +285,7 @@ async def test_finishing_writes_all_there_is(rig):
     waiting = [rig.put(2)]
     await settle()
     waiting.append(rig.put(3))
-    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=1))
+    rig.writer.pending.changes.count(1, LedgerKey(P), Usage(hits=1))
     rig.writer.pending.uses.note([_address(1)], Use(1, P))
     await settle()
     finishing = asyncio.create_task(rig.writer.finish())
@@ -295,13 +295,13 @@ async def test_finishing_writes_all_there_is(rig):
     await _told(finishing)
     assert await _told(*waiting) == [True, True]
     assert (rig.numbers, rig.disk.file.hits, rig.backlog) == ({1, 2, 3}, 1, set())
-    assert rig.writer.pending.take_what_can_wait() is None
+    assert rig.writer.pending.take_deferred() is None
 
 
 async def test_sums_do_not_share_the_fate_of_a_record_that_cannot_be_kept(rig):
     """Where a record fails the transaction, what was paid is written without it, and once."""
     rig.disk.file.failure = lambda changes: OSError("no") if changes.records else None
-    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=3))
+    rig.writer.pending.changes.count(1, LedgerKey(P), Usage(hits=3))
     assert await _told(rig.put(1)) == [False]
     assert rig.disk.file.hits == 3
     assert rig.backlog == {1}
@@ -314,7 +314,7 @@ async def test_sums_do_not_share_the_fate_of_a_record_that_cannot_be_kept(rig):
 async def test_sums_wait_with_the_record_where_the_file_is_locked(rig, error):
     """A second wait for the same lock would hold up those who wait, and come to nothing."""
     rig.disk.file.failure = lambda _: error
-    rig.writer.pending.changes.count(1, Heading(P), Usage(hits=3))
+    rig.writer.pending.changes.count(1, LedgerKey(P), Usage(hits=3))
     assert await _told(rig.put(1)) == [False]
     assert rig.disk.file.sizes == [1]
     rig.disk.file.failure = lambda _: None
@@ -373,7 +373,7 @@ async def test_in_any_order_nothing_is_lost_or_counted_twice(steps):
             tasks.append((number, rig.put(number)))
         elif step == "count":
             counted += 1
-            rig.writer.pending.changes.count(1, Heading(P), Usage(hits=1))
+            rig.writer.pending.changes.count(1, LedgerKey(P), Usage(hits=1))
         elif step == "flush":
             flushes.append(asyncio.create_task(rig.writer.flush()))
         elif step == "let" and rig.disk.gate.held:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import orjson
 import pytest
-from embedding_proxy.cache.maintenance.import_source import Pair, Refused, SourceError
+from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair, SourceError
 from embedding_proxy.index.collection_reader import TextSource
 from qdrant_client import QdrantClient
 from qdrant_client.models import (
@@ -154,9 +154,9 @@ def test_a_point_without_text_or_vector_is_refused(collection):
     )
     assert list(TextSource(location, "page")) == [
         _pair("a", 1, 2),
-        Refused("point 2", "the text is not a string"),
-        Refused("point 3", "the text is missing"),
-        Refused(f"point {identity}", "the vector: is missing"),
+        RejectedPair("point 2", "the text is not a string"),
+        RejectedPair("point 3", "the text is missing"),
+        RejectedPair(f"point {identity}", "the vector: is missing"),
     ]
 
 

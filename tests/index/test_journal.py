@@ -1,7 +1,13 @@
 """What a migration remembers."""
 
 import pytest
-from embedding_proxy.index.migration.state import Counts, JournalError, MigrationState, Phase, State
+from embedding_proxy.index.migration.state import (
+    Counts,
+    MigrationState,
+    MigrationStateError,
+    Phase,
+    State,
+)
 
 STATE = State(
     place="http://localhost:6333",
@@ -50,19 +56,21 @@ def test_a_file_of_another_form_is_refused(journal, content):
     """What cannot be read is refused by name, and left as it is."""
     journal.path.parent.mkdir()
     journal.path.write_bytes(content)
-    with pytest.raises(JournalError, match=r"docs--\w+\.json is not what this version writes"):
+    with pytest.raises(
+        MigrationStateError, match=r"docs--\w+\.json is not what this version writes"
+    ):
         journal.load()
     assert journal.path.read_bytes() == content
 
 
 def test_dead_letters_are_added_and_replaced(journal):
     """Letters gather until a whole pass knows them all; none leave an empty file."""
-    journal.bury([])
+    journal.append_dead_letters([])
     assert not journal.dead_letters.exists()
-    journal.bury([{"id": 1, "why": "a"}])
-    journal.bury([{"id": "x", "why": "b"}])
+    journal.append_dead_letters([{"id": 1, "why": "a"}])
+    journal.append_dead_letters([{"id": "x", "why": "b"}])
     assert journal.dead_letters.read_text() == '{"id":1,"why":"a"}\n{"id":"x","why":"b"}\n'
-    journal.bury([], anew=True)
+    journal.replace_dead_letters([])
     assert journal.dead_letters.read_text() == ""
 
 
@@ -70,9 +78,9 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
     """Where no file can be, one line says so."""
     (tmp_path / "file").write_text("")
     journal = MigrationState(tmp_path / "file", "p", "docs")
-    with pytest.raises(JournalError, match=r"Not a directory|File exists"):
+    with pytest.raises(MigrationStateError, match=r"Not a directory|File exists"):
         journal.save(STATE)
-    with pytest.raises(JournalError, match=r"Not a directory|File exists"):
-        journal.bury([{"id": 1}])
-    with pytest.raises(JournalError, match="cannot be read"):
+    with pytest.raises(MigrationStateError, match=r"Not a directory|File exists"):
+        journal.append_dead_letters([{"id": 1}])
+    with pytest.raises(MigrationStateError, match="cannot be read"):
         journal.load()

@@ -2,18 +2,18 @@
 
 import pytest
 from embedding_proxy.index.migration.embedding import (
-    LONGEST_WAIT_S,
-    MOST_TRIES,
-    Refused,
+    MAX_ATTEMPTS,
+    MAX_WAIT_S,
+    Rejection,
     RetryingEmbedder,
 )
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.errors import (
     InvalidRequest,
     NoProviderAvailable,
     QuotaExceeded,
     RateLimited,
     Refusal,
-    Space,
     Unreachable,
 )
 
@@ -73,7 +73,7 @@ async def test_what_passes_is_waited_for(waits):
     )
     patient = _patient(waits, *failures)
     assert await patient.embed(["a", "b"]) == [b"a", b"b"]
-    assert waits == [7, LONGEST_WAIT_S, 4]
+    assert waits == [7, MAX_WAIT_S, 4]
     assert patient.bought == 2
 
 
@@ -82,8 +82,8 @@ async def test_patience_has_an_end(waits):
     patient = _patient(waits, *[Unreachable("p", "cut")] * 99)
     with pytest.raises(Unreachable):
         await patient.embed(["a"])
-    assert len(patient.model.calls) == MOST_TRIES
-    assert len(waits) == MOST_TRIES - 1
+    assert len(patient.model.calls) == MAX_ATTEMPTS
+    assert len(waits) == MAX_ATTEMPTS - 1
 
 
 async def test_what_does_not_pass_is_not_waited_for(waits):
@@ -115,7 +115,7 @@ async def test_a_refusal_of_everything_is_no_dead_letter(waits):
     with pytest.raises(InvalidRequest):
         await patient.embed(["a", "b"])
     patient.answered = True
-    assert await patient.embed(["a"]) == [Refused("bad request")]
+    assert await patient.embed(["a"]) == [Rejection("bad request")]
 
 
 async def test_a_refusal_of_the_model_is_raised_at_once(waits):

@@ -8,16 +8,16 @@ import pytest
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.errors import Missing, OtherSpace, Rejected
 from embedding_proxy.index.migration import qdrant
-from embedding_proxy.index.migration.copy import copy, follow, prove
+from embedding_proxy.index.migration.copy import copy, follow, verify_sample
 from embedding_proxy.index.migration.cutover import cutover, finalize, rollback
 from embedding_proxy.index.migration.plan import PASSES, Survey
 from embedding_proxy.index.migration.qdrant import Points
 from embedding_proxy.index.migration.runner import (
     Migration,
     MigrationRefused,
+    MigrationRequest,
     Pace,
     Regime,
-    Wanted,
     begin,
     restart,
     state_for,
@@ -25,7 +25,8 @@ from embedding_proxy.index.migration.runner import (
 from embedding_proxy.index.migration.state import MigrationState, Phase
 from embedding_proxy.index.migration.text_template import Rule
 from embedding_proxy.index.migration.verify import verify
-from embedding_proxy.providers.base import InvalidRequest, Space
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from fault_server import vector_of
 from qdrant_client import models
@@ -103,7 +104,7 @@ def made(points, tmp_path):
     async def make(model, *, pace=None, name="docs", **wanted):
         old = await qdrant.look(points, name, wanted.get("vector"))
         points.vector_name = old.vector
-        asked = Wanted(name, Rule.field("content"), **wanted)
+        asked = MigrationRequest(name, Rule.field("content"), **wanted)
         migration = Migration(
             points,
             model,
@@ -143,7 +144,7 @@ async def _drop(points, *ids, name="docs"):
 
 
 async def _run(migration):
-    await prove(migration, SAME)
+    await verify_sample(migration, SAME)
     await copy(migration)
     await follow(migration)
     return migration.state
@@ -213,7 +214,7 @@ async def test_a_text_that_goes_takes_its_old_vector_with_it(server, points, mad
     model.refused.add("bad")
     state = await _run(migration)
     assert await _texts(server, state.target) == {3: "text 3"}
-    letters = migration.journal.dead_letters.read_text()
+    letters = migration.state_file.dead_letters.read_text()
     assert letters == '{"id":1,"why":"no text: nothing at `content`"}\n{"id":2,"why":"too long"}\n'
     await _put(points, _struct(1, "back"))
     state = await _run(migration)
@@ -238,7 +239,7 @@ async def test_what_is_in_the_new_collection_is_not_overwritten_by_the_first_pas
     await _put(points, theirs(2), name=target)
     model.meanwhile = [just_now]
     await _run(migration)
-    there = await points.those(target, [1, 2, 3], vectors=True)
+    there = await points.get_points(target, [1, 2, 3], vectors=True)
     assert [np.frombuffer(there[one].vector, "<f4")[0] == 1.0 for one in (1, 2, 3)] == [
         False,
         True,
@@ -286,7 +287,7 @@ async def test_vectors_of_a_matryoshka_model_are_cut(server, points, made):
     wrong = _struct(1).model_copy(update={"vector": turned.vector})
     await _put(points, wrong)
     await _run(migration)
-    there = (await points.those(state.target, [1], vectors=True))[1].vector
+    there = (await points.get_points(state.target, [1], vectors=True))[1].vector
     assert np.allclose(np.frombuffer(there, "<f4"), 0.5)
 
 
@@ -321,7 +322,7 @@ async def test_named_and_sparse_vectors_are_carried(tmp_path):
             await qdrant.look(points, "docs")
         old = await qdrant.look(points, "docs", "text")
         points.vector_name = old.vector
-        wanted = Wanted("docs", Rule.field("content"), vector="text")
+        wanted = MigrationRequest("docs", Rule.field("content"), vector="text")
         model = FakeModel()
         state = state_for(points, old, wanted, model)
         journal = MigrationState(tmp_path, "p", "docs")
@@ -389,7 +390,7 @@ async def test_a_checkpoint_follows_what_has_landed(server, points, made, monkey
     monkeypatch.setattr(points, "write", once)
     with pytest.raises(Rejected):
         await _run(migration)
-    left = migration.journal.load()
+    left = migration.state_file.load()
     assert (left.offset, left.counts.points, left.first_pass_done) == (5, 4, False)
     assert set(await server.points(left.target)) == {1, 2, 3, 4}
     again = await made(FakeModel(), pace=Pace(page=4, ahead=1))
@@ -405,7 +406,7 @@ async def test_another_migration_of_the_same_collection_is_refused(points, made)
     await _run(migration)
     with pytest.raises(MigrationRefused, match=r"under way \(new, 8 numbers"):
         await made(FakeModel(4))
-    await restart(points, migration.journal)
+    await restart(points, migration.state_file)
     assert not await qdrant.exists(points, migration.state.target)
     await made(FakeModel(4))
 
@@ -433,7 +434,7 @@ async def test_a_plan_counts_what_is_cached(points):
     plans = []
     for name in ("docs", "more"):
         old = await qdrant.look(points, name)
-        plans.append(await survey.plan(Wanted(name, Rule.field("content")), old, silent))
+        plans.append(await survey.plan(MigrationRequest(name, Rule.field("content")), old, silent))
     first, second = plans
     assert (first.points, first.without_text, first.dead, first.first_dead) == (7, 1, 1, [6])
     assert (first.to_embed, first.distinct, first.cached, first.to_buy) == (6, 5, 1, 4)
@@ -462,7 +463,7 @@ async def test_a_plan_tells_how_long_it_takes(points, limits, seconds):
     pace = Pace(page=3, ahead=2)
     survey = Survey(points, FakeModel(), 1.0, pace, limits, clock=lambda: next(times))
     old = await qdrant.look(points, "docs")
-    plan = await survey.plan(Wanted("docs", Rule.field("content")), old, silent)
+    plan = await survey.plan(MigrationRequest("docs", Rule.field("content")), old, silent)
     # Two pages, each a second of this clock.
     assert (plan.seconds_buying, plan.seconds_moving) == (seconds, 2 * PASSES)
     assert plan.seconds == plan.seconds_buying + plan.seconds_moving
@@ -496,7 +497,7 @@ async def test_what_a_search_or_a_count_does_not_find_is_told(points, made, monk
         return await count(name) + (name == migration.state.target)
 
     async def others(collection, to, most):
-        found = await points.those(collection, [1, 2, 3], vectors=True)
+        found = await points.get_points(collection, [1, 2, 3], vectors=True)
         return [one for one in found.values() if one.vector != to]
 
     with monkeypatch.context() as patched:
@@ -584,8 +585,8 @@ async def test_no_write_is_lost_at_any_moment_of_a_cutover(server, made, points,
                 theirs = vector_of("old", text, WIDTH)
                 right = [mine] if one in (1, 4) else [mine, theirs]
                 assert any(np.allclose(found[one]["vector"], each, atol=1e-5) for each in right)
-            assert not migration.journal.seen.exists()
-            await finalize(points, migration.journal)
+            assert not migration.state_file.snapshot.exists()
+            await finalize(points, migration.state_file)
             await points.ask(lambda client: client.delete_collection(migration.state.target))  # noqa: B023
     # Some of these moments lie between the last look and the switch, and some after it.
     assert {(2, 1, 0), (0, 0, 0)} == set(late)
@@ -633,7 +634,7 @@ async def test_late_points_without_text_are_dead_letters(server, points, made):
         verdict = await cutover(migration, SAME, "live", allow_missing=False)
     assert set(await _texts(server, "live")) == {1, 3}
     assert (verdict.late.dead, verdict.late.written, migration.state.counts.dead) == (2, 0, 2)
-    assert migration.journal.dead_letters.read_text().count("no text") == 2
+    assert migration.state_file.dead_letters.read_text().count("no text") == 2
 
 
 async def test_late_vectors_are_copied_where_vectors_are(server, points, made):
@@ -680,14 +681,14 @@ async def test_who_goes_on_writing_by_the_old_name_is_told(points, made):
         patch.setattr(qdrant, "switch", slow)
         verdict = await cutover(migration, SAME, "live", allow_missing=False)
     assert (verdict.late.written, verdict.late.quiet) == (2, False)
-    assert migration.journal.load().phase is Phase.SWITCHED
+    assert migration.state_file.load().phase is Phase.SWITCHED
 
 
 async def test_clients_of_the_real_name(points, made):
     """A collection that has no alias needs one; its name goes to the new one at the end."""
     await _fill(points, 3)
     migration = await made(FakeModel())
-    journal, target = migration.journal, migration.state.target
+    journal, target = migration.state_file, migration.state.target
     with pytest.raises(MigrationRefused, match="`run` has not come to its end"):
         await cutover(migration, SAME, "live", allow_missing=False)
     await _run(migration)
@@ -735,11 +736,11 @@ async def test_an_interrupted_cutover_goes_on_without_touching_new_writes(server
         patch.setattr(qdrant, "switch", dies)
         with pytest.raises(KeyboardInterrupt):
             await cutover(migration, SAME, "live", allow_missing=False)
-    assert migration.journal.load().phase is Phase.SWITCHING
+    assert migration.state_file.load().phase is Phase.SWITCHING
     await _put(points, _struct(9), name="live")
     verdict = await cutover(migration, SAME, None, allow_missing=False)
     assert (verdict.verified, verdict.late.written) == (False, 1)
-    assert migration.journal.load().phase is Phase.SWITCHED
+    assert migration.state_file.load().phase is Phase.SWITCHED
     assert set(await server.points("live")) == {1, 2, 3, 4, 9}
 
 
@@ -751,5 +752,5 @@ async def test_an_alias_that_was_moved_elsewhere_keeps_the_old_collection(points
     await cutover(migration, SAME, "live", allow_missing=False)
     await qdrant.switch(points, "docs", ["live"])
     with pytest.raises(MigrationRefused, match="were changed since the cutover"):
-        await finalize(points, migration.journal)
+        await finalize(points, migration.state_file)
     assert await points.count("docs") == 3

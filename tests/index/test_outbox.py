@@ -5,9 +5,8 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from embedding_proxy.index import outbox as outbox_purge
 from embedding_proxy.index import outbox_db
-from embedding_proxy.index.outbox import FILE_NAME, Full, Outbox
+from embedding_proxy.index.outbox import FILE_NAME, Outbox, OutboxFull, select_entries
 from embedding_proxy.index.outbox_db import OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 
@@ -34,7 +33,7 @@ def test_what_is_known_is_added_once_unless_it_is_new_or_another_content(outbox)
     """Equal points are passed over, sent or not; a new one, or one of another mark, is not."""
     assert outbox.add(DOCS, [point(1), point(2)]) == 2
     assert outbox.add(DOCS, [point(1), point(2), point(3)]) == 1
-    outbox.sent(outbox.batch(DOCS, GIB, 1000))
+    outbox.ack(outbox.batch(DOCS, GIB, 1000))
     assert outbox.add(DOCS, [point(1)]) == 0
     assert outbox.add(OTHER, [point(1)]) == 1
     assert outbox.add(DOCS, [point(1, new=True), point(2, mark=7)]) == 2
@@ -46,7 +45,7 @@ def test_the_newest_of_an_id_wins_even_while_an_older_one_is_being_sent(outbox):
     outbox.add(DOCS, [point(1, b"old"), point(2)])
     sending = outbox.batch(DOCS, GIB, 1000)
     outbox.add(DOCS, [point(1, b"new", new=True)])
-    outbox.sent(sending)
+    outbox.ack(sending)
     assert [one.payload for one in outbox.batch(DOCS, GIB, 1000)] == [b"new"]
 
 
@@ -62,31 +61,31 @@ def test_a_batch_is_bounded_by_bytes_and_count_and_never_empty(outbox):
 def test_the_dead_step_aside_and_are_tried_again_after_a_start(outbox):
     """A refused point is counted with its reason; a start, or a newer point, brings it back."""
     outbox.add(DOCS, [point(1), point(2)])
-    outbox.died(outbox.batch(DOCS, GIB, 1), "no such id")
+    outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1), "no such id")
     assert ids(outbox) == [2]
     backlog = outbox.backlog()
     assert (backlog.points, backlog.dead) == (1, 1)
     assert backlog.reasons == (("docs", "no such id", 1),)
-    assert outbox.revive() == 1
+    assert outbox.requeue_dead_letters() == 1
     assert ids(outbox) == [2, 1]
-    outbox.died(outbox.batch(DOCS, GIB, 1000), "no such id")
+    outbox.move_to_dead_letters(outbox.batch(DOCS, GIB, 1000), "no such id")
     outbox.add(DOCS, [point(1, b"new", new=True)])
     assert outbox.backlog().dead == 1
-    outbox.revive()
+    outbox.requeue_dead_letters()
     assert sorted(one.payload for one in outbox.batch(DOCS, GIB, 1000)) == [b"new", b"{}"]
 
 
 def test_points_that_step_back_lose_nothing(outbox):
     """A point that goes to the end of the line keeps its content."""
     outbox.add(DOCS, [point(1, b"one"), point(2, b"two")])
-    outbox.later(outbox.batch(DOCS, GIB, 1))
+    outbox.defer(outbox.batch(DOCS, GIB, 1))
     assert [one.payload for one in outbox.batch(DOCS, GIB, 1000)] == [b"two", b"one"]
 
 
 def test_a_new_collection_is_filled_again(outbox):
     """Once a collection is found to be new, what was sent is no longer known, what waits is."""
     outbox.add(DOCS, [point(1)])
-    outbox.sent(outbox.batch(DOCS, GIB, 1000))
+    outbox.ack(outbox.batch(DOCS, GIB, 1000))
     outbox.add(DOCS, [point(2)])
     before = outbox.forgotten
     outbox.forget("docs")
@@ -99,7 +98,7 @@ def test_the_target_that_waits_longest_is_first(outbox):
     outbox.add(OTHER, [point(1)])
     outbox.add(DOCS, [point(1)])
     assert outbox.targets() == [OTHER, DOCS]
-    outbox.sent(outbox.batch(OTHER, GIB, 1000))
+    outbox.ack(outbox.batch(OTHER, GIB, 1000))
     assert outbox.targets() == [DOCS]
 
 
@@ -118,9 +117,9 @@ def test_a_space_is_purged_under_its_former_and_its_present_label(tmp_path, outb
         outbox.add(Target("docs", space, 2), [point(number)])
     file = OutboxFile(tmp_path)
     for asked in (former, label):
-        picked = outbox_purge.pick(file, space=asked)
+        picked = select_entries(file, space=asked)
         assert {int.from_bytes(one.point) for one in picked} == {0, 1}
-    assert len(outbox_purge.pick(file, space="m")) == 3
+    assert len(select_entries(file, space="m")) == 3
     file.close()
 
 
@@ -129,9 +128,9 @@ def test_a_full_outbox_takes_nothing_and_a_drained_one_shrinks(tmp_path):
     with closing(Outbox(tmp_path, 1 << 20)) as outbox:
         big = b"x" * 300_000
         outbox.add(DOCS, [point(n, big) for n in range(4)])
-        with pytest.raises(Full):
+        with pytest.raises(OutboxFull):
             outbox.add(DOCS, [point(9)])
-        outbox.sent(outbox.batch(DOCS, GIB, 1000))
+        outbox.ack(outbox.batch(DOCS, GIB, 1000))
         assert outbox.bytes < 1 << 18
         assert outbox.add(DOCS, [point(9)]) == 1
 
@@ -140,7 +139,7 @@ def test_the_room_of_an_outage_is_given_back(tmp_path):
     """A file that has grown shrinks by and by once all has arrived."""
     with closing(Outbox(tmp_path, GIB)) as outbox:
         outbox.add(DOCS, [point(n, b"x" * 100_000) for n in range(300)])
-        outbox.sent(outbox.batch(DOCS, GIB, 1000))
+        outbox.ack(outbox.batch(DOCS, GIB, 1000))
         for _ in range(5):
             outbox.tidy()
     assert (tmp_path / FILE_NAME).stat().st_size < 12_000_000
@@ -195,7 +194,7 @@ def _remove(folder, *_):
         lambda one: one.add(DOCS, [point(22)]),
         lambda one: one.batch(DOCS, GIB, 10),
         Outbox.backlog,
-        Outbox.revive,
+        Outbox.requeue_dead_letters,
         lambda one: one.forgotten,
     ],
 )
@@ -277,8 +276,8 @@ def test_a_file_of_the_first_version_is_taken_over(tmp_path):
         sql.commit()
     with closing(Outbox(tmp_path, GIB)) as outbox:
         assert ids(outbox) == [0, 1]
-        outbox.later(outbox.batch(DOCS, GIB, 1))
+        outbox.defer(outbox.batch(DOCS, GIB, 1))
         assert ids(outbox) == [1, 0]
     with closing(OutboxFile(tmp_path)) as file:
-        assert [one.point for one in outbox_purge.pick(file, namespace="n")] == [id_bytes(0)]
-        assert [one.point for one in outbox_purge.pick(file, address=id_bytes(1))] == [id_bytes(1)]
+        assert [one.point for one in select_entries(file, namespace="n")] == [id_bytes(0)]
+        assert [one.point for one in select_entries(file, address=id_bytes(1))] == [id_bytes(1)]

@@ -13,7 +13,7 @@ from embedding_proxy.index import sender
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import CollectionOptions
 from embedding_proxy.index.indexer import Indexer
-from embedding_proxy.index.outbox import Full, Outbox
+from embedding_proxy.index.outbox import Outbox, OutboxFull
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.backoff import MIN_SECONDS, THRESHOLD, Backoff
 from qdrant_server import QdrantServer, answer, overloaded
@@ -39,7 +39,7 @@ async def sending(folder, url):
         CollectionOptions(),
         on_open=nothing,
         size_limit=1 << 30,
-        most_bytes=1 << 20,
+        max_bytes=1 << 20,
         sleep=wait,
     )
     async with indexer:
@@ -60,10 +60,10 @@ def points(count):
     ("act", "least", "most"),
     [
         (overloaded(7), 7, 7),
-        (overloaded(86_400), sender.LONGEST_WAIT, sender.LONGEST_WAIT),
+        (overloaded(86_400), sender.MAX_WAIT_S, sender.MAX_WAIT_S),
         (answer(503, "busy", **{"Retry-After": "2.5"}), 2.5, 2.5),
         (answer(503, "busy"), 0.25, 1),
-        (answer(403, "forbidden"), sender.LONGEST_PAUSE, sender.LONGEST_PAUSE),
+        (answer(403, "forbidden"), sender.MAX_PAUSE_S, sender.MAX_PAUSE_S),
     ],
 )
 async def test_the_wait_is_what_qdrant_asks_for_or_short(act, least, most, tmp_path):
@@ -83,7 +83,7 @@ async def test_the_waits_grow_and_shrink_again(tmp_path):
         await indexer.add(TARGET, points(1))
         await drained(indexer)
         assert len(waits) == 12
-        assert sender.LONGEST_PAUSE / 2 <= waits[-1] <= sender.LONGEST_PAUSE
+        assert sender.MAX_PAUSE_S / 2 <= waits[-1] <= sender.MAX_PAUSE_S
         assert waits[0] < waits[4] < waits[8]
         server.script.append(answer(503, "busy"))
         await indexer.add(TARGET, points(3))
@@ -111,7 +111,7 @@ async def test_a_fault_of_the_sender_itself_ends_nothing(tmp_path, monkeypatch, 
 
 async def test_a_memory_that_is_bounded_begins_anew(tmp_path, monkeypatch):
     """Beyond its bound ids are looked up on disk again, and nothing is added twice."""
-    monkeypatch.setattr("embedding_proxy.index.indexer.MOST_REMEMBERED", 3)
+    monkeypatch.setattr("embedding_proxy.index.indexer.MAX_REMEMBERED", 3)
     async with QdrantServer() as server, sending(tmp_path, server.url) as (indexer, _):
         await indexer.add(TARGET, points(5))
         assert all(indexer.knows(TARGET, id_bytes(n)) for n in range(5))
@@ -165,7 +165,8 @@ async def test_a_refused_batch_is_halved_and_both_halves_are_written(
 
 
 @pytest.mark.parametrize(
-    "failure", [OSError("no space left"), sqlite3.OperationalError("disk I/O error"), Full("1 MB")]
+    "failure",
+    [OSError("no space left"), sqlite3.OperationalError("disk I/O error"), OutboxFull("1 MB")],
 )
 async def test_an_outbox_that_keeps_failing_is_left_alone_for_a_while(
     failure, tmp_path, monkeypatch
@@ -202,7 +203,7 @@ async def test_an_outbox_that_keeps_failing_is_left_alone_for_a_while(
 
 async def test_what_is_remembered_of_collections_is_bounded(tmp_path, monkeypatch):
     """Requests name collections: those without a point to remember, or with few, fill no memory."""
-    monkeypatch.setattr(indexer_module, "MOST_REMEMBERED", 100)
+    monkeypatch.setattr(indexer_module, "MAX_REMEMBERED", 100)
     async with QdrantServer() as server, sending(tmp_path, server.url) as (indexer, _):
         for number in range(20):
             target = TARGET._replace(collection=f"docs-{number}")

@@ -2,7 +2,8 @@
 
 import asyncio
 
-from embedding_proxy.providers.base import Embedded, InvalidRequest, Outcome
+from embedding_proxy.providers.base import Embedded, Outcome
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
@@ -102,7 +103,7 @@ def schedule(provider, limits=None, window_s=0, *, call_s=None, others=()):
     routes = [Route(one, "m", retries=0) for one in (provider, *others)]
     router = Router(routes, sleep=no_wait)
     if call_s is not None:
-        router.latencies.answered(routes[0], call_s, 0)
+        router.latencies.note_answer(routes[0], call_s, 0)
     return Scheduler(router, window_s)
 
 

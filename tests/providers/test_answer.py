@@ -10,9 +10,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Space
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Charge,
     EmbeddingError,
     InvalidAnswer,
     InvalidRequest,
@@ -22,7 +23,6 @@ from embedding_proxy.providers.base import (
     ProviderError,
     QuotaExceeded,
     RateLimited,
-    Space,
     TransientError,
     UpstreamError,
 )
@@ -66,7 +66,7 @@ def body_of(data: object, **fields: object) -> bytes:
     return json.dumps({"object": "list", "data": data, "model": "m", **fields}).encode()
 
 
-def read(body: bytes, count: int = 2) -> response.Answer:
+def read(body: bytes, count: int = 2) -> response.CheckedReply:
     """Read a reply to `count` inputs."""
     return response.read("acme", SPACE, ["one text"] * count, {}, body)
 
@@ -211,7 +211,7 @@ def test_one_bad_vector_spoils_its_input_alone_and_is_named(embedding, problem):
     data = [item(0, numbers_of(0)), item(1, embedding), item(2, numbers_of(2))]
     checked = read(body_of(data, usage={"prompt_tokens": 7}), 3)
     assert checked.vectors == [packed(numbers_of(0)), packed(numbers_of(2))]
-    assert list(checked.places) == [0, 2]
+    assert list(checked.indices) == [0, 2]
     assert [*checked.problems] == [1]
     assert re.match(rf"embedding 1: .*{problem}", checked.problems[1])
     assert checked.charge == Charge(7)
@@ -606,7 +606,7 @@ def test_one_strange_value_never_becomes_another_vector(field, position, value):
     except TransientError:
         return
     right = [packed(numbers_of(0)), packed(numbers_of(1))]
-    assert checked.vectors == [right[place] for place in checked.places]
+    assert checked.vectors == [right[place] for place in checked.indices]
     assert checked.vectors == right or field == "embedding"
 
 
@@ -649,7 +649,7 @@ def test_one_vector_for_two_texts_is_neithers():
     assert len(response.read("acme", SPACE, ["a", "b", "A"], {}, body).vectors) == 3
     checked = response.read("acme", SPACE, ["a", "b", "c"], {}, body)
     assert checked.vectors == [packed(numbers_of(1))]
-    assert list(checked.places) == [1]
+    assert list(checked.indices) == [1]
     error = response.bad_vectors("acme", checked)
     assert str(error) == "acme: embeddings 0 and 2 are one, of different inputs"
     assert (error.index, error.indices) == (0, (0, 2))
@@ -676,7 +676,7 @@ def test_one_vector_in_any_script_is_neithers_where_the_tokenizer_is_known():
     texts = ["猫", "鳥", "狗"]
     assert len(response.read("acme", SPACE, texts, {}, body).vectors) == 3
     exact = replace(SPACE, tokenizer="cl100k_base")
-    assert list(response.read("acme", exact, texts, {}, body).places) == [1]
+    assert list(response.read("acme", exact, texts, {}, body).indices) == [1]
     # A field of the request may have let the model read less.
     cut = replace(exact, parameters=(("truncate_prompt_tokens", b"1"),))
     assert len(response.read("acme", cut, texts, {}, body).vectors) == 3

@@ -4,14 +4,8 @@ import re
 
 import pytest
 from embedding_proxy.providers import errors
-from embedding_proxy.providers.base import (
-    InvalidRequest,
-    ProviderError,
-    RateLimited,
-    Refusal,
-    Space,
-    current_label,
-)
+from embedding_proxy.providers.base import Space, current_label
+from embedding_proxy.providers.errors import InvalidRequest, ProviderError, RateLimited, Refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,8 @@
 
 import asyncio
 
-from embedding_proxy.providers.base import Context, InvalidRequest, Space
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.scheduling.batch_limits import (
     MAX_MODELS,

@@ -31,7 +31,7 @@ def test_batches_without_tokens_are_few_and_even(count, inputs):
     """There are no more batches than the inputs need, and none is twice as large as another."""
     batches = batch_size.split(count, Limits(inputs=inputs), [0] * count)
     assert len(batches) <= -(-count // inputs)
-    assert max(map(len, batches)) <= batch_size.even(count, inputs)
+    assert max(map(len, batches)) <= batch_size.balance(count, inputs)
 
 
 @given(st.integers(1, 5000), st.integers(1, 40), st.integers(1, 3000))

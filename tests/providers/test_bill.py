@@ -4,16 +4,9 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from embedding_proxy.providers.base import (
-    Account,
-    Bill,
-    Charge,
-    Context,
-    InvalidAnswer,
-    RateLimited,
-    Space,
-)
-from embedding_proxy.providers.billing import MOST_NANODOLLARS, nanodollars
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.billing import MAX_NANODOLLARS, Account, Bill, Charge, nanodollars
+from embedding_proxy.providers.errors import InvalidAnswer, RateLimited
 from embedding_proxy.providers.profile import Limits
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
@@ -170,6 +163,6 @@ def test_shares_add_up_and_are_fair(total, sizes):
 
 def test_no_price_is_beyond_counting():
     """However dear a model is said to be, its sums fit into 64 bits for years."""
-    assert nanodollars(1 << 31, 1e300) == MOST_NANODOLLARS
+    assert nanodollars(1 << 31, 1e300) == MAX_NANODOLLARS
     assert nanodollars(0, 1e300) == 0
     assert nanodollars(1, 0.005) == 5

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     EmbeddingError,
     InvalidRequest,

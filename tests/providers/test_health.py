@@ -1,7 +1,7 @@
 """What is known of a provider holds however long its trouble lasts."""
 
 import pytest
-from embedding_proxy.providers.base import RateLimited, Refusal
+from embedding_proxy.providers.errors import RateLimited, Refusal
 from embedding_proxy.providers.routing.health import MAX_COOLDOWN, Health
 
 

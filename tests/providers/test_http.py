@@ -6,19 +6,17 @@ from dataclasses import replace
 
 import pytest
 from embedding_proxy.providers import tokens
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Context, Outcome, Space
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Charge,
-    Context,
     DeadlineExceeded,
     InvalidAnswer,
     InvalidRequest,
     LocalQueueFull,
     MalformedResponse,
-    Outcome,
     ProviderError,
     RateLimited,
-    Space,
     UpstreamError,
 )
 from embedding_proxy.providers.openai_compatible import HttpProvider
@@ -632,7 +630,7 @@ async def test_a_call_that_cannot_begin_in_time_is_told_so(upstream):
     upstream.gate = asyncio.Event()
     profile = Profile(base_url=upstream.url, limits=Limits(concurrency=1))
     now = asyncio.get_running_loop().time()
-    context = Context(deadline=now + 60, begin_by=now + 0.01)
+    context = Context(deadline=now + 60, start_deadline=now + 0.01)
     async with HttpProvider("acme", profile) as provider:
         first = asyncio.create_task(provider.ask("m", FOREIGN, ["a"], NOBODY))
         await settle()
@@ -648,7 +646,7 @@ async def test_a_call_that_cannot_begin_in_time_is_told_so(upstream):
 async def test_a_limit_that_lets_a_call_begin_too_late_refuses_it_at_once(upstream):
     """Half a minute's wait fits the request's time, and not that to begin."""
     now = asyncio.get_running_loop().time()
-    context = Context(deadline=now + 100, begin_by=now + 20)
+    context = Context(deadline=now + 100, start_deadline=now + 20)
     profile = Profile(base_url=upstream.url, limits=Limits(requests_per_minute=2))
     async with HttpProvider("acme", profile) as provider:
         for item in "ab":

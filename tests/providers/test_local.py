@@ -13,14 +13,8 @@ import numpy as np
 import pytest
 import wordllama
 from embedding_proxy.providers import local
-from embedding_proxy.providers.base import (
-    Context,
-    InvalidAnswer,
-    InvalidRequest,
-    NoRoute,
-    Outcome,
-    Space,
-)
+from embedding_proxy.providers.base import Context, Outcome, Space
+from embedding_proxy.providers.errors import InvalidAnswer, InvalidRequest, NoRoute
 from embedding_proxy.providers.local import CONTEXT, Local
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Context,
     InvalidRequest,
     ModelNotFound,
     QuotaExceeded,
     RateLimited,
-    Space,
     Unreachable,
     UpstreamError,
 )

@@ -4,16 +4,15 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Context,
     InvalidAnswer,
     InvalidRequest,
     ModelNotFound,
     PermissionDenied,
     QuotaExceeded,
     RateLimited,
-    Space,
     UpstreamError,
 )
 from embedding_proxy.providers.upstream.content_encoding import ACCEPT_ENCODING

@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 from clock import Clock
-from embedding_proxy.providers.base import Bill
+from embedding_proxy.providers.billing import Bill
 from embedding_proxy.providers.routing.order import (
     ENOUGH,
     INPUTS_A_CALL,
@@ -56,10 +56,10 @@ def test_what_an_upstream_charges_counts_more_than_what_is_configured():
     """From enough tokens on, so that a rounded sum decides nothing; what we count counts never."""
     prices = Prices()
     a, b = two = routes(a=0.1, b=0.02)
-    prices.charged(b, bill(10, 10_000))
-    prices.charged(b, bill(10**6, 10**9, told=False))
+    prices.note_charge(b, bill(10, 10_000))
+    prices.note_charge(b, bill(10**6, 10**9, told=False))
     assert names(prices.arrange(two)) == "ba"
-    prices.charged(b, bill(ENOUGH, 200 * ENOUGH))
+    prices.note_charge(b, bill(ENOUGH, 200 * ENOUGH))
     assert prices.price(b) == pytest.approx(0.2, rel=0.1)
     assert names(prices.arrange(two)) == "ab"
     assert prices.price(a) == 0.1
@@ -70,17 +70,17 @@ def test_a_new_price_is_learned():
     prices = Prices()
     (a,) = routes(a=None)
     for _ in range(100):
-        prices.charged(a, bill(1000, 20_000))
+        prices.note_charge(a, bill(1000, 20_000))
     for _ in range(100):
-        prices.charged(a, bill(1000, 50_000))
+        prices.note_charge(a, bill(1000, 50_000))
     assert prices.price(a) == pytest.approx(0.05, rel=0.02)
 
 
 def measured(latencies, route, *seconds, inputs=1):
     """Note answers of a route."""
     for one in seconds:
-        latencies.asked(route)
-        latencies.answered(route, one, inputs)
+        latencies.note_attempt(route)
+        latencies.note_answer(route, one, inputs)
 
 
 def test_the_fastest_is_first():
@@ -125,9 +125,9 @@ def test_a_route_that_was_not_asked_for_long_gets_one_call():
     for _ in range(100):
         first = latencies.arrange(two)[0]
         firsts.append(first.name)
-        latencies.asked(first)
+        latencies.note_attempt(first)
         if first is a:
-            latencies.answered(a, 1.0, 1)
+            latencies.note_answer(a, 1.0, 1)
         clock.now += TRY_EVERY / 40
     assert "".join(firsts).count("b") == 3
     measured(latencies, b, 0.5)
@@ -146,7 +146,7 @@ def test_only_one_of_several_is_tried_at_a_time():
         if first is a:
             break
         tried.append(first.name)
-        latencies.asked(first)
+        latencies.note_attempt(first)
     assert "".join(tried) == "bcd"
 
 
@@ -159,5 +159,5 @@ def test_the_most_neglected_route_is_tried_first():
         measured(latencies, route, seconds)
         clock.now += 1
     clock.now += TRY_EVERY
-    latencies.asked(a)
+    latencies.note_attempt(a)
     assert names(latencies.arrange(three)) == "cab"

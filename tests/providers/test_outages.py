@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 from clock import Clock
-from embedding_proxy.providers import base
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers import errors
+from embedding_proxy.providers.base import Context, Embedded, Space
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Charge,
-    Context,
-    Embedded,
     InvalidAnswer,
     InvalidRequest,
     LocalQueueFull,
@@ -23,7 +22,6 @@ from embedding_proxy.providers.base import (
     QuotaExceeded,
     RateLimited,
     Refusal,
-    Space,
     TransientError,
     Unreachable,
     UpstreamError,
@@ -95,7 +93,7 @@ class World:
         inputs = inputs or (f"text {next(self.texts)}",)
         try:
             answer = await Scheduler(router or self.router).embed(SPACE, inputs, context)
-        except base.EmbeddingError as failure:
+        except errors.EmbeddingError as failure:
             return failure
         return answer.providers[0]
 
@@ -392,7 +390,7 @@ async def test_the_preferred_route_is_the_fastest():
     world = World()
     router = world.make(order="fastest")
     assert [await world.ask(router) for _ in range(3)] == ["a", "b", "a"]
-    router.latencies.answered(router.routes[0], 5.0, 1)
+    router.latencies.note_answer(router.routes[0], 5.0, 1)
     assert await world.ask(router) == "b"
     world.b.does = error(QuotaExceeded)
     assert [await world.ask(router) for _ in range(3)] == ["a"] * 3
@@ -655,7 +653,7 @@ async def test_a_call_begins_in_half_of_its_time_where_another_route_is_left():
     world = World()
 
     async def ask(model, space, inputs, context):
-        seen.append(context.begin_by)
+        seen.append(context.start_deadline)
         raise full()
 
     world.a.ask = world.b.ask = ask

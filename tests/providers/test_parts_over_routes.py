@@ -4,13 +4,12 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from embedding_proxy.providers.base import (
-    Context,
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.errors import (
     InvalidRequest,
     LocalQueueFull,
     ModelNotFound,
     Refusal,
-    Space,
     UpstreamError,
 )
 from embedding_proxy.providers.profile import Limits

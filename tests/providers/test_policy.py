@@ -1,7 +1,7 @@
 """The policy as a table: a failure and where its inputs stand in, a step out."""
 
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     AuthenticationError,
     ConnectionTimeout,
     DeadlineExceeded,
@@ -27,14 +27,14 @@ from embedding_proxy.providers.routing.policy import (
     MAX_ATTEMPTS,
     MAX_WAIT_BEFORE_FAILOVER_S,
     MAX_WAIT_S,
+    AttemptState,
     GiveUp,
     NextRoute,
     Retry,
-    Standing,
     backoff,
-    most_telling,
     next_step,
     rule,
+    select_error,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,9 +46,9 @@ def error(kind, *, wait=None, status=503):
 
 
 FAULT = error(UpstreamError)
-ALONE = Standing(here=1, left=2)
+ALONE = AttemptState(here=1, left=2)
 """After the first attempt at the only route."""
-FIRST_OF_TWO = Standing(here=1, left=2, alternatives=1)
+FIRST_OF_TWO = AttemptState(here=1, left=2, alternatives=1)
 
 # kind -> retries at the same route, what it counts for, whether for the model or the provider.
 ROWS = [
@@ -106,13 +106,13 @@ def test_what_asking_again_does_not_mend_goes_on_at_once(kind, standing, step):
     [
         (ALONE, True),
         (FIRST_OF_TWO, True),
-        (Standing(here=2, left=1), True),
-        (Standing(here=3, left=0), False),
-        (Standing(here=2, left=1, alternatives=1), False),
-        (Standing(here=1, left=2, alternatives=2), False),
-        (Standing(here=1, left=5, alternatives=1, retries=4), True),
-        (Standing(here=5, left=1, alternatives=1, retries=4), False),
-        (Standing(here=1, left=2, retries=0), False),
+        (AttemptState(here=2, left=1), True),
+        (AttemptState(here=3, left=0), False),
+        (AttemptState(here=2, left=1, alternatives=1), False),
+        (AttemptState(here=1, left=2, alternatives=2), False),
+        (AttemptState(here=1, left=5, alternatives=1, retries=4), True),
+        (AttemptState(here=5, left=1, alternatives=1, retries=4), False),
+        (AttemptState(here=1, left=2, retries=0), False),
         (ALONE._replace(has_budget=False), False),
         (ALONE._replace(is_ready=False), False),
         (ALONE._replace(is_needed=False), False),
@@ -167,7 +167,7 @@ def test_a_full_queue_is_not_waited_for_twice(standing):
     st.sampled_from([kind for kind, *_ in ROWS]),
     st.none() | st.floats(0, 100),
     st.builds(
-        Standing,
+        AttemptState,
         here=st.integers(1, 5),
         left=st.integers(0, 5),
         alternatives=st.integers(0, 3),
@@ -199,7 +199,7 @@ def test_waits_grow_and_are_drawn_at_random():
 def test_the_failure_that_may_pass_is_told():
     """Of several the last, so that the client comes back if any provider may do better then."""
     lasting, passing = error(ModelNotFound), error(UpstreamError)
-    assert most_telling([passing, lasting]) is passing
-    assert most_telling([lasting, passing]) is passing
-    assert most_telling([error(QuotaExceeded), lasting]) is lasting
-    assert most_telling([]) is None
+    assert select_error([passing, lasting]) is passing
+    assert select_error([lasting, passing]) is passing
+    assert select_error([error(QuotaExceeded), lasting]) is lasting
+    assert select_error([]) is None

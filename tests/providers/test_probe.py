@@ -2,7 +2,8 @@
 
 import numpy as np
 from clock import Clock
-from embedding_proxy.providers.base import Context, Embedded, Space, UpstreamError
+from embedding_proxy.providers.base import Context, Embedded, Space
+from embedding_proxy.providers.errors import UpstreamError
 from embedding_proxy.providers.route_check import SAME, TEXTS, agreement, probe
 from embedding_proxy.providers.routing.route import Route
 

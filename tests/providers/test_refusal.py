@@ -1,7 +1,7 @@
 """What a refusal is about is read from its status, its codes and the field it names."""
 
 import pytest
-from embedding_proxy.providers.base import InvalidRequest, RateLimited
+from embedding_proxy.providers.errors import InvalidRequest, RateLimited
 from embedding_proxy.providers.scheduling.refusal import is_about_an_input, is_about_size
 
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.base import Context, Embedded, Space
+from embedding_proxy.providers.errors import (
     AuthenticationError,
-    Context,
     DeadlineExceeded,
-    Embedded,
     InvalidAnswer,
     InvalidRequest,
     ModelNotFound,
@@ -19,7 +18,6 @@ from embedding_proxy.providers.base import (
     QuotaExceeded,
     RateLimited,
     Refusal,
-    Space,
     TransientError,
     Unreachable,
     UpstreamError,

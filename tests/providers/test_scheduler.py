@@ -6,17 +6,11 @@ from dataclasses import replace
 from math import ceil, log2
 
 import pytest
-from embedding_proxy.providers.base import (
-    Context,
-    DeadlineExceeded,
-    Embedded,
-    InvalidRequest,
-    RateLimited,
-    Space,
-)
+from embedding_proxy.providers.base import Context, Embedded, Space
+from embedding_proxy.providers.errors import DeadlineExceeded, InvalidRequest, RateLimited
 from embedding_proxy.providers.profile import Limits, limits_of
 from embedding_proxy.providers.routing.route import Route
-from embedding_proxy.providers.scheduling.assembly import assembled
+from embedding_proxy.providers.scheduling.assembly import assemble
 from embedding_proxy.providers.scheduling.batch_size import MIN_INPUTS as LEAST
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -283,12 +277,12 @@ def test_answers_are_put_in_order_however_they_are_mixed(places, cut):
         )
         for some in (sorted(places[:cut]), sorted(places[cut:]))
     ]
-    embedded = assembled(parts)
+    embedded = assemble(parts)
     check(embedded, inputs)
     assert embedded.providers[0] == "p0"
     assert embedded.counted
     parts[0] = (parts[0][0], replace(parts[0][1], counted=False))
-    assert not assembled(parts).counted
+    assert not assemble(parts).counted
 
 
 # Refusals.

@@ -3,15 +3,14 @@
 import asyncio
 from dataclasses import dataclass, field, replace
 
-from embedding_proxy.providers.base import (
-    Charge,
-    Context,
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.billing import Charge
+from embedding_proxy.providers.errors import (
     EmbeddingError,
     InvalidAnswer,
     InvalidRequest,
     RateLimited,
     Refusal,
-    Space,
     UpstreamError,
 )
 from embedding_proxy.providers.profile import Limits

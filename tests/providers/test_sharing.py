@@ -3,13 +3,12 @@
 import asyncio
 
 import pytest
-from embedding_proxy.providers.base import (
-    Context,
+from embedding_proxy.providers.base import Context, Space
+from embedding_proxy.providers.errors import (
     DeadlineExceeded,
     InvalidRequest,
     RateLimited,
     Refusal,
-    Space,
     UpstreamError,
 )
 from embedding_proxy.providers.profile import Limits

@@ -4,13 +4,13 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
-from embedding_proxy.providers.base import LocalQueueFull, RateLimited
+from embedding_proxy.providers.errors import LocalQueueFull, RateLimited
 from embedding_proxy.providers.upstream.rate_limit_headers import MAX_WAIT
 from embedding_proxy.providers.upstream.rate_limiter import (
-    LONGEST_HOLD,
-    LONGEST_PAUSE,
+    MAX_PAUSE_S,
+    MAX_PAUSE_WAIT_S,
     Bucket,
-    Throttle,
+    RateLimiter,
     estimate,
 )
 from hypothesis import given
@@ -42,15 +42,15 @@ def clock():
     return Clock()
 
 
-def throttle_on(clock, **limits) -> Throttle:
-    """Return a throttle on that clock."""
-    return Throttle("acme", clock=clock, wall_clock=lambda: EPOCH, sleep=clock.sleep, **limits)
+def limiter_on(clock, **limits) -> RateLimiter:
+    """Return a limiter on that clock."""
+    return RateLimiter("acme", clock=clock, wall_clock=lambda: EPOCH, sleep=clock.sleep, **limits)
 
 
 @asynccontextmanager
-async def turn(throttle, tokens, deadline):
+async def turn(limiter, tokens, deadline):
     """Hold room for the length of a call; one that a later queue refuses was not made."""
-    await throttle.acquire(tokens, deadline)
+    await limiter.acquire(tokens, deadline)
     is_unused = False
     try:
         yield
@@ -58,12 +58,12 @@ async def turn(throttle, tokens, deadline):
         is_unused = True
         raise
     finally:
-        throttle.release(tokens, is_unused=is_unused)
+        limiter.release(tokens, is_unused=is_unused)
 
 
-async def call(throttle, tokens=1, deadline=None) -> None:
+async def call(limiter, tokens=1, deadline=None) -> None:
     """Make a call that takes no time."""
-    async with turn(throttle, tokens, deadline):
+    async with turn(limiter, tokens, deadline):
         pass
 
 
@@ -77,58 +77,58 @@ def test_tokens_are_estimated(inputs, tokens):
 
 async def test_calls_within_the_limit_do_not_wait(clock):
     """A minute's worth of calls goes at once; the next waits for its share of a minute."""
-    throttle = throttle_on(clock, requests_per_minute=6)
+    limiter = limiter_on(clock, requests_per_minute=6)
     for _ in range(6):
-        await call(throttle)
+        await call(limiter)
     assert clock.slept == []
-    await call(throttle)
-    await call(throttle)
+    await call(limiter)
+    await call(limiter)
     assert clock.slept == pytest.approx([10, 10])
 
 
 async def test_without_limits_nothing_waits(clock):
     """No limit declared and none learned means no queue."""
-    throttle = throttle_on(clock)
+    limiter = limiter_on(clock)
     for _ in range(1000):
-        await call(throttle, 10**9)
+        await call(limiter, 10**9)
     assert clock.slept == []
 
 
 async def test_tokens_have_a_limit_of_their_own(clock):
     """Whichever of the two limits is the tighter decides."""
-    throttle = throttle_on(clock, requests_per_minute=60, tokens_per_minute=600)
-    await call(throttle, 600)
-    await call(throttle, 100)
+    limiter = limiter_on(clock, requests_per_minute=60, tokens_per_minute=600)
+    await call(limiter, 600)
+    await call(limiter, 100)
     assert clock.slept == pytest.approx([10])
 
 
 async def test_a_call_larger_than_the_limit_goes_alone_and_is_paid_for(clock):
     """It waits until nothing is used, overdraws, and the next waits until that is made up for."""
-    throttle = throttle_on(clock, tokens_per_minute=60)
-    await call(throttle, 30)
-    await call(throttle, 180)
-    await call(throttle, 10)
+    limiter = limiter_on(clock, tokens_per_minute=60)
+    await call(limiter, 30)
+    await call(limiter, 180)
+    await call(limiter, 10)
     assert clock.slept == pytest.approx([30, 130])
 
 
 async def test_an_unused_minute_is_not_saved_up(clock):
     """However long nothing was asked, no more than a minute's worth goes at once."""
-    throttle = throttle_on(clock, requests_per_minute=2)
-    await call(throttle)
+    limiter = limiter_on(clock, requests_per_minute=2)
+    await call(limiter)
     clock.now += 3600
     for _ in range(3):
-        await call(throttle)
+        await call(limiter)
     assert clock.slept == pytest.approx([30])
 
 
 async def test_first_come_first_served(clock):
     """A small call does not overtake a large one that came before it."""
-    throttle = throttle_on(clock, tokens_per_minute=60)
-    await call(throttle, 60)
+    limiter = limiter_on(clock, tokens_per_minute=60)
+    await call(limiter, 60)
     done = []
 
     async def one(name, tokens):
-        await call(throttle, tokens)
+        await call(limiter, tokens)
         done.append((name, clock.now))
 
     await asyncio.gather(one("large", 50), one("small", 1), one("middle", 9))
@@ -137,8 +137,8 @@ async def test_first_come_first_served(clock):
 
 async def test_who_gives_up_leaves_the_place_to_the_next(clock):
     """Cancelled waiters, asleep or in line, take nothing: those behind them go that much sooner."""
-    throttle = throttle_on(clock, tokens_per_minute=60)
-    await call(throttle, 60)
+    limiter = limiter_on(clock, tokens_per_minute=60)
+    await call(limiter, 60)
     never = asyncio.Event()
     slept = asyncio.Event()
 
@@ -146,46 +146,46 @@ async def test_who_gives_up_leaves_the_place_to_the_next(clock):
         slept.set()
         await never.wait()
 
-    throttle._sleep = sleep
-    asleep = asyncio.create_task(call(throttle, 50))
+    limiter._sleep = sleep
+    asleep = asyncio.create_task(call(limiter, 50))
     await slept.wait()
-    in_line = asyncio.create_task(call(throttle, 50))
-    last = asyncio.create_task(call(throttle, 10))
+    in_line = asyncio.create_task(call(limiter, 50))
+    last = asyncio.create_task(call(limiter, 10))
     await asyncio.sleep(0)
-    throttle._sleep = clock.sleep
+    limiter._sleep = clock.sleep
     in_line.cancel()
     asleep.cancel()
     await asyncio.gather(asleep, in_line, return_exceptions=True)
     await last
     assert clock.slept == pytest.approx([10])
-    await call(throttle, 5, deadline=clock.now + 6)  # nothing of theirs is still reckoned with
+    await call(limiter, 5, deadline=clock.now + 6)  # nothing of theirs is still reckoned with
     assert clock.slept == pytest.approx([10, 5])
 
 
 async def test_nobody_waits_for_what_comes_too_late(clock):
     """Who cannot have a turn before the deadline is told at once, with the wait; others go on."""
-    throttle = throttle_on(clock, requests_per_minute=6)
+    limiter = limiter_on(clock, requests_per_minute=6)
     for _ in range(6):
-        await call(throttle)
+        await call(limiter)
     with pytest.raises(RateLimited, match=r"^acme: .* again in 10\.0 s") as caught:
-        await call(throttle, deadline=clock.now + 9)
+        await call(limiter, deadline=clock.now + 9)
     said = caught.value.refusal
     assert (said.status, said.code) == (429, "rate_limit_exceeded")
     assert caught.value.retry_after == pytest.approx(10)
     assert clock.slept == []
-    await call(throttle, deadline=clock.now + 11)
+    await call(limiter, deadline=clock.now + 11)
     assert clock.slept == pytest.approx([10])
 
 
 async def test_those_ahead_are_reckoned_with(clock):
     """The wait of a newcomer is that behind all who wait already."""
-    throttle = throttle_on(clock, requests_per_minute=6)
+    limiter = limiter_on(clock, requests_per_minute=6)
     for _ in range(6):
-        await call(throttle)
-    waiting = [asyncio.create_task(call(throttle)) for _ in range(3)]
+        await call(limiter)
+    waiting = [asyncio.create_task(call(limiter)) for _ in range(3)]
     await asyncio.sleep(0)
     with pytest.raises(RateLimited) as caught:
-        await call(throttle, deadline=clock.now + 35)
+        await call(limiter, deadline=clock.now + 35)
     assert caught.value.retry_after == pytest.approx(40)
     await asyncio.gather(*waiting)
 
@@ -198,42 +198,42 @@ def told(limit, remaining, reset, kind="requests") -> dict[str, str]:
 
 async def test_a_limit_is_learned(clock):
     """Of 100 calls 40 remain and a minute makes up for 60: the 41st waits a second."""
-    throttle = throttle_on(clock)
-    throttle.learn(told(100, 40, "1m0s"))
+    limiter = limiter_on(clock)
+    limiter.learn(told(100, 40, "1m0s"))
     for _ in range(40):
-        await call(throttle)
+        await call(limiter)
     assert clock.slept == []
-    await call(throttle)
+    await call(limiter)
     assert clock.slept == pytest.approx([1])
 
 
 async def test_a_limit_of_tokens_is_learned(clock):
     """Tokens are learned like calls, in any period the upstream counts by."""
-    throttle = throttle_on(clock)
-    throttle.learn(told(1000, 0, "500ms", "tokens"))
-    await call(throttle, 100)
+    limiter = limiter_on(clock)
+    limiter.learn(told(1000, 0, "500ms", "tokens"))
+    await call(limiter, 100)
     assert clock.slept == pytest.approx([0.05])
 
 
 async def test_calls_under_way_are_reckoned_with(clock):
     """What remains by a reply is without the calls that are still out."""
-    throttle = throttle_on(clock)
-    async with turn(throttle, 1, None), turn(throttle, 1, None):
-        throttle.learn(told(10, 2, "8s"))
-        await call(throttle)
+    limiter = limiter_on(clock)
+    async with turn(limiter, 1, None), turn(limiter, 1, None):
+        limiter.learn(told(10, 2, "8s"))
+        await call(limiter)
     assert clock.slept == pytest.approx([1])
-    throttle.learn(told(10, 2, "8s"))  # all are back: what remains is all theirs who come now
-    await call(throttle)
-    await call(throttle)
+    limiter.learn(told(10, 2, "8s"))  # all are back: what remains is all theirs who come now
+    await call(limiter)
+    await call(limiter)
     assert clock.slept == pytest.approx([1])
 
 
 async def test_what_is_learned_does_not_lift_what_is_declared(clock):
     """A limit told by the upstream takes the place of the declared one of its sort only."""
-    throttle = throttle_on(clock, tokens_per_minute=60)
-    await call(throttle, 60)
-    throttle.learn(told(100, 99, "1s"))
-    await call(throttle, 6)
+    limiter = limiter_on(clock, tokens_per_minute=60)
+    await call(limiter, 60)
+    limiter.learn(told(100, 99, "1s"))
+    await call(limiter, 6)
     assert clock.slept == pytest.approx([6])
 
 
@@ -251,9 +251,9 @@ async def test_what_is_learned_does_not_lift_what_is_declared(clock):
 )
 async def test_half_a_limit_is_none(headers, clock):
     """Limit, remaining and reset are needed, all three and readable."""
-    throttle = throttle_on(clock)
-    throttle.learn(headers)
-    await call(throttle)
+    limiter = limiter_on(clock)
+    limiter.learn(headers)
+    await call(limiter)
     assert clock.slept == []
 
 
@@ -261,71 +261,71 @@ async def test_half_a_limit_is_none(headers, clock):
 @pytest.mark.parametrize("reset", ["0s", f"{EPOCH - 1:.0f}"])
 async def test_a_reset_of_0_means_now(reset, remaining, clock):
     """What is whole now is there at once, and grows by the minute; nothing is divided by zero."""
-    throttle = throttle_on(clock)
-    throttle.learn(told(2, remaining, reset))
+    limiter = limiter_on(clock)
+    limiter.learn(told(2, remaining, reset))
     for _ in range(3):
-        await call(throttle)
+        await call(limiter)
     assert clock.slept == pytest.approx([30])
 
 
 async def test_a_limit_of_which_nothing_is_used_grows_by_the_minute(clock):
     """Where use tells no rate, the limit is one a minute."""
-    throttle = throttle_on(clock)
-    throttle.learn(told(2, 2, "1s"))
+    limiter = limiter_on(clock)
+    limiter.learn(told(2, 2, "1s"))
     for _ in range(3):
-        await call(throttle)
+        await call(limiter)
     assert clock.slept == pytest.approx([30])
 
 
 async def test_a_reset_may_be_a_point_in_time(clock):
     """Of 60 calls none remains, and all are back in a minute: the next call waits a second."""
-    throttle = throttle_on(clock)
-    throttle.learn(told(60, 0, f"{EPOCH + 60:.0f}"))
-    await call(throttle)
+    limiter = limiter_on(clock)
+    limiter.learn(told(60, 0, f"{EPOCH + 60:.0f}"))
+    await call(limiter)
     assert clock.slept == pytest.approx([1])
 
 
 @pytest.mark.parametrize("reset", ["4102444800", "2045-01-01T00:00:00Z", "99999999", "9" * 20])
 async def test_an_absurd_reset_locks_nobody_out(reset, clock):
     """A model is asked again within minutes, whatever its headers say, and tells better then."""
-    throttle = throttle_on(clock)
-    throttle.learn(told(1, 0, reset))
-    await call(throttle)
+    limiter = limiter_on(clock)
+    limiter.learn(told(1, 0, reset))
+    await call(limiter)
     assert clock.slept == pytest.approx([MAX_WAIT])
-    throttle.learn(told(60, 60, "1s"))
-    await call(throttle)
+    limiter.learn(told(60, 60, "1s"))
+    await call(limiter)
     assert clock.slept == pytest.approx([MAX_WAIT])
 
 
 async def test_calls_under_way_lock_nobody_out(clock):
     """A rate is no slower for the tokens that are out: all of it is back within the bound."""
-    throttle = throttle_on(clock)
-    async with turn(throttle, 10**9, None):
-        throttle.learn(told(1000, 999, "1s", "tokens"))
-    await call(throttle, 1000)
+    limiter = limiter_on(clock)
+    async with turn(limiter, 10**9, None):
+        limiter.learn(told(1000, 999, "1s", "tokens"))
+    await call(limiter, 1000)
     assert clock.slept == pytest.approx([MAX_WAIT], rel=0.01)
 
 
 async def test_an_upstream_that_asks_for_a_pause_gets_it(clock):
     """After a refusal with a wait nobody calls before it is over."""
-    throttle = throttle_on(clock)
-    throttle.hold(5)
-    throttle.hold(3)
-    await call(throttle)
-    await call(throttle)
+    limiter = limiter_on(clock)
+    limiter.pause(5)
+    limiter.pause(3)
+    await call(limiter)
+    await call(limiter)
     assert clock.slept == pytest.approx([5])
 
 
 async def test_a_long_pause_is_not_waited_out(clock):
     """A call is refused at once while the pause is long, but the upstream is tried in the end."""
-    throttle = throttle_on(clock)
-    throttle.hold(86_400)
+    limiter = limiter_on(clock)
+    limiter.pause(86_400)
     with pytest.raises(RateLimited) as caught:
-        await call(throttle)
-    assert caught.value.retry_after == LONGEST_HOLD
-    clock.now += LONGEST_HOLD - LONGEST_PAUSE
-    await call(throttle)
-    assert clock.slept == pytest.approx([LONGEST_PAUSE])
+        await call(limiter)
+    assert caught.value.retry_after == MAX_PAUSE_S
+    clock.now += MAX_PAUSE_S - MAX_PAUSE_WAIT_S
+    await call(limiter)
+    assert clock.slept == pytest.approx([MAX_PAUSE_WAIT_S])
 
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 50)), min_size=1, max_size=40))
@@ -344,18 +344,18 @@ def test_no_window_holds_more_than_the_limit(calls):
 
 async def test_a_queue_that_is_full_is_told_apart_from_the_upstreams_refusal(clock):
     """No call was made, and whoever counts calls can tell; a client cannot."""
-    throttle = throttle_on(clock, requests_per_minute=6)
-    throttle.hold(30)
+    limiter = limiter_on(clock, requests_per_minute=6)
+    limiter.pause(30)
     with pytest.raises(LocalQueueFull) as caught:
-        await call(throttle)
+        await call(limiter)
     assert isinstance(caught.value, RateLimited)
 
 
 async def test_a_call_that_the_next_queue_refuses_takes_nothing(clock):
     """Of two queues in a row, the first has its room back when the second is full."""
-    first = throttle_on(clock, requests_per_minute=1)
-    second = throttle_on(clock)
-    second.hold(30)
+    first = limiter_on(clock, requests_per_minute=1)
+    second = limiter_on(clock)
+    second.pause(30)
     with pytest.raises(LocalQueueFull):
         async with turn(first, 1, None), turn(second, 1, None):
             raise AssertionError("never")
@@ -365,21 +365,21 @@ async def test_a_call_that_the_next_queue_refuses_takes_nothing(clock):
 
 async def test_an_upstreams_own_refusal_was_a_call(clock):
     """What the upstream refuses is counted as the upstream counts it."""
-    throttle = throttle_on(clock, requests_per_minute=1)
+    limiter = limiter_on(clock, requests_per_minute=1)
     with pytest.raises(RateLimited):
-        async with turn(throttle, 1, None):
+        async with turn(limiter, 1, None):
             raise RateLimited("acme", "slow down")
-    await call(throttle)
+    await call(limiter)
     assert clock.slept == pytest.approx([60])
 
 
 async def test_a_pause_is_waited_out_or_refused(clock):
     """Outside the queue the same rules hold: what is too long, or too late, is not begun."""
-    throttle = throttle_on(clock)
-    await throttle.pause(None)
+    limiter = limiter_on(clock)
+    await limiter.wait_for_pause(None)
     assert clock.slept == []
-    throttle.hold(5)
+    limiter.pause(5)
     with pytest.raises(LocalQueueFull):
-        await throttle.pause(clock.now + 5)
-    await throttle.pause(clock.now + 6)
+        await limiter.wait_for_pause(clock.now + 5)
+    await limiter.wait_for_pause(clock.now + 6)
     assert clock.slept == pytest.approx([5])

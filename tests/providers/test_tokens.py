@@ -287,4 +287,4 @@ async def test_what_was_counted_is_not_counted_again(monkeypatch):
     known = {"hello world": 41}
     assert tokens.count(["hello world", "hello", (1, 2)], known=known) == [41, 1, 2]
     long = "hello " * 9000
-    assert await tokens.counted([long, "hello"], tokens.CL100K, {long: 7}) == [7, 1]
+    assert await tokens.count_inputs([long, "hello"], tokens.CL100K, {long: 7}) == [7, 1]

@@ -10,8 +10,8 @@ import zlib
 
 import pytest
 from aiohttp import web
-from embedding_proxy.providers.base import (
-    Context,
+from embedding_proxy.providers.base import Context
+from embedding_proxy.providers.errors import (
     DeadlineExceeded,
     LoopDetected,
     TransientError,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from embedding_proxy.cache import record
 from embedding_proxy.cache.key import Namespace, keyring
-from embedding_proxy.cache.maintenance.import_source import Pair, Refused
-from embedding_proxy.providers.base import Embedded, ProviderError, Space
+from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair
+from embedding_proxy.providers.base import Embedded, Space
+from embedding_proxy.providers.errors import ProviderError
 from embedding_proxy.providers.vector import from_numbers
 from embedding_proxy.proxy.cli.cache_import import Importer, SampleDiffers
 
@@ -86,7 +87,7 @@ def test_the_length_counts_only_where_the_model_has_one():
 
 def test_what_the_source_refuses_is_handed_on():
     """Its own places and reasons are shown, a few of them; all are counted."""
-    refused = [Refused(f"line {i}", "no") for i in range(7)]
+    refused = [RejectedPair(f"line {i}", "no") for i in range(7)]
     found = _surveyed([*PAIRS, *refused])
     assert (found.pairs, found.refused, found.first_refused) == (20, 7, refused[:5])
 
@@ -94,7 +95,7 @@ def test_what_the_source_refuses_is_handed_on():
 def test_progress_is_told_pair_by_pair():
     """The survey shows how far it is after every item, whatever the item was."""
     adoption = Importer(RING, unit_norm=True)
-    source = _Source([PAIRS[0], Refused("line 2", "no"), PAIRS[1]])
+    source = _Source([PAIRS[0], RejectedPair("line 2", "no"), PAIRS[1]])
     steps = adoption.survey(source, 0, random.Random(1))
     assert [(s.pairs, s.refused) for s in steps] == [(1, 0), (1, 1), (2, 1)]
 

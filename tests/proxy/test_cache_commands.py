@@ -19,15 +19,13 @@ import numpy as np
 import pytest
 from command import Done
 from embedding_proxy.cache.disk import bounds, connection, database, purge, set_aside
-from embedding_proxy.cache.disk.changes import Changes, Kept
+from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, Partition, Row, keyring
-from embedding_proxy.cache.ledger import Heading, Usage
+from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import archive, backup, short_reads, verify
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.index import outbox as outbox_purge
-from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.index.outbox import Outbox, select_entries
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.base import Space
@@ -101,7 +99,7 @@ def fill(tmp_path):
 
     def put(*rows):
         with connection.opened(tmp_path / "cache", GIB, create=True) as file:
-            list(transfer.put(file, rows))
+            list(archive.import_rows(file, rows))
             return file.path
 
     return put
@@ -113,7 +111,7 @@ def rows(tmp_path):
 
     def read():
         with connection.opened(tmp_path / "cache", GIB) as file:
-            return list(transfer.rows(file, purge.Choice(), transfer.Read()))
+            return list(archive.export_rows(file, purge.PurgeFilter(), archive.ExportReport()))
 
     return read
 
@@ -155,8 +153,8 @@ def test_stats_as_json(run, fill, tmp_path):
     small, tasked = keyring(SPACE).partition, keyring(task).partition
     with connection.opened(tmp_path / "cache", GIB) as file:
         usage = {
-            (20_000, Heading(small)): Usage(5, 1, 3, 1, 1_500_000, 500_000, 3 * NANO, NANO),
-            (20_001, Heading(tasked)): Usage(
+            (20_000, LedgerKey(small)): Usage(5, 1, 3, 1, 1_500_000, 500_000, 3 * NANO, NANO),
+            (20_001, LedgerKey(tasked)): Usage(
                 hits=1, tokens_saved=250_000, nanodollars_saved=NANO // 2
             ),
         }
@@ -216,7 +214,7 @@ def test_stats_for_people(run, fill, tmp_path):
     fill(*(_row(text, days=3) for text in TEXTS), _row("a", OTHER, "[red]tenant %s"))
     with connection.opened(tmp_path / "cache", GIB) as file:
         usage = {
-            (20_000, Heading(keyring(SPACE).partition)): Usage(
+            (20_000, LedgerKey(keyring(SPACE).partition)): Usage(
                 3, 0, 1, 0, 600_000, 200_000, 6 * NANO // 5, 2 * NANO // 5
             )
         }
@@ -250,13 +248,13 @@ async def test_stats_of_what_a_proxy_did(run, start_proxy, upstream):
 
 
 BILL = {
-    (20_000, Heading(keyring(SPACE).partition, "small", "shop", "ci")): Usage(
+    (20_000, LedgerKey(keyring(SPACE).partition, "small", "shop", "ci")): Usage(
         misses=3, tokens_billed=500_000, nanodollars_billed=2 * NANO // 3
     ),
-    (20_001, Heading(keyring(SPACE).partition, "small", "", "ci")): Usage(
+    (20_001, LedgerKey(keyring(SPACE).partition, "small", "", "ci")): Usage(
         hits=5, tokens_saved=1_500_000, nanodollars_saved=3 * NANO
     ),
-    (20_001, Heading(keyring(OTHER, Namespace("[red]t")).partition, "b", "", "")): Usage(joins=7),
+    (20_001, LedgerKey(keyring(OTHER, Namespace("[red]t")).partition, "b", "", "")): Usage(joins=7),
 }
 
 
@@ -356,11 +354,11 @@ def waiting(mixed, tmp_path):
             one = id_bytes(numbers[address]) if own else address
             target = Target("docs", space, WIDTH)
             outbox.add(target, [Point(one, bytes(4), b"{}", 0, False, address, namespace)])  # noqa: FBT003
-        outbox.died(outbox.batch(target, GIB, 1), "refused")
+        outbox.move_to_dead_letters(outbox.batch(target, GIB, 1), "refused")
 
     def left():
         with closing(OutboxFile(tmp_path / "cache")) as file:
-            return {numbers[one.address] for one in outbox_purge.pick(file)}
+            return {numbers[one.address] for one in select_entries(file)}
 
     return left
 
@@ -433,7 +431,7 @@ def crowded(tmp_path, monkeypatch):
         for number, (namespace, space) in enumerate(rows):
             key = keyring(SPACE, Namespace(namespace)).key(str(number - 2))
             partition = Partition(namespace, space, WIDTH)
-            file.write(Changes(records={key.address: Kept(b"record", partition)}))
+            file.write(Changes(records={key.address: PendingRecord(b"record", partition)}))
         return file.path
 
 

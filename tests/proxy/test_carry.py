@@ -19,10 +19,9 @@ import pyarrow as pa
 import pytest
 from command import STORE
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.purge import Choice
+from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.key import Namespace, Row, checksum, keyring
 from embedding_proxy.cache.maintenance import archive
-from embedding_proxy.cache.maintenance import archive as transfer
 from embedding_proxy.cache.record import Entry, decode, encode
 from embedding_proxy.providers.base import Space
 from embedding_proxy.proxy.cli import main
@@ -128,7 +127,7 @@ def fill(tmp_path):
 
     def put(*rows, store="cache"):
         with connection.opened(tmp_path / store, GIB, create=True) as file:
-            list(transfer.put(file, rows))
+            list(archive.import_rows(file, rows))
 
     return put
 
@@ -141,7 +140,7 @@ def held(tmp_path):
         if not (tmp_path / store).exists():
             return {}
         with connection.opened(tmp_path / store, GIB) as file:
-            found = transfer.rows(file, Choice(), transfer.Read())
+            found = archive.export_rows(file, PurgeFilter(), archive.ExportReport())
             return {row.address: row for row in found}
 
     return read
@@ -689,7 +688,7 @@ def test_a_negative_sample_is_wrong_usage(run, tmp_path):
 
 def test_an_interrupted_import_keeps_whole_batches(run, held, tmp_path, monkeypatch):
     """Ctrl-C is code 130; what was written until then is whole, and a second run does the rest."""
-    monkeypatch.setattr(transfer, "ROWS_A_BATCH", 10)
+    monkeypatch.setattr(archive, "ROWS_A_BATCH", 10)
     (tmp_path / "a.emba").write_bytes(SMALL)
 
     def interrupt(done):

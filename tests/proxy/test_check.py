@@ -561,7 +561,7 @@ async def test_a_cache_on_a_network_or_a_small_disk_is_told(check, upstream, tmp
     """Neither stops the proxy, so neither is a failure."""
     mounts = tmp_path / "mounts"
     mounts.write_text(f"host:/x {tmp_path} nfs4 rw 0 0\n")
-    monkeypatch.setattr("embedding_proxy.cache.maintenance.place._MOUNTS", mounts)
+    monkeypatch.setattr("embedding_proxy.cache.maintenance.location._MOUNTS", mounts)
     cache = {"directory": str(tmp_path / "cache"), "size_limit_gib": 1e6}
     done = await check(providers=_at(upstream), cache=cache)
     assert done.code == 0

@@ -8,7 +8,7 @@ import pytest
 from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import SourceError
-from embedding_proxy.providers.base import NoRoute
+from embedding_proxy.providers.errors import NoRoute
 from embedding_proxy.proxy.cli import formatting, output
 from embedding_proxy.proxy.cli.output import WorkFailed
 from embedding_proxy.proxy.config.loader import ConfigError

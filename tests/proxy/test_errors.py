@@ -4,7 +4,7 @@ import json
 
 import pytest
 from embedding_proxy.providers import errors
-from embedding_proxy.providers.base import (
+from embedding_proxy.providers.errors import (
     EmbeddingError,
     InvalidRequest,
     NoProviderAvailable,

@@ -87,7 +87,11 @@ def _put(folder):
     key = keyring(SPACE, Namespace("")).key("a")
     record = encode(Entry(bytes(8), 1, True, key.digest))  # noqa: FBT003
     with connection.opened(folder, GIB, create=True) as file:
-        list(archive.put(file, [Row(key.address, record, time.time(), keyring(SPACE).partition)]))
+        list(
+            archive.import_rows(
+                file, [Row(key.address, record, time.time(), keyring(SPACE).partition)]
+            )
+        )
         return file.path
 
 

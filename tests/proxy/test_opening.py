@@ -8,7 +8,8 @@ from conftest import no_wait
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import Context, NoRoute
+from embedding_proxy.providers.base import Context
+from embedding_proxy.providers.errors import NoRoute
 from embedding_proxy.providers.model_catalog import CATALOGUE
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.proxy.config.loader import ConfigError

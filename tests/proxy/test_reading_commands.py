@@ -20,8 +20,8 @@ from disk_faults import CannotMount, file_system, full, locked, read_only
 from embedding_proxy.cache.disk import connection, database
 from embedding_proxy.cache.disk.changes import Changes
 from embedding_proxy.cache.key import Namespace, Row, keyring
-from embedding_proxy.cache.ledger import Heading, Usage
-from embedding_proxy.cache.maintenance import archive as transfer
+from embedding_proxy.cache.ledger import LedgerKey, Usage
+from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.record import Entry, encode
 from embedding_proxy.index.outbox import Outbox
 from embedding_proxy.index.point import Point, Target
@@ -53,8 +53,8 @@ def fill(directory):
 
     def put():
         with connection.opened(directory, GIB, create=True) as file:
-            list(transfer.put(file, [_row(f"text {i}") for i in range(ENTRIES)]))
-            heading = Heading(keyring(SPACE).partition, "small", "openai", "client")
+            list(archive.import_rows(file, [_row(f"text {i}") for i in range(ENTRIES)]))
+            heading = LedgerKey(keyring(SPACE).partition, "small", "openai", "client")
             usage = Usage(misses=ENTRIES, tokens_billed=ENTRIES, nanodollars_billed=10**9)
             file.write(Changes(usage={(20_000, heading): usage}))
         with closing(Outbox(directory, GIB)) as outbox:

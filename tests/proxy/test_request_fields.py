@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 import pytest
-from embedding_proxy.providers.base import InvalidRequest
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.service import request_fields
 from embedding_proxy.proxy.service.request_fields import (
     MAX_FIELDS,

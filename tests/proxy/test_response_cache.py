@@ -171,7 +171,7 @@ def command_on(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit):
             await asyncio.to_thread(main.main)
-        await proxy.service._store._heed_purges()
+        await proxy.service._store._apply_purges()
 
     return run
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import no_wait
 from embedding_proxy.cache.disk.store import StoreError
-from embedding_proxy.providers.base import InvalidRequest, NoRoute, Outcome
+from embedding_proxy.providers.base import Outcome
+from embedding_proxy.providers.errors import InvalidRequest, NoRoute
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from embedding_proxy.proxy.service.model_registry import ModelUnknown

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from embedding_proxy.cache.maintenance.import_source import (
     Pair,
-    Refused,
+    RejectedPair,
     SourceError,
     listed,
     to_pair,
@@ -142,7 +142,7 @@ def test_a_bad_line_is_refused_and_reading_goes_on(tmp_path, line, why):
 def test_a_line_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
     """A line longer than any pair is passed over, and the next one read."""
     monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._MAX_LINE_BYTES", len(LINE))
-    long = Refused("line 2", "longer than 16 MiB")
+    long = RejectedPair("line 2", "longer than 16 MiB")
     assert _read(tmp_path / JSONL, LINE + b"-" * 1000 + b"\n" + LINE) == [
         _pair("a", 1, 2),
         long,
@@ -201,9 +201,9 @@ def test_parquet_is_read_whatever_its_types(tmp_path, text, vector):
         row_group_size=300,
     )
     assert read == [
-        Refused(f"row {n + 1}", "the text is missing")
+        RejectedPair(f"row {n + 1}", "the text is missing")
         if n % 7 == 0
-        else Refused(f"row {n + 1}", "the vector: is missing")
+        else RejectedPair(f"row {n + 1}", "the vector: is missing")
         if n % 5 == 0
         else _pair(str(n), n, 2)
         for n in range(1000)
@@ -216,9 +216,9 @@ def test_parquet_rows_are_refused_one_by_one(tmp_path):
     vector = pa.array([[1.0], [1.0], [1.0], [1.0, None], []])
     assert _table(tmp_path / "a.parquet", text, vector) == [
         _pair("a", 1),
-        Refused("row 2", "the text is empty"),
-        Refused("row 3", "the text is not UTF-8"),
-        Refused("row 4", "the vector: holds something that is not a number"),
+        RejectedPair("row 2", "the text is empty"),
+        RejectedPair("row 3", "the text is not UTF-8"),
+        RejectedPair("row 4", "the vector: holds something that is not a number"),
         _pair("c"),
     ]
 
@@ -283,7 +283,7 @@ def test_langchains_vectors_are_found(folder, texts, encoder, namespace):
     file = texts(f"{TEXT}\r\nother\n".encode())
     assert _read(source, texts=file) == [
         _pair(TEXT, 0.1, -2, 11),
-        Refused("line 2", "no vector in the folder"),
+        RejectedPair("line 2", "no vector in the folder"),
     ]
 
 
@@ -298,8 +298,8 @@ def test_langchains_texts_may_be_jsonl(folder, texts):
     file = texts(f'{{"t": "{TEXT}"}}\n{{"t": ""}}\n{{}}'.encode(), "texts.jsonl")
     assert _read(folder(GOLDEN["sha1"]), texts=file, text_field="t") == [
         _pair(TEXT, 0.1, -2, 11),
-        Refused("line 2", "the text is empty"),
-        Refused("line 3", "there is no field `t`"),
+        RejectedPair("line 2", "the text is empty"),
+        RejectedPair("line 3", "there is no field `t`"),
     ]
 
 
@@ -332,8 +332,8 @@ def test_texts_of_langchain_are_read_as_lines(folder, texts, monkeypatch):
     monkeypatch.setattr("embedding_proxy.proxy.importers.jsonl._MAX_LINE_BYTES", 20)
     file = texts(b"\xff\n" + b"a" * 50)
     assert _read(folder(GOLDEN["sha1"]), texts=file) == [
-        Refused("line 1", "the text is not UTF-8"),
-        Refused("line 2", "longer than 16 MiB"),
+        RejectedPair("line 1", "the text is not UTF-8"),
+        RejectedPair("line 2", "longer than 16 MiB"),
     ]
 
 
@@ -372,7 +372,7 @@ def test_what_does_not_fit_together_is_told(location, options, message):
 
 def test_half_a_surrogate_pair_is_no_text():
     """A string that has no UTF-8 is refused, wherever it comes from."""
-    refused = Refused("here", "the text holds half of a surrogate pair")
+    refused = RejectedPair("here", "the text holds half of a surrogate pair")
     assert to_pair("here", "\ud800", [1]) == refused
 
 

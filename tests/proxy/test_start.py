@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import aiohttp
 import pytest
-from embedding_proxy.cache.maintenance.holding import holding
+from embedding_proxy.cache.maintenance.size import read_size
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import server, startup_log
 
@@ -103,8 +103,8 @@ async def test_the_address_can_be_pasted(host, shown, started, upstream):
 
 def test_a_folder_without_a_store_holds_nothing(tmp_path):
     """To look makes no file."""
-    assert holding(tmp_path) is None
+    assert read_size(tmp_path) is None
     (tmp_path / "v1").mkdir()
     (tmp_path / "v1" / "cache.db").write_bytes(b"no database" * 1000)
-    assert holding(tmp_path) is None
+    assert read_size(tmp_path) is None
     assert [one.name for one in (tmp_path / "v1").iterdir()] == ["cache.db"]

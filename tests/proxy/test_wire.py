@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from embedding_proxy.providers.base import InvalidRequest
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.http import openai_format
 from embedding_proxy.proxy.http.openai_format import (
     MAX_INPUTS,

@@ -210,7 +210,7 @@ def test_what_is_for_want_of_a_descriptor(error, exhausted, cause, monkeypatch):
 def test_a_warning_comes_once_a_minute():
     """The first at once, then after each minute."""
     times = iter((0.0, 1.0, 59.9, 60.0, 61.0, 200.0))
-    occasional = descriptors.Occasional(lambda: next(times))
+    occasional = descriptors.Interval(lambda: next(times))
     assert [occasional.is_due() for _ in range(6)] == [True, False, False, True, False, True]
 
 

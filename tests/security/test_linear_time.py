@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 from embedding_proxy.providers.upstream.error_reply import refusal
-from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor, readings
+from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor, decodings
 from embedding_proxy.proxy import log
 from embedding_proxy.proxy.config import references
 from embedding_proxy.proxy.config import references as file_path
@@ -186,7 +186,7 @@ READERS = {
         orjson.dumps({"error": {"message": text, "code": text}}),
         redact=Redactor(KEY).redact_text,
     ),
-    "decoding": lambda text: deque(readings(text), maxlen=0),
+    "decoding": lambda text: deque(decodings(text), maxlen=0),
     "a text that quotes": lambda text: QuotedInputs(["an input of the call"]).hide(text[:4096]),
     "a text that is quoted": lambda text: QuotedInputs([text]).hide("wrong: " + text[:400]),
     "a record of the log": lambda text: log.escape(log.hide_credentials(text)),
@@ -220,5 +220,5 @@ def test_a_quotation_from_a_long_text_copies_little_of_it():
 @pytest.mark.parametrize("encoded", ["%2525", "&amp;amp;", r"\\u0041", "QUFBQUFBQUFBQUFB", "41 "])
 def test_what_is_encoded_over_and_over_is_read_in_linear_time(encoded):
     """Each layer of an encoding is read; of all together there is a bound."""
-    assert _is_linear(lambda text: deque(readings(text), maxlen=0), (encoded,))
-    assert sum(map(len, readings(encoded * 200_000))) < 8 * len(encoded) * 200_000
+    assert _is_linear(lambda text: deque(decodings(text), maxlen=0), (encoded,))
+    assert sum(map(len, decodings(encoded * 200_000))) < 8 * len(encoded) * 200_000

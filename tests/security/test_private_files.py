@@ -135,8 +135,8 @@ async def test_files_of_migrations_and_copies_are_private(start_proxy, upstream,
     """State, dead letters and vectors that are copied hold what the cache holds."""
     folder = tmp_path / "migrations"
     journal = MigrationState(folder, "http://localhost:6333", "docs")
-    journal.bury([{"id": 1}])
-    Snapshot(journal.seen).anew()
+    journal.append_dead_letters([{"id": 1}])
+    Snapshot(journal.snapshot).reset()
     assert len(list(folder.iterdir())) >= 2
     await _use(start_proxy, upstream)
     await start_proxy.stop()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from disk_faults import CannotMount, read_only
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.maintenance import place
+from embedding_proxy.cache.maintenance import location
 
 GIB = 1 << 30
 MOUNTS = """\
@@ -32,13 +32,13 @@ tmpfs /srv/share/fast tmpfs rw 0 0
 )
 def test_the_file_system_is_that_of_the_nearest_mount(path, kind):
     """The longest mount point above a path counts, and of two at one point the later."""
-    assert place.file_system_of(Path(path), MOUNTS) == kind
+    assert location.file_system_of(Path(path), MOUNTS) == kind
 
 
 def test_where_the_kernel_tells_nothing_nothing_is_known(tmp_path, monkeypatch):
     """Without the list of mounts the place is looked at all the same."""
-    monkeypatch.setattr(place, "_MOUNTS", tmp_path / "none")
-    found = place.look(tmp_path)
+    monkeypatch.setattr(location, "_MOUNTS", tmp_path / "none")
+    found = location.look(tmp_path)
     assert (found.file_system, found.is_remote) == (None, False)
     assert found.free_bytes > 0
 
@@ -48,17 +48,17 @@ def test_a_link_leads_to_another_file_system(tmp_path, monkeypatch):
     mounts = tmp_path / "mounts"
     (tmp_path / "share").mkdir()
     mounts.write_text(f"a / ext4 rw 0 0\nb {tmp_path}/share nfs rw 0 0\n")
-    monkeypatch.setattr(place, "_MOUNTS", mounts)
+    monkeypatch.setattr(location, "_MOUNTS", mounts)
     (tmp_path / "link").symlink_to(tmp_path / "share")
-    assert place.look(tmp_path / "link").is_remote
-    assert not place.look(tmp_path).is_remote
+    assert location.look(tmp_path / "link").is_remote
+    assert not location.look(tmp_path).is_remote
 
 
 def test_where_a_store_can_be_made_none_is_made(tmp_path):
     """A folder that is not there yet is no problem, and is not there afterwards."""
-    found = place.inspect(tmp_path / "a" / "b", GIB)
+    found = location.inspect(tmp_path / "a" / "b", GIB)
     assert (found.problem, found.exists, found.held) == ("", False, None)
-    assert found.place.nearest == tmp_path
+    assert found.location.nearest == tmp_path
     assert not any(tmp_path.iterdir())
 
 
@@ -69,10 +69,10 @@ def test_a_file_in_the_way_is_a_problem(where, tmp_path):
     in_the_way = tmp_path / "above" if where == "above" else directory / where
     in_the_way.parent.mkdir(exist_ok=True)
     in_the_way.write_text("")
-    assert place.inspect(directory, GIB).problem.startswith(f"{in_the_way} is no folder")
+    assert location.inspect(directory, GIB).problem.startswith(f"{in_the_way} is no folder")
     in_the_way.unlink()
     in_the_way.symlink_to(tmp_path / "nowhere")
-    assert place.inspect(directory, GIB).problem.startswith(f"{in_the_way} is no folder")
+    assert location.inspect(directory, GIB).problem.startswith(f"{in_the_way} is no folder")
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -83,7 +83,7 @@ def test_a_place_that_takes_no_writes(there, tmp_path):
             pass
     try:
         with read_only(tmp_path):
-            found = place.inspect(tmp_path, GIB)
+            found = location.inspect(tmp_path, GIB)
     except CannotMount as error:
         pytest.skip(str(error))
     assert (found.exists, found.held is not None) == (there, there)
@@ -99,23 +99,23 @@ def test_free_space_is_compared_with_the_limit(there, tmp_path, monkeypatch):
         with connection.opened(tmp_path, GIB, create=True):
             pass
     disk_of = SimpleNamespace(free=100_000_000)
-    monkeypatch.setattr(place.shutil, "disk_usage", lambda _: disk_of)
-    found = place.inspect(tmp_path, GIB)
+    monkeypatch.setattr(location.shutil, "disk_usage", lambda _: disk_of)
+    found = location.inspect(tmp_path, GIB)
     kept = found.held.file_bytes if there else 0
     assert (found.lacking_bytes, found.problem) == (GIB - kept - 100_000_000, "")
-    assert place.inspect(tmp_path, 90_000_000).lacking_bytes == 0
+    assert location.inspect(tmp_path, 90_000_000).lacking_bytes == 0
     disk_of.free = 67_000_000
-    assert "67 MB are free" in place.inspect(tmp_path, GIB).problem
+    assert "67 MB are free" in location.inspect(tmp_path, GIB).problem
 
 
 def test_a_store_is_looked_at_as_it_is(tmp_path):
     """Its entries are counted; one that is damaged is left where it is, with the remedy."""
     with connection.opened(tmp_path, GIB, create=True) as file:
         path = file.path
-    found = place.inspect(tmp_path, GIB)
+    found = location.inspect(tmp_path, GIB)
     assert (found.exists, found.held.entries, found.problem) == (True, 0, "")
     path.write_bytes(damaged := b"no database" * 10_000)
-    found = place.inspect(tmp_path, GIB)
+    found = location.inspect(tmp_path, GIB)
     assert (found.exists, found.held) == (True, None)
     assert "cache verify --mend" in found.problem
     assert path.read_bytes() == damaged
@@ -127,7 +127,7 @@ def test_a_store_that_is_locked_is_a_problem_of_the_moment(tmp_path, monkeypatch
         pass
     monkeypatch.setattr("embedding_proxy.cache.disk.database.BUSY_SECONDS", 0.0)
     with closing(connection.lock_of(tmp_path)) as lock, lock:
-        found = place.inspect(tmp_path, GIB)
+        found = location.inspect(tmp_path, GIB)
     assert "another process keeps writing" in found.problem
     assert found.held.entries == 0
 
@@ -136,7 +136,7 @@ def test_a_store_that_is_locked_is_a_problem_of_the_moment(tmp_path, monkeypatch
 def test_what_is_in_the_place_of_a_file_is_a_problem(name, tmp_path):
     """A directory there is named, with the remedy: no store can be opened or made."""
     (tmp_path / name).mkdir(parents=True)
-    found = place.inspect(tmp_path, GIB)
+    found = location.inspect(tmp_path, GIB)
     assert found.problem.endswith(
         f"{tmp_path / name} is a directory, and the store needs a file there: move it away"
     )

@@ -1,4 +1,4 @@
-"""Where a store lies, or would lie, and whether it can be used there. None is made to find out."""
+"""The location of a store, and whether one can be used there. Checking makes no store."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ _MOUNTS = Path("/proc/self/mounts")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """What is known of the folder of a store, or of the nearest one above it that there is."""
 
     nearest: Path
@@ -47,7 +47,7 @@ class Place:
 class Inspection:
     """What came of looking at a store."""
 
-    place: Place
+    location: Location
     exists: bool
     held: Stats | None
     """None where there is no store yet, or none that can be opened."""
@@ -59,7 +59,7 @@ class Inspection:
 
 def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> Inspection:
     """Look at the store in `directory`, beside its proxies; nothing is written. Raises OSError."""
-    place, exists, held, problem = look(directory), connection.exists(directory), None, ""
+    location, exists, held, problem = look(directory), connection.exists(directory), None, ""
     if exists:
         try:
             with connection.opened_for_reading(directory, size_limit, pinned) as file:
@@ -73,29 +73,29 @@ def inspect(directory: Path, size_limit: int, pinned: Collection[str] = ()) -> I
             problem = str(error)
             if connection.is_damaged(error):
                 problem += "; `embedding-proxy cache verify --mend` saves what is whole"
-            elif not place.writable:
+            elif not location.writable:
                 problem += "; what is in it is served, and nothing is kept"
-    elif not place.is_folder:
-        problem = f"{place.nearest} is no folder; name another cache.directory"
-    elif not place.writable:
-        problem = f"{place.nearest} takes no writes, and the store would be made there"
-    if not problem and place.free_bytes < FREE_BYTES:
+    elif not location.is_folder:
+        problem = f"{location.nearest} is no folder; name another cache.directory"
+    elif not location.writable:
+        problem = f"{location.nearest} takes no writes, and the store would be made there"
+    if not problem and location.free_bytes < FREE_BYTES:
         problem = (
-            f"{place.free_bytes / 1e6:.0f} MB are free on the file system of {place.nearest};"
+            f"{location.free_bytes / 1e6:.0f} MB are free on the file system of {location.nearest};"
             f" below {FREE_BYTES / 1e6:.0f} MB nothing is written"
         )
     growth = size_limit - (held.file_bytes if held else 0)
-    return Inspection(place, exists, held, max(0, growth - place.free_bytes), problem)
+    return Inspection(location, exists, held, max(0, growth - location.free_bytes), problem)
 
 
-def look(directory: Path) -> Place:
-    """Look at the place of the store in `directory`. Raises OSError."""
+def look(directory: Path) -> Location:
+    """Look at the location of the store in `directory`. Raises OSError."""
     folder = connection.folder_of(directory).absolute()
     nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     mounts = ""
     with contextlib.suppress(OSError):
         mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
-    return Place(
+    return Location(
         nearest,
         nearest.is_dir(),
         os.access(nearest, os.W_OK | os.X_OK),

@@ -1,4 +1,4 @@
-"""How much a store holds, told in no time: its entries are not read."""
+"""The size of a store: entries and bytes, read without reading the entries."""
 
 import contextlib
 import sqlite3
@@ -10,7 +10,7 @@ from embedding_proxy.cache.disk.database import FILE_NAME
 from embedding_proxy.cache.disk.read_only import ReadOnlyFile
 
 
-class Holding(NamedTuple):
+class StoreSize(NamedTuple):
     """What a store holds."""
 
     entries: int
@@ -18,7 +18,7 @@ class Holding(NamedTuple):
     """On disk, with the write-ahead log."""
 
 
-def holding(directory: Path) -> Holding | None:
+def read_size(directory: Path) -> StoreSize | None:
     """Return what the store in `directory` holds; None where there is none that can be read.
 
     The file is opened read-only, beside proxies that may be running.
@@ -28,6 +28,6 @@ def holding(directory: Path) -> Holding | None:
         with contextlib.closing(ReadOnlyFile(path)) as file:
             ((entries,),) = file.sql("SELECT value FROM Settings WHERE key = 'count'").fetchall()
         files = (path, path.with_name(f"{FILE_NAME}-wal"))
-        return Holding(int(entries), sum(one.stat().st_size for one in files if one.exists()))
+        return StoreSize(int(entries), sum(one.stat().st_size for one in files if one.exists()))
     except (OSError, sqlite3.Error, ValueError):
         return None
