@@ -44,7 +44,7 @@ SCRIPTS = ((32, 126), (0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x5D0, 0x5
 AGAIN = 0.7
 """The share of requests that are one of the last ones again."""
 COUNTING = """
-from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.cli.main import main
 from embedding_proxy.proxy.http.response_cache import ResponseCache
 
 count, get = 0, ResponseCache.get

@@ -30,7 +30,7 @@ def request_middleware(access: Authenticator, cors: Cors, origin_check: OriginCh
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         identify(request)
         refused = _refuse(request, access, cors, origin_check)
-        response = await _answer(request, handler) if refused is None else refused
+        response = await _respond(request, handler) if refused is None else refused
         log_request(request, response)
         return response
 
@@ -62,7 +62,7 @@ def _refuse(
     return None
 
 
-async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _respond(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Return the reply of a handler, or the one that explains its error."""
     try:
         return await handler(request)

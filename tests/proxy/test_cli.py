@@ -356,7 +356,15 @@ def test_it_runs_with_and_without_uvloop(module, monkeypatch):
 
 
 HEAVY = {
-    *("aiohttp", "asyncio", "numpy", "orjson", "yaml", "uvloop", "embedding_proxy.proxy.config"),
+    *(
+        "aiohttp",
+        "asyncio",
+        "numpy",
+        "orjson",
+        "yaml",
+        "uvloop",
+        "embedding_proxy.proxy.config.loader",
+    ),
     *("pydantic", "rich", "markdown_it"),
 }
 """What takes long to import, and neither a version nor a list of commands needs."""

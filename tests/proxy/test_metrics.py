@@ -119,7 +119,7 @@ async def test_the_page_tells_all_metrics_and_invents_none(upstream, start_proxy
         for text, found in (("a", 200), ("b", 402)):
             asked = {"model": "m", "input": text}
             assert (await proxy.post(asked, Authorization="Bearer k")).status == found
-            await proxy.service.canaries.look()
+            await proxy.service.canaries.check()
             upstream.script.append(status(402))
         told, text = await _told(proxy), await _text(proxy)
         await start_proxy.stop()
