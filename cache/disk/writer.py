@@ -255,8 +255,8 @@ class Writer:
                 return
         sums = len(self.pending.changes.usage)
         log.error(
-            "%d records could not be kept on disk, nor %d lines of the ledger: they are lost",
-            *(len(self.pending.backlog), sums),
+            "%d records could not be kept on disk%s: they are lost",
+            *(len(self.pending.backlog), f", nor {sums} lines of the ledger" if sums else ""),
         )
 
     async def flush(self) -> None:
