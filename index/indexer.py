@@ -205,14 +205,21 @@ class Indexer:
             ],
             "sending": self.sending,
             "last_failure": sender.counters.last_failure,
-            "since_start": {
-                "added": self.added,
-                "sent": sender.counters.sent,
-                "refused": sender.counters.refused,
-                "dropped": self.dropped,
-                "failures": sender.counters.failed,
-                "damaged": 0 if self._outbox is None else self._outbox.damaged,
-            },
+            "since_start": self.since_start(),
+        }
+
+    def since_start(self) -> dict[str, int]:
+        """Return what this process did, by name; nothing before it is open."""
+        sender = self._sender
+        if sender is None:
+            return {}
+        return {
+            "added": self.added,
+            "sent": sender.counters.sent,
+            "refused": sender.counters.refused,
+            "dropped": self.dropped,
+            "failures": sender.counters.failed,
+            "damaged": 0 if self._outbox is None else self._outbox.damaged,
         }
 
     async def _on_disk(self, work: Callable[[Outbox], T]) -> T:

@@ -28,6 +28,7 @@ from .errors import (
     LocalQueueFull,
     RateLimited,
 )
+from .histogram import Histogram
 from .lru_cache import LRUCache
 from .profile import Limits, Profile
 from .upstream import error_reply, response
@@ -134,6 +135,11 @@ class HttpProvider:
     def fixed_fields(self) -> Mapping[str, object]:
         """Return fields that every request body has by configuration; none may change a vector."""
         return {}
+
+    @property
+    def durations(self) -> Histogram:
+        """How long its calls took."""
+        return self._transport.durations
 
     async def __aenter__(self) -> Self:
         await self._transport.__aenter__()

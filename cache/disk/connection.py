@@ -318,6 +318,8 @@ class Disk:
         self._size_limit = size_limit
         self._pinned = pinned
         self.file: Database | None = None
+        self._evicted = 0
+        """Entries that were evicted from files that are closed."""
         self.inline_reader: InlineReader | None = None
         self.read_only: ReadOnlyFile | None = None
         self.damaged: tuple[DamagedFile, ...] = ()
@@ -363,6 +365,11 @@ class Disk:
         """Return what `work` on the file returns, in the writing thread."""
         return await self._in(self._writer, work)
 
+    @property
+    def evicted(self) -> int:
+        """How many entries this process has evicted."""
+        return self._evicted + (0 if self.file is None else self.file.evicted)
+
     async def replace(self, old: Database) -> None:
         """Let go of a file that cannot be used any more, and open a fresh one. Raises FAILURES."""
         async with self._opening:
@@ -372,6 +379,7 @@ class Disk:
             if await self._in(self._writer, old.save_log):
                 log.error("%s: %s", old.path, database.LOG_DELETED)
             self.file = None
+            self._evicted += old.evicted
             old.let_go()
             await self._close(old)
             aside = await self._in(self._writer, old.set_aside)

@@ -322,6 +322,11 @@ class Database:
             )
 
     @property
+    def evicted(self) -> int:
+        """How many entries were evicted since the file was opened."""
+        return self._eviction.deleted
+
+    @property
     def room(self) -> int:
         """By how many bytes the file and its log are below their limit."""
         return self._size_limit - _size(self.path) - _size(self._log)

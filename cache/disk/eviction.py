@@ -65,6 +65,8 @@ class Eviction:
         """Nothing that may go was used before, in milliseconds since 1970: where much is pinned,
         each look for the coldest would pass over all of that."""
         self._transactions = 0
+        self.deleted = 0
+        """Entries that were evicted since this was made; what was rolled back counts too."""
 
     def make_room(
         self, sql: Sql, wanted: int, used_at: Callable[[bytes], int], effort: int = 0
@@ -92,6 +94,7 @@ class Eviction:
             gone, used, is_empty = self._delete_coldest(sql, _rows_of(sql, goal), used_at, pinned)
             coldest = used if coldest is None else coldest
             deleted += gone
+            self.deleted += gone
             budget -= goal
             before, lacking = lacking, _lacking(sql, limit, wanted)
             if 2 * lacking > min(before, goal) and budget > 0:

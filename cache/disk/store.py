@@ -90,6 +90,16 @@ class Store:
         """Where the file lies."""
         return self._disk.folder
 
+    @property
+    def evicted(self) -> int:
+        """How many entries this process has evicted since the store was opened."""
+        return self._disk.evicted
+
+    @property
+    def unwritten(self) -> int:
+        """How many records are not on disk yet."""
+        return len(self._pending.changes.records) + len(self._pending.backlog)
+
     async def __aenter__(self) -> Self:
         """Open the file. Raises StoreError if the directory cannot be used."""
         await self._disk.open()

@@ -31,6 +31,7 @@ from embedding_proxy.providers.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from embedding_proxy.providers.histogram import Histogram
 from embedding_proxy.providers.profile import Timeouts
 from embedding_proxy.providers.scheduling.attempts import EXTRA_SHARE, Attempt
 
@@ -78,6 +79,8 @@ class Transport:
         self._network = network
         self._session: aiohttp.ClientSession | None = None
         self._under_way: Counter[aiohttp.ClientSession] = Counter()
+        self.durations = Histogram()
+        """How long each call took, to the end of its reply or its failure."""
 
     async def __aenter__(self) -> Self:
         self._session = self._open()
@@ -189,6 +192,7 @@ class Transport:
                 raise UpstreamError(self._provider, failure_reason(error)) from error
             raise Unreachable(self._provider, failure_reason(error)) from error
         finally:
+            self.durations.observe(asyncio.get_running_loop().time() - now)
             attempt.end()
 
     def _check_status(self, status: int) -> None:

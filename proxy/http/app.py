@@ -12,11 +12,13 @@ from embedding_proxy.proxy.http.metrics import Metrics
 from embedding_proxy.proxy.http.models import Models
 from embedding_proxy.proxy.http.origin_check import OriginCheck
 from embedding_proxy.proxy.http.pace import MIN_BYTES_PER_S, UnreadReplies
+from embedding_proxy.proxy.http.request_metrics import RequestMetrics
 from embedding_proxy.proxy.http.response_cache import HitCache, JSONVectorCache, ResponseCache
 from embedding_proxy.proxy.http.runner import (
     CONNECTION,
     HEAD_TIMEOUT_S,
     LIMITS,
+    REQUESTS,
     RESPONSES,
     SEND_TIMEOUT_S,
     UNREAD,
@@ -46,9 +48,10 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     service = service or EmbeddingService(settings)
     server = settings.server
     access, cors = Authenticator(server.keys), Cors(server.cors)
+    requests = RequestMetrics()
     app = web.Application(
         middlewares=[
-            request_middleware(access, cors, OriginCheck(server, cors)),
+            request_middleware(access, cors, OriginCheck(server, cors), requests),
             loop_guard(settings),
         ]
     )
@@ -56,6 +59,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
     app[RESPONSES] = responses = ResponseCache(reply_bytes, is_enabled=server.fast_path)
     app[LIMITS] = ConnectionLimits.of(server)
+    app[REQUESTS] = requests
     app[HEAD_TIMEOUT_S] = server.head_timeout_s
     app[SEND_TIMEOUT_S] = server.send_timeout_s
     app[UNREAD] = unread = UnreadReplies(int(server.max_unread_mib * MIB))
@@ -75,12 +79,14 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
             yield
 
     app.cleanup_ctx.append(open_service)
+    metrics = Metrics(service, requests)
+    app.cleanup_ctx.append(metrics.run)
     app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(request_log.add_request_id)
     app.on_response_prepare.append(cors.mark)
     embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses.lru), unread)
     responses.handler = embeddings
-    _add_routes(app, embeddings, service, settings, access, passthrough)
+    _add_routes(app, embeddings, service, settings, access, passthrough, metrics)
     return app
 
 
@@ -91,6 +97,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     settings: Settings,
     access: Authenticator,
     passthrough: Passthrough | None,
+    metrics: Metrics,
 ) -> None:
     models, server = Models(service, passthrough), settings.server
     most = int(server.max_body_mib * MIB)
@@ -125,7 +132,7 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
             path = prefix + r"/{rest:(?!(engines/.+/)?embeddings/?$).*}"
             app.router.add_route("*", path, passthrough.handle)
     app.router.add_get("/status", admin_only(Status(service).get))
-    app.router.add_get("/metrics", admin_only(Metrics(service).get))
+    app.router.add_get("/metrics", admin_only(metrics.get))
     for path in status.LIVE_PATHS:
         app.router.add_get(path, status.live)
     app.router.add_get("/readyz", status.ready)

@@ -17,6 +17,7 @@ import asyncio
 import enum
 import logging
 from collections.abc import Callable
+from time import perf_counter
 from typing import Protocol, cast
 
 from aiohttp import StreamReader, web
@@ -37,6 +38,7 @@ from .framing import (
 from .inner_transport import InnerTransport
 from .pace import SendWatch, Timer, UnreadReplies, keep_alive, reset_unsent, unread
 from .request_body import MalformedBody
+from .request_metrics import EMBEDDINGS, RequestMetrics
 from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
@@ -66,6 +68,7 @@ class Server(Protocol):
     limits: ConnectionLimits
     unread: UnreadReplies
     responses: ResponseCache
+    requests: RequestMetrics
     head_timeout_s: float
     send_timeout_s: float
     connections: "set[Connection]"
@@ -215,6 +218,7 @@ class Connection(asyncio.Protocol):
         if data[:1] in {b"\r", b"\n"}:
             # Empty lines before a request are passed over, and are not the end of its head.
             data = self._received = data.lstrip(b"\r\n")
+        start = perf_counter()
         end = data.find(HEAD_END)
         if end < 0 or not self._may_begin(end):
             self._wait_for_head()
@@ -233,7 +237,7 @@ class Connection(asyncio.Protocol):
                     response = self._server.responses.get(key, body)
                     if response is not None:
                         self._received = data[request.end :]
-                        self._reply(response)
+                        self._reply(response, start)
                         return
                     self.key = key
         self._hand_head_on()
@@ -252,11 +256,12 @@ class Connection(asyncio.Protocol):
         elif self._received:
             self._head_deadline.start(self._server.head_timeout_s)
 
-    def _reply(self, response: CachedResponse) -> None:
+    def _reply(self, response: CachedResponse, start: float) -> None:
         assert self.transport is not None  # noqa: S101
         own = f"x-request-id: {new_request_id()}\r\nDate: {rfc822_formatted_time()}\r\n"
         last = b"Connection: close\r\n" if self.is_last else b""
         self.transport.write(b"".join((response.head, own.encode(), last, b"\r\n", response.body)))
+        self._server.requests.observe(EMBEDDINGS, 200, perf_counter() - start)
         self._idle_since = self._loop.time()
         self._head_deadline.stop()
         # The order matters only where room is short.

@@ -1,172 +1,352 @@
-"""GET /metrics: counters in Prometheus' text format.
+"""GET /metrics: what Prometheus is told, of all processes that share the cache folder.
 
-The ledger's are the store's: every worker tells the same ones, and they survive restarts. What only
-one worker knows carries its process id, so that each line grows as a counter has to.
+The sums of the ledger are the store's. All other counters are those of SharedCounters: any process
+tells the same totals, which survive restarts. Gauges are of the processes that are alive.
+prometheus_client renders the page.
 """
 
-import os
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from itertools import accumulate
+from typing import NamedTuple, TypeAlias
 
 from aiohttp import web
 from embedding_proxy.cache.ledger import By
+from embedding_proxy.cache.maintenance.size import read_size
 from embedding_proxy.providers.billing import NANO
+from embedding_proxy.providers.histogram import BOUNDS_S, Histogram
 from embedding_proxy.providers.routing.circuit_breaker import State
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from .request_metrics import RequestMetrics, do_nothing
+from .shared_counters import FOLDER, PUBLISH_S, Series, SharedCounters, Totals
 
 PREFIX = "embedding_proxy_"
 _LEDGER = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE)
 _OUTCOMES = ("hits", "joins", "misses", "duplicates")
-_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_STATES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
+_BOUNDS = (*map(str, BOUNDS_S), "+Inf")
 
-Sample = tuple[dict[str, str], float]
-Family = tuple[str, str, str, list[Sample]]
-"""Name, type, help, and the samples."""
+COUNTERS = {
+    "requests_total": (("route", "status"), "Requests answered, by route and status."),
+    "cache_lookups_total": (("result",), "Inputs looked up, by the tier that had them."),
+    "cache_corrupt_records_total": ((), "Records that did not verify."),
+    "cache_evictions_total": ((), "Entries that were evicted from disk."),
+    "provider_attempts_total": (("provider",), "Calls of providers."),
+    "provider_failures_total": (("provider", "reason"), "Calls that failed, by reason."),
+    "provider_model_mismatch_total": (
+        ("provider", "model"),
+        "Replies that named another model than was asked for, by that name.",
+    ),
+    "circuit_breaker_openings_total": (("provider",), "How often a circuit breaker has opened."),
+    "retries_total": (("model",), "Further attempts at the same route."),
+    "failovers_total": (("model",), "Attempts at a further route."),
+    "hedged_requests_total": (
+        ("model",),
+        "Batches sent to a second route while the first had not answered.",
+    ),
+    "index_points_total": (("result",), "Points, by what became of them."),
+    "index_failures_total": ((), "Failed attempts to send points."),
+    "index_outbox_corruptions_total": ((), "Damage found in what waits on disk."),
+}
+"""Counters that are shared: their labels, and their help."""
+HISTOGRAMS = {
+    "request_duration_seconds": ("route", "Time until the reply to a request is ready."),
+    "upstream_duration_seconds": ("provider", "Time of one call of a provider."),
+}
+GAUGES: dict[str, tuple[tuple[str, ...], str, Callable[[list[float]], float]]] = {
+    "requests_in_flight": ((), "Requests that are being answered.", sum),
+    "cache_unwritten_records": ((), "Records that wait to be written to disk.", sum),
+    "provider_ready": (("provider",), "Whether a provider is asked as usual.", min),
+    "circuit_breaker_state": (
+        ("provider",),
+        "The worst circuit breaker of a provider: 0 closed, 1 half-open, 2 open.",
+        max,
+    ),
+    "provider_cooldown_seconds": (
+        ("provider",),
+        "The longest cooldown of a provider that is left.",
+        max,
+    ),
+}
+"""Gauges that are shared: their labels, their help, and how the values of several processes become
+one."""
+
+Labels: TypeAlias = tuple[tuple[str, str], ...]
+Value: TypeAlias = tuple[str, Labels, float]
+"""Name, labels, and the number."""
+
+
+class _Sample(NamedTuple):
+    labels: tuple[tuple[str, str], ...]
+    value: float
+
+
+class _Page(Collector):
+    """Families that are rendered once."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class Metrics:
-    """Tells the counters of a service."""
+    """Tells the metrics of a service."""
 
-    def __init__(self, service: EmbeddingService) -> None:
+    def __init__(self, service: EmbeddingService, requests: RequestMetrics) -> None:
         self._service = service
+        self._requests = requests
+        self._shared = SharedCounters(service.settings.cache.directory / FOLDER)
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def get(self, _: web.Request) -> web.Response:
-        """Answer with everything."""
-        families = [*await self._bill(), *self._worker(), *await self._index()]
-        text = "".join(line for family in families for line in _lines(*family))
-        return web.Response(
-            body=text.encode(),
-            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+    async def run(self, _: web.Application) -> AsyncIterator[None]:
+        """Publish what this process counts for as long as the application runs."""
+        await asyncio.to_thread(self._shared.open)
+        self._requests.on_change = self._publish_soon
+        self._publish()
+        try:
+            yield
+        finally:
+            self._requests.on_change = do_nothing
+            if self._timer is not None:
+                self._timer.cancel()
+            self._publish(is_over=True)
+            self._shared.close()
+
+    def _publish_soon(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(PUBLISH_S, self._publish)
+
+    def _publish(self, *, is_over: bool = False) -> None:
+        self._timer = None
+        self._shared.publish(
+            {Series(name, labels): value for name, labels, value in self._counters()},
+            {Series(*one[:2]): one[2] for one in self._gauges()} if not is_over else {},
         )
 
-    async def _bill(self) -> list[Family]:
+    async def get(self, request: web.Request) -> web.Response:
+        """Answer with everything."""
+        indexing = self._service.indexing
+        index = await indexing.indexer.snapshot() if indexing else None
+        self._publish()
+        if await asyncio.to_thread(self._shared.has_live_others):
+            # They have published by then what they have counted until now.
+            await asyncio.sleep(2 * PUBLISH_S)
+        totals = await asyncio.to_thread(self._shared.read)
+        families = [
+            *await self._bill(),
+            *_shared_families(totals),
+            *await self._store(),
+            *_backlog(index or {}),
+            self._drift(),
+            _build_info(),
+        ]
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        page = await asyncio.to_thread(encode, _Page(families))
+        return web.Response(body=page, headers={"Content-Type": content_type})
+
+    def _counters(self) -> Iterator[Value]:
+        """Yield what this process has counted."""
+        yield from self._requests_counted()
+        service = self._service
+        counters = service.counters
+        for result, count in (
+            ("memory", counters.memory_hits),
+            ("disk", counters.disk_hits),
+            ("miss", counters.misses),
+        ):
+            yield "cache_lookups_total", (("result", result),), count
+        yield "cache_corrupt_records_total", (), counters.mismatches
+        yield "cache_evictions_total", (), service.evicted
+        yield from self._providers_counted()
+        for name, model in service.models.items():
+            counts = model.router.counts
+            yield "retries_total", (("model", name),), counts.retries
+            yield "failovers_total", (("model", name),), counts.failovers
+            yield "hedged_requests_total", (("model", name),), counts.hedges
+        points = dict(service.indexing.indexer.since_start()) if service.indexing else {}
+        if points:
+            yield "index_failures_total", (), points.pop("failures")
+            yield "index_outbox_corruptions_total", (), points.pop("damaged")
+        for result, count in points.items():
+            yield "index_points_total", (("result", result),), count
+
+    def _requests_counted(self) -> Iterator[Value]:
+        for (route, status), count in self._requests.counts.items():
+            yield "requests_total", (("route", route), ("status", str(status))), count
+        for route, histogram in self._requests.durations.items():
+            yield from _of_histogram("request_duration_seconds", ("route", route), histogram)
+
+    def _providers_counted(self) -> Iterator[Value]:
+        service = self._service
+        for provider, histogram in service.call_durations.items():
+            yield from _of_histogram("upstream_duration_seconds", ("provider", provider), histogram)
+        for provider, state in service.upstreams.snapshot().items():
+            labels = (("provider", provider),)
+            yield "provider_attempts_total", labels, state["attempts"]
+            yield "circuit_breaker_openings_total", labels, state["opened"]
+            for reason, count in state["failures"].items():
+                yield "provider_failures_total", (*labels, ("reason", reason)), count
+        for provider, models in service.other_models.items():
+            for model, count in models.items():
+                yield (
+                    "provider_model_mismatch_total",
+                    (("provider", provider), ("model", model)),
+                    count,
+                )
+
+    def _gauges(self) -> Iterator[Value]:
+        """Yield name, labels and value of how this process is now."""
+        yield "requests_in_flight", (), self._requests.in_flight
+        yield "cache_unwritten_records", (), self._service.unwritten
+        for provider, state in self._service.upstreams.snapshot().items():
+            labels = (("provider", provider),)
+            yield "provider_ready", labels, state["state"] == State.CLOSED
+            yield "circuit_breaker_state", labels, _STATES[state["state"]]
+            yield "provider_cooldown_seconds", labels, max(state["rests"].values(), default=0.0)
+
+    async def _bill(self) -> list[Metric]:
         """Return the ledger; nothing while it cannot be read."""
-        inputs: list[Sample] = []
-        tokens: list[Sample] = []
-        dollars: list[Sample] = []
+        labels = [by.value for by in _LEDGER]
+        inputs = CounterMetricFamily(
+            PREFIX + "inputs_total",
+            "Inputs answered, by how they were.",
+            labels=[*labels, "outcome"],
+        )
+        tokens = CounterMetricFamily(
+            PREFIX + "tokens_total", "Tokens billed and saved.", labels=[*labels, "kind"]
+        )
+        dollars = CounterMetricFamily(
+            PREFIX + "cost_usd_total", "US dollars billed and saved.", labels=[*labels, "kind"]
+        )
         for names, usage in await self._service.ledger(_LEDGER) or ():
-            labels = {by.value: name or "" for by, name in zip(_LEDGER, names, strict=True)}
-            outcomes = {name: getattr(usage, name) for name in _OUTCOMES}
-            inputs += [({**labels, "outcome": name}, n) for name, n in outcomes.items()]
+            values = [name or "" for name in names]
+            for outcome in _OUTCOMES:
+                inputs.add_metric([*values, outcome], getattr(usage, outcome))
             for kind, count, nano in (
                 ("billed", usage.tokens_billed, usage.nanodollars_billed),
                 ("saved", usage.tokens_saved, usage.nanodollars_saved),
             ):
-                tokens.append(({**labels, "kind": kind}, count))
-                dollars.append(({**labels, "kind": kind}, nano / NANO))
-        return [
-            ("inputs_total", "counter", "Inputs answered, by how they were.", inputs),
-            ("tokens_total", "counter", "Tokens billed and saved.", tokens),
-            ("cost_usd_total", "counter", "US dollars billed and saved.", dollars),
-        ]
+                tokens.add_metric([*values, kind], count)
+                dollars.add_metric([*values, kind], nano / NANO)
+        return [inputs, tokens, dollars]
 
-    async def _index(self) -> list[Family]:
-        """Return what waits for Qdrant, which all workers share, and what this one has done."""
-        indexing = self._service.indexing
-        told = await indexing.indexer.snapshot() if indexing else None
-        if told is None:
+    async def _store(self) -> list[Metric]:
+        """Return the size of the store; nothing while it cannot be read."""
+        size = await asyncio.to_thread(read_size, self._service.settings.cache.directory)
+        if size is None:
             return []
-        worker = {"worker": str(os.getpid())}
-        points: list[Sample] = [
-            ({**worker, "result": result}, count)
-            for result, count in told["since_start"].items()
-            if result not in ("failures", "damaged")
+        return [
+            GaugeMetricFamily(PREFIX + "cache_entries", "Entries on disk.", value=size.entries),
+            GaugeMetricFamily(
+                PREFIX + "cache_bytes",
+                "Bytes on disk, with the write-ahead log.",
+                value=size.file_bytes,
+            ),
         ]
-        failures: list[Sample] = [(worker, told["since_start"]["failures"])]
-        damaged: list[Sample] = [(worker, told["since_start"]["damaged"])]
-        return [
-            ("index_backlog_points", "gauge", "Points that wait for Qdrant.",
-             [({}, told["backlog_points"])]),
-            ("index_backlog_bytes", "gauge", "Bytes of the points that wait for Qdrant.",
-             [({}, told["backlog_bytes"])]),
-            ("index_backlog_age_seconds", "gauge", "How long the first of them has waited.",
-             [({}, told["backlog_age_s"])]),
-            ("index_dead_letter_points", "gauge", "Points that Qdrant refuses, put aside.",
-             [({}, told["refused_points"])]),
-            ("index_points_total", "counter", "Points, by what became of them.", points),
-            ("index_failures_total", "counter", "Failed attempts to send points.", failures),
-            ("index_outbox_corruptions_total", "counter", "Damage found in what waits on disk.",
-             damaged),
-        ]  # fmt: skip
 
-    def _worker(self) -> list[Family]:
-        worker = {"worker": str(os.getpid())}
-        counters = self._service.counters
-        found = {
-            "memory": counters.memory_hits,
-            "disk": counters.disk_hits,
-            "miss": counters.misses,
-        }
-        asked: list[Sample] = []
-        failed: list[Sample] = []
-        ready: list[Sample] = []
-        for name, state in self._service.upstreams.snapshot().items():
-            labels = {**worker, "provider": name}
-            asked.append((labels, state["attempts"]))
-            ready.append((labels, state["state"] == State.CLOSED))
-            failed += [({**labels, "reason": e}, n) for e, n in sorted(state["failures"].items())]
-        others: list[Sample] = [
-            ({**worker, "provider": provider, "model": model}, n)
-            for provider, models in self._service.other_models.items()
-            for model, n in sorted(models.items())
-        ]
-        retries: list[Sample] = []
-        failovers: list[Sample] = []
-        hedges: list[Sample] = []
-        for name, model in self._service.models.items():
-            count = model.router.counts
-            labels = {**worker, "model": name}
-            retries.append((labels, count.retries))
-            failovers.append((labels, count.failovers))
-            hedges.append((labels, count.hedges))
-        lookups: list[Sample] = [({**worker, "result": tier}, n) for tier, n in found.items()]
-        return [
-            ("cache_lookups_total", "counter",
-             "Inputs looked up, by the tier that had them.", lookups),
-            ("cache_corrupt_records_total", "counter", "Records that did not verify.",
-             [(worker, counters.mismatches)]),
-            ("provider_attempts_total", "counter", "Calls of providers.", asked),
-            ("provider_failures_total", "counter", "Calls that failed, by reason.", failed),
-            ("provider_model_mismatch_total", "counter",
-             "Replies that named another model than was asked for, by that name.", others),
-            ("model_drift_cosine_similarity", "gauge",
-             "Known texts now against those bought first; below 0.999 the model has changed.",
-             self._canaries()),
-            ("retries_total", "counter", "Further attempts at the same route.", retries),
-            ("failovers_total", "counter", "Attempts at a further route.", failovers),
-            ("hedged_requests_total", "counter",
-             "Batches sent to a second route while the first had not answered.", hedges),
-            ("provider_ready", "gauge", "Whether a provider is asked as usual.", ready),
-        ]  # fmt: skip
-
-    def _canaries(self) -> list[Sample]:
-        """Return what was found last of each route; the file is everyone's, so it has no worker."""
-        canaries = self._service.canaries
-        return [
-            (
-                {
-                    "space": one["space"],
-                    "provider": one["provider"],
-                    "upstream_model": one["upstream_model"],
-                },
-                one["cosine"],
+    def _drift(self) -> Metric:
+        """Return what was found last of each route; the file is everybody's."""
+        family = GaugeMetricFamily(
+            PREFIX + "model_drift_cosine_similarity",
+            "Known texts now against those bought first; below 0.999 the model has changed.",
+            labels=["space", "provider", "upstream_model"],
+        )
+        drift_check = self._service.canaries
+        for route in drift_check.findings if drift_check else ():
+            family.add_metric(
+                [route["space"], route["provider"], route["upstream_model"]], route["cosine"]
             )
-            for one in (canaries.findings if canaries else ())
-        ]
+        return family
 
 
-def _lines(name: str, kind: str, told: str, samples: list[Sample]) -> Iterator[str]:
-    r"""Yield a family of metrics line by line.
-
-    >>> print(*_lines("x_total", "counter", "All x.", [({"a": 'b"'}, 2.5)]), sep="", end="")
-    # HELP embedding_proxy_x_total All x.
-    # TYPE embedding_proxy_x_total counter
-    embedding_proxy_x_total{a="b\""} 2.5
-    """
-    yield f"# HELP {PREFIX}{name} {told}\n"
-    yield f"# TYPE {PREFIX}{name} {kind}\n"
-    for labels, value in samples:
-        yield f"{PREFIX}{name}{{{_text(labels)}}} {float(value)!r}\n"
+def _build_info() -> Metric:
+    family = GaugeMetricFamily(
+        PREFIX + "build_info", "1; the version is a label.", labels=["version"]
+    )
+    family.add_metric([version("embedding-proxy")], 1)
+    return family
 
 
-def _text(labels: Mapping[str, str]) -> str:
-    return ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
+def _of_histogram(name: str, label: tuple[str, str], histogram: Histogram) -> Iterator[Value]:
+    """Yield the series of a histogram: the counts of its buckets, each of its own, and the sum."""
+    for bound, count in zip(_BOUNDS, histogram.counts, strict=True):
+        yield f"{name}_bucket", (label, ("le", bound)), count
+    yield f"{name}_sum", (label,), histogram.sum_s
+
+
+def _shared_families(totals: Totals) -> Iterator[Metric]:
+    """Yield what all processes have published, family by family, as far as there is any."""
+    counters: dict[str, list[_Sample]] = {}
+    for (name, labels), value in totals.counters.items():
+        counters.setdefault(name, []).append(_Sample(labels, value))
+    for name, (label_names, text) in COUNTERS.items():
+        family = CounterMetricFamily(PREFIX + name, text, labels=label_names)
+        yield from _filled(family, label_names, counters.get(name, []))
+    gauges: dict[str, list[_Sample]] = {}
+    for (name, labels), values in totals.gauges.items():
+        if name in GAUGES:
+            gauges.setdefault(name, []).append(_Sample(labels, GAUGES[name][2](values)))
+    for name, (label_names, text, _) in GAUGES.items():
+        yield from _filled(
+            GaugeMetricFamily(PREFIX + name, text, labels=label_names),
+            label_names,
+            gauges.get(name, []),
+        )
+    for name, (label, text) in HISTOGRAMS.items():
+        yield from _histogram(name, text, label, counters)
+
+
+def _filled(
+    family: CounterMetricFamily | GaugeMetricFamily,
+    label_names: tuple[str, ...],
+    samples: list[_Sample],
+) -> Iterator[Metric]:
+    """Yield a family; samples with other labels, as another version may have had, are left out."""
+    for labels, value in sorted(samples):
+        if tuple(label for label, _ in labels) == label_names:
+            family.add_metric([label for _, label in labels], value)
+    if family.samples:
+        yield family
+
+
+def _histogram(
+    name: str, text: str, label: str, counters: Mapping[str, list[_Sample]]
+) -> Iterator[Metric]:
+    """Yield a histogram, whose buckets each hold those below, as Prometheus wants it."""
+    counts: dict[str, dict[str, float]] = {}
+    for labels, value in counters.get(f"{name}_bucket", ()):
+        found = dict(labels)
+        if found.keys() == {label, "le"}:
+            counts.setdefault(found[label], {})[found["le"]] = value
+    sums = {dict(labels).get(label): value for labels, value in counters.get(f"{name}_sum", ())}
+    family = HistogramMetricFamily(PREFIX + name, text, labels=[label])
+    for label_value, by_bound in sorted(counts.items()):
+        totals = accumulate(by_bound.get(bound, 0.0) for bound in _BOUNDS)
+        buckets = [*zip(_BOUNDS, totals, strict=True)]
+        family.add_metric([label_value], buckets, sum_value=sums.get(label_value, 0.0))
+    if family.samples:
+        yield family
+
+
+def _backlog(index: Mapping[str, float]) -> Iterator[Metric]:
+    """Yield what waits for Qdrant: all processes share one outbox."""
+    for name, key, text in (
+        ("index_backlog_points", "backlog_points", "Points that wait for Qdrant."),
+        ("index_backlog_bytes", "backlog_bytes", "Bytes of the points that wait for Qdrant."),
+        ("index_backlog_age_seconds", "backlog_age_s", "How long the first of them has waited."),
+        ("index_dead_letter_points", "refused_points", "Points that Qdrant refuses, put aside."),
+    ):
+        if key in index:
+            yield GaugeMetricFamily(PREFIX + name, text, value=index[key])

@@ -1,6 +1,7 @@
 """Middleware of every request: checks target, host, origin and key; gives errors OpenAI's shape."""
 
 import logging
+from time import perf_counter
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -14,12 +15,15 @@ from .errors import Failure
 from .origin_check import OriginCheck
 from .request_body import BodyRefused
 from .request_log import REQUEST_ID, STARTED, identify, log_request
+from .request_metrics import CLIENT_GONE, RequestMetrics, route_name
 from .target import REMEDY, may_be_embeddings
 
 log = logging.getLogger("embedding_proxy.guard")
 
 
-def request_middleware(access: Authenticator, cors: Cors, origin_check: OriginCheck) -> Middleware:
+def request_middleware(
+    access: Authenticator, cors: Cors, origin_check: OriginCheck, requests: RequestMetrics
+) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
     It gives every error OpenAI's shape. Of `status.OPEN_PATHS` only the target is checked, and
@@ -29,8 +33,15 @@ def request_middleware(access: Authenticator, cors: Cors, origin_check: OriginCh
     @web.middleware
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
         identify(request)
-        refused = _refuse(request, access, cors, origin_check)
-        response = await _respond(request, handler) if refused is None else refused
+        status, start = CLIENT_GONE, perf_counter()
+        requests.in_flight += 1
+        try:
+            refused = _refuse(request, access, cors, origin_check)
+            response = await _respond(request, handler) if refused is None else refused
+            status = response.status
+        finally:
+            requests.in_flight -= 1
+            requests.observe(route_name(request), status, perf_counter() - start)
         log_request(request, response)
         return response
 

@@ -21,12 +21,14 @@ from .connection_limits import ConnectionLimits
 from .errors import INTERNAL, Failure, new_request_id
 from .pace import UnreadReplies
 from .request_log import has_own_id
+from .request_metrics import RequestMetrics
 from .response_cache import ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
 
 RESPONSES = web.AppKey("responses", ResponseCache)
 LIMITS = web.AppKey("limits", ConnectionLimits)
+REQUESTS = web.AppKey("requests", RequestMetrics)
 HEAD_TIMEOUT_S = web.AppKey("head_timeout_s", float)
 SEND_TIMEOUT_S = web.AppKey("send_timeout_s", float)
 UNREAD = web.AppKey("unread", UnreadReplies)
@@ -96,6 +98,7 @@ class Runner:
         self.head_timeout_s = app.get(HEAD_TIMEOUT_S, _HEAD_SECONDS)
         self.send_timeout_s = app.get(SEND_TIMEOUT_S, _SEND_SECONDS)
         self.unread = app.get(UNREAD, UnreadReplies(_NO_LIMITS))
+        self.requests = app.get(REQUESTS, RequestMetrics())
         self.responses = app.get(RESPONSES, ResponseCache(0, is_enabled=False))
         self.connections: set[Connection] = set()
         self.fronts: dict[web.RequestHandler, Connection] = {}

@@ -29,6 +29,7 @@ from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import SearchHit, search
 from embedding_proxy.providers import similarity, vector
 from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.histogram import Histogram
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.slices import SLICE
 from embedding_proxy.proxy.config.loader import ConfigError, load
@@ -285,6 +286,21 @@ class EmbeddingService(SearchMixin):
     def other_models(self) -> dict[str, dict[str, int]]:
         """How many replies of a provider named another model than was asked for, by both names."""
         return self._registry.other_models() if self._registry else {}
+
+    @property
+    def call_durations(self) -> dict[str, Histogram]:
+        """How long calls took, by provider, since the start."""
+        return self._registry.call_durations() if self._registry else {}
+
+    @property
+    def evicted(self) -> int:
+        """How many entries this process has evicted from disk."""
+        return self._store.evicted if self._store else 0
+
+    @property
+    def unwritten(self) -> int:
+        """How many records wait for the disk."""
+        return self._store.unwritten if self._store else 0
 
     @property
     def max_inputs(self) -> int | None:

@@ -12,6 +12,7 @@ from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Context, Embedder, Input, Space
 from embedding_proxy.providers.dimensions import MAX_DIMENSIONS
 from embedding_proxy.providers.errors import InvalidRequest
+from embedding_proxy.providers.histogram import Histogram
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Provider
@@ -160,6 +161,12 @@ class Registry:
         routes = (route for model in self.models.values() for route in model.router.routes)
         found = {one.name: dict(getattr(one.provider, "other_models", {})) for one in routes}
         return {name: models for name, models in sorted(found.items()) if models}
+
+    def call_durations(self) -> dict[str, Histogram]:
+        """Return, by provider, how long its calls took."""
+        routes = (route for model in self.models.values() for route in model.router.routes)
+        found = {one.name: getattr(one.provider, "durations", None) for one in routes}
+        return {name: one for name, one in sorted(found.items()) if one is not None}
 
     async def learn(
         self,

@@ -1,19 +1,17 @@
 """What Prometheus is told, read as Prometheus reads it."""
 
-import os
 import re
 
 from embedding_proxy.providers import errors
 from embedding_proxy.providers.route_check import TEXTS
 from fault_server import hang, status, tokens_of
 from pages import ROOT
+from prometheus_client.parser import text_string_to_metric_families
 from qdrant_server import QdrantServer
 
-LINE = re.compile(r'(\w+)\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (\S+)')
 MODEL = {"space": "s/m", "dimensions": 8, "price": 2.0, "routes": [
     {"provider": "openai", "model": "m"}]}  # fmt: skip
 KEYS = [{"key": "k", "admin": True, "name": 'a "b"\\\n', "namespace": "team"}]
-WORKER = ("worker", str(os.getpid()))
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
@@ -28,37 +26,31 @@ async def _text(proxy):
 
 async def _told(proxy):
     """Return the values by name and labels; every line is one of Prometheus' format."""
-    text = await _text(proxy)
-    assert text.endswith("\n")
-    told, known = {}, set()
-    for line in text.splitlines():
-        if line.startswith("# "):
-            known.add(line.split()[2])
-            continue
-        name, labels, value = LINE.fullmatch(line).groups()
-        assert name in known
-        pairs = frozenset(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', labels))
-        assert (name, pairs) not in told
-        told[name.removeprefix("embedding_proxy_"), pairs] = float(value)
+    told = {}
+    for family in text_string_to_metric_families(await _text(proxy)):
+        for sample in family.samples:
+            key = sample.name.removeprefix("embedding_proxy_"), frozenset(sample.labels.items())
+            assert key not in told
+            told[key] = sample.value
     return told
 
 
 async def test_counters_are_told_by_all_that_the_ledger_knows(upstream, start_proxy):
-    """Inputs, tokens and dollars since ever; look-ups and calls of this worker."""
+    """Inputs, tokens, dollars, look-ups and calls since ever, also after a restart."""
     upstream.widths = {"m": 8}
     sections = {"models": {"m": MODEL}, "server": {"keys": KEYS}}
     proxy = await start_proxy(openai=upstream, **sections)
     for _ in range(2):
         asked = {"model": "m", "input": ["one text", "one text"]}
         assert (await proxy.post(asked, Authorization="Bearer k")).status == 200
-    found = frozenset({WORKER, ("result", "memory")})
+    found = frozenset({("result", "memory")})
     assert (await _told(proxy))["cache_lookups_total", found] == 1
     await start_proxy.stop()
     proxy = await start_proxy(openai=upstream, **sections)
     upstream.script.append(status(402))
     assert (await proxy.post({"model": "m", "input": "b"}, Authorization="Bearer k")).status == 402
     told = await _told(proxy)
-    client = {("model", "m"), ("client", r"a \"b\"\\\n"), ("namespace", "team")}
+    client = {("model", "m"), ("client", 'a "b"\\\n'), ("namespace", "team")}
     bought, served = {*client, ("provider", "openai")}, {*client, ("provider", "")}
     tokens = tokens_of("one text")
     for name, labels, value in (
@@ -69,14 +61,21 @@ async def test_counters_are_told_by_all_that_the_ledger_knows(upstream, start_pr
         ("tokens_total", {*bought, ("kind", "billed")}, tokens),
         ("tokens_total", {*served, ("kind", "saved")}, 3 * tokens),
         ("cost_usd_total", {*bought, ("kind", "billed")}, tokens * 2e-6),
-        ("cache_lookups_total", {WORKER, ("result", "memory")}, 0),
-        ("cache_lookups_total", {WORKER, ("result", "miss")}, 1),
-        ("cache_corrupt_records_total", {WORKER}, 0),
-        ("provider_attempts_total", {WORKER, ("provider", "openai")}, 1),
-        ("provider_ready", {WORKER, ("provider", "openai")}, 0),
+        ("cache_lookups_total", {("result", "memory")}, 1),
+        ("cache_lookups_total", {("result", "miss")}, 2),
+        ("cache_corrupt_records_total", set(), 0),
+        ("provider_attempts_total", {("provider", "openai")}, 2),
+        ("provider_ready", {("provider", "openai")}, 0),
+        ("circuit_breaker_state", {("provider", "openai")}, 2),
+        ("requests_total", {("route", "embeddings"), ("status", "200")}, 2),
+        ("requests_total", {("route", "embeddings"), ("status", "402")}, 1),
+        ("request_duration_seconds_count", {("route", "embeddings")}, 3),
+        ("upstream_duration_seconds_count", {("provider", "openai")}, 2),
+        ("cache_entries", set(), 1),
+        ("requests_in_flight", set(), 1),
     ):
         assert told[name, frozenset(labels)] == value, (name, labels)
-    failures = {WORKER, ("provider", "openai"), ("reason", "quota_exceeded")}
+    failures = {("provider", "openai"), ("reason", "quota_exceeded")}
     assert told["provider_failures_total", frozenset(failures)] == 1
 
 
@@ -88,7 +87,7 @@ async def test_another_model_and_the_canaries_are_told(upstream, start_proxy):
     assert (await proxy.post({"model": "m", "input": "a"})).status == 200
     (found,) = await proxy.service.canaries.check()
     told = await _told(proxy)
-    named = {WORKER, ("provider", "openai"), ("model", "another")}
+    named = {("provider", "openai"), ("model", "another")}
     assert told["provider_model_mismatch_total", frozenset(named)] == 3
     route = {("space", "s/m"), ("provider", "openai"), ("upstream_model", "m")}
     assert told["model_drift_cosine_similarity", frozenset(route)] == found["cosine"] > 0.999
@@ -123,7 +122,8 @@ async def test_the_page_tells_all_metrics_and_invents_none(upstream, start_proxy
             upstream.script.append(status(402))
         told, text = await _told(proxy), await _text(proxy)
         await start_proxy.stop()
-    labels = {name: {label for label, _ in pairs} for name, pairs in told}
+    parts = re.compile(r"(?<=_seconds)_(bucket|count|sum)$")
+    labels = {parts.sub("", name): {label for label, _ in pairs} for name, pairs in told}
     kinds = re.findall(r"# TYPE embedding_proxy_(\S+) (\S+)", text)
     exported = {(name, kind): labels[name] for name, kind in kinds}
     rows = _rows("What there is")
@@ -169,4 +169,34 @@ async def test_retries_failovers_and_hedges_are_told_by_model(upstream, second, 
         ("hedged_requests_total", 1, 0),
     ):
         for model_name, value in (("hedged", hedged), ("plain", plain)):
-            assert told[name, frozenset({WORKER, ("model", model_name)})] == value, name
+            assert told[name, frozenset({("model", model_name)})] == value, name
+
+
+async def test_a_hit_of_the_fast_path_is_counted(upstream, start_proxy):
+    """A repeated body is answered without a handler, and is a request like others."""
+    upstream.widths = {"m": 8}
+    proxy = await start_proxy(openai=upstream, models={"m": MODEL})
+    for _ in range(3):
+        assert (await proxy.post({"model": "m", "input": "a"})).status == 200
+    told = await _told(proxy)
+    labels = frozenset({("route", "embeddings"), ("status", "200")})
+    assert told["requests_total", labels] == 3
+    count = frozenset({("route", "embeddings")})
+    assert told["request_duration_seconds_count", count] == 3
+    top = frozenset({("route", "embeddings"), ("le", "+Inf")})
+    assert told["request_duration_seconds_bucket", top] == 3
+
+
+async def test_requests_nobody_serves_have_bounded_labels(upstream, start_proxy):
+    """Paths, methods and models of clients are no labels."""
+    proxy = await start_proxy(openai=upstream, models={"m": MODEL}, passthrough=None)
+    address = proxy.url.removesuffix("/v1")
+    for number in range(50):
+        async with proxy.http.get(f"{address}/path-{number}") as response:
+            assert response.status == 404
+    told = await _told(proxy)
+    routes = {dict(pairs)["route"] for name, pairs in told if name == "requests_total"}
+    assert "unknown" in routes
+    assert not any("path" in route for route in routes)
+    labels = frozenset({("route", "unknown"), ("status", "404")})
+    assert told["requests_total", labels] == 50
