@@ -123,6 +123,7 @@ DOORS = {
     "yaml": {"proxy/config/yaml_file.py"},
     "splintr": {"providers/tokens.py"},
     "wordllama": {"providers/local.py"},
+    "prometheus_client": {"proxy/http/metrics.py"},
     # The vectors' forms; what measures many at once; what makes its own; what shows off; what
     # computes the checksums of a log.
     "numpy": {

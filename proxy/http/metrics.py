@@ -172,9 +172,14 @@ class Metrics:
         yield from self._providers_counted()
         for name, model in service.models.items():
             counts = model.router.counts
-            yield "retries_total", (("model", name),), counts.retries
-            yield "failovers_total", (("model", name),), counts.failovers
-            yield "hedged_requests_total", (("model", name),), counts.hedges
+            for metric, count in (
+                ("retries_total", counts.retries),
+                ("failovers_total", counts.failovers),
+                ("hedged_requests_total", counts.hedges),
+            ):
+                # Clients may ask for names without end.
+                if count or name in service.settings.models:
+                    yield metric, (("model", name),), count
         points = dict(service.indexing.indexer.since_start()) if service.indexing else {}
         if points:
             yield "index_failures_total", (), points.pop("failures")

@@ -62,7 +62,9 @@ class SharedCounters:
         self._kinds: list[str] = []
         self._values = array("d")
         self._before: dict[Series, float] = {}
-        """The counters that the slot held when this process took it."""
+        """What is added to the counters of this process: what the slot held when it was taken, and
+        what was counted before a counter began anew."""
+        self._latest: dict[Series, float] = {}
         self._number: int | None = None
         self._names_file = self._values_file = -1
         self._has_warned = False
@@ -108,19 +110,24 @@ class SharedCounters:
     def publish(self, counters: Mapping[Series, float], gauges: Mapping[Series, float]) -> None:
         """Publish the values of this process: counters since its start, gauges as they are.
 
-        A gauge that is left out is 0 from then on.
+        A counter that is lower than before has begun anew. A gauge that is left out is 0 from then
+        on.
         """
+        for series, value in counters.items():
+            latest = self._latest.get(series, 0.0)
+            if value < latest:
+                self._before[series] = self._before.get(series, 0.0) + latest
+        self._latest.update(counters)
         new: list[tuple[str, Series]] = []
         for kind, values in ((_COUNTER, counters), (_GAUGE, gauges)):
             new += [(kind, series) for series in values if series not in self._series]
         for kind, series in new[: MAX_SERIES - len(self._kinds)]:
             self._append(kind, series, 0.0)
-        before = self._before
         for series, index in self._series.items():
             if self._kinds[index] == _GAUGE:
                 self._values[index] = gauges.get(series, 0.0)
             elif series in counters:
-                self._values[index] = before.get(series, 0.0) + counters[series]
+                self._values[index] = self._before.get(series, 0.0) + counters[series]
         try:
             if new and self._names_file >= 0:
                 os.lseek(self._names_file, 0, os.SEEK_END)

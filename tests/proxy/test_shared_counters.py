@@ -105,3 +105,11 @@ def test_series_are_bounded(opened):
     told = counters.read().counters
     assert len(told) == MAX_SERIES
     assert told[Series("x", (("n", "1"),))] == 7
+
+
+def test_a_counter_that_begins_anew_does_not_fall(opened):
+    """What a model counted is forgotten with it; its metric goes on."""
+    counters = opened()
+    for value in (5, 2, 3):
+        counters.publish({ONE: value}, {})
+    assert counters.read().counters == {ONE: 8}

@@ -16,6 +16,7 @@ from aiohttp import web
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure
 from embedding_proxy.proxy.http.workers import WorkerFailed
+from prometheus_client.parser import text_string_to_metric_families
 from qdrant_server import QdrantServer
 
 MODEL = "wordllama-embed"
@@ -205,3 +206,39 @@ def test_workers_that_cannot_start_are_one_error(tmp_path):
     log = (tmp_path / "log").read_text()
     assert "File exists" in log
     assert "Traceback" not in log
+
+
+def _metrics(url) -> dict[str, float]:
+    """Return the counters, of whichever worker answers, but for those of scrapes themselves."""
+    with urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=20) as reply:
+        families = [*text_string_to_metric_families(reply.read().decode())]
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for family in families
+        for sample in family.samples
+        if family.type == "counter" and sample.labels.get("route") != "metrics"
+    }
+
+
+def test_every_worker_tells_the_same_counters_and_restarts_continue_them(tmp_path):
+    """One scrape sees all; no label names a process; what a dead worker counted stays."""
+    name = "embedding_proxy_requests_total[('route', 'embeddings'), ('status', '200')]"
+    with _running(tmp_path) as (parent, url):
+        for number in range(20):
+            _fresh(url, f"text {number % 5}")
+        while _metrics(url).get(name) != 20:
+            pass
+        told = [_metrics(url) for _ in range(8)]
+        assert all(one == told[0] for one in told)
+        victim = min(_children(parent))
+        os.kill(victim, signal.SIGKILL)
+        while len(_children(parent) - {victim}) < 2:
+            pass
+        assert _metrics(url)[name] == 20
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(20) == 0
+    with _running(tmp_path) as (_, url):
+        _fresh(url, "text 1")
+        while (after := _metrics(url)).get(name) != 21:
+            pass
+    assert {key for key, value in told[0].items() if after.get(key, 0) < value} == set()
