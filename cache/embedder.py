@@ -29,7 +29,7 @@ from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
 from .record import Entry
-from .tiered import Tiers
+from .tiers import Tiers
 
 MAX_ROUNDS_WITH_STRANGERS = 3
 """Times that a request waits for purchases of clients with other keys, which may be refused; then

@@ -216,7 +216,7 @@ class PassthroughUpstream:
         if isinstance(error, ReplyLost) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         if isinstance(error, TimeoutError):
-            place = self._profile.network.place_of(self._base_url)
+            place = self._profile.network.address_of(self._base_url)
             seconds = self._profile.timeouts.connect_s
             return UpstreamTimeout(
                 self.name, f"connection timed out to {place}, after {seconds:.1f} s"

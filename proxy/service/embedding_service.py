@@ -23,7 +23,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
 from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.tiers import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import SearchHit, search
