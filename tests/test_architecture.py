@@ -12,7 +12,7 @@ from tools import draw_architecture
 ROOT = Path(__file__).parents[1]
 # Each package may import those after it, never one before.
 PACKAGES = ("proxy", "index", "cache", "providers")
-MAX_LINES = 500
+MIN_LINES, MAX_LINES = 40, 500
 LONGER = {}
 """Files that pass it, with their reasons. None today: try to keep it so."""
 
@@ -55,7 +55,6 @@ SEEN_BY_CACHE = {
     "providers.errors",
     "providers.vector",
     "providers.tokens",
-    "providers.slices",
     "providers.lru_cache",
     "providers.backoff",
 }
@@ -218,9 +217,11 @@ def test_the_wire_knows_no_http_library():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_is_short_and_says_what_it_is(name):
-    """No file passes MAX_LINES without a reason, and each begins with a docstring."""
+    """No file passes MAX_LINES without a reason, or is a fragment; each has its docstring."""
     source = (ROOT / name).read_text(encoding="utf-8")
-    assert (len(source.splitlines()) > MAX_LINES) == (name in LONGER)
+    lines = len(source.splitlines())
+    assert (lines > MAX_LINES) == (name in LONGER)
+    assert lines >= MIN_LINES or Path(name).stem.startswith("__")
     assert ast.get_docstring(ast.parse(source))
 
 

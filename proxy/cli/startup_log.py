@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from importlib import metadata
 
-from embedding_proxy.cache.maintenance.size import read_size
+from embedding_proxy.cache.maintenance.stats import read_size
 from embedding_proxy.providers import descriptors, local, registry
 from embedding_proxy.proxy.config.loader import ConfigError, Configuration
 from embedding_proxy.proxy.config.own_address import check_own_address

@@ -28,9 +28,8 @@ from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import SearchHit, search
 from embedding_proxy.providers import similarity, vector
-from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.base import SLICE, Input
 from embedding_proxy.providers.routing.health import HealthRegistry
-from embedding_proxy.providers.slices import SLICE
 from embedding_proxy.proxy.config.loader import ConfigError, load
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.request_fields import classify
