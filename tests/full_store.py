@@ -42,7 +42,7 @@ from embedding_proxy.cache.key import FORMAT, Namespace, keyring
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 from fault_server import FaultServer, vector_of
 

@@ -73,8 +73,8 @@ PROMISES = {
     ),
     # When something is wrong: one for each row of the table.
     "about something else": (
-        "tests/cache/test_tiered.py::test_a_record_that_does_not_verify_is_a_miss",
-        "tests/cache/test_tiered.py::test_a_collision_on_disk_is_a_miss_and_counted",
+        "tests/cache/test_tiers.py::test_a_record_that_does_not_verify_is_a_miss",
+        "tests/cache/test_tiers.py::test_a_collision_on_disk_is_a_miss_and_counted",
     ),
     "a record of another width than the model's": (
         f"{HERE}::test_a_wrong_width_in_the_configuration_costs_nothing",

@@ -268,7 +268,7 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
                 "oldest": one.oldest,
                 "newest": one.newest,
                 "last_used": one.last_used,
-                **status.shown(one.usage),
+                **status.usage_fields(one.usage),
             }
         )
     return {
@@ -279,7 +279,7 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
         "size_limit_bytes": int(settings.cache.size_limit_gib * GIB),
         "entries": held.entries,
         "counted_since": None if held.since_day is None else held.since_day * 86_400,
-        **status.shown(held.usage),
+        **status.usage_fields(held.usage),
         "partitions": partitions,
     }
 

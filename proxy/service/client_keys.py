@@ -289,7 +289,7 @@ class ClientKeys:
         if not account.client:
             account = replace(account, client=credential.name)
         own = replace(context, credential=credential, namespace=namespace, account=account)
-        answer = await _Visit(self, how, own, credential, ask).answer(inputs)
+        answer = await _KeyedRequest(self, how, own, credential, ask).answer(inputs)
         if answer is None:
             # The next time it may be proved, or refused.
             return replace(await ask(inputs, context), cached_hit=None), context.namespace
@@ -335,7 +335,7 @@ class ClientKeys:
         )
 
 
-class _Visit:
+class _KeyedRequest:
     """One request that comes with a key."""
 
     def __init__(

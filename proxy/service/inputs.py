@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from embedding_proxy.cache.key import Keys, Namespace, keyring
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import CachePolicy, Input, TokenCheck
 from embedding_proxy.providers.errors import InvalidRequest

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from embedding_proxy.providers import registry
+from embedding_proxy.providers import plugins, registry
 from embedding_proxy.providers.base import Context, Space
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Profile
@@ -117,7 +117,7 @@ def installed(tmp_path, monkeypatch):
         info = tmp_path / "acme-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
-        lines = [f"[{registry.GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
+        lines = [f"[{plugins.PROVIDERS}]", *(f"{name} = {value}" for name, value in points.items())]
         (info / "entry_points.txt").write_text("\n".join(lines))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "acme_kinds", raising=False)

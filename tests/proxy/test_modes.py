@@ -10,7 +10,7 @@ import pytest
 import yaml
 from aiohttp import web
 from conftest import no_wait
-from embedding_proxy.cache.tiered import Lookup
+from embedding_proxy.cache.tiers import Lookup
 from embedding_proxy.providers.base import Outcome
 from embedding_proxy.proxy.cli.main import app
 from embedding_proxy.proxy.config.loader import load

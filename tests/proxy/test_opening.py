@@ -7,7 +7,7 @@ import pytest
 from conftest import no_wait
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import NoRoute
 from embedding_proxy.providers.model_catalog import CATALOGUE
