@@ -258,23 +258,41 @@ async def wait(
             each.leave()
 
 
+class _Joinable:
+    """What every InFlight of one store knows of the others' fetches."""
+
+    def __init__(self, max_recent: int) -> None:
+        self.fetches: dict[Key, Fetch] = {}
+        """Those that may be joined."""
+        self.landed = 0
+        self.recent: deque[Key] = deque(maxlen=max_recent)
+
+
 class InFlight:
     """The fetches in progress, by key, and all tasks that must not be lost."""
 
     def __init__(self, max_recent: int = MAX_RECENT) -> None:
-        self._fetches: dict[Key, Fetch] = {}
-        """Those that may be joined."""
+        self._joinable = _Joinable(max_recent)
+        self._fetches = self._joinable.fetches
         self._tasks: set[asyncio.Task[Any]] = set()
         """Of all fetches: also of those that another has replaced, or that leave no trace."""
         self._writes: set[asyncio.Task[Any]] = set()
         """What is being kept of them; some is brought after the end of its fetch."""
-        self.landed = 0
-        """How many keys have been bought and kept."""
-        self._recent: deque[Key] = deque(maxlen=max_recent)
-        """The last of them."""
 
     def __len__(self) -> int:
         return len(self._fetches)
+
+    def successor(self) -> "InFlight":
+        """Return another one that joins the same fetches, and owns only those that it adds."""
+        successor = InFlight()
+        successor._joinable = self._joinable
+        successor._fetches = self._fetches
+        return successor
+
+    @property
+    def landed(self) -> int:
+        """How many keys have been bought and kept."""
+        return self._joinable.landed
 
     def split(self, keys: Iterable[Key], context: Context) -> tuple[dict[Key, Fetch], list[Key]]:
         """Split keys into those to wait for, with their fetch, and those that nobody buys yet."""
@@ -317,15 +335,15 @@ class InFlight:
     def note_landed(self, fetch: Fetch, entries: Mapping[Key, Entry]) -> None:
         """Note what a fetch has bought and kept."""
         if fetch.context.terms.write:
-            self.landed += len(entries)
-            self._recent.extend(entries)
+            self._joinable.landed += len(entries)
+            self._joinable.recent.extend(entries)
 
     def landed_since(self, mark: int, keys: Collection[Key]) -> set[Key]:
         """Return those of some keys that may have been kept since `landed` was `mark`."""
-        count = self.landed - mark
-        if count > len(self._recent):
+        count, recent = self.landed - mark, self._joinable.recent
+        if count > len(recent):
             return set(keys)
-        return {key for key in islice(reversed(self._recent), count) if key in keys}
+        return {key for key in islice(reversed(recent), count) if key in keys}
 
     def write(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start to write what was bought, or what was charged: nothing ends that early."""
@@ -333,6 +351,12 @@ class InFlight:
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
         return task
+
+    async def drain(self) -> None:
+        """Wait until all fetches have ended by themselves, and what they have got is kept."""
+        while tasks := self._tasks | self._writes:
+            await asyncio.wait(tasks)
+            await asyncio.sleep(0)
 
     async def close(self) -> None:
         """End all fetches, and wait until what they have got is kept."""

@@ -24,7 +24,7 @@ from embedding_proxy.providers.base import current_label
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import status
-from embedding_proxy.proxy.service.embedding_service import GIB
+from embedding_proxy.proxy.service.storage import GIB
 
 from .formatting import age, count, join_names, money, savings, share, size
 from .groups import cache_app

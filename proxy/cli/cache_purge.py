@@ -20,7 +20,7 @@ from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.billing import NANO
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.service.embedding_service import GIB
+from embedding_proxy.proxy.service.storage import GIB
 
 from . import output
 from .cache import NamespaceOption, SpaceOption, check_known, open_store, open_store_for_reading

@@ -14,7 +14,7 @@ from embedding_proxy.cache.maintenance import verify
 from embedding_proxy.cache.maintenance.verify import Findings
 from embedding_proxy.proxy.config import loader
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.service.embedding_service import GIB
+from embedding_proxy.proxy.service.storage import GIB
 
 from .cache import open_store, open_store_for_reading
 from .formatting import count

@@ -15,7 +15,7 @@ from embedding_proxy.proxy.config.schema import Cache
 from embedding_proxy.proxy.diagnostics import check as index_check
 from embedding_proxy.proxy.diagnostics.check import Checkup, examine, provider_problems
 from embedding_proxy.proxy.diagnostics.routes import ModelSelection, RouteResult
-from embedding_proxy.proxy.service.embedding_service import GIB
+from embedding_proxy.proxy.service.storage import GIB
 
 from .formatting import count, size
 from .output import ConfigOption, JsonOption, path_text, print_json, printable, progress

@@ -9,8 +9,8 @@ from embedding_proxy.providers import descriptors, local, registry
 from embedding_proxy.proxy.config.loader import ConfigError, Configuration
 from embedding_proxy.proxy.config.own_address import check_own_address
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.service.embedding_service import GIB
 from embedding_proxy.proxy.service.provider_factory import check_network, key_of
+from embedding_proxy.proxy.service.storage import GIB
 
 from .formatting import count, size
 from .output import WorkFailed, path_text

@@ -24,8 +24,9 @@ from embedding_proxy.proxy.http.runner import (
     UNREAD,
 )
 from embedding_proxy.proxy.http.status import Status
-from embedding_proxy.proxy.service.embedding_service import MIB, REPLIES_SHARE, EmbeddingService
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from embedding_proxy.proxy.service.request import CALLER
+from embedding_proxy.proxy.service.storage import MIB, REPLIES_SHARE
 
 from . import request_body, request_log, status
 from .auth import Authenticator

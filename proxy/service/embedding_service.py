@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
 from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
-from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiers import TierCounters, Tiers
+from embedding_proxy.cache.tiers import TierCounters
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import SearchHit, search
@@ -41,7 +39,6 @@ from .drift_check import DriftCheck
 from .embedding_result import Result
 from .index_writes import IndexWrites, collection_of
 from .inputs import CostPreview, preview_cost
-from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from .model_registry import Model, Registry
 from .pipeline import EmbeddingPipeline, apply_dimension_strategy, space_of
 from .provider_factory import open_providers
@@ -54,12 +51,7 @@ from .request import (
     Secret,
     parse_input,
 )
-
-MIB = 1 << 20
-GIB = 1 << 30
-DAY = 86_400
-REPLIES_SHARE = 0.5
-"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
+from .storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +161,16 @@ class EmbeddingService(SearchMixin):
     """Embeds without HTTP. Open it with `async with`; use it from one event loop."""
 
     def __init__(
-        self, settings: Settings, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        settings: Settings,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        storage: Storage | None = None,
     ) -> None:
-        """`sleep` waits between attempts at a provider, in seconds; tests inject a wait of zero."""
+        """`sleep` waits between attempts at a provider, in seconds; tests inject a wait of zero.
+
+        `storage` is one that another service holds, of an equal cache section.
+        """
         self.settings = settings
         self._sleep = sleep
         self._registry: Registry | None = None
@@ -182,8 +181,21 @@ class EmbeddingService(SearchMixin):
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
-        self._tiers: Tiers | None = None
-        self._store: Store | None = None
+        self._storage = storage
+
+    def successor(self, settings: Settings) -> "EmbeddingService":
+        """Return a service of other settings, to be opened while this one is open.
+
+        It uses the same storage if the cache section is the same.
+        """
+        storage = self._storage
+        is_same = storage is not None and storage.cache == settings.cache
+        return EmbeddingService(settings, sleep=self._sleep, storage=storage if is_same else None)
+
+    async def drain(self) -> None:
+        """Wait for all purchases under way to end by themselves."""
+        if self._registry is not None:
+            await self._registry.in_flight.drain()
 
     @classmethod
     def from_config(cls, path: str | Path | None = None) -> Self:
@@ -197,34 +209,19 @@ class EmbeddingService(SearchMixin):
         """Open the store and the providers. Raises StoreError if the directory cannot be used."""
         cache = self.settings.cache
         async with AsyncExitStack() as stack:
-            ttl_s = cache.ttl_days and cache.ttl_days * DAY
-            size_limit = int(cache.size_limit_gib * GIB)
-            pinned = (*cache.pinned, drift_check.NAMESPACE)
-            store = await stack.enter_async_context(
-                Store(
-                    cache.directory,
-                    size_limit,
-                    ttl_s=ttl_s,
-                    # Frozen, nothing could be bought again.
-                    deletes_expired=cache.mode != "frozen",
-                    pinned=pinned,
-                )
-            )
-            self._store = store
-            memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
-            self._tiers = Tiers(memory, store)
+            self._storage = await stack.enter_async_context(self._storage or Storage(cache))
+            store, tiers = self._storage.store, self._storage.tiers
             # Frozen, whoever would ask a provider finds none that could be paid.
             providers = {}
             if cache.mode != "frozen":
                 providers = await open_providers(self.settings, stack, self._sleep)
-            learned = LearnedDimensions(store.folder / WIDTHS_FILE)
-            await learned.refresh()
             self._registry = Registry(
                 self.settings,
                 providers,
-                self._tiers,
+                tiers,
                 self.upstreams,
-                learned,
+                self._storage.learned,
+                self._storage.in_flight.successor(),
                 sleep=self._sleep,
             )
             stack.push_async_callback(self._registry.close)
@@ -256,12 +253,12 @@ class EmbeddingService(SearchMixin):
     @property
     def counters(self) -> TierCounters:
         """What the tiers have seen since the start."""
-        return self._tiers.counters if self._tiers else TierCounters()
+        return self._storage.tiers.counters if self._storage else TierCounters()
 
     @property
     def counted(self) -> Mapping[LedgerKey, Usage]:
         """The sums of the ledger that this process has added since the start."""
-        return self._store.counted if self._store else {}
+        return self._storage.store.counted if self._storage else {}
 
     async def ledger(self, by: Sequence[By]) -> list[Line] | None:
         """Return the sums since ever, of all processes; None while they cannot be read.
@@ -269,13 +266,13 @@ class EmbeddingService(SearchMixin):
         At most MAX_LEDGER_KEYS lines, and one for each provider with what is left: what is
         configured comes first, then what was counted first.
         """
-        if self._store is None:
+        if self._storage is None:
             return None
         server = self.settings.server
         namespaces = ["", drift_check.NAMESPACE, *(key.namespace for key in server.keys)]
         named = {By.MODEL: list(self.settings.models), By.NAMESPACE: namespaces}
         preferred = {column: names for column, names in named.items() if column in by}
-        return await self._store.ledger(by, MAX_LEDGER_KEYS, preferred)
+        return await self._storage.store.ledger(by, MAX_LEDGER_KEYS, preferred)
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -300,12 +297,12 @@ class EmbeddingService(SearchMixin):
     @property
     def evicted(self) -> int:
         """How many entries this process has evicted from disk."""
-        return self._store.evicted if self._store else 0
+        return self._storage.store.evicted if self._storage else 0
 
     @property
     def unwritten(self) -> int:
         """How many records wait for the disk."""
-        return self._store.unwritten if self._store else 0
+        return self._storage.store.unwritten if self._storage else 0
 
     @property
     def max_inputs(self) -> int | None:
@@ -362,10 +359,10 @@ class EmbeddingService(SearchMixin):
         self, inputs: Sequence[str], model: str, *, namespace: str = ""
     ) -> list[CostPreview]:
         """Return what is known of texts before anything is bought. Raises EmbeddingError."""
-        if self._registry is None or self._tiers is None:
+        if self._registry is None or self._storage is None:
             raise RuntimeError("the service is not open")
         return await preview_cost(
-            self._registry.get(model), self._tiers, inputs, Namespace(namespace)
+            self._registry.get(model), self._storage.tiers, inputs, Namespace(namespace)
         )
 
     def embed_from_cache(

@@ -101,13 +101,14 @@ class Registry:
     Tiers, fetches, and what is known of the providers are shared by all of them.
     """
 
-    def __init__(  # noqa: PLR0913 - what all models share
+    def __init__(  # noqa: PLR0913, PLR0917 - what all models share
         self,
         settings: Settings,
         providers: Mapping[str, Provider],
         tiers: Tiers,
         upstreams: HealthRegistry,
         learned: LearnedDimensions,
+        in_flight: InFlight | None = None,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -120,8 +121,9 @@ class Registry:
         frozen = settings.cache.mode == "frozen"
         self._usable_providers = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
-        self._in_flight = InFlight()
-        self._learner = WidthLearner(learned, tiers, self._in_flight)
+        self.in_flight = in_flight or InFlight()
+        """The fetches of all models."""
+        self._learner = WidthLearner(learned, tiers, self.in_flight)
         self._unlisted: dict[str, Model] = {}
         """Models that were asked for by name, and whose own width is not known."""
         self.models = {name: self._make(name, entry) for name, entry in settings.models.items()}
@@ -134,7 +136,7 @@ class Registry:
         providers must be open until this returns.
         """
         await self._upstreams.attempts.close()
-        await self._in_flight.close()
+        await self.in_flight.close()
 
     def get(self, name: str) -> Model:
         """Return a model; one that is not configured if it may be asked for by name.
@@ -225,7 +227,7 @@ class Registry:
             price=entry.price,
             router=router,
             source=source,
-            embedder=CachingEmbedder(source, self._tiers, self._in_flight),
+            embedder=CachingEmbedder(source, self._tiers, self.in_flight),
             dimensions_refused=entry.dimensions_refused,
             width=entry.width,
             context=entry.context,

@@ -1,0 +1,63 @@
+"""What is stored, opened once: the disk, the memory before it, and what was learned of models.
+
+A configuration that is loaded anew uses the same storage as long as its cache section is the same:
+nothing that is in memory is lost, and a purchase that is under way is waited for, not made again.
+"""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Self
+
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.in_flight import InFlight
+from embedding_proxy.cache.memory import Memory
+from embedding_proxy.cache.tiers import Tiers
+from embedding_proxy.proxy.config.schema import Cache
+
+from . import drift_check
+from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
+
+MIB = 1 << 20
+GIB = 1 << 30
+DAY = 86_400
+REPLIES_SHARE = 0.5
+"""The part of the memory that is left to whole replies (see `http.response_cache`)."""
+
+
+class Storage:
+    """The tiers of one cache section. Whoever uses it holds it; the last one out closes it."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        ttl_s = cache.ttl_days and cache.ttl_days * DAY
+        self.store = Store(
+            cache.directory,
+            int(cache.size_limit_gib * GIB),
+            ttl_s=ttl_s,
+            # Frozen, nothing could be bought again.
+            deletes_expired=cache.mode != "frozen",
+            pinned=(*cache.pinned, drift_check.NAMESPACE),
+        )
+        self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
+        self.tiers = Tiers(self.memory, self.store)
+        self.learned = LearnedDimensions(self.store.folder / WIDTHS_FILE)
+        self.in_flight = InFlight()
+        self._holders = 0
+        self._opening = asyncio.Lock()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Hold it; the first one opens it. Raises StoreError if the directory cannot be used."""
+        async with self._opening:
+            if not self._holders:
+                await self._stack.enter_async_context(self.store)
+                await self.learned.refresh()
+            self._holders += 1
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Let go of it; the last one closes it."""
+        async with self._opening:
+            self._holders -= 1
+            if not self._holders:
+                await self._stack.aclose()
