@@ -170,5 +170,10 @@ OTHERS = {
         "Compare models and providers: latency, errors, cost, storage, and whether they agree.",
         "compare",
     ),
+    "reload": Place(
+        "reload",
+        "Let the running proxy read its configuration anew, without dropping a request.",
+        "reload",
+    ),
 }
 """Those that stand beside the groups."""

@@ -20,7 +20,11 @@ from .output import ConfigOption, discard_unwritten, fail, handle_failures
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
     from collections.abc import Coroutine
+
+    from embedding_proxy.proxy.config.schema import Settings
+    from embedding_proxy.proxy.http import control, server
 
 T = TypeVar("T")
 
@@ -67,6 +71,10 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
     workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
+    take_over: Annotated[  # noqa: FBT002 - typer's signature
+        bool,
+        typer.Option("--take-over", help="Take the port over from the proxy that runs; it stops."),
+    ] = False,
 ) -> None:
     """Run the proxy until it is told to stop."""
     with importing():
@@ -74,8 +82,8 @@ def serve(
 
         from embedding_proxy.proxy.config import loader  # noqa: PLC0415
         from embedding_proxy.proxy.config.fields import MODES  # noqa: PLC0415
-        from embedding_proxy.proxy.http import server  # noqa: PLC0415
-        from embedding_proxy.proxy.http.workers import run_workers  # noqa: PLC0415
+        from embedding_proxy.proxy.http import control, server  # noqa: PLC0415
+        from embedding_proxy.proxy.http.workers import Supervisor  # noqa: PLC0415
 
         from . import startup_log  # noqa: PLC0415
 
@@ -84,27 +92,39 @@ def serve(
     logging.getLogger("httpx").setLevel(logging.WARNING)
     given = {"host": host, "port": port, "workers": workers}
     overrides = {name: value for name, value in given.items() if value is not None}
-    configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
-    settings = configuration.settings
+
+    def load() -> "Settings":
+        configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
+        startup_log.check_environment(configuration)
+        return configuration.settings
+
+    startup_log.check_open_files()
+    settings = load()
     if settings.cache.mode != "normal":
         logging.getLogger("embedding_proxy").warning(
             "cache.mode is %s: %s", settings.cache.mode, MODES[settings.cache.mode]
         )
-    startup_log.check_open_files()
-    startup_log.check_environment(configuration)
-    with server.listen(settings) as listening:
+    directory = settings.cache.directory
+    with server.take_over(settings) if take_over else server.listen(settings) as listening:
+        path = control.socket_path(directory, listening.getsockname()[1])
 
-        def announce() -> None:
+        def announce() -> "control.Listener | None":
             startup_log.report(settings)
+            if take_over:
+                control.ask(path, control.STOP)
             typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
+            return control.listen(path)
 
-        count = settings.server.workers
-
-        def work(ready: Callable[[], None]) -> signal.Signals:
+        def work(
+            settings: "Settings", ready: "server.Announce", channel: "socket.socket | None" = None
+        ) -> signal.Signals:
             with handle_failures():
-                return _run(server.serve(settings, listening, ready, is_worker=count > 1))
+                return _run(server.serve(settings, listening, ready, load, channel=channel))
 
-        told = work(announce) if count == 1 else run_workers(count, work, announce)
+        if settings.server.workers == 1:
+            told = work(settings, announce)
+        else:
+            told = Supervisor(settings, listening, work, load).run(announce)
     if told is signal.SIGINT:
         raise typer.Exit(EXIT_CODE)
 

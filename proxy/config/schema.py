@@ -83,6 +83,8 @@ class Server(Section):
     send_timeout_s: Annotated[Number, Field(gt=0)] = 10
     max_unread_mib: Annotated[Number, Field(gt=0, le=1e7)] = 256
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
+    drain_s: Annotated[Number, Field(ge=0, le=3600)] = 0
+    grace_s: Annotated[Number, Field(gt=0, le=3600)] = 30
     gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
     unknown_models: Literal["ask", "refuse"] = "ask"
     canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24

@@ -57,6 +57,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
         ]
     )
     app[SERVICE] = service
+    app[status.READINESS] = status.Readiness()
     reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
     app[RESPONSES] = responses = ResponseCache(reply_bytes, is_enabled=server.fast_path)
     app[LIMITS] = ConnectionLimits.of(server)

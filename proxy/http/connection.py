@@ -74,6 +74,8 @@ class Server(Protocol):
     connections: "set[Connection]"
     fronts: "dict[web.RequestHandler, Connection]"
     """The connection in front of each of aiohttp's protocol objects."""
+    is_retiring: bool
+    """Whether each connection is closed behind its next reply, which says so."""
     is_lost: asyncio.Event
     """Set whenever one of the connections is no more."""
 
@@ -267,6 +269,8 @@ class Connection(asyncio.Protocol):
         # The order matters only where room is short.
         if self._hold.stop() or self._server.limits.is_tight:
             self._server.limits.idle(self)
+        # Who was told that the connection is closed sends nothing more on it.
+        self._has_ended |= bool(last)
         if self._received or last:
             self._loop.call_soon(self._take_next)
 
@@ -347,7 +351,8 @@ class Connection(asyncio.Protocol):
         """Whether the connection is to be closed behind the reply to the request in progress."""
         if self._is_broken or self._phase is _Phase.THROUGH:
             return True
-        return (self._has_ended or self._drained_at is not None) and not self._has_next
+        is_over = self._has_ended or self._drained_at is not None or self._server.is_retiring
+        return is_over and not self._has_next
 
     @property
     def _has_next(self) -> bool:

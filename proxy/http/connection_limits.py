@@ -138,6 +138,12 @@ class ConnectionLimits:
             max_refused=min(MAX_REFUSED, descriptors_left // _REFUSED_SHARE),
         )
 
+    def resize(self, limits: "ConnectionLimits") -> None:
+        """Take over the numbers of other limits; connections that are there stay."""
+        self.max_connections = limits.max_connections
+        self.max_per_address = limits.max_per_address
+        self._note_room()
+
     def __len__(self) -> int:
         """Return how many connections there are, without those refused."""
         return len(self._of)

@@ -9,7 +9,8 @@ they were sent: who wants them decompressed does so (`request_body`).
 import asyncio
 import logging
 import socket
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
@@ -86,24 +87,64 @@ _handler_log = logging.getLogger("embedding_proxy.connection.handler")
 _handler_log.addFilter(_HandlerLog())
 
 
+class _Generation:
+    """An application that is open, and the requests that it answers."""
+
+    def __init__(self, app: web.Application) -> None:
+        self.app = app
+        self.runner = web.AppRunner(app)
+        self.requests = 0
+        self.is_idle = asyncio.Event()
+        self.is_idle.set()
+
+    async def open(self) -> None:
+        """Start the application; on a failure nothing of it is left open."""
+        try:
+            await self.runner.setup()
+        except BaseException:
+            await self.runner.cleanup()
+            raise
+
+    @property
+    def server(self) -> web.Server:
+        """What makes and handles its requests."""
+        server = self.runner.server
+        assert server is not None  # noqa: S101 - there are no requests before it is open
+        return server
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request for as long as the block runs."""
+        self.requests += 1
+        self.is_idle.clear()
+        try:
+            yield
+        finally:
+            self.requests -= 1
+            if not self.requests:
+                self.is_idle.set()
+
+
 class Runner:
-    """Serves an application, on sockets that it is given."""
+    """Serves an application, on sockets that it is given.
+
+    Another application may take its place: no connection is closed for it. Requests that were begun
+    are answered by the one that they were begun with.
+    """
 
     def __init__(self, app: web.Application, *, shutdown_timeout: float = 60.0) -> None:
         """`shutdown_timeout` is how long requests in progress have to end, in seconds."""
-        self._app = app
-        self._runner = web.AppRunner(app)
+        self._generation = _Generation(app)
+        self._retiring: set[asyncio.Task[None]] = set()
+        """What waits for the end of former applications."""
+        self._is_stopping = asyncio.Event()
         self._shutdown_timeout = shutdown_timeout
         self.limits = app.get(LIMITS, ConnectionLimits(_NO_LIMITS))
-        self.head_timeout_s = app.get(HEAD_TIMEOUT_S, _HEAD_SECONDS)
-        self.send_timeout_s = app.get(SEND_TIMEOUT_S, _SEND_SECONDS)
-        self.unread = app.get(UNREAD, UnreadReplies(_NO_LIMITS))
-        self.requests = app.get(REQUESTS, RequestMetrics())
-        self.responses = app.get(RESPONSES, ResponseCache(0, is_enabled=False))
+        self._adopt(app)
+        self.is_retiring = False
         self.connections: set[Connection] = set()
         self.fronts: dict[web.RequestHandler, Connection] = {}
         self._server: web.Server | None = None
-        self._plain: web.Server | None = None
         self._listening: list[asyncio.Server] = []
         self.is_lost = asyncio.Event()
 
@@ -114,8 +155,7 @@ class Runner:
 
     async def setup(self) -> None:
         """Start the application."""
-        await self._runner.setup()
-        self._plain = self._runner.server
+        await self._generation.open()
         self._server = web.Server(
             self._handle,
             request_factory=self._make_request,
@@ -126,6 +166,58 @@ class Runner:
             logger=_handler_log,
             tcp_keepalive=False,
         )
+
+    def _adopt(self, app: web.Application) -> None:
+        """Take over what an application says of connections."""
+        self.head_timeout_s = app.get(HEAD_TIMEOUT_S, _HEAD_SECONDS)
+        self.send_timeout_s = app.get(SEND_TIMEOUT_S, _SEND_SECONDS)
+        self.unread = app.get(UNREAD, UnreadReplies(_NO_LIMITS))
+        self.requests = app.get(REQUESTS, RequestMetrics())
+        self.responses = app.get(RESPONSES, ResponseCache(0, is_enabled=False))
+
+    async def replace(
+        self, app: web.Application, drain: Callable[[web.Application], Awaitable[None]]
+    ) -> None:
+        """Let another application answer the requests that begin from now on.
+
+        It is opened first: if that fails, all is as it was, and the failure is raised. The former
+        one is closed once its requests are answered and `drain` has returned.
+        """
+        new = _Generation(app)
+        await new.open()
+        old, self._generation = self._generation, new
+        self.limits.resize(app.get(LIMITS, ConnectionLimits(_NO_LIMITS)))
+        self._adopt(app)
+        task = asyncio.create_task(self._retire(old, drain))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _retire(
+        self, old: _Generation, drain: Callable[[web.Application], Awaitable[None]]
+    ) -> None:
+        async def finish() -> None:
+            await old.is_idle.wait()
+            await drain(old.app)
+
+        both = {asyncio.create_task(finish()), asyncio.create_task(self._is_stopping.wait())}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+        await old.runner.cleanup()
+
+    async def retire(self, timeout_s: float) -> None:
+        """Close connections behind their next reply, for so many seconds, until there is none.
+
+        New ones are still answered.
+        """
+        self.is_retiring = True
+        await self._until_lost(timeout_s)
+
+    def stop_listening(self) -> None:
+        """Accept no further connection."""
+        for server in self._listening:
+            server.close()
 
     async def listen(
         self, listening: socket.socket | None = None, host: str = "127.0.0.1", port: int = 0
@@ -142,8 +234,7 @@ class Runner:
         Connections without a request are closed at once. What has no end of its own, a WebSocket,
         is told that the time is over, and has a moment to say so to both sides.
         """
-        for server in self._listening:
-            server.close()
+        self.stop_listening()
         # What has arrived is read first.
         await asyncio.sleep(0)
         for connection in list(self.connections):
@@ -159,7 +250,10 @@ class Runner:
             await self._server.shutdown(min(self._shutdown_timeout, _LAST_SECONDS))
         for connection in list(self.connections):
             connection.force_close()
-        await self._runner.cleanup()
+        self._is_stopping.set()
+        if self._retiring:
+            await asyncio.wait(self._retiring)
+        await self._generation.runner.cleanup()
 
     async def _until_lost(self, timeout_s: float) -> None:
         """Wait until there is no connection, for so many seconds at most."""
@@ -182,7 +276,6 @@ class Runner:
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
-        assert self._plain is not None  # noqa: S101
         connection = self.fronts.get(inner)
         if connection is not None:
             connection.begin(message, body)
@@ -194,7 +287,7 @@ class Runner:
             headers = CIMultiDict(message.headers)
             headers.popall("Expect")
             message = message._replace(headers=CIMultiDictProxy(headers))
-        request = self._plain.request_factory(message, body, inner, writer, task)
+        request = self._generation.server.request_factory(message, body, inner, writer, task)
         request[_HAS_OTHER_VERSION] = not is_known
         request[_IS_WAITING] = expected is not None and expected.lower() == "100-continue"
         if connection is not None:
@@ -205,7 +298,14 @@ class Runner:
         """Answer a request to the last byte, so that the connection knows when that was sent."""
         connection = request[CONNECTION]
         connection.handle()
-        response = await self._respond(request)
+        generation = self._generation
+        with generation.request():
+            return await self._answer(request, connection, generation)
+
+    async def _answer(
+        self, request: web.BaseRequest, connection: Connection, generation: _Generation
+    ) -> web.StreamResponse:
+        response = await self._respond(request, generation.server)
         if connection.is_last:
             response.force_close()
         try:
@@ -224,17 +324,17 @@ class Runner:
             and isinstance(response, web.Response)
             and request.version == HttpVersion11
             and not has_own_id(request)
+            and generation is self._generation
         ):
             self.responses.learn(key, request, response)
         connection.finish(is_kept_open=is_kept_open)
         return response
 
-    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _respond(self, request: web.BaseRequest, server: web.Server) -> web.StreamResponse:
         """Return the application's reply, or an error in OpenAI's shape.
 
         Raises ConnectionError where a reply has begun that cannot be ended.
         """
-        assert self._plain is not None  # noqa: S101
         if request[_HAS_OTHER_VERSION]:
             return last_reply(_OTHER_VERSION)
         if request[_IS_WAITING] and request.version == HttpVersion11:
@@ -242,7 +342,7 @@ class Runner:
             # What was sent is no part of the reply.
             request.writer.output_size = 0
         try:
-            return await self._plain.request_handler(request)
+            return await server.request_handler(request)
         except web.HTTPException as error:
             if error.status < 400:
                 return error

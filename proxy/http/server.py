@@ -7,27 +7,33 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self, TypeAlias
 
+from aiohttp import web
+from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.providers import descriptors
+from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.runner import Runner
 
-from .app import build_app
+from . import control
+from .app import SERVICE, build_app
+from .control import Listener, Reply, Request, WorkerRequest
+from .status import READINESS
+from .systemd import keep_watchdog_calm, notify, reloading
 
 log = logging.getLogger("embedding_proxy.server")
-
-GRACE_SECONDS = 30.0
-"""How long requests in progress may take after the signal to stop. Then calls that were sent have
-`attempts.CLOSE_S` seconds more to be answered, whether or not a client waits for them."""
 
 
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - nothing is bound here
 IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""The signals of which a second one ends the process at once."""
-STOP_SIGNALS = (*IMPATIENT_SIGNALS, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-"""The signals that end the proxy in good order. Windows has no SIGHUP.
+"""The signals that end the proxy in good order, and of which a second one ends it at once."""
+HANGUP = getattr(signal, "SIGHUP", None)
+"""Asks for a reload; where the terminal was closed, it ends the proxy. Windows has none."""
+STOP_SIGNALS = (*IMPATIENT_SIGNALS, *([] if HANGUP is None else [HANGUP]))
+"""The signals that a proxy of one process listens to.
 
 SIGHUP is never the second signal: a terminal that is closed sends it twice, once by the kernel and
 once by the shell, and systemd can send it right after SIGTERM."""
@@ -37,6 +43,13 @@ WORKER_SIGNALS = (signal.SIGTERM,)
 A terminal sends its signals to all processes of a job, and systemd to all of a unit: the worker
 gets them beside those of its parent. So it leaves those of the terminal to the parent, and takes
 none for a second one. The parent kills it when it has to end at once."""
+RETIRE_S = 3.0
+"""Seconds for which clients of a proxy whose port another process has taken over have to send one
+more request on an open connection, and to hear that it is closed."""
+RELOADED = "the configuration was read anew and applies from now on"
+
+Load: TypeAlias = Callable[[], Settings]
+Announce: TypeAlias = Callable[[], Listener | None]
 
 
 class PortUnavailable(Exception):
@@ -69,6 +82,25 @@ def listen(settings: Settings) -> socket.socket:
         ) from error
 
 
+def take_over(settings: Settings) -> socket.socket:
+    """Return the listening socket of the proxy that runs with these settings.
+
+    That one answers requests, too, until it is told to stop. Raises PortUnavailable.
+    """
+    path = control.socket_path(settings.cache.directory, settings.server.port)
+    try:
+        reply, sockets = control.ask(path, control.SOCKET)
+    except control.NotRunning as error:
+        raise PortUnavailable(
+            f"no proxy with the cache {settings.cache.directory} runs on port"
+            f" {settings.server.port}, so there is no port to take over; start it without"
+            " --take-over"
+        ) from error
+    if reply.code or not sockets:
+        raise PortUnavailable(f"the proxy that runs does not hand its port over: {reply.lines}")
+    return sockets[0]
+
+
 def base_url(listening: socket.socket) -> str:
     """Return the base URL for clients of this machine, with the port that was really taken.
 
@@ -80,56 +112,233 @@ def base_url(listening: socket.socket) -> str:
     return f"http://{shown}:{port}/v1"
 
 
+def unchangeable(old: Settings, new: Settings) -> list[str]:
+    """Return a line for each setting that differs and cannot change while the proxy runs."""
+    pairs = (
+        ("server.host", old.server.host, new.server.host),
+        ("server.port", old.server.port, new.server.port),
+        ("server.workers", old.server.workers, new.server.workers),
+        ("cache.directory", old.cache.directory, new.cache.directory),
+    )
+    return [
+        f"{key}: cannot change while the proxy runs ({before} -> {after}); start it again, or put"
+        " the former value back"
+        for key, before, after in pairs
+        if before != after
+    ]
+
+
+class Instance:
+    """One process that serves requests. Its configuration may be replaced."""
+
+    def __init__(self, settings: Settings, listening: socket.socket, load: Load) -> None:
+        """`load` reads the configuration anew, or raises ConfigError."""
+        self.settings = settings
+        self.events: asyncio.Queue[signal.Signals | Request] = asyncio.Queue()
+        """Signals, and what is asked through the control socket."""
+        self._load = load
+        self._listening = listening
+        self._app = build_app(settings)
+        self._runner = Runner(self._app, shutdown_timeout=settings.server.grace_s)
+
+    async def __aenter__(self) -> Self:
+        """Open all, and answer requests from now on. Raises StoreError, ConfigError."""
+        await self._runner.setup()
+        try:
+            await self._runner.listen(self._listening)
+        except BaseException:
+            await self._runner.cleanup()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Answer what was begun, and close all."""
+        await self._runner.cleanup()
+
+    async def reload(self) -> Reply:
+        """Take over the configuration as it is now; if it is wrong, keep the one that there is."""
+        try:
+            settings = await asyncio.to_thread(self._load)
+            problems = unchangeable(self.settings, settings)
+            if not problems:
+                app = build_app(settings, self._app[SERVICE].successor(settings))
+                await self._runner.replace(app, _drain)
+                self.settings, self._app = settings, app
+        except ConfigError as error:
+            problems = [*error.problems]
+        except (OSError, StoreError) as error:
+            problems = [str(error)]
+        return told_of_reload(problems)
+
+    async def run(self) -> signal.Signals:
+        """Reload as often as that is asked for, until the proxy is told to stop; return by what."""
+        while True:
+            event = await self.events.get()
+            if event is HANGUP and not terminal_is_gone():
+                with reloading():
+                    await self.reload()
+            elif isinstance(event, signal.Signals):
+                await self._leave(self.settings.server.drain_s)
+                return event
+            elif await self._obey(event):
+                await self._leave(RETIRE_S)
+                return signal.SIGTERM
+
+    async def _obey(self, request: Request) -> bool:
+        """Do what was asked through the control socket; tell whether the proxy is to stop."""
+        if request.command == control.RELOAD:
+            with reloading():
+                request.reply(await self.reload())
+        elif request.command == control.SOCKET:
+            request.reply(Reply(0), self._listening)
+        elif request.command == control.STOP:
+            request.reply(Reply(0, ("The proxy stops.",)))
+            return True
+        else:
+            request.reply(Reply(2, ("unknown command",)))
+        return False
+
+    async def _leave(self, drain_s: float) -> None:
+        """Say that no requests should be sent here any more, and give clients time to hear it."""
+        notify("STOPPING=1")
+        log.info("stopping: requests in progress are finished first")
+        self._app[READINESS].is_stopping = True
+        if drain_s:
+            await self._runner.retire(drain_s)
+
+
+async def _drain(app: web.Application) -> None:
+    """Wait for the purchases of an application that was replaced."""
+    await app[SERVICE].drain()
+
+
+def told_of_reload(problems: Sequence[str]) -> Reply:
+    """Log what came of a reload, and return it."""
+    for problem in problems:
+        log.error("reload refused, the former configuration stays: %s", problem)
+    if problems:
+        return Reply(2, tuple(problems))
+    log.info(RELOADED)
+    return Reply(0, (RELOADED,))
+
+
+def terminal_is_gone() -> bool:
+    """Tell whether the process was started from a terminal that is closed by now.
+
+    Its SIGHUP means the end, then; without a terminal, or with one that is still there, it asks for
+    a reload.
+    """
+    if not _HAS_TERMINAL:
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return True
+    return False
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+_HAS_TERMINAL = _has_terminal()
+
+
 async def serve(
     settings: Settings,
     listening: socket.socket,
-    announce: Callable[[], None],
+    announce: Announce,
+    load: Load | None = None,
     *,
-    is_worker: bool = False,
+    channel: socket.socket | None = None,
 ) -> signal.Signals:
-    """Serve until one of STOP_SIGNALS, or of WORKER_SIGNALS, and return which it was.
+    """Serve until the proxy is told to stop, and return by which signal.
 
-    A second signal ends the process at once. But a worker is often told twice, by its parent and by
-    whoever stops the whole group: its second SIGTERM means nothing more than the first.
-    `announce` is called once requests are answered. Raises StoreError, ConfigError.
+    A second signal ends the process at once. But a worker, which has a `channel` to its parent, is
+    often told twice, by its parent and by whoever stops the whole group: its second SIGTERM means
+    nothing more than the first. `announce` is called once requests are answered, and returns the
+    control socket, if there is one. `load` reads the configuration anew. Raises StoreError,
+    ConfigError.
     """
     descriptors.raise_limit()
-    app = build_app(settings)
-    runner = Runner(app, shutdown_timeout=GRACE_SECONDS)
-    await runner.setup()
-    try:
-        await runner.listen(listening)
-        with _signals(is_worker=is_worker) as told_to_stop:
+    async with Instance(settings, listening, load or (lambda: settings)) as instance:
+        with _signals(instance.events, is_worker=channel is not None):
             # What has been made so far stays for good: to look it all through for garbage, now and
             # then, would be a pause of tens of milliseconds for everybody.
             gc.freeze()
-            announce()
-            told = await told_to_stop.get()
-        log.info("stopping: requests in progress are finished first")
-        return told
-    finally:
-        await runner.cleanup()
+            listener = announce()
+            notify("READY=1")
+            watchdog = asyncio.create_task(keep_watchdog_calm()) if channel is None else None
+            try:
+                with _control(instance.events, listener, channel):
+                    return await instance.run()
+            finally:
+                if watchdog is not None:
+                    watchdog.cancel()
 
 
 @contextmanager
-def _signals(*, is_worker: bool) -> Iterator[asyncio.Queue[signal.Signals]]:
-    """Give a queue of the signals to stop; after the first, a second may end the process at once.
+def _control(
+    events: "asyncio.Queue[signal.Signals | Request]",
+    listener: Listener | None,
+    channel: socket.socket | None,
+) -> Iterator[None]:
+    """Put what is asked, by a command or by the parent, among the events."""
+    loop = asyncio.get_running_loop()
+
+    def accept(listener: Listener) -> None:
+        request = listener.accept()
+        if request is not None:
+            events.put_nowait(request)
+
+    def receive(channel: socket.socket) -> None:
+        command = channel.recv(64)
+        if command:
+            events.put_nowait(WorkerRequest(channel, command.decode()))
+        else:
+            loop.remove_reader(channel)
+
+    if listener is not None:
+        loop.add_reader(listener.fileno(), accept, listener)
+    if channel is not None:
+        loop.add_reader(channel, receive, channel)
+    try:
+        yield
+    finally:
+        if listener is not None:
+            loop.remove_reader(listener.fileno())
+            listener.close()
+        if channel is not None:
+            loop.remove_reader(channel)
+
+
+@contextmanager
+def _signals(
+    events: "asyncio.Queue[signal.Signals | Request]", *, is_worker: bool
+) -> Iterator[None]:
+    """Put signals among the events; after the first to stop, a second may end the process at once.
 
     SIGHUP that was ignored from the start, as under `nohup`, stays ignored.
     """
-    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     numbers = WORKER_SIGNALS if is_worker else STOP_SIGNALS
     heeded = [
-        one
-        for one in numbers
-        if one in IMPATIENT_SIGNALS or signal.getsignal(one) is not signal.SIG_IGN
+        number
+        for number in numbers
+        if number in IMPATIENT_SIGNALS or signal.getsignal(number) is not signal.SIG_IGN
     ]
+
+    def hear(number: signal.Signals) -> None:
+        events.put_nowait(number)
+        if number in IMPATIENT_SIGNALS and not is_worker:
+            for one in IMPATIENT_SIGNALS:
+                loop.remove_signal_handler(one)
+
     for number in heeded:
-        loop.add_signal_handler(number, told.put_nowait, number)
-    try:
-        yield told
-    finally:
-        # The other handlers stay until the loop is closed.
-        for number in () if is_worker else IMPATIENT_SIGNALS:
-            loop.remove_signal_handler(number)
+        loop.add_signal_handler(number, hear, number)
+    # The handlers stay until the loop is closed.
+    yield

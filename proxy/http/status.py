@@ -77,8 +77,22 @@ async def live(_: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
-async def ready(_: web.Request) -> web.Response:
-    """Answer 200: the store was opened before the port was. It never depends on a provider."""
+class Readiness:
+    """Whether requests should be sent here."""
+
+    is_stopping = False
+
+
+READINESS = web.AppKey("readiness", Readiness)
+
+
+async def ready(request: web.Request) -> web.Response:
+    """Answer 200 until the proxy was told to stop, then 503. It never depends on a provider.
+
+    The store was opened before the port was.
+    """
+    if request.app[READINESS].is_stopping:
+        return web.json_response({"status": "stopping"}, status=503)
     return web.json_response({"status": "ok"})
 
 
