@@ -112,8 +112,9 @@ def serve(
             startup_log.report(settings)
             if take_over:
                 control.ask(path, control.STOP)
+            listener = control.listen(path)
             typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
-            return control.listen(path)
+            return listener
 
         def work(
             settings: "Settings", ready: "server.Announce", channel: "socket.socket | None" = None

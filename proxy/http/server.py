@@ -112,8 +112,13 @@ def base_url(listening: socket.socket) -> str:
     return f"http://{shown}:{port}/v1"
 
 
-def unchangeable(old: Settings, new: Settings) -> list[str]:
+def unchangeable(old: Settings, new: Settings, listening: socket.socket) -> list[str]:
     """Return a line for each setting that differs and cannot change while the proxy runs."""
+    if new.server.port == listening.getsockname()[1]:
+        # Any free port was asked for, and this one was found.
+        new = new.model_copy(
+            update={"server": new.server.model_copy(update={"port": old.server.port})}
+        )
     pairs = (
         ("server.host", old.server.host, new.server.host),
         ("server.port", old.server.port, new.server.port),
@@ -159,7 +164,7 @@ class Instance:
         """Take over the configuration as it is now; if it is wrong, keep the one that there is."""
         try:
             settings = await asyncio.to_thread(self._load)
-            problems = unchangeable(self.settings, settings)
+            problems = unchangeable(self.settings, settings, self._listening)
             if not problems:
                 app = build_app(settings, self._app[SERVICE].successor(settings))
                 await self._runner.replace(app, _drain)

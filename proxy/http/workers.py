@@ -171,7 +171,7 @@ class Supervisor:
             return told_of_reload(error.problems)
         except OSError as error:
             return told_of_reload([str(error)])
-        problems = unchangeable(self._settings, settings)
+        problems = unchangeable(self._settings, settings, self._listening)
         if problems:
             return told_of_reload(problems)
         self._settings = settings
