@@ -29,8 +29,9 @@ PATIENCE_S = 5.0
 """Seconds for a client to say what it wants."""
 REPLY_S = 120.0
 """Seconds for the proxy to do it."""
-_MAX_PATH = 100
-"""Bytes of the path of a Unix socket, at most: systems allow 104 to 108."""
+_MAX_PATH = 90
+"""Bytes of the path of a Unix socket, at most: systems allow 104 to 108, and a draft has a longer
+name."""
 _PREFIX, _SUFFIX = "control-", ".sock"
 _MAX_MESSAGE = 1 << 16
 

@@ -121,7 +121,7 @@ class Registry:
         frozen = settings.cache.mode == "frozen"
         self._usable_providers = set(settings.providers) if frozen else set(providers)
         self._sleep = sleep
-        self.in_flight = in_flight or InFlight()
+        self.in_flight = InFlight() if in_flight is None else in_flight
         """The fetches of all models."""
         self._learner = WidthLearner(learned, tiers, self.in_flight)
         self._unlisted: dict[str, Model] = {}

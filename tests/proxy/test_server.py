@@ -16,6 +16,7 @@ from embedding_proxy.proxy.http import server
 from embedding_proxy.proxy.http.server import PortUnavailable, base_url, listen, serve
 from fault_server import hang
 
+GRACE_SECONDS = 30.0
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
 
 
@@ -45,7 +46,7 @@ async def _started(settings: Settings) -> tuple[asyncio.Task[signal.Signals], st
     return task, base_url(listening)
 
 
-@pytest.mark.parametrize("number", server.STOP_SIGNALS)
+@pytest.mark.parametrize("number", server.IMPATIENT_SIGNALS)
 async def test_a_signal_ends_it_in_good_order(number, settings):
     """Told to stop, it says what told it; then the port is free, and the cache can be reopened."""
     for outcome in ("miss", "hit"):
@@ -59,9 +60,10 @@ async def test_a_signal_ends_it_in_good_order(number, settings):
                 await session.get(f"{url}/models")
 
 
-async def test_a_request_that_outlasts_the_grace_is_dropped(settings, upstream, monkeypatch):
+async def test_a_request_that_outlasts_the_grace_is_dropped(tmp_path, upstream, monkeypatch):
     """A request in progress holds the end up for the time of grace, and no longer."""
-    monkeypatch.setattr(server, "GRACE_SECONDS", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    settings = _settings(tmp_path, upstream, grace_s=0.01)
     arrived, release = asyncio.Event(), asyncio.Event()
 
     async def hold(*_) -> web.Response:
@@ -87,12 +89,12 @@ async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, c
     """A hung upstream holds the end up for GRACE_SECONDS and CLOSE_S, and not for longer."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     caplog.set_level("INFO", "embedding_proxy")
-    monkeypatch.setattr(attempts, "CLOSE_S", 4 * server.GRACE_SECONDS)
+    monkeypatch.setattr(attempts, "CLOSE_S", 4 * GRACE_SECONDS)
     ahead, loop = 0.0, asyncio.get_running_loop()
     real = loop.time
     monkeypatch.setattr(loop, "time", lambda: real() + ahead)
     upstream.script.append(hang())
-    patient = _settings(tmp_path, upstream, timeout_s=10 * server.GRACE_SECONDS)
+    patient = _settings(tmp_path, upstream, timeout_s=10 * GRACE_SECONDS)
     task, url = await _started(patient)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         request = asyncio.create_task(session.post(f"{url}/embeddings", json=GOOD))
@@ -105,12 +107,12 @@ async def test_the_grace_is_over_when_it_says(tmp_path, upstream, monkeypatch, c
             for _ in range(100):
                 await asyncio.sleep(0)
             assert not task.done()
-            ahead += server.GRACE_SECONDS / 2 + 2
+            ahead += GRACE_SECONDS / 2 + 2
         while "waiting up to" not in caplog.text:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert not task.done()
         ahead += attempts.CLOSE_S
-        async with asyncio.timeout(server.GRACE_SECONDS / 2):
+        async with asyncio.timeout(GRACE_SECONDS / 2):
             assert await task is signal.SIGTERM
         with pytest.raises(aiohttp.ClientError):
             await request

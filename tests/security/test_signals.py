@@ -19,14 +19,6 @@ MODEL = "text-embedding-3-small"
 SECONDS = 60
 BODY = json.dumps({"model": MODEL, "input": "a" * 1000}).encode()
 SHORT_GRACE = 0.3
-RUN = """
-import sys
-from embedding_proxy.proxy.cli import main as cli
-from embedding_proxy.proxy.http import server
-server.GRACE_SECONDS = float(sys.argv.pop(1))
-cli.main()
-"""
-"""The command, with another grace period."""
 
 
 class Served:
@@ -63,14 +55,14 @@ async def serve(tmp_path, monkeypatch) -> AsyncIterator[Serve]:
     async def start(base_url: str, workers: int = 1, grace_s: float = 30) -> Served:
         config, log = tmp_path / "config.yaml", tmp_path / "log"
         content = {
-            "server": {"port": 0, "workers": workers},
+            "server": {"port": 0, "workers": workers, "grace_s": grace_s},
             "cache": {"directory": str(tmp_path / "cache")},
             "providers": {"openai": {"base_url": base_url}},
         }
         config.write_text(json.dumps(content))  # JSON is YAML
         with log.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", RUN, str(grace_s), "serve", "--config", str(config)),
+                *(sys.executable, "-m", "embedding_proxy", "serve", "--config", str(config)),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
                 start_new_session=True,

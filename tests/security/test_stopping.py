@@ -8,7 +8,6 @@ import signal
 import pytest
 from any_server import AnyServer
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import server
 from embedding_proxy.proxy.http.server import base_url, listen, serve
 from fault_server import FaultServer
 from talk import Talk
@@ -30,10 +29,12 @@ async def serving(tmp_path, upstream, monkeypatch, caplog):
     caplog.set_level("INFO", "embedding_proxy.server")
     tasks = []
 
-    async def start(other: AnyServer | FaultServer = upstream) -> tuple[asyncio.Task, str]:
+    async def start(
+        other: AnyServer | FaultServer = upstream, grace_s: float = 30
+    ) -> tuple[asyncio.Task, str]:
         settings = Settings.model_validate(
             {
-                "server": {"port": 0},
+                "server": {"port": 0, "grace_s": grace_s},
                 "cache": {"directory": str(tmp_path / "cache")},
                 "providers": {"openai": {"base_url": other.url}},
             }
@@ -118,10 +119,9 @@ async def test_requests_that_were_read_in_a_row_are_all_answered(serving, upstre
         assert await task is signal.SIGTERM
 
 
-async def test_a_body_that_never_ends_is_given_up_with_the_grace(serving, monkeypatch, caplog):
+async def test_a_body_that_never_ends_is_given_up_with_the_grace(serving, caplog):
     """A client that stops sending holds the end up for the grace period at most."""
-    monkeypatch.setattr(server, "GRACE_SECONDS", 0.05)
-    task, url = await serving()
+    task, url = await serving(grace_s=0.05)
     async with asyncio.timeout(SECONDS), Talk(url, _head("/v1/embeddings")) as talk:
         await _continued(talk)
         await _stop(caplog)
