@@ -342,9 +342,9 @@ class HttpProvider:
         payload: dict[str, object] = {"model": model, "input": inputs}
         if declared.encoding_format is not None:
             payload["encoding_format"] = declared.encoding_format
-        if space.dimensions_sent and declared.dimensions_field is not None:
+        if space.send_dimensions and declared.dimensions_field is not None:
             payload[declared.dimensions_field] = space.dimensions
-        if context.user is not None and declared.sends_user:
+        if context.user is not None and declared.forward_user:
             payload["user"] = context.user
         for name, value in context.neutral:
             if name in declared.neutral_fields:

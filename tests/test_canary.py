@@ -158,8 +158,8 @@ async def test_they_are_looked_after_in_the_background(upstream, start_proxy, mo
 
 
 async def test_they_can_be_switched_off(upstream, start_proxy):
-    """`canary_hours: null` is never."""
-    proxy = await start_proxy(openai=upstream, server={"canary_hours": None})
+    """`drift_check_hours: null` is never."""
+    proxy = await start_proxy(openai=upstream, server={"drift_check_hours": None})
     assert proxy.service.canaries is None
 
 

@@ -65,7 +65,7 @@ def open_store(settings: Settings, *, create: bool = False) -> Iterator[Database
     """
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
-    with connection.opened(cache.directory, limit, cache.pinned, create=create) as file:
+    with connection.opened(cache.directory, limit, cache.pinned_namespaces, create=create) as file:
         tell_store(settings)
         yield file
 
@@ -78,7 +78,7 @@ def open_store_for_reading(settings: Settings) -> Iterator[ReadableFile]:
     """
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
-    with connection.opened_for_reading(cache.directory, limit, cache.pinned) as file:
+    with connection.opened_for_reading(cache.directory, limit, cache.pinned_namespaces) as file:
         tell_store(settings)
         if isinstance(file, ReadOnlyFile) and file.lacks_log:
             why = file.reason or "the folder takes no writes"

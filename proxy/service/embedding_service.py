@@ -148,7 +148,7 @@ class SearchMixin(ABC):
         if stored is not None:
             space = asked.model.space.with_parameters(stored)
             if asked.space.name != space.name:
-                space = space_of(asked.model.width, space, asked.dimensions)
+                space = space_of(asked.model.dimension_policy, space, asked.dimensions)
         qdrant = self.settings.index.qdrant
         name = collection or qdrant.collection
         name = name or collection_of(asked.name, space, asked.dimensions, qdrant)
@@ -160,7 +160,7 @@ class SearchMixin(ABC):
             numbers,
             limit=limit,
             where=where,
-            adopt=qdrant.adopt,
+            adopt=qdrant.adopt_unlabeled,
         )
 
 
@@ -198,7 +198,7 @@ class EmbeddingService(SearchMixin):
         async with AsyncExitStack() as stack:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
-            pinned = (*cache.pinned, drift_check.NAMESPACE)
+            pinned = (*cache.pinned_namespaces, drift_check.NAMESPACE)
             store = await stack.enter_async_context(
                 Store(
                     cache.directory,
@@ -237,13 +237,13 @@ class EmbeddingService(SearchMixin):
                         self.settings, self.settings.index.qdrant, cache.directory, self._sleep
                     )
                 )
-            if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
+            if self.settings.server.drift_check_hours and cache.mode not in ("frozen", "off"):
                 self.canaries = await stack.enter_async_context(
                     DriftCheck(
                         self._registry.models,
                         self.upstreams,
                         store.folder / "canaries.json",
-                        hours=self.settings.server.canary_hours,
+                        hours=self.settings.server.drift_check_hours,
                     )
                 )
             self._stack = stack.pop_all()
@@ -315,7 +315,7 @@ class EmbeddingService(SearchMixin):
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields, treated as a client's: see `request_fields`.
         `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
-        `api_key` is the client's own, for providers with `key: client`.
+        `api_key` is the client's own, for providers with `auth: client`.
         `cache_control` is what a client would say in the header of that name: "no-cache".
         `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.

@@ -50,7 +50,7 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     most = model.truncate_to
 
     # What is sure to be cut or refused is not worth decoding.
-    longest = (model.space.tokenizer and model.context) or MAX_IDS
+    longest = (model.space.tokenizer and model.max_input_tokens) or MAX_IDS
 
     def change() -> list[Input]:
         texts = [

@@ -122,7 +122,7 @@ async def test_no_other_model_stands_in_for_what_is_not_bought(
     mode, control, upstream, start_proxy
 ):
     """What is missing of the model that was asked for is an error, though another has it."""
-    large = {"fallback": {"model": SMALL, "width": "pad"}}
+    large = {"fallback": {"model": SMALL, "dimension_policy": "pad"}}
     models = {"models": {"text-embedding-3-large": large}}
     await _ask(await start_proxy(openai=upstream, **models), "a")
     await start_proxy.stop()
