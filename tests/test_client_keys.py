@@ -786,13 +786,13 @@ async def test_frozen_a_key_has_its_part(share, start, start_proxy, upstream):
 
 async def test_canaries_use_nobodys_key(start, upstream, second, monkeypatch, caplog):
     """No canary is bought with a client's key; the routes that need none are watched as ever."""
-    caplog.set_level(logging.INFO, "embedding_proxy.canary")
+    caplog.set_level(logging.INFO, "embedding_proxy.drift_check")
     monkeypatch.setenv("OPENROUTER_API_KEY", "sk-operator-0123456789")
     proxy = await start(more={"openrouter": {"base_url": second.url}})
     await _ask(proxy, ANNE)
-    assert [one["provider"] for one in await proxy.service.canaries.check()] == ["openrouter"]
+    assert [one["provider"] for one in await proxy.service.drift_check.check()] == ["openrouter"]
     assert len(upstream.calls) == 1
-    assert not [line for line in caplog.records if line.name == "embedding_proxy.canary"]
+    assert not [line for line in caplog.records if line.name == "embedding_proxy.drift_check"]
 
 
 async def test_a_refused_key_as_a_probe_leaves_its_place(start, upstream):

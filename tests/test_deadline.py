@@ -384,7 +384,7 @@ async def test_a_canary_that_was_sent_is_billed_when_the_proxy_stops(upstream, s
     """Its answer is read within CLOSE_S, as the upstream charges for it."""
     proxy = await start(start_proxy, upstream)
     assert (await ask(proxy)).status == 200
-    looking = asyncio.create_task(proxy.service.canaries.check())
+    looking = asyncio.create_task(proxy.service.drift_check.check())
     await until(lambda: len(upstream.calls) == 2)
     upstream.gate = asyncio.Event()
     await until(lambda: len(upstream.calls) == 3)

@@ -177,7 +177,7 @@ class EmbeddingService(SearchMixin):
         self._answering: EmbeddingPipeline | None = None
         self.upstreams = HealthRegistry()
         """What is known of the providers: breakers, counters."""
-        self.canaries: DriftCheck | None = None
+        self.drift_check: DriftCheck | None = None
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
@@ -238,7 +238,7 @@ class EmbeddingService(SearchMixin):
                     )
                 )
             if self.settings.server.drift_check_hours and cache.mode not in ("frozen", "off"):
-                self.canaries = await stack.enter_async_context(
+                self.drift_check = await stack.enter_async_context(
                     DriftCheck(
                         self._registry.models,
                         self.upstreams,

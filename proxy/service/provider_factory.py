@@ -24,7 +24,9 @@ from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.providers import ProviderConfig
 from embedding_proxy.proxy.config.schema import Settings
 
-CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
+CLIENTS_PAY = (
+    "is asked with each client's own key; check, compare, migrate and drift checks have none"
+)
 
 log = logging.getLogger("embedding_proxy.opening")
 
