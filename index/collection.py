@@ -157,7 +157,7 @@ def conflict(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False) 
             return None
         return (
             f"the collection {name} does not say whose vectors it holds; if they are of"
-            f" {wanted.space}, set index.qdrant.adopt: true, else name another collection"
+            f" {wanted.space}, set index.qdrant.adopt_unlabeled: true, else name another collection"
         )
     if (found.space, found.dimensions) != (wanted.space, wanted.dimensions):
         return (

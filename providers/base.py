@@ -63,7 +63,7 @@ class Space:
     """Forwarded request fields that change the numbers: (name, canonical JSON), sorted by name."""
     unit_norm: bool = False
     """Whether every vector has length 1. An answer of another length is refused."""
-    dimensions_sent: bool = False
+    send_dimensions: bool = False
     """Whether an upstream gives the native width only when it is asked for it."""
 
     def with_parameters(self, fields: Mapping[str, object]) -> "Space":

@@ -2,8 +2,8 @@
 
 The operator names a policy for each model: one of our own (`Policy`), or a strategy that an
 installed package provides. A package provides a strategy by an entry point of the group
-`embedding_proxy.widths`. Its name is what a model's `width` may say; it refers to an object as
-`Strategy` describes, or to a class that makes one without arguments. It is loaded when a
+`embedding_proxy.widths`. Its name is what a model's `dimension_policy` may say; it refers to an
+object as `Strategy` describes, or to a class that makes one without arguments. It is loaded when a
 configuration names it.
 
 The vectors of a strategy are an embedding space of their own, named after the strategy and its

@@ -20,7 +20,7 @@ from qdrant_server import QdrantServer
 
 ADA = "text-embedding-ada-002"
 SMALL = "text-embedding-3-small"
-PROJECTED = {ADA: {"width": "acme_projection"}}
+PROJECTED = {ADA: {"dimension_policy": "acme_projection"}}
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ def test_what_is_no_strategy_is_a_configuration_error(brought, says, acme, monke
         name = "acme_projection"
         monkeypatch.setattr(acme, "Projection", brought)
     with pytest.raises(ValidationError, match=says):
-        Settings.model_validate({"models": {ADA: {"width": name}}})
+        Settings.model_validate({"models": {ADA: {"dimension_policy": name}}})
 
 
 # Texts

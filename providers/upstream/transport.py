@@ -215,7 +215,7 @@ class Transport:
         decodes to many, the event loop runs. A body that cannot be decoded is empty where the
         status says what is wrong. Raises UpstreamError, UpstreamTimeout, Unreachable.
         """
-        window = self._timeouts.rate_window_s
+        window = self._timeouts.min_rate_window_s
         clock = asyncio.get_running_loop().time
         decoder = Decoder(response.headers.get("Content-Encoding", ""))
         body = _Body(self._provider, limit)
@@ -234,7 +234,7 @@ class Transport:
                 body.check(received)
                 await body.take(decoder.feed(chunk))
                 if clock() >= end:
-                    if received - before < self._timeouts.least_bytes_per_s * window:
+                    if received - before < self._timeouts.min_bytes_per_s * window:
                         raise UpstreamTimeout(self._provider, "the answer arrives too slowly")
                     before, end = received, clock() + window
             await body.take(decoder.finish())

@@ -91,8 +91,8 @@ def _scan(settings: Settings, *, for_writing: bool) -> Findings:
         with opener(settings) as database:
             ((total,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
             with progress("verifying", total) as tell:
-                for seen in verify.scan(database, findings):
-                    tell(seen)
+                for checked in verify.scan(database, findings):
+                    tell(checked)
     except StoreError as error:
         if not connection.is_damaged(error):
             raise
@@ -143,7 +143,7 @@ def _start_anew(settings: Settings) -> Outcome:
             typer.echo(f"moved to {quarantined.folder}", err=True)
         size = 0 if quarantined is None else quarantined.path.stat().st_size
         with progress("salvaging", size) as tell:
-            saved = salvage.salvage_pending(cache.directory, limit, cache.pinned, tell)
+            saved = salvage.salvage_pending(cache.directory, limit, cache.pinned_namespaces, tell)
     except OSError as error:
         raise WorkFailed(f"{cache.directory}: {error}") from error
     return saved[0] if saved else Outcome()

@@ -268,8 +268,8 @@ class Metrics:
             "Known texts now against those bought first; below 0.999 the model has changed.",
             labels=["space", "provider", "upstream_model"],
         )
-        drift_check = self._service.canaries
-        for route in drift_check.findings if drift_check else ():
+        drift_check = self._service.drift_check
+        for route in drift_check.results if drift_check else ():
             family.add_metric(
                 [route["space"], route["provider"], route["upstream_model"]], route["cosine"]
             )

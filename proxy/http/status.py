@@ -155,7 +155,7 @@ class Status:
                 for provider, waits in service.rate_limit_waits.items()
             },
             "other_models": service.other_models,
-            "canaries": service.canaries.findings if service.canaries else [],
+            "canaries": service.drift_check.results if service.drift_check else [],
             "retry_budget": {
                 "tokens": round(upstreams.budget.tokens, 1),
                 "max_tokens": MAX_TOKENS,

@@ -70,7 +70,7 @@ def connection(qdrant: Qdrant) -> Connection:
 def collection_options(qdrant: Qdrant) -> CollectionOptions:
     """Return how collections are made."""
     return CollectionOptions(
-        qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt
+        qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt_unlabeled
     )
 
 

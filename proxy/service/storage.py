@@ -36,7 +36,7 @@ class Storage:
             ttl_s=ttl_s,
             # Frozen, nothing could be bought again.
             deletes_expired=cache.mode != "frozen",
-            pinned=(*cache.pinned, drift_check.NAMESPACE),
+            pinned=(*cache.pinned_namespaces, drift_check.NAMESPACE),
         )
         self.memory = Memory(int(cache.memory_mib * MIB * (1 - REPLIES_SHARE)), ttl_s)
         self.tiers = Tiers(self.memory, self.store)
