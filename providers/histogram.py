@@ -1,6 +1,7 @@
 """A histogram of durations: counts by bucket and their sum, as Prometheus defines it."""
 
 from bisect import bisect_left
+from collections.abc import Iterator
 
 BOUNDS_S = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
@@ -8,6 +9,8 @@ BOUNDS_S = (
 )
 """Upper bounds of the buckets in seconds: from a hit that memory answers to a provider's longest
 call. What is longer is in a last bucket without a bound."""
+BOUND_NAMES = (*map(str, BOUNDS_S), "+Inf")
+"""What Prometheus calls the buckets: the label `le`."""
 
 
 class Histogram:
@@ -30,3 +33,12 @@ class Histogram:
         """
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
+
+    @property
+    def count(self) -> int:
+        """How many durations were observed."""
+        return sum(self.counts)
+
+    def buckets(self) -> Iterator[tuple[str, int]]:
+        """Yield the names of the buckets, each with what is in it alone."""
+        return zip(BOUND_NAMES, self.counts, strict=True)

@@ -29,9 +29,8 @@ PATIENCE_S = 5.0
 """Seconds for a client to say what it wants."""
 REPLY_S = 120.0
 """Seconds for the proxy to do it."""
-_MAX_PATH = 90
-"""Bytes of the path of a Unix socket, at most: systems allow 104 to 108, and a draft has a longer
-name."""
+_MAX_FOLDER = 70
+"""Bytes of the path of a folder with Unix sockets, at most: systems allow 104 to 108 in all."""
 _PREFIX, _SUFFIX = "control-", ".sock"
 _MAX_MESSAGE = 1 << 16
 
@@ -54,9 +53,8 @@ def socket_path(directory: Path, port: int) -> Path:
 
     A folder whose path is too long for a socket has it among the temporary files.
     """
-    path = directory / f"{_PREFIX}{port}{_SUFFIX}"
-    if len(os.fsencode(path)) <= _MAX_PATH:
-        return path
+    if len(os.fsencode(directory)) <= _MAX_FOLDER:
+        return directory / f"{_PREFIX}{port}{_SUFFIX}"
     digest = hashlib.sha256(os.fsencode(directory.absolute())).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"embedding-proxy-{os.getuid()}"
     return folder / f"{digest}-{port}{_SUFFIX}"

@@ -15,7 +15,7 @@ from aiohttp import web
 from embedding_proxy.cache.ledger import By
 from embedding_proxy.cache.maintenance.stats import read_size
 from embedding_proxy.providers.billing import NANO
-from embedding_proxy.providers.histogram import BOUNDS_S, Histogram
+from embedding_proxy.providers.histogram import BOUND_NAMES, Histogram
 from embedding_proxy.providers.routing.circuit_breaker import State
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from prometheus_client.core import (
@@ -34,7 +34,6 @@ PREFIX = "embedding_proxy_"
 _LEDGER = (By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE)
 _OUTCOMES = ("hits", "joins", "misses", "duplicates")
 _STATES = {State.CLOSED: 0, State.HALF_OPEN: 1, State.OPEN: 2}
-_BOUNDS = (*map(str, BOUNDS_S), "+Inf")
 
 COUNTERS = {
     "requests_total": (("route", "status"), "Requests answered, by route and status."),
@@ -286,7 +285,7 @@ def _build_info() -> Metric:
 
 def _of_histogram(name: str, label: tuple[str, str], histogram: Histogram) -> Iterator[Value]:
     """Yield the series of a histogram: the counts of its buckets, each of its own, and the sum."""
-    for bound, count in zip(_BOUNDS, histogram.counts, strict=True):
+    for bound, count in histogram.buckets():
         yield f"{name}_bucket", (label, ("le", bound)), count
     yield f"{name}_sum", (label,), histogram.sum_s
 
@@ -338,8 +337,8 @@ def _histogram(
     sums = {dict(labels).get(label): value for labels, value in counters.get(f"{name}_sum", ())}
     family = HistogramMetricFamily(PREFIX + name, text, labels=[label])
     for label_value, by_bound in sorted(counts.items()):
-        totals = accumulate(by_bound.get(bound, 0.0) for bound in _BOUNDS)
-        buckets = [*zip(_BOUNDS, totals, strict=True)]
+        totals = accumulate(by_bound.get(bound, 0.0) for bound in BOUND_NAMES)
+        buckets = [*zip(BOUND_NAMES, totals, strict=True)]
         family.add_metric([label_value], buckets, sum_value=sums.get(label_value, 0.0))
     if family.samples:
         yield family

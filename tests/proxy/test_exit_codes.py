@@ -79,7 +79,7 @@ ENDS = [
     ("migrate finalize docs --yes --yes {qdrant}", 1),
     ("migrate finalize docs {qdrant}", 2),
 ]
-ELSEWHERE = {"demo"}
+ELSEWHERE = {"demo", "reload"}
 """Whose tests say with which code it ends."""
 
 

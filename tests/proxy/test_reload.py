@@ -168,7 +168,7 @@ async def test_a_stopping_proxy_says_so_and_still_answers(running, session):
 
 async def test_the_control_socket(running, tmp_path):
     """Reload, the listening socket, an unknown word, and the end."""
-    path = tmp_path / "cache" / "control-1.sock"
+    path = control.socket_path(tmp_path / "cache", 1)
     listener = control.listen(path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert [*control.running(tmp_path / "cache")] == [1]
