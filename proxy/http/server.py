@@ -186,6 +186,8 @@ class Instance:
                 await self._leave(self.settings.server.drain_s)
                 return event
             elif await self._obey(event):
+                # Another process accepts connections: one that is taken now could not be served.
+                self._runner.stop_listening()
                 await self._leave(RETIRE_S)
                 return signal.SIGTERM
 
