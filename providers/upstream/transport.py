@@ -20,7 +20,7 @@ from typing import Self
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
-from embedding_proxy.providers import descriptors
+from embedding_proxy.providers import descriptors, request_context
 from embedding_proxy.providers.attempts import EXTRA_SHARE, Attempt
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import (
@@ -162,7 +162,7 @@ class Transport:
                 request = session.post(
                     self._base.join(path),
                     data=_Payload(payload, attempt),
-                    headers={**(headers or {}), **hops.headers()},
+                    headers={**(headers or {}), **hops.headers(), **request_context.headers()},
                     allow_redirects=False,
                     timeout=timeout,
                 )

@@ -66,7 +66,7 @@ def _root(
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0913, PLR0917 - its options
     config_file: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
@@ -75,11 +75,18 @@ def serve(
         bool,
         typer.Option("--take-over", help="Take the port over from the proxy that runs; it stops."),
     ] = False,
+    verbose: Annotated[  # noqa: FBT002
+        bool, typer.Option("--verbose", "-v", help="Log more, instead of log.level.")
+    ] = False,
+    quiet: Annotated[  # noqa: FBT002
+        bool, typer.Option("--quiet", "-q", help="Log warnings and errors alone.")
+    ] = False,
 ) -> None:
     """Run the proxy until it is told to stop."""
     with importing():
         import logging  # noqa: PLC0415
 
+        from embedding_proxy.proxy import log  # noqa: PLC0415
         from embedding_proxy.proxy.config import loader  # noqa: PLC0415
         from embedding_proxy.proxy.config.fields import MODES  # noqa: PLC0415
         from embedding_proxy.proxy.http import control, server  # noqa: PLC0415
@@ -96,7 +103,10 @@ def serve(
     def load() -> "Settings":
         configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
         startup_log.check_environment(configuration)
-        return configuration.settings
+        settings = configuration.settings
+        level = "debug" if verbose else "warning" if quiet else settings.log.level
+        log.configure(level, settings.log.format)
+        return settings
 
     startup_log.check_open_files()
     settings = load()

@@ -160,6 +160,14 @@ def _default_directory() -> Path:
     return base / "embedding-proxy"
 
 
+class Log(Section):
+    """What is written to stderr, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = "auto"
+    requests: Annotated[bool, Field(strict=True)] = True
+
+
 class Cache(Section):
     """What is kept, where, and how much of it."""
 
@@ -251,6 +259,7 @@ class Settings(Section):
     """A whole configuration, defaults filled in."""
 
     server: Server = Server()
+    log: Log = Log()
     cache: Annotated[Cache, Field(validate_default=True)] = Field(
         default_factory=dict  # type: ignore[assignment]
     )

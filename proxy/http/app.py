@@ -12,6 +12,7 @@ from embedding_proxy.proxy.http.metrics import Metrics
 from embedding_proxy.proxy.http.models import Models
 from embedding_proxy.proxy.http.origin_check import OriginCheck
 from embedding_proxy.proxy.http.pace import MIN_BYTES_PER_S, UnreadReplies
+from embedding_proxy.proxy.http.request_log import RequestLog
 from embedding_proxy.proxy.http.request_metrics import RequestMetrics
 from embedding_proxy.proxy.http.response_cache import HitCache, JSONVectorCache, ResponseCache
 from embedding_proxy.proxy.http.runner import (
@@ -49,10 +50,10 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     service = service or EmbeddingService(settings)
     server = settings.server
     access, cors = Authenticator(server.keys), Cors(server.cors)
-    requests = RequestMetrics()
+    requests, lines = RequestMetrics(), RequestLog(is_enabled=settings.log.requests)
     app = web.Application(
         middlewares=[
-            request_middleware(access, cors, OriginCheck(server, cors), requests),
+            request_middleware(access, cors, OriginCheck(server, cors), requests, lines),
             loop_guard(settings),
         ]
     )

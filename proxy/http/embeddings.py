@@ -7,9 +7,10 @@ from functools import partial
 import orjson
 from aiohttp import web
 from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.billing import NANO
 from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.proxy.http.pace import UnreadReplies
-from embedding_proxy.proxy.http.request_log import MODEL
+from embedding_proxy.proxy.http.request_log import MODEL, USD
 from embedding_proxy.proxy.http.response_cache import (
     CONTEXT,
     REUSE,
@@ -78,6 +79,7 @@ class Embeddings:
         asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
+        request[USD] = result.usage.nanodollars_billed / NANO
         form = openai_format.ResponseFormat(
             result.dimensions, asked.encoding, asked.model, result.tokens
         )

@@ -14,15 +14,19 @@ from .cors import Cors
 from .errors import Failure
 from .origin_check import OriginCheck
 from .request_body import BodyRefused
-from .request_log import REQUEST_ID, STARTED, identify, log_request
-from .request_metrics import CLIENT_GONE, RequestMetrics, route_name
+from .request_log import REQUEST_ID, STARTED, RequestLog, identify, log_request
+from .request_metrics import CLIENT_GONE, LOGGED_ROUTES, RequestMetrics, route_name
 from .target import REMEDY, may_be_embeddings
 
 log = logging.getLogger("embedding_proxy.guard")
 
 
 def request_middleware(
-    access: Authenticator, cors: Cors, origin_check: OriginCheck, requests: RequestMetrics
+    access: Authenticator,
+    cors: Cors,
+    origin_check: OriginCheck,
+    requests: RequestMetrics,
+    lines: RequestLog,
 ) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
@@ -41,8 +45,12 @@ def request_middleware(
             status = response.status
         finally:
             requests.in_flight -= 1
-            requests.observe(route_name(request), status, perf_counter() - start)
-        log_request(request, response)
+            seconds = perf_counter() - start
+            requests.observe(route_name(request), status, seconds)
+        if response.status >= 400:
+            log_request(request, response)
+        elif route_name(request) in LOGGED_ROUTES:
+            lines.write(request, response, seconds)
         return response
 
     return handle

@@ -9,6 +9,8 @@ from embedding_proxy.providers.histogram import Histogram
 CLIENT_GONE = 499
 """Counted where no reply was finished: the client was gone, or the reply was cut off."""
 EMBEDDINGS = "embeddings"
+LOGGED_ROUTES = frozenset((EMBEDDINGS, "models", "passthrough"))
+"""Those whose requests have a line in the log; probes and pages for operators have none."""
 _ROUTE_NAMES = (
     ("/embeddings", EMBEDDINGS),
     ("/models", "models"),
