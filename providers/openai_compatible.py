@@ -15,7 +15,7 @@ from embedding_proxy.providers.scheduling.refusal import is_quoted
 from embedding_proxy.providers.upstream.rate_limiter import ProviderQueue, estimate
 from embedding_proxy.providers.upstream.transport import Reply, Transport
 
-from . import descriptors, tokens
+from . import descriptors, request_context, tokens
 from .base import Context, Embedded, Input, Outcome, Space
 from .billing import Charge
 from .client_credential import MOST_KEYS, Credential
@@ -160,6 +160,15 @@ class HttpProvider:
         `context.on_part` first; the InvalidAnswer that is raised then names the places of the bad
         ones. The `charge` of both is that of the whole call, and is to be billed once.
         """
+        with request_context.observer.begin_call(self.name, model, len(inputs)) as span:
+            answer = await self._ask(model, space, inputs, context)
+            charge = answer.charge
+            span.answered(None if charge is None else charge.tokens, space.dimensions)
+        return answer
+
+    async def _ask(
+        self, model: str, space: Space, inputs: Sequence[Input], context: Context
+    ) -> Embedded:
         objection = self.objection(space)
         if objection is not None:
             raise objection

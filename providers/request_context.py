@@ -1,12 +1,15 @@
 """The request that the code in progress works for: its id, and its place in a distributed trace.
 
-Both are context variables. Tasks that are made for a request inherit them, so a line of the log
+They are context variables. Tasks that are made for a request inherit them, so a line of the log
 names the request wherever it is written, and a call of a provider carries the trace on. A call that
 serves several requests belongs to the one that began it.
 """
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from typing import Protocol, TypeAlias
 
 TRACEPARENT = "traceparent"
 """The header of W3C Trace Context (https://www.w3.org/TR/trace-context/#traceparent-header)."""
@@ -40,3 +43,29 @@ def headers() -> dict[str, str]:
     """Return what a call of a provider carries on of the trace."""
     value = traceparent.get()
     return {TRACEPARENT: value} if value else {}
+
+
+class CallSpan(Protocol):
+    """What a trace is told of one call of a provider."""
+
+    def answered(self, tokens: int | None, dimensions: int) -> None:
+        """Note what the call was charged, in tokens, and the width of its vectors."""
+
+
+class _NoSpan:
+    def answered(self, tokens: int | None, dimensions: int) -> None:
+        """Note nothing."""
+
+
+CallObserver: TypeAlias = Callable[[str, str, int], AbstractContextManager[CallSpan]]
+"""Begins the span of a call, from the provider, its name of the model, and the number of inputs."""
+_NOBODY = nullcontext(_NoSpan())
+
+
+class Observer:
+    """Who is told of calls: nobody, unless traces are on."""
+
+    begin_call: CallObserver = staticmethod(lambda _provider, _model, _inputs: _NOBODY)
+
+
+observer = Observer()

@@ -43,7 +43,10 @@ together told toward under until up upon when where with within without yet
 """
 NOT_NOUNS = frozenset(NOT_NOUNS_WORDS.split())
 """Prepositions, adverbs and irregular participles."""
-NOUNS = {"billing", "embedding", "formatting", "framing", "pending", "routing", "scheduling"}
+NOUNS = {
+    *("billing", "embedding", "formatting", "framing", "pending", "routing", "scheduling"),
+    "tracing",
+}
 """Nouns that look like participles; `pending` is the field's word for what waits."""
 TERMS = {"blocking", "in_flight"}
 """The field's own terms: blocking calls, requests in flight."""
@@ -69,6 +72,7 @@ DOORS = {
     "splintr": {"providers/tokens.py"},
     "wordllama": {"providers/local.py"},
     "prometheus_client": {"proxy/http/metrics.py"},
+    "opentelemetry": {"proxy/http/tracing.py"},
     # The vectors' forms; what measures many at once; what makes its own; what shows off; what
     # computes the checksums of a log.
     "numpy": {

@@ -168,6 +168,12 @@ class Log(Section):
     requests: Annotated[bool, Field(strict=True)] = True
 
 
+class Traces(Section):
+    """OpenTelemetry spans; variables of the environment say where they go."""
+
+    enabled: Annotated[bool, Field(strict=True)] = False
+
+
 class Cache(Section):
     """What is kept, where, and how much of it."""
 
@@ -260,6 +266,7 @@ class Settings(Section):
 
     server: Server = Server()
     log: Log = Log()
+    traces: Traces = Traces()
     cache: Annotated[Cache, Field(validate_default=True)] = Field(
         default_factory=dict  # type: ignore[assignment]
     )

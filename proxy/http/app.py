@@ -1,6 +1,7 @@
 """build_app(settings): the only wiring of HTTP. One cleanup context a resource."""
 
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from embedding_proxy.proxy.config.schema import Settings
@@ -32,9 +33,12 @@ from embedding_proxy.proxy.service.storage import MIB, REPLIES_SHARE
 from . import request_body, request_log, status
 from .auth import Authenticator
 from .embeddings import Embeddings
-from .middleware import admin_only, request_middleware
+from .middleware import Observers, admin_only, request_middleware
 from .passthrough import Passthrough
 from .passthrough_upstream import PREFIXES, PassthroughUpstream
+
+if TYPE_CHECKING:
+    from .tracing import Tracing
 
 RETRY_HEADER = "x-stainless-retry-count"
 """Sent by OpenAI's own clients, and all that is built on them: they repeat a request by
@@ -50,17 +54,21 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     service = service or EmbeddingService(settings)
     server = settings.server
     access, cors = Authenticator(server.keys), Cors(server.cors)
+    tracing = _tracing(settings)
     requests, lines = RequestMetrics(), RequestLog(is_enabled=settings.log.requests)
+    observers = Observers(requests, lines, tracing)
     app = web.Application(
         middlewares=[
-            request_middleware(access, cors, OriginCheck(server, cors), requests, lines),
+            request_middleware(access, cors, OriginCheck(server, cors), observers),
             loop_guard(settings),
         ]
     )
     app[SERVICE] = service
     app[status.READINESS] = status.Readiness()
     reply_bytes = int(settings.cache.memory_mib * MIB * REPLIES_SHARE)
-    app[RESPONSES] = responses = ResponseCache(reply_bytes, is_enabled=server.fast_path)
+    app[RESPONSES] = responses = ResponseCache(
+        reply_bytes, is_enabled=server.fast_path and tracing is None
+    )
     app[LIMITS] = ConnectionLimits.of(server)
     app[REQUESTS] = requests
     app[HEAD_TIMEOUT_S] = server.head_timeout_s
@@ -84,6 +92,8 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(open_service)
     metrics = Metrics(service, requests)
     app.cleanup_ctx.append(metrics.run)
+    if tracing is not None:
+        app.cleanup_ctx.append(tracing.run)
     app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(request_log.add_request_id)
     app.on_response_prepare.append(cors.mark)
@@ -91,6 +101,15 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     responses.handler = embeddings
     _add_routes(app, embeddings, service, settings, access, passthrough, metrics)
     return app
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    """Return what traces requests. Raises ConfigError where that is wanted and not installed."""
+    if not settings.traces.enabled:
+        return None
+    from .tracing import Tracing  # noqa: PLC0415 - an extra
+
+    return Tracing()
 
 
 def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to

@@ -2,6 +2,7 @@
 
 import logging
 from time import perf_counter
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -18,21 +19,29 @@ from .request_log import REQUEST_ID, STARTED, RequestLog, identify, log_request
 from .request_metrics import CLIENT_GONE, LOGGED_ROUTES, RequestMetrics, route_name
 from .target import REMEDY, may_be_embeddings
 
+if TYPE_CHECKING:
+    from .tracing import Tracing
+
 log = logging.getLogger("embedding_proxy.guard")
 
 
+class Observers(NamedTuple):
+    """Who is told of each request."""
+
+    metrics: RequestMetrics
+    lines: RequestLog
+    tracing: "Tracing | None"
+
+
 def request_middleware(
-    access: Authenticator,
-    cors: Cors,
-    origin_check: OriginCheck,
-    requests: RequestMetrics,
-    lines: RequestLog,
+    access: Authenticator, cors: Cors, origin_check: OriginCheck, observers: Observers
 ) -> Middleware:
     """Return the middleware around everything: target, host, origin and key are checked first.
 
     It gives every error OpenAI's shape. Of `status.OPEN_PATHS` only the target is checked, and
     `status.ROOT` is answered without a key; without a CALLER in its request then.
     """
+    requests, lines, tracing = observers
 
     @web.middleware
     async def handle(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -41,7 +50,14 @@ def request_middleware(
         requests.in_flight += 1
         try:
             refused = _refuse(request, access, cors, origin_check)
-            response = await _respond(request, handler) if refused is None else refused
+            response: web.StreamResponse
+            if refused is not None:
+                response = refused
+            elif tracing is None:
+                response = await _respond(request, handler)
+            else:
+                with tracing.request(request) as span:
+                    response = span.response = await _respond(request, handler)
             status = response.status
         finally:
             requests.in_flight -= 1
