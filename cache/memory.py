@@ -2,16 +2,19 @@
 
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter, is_
 from typing import NamedTuple
+
+from embedding_proxy.providers.lru_cache import LRUCache
 
 from .record import Entry
 
 # What an entry takes besides its vector: two tuples, an address, a digest, four numbers, and its
 # place in the map. Measured with sys.getsizeof on CPython 3.11, 64 bit.
 _OVERHEAD = 480
+_MAX_EVICTED = 1 << 16
 
 
 class _MemoryEntry(NamedTuple):
@@ -20,8 +23,7 @@ class _MemoryEntry(NamedTuple):
     """When it was bought, in seconds since 1970."""
 
 
-_ENTRY = attrgetter("entry")
-_MAX_EVICTED = 1 << 16
+_ENTRY, _STORED = attrgetter("entry"), attrgetter("stored")
 
 
 class Memory:
@@ -34,11 +36,9 @@ class Memory:
         self, limit: int, ttl_s: float | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         """`ttl_s` is how long after it was stored an entry may be served, in seconds."""
-        self._limit = limit
         self._ttl_s = ttl_s
         self.clock = clock
-        self._size = 0
-        self._entries: OrderedDict[bytes, _MemoryEntry] = OrderedDict()
+        self._entries = LRUCache[bytes, _MemoryEntry](limit, _size, self._note_evicted)
         self._evicted: dict[bytes, int] = {}
         """What tells the content of entries that were dropped for room from another."""
         self.epoch = 0
@@ -49,7 +49,7 @@ class Memory:
     @property
     def size(self) -> int:
         """Bytes in use."""
-        return self._size
+        return self._entries.size
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -68,7 +68,7 @@ class Memory:
         self, addresses: Iterable[bytes], *, not_before: float = -math.inf, note: bool = True
     ) -> list[Entry | None]:
         """Do the same for several addresses, in their order."""
-        find, noted = self._entries.get, self._entries.move_to_end
+        find, mark_used = self._entries.peek, self._entries.mark_used
         expired = self._expired
         found: list[Entry | None] = []
         for address in addresses:
@@ -76,13 +76,13 @@ class Memory:
             if kept is None:
                 found.append(None)
             elif kept.stored <= expired:
-                self._drop(address)
+                self._entries.pop(address)
                 found.append(None)
             elif kept.stored < not_before:
                 found.append(None)
             else:
                 if note:
-                    noted(address)
+                    mark_used(address)
                 found.append(kept.entry)
         return found
 
@@ -102,20 +102,20 @@ class Memory:
         kept = self._all_of(addresses)
         if not kept or not all(map(is_, (one.entry.vector for one in kept), vectors)):
             return None
-        return math.inf if self._ttl_s is None else min(one.stored for one in kept) + self._ttl_s
+        return math.inf if self._ttl_s is None else min(map(_STORED, kept)) + self._ttl_s
 
     def _all_of(self, addresses: Iterable[bytes]) -> list[_MemoryEntry] | None:
-        found = list(map(self._entries.get, addresses))
+        found = list(map(self._entries.peek, addresses))
         kept = [one for one in found if one is not None]
         if len(kept) < len(found):
             return None
-        if self._ttl_s is not None and min(one.stored for one in kept) <= self._expired:
+        if self._ttl_s is not None and min(map(_STORED, kept)) <= self._expired:
             return None
         return kept
 
     def note(self, addresses: Iterable[bytes]) -> None:
         """Note that entries were used, those of them that are here."""
-        deque(map(self._entries.move_to_end, filter(self._entries.__contains__, addresses)), 0)
+        deque(map(self._entries.mark_used, filter(self._entries.peek, addresses)), 0)
 
     @property
     def _expired(self) -> float:
@@ -128,40 +128,33 @@ class Memory:
         `stored` is when it was bought, in seconds since 1970; None = now. One that was bought later
         stays: it came while this one was being read.
         """
-        size = len(entry.vector) + _OVERHEAD
-        if size > self._limit:
+        if len(entry.vector) + _OVERHEAD > self._entries.max_size:
             return
-        known = self._entries.get(address)
+        known = self._entries.peek(address)
         if known is not None:
             if stored is not None and stored < known.stored and entry.digest == known.entry.digest:
                 return
             if known.entry != entry:
                 self.epoch += 1
-            self._drop(address)
         elif self._evicted and self._evicted.pop(address, _content(entry)) != _content(entry):
             self.epoch += 1
-        bought = self.clock() if stored is None else stored
-        self._entries[address] = _MemoryEntry(entry, bought)
-        self._size += size
-        while self._size > self._limit:
-            self._evict(next(iter(self._entries)))
+        self._entries[address] = _MemoryEntry(entry, self.clock() if stored is None else stored)
 
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
         self._evicted.clear()
         self.epoch += 1
-        self._size = 0
 
-    def _evict(self, address: bytes) -> None:
+    def _note_evicted(self, address: bytes, kept: _MemoryEntry) -> None:
         if len(self._evicted) >= _MAX_EVICTED:
             self._evicted.clear()
             self.epoch += 1
-        self._evicted[address] = _content(self._entries[address].entry)
-        self._drop(address)
+        self._evicted[address] = _content(kept.entry)
 
-    def _drop(self, address: bytes) -> None:
-        self._size -= len(self._entries.pop(address).entry.vector) + _OVERHEAD
+
+def _size(_: bytes, kept: _MemoryEntry) -> int:
+    return len(kept.entry.vector) + _OVERHEAD
 
 
 def _content(entry: Entry) -> int:
