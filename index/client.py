@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from embedding_proxy.cache import private_files
 from embedding_proxy.providers.client_credential import key_mistake
-from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
+from embedding_proxy.providers.redaction import QuotedInputs, Redactor
 
 from .errors import Denied, NotInstalled, QdrantFailure, Rejected, translated
 

@@ -16,8 +16,8 @@ from typing import Protocol, TypeAlias
 from urllib.parse import quote, unquote_to_bytes
 
 import orjson
-from embedding_proxy.providers.scheduling.attempts import Attempt
 
+from .attempts import Attempt
 from .billing import NOBODY, Account, Charge, OnCharge
 from .client_credential import Credential
 from .errors import InvalidRequest

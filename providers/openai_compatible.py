@@ -13,7 +13,6 @@ from embedding_proxy.providers.routing.route import request_scope
 from embedding_proxy.providers.scheduling.batch_limits import BatchLimits
 from embedding_proxy.providers.scheduling.refusal import is_quoted
 from embedding_proxy.providers.upstream.rate_limiter import ProviderQueue, estimate
-from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
 from embedding_proxy.providers.upstream.transport import Reply, Transport
 
 from . import descriptors, tokens
@@ -30,6 +29,7 @@ from .errors import (
 )
 from .lru_cache import LRUCache
 from .profile import Limits, Profile
+from .redaction import QuotedInputs, Redactor
 from .upstream import error_reply, response
 
 log = logging.getLogger("embedding_proxy.provider")

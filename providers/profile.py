@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from embedding_proxy.providers.upstream.network import Network
+from .network import Network
 
 
 @dataclass(frozen=True, slots=True)

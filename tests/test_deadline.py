@@ -11,8 +11,8 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from embedding_proxy.providers import attempts
 from embedding_proxy.providers.errors import EmbeddingError
-from embedding_proxy.providers.scheduling import attempts
 from fault_server import hang, tokens_of
 
 MODEL = "text-embedding-3-small"

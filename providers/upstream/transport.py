@@ -21,6 +21,7 @@ from typing import Self
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from embedding_proxy.providers import descriptors
+from embedding_proxy.providers.attempts import EXTRA_SHARE, Attempt
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import (
     ConnectionTimeout,
@@ -31,12 +32,11 @@ from embedding_proxy.providers.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from embedding_proxy.providers.network import BaseUrl, ForeignOrigin, Network
 from embedding_proxy.providers.profile import Timeouts
-from embedding_proxy.providers.scheduling.attempts import EXTRA_SHARE, Attempt
 
 from . import hops
 from .content_encoding import ACCEPT_ENCODING, PIECE, DecodeError, Decoder
-from .network import BaseUrl, ForeignOrigin, Network
 
 PROXY_CREDENTIALS_REFUSED = "HTTP proxy: it refuses the credentials, or wants some (407)"
 _DIRECT = Network()

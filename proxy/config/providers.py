@@ -12,7 +12,7 @@ from embedding_proxy.providers import registry
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.upstream.hops import HEADER as HOP_HEADER
-from embedding_proxy.proxy.service import request_fields
+from embedding_proxy.proxy import request_fields
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from . import addresses

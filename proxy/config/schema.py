@@ -14,7 +14,6 @@ from embedding_proxy.index.collection import LONGEST_NAME, FieldType, not_in_nam
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.client_credential import client_key_mistake
 from embedding_proxy.providers.model_catalog import CATALOGUE
-from embedding_proxy.proxy.service.request import Honor
 from pydantic import Field, field_validator, model_validator
 
 from . import references
@@ -22,6 +21,7 @@ from .errors import KeyPath, Problem, Problems, refuse, suggestion
 from .fields import (
     CacheMode,
     FilePath,
+    Honor,
     HostName,
     HttpUrl,
     Name,

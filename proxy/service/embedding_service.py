@@ -33,8 +33,7 @@ from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.slices import SLICE
 from embedding_proxy.proxy.config.loader import ConfigError, load
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import openai_format
-from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
+from embedding_proxy.proxy.request_fields import classify
 
 from . import drift_check, index_writes, request
 from .client_keys import ClientKeys
@@ -46,8 +45,15 @@ from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from .model_registry import Model, Registry
 from .pipeline import EmbeddingPipeline, apply_dimension_strategy, space_of
 from .provider_factory import open_providers
-from .request import NO_INDEX_OPTIONS, Client, IndexOptions, Secret
-from .request_fields import classify
+from .request import (
+    MAX_INPUTS,
+    NO_INDEX_OPTIONS,
+    Client,
+    EmbeddingRequest,
+    IndexOptions,
+    Secret,
+    parse_input,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -289,7 +295,7 @@ class EmbeddingService(SearchMixin):
     @property
     def max_inputs(self) -> int | None:
         """How many inputs a request may have; None = any number."""
-        return None if self.settings.server.allow_oversize else openai_format.MAX_INPUTS
+        return None if self.settings.server.allow_oversize else MAX_INPUTS
 
     async def embed(  # noqa: PLR0913 - the parameters of a request
         self,
@@ -318,9 +324,9 @@ class EmbeddingService(SearchMixin):
 
         def parse() -> list[Input]:
             if isinstance(inputs, str):
-                return openai_format.parse_input(inputs)
+                return parse_input(inputs)
             plain = [item if isinstance(item, str | int) else list(item) for item in inputs]
-            return openai_format.parse_input(plain, self.max_inputs)
+            return parse_input(plain, self.max_inputs)
 
         parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
         given = {name: one for name, one in (parameters or {}).items() if one is not None}

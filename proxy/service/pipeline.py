@@ -27,16 +27,15 @@ from embedding_proxy.providers.errors import (
     InvalidAnswer,
     InvalidRequest,
 )
+from embedding_proxy.proxy import request_fields
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
+from embedding_proxy.proxy.request_fields import SpaceWatch
 
-from . import request_fields
 from .client_keys import Ask, ClientKeys
 from .embedding_result import Result, check, check_in_steps, make_result
 from .inputs import are_short_texts, prepare
 from .model_registry import Model, Registry
-from .request import Client, to_cache_policy
-from .request_fields import SpaceWatch
+from .request import Client, EmbeddingRequest, to_cache_policy
 
 T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.fallback")

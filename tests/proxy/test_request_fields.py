@@ -5,8 +5,8 @@ import logging
 
 import pytest
 from embedding_proxy.providers.errors import InvalidRequest
-from embedding_proxy.proxy.service import request_fields
-from embedding_proxy.proxy.service.request_fields import (
+from embedding_proxy.proxy import request_fields
+from embedding_proxy.proxy.request_fields import (
     MAX_FIELDS,
     MAX_NAME,
     MAX_SETS,

@@ -17,9 +17,9 @@ import orjson
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from embedding_proxy.providers.network import Network
 from embedding_proxy.providers.profile import Profile
-from embedding_proxy.providers.upstream.network import Network
-from embedding_proxy.providers.upstream.redaction import MAX_BYTES, QuotedInputs, Redactor
+from embedding_proxy.providers.redaction import MAX_BYTES, QuotedInputs, Redactor
 from embedding_proxy.providers.vendors import OpenAI
 from embedding_proxy.proxy import log
 from embedding_proxy.proxy.config.loader import ConfigError, validate_content
