@@ -10,7 +10,7 @@ from embedding_proxy.providers.base import NORMAL, Vector
 
 from .key import Keys, Partition
 from .ledger import LedgerKey, Usage
-from .tiered import LOT, Tiers
+from .tiered import LOT, Lookup, Tiers
 
 _VECTOR = attrgetter("vector")
 TOUCH_S = 1.0
@@ -30,6 +30,8 @@ class CachedHit:
     partition: Partition
     heading: LedgerKey
     usage: Usage
+    lookup: Lookup | None = None
+    """The look-up that `count` counts with the answer; None if that is counted."""
 
     async def vectors(self) -> list[Vector] | None:
         """Return what the same request is answered with now, and count it.
@@ -46,7 +48,7 @@ class CachedHit:
                 return None
             self.tiers.count_lookup(lookup, some, self.partition)
             vectors += map(_VECTOR, lookup.entries)
-        self.count()
+        self.tiers.count(self.heading, self.usage)
         return vectors
 
     def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
@@ -76,5 +78,7 @@ class CachedHit:
         return reuse
 
     def count(self) -> None:
-        """Count an answer that is given."""
+        """Count the answer that this was made with, when it is given."""
+        if self.lookup is not None:
+            self.tiers.count_lookup(self.lookup, self.keys, self.partition)
         self.tiers.count(self.heading, self.usage)

@@ -29,7 +29,7 @@ from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
 from .record import Entry
-from .tiered import Tiers
+from .tiered import Lookup, Tiers
 
 MAX_ROUNDS_WITH_STRANGERS = 3
 """Times that a request waits for purchases of clients with other keys, which may be refused; then
@@ -85,7 +85,7 @@ class CachingEmbedder:
             context = replace(context, counts=await context.check_tokens(tokens), check_tokens=None)
         if not lookup.missing and positions is None and len(keys) <= MAX_FETCH:
             # By far the most requests.
-            answer = self._hits(ring, keys, lookup.entries, context.account, context.terms)
+            answer = self._hits(ring, keys, lookup, context.account, context.terms)
             self._tiers.count(ledger_key(ring.partition, context.account), answer.usage)
             return answer
         outcomes = [Outcome.HIT] * len(keys)
@@ -107,7 +107,8 @@ class CachingEmbedder:
     ) -> CountedEmbeddings | None:
         """Return the answer to a few inputs, no two of them equal, if nothing has to be awaited.
 
-        Else None. It is not counted yet: its `again` does that. Raises InputRefused.
+        Else None. Neither it nor its look-up is counted: its `cached_hit` does that. Raises
+        InvalidRequest.
         """
         ring = keyring(space, Namespace(namespace))
         keys = ring.keys_at_once(inputs)
@@ -116,24 +117,30 @@ class CachingEmbedder:
         lookup = self._tiers.lookup_nowait(keys, ring.partition, terms)
         if lookup.missing:
             return None
-        self._tiers.count_lookup(lookup, keys, ring.partition, terms)
-        return self._hits(ring, keys, lookup.entries, account, terms)
+        return self._hits(ring, keys, lookup, account, terms, is_counted=False)
 
-    def _hits(
+    def _hits(  # noqa: PLR0913 - what was asked, and what was found
         self,
         ring: Keyring,
         keys: Keys,
-        entries: Sequence[Entry | None],
+        lookup: Lookup,
         account: Account,
         terms: CachePolicy,
+        *,
+        is_counted: bool = True,
     ) -> CountedEmbeddings:
-        """Return the answer that these entries are, of inputs that differ. It is not counted."""
+        """Return the answer to inputs that differ, all of which were found. It is not counted.
+
+        `is_counted`: whether the look-up is.
+        """
+        entries = lookup.entries
         tokens = list(map(_TOKENS, entries))
         saved = sum(tokens)
         worth = nanodollars(saved, account.price)
         usage = Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
         key = ledger_key(ring.partition, account)
-        again = CachedHit(self._tiers, keys, ring.partition, key, usage)
+        uncounted = None if is_counted else lookup
+        again = CachedHit(self._tiers, keys, ring.partition, key, usage, uncounted)
         return CountedEmbeddings(
             vectors=list(map(_VECTOR, entries)),
             tokens=tokens,
