@@ -124,7 +124,7 @@ class Reusable(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class CountedEmbeddings(Embedded):
     """Vectors, and the usage of the request that they answer."""
 

@@ -78,7 +78,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(request_log.add_request_id)
     app.on_response_prepare.append(cors.mark)
-    embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses.lru), unread)
+    embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses), unread)
     responses.handler = embeddings
     _add_routes(app, embeddings, service, settings, access, passthrough)
     return app

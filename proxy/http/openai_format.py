@@ -125,7 +125,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponseFormat:
     """How a reply is given."""
 

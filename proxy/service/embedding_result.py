@@ -14,7 +14,7 @@ from embedding_proxy.providers.slices import slices
 from .model_registry import Model
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Result:
     """The answer to n inputs, in their order."""
 

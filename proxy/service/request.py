@@ -231,7 +231,7 @@ def _index_error(problem: str, where: str) -> InvalidRequest:
     return InvalidRequest(f"'$.index{where}' is invalid: it {problem}.", param="index")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EmbeddingRequest:
     """A request that is well formed; whether the model can answer it is not known here."""
 

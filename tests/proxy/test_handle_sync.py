@@ -99,7 +99,7 @@ def test_a_length_that_is_not_plain_makes_no_head_known(request_):
 
 async def test_heads_take_no_more_than_their_room(proxy, at_once, monkeypatch):
     """Clients that send something else in each head are answered as ever."""
-    monkeypatch.setattr(proxy.app[RESPONSES].heads, "max_bytes", 6 * response_cache._OVERHEAD)
+    monkeypatch.setattr(proxy.app[RESPONSES].heads, "max_size", 6 * response_cache._OVERHEAD)
     requests = [_post(_body("a"), b"X-Trace: %d" % number) for number in range(20)]
     replies = await _ask(proxy, *requests)
     assert {reply[1]["x-cache"] for reply in replies} == {"hit"}
@@ -229,7 +229,7 @@ async def test_each_key_has_its_own_head(upstream, start_proxy, at_once):
         sums[heading.client][0] += usage.hits
         sums[heading.client][1] += usage.misses
     assert sums == {"ci": [3, 3], "dev": [3, 3]}
-    kept = repr(proxy.app[RESPONSES].heads._entries)
+    kept = repr(proxy.app[RESPONSES].heads.items())
     assert "'ci'" in kept
     assert "Bearer" not in kept
 
