@@ -46,7 +46,7 @@ class CachedHit:
             lookup = self.tiers.lookup_nowait(some, self.partition, NORMAL)
             if lookup.missing:
                 return None
-            self.tiers.count_lookup(lookup, some, self.partition)
+            self.tiers.count_lookup(lookup, self.partition)
             vectors += map(_VECTOR, lookup.entries)
         self.tiers.count(self.heading, self.usage)
         return vectors
@@ -64,7 +64,7 @@ class CachedHit:
     def count(self) -> None:
         """Count the answer that this was made with, when it is given."""
         if self.lookup is not None:
-            self.tiers.count_lookup(self.lookup, self.keys, self.partition)
+            self.tiers.count_lookup(self.lookup, self.partition)
             self.lookup = None
         self.tiers.count(self.heading, self.usage)
 

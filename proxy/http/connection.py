@@ -219,30 +219,28 @@ class Connection(asyncio.Protocol):
         if end < 0 or not self._may_begin(end):
             self._wait_for_head()
             return
-        if self._server.responses.is_enabled:
-            request = plain_request(data, end)
-            if request is not None and request.end <= MAX_REQUEST:
-                if request.end > len(data) and not is_expecting(request.head):
-                    self._server.limits.busy(self)
-                    self._head_deadline.start(self._server.head_timeout_s)
-                    self._hold.start(HOLD_S)
-                    return
-                if request.end <= len(data):
-                    body = data[request.begin : request.end]
-                    key = self._server.responses.key(request.head, body)
-                    response = self._server.responses.get(key, body)
-                    if response is not None:
-                        self._received = data[request.end :]
-                        self._reply(response)
-                        return
-                    self.key = key
+        responses = self._server.responses
+        request = plain_request(data, end) if responses.is_enabled else None
+        if request is not None and request.end <= min(len(data), MAX_REQUEST):
+            body = data[request.begin : request.end]
+            key = responses.key(request.head, body)
+            response = responses.get(key, body)
+            if response is not None:
+                self._received = data[request.end :]
+                self._reply(response)
+                return
+            self.key = key
+        elif request is not None and request.end <= MAX_REQUEST and not is_expecting(request.head):
+            self._server.limits.busy(self)
+            self._head_deadline.start(self._server.head_timeout_s)
+            self._hold.start(HOLD_S)
+            return
         self._hand_head_on()
 
     def _may_begin(self, end: int) -> bool:
         """Tell whether the head that ends there came before the connection was to be drained."""
-        if self._drained_at is None:
-            return True
-        return self._read - len(self._received) + end + len(HEAD_END) <= self._drained_at
+        begun = self._read - len(self._received) + end + len(HEAD_END)
+        return self._drained_at is None or begun <= self._drained_at
 
     def _wait_for_head(self) -> None:
         if self._has_ended or self._drained_at is not None:
@@ -283,6 +281,8 @@ class Connection(asyncio.Protocol):
         self._phase = phase
         data, self._received = self._received[:size], self._received[size:]
         self._body, self._framer = None, BodyFramer(0)
+        if phase is _Phase.THROUGH:
+            self.key = None
         self._is_answered = self._is_upgrade = False
         self._server.limits.busy(self)
         assert self.transport is not None  # noqa: S101 - else nothing would come

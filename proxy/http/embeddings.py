@@ -66,7 +66,13 @@ class Embeddings:
             is_admin=caller.is_admin,
         )
         model = request.match_info.get("model")
-        digest = await self._hit_cache.digest(body, caller, control, model)
+        key, digest = request[CONNECTION].key, None
+        asked = None
+        if key is not None:
+            # Of this request and no other.
+            asked, key.asked = key.asked, None
+        if asked is None or asked.lookup is None:
+            digest = await self._hit_cache.digest(body, caller, control, model)
         found = await self._hit_cache.get(digest)
         if found is not None:
             hits, vectors = found
@@ -74,9 +80,11 @@ class Embeddings:
                 hits = await self._render(hits, vectors)
                 self._hit_cache.put(digest, hits)
             return await self._send(request, hits, vectors)
-        named = partial(request.__setitem__, MODEL)
-        parse = partial(openai_format.parse, body, self._service.max_inputs, model, named)
-        asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
+        if asked is None:
+            named = partial(request.__setitem__, MODEL)
+            parse = partial(openai_format.parse, body, self._service.max_inputs, model, named)
+            asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
+        request[MODEL] = asked.model
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
         hits = self._hits(asked, result)
@@ -88,16 +96,16 @@ class Embeddings:
     def parse_sync(
         self, body: bytes, context: RequestContext
     ) -> tuple[EmbeddingRequest, bytes] | None:
-        """Return what a body asks for, and what decides the answer; see `SyncHandler`."""
+        """Return what a body asks for, and what of it decides the answer; see `SyncHandler`."""
         try:
             asked = openai_format.parse(body, self._service.max_inputs, context.model)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
         if len(asked.inputs) > _FEW or asked.parameters or asked.index is not NO_INDEX_OPTIONS:
-            return None
-        told = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
-        return asked, orjson.dumps(told)
+            return asked, b""
+        essence = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
+        return asked, orjson.dumps(essence)
 
     def handle_sync(
         self, asked: EmbeddingRequest, context: RequestContext

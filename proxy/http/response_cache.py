@@ -15,6 +15,7 @@ import re
 import secrets
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from aiohttp import web
@@ -96,6 +97,8 @@ class RequestKey:
     """Digest of its head without the length of the body."""
     whole: bytes
     """Digest of that and the body; empty if there is no room for any response."""
+    asked: EmbeddingRequest | None = None
+    """What its body asks for, as far as that was found out."""
 
 
 class SyncHandler(Protocol):
@@ -106,7 +109,7 @@ class SyncHandler(Protocol):
     ) -> tuple[EmbeddingRequest, bytes] | None:
         """Return what a body asks for, and the bytes of all in it that decides the answer.
 
-        None if answering it may take more than a few microseconds an input.
+        No bytes if it is too much to be answered at once. None if it is malformed.
         """
 
     def handle_sync(
@@ -165,17 +168,25 @@ class ResponseCache:
         parsed = self.handler.parse_sync(body, context)
         if parsed is None:
             return None
+        key.asked, essence = parsed
+        if not essence:
+            return None
+        return self._answer(key, essence, partial(self.handler.handle_sync, key.asked, context))
+
+    def _answer(
+        self, key: RequestKey, essence: bytes, handle: Callable[[], CachedResponse | None]
+    ) -> CachedResponse | None:
         if not key.whole:
-            return self.handler.handle_sync(parsed[0], context)
+            return handle()
         # Bodies that ask for the same in other words have one answer.
         digest = self._hash.copy()
-        digest.update(key.head + parsed[1])
+        digest.update(key.head + essence)
         answer = digest.digest()
         first = self.lru.get(answer)
         if isinstance(first, bytes) and (response := self.find(first)) is not None:
             self.lru[key.whole] = first
             return response
-        response = self.handler.handle_sync(parsed[0], context)
+        response = handle()
         if response is not None and self.put(key.whole, response):
             self.lru[answer] = key.whole
         return response

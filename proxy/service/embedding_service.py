@@ -360,7 +360,7 @@ class EmbeddingService(SearchMixin):
 
         Raises EmbeddingError.
         """
-        if self._answering is None or asked.index != NO_INDEX_OPTIONS:
+        if self._answering is None or asked.index is not NO_INDEX_OPTIONS:
             return None
         result = self._answering.embed_from_cache(asked, caller, control)
         if result is None or result.embedded.cached_hit is None:

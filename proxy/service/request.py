@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
 from aiohttp import web
+from embedding_proxy.cache.tiered import Lookup
 from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
 from embedding_proxy.index.point import MAX_ID, PointId
 from embedding_proxy.providers.base import CachePolicy, Input
@@ -246,6 +247,8 @@ class EmbeddingRequest:
     """What is to be indexed; it is for the proxy, and sent to nobody."""
     neutral: Mapping[str, object] = field(default_factory=dict)
     """Further fields that change no number: for providers that declare them."""
+    lookup: Lookup | None = None
+    """What was found of the inputs, if they were looked up and could not be answered at once."""
 
 
 def parse_input(

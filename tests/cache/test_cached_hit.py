@@ -244,8 +244,9 @@ async def test_an_answer_without_waiting_is_counted_when_it_is_given():
     bench = Bench()
     await bench.ask("a")
     before = replace(bench.tiers.counters), bench.store.usage
+    ring, account = keyring(SPACE), Account("model", "ci", 1.0)
     given = [
-        bench.embedder.lookup_nowait(SPACE, ["a"], "", NORMAL, Account("model", "ci", 1.0))
+        bench.embedder.answer_hits(ring, bench.embedder.lookup_nowait(ring, ["a"]), account)
         for _ in range(2)
     ]
     assert (bench.tiers.counters, bench.store.usage) == before

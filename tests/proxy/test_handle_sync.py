@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import Proxy
@@ -198,7 +199,8 @@ async def test_a_width_by_a_strategy_is_not_given_at_once(upstream, start_proxy,
     requests = [_post(_body("a", dimensions=1540, user=f"{n}")) for n in range(3)]
     assert [reply[0] for reply in await _ask(proxy, *requests)] == [200, 200, 200]
     assert len(at_once) == 2
-    object.__setattr__(proxy.service.models[MODEL], "width", "acme")
+    models = proxy.service.models
+    models[MODEL] = replace(models[MODEL], width="acme")
     assert (await _ask(proxy, _post(_body("a", user="x"))))[0][0] == 500
     assert len(at_once) == 2
 

@@ -312,4 +312,4 @@ async def test_the_error_on_the_page_is_the_one_that_comes(start_proxy):
 
 
 async def _all_but_the_last(keys, *_):
-    return Lookup([None] * len(keys), [len(keys) - 1])
+    return Lookup(keys, [None] * len(keys), [len(keys) - 1])
