@@ -34,7 +34,7 @@ class Usage(NamedTuple):
 
     def plus(self, other: "Usage") -> "Usage":
         """Return the sums of both."""
-        return Usage(*map(add, self, other))
+        return tuple.__new__(Usage, map(add, self, other))
 
     @property
     def unpaid(self) -> "Usage":

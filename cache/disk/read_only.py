@@ -212,8 +212,9 @@ class InlineReader:
         self._cursor = self._connection.cursor()
         self._clock = clock
         self._backoff = Backoff(clock=clock)
-        # Of whichever thread reads: not known before it has read once.
+        self._is_first = True
         self._disk_reads: int | None = None
+        """Of the thread that reads, when that was last asked."""
 
     def get_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
@@ -224,6 +225,8 @@ class InlineReader:
         """
         if self._backoff.is_waiting:
             return None
+        if self._is_first:
+            self._is_first, self._disk_reads = False, _disk_reads()
         began = self._clock()
         try:
             found = read_many(self._cursor.execute, addresses, not_before)

@@ -53,6 +53,7 @@ class Embeddings:
         unread: UnreadReplies,
     ) -> None:
         self._service = service
+        self._max_inputs = service.max_inputs
         self._hit_cache = hit_cache
         self._json_cache = json_cache
         self._unread = unread
@@ -82,7 +83,7 @@ class Embeddings:
             return await self._send(request, hits, vectors)
         if asked is None:
             named = partial(request.__setitem__, MODEL)
-            parse = partial(openai_format.parse, body, self._service.max_inputs, model, named)
+            parse = partial(openai_format.parse, body, self._max_inputs, model, named)
             asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
         request[MODEL] = asked.model
         waiting = caller._replace(is_connected=partial(_is_connected, request))
@@ -98,7 +99,7 @@ class Embeddings:
     ) -> tuple[EmbeddingRequest, bytes] | None:
         """Return what a body asks for, and what of it decides the answer; see `SyncHandler`."""
         try:
-            asked = openai_format.parse(body, self._service.max_inputs, context.model)
+            asked = openai_format.parse(body, self._max_inputs, context.model)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
@@ -119,7 +120,7 @@ class Embeddings:
         if result is None:
             return None
         hits, vectors = self._hits(asked, result), result.embedded.vectors
-        body = b"".join(openai_format.render(vectors, hits.form, self._json_cache.json))
+        body = openai_format.render_whole(vectors, hits.form, self._json_cache.json)
         own = header_lines((*hits.headers.items(), ("Content-Length", str(len(body)))))
         return CachedResponse(context.lines + own, body, _reuse(hits, vectors), len(vectors))
 
@@ -138,15 +139,14 @@ class Embeddings:
             parts = range(0, len(hits.rendered), _PART)
             view = memoryview(hits.rendered)
             return await self._stream(request, hits, (), (view[at : at + _PART] for at in parts))
-        chunks = openai_format.render(vectors, form, self._json_cache.json)
-        if len(vectors) <= form.vectors_a_chunk:
-            reuse = _reuse(hits, vectors)
-            if reuse is not None:
-                request[REUSE] = reuse, len(vectors)
-            return web.Response(
-                body=b"".join(chunks), content_type="application/json", headers=hits.headers
-            )
-        return await self._stream(request, hits, vectors, chunks)
+        if len(vectors) > form.vectors_a_chunk:
+            chunks = openai_format.render(vectors, form, self._json_cache.json)
+            return await self._stream(request, hits, vectors, chunks)
+        reuse = _reuse(hits, vectors)
+        if reuse is not None:
+            request[REUSE] = reuse, len(vectors)
+        body = openai_format.render_whole(vectors, form, self._json_cache.json)
+        return web.Response(body=body, content_type="application/json", headers=hits.headers)
 
     async def _render(self, hits: Hits, vectors: Sequence[Vector]) -> Hits:
         """Return hits with all that is to be sent of them, while others get their turn."""
