@@ -13,7 +13,7 @@ from embedding_proxy.cache.disk import read_only
 from embedding_proxy.cache.disk.changes import Changes, PendingRecord, StoredRecord
 from embedding_proxy.cache.disk.connection import Disk
 from embedding_proxy.cache.disk.read_only import SLOW_SECONDS, InlineReader
-from embedding_proxy.cache.disk.reader import Reader
+from embedding_proxy.cache.disk.reader import MAX_INLINE_RECORDS, Reader
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.providers.backoff import MAX_SECONDS, MIN_SECONDS
@@ -209,7 +209,7 @@ async def test_others_get_their_turn_between(reader, monkeypatch):
     task = asyncio.create_task(other())
     await reader.lookup(_addresses(range(100)), 0.0)
     task.cancel()
-    assert len(turns) >= 100 // 16
+    assert len(turns) >= 100 // MAX_INLINE_RECORDS
 
 
 @pytest.mark.parametrize("quick", [0, 1, 3])
@@ -223,7 +223,7 @@ async def test_what_is_slow_is_left_to_the_thread(disk, reader, by_thread, monke
 
     monkeypatch.setattr(disk.inline_reader, "get_many", some)
     assert await reader.lookup(_addresses(range(150)), 0.0) == _found(range(100))
-    assert by_thread == [150 - 16 * quick]
+    assert by_thread == [150 - MAX_INLINE_RECORDS * quick]
 
 
 async def test_without_a_glance_the_thread_reads(disk, reader, by_thread):
