@@ -211,8 +211,7 @@ def input_part(item: Input) -> bytes:
     """
     try:
         if isinstance(item, str):
-            text = item.encode()
-            return _TEXT + _LENGTH(len(text)) + text  # `part`, without a call for each text
+            return part(_TEXT, item.encode())
         return part(_TOKENS, struct.pack(f"<{len(item)}I", *item))
     except UnicodeEncodeError as error:
         message = "A text holds half of a surrogate pair, which is no Unicode."
