@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 from conftest import Proxy
-from embedding_proxy.proxy.http import response_cache
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.proxy.http import openai_format, response_cache
 from embedding_proxy.proxy.http.framing import plain_request
 from embedding_proxy.proxy.http.runner import RESPONSES
 from fault_server import FaultServer
@@ -259,3 +261,53 @@ async def test_what_only_the_disk_has_is_answered_at_once(upstream: FaultServer,
     ((_, headers, _),) = await _ask(proxy, _post(_body("b", user="u")))
     assert (headers["x-cache"], upstream.calls, len(at_once)) == ("hit", [], 2)
     assert proxy.service._tiers.counters.disk_hits == 1
+
+
+# --- what is not answered so ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["new", ["a", "new"], ["a", "b", "new", "c"]])
+async def test_a_miss_is_parsed_and_looked_up_once(proxy, monkeypatch, given):
+    """What the fast path found of a request goes on with it, and counts once."""
+    addresses, bodies = [], []
+    for name in ("lookup", "lookup_nowait"):
+        _note_calls(monkeypatch, Store, name, lambda _store, some: addresses.extend(some))
+    _note_calls(monkeypatch, openai_format, "parse", lambda body, *_: bodies.append(body))
+    before = replace(proxy.service.counters)
+    taught, missed, known = await _ask(proxy, *map(_post, map(_body, ["a", given, "new"])))
+    assert [one[1]["x-cache"] for one in (taught, known)] == ["hit", "hit"]
+    number = 1 if given == "new" else len(given)
+    assert missed[1]["x-cache"] == ("miss" if number == 1 else "partial")
+    assert [len(one["embedding"]) for one in missed[2]["data"]] == number * [4]
+    assert (len(addresses), len(bodies)) == (1, 3)
+    after = proxy.service.counters
+    assert after.misses - before.misses == 1
+    assert after.memory_hits - before.memory_hits == 1 + number - 1 + 1
+
+
+async def test_what_lands_behind_a_look_up_is_not_bought_again(proxy, upstream, monkeypatch):
+    """Between the fast path and the handler another request may buy the same."""
+    finish, spy = Tiers.finish, []
+
+    async def bought_meanwhile(tiers, *given):
+        if not spy:
+            spy.append(1)
+            await proxy.post({"model": MODEL, "input": "new", "dimensions": 4})
+        return await finish(tiers, *given)
+
+    (taught,) = await _ask(proxy, _post(_body("a")))
+    monkeypatch.setattr(Tiers, "finish", bought_meanwhile)
+    (late,) = await _ask(proxy, _post(_body("new")))
+    assert (taught[0], late[0], spy) == (200, 200, [1])
+    assert upstream.inputs == [*KNOWN, "new"]
+
+
+def _note_calls(monkeypatch, where, name, note):
+    """Let `note` see the arguments of each call."""
+    call = getattr(where, name)
+
+    def noted(*given, **named):
+        note(*given)
+        return call(*given, **named)
+
+    monkeypatch.setattr(where, name, noted)
