@@ -285,6 +285,17 @@ async def test_a_miss_is_parsed_and_looked_up_once(proxy, monkeypatch, given):
     assert after.memory_hits - before.memory_hits == 1 + number - 1 + 1
 
 
+async def test_a_body_in_chunks_is_not_taken_for_the_request_before(proxy):
+    """Nothing of it is kept under the key of a request that was answered on its connection."""
+    body = _body("b")
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    same = [_post(_body("a"))] * 3
+    *known, other, again = await _ask(proxy, *same, head + chunks, same[0])
+    assert [one[2]["data"] for one in (*known, again)] == [known[0][2]["data"]] * 4
+    assert other[2]["data"] != known[0][2]["data"]
+
+
 async def test_what_lands_behind_a_look_up_is_not_bought_again(proxy, upstream, monkeypatch):
     """Between the fast path and the handler another request may buy the same."""
     finish, spy = Tiers.finish, []
