@@ -4,11 +4,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from operator import attrgetter, is_
+from operator import is_
 from typing import NamedTuple
 
 from embedding_proxy.providers.lru_cache import LRUCache
 
+from .key import Keys
 from .record import Entry
 
 # What an entry takes besides its vector: two tuples, an address, a digest, four numbers, and its
@@ -21,9 +22,6 @@ class _MemoryEntry(NamedTuple):
     entry: Entry
     stored: float
     """When it was bought, in seconds since 1970."""
-
-
-_ENTRY, _STORED = attrgetter("entry"), attrgetter("stored")
 
 
 class Memory:
@@ -54,64 +52,48 @@ class Memory:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(
-        self, address: bytes, *, not_before: float = -math.inf, note: bool = True
-    ) -> Entry | None:
-        """Return an entry, and note that it was used unless told not to.
+    def lookup(
+        self, keys: Keys, size: int, not_before: float = -math.inf, *, is_noted: bool = True
+    ) -> tuple[list[Entry | None], list[int]]:
+        """Return the entries of some keys, in their order, and the indices of those without one.
 
-        One that was bought before `not_before`, in seconds since 1970, is passed over.
+        An entry has the key's digest and a vector of `size` bytes, and was not bought before
+        `not_before`, in seconds since 1970. `is_noted`: it is used by this.
         """
-        (entry,) = self.get_many([address], not_before=not_before, note=note)
-        return entry
-
-    def get_many(
-        self, addresses: Iterable[bytes], *, not_before: float = -math.inf, note: bool = True
-    ) -> list[Entry | None]:
-        """Do the same for several addresses, in their order."""
-        find, mark_used = self._entries.peek, self._entries.mark_used
-        expired = self._expired
-        found: list[Entry | None] = []
-        for address in addresses:
+        find, mark_used, expired = self._entries.peek, self._entries.mark_used, self._expired
+        entries: list[Entry | None] = []
+        missing: list[int] = []
+        for address, digest in zip(keys.addresses, keys.digests, strict=True):
             kept = find(address)
-            if kept is None:
-                found.append(None)
-            elif kept.stored <= expired:
+            if kept is not None and kept.stored > expired:
+                entry = kept.entry
+                if (
+                    entry.digest == digest
+                    and len(entry.vector) == size
+                    and kept.stored >= not_before
+                ):
+                    if is_noted:
+                        mark_used(address)
+                    entries.append(entry)
+                    continue
+            elif kept is not None:
                 self._entries.pop(address)
-                found.append(None)
-            elif kept.stored < not_before:
-                found.append(None)
-            else:
-                if note:
-                    mark_used(address)
-                found.append(kept.entry)
-        return found
-
-    def all_of(self, addresses: Iterable[bytes]) -> list[Entry] | None:
-        """Return the entries of several addresses, in their order, if none is missing; else None.
-
-        No use is noted.
-        """
-        kept = self._all_of(addresses)
-        return None if kept is None else list(map(_ENTRY, kept))
+            missing.append(len(entries))
+            entries.append(None)
+        return entries, missing
 
     def expiry_of(self, addresses: Iterable[bytes], vectors: Iterable[bytes]) -> float | None:
         """Return when the first of these entries expires, in seconds since 1970.
 
         None if they are not all here with these very vectors.
         """
-        kept = self._all_of(addresses)
-        if not kept or not all(map(is_, (one.entry.vector for one in kept), vectors)):
+        kept = list(map(self._entries.peek, addresses))
+        if not kept or not all(map(is_, (one and one.entry.vector for one in kept), vectors)):
             return None
-        return math.inf if self._ttl_s is None else min(map(_STORED, kept)) + self._ttl_s
-
-    def _all_of(self, addresses: Iterable[bytes]) -> list[_MemoryEntry] | None:
-        found = list(map(self._entries.peek, addresses))
-        kept = [one for one in found if one is not None]
-        if len(kept) < len(found):
-            return None
-        if self._ttl_s is not None and min(map(_STORED, kept)) <= self._expired:
-            return None
-        return kept
+        if self._ttl_s is None:
+            return math.inf
+        first = min(one.stored for one in kept if one is not None)
+        return None if first <= self._expired else first + self._ttl_s
 
     def note(self, addresses: Iterable[bytes]) -> None:
         """Note that entries were used, those of them that are here."""

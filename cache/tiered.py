@@ -9,12 +9,10 @@ as far as it can be. Neither raises.
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import attrgetter
 
 from embedding_proxy.providers.base import NORMAL, CachePolicy
 
@@ -33,7 +31,6 @@ LOT = 256
 _MAX_WRITTEN = 512
 """Entries that are kept in one go."""
 _MAX_TOLD = 100
-_DIGEST, _VECTOR = attrgetter("digest"), attrgetter("vector")
 
 
 @dataclass(slots=True)
@@ -114,27 +111,12 @@ class Tiers:
         """
         if terms.max_age <= 0:
             return Lookup(keys, [None] * len(keys), list(range(len(keys))))
-        addresses, digests, size = keys.addresses, keys.digests, 4 * partition.dimensions
-        if len(keys) > 1 and terms.write and terms.max_age == math.inf:
-            # The same as below for entries that are all there, in a fraction of the time.
-            known = self._memory.all_of(addresses)
-            if (
-                known is not None
-                and list(map(_DIGEST, known)) == digests
-                and set(map(len, map(_VECTOR, known))) == {size}
-            ):
-                self._memory.note(addresses)
-                return Lookup(keys, list(known), [])
-        not_before = time.time() - terms.max_age
-        entries = self._memory.get_many(addresses, not_before=not_before, note=terms.write)
-        missing: list[int] = []
-        for index, entry in enumerate(entries):
-            if entry is None or entry.digest != digests[index] or len(entry.vector) != size:
-                entries[index] = None
-                missing.append(index)
+        entries, missing = self._memory.lookup(
+            keys, 4 * partition.dimensions, time.time() - terms.max_age, is_noted=terms.write
+        )
         lookup = Lookup(keys, entries, missing)
         if missing:
-            records = self._store.lookup_nowait([addresses[index] for index in missing])
+            records = self._store.lookup_nowait([keys.addresses[index] for index in missing])
             if records is None:
                 lookup.is_complete = False
             else:
