@@ -10,7 +10,7 @@ from embedding_proxy.providers.base import NORMAL, Vector
 
 from .key import Keys, Partition
 from .ledger import LedgerKey, Usage
-from .tiered import LOT, Lookup, Tiers
+from .tiers import LOT, Lookup, Tiers
 
 _VECTOR = attrgetter("vector")
 TOUCH_S = 1.0

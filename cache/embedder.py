@@ -12,6 +12,7 @@ from operator import attrgetter
 
 from embedding_proxy.providers.base import (
     NORMAL,
+    SLICE,
     CachePolicy,
     Context,
     Embedder,
@@ -19,10 +20,10 @@ from embedding_proxy.providers.base import (
     Outcome,
     Space,
     Vector,
+    slices,
 )
 from embedding_proxy.providers.billing import Account, Bill, OnCharge, nanodollars
 from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError
-from embedding_proxy.providers.slices import SLICE, slices
 
 from .cached_hit import CachedHit
 from .errors import NotCached, name_input
@@ -30,7 +31,7 @@ from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
 from .record import Entry
-from .tiered import Lookup, Tiers
+from .tiers import Lookup, Tiers
 
 MAX_ROUNDS_WITH_STRANGERS = 3
 """Times that a request waits for purchases of clients with other keys, which may be refused; then

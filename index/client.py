@@ -248,8 +248,8 @@ async def no_metadata(qdrant: Connection) -> str | None:
         return None
     return (
         f"Qdrant at {qdrant} is {_dotted(found)}, which does not keep whose vectors a collection"
-        f" holds: use {_dotted(METADATA)} or later, or set index.qdrant.adopt: true and see to it"
-        " yourself that no two models share a collection"
+        f" holds: use {_dotted(METADATA)} or later, or set index.qdrant.adopt_unlabeled: true and"
+        " see to it yourself that no two models share a collection"
     )
 
 

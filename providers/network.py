@@ -113,13 +113,13 @@ class Network:
         name = url.scheme if url.scheme in proxies else "all"
         if name not in proxies:
             return None
-        found = proxies[name]
+        address = proxies[name]
         try:
-            proxy = URL(found if "://" in found else f"http://{found}")
+            proxy = URL(address if "://" in address else f"http://{address}")
             # A bare word is no address: neither a scheme nor a port says that it is meant as one.
             usable = proxy.scheme in ("http", "https") and bool(proxy.host) and proxy.port != 0
-            usable = usable and ("://" in found or proxy.explicit_port is not None)
-            usable = usable and len(found.split()) == 1
+            usable = usable and ("://" in address or proxy.explicit_port is not None)
+            usable = usable and len(address.split()) == 1
         except ValueError:
             usable = False
         if not usable:
@@ -143,7 +143,7 @@ class Network:
             yield proxy.password or proxy.user
             yield base64.b64encode(pair.encode("latin1", "replace")).decode()
 
-    def place_of(self, base_url: str) -> str:
+    def address_of(self, base_url: str) -> str:
         """Return the host and port that connections are made to, for people."""
         proxy = self.proxy_for(base_url)
         url = proxy or URL(base_url)

@@ -40,7 +40,7 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "cache/embedder.py",
             "cache/in_flight.py",
             "cache/cached_hit.py",
-            "cache/tiered.py",
+            "cache/tiers.py",
         ),
         "disk": ("cache/disk/",),
         "keys, records, ledger": ("cache/",),

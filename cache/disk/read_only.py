@@ -14,10 +14,10 @@ from embedding_proxy.cache import ledger
 from embedding_proxy.providers.backoff import Backoff
 
 from . import ledger_reader
-from .changes import StoredRecord
+from .quarantine import QuarantinedFile
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
-from .set_aside import SetAside
 from .write_ahead_log import damage_of
+from .write_batch import StoredRecord
 
 ADDRESSES_A_SELECT = 512
 PATIENCE_SECONDS = 5.0
@@ -56,13 +56,13 @@ class ReadableFile(Protocol):
 
 def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[bytes, StoredRecord]:
     """Return the records that are there, by address, but for those stored before a time."""
-    found: dict[bytes, StoredRecord] = {}
+    records: dict[bytes, StoredRecord] = {}
     for start in range(0, len(addresses), ADDRESSES_A_SELECT):
         some = addresses[start : start + ADDRESSES_A_SELECT]
         for key, value, stored in sql(_select(len(some)), some):
             if type(key) is bytes and type(value) is bytes and stored >= not_before:
-                found[key] = StoredRecord(value, stored)
-    return found
+                records[key] = StoredRecord(value, stored)
+    return records
 
 
 @lru_cache(maxsize=ADDRESSES_A_SELECT)
@@ -137,23 +137,23 @@ class ReadOnlyFile:
 class DamagedFile:
     """A damaged file that was set aside, read as far as that goes. For one thread; never raises."""
 
-    def __init__(self, aside: SetAside) -> None:
-        self.aside = aside
+    def __init__(self, quarantined: QuarantinedFile) -> None:
+        self.quarantined = quarantined
         self._connection: sqlite3.Connection | None = None
         self._is_whole = False
         with contextlib.suppress(OSError):
             # SQLite reads a damaged log in part, and deletes the one of an empty file.
-            self._is_whole = not damage_of(aside.path)
-            if aside.path.stat().st_size == 0:
+            self._is_whole = not damage_of(quarantined.path)
+            if quarantined.path.stat().st_size == 0:
                 return
         for query in ("mode=ro", "mode=ro&immutable=1"):
             # The second where SQLite can make no file beside it; then it reads no log.
             self.close()
             with contextlib.suppress(sqlite3.Error):
-                self._connection = _connected(aside.path, query, patience_s=PATIENCE_SECONDS)
+                self._connection = _connected(quarantined.path, query, patience_s=PATIENCE_SECONDS)
                 self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
                 return
-            self._is_whole = self._is_whole and not aside.log.exists()
+            self._is_whole = self._is_whole and not quarantined.log.exists()
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
@@ -162,22 +162,22 @@ class DamagedFile:
 
         What is in neither is not in the file. After `close`, nothing can be looked up.
         """
-        found: dict[bytes, StoredRecord] = {}
+        records: dict[bytes, StoredRecord] = {}
         unreadable: set[bytes] = set()
         for start in range(0, len(addresses), ADDRESSES_A_SELECT):
             some = addresses[start : start + ADDRESSES_A_SELECT]
             read = self._read(some, not_before)
             if read is not None:
-                found |= read
+                records |= read
                 unreadable |= set() if self._is_whole else set(some) - read.keys()
                 continue
             for address in some:
-                one = self._read([address], not_before)
-                if one is None or not (one or self._is_whole):
+                record = self._read([address], not_before)
+                if record is None or not (record or self._is_whole):
                     unreadable.add(address)
                 else:
-                    found |= one
-        return found, unreadable
+                    records |= record
+        return records, unreadable
 
     def _read(
         self, addresses: Sequence[bytes], not_before: float
@@ -229,7 +229,7 @@ class InlineReader:
             self._is_first, self._disk_reads = False, _disk_reads()
         began = self._clock()
         try:
-            found = read_many(self._cursor.execute, addresses, not_before)
+            records = read_many(self._cursor.execute, addresses, not_before)
         except Exception:  # noqa: BLE001 - of damage, sqlite3 makes errors of many kinds
             self._backoff.fail()
             return None
@@ -237,7 +237,7 @@ class InlineReader:
             self._backoff.fail()
         else:
             self._backoff.succeed()
-        return found
+        return records
 
     def _has_read_from_disk(self) -> bool:
         """Tell whether this thread has, since it was last asked; where nobody knows, it has."""

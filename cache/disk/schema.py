@@ -144,7 +144,7 @@ def refuse_newer(path: Path, layout: int) -> None:
         )
 
 
-def give_back(sql: Sql, pages: int) -> int:
+def release_pages(sql: Sql, pages: int) -> int:
     """Cut up to so many free pages off the end of the file; return how many.
 
     Files of an early layout cannot; they use the pages again.
@@ -177,9 +177,9 @@ def rename_spaces(sql: Sql) -> None:
         if not same:
             sql("UPDATE Partitions SET space = ? WHERE id = ?", (label, number))
             continue
-        ((kept,),) = same
-        sql("UPDATE Entries SET partition = ? WHERE partition = ?", (kept, number))
-        sql(_ADD_USAGE, (kept, number))
+        ((number_kept,),) = same
+        sql("UPDATE Entries SET partition = ? WHERE partition = ?", (number_kept, number))
+        sql(_ADD_USAGE, (number_kept, number))
         sql("DELETE FROM Usage WHERE partition = ?", (number,))
         sql("DELETE FROM Partitions WHERE id = ?", (number,))
     # Sums of which only the label was known when the ledger began; see `_FROM_1`.

@@ -1,11 +1,15 @@
 """Statistics of a store: entries, bytes and savings, by partition."""
 
+import contextlib
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.database import FILE_NAME
+from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
 from embedding_proxy.cache.disk.schema import Sql
 from embedding_proxy.cache.disk.write_ahead_log import LOG, sibling_path
 from embedding_proxy.cache.key import UNKNOWN, Partition
@@ -14,6 +18,29 @@ from embedding_proxy.cache.ledger import Usage
 from .short_reads import id_ranges
 
 ROWS_A_STEP = 100_000
+
+
+class StoreSize(NamedTuple):
+    """What a store holds."""
+
+    entries: int
+    file_bytes: int
+    """On disk, with the write-ahead log."""
+
+
+def read_size(directory: Path) -> StoreSize | None:
+    """Return what the store in `directory` holds; None where there is none that can be read.
+
+    The file is opened read-only, beside proxies that may be running.
+    """
+    path = connection.folder_of(directory) / FILE_NAME
+    try:
+        with contextlib.closing(ReadOnlyFile(path)) as store:
+            ((entries,),) = store.sql("SELECT value FROM Settings WHERE key = 'count'").fetchall()
+        files = (path, sibling_path(path, LOG))
+        return StoreSize(int(entries), sum(file.stat().st_size for file in files if file.exists()))
+    except (OSError, sqlite3.Error, ValueError):
+        return None
 
 
 class _Entered(NamedTuple):
@@ -68,14 +95,14 @@ class Stats:
     @property
     def entries(self) -> int:
         """All entries."""
-        return sum(one.entries for one in self.held)
+        return sum(partition.entries for partition in self.held)
 
     @property
     def usage(self) -> Usage:
         """The sums of all partitions."""
         total = Usage()
-        for one in self.held:
-            total = total.plus(one.usage)
+        for partition in self.held:
+            total = total.plus(partition.usage)
         return total
 
 
@@ -117,14 +144,14 @@ def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
     """Return number, first and last purchase, and last use of the entries, by partition."""
     sums: dict[int | None, _Entered] = {}
     for after, last in id_ranges(database, ROWS_A_STEP):
-        for number, *found in database.sql(
+        for number, *columns in database.sql(
             "SELECT partition, count(*), min(stored), max(stored), max(used) FROM Entries"
             " WHERE id > ? AND id <= ? GROUP BY partition",
             (after, last),
         ):
-            one = _Entered(*found)
-            known = sums.get(number)
-            sums[number] = one if known is None else known.plus(one)
+            entered = _Entered(*columns)
+            sum_so_far = sums.get(number)
+            sums[number] = entered if sum_so_far is None else sum_so_far.plus(entered)
     return sums
 
 

@@ -12,8 +12,9 @@ import numpy.typing as npt
 class Projection:
     """Projects vectors at random: angles are nearly kept, also for models that cannot be cut.
 
-    With `width: acme_projection` a model of 1536 numbers gives 256 for `dimensions: 256`. A matrix
-    that was fitted to one's own texts would be better; it is used in the same way.
+    With `dimension_policy: acme_projection` a model of 1536 numbers gives 256 for
+    `dimensions: 256`. A matrix that was fitted to one's own texts would be better; it is used in
+    the same way.
     """
 
     # Goes into the name of the space: another one whenever the numbers change.

@@ -49,10 +49,10 @@ class LimitKey(str):  # noqa: SLOT000 - it has one field of its own
 def request_scope(model: str, space: Space) -> str:
     """Return the scope of calls of a model: with what clients of this space ask for besides.
 
-    >>> request_scope("m", Space("m", 8)), request_scope("m", Space("m", 8, dimensions_sent=True))
+    >>> request_scope("m", Space("m", 8)), request_scope("m", Space("m", 8, send_dimensions=True))
     ('m', 'm@8')
     """
-    width = f"@{space.dimensions}" if space.dimensions_sent else ""
+    width = f"@{space.dimensions}" if space.send_dimensions else ""
     fields = f"?{space.label.partition('?')[2]}" if space.parameters else ""
     return f"{model}{width}{fields}"
 

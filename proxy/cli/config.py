@@ -25,25 +25,28 @@ def show_config(
     It is a configuration that `config show` reads again. No key is in it: a secret of the file is
     shown as ${NAME}, and to serve with it that variable has to be set.
     """
-    found = loader.read_configuration(config_file, purpose="inspect")
-    settings = found.settings
-    values = show.values(settings, found.content, everything=everything)
+    configuration = loader.read_configuration(config_file, purpose="inspect")
+    settings = configuration.settings
+    values = show.values(settings, configuration.content, everything=everything)
     keys = show.keys_of(settings)
     if as_json:
-        told = {name: {"variable": one, "set": there} for name, (one, there) in keys.items()}
+        key_states = {
+            name: {"variable": key_variable, "set": is_set}
+            for name, (key_variable, is_set) in keys.items()
+        }
         file = None if config_file is None else path_text(config_file)
-        print_json({"config": file, "keys": told, "settings": values})
+        print_json({"config": file, "keys": key_states, "settings": values})
         return
     typer.echo(printable(f"# What applies with {path_text(config_file or loader.BUILT_IN)}"))
     left_out = len(settings.models) - len(values["models"])
     if left_out:
         typer.echo(f"# and {left_out} more models of the catalogue, which --all shows.")
-    for name, (variable, there) in keys.items():
-        state = "is set" if there else "is not set: this provider is skipped"
+    for name, (variable, is_set) in keys.items():
+        state = "is set" if is_set else "is not set: this provider is skipped"
         typer.echo(f"# {name}: {variable} {state}")
-    for line in found.unresolved:
+    for line in configuration.unresolved:
         typer.echo(printable(f"# {line}"))
-    for name in show.computed_names(values, found.content):
+    for name in show.computed_names(values, configuration.content):
         typer.echo(f"# {name} stands for a secret of that file; set this variable to serve with it")
     typer.echo(loader.dump(values), nl=False)
 
@@ -73,7 +76,7 @@ def convert_old(
             atomic_file.write(output, text.encode(), mode=0o666, exclusive=True)
         except FileExistsError as error:
             raise WorkFailed(f"{path_text(output)} exists; it is not overwritten") from error
-    for line in _told(done):
+    for line in _report(done):
         typer.echo(line, err=True)
 
 
@@ -86,7 +89,7 @@ def _sections(done: ConvertedConfig) -> dict[str, object]:
     return sections
 
 
-def _told(done: ConvertedConfig) -> Iterator[str]:
+def _report(done: ConvertedConfig) -> Iterator[str]:
     for path, what in done.notes:
         yield printable(f"{path} -> {what}")
     for warning in done.warnings:
@@ -96,7 +99,7 @@ def _told(done: ConvertedConfig) -> Iterator[str]:
 def _written(done: ConvertedConfig, name: str) -> Iterator[str]:
     """Yield the lines of our file: what became of the old keys as comments, then the sections."""
     yield printable(f"# Converted from {name}. What became of its keys:")
-    for line in _told(done):
+    for line in _report(done):
         yield f"#   {line}"
     yield "# All other keys have their defaults: `embedding-proxy config show` tells them."
     for section, value in _sections(done).items():

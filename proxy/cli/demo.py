@@ -84,7 +84,9 @@ def run() -> None:
     for query, near in zip(QUERIES, _nearest(queries, first.vectors), strict=True):
         console.print(f"\nNearest to [bold]{query}[/bold]")
         for i, cosine in near:
-            console.print(f"  {cosine:.2f}  {_shown(docs, texts[i])}", markup=False, soft_wrap=True)
+            console.print(
+                f"  {cosine:.2f}  {_excerpt(docs, texts[i])}", markup=False, soft_wrap=True
+            )
     _judge(passes, len(texts))
 
 
@@ -122,8 +124,10 @@ def _proxy(config: Path) -> Iterator[openai.OpenAI]:
             with openai.OpenAI(base_url=url, api_key="none-is-needed") as client:
                 yield client
         except openai.OpenAIError as error:
-            told = log.read_text(errors="replace").strip()
-            raise DemoFailed(f"a request failed: {error}; the log of the proxy: {told}") from error
+            log_text = log.read_text(errors="replace").strip()
+            raise DemoFailed(
+                f"a request failed: {error}; the log of the proxy: {log_text}"
+            ) from error
         finally:
             late.cancel()
             process.terminate()
@@ -157,10 +161,10 @@ def _table(passes: list[Pass], inputs: int, price: float) -> Table:
     table.add_column("")
     for title in ("inputs", "computed", "hits", "seconds", "at OpenAI"):
         table.add_column(title, justify="right")
-    for one in passes:
-        cost = price * one.computed / inputs
-        row = (len(one.vectors), one.computed, one.hits)
-        table.add_row(one.title, *(f"{n:,}" for n in row), f"{one.seconds:.2f}", money(cost))
+    for pass_ in passes:
+        cost = price * pass_.computed / inputs
+        row = (len(pass_.vectors), pass_.computed, pass_.hits)
+        table.add_row(pass_.title, *(f"{n:,}" for n in row), f"{pass_.seconds:.2f}", money(cost))
     return table
 
 
@@ -183,7 +187,7 @@ def _nearest(
         yield [(int(i), float(cosines[i])) for i in best]
 
 
-def _shown(docs: list[Docstring], text: str) -> str:
+def _excerpt(docs: list[Docstring], text: str) -> str:
     name = next(doc.name for doc in docs if doc.text == text)
     return f"{name}: {' '.join(text.split())[:70]}"
 
@@ -193,8 +197,8 @@ def _judge(passes: list[Pass], inputs: int) -> None:
     first, *later = passes
     if first.computed != inputs:
         raise DemoFailed(f"the first pass computed {first.computed} of {inputs} inputs")
-    for one in later:
-        if one.hits != inputs or one.computed:
-            raise DemoFailed(f"{one.title}: {one.hits} hits of {inputs} inputs")
+    for pass_ in later:
+        if pass_.hits != inputs or pass_.computed:
+            raise DemoFailed(f"{pass_.title}: {pass_.hits} hits of {inputs} inputs")
     if not np.array_equal(first.vectors, later[0].vectors):
         raise DemoFailed("the second pass gave other vectors than the first")

@@ -83,9 +83,9 @@ class Server(Section):
     send_timeout_s: Annotated[Number, Field(gt=0)] = 10
     max_unread_mib: Annotated[Number, Field(gt=0, le=1e7)] = 256
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
-    gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
-    unknown_models: Literal["ask", "refuse"] = "ask"
-    canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
+    batch_window_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
+    unknown_models: Literal["forward", "reject"] = "forward"
+    drift_check_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
     cors: tuple[WebOrigin, ...] = ()
     allowed_hosts: tuple[HostName, ...] = ()
@@ -166,7 +166,7 @@ class Cache(Section):
     size_limit_gib: Annotated[Number, Field(gt=0, le=1e6)] = 50
     memory_mib: Annotated[Number, Field(ge=0, le=1e7)] = 256
     ttl_days: Annotated[Number, Field(gt=0)] | None = None
-    pinned: tuple[str, ...] = ()
+    pinned_namespaces: tuple[str, ...] = ()
     mode: CacheMode = "normal"
     shared: None = None
 
@@ -188,7 +188,7 @@ class Qdrant(Section):
     collection: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)] | None = None
     prefix: Annotated[str, Field(max_length=100)] = ""
     store_text: bool = True
-    adopt: bool = False
+    adopt_unlabeled: bool = False
     on_disk: bool = False
     quantization: Literal["scalar", "binary"] | None = None
     payload_indexes: dict[Name, FieldType] = Field(default_factory=dict)
@@ -264,7 +264,7 @@ class Settings(Section):
     passthrough: Name | None = "openai"
     """The provider that answers all other calls. The default one need not be configured."""
     passthrough_auth: Literal["provider", "client"] = "provider"
-    passthrough_idle_s: Annotated[Number, Field(gt=0)] = 1800
+    passthrough_idle_timeout_s: Annotated[Number, Field(gt=0)] = 1800
     passthrough_max_message_mib: Annotated[Number, Field(gt=0, le=1024)] = 16
 
     @model_validator(mode="before")
@@ -294,12 +294,12 @@ class Settings(Section):
     def _over_the_catalogue(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        known = {name: from_catalogue(entry) for name, entry in CATALOGUE.items()}
-        given = {
-            name: {**known.get(name, {}), **entry} if isinstance(entry, dict) else entry
+        catalogue = {name: from_catalogue(entry) for name, entry in CATALOGUE.items()}
+        entries = {
+            name: {**catalogue.get(name, {}), **entry} if isinstance(entry, dict) else entry
             for name, entry in value.items()
         }
-        return {**known, **given}
+        return {**catalogue, **entries}
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Settings":
@@ -362,7 +362,11 @@ class Settings(Section):
 
     def _origins_for_clients(self) -> Iterator[Problem]:
         """Yield a second origin for one key: a client sends one, and it belongs to one."""
-        taking = {name: one for name, one in self.providers.items() if one and one.uses_client_key}
+        taking = {
+            name: provider
+            for name, provider in self.providers.items()
+            if provider and provider.uses_client_key
+        }
         if taking and self.passthrough_auth == "client" and self.passthrough_provider:
             taking[self.passthrough or ""] = self.passthrough_provider
         (first, *others) = taking or [""]
@@ -392,13 +396,13 @@ class Settings(Section):
                 if problem is not None:
                     path = ("models", name, "fallback")
                     facts = [
-                        ("models", one, key)
-                        for one in (name, fallback.model)
+                        ("models", model_name, key)
+                        for model_name in (name, fallback.model)
                         for key in ("space", "dimensions", "matryoshka")
                     ]
                     needs = [(*path, i, "model"), ("models", fallback.model)]
                     if other is not None:
-                        needs += [(*path, i, "width"), *facts]
+                        needs += [(*path, i, "dimension_policy"), *facts]
                     yield Problem(path, f"{fallback.model}: {problem}", needs=tuple(needs))
 
     def _spaces_described_twice(self) -> Iterator[Problem]:
@@ -414,8 +418,8 @@ class Settings(Section):
                         f" models.{other}, of the same space {model.space}; make them equal, or"
                         " give this model a space of its own",
                         needs=tuple(
-                            ("models", one, fact)
-                            for one in (name, other)
+                            ("models", model_name, fact)
+                            for model_name in (name, other)
                             for fact in ("space", key)
                         ),
                     )

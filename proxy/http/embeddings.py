@@ -71,7 +71,7 @@ class Embeddings:
         asked = None
         if key is not None:
             # Of this request and no other.
-            asked, key.asked = key.asked, None
+            asked, key.embedding_request = key.embedding_request, None
         if asked is None or asked.lookup is None:
             digest = await self._hit_cache.digest(body, caller, control, model)
         found = await self._hit_cache.get(digest)

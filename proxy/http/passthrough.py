@@ -42,7 +42,7 @@ class Passthrough:
 
     def __init__(self, origin: PassthroughUpstream, settings: Settings) -> None:
         self._origin = origin
-        self._idle_s = settings.passthrough_idle_s
+        self._idle_s = settings.passthrough_idle_timeout_s
         self._body_timeout_s = settings.server.body_timeout_s
         self._max_message = int(settings.passthrough_max_message_mib * MIB)
         self._frozen = settings.cache.mode == "frozen"
@@ -156,7 +156,7 @@ def _is_below(target: str) -> bool:
     That is one of PREFIXES, or `/models/`. One that begins so only when it is decoded would be sent
     below the base URL with its prefix.
     """
-    return path_of(target).startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
+    return path_of(target).startswith(tuple(f"{prefix}/" for prefix in (*PREFIXES, "/models")))
 
 
 class _Upload:

@@ -97,7 +97,7 @@ class RequestKey:
     """Digest of its head without the length of the body."""
     whole: bytes
     """Digest of that and the body; empty if there is no room for any response."""
-    asked: EmbeddingRequest | None = None
+    embedding_request: EmbeddingRequest | None = None
     """What its body asks for, as far as that was found out."""
 
 
@@ -113,7 +113,7 @@ class SyncHandler(Protocol):
         """
 
     def handle_sync(
-        self, asked: EmbeddingRequest, context: RequestContext
+        self, embedding_request: EmbeddingRequest, context: RequestContext
     ) -> CachedResponse | None:
         """Return the answer, counted; None if something has to be awaited, and nothing is done."""
 
@@ -168,10 +168,12 @@ class ResponseCache:
         parsed = self.handler.parse_sync(body, context)
         if parsed is None:
             return None
-        key.asked, essence = parsed
+        key.embedding_request, essence = parsed
         if not essence:
             return None
-        return self._answer(key, essence, partial(self.handler.handle_sync, key.asked, context))
+        return self._answer(
+            key, essence, partial(self.handler.handle_sync, key.embedding_request, context)
+        )
 
     def _answer(
         self, key: RequestKey, essence: bytes, handle: Callable[[], CachedResponse | None]

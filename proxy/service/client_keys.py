@@ -1,9 +1,10 @@
 """Models that are bought with the client's own API key.
 
 `ClientKeyPolicy` says which models these are. What a key has bought is served to that key alone: it
-is kept in a namespace of its own, named by a digest. Where the operator sets `share`, it is kept
-where all entries are. In both cases nothing is served to a key that the provider has not accepted:
-the first request of a key buys one input with it, past the cache, and keeps that like any other.
+is kept in a namespace of its own, named by a digest. Where the operator sets `share_cache`, it is
+kept where all entries are. In both cases nothing is served to a key that the provider has not
+accepted: the first request of a key buys one input with it, past the cache, and keeps that like any
+other.
 
 A client without a key is served by the other routes of the model, if it has any; so is one whose
 key cannot be proved at the moment. A client whose key is refused gets that error.
@@ -99,7 +100,7 @@ class ClientKeyPolicy:
     providers: tuple[str, ...]
     """Those that are asked with it; all of one origin."""
     origin: str
-    share: bool
+    share_cache: bool
     """Whether what one key has bought is served to others."""
     has_other_routes: bool
     """Whether the model has routes that need no client's key."""
@@ -113,16 +114,22 @@ def client_key_policy(
     `usable` are the names of the providers that can be asked.
     """
     routes = {route.provider: settings.providers.get(route.provider) for route in entry.routes}
-    asked = {name: one for name, one in routes.items() if one is not None and one.uses_client_key}
-    if not asked:
+    client_paid = {
+        name: config
+        for name, config in routes.items()
+        if config is not None and config.uses_client_key
+    }
+    if not client_paid:
         return None
     return ClientKeyPolicy(
         model=name,
         space=entry.space,
-        providers=tuple(asked),
-        origin=next(one.origin for one in asked.values()),
-        share=all(one.share for one in asked.values()),
-        has_other_routes=any(provider in usable for provider in routes if provider not in asked),
+        providers=tuple(client_paid),
+        origin=next(config.origin for config in client_paid.values()),
+        share_cache=all(config.share_cache for config in client_paid.values()),
+        has_other_routes=any(
+            provider in usable for provider in routes if provider not in client_paid
+        ),
     )
 
 
@@ -238,8 +245,8 @@ class Proofs:
         try:
             with os.scandir(self._folder) as files:
                 ages = sorted(((file.stat().st_mtime, file.path) for file in files), reverse=True)
-            for place, (at, path) in enumerate(ages):
-                if at < before or place >= MAX_KEYS:
+            for rank, (at, path) in enumerate(ages):
+                if at < before or rank >= MAX_KEYS:
                     Path(path).unlink(missing_ok=True)
         except OSError as error:
             log.info("%s: proofs of clients' keys are not kept: %s", self._folder, error.strerror)
@@ -283,13 +290,13 @@ class ClientKeys:
             return await ask(inputs, context), context.namespace
         credential = self._credential(how, caller.api_key)
         namespace = context.namespace
-        if not how.share:
+        if not how.share_cache:
             namespace = "/".join(filter(None, (namespace, credential.name)))
         account = context.account
         if not account.client:
             account = replace(account, client=credential.name)
         own = replace(context, credential=credential, namespace=namespace, account=account)
-        answer = await _Visit(self, how, own, credential, ask).answer(inputs)
+        answer = await _KeyedRequest(self, how, own, credential, ask).answer(inputs)
         if answer is None:
             # The next time it may be proved, or refused.
             return replace(await ask(inputs, context), cached_hit=None), context.namespace
@@ -324,18 +331,18 @@ class ClientKeys:
         return Credential(key, f"key-{self._digest(how.origin, key)}")
 
     def _digest(self, *parts: str) -> str:
-        told = b"".join(part(b"k", one.encode()) for one in parts)
-        return hashlib.blake2b(told, digest_size=16, key=self._secret).hexdigest()
+        message = b"".join(part(b"k", text.encode()) for text in parts)
+        return hashlib.blake2b(message, digest_size=16, key=self._secret).hexdigest()
 
     def _missing_key_error(self, how: ClientKeyPolicy) -> ClientKeyRefused:
-        ours = ", and this proxy's key in `x-proxy-key`" if self._asks_keys else ""
+        hint = ", and this proxy's key in `x-proxy-key`" if self._asks_keys else ""
         return ClientKeyRefused(
             f"You didn't provide an API key of your own, with which `{how.model}` is asked for at"
-            f" {how.providers[0]}: send it in the header `Authorization: Bearer KEY`{ours}."
+            f" {how.providers[0]}: send it in the header `Authorization: Bearer KEY`{hint}."
         )
 
 
-class _Visit:
+class _KeyedRequest:
     """One request that comes with a key."""
 
     def __init__(
@@ -362,7 +369,7 @@ class _Visit:
             )
         if status is KeyStatus.PROVED or not spend:
             return await self._ask_noted(inputs)
-        shortest = min(range(len(inputs)), key=lambda place: len(inputs[place]))
+        shortest = min(range(len(inputs)), key=lambda index: len(inputs[index]))
         try:
             return await embed_one_first(inputs, shortest, self._prove, self._ask_noted)
         except (NoProviderAvailable, ProviderError, InvalidRequest) as error:
@@ -409,8 +416,8 @@ class _Visit:
             if self._keys.status(self._proof) is KeyStatus.UNKNOWN:
                 if not is_late:
                     raise
-                told = f"Your key cannot be proved just now (no answer within {PROOF_S:g} s)."
-                raise NoProviderAvailable(told, RETRY_S) from error
+                problem = f"Your key cannot be proved just now (no answer within {PROOF_S:g} s)."
+                raise NoProviderAvailable(problem, RETRY_S) from error
             self._keys.proofs.defer(self._proof)
             log.info("%s is served on an older proof: %s", self._credential.name, error)
         return await self._ask_noted(inputs)

@@ -23,14 +23,13 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
 from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.tiers import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import SearchHit, search
 from embedding_proxy.providers import similarity, vector
-from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.base import SLICE, Input
 from embedding_proxy.providers.routing.health import HealthRegistry
-from embedding_proxy.providers.slices import SLICE
 from embedding_proxy.proxy.config.loader import ConfigError, load
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.request_fields import classify
@@ -95,8 +94,8 @@ class SearchMixin(ABC):
         self, one: str, other: str, model: str, *, dimensions: int | None = None
     ) -> float:
         """Return the cosine between two texts, -1…1. Raises EmbeddingError."""
-        found = await self.embed([one, other], model, dimensions=dimensions, index=False)
-        return float(found.similarity()[0, 1])
+        result = await self.embed([one, other], model, dimensions=dimensions, index=False)
+        return float(result.similarity()[0, 1])
 
     async def nearest(
         self, query: str, texts: Sequence[str], k: int, model: str, *, dimensions: int | None = None
@@ -107,10 +106,10 @@ class SearchMixin(ABC):
         """
         if not texts:
             return []
-        found = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
-        first, *others = vector.derive(found.embedded.vectors, found.dimensions)
+        result = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
+        first, *others = vector.derive(result.embedded.vectors, result.dimensions)
         ranked = similarity.ranked(first, others, k)
-        return [Neighbour(place, texts[place], score) for place, score in ranked]
+        return [Neighbour(index, texts[index], score) for index, score in ranked]
 
     async def query(  # noqa: PLR0913 - a question's parts, by name
         self,
@@ -137,31 +136,31 @@ class SearchMixin(ABC):
             raise ConfigError(
                 "index.qdrant: is not set, so there is nothing to search; set its url"
             )
-        asked = await self.embed(
+        result = await self.embed(
             text, model, dimensions=dimensions, parameters=parameters, index=False
         )
-        if asked.fallback:
+        if result.fallback:
             raise OtherSpace(
-                f"{asked.name} stood in for {model}: its vectors compare with none of the"
+                f"{result.name} stood in for {model}: its vectors compare with none of the"
                 f" collection's; ask again when {model} answers"
             )
-        space = asked.space
+        space = result.space
         if stored is not None:
-            space = asked.model.space.with_parameters(stored)
-            if asked.space.name != space.name:
-                space = space_of(asked.model.width, space, asked.dimensions)
+            space = result.model.space.with_parameters(stored)
+            if result.space.name != space.name:
+                space = space_of(result.model.dimension_policy, space, result.dimensions)
         qdrant = self.settings.index.qdrant
         name = collection or qdrant.collection
-        name = name or collection_of(asked.name, space, asked.dimensions, qdrant)
-        (numbers,) = vector.derive(asked.embedded.vectors, asked.dimensions)
+        name = name or collection_of(result.name, space, result.dimensions, qdrant)
+        (numbers,) = vector.derive(result.embedded.vectors, result.dimensions)
         return await search(
             await self.indexing.indexer.connection(),
             name,
-            Provenance(space.label, asked.dimensions),
+            Provenance(space.label, result.dimensions),
             numbers,
             limit=limit,
             where=where,
-            adopt=qdrant.adopt,
+            adopt=qdrant.adopt_unlabeled,
         )
 
 
@@ -178,7 +177,7 @@ class EmbeddingService(SearchMixin):
         self._answering: EmbeddingPipeline | None = None
         self.upstreams = HealthRegistry()
         """What is known of the providers: breakers, counters."""
-        self.canaries: DriftCheck | None = None
+        self.drift_check: DriftCheck | None = None
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
@@ -199,7 +198,7 @@ class EmbeddingService(SearchMixin):
         async with AsyncExitStack() as stack:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
-            pinned = (*cache.pinned, drift_check.NAMESPACE)
+            pinned = (*cache.pinned_namespaces, drift_check.NAMESPACE)
             store = await stack.enter_async_context(
                 Store(
                     cache.directory,
@@ -229,7 +228,11 @@ class EmbeddingService(SearchMixin):
             )
             stack.push_async_callback(self._registry.close)
             client_keys = None
-            if any(one.uses_client_key for one in self.settings.providers.values() if one):
+            if any(
+                provider.uses_client_key
+                for provider in self.settings.providers.values()
+                if provider
+            ):
                 client_keys = ClientKeys(self.settings, store.folder)
             self._answering = EmbeddingPipeline(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
@@ -238,13 +241,13 @@ class EmbeddingService(SearchMixin):
                         self.settings, self.settings.index.qdrant, cache.directory, self._sleep
                     )
                 )
-            if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
-                self.canaries = await stack.enter_async_context(
+            if self.settings.server.drift_check_hours and cache.mode not in ("frozen", "off"):
+                self.drift_check = await stack.enter_async_context(
                     DriftCheck(
                         self._registry.models,
                         self.upstreams,
                         store.folder / "canaries.json",
-                        hours=self.settings.server.canary_hours,
+                        hours=self.settings.server.drift_check_hours,
                     )
                 )
             self._stack = stack.pop_all()
@@ -316,7 +319,7 @@ class EmbeddingService(SearchMixin):
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields, treated as a client's: see `request_fields`.
         `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
-        `api_key` is the client's own, for providers with `key: client`.
+        `api_key` is the client's own, for providers with `auth: client`.
         `cache_control` is what a client would say in the header of that name: "no-cache".
         `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.
@@ -329,9 +332,9 @@ class EmbeddingService(SearchMixin):
             return parse_input(plain, self.max_inputs)
 
         parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
-        given = {name: one for name, one in (parameters or {}).items() if one is not None}
-        further = classify(given)
-        asked = EmbeddingRequest(
+        fields = {name: value for name, value in (parameters or {}).items() if value is not None}
+        further = classify(fields)
+        embedding_request = EmbeddingRequest(
             model=model,
             inputs=parsed,
             dimensions=dimensions,
@@ -341,7 +344,9 @@ class EmbeddingService(SearchMixin):
             neutral=further.neutral,
             index=request.parse_index_options(index, len(parsed)),
         )
-        return await self.answer(asked, Client(namespace, client, Secret(api_key)), cache_control)
+        return await self.answer(
+            embedding_request, Client(namespace, client, Secret(api_key)), cache_control
+        )
 
     async def preview(
         self, inputs: Sequence[str], model: str, *, namespace: str = ""
@@ -354,18 +359,18 @@ class EmbeddingService(SearchMixin):
         )
 
     def embed_from_cache(
-        self, asked: EmbeddingRequest, caller: Client, control: str
+        self, embedding_request: EmbeddingRequest, caller: Client, control: str
     ) -> Result | None:
         """Return what `answer` would, already counted, if nothing has to be waited for; else None.
 
         Raises EmbeddingError.
         """
-        if self._answering is None or asked.index is not NO_INDEX_OPTIONS:
+        if self._answering is None or embedding_request.index is not NO_INDEX_OPTIONS:
             return None
-        result = self._answering.embed_from_cache(asked, caller, control)
+        result = self._answering.embed_from_cache(embedding_request, caller, control)
         if result is None or result.embedded.cached_hit is None:
             return None
-        if self.indexing is not None and not self.indexing.knows(asked.index, result):
+        if self.indexing is not None and not self.indexing.knows(embedding_request.index, result):
             return None
         result.embedded.cached_hit.count()
         return result
@@ -380,18 +385,20 @@ class EmbeddingService(SearchMixin):
             return again
         return self.indexing.reusable(again, index, result)
 
-    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str = "") -> Result:
+    async def answer(
+        self, embedding_request: EmbeddingRequest, caller: Client, control: str = ""
+    ) -> Result:
         """Answer a well-formed request, by a fallback model where no route of its own answers.
 
         What is answered is indexed where the configuration says so. `control` is its
         `Cache-Control`. Raises EmbeddingError.
         """
-        index_writes.check_index_options(self.settings, asked.index)
+        index_writes.check_index_options(self.settings, embedding_request.index)
         if self._answering is None:
             raise RuntimeError("the service is not open")
         result = await apply_dimension_strategy(
-            await self._answering.answer(asked, caller, control)
+            await self._answering.answer(embedding_request, caller, control)
         )
         if self.indexing is not None:
-            await self.indexing.take(asked.index, control, result)
+            await self.indexing.take(embedding_request.index, control, result)
         return result

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from conftest import Proxy
 from embedding_proxy.cache.disk.store import Store
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.proxy.http import openai_format, response_cache
 from embedding_proxy.proxy.http.framing import plain_request
 from embedding_proxy.proxy.http.runner import RESPONSES
@@ -197,12 +197,12 @@ async def test_a_model_that_the_path_names_counts(proxy, at_once):
 
 async def test_a_width_by_a_strategy_is_not_given_at_once(upstream, start_proxy, at_once):
     """Other code makes those vectors, which may take its time."""
-    proxy = await start_proxy(openai=upstream, models={MODEL: {"width": "pad"}})
+    proxy = await start_proxy(openai=upstream, models={MODEL: {"dimension_policy": "pad"}})
     requests = [_post(_body("a", dimensions=1540, user=f"{n}")) for n in range(3)]
     assert [reply[0] for reply in await _ask(proxy, *requests)] == [200, 200, 200]
     assert len(at_once) == 2
     models = proxy.service.models
-    models[MODEL] = replace(models[MODEL], width="acme")
+    models[MODEL] = replace(models[MODEL], dimension_policy="acme")
     assert (await _ask(proxy, _post(_body("a", user="x"))))[0][0] == 500
     assert len(at_once) == 2
 

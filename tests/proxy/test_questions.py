@@ -152,7 +152,7 @@ async def test_a_collection_of_another_space_is_never_searched(open_service, qdr
             with pytest.raises(OtherSpace, match=why):
                 await service.query("a", SMALL, collection=name)
     assert not any(path.endswith("/query") for _, path, _ in qdrant.requests)
-    async with open_service({"url": qdrant.url, "adopt": True}) as service:
+    async with open_service({"url": qdrant.url, "adopt_unlabeled": True}) as service:
         assert await service.query("a", SMALL, collection="mute") == []
 
 
@@ -161,11 +161,11 @@ async def test_the_vectors_of_a_stand_in_search_nothing(open_service, qdrant, up
     stand_in = {"space": "vendor/else", "dimensions": 1536}
     local = {
         **stand_in,
-        "width": "pad",
+        "dimension_policy": "pad",
         "dimensions": 256,
         "routes": [{"provider": "local", "model": LOCAL}],
     }
-    models = {SMALL: {"fallback": [{"model": "other", "width": "pad"}]}, "other": local}
+    models = {SMALL: {"fallback": [{"model": "other", "dimension_policy": "pad"}]}, "other": local}
     index = {"url": qdrant.url, "collection": "all"}
     async with open_service(index, models=models) as service:
         await service.embed("a", SMALL)

@@ -196,7 +196,7 @@ async def test_gathered_requests_keep_their_neutral_fields_apart(start_proxy, up
     proxy = await start_proxy(
         providers={"openai": {"base_url": upstream.url, "neutral_fields": ["tags"]}},
         openai=upstream,
-        server={"gather_ms": 50},
+        server={"batch_window_ms": 50},
     )
     bodies = [{"model": SMALL, "input": f"text {n}", "tags": [n]} for n in range(2)]
     replies = await asyncio.gather(*map(proxy.post, bodies))

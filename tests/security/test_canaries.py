@@ -164,11 +164,11 @@ async def test_a_text_comes_back_in_no_encoding(place, canary, upstream, start_p
 
 @pytest.mark.parametrize("encoding", SPELLED)
 async def test_a_clients_key_comes_back_in_no_encoding(encoding, upstream, start_proxy, caplog):
-    """`key: client`: what the provider says of it while it is proved, and afterwards."""
+    """`auth: client`: what the provider says of it while it is proved, and afterwards."""
     caplog.set_level(logging.DEBUG)
     said = spellings(CLIENT)[encoding]
     proxy = await start_proxy(
-        providers={"openai": {"base_url": upstream.url, "key": "client"}},
+        providers={"openai": {"base_url": upstream.url, "auth": "client"}},
         models={MODEL: {"routes": [{"provider": "openai", "model": MODEL}]}},
     )
     bearer = {"Authorization": f"Bearer {CLIENT}"}
