@@ -3,6 +3,7 @@
 One worker has one core. Inputs are drawn from 10,000 known ones, all in memory or all on disk.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,15 @@ def same_bulk(encoding: str) -> Callable[[Made], list[bytes]]:
     return lambda _: [asking(range(BULK), encoding)] * BULKS_A_ROUND
 
 
+def new_inputs(_: Made) -> list[bytes]:
+    """Known inputs that were never asked for by themselves, as long as there are some."""
+    return [asking(next(_in_order)) for _ in range(SINGLES_A_ROUND // 2)]
+
+
+_in_order = itertools.cycle(range(KNOWN))
+
 CASES = (
+    Case("T1", "one input, memory hit, the first request for it alone", new_inputs),
     Case("T1", "one input, memory hit", known, again=True, least=1.0),
     Case("T1", AGAIN_AND_AGAIN, repeated),
     Case("T1", "the same, bodies never seen before", new_bodies),

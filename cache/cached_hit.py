@@ -10,14 +10,14 @@ from embedding_proxy.providers.base import NORMAL, Vector
 
 from .key import Keys, Partition
 from .ledger import LedgerKey, Usage
-from .tiers import LOT, Tiers
+from .tiers import LOT, Lookup, Tiers
 
 _VECTOR = attrgetter("vector")
 TOUCH_S = 1.0
 """Seconds between two times that the use of the entries is noted for one kept answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CachedHit:
     """What an answer was about that came from the cache alone, to a request without own terms.
 
@@ -30,6 +30,8 @@ class CachedHit:
     partition: Partition
     heading: LedgerKey
     usage: Usage
+    lookup: Lookup | None = None
+    """The look-up that `count` counts with the answer; None if that is counted."""
 
     async def vectors(self) -> list[Vector] | None:
         """Return what the same request is answered with now, and count it.
@@ -44,9 +46,9 @@ class CachedHit:
             lookup = self.tiers.lookup_nowait(some, self.partition, NORMAL)
             if lookup.missing:
                 return None
-            self.tiers.count_lookup(lookup, some, self.partition)
+            self.tiers.count_lookup(lookup, self.partition)
             vectors += map(_VECTOR, lookup.entries)
-        self.count()
+        self.tiers.count(self.heading, self.usage)
         return vectors
 
     def reuse_of(self, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
@@ -55,26 +57,38 @@ class CachedHit:
         None if they are not the answer any more, or memory does not hold them. They are until the
         epoch of the memory tier changes, or the first of them expires.
         """
-        tiers, memory, addresses = self.tiers, self.tiers.memory, self.keys.addresses
-        expires = memory.expiry_of(addresses, vectors)
-        if expires is None:
-            return None
-        epoch, clock, inputs, noted = memory.epoch, memory.clock, len(addresses), -math.inf
-
-        def reuse() -> bool:
-            nonlocal noted
-            now = clock()
-            if memory.epoch != epoch or now >= expires:
-                return False
-            if not 0 <= now - noted < TOUCH_S:
-                noted = now
-                tiers.note(addresses, self.partition)
-            tiers.counters.memory_hits += inputs
-            tiers.count(self.heading, self.usage)
-            return True
-
-        return reuse
+        memory = self.tiers.memory
+        expires = memory.expiry_of(self.keys.addresses, vectors)
+        return None if expires is None else _Reuse(self, memory.epoch, expires)
 
     def count(self) -> None:
-        """Count an answer that is given."""
+        """Count the answer that this was made with, when it is given."""
+        if self.lookup is not None:
+            self.tiers.count_lookup(self.lookup, self.partition)
+            self.lookup = None
         self.tiers.count(self.heading, self.usage)
+
+
+@dataclass(slots=True)
+class _Reuse:
+    """Whether some vectors are still the answer: one object, for there may be many."""
+
+    hit: CachedHit
+    epoch: int
+    """Of the memory tier, when it held the vectors."""
+    expires: float
+    """When the first of them expires, in seconds since 1970."""
+    noted: float = -math.inf
+    """When their use was last noted, likewise."""
+
+    def __call__(self) -> bool:
+        hit, tiers = self.hit, self.hit.tiers
+        now = tiers.memory.clock()
+        if tiers.memory.epoch != self.epoch or now >= self.expires:
+            return False
+        if not 0 <= now - self.noted < TOUCH_S:
+            self.noted = now
+            tiers.note(hit.keys.addresses, hit.partition)
+        tiers.counters.memory_hits += len(hit.keys)
+        tiers.count(hit.heading, hit.usage)
+        return True

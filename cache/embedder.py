@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from embedding_proxy.providers.base import (
+    NORMAL,
     SLICE,
     CachePolicy,
     Context,
@@ -30,7 +31,7 @@ from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
 from .record import Entry
-from .tiers import Tiers
+from .tiers import Lookup, Tiers
 
 MAX_ROUNDS_WITH_STRANGERS = 3
 """Times that a request waits for purchases of clients with other keys, which may be refused; then
@@ -67,7 +68,11 @@ class CachingEmbedder:
         self._in_flight = in_flight
 
     async def embed(
-        self, space: Space, inputs: Sequence[Input], context: Context
+        self,
+        space: Space,
+        inputs: Sequence[Input],
+        context: Context,
+        lookup: Lookup | None = None,
     ) -> CountedEmbeddings:
         """Return a vector for each input, asking the wrapped embedder only for unknown ones.
 
@@ -75,18 +80,25 @@ class CachingEmbedder:
         bought before the failure. The index of a refused input is its first place in `inputs`.
         `context.terms` says what counts as known, whether a trace may stay, and if not even unknown
         ones are bought: then NotCached is raised at once, whatever others are buying just now.
+        `lookup` is what `lookup_nowait` gave for these inputs a moment ago.
         """
         ring = keyring(space, Namespace(context.namespace))
-        all_keys = await ring.keys(inputs)
-        keys, inputs, positions = await _distinct(all_keys, inputs)
-        mark = self._in_flight.landed
-        lookup = await self._tiers.lookup(keys, ring.partition, context.terms)
+        positions: list[int] | None = None
+        if lookup is None:
+            all_keys = await ring.keys(inputs)
+            keys, inputs, positions = await _distinct(all_keys, inputs)
+            mark = self._in_flight.landed
+            lookup = await self._tiers.lookup(keys, ring.partition, context.terms)
+        else:
+            all_keys, keys, mark = lookup.keys, lookup.keys, lookup.mark
+            await self._tiers.finish(lookup, ring.partition, context.terms)
         if context.check_tokens is not None:
             tokens = None if lookup.missing else _tokens(lookup.entries, positions)
             context = replace(context, counts=await context.check_tokens(tokens), check_tokens=None)
         if not lookup.missing and positions is None and len(keys) <= MAX_FETCH:
             # By far the most requests.
-            answer = self._hits(ring, keys, lookup.entries, context.account, context.terms)
+            account, terms = context.account, context.terms
+            answer = self.answer_hits(ring, lookup, account, terms, is_counted=True)
             self._tiers.count(ledger_key(ring.partition, context.account), answer.usage)
             return answer
         outcomes = [Outcome.HIT] * len(keys)
@@ -98,51 +110,48 @@ class CachingEmbedder:
             await self._obtain(request, lookup.missing, mark)
         return await self._answer(request, positions)
 
-    def lookup_nowait(
-        self,
-        space: Space,
-        inputs: Sequence[Input],
-        namespace: str,
-        terms: CachePolicy,
-        account: Account,
-    ) -> CountedEmbeddings | None:
-        """Return the answer to a few inputs, no two of them equal, if nothing has to be awaited.
+    def lookup_nowait(self, ring: Keyring, inputs: Sequence[Input]) -> Lookup | None:
+        """Look a few inputs up as far as nothing has to be awaited; None if two of them are equal.
 
-        Else None. It is not counted yet: its `again` does that. Raises InputRefused.
+        It is not counted. For requests without a policy of their own. Raises InvalidRequest.
         """
-        ring = keyring(space, Namespace(namespace))
         keys = ring.keys_at_once(inputs)
-        if not _is_plain(terms) or len(set(keys.digests)) < len(keys):
+        if len(keys) > 1 and len(set(keys.digests)) < len(keys):
             return None
-        lookup = self._tiers.lookup_nowait(keys, ring.partition, terms)
-        if lookup.missing:
-            return None
-        self._tiers.count_lookup(lookup, keys, ring.partition, terms)
-        return self._hits(ring, keys, lookup.entries, account, terms)
+        mark = self._in_flight.landed
+        lookup = self._tiers.lookup_nowait(keys, ring.partition, NORMAL)
+        lookup.mark = mark
+        return lookup
 
-    def _hits(
+    def answer_hits(
         self,
         ring: Keyring,
-        keys: Keys,
-        entries: Sequence[Entry | None],
+        lookup: Lookup,
         account: Account,
-        terms: CachePolicy,
+        terms: CachePolicy = NORMAL,
+        *,
+        is_counted: bool = False,
     ) -> CountedEmbeddings:
-        """Return the answer that these entries are, of inputs that differ. It is not counted."""
+        """Return the answer to inputs all of which were found. It is not counted.
+
+        `is_counted`: whether the look-up is; else the answer's `cached_hit` counts both.
+        """
+        entries = lookup.entries
         tokens = list(map(_TOKENS, entries))
         saved = sum(tokens)
         worth = nanodollars(saved, account.price)
-        usage = Usage(hits=len(tokens), tokens_saved=saved, nanodollars_saved=worth)
+        usage = Usage(len(tokens), 0, 0, 0, saved, 0, worth)
         key = ledger_key(ring.partition, account)
-        again = CachedHit(self._tiers, keys, ring.partition, key, usage)
+        uncounted = None if is_counted else lookup
+        again = CachedHit(self._tiers, lookup.keys, ring.partition, key, usage, uncounted)
         return CountedEmbeddings(
             vectors=list(map(_VECTOR, entries)),
             tokens=tokens,
             counted=all(map(_COUNTED, entries)),
             outcomes=[Outcome.HIT] * len(tokens),
             usage=usage,
-            keys=keys,
-            cached_hit=again if _is_plain(terms) else None,
+            keys=lookup.keys,
+            cached_hit=again if is_plain(terms) else None,
         )
 
     def on_charge(self, space: Space, context: Context) -> OnCharge:
@@ -256,7 +265,7 @@ class CachingEmbedder:
     ) -> CountedEmbeddings:
         """Return the answer to all inputs, and count what of it was not bought."""
         entries, outcomes = request.entries, request.outcomes
-        is_repeatable = positions is None and _is_plain(request.context.terms)
+        is_repeatable = positions is None and is_plain(request.context.terms)
         if positions is not None:
             entries, outcomes = await _expand(entries, outcomes, positions)
         vectors: list[Vector] = []
@@ -291,7 +300,7 @@ class CachingEmbedder:
         )
 
 
-def _is_plain(terms: CachePolicy) -> bool:
+def is_plain(terms: CachePolicy) -> bool:
     """Tell whether a request takes any entry, and may leave a trace."""
     return terms.write and terms.max_age == math.inf
 

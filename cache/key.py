@@ -160,13 +160,16 @@ class Keyring:
 
     def keys_at_once(self, items: Sequence[Input]) -> Keys:
         """Return the keys of a few inputs. Raises InvalidRequest."""
-        tails = list(map(input_part, items))
+        head, new_digest = self._head, self._digest.copy
+        addresses: list[bytes] = []
         digests: list[bytes] = []
-        for tail in tails:
-            digest = self._digest.copy()
+        for item in items:
+            tail = input_part(item)
+            digest = new_digest()
             digest.update(tail)
+            addresses.append(xxhash.xxh3_128_digest(head + tail))
             digests.append(digest.digest())
-        return Keys([xxhash.xxh3_128_digest(self._head + tail) for tail in tails], digests)
+        return Keys(addresses, digests)
 
 
 def keyring(space: Space, namespace: Namespace = DEFAULT_NAMESPACE) -> Keyring:

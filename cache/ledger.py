@@ -34,7 +34,7 @@ class Usage(NamedTuple):
 
     def plus(self, other: "Usage") -> "Usage":
         """Return the sums of both."""
-        return Usage(*map(add, self, other))
+        return tuple.__new__(Usage, map(add, self, other))
 
     @property
     def unpaid(self) -> "Usage":
@@ -124,7 +124,7 @@ class Reusable(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class CountedEmbeddings(Embedded):
     """Vectors, and the usage of the request that they answer."""
 

@@ -2,26 +2,26 @@
 
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
-from operator import attrgetter, is_
+from operator import is_
 from typing import NamedTuple
 
+from embedding_proxy.providers.lru_cache import LRUCache
+
+from .key import Keys
 from .record import Entry
 
 # What an entry takes besides its vector: two tuples, an address, a digest, four numbers, and its
 # place in the map. Measured with sys.getsizeof on CPython 3.11, 64 bit.
 _OVERHEAD = 480
+_MAX_EVICTED = 1 << 16
 
 
 class _MemoryEntry(NamedTuple):
     entry: Entry
     stored: float
     """When it was bought, in seconds since 1970."""
-
-
-_ENTRY = attrgetter("entry")
-_MAX_EVICTED = 1 << 16
 
 
 class Memory:
@@ -34,11 +34,9 @@ class Memory:
         self, limit: int, ttl_s: float | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         """`ttl_s` is how long after it was stored an entry may be served, in seconds."""
-        self._limit = limit
         self._ttl_s = ttl_s
         self.clock = clock
-        self._size = 0
-        self._entries: OrderedDict[bytes, _MemoryEntry] = OrderedDict()
+        self._entries = LRUCache[bytes, _MemoryEntry](limit, _size, self._note_evicted)
         self._evicted: dict[bytes, int] = {}
         """What tells the content of entries that were dropped for room from another."""
         self.epoch = 0
@@ -49,73 +47,57 @@ class Memory:
     @property
     def size(self) -> int:
         """Bytes in use."""
-        return self._size
+        return self._entries.size
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(
-        self, address: bytes, *, not_before: float = -math.inf, note: bool = True
-    ) -> Entry | None:
-        """Return an entry, and note that it was used unless told not to.
+    def lookup(
+        self, keys: Keys, size: int, not_before: float = -math.inf, *, is_noted: bool = True
+    ) -> tuple[list[Entry | None], list[int]]:
+        """Return the entries of some keys, in their order, and the indices of those without one.
 
-        One that was bought before `not_before`, in seconds since 1970, is passed over.
+        An entry has the key's digest and a vector of `size` bytes, and was not bought before
+        `not_before`, in seconds since 1970. `is_noted`: it is used by this.
         """
-        (entry,) = self.get_many([address], not_before=not_before, note=note)
-        return entry
-
-    def get_many(
-        self, addresses: Iterable[bytes], *, not_before: float = -math.inf, note: bool = True
-    ) -> list[Entry | None]:
-        """Do the same for several addresses, in their order."""
-        find, noted = self._entries.get, self._entries.move_to_end
-        expired = self._expired
-        found: list[Entry | None] = []
-        for address in addresses:
+        find, mark_used, expired = self._entries.peek, self._entries.mark_used, self._expired
+        entries: list[Entry | None] = []
+        missing: list[int] = []
+        for address, digest in zip(keys.addresses, keys.digests, strict=True):
             kept = find(address)
-            if kept is None:
-                found.append(None)
-            elif kept.stored <= expired:
-                self._drop(address)
-                found.append(None)
-            elif kept.stored < not_before:
-                found.append(None)
-            else:
-                if note:
-                    noted(address)
-                found.append(kept.entry)
-        return found
-
-    def all_of(self, addresses: Iterable[bytes]) -> list[Entry] | None:
-        """Return the entries of several addresses, in their order, if none is missing; else None.
-
-        No use is noted.
-        """
-        kept = self._all_of(addresses)
-        return None if kept is None else list(map(_ENTRY, kept))
+            if kept is not None and kept.stored > expired:
+                entry = kept.entry
+                if (
+                    entry.digest == digest
+                    and len(entry.vector) == size
+                    and kept.stored >= not_before
+                ):
+                    if is_noted:
+                        mark_used(address)
+                    entries.append(entry)
+                    continue
+            elif kept is not None:
+                self._entries.pop(address)
+            missing.append(len(entries))
+            entries.append(None)
+        return entries, missing
 
     def expiry_of(self, addresses: Iterable[bytes], vectors: Iterable[bytes]) -> float | None:
         """Return when the first of these entries expires, in seconds since 1970.
 
         None if they are not all here with these very vectors.
         """
-        kept = self._all_of(addresses)
-        if not kept or not all(map(is_, (one.entry.vector for one in kept), vectors)):
+        kept = list(map(self._entries.peek, addresses))
+        if not kept or not all(map(is_, (one and one.entry.vector for one in kept), vectors)):
             return None
-        return math.inf if self._ttl_s is None else min(one.stored for one in kept) + self._ttl_s
-
-    def _all_of(self, addresses: Iterable[bytes]) -> list[_MemoryEntry] | None:
-        found = list(map(self._entries.get, addresses))
-        kept = [one for one in found if one is not None]
-        if len(kept) < len(found):
-            return None
-        if self._ttl_s is not None and min(one.stored for one in kept) <= self._expired:
-            return None
-        return kept
+        if self._ttl_s is None:
+            return math.inf
+        first = min(one.stored for one in kept if one is not None)
+        return None if first <= self._expired else first + self._ttl_s
 
     def note(self, addresses: Iterable[bytes]) -> None:
         """Note that entries were used, those of them that are here."""
-        deque(map(self._entries.move_to_end, filter(self._entries.__contains__, addresses)), 0)
+        deque(map(self._entries.mark_used, filter(self._entries.peek, addresses)), 0)
 
     @property
     def _expired(self) -> float:
@@ -128,40 +110,33 @@ class Memory:
         `stored` is when it was bought, in seconds since 1970; None = now. One that was bought later
         stays: it came while this one was being read.
         """
-        size = len(entry.vector) + _OVERHEAD
-        if size > self._limit:
+        if len(entry.vector) + _OVERHEAD > self._entries.max_size:
             return
-        known = self._entries.get(address)
+        known = self._entries.peek(address)
         if known is not None:
             if stored is not None and stored < known.stored and entry.digest == known.entry.digest:
                 return
             if known.entry != entry:
                 self.epoch += 1
-            self._drop(address)
         elif self._evicted and self._evicted.pop(address, _content(entry)) != _content(entry):
             self.epoch += 1
-        bought = self.clock() if stored is None else stored
-        self._entries[address] = _MemoryEntry(entry, bought)
-        self._size += size
-        while self._size > self._limit:
-            self._evict(next(iter(self._entries)))
+        self._entries[address] = _MemoryEntry(entry, self.clock() if stored is None else stored)
 
     def clear(self) -> None:
         """Drop everything."""
         self._entries.clear()
         self._evicted.clear()
         self.epoch += 1
-        self._size = 0
 
-    def _evict(self, address: bytes) -> None:
+    def _note_evicted(self, address: bytes, kept: _MemoryEntry) -> None:
         if len(self._evicted) >= _MAX_EVICTED:
             self._evicted.clear()
             self.epoch += 1
-        self._evicted[address] = _content(self._entries[address].entry)
-        self._drop(address)
+        self._evicted[address] = _content(kept.entry)
 
-    def _drop(self, address: bytes) -> None:
-        self._size -= len(self._entries.pop(address).entry.vector) + _OVERHEAD
+
+def _size(_: bytes, kept: _MemoryEntry) -> int:
+    return len(kept.entry.vector) + _OVERHEAD
 
 
 def _content(entry: Entry) -> int:

@@ -26,6 +26,10 @@ _HEADER = struct.Struct("<4sBBBBII16s")
 _MAGIC = b"EMBV"
 _FLOAT32 = 1
 _CHECKSUM = 8
+_START = _MAGIC + bytes((FORMAT, _FLOAT32))
+"""The first bytes of each record that `decode` reads."""
+_FIELDS = struct.Struct("<6xBxII16s")
+"""The fields behind them."""
 
 
 class Entry(NamedTuple):
@@ -52,10 +56,10 @@ def decode(record: bytes, digest: bytes, dimensions: int) -> Entry | None:
     a shared tier and a flipped bit all end here, as a miss.
     """
     end = len(record) - _CHECKSUM
-    if end != _HEADER.size + 4 * dimensions:
+    if end != _HEADER.size + 4 * dimensions or not record.startswith(_START):
         return None
-    magic, version, dtype, counted, _, width, tokens, found = _HEADER.unpack_from(record)
-    if (magic, version, dtype, width, found) != (_MAGIC, FORMAT, _FLOAT32, dimensions, digest):
+    counted, width, tokens, found = _FIELDS.unpack_from(record)
+    if width != dimensions or found != digest:
         return None
     if checksum(memoryview(record)[:end]) != record[end:]:
         return None

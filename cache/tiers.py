@@ -9,12 +9,10 @@ as far as it can be. Neither raises.
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import attrgetter
 
 from embedding_proxy.providers.base import NORMAL, CachePolicy
 
@@ -33,7 +31,6 @@ LOT = 256
 _MAX_WRITTEN = 512
 """Entries that are kept in one go."""
 _MAX_TOLD = 100
-_DIGEST, _VECTOR = attrgetter("digest"), attrgetter("vector")
 
 
 @dataclass(slots=True)
@@ -51,6 +48,8 @@ class TierCounters:
 class Lookup:
     """What the tiers have of some keys."""
 
+    keys: Keys
+    """All of one partition, and different."""
     entries: list[Entry | None]
     """In the order of the keys; None where no tier has one that the terms take."""
     missing: list[int]
@@ -60,6 +59,8 @@ class Lookup:
     disk_hits: int = 0
     damaged: dict[bytes, bytes] | None = None
     """Records that do not verify, by address."""
+    mark: int = 0
+    """`InFlight.landed` when the look-up began."""
 
 
 class Tiers:
@@ -80,22 +81,24 @@ class Tiers:
         request that may not buy, or leaves no trace: what it takes for damage may be all there is.
         """
         if len(keys) <= LOT:
-            return await self._lookup_lot(keys, partition, terms)
-        whole = Lookup([], [])
+            return await self.finish(self.lookup_nowait(keys, partition, terms), partition, terms)
+        whole = Lookup(keys, [], [])
         for start in range(0, len(keys), LOT):
             if start:
                 await asyncio.sleep(0)
-            lot = await self._lookup_lot(keys[start : start + LOT], partition, terms)
+            lot = self.lookup_nowait(keys[start : start + LOT], partition, terms)
+            await self.finish(lot, partition, terms)
             whole.entries += lot.entries
             whole.missing += [start + index for index in lot.missing]
         return whole
 
-    async def _lookup_lot(self, keys: Keys, partition: Partition, terms: CachePolicy) -> Lookup:
-        lookup = self.lookup_nowait(keys, partition, terms)
+    async def finish(self, lookup: Lookup, partition: Partition, terms: CachePolicy) -> Lookup:
+        """Return a look-up after what it awaits, counted."""
         if not lookup.is_complete:
-            records = await self._store.lookup([keys.addresses[i] for i in lookup.missing])
-            self._add_records(lookup, records, keys, partition.dimensions, terms)
-        self.count_lookup(lookup, keys, partition, terms)
+            addresses = lookup.keys.addresses
+            records = await self._store.lookup([addresses[index] for index in lookup.missing])
+            self._add_records(lookup, records, partition.dimensions, terms)
+        self.count_lookup(lookup, partition, terms)
         if lookup.damaged and terms.spend and terms.write:
             await self._store.delete_many(lookup.damaged)
         return lookup
@@ -107,39 +110,23 @@ class Tiers:
         entries are of use.
         """
         if terms.max_age <= 0:
-            return Lookup([None] * len(keys), list(range(len(keys))))
-        addresses, digests, size = keys.addresses, keys.digests, 4 * partition.dimensions
-        if len(keys) > 1 and terms.write and terms.max_age == math.inf:
-            # The same as below for entries that are all there, in a fraction of the time.
-            known = self._memory.all_of(addresses)
-            if (
-                known is not None
-                and list(map(_DIGEST, known)) == digests
-                and set(map(len, map(_VECTOR, known))) == {size}
-            ):
-                self._memory.note(addresses)
-                return Lookup(list(known), [])
-        not_before = time.time() - terms.max_age
-        entries = self._memory.get_many(addresses, not_before=not_before, note=terms.write)
-        missing: list[int] = []
-        for index, entry in enumerate(entries):
-            if entry is None or entry.digest != digests[index] or len(entry.vector) != size:
-                entries[index] = None
-                missing.append(index)
-        lookup = Lookup(entries, missing)
+            return Lookup(keys, [None] * len(keys), list(range(len(keys))))
+        entries, missing = self._memory.lookup(
+            keys, 4 * partition.dimensions, time.time() - terms.max_age, is_noted=terms.write
+        )
+        lookup = Lookup(keys, entries, missing)
         if missing:
-            records = self._store.lookup_nowait([addresses[index] for index in missing])
+            records = self._store.lookup_nowait([keys.addresses[index] for index in missing])
             if records is None:
                 lookup.is_complete = False
             else:
-                self._add_records(lookup, records, keys, partition.dimensions, terms)
+                self._add_records(lookup, records, partition.dimensions, terms)
         return lookup
 
     def _add_records(
         self,
         lookup: Lookup,
         records: Mapping[bytes, StoredRecord],
-        keys: Keys,
         dimensions: int,
         terms: CachePolicy,
     ) -> None:
@@ -148,9 +135,10 @@ class Tiers:
         A record of another width is a miss, and stays.
         """
         not_before = time.time() - terms.max_age
+        addresses, digests = lookup.keys.addresses, lookup.keys.digests
         missing: list[int] = []
         for index in lookup.missing:
-            address, digest = keys.addresses[index], keys.digests[index]
+            address, digest = addresses[index], digests[index]
             found = records.get(address)
             if found is None:
                 missing.append(index)
@@ -170,11 +158,12 @@ class Tiers:
         lookup.missing = missing
 
     def count_lookup(
-        self, lookup: Lookup, keys: Keys, partition: Partition, terms: CachePolicy = NORMAL
+        self, lookup: Lookup, partition: Partition, terms: CachePolicy = NORMAL
     ) -> None:
         """Count a look-up, and note the use of its entries if the terms allow a trace."""
         if terms.max_age <= 0:
             return
+        keys = lookup.keys
         self.counters.memory_hits += len(keys) - len(lookup.missing) - lookup.disk_hits
         self.counters.disk_hits += lookup.disk_hits
         self.counters.misses += len(lookup.missing)

@@ -142,7 +142,7 @@ class Outcome(enum.StrEnum):
     """Equal to an earlier input of the same request, and answered with it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Embedded:
     """What an embedder gives for n inputs: n of everything, in the order of the inputs."""
 

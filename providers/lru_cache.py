@@ -22,10 +22,19 @@ class LRUCache(Generic[K, V]):
     (None, ['a', 'c'])
     """
 
-    def __init__(self, max_size: int, size_of: Callable[[V], int] = lambda _: 1) -> None:
-        """`size_of` gives the size of a value, always the same for the same value."""
+    def __init__(
+        self,
+        max_size: int,
+        size_of: Callable[[K, V], int] = lambda _key, _value: 1,
+        on_evict: Callable[[K, V], None] = lambda _key, _value: None,
+    ) -> None:
+        """`size_of` gives the size of a key with its value, always the same for the same ones.
+
+        `on_evict` is called with what was evicted to make room.
+        """
         self._items: OrderedDict[K, V] = OrderedDict()
         self._size_of = size_of
+        self._on_evict = on_evict
         self.max_size = max_size
         self.size = 0
         """Of all values together."""
@@ -36,6 +45,9 @@ class LRUCache(Generic[K, V]):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._items
 
     def __iter__(self) -> Iterator[K]:
         """Give the keys, the least recently used first."""
@@ -61,20 +73,24 @@ class LRUCache(Generic[K, V]):
 
     def __setitem__(self, key: K, value: V) -> None:
         """Put a value, in place of the key's former one; one that is too large is not kept."""
-        self.pop(key)
-        size = self._size_of(value)
+        replaced = self._items.pop(key, None)
+        if replaced is not None:
+            self.size -= self._size_of(key, replaced)
+        size = self._size_of(key, value)
         if size > self.max_size:
             return
         self._items[key] = value
         self.size += size
         while self.size > self.max_size:
-            self.size -= self._size_of(self._items.popitem(last=False)[1])
+            evicted = self._items.popitem(last=False)
+            self.size -= self._size_of(*evicted)
+            self._on_evict(*evicted)
 
     def pop(self, key: K) -> V | None:
         """Remove a key and return its value; None if there is none."""
         value = self._items.pop(key, None)
         if value is not None:
-            self.size -= self._size_of(value)
+            self.size -= self._size_of(key, value)
         return value
 
     def clear(self) -> None:

@@ -109,7 +109,7 @@ async def test_canaries_are_billed_at_once(upstream, start_proxy):
 async def test_a_disk_that_takes_nothing_holds_no_request(upstream, start_proxy):
     """The reply leaves; what was counted waits in memory, as records do."""
     proxy = await start_proxy(openai=upstream, cache={"mode": "off"})
-    store = proxy.service._store
+    store = proxy.service._storage.store
     for _ in range(3):
         store._writer.backoff.fail()
     assert not store._writer.ready
@@ -137,7 +137,7 @@ async def test_a_large_request_that_fails_has_saved_nothing(
     assert reply.status == (504 if control else 400)
     del upstream.holding["bad"]
     assert (await proxy.post(body)).headers["x-cache-hits"] == "10"
-    await proxy.service._store.flush_counts()
+    await proxy.service._storage.store.flush_counts()
     ((_, sums),) = await proxy.service.ledger([])
     assert (sums.hits, sums.misses, sums.duplicates) == (10, 11, 10)
     counted = sum(map(tokens_of, [*known, "bad"]))

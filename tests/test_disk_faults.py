@@ -65,7 +65,7 @@ async def _ask(proxy, texts):
 
 
 def _store(proxy):
-    return proxy.service._tiers._store
+    return proxy.service._storage.tiers._store
 
 
 async def _in_a_while(proxy):

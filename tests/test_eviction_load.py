@@ -101,7 +101,7 @@ async def test_a_proxy_at_its_limit(tmp_path, upstream, start_proxy):
     hot = [f"hot {i}" for i in range(50)]
     batches = [[f"cold {i}.{n}" for n in range(50)] for i in range(2 * limit // 12_328 // 50)]
     assert await ask(hot) == (0, 50)
-    store = proxy.service._tiers._store
+    store = proxy.service._storage.tiers._store
     shares = []
     for batch in batches:
         assert await ask(hot) == (50, 0)
@@ -173,7 +173,7 @@ async def test_an_old_vector_is_bought_anew(tmp_path, upstream, start_proxy, clo
     async def started():
         proxy = await start_proxy(openai=upstream, cache=cache)
         # It took the clock before there was this one.
-        proxy.service._tiers.memory.clock = time.time
+        proxy.service._storage.tiers.memory.clock = time.time
         return proxy
 
     async def ask(proxy):

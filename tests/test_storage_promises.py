@@ -221,7 +221,7 @@ def _sums(directory):
 
 async def _write_what_can_wait(proxy):
     """Do what the proxy does by itself every ten seconds."""
-    await proxy.service._tiers._store._tick(10)
+    await proxy.service._storage.tiers._store._tick(10)
 
 
 def _addresses(numbers):

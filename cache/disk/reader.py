@@ -22,7 +22,7 @@ SECONDS = 5.0
 """The longest wait for a read. Generous: what is taken for a miss is paid for again."""
 TRIES = 3
 """How often a read begins anew because the file was damaged, or replaced."""
-MAX_INLINE_RECORDS = 16
+MAX_INLINE_RECORDS = 32
 """Records that are read without a turn for others, in some tenths of a millisecond."""
 
 

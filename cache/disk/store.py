@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -177,7 +177,7 @@ class Store:
         """Wait until all that is whole in damaged files is in the present one. Never raises."""
         await self._salvager.finished()
 
-    def touch(self, addresses: Iterable[bytes], partition: Partition | None = None) -> None:
+    def touch(self, addresses: Sequence[bytes], partition: Partition | None = None) -> None:
         """Note that entries were used; it is written in a while, not for its own sake."""
         self._pending.uses.note(addresses, Use(int(1000 * time.time()), partition))
 

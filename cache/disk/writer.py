@@ -11,7 +11,7 @@ For one thread: the event loop's.
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 
@@ -46,11 +46,14 @@ class AccessLog(Mapping[bytes, Use]):
         self._old: dict[bytes, Use] = {}
         self._unwritten: dict[bytes, object] = {}
 
-    def note(self, addresses: Iterable[bytes], use: Use) -> None:
+    def note(self, addresses: Sequence[bytes], use: Use) -> None:
         """Note that entries were used."""
-        new = dict.fromkeys(addresses, use)
-        self._young.update(new)
-        self._unwritten.update(new)
+        if len(addresses) == 1:
+            self._young[addresses[0]] = self._unwritten[addresses[0]] = use
+        else:
+            new = dict.fromkeys(addresses, use)
+            self._young.update(new)
+            self._unwritten.update(new)
         if 2 * len(self._young) > MAX_USES:
             self._old, self._young = self._young, {}
             self._unwritten = {a: None for a in self._unwritten if a in self._old}

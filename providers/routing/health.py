@@ -97,6 +97,7 @@ class Health:
         """Those of its scopes."""
         self._opened = 0
         self.attempts = 0
+        """Calls that have ended, for those who waited. It never falls."""
         self.failures: Counter[str] = Counter()
         self._cooldowns = LRUCache[str, float](MAX_KEYS)
         """Until when a key is left alone."""
@@ -183,13 +184,12 @@ class Health:
         return self.breaker.is_ready and (scope is None or scope.is_ready)
 
     def acquire(self, key: str, *, rested: bool = False) -> CallPermit | None:
-        """Return the permit for one call, and count it; None when none may be made now."""
+        """Return the permit for one call; None when none may be made now."""
         if not self.ready(key, rested=rested):
             return None
         of_provider, of_scope = self.breaker.acquire(), self.breaker_of(key).acquire()
         if of_provider is None or of_scope is None:
             raise RuntimeError(f"{self.name}: a breaker that is ready gives no permit")
-        self.attempts += 1
         return CallPermit(of_provider, of_scope, scope_of(key))
 
     # How a call ended; each of these gives back its permit.
@@ -233,9 +233,8 @@ class Health:
         verdict = rule.verdict if is_counted else Verdict.NONE
         self._release(permit, verdict, is_of_model=rule.is_of_model)
 
-    def cancelled(self, permit: CallPermit, *, is_sent: bool = True) -> None:
-        """Note a call that says nothing of the provider; one that was not sent counts for none."""
-        self.attempts -= not is_sent
+    def cancelled(self, permit: CallPermit) -> None:
+        """Note a call that says nothing of the provider."""
         self._release(permit, Verdict.NONE)
 
     def hung(self, permit: CallPermit) -> None:

@@ -88,6 +88,9 @@ class Batch:
         """Whether a reply that has begun was given more time."""
         self._has_hung = False
         """Whether it was counted as failed when the time was up."""
+        self._is_retry = self._is_failover = False
+        self._was_made = True
+        """Whether it is an attempt: False where the queue of the provider had no room."""
         first = [one for one in inputs[0].failures if one.route == route]
         # Who came when the limit was known to be used up has had its wait.
         self._was_limited = (
@@ -96,13 +99,11 @@ class Batch:
 
     def start(self) -> None:
         """Make the call."""
-        counts, route = self._router.counts, self._route
-        story = self._inputs[0].story
-        counts.attempts += 1
-        counts.retries += route in story
-        is_hedge = bool(self._inputs[0].batches)
-        is_further = route not in story and bool(story or self._inputs[0].passed)
-        counts.failovers += is_further and not is_hedge
+        route, first = self._route, self._inputs[0]
+        self._is_retry = route in first.story
+        self._is_failover = (
+            not self._is_retry and bool(first.story or first.passed) and not first.batches
+        )
         self._router.latencies.note_attempt(route)
         for one in self._inputs:
             one.story += (route,)
@@ -336,23 +337,26 @@ class Batch:
         )
 
     def _take_back(self, error: LocalQueueFull) -> None:
-        """Count the attempt no more: it was not made."""
-        counts, route = self._router.counts, self._route
-        self._health.cancelled(self._permit, is_sent=False)
-        counts.failures[error.reason] += 1
-        counts.attempts -= 1
+        """Take the attempt out of the history of its inputs: it was not made."""
+        self._was_made = False
+        self._health.cancelled(self._permit)
+        self._router.counts.failures[error.reason] += 1
         for one in self._inputs:
-            before = one.story[: len(one.story) - 1]
-            one.story = before
-            one.passed += (route,)
-            one.failures += (FailedAttempt(route, error),)
-        counts.retries -= route in self._inputs[0].story
+            one.story = one.story[:-1]
+            one.passed += (self._route,)
+            one.failures += (FailedAttempt(self._route, error),)
 
     # The end of the wait for it.
 
     def _end(self, *, keeps_requests: bool = False) -> None:
-        """Note that the call is over for its inputs."""
+        """Note that the call is over for its inputs, and count it: what is counted stays so."""
         self._is_over = True
+        if self._was_made:
+            counts = self._router.counts
+            counts.attempts += 1
+            counts.retries += self._is_retry
+            counts.failovers += self._is_failover
+            self._health.attempts += 1
         self._stop_timers()
         for one in self._inputs:
             one.batches = tuple(other for other in one.batches if other is not self)

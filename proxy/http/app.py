@@ -20,6 +20,7 @@ from embedding_proxy.proxy.http.runner import (
     CONNECTION,
     HEAD_TIMEOUT_S,
     LIMITS,
+    LINES,
     REQUESTS,
     RESPONSES,
     SEND_TIMEOUT_S,
@@ -71,6 +72,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     )
     app[LIMITS] = ConnectionLimits.of(server)
     app[REQUESTS] = requests
+    app[LINES] = lines
     app[HEAD_TIMEOUT_S] = server.head_timeout_s
     app[SEND_TIMEOUT_S] = server.send_timeout_s
     app[UNREAD] = unread = UnreadReplies(int(server.max_unread_mib * MIB))
@@ -97,7 +99,7 @@ def build_app(settings: Settings, service: EmbeddingService | None = None) -> we
     app.cleanup_ctx.append(watch_descriptors)
     app.on_response_prepare.append(request_log.add_request_id)
     app.on_response_prepare.append(cors.mark)
-    embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses.lru), unread)
+    embeddings = Embeddings(service, HitCache(responses), JSONVectorCache(responses), unread)
     responses.handler = embeddings
     _add_routes(app, embeddings, service, settings, access, passthrough, metrics)
     return app

@@ -14,7 +14,6 @@ What is unusual is handed through as it comes, and the connection ends with it.
 """
 
 import asyncio
-import enum
 import logging
 from collections.abc import Callable
 from time import perf_counter
@@ -30,6 +29,7 @@ from .framing import (
     HEAD_END,
     BodyFramer,
     MalformedChunks,
+    Phase,
     is_expecting,
     is_unusual,
     plain_request,
@@ -38,7 +38,6 @@ from .framing import (
 from .inner_transport import InnerTransport
 from .pace import SendWatch, Timer, UnreadReplies, keep_alive, reset_unsent, unread
 from .request_body import MalformedBody
-from .request_metrics import EMBEDDINGS, RequestMetrics
 from .response_cache import MAX_REQUEST, CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
@@ -51,24 +50,12 @@ MAX_BUFFER = 1 << 16
 """Bytes that wait behind the request in progress; then no more is read."""
 
 
-class _Phase(enum.Enum):
-    HEAD = enum.auto()
-    """No request is in progress."""
-    BODY = enum.auto()
-    """One is: its head was handed on."""
-    THROUGH = enum.auto()
-    """All that comes is handed on as it comes."""
-    OVER = enum.auto()
-    """Nothing that comes counts any more."""
-
-
 class Server(Protocol):
     """What the connections share."""
 
     limits: ConnectionLimits
     unread: UnreadReplies
     responses: ResponseCache
-    requests: RequestMetrics
     head_timeout_s: float
     send_timeout_s: float
     connections: "set[Connection]"
@@ -82,6 +69,9 @@ class Server(Protocol):
     def new_inner(self) -> web.RequestHandler:
         """Return another protocol object of aiohttp's."""
 
+    def note_hit(self, key: RequestKey, response: CachedResponse, own: str, start: float) -> None:
+        """Count a request that was answered here; `start` is on the clock of `perf_counter`."""
+
 
 class Connection(asyncio.Protocol):
     """The protocol object of one connection."""
@@ -92,7 +82,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self._inner: web.RequestHandler | None = None
         """aiohttp's protocol; made when there is something for it."""
-        self._phase = _Phase.HEAD
+        self._phase = Phase.HEAD
         self._received = b""
         """What has come and was not handed on."""
         self._read = 0
@@ -142,7 +132,7 @@ class Connection(asyncio.Protocol):
             timer.stop()
         self._send_watch.stop()
         self.transport = None
-        self._phase = _Phase.OVER
+        self._phase = Phase.OVER
         if self._inner is not None:
             # aiohttp would fail at a request that it has read and not taken up.
             self._loop.call_soon(self._lose_inner, exc)
@@ -158,7 +148,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection; what was written has the usual time to be taken."""
-        self._phase = _Phase.OVER
+        self._phase = Phase.OVER
         if self.transport is not None and not self.transport.is_closing():
             self.transport.close()
             # uvloop writes at the end of a turn.
@@ -166,7 +156,7 @@ class Connection(asyncio.Protocol):
 
     def force_close(self) -> None:
         """Close the connection at once; what the kernel does not take at once is dropped."""
-        self._phase = _Phase.OVER
+        self._phase = Phase.OVER
         if self.transport is not None:
             self.transport.close()
             self._loop.call_soon(reset_unsent, self.transport)
@@ -189,7 +179,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def _check_idle(self) -> None:
-        is_idle = self._phase is _Phase.HEAD and not self._received
+        is_idle = self._phase is Phase.HEAD and not self._received
         left = self._idle_since + KEEPALIVE_S - self._loop.time() if is_idle else KEEPALIVE_S
         if left <= 0:
             self.force_close()
@@ -198,15 +188,15 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Answer a request that is known, or hand on what has come."""
         self._read += len(data)
-        if self._phase is _Phase.HEAD:
+        if self._phase is Phase.HEAD:
             self._received = self._received + data if self._received else data
             self._take_head()
             if len(self._received) > MAX_BUFFER:
                 self._balance_reading()
-        elif self._phase is _Phase.THROUGH:
+        elif self._phase is Phase.THROUGH:
             if self._inner is not None:
                 self._inner.data_received(data)
-        elif self._phase is _Phase.BODY and not self._is_broken:
+        elif self._phase is Phase.BODY and not self._is_broken:
             self._received = self._received + data if self._received else data
             if self._body is not None and not self._framer.is_complete:
                 self._hand_body_on()
@@ -214,7 +204,7 @@ class Connection(asyncio.Protocol):
 
     def _take_head(self) -> None:
         """Answer the next request, or hand its head on, if that has come."""
-        if self._phase is not _Phase.HEAD or self._is_writing_paused:
+        if self._phase is not Phase.HEAD or self._is_writing_paused:
             return
         data = self._received
         if data[:1] in {b"\r", b"\n"}:
@@ -225,64 +215,63 @@ class Connection(asyncio.Protocol):
         if end < 0 or not self._may_begin(end):
             self._wait_for_head()
             return
-        if self._server.responses.is_enabled:
-            request = plain_request(data, end)
-            if request is not None and request.end <= MAX_REQUEST:
-                if request.end > len(data) and not is_expecting(request.head):
-                    self._server.limits.busy(self)
-                    self._head_deadline.start(self._server.head_timeout_s)
-                    self._hold.start(HOLD_S)
-                    return
-                if request.end <= len(data):
-                    body = data[request.begin : request.end]
-                    key = self._server.responses.key(request.head, body)
-                    response = self._server.responses.get(key, body)
-                    if response is not None:
-                        self._received = data[request.end :]
-                        self._reply(response, start)
-                        return
-                    self.key = key
+        responses = self._server.responses
+        request = plain_request(data, end) if responses.is_enabled else None
+        if request is not None and request.end <= min(len(data), MAX_REQUEST):
+            body = data[request.begin : request.end]
+            key = responses.key(request.head, body)
+            response = responses.get(key, body)
+            if response is not None:
+                self._received = data[request.end :]
+                self._server.note_hit(key, response, self._reply(response), start)
+                return
+            self.key = key
+        elif request is not None and request.end <= MAX_REQUEST and not is_expecting(request.head):
+            self._server.limits.busy(self)
+            self._head_deadline.start(self._server.head_timeout_s)
+            self._hold.start(HOLD_S)
+            return
         self._hand_head_on()
 
     def _may_begin(self, end: int) -> bool:
         """Tell whether the head that ends there came before the connection was to be drained."""
-        if self._drained_at is None:
-            return True
-        return self._read - len(self._received) + end + len(HEAD_END) <= self._drained_at
+        begun = self._read - len(self._received) + end + len(HEAD_END)
+        return self._drained_at is None or begun <= self._drained_at
 
     def _wait_for_head(self) -> None:
         if self._has_ended or self._drained_at is not None:
             self.close()
         elif self._received and is_unusual(self._received):
-            self._hand_on(len(self._received), _Phase.THROUGH)
+            self._hand_on(len(self._received), Phase.THROUGH)
         elif self._received:
             self._head_deadline.start(self._server.head_timeout_s)
 
-    def _reply(self, response: CachedResponse, start: float) -> None:
+    def _reply(self, response: CachedResponse) -> str:
+        """Write a response, and return the id that it got."""
         assert self.transport is not None  # noqa: S101
-        own = f"x-request-id: {new_request_id()}\r\nDate: {rfc822_formatted_time()}\r\n"
+        own = new_request_id()
+        ids = f"x-request-id: {own}\r\nDate: {rfc822_formatted_time()}\r\n".encode()
         last = b"Connection: close\r\n" if self.is_last else b""
-        self.transport.write(b"".join((response.head, own.encode(), last, b"\r\n", response.body)))
-        self._server.requests.observe(EMBEDDINGS, 200, perf_counter() - start)
+        self.transport.write(b"".join((response.head, ids, last, b"\r\n", response.body)))
         self._idle_since = self._loop.time()
         self._head_deadline.stop()
-        # The order matters only where room is short.
         if self._hold.stop() or self._server.limits.is_tight:
             self._server.limits.idle(self)
         # Who was told that the connection is closed sends nothing more on it.
         self._has_ended |= bool(last)
         if self._received or last:
             self._loop.call_soon(self._take_next)
+        return own
 
     def _hand_head_on(self) -> None:
         """Hand a whole head to aiohttp; if it is unusual, with all that comes behind it."""
         end = self._received.find(HEAD_END) + len(HEAD_END)
         if is_unusual(self._received[:end]):
-            self._hand_on(len(self._received), _Phase.THROUGH)
+            self._hand_on(len(self._received), Phase.THROUGH)
         else:
-            self._hand_on(end, _Phase.BODY)
+            self._hand_on(end, Phase.BODY)
 
-    def _hand_on(self, size: int, phase: _Phase) -> None:
+    def _hand_on(self, size: int, phase: Phase) -> None:
         """Hand so many bytes to aiohttp, which takes a request up in the next turn of the loop.
 
         Until then the time for the head goes on.
@@ -292,6 +281,8 @@ class Connection(asyncio.Protocol):
         self._phase = phase
         data, self._received = self._received[:size], self._received[size:]
         self._body, self._framer = None, BodyFramer(0)
+        if phase is Phase.THROUGH:
+            self.key = None
         self._is_answered = self._is_upgrade = False
         self._server.limits.busy(self)
         assert self.transport is not None  # noqa: S101 - else nothing would come
@@ -311,11 +302,11 @@ class Connection(asyncio.Protocol):
         self._is_handled = False
         self._body = body
         self._is_upgrade = bool(message.upgrade)
-        if self._phase is not _Phase.BODY:
+        if self._phase is not Phase.BODY:
             return
         framer = BodyFramer.of(message.headers, is_chunked=message.chunked)
         if framer is None:
-            self._phase = _Phase.THROUGH
+            self._phase = Phase.THROUGH
             self._hand_rest_on()
             return
         self._framer = framer
@@ -349,7 +340,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_last(self) -> bool:
         """Whether the connection is to be closed behind the reply to the request in progress."""
-        if self._is_broken or self._phase is _Phase.THROUGH:
+        if self._is_broken or self._phase is Phase.THROUGH:
             return True
         is_over = self._has_ended or self._drained_at is not None or self._server.is_retiring
         return is_over and not self._has_next
@@ -382,20 +373,20 @@ class Connection(asyncio.Protocol):
 
     def _finish(self) -> None:
         done = self._is_answered and (self._framer.is_complete or self._is_broken)
-        if done and self._phase is _Phase.BODY:
+        if done and self._phase is Phase.BODY:
             # aiohttp is to end its own work on it first.
             self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self._phase is not _Phase.BODY:
+        if self._phase is not Phase.BODY:
             return
         self._body = self.key = None
         if self._is_broken:
             self.close()
         elif self._is_closing:
-            self._phase = _Phase.OVER  # aiohttp closes it.
+            self._phase = Phase.OVER  # aiohttp closes it.
         else:
-            self._phase = _Phase.HEAD
+            self._phase = Phase.HEAD
             self._idle_since = self._loop.time()
             self._server.limits.idle(self)
             self._take_next()
@@ -412,9 +403,9 @@ class Connection(asyncio.Protocol):
         if self.transport is None:
             return
         self.transport.writelines(parts)
-        if self._is_upgrade and self._phase is _Phase.BODY and parts[0].startswith(b"HTTP/1.1 101"):
+        if self._is_upgrade and self._phase is Phase.BODY and parts[0].startswith(b"HTTP/1.1 101"):
             # What follows is no HTTP; aiohttp is about to say to whom it goes.
-            self._phase = _Phase.THROUGH
+            self._phase = Phase.THROUGH
             self._loop.call_soon(self._hand_rest_on)
 
     def _hand_rest_on(self) -> None:
@@ -467,16 +458,16 @@ class Connection(asyncio.Protocol):
         self._has_ended = True
         if self._hold.stop():
             self._hand_head_on()
-        if self._phase is _Phase.HEAD:
+        if self._phase is Phase.HEAD:
             return HEAD_END in self._received
-        if self._phase is _Phase.OVER:
+        if self._phase is Phase.OVER:
             return False
         if self._body is not None:  # Else aiohttp may refuse in the next turn what it has read.
             self._end_input()
         return True
 
     def _end_input(self) -> None:
-        body = self._body if self._phase is _Phase.THROUGH else None
+        body = self._body if self._phase is Phase.THROUGH else None
         if self._framer.is_complete if body is None else body.is_eof():
             self._leave()
         else:
@@ -492,17 +483,17 @@ class Connection(asyncio.Protocol):
         if self._hold.stop():
             self._hand_head_on()
         self._drained_at = self._read
-        if self._phase is _Phase.HEAD:
+        if self._phase is Phase.HEAD:
             if HEAD_END in self._received:
                 self._take_head()
             else:
                 self.close()
-        elif self._phase is _Phase.THROUGH and self._body is None:
+        elif self._phase is Phase.THROUGH and self._body is None:
             self.close()
 
     def _give_up_head(self) -> None:
         """Close the connection: no whole head came in time. Who has begun one is told so."""
-        if self._received or self._phase is not _Phase.HEAD:
+        if self._received or self._phase is not Phase.HEAD:
             log.info("a connection was closed: no whole request head came in time")
             message = f"No whole request head arrived within {self._server.head_timeout_s:g} s."
             self._refuse(Failure(408, message, "invalid_request_error"))

@@ -1,7 +1,7 @@
 """POST /v1/embeddings: answers from kept responses, from the cache, or through the service."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import orjson
@@ -14,11 +14,12 @@ from embedding_proxy.proxy.http.request_log import MODEL, USD
 from embedding_proxy.proxy.http.response_cache import (
     CONTEXT,
     REUSE,
+    CachedResponse,
     HitCache,
     Hits,
     JSONVectorCache,
     RequestContext,
-    SyncResponse,
+    header_lines,
 )
 from embedding_proxy.proxy.http.runner import CONNECTION
 from embedding_proxy.proxy.service.embedding_result import Result
@@ -53,6 +54,7 @@ class Embeddings:
         unread: UnreadReplies,
     ) -> None:
         self._service = service
+        self._max_inputs = service.max_inputs
         self._hit_cache = hit_cache
         self._json_cache = json_cache
         self._unread = unread
@@ -66,25 +68,30 @@ class Embeddings:
             is_admin=caller.is_admin,
         )
         model = request.match_info.get("model")
-        digest = await self._hit_cache.digest(body, caller, control, model)
+        key, digest = request[CONNECTION].key, None
+        asked = None
+        if key is not None:
+            # Of this request and no other.
+            asked, key.embedding_request = key.embedding_request, None
+        if asked is None or asked.lookup is None:
+            digest = await self._hit_cache.digest(body, caller, control, model)
         found = await self._hit_cache.get(digest)
         if found is not None:
             hits, vectors = found
-            if vectors and self._hit_cache.has_room(hits, len(vectors)):
+            if vectors and self._hit_cache.has_room(hits):
                 hits = await self._render(hits, vectors)
-                self._hit_cache.put(digest, hits, len(vectors))
+                self._hit_cache.put(digest, hits)
             return await self._send(request, hits, vectors)
-        named = partial(request.__setitem__, MODEL)
-        parse = partial(openai_format.parse, body, self._service.max_inputs, model, named)
-        asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
+        if asked is None:
+            named = partial(request.__setitem__, MODEL)
+            parse = partial(openai_format.parse, body, self._max_inputs, model, named)
+            asked = parse() if len(body) <= _PARSE_INLINE else await asyncio.to_thread(parse)
+        request[MODEL] = asked.model
         waiting = caller._replace(is_connected=partial(_is_connected, request))
         result = await self._service.answer(asked, waiting, control)
         request[USD] = result.usage.nanodollars_billed / NANO
-        form = openai_format.ResponseFormat(
-            result.dimensions, asked.encoding, asked.model, result.tokens
-        )
-        hits = Hits(form, _headers(result), self._service.reusable(result, asked.index))
-        self._hit_cache.put(digest, hits, len(asked.inputs))
+        hits = self._hits(asked, result)
+        self._hit_cache.put(digest, hits)
         if not (caller.api_key or "Content-Encoding" in request.headers):
             request[CONTEXT] = RequestContext(caller, control, model)
         return await self._send(request, hits, result.embedded.vectors)
@@ -92,18 +99,20 @@ class Embeddings:
     def parse_sync(
         self, body: bytes, context: RequestContext
     ) -> tuple[EmbeddingRequest, bytes] | None:
-        """Return what a body asks for, and what decides the answer; see `SyncHandler`."""
+        """Return what a body asks for, and what of it decides the answer; see `SyncHandler`."""
         try:
-            asked = openai_format.parse(body, self._service.max_inputs, context.model)
+            asked = openai_format.parse(body, self._max_inputs, context.model)
         except EmbeddingError:
             # It is raised again by whoever tells of it.
             return None
-        if len(asked.inputs) > _FEW or asked.parameters or asked.index != NO_INDEX_OPTIONS:
-            return None
-        told = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
-        return asked, orjson.dumps(told)
+        if len(asked.inputs) > _FEW or asked.parameters or asked.index is not NO_INDEX_OPTIONS:
+            return asked, b""
+        essence = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
+        return asked, orjson.dumps(essence)
 
-    def handle_sync(self, asked: EmbeddingRequest, context: RequestContext) -> SyncResponse | None:
+    def handle_sync(
+        self, asked: EmbeddingRequest, context: RequestContext
+    ) -> CachedResponse | None:
         """Answer one request if nothing has to be waited for; see `SyncHandler`."""
         try:
             result = self._service.embed_from_cache(asked, context.caller, context.control)
@@ -112,14 +121,17 @@ class Embeddings:
             return None
         if result is None:
             return None
-        vectors = result.embedded.vectors
-        again = self._service.reusable(result, asked.index)
-        reuse = None if again is None else again.reuse_of(vectors)
+        hits, vectors = self._hits(asked, result), result.embedded.vectors
+        body = openai_format.render_whole(vectors, hits.form, self._json_cache.json)
+        own = header_lines((*hits.headers.items(), ("Content-Length", str(len(body)))))
+        return CachedResponse(context.lines + own, body, _reuse(hits, vectors), len(vectors))
+
+    def _hits(self, asked: EmbeddingRequest, result: Result) -> Hits:
         form = openai_format.ResponseFormat(
             result.dimensions, asked.encoding, asked.model, result.tokens
         )
-        text = b"".join(openai_format.render(vectors, form, self._json_cache.json))
-        return SyncResponse(_headers(result), text, reuse, len(vectors))
+        cached_hit = self._service.reusable(result, asked.index)
+        return Hits(form, _headers(result), cached_hit, len(asked.inputs))
 
     async def _send(
         self, request: web.Request, hits: Hits, vectors: Sequence[Vector]
@@ -129,19 +141,18 @@ class Embeddings:
             parts = range(0, len(hits.rendered), _PART)
             view = memoryview(hits.rendered)
             return await self._stream(request, hits, (), (view[at : at + _PART] for at in parts))
-        chunks = openai_format.render(vectors, form, self._json_cache.json)
-        if len(vectors) <= form.vectors_a_chunk:
-            reuse = None if hits.again is None else hits.again.reuse_of(vectors)
-            if reuse is not None:
-                request[REUSE] = reuse, len(vectors)
-            return web.Response(
-                body=b"".join(chunks), content_type="application/json", headers=hits.headers
-            )
-        return await self._stream(request, hits, vectors, chunks)
+        if len(vectors) > form.vectors_a_chunk:
+            chunks = openai_format.render(vectors, form, self._json_cache.json)
+            return await self._stream(request, hits, vectors, chunks)
+        reuse = _reuse(hits, vectors)
+        if reuse is not None:
+            request[REUSE] = reuse, len(vectors)
+        body = openai_format.render_whole(vectors, form, self._json_cache.json)
+        return web.Response(body=body, content_type="application/json", headers=hits.headers)
 
     async def _render(self, hits: Hits, vectors: Sequence[Vector]) -> Hits:
         """Return hits with all that is to be sent of them, while others get their turn."""
-        reuse = None if hits.again is None else hits.again.reuse_of(vectors)
+        reuse = _reuse(hits, vectors)
         if reuse is None:
             return hits
         parts = []
@@ -183,6 +194,11 @@ def _is_connected(request: web.Request) -> bool:
     if request[CONNECTION].has_left:
         return False
     return request.transport is not None and not request.transport.is_closing()
+
+
+def _reuse(hits: Hits, vectors: Sequence[Vector]) -> Callable[[], bool] | None:
+    """Return what validates a response with these vectors; None if it is given just once."""
+    return None if hits.cached_hit is None else hits.cached_hit.reuse_of(vectors)
 
 
 def _headers(result: Result) -> dict[str, str]:

@@ -3,6 +3,7 @@
 The end of a head is told here; whether it is well formed, and how long its body is, aiohttp tells.
 """
 
+import enum
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -182,3 +183,16 @@ class BodyFramer:
             self._trailer_bytes += len(line)
             if _TRAILER.fullmatch(line) is None or self._trailer_bytes > _MAX_TRAILERS:
                 raise MalformedChunks("a trailer is no header, or they are too long")
+
+
+class Phase(enum.Enum):
+    """Where a connection is."""
+
+    HEAD = enum.auto()
+    """No request is in progress."""
+    BODY = enum.auto()
+    """One is: its head was handed on."""
+    THROUGH = enum.auto()
+    """All that comes is handed on as it comes."""
+    OVER = enum.auto()
+    """Nothing that comes counts any more."""

@@ -25,6 +25,7 @@ CHUNK = 96 << 10
 memory for each, and to fault that in takes four times as long as to fill it."""
 
 _HEAD = b'{"object":"list","data":['
+_TAIL = b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}'
 _ITEM = b'{"object":"embedding","index":%d,"embedding":'
 _CLOSING: Mapping[str, bytes] = {"base64": b'"}', "float": b"}"}
 # Bytes; in a longer body that cannot be read, half of a surrogate pair is not looked for.
@@ -51,7 +52,8 @@ def parse(
         raise _unreadable(body, error) from error
     if not isinstance(fields, dict):
         raise InvalidRequest("The request body must be a JSON object.")
-    fields = {name: value for name, value in fields.items() if value is not None}
+    if None in fields.values():
+        fields = {name: value for name, value in fields.items() if value is not None}
     named = fields.pop("model", None)
     model = named if model is None else model
     if model is None:
@@ -127,7 +129,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponseFormat:
     """How a reply is given."""
 
@@ -153,8 +155,8 @@ class ResponseFormat:
     @property
     def tail(self) -> bytes:
         """What stands behind the vectors."""
-        usage = b'"prompt_tokens":%d,"total_tokens":%d' % (self.prompt_tokens, self.prompt_tokens)
-        return b'],"model":%b,"usage":{%b}}' % (orjson.dumps(self.model), usage)
+        tokens = self.prompt_tokens
+        return _TAIL % (orjson.dumps(self.model), tokens, tokens)
 
     def length(self, vectors: int) -> int | None:
         """Return the bytes of a whole reply; None where only rendering it tells."""
@@ -177,17 +179,38 @@ def render(
     `to_json` writes vectors that need not be cut or padded.
     """
     step = form.vectors_a_chunk
-    encoded: Callable[[Vector], bytes] = vector.to_base64
-    if form.encoding == "float":
-        native = bool(vectors) and len(vectors[0]) == 4 * form.dimensions
-        encoded = to_json if native else vector.to_json
     for start in range(0, len(vectors), step):
-        some = vector.derive(vectors[start : start + step], form.dimensions)
-        parts = [b""] * (2 * len(some))
-        parts[::2] = _openings(form.encoding, start, step)[: len(some)]
-        parts[1::2] = map(encoded, some)
-        yield b"".join(parts)
+        yield b"".join(_items(vectors[start : start + step], form, to_json, start))
     yield _CLOSING[form.encoding] + form.tail
+
+
+def render_whole(
+    vectors: Sequence[Vector],
+    form: ResponseFormat,
+    to_json: Callable[[Vector], bytes] = vector.to_json,
+) -> bytes:
+    """Return a reply of few vectors, see `render`."""
+    items = _items(vectors, form, to_json, 0)
+    items += _CLOSING[form.encoding], form.tail
+    return b"".join(items)
+
+
+def _items(
+    vectors: Sequence[Vector],
+    form: ResponseFormat,
+    to_json: Callable[[Vector], bytes],
+    start: int,
+) -> list[bytes]:
+    """Return the bytes of vectors from the place `start` on, each behind what stands before it."""
+    derived = vector.derive(vectors, form.dimensions)
+    if form.encoding == "base64":
+        encode: Callable[[Vector], bytes] = vector.to_base64
+    else:
+        encode = to_json if derived is vectors else vector.to_json
+    parts = [b""] * (2 * len(derived))
+    parts[::2] = _openings(form.encoding, start, form.vectors_a_chunk)[: len(derived)]
+    parts[1::2] = map(encode, derived)
+    return parts
 
 
 @lru_cache(maxsize=1024)

@@ -26,6 +26,10 @@ CLIENT_HEADERS = ("X-Request-Id", "X-Client-Request-Id")
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 MAX_LINES_S = 1000
 """Lines of requests that are written in a second, at most: each takes some 20 us."""
+_HEADER = re.compile(r"(x-[a-z-]+): *([^\r\n]*)")
+_MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
+_TAIL = 4096
+"""Bytes at the end of a response's body that hold the name of the model."""
 _MAX_SHOWN = 200
 """Characters of a path or a model that a line repeats."""
 
@@ -75,7 +79,10 @@ class RequestLog:
         self._lines = 0
         self._left_out = 0
 
-    def _has_room(self) -> bool:
+    def has_room(self) -> bool:
+        """Tell whether the line of a request is to be written; if there is no room, count it."""
+        if not self._is_enabled or not log.isEnabledFor(logging.INFO):
+            return False
         second = int(self._clock())
         if second != self._second:
             self._second, self._lines = second, 0
@@ -87,7 +94,7 @@ class RequestLog:
 
     def write(self, request: web.Request, response: web.StreamResponse, seconds: float) -> None:
         """Write the line of a request whose reply is ready."""
-        if not self._is_enabled or not log.isEnabledFor(logging.INFO) or not self._has_room():
+        if not self.has_room():
             return
         fields: dict[str, object] = {
             "request_id": request[REQUEST_ID],
@@ -99,14 +106,19 @@ class RequestLog:
             fields = {"method": request.method, "path": request.path[:_MAX_SHOWN], **fields}
         self._write(fields, headers, response.status, seconds, request.get(USD, 0.0))
 
-    def write_hit(
-        self, headers: Mapping[str, str], own: str, client: str, model: str, seconds: float
-    ) -> None:
-        """Write the line of a request that was answered without a handler."""
-        if self._is_enabled and log.isEnabledFor(logging.INFO) and self._has_room():
-            self._write(
-                {"request_id": own, "client": client, "model": model}, headers, 200, seconds, 0.0
-            )
+    def write_hit(self, head: bytes, body: bytes, own: str, client: str, seconds: float) -> None:
+        """Write the line of a request that was answered without a handler, if `has_room` says so.
+
+        `head` and `body` are those of the response.
+        """
+        headers = dict(_HEADER.findall(head.decode("latin-1").lower()))
+        model = _MODEL.search(body, max(0, len(body) - _TAIL))
+        fields: dict[str, object] = {
+            "request_id": own,
+            "client": client,
+            "model": "" if model is None else str(orjson.loads(model[1])),
+        }
+        self._write(fields, headers, 200, seconds, 0.0)
 
     def _write(
         self,

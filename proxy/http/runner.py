@@ -11,6 +11,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from time import perf_counter
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
@@ -21,15 +22,16 @@ from .connection import Connection
 from .connection_limits import ConnectionLimits
 from .errors import INTERNAL, Failure, new_request_id
 from .pace import UnreadReplies
-from .request_log import has_own_id
-from .request_metrics import RequestMetrics
-from .response_cache import ResponseCache
+from .request_log import RequestLog, has_own_id
+from .request_metrics import EMBEDDINGS, RequestMetrics
+from .response_cache import CachedResponse, RequestKey, ResponseCache
 
 log = logging.getLogger("embedding_proxy.connection")
 
 RESPONSES = web.AppKey("responses", ResponseCache)
 LIMITS = web.AppKey("limits", ConnectionLimits)
 REQUESTS = web.AppKey("requests", RequestMetrics)
+LINES = web.AppKey("lines", RequestLog)
 HEAD_TIMEOUT_S = web.AppKey("head_timeout_s", float)
 SEND_TIMEOUT_S = web.AppKey("send_timeout_s", float)
 UNREAD = web.AppKey("unread", UnreadReplies)
@@ -173,6 +175,7 @@ class Runner:
         self.send_timeout_s = app.get(SEND_TIMEOUT_S, _SEND_SECONDS)
         self.unread = app.get(UNREAD, UnreadReplies(_NO_LIMITS))
         self.requests = app.get(REQUESTS, RequestMetrics())
+        self.lines = app.get(LINES, RequestLog(is_enabled=False))
         self.responses = app.get(RESPONSES, ResponseCache(0, is_enabled=False))
 
     async def replace(
@@ -271,6 +274,15 @@ class Runner:
         """Return another protocol object of aiohttp's."""
         assert self._server is not None  # noqa: S101 - there are no connections before `setup`
         return self._server()
+
+    def note_hit(self, key: RequestKey, response: CachedResponse, own: str, start: float) -> None:
+        """Count a request that a connection has answered by itself, and log it."""
+        seconds = perf_counter() - start
+        self.requests.observe(EMBEDDINGS, 200, seconds)
+        if self.lines.has_room():
+            context = self.responses.heads.get(key.head)
+            client = "" if context is None else context.caller.client
+            self.lines.write_hit(response.head, response.body, own, client, seconds)
 
     def _make_request(
         self,

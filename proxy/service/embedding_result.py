@@ -13,7 +13,7 @@ from embedding_proxy.providers.similarity import similarities
 from .model_registry import Model
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Result:
     """The answer to n inputs, in their order."""
 

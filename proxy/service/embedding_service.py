@@ -378,7 +378,7 @@ class EmbeddingService(SearchMixin):
 
         Raises EmbeddingError.
         """
-        if self._answering is None or embedding_request.index != NO_INDEX_OPTIONS:
+        if self._answering is None or embedding_request.index is not NO_INDEX_OPTIONS:
             return None
         result = self._answering.embed_from_cache(embedding_request, caller, control)
         if result is None or result.embedded.cached_hit is None:

@@ -14,8 +14,10 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from embedding_proxy.cache.embedder import is_plain
+from embedding_proxy.cache.key import Keyring, Namespace, keyring
 from embedding_proxy.cache.ledger import CountedEmbeddings
 from embedding_proxy.providers import dimensions, vector
 from embedding_proxy.providers.base import Context, Input, Space, Vector
@@ -27,6 +29,7 @@ from embedding_proxy.providers.errors import (
     InvalidAnswer,
     InvalidRequest,
 )
+from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.proxy import request_fields
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.request_fields import SpaceWatch
@@ -39,6 +42,19 @@ from .request import Client, EmbeddingRequest, to_cache_policy
 
 T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.fallback")
+
+
+_MAX_PLANS = 1000
+
+
+class _Plan(NamedTuple):
+    """How requests of one client, for one model and width, are answered from the cache alone."""
+
+    model: Model
+    width: int
+    ring: Keyring | None
+    """None for requests that are not."""
+    account: Account
 
 
 class EmbeddingPipeline:
@@ -54,32 +70,44 @@ class EmbeddingPipeline:
         self._registry = registry
         self._client_keys = client_keys
         self._spaces = SpaceWatch()
+        self._plans = LRUCache[tuple[object, ...], _Plan](_MAX_PLANS)
 
     def embed_from_cache(
         self, request: EmbeddingRequest, caller: Client, control: str
     ) -> Result | None:
         """Return what `answer` would, if it can be given without waiting; else None.
 
-        It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
-        EmbeddingError.
+        It is not counted yet. For a few short texts without further parameters, at a width that
+        needs no strategy. What was found stays in `request.lookup`. Raises EmbeddingError.
         """
         model = self._model(request)
-        if model.client_key_policy is not None or model.dimension_policy not in dimensions.BUILT_IN:
+        names = (request.model, request.dimensions, caller.namespace, caller.client, control)
+        plan = self._plans.get(names)
+        if plan is None or plan.model is not model:
+            plan = self._plans[names] = self._plan(model, request, caller, control)
+        if plan.ring is None or not are_short_texts(request.inputs):
             return None
-        if model.truncate_to is not None or not are_short_texts(request.inputs):
+        lookup = request.lookup = model.embedder.lookup_nowait(plan.ring, request.inputs)
+        if lookup is None or lookup.missing:
             return None
-        if not model.space.dimensions:
-            return None
-        width = _width(model, request)
-        space = _space(model, request)
-        allowed = to_cache_policy(self._settings.cache.mode, control)
-        account = Account(request.model, caller.client, model.price)
-        inputs, namespace = request.inputs, caller.namespace
-        embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
-        if embedded is None or embedded.cached_hit is None:
-            return None
+        embedded = model.embedder.answer_hits(plan.ring, lookup, plan.account)
+        space, width = model.space, plan.width
         check(space, width, embedded.vectors)
         return make_result(model, model, space, width, request.inputs, embedded, caller.namespace)
+
+    def _plan(self, model: Model, request: EmbeddingRequest, caller: Client, control: str) -> _Plan:
+        """Return how a request is answered from the cache alone. Raises InvalidRequest."""
+        account = Account(request.model, caller.client, model.price)
+        if (
+            model.client_key_policy is not None
+            or model.truncate_to is not None
+            or model.dimension_policy not in dimensions.BUILT_IN
+            or not model.space.dimensions
+            or not is_plain(to_cache_policy(self._settings.cache.mode, control))
+        ):
+            return _Plan(model, 0, None, account)
+        ring = keyring(model.space, Namespace(caller.namespace))
+        return _Plan(model, _width(model, request), ring, account)
 
     def _model(self, request: EmbeddingRequest) -> Model:
         model = self._registry.get(request.model)
@@ -127,7 +155,8 @@ class EmbeddingPipeline:
             inputs, context = await make_context(one, by)
             namespace = caller.namespace
             if one.client_key_policy is None:
-                embedded = await one.embedder.embed(space, inputs, context)
+                lookup = request.lookup if one is model and inputs is request.inputs else None
+                embedded = await one.embedder.embed(space, inputs, context, lookup)
             else:
                 embed = partial(one.embedder.embed, space)
                 embedded, namespace = await self._with_key(one, caller, inputs, context, embed)

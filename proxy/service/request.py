@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
 from aiohttp import web
+from embedding_proxy.cache.tiers import Lookup
 from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
 from embedding_proxy.index.point import MAX_ID, PointId
 from embedding_proxy.providers.base import CachePolicy, Input
@@ -231,7 +232,7 @@ def _index_error(problem: str, where: str) -> InvalidRequest:
     return InvalidRequest(f"'$.index{where}' is invalid: it {problem}.", param="index")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EmbeddingRequest:
     """A request that is well formed; whether the model can answer it is not known here."""
 
@@ -246,6 +247,8 @@ class EmbeddingRequest:
     """What is to be indexed; it is for the proxy, and sent to nobody."""
     neutral: Mapping[str, object] = field(default_factory=dict)
     """Further fields that change no number: for providers that declare them."""
+    lookup: Lookup | None = None
+    """What was found of the inputs, if they were looked up and could not be answered at once."""
 
 
 def parse_input(

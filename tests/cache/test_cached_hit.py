@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 from clock import Clock
@@ -236,3 +237,21 @@ async def test_what_does_not_fit_into_memory_is_asked_anew():
     assert answer.cached_hit.reuse_of(answer.vectors) is None
     assert await answer.cached_hit.vectors() is None
     assert bench.store.usage.hits == 1
+
+
+async def test_an_answer_without_waiting_is_counted_when_it_is_given():
+    """Where it is not given after all, the look-up that follows is the only one that counts."""
+    bench = Bench()
+    await bench.ask("a")
+    before = replace(bench.tiers.counters), bench.store.usage
+    ring, account = keyring(SPACE), Account("model", "ci", 1.0)
+    given = [
+        bench.embedder.answer_hits(ring, bench.embedder.lookup_nowait(ring, ["a"]), account)
+        for _ in range(2)
+    ]
+    assert (bench.tiers.counters, bench.store.usage) == before
+    given[1].cached_hit.count()
+    assert bench.tiers.counters == replace(before[0], memory_hits=before[0].memory_hits + 1)
+    assert bench.store.usage.hits == before[1].hits + 1
+    await given[1].cached_hit.vectors()
+    assert bench.tiers.counters.memory_hits == before[0].memory_hits + 2

@@ -1,10 +1,12 @@
 """The memory tier against a model of it: bounded in bytes, least recently used out first."""
 
 import gc
+import math
 import tracemalloc
 
 import pytest
 from embedding_proxy.cache import memory as module
+from embedding_proxy.cache.key import Keys
 from embedding_proxy.cache.memory import _OVERHEAD, Memory
 from embedding_proxy.cache.record import Entry
 from hypothesis import given, settings
@@ -17,6 +19,16 @@ ONE = 8 + _OVERHEAD
 
 def _entry(size=8, tokens=1):
     return Entry(bytes(size), tokens, counted=True, digest=bytes(16))
+
+
+def _get(memory, address, not_before=-math.inf, *, is_noted=True):
+    """Look one address up, whatever digest and width is kept there."""
+    kept = memory._entries.peek(address)
+    digest, size = (kept.entry.digest, len(kept.entry.vector)) if kept else (bytes(16), 8)
+    keys = Keys([address], [digest])
+    ((entry,), missing) = memory.lookup(keys, size, not_before, is_noted=is_noted)
+    assert missing == ([] if entry else [0])
+    return entry
 
 
 class Model:
@@ -60,7 +72,7 @@ def test_any_sequence_agrees_with_the_model(limit, steps):
     memory, model = Memory(limit), Model(limit)
     for address, entry in steps:
         if entry is None:
-            assert memory.get(address) is model.get(address)
+            assert _get(memory, address) is model.get(address)
         else:
             memory.put(address, entry)
             model.put(address, entry)
@@ -68,8 +80,8 @@ def test_any_sequence_agrees_with_the_model(limit, steps):
         assert len(memory) == len(model.entries)
     # Every get that hits counts as a use, so ask for each in the model's own order.
     for address, entry in list(model.entries):
-        assert memory.get(address) is entry
-    assert sum(memory.get(address) is not None for address in ADDRESSES) == len(model.entries)
+        assert _get(memory, address) is entry
+    assert sum(_get(memory, address) is not None for address in ADDRESSES) == len(model.entries)
 
 
 def test_the_least_recently_used_goes_first():
@@ -78,9 +90,9 @@ def test_the_least_recently_used_goes_first():
     for address in ADDRESSES[:3]:
         memory.put(address, _entry())
     for address in (ADDRESSES[1], ADDRESSES[1], ADDRESSES[0], ADDRESSES[2], ADDRESSES[0]):
-        memory.get(address)
+        _get(memory, address)
     memory.put(ADDRESSES[3], _entry())
-    assert [address for address in ADDRESSES if memory.get(address)] == [
+    assert [address for address in ADDRESSES if _get(memory, address)] == [
         ADDRESSES[0],
         ADDRESSES[2],
         ADDRESSES[3],
@@ -92,8 +104,8 @@ def test_replacing_counts_as_use():
     memory = Memory(2 * ONE)
     for address in (ADDRESSES[0], ADDRESSES[1], ADDRESSES[0], ADDRESSES[2]):
         memory.put(address, _entry())
-    assert memory.get(ADDRESSES[0]) is not None
-    assert memory.get(ADDRESSES[1]) is None
+    assert _get(memory, ADDRESSES[0]) is not None
+    assert _get(memory, ADDRESSES[1]) is None
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 12, 8 + ONE])
@@ -102,7 +114,7 @@ def test_replacing_keeps_the_size_right(size):
     memory = Memory(3 * ONE)
     memory.put(ADDRESSES[0], _entry())
     memory.put(ADDRESSES[0], _entry(size, tokens=2))
-    assert memory.get(ADDRESSES[0]) == _entry(size, tokens=2)
+    assert _get(memory, ADDRESSES[0]) == _entry(size, tokens=2)
     assert memory.size == size + _OVERHEAD
     assert len(memory) == 1
 
@@ -112,8 +124,8 @@ def test_an_entry_larger_than_the_limit_drives_nobody_out():
     memory = Memory(2 * ONE)
     memory.put(ADDRESSES[0], _entry())
     memory.put(ADDRESSES[1], _entry(8 + ONE + 1))
-    assert memory.get(ADDRESSES[1]) is None
-    assert memory.get(ADDRESSES[0]) == _entry()
+    assert _get(memory, ADDRESSES[1]) is None
+    assert _get(memory, ADDRESSES[0]) == _entry()
     assert memory.size == ONE
 
 
@@ -130,7 +142,7 @@ def test_a_limit_of_zero_keeps_nothing():
     """A memory of no bytes is no error; it always misses."""
     memory = Memory(0)
     memory.put(ADDRESSES[0], _entry(0))
-    assert memory.get(ADDRESSES[0]) is None
+    assert _get(memory, ADDRESSES[0]) is None
     assert (memory.size, len(memory)) == (0, 0)
 
 
@@ -171,9 +183,9 @@ def test_an_entry_is_served_until_it_is_too_old_and_not_after(stored):
     memory.put(ADDRESSES[0], _entry(), stored)
     end = (1000.0 if stored is None else stored) + 10
     for clock.now in (1000.0, end - 1, end - 1e-6):
-        assert memory.get(ADDRESSES[0]) == _entry()
+        assert _get(memory, ADDRESSES[0]) == _entry()
     for clock.now in (end, end - 1):
-        assert memory.get(ADDRESSES[0]) is None
+        assert _get(memory, ADDRESSES[0]) is None
         assert (memory.size, len(memory)) == (0, 0)
 
 
@@ -182,7 +194,7 @@ def test_an_entry_that_is_bought_again_is_young_again():
     clock = Clock()
     memory = Memory(ONE, ttl_s=10, clock=clock)
     for clock.now in (1000.0, 1009.0, 1018.0):
-        assert (memory.get(ADDRESSES[0]) is None) == (clock.now == 1000.0)
+        assert (_get(memory, ADDRESSES[0]) is None) == (clock.now == 1000.0)
         memory.put(ADDRESSES[0], _entry())
 
 
@@ -190,9 +202,9 @@ def test_what_was_bought_too_early_is_passed_over_and_stays():
     """One who takes only newer entries gets none; others get it as before."""
     memory = Memory(ONE, clock=Clock())
     memory.put(ADDRESSES[0], _entry())
-    assert memory.get(ADDRESSES[0], not_before=1000.5) is None
-    assert memory.get(ADDRESSES[0], not_before=1000.0) == _entry()
-    assert memory.get(ADDRESSES[0]) == _entry()
+    assert _get(memory, ADDRESSES[0], not_before=1000.5) is None
+    assert _get(memory, ADDRESSES[0], not_before=1000.0) == _entry()
+    assert _get(memory, ADDRESSES[0]) == _entry()
 
 
 def test_a_use_that_is_not_noted_does_not_keep_an_entry():
@@ -200,10 +212,10 @@ def test_a_use_that_is_not_noted_does_not_keep_an_entry():
     memory = Memory(2 * ONE)
     for address in ADDRESSES[:2]:
         memory.put(address, _entry())
-    assert memory.get(ADDRESSES[0], note=False) == _entry()
+    assert _get(memory, ADDRESSES[0], is_noted=False) == _entry()
     memory.put(ADDRESSES[2], _entry())
-    assert memory.get(ADDRESSES[0]) is None
-    assert memory.get(ADDRESSES[1]) == _entry()
+    assert _get(memory, ADDRESSES[0]) is None
+    assert _get(memory, ADDRESSES[1]) == _entry()
 
 
 def test_what_was_bought_later_stays():
@@ -212,7 +224,7 @@ def test_what_was_bought_later_stays():
     steps = [(500.0, 1), (400.0, 1), (500.0, 3), (2000.0, 4), (1999.0, 4), (None, 6)]
     for tokens, (stored, kept) in enumerate(steps, 1):
         memory.put(ADDRESSES[0], _entry(tokens=tokens), stored)
-        assert memory.get(ADDRESSES[0]).tokens == kept
+        assert _get(memory, ADDRESSES[0]).tokens == kept
 
 
 def test_what_is_about_something_else_is_replaced_however_new_it_is():
@@ -221,14 +233,28 @@ def test_what_is_about_something_else_is_replaced_however_new_it_is():
     memory.put(ADDRESSES[0], _entry(), 500.0)
     other = _entry()._replace(digest=bytes([1]) * 16)
     memory.put(ADDRESSES[0], other, 400.0)
-    assert memory.get(ADDRESSES[0]) == other
+    assert _get(memory, ADDRESSES[0]) == other
 
 
 def test_without_a_time_to_live_nothing_ages():
     """By default no clock is looked at, and an entry of whatever age is served."""
     memory = Memory(ONE, clock=lambda: pytest.fail("looked at the clock"))
     memory.put(ADDRESSES[0], _entry(), 0.0)
-    assert memory.get(ADDRESSES[0]) == _entry()
+    assert _get(memory, ADDRESSES[0]) == _entry()
+
+
+@pytest.mark.parametrize(("digest", "size"), [(b"e" * 16, 8), (bytes(16), 12), (bytes(16), 4)])
+def test_another_digest_or_width_is_missing_and_stays(digest, size):
+    """Only an entry that is of the input and has the width is found, in the order of the keys."""
+    memory = Memory(3 * ONE)
+    for address in ADDRESSES[:3]:
+        memory.put(address, _entry())
+    keys = Keys(ADDRESSES[:4], [bytes(16), digest, bytes(16), bytes(16)])
+    if size == 8:
+        assert memory.lookup(keys, size) == ([_entry(), None, _entry(), None], [1, 3])
+    else:
+        assert memory.lookup(keys, size) == ([None] * 4, [0, 1, 2, 3])
+    assert len(memory) == 3
 
 
 def test_clearing_leaves_nothing():
@@ -238,10 +264,10 @@ def test_clearing_leaves_nothing():
         memory.put(address, _entry())
     memory.clear()
     assert (memory.size, len(memory)) == (0, 0)
-    assert not any(memory.get(address) for address in ADDRESSES)
+    assert not any(_get(memory, address) for address in ADDRESSES)
     for address in ADDRESSES[:3]:
         memory.put(address, _entry())
-    assert all(memory.get(address) for address in ADDRESSES[:3])
+    assert all(_get(memory, address) for address in ADDRESSES[:3])
 
 
 # --- the epoch ------------------------------------------------------------------------------------
@@ -261,7 +287,7 @@ def test_the_epoch_changes_when_another_entry_takes_the_place(is_evicted):
     if is_evicted:
         for name in (b"b", b"c"):
             memory.put(name, first)
-        assert memory.get(b"a") is None
+        assert _get(memory, b"a") is None
     memory.put(b"a", first)
     assert memory.epoch == before
     if is_evicted:

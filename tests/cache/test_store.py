@@ -841,8 +841,8 @@ async def test_a_frozen_cache_deletes_nothing_that_has_expired(tmp_path, monkeyp
         await store.put_many(_records(range(5)))
     now += 200_000
     async with EmbeddingService(settings) as service:
-        await service._store._tick(1)
-        assert await _read(service._store, list(_records(range(5)))) == {}
+        await service._storage.store._tick(1)
+        assert await _read(service._storage.store, list(_records(range(5)))) == {}
     assert _rows(tmp_path) == 5
 
 

@@ -86,7 +86,7 @@ async def test_what_is_read_at_once_is_as_if_waited_for(tiers, store, quick):
     for hits in (TierCounters(disk_hits=3), TierCounters(disk_hits=3, memory_hits=3)):
         lookup = tiers.lookup_nowait(quick, PARTITION, NORMAL)
         assert (lookup.entries, lookup.missing) == ([ENTRIES[key] for key in quick], [])
-        tiers.count_lookup(lookup, quick, PARTITION)
+        tiers.count_lookup(lookup, PARTITION)
         assert tiers.counters == hits
     assert store.touched == set(quick.addresses)
     assert (store.reads, store.glances) == ([], [quick.addresses])

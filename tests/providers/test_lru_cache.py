@@ -16,7 +16,11 @@ STEPS = st.one_of(
 @given(st.lists(STEPS, max_size=60))
 def test_in_any_order_it_holds_what_was_used_last(steps):
     """At each step it has the newest values that fit, and knows their size."""
-    cache, model = LRUCache[str, str](10, lambda text: 1 + len(text)), {}
+    evicted, expected = [], []
+    cache = LRUCache[str, str](
+        10, lambda _, text: 1 + len(text), lambda *item: evicted.append(item)
+    )
+    model = {}
     for step, key, value in steps:
         known = model.get(key)
         if step in ("get", "make", "mark_used") and known is not None:
@@ -39,7 +43,8 @@ def test_in_any_order_it_holds_what_was_used_last(steps):
             if step == "pop":
                 model.pop(key, None)
         while sum(1 + len(one) for one in model.values()) > 10:
-            del model[next(iter(model))]
+            expected.append((oldest := next(iter(model)), model.pop(oldest)))
+        assert evicted == expected
         assert list(cache) == list(model)
         assert cache.size == sum(1 + len(one) for one in model.values())
         assert len(cache) == len(model)
@@ -60,7 +65,7 @@ def test_what_counts_as_a_use(use, left):
 
 def test_a_value_that_is_too_large_takes_no_others_place():
     """It is not kept, nor is what it replaces; all others stay."""
-    cache = LRUCache[str, int](10, lambda size: size)
+    cache = LRUCache[str, int](10, lambda _, size: size)
     cache["a"], cache["b"] = 4, 5
     cache["b"] = 11
     assert (list(cache), cache.size) == (["a"], 4)

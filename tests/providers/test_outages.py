@@ -614,6 +614,30 @@ async def test_a_full_queue_is_no_call():
     assert await world.ask() == "a"
 
 
+async def test_no_counter_ever_falls():
+    """A metrics server takes a smaller number for a restart, and counts all of it once more."""
+    seen = []
+
+    def note():
+        counts = world.router.counts
+        of_each = [world.upstreams.of(name).snapshot()["attempts"] for name in "ab"]
+        seen.append((counts.attempts, counts.retries, counts.failovers, *of_each))
+
+    def fail():
+        note()
+        return next(failures)
+
+    failures = itertools.cycle([full(), error(UpstreamError), full(), full()])
+    world = World(fail, fail)
+    for _ in range(8):
+        await world.ask()
+        note()
+    assert len(seen) > 16
+    for counter in zip(*seen, strict=True):
+        assert list(counter) == sorted(counter)
+    assert seen[-1][0] == seen[-1][3] + seen[-1][4] > 0
+
+
 async def test_a_full_queue_is_told_as_a_rate_limit_when_there_is_no_other_route():
     """The client gets the wait, after no second try; nothing is earned for other requests."""
     world = World(lambda: full(0.5))

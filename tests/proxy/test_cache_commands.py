@@ -621,7 +621,7 @@ async def test_a_running_proxy_forgets_what_was_purged(run, start_proxy, upstrea
     """At its next look the proxy's memory is empty, too: purged texts are bought, others hit."""
     upstream.widths = {"small": WIDTH, "wide": 2 * WIDTH}
     proxy = await start_proxy(upstream, models=MODELS)
-    store = proxy.service._tiers._store
+    store = proxy.service._storage.tiers._store
     for model in ("small", "wide"):
         await _texts_served(proxy, model, ["a", "b"])
     done = await asyncio.to_thread(run, "purge", "--input", "a", "--model", "small")
@@ -642,8 +642,8 @@ async def test_a_dry_run_is_not_told_to_proxies(run, start_proxy, upstream):
     proxy = await start_proxy(upstream, models=MODELS)
     await _texts_served(proxy, texts=["a"])
     await asyncio.to_thread(run, "purge", "--all", "--dry-run")
-    await proxy.service._tiers._store._tick(1)
-    assert len(proxy.service._tiers._memory) == 1
+    await proxy.service._storage.tiers._store._tick(1)
+    assert len(proxy.service._storage.tiers._memory) == 1
     assert await _texts_served(proxy, texts=["a"]) == 1
 
 
@@ -659,7 +659,7 @@ async def test_a_proxy_writes_while_a_purge_deletes(run, start_proxy, upstream, 
         assert await _texts_served(proxy, "wide", [f"new {count}"]) == 0
         count += 1
     assert purging.result().json["deleted"] == len(TEXTS)
-    await proxy.service._tiers._store._tick(1)
+    await proxy.service._storage.tiers._store._tick(1)
     assert await _texts_served(proxy, "wide", [f"new {i}" for i in range(count)]) == count > 0
 
 

@@ -2,10 +2,13 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import Proxy
-from embedding_proxy.proxy.http import response_cache
+from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.tiers import Tiers
+from embedding_proxy.proxy.http import openai_format, response_cache
 from embedding_proxy.proxy.http.framing import plain_request
 from embedding_proxy.proxy.http.runner import RESPONSES
 from fault_server import FaultServer
@@ -99,7 +102,7 @@ def test_a_length_that_is_not_plain_makes_no_head_known(request_):
 
 async def test_heads_take_no_more_than_their_room(proxy, at_once, monkeypatch):
     """Clients that send something else in each head are answered as ever."""
-    monkeypatch.setattr(proxy.app[RESPONSES].heads, "max_bytes", 6 * response_cache._OVERHEAD)
+    monkeypatch.setattr(proxy.app[RESPONSES].heads, "max_size", 6 * response_cache._OVERHEAD)
     requests = [_post(_body("a"), b"X-Trace: %d" % number) for number in range(20)]
     replies = await _ask(proxy, *requests)
     assert {reply[1]["x-cache"] for reply in replies} == {"hit"}
@@ -198,7 +201,8 @@ async def test_a_width_by_a_strategy_is_not_given_at_once(upstream, start_proxy,
     requests = [_post(_body("a", dimensions=1540, user=f"{n}")) for n in range(3)]
     assert [reply[0] for reply in await _ask(proxy, *requests)] == [200, 200, 200]
     assert len(at_once) == 2
-    object.__setattr__(proxy.service.models[MODEL], "dimension_policy", "acme")
+    models = proxy.service.models
+    models[MODEL] = replace(models[MODEL], dimension_policy="acme")
     assert (await _ask(proxy, _post(_body("a", user="x"))))[0][0] == 500
     assert len(at_once) == 2
 
@@ -229,7 +233,7 @@ async def test_each_key_has_its_own_head(upstream, start_proxy, at_once):
         sums[heading.client][0] += usage.hits
         sums[heading.client][1] += usage.misses
     assert sums == {"ci": [3, 3], "dev": [3, 3]}
-    kept = repr(proxy.app[RESPONSES].heads._entries)
+    kept = repr(proxy.app[RESPONSES].heads.items())
     assert "'ci'" in kept
     assert "Bearer" not in kept
 
@@ -252,8 +256,69 @@ async def test_what_only_the_disk_has_is_answered_at_once(upstream: FaultServer,
     """The tiers are asked each time; what the page cache holds is not waited for either."""
     await _ask(proxy, _post(_body("a")), _post(_body("b")))
     assert len(at_once) == 1
-    proxy.service._tiers.memory.clear()
+    proxy.service._storage.tiers.memory.clear()
     upstream.calls.clear()
     ((_, headers, _),) = await _ask(proxy, _post(_body("b", user="u")))
     assert (headers["x-cache"], upstream.calls, len(at_once)) == ("hit", [], 2)
-    assert proxy.service._tiers.counters.disk_hits == 1
+    assert proxy.service._storage.tiers.counters.disk_hits == 1
+
+
+# --- what is not answered so ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["new", ["a", "new"], ["a", "b", "new", "c"]])
+async def test_a_miss_is_parsed_and_looked_up_once(proxy, monkeypatch, given):
+    """What the fast path found of a request goes on with it, and counts once."""
+    addresses, bodies = [], []
+    for name in ("lookup", "lookup_nowait"):
+        _note_calls(monkeypatch, Store, name, lambda _store, some: addresses.extend(some))
+    _note_calls(monkeypatch, openai_format, "parse", lambda body, *_: bodies.append(body))
+    before = replace(proxy.service.counters)
+    taught, missed, known = await _ask(proxy, *map(_post, map(_body, ["a", given, "new"])))
+    assert [one[1]["x-cache"] for one in (taught, known)] == ["hit", "hit"]
+    number = 1 if given == "new" else len(given)
+    assert missed[1]["x-cache"] == ("miss" if number == 1 else "partial")
+    assert [len(one["embedding"]) for one in missed[2]["data"]] == number * [4]
+    assert (len(addresses), len(bodies)) == (1, 3)
+    after = proxy.service.counters
+    assert after.misses - before.misses == 1
+    assert after.memory_hits - before.memory_hits == 1 + number - 1 + 1
+
+
+async def test_a_body_in_chunks_is_not_taken_for_the_request_before(proxy):
+    """Nothing of it is kept under the key of a request that was answered on its connection."""
+    body = _body("b")
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    same = [_post(_body("a"))] * 3
+    *known, other, again = await _ask(proxy, *same, head + chunks, same[0])
+    assert [one[2]["data"] for one in (*known, again)] == [known[0][2]["data"]] * 4
+    assert other[2]["data"] != known[0][2]["data"]
+
+
+async def test_what_lands_behind_a_look_up_is_not_bought_again(proxy, upstream, monkeypatch):
+    """Between the fast path and the handler another request may buy the same."""
+    finish, spy = Tiers.finish, []
+
+    async def bought_meanwhile(tiers, *given):
+        if not spy:
+            spy.append(1)
+            await proxy.post({"model": MODEL, "input": "new", "dimensions": 4})
+        return await finish(tiers, *given)
+
+    (taught,) = await _ask(proxy, _post(_body("a")))
+    monkeypatch.setattr(Tiers, "finish", bought_meanwhile)
+    (late,) = await _ask(proxy, _post(_body("new")))
+    assert (taught[0], late[0], spy) == (200, 200, [1])
+    assert upstream.inputs == [*KNOWN, "new"]
+
+
+def _note_calls(monkeypatch, where, name, note):
+    """Let `note` see the arguments of each call."""
+    call = getattr(where, name)
+
+    def noted(*given, **named):
+        note(*given)
+        return call(*given, **named)
+
+    monkeypatch.setattr(where, name, noted)

@@ -72,7 +72,7 @@ async def test_a_long_response_that_comes_again_is_kept_whole(start_proxy, upstr
     assert [one[0] for one in bodies] == ["miss", "hit", "hit", "hit", "hit"]
     assert len(set(bodies[1:])) == 1
     assert bodies[0][2] == bodies[1][2]
-    kept = [one for one, _ in proxy.app[RESPONSES].lru._entries.values() if isinstance(one, Hits)]
+    kept = [one for _, one in proxy.app[RESPONSES].lru.items() if isinstance(one, Hits)]
     assert [one.rendered.decode() for one in kept] == [bodies[1][2]]
     assert sum(usage.hits for usage in proxy.service.counted.values()) == 4 * 60
     upstream.always = upstream.altered(
@@ -95,5 +95,5 @@ async def test_a_response_without_room_is_not_kept_whole(start_proxy, upstream):
     }
     bodies = {await (await proxy.post(asked)).text() for _ in range(4)}
     assert len(bodies) == 1
-    kept = [one for one, _ in proxy.app[RESPONSES].lru._entries.values() if isinstance(one, Hits)]
+    kept = [one for _, one in proxy.app[RESPONSES].lru.items() if isinstance(one, Hits)]
     assert [one.rendered for one in kept] == [b""]

@@ -633,7 +633,9 @@ async def test_points_that_are_no_longer_known_are_written_again(
     await indexer._on_disk(lambda outbox: outbox.forget(COLLECTION))
     indexer._forget()
     repeated.clear()
+    hits = proxy.service.counters.memory_hits
     assert (await _ask(proxy, "a")).headers["x-cache"] == "hit"
+    assert proxy.service.counters.memory_hits == hits + 1
     assert not repeated
     await _holds(qdrant, 1)
     await _ask(proxy, "a")

@@ -38,7 +38,7 @@ async def _ask(proxy, *inputs, control=None):
 
 async def _billed(proxy):
     """Return the sums of the proxy's store: misses, and tokens billed."""
-    store = proxy.service._tiers._store
+    store = proxy.service._storage.tiers._store
     await store._writer.flush()
     rows = store._disk.file.sql("SELECT sum(misses), sum(tokens_billed) FROM Usage")
     return next(iter(rows))
@@ -312,4 +312,4 @@ async def test_the_error_on_the_page_is_the_one_that_comes(start_proxy):
 
 
 async def _all_but_the_last(keys, *_):
-    return Lookup([None] * len(keys), [len(keys) - 1])
+    return Lookup(keys, [None] * len(keys), [len(keys) - 1])

@@ -128,6 +128,19 @@ async def test_the_trace_goes_on_to_the_provider(proxy, upstream):
     assert sent == [PARENT, None, None]
 
 
+async def test_a_hit_of_the_fast_path_has_its_line(proxy, lines):
+    """It is answered without a handler, and told of like others."""
+    for _ in range(3):
+        response = await _ask(proxy, "a")
+    found = lines("json")
+    response = await _ask(proxy, "a")
+    (line,) = [json.loads(one) for one in found]
+    assert line["request_id"] == response.headers["x-request-id"]
+    assert (line["client"], line["model"]) == ("ci", "m")
+    assert (line["inputs"], line["hits"], line["tokens_saved"]) == (1, 1, 1)
+    assert (line["tokens_billed"], line["usd"], line["status"]) == (0, 0, 200)
+
+
 async def test_without_lines_for_requests_errors_are_told(upstream, start_proxy, lines):
     """`log.requests: false`."""
     upstream.widths = {"m": 8}
@@ -144,11 +157,16 @@ def test_lines_are_bounded_and_those_left_out_are_counted(lines):
     now = 0.0
     requests = RequestLog(clock=lambda: now)
     found = lines("json")
-    headers = {"x-cache": "hit", "x-cache-hits": "1"}
+    head, body = b"HTTP/1.1 200 OK\r\nx-cache: hit\r\nx-cache-hits: 1\r\n", b'],"model":"m"}'
+
+    def hit():
+        if requests.has_room():
+            requests.write_hit(head, body, "id", "ci", 0.001)
+
     for _ in range(3 * MAX_LINES_S):
-        requests.write_hit(headers, "id", "ci", "m", 0.001)
+        hit()
     now += 1
-    requests.write_hit(headers, "id", "ci", "m", 0.001)
+    hit()
     told = [json.loads(line) for line in found]
     assert len(told) == MAX_LINES_S + 1
     assert told[-1]["left_out"] == 2 * MAX_LINES_S

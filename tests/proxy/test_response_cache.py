@@ -28,8 +28,8 @@ MODEL = "text-embedding-3-small"
 ASKED = {"model": MODEL, "input": "a b", "dimensions": 4}
 
 
-def _reply(size: int, *, holds: bool = True) -> CachedResponse:
-    return CachedResponse(b"", bytes(size - _OVERHEAD), lambda: holds)
+def _reply(size: int, *, holds: bool = True, inputs: int = 0) -> CachedResponse:
+    return CachedResponse(b"", bytes(size - _OVERHEAD), lambda: holds, inputs)
 
 
 def _key(name: bytes) -> RequestKey:
@@ -41,7 +41,7 @@ def _key(name: bytes) -> RequestKey:
 
 def _kept(responses: ResponseCache) -> list[CachedResponse]:
     """Return the responses that are kept; other things are kept with them."""
-    return [one for one, _ in responses.lru._entries.values() if isinstance(one, CachedResponse)]
+    return [one for _, one in responses.lru.items() if isinstance(one, CachedResponse)]
 
 
 @given(
@@ -56,7 +56,7 @@ def test_no_more_is_kept_than_allowed_and_the_least_used_goes_first(acts, room):
         key = _key(digest)
         if keeps:
             reply = _reply(size * _OVERHEAD)
-            responses.put(key.whole, reply, 0)
+            responses.put(key.whole, reply)
             known.pop(digest, None)
             if size <= room:
                 known[digest] = reply
@@ -73,7 +73,7 @@ def test_no_more_is_kept_than_allowed_and_the_least_used_goes_first(acts, room):
 def test_what_no_longer_holds_is_dropped():
     """It is asked each time; once it says no, nothing is left of it."""
     responses = ResponseCache(1 << 20)
-    responses.put(b"1", _reply(5000, holds=False), 1)
+    responses.put(b"1", _reply(5000, holds=False))
     assert responses.get(_key(b"1"), b"") is None
     assert (len(responses.lru), responses.lru.size) == (0, 0)
 
@@ -81,18 +81,18 @@ def test_what_no_longer_holds_is_dropped():
 def test_what_each_input_takes_counts():
     """A short reply to many inputs is as large as what tells whether it still holds."""
     responses = ResponseCache(1 << 20)
-    responses.put(b"1", _reply(2000), 3)
+    responses.put(b"1", _reply(2000, inputs=3))
     assert responses.lru.size == 2000 + 3 * _INPUT_BYTES
-    responses.put(b"2", _reply(2000), MAX_RESPONSE // _INPUT_BYTES)
+    responses.put(b"2", _reply(2000, inputs=MAX_RESPONSE // _INPUT_BYTES))
     assert len(responses.lru) == 1
 
 
 def test_a_reply_that_is_too_long_is_not_kept():
     """One may take so much and no more, however much room there is."""
     responses = ResponseCache(1 << 30)
-    responses.put(b"1", _reply(MAX_RESPONSE + 1), 0)
+    responses.put(b"1", _reply(MAX_RESPONSE + 1))
     assert not _kept(responses)
-    responses.put(b"1", _reply(MAX_RESPONSE), 0)
+    responses.put(b"1", _reply(MAX_RESPONSE))
     assert len(_kept(responses)) == 1
 
 
@@ -103,7 +103,7 @@ def test_a_request_is_known_by_a_digest_of_this_process():
     assert key == ours.key(b"a", b"b")
     assert key.head == ours.key(b"a", b"c").head
     told = [key, ours.key(b"ab", b""), ours.key(b"", b"ab"), others.key(b"a", b"b")]
-    assert len({one for each in told for one in each}) == 8
+    assert len({one for each in told for one in (each.head, each.whole)}) == 8
     assert (len(key.head), len(key.whole)) == (32, 32)
 
 
@@ -150,7 +150,7 @@ async def test_age_puts_an_end_to_it(upstream, start_proxy, repeated):
     proxy = await start_proxy(openai=upstream, cache={"ttl_days": 1})
     clock = Clock()
     clock.now = time.time()
-    proxy.service._tiers.memory.clock = clock
+    proxy.service._storage.tiers.memory.clock = clock
     await _known(proxy, repeated)
     clock.now += 86_000
     await _ask(proxy)
@@ -171,7 +171,7 @@ def command_on(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit):
             await asyncio.to_thread(main.main)
-        await proxy.service._store._apply_purges()
+        await proxy.service._storage.store._apply_purges()
 
     return run
 
@@ -374,7 +374,7 @@ async def test_each_is_counted_as_any_other(upstream, start_proxy, repeated):
     assert told["since_start"]["hits"] == 10
     assert told["since_start"]["tokens_saved"] == 10 * tokens
     assert told["tiers"] == {"memory_hits": 10, "disk_hits": 0, "misses": 1, "mismatches": 0}
-    await proxy.service._store._writer.flush()
+    await proxy.service._storage.store._writer.flush()
     async with proxy.http.get(f"{place}/metrics", headers=known) as reply:
         lines = await reply.text()
     for client, hits in (("ci", 6), ("dev", 4)):
@@ -411,6 +411,6 @@ async def test_neither_texts_nor_keys_are_kept(upstream, start_proxy, repeated):
     for _ in range(3):
         await proxy.post(asked, Authorization="Bearer sk-canary-key")
     assert len(repeated) == 1
-    kept = repr(proxy.app[RESPONSES].lru._entries)
-    assert "CachedHit." in kept
+    kept = repr(proxy.app[RESPONSES].lru.items())
+    assert "CachedHit(" in kept
     assert "canary" not in kept
