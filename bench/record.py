@@ -137,8 +137,7 @@ def headline(rows: Sequence[Row]) -> str:
         if row.verdict and row not in peers:
             own[row.target] = max(own.get(row.target, row), row, key=lambda one: one.strain)
     lines = ["| figure | measured | target | result |", "|---|---|---|---|"]
-    for row in (*own.values(), *peers):
-        lines.append(f"| {' | '.join(cells(row)[1:5])} |")
+    lines += [f"| {' | '.join(cells(row)[1:5])} |" for row in (*own.values(), *peers)]
     return "\n".join(lines)
 
 
