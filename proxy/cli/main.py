@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 app = group(
-    "A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
+    "A caching proxy for OpenAI's embeddings API: no text is bought twice.",
     OTHERS,
     # A flag without a value is converted by typer, which imports pydantic for it.
     context_settings={"default_map": {"help": False}},
@@ -49,7 +49,9 @@ def _root(
     *,
     version: Annotated[  # noqa: ARG001 - its callback does it
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     import logging  # noqa: PLC0415
@@ -64,11 +66,11 @@ def _root(
 @app.command()
 def serve(
     config_file: ConfigOption = None,
-    host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
-    port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
+    host: Annotated[str | None, typer.Option(help="Replaces server.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Replaces server.port.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Replaces server.workers.")] = None,
 ) -> None:
-    """Run the proxy until it is told to stop."""
+    """Run the proxy until SIGTERM or Ctrl-C."""
     with importing():
         import logging  # noqa: PLC0415
 
@@ -110,9 +112,9 @@ def serve(
         raise typer.Exit(EXIT_CODE)
 
 
-@app.command(short_help="Embed real text on the local model, twice, and show what came from cache.")
+@app.command(short_help="Embed text with the local model, twice, and show the cache hits.")
 def demo() -> None:
-    """Embed real text on the local model, twice, and show what came from the cache."""
+    """Embed text with the local model, twice, and show the cache hits."""
     try:
         with importing():
             from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra
