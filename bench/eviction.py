@@ -20,7 +20,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Keys, keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 
 LIMIT = 128 << 20

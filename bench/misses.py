@@ -25,7 +25,7 @@ CROWD = 300
 VERY_SLOW = ("1000", "0")
 """Milliseconds a call and an input take at an upstream that a crowd has to queue for."""
 GATHER_MS = 5
-"""`server.gather_ms`, which is off by default: it is for those who want few calls."""
+"""`server.batch_window_ms`, which is off by default: it is for those who want few calls."""
 DOCUMENTS = 2_000
 CLIENTS = 16
 
@@ -44,10 +44,13 @@ def rows(folder: Path, rounds: int, wanted: Callable[[str], bool]) -> Iterator[R
             yield many(running, up, min(rounds, MANY_ROUNDS))
     if wanted("T7"):
         say("T7 1,000 misses at once")
-        for gather_ms in (0, GATHER_MS):
-            store, section = folder / f"gather-{gather_ms}", {"gather_ms": gather_ms}
+        for batch_window_ms in (0, GATHER_MS):
+            store, section = (
+                folder / f"gather-{batch_window_ms}",
+                {"batch_window_ms": batch_window_ms},
+            )
             with upstream(*SLOW) as up, proxy(store, provider=up, section=section) as running:
-                yield from at_once(running, up, gather_ms)
+                yield from at_once(running, up, batch_window_ms)
     if wanted("T14"):
         say("T14 300 clients of one text each, at a slow upstream")
         with upstream(*VERY_SLOW) as up, proxy(folder / "crowd", provider=up) as running:
@@ -126,7 +129,7 @@ def many(running: Server, up: Server, rounds: int) -> Row:
     )
 
 
-def at_once(running: Server, up: Server, gather_ms: int) -> Iterator[Row]:
+def at_once(running: Server, up: Server, batch_window_ms: int) -> Iterator[Row]:
     """T7: as many clients as requests."""
     with Client(running, AT_ONCE, expects=b"") as client:
         for what, inputs in (("identical", [-1] * AT_ONCE), ("different", range(-9999, -8999))):
@@ -136,7 +139,7 @@ def at_once(running: Server, up: Server, gather_ms: int) -> Iterator[Row]:
             most = 1 if what == "identical" else 16
             yield Row(
                 target="T7",
-                what=f"1,000 {what} misses at once, gather_ms {gather_ms}",
+                what=f"1,000 {what} misses at once, batch_window_ms {batch_window_ms}",
                 value=len(bought),
                 unit="calls",
                 most=most,

@@ -54,7 +54,7 @@ PARTS = (
     ("HTTP read", r"aiohttp/(http_parser|_http_parser|streams|web_request)"),
     ("HTTP read", r"^(uv__read|__libc_recv|read|recv)\b|_http_parser|aiohttp/multipart"),
     ("key", r"\(cache/key\.py"),
-    ("look-up", r"\(cache/(memory|tiered|record|embedder|in_flight|errors)\.py|\(cache/disk/"),
+    ("look-up", r"\(cache/(memory|tiers|record|embedder|in_flight|errors)\.py|\(cache/disk/"),
     ("accounting", r"\(cache/ledger\.py|proxy/http/(metrics|status)"),
     ("render", r"render\S* \(proxy/|\(proxy/http/openai_format/render|\(providers/vector\.py"),
     (

@@ -10,7 +10,7 @@ from embedding_proxy.providers.base import NORMAL, Vector
 
 from .key import Keys, Partition
 from .ledger import LedgerKey, Usage
-from .tiered import LOT, Tiers
+from .tiers import LOT, Tiers
 
 _VECTOR = attrgetter("vector")
 TOUCH_S = 1.0

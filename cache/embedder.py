@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from embedding_proxy.providers.base import (
+    SLICE,
     CachePolicy,
     Context,
     Embedder,
@@ -18,10 +19,10 @@ from embedding_proxy.providers.base import (
     Outcome,
     Space,
     Vector,
+    slices,
 )
 from embedding_proxy.providers.billing import Account, Bill, OnCharge, nanodollars
 from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError
-from embedding_proxy.providers.slices import SLICE, slices
 
 from .cached_hit import CachedHit
 from .errors import NotCached, name_input
@@ -29,7 +30,7 @@ from .in_flight import Fetch, InFlight, wait
 from .key import Key, Keyring, Keys, Namespace, keyring
 from .ledger import CountedEmbeddings, Usage, charge_usage, ledger_key
 from .record import Entry
-from .tiered import Tiers
+from .tiers import Tiers
 
 MAX_ROUNDS_WITH_STRANGERS = 3
 """Times that a request waits for purchases of clients with other keys, which may be refused; then

@@ -33,7 +33,7 @@ from embedding_proxy.providers.errors import (
 from .key import Key, Keyring
 from .ledger import NOTHING, Usage, charge_usage, ledger_key
 from .record import Entry
-from .tiered import Tiers
+from .tiers import Tiers
 
 K = TypeVar("K")
 T = TypeVar("T")

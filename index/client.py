@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from embedding_proxy.cache import private_files
 from embedding_proxy.providers.client_credential import key_mistake
-from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
+from embedding_proxy.providers.redaction import QuotedInputs, Redactor
 
 from .errors import Denied, NotInstalled, QdrantFailure, Rejected, translated
 
@@ -248,8 +248,8 @@ async def no_metadata(qdrant: Connection) -> str | None:
         return None
     return (
         f"Qdrant at {qdrant} is {_dotted(found)}, which does not keep whose vectors a collection"
-        f" holds: use {_dotted(METADATA)} or later, or set index.qdrant.adopt: true and see to it"
-        " yourself that no two models share a collection"
+        f" holds: use {_dotted(METADATA)} or later, or set index.qdrant.adopt_unlabeled: true and"
+        " see to it yourself that no two models share a collection"
     )
 
 

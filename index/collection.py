@@ -115,7 +115,7 @@ async def ensure(
         info = await _info(qdrant, name)
     if info is None:
         raise Missing(f"the collection {name} was deleted just now")
-    claim = objection(name, (width_of(info), provenance_of(info)), wanted, adopt=options.adopt)
+    claim = conflict(name, (width_of(info), provenance_of(info)), wanted, adopt=options.adopt)
     if claim is not None:
         raise OtherSpace(claim)
     if provenance_of(info) is None:
@@ -142,7 +142,7 @@ async def look(qdrant: Connection, name: str) -> Look | None:
     return None if info is None else (width_of(info), provenance_of(info))
 
 
-def objection(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False) -> str | None:
+def conflict(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False) -> str | None:
     """Say why the vectors may not go into a collection; None if they may."""
     width, found = seen
     if not width:
@@ -157,7 +157,7 @@ def objection(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False)
             return None
         return (
             f"the collection {name} does not say whose vectors it holds; if they are of"
-            f" {wanted.space}, set index.qdrant.adopt: true, else name another collection"
+            f" {wanted.space}, set index.qdrant.adopt_unlabeled: true, else name another collection"
         )
     if (found.space, found.dimensions) != (wanted.space, wanted.dimensions):
         return (
@@ -269,7 +269,7 @@ async def conflicts(
     if collection is not None:
         if collection not in names:
             return []
-        return await _objections_to_all(qdrant, collection, spaces, options)
+        return await _conflicts(qdrant, collection, spaces, options)
     against: list[str] = []
     for model, space in spaces.items():
         head = name_of(model, 0, prefix=prefix)[:-1]
@@ -278,12 +278,12 @@ async def conflicts(
             seen = await look(qdrant, name) if width else None
             if width and seen:
                 wanted = Provenance(space, int(width[1]))
-                said = objection(name, seen, wanted, adopt=options.adopt)
+                said = conflict(name, seen, wanted, adopt=options.adopt)
                 against += [said] if said else []
     return against
 
 
-async def _objections_to_all(
+async def _conflicts(
     qdrant: Connection, name: str, spaces: Mapping[str, str], options: CollectionOptions
 ) -> list[str]:
     """Say what stands against every one of the spaces, if nothing may be written at all."""
@@ -293,7 +293,7 @@ async def _objections_to_all(
     width, found = seen
     if found is None:
         wanted = Provenance("the models of this configuration", width)
-        said = objection(name, seen, wanted, adopt=options.adopt)
+        said = conflict(name, seen, wanted, adopt=options.adopt)
         return [said] if said else []
     if found.space.partition("?")[0] in spaces.values():
         return []

@@ -224,7 +224,7 @@ class TextSource:
     def __init__(self, location: str, text: str = "text", vector: str | None = None) -> None:
         self.name = location
         self._text = text
-        self._collection, self._options = _place(location)
+        self._collection, self._options = _parse_location(location)
         with self._opened() as (runner, qdrant):
             self._vector = runner.run(_choose(qdrant, self._collection, vector))
             page = runner.run(_next(self._pages(qdrant)))
@@ -263,7 +263,7 @@ async def _next(pages: AsyncIterator[Page]) -> Page | None:
     return await anext(pages, None)
 
 
-def _place(location: str) -> tuple[str, dict[str, Any]]:
+def _parse_location(location: str) -> tuple[str, dict[str, Any]]:
     """Return the collection's name, and how the client gets there. Raises SourceError."""
     if location.startswith("qdrant+path:"):
         path = Path(location.removeprefix("qdrant+path:"))

@@ -8,7 +8,7 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
 from .client import Connection
-from .collection import Provenance, collection_aliases, look, objection
+from .collection import Provenance, collection_aliases, conflict, look
 from .errors import Missing, OtherSpace
 
 
@@ -51,7 +51,7 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     seen = await look(qdrant, real)
     if seen is None:
         raise Missing(f"there is no collection {name}: nothing was indexed into it so far")
-    claim = objection(name, seen, wanted, adopt=adopt)
+    claim = conflict(name, seen, wanted, adopt=adopt)
     if claim is not None:
         raise OtherSpace(claim)
     (numbers,) = vector.stack([query]).tolist()

@@ -9,15 +9,15 @@ import enum
 import hashlib
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import orjson
-from embedding_proxy.providers.scheduling.attempts import Attempt
 
+from .attempts import Attempt
 from .billing import NOBODY, Account, Charge, OnCharge
 from .client_credential import Credential
 from .errors import InvalidRequest
@@ -27,6 +27,11 @@ Input: TypeAlias = str | tuple[int, ...]
 
 Vector: TypeAlias = bytes
 """The numbers of one input: float32, little-endian, 4 bytes a dimension."""
+
+SLICE = 1024
+"""Items in a slice (`slices`): with some microseconds of work for each, a few milliseconds."""
+
+T = TypeVar("T")
 
 _word = lru_cache(maxsize=1024)(partial(quote, safe="/:@+"))
 # Longer parameters are named by one digest: header lines have limits.
@@ -58,7 +63,7 @@ class Space:
     """Forwarded request fields that change the numbers: (name, canonical JSON), sorted by name."""
     unit_norm: bool = False
     """Whether every vector has length 1. An answer of another length is refused."""
-    dimensions_sent: bool = False
+    send_dimensions: bool = False
     """Whether an upstream gives the native width only when it is asked for it."""
 
     def with_parameters(self, fields: Mapping[str, object]) -> "Space":
@@ -258,3 +263,14 @@ class Embedder(Protocol):
         Cancelling the call never harms another caller.
         """
         ...
+
+
+async def slices(items: Sequence[T], size: int = SLICE) -> AsyncIterator[Sequence[T]]:
+    """Yield the items in slices of at most `size`, in order; before each further one others run.
+
+    A few items are one slice, and nothing else runs in between. Of none there is no slice.
+    """
+    for start in range(0, len(items), size):
+        if start:
+            await asyncio.sleep(0)
+        yield items[start : start + size]

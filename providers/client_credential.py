@@ -6,7 +6,7 @@ Limits, rests and budgets belong to the key; what keeps them by key remembers th
 import re
 from dataclasses import dataclass, field
 
-from embedding_proxy.providers.upstream.redaction import Redactor
+from .redaction import Redactor
 
 MOST_KEYS = 1000
 """Keys of which something is remembered; those used longest ago are forgotten."""

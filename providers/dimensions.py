@@ -2,8 +2,8 @@
 
 The operator names a policy for each model: one of our own (`Policy`), or a strategy that an
 installed package provides. A package provides a strategy by an entry point of the group
-`embedding_proxy.widths`. Its name is what a model's `width` may say; it refers to an object as
-`Strategy` describes, or to a class that makes one without arguments. It is loaded when a
+`embedding_proxy.widths`. Its name is what a model's `dimension_policy` may say; it refers to an
+object as `Strategy` describes, or to a class that makes one without arguments. It is loaded when a
 configuration names it.
 
 The vectors of a strategy are an embedding space of their own, named after the strategy and its
@@ -31,7 +31,6 @@ BUILT_IN = ("strict", "truncate", "pad")
 """Our own policies; any other name is a strategy's."""
 MAX_DIMENSIONS = 65_536
 """The largest width that a request may ask for."""
-GROUP = "embedding_proxy.widths"
 
 
 @runtime_checkable
@@ -58,7 +57,7 @@ class UnknownStrategy(LookupError):
 def find(name: str) -> Strategy:
     """Return a strategy by its name. Raises UnknownStrategy, with a message for people."""
     absent = "expected strict, truncate or pad, or a strategy that an installed package brings"
-    where, strategy = plugins.load(GROUP, name, UnknownStrategy, absent)
+    where, strategy = plugins.load(plugins.DIMENSIONS, name, UnknownStrategy, absent)
     if not isinstance(strategy, Strategy) or not str(strategy.version):
         raise UnknownStrategy(f"{where} has no version, can_give and bring")
     return strategy

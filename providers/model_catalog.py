@@ -1,4 +1,4 @@
-"""The known embedding models, as data: width, price, context, and where each can be bought.
+"""The known embedding models, as data: width, price, longest input, and where each can be bought.
 
 Sources: the model and price pages of the vendors named, and OpenRouter's list of embedding models,
 autumn 2026. What was not certain was left out. A model that is missing here is added in the
@@ -26,14 +26,14 @@ class ModelEntry:
     """USD per million tokens; 0 for what runs on one's own machine, or has no known price."""
     routes: tuple[tuple[str, str], ...]
     matryoshka: bool = False
-    dimensions_refused: bool = False
+    reject_dimensions: bool = False
     """Whether OpenAI refuses `dimensions` for it even at the native width."""
-    dimensions_sent: bool = False
+    send_dimensions: bool = False
     """Whether the native width is asked for by name, since the upstream has several."""
     tokenizer: str | None = None
     unit_norm: bool = False
     """Whether all vectors have length 1, so that any other length is a sign of something wrong."""
-    context: int = 8192
+    max_input_tokens: int = 8192
     """The most tokens one input may have."""
 
 
@@ -44,7 +44,7 @@ def _openai(name: str, dimensions: int, price: float, *, matryoshka: bool) -> di
         price=price,
         routes=(("openai", name), ("openrouter", f"openai/{name}")),
         matryoshka=matryoshka,
-        dimensions_refused=not matryoshka,
+        reject_dimensions=not matryoshka,
         tokenizer=CL100K,
         unit_norm=True,
     )
@@ -53,10 +53,12 @@ def _openai(name: str, dimensions: int, price: float, *, matryoshka: bool) -> di
 
 
 def _openrouter(
-    name: str, dimensions: int, price: float, context: int, *, matryoshka: bool = False
+    name: str, dimensions: int, price: float, max_input_tokens: int, *, matryoshka: bool = False
 ) -> dict[str, ModelEntry]:
     routes = (("openrouter", name),)
-    entry = ModelEntry(name, dimensions, price, routes, matryoshka=matryoshka, context=context)
+    entry = ModelEntry(
+        name, dimensions, price, routes, matryoshka=matryoshka, max_input_tokens=max_input_tokens
+    )
     return {name: entry}
 
 
@@ -65,11 +67,11 @@ def _own(  # noqa: PLR0913 - the facts of a model
     name: str,
     dimensions: int,
     price: float,
-    context: int,
+    max_input_tokens: int,
     *,
     matryoshka: bool = False,
     unit_norm: bool = False,
-    dimensions_sent: bool = False,
+    send_dimensions: bool = False,
 ) -> dict[str, ModelEntry]:
     """Return a model by the name that its one provider gives it, in that provider's space."""
     return {
@@ -79,9 +81,9 @@ def _own(  # noqa: PLR0913 - the facts of a model
             price=price,
             routes=((provider, name),),
             matryoshka=matryoshka,
-            dimensions_sent=dimensions_sent,
+            send_dimensions=send_dimensions,
             unit_norm=unit_norm,
-            context=context,
+            max_input_tokens=max_input_tokens,
         )
     }
 
@@ -123,7 +125,7 @@ CATALOGUE: dict[str, ModelEntry] = {
     **_openrouter("intfloat/multilingual-e5-large", 1024, 0.01, 512),
     **_openrouter("thenlper/gte-large", 1024, 0.01, 512),
     **_own("mistral", "mistral-embed", 1024, 0.10, 8_192, unit_norm=True),
-    **_own("mistral", "codestral-embed", 1536, 0.15, 8_192, matryoshka=True, dimensions_sent=True),
+    **_own("mistral", "codestral-embed", 1536, 0.15, 8_192, matryoshka=True, send_dimensions=True),
     **_voyage("voyage-4-large", 0.12),
     **_voyage("voyage-4", 0.06),
     **_voyage("voyage-4-lite", 0.02),

@@ -13,7 +13,6 @@ from embedding_proxy.providers.routing.route import request_scope
 from embedding_proxy.providers.scheduling.batch_limits import BatchLimits
 from embedding_proxy.providers.scheduling.refusal import is_quoted
 from embedding_proxy.providers.upstream.rate_limiter import ProviderQueue, estimate
-from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
 from embedding_proxy.providers.upstream.transport import Reply, Transport
 
 from . import descriptors, tokens
@@ -30,6 +29,7 @@ from .errors import (
 )
 from .lru_cache import LRUCache
 from .profile import Limits, Profile
+from .redaction import QuotedInputs, Redactor
 from .upstream import error_reply, response
 
 log = logging.getLogger("embedding_proxy.provider")
@@ -342,9 +342,9 @@ class HttpProvider:
         payload: dict[str, object] = {"model": model, "input": inputs}
         if declared.encoding_format is not None:
             payload["encoding_format"] = declared.encoding_format
-        if space.dimensions_sent and declared.dimensions_field is not None:
+        if space.send_dimensions and declared.dimensions_field is not None:
             payload[declared.dimensions_field] = space.dimensions
-        if context.user is not None and declared.sends_user:
+        if context.user is not None and declared.forward_user:
             payload["user"] = context.user
         for name, value in context.neutral:
             if name in declared.neutral_fields:

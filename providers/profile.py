@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from embedding_proxy.providers.upstream.network import Network
+from .network import Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Limits:
     """Calls at the same time."""
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    learn: bool = True
+    from_headers: bool = True
     """Whether the limits in the upstream's reply headers (`x-ratelimit-…`) are kept, too."""
     bytes: int | None = None
     """Bytes of all texts in one call; learned when the upstream refuses larger calls."""
@@ -68,9 +68,9 @@ class Timeouts:
     connect_s: float = 10.0
     first_byte_s: float | None = None
     """Until the reply begins; None = the total."""
-    least_bytes_per_s: float = 100.0
+    min_bytes_per_s: float = 100.0
     """The attempt fails if the reply arrives slower than this over a whole window."""
-    rate_window_s: float = 15.0
+    min_rate_window_s: float = 15.0
 
 
 _PLAIN_HEADERS = frozenset({"http-referer", "referer", "user-agent", "x-title"})
@@ -98,8 +98,8 @@ class Profile:
     """Whether token arrays may be sent as they are."""
     dimensions_field: str | None = None
     """What it calls the width of a vector; None where it cannot be told a width. Sent only for a
-    model whose native width must be asked for (`Space.dimensions_sent`)."""
-    sends_user: bool = False
+    model whose native width must be asked for (`Space.send_dimensions`)."""
+    forward_user: bool = False
     """Whether the request's `user` is passed on; else it is dropped, since it changes no number."""
     extra_fields: frozenset[str] | None = None
     """The further request fields it knows; others are refused. None passes every field on."""

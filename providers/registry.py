@@ -17,7 +17,6 @@ from .openai_compatible import HttpProvider
 from .profile import PROFILES, Profile
 from .vendors import Azure, OpenAI, OpenRouter
 
-GROUP = "embedding_proxy.providers"
 LOCAL = "local"
 """The kind without an upstream: a model in this process."""
 
@@ -80,7 +79,7 @@ def find(name: str) -> Kind:
         return KINDS[name]
     known = ", ".join(sorted({*KINDS, LOCAL}))
     absent = f"expected one of {known}, or a kind that an installed package brings"
-    where, brought = plugins.load(GROUP, name, UnknownKind, absent, makes=False)
+    where, brought = plugins.load(plugins.PROVIDERS, name, UnknownKind, absent, makes=False)
     if isinstance(brought, Profile):
         return Kind(brought)
     profile = getattr(brought, "profile", None)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from embedding_proxy.providers.routing.route import Route
+from embedding_proxy.providers.scheduling import batch_size
+from embedding_proxy.providers.scheduling.assembly import assemble
 
-from .base import Context, Input, Space, Vector
+from .base import Context, Embedded, Input, Space, Vector
 from .errors import EmbeddingError, InvalidAnswer, ProviderError
 from .vector import cosine
 
@@ -26,7 +28,7 @@ TEXTS = (
     "SELECT name, COUNT(*) FROM visits GROUP BY name ORDER BY 2 DESC;",
     "今日は朝から雨が降っているので、家で本を読みます。",
 )
-"""What is asked: prose, another language, code, another script. Changing one makes a new canary."""
+"""What is asked: prose, another language, code, another script. A change begins drift checks anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ async def probe(
     """
     begun = clock()
     try:
-        embedded = await route.embed(space, texts, context)
+        embedded = await call_route(route, space, texts, context)
     except EmbeddingError as error:
         return Probe(route, clock() - begun, failure=error)
     except Exception as error:  # noqa: BLE001 - of a kind that somebody's package brings
@@ -68,6 +70,33 @@ async def probe(
         failure = InvalidAnswer(route.name, "its vectors are not of one width")
         return Probe(route, seconds, failure=failure)
     return Probe(route, seconds, embedded.vectors, sum(embedded.tokens))
+
+
+async def call_route(
+    route: Route, space: Space, inputs: Sequence[Input], context: Context
+) -> Embedded:
+    """Ask the provider once, or call after call where it takes no more in one.
+
+    For a few texts, past the scheduler. Raises EmbeddingError; its index is that in the call.
+    """
+    sizes, _ = await batch_size.sizes(space, inputs, route.limits.tokens, context)
+    parts = []
+    for batch in batch_size.split(len(inputs), route.limits, sizes):
+        items = [inputs[index] for index in batch]
+        parts.append((batch, await _ask(route, space, items, context)))
+    return assemble(parts)
+
+
+async def _ask(route: Route, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
+    try:
+        answer = await route.provider.ask(route.model, space, inputs, context)
+    except ProviderError as error:
+        if error.charge and context.on_charge:
+            context.on_charge(route.bill_failed(error.charge, inputs, context.account))
+        raise
+    if context.on_charge is not None:
+        context.on_charge(route.bill(answer.charge, answer.tokens, context.account))
+    return answer
 
 
 def agreement(one: Sequence[Vector], other: Sequence[Vector]) -> float:

@@ -22,7 +22,7 @@ class OpenAI(HttpProvider):
         encoding_format="base64",
         accepts_tokens=True,
         dimensions_field="dimensions",
-        sends_user=True,
+        forward_user=True,
     )
 
 
@@ -39,7 +39,7 @@ class OpenRouter(HttpProvider):
         headers={"X-Title": "embedding-proxy"},
         accepts_tokens=True,
         dimensions_field="dimensions",
-        sends_user=True,
+        forward_user=True,
         options={"provider": None},
     )
 
@@ -63,7 +63,7 @@ class Azure(HttpProvider):
         encoding_format="base64",
         accepts_tokens=True,
         dimensions_field="dimensions",
-        sends_user=True,
+        forward_user=True,
         names_models=False,
         options={"api_version": None},
     )

@@ -106,7 +106,7 @@ FAILURES = [
         "client's key refused",
         _NO_ACCESS,
         ((401, "invalid_api_key"),),
-        provider={"key": "client"},
+        provider={"auth": "client"},
     ),
     Failure(
         "no key",

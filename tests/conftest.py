@@ -23,8 +23,7 @@ import pytest
 from aiohttp import web, web_app
 from aioresponses import aioresponses
 from command import Run, runner
-from embedding_proxy.providers import local
-from embedding_proxy.providers.scheduling import attempts
+from embedding_proxy.providers import attempts, local
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.app import SERVICE, build_app
 from embedding_proxy.proxy.http.metrics import Metrics

@@ -19,7 +19,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Key, keyring
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 
 from tests.cache.fakes import entries_in

@@ -42,7 +42,7 @@ from embedding_proxy.cache.key import FORMAT, Namespace, keyring
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 from fault_server import FaultServer, vector_of
 
@@ -271,11 +271,11 @@ async def serving(proxy: Proxy, size_gib: float, provider: str) -> AsyncIterator
     """Run a proxy with two workers."""
     keys = [{"key": f"key-of-{name}", "namespace": name} for name in (PINNED, OTHERS)]
     settings = {
-        "server": {"keys": keys, "workers": PROCESSES, "canary_hours": None},
+        "server": {"keys": keys, "workers": PROCESSES, "drift_check_hours": None},
         "cache": {
             "directory": str(proxy.folder / proxy.name),
             "size_limit_gib": size_gib,
-            "pinned": [PINNED],
+            "pinned_namespaces": [PINNED],
             # Most hits come from the disk.
             "memory_mib": 4,
         },
@@ -354,7 +354,7 @@ async def through_proxies(folder: Path, seconds: float, size_mib: int, seed: int
         "wrong": wrong,
         "requests": {proxy.name: proxy.told["requests"] for proxy in (full, room)},
         "bought": {proxy.name: proxy.told["misses"] for proxy in (full, room)},
-        "pinned": full.pinned,
+        "pinned_namespaces": full.pinned,
         "hits measured": {name: len(values) for name, values in hit_ms.items()},
         "hit p50 ms": {name: round(statistics.median(v), 2) for name, v in hit_ms.items()},
         "hit p99 ms": {name: round(tail, 2) for name, tail in tails.items()},

@@ -206,7 +206,7 @@ async def proxy(folder: Path, upstreams: list[Upstream], seen: Seen):
                 "matryoshka": True,
                 "tokenizer": "cl100k_base",
                 "unit_norm": True,
-                "order": "fastest",
+                "routing_strategy": "fastest",
                 "routes": [{"provider": name, "model": "m"} for name in names],
             }
         },

@@ -37,7 +37,7 @@ from embedding_proxy.cache.key import FORMAT, Key, Namespace, keyring
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 from page_map import Damage, PageMap, damage, read_map
 

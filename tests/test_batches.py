@@ -149,7 +149,7 @@ async def test_a_thousand_identical_requests_are_one_call(upstream, start_proxy)
 async def test_a_thousand_small_requests_are_few_calls(upstream, start_proxy):
     """With gathering on, different inputs of many requests are bought together."""
     upstream.gate = asyncio.Event()
-    proxy = await start_proxy(openai=upstream, server={"gather_ms": 50})
+    proxy = await start_proxy(openai=upstream, server={"batch_window_ms": 50})
     inputs = [f"text {i}" for i in range(1000)]
     counter = itertools.count(1)
     real = proxy.service.answer
@@ -172,7 +172,7 @@ async def test_gathered_with_anothers_bad_input_all_others_are_answered(upstream
     """Who sends a bad input is refused, in the words for a single one; nobody else notices."""
     error = {"message": "too long", "type": "invalid_request_error", "param": None, "code": None}
     upstream.always = unless("text 7", error)(upstream)
-    proxy = await start_proxy(openai=upstream, server={"gather_ms": 50})
+    proxy = await start_proxy(openai=upstream, server={"batch_window_ms": 50})
     inputs = [f"text {i}" for i in range(20)]
     replies = await asyncio.gather(*(ask(proxy, item) for item in inputs))
     for reply, item in zip(replies, inputs, strict=True):
@@ -244,7 +244,14 @@ async def test_what_a_narrow_route_answered_is_not_asked_of_the_next(upstream, s
         openai=upstream,
         openrouter=second,
         providers=narrow(upstream, second),
-        models={MODEL: {"space": "s", "dimensions": 1536, "order": "cheapest", "routes": routes}},
+        models={
+            MODEL: {
+                "space": "s",
+                "dimensions": 1536,
+                "routing_strategy": "cheapest",
+                "routes": routes,
+            }
+        },
     )
     reply = await ask(proxy, inputs)
     await right(reply, inputs)

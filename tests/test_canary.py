@@ -40,23 +40,23 @@ def _asked(server):
 async def _look(proxy, text):
     """Buy one text, so that the model is in use, and ask the canaries that are due."""
     assert (await proxy.post({"model": MODEL, "input": text})).status == 200
-    return await proxy.service.canaries.check()
+    return await proxy.service.drift_check.check()
 
 
 async def test_a_model_that_stays_the_same(upstream, second, start_proxy, clock, caplog):
     """Every route in use is asked once a day, and what was bought first is bought once."""
     proxy = await start_proxy(openai=upstream, openrouter=second)
-    assert await proxy.service.canaries.check() == [], "nothing was bought yet"
+    assert await proxy.service.drift_check.check() == [], "nothing was bought yet"
     found = await _look(proxy, "a")
     assert [(one["provider"], one["cosine"]) for one in found] == [
         ("openai", pytest.approx(1, abs=1e-6)),
         ("openrouter", pytest.approx(1, abs=1e-6)),
     ]
-    assert found == proxy.service.canaries.findings
+    assert found == proxy.service.drift_check.results
     assert (len(_asked(upstream)), len(_asked(second))) == (2, 1)
     assert await _look(proxy, "b") == [], "a day has not passed"
     clock.now += DAY
-    assert await proxy.service.canaries.check() == [], "nothing was bought since"
+    assert await proxy.service.drift_check.check() == [], "nothing was bought since"
     assert len(await _look(proxy, "c")) == 2
     assert (len(_asked(upstream)), len(_asked(second))) == (3, 2)
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
@@ -104,7 +104,7 @@ async def test_a_provider_that_fails_is_no_changed_model(upstream, second, start
     clock.now += DAY
     assert (await proxy.post({"model": MODEL, "input": "b"})).status == 200
     upstream.always = status(404)
-    (found,) = await proxy.service.canaries.check()
+    (found,) = await proxy.service.drift_check.check()
     assert found["provider"] == "openrouter"
     calls = len(upstream.calls)
     upstream.always = None
@@ -137,7 +137,7 @@ async def test_a_spoilt_file_is_written_anew(spoilt, upstream, start_proxy, cloc
     file.write_bytes(spoilt)
     clock.now += DAY
     assert len(await _look(proxy, "b")) == 1
-    assert len(proxy.service.canaries.findings) == 1
+    assert len(proxy.service.drift_check.results) == 1
 
 
 async def test_they_are_looked_after_in_the_background(upstream, start_proxy, monkeypatch, caplog):
@@ -154,20 +154,20 @@ async def test_they_are_looked_after_in_the_background(upstream, start_proxy, mo
     proxy = await start_proxy(openai=upstream)
     while looks < 3:
         await proxy.post({"model": MODEL, "input": "a"})
-    assert "the canaries could not be asked" in caplog.text
+    assert "the drift check failed" in caplog.text
 
 
 async def test_they_can_be_switched_off(upstream, start_proxy):
-    """`canary_hours: null` is never."""
-    proxy = await start_proxy(openai=upstream, server={"canary_hours": None})
-    assert proxy.service.canaries is None
+    """`drift_check_hours: null` is never."""
+    proxy = await start_proxy(openai=upstream, server={"drift_check_hours": None})
+    assert proxy.service.drift_check is None
 
 
 async def test_a_model_that_was_asked_for_by_name(upstream, start_proxy, clock):
     """A model that no configuration names has its canaries too, once its width is known."""
     proxy = await start_proxy(openai=upstream)
     assert (await proxy.post({"model": "text-embedding-9", "input": "a"})).status == 200
-    (found,) = await proxy.service.canaries.check()
+    (found,) = await proxy.service.drift_check.check()
     assert found["upstream_model"] == "text-embedding-9"
 
 
@@ -178,9 +178,9 @@ async def test_one_worker_at_a_time_asks(upstream, start_proxy, clock):
     asked = [proxy.post({"model": MODEL, "input": f"{i}"}) for i, proxy in enumerate(proxies)]
     upstream.gate.set()
     assert [reply.status for reply in await asyncio.gather(*asked)] == [200] * 3
-    looks = await asyncio.gather(*(proxy.service.canaries.check() for proxy in proxies))
+    looks = await asyncio.gather(*(proxy.service.drift_check.check() for proxy in proxies))
     assert sorted(map(len, looks)) == [0, 0, 1]
-    assert [await proxy.service.canaries.check() for proxy in proxies] == [[], [], []]
+    assert [await proxy.service.drift_check.check() for proxy in proxies] == [[], [], []]
     # Four texts bought first, and four asked anew.
     assert len(_asked(upstream)) == 2
     (file,) = proxies[0].service.settings.cache.directory.rglob("canaries.json")
@@ -196,8 +196,8 @@ async def test_a_route_that_failed_is_not_asked_by_another_worker(upstream, star
         assert (await one.post({"model": MODEL, "input": text})).status == 200
     upstream.always = status(404)
     calls = len(upstream.calls)
-    assert await proxy.service.canaries.check() == []
-    assert await other.service.canaries.check() == []
+    assert await proxy.service.drift_check.check() == []
+    assert await other.service.drift_check.check() == []
     assert len(upstream.calls) == calls + 1
 
 
@@ -208,10 +208,10 @@ async def test_what_is_kept_of_routes_is_bounded(upstream, start_proxy, clock, m
     for i in range(5):
         clock.now += 1
         assert (await proxy.post({"model": f"text-embedding-{i}", "input": "a"})).status == 200
-        assert len(await proxy.service.canaries.check()) == 1
+        assert len(await proxy.service.drift_check.check()) == 1
     (file,) = proxy.service.settings.cache.directory.rglob("canaries.json")
     content = orjson.loads(file.read_bytes())
     names = [f"text-embedding-{i}" for i in (2, 3, 4)]
     assert [one["upstream_model"] for one in content["routes"]] == names
     assert [row[2] for row in content["asked"]] == names
-    assert [one["upstream_model"] for one in proxy.service.canaries.findings] == names
+    assert [one["upstream_model"] for one in proxy.service.drift_check.results] == names

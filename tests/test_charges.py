@@ -98,7 +98,7 @@ async def test_canaries_are_billed_at_once(upstream, start_proxy):
     upstream.always = costing(upstream)
     proxy = await start_proxy(openai=upstream)
     assert (await proxy.post({"model": MODEL, "input": "a"})).status == 200
-    await proxy.service.canaries.check()
+    await proxy.service.drift_check.check()
     await proxy.service._registry._in_flight.close()
     bills = dict(await proxy.service.ledger([By.NAMESPACE]))
     charged = sum(map(tokens_of, upstream.inputs)) - tokens_of("a")

@@ -1,4 +1,4 @@
-"""`key: client`: each client pays with its own key, and is served what that key may have."""
+"""`auth: client`: each client pays with its own key, and is served what that key may have."""
 
 import asyncio
 import json
@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import openai
@@ -20,6 +21,7 @@ from embedding_proxy.providers.base import Context, Space
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import ClientKeyRefused
 from embedding_proxy.providers.profile import Profile
+from embedding_proxy.providers.route_check import call_route
 from embedding_proxy.providers.routing import health
 from embedding_proxy.proxy.cli import main
 from embedding_proxy.proxy.cli.migrate_options import Target, find_model
@@ -43,7 +45,7 @@ def _bearer(key):
 
 def _theirs(upstream, **more):
     """Return the section of a provider that is asked with clients' keys."""
-    return {"base_url": upstream.url, "key": "client", **more}
+    return {"base_url": upstream.url, "auth": "client", **more}
 
 
 def _keys(upstream):
@@ -115,7 +117,7 @@ def start(start_proxy, upstream):
     """Give a function that starts a proxy whose provider openai is asked with clients' keys."""
 
     async def begin(*, share=False, more=None, **sections):
-        providers = {"openai": _theirs(upstream, share=share), **(more or {})}
+        providers = {"openai": _theirs(upstream, share_cache=share), **(more or {})}
         return await start_proxy(providers=providers, **sections)
 
     return begin
@@ -270,7 +272,7 @@ async def test_a_key_is_written_nowhere(start, upstream, tmp_path, caplog):
     """Not in the cache's folder, the log, metrics, /status, or an error, whatever goes wrong."""
     caplog.set_level(logging.DEBUG)
     secret = "sk-canary-Zm9vYmFyYmF6"
-    proxy = await start(server={"gather_ms": 1})
+    proxy = await start(server={"batch_window_ms": 1})
     await _ask(proxy, secret, "a")
     told = []
     for code in (400, 401, 403, 404, 429, 500):
@@ -309,7 +311,7 @@ def test_a_digest_needs_the_secret(tmp_path):
         names.add(keys._digest("https://b", ANNE))
     assert len(names) == 4
     hows = [
-        ClientKeyPolicy(MODEL, "s", ("p",), origin, share=False, has_other_routes=False)
+        ClientKeyPolicy(MODEL, "s", ("p",), origin, share_cache=False, has_other_routes=False)
         for origin in "ab"
     ]
     assert len({keys._credential(how, ANNE) for how in hows}) == 2
@@ -587,7 +589,7 @@ async def test_slots_are_those_of_a_key(start_proxy, upstream):
 
 async def test_gathered_requests_are_of_one_key(start, upstream):
     """Small requests of two keys at a time become two calls, each with its own key and inputs."""
-    proxy = await start(server={"gather_ms": 30})
+    proxy = await start(server={"batch_window_ms": 30})
     for key in (ANNE, BERT):
         await _ask(proxy, key, "warm")
     upstream.calls.clear()
@@ -695,7 +697,7 @@ async def test_points_lie_in_the_part_of_the_key(start, upstream):
 
 async def test_a_refused_key_has_no_stand_in(start, upstream):
     """A model that stands in for another does not do so for a key that is refused."""
-    models = {MODEL: {"fallback": [{"model": "wordllama-embed", "width": "pad"}]}}
+    models = {MODEL: {"fallback": [{"model": "wordllama-embed", "dimension_policy": "pad"}]}}
     proxy = await start(models=models)
     upstream.always = _refusing(upstream, ANNE)
     assert (await _ask(proxy, ANNE)).status == 401
@@ -784,13 +786,13 @@ async def test_frozen_a_key_has_its_part(share, start, start_proxy, upstream):
 
 async def test_canaries_use_nobodys_key(start, upstream, second, monkeypatch, caplog):
     """No canary is bought with a client's key; the routes that need none are watched as ever."""
-    caplog.set_level(logging.INFO, "embedding_proxy.canary")
+    caplog.set_level(logging.INFO, "embedding_proxy.drift_check")
     monkeypatch.setenv("OPENROUTER_API_KEY", "sk-operator-0123456789")
     proxy = await start(more={"openrouter": {"base_url": second.url}})
     await _ask(proxy, ANNE)
-    assert [one["provider"] for one in await proxy.service.canaries.check()] == ["openrouter"]
+    assert [one["provider"] for one in await proxy.service.drift_check.check()] == ["openrouter"]
     assert len(upstream.calls) == 1
-    assert not [line for line in caplog.records if line.name == "embedding_proxy.canary"]
+    assert not [line for line in caplog.records if line.name == "embedding_proxy.drift_check"]
 
 
 async def test_a_refused_key_as_a_probe_leaves_its_place(start, upstream):
@@ -816,7 +818,7 @@ async def test_a_provider_asked_without_a_key_asks_nobody(start, upstream):
         provider_factory.make_scheduler(
             proxy.service.models[MODEL].router, proxy.service.settings
         ).embed,
-        proxy.service.models[MODEL].router.routes[0].embed,
+        partial(call_route, proxy.service.models[MODEL].router.routes[0]),
     ):
         with pytest.raises(ClientKeyRefused):
             await ask(Space("openai/x", 1536), ["a"], Context())
@@ -925,11 +927,11 @@ def test_a_key_is_taken_out_of_what_an_upstream_says(body, want):
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"openai": {"key": "client", "api_key_env": "X"}}, "exclude each other"),
+        ({"openai": {"auth": "client", "api_key_env": "X"}}, "exclude each other"),
         ({"openai": {"key": "sk-secret"}}, "does not belong in the file"),
-        ({"openai": {"share": True}}, "is for key: client"),
-        ({"local": {"key": "client"}}, "has no key"),
-        ({"openai": {"key": "client"}, "openrouter": {"key": "client"}}, "two origins"),
+        ({"openai": {"share_cache": True}}, "is for auth: client"),
+        ({"local": {"auth": "client"}}, "has no auth"),
+        ({"openai": {"auth": "client"}, "openrouter": {"auth": "client"}}, "two origins"),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections, says):
@@ -945,7 +947,7 @@ def test_callers_keys_go_to_one_origin():
     for url, fits in ((other, True), ("https://b.example/v1", False)):
         sections = {
             "providers": {
-                "openai": {"key": "client", "base_url": one},
+                "openai": {"auth": "client", "base_url": one},
                 "mine": {"kind": "openai_compatible", "base_url": url},
             },
             "passthrough": "mine",
@@ -963,7 +965,7 @@ def test_a_kind_that_sends_no_key_takes_none(monkeypatch):
     odd = registry.Kind(Profile(base_url="https://x.example"), object)
     monkeypatch.setitem(registry.KINDS, "odd", odd)
     with pytest.raises(ValueError, match="odd does not say so"):
-        Settings.model_validate({"providers": {"odd": {"kind": "odd", "key": "client"}}})
+        Settings.model_validate({"providers": {"odd": {"kind": "odd", "auth": "client"}}})
 
 
 async def test_passed_calls_use_the_same_key(start_proxy):
@@ -974,7 +976,7 @@ async def test_passed_calls_use_the_same_key(start_proxy):
 
     async with AnyServer(answer) as other:
         proxy = await start_proxy(
-            providers={"openai": {"base_url": other.url, "key": "client"}},
+            providers={"openai": {"base_url": other.url, "auth": "client"}},
             server={"keys": ["ours"]},
             passthrough="openai",
         )
@@ -1013,8 +1015,10 @@ async def test_commands_leave_it_out_and_say_so(run_cli, start, upstream):
 
 async def test_what_applies_can_be_read_again(run_cli, tmp_path):
     """`config show` tells of the key and of what is shared, and its output is a configuration."""
-    told = await run_cli("config", "show", providers={"openai": {"key": "client", "share": True}})
+    told = await run_cli(
+        "config", "show", providers={"openai": {"auth": "client", "share_cache": True}}
+    )
     file = tmp_path / "shown.yaml"
     file.write_text(told)
     entry = load(file).providers["openai"]
-    assert (entry.uses_client_key, entry.share, entry.key_variable) == (True, True, None)
+    assert (entry.uses_client_key, entry.share_cache, entry.key_variable) == (True, True, None)

@@ -21,7 +21,7 @@ from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.upstream import response as answer
 from embedding_proxy.proxy.http import openai_format
 from embedding_proxy.proxy.http.auth import Authenticator
-from embedding_proxy.proxy.service.request import Client
+from embedding_proxy.proxy.service.request import Client, EmbeddingRequest
 from fault_server import FaultServer, vector_of
 
 MODEL = "text-embedding-3-small"
@@ -153,7 +153,7 @@ async def what_does_not_matter_is_left_out(bench: Bench) -> None:
 def all_fields_are_in_the_key(patch: pytest.MonkeyPatch) -> None:
     parse = openai_format.parse
 
-    def parse_all(*given: Any) -> openai_format.EmbeddingRequest:
+    def parse_all(*given: Any) -> EmbeddingRequest:
         asked = parse(*given)
         return dataclasses.replace(asked, parameters={**asked.parameters, "user": asked.user})
 

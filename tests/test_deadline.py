@@ -11,8 +11,8 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from embedding_proxy.providers import attempts
 from embedding_proxy.providers.errors import EmbeddingError
-from embedding_proxy.providers.scheduling import attempts
 from fault_server import hang, tokens_of
 
 MODEL = "text-embedding-3-small"
@@ -113,7 +113,7 @@ async def start(start_proxy, openai, openrouter=None, **sections):
     proxy = await start_proxy(openai=openai, openrouter=openrouter, **sections)
     for route in proxy.service.models[MODEL].router.routes:
         transport = route.provider._transport
-        transport._timeouts = replace(transport._timeouts, least_bytes_per_s=0.0)
+        transport._timeouts = replace(transport._timeouts, min_bytes_per_s=0.0)
     return proxy
 
 
@@ -226,7 +226,7 @@ async def test_a_key_is_proved_though_its_client_is_gone(upstream, start_proxy, 
     """What proves a client's key is not bought once more when the deadline has passed."""
     reply = Halves(upstream)
     upstream.script.append(reply)
-    proxy = await start(start_proxy, upstream, provider={"key": "client"})
+    proxy = await start(start_proxy, upstream, provider={"auth": "client"})
     key = {"Authorization": "Bearer sk-anne-0123456789"}
     request = ask(proxy, **key)
     await reading(proxy, reply)
@@ -246,7 +246,7 @@ async def test_the_call_that_proves_a_key_is_waited_for_by_the_next_request(
     """It is not made again while it is under way, unless the client wants a new answer."""
     reply = Halves(upstream)
     upstream.script.append(reply)
-    proxy = await start(start_proxy, upstream, provider={"key": "client"})
+    proxy = await start(start_proxy, upstream, provider={"auth": "client"})
     key = {"Authorization": "Bearer sk-anne-0123456789"}
     request = ask(proxy, **key)
     await reading(proxy, reply)
@@ -267,7 +267,7 @@ async def test_the_call_that_tells_a_width_proves_a_key_as_well(upstream, start_
     upstream.widths = {NEW: 40}
     reply = Halves(upstream)
     upstream.script.append(reply)
-    proxy = await start(start_proxy, upstream, provider={"key": "client"})
+    proxy = await start(start_proxy, upstream, provider={"auth": "client"})
     key = {"Authorization": "Bearer sk-anne-0123456789"}
     request = ask(proxy, model=NEW, **key)
     await reading(proxy, reply)
@@ -384,7 +384,7 @@ async def test_a_canary_that_was_sent_is_billed_when_the_proxy_stops(upstream, s
     """Its answer is read within CLOSE_S, as the upstream charges for it."""
     proxy = await start(start_proxy, upstream)
     assert (await ask(proxy)).status == 200
-    looking = asyncio.create_task(proxy.service.canaries.check())
+    looking = asyncio.create_task(proxy.service.drift_check.check())
     await until(lambda: len(upstream.calls) == 2)
     upstream.gate = asyncio.Event()
     await until(lambda: len(upstream.calls) == 3)

@@ -44,8 +44,8 @@ FAILURES = {
         status(403, _error("invalid_api_key"))
     ),
     "a model or an input is denied: 403 without a reason": Failure(status(403)),
-    "the client's own key is refused (`key: client`)": Failure(
-        status(401, _error("invalid_api_key")), {"key": "client"}
+    "the client's own key is refused (`auth: client`)": Failure(
+        status(401, _error("invalid_api_key")), {"auth": "client"}
     ),
     "no key is configured": Failure(has_key=False),
     "out of credit: 429 `insufficient_quota`": Failure(

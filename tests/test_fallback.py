@@ -42,7 +42,7 @@ async def test_refused_by_default(upstream, second, start_proxy):
 
 async def test_labelled_padded_and_kept_apart(upstream, second, start_proxy):
     """It says whose vectors they are, is cached as those, and gives way when the first is back."""
-    proxy = await _start(start_proxy, upstream, second, _models(width="pad"))
+    proxy = await _start(start_proxy, upstream, second, _models(dimension_policy="pad"))
     upstream.always = status(404)
     for verdict in ("miss", "hit"):
         reply, (got,) = await _embed(proxy, "a")
@@ -67,7 +67,7 @@ async def test_labelled_padded_and_kept_apart(upstream, second, start_proxy):
 
 async def test_one_answer_is_of_one_space(upstream, second, start_proxy):
     """With half of a request in the first model's cache, all of it comes from the other model."""
-    proxy = await _start(start_proxy, upstream, second, _models(width="pad"))
+    proxy = await _start(start_proxy, upstream, second, _models(dimension_policy="pad"))
     await _embed(proxy, "known")
     upstream.always = status(500)
     reply, got = await _embed(proxy, ["known", "new"])
@@ -79,15 +79,15 @@ async def test_one_answer_is_of_one_space(upstream, second, start_proxy):
     assert np.array_equal(got, vector_of(MODEL, "known"))
 
 
-@pytest.mark.parametrize("width", ["strict", "truncate"])
-async def test_cut_to_the_width_that_was_asked_for(width, upstream, second, start_proxy):
+@pytest.mark.parametrize("policy", ["strict", "truncate"])
+async def test_cut_to_the_width_that_was_asked_for(policy, upstream, second, start_proxy):
     """`truncate` cuts and renormalises what is not made for it; `strict` then has no answer."""
-    models = {MODEL: {"fallback": {"model": "text-embedding-ada-002", "width": width}}}
+    models = {MODEL: {"fallback": {"model": "text-embedding-ada-002", "dimension_policy": policy}}}
     models["text-embedding-ada-002"] = {"routes": [{"provider": "openrouter", "model": "ada"}]}
     proxy = await _start(start_proxy, upstream, second, models)
     upstream.always = status(500)
     reply, got = await _embed(proxy, "a", dimensions=512)
-    if width == "strict":
+    if policy == "strict":
         assert (reply.status, len(second.calls)) == (502, 0)
         return
     assert (reply.status, reply.headers["x-embedding-fallback"]) == (200, "true")
@@ -97,7 +97,7 @@ async def test_cut_to_the_width_that_was_asked_for(width, upstream, second, star
 
 async def test_refused_inputs_are_nobody_elses(upstream, second, start_proxy):
     """What the first model's provider refuses is wrong in itself, and no other model is asked."""
-    proxy = await _start(start_proxy, upstream, second, _models(width="pad"))
+    proxy = await _start(start_proxy, upstream, second, _models(dimension_policy="pad"))
     upstream.always = status(400)
     reply, _ = await _embed(proxy, "a")
     assert (reply.status, len(second.calls)) == (400, 0)
@@ -105,7 +105,7 @@ async def test_refused_inputs_are_nobody_elses(upstream, second, start_proxy):
 
 async def test_the_first_models_failure_is_what_is_told(upstream, second, start_proxy):
     """When nobody answers, the client hears of the model it asked for."""
-    proxy = await _start(start_proxy, upstream, second, _models(width="pad"))
+    proxy = await _start(start_proxy, upstream, second, _models(dimension_policy="pad"))
     upstream.always, second.always = status(503), status(404)
     reply, _ = await _embed(proxy, "a")
     assert reply.status == 503
@@ -115,7 +115,7 @@ async def test_the_first_models_failure_is_what_is_told(upstream, second, start_
 
 async def test_a_field_that_the_other_model_does_not_know(upstream, start_proxy):
     """A stand-in that cannot take the request leaves the first model's failure standing."""
-    models = {MODEL: {"fallback": {"model": "wordllama-embed", "width": "pad"}}}
+    models = {MODEL: {"fallback": {"model": "wordllama-embed", "dimension_policy": "pad"}}}
     proxy = await start_proxy(openai=upstream, models=models)
     upstream.always = status(500)
     reply, _ = await _embed(proxy, "a", input_type="query")
@@ -124,7 +124,7 @@ async def test_a_field_that_the_other_model_does_not_know(upstream, start_proxy)
 
 async def test_without_a_key_the_other_answers(start_proxy):
     """No key for the first provider is an outage too, for those who wrote a fallback down."""
-    models = {MODEL: {"fallback": {"model": "wordllama-embed", "width": "pad"}}}
+    models = {MODEL: {"fallback": {"model": "wordllama-embed", "dimension_policy": "pad"}}}
     proxy = await start_proxy(models=models)
     reply, (got,) = await _embed(proxy, "a")
     assert (reply.status, got.shape) == (200, (1536,))
@@ -135,7 +135,7 @@ async def test_a_hanging_provider_leaves_time_for_the_other(upstream, second, st
     """Half of the request's time is the stand-in's, however long the first provider hangs."""
     second.widths = WIDTHS
     upstream.always = hang()
-    models = _models(width="pad")
+    models = _models(dimension_policy="pad")
     models[MODEL]["routes"] = [{"provider": "openai", "model": MODEL}]
     server = {"request_timeout_s": 4}
     proxy = await start_proxy(openai=upstream, openrouter=second, models=models, server=server)
@@ -146,7 +146,7 @@ async def test_a_hanging_provider_leaves_time_for_the_other(upstream, second, st
 
 async def test_in_python_too(upstream, second, start_proxy):
     """The service says whose vectors they are; their width is that of the model asked for."""
-    proxy = await _start(start_proxy, upstream, second, _models(width="pad"))
+    proxy = await _start(start_proxy, upstream, second, _models(dimension_policy="pad"))
     upstream.always = status(500)
     result = await proxy.service.embed(["a"], model=MODEL)
     assert result.fallback
@@ -157,14 +157,14 @@ async def test_in_python_too(upstream, second, start_proxy):
 @pytest.mark.parametrize(
     ("fallback", "problem"),
     [
-        (OTHER, "gives 1024 numbers where 1536 are asked for; say `width: pad`"),
+        (OTHER, "gives 1024 numbers where 1536 are asked for; say `dimension_policy: pad`"),
         ({"model": "text-embedding-3-large"}, None),
         ({"model": "text-embedding-ada-002"}, None),
         ({"model": "qwen/qwen3-embedding-8b"}, None),
         ("openai/text-embedding-3-small", "has the same space; add its routes"),
         ("nowhere", "there is no model of that name"),
-        ({"model": OTHER, "width": "stretch"}, "width"),
-        ([OTHER, "nowhere"], "width: pad"),
+        ({"model": OTHER, "dimension_policy": "stretch"}, "dimension_policy"),
+        ([OTHER, "nowhere"], "dimension_policy: pad"),
     ],
 )
 def test_what_can_stand_in_is_said_at_the_start(fallback, problem):

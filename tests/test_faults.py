@@ -254,7 +254,7 @@ ROWS = {
     "19-hang": late(hang(), timeout_s=0.2),
     "19-first-byte": late(hang(), first_byte_timeout_s=0.2),
     "20-total": late(trickle(), timeout_s=0.2),
-    "20-rate": late(trickle(), "too slowly", least_bytes_per_s=1000, rate_window_s=0.2),
+    "20-rate": late(trickle(), "too slowly", min_bytes_per_s=1000, min_rate_window_s=0.2),
     "21-reset": lost(reset()),
     "21-stale": mended(stale(), 1),
     "21-cut": lost(cut(), "reply broke off after 20 bytes"),
@@ -503,7 +503,7 @@ async def test_a_fault_of_the_only_provider(name, world):
     world.meet(name, "alone")
     row = world.row
     world.faulty.holding = {world.bad: row.act}
-    await world.start(options={k: 0.1 for k in row.options if k != "least_bytes_per_s"})
+    await world.start(options={k: 0.1 for k in row.options if k != "min_bytes_per_s"})
     response = await world.ask(world.part)
     health = world.health["openai"]
     tries = health.attempts if row.url or row.options else len(holding(world.faulty, world.bad))
@@ -537,7 +537,7 @@ async def test_5_one_bad_input_among_those_of_others(place, at, world):
     world.faulty.holding = {world.bad: world.row.act}
     if at == "second":
         world.servers["openai"].always = status(404)
-    await world.start(inputs=6, gather_ms=1000)
+    await world.start(inputs=6, batch_window_ms=1000)
     clients = [INPUTS[i : i + 2] for i in (0, 2, 4)]
     replies = await asyncio.gather(*map(world.ask, clients))
     for response, inputs in zip(replies, clients, strict=True):

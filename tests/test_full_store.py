@@ -86,7 +86,7 @@ async def test_the_last_use_of_what_is_pinned_is_the_last_use(tmp_path, clock):
 async def test_a_store_of_pins_answers_and_counts(tmp_path, upstream, start_proxy, caplog):
     """Where only pinned entries are, one line says so; requests are answered, and sums are kept."""
     sections = {
-        "cache": {"size_limit_gib": 8 / 1024, "memory_mib": 0, "pinned": ["team"]},
+        "cache": {"size_limit_gib": 8 / 1024, "memory_mib": 0, "pinned_namespaces": ["team"]},
         "server": {"keys": [{"key": "k", "namespace": "team"}, {"key": "o", "namespace": "other"}]},
     }
     proxy = await start_proxy(openai=upstream, **sections)

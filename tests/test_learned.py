@@ -133,10 +133,10 @@ async def test_a_model_that_nobody_has(upstream, start_proxy):
 
 @pytest.mark.parametrize(
     ("name", "server"),
-    [("vendor/model", {}), ("x" * 300, {}), (NEW, {"unknown_models": "refuse"})],
+    [("vendor/model", {}), ("x" * 300, {}), (NEW, {"unknown_models": "reject"})],
 )
 async def test_a_name_that_leads_nowhere(name, server, upstream, start_proxy):
-    """Without a provider for such names, or with `unknown_models: refuse`, it is OpenAI's 404."""
+    """Without a provider for such names, or with `unknown_models: reject`, it is OpenAI's 404."""
     proxy = await start_proxy(openai=upstream, server=server)
     reply, _ = await _embed(proxy, "a", name)
     assert (reply.status, len(upstream.calls)) == (404, 0)

@@ -114,8 +114,8 @@ def _bill(directory, *by):
         return dict(ledger_reader.read(file.sql, by))
 
 
-@pytest.mark.parametrize(("seed", "gather_ms"), [(1, 0), (2, 2)], ids=["alone", "gathered"])
-async def test_the_bill_is_the_upstreams_own_to_the_token(start_proxy, tmp_path, seed, gather_ms):
+@pytest.mark.parametrize(("seed", "window_ms"), [(1, 0), (2, 2)], ids=["alone", "gathered"])
+async def test_the_bill_is_the_upstreams_own_to_the_token(start_proxy, tmp_path, seed, window_ms):
     """After faults, restarts and two proxies at once, each provider is billed what it charged."""
     told, chance = Counter(), random.Random(seed)
     async with Upstream(seed) as first, Upstream(seed + 100, COST) as second:
@@ -127,7 +127,7 @@ async def test_the_bill_is_the_upstreams_own_to_the_token(start_proxy, tmp_path,
             sections = {
                 "providers": providers,
                 "models": MODELS,
-                "server": {"keys": KEYS, "gather_ms": gather_ms},
+                "server": {"keys": KEYS, "batch_window_ms": window_ms},
             }
             proxies = [await start_proxy(first, second, **sections) for _ in range(2)]
             await _load(proxies, chance, told)

@@ -70,7 +70,7 @@ async def test_bytes_alone_refuse_nothing(upstream, start_proxy):
 
 async def test_those_who_were_gathered_with_it_are_served(upstream, start_proxy):
     """One client's input that is too long harms nobody whose inputs came at the same time."""
-    proxy = await start_proxy(openai=upstream, server={"gather_ms": 50})
+    proxy = await start_proxy(openai=upstream, server={"batch_window_ms": 50})
     texts = ["a", _words(8193), "b", "c"]
     asked = [proxy.post({"model": MODEL, "input": text}) for text in texts]
     replies = await asyncio.gather(*asked)
@@ -83,7 +83,7 @@ async def test_what_is_cached_is_served_uncounted(upstream, start_proxy, monkeyp
     proxy = await start_proxy(openai=upstream)
     await proxy.post({"model": MODEL, "input": _words(5000)})
     await start_proxy.stop()
-    proxy = await start_proxy(openai=upstream, models={MODEL: {"context": 10}})
+    proxy = await start_proxy(openai=upstream, models={MODEL: {"max_input_tokens": 10}})
     refused = await proxy.post({"model": MODEL, "input": _words(11)})
     monkeypatch.setattr("embedding_proxy.providers.tokens.count", None)
     served = await proxy.post({"model": MODEL, "input": _words(5000)})
@@ -91,7 +91,7 @@ async def test_what_is_cached_is_served_uncounted(upstream, start_proxy, monkeyp
     assert "maximum context length is 10 tokens" in (await refused.json())["error"]["message"]
 
 
-@pytest.mark.parametrize("change", [{"context": None}, {"tokenizer": None}])
+@pytest.mark.parametrize("change", [{"max_input_tokens": None}, {"tokenizer": None}])
 async def test_without_context_or_tokenizer_it_is_left_to_the_upstream(
     change, upstream, start_proxy
 ):
@@ -101,8 +101,8 @@ async def test_without_context_or_tokenizer_it_is_left_to_the_upstream(
     assert (reply.status, len(upstream.calls)) == (200, 1)
 
 
-@pytest.mark.parametrize("gather_ms", [0, 1])
-async def test_a_long_text_is_counted_once(gather_ms, upstream, start_proxy, monkeypatch):
+@pytest.mark.parametrize("batch_window_ms", [0, 1])
+async def test_a_long_text_is_counted_once(batch_window_ms, upstream, start_proxy, monkeypatch):
     """From the check to the bill a text is encoded once, however many need its count."""
     encoded = []
     real = tokens._tokenizer(tokens.CL100K)
@@ -113,7 +113,7 @@ async def test_a_long_text_is_counted_once(gather_ms, upstream, start_proxy, mon
             return real.encode_ordinary(text)
 
     monkeypatch.setattr(tokens, "_tokenizer", lambda _: Spy())
-    proxy = await start_proxy(openai=upstream, server={"gather_ms": gather_ms})
+    proxy = await start_proxy(openai=upstream, server={"batch_window_ms": batch_window_ms})
     # So many that the batcher has to know their tokens too.
     texts = [_words(8000, f" {word}") for word in ("one", "two", "red", "sun", "sky", "sea")]
     texts += [f"{text} again" for text in texts] + ["short"]
@@ -124,7 +124,7 @@ async def test_a_long_text_is_counted_once(gather_ms, upstream, start_proxy, mon
 
 async def test_truncated_before_the_cache(upstream, start_proxy):
     """With `truncate: end` the first tokens are embedded, cached as their own text, and billed."""
-    models = {MODEL: {"context": 5, "truncate": "end"}}
+    models = {MODEL: {"max_input_tokens": 5, "truncate": "end"}}
     proxy = await start_proxy(openai=upstream, models=models)
     long = "one two three four five six seven"
     reply = await proxy.client.embeddings.create(model=MODEL, input=[long, "short"])
@@ -160,7 +160,7 @@ async def test_an_array_too_long_is_not_decoded(
 
 async def test_truncated_at_a_whole_character(upstream, start_proxy):
     """A cut never leaves half a character, nor a sign in its place; ids without a text stay ids."""
-    models = {MODEL: {"context": 5, "truncate": "end"}}
+    models = {MODEL: {"max_input_tokens": 5, "truncate": "end"}}
     proxy = await start_proxy(openai=upstream, models=models)
     await proxy.post({"model": MODEL, "input": ["お誕生日おめでとう" * 3, "👩‍👩‍👧‍👦" * 9]})
     await proxy.post({"model": MODEL, "input": [100257] * 9})
@@ -174,7 +174,7 @@ async def test_truncated_at_a_whole_character(upstream, start_proxy):
 
 async def test_what_cannot_be_cut_to_a_character_is_refused(upstream, start_proxy):
     """A first character that is more than the context is left whole, and refused with its count."""
-    models = {MODEL: {"context": 1, "truncate": "end"}}
+    models = {MODEL: {"max_input_tokens": 1, "truncate": "end"}}
     proxy = await start_proxy(openai=upstream, models=models)
     reply = await proxy.post({"model": MODEL, "input": "𒀀"})
     assert reply.status == 400
@@ -184,7 +184,7 @@ async def test_what_cannot_be_cut_to_a_character_is_refused(upstream, start_prox
 
 @pytest.mark.parametrize(
     ("model", "missing"),
-    [(UNCOUNTED, "tokenizer"), (MODEL, "context")],
+    [(UNCOUNTED, "tokenizer"), (MODEL, "max_input_tokens")],
 )
 def test_truncating_needs_a_tokenizer_and_a_context(model, missing, tmp_path):
     """Where nobody can count, nothing can be cut: file, key and remedy are named."""
@@ -199,9 +199,11 @@ def test_truncating_needs_a_tokenizer_and_a_context(model, missing, tmp_path):
 
 def test_every_catalogued_model_has_its_context():
     """What the catalogue knows of a model's context is what applies, and null can be said."""
-    assert Settings().models[MODEL].context == 8192
-    assert Settings().models["gemini-embedding-001"].context == 2048
-    assert Settings(models={MODEL: {"context": None}}).models[MODEL].context is None
+    assert Settings().models[MODEL].max_input_tokens == 8192
+    assert Settings().models["gemini-embedding-001"].max_input_tokens == 2048
+    assert (
+        Settings(models={MODEL: {"max_input_tokens": None}}).models[MODEL].max_input_tokens is None
+    )
 
 
 @pytest.mark.parametrize("encoding", ["base64", "float"])

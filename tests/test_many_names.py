@@ -128,7 +128,7 @@ async def test_further_fields_and_names_in_replies(upstream, start_proxy, tmp_pa
 async def test_clients_own_keys(upstream, start_proxy, tmp_path):
     """Each request has a key of its own, and so a namespace and a client of its own."""
     upstream.widths = {"m": 8}
-    providers = {"openai": {"base_url": upstream.url, "key": "client"}}
+    providers = {"openai": {"base_url": upstream.url, "auth": "client"}}
     sections = {"models": MODELS, "providers": providers}
     proxy = await start_proxy(**sections)
 

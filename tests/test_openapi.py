@@ -7,7 +7,7 @@ from importlib import resources
 import pytest
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.app import build_app
-from embedding_proxy.proxy.service.request_fields import OWN_FIELDS, RULES, Group, rule_of
+from embedding_proxy.proxy.request_fields import OWN_FIELDS, RULES, Group, rule_of
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pages import ROOT

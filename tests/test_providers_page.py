@@ -63,7 +63,7 @@ def _kind_row(name: str) -> str:
         profile.encoding_format or "not said",
         size,
         fields,
-        "yes" if profile.sends_user else "dropped",
+        "yes" if profile.forward_user else "dropped",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -84,7 +84,7 @@ def _model_row(name: str) -> str:
         f"{entry.dimensions}",
         "yes" if entry.matryoshka else "no",
         f"${entry.price:g}" if entry.price else free,
-        f"{entry.context:,}",
+        f"{entry.max_input_tokens:,}",
         "yes" if entry.unit_norm else "",
     ]
     return f"| {' | '.join(cells)} |"

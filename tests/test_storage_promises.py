@@ -73,8 +73,8 @@ PROMISES = {
     ),
     # When something is wrong: one for each row of the table.
     "belongs to another key": (
-        "tests/cache/test_tiered.py::test_a_record_that_does_not_verify_is_a_miss",
-        "tests/cache/test_tiered.py::test_a_collision_on_disk_is_a_miss_and_counted",
+        "tests/cache/test_tiers.py::test_a_record_that_does_not_verify_is_a_miss",
+        "tests/cache/test_tiers.py::test_a_collision_on_disk_is_a_miss_and_counted",
     ),
     "a record has other dimensions than the model's": (
         f"{HERE}::test_a_wrong_width_in_the_configuration_costs_nothing",
@@ -147,7 +147,7 @@ PROMISES = {
     "is not deleted for want of a note": (
         "tests/cache/test_store.py::test_what_is_used_often_is_not_driven_out",
     ),
-    "`cache.pinned` names namespaces that never make room for others": (
+    "`cache.pinned_namespaces` names namespaces that never make room for others": (
         "tests/test_eviction_load.py::test_what_is_pinned_stays",
         "tests/test_full_store.py::test_two_processes_at_the_limit",
         "tests/test_full_store.py::test_the_last_use_of_what_is_pinned_is_the_last_use",

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.errors import Missing
-from embedding_proxy.index.migration import text_template
 from embedding_proxy.index.migration.text_template import Rule, TemplateError
 from embedding_proxy.providers import dimensions as strategies
+from embedding_proxy.providers import plugins
 from embedding_proxy.proxy.config.schema import Settings
 from example_package import install
 from fault_server import vector_of
@@ -20,7 +20,7 @@ from qdrant_server import QdrantServer
 
 ADA = "text-embedding-ada-002"
 SMALL = "text-embedding-3-small"
-PROJECTED = {ADA: {"width": "acme_projection"}}
+PROJECTED = {ADA: {"dimension_policy": "acme_projection"}}
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ def test_what_is_no_strategy_is_a_configuration_error(brought, says, acme, monke
         name = "acme_projection"
         monkeypatch.setattr(acme, "Projection", brought)
     with pytest.raises(ValidationError, match=says):
-        Settings.model_validate({"models": {ADA: {"width": name}}})
+        Settings.model_validate({"models": {ADA: {"dimension_policy": name}}})
 
 
 # Texts
@@ -187,4 +187,4 @@ def test_what_makes_no_texts_is_refused(acme, monkeypatch):
     monkeypatch.delattr(acme, "Ticket")
     with pytest.raises(TemplateError, match="cannot be loaded"):
         Rule.brought("acme_ticket")
-    assert text_template.GROUP == "embedding_proxy.texts"
+    assert plugins.TEXTS == "embedding_proxy.texts"

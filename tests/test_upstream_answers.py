@@ -288,7 +288,7 @@ async def test_a_clients_own_key_that_google_refuses_is_the_clients(upstream, st
     """A 400 about a key is a 401 to the client whose key it is."""
     body = {"error": {"code": 400, "details": [{"reason": "API_KEY_INVALID"}], "message": "no"}}
     upstream.always = status(400, [body])
-    proxy = await start_proxy(providers={"openai": {"base_url": upstream.url, "key": "client"}})
+    proxy = await start_proxy(providers={"openai": {"base_url": upstream.url, "auth": "client"}})
     reply = await proxy.post({"model": MODEL, "input": "a"}, Authorization="Bearer sk-anne-01234")
     assert reply.status == 401
     assert (await reply.json())["error"]["code"] == "invalid_api_key"

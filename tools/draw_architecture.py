@@ -4,8 +4,7 @@
     python tools/draw_architecture.py --check    # exit code 1 if it is out of date
 
 Each package is a column of layers. An import goes to the same layer, to one below it, or to a
-package on the right. Where that does not hold yet, the arrow is dashed; EXCEPTIONS in
-tests/test_architecture.py lists why.
+package on the right; tests/test_architecture.py checks it.
 """
 
 import ast
@@ -25,12 +24,11 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "proxy": {
         "entry points": ("proxy/__init__.py", "proxy/__main__.py", "proxy/blocking.py"),
         "cli": ("proxy/cli/",),
-        "diagnostics": ("proxy/diagnostics/",),
+        "diagnostics, importers": ("proxy/diagnostics/", "proxy/importers/"),
         "http": ("proxy/http/",),
-        "importers": ("proxy/importers/",),
         "service": ("proxy/service/",),
         "config": ("proxy/config/",),
-        "log": ("proxy/log.py",),
+        "log, request fields": ("proxy/log.py", "proxy/request_fields.py"),
     },
     "index": {
         "migration": ("index/migration/",),
@@ -42,7 +40,7 @@ PACKAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "cache/embedder.py",
             "cache/in_flight.py",
             "cache/cached_hit.py",
-            "cache/tiered.py",
+            "cache/tiers.py",
         ),
         "disk": ("cache/disk/",),
         "keys, records, ledger": ("cache/",),
@@ -128,16 +126,12 @@ text { font: 12px system-ui, sans-serif; fill: #1f2933 }
 .column { fill: #f5f7fa; stroke: #cbd2d9 }
 .box { fill: #fff; stroke: #9aa5b1 }
 path { fill: none; stroke: #2b6cb0; stroke-width: 1.4; marker-end: url(#down) }
-.up { stroke: #c05621; stroke-dasharray: 4 3; marker-end: url(#back) }
 .across { stroke: #1f2933 }
 """
-
-
-def _marker(name: str, colour: str) -> str:
-    return (
-        f'<marker id="{name}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'
-        f' orient="auto"><polygon points="0,0 8,4 0,8" fill="{colour}"/></marker>'
-    )
+MARKER = (
+    '<marker id="down" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'
+    ' orient="auto"><polygon points="0,0 8,4 0,8" fill="#2b6cb0"/></marker>'
+)
 
 
 def _text(x: int, y: int, text: str, kind: str, anchor: str = "start") -> str:
@@ -170,7 +164,7 @@ def _column(
 
 
 def _inner(left: dict[str, int], heights: dict[tuple[str, str], tuple[int, int]]) -> Iterator[str]:
-    """Draw the arrows between the layers of each package: down on the left, back on the right."""
+    """Draw the arrows between the layers of each package."""
     pairs = Counter((layer_of(file), layer_of(target)) for file, target in EDGES)
     for ((package, layer), (other, below)), _ in sorted(pairs.items()):
         if package != other or layer == below:
@@ -178,15 +172,9 @@ def _inner(left: dict[str, int], heights: dict[tuple[str, str], tuple[int, int]]
         order = [*PACKAGES[package]]
         steps = order.index(below) - order.index(layer)
         (_, bottom), (top, _) = heights[package, layer], heights[other, below]
-        if steps > 0:
-            x, bow = left[package] + 24, min(6 + 3 * steps, 22)
-            start, end = bottom - 8, top + 8 + 2 * steps
-            yield f'<path d="M{x},{start} C{x - bow},{start} {x - bow},{end} {x},{end}"/>'
-        else:
-            x, bow = left[package] + WIDTH - 24, min(6 - 3 * steps, 22)
-            start, end = heights[package, layer][0] + 10, heights[other, below][1] - 10
-            bend = f"{x + bow},{start} {x + bow},{end} {x},{end}"
-            yield f'<path class="up" d="M{x},{start} C{bend}"/>'
+        x, bow = left[package] + 24, min(6 + 3 * steps, 22)
+        start, end = bottom - 8, top + 8 + 2 * steps
+        yield f'<path d="M{x},{start} C{x - bow},{start} {x - bow},{end} {x},{end}"/>'
 
 
 def _across(left: dict[str, int]) -> Iterator[str]:
@@ -198,9 +186,8 @@ def _across(left: dict[str, int]) -> Iterator[str]:
         if steps == 0:
             continue
         start, end = left[package] + WIDTH // 2 + 14 * steps, left[other] + WIDTH // 2 - 14 * steps
-        y = TOP - 26 * abs(steps) - 10
-        kind = "across" if steps > 0 else "up"
-        yield f'<path class="{kind}" d="M{start},{TOP} C{start},{y} {end},{y} {end},{TOP}"/>'
+        y = TOP - 26 * steps - 10
+        yield f'<path class="across" d="M{start},{TOP} C{start},{y} {end},{y} {end},{TOP}"/>'
         yield _text(
             (start + end) // 2, (TOP + 3 * y) // 4 - 4, f"{count} imports", "count", "middle"
         )
@@ -219,7 +206,7 @@ def drawn() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
         "<title>The packages, their layers, and who imports whom</title>",
         f"<style>{STYLE}</style>",
-        f"<defs>{_marker('down', '#2b6cb0')}{_marker('back', '#c05621')}</defs>",
+        f"<defs>{MARKER}</defs>",
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         _text(MARGIN, 30, "Who imports whom", "package"),
         *columns,
@@ -228,8 +215,7 @@ def drawn() -> str:
         _text(
             MARGIN,
             height - 14,
-            "Drawn from the imports by tools/draw_architecture.py."
-            " Dashed: an import that still goes back up.",
+            "Drawn from the imports by tools/draw_architecture.py.",
             "modules",
         ),
         "</svg>",

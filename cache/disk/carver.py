@@ -30,7 +30,7 @@ from embedding_proxy.providers.base import current_label
 from . import carved_ledger
 from .carved_ledger import CarvedLedger
 from .pages import ADDRESS, INDEX_INTERIOR, INDEX_LEAF, ONE, TABLE_LEAF, Cell, cells, shapes
-from .set_aside import is_name
+from .quarantine import is_name
 from .write_ahead_log import SIZES, Log
 
 PAGE_BYTES = 32_768  # Where the file does not tell.
@@ -49,7 +49,7 @@ _LEARNED = {*carved_ledger.SHAPES, *_ENTRIES, _PARTITIONS, _PURGES, _SALVAGED}
 _LEARNED |= {_INDEX_OF_PARTITIONS, _INDEX_OF_ENTRIES, _INDEX_OF_CACHE}
 
 # A version of a page: file, offset, where its own header begins (1.3), whether it is the last one.
-_Place = tuple[int, int, int, bool]
+_PageVersion = tuple[int, int, int, bool]
 
 
 @dataclass
@@ -64,13 +64,13 @@ class CarveReport:
 def rows(
     database: Path, report: CarveReport, progress: Callable[[int], None] = lambda _: None
 ) -> Iterator[Row]:
-    """Yield every whole row of a database file (see `Carver`)."""
-    with Carver(database, report, progress) as carver:
+    """Yield every whole row of a database file (see `RecordCarver`)."""
+    with RecordCarver(database, report, progress) as carver:
         yield from carver.rows()
         yield from carver.late_rows()
 
 
-class Carver:
+class RecordCarver:
     """A database file and the write-ahead log beside it. A context manager, for one thread.
 
     `progress` is told the bytes read, of those of both files. Raises OSError if one cannot be
@@ -106,8 +106,8 @@ class Carver:
     def __enter__(self) -> Self:
         """Read everything once, and learn what stands beside the records."""
         try:
-            for place in self._places():
-                self._learn(place)
+            for version in self._page_versions():
+                self._learn(version)
         except BaseException:
             self._opened.close()
             raise
@@ -131,26 +131,26 @@ class Carver:
     def rows(self) -> Iterator[Row]:
         """Yield the rows of which no later version is seen, and that something else names."""
         self._late.clear()
-        for place in self._places():
+        for version in self._page_versions():
             self._report.pages += 1
-            page = self._page(*place[:2])
+            page = self._page(*version[:2])
             has_others = False
-            for cell in self._record_cells(page, place):
-                if self._is_certain(cell, place):
-                    yield from self._carve(page, cell, place)
+            for cell in self._record_cells(page, version):
+                if self._is_certain(cell, version):
+                    yield from self._carve(page, cell, version)
                 else:
                     has_others = True
             self._late.append(has_others)
 
     def late_rows(self) -> Iterator[Row]:
         """Yield the others, after `rows`: they may be older, and know less."""
-        for place in compress(self._places(), self._late):
-            if self._is_purged and not place[3]:
+        for version in compress(self._page_versions(), self._late):
+            if self._is_purged and not version[3]:
                 continue
-            page = self._page(*place[:2])
-            for cell in self._record_cells(page, place, is_first=False):
-                if not self._is_certain(cell, place):
-                    yield from self._carve(page, cell, place)
+            page = self._page(*version[:2])
+            for cell in self._record_cells(page, version, is_first=False):
+                if not self._is_certain(cell, version):
+                    yield from self._carve(page, cell, version)
         self._tell(sum(self._ends))
 
     def _last_frames(self) -> dict[int, tuple[int, int]]:
@@ -177,12 +177,12 @@ class Carver:
                     begun = {}
         return frames
 
-    def _places(self) -> Iterator[_Place]:
+    def _page_versions(self) -> Iterator[_PageVersion]:
         for number, offset in enumerate(range(0, self._ends[0], self._size), 1):
             yield self._file, offset, 100 * (number == 1), number not in self._frames
         for offset in range(32 + 24, self._ends[1], 24 + self._size):
-            number, place = _int(_read(self._log, 4, offset - 24)), (self._log, offset)
-            yield *place, 100 * (number == 1), self._frames.get(number) == place
+            number, version = _int(_read(self._log, 4, offset - 24)), (self._log, offset)
+            yield *version, 100 * (number == 1), self._frames.get(number) == version
 
     def _page(self, file: int, offset: int) -> bytes:
         self._bytes_read += self._size
@@ -196,14 +196,14 @@ class Carver:
         noted, at = self._of(rowid)
         noted[at + what] = number if noted[at + what] in (0, number) else -1
 
-    def _learn(self, place: _Place) -> None:
-        page = self._page(*place[:2])
+    def _learn(self, version: _PageVersion) -> None:
+        page = self._page(*version[:2])
         kinds = TABLE_LEAF, INDEX_LEAF, INDEX_INTERIOR
-        if shapes(page, self._size, place[2], *kinds).isdisjoint(_LEARNED | {""}):
+        if shapes(page, self._size, version[2], *kinds).isdisjoint(_LEARNED | {""}):
             return
         ledger = carved_ledger.Page()
-        ledger.is_sound = place[0] != self._log or place[1] not in self._unsound
-        for cell in cells(page, self._size, place[2], *kinds):
+        ledger.is_sound = version[0] != self._log or version[1] not in self._unsound
+        for cell in cells(page, self._size, version[2], *kinds):
             if cell is None or cell.missing or (shape := cell.layout.shape) not in _LEARNED:
                 ledger.is_sound &= cell is not None
                 continue
@@ -214,7 +214,7 @@ class Carver:
                 continue
             if shape not in carved_ledger.SHAPES:
                 self._note_values(shape, cell.rowid, values)
-            elif place[3]:
+            elif version[3]:
                 ledger.add(shape, values)
         self._ledger.add(ledger)
 
@@ -245,31 +245,33 @@ class Carver:
         if noted[at + _STORED] < stored < self._future_ms:
             noted[at + _STORED] = stored
 
-    def _record_cells(self, page: bytes, place: _Place, *, is_first: bool = True) -> Iterator[Cell]:
-        for cell in cells(page, self._size, place[2], TABLE_LEAF):
+    def _record_cells(
+        self, page: bytes, version: _PageVersion, *, is_first: bool = True
+    ) -> Iterator[Cell]:
+        for cell in cells(page, self._size, version[2], TABLE_LEAF):
             if cell is not None and len(cell.layout.types) == _RECORD_COLUMNS:
                 yield cell
             else:
-                self._report.damaged += cell is None and place[3] and is_first
+                self._report.damaged += cell is None and version[3] and is_first
 
-    def _is_certain(self, cell: Cell, place: _Place) -> bool:
+    def _is_certain(self, cell: Cell, version: _PageVersion) -> bool:
         noted, at = self._of(cell.rowid)
-        return place[3] and bool(noted[at + _STORED] or noted[at + _WITNESS])
+        return version[3] and bool(noted[at + _STORED] or noted[at + _WITNESS])
 
-    def _carve(self, page: bytes, cell: Cell, place: _Place) -> Iterator[Row]:
+    def _carve(self, page: bytes, cell: Cell, version: _PageVersion) -> Iterator[Row]:
         """Yield the row of a cell if it is whole, and was not handed out already."""
         noted, at = self._of(cell.rowid)
         witness, number, stored, yielded = noted[at : at + 4]
         address, record, own = self._content(page, cell)
         dimensions, trace = width(record), hash(address + record[-8:])
         if dimensions is None or witness not in (0, -1, hash(address)):
-            self._report.damaged += place[3]
+            self._report.damaged += version[3]
         elif yielded != trace:
             noted[at + _YIELDED] = trace
             self._report.records += 1
             partition = self._partition(number)
             known = partition is not None and partition.dimensions == dimensions
-            when = stored / 1000 if stored and place[3] else own
+            when = stored / 1000 if stored and version[3] else own
             yield Row(address, record, when, partition if known else None)
 
     def _content(self, page: bytes, cell: Cell) -> tuple[bytes, bytes, float]:

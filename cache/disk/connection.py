@@ -17,7 +17,7 @@ from typing import TypeVar
 from embedding_proxy.cache import private_files
 from embedding_proxy.cache.key import FORMAT
 
-from . import database, ledger_reader, schema, set_aside
+from . import database, ledger_reader, quarantine, schema
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
 from .read_only import (
@@ -103,7 +103,7 @@ def exists(directory: Path) -> bool:
         # Who may not look may not say that there is none.
         return True
     is_there = _is_there(path) or _has_log_only(path) or obstacle is not None
-    return is_there or bool(set_aside.pending(path))
+    return is_there or bool(quarantine.pending(path))
 
 
 @contextlib.contextmanager
@@ -166,13 +166,13 @@ def _looked_at(directory: Path, size_limit: int) -> Iterator[ReadOnlyFile | None
         file = None
         # Whatever is wrong is found, and told, by who opens it for writing.
         with contextlib.suppress(Exception):
-            file = _seen(directory, path, size_limit, stack)
+            file = _open_for_reading(directory, path, size_limit, stack)
         if file is None:
             stack.close()
         yield file
 
 
-def _seen(
+def _open_for_reading(
     directory: Path, path: Path, size_limit: int, stack: contextlib.ExitStack
 ) -> ReadOnlyFile | None:
     is_idle = not sibling_path(path, LOG).exists()
@@ -374,9 +374,9 @@ class Disk:
             self.file = None
             old.let_go()
             await self._close(old)
-            aside = await self._in(self._writer, old.set_aside)
-            if aside is not None:
-                log.error("%s is damaged: moved to %s, a new one is begun", old.path, aside)
+            quarantined = await self._in(self._writer, old.quarantine)
+            if quarantined is not None:
+                log.error("%s is damaged: moved to %s, a new one is begun", old.path, quarantined)
             else:
                 log.warning("%s was taken away or replaced: opened anew", old.path)
             await self._open_file()
@@ -415,14 +415,14 @@ class Disk:
 
     async def _open_damaged(self) -> None:
         path = self.folder / database.FILE_NAME
-        known = {one.aside: one for one in self.damaged}
-        for aside in await self.read(partial(set_aside.pending, path)):
-            if aside not in known:
-                known[aside] = await self.read(partial(DamagedFile, aside))
+        known = {one.quarantined: one for one in self.damaged}
+        for quarantined in await self.read(partial(quarantine.pending, path)):
+            if quarantined not in known:
+                known[quarantined] = await self.read(partial(DamagedFile, quarantined))
         self.damaged = tuple(sorted(known.values(), key=_number, reverse=True))
 
     def _still_damaged(self) -> tuple[DamagedFile, ...]:
-        return tuple(one for one in self.damaged if one.aside.is_pending)
+        return tuple(one for one in self.damaged if one.quarantined.is_pending)
 
     def _open(self) -> Database:
         if self._lock is not None and self._lock.stale:
@@ -431,7 +431,7 @@ class Disk:
         if self._lock is None:
             self._lock = lock_of(self.folder.parent)
         path = self.folder / database.FILE_NAME
-        inode = set_aside.inode_of(path)
+        inode = quarantine.inode_of(path)
         try:
             return Database(self.folder, self._size_limit, self._lock, self._pinned)
         except FAILURES as error:
@@ -439,9 +439,9 @@ class Disk:
                 raise
         with self._lock:
             # Another process that found the same may have moved it already.
-            aside = set_aside.move(path, inode)
-        if aside is not None:
-            log.error("%s is damaged: moved to %s, a new one is begun", path, aside.folder)
+            quarantined = quarantine.move(path, inode)
+        if quarantined is not None:
+            log.error("%s is damaged: moved to %s, a new one is begun", path, quarantined.folder)
         return Database(self.folder, self._size_limit, self._lock, self._pinned)
 
     async def _close(self, old: Database) -> None:
@@ -472,7 +472,7 @@ class Disk:
 
 
 def _number(file: DamagedFile) -> int:
-    return file.aside.number
+    return file.quarantined.number
 
 
 def _has_log_only(path: Path) -> bool:

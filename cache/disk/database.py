@@ -15,11 +15,11 @@ from typing import Any
 import diskcache
 from embedding_proxy.cache import private_files
 
-from . import eviction, ledger_reader, pages, read_only, schema, set_aside, write_ahead_log
-from .changes import Changes, StoredRecord, Use
+from . import eviction, ledger_reader, pages, quarantine, read_only, schema, write_ahead_log
 from .eviction import Eviction, StoreFull
 from .lock import WriterLock
 from .schema import CACHE_PAGES, MMAP_BYTES, PAGE_BYTES
+from .write_batch import StoredRecord, Use, WriteBatch
 
 BUSY_SECONDS = 2.0
 """The longest wait for another process's write; then the write is given up."""
@@ -145,7 +145,7 @@ class Database:
         That process has to save what is in it. A second log beside it would be its undoing.
         """
         with self._lock:
-            set_aside.complete(self.path)
+            quarantine.complete(self.path)
             if write_ahead_log.is_open_without_log(self.path):
                 return False
             write_ahead_log.check(self.path)
@@ -159,7 +159,7 @@ class Database:
                 # What diskcache, sqlite3 itself, or the way up from an older layout makes of a
                 # table that holds what it cannot hold.
                 raise sqlite3.DatabaseError(f"the file is damaged: {error}") from error
-            self._inode = set_aside.inode_of(self.path)
+            self._inode = quarantine.inode_of(self.path)
             self._log_inodes = self._inodes_of_log()
         return True
 
@@ -208,7 +208,7 @@ class Database:
     @property
     def replaced(self) -> bool:
         """Whether the file that is open is no longer the one at its path."""
-        return set_aside.inode_of(self.path) != self._inode
+        return quarantine.inode_of(self.path) != self._inode
 
     @property
     def has_lost_log(self) -> bool:
@@ -220,7 +220,7 @@ class Database:
         return any(noted is not None and noted != present for noted, present in pairs)
 
     def _inodes_of_log(self) -> tuple[int | None, int | None]:
-        return set_aside.inode_of(self._log), set_aside.inode_of(self._shared_memory)
+        return quarantine.inode_of(self._log), quarantine.inode_of(self._shared_memory)
 
     def save_log(self) -> bool:
         """Bring what is in a log that was deleted into the file; return whether it was deleted.
@@ -235,7 +235,7 @@ class Database:
         return True
 
     def _save_log(self) -> None:
-        if set_aside.inode_of(self._log) == self._log_inodes[0]:
+        if quarantine.inode_of(self._log) == self._log_inodes[0]:
             return  # Only the shared memory is gone: the log is moved with the file.
         self.sql(f"PRAGMA busy_timeout = {LOG_WAIT_MS}").fetchall()
         try:
@@ -263,14 +263,14 @@ class Database:
         with contextlib.suppress(TimeoutError), self._lock:
             self.cache.close()
 
-    def set_aside(self) -> Path | None:
-        """Move the damaged file out of the way; return its folder (see `set_aside`).
+    def quarantine(self) -> Path | None:
+        """Move the damaged file out of the way; return its folder (see `quarantine`).
 
         Returns None if it was already replaced, by another process that found the same damage.
         """
         with self._lock:
-            aside = set_aside.move(self.path, self._inode)
-        return None if aside is None else aside.folder
+            quarantined = quarantine.move(self.path, self._inode)
+        return None if quarantined is None else quarantined.folder
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0
@@ -326,7 +326,7 @@ class Database:
         """By how many bytes the file and its log are below their limit."""
         return self._size_limit - _size(self.path) - _size(self._log)
 
-    def write(self, changes: Changes, recent: Mapping[bytes, Use] | None = None) -> None:
+    def write(self, changes: WriteBatch, recent: Mapping[bytes, Use] | None = None) -> None:
         """Make all changes in one transaction, and room for them before.
 
         `recent` has uses that are not written yet; for them, too, an entry is not evicted. Where
@@ -339,7 +339,7 @@ class Database:
         wanted = eviction.pages_for([len(kept.record) for kept in changes.records.values()])
         full: StoreFull | None = None
         with self.transaction(2 * wanted + _OTHER_PAGES) as connection:
-            changes.delete_dead(connection)
+            changes.delete_records(connection)
             changes.put_sums(connection)
             there_is_room = True
             try:
@@ -355,11 +355,11 @@ class Database:
             if full is None and not there_is_room:
                 self._make_room(0, wanted, changes, recent or {})
         if full is not None:
-            changes.dead, changes.used, changes.usage = [], {}, {}
+            changes.deletions, changes.used, changes.usage = [], {}, {}
             raise full
 
     def _make_room(
-        self, wanted: int, effort: int, changes: Changes, recent: Mapping[bytes, Use]
+        self, wanted: int, effort: int, changes: WriteBatch, recent: Mapping[bytes, Use]
     ) -> bool:
         def used_at(address: bytes) -> int:
             use = changes.used.get(address) or recent.get(address)

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from .schema import PAGE_BYTES, Sql, give_back
+from .schema import PAGE_BYTES, Sql, release_pages
 
 TOUCH_MS = 3_600_000
 """A use is written only if the last one written is older: 5,000 of them dirty 40 MB of pages."""
@@ -105,7 +105,7 @@ class Eviction:
         ((pages,),) = sql("PRAGMA page_count")
         if pages > limit:
             # As after the limit was lowered.
-            give_back(sql, min(pages - limit, MOST_PAGES))
+            release_pages(sql, min(pages - limit, MOST_PAGES))
         if lacking > 0 and is_empty and not deleted and self._pinned and wanted:
             raise StoreFull(FULL)
         return lacking <= 0

@@ -11,7 +11,7 @@ from embedding_proxy.providers.base import current_label
 
 from .database import Database
 from .read_only import ReadableFile
-from .schema import Sql, give_back
+from .schema import Sql, release_pages
 
 ROWS_A_TRANSACTION = 100
 ENTRIES_A_READ = 5000
@@ -106,7 +106,7 @@ def delete(database: Database, choice: PurgeFilter, *, overwrite: bool = True) -
                     _delete(connection, rows)
                 _let_others(began)
                 yield len(rows)
-    yield from _give_back(database)
+    yield from _shrink(database)
 
 
 def _partitions(sql: Sql, choice: PurgeFilter) -> list[tuple[int | None, int]]:
@@ -205,12 +205,12 @@ def count_purges(database: Database) -> int:
     return int(number)
 
 
-def _give_back(database: Database) -> Iterator[int]:
-    given = PAGES_A_STEP
-    while given == PAGES_A_STEP:
+def _shrink(database: Database) -> Iterator[int]:
+    released = PAGES_A_STEP
+    while released == PAGES_A_STEP:
         began = time.monotonic()
         with database.transaction():
-            given = give_back(database.sql, PAGES_A_STEP)
+            released = release_pages(database.sql, PAGES_A_STEP)
         _let_others(began)
         yield 0
 

@@ -13,10 +13,10 @@ from embedding_proxy.cache import ledger
 from embedding_proxy.providers.backoff import Backoff
 
 from . import ledger_reader
-from .changes import StoredRecord
+from .quarantine import QuarantinedFile
 from .schema import CACHE_PAGES, MMAP_BYTES, Sql
-from .set_aside import SetAside
 from .write_ahead_log import damage_of
+from .write_batch import StoredRecord
 
 ADDRESSES_A_SELECT = 512
 PATIENCE_SECONDS = 5.0
@@ -132,23 +132,23 @@ class ReadOnlyFile:
 class DamagedFile:
     """A damaged file that was set aside, read as far as that goes. For one thread; never raises."""
 
-    def __init__(self, aside: SetAside) -> None:
-        self.aside = aside
+    def __init__(self, quarantined: QuarantinedFile) -> None:
+        self.quarantined = quarantined
         self._connection: sqlite3.Connection | None = None
         self._is_whole = False
         with contextlib.suppress(OSError):
             # SQLite reads a damaged log in part, and deletes the one of an empty file.
-            self._is_whole = not damage_of(aside.path)
-            if aside.path.stat().st_size == 0:
+            self._is_whole = not damage_of(quarantined.path)
+            if quarantined.path.stat().st_size == 0:
                 return
         for query in ("mode=ro", "mode=ro&immutable=1"):
             # The second where SQLite can make no file beside it; then it reads no log.
             self.close()
             with contextlib.suppress(sqlite3.Error):
-                self._connection = _connected(aside.path, query, patience_s=PATIENCE_SECONDS)
+                self._connection = _connected(quarantined.path, query, patience_s=PATIENCE_SECONDS)
                 self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
                 return
-            self._is_whole = self._is_whole and not aside.log.exists()
+            self._is_whole = self._is_whole and not quarantined.log.exists()
 
     def read_many(
         self, addresses: Sequence[bytes], *, not_before: float = 0.0

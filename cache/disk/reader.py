@@ -11,10 +11,10 @@ from functools import partial
 
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
-from .changes import StoredRecord
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage
 from .read_only import DamagedFile, ReadOnlyFile
+from .write_batch import StoredRecord
 
 log = logging.getLogger("embedding_proxy.store")
 

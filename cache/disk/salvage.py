@@ -21,13 +21,13 @@ from embedding_proxy.cache.key import Row
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.record import width
 
-from . import set_aside
-from .carver import Carver, CarveReport
-from .changes import Changes, PendingRecord
+from . import quarantine
+from .carver import CarveReport, RecordCarver
 from .connection import folder_of, opened
 from .database import FILE_NAME, Database
 from .lock import WriterLock
-from .set_aside import SetAside
+from .quarantine import QuarantinedFile
+from .write_batch import PendingRecord, WriteBatch
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -70,7 +70,7 @@ def steps(
     `name` is the mark that its sums were taken. The steps do not depend on one another, but for
     their order. Raises OSError if the file cannot be opened, and what `progress` raises.
     """
-    with Carver(path, report, progress) as carver:
+    with RecordCarver(path, report, progress) as carver:
         if with_sums:
             yield partial(_put_sums, carver.usage, carver.salvaged | {name}, name)
         for rows in _batches(carver.rows()):
@@ -100,7 +100,7 @@ def salvage_file(
     sums of any other file may be in the ledger already, as those of a backup are. They are added
     only if `add_sums` says so, and once: such a file is known by its content.
     """
-    if set_aside.is_in_folder(path):
+    if quarantine.is_in_folder(path):
         return _run(database, path, path.absolute().parent.name, progress)
     return _run(database, path, f"content:{_digest(path)}" if add_sums else None, progress)
 
@@ -116,19 +116,23 @@ def salvage_pending(
     Returns what came of each file. Raises StoreError.
     """
     path = folder_of(directory) / FILE_NAME
-    if not (waiting := set_aside.pending(path)):
+    if not (waiting := quarantine.pending(path)):
         return []
     with opened(directory, size_limit, pinned, create=True) as database:
-        while set_aside.pending(path):
+        while quarantine.pending(path):
             with hold_alone(directory) as is_alone:
-                for aside in set_aside.pending(path) if is_alone else []:
+                for quarantined in quarantine.pending(path) if is_alone else []:
                     outcome, _ = _run(
-                        database, aside.path, aside.folder.name, progress, aside=aside
+                        database,
+                        quarantined.path,
+                        quarantined.folder.name,
+                        progress,
+                        quarantined=quarantined,
                     )
-                    finish(aside, outcome)
+                    finish(quarantined, outcome)
             if not is_alone:
                 time.sleep(POLL_SECONDS)
-    return [outcome_of(aside) for aside in waiting]
+    return [outcome_of(quarantined) for quarantined in waiting]
 
 
 @contextlib.contextmanager
@@ -148,19 +152,19 @@ def hold_alone(directory: Path) -> Iterator[bool]:
         yield is_alone
 
 
-def finish(aside: SetAside, outcome: Outcome) -> None:
+def finish(quarantined: QuarantinedFile, outcome: Outcome) -> None:
     """Note that all is in the store's file. Raises OSError."""
-    aside.note(done=True, **asdict(outcome))
+    quarantined.note(done=True, **asdict(outcome))
     log.warning(
         "%s: %d records and %d sums were saved; the folder is not needed any more,"
         " and is kept until you delete it",
-        *(aside.folder, outcome.records, outcome.sums),
+        *(quarantined.folder, outcome.records, outcome.sums),
     )
 
 
-def outcome_of(aside: SetAside) -> Outcome:
+def outcome_of(quarantined: QuarantinedFile) -> Outcome:
     """Return what came of a file, as it was noted."""
-    state = aside.state
+    state = quarantined.state
     return Outcome(**{name: int(state.get(name, 0)) for name in asdict(Outcome())})
 
 
@@ -170,16 +174,16 @@ def _run(
     name: str | None,
     progress: Callable[[int], None],
     *,
-    aside: SetAside | None = None,
+    quarantined: QuarantinedFile | None = None,
 ) -> tuple[Outcome, CarveReport]:
     outcome, report = Outcome(), CarveReport()
     # Without a mark no sums are taken.
-    with_sums = name is not None and not (aside is not None and aside.has_given_sums)
+    with_sums = name is not None and not (quarantined is not None and quarantined.has_given_sums)
     for number, step in enumerate(steps(path, name or "", report, progress, with_sums=with_sums)):
         began = time.monotonic()
         step(database, outcome)
-        if number == 0 and aside is not None:
-            aside.note(sums=True)
+        if number == 0 and quarantined is not None:
+            quarantined.note(sums=True)
         time.sleep(pause_after(began))
     outcome.damaged = report.damaged
     return outcome, report
@@ -196,7 +200,7 @@ def _put_sums(
         rows = connection.execute("SELECT 1 FROM Salvaged WHERE name = ?", (name,))
         if rows.fetchone() is not None:
             return
-        Changes(usage=usage).put_sums(connection)
+        WriteBatch(usage=usage).put_sums(connection)
         connection.executemany(
             "INSERT OR IGNORE INTO Salvaged (name) VALUES (?)", [(one,) for one in names]
         )
@@ -214,7 +218,7 @@ def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> N
     bad = [(a, found.record) for a, found in there.items() if width(found.record) is None]
     missing = {a: kept for a, kept in wanted.items() if a not in there}
     missing |= {address: wanted[address] for address, _ in bad}
-    changes = Changes(records=missing, dead=bad, keep_newer=True)
+    changes = WriteBatch(records=missing, deletions=bad, keep_newer=True)
     for part in changes.parts(database.most_bytes) if missing else []:
         database.write(part)
     outcome.records += len(missing)

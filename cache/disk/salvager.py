@@ -21,8 +21,8 @@ from . import salvage
 from .carver import CarveReport
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, is_damage
+from .quarantine import QuarantinedFile
 from .salvage import Outcome, Step
-from .set_aside import SetAside
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -89,7 +89,7 @@ class Salvager:
             with salvage.hold_alone(self._disk.folder.parent) as is_alone:
                 if is_alone:
                     for damaged in self._disk.damaged:
-                        await self._save(damaged.aside, file)
+                        await self._save(damaged.quarantined, file)
         except _Stopped:
             return
         except FAILURES as error:
@@ -104,31 +104,33 @@ class Salvager:
             self._backoff.succeed()
             await self._disk.close_saved()
 
-    async def _save(self, aside: SetAside, file: Database) -> None:
-        if not aside.is_pending:
+    async def _save(self, quarantined: QuarantinedFile, file: Database) -> None:
+        if not quarantined.is_pending:
             return
-        log.warning("%s: saving what is whole in it; until then it is read as well", aside.folder)
+        log.warning(
+            "%s: saving what is whole in it; until then it is read as well", quarantined.folder
+        )
         outcome, report = Outcome(), CarveReport()
         steps = salvage.steps(
-            aside.path,
-            aside.folder.name,
+            quarantined.path,
+            quarantined.folder.name,
             report,
             self._check,
-            with_sums=not aside.has_given_sums,
+            with_sums=not quarantined.has_given_sums,
         )
         try:
-            has_given_sums = aside.has_given_sums
+            has_given_sums = quarantined.has_given_sums
             while (step := await self._in_thread(partial(next, steps, None))) is not None:
                 began = time.monotonic()
                 await self._put(step, file, outcome)
                 if not has_given_sums:
                     has_given_sums = True
-                    await self._in_thread(partial(aside.note, sums=True))
+                    await self._in_thread(partial(quarantined.note, sums=True))
                 await self._sleep(salvage.pause_after(began))
         finally:
             await self._in_thread(steps.close)
         outcome.damaged = report.damaged
-        await self._in_thread(partial(salvage.finish, aside, outcome))
+        await self._in_thread(partial(salvage.finish, quarantined, outcome))
 
     async def _put(self, step: Step, file: Database, outcome: Outcome) -> None:
         """Do a step, and again until the disk takes it."""

@@ -144,7 +144,7 @@ def refuse_newer(path: Path, layout: int) -> None:
         )
 
 
-def give_back(sql: Sql, pages: int) -> int:
+def release_pages(sql: Sql, pages: int) -> int:
     """Cut up to so many free pages off the end of the file; return how many.
 
     Files of an early layout cannot; they use the pages again.

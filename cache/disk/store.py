@@ -22,13 +22,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord, StoredRecord, Use
 from embedding_proxy.cache.disk.connection import Disk, StoreError
 from embedding_proxy.cache.disk.database import FAILURES, FILE_NAME, is_damage
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.read_only import read_ledger
 from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.salvager import Salvager
+from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord, Use, WriteBatch
 from embedding_proxy.cache.disk.writer import Writer
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Usage
@@ -146,7 +146,7 @@ class Store:
         kept = {a: PendingRecord(record, partition, now) for a, record in records.items()}
         if self._cannot_write:
             if self._ticking is not None and not self._closing:
-                self._pending.keep_failed(Changes(records=kept))
+                self._pending.keep_failed(WriteBatch(records=kept))
             return False
         self._pending.changes.records.update(kept)
         return await self._writer.commit()
@@ -155,7 +155,7 @@ class Store:
         """Delete records that were found to be bad, unless they were replaced since."""
         if self._cannot_write:
             return False
-        self._pending.changes.dead.extend(dead.items())
+        self._pending.changes.deletions.extend(dead.items())
         return await self._writer.commit()
 
     async def salvaged(self) -> None:

@@ -17,10 +17,10 @@ from itertools import islice
 
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
-from .changes import Changes, PendingRecord, Use
 from .connection import Disk
 from .database import FAILURES, Database, FileReplaced, Timeout, is_damage
 from .eviction import StoreFull
+from .write_batch import PendingRecord, Use, WriteBatch
 
 log = logging.getLogger("embedding_proxy.store")
 
@@ -77,7 +77,7 @@ class Pending:
     """Changes that are not on disk yet."""
 
     def __init__(self) -> None:
-        self._changes = Changes()
+        self._changes = WriteBatch()
         self.uses = AccessLog()
         self._most_records = RECORDS_A_WRITE
         self.backlog: dict[bytes, PendingRecord] = {}
@@ -85,7 +85,7 @@ class Pending:
         self._backlog_bytes = 0
 
     @property
-    def changes(self) -> Changes:
+    def changes(self) -> WriteBatch:
         """The changes of the next transaction; callers add to them."""
         return self._changes
 
@@ -94,12 +94,12 @@ class Pending:
         """Whether no record and no ledger sum is pending. Uses may be: they can be lost."""
         return not (self.backlog or self._changes.usage or self._changes.records)
 
-    def take(self) -> Changes:
+    def take(self) -> WriteBatch:
         """Return the changes to write now; later ones go into the next transaction."""
-        taken, self._changes = self._changes, Changes()
+        taken, self._changes = self._changes, WriteBatch()
         return taken
 
-    def keep_failed(self, changes: Changes) -> None:
+    def keep_failed(self, changes: WriteBatch) -> None:
         """Keep changes whose write failed: all sums, and records up to MAX_BACKLOG_BYTES."""
         for (day, heading), usage in changes.usage.items():
             self._changes.count(day, heading, usage)
@@ -127,14 +127,14 @@ class Pending:
         for address in self.backlog.keys() & records.keys():
             self._backlog_bytes -= len(self.backlog.pop(address).record)
 
-    def take_deferred(self) -> Changes | None:
+    def take_deferred(self) -> WriteBatch | None:
         """Return one transaction of uses, sums and backlog; None if there is none."""
         uses = self.uses.take(USES_A_WRITE)
         if not (uses or self.backlog or self._changes.usage):
             return None
         usage, self._changes.usage = self._changes.usage, {}
         records = dict(islice(self.backlog.items(), self._most_records))
-        return Changes(records=records, keep_newer=True, used=uses, usage=usage)
+        return WriteBatch(records=records, keep_newer=True, used=uses, usage=usage)
 
 
 class Writer:
@@ -177,7 +177,7 @@ class Writer:
                 commit.set_result(is_written)
         self._drain = None
 
-    async def _write(self, changes: Changes) -> bool:
+    async def _write(self, changes: WriteBatch) -> bool:
         """Write changes and return whether all are on disk. Those that failed stay pending."""
         file = self._disk.file
         parts = [changes] if file is None else list(changes.parts(file.most_bytes))
@@ -188,7 +188,7 @@ class Writer:
                 return False
         return True
 
-    async def _write_part(self, changes: Changes) -> bool:
+    async def _write_part(self, changes: WriteBatch) -> bool:
         for last_try in (False, True):
             target = self._disk.file
             if target is None:
@@ -201,7 +201,7 @@ class Writer:
                     continue
                 self._warn(error, len(changes.records))
                 # If the sums can be written, the records fail and not the disk.
-                if not isinstance(error, StoreFull) and not await self._sums_written(
+                if not isinstance(error, StoreFull) and not await self._write_sums(
                     target, changes, error
                 ):
                     self.backoff.fail()
@@ -215,7 +215,9 @@ class Writer:
             return True
         return False
 
-    async def _sums_written(self, target: Database, changes: Changes, error: BaseException) -> bool:
+    async def _write_sums(
+        self, target: Database, changes: WriteBatch, error: BaseException
+    ) -> bool:
         """Write the sums of changes that failed: a record that cannot be stored was paid for, too.
 
         Returns whether there were sums and they are on disk.
@@ -224,7 +226,7 @@ class Writer:
             # Waiting for the same lock a second time would fail, too.
             return False
         try:
-            await self._disk.write(partial(target.write, Changes(usage=changes.usage)))
+            await self._disk.write(partial(target.write, WriteBatch(usage=changes.usage)))
         except FAILURES:
             return False
         changes.usage = {}

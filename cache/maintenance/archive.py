@@ -38,10 +38,10 @@ from typing import BinaryIO
 
 import orjson
 from embedding_proxy.cache import record
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.purge import PurgeFilter, where
 from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import Partition, Row, checksum
 from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.providers.vector import is_finite
@@ -356,7 +356,7 @@ def import_rows(
         if missing and not dry_run:
             if not isinstance(database, Database):
                 raise TypeError("the file is open for reading only")
-            database.write(Changes(records=missing, dead=bad, keep_newer=True))
+            database.write(WriteBatch(records=missing, deletions=bad, keep_newer=True))
         sums.stored += len(missing)
         sums.present += whole - len(missing)
         yield sums

@@ -1,11 +1,15 @@
 """Statistics of a store: entries, bytes and savings, by partition."""
 
+import contextlib
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk import connection
+from embedding_proxy.cache.disk.database import FILE_NAME
+from embedding_proxy.cache.disk.read_only import ReadableFile, ReadOnlyFile
 from embedding_proxy.cache.disk.schema import Sql
 from embedding_proxy.cache.disk.write_ahead_log import LOG, sibling_path
 from embedding_proxy.cache.key import UNKNOWN, Partition
@@ -14,6 +18,29 @@ from embedding_proxy.cache.ledger import Usage
 from .short_reads import id_ranges
 
 ROWS_A_STEP = 100_000
+
+
+class StoreSize(NamedTuple):
+    """What a store holds."""
+
+    entries: int
+    file_bytes: int
+    """On disk, with the write-ahead log."""
+
+
+def read_size(directory: Path) -> StoreSize | None:
+    """Return what the store in `directory` holds; None where there is none that can be read.
+
+    The file is opened read-only, beside proxies that may be running.
+    """
+    path = connection.folder_of(directory) / FILE_NAME
+    try:
+        with contextlib.closing(ReadOnlyFile(path)) as store:
+            ((entries,),) = store.sql("SELECT value FROM Settings WHERE key = 'count'").fetchall()
+        files = (path, sibling_path(path, LOG))
+        return StoreSize(int(entries), sum(file.stat().st_size for file in files if file.exists()))
+    except (OSError, sqlite3.Error, ValueError):
+        return None
 
 
 class _Entered(NamedTuple):

@@ -68,17 +68,17 @@ class Findings:
     unchecked: str | None = None
     """What could not be checked because the store was written to so much."""
     places: list[tuple[int, int]] = field(default_factory=list, repr=False, compare=False)
-    """Ranges of rows (first - 1, last) in which there is something to mend, at most MAX_PLACES."""
+    """Ranges of rows (first - 1, last) that need a repair, at most MAX_PLACES."""
 
     @property
-    def is_mendable(self) -> bool:
-        """Whether there is something that `mend` mends."""
+    def is_repairable(self) -> bool:
+        """Whether there is something to repair (`repair`)."""
         return bool(self.damaged or self.lost_sight_of or self.wrong_partition or self.orphans)
 
     @property
     def sound(self) -> bool:
-        """Whether all was checked, and there is nothing to mend."""
-        return not (self.is_mendable or self.broken or self.unchecked)
+        """Whether all was checked, and there is nothing to repair."""
+        return not (self.is_repairable or self.broken or self.unchecked)
 
 
 class _Row(NamedTuple):
@@ -137,20 +137,20 @@ def _scan_records(database: ReadableFile, findings: Findings) -> Iterator[int]:
         count = len(batch)
         last = batch[-1][0] if count == ROWS_A_BATCH else MAX_ID
         ((orphans,),) = sql(f"SELECT count(*) {_ORPHANS}", {"after": after, "last": last})
-        is_mendable = orphans > 0
+        is_repairable = orphans > 0
         findings.orphans += orphans
         for row in map(_Row._make, batch):
             if row.is_damaged:
                 findings.damaged += 1
-                is_mendable = True
+                is_repairable = True
                 continue
             findings.records += 1
             not_found += row.found_at != row.number
             lost, wrong = row.entry is None, row.is_in_wrong_partition
             findings.lost_sight_of += lost
             findings.wrong_partition += wrong
-            is_mendable |= lost or wrong
-        if is_mendable:
+            is_repairable |= lost or wrong
+        if is_repairable:
             _remember(findings.places, after, last)
         after = last
         seen += count
@@ -248,7 +248,7 @@ def _indexes(sql: Sql, table: str) -> dict[str, list[str]]:
     }
 
 
-def mend(database: Database, findings: Findings) -> None:
+def repair(database: Database, findings: Findings) -> None:
     """Delete the damaged rows and enter the others again, a batch at a time. Raises FAILURES."""
     pauses = Pauses(database)
     for start, end in findings.places:

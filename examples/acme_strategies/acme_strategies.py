@@ -12,8 +12,8 @@ import numpy.typing as npt
 class Projection:
     """A random projection of vectors. It nearly keeps angles, also for models that cannot be cut.
 
-    With `width: acme_projection` a model of 1536 dimensions answers `dimensions: 256`. A matrix
-    that is fitted to your own texts is better; the code is the same.
+    With `dimension_policy: acme_projection` a model of 1536 dimensions answers `dimensions: 256`.
+    A matrix that is fitted to your own texts is better; the code is the same.
     """
 
     # Part of the name of the space. Change it whenever the numbers change.

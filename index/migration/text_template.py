@@ -26,9 +26,6 @@ from embedding_proxy.providers import plugins
 Payload = Mapping[str, object]
 
 
-GROUP = "embedding_proxy.texts"
-
-
 class TemplateError(ValueError):
     """The template, or what stands for one, cannot be used; the message says why."""
 
@@ -95,7 +92,7 @@ class Rule:
     def brought(cls, name: str) -> Self:
         """Return the rule that an installed package brings. Raises TemplateError."""
         absent = f"no installed package brings a way to make texts called `{name}`"
-        where, maker = plugins.load(GROUP, name, TemplateError, absent)
+        where, maker = plugins.load(plugins.TEXTS, name, TemplateError, absent)
         if not isinstance(maker, Maker):
             raise TemplateError(f"{where} has no version and text")
         return cls((), f"{name} {maker.version}", maker)

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 from weakref import WeakValueDictionary
 
+from embedding_proxy.providers.attempts import Attempts
 from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.client_credential import MOST_KEYS, Credential
 from embedding_proxy.providers.errors import ProviderError, RateLimited
 from embedding_proxy.providers.lru_cache import LRUCache
-from embedding_proxy.providers.scheduling.attempts import Attempts
 
 from . import policy
 from .circuit_breaker import CircuitBreaker, Permit, State, Verdict

@@ -8,10 +8,8 @@ from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import Context, Embedded, Input, Space
 from embedding_proxy.providers.billing import Account, Bill, Charge, nanodollars
 from embedding_proxy.providers.client_credential import Credential
-from embedding_proxy.providers.errors import EmbeddingError, InvalidRequest, ProviderError
+from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.providers.profile import Limits, limits_of
-from embedding_proxy.providers.scheduling import batch_size
-from embedding_proxy.providers.scheduling.assembly import assemble
 
 
 class Provider(Protocol):
@@ -51,10 +49,10 @@ class LimitKey(str):  # noqa: SLOT000 - it has one field of its own
 def request_scope(model: str, space: Space) -> str:
     """Return the scope of calls of a model: with what clients of this space ask for besides.
 
-    >>> request_scope("m", Space("m", 8)), request_scope("m", Space("m", 8, dimensions_sent=True))
+    >>> request_scope("m", Space("m", 8)), request_scope("m", Space("m", 8, send_dimensions=True))
     ('m', 'm@8')
     """
-    width = f"@{space.dimensions}" if space.dimensions_sent else ""
+    width = f"@{space.dimensions}" if space.send_dimensions else ""
     fields = f"?{space.label.partition('?')[2]}" if space.parameters else ""
     return f"{model}{width}{fields}"
 
@@ -66,7 +64,7 @@ def scope_of(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A provider and the name by which it knows the model; an Embedder of single attempts."""
+    """A provider and the name by which it knows the model."""
 
     provider: Provider
     model: str
@@ -118,29 +116,6 @@ class Route:
         learn = getattr(self.provider, "learn_single", None)
         if learn is not None:
             learn(self.model)
-
-    async def embed(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        """Ask the provider once, or call after call where it takes no more in one.
-
-        For a few texts, past the scheduler. Raises EmbeddingError; its index is that in the call.
-        """
-        sizes, _ = await batch_size.sizes(space, inputs, self.limits.tokens, context)
-        parts = []
-        for batch in batch_size.split(len(inputs), self.limits, sizes):
-            items = [inputs[index] for index in batch]
-            parts.append((batch, await self._ask(space, items, context)))
-        return assemble(parts)
-
-    async def _ask(self, space: Space, inputs: Sequence[Input], context: Context) -> Embedded:
-        try:
-            answer = await self.provider.ask(self.model, space, inputs, context)
-        except EmbeddingError as error:
-            if isinstance(error, ProviderError) and error.charge and context.on_charge:
-                context.on_charge(self.bill_failed(error.charge, inputs, context.account))
-            raise
-        if context.on_charge is not None:
-            context.on_charge(self.bill(answer.charge, answer.tokens, context.account))
-        return answer
 
     def bill_failed(self, charge: Charge, inputs: Sequence[Input], account: Account) -> Bill:
         """Return the bill of an answer that is no good: nobody has counted its tokens."""

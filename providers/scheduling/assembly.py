@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from embedding_proxy.providers.base import Embedded, Outcome, Vector
-from embedding_proxy.providers.slices import slices
+from embedding_proxy.providers.base import Embedded, Outcome, Vector, slices
 
 
 def rows_of(part: Embedded, rows: Sequence[int]) -> Embedded:

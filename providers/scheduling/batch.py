@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
+from embedding_proxy.providers.attempts import EXTRA_SHARE, Attempt
 from embedding_proxy.providers.errors import (
     AuthenticationError,
     ClientKeyRefused,
@@ -25,7 +26,6 @@ from embedding_proxy.providers.routing.health import CallPermit, Slots
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import View
 
-from .attempts import EXTRA_SHARE, Attempt
 from .call import Call
 from .pending import (
     FailedAttempt,

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context, Embedded
 from embedding_proxy.providers.billing import Bill
 from embedding_proxy.providers.errors import InvalidAnswer, LocalQueueFull, ProviderError
@@ -18,7 +19,6 @@ from embedding_proxy.providers.upstream.duplicate_vectors import (
 )
 
 from .assembly import assemble, rows_of
-from .attempts import Attempt
 from .pending import (
     FailedAttempt,
     PendingInput,

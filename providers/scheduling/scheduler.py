@@ -13,6 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
+from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context, Embedded, Input, Space
 from embedding_proxy.providers.errors import DeadlineExceeded, LocalQueueFull, RateLimited, Refusal
 from embedding_proxy.providers.profile import Limits, limits_of
@@ -21,7 +22,6 @@ from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router, View
 
 from . import batch_size
-from .attempts import Attempt
 from .batch import Batch
 from .batch_limits import input_bytes
 from .pending import Bisection, FailedAttempt, PendingInput, PendingRequest, QueueKey

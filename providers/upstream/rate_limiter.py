@@ -223,7 +223,7 @@ class ProviderQueue:
         self.connections = connections
         self.provider = provider
         self.slots = asyncio.Semaphore(limits.concurrency)
-        self._learns = limits.learn
+        self._learns = limits.from_headers
         self._sleep = sleep
         self._declared = RateLimiter(
             provider,

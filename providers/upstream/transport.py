@@ -21,6 +21,7 @@ from typing import Self
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from embedding_proxy.providers import descriptors
+from embedding_proxy.providers.attempts import EXTRA_SHARE, Attempt
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import (
     ConnectionTimeout,
@@ -31,12 +32,11 @@ from embedding_proxy.providers.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from embedding_proxy.providers.network import BaseUrl, ForeignOrigin, Network
 from embedding_proxy.providers.profile import Timeouts
-from embedding_proxy.providers.scheduling.attempts import EXTRA_SHARE, Attempt
 
 from . import hops
 from .content_encoding import ACCEPT_ENCODING, PIECE, DecodeError, Decoder
-from .network import BaseUrl, ForeignOrigin, Network
 
 PROXY_CREDENTIALS_REFUSED = "HTTP proxy: it refuses the credentials, or wants some (407)"
 _DIRECT = Network()
@@ -176,9 +176,9 @@ class Transport:
             if left is not None and taken >= left and not context.finishes_calls:
                 raise DeadlineExceeded("the time of the request was up") from error
             if isinstance(error, aiohttp.ConnectionTimeoutError):
-                place = self._network.place_of(self._base_url)
+                address = self._network.address_of(self._base_url)
                 raise ConnectionTimeout(
-                    self._provider, f"connection timed out to {place}, after {taken:.1f} s"
+                    self._provider, f"connection timed out to {address}, after {taken:.1f} s"
                 ) from error
             raise UpstreamTimeout(self._provider, f"no answer within {taken:.1f} s") from error
         except (aiohttp.ClientError, ssl.SSLError, OSError) as error:
@@ -211,7 +211,7 @@ class Transport:
         decodes to many, the event loop runs. A body that cannot be decoded is empty where the
         status says what is wrong. Raises UpstreamError, UpstreamTimeout, Unreachable.
         """
-        window = self._timeouts.rate_window_s
+        window = self._timeouts.min_rate_window_s
         clock = asyncio.get_running_loop().time
         decoder = Decoder(response.headers.get("Content-Encoding", ""))
         body = _Body(self._provider, limit)
@@ -230,7 +230,7 @@ class Transport:
                 body.check(received)
                 await body.take(decoder.feed(chunk))
                 if clock() >= end:
-                    if received - before < self._timeouts.least_bytes_per_s * window:
+                    if received - before < self._timeouts.min_bytes_per_s * window:
                         raise UpstreamTimeout(self._provider, "the answer arrives too slowly")
                     before, end = received, clock() + window
             await body.take(decoder.finish())
@@ -315,9 +315,9 @@ def failure_reason(  # noqa: C901, PLR0911, PLR0912 - one case for each kind of 
         case ForeignOrigin():
             return f"the call was not sent: {error}"
         case aiohttp.ClientConnectorCertificateError():
-            return _certificate(error.certificate_error, _place(error))
+            return _certificate(error.certificate_error, _address(error))
         case aiohttp.ClientConnectorSSLError():
-            return _tls(error, _place(error))
+            return _tls(error, _address(error))
         case aiohttp.ClientConnectorDNSError():
             if error.os_error.errno in _NO_SUCH_HOST:
                 return f"no such host: {error.host}"
@@ -365,39 +365,39 @@ def _is_oversize(message: str) -> bool:
     return message.startswith(("Got more than", "Too many headers"))
 
 
-def _place(error: aiohttp.ClientConnectorError) -> str:
+def _address(error: aiohttp.ClientConnectorError) -> str:
     host = error.host
     return f"{f'[{host}]' if ':' in host else host}:{error.port}"
 
 
 def _connect(error: aiohttp.ClientConnectorError) -> str:
     """Say why there is no TCP connection."""
-    number, place = error.os_error.errno, _place(error)
+    number, address = error.os_error.errno, _address(error)
     if number == errno.ECONNREFUSED or "refused" in str(error.os_error).lower():
-        return f"connection refused by {place}"
+        return f"connection refused by {address}"
     if number == errno.ETIMEDOUT:
-        return f"connection timed out to {place}"
+        return f"connection timed out to {address}"
     if number in _NO_ROUTE:
-        return f"no route to {place}"
+        return f"no route to {address}"
     if number == errno.ECONNRESET:
-        return f"connection reset by {place}"
+        return f"connection reset by {address}"
     if number == errno.EMFILE:
-        return f"no connection to {place}: too many open files (ulimit -n)"
-    return f"no connection to {place}"
+        return f"no connection to {address}: too many open files (ulimit -n)"
+    return f"no connection to {address}"
 
 
-def _certificate(error: BaseException, place: str) -> str:
+def _certificate(error: BaseException, address: str) -> str:
     code = getattr(error, "verify_code", None)
     why = _CERTIFICATE.get(code or 0) or getattr(error, "verify_message", "") or "it is not valid"
     remedy = "; name its CA in ca_file, if it is yours" if code in _UNKNOWN_ISSUER else ""
-    where = f" ({place})" if place else ""
+    where = f" ({address})" if address else ""
     return f"certificate not trusted: {why}{where}{remedy}"
 
 
-def _tls(error: ssl.SSLError | aiohttp.ClientConnectorSSLError, place: str) -> str:
+def _tls(error: ssl.SSLError | aiohttp.ClientConnectorSSLError, address: str) -> str:
     source = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     why = str(getattr(source, "reason", None) or "").replace("_", " ").lower()
-    to = f" with {place}" if place else ""
+    to = f" with {address}" if address else ""
     if why in ("wrong version number", "record layer failure", "http request"):
         return f"TLS handshake failed{to}: the server does not speak TLS there"
     return f"TLS handshake failed{to}: {why}" if why else f"TLS handshake failed{to}"

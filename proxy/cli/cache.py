@@ -63,7 +63,7 @@ def open_store(settings: Settings, *, create: bool = False) -> Iterator[Database
     """
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
-    with connection.opened(cache.directory, limit, cache.pinned, create=create) as file:
+    with connection.opened(cache.directory, limit, cache.pinned_namespaces, create=create) as file:
         tell_store(settings)
         yield file
 
@@ -76,7 +76,7 @@ def open_store_for_reading(settings: Settings) -> Iterator[ReadableFile]:
     """
     cache = settings.cache
     limit = int(cache.size_limit_gib * GIB)
-    with connection.opened_for_reading(cache.directory, limit, cache.pinned) as file:
+    with connection.opened_for_reading(cache.directory, limit, cache.pinned_namespaces) as file:
         tell_store(settings)
         if isinstance(file, ReadOnlyFile) and file.lacks_log:
             why = file.reason or "the folder takes no writes"
@@ -264,7 +264,7 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
                 "oldest": one.oldest,
                 "newest": one.newest,
                 "last_used": one.last_used,
-                **status.shown(one.usage),
+                **status.usage_fields(one.usage),
             }
         )
     return {
@@ -275,7 +275,7 @@ def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
         "size_limit_bytes": int(settings.cache.size_limit_gib * GIB),
         "entries": held.entries,
         "counted_since": None if held.since_day is None else held.since_day * 86_400,
-        **status.shown(held.usage),
+        **status.usage_fields(held.usage),
         "partitions": partitions,
     }
 

@@ -73,7 +73,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         need_terminal("cache purge", "--yes", is_sure=yes)
         # What is deleted must not come back from a damaged file that is not salvaged yet.
         limit = int(settings.cache.size_limit_gib * GIB)
-        salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned)
+        salvage.salvage_pending(settings.cache.directory, limit, settings.cache.pinned_namespaces)
     deleted = 0
     if dry_run:
         with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from embedding_proxy.cache.disk import connection, salvage, set_aside
+from embedding_proxy.cache.disk import connection, quarantine, salvage
 from embedding_proxy.cache.disk.carver import CarveReport
 from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.disk.database import FILE_NAME
@@ -57,9 +57,9 @@ def verify_store(
     if mend and findings.broken:
         saved = _start_anew(settings)
         mended = True
-    elif mend and findings.is_mendable:
+    elif mend and findings.is_repairable:
         with open_store(settings) as database:
-            verify.mend(database, findings)
+            verify.repair(database, findings)
         mended = True
     if as_json:
         print_json(
@@ -134,14 +134,14 @@ def _start_anew(settings: Settings) -> Outcome:
     path = connection.folder_of(cache.directory) / FILE_NAME
     limit = int(cache.size_limit_gib * GIB)
     try:
-        inode = set_aside.inode_of(path)
+        inode = quarantine.inode_of(path)
         with contextlib.closing(connection.lock_of(cache.directory)) as lock, lock:
-            aside = set_aside.move(path, inode)
-        if aside is not None:
-            typer.echo(f"moved to {aside.folder}", err=True)
-        size = 0 if aside is None else aside.path.stat().st_size
+            quarantined = quarantine.move(path, inode)
+        if quarantined is not None:
+            typer.echo(f"moved to {quarantined.folder}", err=True)
+        size = 0 if quarantined is None else quarantined.path.stat().st_size
         with progress("salvaging", size) as tell:
-            saved = salvage.salvage_pending(cache.directory, limit, cache.pinned, tell)
+            saved = salvage.salvage_pending(cache.directory, limit, cache.pinned_namespaces, tell)
     except OSError as error:
         raise WorkFailed(f"{cache.directory}: {error}") from error
     return saved[0] if saved else Outcome()
@@ -153,7 +153,7 @@ def _salvage(settings: Settings, path: Path, *, add_sums: bool, as_json: bool) -
         raise WorkFailed(f"{path}: there is no such file")
     if own.exists() and own.samefile(path):
         raise WorkFailed(f"{path} is the store itself: `cache verify --mend` mends it")
-    add_sums = add_sums or set_aside.is_in_folder(path)
+    add_sums = add_sums or quarantine.is_in_folder(path)
     saved, report = _put(settings, path, add_sums=add_sums)
     left_out = "" if add_sums else f"the sums of {path} are not added; --add-sums adds them"
     if not (report.records or saved.sums):

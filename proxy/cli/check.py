@@ -49,7 +49,8 @@ def check(
         also="all" if everything else "nothing" if model else "each provider",
     )
     cache = settings.cache
-    store = location.inspect(cache.directory, int(cache.size_limit_gib * GIB), cache.pinned)
+    limit = int(cache.size_limit_gib * GIB)
+    store = location.inspect(cache.directory, limit, cache.pinned_namespaces)
     with progress("asking") as tell:
         found = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
     qdrant = asyncio.run(index_check.check_qdrant(settings, offline=offline))

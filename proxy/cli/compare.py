@@ -196,7 +196,7 @@ class _Work:
     def _refuse_too_long(self, candidates: Candidates, trials: Iterable[RouteBenchmark]) -> None:
         for trial in trials:
             name = trial.result.models[0]
-            most = candidates.models[name].context
+            most = candidates.models[name].max_input_tokens
             if most is None or trial.space.tokenizer is None:
                 continue
             sizes = tokens.count(self.plan.inputs, trial.space.tokenizer)

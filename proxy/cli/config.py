@@ -73,7 +73,7 @@ def convert_old(
             atomic_file.write(output, text.encode(), mode=0o666, exclusive=True)
         except FileExistsError as error:
             raise WorkFailed(f"{path_text(output)} exists; it is not overwritten") from error
-    for line in _told(done):
+    for line in _report(done):
         typer.echo(line, err=True)
 
 
@@ -86,7 +86,7 @@ def _sections(done: ConvertedConfig) -> dict[str, object]:
     return sections
 
 
-def _told(done: ConvertedConfig) -> Iterator[str]:
+def _report(done: ConvertedConfig) -> Iterator[str]:
     for path, what in done.notes:
         yield printable(f"{path} -> {what}")
     for warning in done.warnings:
@@ -96,7 +96,7 @@ def _told(done: ConvertedConfig) -> Iterator[str]:
 def _written(done: ConvertedConfig, name: str) -> Iterator[str]:
     """Yield the lines of our file: what became of the old keys as comments, then the sections."""
     yield printable(f"# Converted from {name}. What became of its keys:")
-    for line in _told(done):
+    for line in _report(done):
         yield f"#   {line}"
     yield "# All other keys have their defaults: `embedding-proxy config show` tells them."
     for section, value in _sections(done).items():

@@ -84,7 +84,9 @@ def run() -> None:
     for query, near in zip(QUERIES, _nearest(queries, first.vectors), strict=True):
         console.print(f"\nNearest to [bold]{query}[/bold]")
         for i, cosine in near:
-            console.print(f"  {cosine:.2f}  {_shown(docs, texts[i])}", markup=False, soft_wrap=True)
+            console.print(
+                f"  {cosine:.2f}  {_excerpt(docs, texts[i])}", markup=False, soft_wrap=True
+            )
     _judge(passes, len(texts))
 
 
@@ -183,7 +185,7 @@ def _nearest(
         yield [(int(i), float(cosines[i])) for i in best]
 
 
-def _shown(docs: list[Docstring], text: str) -> str:
+def _excerpt(docs: list[Docstring], text: str) -> str:
     name = next(doc.name for doc in docs if doc.text == text)
     return f"{name}: {' '.join(text.split())[:70]}"
 

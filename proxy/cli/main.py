@@ -75,12 +75,11 @@ def serve(
         import logging  # noqa: PLC0415
 
         from embedding_proxy.proxy.config import loader  # noqa: PLC0415
-        from embedding_proxy.proxy.http import (  # noqa: PLC0415
-            server,
-            startup_log,
-        )
+        from embedding_proxy.proxy.config.fields import MODES  # noqa: PLC0415
+        from embedding_proxy.proxy.http import server  # noqa: PLC0415
         from embedding_proxy.proxy.http.workers import run_workers  # noqa: PLC0415
-        from embedding_proxy.proxy.service.request import MEANING  # noqa: PLC0415
+
+        from . import startup_log  # noqa: PLC0415
 
     logging.getLogger().setLevel(logging.INFO)
     # The client of Qdrant would have each of its calls in the log.
@@ -91,7 +90,7 @@ def serve(
     settings = configuration.settings
     if settings.cache.mode != "normal":
         logging.getLogger("embedding_proxy").warning(
-            "cache.mode is %s: %s", settings.cache.mode, MEANING[settings.cache.mode]
+            "cache.mode is %s: %s", settings.cache.mode, MODES[settings.cache.mode]
         )
     startup_log.check_open_files()
     startup_log.check_environment(configuration)

@@ -156,7 +156,7 @@ def settings_for(settings: Settings, model: NamedModel) -> Settings:
         route for route in model.entry.routes if model.provider in (None, route.provider)
     )
     entry = model.entry.model_copy(update={"routes": routes, "fallback": ()})
-    server = settings.server.model_copy(update={"canary_hours": None, "allow_oversize": True})
+    server = settings.server.model_copy(update={"drift_check_hours": None, "allow_oversize": True})
     models = {**settings.models, model.name: entry}
     index = settings.index.model_copy(update={"qdrant": None})
     return settings.model_copy(update={"server": server, "models": models, "index": index})

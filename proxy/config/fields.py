@@ -2,9 +2,8 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
-from embedding_proxy.proxy.service import request
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -16,6 +15,16 @@ from pydantic import (
 
 from . import addresses, references
 
+Mode: TypeAlias = Literal["normal", "frozen", "refresh", "off"]
+"""`cache.mode`: what may be bought, and what is read from the cache."""
+MODES: dict[Mode, str] = {
+    "normal": "what is not cached is bought, once",
+    "frozen": "nothing is bought; what is not cached is an error",
+    "refresh": "everything is bought anew, and replaced in the cache",
+    "off": "everything is bought; nothing is read from the cache or kept in it",
+}
+Honor: TypeAlias = Literal["admin"] | bool
+"""`server.honor_cache_control`: whether a request's header counts, or only that of an admin."""
 FOLDER = "folder"
 """In the context of a validation: the folder of the file (see `references.absolute_path`).
 Without it relative paths are below the working directory."""
@@ -53,7 +62,7 @@ def _host_name(value: str) -> str:
     return value
 
 
-CacheMode = Annotated[request.Mode, BeforeValidator(_off)]
+CacheMode = Annotated[Mode, BeforeValidator(_off)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Name = Annotated[str, Field(min_length=1)]

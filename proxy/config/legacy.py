@@ -360,7 +360,7 @@ def _add_fallback(path: str, first: _Model, other: _Model, done: ConvertedConfig
     )
     fallbacks = done.models[first.name].setdefault("fallback", [])
     if all(entry["model"] != other.name for entry in fallbacks):
-        fallbacks.append({"model": other.name, "width": width})
+        fallbacks.append({"model": other.name, "dimension_policy": width})
     done.notes.append((path, f"models.{first.name}.fallback: another model, width {width}"))
     done.warnings.append(
         f"{other.name} is another space than {first.name}: its vectors compare with none of the"

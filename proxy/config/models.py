@@ -24,7 +24,7 @@ class Fallback(Section):
     """A model of another space that answers when no route of the first one does."""
 
     model: Name
-    width: Policy = "strict"
+    dimension_policy: Policy = "strict"
 
     def objection(self, first: "ModelConfig", stand_in: "ModelConfig") -> str | None:
         """Say why a model cannot stand in for another; None if it can."""
@@ -32,10 +32,11 @@ class Fallback(Section):
             return "has the same space; add its routes to `routes` instead"
         if first.dimensions is None or stand_in.dimensions is None:
             return "say the `dimensions` of both models, so that it is known whether they fit"
-        if not can_give(stand_in.as_space(), first.dimensions, self.width):
+        if not can_give(stand_in.as_space(), first.dimensions, self.dimension_policy):
+            policy = "pad" if stand_in.dimensions < first.dimensions else "truncate"
             return (
                 f"gives {stand_in.dimensions} numbers where {first.dimensions} are asked for;"
-                f" say `width: {'pad' if stand_in.dimensions < first.dimensions else 'truncate'}`"
+                f" say `dimension_policy: {policy}`"
                 " if that is what you want"
             )
         return None
@@ -47,16 +48,16 @@ class ModelConfig(Section):
     space: Annotated[str, Field(min_length=1, max_length=200)]
     dimensions: Annotated[Whole, Field(ge=1, le=65536)] | None = None
     matryoshka: bool = False
-    dimensions_refused: bool = False
-    dimensions_sent: bool = False
+    reject_dimensions: bool = False
+    send_dimensions: bool = False
     tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
-    context: Annotated[Whole, Field(ge=1)] | None = None
+    max_input_tokens: Annotated[Whole, Field(ge=1)] | None = None
     truncate: Literal["end"] | None = None
     unit_norm: bool = False
     price: Annotated[Number, Field(ge=0)] = 0
-    order: Literal["listed", "cheapest", "fastest"] = "listed"
+    routing_strategy: Literal["listed", "cheapest", "fastest"] = "listed"
     hedge_after_s: Annotated[Number, Field(gt=0)] | None = None
-    width: Name = "strict"
+    dimension_policy: Name = "strict"
     routes: Annotated[tuple[RouteConfig, ...], Field(min_length=1)]
     fallback: tuple[Fallback, ...] = ()
 
@@ -69,9 +70,9 @@ class ModelConfig(Section):
         several = value if isinstance(value, list | tuple) else [value]
         return [{"model": entry} if isinstance(entry, str) else entry for entry in several]
 
-    @field_validator("width")
+    @field_validator("dimension_policy")
     @classmethod
-    def _known_width(cls, value: str) -> str:
+    def _known_policy(cls, value: str) -> str:
         if value not in BUILT_IN:
             try:
                 find(value)
@@ -88,7 +89,7 @@ class ModelConfig(Section):
                 " long is refused",
                 needs=((key,),),
             )
-            for key in ("tokenizer", "context")
+            for key in ("tokenizer", "max_input_tokens")
             if self.truncate is not None and getattr(self, key) is None
         )
         return self
@@ -96,7 +97,7 @@ class ModelConfig(Section):
     @property
     def truncate_to(self) -> int | None:
         """Tokens to which an input is cut before anything else; None = it is not."""
-        return self.context if self.truncate else None
+        return self.max_input_tokens if self.truncate else None
 
     def as_space(self) -> Space:
         """Return the space of this model's vectors."""
@@ -106,7 +107,7 @@ class ModelConfig(Section):
             self.matryoshka,
             self.tokenizer,
             unit_norm=self.unit_norm,
-            dimensions_sent=self.dimensions_sent,
+            send_dimensions=self.send_dimensions,
         )
 
 
@@ -116,10 +117,10 @@ def from_catalogue(entry: ModelEntry) -> dict[str, object]:
         "space": entry.space,
         "dimensions": entry.dimensions or None,
         "matryoshka": entry.matryoshka,
-        "dimensions_refused": entry.dimensions_refused,
-        "dimensions_sent": entry.dimensions_sent,
+        "reject_dimensions": entry.reject_dimensions,
+        "send_dimensions": entry.send_dimensions,
         "tokenizer": entry.tokenizer,
-        "context": entry.context,
+        "max_input_tokens": entry.max_input_tokens,
         "unit_norm": entry.unit_norm,
         "price": entry.price,
         "routes": [{"provider": provider, "model": model} for provider, model in entry.routes],

@@ -12,7 +12,7 @@ from embedding_proxy.providers import registry
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Profile
 from embedding_proxy.providers.upstream.hops import HEADER as HOP_HEADER
-from embedding_proxy.proxy.service import request_fields
+from embedding_proxy.proxy import request_fields
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from . import addresses
@@ -54,13 +54,13 @@ TIMEOUTS = {
     "timeout_s": "total_s",
     "connect_timeout_s": "connect_s",
     "first_byte_timeout_s": "first_byte_s",
-    "least_bytes_per_s": "least_bytes_per_s",
-    "rate_window_s": "rate_window_s",
+    "min_bytes_per_s": "min_bytes_per_s",
+    "min_rate_window_s": "min_rate_window_s",
 }
 # Keys that say how an upstream is reached: the fields of Network.
 NETWORK = ("proxy", "trust_env", "ca_file")
 # Keys that override the field of a profile of the same name, null included.
-_FIELDS = ("encoding_format", "accepts_tokens", "dimensions_field", "sends_user", "unit_norm")
+_FIELDS = ("encoding_format", "accepts_tokens", "dimensions_field", "forward_user", "unit_norm")
 
 
 class LimitsConfig(Section):
@@ -71,7 +71,7 @@ class LimitsConfig(Section):
     concurrency: Annotated[Whole, Field(ge=1, le=10_000)] = 8
     requests_per_minute: Annotated[Whole, _COUNT] | None = None
     tokens_per_minute: Annotated[Whole, _COUNT] | None = None
-    learn: bool = True
+    from_headers: bool = True
 
 
 class ProviderConfig(Section):
@@ -80,22 +80,22 @@ class ProviderConfig(Section):
     kind: Name
     base_url: BaseUrl | None = None
     api_key_env: VariableName | None = None
-    key: Literal["client"] | None = None
-    share: bool = False
+    auth: Literal["client"] | None = None
+    share_cache: bool = False
     proxy: Annotated[ProxyUrl | None, Field(repr=False)] = None
     trust_env: bool = False
     ca_file: FilePath | None = None
     timeout_s: Annotated[Number, Field(gt=0)] = 60
     connect_timeout_s: Annotated[Number, Field(gt=0)] = 10
     first_byte_timeout_s: Annotated[Number, Field(gt=0)] | None = None
-    least_bytes_per_s: Annotated[Number, Field(ge=0)] = 100
-    rate_window_s: Annotated[Number, Field(gt=0)] = 15
+    min_bytes_per_s: Annotated[Number, Field(ge=0)] = 100
+    min_rate_window_s: Annotated[Number, Field(gt=0)] = 15
     retries: Annotated[Whole, Field(ge=0, le=MAX_RETRIES)] | None = None
     limits: LimitsConfig = LimitsConfig()
     encoding_format: Literal["base64", "float"] | None = "base64"
     accepts_tokens: bool = True
     dimensions_field: Name | None = "dimensions"
-    sends_user: bool = True
+    forward_user: bool = True
     extra_fields: tuple[Name, ...] | None = None
     neutral_fields: tuple[Name, ...] = ()
     unit_norm: bool = False
@@ -200,25 +200,25 @@ class ProviderConfig(Section):
     def _misfits_of_the_clients_key(self) -> Iterator[Problem]:
         """Yield what does not go with a client's key, or with the lack of one."""
         if not self.uses_client_key:
-            if self.share:
+            if self.share_cache:
                 yield Problem(
-                    ("share",),
-                    "is for key: client; other entries are shared in any case",
-                    needs=(("key",),),
+                    ("share_cache",),
+                    "is for auth: client; other entries are shared in any case",
+                    needs=(("auth",),),
                 )
             return
         if self.api_key_env is not None:
             yield Problem(
-                ("key",),
-                "key: client and api_key_env exclude each other: the key is the client's own, or"
+                ("auth",),
+                "auth: client and api_key_env exclude each other: the key is the client's own, or"
                 " that of the variable; remove one of them",
                 needs=(("api_key_env",),),
             )
         adapter = registry.find(self.kind).adapter
         if not (isinstance(adapter, type) and issubclass(adapter, HttpProvider)):
             yield Problem(
-                ("key",),
-                f"key: client is for kinds that send a key over HTTP; {self.kind} does not say so:"
+                ("auth",),
+                f"auth: client is for kinds that send a key over HTTP; {self.kind} does not say so:"
                 " name a variable in api_key_env, or leave it out",
                 needs=(("kind",),),
             )
@@ -226,7 +226,7 @@ class ProviderConfig(Section):
     @property
     def uses_client_key(self) -> bool:
         """Whether it is asked with each client's own key."""
-        return self.key == "client"
+        return self.auth == "client"
 
     @property
     def origin(self) -> str:
@@ -281,10 +281,11 @@ class ProviderConfig(Section):
 def _keys_in_file(entry: Mapping[Any, Any]) -> Iterator[Problem]:
     """Yield the keys of an entry that hold a secret, or seem to."""
     remedy = "a key does not belong in the file: name its variable in api_key_env"
-    if "api_key" in entry:
-        yield Problem(("api_key",), remedy)
-    if entry.get("key") not in (None, "client"):
-        yield Problem(("key",), f"expected client, or nothing; {remedy}")
+    for name in ("api_key", "key"):
+        if name in entry:
+            yield Problem((name,), remedy)
+    if entry.get("auth") not in (None, "client"):
+        yield Problem(("auth",), f"expected client, or nothing; {remedy}")
 
 
 def _wrong_headers(headers: Mapping[str, str]) -> Iterator[Problem]:

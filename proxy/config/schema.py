@@ -14,7 +14,6 @@ from embedding_proxy.index.collection import LONGEST_NAME, FieldType, not_in_nam
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.client_credential import client_key_mistake
 from embedding_proxy.providers.model_catalog import CATALOGUE
-from embedding_proxy.proxy.service.request import Honor
 from pydantic import Field, field_validator, model_validator
 
 from . import references
@@ -22,6 +21,7 @@ from .errors import KeyPath, Problem, Problems, refuse, suggestion
 from .fields import (
     CacheMode,
     FilePath,
+    Honor,
     HostName,
     HttpUrl,
     Name,
@@ -83,9 +83,9 @@ class Server(Section):
     send_timeout_s: Annotated[Number, Field(gt=0)] = 10
     max_unread_mib: Annotated[Number, Field(gt=0, le=1e7)] = 256
     request_timeout_s: Annotated[Number, Field(gt=0)] = 300
-    gather_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
-    unknown_models: Literal["ask", "refuse"] = "ask"
-    canary_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
+    batch_window_ms: Annotated[Number, Field(ge=0, le=1000)] = 0
+    unknown_models: Literal["forward", "reject"] = "forward"
+    drift_check_hours: Annotated[Number, Field(gt=0, le=1e5)] | None = 24
     keys: Annotated[tuple[ClientKey, ...], Field(repr=False)] = ()
     cors: tuple[WebOrigin, ...] = ()
     allowed_hosts: tuple[HostName, ...] = ()
@@ -166,7 +166,7 @@ class Cache(Section):
     size_limit_gib: Annotated[Number, Field(gt=0, le=1e6)] = 50
     memory_mib: Annotated[Number, Field(ge=0, le=1e7)] = 256
     ttl_days: Annotated[Number, Field(gt=0)] | None = None
-    pinned: tuple[str, ...] = ()
+    pinned_namespaces: tuple[str, ...] = ()
     mode: CacheMode = "normal"
     shared: None = None
 
@@ -188,7 +188,7 @@ class Qdrant(Section):
     collection: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)] | None = None
     prefix: Annotated[str, Field(max_length=100)] = ""
     store_text: bool = True
-    adopt: bool = False
+    adopt_unlabeled: bool = False
     on_disk: bool = False
     quantization: Literal["scalar", "binary"] | None = None
     payload_indexes: dict[Name, FieldType] = Field(default_factory=dict)
@@ -264,7 +264,7 @@ class Settings(Section):
     passthrough: Name | None = "openai"
     """The provider that answers all other calls. The default one need not be configured."""
     passthrough_auth: Literal["provider", "client"] = "provider"
-    passthrough_idle_s: Annotated[Number, Field(gt=0)] = 1800
+    passthrough_idle_timeout_s: Annotated[Number, Field(gt=0)] = 1800
     passthrough_max_message_mib: Annotated[Number, Field(gt=0, le=1024)] = 16
 
     @model_validator(mode="before")
@@ -398,7 +398,7 @@ class Settings(Section):
                     ]
                     needs = [(*path, i, "model"), ("models", fallback.model)]
                     if other is not None:
-                        needs += [(*path, i, "width"), *facts]
+                        needs += [(*path, i, "dimension_policy"), *facts]
                     yield Problem(path, f"{fallback.model}: {problem}", needs=tuple(needs))
 
     def _spaces_described_twice(self) -> Iterator[Problem]:

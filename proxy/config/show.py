@@ -88,7 +88,7 @@ def _provider(name: str, provider: ProviderConfig, written: object) -> dict[str,
     shown = {
         field: _plain_value(getattr(profile, field, None)) for field in ProviderConfig.model_fields
     }
-    shown |= {"kind": provider.kind, "key": provider.key, "share": provider.share}
+    shown |= {"kind": provider.kind, "auth": provider.auth, "share_cache": provider.share_cache}
     shown["retries"] = provider.retries
     shown |= {key: _plain_value(getattr(profile.network, key)) for key in NETWORK}
     if "@" in (profile.network.proxy or ""):

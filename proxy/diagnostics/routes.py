@@ -78,7 +78,7 @@ def add_fallback_models(settings: Settings, names: Sequence[str]) -> tuple[str, 
 
 def _model_by_name(settings: Settings, name: str) -> ModelConfig:
     """Return a model of which only the name is known, as the proxy would. Raises ConfigError."""
-    asks = settings.server.unknown_models == "ask"
+    asks = settings.server.unknown_models == "forward"
     model = unlisted_model(name) if asks else None
     if model is None:
         raise _unknown_model(settings, name)

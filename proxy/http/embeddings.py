@@ -22,7 +22,12 @@ from embedding_proxy.proxy.http.response_cache import (
 from embedding_proxy.proxy.http.runner import CONNECTION
 from embedding_proxy.proxy.service.embedding_result import Result
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
-from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, Client, effective_cache_control
+from embedding_proxy.proxy.service.request import (
+    NO_INDEX_OPTIONS,
+    Client,
+    EmbeddingRequest,
+    effective_cache_control,
+)
 
 from . import openai_format
 
@@ -84,7 +89,7 @@ class Embeddings:
 
     def parse_sync(
         self, body: bytes, context: RequestContext
-    ) -> tuple[openai_format.EmbeddingRequest, bytes] | None:
+    ) -> tuple[EmbeddingRequest, bytes] | None:
         """Return what a body asks for, and what decides the answer; see `SyncHandler`."""
         try:
             asked = openai_format.parse(body, self._service.max_inputs, context.model)
@@ -96,9 +101,7 @@ class Embeddings:
         told = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
         return asked, orjson.dumps(told)
 
-    def handle_sync(
-        self, asked: openai_format.EmbeddingRequest, context: RequestContext
-    ) -> SyncResponse | None:
+    def handle_sync(self, asked: EmbeddingRequest, context: RequestContext) -> SyncResponse | None:
         """Answer one request if nothing has to be waited for; see `SyncHandler`."""
         try:
             result = self._service.embed_from_cache(asked, context.caller, context.control)

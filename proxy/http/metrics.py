@@ -130,7 +130,7 @@ class Metrics:
              "Replies that named another model than was asked for, by that name.", others),
             ("model_drift_cosine_similarity", "gauge",
              "Known texts now against those bought first; below 0.999 the model has changed.",
-             self._canaries()),
+             self._drift_cosines()),
             ("retries_total", "counter", "Further attempts at the same route.", retries),
             ("failovers_total", "counter", "Attempts at a further route.", failovers),
             ("hedged_requests_total", "counter",
@@ -138,9 +138,9 @@ class Metrics:
             ("provider_ready", "gauge", "Whether a provider is asked as usual.", ready),
         ]  # fmt: skip
 
-    def _canaries(self) -> list[Sample]:
+    def _drift_cosines(self) -> list[Sample]:
         """Return what was found last of each route; the file is everyone's, so it has no worker."""
-        canaries = self._service.canaries
+        drift_check = self._service.drift_check
         return [
             (
                 {
@@ -150,7 +150,7 @@ class Metrics:
                 },
                 one["cosine"],
             )
-            for one in (canaries.findings if canaries else ())
+            for one in (drift_check.results if drift_check else ())
         ]
 
 

@@ -25,8 +25,8 @@ class Models:
     async def list(self, request: web.Request) -> web.Response:
         """Answer with all usable models, by name."""
         models = sorted(self._service.models.items())
-        usable = [model for _, model in models if self._may_be_asked(model) and _is_told(model)]
-        data = [_wire(model) for model in usable]
+        usable = [model for _, model in models if self._may_be_asked(model) and _is_listed(model)]
+        data = [_model_object(model) for model in usable]
         if self._passthrough is not None:
             names = {model.name for model in usable}
             others = await self._passthrough.models(request)
@@ -41,18 +41,18 @@ class Models:
             if self._passthrough is not None:
                 return await self._passthrough.handle(request)
             raise ModelUnknown(name)
-        return _json(_wire(model))
+        return _json(_model_object(model))
 
     def _may_be_asked(self, model: Model) -> bool:
         return model.usable or self._service.settings.cache.mode == "frozen"
 
 
-def _is_told(model: Model) -> bool:
+def _is_listed(model: Model) -> bool:
     """Tell whether a model may be listed: not one that a client has named with its own key."""
     return not (model.by_name and model.client_key_policy)
 
 
-def _wire(model: Model) -> dict[str, object]:
+def _model_object(model: Model) -> dict[str, object]:
     owner = model.space.name.partition("/")[0]
     return {"id": model.name, "object": "model", "created": _CREATED, "owned_by": owner}
 

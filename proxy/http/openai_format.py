@@ -5,20 +5,21 @@ Source of the rules: OpenAI's API reference for `POST /v1/embeddings` (autumn 20
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
 
 import orjson
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import Input, Vector
+from embedding_proxy.providers.base import Vector
 from embedding_proxy.providers.errors import InvalidRequest
-from embedding_proxy.proxy.service import request
-from embedding_proxy.proxy.service.request import NO_INDEX_OPTIONS, IndexOptions
-from embedding_proxy.proxy.service.request_fields import classify
+from embedding_proxy.proxy.request_fields import classify
+from embedding_proxy.proxy.service.request import (
+    EmbeddingRequest,
+    Encoding,
+    parse_index_options,
+    parse_input,
+)
 
-MAX_INPUTS = 2048
-"""At OpenAI: inputs in one request, and ids in a token array that stands alone."""
 CHUNK = 96 << 10
 """About how many bytes of a reply are made at a time. From 128 KiB on the C library takes fresh
 memory for each, and to fault that in takes four times as long as to fill it."""
@@ -26,40 +27,20 @@ memory for each, and to fault that in takes four times as long as to fill it."""
 _HEAD = b'{"object":"list","data":['
 _ITEM = b'{"object":"embedding","index":%d,"embedding":'
 _CLOSING: Mapping[str, bytes] = {"base64": b'"}', "float": b"}"}
-_TAKEN = "only text and token ids are taken"
 # Bytes; in a longer body that cannot be read, half of a surrogate pair is not looked for.
 _MAX_EXPLAINED = 8 << 20
 _POWERS = (10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000)
 
-Encoding: TypeAlias = Literal["float", "base64"]
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingRequest:
-    """A request that is well formed; whether the model can answer it is not known here."""
-
-    model: str
-    inputs: list[Input]
-    dimensions: int | None
-    encoding: Encoding
-    user: str | None
-    parameters: Mapping[str, object]
-    """Further fields that may change the numbers: sent on, and part of the space."""
-    index: IndexOptions = NO_INDEX_OPTIONS
-    """What is to be indexed; it is for the proxy, and sent to nobody."""
-    neutral: Mapping[str, object] = field(default_factory=dict)
-    """Further fields that change no number: for providers that declare them."""
-
 
 def parse(
     body: bytes,
-    most_inputs: int | None = None,
+    max_inputs: int | None = None,
     model: str | None = None,
     on_model: Callable[[str], None] | None = None,
 ) -> EmbeddingRequest:
     """Read a request body. Raises InvalidRequest, status 400, for whatever OpenAI would refuse.
 
-    A field that is null is taken as absent. `most_inputs` is the longest `input`; None = any.
+    A field that is null is taken as absent. `max_inputs` is the longest `input`; None = any.
     `model` is what the path names, for older forms of the API; it counts before the body's.
     `on_model` is told the model as soon as it is known, also of a request that is refused then.
     Further fields are placed by `request_fields`.
@@ -92,66 +73,11 @@ def parse(
         raise InvalidRequest("'user' must be a string.", param="user")
     value, wish = fields.pop("input", None), fields.pop("index", None)
     further = classify(fields)
-    inputs = parse_input(value, most_inputs)
-    index = request.parse_index_options(wish, len(inputs))
+    inputs = parse_input(value, max_inputs)
+    index = parse_index_options(wish, len(inputs))
     return EmbeddingRequest(
         model, inputs, dimensions, encoding, user, further.parameters, index, further.neutral
     )
-
-
-def parse_input(
-    value: Any,  # noqa: ANN401 - whatever JSON holds
-    most: int | None = None,
-) -> list[Input]:
-    """Return the inputs that the `input` field stands for, in any of its four forms.
-
-    `most` is how many items an array may have: inputs, or ids of a token array that stands alone.
-
-    >>> parse_input("a"), parse_input(["a", "b"]), parse_input([1, 2]), parse_input([[1], [2, 3]])
-    (['a'], ['a', 'b'], [(1, 2)], [(1,), (2, 3)])
-    """
-    if isinstance(value, str):
-        return [_text(value, "")]
-    if not isinstance(value, list):
-        raise _invalid("must be a string, an array of strings or an array of tokens", "")
-    if not value:
-        raise _invalid("must not be an empty array", "")
-    if most is not None and len(value) > most:
-        raise _invalid(f"is an array too long: {len(value)} items, and a maximum of {most}", "")
-    first = type(value[0])
-    if first is str:
-        if set(map(type, value)) == {str} and all(value):
-            return value
-        return [_text(item, f"[{i}]") for i, item in enumerate(value)]
-    if first is list:
-        return [_tokens(item, f"[{i}]") for i, item in enumerate(value)]
-    if first is not int:
-        raise _invalid(f"must be a string or an integer token; {_TAKEN}", "[0]")
-    return [_tokens(value, "")]
-
-
-def _text(item: object, where: str) -> str:
-    if not isinstance(item, str):
-        raise _invalid(f"must be a string, like the items before it; {_TAKEN}", where)
-    if not item:
-        raise _invalid("must not be an empty string", where)
-    return item
-
-
-def _tokens(item: object, where: str) -> tuple[int, ...]:
-    if not isinstance(item, list):
-        raise _invalid(f"must be an array of tokens, like the items before it; {_TAKEN}", where)
-    if not item:
-        raise _invalid("must not be an empty array", where)
-    if set(map(type, item)) == {int} and min(item) >= 0 and max(item) < 1 << 32:
-        return tuple(item)
-    for i, token in enumerate(item):
-        # bool is an int to Python, not to JSON.
-        if type(token) is not int:
-            raise _invalid(f"must be an integer token; {_TAKEN}", f"{where}[{i}]")
-        if not 0 <= token < 1 << 32:
-            raise _invalid("is no token of any model", f"{where}[{i}]")
-    return tuple(item)
 
 
 def _unreadable(body: bytes, error: orjson.JSONDecodeError) -> InvalidRequest:
@@ -197,10 +123,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _invalid(problem: str, where: str) -> InvalidRequest:
-    return InvalidRequest(f"'$.input{where}' is invalid: it {problem}.", param="input")
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ class SendWatch:
         """Watch until all is sent, or `stop`; one that watches goes on."""
         if self._timer is None and transport.get_write_buffer_size():
             self._unread.waited_for += 1
-            self._check_later(transport, Pace(self._timeout_s), _unsent(transport))
+            self._check_later(transport, Pace(self._timeout_s), _buffered_bytes(transport))
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -167,19 +167,19 @@ class SendWatch:
         self._timer = None
         self._unread.waited_for -= 1
 
-    def _check_later(self, transport: asyncio.Transport, pace: Pace, unsent: int) -> None:
+    def _check_later(self, transport: asyncio.Transport, pace: Pace, buffered: int) -> None:
         interval, now = min(_CHECK_S, self._timeout_s / _CHECKS), self._loop.time()
-        self._timer = self._loop.call_later(interval, self._check, transport, pace, unsent, now)
+        self._timer = self._loop.call_later(interval, self._check, transport, pace, buffered, now)
 
     def _check(self, transport: asyncio.Transport, pace: Pace, before: int, since: float) -> None:
         if not transport.get_write_buffer_size():
             self._end()
             return
-        unsent, waited = _unsent(transport), self._loop.time() - since
-        taken = max(0, before - unsent)
+        buffered, waited = _buffered_bytes(transport), self._loop.time() - since
+        taken = max(0, before - buffered)
         is_crowding = self._unread.is_over and taken < MIN_BUSY_BYTES_PER_S * waited
         if pace.note(waited, taken) and not is_crowding:
-            self._check_later(transport, pace, unsent)
+            self._check_later(transport, pace, buffered)
             return
         self._end()
         log.info("a connection was closed: its client took a reply too slowly, or not at all")
@@ -214,7 +214,7 @@ def reset_unsent(transport: asyncio.Transport) -> None:
         reset(transport)
 
 
-def _unsent(transport: asyncio.Transport) -> int:
+def _buffered_bytes(transport: asyncio.Transport) -> int:
     """Return how many bytes the peer has not acknowledged."""
     number = _count(transport, TIOCOUTQ) if os.name == "posix" else 0
     return transport.get_write_buffer_size() + number

@@ -42,7 +42,7 @@ class Passthrough:
 
     def __init__(self, origin: PassthroughUpstream, settings: Settings) -> None:
         self._origin = origin
-        self._idle_s = settings.passthrough_idle_s
+        self._idle_s = settings.passthrough_idle_timeout_s
         self._body_timeout_s = settings.server.body_timeout_s
         self._max_message = int(settings.passthrough_max_message_mib * MIB)
         self._frozen = settings.cache.mode == "frozen"

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 
 from aiohttp import web
+from embedding_proxy.providers.redaction import MAX_BYTES, RedactedStream, Redactor
 from embedding_proxy.providers.upstream.content_encoding import PIECE, DecodeError, Decoder
-from embedding_proxy.providers.upstream.redaction import MAX_BYTES, RedactedStream, Redactor
 from multidict import CIMultiDict
 
 from .errors import error_body

@@ -25,15 +25,15 @@ from embedding_proxy.providers.errors import (
     Unreachable,
     UpstreamTimeout,
 )
+from embedding_proxy.providers.network import BaseUrl
+from embedding_proxy.providers.redaction import Redactor
 from embedding_proxy.providers.upstream import hops
 from embedding_proxy.providers.upstream.content_encoding import (
     ACCEPT_ENCODING,
     DecodeError,
     Decoder,
 )
-from embedding_proxy.providers.upstream.network import BaseUrl
 from embedding_proxy.providers.upstream.rate_limit_headers import told_header
-from embedding_proxy.providers.upstream.redaction import Redactor
 from embedding_proxy.providers.upstream.transport import PROXY_CREDENTIALS_REFUSED, failure_reason
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.target import path_of
@@ -216,7 +216,7 @@ class PassthroughUpstream:
         if isinstance(error, ReplyLost) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         if isinstance(error, TimeoutError):
-            place = self._profile.network.place_of(self._base_url)
+            place = self._profile.network.address_of(self._base_url)
             seconds = self._profile.timeouts.connect_s
             return UpstreamTimeout(
                 self.name, f"connection timed out to {place}, after {seconds:.1f} s"

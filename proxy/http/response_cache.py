@@ -21,9 +21,9 @@ from aiohttp import web
 from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
-from embedding_proxy.proxy.service.request import Client
+from embedding_proxy.proxy.service.request import Client, EmbeddingRequest
 
-from .openai_format import EmbeddingRequest, ResponseFormat
+from .openai_format import ResponseFormat
 
 MAX_REQUEST = 1 << 16
 """Bytes of a request, head and body; longer ones are not looked up."""

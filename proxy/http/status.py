@@ -27,7 +27,7 @@ from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from embedding_proxy.proxy.service.request import CALLER
 
 
-def shown(usage: Usage) -> dict[str, Any]:
+def usage_fields(usage: Usage) -> dict[str, Any]:
     """Return sums by name."""
     return {
         "hits": usage.hits,
@@ -48,10 +48,10 @@ def line(by: Sequence[By], names: Sequence[Any], usage: Usage) -> dict[str, Any]
     >>> line([By.DAY, By.CLIENT], [20_000, "ci"], Usage(hits=1))["day"]
     '2024-10-04'
     """
-    told = {column.value: name for column, name in zip(by, names, strict=True)}
+    fields = {column.value: name for column, name in zip(by, names, strict=True)}
     if By.DAY in by:
-        told["day"] = datetime.fromtimestamp(86_400 * told["day"], UTC).date().isoformat()
-    return {**told, **shown(usage)}
+        fields["day"] = datetime.fromtimestamp(86_400 * fields["day"], UTC).date().isoformat()
+    return {**fields, **usage_fields(usage)}
 
 
 LIVE_PATHS = ("/livez", "/healthz", "/health")
@@ -141,7 +141,7 @@ class Status:
                 for provider, waits in service.rate_limit_waits.items()
             },
             "other_models": service.other_models,
-            "canaries": service.canaries.findings if service.canaries else [],
+            "canaries": service.drift_check.results if service.drift_check else [],
             "retry_budget": {
                 "tokens": round(upstreams.budget.tokens, 1),
                 "max_tokens": MAX_TOKENS,
@@ -158,17 +158,17 @@ class Status:
         by_model: dict[str, Usage] = {}
         for heading, usage in self._service.counted.items():
             by_model[heading.model] = by_model.get(heading.model, Usage()).plus(usage)
-        return _told(by_model)
+        return _totals(by_model)
 
     async def _since_ever(self) -> dict[str, object] | None:
         """Return the sums on disk; None while it cannot be read."""
         rows = await self._service.ledger([By.MODEL])
-        return None if rows is None else _told({model: usage for (model,), usage in rows})
+        return None if rows is None else _totals({model: usage for (model,), usage in rows})
 
 
-def _told(by_model: dict[str, Usage]) -> dict[str, object]:
+def _totals(by_model: dict[str, Usage]) -> dict[str, object]:
     total = Usage()
     for usage in by_model.values():
         total = total.plus(usage)
-    models = {model: shown(usage) for model, usage in sorted(by_model.items())}
-    return {**shown(total), "models": models}
+    models = {model: usage_fields(usage) for model, usage in sorted(by_model.items())}
+    return {**usage_fields(total), "models": models}

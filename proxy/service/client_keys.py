@@ -1,9 +1,10 @@
 """Models that are bought with the client's own API key.
 
 `ClientKeyPolicy` says which models these are. What a key has bought is served to that key alone: it
-is kept in a namespace of its own, named by a digest. Where the operator sets `share`, it is kept
-where all entries are. In both cases nothing is served to a key that the provider has not accepted:
-the first request of a key buys one input with it, past the cache, and keeps that like any other.
+is kept in a namespace of its own, named by a digest. Where the operator sets `share_cache`, it is
+kept where all entries are. In both cases nothing is served to a key that the provider has not
+accepted: the first request of a key buys one input with it, past the cache, and keeps that like any
+other.
 
 A client without a key is served by the other routes of the model, if it has any; so is one whose
 key cannot be proved at the moment. A client whose key is refused gets that error.
@@ -99,7 +100,7 @@ class ClientKeyPolicy:
     providers: tuple[str, ...]
     """Those that are asked with it; all of one origin."""
     origin: str
-    share: bool
+    share_cache: bool
     """Whether what one key has bought is served to others."""
     has_other_routes: bool
     """Whether the model has routes that need no client's key."""
@@ -121,7 +122,7 @@ def client_key_policy(
         space=entry.space,
         providers=tuple(asked),
         origin=next(one.origin for one in asked.values()),
-        share=all(one.share for one in asked.values()),
+        share_cache=all(one.share_cache for one in asked.values()),
         has_other_routes=any(provider in usable for provider in routes if provider not in asked),
     )
 
@@ -283,13 +284,13 @@ class ClientKeys:
             return await ask(inputs, context), context.namespace
         credential = self._credential(how, caller.api_key)
         namespace = context.namespace
-        if not how.share:
+        if not how.share_cache:
             namespace = "/".join(filter(None, (namespace, credential.name)))
         account = context.account
         if not account.client:
             account = replace(account, client=credential.name)
         own = replace(context, credential=credential, namespace=namespace, account=account)
-        answer = await _Visit(self, how, own, credential, ask).answer(inputs)
+        answer = await _KeyedRequest(self, how, own, credential, ask).answer(inputs)
         if answer is None:
             # The next time it may be proved, or refused.
             return replace(await ask(inputs, context), cached_hit=None), context.namespace
@@ -335,7 +336,7 @@ class ClientKeys:
         )
 
 
-class _Visit:
+class _KeyedRequest:
     """One request that comes with a key."""
 
     def __init__(

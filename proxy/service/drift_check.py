@@ -19,13 +19,13 @@ from typing import Any, Self, TypedDict, TypeVar
 import orjson
 from embedding_proxy.cache import atomic_file
 from embedding_proxy.cache.disk.lock import WriterLock
+from embedding_proxy.providers.attempts import Attempt
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.billing import Account
 from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.route_check import SAME, TEXTS, Probe, agreement, probe
 from embedding_proxy.providers.routing.health import HealthRegistry
 from embedding_proxy.providers.routing.route import Route
-from embedding_proxy.providers.scheduling.attempts import Attempt
 
 from .model_registry import Model
 
@@ -39,7 +39,7 @@ HOUR = 3600.0
 MAX_ROUTES = 1000
 """Routes of which something is kept in the file; of more, those asked longest ago are forgotten."""
 
-log = logging.getLogger("embedding_proxy.canary")
+log = logging.getLogger("embedding_proxy.drift_check")
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class DriftCheck:
         self._task: asyncio.Task[None] | None = None
 
     @property
-    def findings(self) -> list[DriftResult]:
+    def results(self) -> list[DriftResult]:
         """What was found last of each route, by any worker; of MAX_ROUTES routes at most."""
         try:
             found = [
@@ -110,7 +110,7 @@ class DriftCheck:
     def _asked_by_any(self) -> dict[_RouteKey, float]:
         """When each route was asked last, by any worker, whether or not it has answered."""
         asked = dict(self._asked)
-        told = [(_name(one), one["at"]) for one in self.findings]
+        told = [(_name(one), one["at"]) for one in self.results]
         try:
             rows = self._read().get("asked", [])
             told += [
@@ -147,7 +147,7 @@ class DriftCheck:
             try:
                 await self.check()
             except Exception:  # whatever it is, it is nobody else's trouble
-                log.exception("the canaries could not be asked")
+                log.exception("the drift check failed")
 
     async def check(self) -> list[DriftResult]:
         """Ask the routes that are due, one after the other, and return what was found.
@@ -200,13 +200,13 @@ class DriftCheck:
         try:
             first = await model.embedder.embed(model.space, TEXTS, self._context(model))
         except EmbeddingError as error:
-            log.info("%s: its canaries could not be bought: %s", model.name, error)
+            log.info("%s: the texts of the drift check could not be bought: %s", model.name, error)
             return []
         found = []
         for route in routes:
             answer = await self._probe(model, route)
             if answer.failure is not None:
-                log.info("%s: the canaries were not answered: %s", route.name, answer.failure)
+                log.info("%s: the drift check got no answer: %s", route.name, answer.failure)
                 continue
             cosine = agreement(first.vectors, answer.vectors)
             if cosine < SAME:
@@ -249,16 +249,16 @@ class DriftCheck:
 
     def _keep(self, found: Sequence[DriftResult]) -> None:
         """Add to the file what was asked and found. For the worker that holds the lock."""
-        findings = {_name(one): one for one in (*self.findings, *found)}
+        results = {_name(one): one for one in (*self.results, *found)}
         asked = {key: (*key, at) for key, at in self._asked_by_any.items()}
         content = {
-            "routes": _newest(findings, lambda one: one["at"]),
+            "routes": _newest(results, lambda one: one["at"]),
             "asked": _newest(asked, lambda row: row[-1]),
         }
         try:
             atomic_file.write(self._file, orjson.dumps(content, option=orjson.OPT_INDENT_2))
         except OSError as error:
-            log.warning("%s: the canaries' findings cannot be kept: %s", self._file, error)
+            log.warning("%s: the results of the drift check cannot be kept: %s", self._file, error)
 
 
 def _newest(rows: Mapping[_RouteKey, T], at: Callable[[T], float]) -> list[T]:
@@ -269,8 +269,8 @@ def _newest(rows: Mapping[_RouteKey, T], at: Callable[[T], float]) -> list[T]:
     return [row for key, row in rows.items() if key in kept]
 
 
-def _name(finding: DriftResult) -> _RouteKey:
-    return finding["space"], finding["provider"], finding["upstream_model"]
+def _name(result: DriftResult) -> _RouteKey:
+    return result["space"], result["provider"], result["upstream_model"]
 
 
 def _key(model: Model, route: Route) -> _RouteKey:

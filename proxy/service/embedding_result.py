@@ -6,10 +6,9 @@ from typing import Optional
 
 from embedding_proxy.cache.ledger import CountedEmbeddings, Usage
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import Input, Outcome, Space, Vector
+from embedding_proxy.providers.base import Input, Outcome, Space, Vector, slices
 from embedding_proxy.providers.errors import InvalidAnswer
 from embedding_proxy.providers.similarity import similarities
-from embedding_proxy.providers.slices import slices
 
 from .model_registry import Model
 

@@ -23,18 +23,16 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Namespace
 from embedding_proxy.cache.ledger import MAX_LEDGER_KEYS, By, LedgerKey, Line, Reusable, Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.tiers import TierCounters, Tiers
 from embedding_proxy.index.collection import Provenance
 from embedding_proxy.index.errors import OtherSpace
 from embedding_proxy.index.search import SearchHit, search
 from embedding_proxy.providers import similarity, vector
-from embedding_proxy.providers.base import Input
+from embedding_proxy.providers.base import SLICE, Input
 from embedding_proxy.providers.routing.health import HealthRegistry
-from embedding_proxy.providers.slices import SLICE
 from embedding_proxy.proxy.config.loader import ConfigError, load
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import openai_format
-from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
+from embedding_proxy.proxy.request_fields import classify
 
 from . import drift_check, index_writes, request
 from .client_keys import ClientKeys
@@ -46,8 +44,15 @@ from .learned_dimensions import WIDTHS_FILE, LearnedDimensions
 from .model_registry import Model, Registry
 from .pipeline import EmbeddingPipeline, apply_dimension_strategy, space_of
 from .provider_factory import open_providers
-from .request import NO_INDEX_OPTIONS, Client, IndexOptions, Secret
-from .request_fields import classify
+from .request import (
+    MAX_INPUTS,
+    NO_INDEX_OPTIONS,
+    Client,
+    EmbeddingRequest,
+    IndexOptions,
+    Secret,
+    parse_input,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -143,7 +148,7 @@ class SearchMixin(ABC):
         if stored is not None:
             space = asked.model.space.with_parameters(stored)
             if asked.space.name != space.name:
-                space = space_of(asked.model.width, space, asked.dimensions)
+                space = space_of(asked.model.dimension_policy, space, asked.dimensions)
         qdrant = self.settings.index.qdrant
         name = collection or qdrant.collection
         name = name or collection_of(asked.name, space, asked.dimensions, qdrant)
@@ -155,7 +160,7 @@ class SearchMixin(ABC):
             numbers,
             limit=limit,
             where=where,
-            adopt=qdrant.adopt,
+            adopt=qdrant.adopt_unlabeled,
         )
 
 
@@ -172,7 +177,7 @@ class EmbeddingService(SearchMixin):
         self._answering: EmbeddingPipeline | None = None
         self.upstreams = HealthRegistry()
         """What is known of the providers: breakers, counters."""
-        self.canaries: DriftCheck | None = None
+        self.drift_check: DriftCheck | None = None
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
         self._stack = AsyncExitStack()
@@ -193,7 +198,7 @@ class EmbeddingService(SearchMixin):
         async with AsyncExitStack() as stack:
             ttl_s = cache.ttl_days and cache.ttl_days * DAY
             size_limit = int(cache.size_limit_gib * GIB)
-            pinned = (*cache.pinned, drift_check.NAMESPACE)
+            pinned = (*cache.pinned_namespaces, drift_check.NAMESPACE)
             store = await stack.enter_async_context(
                 Store(
                     cache.directory,
@@ -232,13 +237,13 @@ class EmbeddingService(SearchMixin):
                         self.settings, self.settings.index.qdrant, cache.directory, self._sleep
                     )
                 )
-            if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
-                self.canaries = await stack.enter_async_context(
+            if self.settings.server.drift_check_hours and cache.mode not in ("frozen", "off"):
+                self.drift_check = await stack.enter_async_context(
                     DriftCheck(
                         self._registry.models,
                         self.upstreams,
                         store.folder / "canaries.json",
-                        hours=self.settings.server.canary_hours,
+                        hours=self.settings.server.drift_check_hours,
                     )
                 )
             self._stack = stack.pop_all()
@@ -289,7 +294,7 @@ class EmbeddingService(SearchMixin):
     @property
     def max_inputs(self) -> int | None:
         """How many inputs a request may have; None = any number."""
-        return None if self.settings.server.allow_oversize else openai_format.MAX_INPUTS
+        return None if self.settings.server.allow_oversize else MAX_INPUTS
 
     async def embed(  # noqa: PLR0913 - the parameters of a request
         self,
@@ -310,7 +315,7 @@ class EmbeddingService(SearchMixin):
         `dimensions` below the native width cuts and renormalises, for models that allow it.
         `parameters` are further request fields, treated as a client's: see `request_fields`.
         `namespace` is the part of the cache to look in and to keep in; `client` is for the bill.
-        `api_key` is the client's own, for providers with `key: client`.
+        `api_key` is the client's own, for providers with `auth: client`.
         `cache_control` is what a client would say in the header of that name: "no-cache".
         `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.
@@ -318,9 +323,9 @@ class EmbeddingService(SearchMixin):
 
         def parse() -> list[Input]:
             if isinstance(inputs, str):
-                return openai_format.parse_input(inputs)
+                return parse_input(inputs)
             plain = [item if isinstance(item, str | int) else list(item) for item in inputs]
-            return openai_format.parse_input(plain, self.max_inputs)
+            return parse_input(plain, self.max_inputs)
 
         parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
         given = {name: one for name, one in (parameters or {}).items() if one is not None}

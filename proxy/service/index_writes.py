@@ -25,9 +25,8 @@ from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers import vector
-from embedding_proxy.providers.base import Outcome, Space, Vector
+from embedding_proxy.providers.base import Outcome, Space, Vector, slices
 from embedding_proxy.providers.errors import InvalidRequest
-from embedding_proxy.providers.slices import slices
 from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Qdrant, Settings
 
@@ -71,7 +70,7 @@ def connection(qdrant: Qdrant) -> Connection:
 def collection_options(qdrant: Qdrant) -> CollectionOptions:
     """Return how collections are made."""
     return CollectionOptions(
-        qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt
+        qdrant.on_disk, qdrant.quantization, qdrant.payload_indexes, qdrant.adopt_unlabeled
     )
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from embedding_proxy.cache.key import Keys, Namespace, keyring
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers import tokens
 from embedding_proxy.providers.base import CachePolicy, Input, TokenCheck
 from embedding_proxy.providers.errors import InvalidRequest
@@ -50,7 +50,7 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
     most = model.truncate_to
 
     # What is sure to be cut or refused is not worth decoding.
-    longest = (model.space.tokenizer and model.context) or MAX_IDS
+    longest = (model.space.tokenizer and model.max_input_tokens) or MAX_IDS
 
     def change() -> list[Input]:
         texts = [

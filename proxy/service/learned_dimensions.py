@@ -26,12 +26,11 @@ from embedding_proxy.cache.errors import NotCached, name_input
 from embedding_proxy.cache.in_flight import InFlight, SharedTask, wait
 from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.cache.ledger import CountedEmbeddings
-from embedding_proxy.cache.tiered import Tiers
-from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space
+from embedding_proxy.cache.tiers import Tiers
+from embedding_proxy.providers.base import Context, Embedded, Embedder, Input, Space, slices
 from embedding_proxy.providers.billing import Bill, OnCharge
 from embedding_proxy.providers.errors import DeadlineExceeded, EmbeddingError, InvalidAnswer
 from embedding_proxy.providers.scheduling import assembly
-from embedding_proxy.providers.slices import slices
 
 EmbedSome: TypeAlias = Callable[[Sequence[Input]], Awaitable[CountedEmbeddings]]
 WIDTHS_FILE = "widths.json"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.ledger import CountedEmbeddings
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.base import Context, Embedder, Input, Space
 from embedding_proxy.providers.dimensions import MAX_DIMENSIONS
@@ -55,11 +55,11 @@ class Model:
     """What is asked for what no cache has: the batches for the router."""
     embedder: CachingEmbedder
     """What requests are asked of: the cache around the source."""
-    dimensions_refused: bool = False
+    reject_dimensions: bool = False
     """Whether `dimensions` is an error even at the native width, as for OpenAI's ada-002."""
-    width: str = "strict"
+    dimension_policy: str = "strict"
     """What may be done for a width that the model does not have: a policy, or a strategy."""
-    context: int | None = None
+    max_input_tokens: int | None = None
     """Tokens an input may have; None = nothing is known of it."""
     truncate_to: int | None = None
     """Tokens to which an input is cut before the cache is asked; None = it is not cut."""
@@ -90,7 +90,7 @@ class Model:
                 param="dimensions",
             )
         name = f"{self.space.name}@{dimensions}"
-        space = replace(self.space, name=name, dimensions=dimensions, dimensions_sent=True)
+        space = replace(self.space, name=name, dimensions=dimensions, send_dimensions=True)
         return replace(self, space=space)
 
 
@@ -181,7 +181,7 @@ class Registry:
 
     def _by_name(self, name: str) -> Model:
         """Return what is known of a model that is not configured. Raises ModelUnknown."""
-        if self._settings.server.unknown_models == "refuse":
+        if self._settings.server.unknown_models == "reject":
             raise ModelUnknown(name)
         entry = unlisted_model(name)
         if entry is None:
@@ -211,7 +211,7 @@ class Registry:
     def _make(self, name: str, entry: ModelConfig) -> Model:
         settings, upstreams = self._settings, self._upstreams
         router = make_router(settings, name, entry, self._providers, upstreams, sleep=self._sleep)
-        source = ContextLengthCheck(make_scheduler(router, settings), entry.context)
+        source = ContextLengthCheck(make_scheduler(router, settings), entry.max_input_tokens)
         return Model(
             name=name,
             space=entry.as_space(),
@@ -219,9 +219,9 @@ class Registry:
             router=router,
             source=source,
             embedder=CachingEmbedder(source, self._tiers, self._in_flight),
-            dimensions_refused=entry.dimensions_refused,
-            width=entry.width,
-            context=entry.context,
+            reject_dimensions=entry.reject_dimensions,
+            dimension_policy=entry.dimension_policy,
+            max_input_tokens=entry.max_input_tokens,
             truncate_to=entry.truncate_to,
             fallbacks=entry.fallback,
             client_key_policy=client_key_policy(settings, name, entry, self._usable_providers),

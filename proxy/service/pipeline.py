@@ -27,16 +27,15 @@ from embedding_proxy.providers.errors import (
     InvalidAnswer,
     InvalidRequest,
 )
+from embedding_proxy.proxy import request_fields
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
+from embedding_proxy.proxy.request_fields import SpaceWatch
 
-from . import request_fields
 from .client_keys import Ask, ClientKeys
 from .embedding_result import Result, check, check_in_steps, make_result
 from .inputs import are_short_texts, prepare
 from .model_registry import Model, Registry
-from .request import Client, to_cache_policy
-from .request_fields import SpaceWatch
+from .request import Client, EmbeddingRequest, to_cache_policy
 
 T = TypeVar("T")
 log = logging.getLogger("embedding_proxy.fallback")
@@ -65,7 +64,7 @@ class EmbeddingPipeline:
         EmbeddingError.
         """
         model = self._model(asked)
-        if model.client_key_policy is not None or model.width not in dimensions.BUILT_IN:
+        if model.client_key_policy is not None or model.dimension_policy not in dimensions.BUILT_IN:
             return None
         if model.truncate_to is not None or not are_short_texts(asked.inputs):
             return None
@@ -185,13 +184,13 @@ def _parameters(model: Model, asked: EmbeddingRequest) -> Mapping[str, object]:
 
 
 def _space(model: Model, asked: EmbeddingRequest) -> Space:
-    """Return the space that a request is answered from. Raises InputRefused."""
+    """Return the space that a request is answered from. Raises InvalidRequest."""
     parameters = _parameters(model, asked) if asked.parameters else None
     return model.space.with_parameters(parameters) if parameters else model.space
 
 
 def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], ...]:
-    """Return the fields that a provider of the model declares as neutral. Raises InputRefused."""
+    """Return the fields that a provider of the model declares as neutral. Raises InvalidRequest."""
     declared = model.neutral_fields
     if not declared:
         return ()
@@ -200,9 +199,11 @@ def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], 
 
 
 def _width(model: Model, asked: EmbeddingRequest) -> int:
-    """Return the width to answer with. Raises InputRefused."""
-    refused = model.dimensions_refused
-    return dimensions.choose_dimensions(model.space, asked.dimensions, model.width, refused=refused)
+    """Return the width to answer with. Raises InvalidRequest."""
+    refused = model.reject_dimensions
+    return dimensions.choose_dimensions(
+        model.space, asked.dimensions, model.dimension_policy, refused=refused
+    )
 
 
 def fallback_models(model: Model, models: Mapping[str, Model], dimensions: int) -> list[Model]:
@@ -210,7 +211,7 @@ def fallback_models(model: Model, models: Mapping[str, Model], dimensions: int) 
     return [
         models[fallback.model]
         for fallback in model.fallbacks
-        if can_give(models[fallback.model].space, dimensions, fallback.width)
+        if can_give(models[fallback.model].space, dimensions, fallback.dimension_policy)
     ]
 
 
@@ -245,7 +246,7 @@ async def apply_dimension_strategy(result: Result) -> Result:
 
     Nothing of it is cached: that is the model's own vector. Raises InvalidAnswer.
     """
-    name, native = result.model.width, result.space.dimensions
+    name, native = result.model.dimension_policy, result.space.dimensions
     if name in BUILT_IN or result.fallback or result.dimensions == native:
         return result
     vectors = await asyncio.to_thread(

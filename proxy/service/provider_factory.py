@@ -24,7 +24,9 @@ from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.providers import ProviderConfig
 from embedding_proxy.proxy.config.schema import Settings
 
-CLIENTS_PAY = "is asked with each client's own key; check, compare, canaries and migrate have none"
+CLIENTS_PAY = (
+    "is asked with each client's own key; check, compare, migrate and drift checks have none"
+)
 
 log = logging.getLogger("embedding_proxy.opening")
 
@@ -95,7 +97,7 @@ def check_network(name: str, entry: ProviderConfig) -> None:
 
 def make_scheduler(router: Router, settings: Settings) -> Embedder:
     """Return what makes batches of the inputs of all requests, and sends them to the routes."""
-    return Scheduler(router, settings.server.gather_ms / 1000)
+    return Scheduler(router, settings.server.batch_window_ms / 1000)
 
 
 def make_router(  # noqa: PLR0913 - what a router is made of
@@ -123,7 +125,7 @@ def make_router(  # noqa: PLR0913 - what a router is made of
         routes,
         unavailable=remedy,
         upstreams=upstreams,
-        order=entry.order,
+        order=entry.routing_strategy,
         hedge_after_s=entry.hedge_after_s,
         sleep=sleep,
     )
@@ -148,7 +150,7 @@ def _remedy(settings: Settings, name: str, entry: models.ModelConfig) -> str:
     if paid:
         return (
             f"The model `{name}` is asked for with each client's own key, and a command has none"
-            f" (providers.{paid[0]}.key)."
+            f" (providers.{paid[0]}.auth)."
         )
     if not variables:
         names = " or ".join(dict.fromkeys(route.provider for route in entry.routes))

@@ -1,4 +1,6 @@
-"""What a request says beside its inputs: its client, its cache policy, its index options.
+"""What a request says: its inputs, its client, its cache policy, its index options.
+
+`http.openai_format` reads the JSON around them.
 
 The cache policy follows from `cache.mode` and the header `Cache-Control`. Source of the rules:
 RFC 9111, 5.2 and 5.2.1. As it recommends, directives that are unknown or not well formed are
@@ -13,31 +15,28 @@ The field `index` says which points are written to Qdrant, and under which ids::
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
 from aiohttp import web
 from embedding_proxy.index.collection import LONGEST_NAME, not_in_names
 from embedding_proxy.index.point import MAX_ID, PointId
-from embedding_proxy.providers.base import CachePolicy
+from embedding_proxy.providers.base import CachePolicy, Input
 from embedding_proxy.providers.errors import InvalidRequest
+from embedding_proxy.proxy.config.fields import Honor, Mode
 
-Mode: TypeAlias = Literal["normal", "frozen", "refresh", "off"]
-MEANING: dict[Mode, str] = {
-    "normal": "what is not cached is bought, once",
-    "frozen": "nothing is bought; what is not cached is an error",
-    "refresh": "everything is bought anew, and replaced in the cache",
-    "off": "everything is bought; nothing is read from the cache or kept in it",
-}
-Honor: TypeAlias = Literal["admin"] | bool
-"""`server.honor_cache_control`: whether a request's header counts, or only that of an admin."""
 # What stands between commas. One inside quotes parts nothing; quotes that are never closed take in
 # all that follows.
 _ITEM = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+"?)++', re.DOTALL)
 _SECONDS = re.compile(r"[0-9]+")
 _KEYS = ("collection", "ids", "payload")
+_TAKEN = "only text and token ids are taken"
+
+MAX_INPUTS = 2048
+"""At OpenAI: inputs in one request, and ids in a token array that stands alone."""
+Encoding: TypeAlias = Literal["float", "base64"]
 
 
 class Secret(str):
@@ -170,11 +169,11 @@ def parse_index_options(value: object, inputs: int) -> IndexOptions:
     if value is False:
         return IndexOptions(is_enabled=False)
     if not isinstance(value, Mapping):
-        raise _invalid("must be false, or an object with collection, ids or payload", "")
+        raise _index_error("must be false, or an object with collection, ids or payload", "")
     fields = {name: given for name, given in value.items() if given is not None}
     for name in fields:
         if name not in _KEYS:
-            raise _invalid(f"has an unknown key; known are {', '.join(_KEYS)}", f".{name}")
+            raise _index_error(f"has an unknown key; known are {', '.join(_KEYS)}", f".{name}")
     ids, payload = fields.get("ids"), fields.get("payload")
     return IndexOptions(
         collection=_collection(fields.get("collection")),
@@ -190,19 +189,19 @@ def _collection(name: object) -> str | None:
         return None
     where = ".collection"
     if not isinstance(name, str) or not name:
-        raise _invalid("must be a non-empty string", where)
+        raise _index_error("must be a non-empty string", where)
     if len(name) > LONGEST_NAME:
-        raise _invalid(f"must be of at most {LONGEST_NAME} characters", where)
+        raise _index_error(f"must be of at most {LONGEST_NAME} characters", where)
     if name in (".", "..") or not_in_names(name):
-        raise _invalid("holds a character that Qdrant allows in no name", where)
+        raise _index_error("holds a character that Qdrant allows in no name", where)
     return name
 
 
 def _each(value: object, name: str, inputs: int) -> Sequence[object]:
     if not isinstance(value, list | tuple):
-        raise _invalid("must be an array, one item for each input", f".{name}")
+        raise _index_error("must be an array, one item for each input", f".{name}")
     if len(value) != inputs:
-        raise _invalid(
+        raise _index_error(
             f"must have one item for each input: {inputs}, and not {len(value)}", f".{name}"
         )
     return value
@@ -219,14 +218,92 @@ def _id(one: object, place: int) -> PointId:
             return UUID(one)
         except ValueError:
             pass
-    raise _invalid("must be an unsigned integer of 64 bits or a UUID", f".ids[{place}]")
+    raise _index_error("must be an unsigned integer of 64 bits or a UUID", f".ids[{place}]")
 
 
 def _object(one: object, place: int) -> Mapping[str, object]:
     if not isinstance(one, Mapping):
-        raise _invalid("must be an object", f".payload[{place}]")
+        raise _index_error("must be an object", f".payload[{place}]")
     return one
 
 
-def _invalid(problem: str, where: str) -> InvalidRequest:
+def _index_error(problem: str, where: str) -> InvalidRequest:
     return InvalidRequest(f"'$.index{where}' is invalid: it {problem}.", param="index")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    """A request that is well formed; whether the model can answer it is not known here."""
+
+    model: str
+    inputs: list[Input]
+    dimensions: int | None
+    encoding: Encoding
+    user: str | None
+    parameters: Mapping[str, object]
+    """Further fields that may change the numbers: sent on, and part of the space."""
+    index: IndexOptions = NO_INDEX_OPTIONS
+    """What is to be indexed; it is for the proxy, and sent to nobody."""
+    neutral: Mapping[str, object] = field(default_factory=dict)
+    """Further fields that change no number: for providers that declare them."""
+
+
+def parse_input(
+    value: Any,  # noqa: ANN401 - whatever JSON holds
+    max_items: int | None = None,
+) -> list[Input]:
+    """Return the inputs that the `input` field stands for, in any of its four forms.
+
+    `max_items` bounds an array: its inputs, or the ids of a token array that stands alone.
+
+    >>> parse_input("a"), parse_input(["a", "b"]), parse_input([1, 2]), parse_input([[1], [2, 3]])
+    (['a'], ['a', 'b'], [(1, 2)], [(1,), (2, 3)])
+    """
+    if isinstance(value, str):
+        return [_text(value, "")]
+    if not isinstance(value, list):
+        raise _input_error("must be a string, an array of strings or an array of tokens", "")
+    if not value:
+        raise _input_error("must not be an empty array", "")
+    if max_items is not None and len(value) > max_items:
+        raise _input_error(
+            f"is an array too long: {len(value)} items, and a maximum of {max_items}", ""
+        )
+    first = type(value[0])
+    if first is str:
+        if set(map(type, value)) == {str} and all(value):
+            return value
+        return [_text(item, f"[{i}]") for i, item in enumerate(value)]
+    if first is list:
+        return [_tokens(item, f"[{i}]") for i, item in enumerate(value)]
+    if first is not int:
+        raise _input_error(f"must be a string or an integer token; {_TAKEN}", "[0]")
+    return [_tokens(value, "")]
+
+
+def _text(item: object, where: str) -> str:
+    if not isinstance(item, str):
+        raise _input_error(f"must be a string, like the items before it; {_TAKEN}", where)
+    if not item:
+        raise _input_error("must not be an empty string", where)
+    return item
+
+
+def _tokens(item: object, where: str) -> tuple[int, ...]:
+    if not isinstance(item, list):
+        raise _input_error(f"must be an array of tokens, like the items before it; {_TAKEN}", where)
+    if not item:
+        raise _input_error("must not be an empty array", where)
+    if set(map(type, item)) == {int} and min(item) >= 0 and max(item) < 1 << 32:
+        return tuple(item)
+    for i, token in enumerate(item):
+        # bool is an int to Python, not to JSON.
+        if type(token) is not int:
+            raise _input_error(f"must be an integer token; {_TAKEN}", f"{where}[{i}]")
+        if not 0 <= token < 1 << 32:
+            raise _input_error("is no token of any model", f"{where}[{i}]")
+    return tuple(item)
+
+
+def _input_error(problem: str, where: str) -> InvalidRequest:
+    return InvalidRequest(f"'$.input{where}' is invalid: it {problem}.", param="input")

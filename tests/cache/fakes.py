@@ -4,11 +4,11 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from embedding_proxy.cache.disk.changes import StoredRecord
+from embedding_proxy.cache.disk.write_batch import StoredRecord
 from embedding_proxy.cache.key import DEFAULT_NAMESPACE, Key, Keys, Namespace, Partition, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.record import Entry
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import (
     NORMAL,
     CachePolicy,

@@ -8,10 +8,10 @@ from contextlib import closing
 
 import pytest
 from embedding_proxy.cache.disk import connection, purge
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import StoreError
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import Partition, Row
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import archive, backup, short_reads
@@ -246,7 +246,7 @@ def test_what_is_in_the_copy_is_billed_in_it(database, target, between):
         usage = {(20_000, LedgerKey(HERE, "m", "p")): Usage(misses=1, tokens_billed=7)}
         row = MORE[len(between)]
         kept = {row.address: PendingRecord(row.record, row.partition)}
-        database.write(Changes(records=kept, usage=usage))
+        database.write(WriteBatch(records=kept, usage=usage))
 
     between += [buy] * 30
     backup.copy(database, target, lambda *_: None)

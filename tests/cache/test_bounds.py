@@ -2,9 +2,9 @@
 
 import pytest
 from embedding_proxy.cache.disk import bounds, ledger_reader
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Partition
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.providers.base import Space, current_label
@@ -54,10 +54,12 @@ def test_parameter_sets_of_a_model_are_bounded(tmp_path, monkeypatch):
         # A second opening is another process, or one after a restart.
         with opened(tmp_path, GIB, create=True) as file:
             for number, label in enumerate(half):
-                file.write(Changes(records=_record(number, Partition("", label, 8))))
-            file.write(Changes(records=_record(9, Partition("", "m", 8))))
-            file.write(Changes(records=_record(10, Partition("team", labels[5], 8))))
-            file.write(Changes(records=_record(11, Partition("", "m2?task=~0123456789abcdef", 8))))
+                file.write(WriteBatch(records=_record(number, Partition("", label, 8))))
+            file.write(WriteBatch(records=_record(9, Partition("", "m", 8))))
+            file.write(WriteBatch(records=_record(10, Partition("team", labels[5], 8))))
+            file.write(
+                WriteBatch(records=_record(11, Partition("", "m2?task=~0123456789abcdef", 8)))
+            )
     with opened(tmp_path, GIB) as file:
         assert set(_partitions(file)) == {
             *(Partition("", label, 8) for label in (*labels[:3], "m?other", "m")),
@@ -73,7 +75,7 @@ def test_partitions_are_bounded_in_all(tmp_path, monkeypatch):
         with opened(tmp_path, GIB, create=True) as file:
             for i in range(8):
                 partition = Partition(f"team {i}", "m", 8 + i % 2)
-                file.write(Changes(records=_record(i, partition)))
+                file.write(WriteBatch(records=_record(i, partition)))
             assert len(file.read_many([i.to_bytes(16, "big") for i in range(8)])) == 8
             assert _partitions(file) == [
                 *(Partition(f"team {i}", "m", 8 + i % 2) for i in range(3)),
@@ -92,7 +94,7 @@ def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
     one = Usage(hits=1, tokens_billed=5, nanodollars_billed=7)
     for chosen in (headings[:5], headings[::-1], headings):
         with opened(tmp_path, GIB, create=True) as file:
-            file.write(Changes(usage={(day, one_): one for one_ in chosen for day in (1, 2)}))
+            file.write(WriteBatch(usage={(day, one_): one for one_ in chosen for day in (1, 2)}))
     with opened(tmp_path, GIB) as file:
         lines = dict(
             ledger_reader.read(file.sql, [By.DAY, By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE])
@@ -102,7 +104,7 @@ def test_rows_of_a_day_are_bounded_over_processes(tmp_path, monkeypatch):
             *((day, "other", p, "other", OTHER_NAMESPACE) for day in (1, 2) for p in ("p", "")),
         }
         assert _total(lines.values()) == _total([one] * 2 * (5 + 8 + 8))
-        file.write(Changes(usage={(3, headings[7]): one}))
+        file.write(WriteBatch(usage={(3, headings[7]): one}))
         assert ((3, "m7", "", "c7", ""), one) in ledger_reader.read(
             file.sql, [By.DAY, By.MODEL, By.PROVIDER, By.CLIENT, By.NAMESPACE]
         )
@@ -114,7 +116,7 @@ def test_a_heading_of_shared_partitions_is_one_row(tmp_path, monkeypatch):
     monkeypatch.setattr(bounds, "MAX_LEDGER_KEYS", 2)
     usage = {(1, LedgerKey(Partition("", _label(i), 8), "m")): Usage(hits=1) for i in range(5)}
     with opened(tmp_path, GIB, create=True) as file:
-        file.write(Changes(usage=usage))
+        file.write(WriteBatch(usage=usage))
         lines = dict(ledger_reader.read(file.sql, [By.SPACE]))
     assert lines.pop(("m?other",)) == Usage(hits=4)
     assert list(lines.values()) == [Usage(hits=1)]
@@ -147,7 +149,7 @@ def test_lines_that_are_shown_are_bounded(tmp_path):
     headings = [LedgerKey(PARTITION, f"m{i}", ("p", "q")[i % 2]) for i in range(6)]
     usage = {(6 - i, heading): Usage(hits=1 << i) for i, heading in enumerate(headings)}
     with opened(tmp_path, GIB, create=True) as file:
-        file.write(Changes(usage=usage))
+        file.write(WriteBatch(usage=usage))
         read = ledger_reader.read(file.sql, [By.MODEL, By.PROVIDER], 2, {By.MODEL: ["m1", "none"]})
         assert ledger_reader.read(file.sql, [By.MODEL], 6) == ledger_reader.read(
             file.sql, [By.MODEL]
@@ -168,7 +170,7 @@ def test_no_line_that_is_shown_ever_shrinks(lines, days, tmp_path_factory):
     before: dict = {}
     with opened(tmp_path_factory.mktemp("store"), GIB, create=True) as file:
         for day, name in sorted(days, key=lambda one: one[0]):
-            file.write(Changes(usage={(day, LedgerKey(PARTITION, name, "p")): Usage(hits=1)}))
+            file.write(WriteBatch(usage={(day, LedgerKey(PARTITION, name, "p")): Usage(hits=1)}))
             now = dict(ledger_reader.read(file.sql, [By.MODEL], lines))
             assert len(now) <= lines + 1
             for names, usage in now.items():

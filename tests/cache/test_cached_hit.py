@@ -9,7 +9,7 @@ from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import LOT, Tiers
+from embedding_proxy.cache.tiers import LOT, Tiers
 from embedding_proxy.providers.base import NORMAL, CachePolicy, Context, Space
 from embedding_proxy.providers.billing import Account
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 from embedding_proxy.cache.disk.carver import CarveReport, rows
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.pages import INDEX_LEAF, cells
 from embedding_proxy.cache.disk.purge import PurgeFilter, announce, delete
+from embedding_proxy.cache.disk.quarantine import QuarantinedFile
 from embedding_proxy.cache.disk.salvage import salvage_pending
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
-from embedding_proxy.cache.disk.set_aside import SetAside
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import FORMAT, Partition
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.record import Entry, encode
@@ -65,7 +65,7 @@ async def _fill(directory):
     with opened(directory, GIB) as file:
         extra = dict(map(_record, range(5000, 5400)))
         kept = {address: PendingRecord(record, PARTITIONS[0]) for address, record in extra.items()}
-        file.write(Changes(records=kept))
+        file.write(WriteBatch(records=kept))
         with file.transaction() as connection:
             connection.executemany("DELETE FROM Cache WHERE key = ?", [(a,) for a in extra])
 
@@ -275,14 +275,14 @@ async def test_two_damages_count_no_sum_twice(directory, monkeypatch):
     async with Store(directory, GIB) as store:
         await store._writer.replace(store._disk.file)
         store._salvager.start()
-        given, note = asyncio.Event(), SetAside.note
+        given, note = asyncio.Event(), QuarantinedFile.note
         loop = asyncio.get_running_loop()
 
-        def noted(aside, **changed):
-            note(aside, **changed)
+        def noted(quarantined, **changed):
+            note(quarantined, **changed)
             loop.call_soon_threadsafe(given.set)
 
-        monkeypatch.setattr(SetAside, "note", noted)
+        monkeypatch.setattr(QuarantinedFile, "note", noted)
         await given.wait()
         await store._salvager.stop()
         await store._writer.replace(store._disk.file)
@@ -335,8 +335,8 @@ async def test_old_versions_of_pages_do_not_bring_back_what_was_purged(directory
 KILLED = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from embedding_proxy.cache.disk import set_aside, salvage
-from embedding_proxy.cache.disk.carver import Carver
+from embedding_proxy.cache.disk import quarantine, salvage
+from embedding_proxy.cache.disk.carver import RecordCarver
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.store import Store
 
@@ -362,8 +362,8 @@ def point():
 async def main():
     async with Store(directory, 1 << 30) as store:
         old = store._disk.file
-        for owner, name in [(set_aside.SetAside, "note"), (Path, "rename"), (Path, "unlink"),
-                            (Path, "mkdir")]:
+        for owner, name in [(quarantine.QuarantinedFile, "note"), (Path, "rename"),
+                            (Path, "unlink"), (Path, "mkdir")]:
             counted(owner, name, after=False)
             counted(owner, name, after=True)
         counted(salvage, "_put_sums", after=True)

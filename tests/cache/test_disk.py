@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from embedding_proxy.cache.disk import connection as disk_module
-from embedding_proxy.cache.disk import database, purge, set_aside
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
+from embedding_proxy.cache.disk import database, purge, quarantine
 from embedding_proxy.cache.disk.connection import Disk, StoreError
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import FORMAT, Partition
 
 from tests.cache.fakes import settle
@@ -135,8 +135,8 @@ async def test_a_damaged_file_is_moved_aside_and_kept(tmp_path, damage):
         assert {a: one.record for a, one in found.items()} == RECORDS
     async with Store(tmp_path, GIB) as store:
         assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
-    (aside,) = tmp_path.glob(f"v{FORMAT}.damaged-*/cache.db")
-    assert len(aside.read_bytes()) == len(damaged)
+    (quarantined,) = tmp_path.glob(f"v{FORMAT}.damaged-*/cache.db")
+    assert len(quarantined.read_bytes()) == len(damaged)
 
 
 async def test_two_damages_lie_side_by_side(tmp_path):
@@ -146,8 +146,8 @@ async def test_two_damages_lie_side_by_side(tmp_path):
         _path(tmp_path).write_bytes(b"no database %d " % number * 3000)
         async with Store(tmp_path, GIB) as store:
             assert await store.put_many(RECORDS, P)
-    aside = {path.read_bytes()[:13] for path in tmp_path.glob("*.damaged-*/cache.db")}
-    assert aside == {b"no database 0", b"no database 1", b"no database 2"}
+    quarantined = {path.read_bytes()[:13] for path in tmp_path.glob("*.damaged-*/cache.db")}
+    assert quarantined == {b"no database 0", b"no database 1", b"no database 2"}
 
 
 BAD_MOMENTS = [
@@ -263,7 +263,7 @@ async def test_many_who_find_the_same_damage_replace_once(tmp_path):
         new = disk.file
         await disk.replace(old)
         assert disk.file is new
-        await disk.write(lambda: new.write(Changes(records={bytes(16): PendingRecord(b"x", P)})))
+        await disk.write(lambda: new.write(WriteBatch(records={bytes(16): PendingRecord(b"x", P)})))
     assert len(list(tmp_path.glob("*.damaged-*"))) == 1
 
 
@@ -273,7 +273,7 @@ async def test_what_another_process_replaced_is_not_moved_aside(tmp_path):
     async with _opened(tmp_path) as one, _opened(tmp_path) as two:
         await one.replace(one.file)
         await one.write(
-            lambda: one.file.write(Changes(records={bytes(16): PendingRecord(b"x", P)}))
+            lambda: one.file.write(WriteBatch(records={bytes(16): PendingRecord(b"x", P)}))
         )
         await two.replace(two.file)
         assert (await two.read(lambda: two.file.read_many([bytes(16)]))).keys() == {bytes(16)}
@@ -399,7 +399,7 @@ def test_a_thousand_stores_set_aside_are_enough(tmp_path, monkeypatch):
     path.write_bytes(b"damaged")
     monkeypatch.setattr(Path, "mkdir", _failing(FileExistsError()))
     with pytest.raises(FileExistsError, match="too many damaged stores"):
-        set_aside.move(path, path.stat().st_ino)
+        quarantine.move(path, path.stat().st_ino)
     assert path.read_bytes() == b"damaged"
 
 

@@ -13,7 +13,7 @@ from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight, SharedTask
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.tiers import TierCounters, Tiers
 from embedding_proxy.providers.base import Context, Outcome, Space
 from embedding_proxy.providers.billing import Account
 from embedding_proxy.providers.client_credential import Credential

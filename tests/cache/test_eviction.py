@@ -5,12 +5,12 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from embedding_proxy.cache.disk import changes as changes_module
 from embedding_proxy.cache.disk import eviction, purge
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord, Use
+from embedding_proxy.cache.disk import write_batch as write_batch_module
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.disk.write_batch import PendingRecord, Use, WriteBatch
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from hypothesis import given, settings
@@ -57,13 +57,13 @@ def _opened(directory, pages=LIMIT, pinned=("pinned",)):
 def clock(monkeypatch):
     """Give a clock for what is written."""
     clock = Clock()
-    monkeypatch.setattr(changes_module, "time", clock)
+    monkeypatch.setattr(write_batch_module, "time", clock)
     return clock
 
 
 def _put(database, numbers, partition=COMMON, size=PAGEFUL, **other):
     records = {_address(i): PendingRecord(bytes(size), partition) for i in numbers}
-    database.write(Changes(records=records, **other))
+    database.write(WriteBatch(records=records, **other))
 
 
 def _here(database):
@@ -90,7 +90,7 @@ def test_the_one_unused_for_longest_goes_first(tmp_path, clock):
             clock.now += LONG
             _put(database, [i])
         clock.now += LONG
-        database.write(Changes(used={_address(i): Use(clock.ms, COMMON) for i in (0, 3, 4)}))
+        database.write(WriteBatch(used={_address(i): Use(clock.ms, COMMON) for i in (0, 3, 4)}))
         gone = []
         for i in range(100, 120):
             clock.now += LONG
@@ -111,7 +111,7 @@ def test_a_use_that_is_only_in_memory_protects(tmp_path, clock):
         for i in range(100, 120):
             clock.now += 1
             records = {_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}
-            database.write(Changes(records=records), recent)
+            database.write(WriteBatch(records=records), recent)
         assert {0, 1, 2} <= _here(database)
         assert not set(range(3, 9)) & _here(database)
         used = database.sql(
@@ -141,7 +141,7 @@ def test_where_everything_was_just_used_there_is_still_room(tmp_path, clock):
         for i in range(100, 130):
             clock.now += 1
             database.write(
-                Changes(records={_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}), recent
+                WriteBatch(records={_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}), recent
             )
             assert i in _here(database)
             assert _pages(database)[1] <= LIMIT
@@ -178,7 +178,7 @@ def test_a_store_full_of_what_is_pinned_takes_nothing_more(tmp_path, clock):
         assert _here(database) == set(range(number))
         assert _pages(database)[0] <= LIMIT
         # What needs no room goes on.
-        database.write(Changes(used={_address(0): Use(clock.ms + 1_000_000, PINNED)}))
+        database.write(WriteBatch(used={_address(0): Use(clock.ms + 1_000_000, PINNED)}))
     with _opened(tmp_path, pages=2 * LIMIT) as database:
         _put(database, [1000])
         assert 1000 in _here(database)
@@ -209,7 +209,7 @@ def test_where_all_was_just_used_and_something_is_pinned_writes_go_on(tmp_path, 
             clock.now += 1
             recent = {_address(n): Use(clock.ms, COMMON) for n in _here(database)}
             database.write(
-                Changes(records={_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}), recent
+                WriteBatch(records={_address(i): PendingRecord(bytes(PAGEFUL), COMMON)}), recent
             )
             assert {0, 1, i} <= _here(database)
             assert _pages(database)[1] <= LIMIT
@@ -223,7 +223,7 @@ def test_a_store_full_of_what_is_pinned_still_keeps_the_bill(tmp_path, clock):
             for number in range(100):
                 _put(database, [number], PINNED)
         clock.now += LONG
-        changes = Changes(
+        changes = WriteBatch(
             records={_address(1000): PendingRecord(bytes(PAGEFUL), COMMON)},
             usage={(1, heading): Usage(misses=1, tokens_billed=7)},
             used={_address(0): Use(clock.ms, PINNED)},
@@ -292,7 +292,7 @@ def test_what_lies_on_half_empty_pages_is_moved_together(tmp_path, clock):
         order = [i * 149 % 400 for i in range(400) if i * 149 % 400 in _here(database)]
         clock.now += LONG
         uses = {_address(i): Use(clock.ms + place, COMMON) for place, i in enumerate(order)}
-        database.write(Changes(used=uses))
+        database.write(WriteBatch(used=uses))
         for start in range(1000, 1200, 10):
             clock.now += 1
             _put(database, range(start, start + 10), size=3000)
@@ -377,11 +377,11 @@ class Rig:
 
     def put(self, partition, numbers):
         records = {_address(i): PendingRecord(bytes(PAGEFUL), partition) for i in numbers}
-        self.database.write(Changes(records=records), self._recent)
+        self.database.write(WriteBatch(records=records), self._recent)
         self._rows.update(dict.fromkeys(numbers, (partition, self._clock.ms)))
 
     def delete(self, _, numbers):
-        self.database.write(Changes(dead=[(_address(i), bytes(PAGEFUL)) for i in numbers]))
+        self.database.write(WriteBatch(deletions=[(_address(i), bytes(PAGEFUL)) for i in numbers]))
         for i in numbers:
             self._rows.pop(i, None)
 
@@ -403,7 +403,7 @@ class Rig:
         )
 
     def flush(self, *_):
-        self.database.write(Changes(used=dict(self._recent)))
+        self.database.write(WriteBatch(used=dict(self._recent)))
         self._recent.clear()
 
     def check(self, room):
@@ -438,7 +438,7 @@ def test_entries_keep_in_step_with_records(tmp_path_factory, steps):
         pytest.MonkeyPatch.context() as patch,
         contextlib.closing(Rig(tmp_path_factory.mktemp("store"), clock)) as rig,
     ):
-        patch.setattr(changes_module, "time", clock)
+        patch.setattr(write_batch_module, "time", clock)
         for what, partition, numbers in steps:
             clock.now += LONG
             room = LIMIT - _pages(rig.database)[1]
@@ -465,7 +465,7 @@ def test_a_pinned_name_is_a_namespace_not_a_space(tmp_path, clock):
 
 def test_the_clock_may_stand_still(tmp_path, monkeypatch):
     """Where all entries have one time, the limit holds and what was just written is there."""
-    monkeypatch.setattr(changes_module, "time", SimpleNamespace(time=lambda: 0.0))
+    monkeypatch.setattr(write_batch_module, "time", SimpleNamespace(time=lambda: 0.0))
     with _opened(tmp_path) as database:
         for i in range(100):
             _put(database, [i])
@@ -480,7 +480,7 @@ def test_what_another_process_uses_again_and_again_stays(tmp_path, clock):
         for i in range(100, 200):
             clock.now += 10
             # One process only reads, and writes its uses now and then; the other only buys.
-            theirs.write(Changes(used={_address(n): Use(clock.ms, COMMON) for n in range(3)}))
+            theirs.write(WriteBatch(used={_address(n): Use(clock.ms, COMMON) for n in range(3)}))
             _put(mine, [i])
             assert {0, 1, 2, i} <= _here(mine)
 
@@ -497,6 +497,6 @@ def test_many_hot_entries_at_the_cold_end_all_stay(tmp_path, clock):
             records = {
                 _address(i): PendingRecord(bytes(3000), COMMON) for i in range(start, start + 20)
             }
-            database.write(Changes(records=records), recent)
+            database.write(WriteBatch(records=records), recent)
         assert set(hot) <= _here(database)
         assert _pages(database)[1] <= 400

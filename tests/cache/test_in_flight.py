@@ -7,7 +7,7 @@ import pytest
 from embedding_proxy.cache.in_flight import Fetch, InFlight, wait
 from embedding_proxy.cache.key import keyring
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import CachePolicy, Context, Embedded, Space
 from embedding_proxy.providers.client_credential import Credential
 from embedding_proxy.providers.errors import NoRoute

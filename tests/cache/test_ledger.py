@@ -5,15 +5,15 @@ import sqlite3
 
 import pytest
 from embedding_proxy.cache.disk import ledger_reader
-from embedding_proxy.cache.disk.changes import Changes
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import WriteBatch
 from embedding_proxy.cache.embedder import CachingEmbedder
 from embedding_proxy.cache.in_flight import InFlight
 from embedding_proxy.cache.key import Namespace, Partition, keyring
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Context, Outcome, Space
 from embedding_proxy.providers.billing import Account, Bill
 from embedding_proxy.providers.errors import RateLimited
@@ -156,7 +156,7 @@ def test_the_ledger_is_summed_by_what_is_asked_for(tmp_path, by, lines):
     """Whatever it is summed by, in order, nothing is left out and nothing counted twice."""
     with opened(tmp_path, GIB, create=True) as file:
         assert ledger_reader.read(file.sql, by) == []
-        file.write(Changes(usage=LINES))
+        file.write(WriteBatch(usage=LINES))
         found = ledger_reader.read(file.sql, by)
     assert dict(found) == lines
     assert [names for names, _ in found] == sorted(lines)
@@ -165,7 +165,7 @@ def test_the_ledger_is_summed_by_what_is_asked_for(tmp_path, by, lines):
 def test_what_was_paid_is_told_though_nobody_knows_what_for(tmp_path):
     """A partition that damage has taken is no reason to leave its lines out."""
     with opened(tmp_path, GIB, create=True) as file:
-        file.write(Changes(usage=LINES))
+        file.write(WriteBatch(usage=LINES))
         file.sql("DELETE FROM Partitions WHERE namespace = 'team'")
         assert ledger_reader.read(file.sql, []) == [((), Usage(6, 8, 1, 0, 0, 10, 3))]
         found = dict(ledger_reader.read(file.sql, [By.NAMESPACE]))

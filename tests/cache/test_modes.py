@@ -10,7 +10,7 @@ from embedding_proxy.cache import record
 from embedding_proxy.cache.errors import NotCached
 from embedding_proxy.cache.ledger import Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import TierCounters
+from embedding_proxy.cache.tiers import TierCounters
 from embedding_proxy.providers.base import CachePolicy, Context, Embedded
 from embedding_proxy.providers.errors import RateLimited
 from embedding_proxy.providers.profile import Limits

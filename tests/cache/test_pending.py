@@ -2,7 +2,7 @@
 
 import pytest
 from embedding_proxy.cache.disk import writer as pending_module
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord, Use
+from embedding_proxy.cache.disk.write_batch import PendingRecord, Use, WriteBatch
 from embedding_proxy.cache.disk.writer import Pending
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import Usage
@@ -25,7 +25,7 @@ def test_what_is_taken_is_taken_once():
     pending.changes.records[B] = PendingRecord(b"b", P)
     assert list(first.records) == [A]
     assert list(pending.take().records) == [B]
-    assert pending.take() == Changes()
+    assert pending.take() == WriteBatch()
 
 
 def test_nothing_can_wait_where_nothing_is():
@@ -42,9 +42,9 @@ def test_uses_sums_and_backlog_go_together():
     pending = Pending()
     pending.uses.note([A, B], Use(1, P))
     pending.changes.count(1, P, Usage(hits=1))
-    pending.keep_failed(Changes(records={C: PendingRecord(b"c", P)}))
+    pending.keep_failed(WriteBatch(records={C: PendingRecord(b"c", P)}))
     taken = pending.take_deferred()
-    assert taken == Changes(
+    assert taken == WriteBatch(
         records={C: PendingRecord(b"c", P)},
         keep_newer=True,
         used=dict.fromkeys([A, B], Use(1, P)),
@@ -62,7 +62,7 @@ def test_a_transaction_of_what_can_wait_is_not_too_large(monkeypatch):
     pending = Pending()
     addresses = [bytes([i]) for i in range(7)]
     pending.uses.note(addresses, Use(1, P))
-    pending.keep_failed(Changes(records={a: PendingRecord(a, P) for a in addresses}))
+    pending.keep_failed(WriteBatch(records={a: PendingRecord(a, P) for a in addresses}))
     uses, records = [], []
     while (taken := pending.take_deferred()) is not None:
         assert len(taken.used) <= 2
@@ -96,7 +96,7 @@ def test_the_backlog_is_bounded_in_bytes(monkeypatch, size, fit):
     monkeypatch.setattr(pending_module, "MAX_BACKLOG_BYTES", 10)
     pending = Pending()
     for i in range(12):
-        pending.keep_failed(Changes(records={bytes([i]): PendingRecord(bytes(size), P)}))
+        pending.keep_failed(WriteBatch(records={bytes([i]): PendingRecord(bytes(size), P)}))
     assert list(pending.backlog) == [bytes([i]) for i in range(fit)]
 
 
@@ -109,7 +109,7 @@ def test_a_record_too_large_keeps_no_smaller_one_out(monkeypatch):
         B: PendingRecord(bytes(4), P),
         C: PendingRecord(bytes(6), P),
     }
-    pending.keep_failed(Changes(records=records))
+    pending.keep_failed(WriteBatch(records=records))
     assert list(pending.backlog) == [B, C]
 
 
@@ -117,10 +117,10 @@ def test_what_was_written_makes_room(monkeypatch):
     """Writing a record, or a newer one of its address, ends its waiting and frees its bytes."""
     monkeypatch.setattr(pending_module, "MAX_BACKLOG_BYTES", 10)
     pending = Pending()
-    pending.keep_failed(Changes(records={A: PendingRecord(bytes(10), P)}))
+    pending.keep_failed(WriteBatch(records={A: PendingRecord(bytes(10), P)}))
     pending.note_written({A: PendingRecord(b"newer and shorter", P), B: PendingRecord(b"", P)})
     assert pending.backlog == {}
-    pending.keep_failed(Changes(records={B: PendingRecord(bytes(10), P)}))
+    pending.keep_failed(WriteBatch(records={B: PendingRecord(bytes(10), P)}))
     assert list(pending.backlog) == [B]
 
 

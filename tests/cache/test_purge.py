@@ -4,18 +4,18 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-from embedding_proxy.cache.disk import changes as changes_module
 from embedding_proxy.cache.disk import eviction, purge
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord, Use
+from embedding_proxy.cache.disk import write_batch as write_batch_module
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import Database
 from embedding_proxy.cache.disk.eviction import TOUCH_MS
 from embedding_proxy.cache.disk.purge import PurgeFilter
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import PendingRecord, Use, WriteBatch
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import encode
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,8 +71,8 @@ def full(tmp_path_factory):
         }
         used = {_address(i): Use(1000 * used, p) for i, (p, _, used) in rows.items()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(changes_module, "time", SimpleNamespace(time=lambda: 0.0))
-            full.write(Changes(records=records, used=used))
+            patch.setattr(write_batch_module, "time", SimpleNamespace(time=lambda: 0.0))
+            full.write(WriteBatch(records=records, used=used))
         yield full, rows
 
 
@@ -80,7 +80,7 @@ def _delete_and_undo(database, choice):
     """Return the numbers that a purge of the choice deletes, and undo it."""
     database.sql("SAVEPOINT before")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(purge, "_give_back", lambda _: iter(()))
+        patch.setattr(purge, "_shrink", lambda _: iter(()))
         # No transactions of its own: all is in one that is undone.
         patch.setattr(
             Database, "transaction", lambda db, _pages: contextlib.nullcontext(db.cache._con)
@@ -159,11 +159,11 @@ def test_a_later_use_saves_an_entry_from_a_purge_by_use(tmp_path):
     """Age is the time of purchase and last use that of the last one written."""
     with _opened(tmp_path) as database:
         database.write(
-            Changes(records={_address(i): PendingRecord(b"x", None, 1.0) for i in range(2)})
+            WriteBatch(records={_address(i): PendingRecord(b"x", None, 1.0) for i in range(2)})
         )
         ((used,),) = database.sql("SELECT DISTINCT used FROM Entries")
         later = used + 2 * TOUCH_MS
-        database.write(Changes(used={_address(0): Use(later, None)}))
+        database.write(WriteBatch(used={_address(0): Use(later, None)}))
         assert sum(purge.delete(database, PurgeFilter(used_before=later / 1000))) == 1
         assert list(database.read_many([_address(i) for i in range(2)])) == [_address(0)]
         assert sum(purge.delete(database, PurgeFilter(stored_before=1.0))) == 0
@@ -177,12 +177,12 @@ def test_a_large_purge_goes_a_little_at_a_time(tmp_path, monkeypatch):
         for part in (PARTITIONS[0], PARTITIONS[1]):
             start = PARTITIONS.index(part) * 1000
             records = {_address(start + i): PendingRecord(bytes(100), part) for i in range(450)}
-            database.write(Changes(records=records))
+            database.write(WriteBatch(records=records))
         steps, left = purge.delete(database, PurgeFilter(space="m")), 900
         for deleted in (100, 100, 100, 100, 50):
             assert next(steps) == deleted
             left -= deleted
-            other.write(Changes(records={_address(5000): PendingRecord(b"x", None)}))
+            other.write(WriteBatch(records={_address(5000): PendingRecord(b"x", None)}))
             assert other.sql("SELECT count(*) FROM Entries").fetchall() == [(left + 1,)]
         assert set(steps) <= {0}
         assert purge.count_entries(other, PurgeFilter()) == (451, 450 * 56)
@@ -200,7 +200,7 @@ def test_a_purge_ends_while_others_store_more_than_it_deletes(choice, tmp_path):
             records = {
                 _address(number * lot + i): PendingRecord(b"x", PARTITIONS[0]) for i in range(lot)
             }
-            other.write(Changes(records=records))
+            other.write(WriteBatch(records=records))
 
         for number in range(3):
             store(number)
@@ -223,7 +223,7 @@ def test_freed_pages_are_given_back(tmp_path, moved, monkeypatch):
         for start in range(0, 1000, 100):
             part = PARTITIONS[start // 100 % 2]
             records = {_address(start + i): PendingRecord(bytes(20_000), part) for i in range(100)}
-            database.write(Changes(records=records))
+            database.write(WriteBatch(records=records))
         before = database.read_many([_address(i) for i in range(100, 200)])
         ((pages,),) = database.sql("PRAGMA page_count")
         assert sum(purge.delete(database, PurgeFilter(space="m"))) == 500
@@ -240,7 +240,7 @@ def test_a_file_that_gives_nothing_back_is_no_endless_work(tmp_path):
     """An early file cannot be made shorter; a purge of it ends all the same."""
     with _opened(tmp_path) as database:
         database.write(
-            Changes(records={_address(i): PendingRecord(bytes(20_000), None) for i in range(50)})
+            WriteBatch(records={_address(i): PendingRecord(bytes(20_000), None) for i in range(50)})
         )
         # VACUUM makes a file of another kind only where there is no write-ahead log.
         for pragma in ("journal_mode = delete", "auto_vacuum = 0"):
@@ -256,7 +256,7 @@ def test_a_file_that_gives_nothing_back_is_no_endless_work(tmp_path):
 def test_a_row_without_its_record_is_deleted_too(tmp_path):
     """What is counted as an entry goes with a purge, also where someone took the record away."""
     with _opened(tmp_path) as database:
-        database.write(Changes(records={_address(1): PendingRecord(b"x", None)}))
+        database.write(WriteBatch(records={_address(1): PendingRecord(b"x", None)}))
         database.sql("INSERT INTO Entries VALUES (1000000, NULL, 0, 0)")
         assert sum(purge.delete(database, PurgeFilter(stored_before=1.0))) == 1
         assert database.sql("SELECT count(*) FROM Entries").fetchall() == [(1,)]

@@ -10,11 +10,11 @@ from unittest.mock import Mock
 import pytest
 from clock import Clock
 from embedding_proxy.cache.disk import read_only
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord, StoredRecord
 from embedding_proxy.cache.disk.connection import Disk
 from embedding_proxy.cache.disk.read_only import SLOW_SECONDS, InlineReader
 from embedding_proxy.cache.disk.reader import Reader
 from embedding_proxy.cache.disk.store import Store
+from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord, WriteBatch
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.providers.backoff import MAX_SECONDS, MIN_SECONDS
 
@@ -45,7 +45,7 @@ async def disk(tmp_path):
 
 
 async def _write(disk, numbers):
-    await disk.write(lambda: disk.file.write(Changes(records=_kept(numbers))))
+    await disk.write(lambda: disk.file.write(WriteBatch(records=_kept(numbers))))
 
 
 async def _nobody(*_):

@@ -10,19 +10,19 @@ import threading
 from pathlib import Path
 
 import pytest
-from embedding_proxy.cache.disk import read_only, salvage, set_aside
+from embedding_proxy.cache.disk import quarantine, read_only, salvage
 from embedding_proxy.cache.disk import reader as reader_module
 from embedding_proxy.cache.disk.connection import opened
 from embedding_proxy.cache.disk.database import Database
+from embedding_proxy.cache.disk.quarantine import QuarantinedFile
 from embedding_proxy.cache.disk.read_only import DamagedFile
 from embedding_proxy.cache.disk.salvage import salvage_file, salvage_pending
-from embedding_proxy.cache.disk.set_aside import SetAside
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import FORMAT, Partition, keyring
 from embedding_proxy.cache.ledger import By, LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
 from embedding_proxy.cache.record import Entry, encode
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 
 from tests.cache.fakes import entries_in
@@ -49,7 +49,7 @@ async def _fill(directory):
 
 def _set_aside(directory):
     path = _path(directory)
-    return set_aside.move(path, path.stat().st_ino)
+    return quarantine.move(path, path.stat().st_ino)
 
 
 async def _total(directory):
@@ -91,11 +91,11 @@ async def test_sums_are_added_once_wherever_the_file_lies(tmp_path):
     Of a file elsewhere they are only added if that is asked for: they may be in the ledger.
     """
     await _fill(tmp_path)
-    aside = _set_aside(tmp_path)
+    quarantined = _set_aside(tmp_path)
     salvage_pending(tmp_path, GIB)
     assert await _total(tmp_path) == [(("m",), PAID)]
     with opened(tmp_path, GIB) as file:
-        assert salvage_file(aside.path, file)[0].sums == 0
+        assert salvage_file(quarantined.path, file)[0].sums == 0
     elsewhere = tmp_path / "elsewhere.db"
     other = tmp_path / "other"
     await _fill(other)
@@ -115,7 +115,7 @@ async def test_the_marks_of_a_file_go_with_its_sums(tmp_path):
     second = _set_aside(tmp_path)
     # As if the first had not been finished when the second was damaged.
     first.note(done=False, sums=False)
-    assert [aside.folder for aside in set_aside.pending(_path(tmp_path))] == [
+    assert [quarantined.folder for quarantined in quarantine.pending(_path(tmp_path))] == [
         second.folder,
         first.folder,
     ]
@@ -126,7 +126,7 @@ async def test_the_marks_of_a_file_go_with_its_sums(tmp_path):
 async def test_another_process_that_salvages_is_waited_for(tmp_path, monkeypatch):
     """One works at a time; the other finds that all is done, and returns the same outcome."""
     await _fill(tmp_path)
-    aside = _set_aside(tmp_path)
+    quarantined = _set_aside(tmp_path)
     waited, may_go_on = threading.Event(), threading.Event()
 
     def sleep(_):
@@ -141,7 +141,7 @@ async def test_another_process_that_salvages_is_waited_for(tmp_path, monkeypatch
             patch.setattr("embedding_proxy.cache.disk.salvage.time.sleep", sleep)
             waiting = asyncio.create_task(asyncio.to_thread(salvage_pending, tmp_path, GIB))
             await asyncio.to_thread(waited.wait)
-            salvage.finish(aside, salvage.Outcome(records=5, sums=2))
+            salvage.finish(quarantined, salvage.Outcome(records=5, sums=2))
             may_go_on.set()
             (outcome,) = await waiting
     assert (outcome.records, outcome.sums) == (5, 2)
@@ -155,9 +155,9 @@ async def test_a_store_waits_for_the_salvage_of_another_process(tmp_path):
         async with Store(tmp_path, GIB) as store:
             reading = asyncio.create_task(store.lookup(list(RECORDS)))
             with opened(tmp_path, GIB) as file:
-                (aside,) = set_aside.pending(_path(tmp_path))
-                outcome, _ = await asyncio.to_thread(salvage_file, aside.path, file)
-                salvage.finish(aside, outcome)
+                (quarantined,) = quarantine.pending(_path(tmp_path))
+                outcome, _ = await asyncio.to_thread(salvage_file, quarantined.path, file)
+                salvage.finish(quarantined, outcome)
             assert (await reading).keys() == RECORDS.keys()
             await store.salvaged()
             assert store._disk.damaged == ()
@@ -210,13 +210,15 @@ async def test_a_disk_that_takes_nothing_is_asked_again(tmp_path, monkeypatch, c
 async def test_what_is_salvaged_is_told(tmp_path, caplog):
     """One line when it begins, one when it is done: how much, and what may become of the folder."""
     await _fill(tmp_path)
-    aside = _set_aside(tmp_path)
+    quarantined = _set_aside(tmp_path)
     with caplog.at_level(logging.WARNING):
         async with Store(tmp_path, GIB) as store:
             await store.salvaged()
-    assert f"{aside.folder}: saving what is whole in it" in caplog.text
-    assert f"{aside.folder}: 300 records and 1 sums were saved; the folder is not" in caplog.text
-    assert aside.path.stat().st_size > 0
+    assert f"{quarantined.folder}: saving what is whole in it" in caplog.text
+    assert (
+        f"{quarantined.folder}: 300 records and 1 sums were saved; the folder is not" in caplog.text
+    )
+    assert quarantined.path.stat().st_size > 0
 
 
 async def test_a_folder_of_an_earlier_version_is_left_alone(tmp_path):
@@ -235,9 +237,9 @@ async def test_a_folder_of_an_earlier_version_is_left_alone(tmp_path):
 async def test_a_state_that_cannot_be_read_means_that_all_is_to_be_done(tmp_path, content):
     """A power cut may leave it empty; what was added is not added again."""
     await _fill(tmp_path)
-    aside = _set_aside(tmp_path)
+    quarantined = _set_aside(tmp_path)
     salvage_pending(tmp_path, GIB)
-    state = aside.folder / set_aside.STATE_FILE
+    state = quarantined.folder / quarantine.STATE_FILE
     state.write_bytes(content)
     assert salvage_pending(tmp_path, GIB) == [salvage.Outcome(0, 300)]
     assert await _total(tmp_path) == [(("m",), PAID)]
@@ -247,16 +249,16 @@ async def test_a_file_that_was_put_there_since_is_not_moved(tmp_path):
     """A process is killed before it moves anything, and an operator puts a copy in its place."""
     await _fill(tmp_path)
     path = _path(tmp_path)
-    aside = SetAside(tmp_path / f"v{FORMAT}.damaged-20250101T000000-0", path.name)
-    aside.folder.mkdir()
-    aside.note(done=False, moved=False, number=1, inode=path.stat().st_ino)
+    quarantined = QuarantinedFile(tmp_path / f"v{FORMAT}.damaged-20250101T000000-0", path.name)
+    quarantined.folder.mkdir()
+    quarantined.note(done=False, moved=False, number=1, inode=path.stat().st_ino)
     copy = tmp_path / "copy"
     shutil.copy(path, copy)
     copy.rename(path)
     async with Store(tmp_path, GIB) as store:
         assert (await store.lookup(list(RECORDS))).keys() == RECORDS.keys()
-    assert not aside.is_pending
-    assert not aside.path.exists()
+    assert not quarantined.is_pending
+    assert not quarantined.path.exists()
 
 
 async def test_closing_a_moved_file_leaves_the_log_of_the_new_one(tmp_path):
@@ -267,14 +269,14 @@ async def test_closing_a_moved_file_leaves_the_log_of_the_new_one(tmp_path):
         old.execute("UPDATE Settings SET value = value")
         old.commit()
         old_log = path.with_name("cache.db-wal").read_bytes()
-        aside = _set_aside(tmp_path)
+        quarantined = _set_aside(tmp_path)
         async with Store(tmp_path, GIB) as store:
             await store.salvaged()
             assert await store.put_many({b"n" * 16: b"new"}, P)
             old.close()
             assert path.with_name("cache.db-wal").stat().st_size > 0
             assert (await store.lookup([b"n" * 16])).keys() == {b"n" * 16}
-    assert aside.log.read_bytes() == old_log
+    assert quarantined.log.read_bytes() == old_log
 
 
 @pytest.mark.parametrize("has_log", [False, True])
@@ -283,9 +285,9 @@ async def test_without_its_log_a_damaged_file_tells_nothing_of_what_it_lacks(
 ):
     """Where SQLite can make no file beside it, what may be in the log cannot be looked up."""
     await _fill(tmp_path)
-    aside = _set_aside(tmp_path)
+    quarantined = _set_aside(tmp_path)
     if has_log:
-        aside.log.write_bytes(bytes(32))
+        quarantined.log.write_bytes(bytes(32))
     connected = read_only._connected
 
     def refusing(path, query, patience_s):
@@ -294,7 +296,7 @@ async def test_without_its_log_a_damaged_file_tells_nothing_of_what_it_lacks(
         return connected(path, query, patience_s)
 
     monkeypatch.setattr(read_only, "_connected", refusing)
-    file = DamagedFile(aside)
+    file = DamagedFile(quarantined)
     addresses = [*RECORDS, b"n" * 16]
     found, unreadable = file.read_many(addresses)
     file.close()

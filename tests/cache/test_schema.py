@@ -16,7 +16,7 @@ from embedding_proxy.cache.disk.store import Store, StoreError
 from embedding_proxy.cache.key import FORMAT, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Space
 
 from tests.cache.fakes import entries_in

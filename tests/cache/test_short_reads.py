@@ -198,7 +198,7 @@ def test_verification_lets_the_log_begin_anew(database, watched):
     assert not findings.broken
     assert findings.unchecked
     assert not findings.sound
-    assert not findings.is_mendable
+    assert not findings.is_repairable
 
 
 def test_what_was_interrupted_is_tried_again(database, watched):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from embedding_proxy.cache.disk import connection
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import stats
@@ -33,7 +33,7 @@ def _put(database, numbers, partition, stored, used):
         digest = hashlib.blake2b(number.to_bytes(8, "big"), digest_size=16).digest()
         entry = Entry(digest[:4] * width, 7, counted=True, digest=digest)
         kept[digest] = PendingRecord(encode(entry), partition, stored)
-    database.write(Changes(records=kept))
+    database.write(WriteBatch(records=kept))
     marks = ",".join("?" * len(kept))
     database.sql(
         f"UPDATE Entries SET used = ? WHERE id IN (SELECT rowid FROM Cache WHERE key IN ({marks}))",
@@ -87,7 +87,7 @@ def test_uses_are_summed_over_the_days(database):
         (DAY + 1, LedgerKey(HERE, client="c")): Usage(10, 20, 30, 40, 500, 600, 70, 80),
         (DAY + 2, LedgerKey(THERE)): Usage(hits=5, tokens_saved=7),
     }
-    database.write(Changes(usage=counted))
+    database.write(WriteBatch(usage=counted))
     _put(database, range(1), HERE, 1_000, 1_000)
     found = stats.gather(database)
     held = {one.partition: one for one in found.held}

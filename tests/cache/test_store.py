@@ -15,10 +15,10 @@ import diskcache
 import pytest
 from embedding_proxy.cache.disk import connection, database, purge
 from embedding_proxy.cache.disk import store as store_module
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
 from embedding_proxy.cache.disk.database import PAGE_BYTES, RawDisk
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.store import Store, StoreError
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import FORMAT, Partition
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
@@ -876,7 +876,7 @@ async def test_a_purge_leaves_the_connection_as_it_was(tmp_path):
     """What is purged is overwritten; what is evicted afterwards by the same connection is not."""
     with connection.opened(tmp_path, GIB, create=True) as file:
         file.write(
-            Changes(records={a: PendingRecord(r, None) for a, r in _records(range(5)).items()})
+            WriteBatch(records={a: PendingRecord(r, None) for a, r in _records(range(5)).items()})
         )
         steps = purge.delete(file, purge.PurgeFilter())
         assert next(steps) == 5
@@ -890,9 +890,9 @@ async def test_the_purchase_that_is_newer_wins(tmp_path):
     address = _address(1)
     for first, second, expected in ((5.0, 9.0, new), (9.0, 5.0, old)):
         with connection.opened(tmp_path, GIB, create=True) as file:
-            file.write(Changes(records={address: PendingRecord(old, None, first)}))
+            file.write(WriteBatch(records={address: PendingRecord(old, None, first)}))
             backlog = {address: PendingRecord(new, None, second)}
-            file.write(Changes(records=backlog, keep_newer=True))
+            file.write(WriteBatch(records=backlog, keep_newer=True))
             ((value, stored),) = file.sql(
                 "SELECT value, Entries.stored FROM Cache JOIN Entries ON id = Cache.rowid"
             )

@@ -1,7 +1,7 @@
 """Which uses are remembered, and which are still to be written."""
 
 from embedding_proxy.cache.disk import writer
-from embedding_proxy.cache.disk.changes import Use
+from embedding_proxy.cache.disk.write_batch import Use
 from embedding_proxy.cache.disk.writer import AccessLog
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -59,7 +59,7 @@ def test_a_sound_store_is_sound(store):
         findings, seen = _scan(database)
         assert (findings, findings.sound) == (Findings(records=20), True)
         assert seen[-1] == 20
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _rows(database) == ROWS
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_record_is_found_and_mending_deletes_it(damage, store):
         findings, _ = _scan(database)
         assert (findings.records, findings.damaged, findings.sound) == (19, 1, False)
         assert not findings.lost_sight_of
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _scan(database)[0] == Findings(records=19)
         assert _rows(database) == OTHERS
         assert database.sql("SELECT count(*) FROM Entries").fetchone() == (19,)
@@ -129,7 +129,7 @@ def test_a_record_of_another_width_than_its_partition_is_kept(store):
         findings, _ = _scan(database)
         assert findings == Findings(records=20, wrong_partition=1)
         assert not findings.sound
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _scan(database)[0] == Findings(records=20)
         found = {row.address: row for row in _rows(database)}
         assert found.pop(VICTIM.address) == VICTIM._replace(record=wide, partition=None)
@@ -156,7 +156,7 @@ def test_records_that_nobody_entered_are_entered_again(store):
         findings, _ = _scan(database)
         assert (findings.records, findings.lost_sight_of) == (20, 3)
         assert not findings.sound
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _scan(database)[0] == Findings(records=20)
         found = {row.address: row for row in _rows(database)}
         assert [found[a] for a in lost] == [row._replace(partition=None) for row in ROWS[3:6]]
@@ -170,7 +170,7 @@ def test_a_lost_record_that_is_damaged_is_only_deleted(store):
         database.sql("UPDATE Cache SET value = x'00' WHERE rowid = 8")
         findings, _ = _scan(database)
         assert (findings.damaged, findings.lost_sight_of) == (1, 0)
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _rows(database) == OTHERS
         assert database.sql("SELECT count(*) FROM Entries").fetchone() == (19,)
 
@@ -187,7 +187,7 @@ def test_orphans_are_found_wherever_they_are(store, monkeypatch):
             database.sql("INSERT INTO Entries VALUES (?, NULL, 0, 0)", (number,))
         findings, _ = _scan(database)
         assert findings == Findings(records=20, orphans=3)
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _scan(database)[0] == Findings(records=20)
         assert _rows(database) == ROWS
 
@@ -201,7 +201,7 @@ def test_mending_remembers_places_and_no_rows(store, monkeypatch):
         findings, _ = _scan(database)
         assert (findings.records, findings.damaged) == (10, 10)
         assert len(findings.places) == 3
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _scan(database)[0] == Findings(records=10)
         assert _rows(database) == ROWS[::2]
 
@@ -212,7 +212,7 @@ def test_what_became_whole_meanwhile_is_not_deleted(store):
         database.sql("UPDATE Cache SET value = x'00' WHERE key = ?", (VICTIM.address,))
         findings, _ = _scan(database)
         database.sql("UPDATE Cache SET value = ? WHERE key = ?", (VICTIM.record, VICTIM.address))
-        verify.mend(database, findings)
+        verify.repair(database, findings)
         assert _rows(database) == ROWS
 
 

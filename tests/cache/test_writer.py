@@ -6,9 +6,9 @@ import sqlite3
 import diskcache
 import pytest
 from embedding_proxy.cache.disk import writer as pending_module
-from embedding_proxy.cache.disk.changes import PendingRecord, Use
 from embedding_proxy.cache.disk.database import FileReplaced
 from embedding_proxy.cache.disk.eviction import StoreFull
+from embedding_proxy.cache.disk.write_batch import PendingRecord, Use
 from embedding_proxy.cache.disk.writer import Writer
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import LedgerKey, Usage
@@ -40,7 +40,7 @@ class FakeFile:
         error = self.failure(changes)
         if error is not None:
             raise error
-        for address, record in changes.dead:
+        for address, record in changes.deletions:
             if self.records.get(address) == record:
                 del self.records[address]
         self.records.update({a: kept.record for a, kept in changes.records.items()})

@@ -80,7 +80,7 @@ async def test_somebody_elses_collection_is_taken_only_when_told_to(qdrant):
     """Without provenance a collection is refused; with `adopt` it is claimed, once and for all."""
     params = models.VectorParams(size=4, distance=models.Distance.COSINE)
     await qdrant.ask(lambda client: client.create_collection("docs", params))
-    with pytest.raises(OtherSpace, match="adopt: true"):
+    with pytest.raises(OtherSpace, match="adopt_unlabeled: true"):
         await ensure(qdrant, "docs", SMALL)
     assert not await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))
     with pytest.raises(OtherSpace, match="do not compare"):

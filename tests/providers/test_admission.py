@@ -35,7 +35,7 @@ async def test_the_models_asked_for_longest_ago_are_forgotten():
 
 
 async def test_nothing_is_learned_where_that_is_not_wanted():
-    """`learn: false` passes over what a reply tells of limits."""
+    """`from_headers: false` passes over what a reply tells of limits."""
     told = {
         "x-ratelimit-limit-requests": "1",
         "x-ratelimit-remaining-requests": "0",
@@ -47,7 +47,7 @@ async def test_nothing_is_learned_where_that_is_not_wanted():
         async def sleep(seconds, waits=waits):
             waits.append(seconds)
 
-        queue = ProviderQueue("acme", Limits(learn=learn), sleep)
+        queue = ProviderQueue("acme", Limits(from_headers=learn), sleep)
         queue.learn("m", told)
         await _take_slot(queue, "m")
         assert bool(waits) == learn

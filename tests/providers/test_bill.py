@@ -2,12 +2,14 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from embedding_proxy.providers.base import Context, Space
 from embedding_proxy.providers.billing import MAX_NANODOLLARS, Account, Bill, Charge, nanodollars
 from embedding_proxy.providers.errors import InvalidAnswer, RateLimited
 from embedding_proxy.providers.profile import Limits
+from embedding_proxy.providers.route_check import call_route
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
@@ -45,11 +47,11 @@ class Charging(Upstream):
         return replace(answer, charge=charge)
 
 
-async def _bills(embedder, inputs, account=LIST_PRICE):
+async def _bills(embed, inputs, account=LIST_PRICE):
     """Return the bills of a request, and what it failed with."""
     bills = []
     try:
-        await embedder.embed(SPACE, inputs, Context(account=account, on_charge=bills.append))
+        await embed(SPACE, inputs, Context(account=account, on_charge=bills.append))
     except (InvalidAnswer, RateLimited) as error:
         return bills, error
     return bills, None
@@ -76,7 +78,7 @@ async def test_a_call_is_billed_as_the_upstream_says_else_as_we_count(charge, pr
     """Its own tokens and dollars come first; then our count, at the route's price or the list's."""
     told = charge is not None and charge.nanodollars is not None
     route = Route(Charging(lambda _: charge), "m", price)
-    bills, _ = await _bills(route, ABC)
+    bills, _ = await _bills(partial(call_route, route), ABC)
     assert [replace(bill, places=list(bill.places)) for bill in bills] == [
         Bill("shop", [0, 1, 2], tokens, cost, told)
     ]
@@ -86,7 +88,7 @@ async def test_a_call_is_billed_as_the_upstream_says_else_as_we_count(charge, pr
 async def test_an_answer_that_is_no_good_is_billed_if_it_was_charged(charge):
     """What was paid for nothing is told; where the upstream said nothing, there is nothing."""
     provider = Charging(lambda _: charge, failure=lambda _: InvalidAnswer("shop", "no good"))
-    bills, error = await _bills(Route(provider, "m"), ABC)
+    bills, error = await _bills(partial(call_route, Route(provider, "m")), ABC)
     assert isinstance(error, InvalidAnswer)
     if charge is None:
         assert bills == []
@@ -105,7 +107,7 @@ async def test_what_was_answered_is_not_billed_again():
         failure=lambda inputs: failures.pop(0) if "ccc" in inputs else None,
     )
     router = Router([Route(provider, "m")], sleep=lambda _: asyncio.sleep(0))
-    bills, error = await _bills(Scheduler(router), ABC)
+    bills, error = await _bills(Scheduler(router).embed, ABC)
     assert error is None
     assert [list(bill.places) for bill in bills] == [[0, 1], [2]]
     assert sum(sum(bill.tokens) for bill in bills) == 5 + 4
@@ -129,7 +131,10 @@ async def test_who_share_a_call_are_billed_their_shares(sizes, most, bad, total)
     router = Router([Route(provider, "m")], sleep=lambda _: asyncio.sleep(0))
     scheduler = Scheduler(router)
     told = await asyncio.gather(
-        *(_bills(scheduler, [f"{i}.{j}" for j in range(size)]) for i, size in enumerate(sizes))
+        *(
+            _bills(scheduler.embed, [f"{i}.{j}" for j in range(size)])
+            for i, size in enumerate(sizes)
+        )
     )
     for size, (bills, error) in zip(sizes, told, strict=True):
         places = {place for bill in bills for place in bill.places}
@@ -144,7 +149,7 @@ async def test_parts_are_billed_at_their_places():
     """A request that is divided reads its bills by its own places."""
     scheduler = schedule(Charging(), Limits(inputs=2))
     inputs = [f"t{i}" for i in range(5)]
-    bills, _ = await _bills(scheduler, inputs)
+    bills, _ = await _bills(scheduler.embed, inputs)
     assert sorted(place for bill in bills for place in bill.places) == list(range(5))
     told = {p: n for bill in bills for p, n in zip(bill.places, bill.tokens, strict=True)}
     assert told == {place: tokens_of(item) for place, item in enumerate(inputs)}

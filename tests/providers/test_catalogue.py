@@ -19,7 +19,7 @@ def test_openais_models(name, dimensions, price, matryoshka):
     """Width and price are OpenAI's; the old model cannot be cut and refuses `dimensions`."""
     entry = CATALOGUE[name]
     assert (entry.dimensions, entry.price, entry.matryoshka) == (dimensions, price, matryoshka)
-    assert entry.dimensions_refused is not matryoshka
+    assert entry.reject_dimensions is not matryoshka
     assert entry.tokenizer == "cl100k_base"
     assert entry.routes == (("openai", name), ("openrouter", f"openai/{name}"))
     assert CATALOGUE[f"openai/{name}"] is entry
@@ -46,7 +46,7 @@ def test_numbers_are_of_the_right_size(name):
     """Widths, contexts and prices are of the magnitude such models have."""
     entry = CATALOGUE[name]
     assert 128 <= entry.dimensions <= 4096
-    assert 256 <= entry.context <= 128_000
+    assert 256 <= entry.max_input_tokens <= 128_000
     assert 0 <= entry.price < 1
     assert (entry.price == 0) is (entry.routes[0][0] in {LOCAL, "ollama", "jina"})
 
@@ -63,5 +63,5 @@ def test_a_space_belongs_to_one_provider_but_for_openais(name):
 def test_a_width_that_must_be_asked_for_can_be(name):
     """Where the native width is sent, the provider has a field for it."""
     entry = CATALOGUE[name]
-    if entry.dimensions_sent:
+    if entry.send_dimensions:
         assert all(KINDS[provider].profile.dimensions_field for provider, _ in entry.routes)

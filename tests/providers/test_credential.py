@@ -2,7 +2,7 @@
 
 import pytest
 from embedding_proxy.providers.client_credential import Credential
-from embedding_proxy.providers.upstream.redaction import Redactor
+from embedding_proxy.providers.redaction import Redactor
 
 KEY = "sk-anne-0123456789"
 MEGABYTE = 1_000_000

@@ -33,7 +33,7 @@ NOBODY = Context()
 
 async def ask(upstream, inputs, space=FOREIGN, context=NOBODY, **declared):
     """Ask a provider that declares this, in front of an upstream, once."""
-    profile = Profile(base_url=upstream.url, accepts_tokens=True, sends_user=True, **declared)
+    profile = Profile(base_url=upstream.url, accepts_tokens=True, forward_user=True, **declared)
     async with HttpProvider("acme", profile, api_key="made-up-key") as provider:
         return await provider.ask("m", space, inputs, context)
 
@@ -364,7 +364,7 @@ def test_whether_a_space_can_be_asked_is_known_beforehand():
 async def test_the_native_width_is_sent_only_where_it_must_be(sent, field, payload, upstream):
     """A model that says so, at an upstream that has a word for it, is asked for its width."""
     upstream.script.append(upstream.altered(lambda _: None))
-    space = replace(FOREIGN, dimensions_sent=sent)
+    space = replace(FOREIGN, send_dimensions=sent)
     await ask(upstream, ["a"], space, dimensions_field=field)
     common = {"model": "m", "input": ["a"], "encoding_format": "float"}
     assert upstream.calls[0].payload == {**common, **payload}
@@ -528,7 +528,7 @@ async def test_limits_in_headers_are_kept_for_their_model(learn, waits, upstream
     body = upstream.reply({"model": "m", "input": ["a"]})
     upstream.script.append(status(200, body, headers))
     sleep = Waits()
-    profile = Profile(base_url=upstream.url, limits=Limits(learn=learn))
+    profile = Profile(base_url=upstream.url, limits=Limits(from_headers=learn))
     async with HttpProvider("acme", profile, sleep=sleep) as provider:
         await provider.ask("m", FOREIGN, ["a"], NOBODY)
         await provider.ask("other", FOREIGN, ["a"], NOBODY)

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from embedding_proxy.providers import registry
+from embedding_proxy.providers import plugins, registry
 from embedding_proxy.providers.base import Context, Space
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Profile
@@ -67,7 +67,7 @@ async def test_what_each_kind_sends_is_what_it_declares(name, upstream):
     upstream.widths["m"] = 8
     kind = registry.KINDS[name]
     profile = replace(kind.profile, base_url=upstream.url)
-    space = Space("s", 8, dimensions_sent=True)
+    space = Space("s", 8, send_dimensions=True)
     async with kind.adapter("mine", profile, api_key="made-up", sleep=None) as provider:
         got = await provider.ask("m", space, ["a"], Context(user="someone"))
     (call,) = upstream.calls
@@ -76,7 +76,7 @@ async def test_what_each_kind_sends_is_what_it_declares(name, upstream):
         wanted["encoding_format"] = profile.encoding_format
     if profile.dimensions_field:
         wanted[profile.dimensions_field] = 8
-    if profile.sends_user:
+    if profile.forward_user:
         wanted["user"] = "someone"
     assert call.payload == wanted
     assert call.headers[profile.key_header] == f"{profile.key_prefix}made-up"
@@ -117,7 +117,7 @@ def installed(tmp_path, monkeypatch):
         info = tmp_path / "acme-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
-        lines = [f"[{registry.GROUP}]", *(f"{name} = {value}" for name, value in points.items())]
+        lines = [f"[{plugins.PROVIDERS}]", *(f"{name} = {value}" for name, value in points.items())]
         (info / "entry_points.txt").write_text("\n".join(lines))
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "acme_kinds", raising=False)

@@ -9,6 +9,7 @@ import pytest
 from embedding_proxy.providers.base import Context, Embedded, Space
 from embedding_proxy.providers.errors import DeadlineExceeded, InvalidRequest, RateLimited
 from embedding_proxy.providers.profile import Limits, limits_of
+from embedding_proxy.providers.route_check import call_route
 from embedding_proxy.providers.routing.route import Route
 from embedding_proxy.providers.scheduling.assembly import assemble
 from embedding_proxy.providers.scheduling.batch_size import MIN_INPUTS as LEAST
@@ -460,7 +461,7 @@ async def test_a_part_is_cut_again_where_a_provider_takes_less(count, most, toke
     """Each call keeps to what this provider takes, also at a time."""
     provider = Narrow(Limits(inputs=most, tokens=tokens, concurrency=2))
     inputs = texts(count)
-    check(await Route(provider, "theirs").embed(SPACE, inputs, ANY_TIME), inputs)
+    check(await call_route(Route(provider, "theirs"), SPACE, inputs, ANY_TIME), inputs)
     assert all(len(call) <= most for call in provider.upstream.calls)
     assert sorted(provider.upstream.bought) == sorted(inputs)
     assert provider.upstream.most <= 2

@@ -561,7 +561,7 @@ async def test_a_trickling_reply_is_given_up(upstream):
     try:
         async with asyncio.timeout(TEN_SECONDS / 2):
             with pytest.raises(UpstreamTimeout, match="acme: the answer arrives too slowly"):
-                await post_once(upstream.url, least_bytes_per_s=100_000, rate_window_s=0.1)
+                await post_once(upstream.url, min_bytes_per_s=100_000, min_rate_window_s=0.1)
     finally:
         over.set()
 
@@ -573,7 +573,7 @@ async def test_a_burst_does_not_make_up_for_a_trickle(upstream):
     try:
         async with asyncio.timeout(TEN_SECONDS / 2):
             with pytest.raises(UpstreamTimeout, match="too slowly"):
-                await post_once(upstream.url, least_bytes_per_s=100_000, rate_window_s=0.1)
+                await post_once(upstream.url, min_bytes_per_s=100_000, min_rate_window_s=0.1)
     finally:
         over.set()
 
@@ -582,7 +582,7 @@ async def test_silence_amid_a_reply_is_a_trickle_too(stuck):
     """A reply that stops coming is given up after a window, not after the total."""
     async with asyncio.timeout(TEN_SECONDS / 2):
         with pytest.raises(UpstreamTimeout):
-            await post_once(stuck.url, first_byte_s=0.2, least_bytes_per_s=100, rate_window_s=0.1)
+            await post_once(stuck.url, first_byte_s=0.2, min_bytes_per_s=100, min_rate_window_s=0.1)
 
 
 async def test_a_reply_that_keeps_up_may_take_many_windows(upstream):
@@ -590,14 +590,14 @@ async def test_a_reply_that_keeps_up_may_take_many_windows(upstream):
     over = asyncio.Event()
     upstream.script.append(dribble(over))
     asyncio.get_running_loop().call_later(0.3, over.set)
-    reply = await post_once(upstream.url, least_bytes_per_s=1, rate_window_s=0.05)
+    reply = await post_once(upstream.url, min_bytes_per_s=1, min_rate_window_s=0.05)
     assert reply.body.startswith(b"{ ")
 
 
 async def test_a_quick_reply_need_not_be_long(upstream):
     """A reply of two bytes that is whole within the window is no trickle."""
     upstream.script.append(status(200, b"{}"))
-    assert (await post_once(upstream.url, least_bytes_per_s=1e9)).body == b"{}"
+    assert (await post_once(upstream.url, min_bytes_per_s=1e9)).body == b"{}"
 
 
 async def test_an_answer_must_begin_in_time(upstream):

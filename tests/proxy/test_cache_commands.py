@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import Done
-from embedding_proxy.cache.disk import bounds, connection, database, purge, set_aside
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord
+from embedding_proxy.cache.disk import bounds, connection, database, purge, quarantine
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, Partition, Row, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import archive, backup, short_reads, verify
@@ -158,7 +158,7 @@ def test_stats_as_json(run, fill, tmp_path):
                 hits=1, tokens_saved=250_000, nanodollars_saved=NANO // 2
             ),
         }
-        file.write(Changes(usage=usage))
+        file.write(WriteBatch(usage=usage))
     done = run("stats", "--json")
     assert (done.code, done.err) == (0, "")
     shown = done.json
@@ -218,7 +218,7 @@ def test_stats_for_people(run, fill, tmp_path):
                 3, 0, 1, 0, 600_000, 200_000, 6 * NANO // 5, 2 * NANO // 5
             )
         }
-        file.write(Changes(usage=usage))
+        file.write(WriteBatch(usage=usage))
     done = run("stats")
     assert (done.code, done.err) == (0, "")
     first, _, *lines, last = done.out.splitlines()
@@ -260,7 +260,7 @@ BILL = {
 
 def _write_bill(tmp_path):
     with connection.opened(tmp_path / "cache", GIB, create=True) as file:
-        file.write(Changes(usage=BILL))
+        file.write(WriteBatch(usage=BILL))
 
 
 def test_the_bill_as_json(run, tmp_path):
@@ -431,7 +431,7 @@ def crowded(tmp_path, monkeypatch):
         for number, (namespace, space) in enumerate(rows):
             key = keyring(SPACE, Namespace(namespace)).key(str(number - 2))
             partition = Partition(namespace, space, WIDTH)
-            file.write(Changes(records={key.address: PendingRecord(b"record", partition)}))
+            file.write(WriteBatch(records={key.address: PendingRecord(b"record", partition)}))
         return file.path
 
 
@@ -874,11 +874,11 @@ async def test_a_broken_file_is_moved_aside_and_what_is_whole_saved(
     damaged = path.read_bytes()
     assert not list((tmp_path / "cache").glob("v1.damaged-*"))
     done = await asyncio.to_thread(run, "verify", "--mend", "--json")
-    (aside,) = (tmp_path / "cache").glob("v1.damaged-*")
-    assert (done.code, done.err) == (0, f"moved to {aside}\n")
+    (quarantined,) = (tmp_path / "cache").glob("v1.damaged-*")
+    assert (done.code, done.err) == (0, f"moved to {quarantined}\n")
     assert (done.json["mended"], bool(done.json["broken"])) == (True, True)
     assert least <= done.json["salvaged"] <= 500
-    assert (aside / "cache.db").stat().st_size == len(damaged)
+    assert (quarantined / "cache.db").stat().st_size == len(damaged)
     assert (await asyncio.to_thread(run, "verify")).code == 0
     upstream.widths = {"small": WIDTH}
     proxy = await start_proxy(upstream, models=MODELS)
@@ -938,9 +938,9 @@ def test_sums_that_are_in_the_ledger_already_are_not_added(of, run, tmp_path):
     elif of == "copy":
         shutil.copy(path, file)
     else:
-        aside = set_aside.move(path, path.stat().st_ino)
-        assert run("verify", "--salvage", aside.path).code == 0
-        file = aside.folder.rename(tmp_path / "kept") / "cache.db"
+        quarantined = quarantine.move(path, path.stat().st_ino)
+        assert run("verify", "--salvage", quarantined.path).code == 0
+        file = quarantined.folder.rename(tmp_path / "kept") / "cache.db"
     before = _billed(run)
     assert before
     left_out = f"the sums of {file} are not added; --add-sums adds them"
@@ -956,10 +956,10 @@ def test_sums_of_a_file_that_was_set_aside_are_added(run, tmp_path):
     _write_bill(tmp_path)
     before = _billed(run)
     path = tmp_path / "cache" / "v1" / "cache.db"
-    aside = set_aside.move(path, path.stat().st_ino)
-    done = run("verify", "--salvage", aside.path, "--json")
+    quarantined = quarantine.move(path, path.stat().st_ino)
+    done = run("verify", "--salvage", quarantined.path, "--json")
     assert (done.json["sums"] > 0, done.json["sums_left_out"]) == (True, False)
-    run("verify", "--salvage", aside.path)
+    run("verify", "--salvage", quarantined.path)
     assert _billed(run) == before
 
 
@@ -971,10 +971,10 @@ def test_sums_are_those_of_a_file_to_be_salvaged(run):
 def test_a_purge_deletes_what_is_not_salvaged_yet_as_well(run, fill, tmp_path, rows):
     """What lies in a file that was set aside is saved first, and does not come back later."""
     path = fill(*(_row(text) for text in TEXTS[:50]), _row("t", OTHER, "tenant"))
-    assert set_aside.move(path, path.stat().st_ino) is not None
+    assert quarantine.move(path, path.stat().st_ino) is not None
     done = run("purge", "--namespace", "tenant", "--json")
     assert (done.code, done.err, done.json["deleted"]) == (0, "", 1)
-    assert not set_aside.pending(path)
+    assert not quarantine.pending(path)
     assert {row.partition for row in rows()} == {keyring(SPACE).partition}
 
 

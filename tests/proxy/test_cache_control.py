@@ -5,13 +5,9 @@ from typing import get_args
 
 import pytest
 from embedding_proxy.providers.base import NORMAL, CachePolicy
-from embedding_proxy.proxy.service.request import (
-    MEANING,
-    CacheControl,
-    Mode,
-    parse_cache_control,
-    to_cache_policy,
-)
+from embedding_proxy.proxy.config import fields
+from embedding_proxy.proxy.config.fields import Mode
+from embedding_proxy.proxy.service.request import CacheControl, parse_cache_control, to_cache_policy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,4 +130,4 @@ def test_no_header_makes_a_frozen_proxy_spend_or_an_off_one_keep(mode, header):
 
 def test_every_mode_has_its_meaning():
     """What `serve` says of a mode is there for each."""
-    assert MEANING.keys() == set(MODES)
+    assert fields.MODES.keys() == set(MODES)

@@ -364,7 +364,7 @@ async def test_a_provider_to_which_no_model_leads(check, upstream):
         ({"providers": {"openai": None, "openrouter": None}}, 0),
         ({"providers": {"local": {}}}, 0),
         ({"providers": {"local": None}}, 1),
-        ({"providers": {"openai": {"key": "client"}}}, 0),
+        ({"providers": {"openai": {"auth": "client"}}}, 0),
         ({"providers": {"ollama": {"base_url": "http://127.0.0.1:1/v1"}, "local": None}}, 0),
         ({"providers": {"openai": {}}, "cache": {"mode": "frozen"}}, 0),
     ],
@@ -577,7 +577,7 @@ async def test_a_cache_on_a_network_or_a_small_disk_is_told(check, upstream, tmp
     ("arguments", "sections", "message"),
     [
         ((), {"cache": {"directry": "x"}}, "cache.directry: unknown key; did you mean directory?"),
-        (("--model", "m-9"), {"server": {"unknown_models": "refuse"}}, "no model 'm-9'; add it"),
+        (("--model", "m-9"), {"server": {"unknown_models": "reject"}}, "no model 'm-9'; add it"),
         (("--model", "m-9"), {"providers": _at()}, "--model: there is no model 'm-9'; add it to"),
     ],
 )

@@ -22,8 +22,8 @@ from embedding_proxy.cache.disk.store import StoreError
 from embedding_proxy.proxy.cli import main
 from embedding_proxy.proxy.cli.demo import DemoFailed
 from embedding_proxy.proxy.cli.imports import importing
+from embedding_proxy.proxy.config.fields import MODES
 from embedding_proxy.proxy.http.server import PortUnavailable
-from embedding_proxy.proxy.service.request import MEANING
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "embedding_proxy", "serve"]
@@ -286,7 +286,7 @@ def test_a_mode_that_is_not_the_usual_one_is_said(mode, run, serving, tmp_path, 
     meant = "off" if "off" in mode else mode
     assert noted[0].cache.mode == meant
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warned == [f"cache.mode is {meant}: {MEANING[meant]}"] * (mode != "normal")
+    assert warned == [f"cache.mode is {meant}: {MODES[meant]}"] * (mode != "normal")
 
 
 LATER = {

@@ -96,10 +96,15 @@ def _comparable(settings):
 RICH = {
     "server": {
         "host": "0.0.0.0",
-        "gather_ms": 2.5,
+        "batch_window_ms": 2.5,
         "keys": ["${TEAM_KEY}", {"key": SECRET, "namespace": "n", "name": "nightly"}],
     },
-    "cache": {"directory": "/tmp/a cache", "mode": "off", "ttl_days": 1, "pinned": ["", "n"]},
+    "cache": {
+        "directory": "/tmp/a cache",
+        "mode": "off",
+        "ttl_days": 1,
+        "pinned_namespaces": ["", "n"],
+    },
     "providers": {
         "mistral": {},
         "eu": {"kind": "mistral", "api_key_env": "EU_KEY", "limits": {"inputs": 7}, "retries": 0},
@@ -265,8 +270,8 @@ def test_fallbacks_become_routes_or_stand_ins(run, write):
         {"provider": "openai", "model": "text-embedding-3-large"},
     ]
     assert model["fallback"] == [
-        {"model": "mistralai/mistral-embed-2312", "width": "pad"},
-        {"model": "text-embedding-3-small", "width": "pad"},
+        {"model": "mistralai/mistral-embed-2312", "dimension_policy": "pad"},
+        {"model": "text-embedding-3-small", "dimension_policy": "pad"},
     ]
     assert found["providers"]["openrouter"]["api_key_env"] == "MY_ROUTER_KEY"
     assert found["providers"]["openai"] == {}
@@ -274,7 +279,7 @@ def test_fallbacks_become_routes_or_stand_ins(run, write):
     assert len(warnings) == 2
     assert "mistralai/mistral-embed-2312 is another space than openai/text-emb" in warnings[0]
     settings = load(write(done.out))
-    assert settings.models["openai/text-embedding-3-large"].fallback[0].width == "pad"
+    assert settings.models["openai/text-embedding-3-large"].fallback[0].dimension_policy == "pad"
 
 
 @pytest.mark.parametrize(
@@ -291,7 +296,7 @@ def test_a_stand_in_has_the_width_it_needs(first, other, width, run, write):
     old = {"llm": {"embedding": {"provider": "openai", "model": first}}}
     old["llm"]["embedding"]["fallback_providers"] = fallback
     done = run("convert", write(old, "old.yaml"))
-    assert load(write(done.out)).models[first].fallback[0].width == width
+    assert load(write(done.out)).models[first].fallback[0].dimension_policy == width
 
 
 def test_a_wider_model_that_cannot_be_cut_is_truncated_by_name(run, write):
@@ -302,7 +307,7 @@ def test_a_wider_model_that_cannot_be_cut_is_truncated_by_name(run, write):
         "fallback_providers": [{"provider": "openai", "model": "text-embedding-ada-002"}],
     }
     done = run("convert", write({"llm": {"embedding": embedding}}, "old.yaml"))
-    assert load(write(done.out)).models["baai/bge-m3"].fallback[0].width == "truncate"
+    assert load(write(done.out)).models["baai/bge-m3"].fallback[0].dimension_policy == "truncate"
 
 
 def test_the_flat_form(run, write):

@@ -23,7 +23,7 @@ providers:
   mine:
     kind: openai
     base_url: http://h/v1
-  mistral: {share: true, options: {a: 1}}
+  mistral: {share_cache: true, options: {a: 1}}
 models:
   m:
     space: s
@@ -42,7 +42,7 @@ TOLD = [
     (9, "providers.openai.timeout_s", "expected a number"),
     (10, "providers.openai.timeout_s", "is written twice, first in line 9"),
     (11, "providers.mine.api_key_env", "is missing; name the variable"),
-    (14, "providers.mistral.share", "is for key: client"),
+    (14, "providers.mistral.share_cache", "is for auth: client"),
     (14, "providers.mistral.options.a", "unknown option"),
     (20, "models.m.routes.0.provider", "there is no provider 'opnai'"),
     (22, "models.n.dimensions", "9 here, but 8 in models.m"),
@@ -278,7 +278,7 @@ WRONG_ROUTE = "models: {m: {space: s, routes: [{provider: opnai, model: m}]}}"
             "models: {text-embedding-3-small: {fallback: text-embedding-3-lrge}}",
             "embedding-3-large",
         ),
-        ("models: {text-embedding-3-small: {width: padd}}", "pad"),
+        ("models: {text-embedding-3-small: {dimension_policy: padd}}", "pad"),
         ("passthrough: opnrouter", "openrouter"),
         (WRONG_ROUTE, "openai"),
     ],

@@ -60,7 +60,7 @@ MISTAKES = [
     Mistake({f"{P}.api_key_env": GONE}, f"{P}.api_key_env", "is missing",
             (f"{P}.kind", f"{P}.api_key")),
     Mistake({f"{P}.options": {"a": 1}}, f"{P}.options.a", "unknown option", (f"{P}.kind",)),
-    Mistake({f"{P}.share": True}, f"{P}.share", "is for key: client", (f"{P}.key",)),
+    Mistake({f"{P}.share_cache": True}, f"{P}.share_cache", "is for auth: client", (f"{P}.auth",)),
     Mistake(
         {f"{P}.proxy": "http://h:1", f"{P}.trust_env": True}, f"{P}.trust_env", "exclude each other"
     ),
@@ -71,7 +71,11 @@ MISTAKES = [
     Mistake({f"{M}.space": GONE}, f"{M}.space", "is missing"),
     Mistake({f"{M}.spce": "s", f"{M}.space": GONE}, f"{M}.spce", "did you mean space?"),
     Mistake({f"{M}.dimensions": 0}, f"{M}.dimensions", "greater than or equal to 1"),
-    Mistake({f"{M}.truncate": "end", f"{M}.context": 9}, f"{M}.truncate", "model's `tokenizer`"),
+    Mistake(
+        {f"{M}.truncate": "end", f"{M}.max_input_tokens": 9},
+        f"{M}.truncate",
+        "model's `tokenizer`",
+    ),
     Mistake({f"{M}.routes": [{"provider": "mien", "model": "m"}]}, f"{M}.routes.0.provider", "no"),
     Mistake({f"{M}.routes": [{"provider": "mine"}]}, f"{M}.routes.0.model", "is missing"),
     Mistake({f"{M}.routes": []}, f"{M}.routes", "at least one entry"),

@@ -115,9 +115,9 @@ SERVER = _some(
     max_body_mib=st.integers(1, 10**5),
     allow_oversize=st.booleans(),
     request_timeout_s=NUMBERS,
-    gather_ms=st.floats(0, 1000),
-    unknown_models=st.sampled_from(["ask", "refuse"]),
-    canary_hours=st.none() | st.integers(1, 1000),
+    batch_window_ms=st.floats(0, 1000),
+    unknown_models=st.sampled_from(["forward", "reject"]),
+    drift_check_hours=st.none() | st.integers(1, 1000),
     keys=st.lists(
         st.fixed_dictionaries(
             {"key": SECRETS}, optional={"name": WORDS, "namespace": WORDS, "admin": st.booleans()}
@@ -132,7 +132,7 @@ CACHE = _some(
     size_limit_gib=NUMBERS,
     memory_mib=st.floats(0, 1e6),
     ttl_days=st.none() | NUMBERS,
-    pinned=st.lists(WORDS, max_size=2),
+    pinned_namespaces=st.lists(WORDS, max_size=2),
     mode=st.sampled_from(["normal", "frozen", "refresh", "off"]),
 )
 PROVIDER = _some(
@@ -152,16 +152,16 @@ PROVIDER = _some(
         tokens=st.none() | COUNTS,
         concurrency=st.integers(1, 10_000),
         requests_per_minute=st.none() | COUNTS,
-        learn=st.booleans(),
+        from_headers=st.booleans(),
     ),
 )
 MODELS = st.dictionaries(
     st.sampled_from(list(CATALOGUE)[:6]),
     _some(
         price=st.floats(0, 100),
-        order=st.sampled_from(["listed", "cheapest", "fastest"]),
+        routing_strategy=st.sampled_from(["listed", "cheapest", "fastest"]),
         hedge_after_s=st.none() | NUMBERS,
-        width=st.sampled_from(["strict", "truncate", "pad"]),
+        dimension_policy=st.sampled_from(["strict", "truncate", "pad"]),
     ),
     max_size=3,
 )

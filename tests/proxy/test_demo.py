@@ -6,10 +6,10 @@ from embedding_proxy.proxy.cli import demo
 from embedding_proxy.proxy.cli.demo import (
     DemoFailed,
     Pass,
+    _excerpt,
     _judge,
     _nearest,
     _proxy,
-    _shown,
     _summary,
     _table,
 )
@@ -120,8 +120,8 @@ def test_the_summary_tells_rate_speed_and_price():
 def test_an_input_is_shown_by_its_first_name_and_words():
     """An input is shown in one line, under the name that comes first."""
     docs = [Docstring("a", "x"), Docstring("b", "long\n  text " * 20), Docstring("c", "x")]
-    assert _shown(docs, "x") == "a: x"
-    assert _shown(docs, docs[1].text) == f"b: {'long text ' * 7}"
+    assert _excerpt(docs, "x") == "a: x"
+    assert _excerpt(docs, docs[1].text) == f"b: {'long text ' * 7}"
 
 
 def test_the_demo_runs_its_own_proxy(tmp_path, monkeypatch):

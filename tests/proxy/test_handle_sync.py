@@ -194,11 +194,11 @@ async def test_a_model_that_the_path_names_counts(proxy, at_once):
 
 async def test_a_width_by_a_strategy_is_not_given_at_once(upstream, start_proxy, at_once):
     """Other code makes those vectors, which may take its time."""
-    proxy = await start_proxy(openai=upstream, models={MODEL: {"width": "pad"}})
+    proxy = await start_proxy(openai=upstream, models={MODEL: {"dimension_policy": "pad"}})
     requests = [_post(_body("a", dimensions=1540, user=f"{n}")) for n in range(3)]
     assert [reply[0] for reply in await _ask(proxy, *requests)] == [200, 200, 200]
     assert len(at_once) == 2
-    object.__setattr__(proxy.service.models[MODEL], "width", "acme")
+    object.__setattr__(proxy.service.models[MODEL], "dimension_policy", "acme")
     assert (await _ask(proxy, _post(_body("a", user="x"))))[0][0] == 500
     assert len(at_once) == 2
 

@@ -334,7 +334,7 @@ async def test_a_stand_ins_vectors_go_to_their_own_spaces_collection(
     models = {
         SMALL: {
             "routes": [{"provider": "openai", "model": SMALL}],
-            "fallback": [{"model": "stand-in", "width": "truncate"}],
+            "fallback": [{"model": "stand-in", "dimension_policy": "truncate"}],
         },
         "stand-in": {
             "space": "other/model",

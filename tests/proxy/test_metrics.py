@@ -86,7 +86,7 @@ async def test_another_model_and_the_canaries_are_told(upstream, start_proxy):
     upstream.always = upstream.altered(lambda reply: reply.update(model="another"))
     proxy = await start_proxy(openai=upstream, models={"m": MODEL})
     assert (await proxy.post({"model": "m", "input": "a"})).status == 200
-    (found,) = await proxy.service.canaries.check()
+    (found,) = await proxy.service.drift_check.check()
     told = await _told(proxy)
     named = {WORKER, ("provider", "openai"), ("model", "another")}
     assert told["provider_model_mismatch_total", frozenset(named)] == 3
@@ -119,7 +119,7 @@ async def test_the_page_tells_all_metrics_and_invents_none(upstream, start_proxy
         for text, found in (("a", 200), ("b", 402)):
             asked = {"model": "m", "input": text}
             assert (await proxy.post(asked, Authorization="Bearer k")).status == found
-            await proxy.service.canaries.check()
+            await proxy.service.drift_check.check()
             upstream.script.append(status(402))
         told, text = await _told(proxy), await _text(proxy)
         await start_proxy.stop()

@@ -340,7 +340,7 @@ def test_no_other_model_may_stand_in():
     settings = Settings.model_validate(
         {
             "models": {
-                LARGE: {"fallback": [{"model": "mistral-embed", "width": "pad"}]},
+                LARGE: {"fallback": [{"model": "mistral-embed", "dimension_policy": "pad"}]},
                 "unknown": {"space": "x/y", "routes": [{"provider": "openai", "model": "u"}]},
             }
         }
@@ -349,6 +349,6 @@ def test_no_other_model_may_stand_in():
     assert settings.models[LARGE].fallback
     changed = settings_for(settings, model)
     assert changed.models[LARGE].fallback == ()
-    assert changed.server.canary_hours is None
+    assert changed.server.drift_check_hours is None
     with pytest.raises(ConfigError, match=r"models\.unknown\.dimensions"):
         find_model(settings, "unknown", "--to")

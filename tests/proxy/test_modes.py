@@ -10,7 +10,7 @@ import pytest
 import yaml
 from aiohttp import web
 from conftest import no_wait
-from embedding_proxy.cache.tiered import Lookup
+from embedding_proxy.cache.tiers import Lookup
 from embedding_proxy.providers.base import Outcome
 from embedding_proxy.proxy.cli.main import app
 from embedding_proxy.proxy.config.loader import load
@@ -122,7 +122,7 @@ async def test_no_other_model_stands_in_for_what_is_not_bought(
     mode, control, upstream, start_proxy
 ):
     """What is missing of the model that was asked for is an error, though another has it."""
-    large = {"fallback": {"model": SMALL, "width": "pad"}}
+    large = {"fallback": {"model": SMALL, "dimension_policy": "pad"}}
     models = {"models": {"text-embedding-3-large": large}}
     await _ask(await start_proxy(openai=upstream, **models), "a")
     await start_proxy.stop()
@@ -139,7 +139,7 @@ async def test_no_other_model_stands_in_for_what_is_not_bought(
 async def test_canaries_are_asked_only_where_there_is_something_to_compare(mode, start_proxy):
     """A frozen proxy may not ask, and one that keeps nothing has nothing to hold against."""
     proxy = await start_proxy(cache={"mode": mode})
-    assert (proxy.service.canaries is not None) == (mode in ("normal", "refresh"))
+    assert (proxy.service.drift_check is not None) == (mode in ("normal", "refresh"))
 
 
 async def test_refresh_buys_anew_and_replaces(upstream, start_proxy):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
-from embedding_proxy.providers.upstream.network import Network
+from embedding_proxy.providers.network import Network
 from embedding_proxy.proxy.config.loader import ConfigError, load
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.provider_factory import open_providers

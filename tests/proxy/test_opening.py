@@ -7,7 +7,7 @@ import pytest
 from conftest import no_wait
 from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import Tiers
+from embedding_proxy.cache.tiers import Tiers
 from embedding_proxy.providers.base import Context
 from embedding_proxy.providers.errors import NoRoute
 from embedding_proxy.providers.model_catalog import CATALOGUE
@@ -85,8 +85,8 @@ async def test_a_model_has_what_its_settings_say(opened):
     small, ada = models[SMALL], models["text-embedding-ada-002"]
     assert (small.name, small.space.name, small.price) == (SMALL, f"openai/{SMALL}", 0.02)
     assert (small.space.dimensions, small.space.tokenizer) == (1536, "cl100k_base")
-    assert (small.space.matryoshka, small.dimensions_refused) == (True, False)
-    assert (ada.space.matryoshka, ada.dimensions_refused) == (False, True)
+    assert (small.space.matryoshka, small.reject_dimensions) == (True, False)
+    assert (ada.space.matryoshka, ada.reject_dimensions) == (False, True)
     assert not small.usable
     assert models["wordllama-embed"].usable
 

@@ -541,7 +541,7 @@ async def test_a_call_in_which_nothing_moves_is_given_up(begun, other, start):
         await asyncio.Event().wait()
 
     other.act = act
-    proxy = await start(passthrough_idle_s=0.05)
+    proxy = await start(passthrough_idle_timeout_s=0.05)
     async with proxy.http.get(f"{proxy.url}/x") as response:
         if begun:
             with pytest.raises(aiohttp.ClientPayloadError):

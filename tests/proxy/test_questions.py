@@ -161,11 +161,11 @@ async def test_the_vectors_of_a_stand_in_search_nothing(open_service, qdrant, up
     stand_in = {"space": "vendor/else", "dimensions": 1536}
     local = {
         **stand_in,
-        "width": "pad",
+        "dimension_policy": "pad",
         "dimensions": 256,
         "routes": [{"provider": "local", "model": LOCAL}],
     }
-    models = {SMALL: {"fallback": [{"model": "other", "width": "pad"}]}, "other": local}
+    models = {SMALL: {"fallback": [{"model": "other", "dimension_policy": "pad"}]}, "other": local}
     index = {"url": qdrant.url, "collection": "all"}
     async with open_service(index, models=models) as service:
         await service.embed("a", SMALL)

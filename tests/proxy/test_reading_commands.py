@@ -18,7 +18,7 @@ import disk_faults
 import pytest
 from disk_faults import CannotMount, file_system, full, locked, read_only
 from embedding_proxy.cache.disk import connection, database
-from embedding_proxy.cache.disk.changes import Changes
+from embedding_proxy.cache.disk.write_batch import WriteBatch
 from embedding_proxy.cache.key import Namespace, Row, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.maintenance import archive
@@ -56,7 +56,7 @@ def fill(directory):
             list(archive.import_rows(file, [_row(f"text {i}") for i in range(ENTRIES)]))
             heading = LedgerKey(keyring(SPACE).partition, "small", "openai", "client")
             usage = Usage(misses=ENTRIES, tokens_billed=ENTRIES, nanodollars_billed=10**9)
-            file.write(Changes(usage={(20_000, heading): usage}))
+            file.write(WriteBatch(usage={(20_000, heading): usage}))
         with closing(Outbox(directory, GIB)) as outbox:
             row = _row("text 1")
             point = Point(row.address, bytes(4), b"{}", 0, False, row.address, "")  # noqa: FBT003

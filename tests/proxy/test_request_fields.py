@@ -5,8 +5,8 @@ import logging
 
 import pytest
 from embedding_proxy.providers.errors import InvalidRequest
-from embedding_proxy.proxy.service import request_fields
-from embedding_proxy.proxy.service.request_fields import (
+from embedding_proxy.proxy import request_fields
+from embedding_proxy.proxy.request_fields import (
     MAX_FIELDS,
     MAX_NAME,
     MAX_SETS,
@@ -196,7 +196,7 @@ async def test_gathered_requests_keep_their_neutral_fields_apart(start_proxy, up
     proxy = await start_proxy(
         providers={"openai": {"base_url": upstream.url, "neutral_fields": ["tags"]}},
         openai=upstream,
-        server={"gather_ms": 50},
+        server={"batch_window_ms": 50},
     )
     bodies = [{"model": SMALL, "input": f"text {n}", "tags": [n]} for n in range(2)]
     replies = await asyncio.gather(*map(proxy.post, bodies))

@@ -268,7 +268,7 @@ async def test_what_may_not_be_bought_is_refused_once_it_is_gone(
 async def test_one_that_stood_in_is_not_repeated(upstream, second, start_proxy, repeated):
     """The first model is asked each time, so that it is served as soon as it is back."""
     second.widths = {"mistralai/mistral-embed-2312": 1024}
-    fallback = {"model": "mistralai/mistral-embed-2312", "width": "pad"}
+    fallback = {"model": "mistralai/mistral-embed-2312", "dimension_policy": "pad"}
     models = {MODEL: {"fallback": fallback, "routes": [{"provider": "openai", "model": MODEL}]}}
     proxy = await start_proxy(openai=upstream, openrouter=second, models=models)
     asked = {"model": MODEL, "input": "a b"}

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from embedding_proxy.cache.disk.store import StoreError
-from embedding_proxy.providers.scheduling import attempts
+from embedding_proxy.providers import attempts
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import server
 from embedding_proxy.proxy.http.server import PortUnavailable, base_url, listen, serve

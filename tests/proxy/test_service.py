@@ -89,7 +89,7 @@ async def test_counters_say_what_the_tiers_saw(opened):
 @pytest.mark.parametrize("name", ["nope", "", "TEXT-EMBEDDING-3-SMALL", "x" * 300])
 async def test_an_unknown_model_is_refused_by_name(name, opened, upstream):
     """A model that is not there is a 404 that names it, cut to a bearable length."""
-    async with opened(server={"unknown_models": "refuse"}) as service:
+    async with opened(server={"unknown_models": "reject"}) as service:
         with pytest.raises(ModelUnknown) as caught:
             await service.embed(["a"], model=name)
     error = caught.value
@@ -228,7 +228,7 @@ async def test_python_is_held_to_openais_sizes_where_http_is(opened, upstream):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"models": {SMALL: {"truncate": "end", "context": 5}}},
+        {"models": {SMALL: {"truncate": "end", "max_input_tokens": 5}}},
         {"server": {"allow_oversize": False}},
     ],
 )

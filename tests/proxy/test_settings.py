@@ -56,7 +56,7 @@ def test_a_provider_named_like_its_kind_may_say_another():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("price", 9.5), ("tokenizer", None), ("routes", ROUTES), ("dimensions_refused", True)],
+    [("price", 9.5), ("tokenizer", None), ("routes", ROUTES), ("reject_dimensions", True)],
 )
 def test_one_key_of_a_known_model_may_be_replaced(key, value):
     """An entry under a known name changes the keys it gives, and the rest stays."""
@@ -70,7 +70,7 @@ def test_a_model_may_be_added():
     """A model that no catalogue knows needs a space, a width and a route; the known ones stay."""
     models = _settings(models={"m": {"space": "s", "dimensions": 3, "routes": ROUTES}}).models
     added = models.pop("m")
-    assert (added.matryoshka, added.dimensions_refused, added.tokenizer) == (False, False, None)
+    assert (added.matryoshka, added.reject_dimensions, added.tokenizer) == (False, False, None)
     assert models == _settings().models
 
 

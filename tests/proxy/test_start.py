@@ -9,9 +9,10 @@ from importlib.metadata import version
 
 import aiohttp
 import pytest
-from embedding_proxy.cache.maintenance.size import read_size
+from embedding_proxy.cache.maintenance.stats import read_size
+from embedding_proxy.proxy.cli import startup_log
 from embedding_proxy.proxy.config.schema import Settings
-from embedding_proxy.proxy.http import server, startup_log
+from embedding_proxy.proxy.http import server
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_what_is_not_said_is_as_the_kind_declares(name):
         ({"accepts_tokens": True}, "accepts_tokens", True),
         ({"dimensions_field": "width"}, "dimensions_field", "width"),
         ({"dimensions_field": None}, "dimensions_field", None),
-        ({"sends_user": True}, "sends_user", True),
+        ({"forward_user": True}, "forward_user", True),
         ({"unit_norm": False}, "unit_norm", False),
         ({"extra_fields": ["a", "b"]}, "extra_fields", frozenset({"a", "b"})),
         ({"extra_fields": []}, "extra_fields", frozenset()),
@@ -39,7 +39,7 @@ def test_what_is_not_said_is_as_the_kind_declares(name):
         ({"headers": {"X-A": "b"}}, "headers", {"X-A": "b"}),
         ({"limits": {"inputs": 3}}, "limits", Limits(inputs=3, tokens=16_384)),
         ({"limits": {"tokens": None}}, "limits", Limits(inputs=256, tokens=None)),
-        ({"limits": {"learn": False}}, "limits", Limits(256, 16_384, learn=False)),
+        ({"limits": {"from_headers": False}}, "limits", Limits(256, 16_384, from_headers=False)),
         (
             {"limits": {"concurrency": 1, "requests_per_minute": 2, "tokens_per_minute": 3}},
             "limits",
@@ -50,8 +50,8 @@ def test_what_is_not_said_is_as_the_kind_declares(name):
             {
                 "connect_timeout_s": 1,
                 "first_byte_timeout_s": 2,
-                "least_bytes_per_s": 3,
-                "rate_window_s": 4,
+                "min_bytes_per_s": 3,
+                "min_rate_window_s": 4,
             },
             "timeouts",
             Timeouts(60, 1, 2, 3, 4),
@@ -153,5 +153,5 @@ def test_a_model_tells_its_space_what_it_promises():
     models = Settings().models
     assert models["mistral-embed"].as_space().unit_norm is True
     assert models["baai/bge-m3"].as_space().unit_norm is False
-    assert models["codestral-embed"].as_space().dimensions_sent is True
-    assert models["mistral-embed"].as_space().dimensions_sent is False
+    assert models["codestral-embed"].as_space().send_dimensions is True
+    assert models["mistral-embed"].as_space().send_dimensions is False

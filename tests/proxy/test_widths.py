@@ -10,7 +10,7 @@ SMALL = "text-embedding-3-small"
 
 
 async def _ask(start_proxy, upstream, model, policy, dimensions):
-    models = {model: {"width": policy}}
+    models = {model: {"dimension_policy": policy}}
     proxy = await start_proxy(openai=upstream, models=models)
     reply = await proxy.post({"model": model, "input": "a", "dimensions": dimensions})
     body = await reply.json()

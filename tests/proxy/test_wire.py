@@ -8,12 +8,11 @@ import pytest
 from embedding_proxy.providers.errors import InvalidRequest
 from embedding_proxy.proxy.http import openai_format
 from embedding_proxy.proxy.http.openai_format import (
-    MAX_INPUTS,
-    EmbeddingRequest,
     ResponseFormat,
     parse,
     render,
 )
+from embedding_proxy.proxy.service.request import MAX_INPUTS, EmbeddingRequest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

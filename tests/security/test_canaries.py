@@ -17,9 +17,9 @@ import orjson
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
+from embedding_proxy.providers.network import Network
 from embedding_proxy.providers.profile import Profile
-from embedding_proxy.providers.upstream.network import Network
-from embedding_proxy.providers.upstream.redaction import MAX_BYTES, QuotedInputs, Redactor
+from embedding_proxy.providers.redaction import MAX_BYTES, QuotedInputs, Redactor
 from embedding_proxy.providers.vendors import OpenAI
 from embedding_proxy.proxy import log
 from embedding_proxy.proxy.config.loader import ConfigError, validate_content
@@ -164,11 +164,11 @@ async def test_a_text_comes_back_in_no_encoding(place, canary, upstream, start_p
 
 @pytest.mark.parametrize("encoding", SPELLED)
 async def test_a_clients_key_comes_back_in_no_encoding(encoding, upstream, start_proxy, caplog):
-    """`key: client`: what the provider says of it while it is proved, and afterwards."""
+    """`auth: client`: what the provider says of it while it is proved, and afterwards."""
     caplog.set_level(logging.DEBUG)
     said = spellings(CLIENT)[encoding]
     proxy = await start_proxy(
-        providers={"openai": {"base_url": upstream.url, "key": "client"}},
+        providers={"openai": {"base_url": upstream.url, "auth": "client"}},
         models={MODEL: {"routes": [{"provider": "openai", "model": MODEL}]}},
     )
     bearer = {"Authorization": f"Bearer {CLIENT}"}

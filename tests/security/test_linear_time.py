@@ -11,8 +11,8 @@ from pathlib import Path
 
 import orjson
 import pytest
+from embedding_proxy.providers.redaction import QuotedInputs, Redactor, decodings
 from embedding_proxy.providers.upstream.error_reply import refusal
-from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor, decodings
 from embedding_proxy.proxy import log
 from embedding_proxy.proxy.config import references
 from embedding_proxy.proxy.config import references as file_path

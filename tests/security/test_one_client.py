@@ -137,7 +137,7 @@ async def test_an_input_that_is_refused_shuts_nothing(code, models, upstream):
 
 async def test_those_who_share_a_call_with_a_refused_input_are_served(models, upstream):
     """Requests that were gathered into one call get their own answers."""
-    proxy = await models(server={"gather_ms": 20})
+    proxy = await models(server={"batch_window_ms": 20})
     upstream.holding = {"flagged": status(403, b"")}
     texts = ["a", "b", "flagged", "c", "d"]
     replies = await asyncio.gather(*(_ask(proxy, text) for text in texts))
@@ -238,7 +238,7 @@ def with_keys(start_proxy, upstream):
     """Give a function that starts a proxy whose provider is asked with clients' keys."""
 
     async def start(provider=None, **sections):
-        entry = {"base_url": upstream.url, "key": "client", **(provider or {})}
+        entry = {"base_url": upstream.url, "auth": "client", **(provider or {})}
         return await start_proxy(providers={"openai": entry}, **sections)
 
     return start

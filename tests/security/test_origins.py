@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from any_server import AnyServer
-from embedding_proxy.providers.upstream.network import BaseUrl, ForeignOrigin, Network
+from embedding_proxy.providers.network import BaseUrl, ForeignOrigin, Network
 from hypothesis import given
 from hypothesis import strategies as st
 from talk import Talk

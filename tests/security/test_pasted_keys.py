@@ -44,7 +44,7 @@ PLACES = {
     "a tag": "server: !KEY {}",
     "a key twice": "server: {KEY: 1, KEY: 2}",
     "a date": "server: {host: 2020-99-99KEY, KEY: 2020-99-99}",
-    "a model that is pinned": "cache: {pinned: [KEY], KEY: 1}",
+    "a model that is pinned": "cache: {pinned_namespaces: [KEY], KEY: 1}",
     "a namespace": "server: {keys: [{key: k, namespace: [KEY]}]}",
     "a collection": "index: {qdrant: {url: 'http://h', KEY: 1}}",
 }

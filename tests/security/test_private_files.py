@@ -56,7 +56,7 @@ async def test_everything_in_the_directory_is_private(kind, umask, start_proxy, 
         if kind == "Qdrant in a folder":
             sections["index"] = {"qdrant": {"path": str(tmp_path / "above" / "qdrant")}}
         if kind == "with clients' keys":
-            sections["providers"] = {"openai": {"base_url": upstream.url, "key": "client"}}
+            sections["providers"] = {"openai": {"base_url": upstream.url, "auth": "client"}}
         await _use(start_proxy, upstream, **sections)
         files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
         assert len(files) > 3

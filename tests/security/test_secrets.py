@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from aiohttp import WSMsgType, web
 from any_server import AnyServer
-from embedding_proxy.providers.upstream.redaction import MAX_BYTES, Redactor
+from embedding_proxy.providers.redaction import MAX_BYTES, Redactor
 from fault_server import status
 from hypothesis import given
 from hypothesis import strategies as st

@@ -28,7 +28,7 @@ _NAME = re.compile(r"v\d+\.damaged-\d{8}T\d{6}-\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class QuarantinedFile:
     """A folder with one damaged database, named `name`, and its write-ahead log."""
 
     folder: Path
@@ -91,18 +91,18 @@ def is_in_folder(path: Path) -> bool:
     return is_name(path.absolute().parent.name)
 
 
-def move(path: Path, inode: int | None) -> SetAside | None:
+def move(path: Path, inode: int | None) -> QuarantinedFile | None:
     """Move the database at `path` out of the way, if it is still the one with that inode.
 
     The caller holds the writer's lock. Raises OSError; what is then left to do `complete` does.
     """
     if inode is None or inode_of(path) != inode:
         return None
-    aside = SetAside(_made_folder(path.parent), path.name)
+    quarantined = QuarantinedFile(_made_folder(path.parent), path.name)
     number = 1 + max((other.number for other in _all(path)), default=0)
-    aside.note(done=False, moved=False, number=number, inode=inode)
-    _finish_move(aside, path)
-    return aside
+    quarantined.note(done=False, moved=False, number=number, inode=inode)
+    _finish_move(quarantined, path)
+    return quarantined
 
 
 def complete(path: Path) -> None:
@@ -110,15 +110,17 @@ def complete(path: Path) -> None:
 
     Raises OSError.
     """
-    for aside in _all(path):
-        if aside.is_pending and not aside.is_moved:
-            _finish_move(aside, path)
+    for quarantined in _all(path):
+        if quarantined.is_pending and not quarantined.is_moved:
+            _finish_move(quarantined, path)
 
 
-def pending(path: Path) -> list[SetAside]:
+def pending(path: Path) -> list[QuarantinedFile]:
     """Return what was set aside of the store at `path` and is not salvaged, the latest first."""
-    found = [aside for aside in _all(path) if aside.is_pending and aside.is_moved]
-    return sorted(found, key=lambda aside: aside.number, reverse=True)
+    found = [
+        quarantined for quarantined in _all(path) if quarantined.is_pending and quarantined.is_moved
+    ]
+    return sorted(found, key=lambda quarantined: quarantined.number, reverse=True)
 
 
 def inode_of(path: Path) -> int | None:
@@ -129,32 +131,32 @@ def inode_of(path: Path) -> int | None:
         return None
 
 
-def _finish_move(aside: SetAside, path: Path) -> None:
-    if not aside.path.exists():
-        if inode_of(path) != aside.state.get("inode"):
+def _finish_move(quarantined: QuarantinedFile, path: Path) -> None:
+    if not quarantined.path.exists():
+        if inode_of(path) != quarantined.state.get("inode"):
             # Somebody has put another file there since.
-            aside.note(done=True, moved=True)
+            quarantined.note(done=True, moved=True)
             return
-        atomic_file.move(path, aside.path)
+        atomic_file.move(path, quarantined.path)
     # The log is that of the moved file as long as no other file stands at its path.
     if not has_content(path):
         with contextlib.suppress(FileNotFoundError):
-            atomic_file.move(path.with_name(f"{path.name}{LOG}"), aside.log)
+            atomic_file.move(path.with_name(f"{path.name}{LOG}"), quarantined.log)
         path.with_name(f"{path.name}{SHARED_MEMORY}").unlink(missing_ok=True)
-    aside.note(moved=True)
+    quarantined.note(moved=True)
 
 
 def _made_folder(folder: Path) -> Path:
     stamp = time.strftime("%Y%m%dT%H%M%S")
     for attempt in range(MAX_FOLDERS):
-        aside = folder.with_name(f"{folder.name}.damaged-{stamp}-{attempt}")
+        quarantined = folder.with_name(f"{folder.name}.damaged-{stamp}-{attempt}")
         with contextlib.suppress(FileExistsError):
-            aside.mkdir(mode=0o700)
-            return aside
+            quarantined.mkdir(mode=0o700)
+            return quarantined
     raise FileExistsError(f"{folder}: there are too many damaged stores beside it")
 
 
-def _all(path: Path) -> list[SetAside]:
+def _all(path: Path) -> list[QuarantinedFile]:
     """Return all that was set aside of the store at `path`."""
     try:
         names = [folder.name for folder in path.parent.parent.iterdir()]
@@ -162,7 +164,7 @@ def _all(path: Path) -> list[SetAside]:
         return []
     prefix = f"{path.parent.name}.damaged-"
     return [
-        SetAside(path.parent.with_name(name), path.name)
+        QuarantinedFile(path.parent.with_name(name), path.name)
         for name in sorted(names)
         if name.startswith(prefix) and is_name(name)
     ]

@@ -10,7 +10,7 @@ from embedding_proxy.cache.disk.store import Store
 from embedding_proxy.cache.key import Key, Keys, checksum, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from embedding_proxy.cache.memory import Memory
-from embedding_proxy.cache.tiered import TierCounters, Tiers
+from embedding_proxy.cache.tiers import TierCounters, Tiers
 from embedding_proxy.providers.base import NORMAL, CachePolicy, Space
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -5,11 +5,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from embedding_proxy.cache.disk import changes as changes_module
-from embedding_proxy.cache.disk.changes import Changes, PendingRecord, StoredRecord, Use
+from embedding_proxy.cache.disk import write_batch as write_batch_module
 from embedding_proxy.cache.disk.connection import folder_of, lock_of
 from embedding_proxy.cache.disk.database import FAILURES, Database
 from embedding_proxy.cache.disk.eviction import TOUCH_MS
+from embedding_proxy.cache.disk.write_batch import PendingRecord, StoredRecord, Use, WriteBatch
 from embedding_proxy.cache.key import Partition
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from hypothesis import given, settings
@@ -35,7 +35,7 @@ def _opened(directory):
 @pytest.fixture
 def database(tmp_path, monkeypatch):
     """Give a file, and a clock for it that stands still."""
-    monkeypatch.setattr(changes_module, "time", SimpleNamespace(time=lambda: NOW))
+    monkeypatch.setattr(write_batch_module, "time", SimpleNamespace(time=lambda: NOW))
     with _opened(tmp_path) as database:
         yield database
 
@@ -68,7 +68,7 @@ def test_a_record_gets_an_entry(database):
         B: PendingRecord(b"b", THERE, 17.25),
         C: PendingRecord(b"c", None),
     }
-    database.write(Changes(records=records))
+    database.write(WriteBatch(records=records))
     now = int(1000 * NOW)
     assert _entries(database) == {
         A: (HERE, now, now),
@@ -84,24 +84,24 @@ def test_a_record_gets_an_entry(database):
 
 def test_a_record_written_again_keeps_one_entry(database):
     """The newer record's partition and times are those of the entry."""
-    database.write(Changes(records={A: PendingRecord(b"old", HERE, 1.0)}))
-    database.write(Changes(records={A: PendingRecord(b"new", THERE, 2.0)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"old", HERE, 1.0)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"new", THERE, 2.0)}))
     assert _entries(database) == {A: (THERE, 2000, int(1000 * NOW))}
     assert _in_step(database)
 
 
 def test_only_the_record_that_was_seen_is_deleted(database):
     """A record goes with its entry; one that was replaced since stays with its own."""
-    database.write(Changes(records={A: PendingRecord(b"a", HERE), B: PendingRecord(b"b", HERE)}))
-    database.write(Changes(dead=[(A, b"a"), (B, b"not b"), (C, b"c")]))
+    database.write(WriteBatch(records={A: PendingRecord(b"a", HERE), B: PendingRecord(b"b", HERE)}))
+    database.write(WriteBatch(deletions=[(A, b"a"), (B, b"not b"), (C, b"c")]))
     assert list(_entries(database)) == [B]
     assert _in_step(database)
 
 
 def test_deleted_and_written_in_one_transaction_is_there(database):
     """What is dead goes first, so that the record that takes its place stays."""
-    database.write(Changes(records={A: PendingRecord(b"a", HERE)}))
-    database.write(Changes(records={A: PendingRecord(b"a", THERE)}, dead=[(A, b"a")]))
+    database.write(WriteBatch(records={A: PendingRecord(b"a", HERE)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"a", THERE)}, deletions=[(A, b"a")]))
     assert _entries(database)[A][0] == THERE
     assert _in_step(database)
 
@@ -109,17 +109,17 @@ def test_deleted_and_written_in_one_transaction_is_there(database):
 @pytest.mark.parametrize("after", [-5 * TOUCH_MS, -1, 0, 1, TOUCH_MS, TOUCH_MS + 1, 9 * TOUCH_MS])
 def test_a_use_is_written_if_the_last_one_is_a_while_ago(database, after):
     """A use soon after the last one written is not, and none makes an entry older."""
-    database.write(Changes(records={A: PendingRecord(b"a", HERE)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"a", HERE)}))
     was = int(1000 * NOW)
-    database.write(Changes(used={A: Use(was + after, HERE), B: Use(was, HERE)}))
+    database.write(WriteBatch(used={A: Use(was + after, HERE), B: Use(was, HERE)}))
     assert _entries(database) == {A: (HERE, was, was + after if after > TOUCH_MS else was)}
 
 
 def test_a_use_tells_where_an_entry_belongs_only_if_nothing_did(database):
     """An entry of unknown partition takes that of its first use, and keeps it."""
-    database.write(Changes(records={A: PendingRecord(b"a", None)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"a", None)}))
     for partition, known in ((None, None), (HERE, HERE), (THERE, HERE), (None, HERE)):
-        database.write(Changes(used={A: Use(0, partition)}))
+        database.write(WriteBatch(used={A: Use(0, partition)}))
         assert _entries(database) == {A: (known, int(1000 * NOW), int(1000 * NOW))}
 
 
@@ -131,7 +131,7 @@ def test_sums_are_added_by_day_and_heading(database):
         *((1, LedgerKey(HERE, *names)) for names in ("mpc", "mp", "m", ("", "m"), ("", "", "m"))),
     ]
     for usage in (one, two, one):
-        changes = Changes()
+        changes = WriteBatch()
         for day, heading in lines:
             changes.count(day, heading, usage)
             changes.count(day, heading, Usage())
@@ -162,7 +162,7 @@ def test_odd_partitions_are_kept_apart(database):
     records = {bytes([i]) * 16: PendingRecord(b"x", partition) for i, partition in enumerate(ODD)}
     for _ in range(2):
         database.write(
-            Changes(records=records, usage={(1, LedgerKey(p)): Usage(hits=1) for p in ODD})
+            WriteBatch(records=records, usage={(1, LedgerKey(p)): Usage(hits=1) for p in ODD})
         )
         assert {a: entry[0] for a, entry in _entries(database).items()} == {
             a: kept.partition for a, kept in records.items()
@@ -172,28 +172,28 @@ def test_odd_partitions_are_kept_apart(database):
 
 
 BAD = {
-    "NaN": Changes(
+    "NaN": WriteBatch(
         records={A: PendingRecord(b"new", THERE), B: PendingRecord(b"b", THERE, math.nan)}
     ),
-    "infinite": Changes(
+    "infinite": WriteBatch(
         records={A: PendingRecord(b"new", THERE), B: PendingRecord(b"b", THERE, math.inf)}
     ),
-    "too large": Changes(
+    "too large": WriteBatch(
         records={A: PendingRecord(b"new", THERE), B: PendingRecord(b"b", THERE, 1e30)}
     ),
-    "half a pair": Changes(
+    "half a pair": WriteBatch(
         records={
             A: PendingRecord(b"new", THERE),
             B: PendingRecord(b"b", Partition("\ud800", "m", 4)),
         }
     ),
-    "dimensions": Changes(
+    "dimensions": WriteBatch(
         records={A: PendingRecord(b"n", THERE), B: PendingRecord(b"", Partition("", "", 1 << 63))}
     ),
-    "a use": Changes(records={A: PendingRecord(b"new", THERE)}, used={A: Use(1 << 63, HERE)}),
-    "a sum": Changes(
+    "a use": WriteBatch(records={A: PendingRecord(b"new", THERE)}, used={A: Use(1 << 63, HERE)}),
+    "a sum": WriteBatch(
         records={A: PendingRecord(b"new", THERE)},
-        dead=[(A, b"a")],
+        deletions=[(A, b"a")],
         usage={(1, LedgerKey(THERE)): Usage(hits=1), (1, LedgerKey(HERE)): Usage(hits=1 << 63)},
     ),
 }
@@ -202,7 +202,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_what_cannot_be_written_leaves_nothing(database, bad):
     """One bad thing keeps out all that came with it, and what was there is as it was."""
-    database.write(Changes(records={A: PendingRecord(b"a", HERE)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"a", HERE)}))
     tables = ("Cache", "Entries", "Partitions", "Usage", "Settings", "Purges")
 
     def everything():
@@ -213,8 +213,8 @@ def test_what_cannot_be_written_leaves_nothing(database, bad):
         database.write(BAD[bad])
     assert everything() == before
     # The number that the partition would have had is another's now.
-    database.write(Changes(records={C: PendingRecord(b"c", Partition("new", "m", 4))}))
-    database.write(Changes(records={B: PendingRecord(b"b", THERE)}))
+    database.write(WriteBatch(records={C: PendingRecord(b"c", Partition("new", "m", 4))}))
+    database.write(WriteBatch(records={B: PendingRecord(b"b", THERE)}))
     assert {a: entry[0] for a, entry in _entries(database).items()} == {
         A: HERE,
         B: THERE,
@@ -226,7 +226,7 @@ def test_what_cannot_be_written_leaves_nothing(database, bad):
 @pytest.mark.parametrize("stored", [-1.5, 0.0, 0.001, 4e9])
 def test_any_finite_time_is_kept(database, stored):
     """Records from before 1970 or from the future come back with their time."""
-    database.write(Changes(records={A: PendingRecord(b"a", HERE, stored)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"a", HERE, stored)}))
     found = database.read_many([A], not_before=-10.0)
     assert found == {A: StoredRecord(b"a", stored)}
     assert _entries(database)[A][1] == int(1000 * stored)
@@ -234,7 +234,7 @@ def test_any_finite_time_is_kept(database, stored):
 
 def test_no_changes_change_nothing(database):
     """The empty transaction succeeds, and names no partition."""
-    database.write(Changes())
+    database.write(WriteBatch())
     assert database.sql("SELECT count(*) FROM Partitions").fetchall() == [(0,)]
     assert _in_step(database)
 
@@ -243,7 +243,7 @@ def test_a_huge_transaction_is_one(database):
     """Many thousands of records and uses go in at once."""
     addresses = [i.to_bytes(16) for i in range(12_000)]
     database.write(
-        Changes(
+        WriteBatch(
             records={a: PendingRecord(a, HERE) for a in addresses},
             used={a: Use(int(1000 * NOW) + 2 * TOUCH_MS, THERE) for a in addresses},
         )
@@ -257,12 +257,14 @@ def test_a_huge_transaction_is_one(database):
 @pytest.mark.parametrize("spoilt", ["record", "entry"])
 def test_an_entry_has_the_time_of_the_record_that_is_there(spoilt, database):
     """Also where an older record takes the place of a damaged one, or an entry is missing."""
-    database.write(Changes(records={A: PendingRecord(b"first", HERE, NOW)}))
+    database.write(WriteBatch(records={A: PendingRecord(b"first", HERE, NOW)}))
     if spoilt == "record":
         database.sql("UPDATE Cache SET mode = 4, value = 'text'")
     else:
         database.sql("DELETE FROM Entries")
-    database.write(Changes(records={A: PendingRecord(b"second", HERE, NOW - 1)}, keep_newer=True))
+    database.write(
+        WriteBatch(records={A: PendingRecord(b"second", HERE, NOW - 1)}, keep_newer=True)
+    )
     found = database.read_many([A])[A]
     assert found.record == (b"second" if spoilt == "record" else b"first")
     assert _entries(database) == {A: (HERE, int(1000 * found.stored), int(1000 * NOW))}
@@ -304,9 +306,9 @@ def test_any_sequence_agrees_with_a_model(tmp_path_factory, steps):
         pytest.MonkeyPatch.context() as patch,
         _opened(tmp_path_factory.mktemp("store")) as database,
     ):
-        patch.setattr(changes_module, "time", SimpleNamespace(time=lambda: NOW))
+        patch.setattr(write_batch_module, "time", SimpleNamespace(time=lambda: NOW))
         for records, dead, used, fails in steps:
-            changes = Changes(records=dict(records), dead=list(dead), used=dict(used))
+            changes = WriteBatch(records=dict(records), deletions=list(dead), used=dict(used))
             if fails:
                 changes.count(0, LedgerKey(THERE), Usage(hits=1 << 63))
                 with pytest.raises(OverflowError):

@@ -4,15 +4,16 @@ import logging
 from collections.abc import Iterator
 from importlib import metadata
 
-from embedding_proxy.cache.maintenance.size import read_size
+from embedding_proxy.cache.maintenance.stats import read_size
 from embedding_proxy.providers import descriptors, local, registry
-from embedding_proxy.proxy.cli.formatting import count, size
-from embedding_proxy.proxy.cli.output import WorkFailed, path_text
 from embedding_proxy.proxy.config.loader import ConfigError, Configuration
 from embedding_proxy.proxy.config.own_address import check_own_address
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.embedding_service import GIB
 from embedding_proxy.proxy.service.provider_factory import check_network, key_of
+
+from .formatting import count, size
+from .output import WorkFailed, path_text
 
 log = logging.getLogger("embedding_proxy.start")
 

@@ -143,7 +143,7 @@ class Network:
             yield proxy.password or proxy.user
             yield base64.b64encode(pair.encode("latin1", "replace")).decode()
 
-    def place_of(self, base_url: str) -> str:
+    def address_of(self, base_url: str) -> str:
         """Return the host and port that connections are made to, for people."""
         proxy = self.proxy_for(base_url)
         url = proxy or URL(base_url)

@@ -78,12 +78,12 @@ class Use(NamedTuple):
 
 
 @dataclass(slots=True, kw_only=True)
-class Changes:
+class WriteBatch:
     """What one transaction does."""
 
     records: dict[bytes, PendingRecord] = field(default_factory=dict)
     """Written, by address."""
-    dead: list[tuple[bytes, bytes]] = field(default_factory=list)
+    deletions: list[tuple[bytes, bytes]] = field(default_factory=list)
     """Deleted: address and record, so that a newer record under the address stays."""
     keep_newer: bool = False
     """Whether records that are there and were not stored earlier stay; else all are replaced."""
@@ -92,13 +92,13 @@ class Changes:
     usage: dict[tuple[int, LedgerKey], Usage] = field(default_factory=dict)
     """Added to the sums, by day (since 1970, UTC) and heading."""
 
-    def parts(self, most_bytes: int) -> "Iterator[Changes]":
+    def parts(self, most_bytes: int) -> "Iterator[WriteBatch]":
         """Yield changes that are the same together, of at most about so many bytes each."""
         part, size = replace(self, records={}), 0
         for address, kept in self.records.items():
             if size and size + len(kept.record) > most_bytes:
                 yield part
-                part, size = Changes(keep_newer=self.keep_newer), 0
+                part, size = WriteBatch(keep_newer=self.keep_newer), 0
             part.records[address] = kept
             size += len(kept.record)
         yield part
@@ -108,10 +108,10 @@ class Changes:
         sums = self.usage.get((day, heading))
         self.usage[day, heading] = usage if sums is None else sums.plus(usage)
 
-    def delete_dead(self, connection: Any) -> None:  # noqa: ANN401 - an SQLite connection
-        """Delete what is dead."""
-        if self.dead:
-            connection.executemany(_DELETE, self.dead)
+    def delete_records(self, connection: Any) -> None:  # noqa: ANN401 - an SQLite connection
+        """Delete the records of `deletions`."""
+        if self.deletions:
+            connection.executemany(_DELETE, self.deletions)
 
     def put_sums(self, connection: Any) -> None:  # noqa: ANN401
         """Add to the sums."""

@@ -19,8 +19,8 @@ from operator import attrgetter
 from embedding_proxy.providers.base import NORMAL, CachePolicy
 
 from . import record
-from .disk.changes import StoredRecord
 from .disk.store import Store
+from .disk.write_batch import StoredRecord
 from .key import Key, Keys, Partition
 from .ledger import LedgerKey, Usage
 from .memory import Memory
