@@ -160,7 +160,7 @@ def test_the_architecture_names_every_folder():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_numbers_of_targets_stay_on_their_page(page):
-    """A reader of other pages gets figures in words; only docs/performance.md numbers its targets."""
+    """Other pages give figures in words; only docs/performance.md numbers its targets."""
     numbers = re.findall(r"\bT\d+\b", page.read_text(encoding="utf-8"))
     assert bool(numbers) == (page.stem == "performance")
 
