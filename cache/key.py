@@ -99,13 +99,13 @@ class Keys(Sequence[Key]):
         return cls(list(addresses), list(digests))
 
     @overload
-    def __getitem__(self, place: int) -> Key: ...
+    def __getitem__(self, index: int) -> Key: ...
     @overload
-    def __getitem__(self, place: slice) -> "Keys": ...
-    def __getitem__(self, place: int | slice) -> "Key | Keys":
-        if isinstance(place, slice):
-            return Keys(self.addresses[place], self.digests[place])
-        return Key(self.addresses[place], self.digests[place])
+    def __getitem__(self, index: slice) -> "Keys": ...
+    def __getitem__(self, index: int | slice) -> "Key | Keys":
+        if isinstance(index, slice):
+            return Keys(self.addresses[index], self.digests[index])
+        return Key(self.addresses[index], self.digests[index])
 
     def __iter__(self) -> Iterator[Key]:
         return map(Key, self.addresses, self.digests)

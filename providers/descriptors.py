@@ -53,10 +53,10 @@ def raise_limit() -> None:
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MAX_RAISED if hard == resource.RLIM_INFINITY else min(hard, _MAX_RAISED)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    target = _MAX_RAISED if hard == resource.RLIM_INFINITY else min(hard, _MAX_RAISED)
+    if soft != resource.RLIM_INFINITY and soft < target:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
         except (OSError, ValueError) as error:
             log.info("the limit on open files stays %s: %s", soft, error)
 

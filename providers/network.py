@@ -113,13 +113,13 @@ class Network:
         name = url.scheme if url.scheme in proxies else "all"
         if name not in proxies:
             return None
-        found = proxies[name]
+        address = proxies[name]
         try:
-            proxy = URL(found if "://" in found else f"http://{found}")
+            proxy = URL(address if "://" in address else f"http://{address}")
             # A bare word is no address: neither a scheme nor a port says that it is meant as one.
             usable = proxy.scheme in ("http", "https") and bool(proxy.host) and proxy.port != 0
-            usable = usable and ("://" in found or proxy.explicit_port is not None)
-            usable = usable and len(found.split()) == 1
+            usable = usable and ("://" in address or proxy.explicit_port is not None)
+            usable = usable and len(address.split()) == 1
         except ValueError:
             usable = False
         if not usable:

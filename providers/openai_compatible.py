@@ -88,8 +88,8 @@ class HttpProvider:
         headers = dict(profile.headers)
         connections = None
         if profile.by_client:
-            most = int(descriptors.left() * _CONNECTIONS_SHARE)
-            connections = asyncio.Semaphore(max(1, most))
+            max_connections = int(descriptors.left() * _CONNECTIONS_SHARE)
+            connections = asyncio.Semaphore(max(1, max_connections))
         elif api_key:
             headers |= self._key_header(api_key)
         # How many calls there are at a time is decided in `ProviderQueue`. A limit of the transport
@@ -230,11 +230,13 @@ class HttpProvider:
 
     def _refused(self, credential: Credential, error: AuthenticationError) -> ClientKeyRefused:
         """Return what a client is told whose key is not accepted; the log gets no word of it."""
-        said = error.refusal
-        if said is None:
+        refusal = error.refusal
+        if refusal is None:
             return ClientKeyRefused(str(error))
-        log.info("%s: refuses a client's key, %s: %d", self.name, credential.name, said.status)
-        return ClientKeyRefused(str(error), status=said.status, kind=said.kind, code=said.code)
+        log.info("%s: refuses a client's key, %s: %d", self.name, credential.name, refusal.status)
+        return ClientKeyRefused(
+            str(error), status=refusal.status, kind=refusal.kind, code=refusal.code
+        )
 
     def _read(
         self,
@@ -292,12 +294,14 @@ class HttpProvider:
             self.name,
         )
 
-    def _compare(self, asked: str, answered: str | None, inputs: Sequence[Input]) -> None:
+    def _compare(self, requested: str, answered: str | None, inputs: Sequence[Input]) -> None:
         """Count replies that name another model; a version of the same model is no other one."""
         if answered is None or not self._declared.names_models:
             return
-        one, other = (name.rpartition("/")[2].lower() for name in (asked, answered))
-        if one.startswith(other) or other.startswith(one):
+        requested_name, answered_name = (
+            name.rpartition("/")[2].lower() for name in (requested, answered)
+        )
+        if requested_name.startswith(answered_name) or answered_name.startswith(requested_name):
             return
         answered = answered[:MAX_NAME]
         if answered not in self.other_models:
@@ -310,7 +314,7 @@ class HttpProvider:
                 "%s: answers as %r when asked for %r; `embedding-proxy check` compares the routes",
                 self.name,
                 answered,
-                asked,
+                requested,
             )
         self.other_models[answered] += 1
 
@@ -319,7 +323,7 @@ class HttpProvider:
 
         A field of the request may be unknown to it, or not the client's to say.
         """
-        known = self._declared.extra_fields
+        fields = self._declared.extra_fields
         width = self._declared.dimensions_field
         fixed = self.fixed_fields()
         for name, _ in space.parameters:
@@ -327,7 +331,7 @@ class HttpProvider:
                 problem = f"The width of a vector is asked for by `dimensions`, not by `{name}`."
             elif name in fixed:
                 problem = f"`{name}` is set by the configuration of the proxy."
-            elif known is not None and name not in known:
+            elif fields is not None and name not in fields:
                 problem = f"Unrecognized request argument supplied: {name}"
             else:
                 continue

@@ -54,28 +54,28 @@ def decodings(text: str) -> Iterator[str]:
     left = max(_FACTOR * len(text), _MIN_CHARACTERS)
     level = [text]
     for _ in range(MAX_DEPTH):
-        found: list[str] = []
-        for one in level:
+        texts: list[str] = []
+        for text_of_level in level:
             for decode in _DECODERS:
-                decoded = decode(one)
-                if not decoded or decoded == one:
+                decoded = decode(text_of_level)
+                if not decoded or decoded == text_of_level:
                     continue
                 left -= len(decoded)
                 if left < 0:
                     return
-                found.append(decoded)
+                texts.append(decoded)
                 yield decoded
-        level = found
+        level = texts
 
 
 def _unescape(text: str) -> str:
     return _ESCAPE.sub(_character, text) if "\\" in text else ""
 
 
-def _character(found: re.Match[str]) -> str:
-    digits = found[1] or found[2] or found[3]
+def _character(match: re.Match[str]) -> str:
+    digits = match[1] or match[2] or match[3]
     if not digits:
-        return {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}.get(found[4], found[4])
+        return {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}.get(match[4], match[4])
     number = int(digits, 16)
     return chr(number) if number <= 0x10FFFF else ""
 
@@ -99,8 +99,8 @@ def _remove_blanks(text: str) -> str:
 def _from_base64(text: str) -> str:
     """Return the words of a text decoded as base64, each from its first four digits on."""
     pieces = []
-    for found in _BASE64.finditer(text):
-        word = found[0].translate(_URLSAFE)
+    for match in _BASE64.finditer(text):
+        word = match[0].translate(_URLSAFE)
         for first in range(4):
             digits = word[first:]
             whole = digits[: len(digits) // 4 * 4] if len(digits) % 4 == 1 else digits
@@ -110,8 +110,8 @@ def _from_base64(text: str) -> str:
 
 def _from_hex(text: str) -> str:
     pieces: list[str] = []
-    for found in _HEX.finditer(text):
-        digits = _NO_HEX.sub("", found[0])
+    for match in _HEX.finditer(text):
+        digits = _NO_HEX.sub("", match[0])
         even = len(digits) % 2 == 0
         pieces += [digits if even else digits[:-1], digits[1:-1] if even else digits[1:]]
     return b"\n".join(map(bytes.fromhex, pieces)).decode(errors="replace")
@@ -155,7 +155,7 @@ class QuotedInputs:
         if len(message) < MIN_QUOTED:
             return message
         shown = self._masked(message)
-        is_shown = all(self._masked(one) is one for one in decodings(shown))
+        is_shown = all(self._masked(decoded) is decoded for decoded in decodings(shown))
         return shown if is_shown else NOT_SHOWN
 
     def _masked(self, message: str) -> str:
@@ -168,26 +168,26 @@ class QuotedInputs:
         if len(lower) != len(line):
             # Some letters have two lower-case ones, so that positions differ.
             line = lower
-        kept: list[str] = []
+        pieces_kept: list[str] = []
         end = at = 0
         while at <= len(lower) - MIN_QUOTED:
-            found = pieces.get(lower[at : at + MIN_QUOTED])
-            if found is None:
+            starts = pieces.get(lower[at : at + MIN_QUOTED])
+            if starts is None:
                 at += 1
                 continue
-            text, index = self._texts[found[0]], found[1]
+            text, index = self._texts[starts[0]], starts[1]
             # No more of a long text is copied than the length of the message.
             begin = max(0, index - (at - end))
             before = _common(lower[end:at][::-1], text[begin:index][::-1])
             after = _common(lower[at:], text[index : index + len(lower) - at])
-            kept += [line[end : at - before], MASK]
+            pieces_kept += [line[end : at - before], MASK]
             end = at = at + after
-        return "".join([*kept, line[end:]]) if kept else message
+        return "".join([*pieces_kept, line[end:]]) if pieces_kept else message
 
     def _prepared(self) -> dict[str, tuple[int, int]]:
         """Return pieces of the texts, MIN_QUOTED characters at equal steps, by position."""
         if self._pieces is None:
-            self._texts = [_plain(one) for one in self._inputs if isinstance(one, str)]
+            self._texts = [_plain(item) for item in self._inputs if isinstance(item, str)]
             size = sum(map(len, self._texts))
             step = MIN_QUOTED * (1 + size // (MIN_QUOTED * _MAX_PIECES))
             self._pieces = {
@@ -268,8 +268,8 @@ class Redactor:
 
     def redact_text(self, text: str) -> str:
         """Return a text without the secrets; only a mask if it hides one in another encoding."""
-        found = self.redact(text.encode(errors="replace"))
-        return found.decode(errors="replace") if self.is_clean(found) else MASK
+        redacted = self.redact(text.encode(errors="replace"))
+        return redacted.decode(errors="replace") if self.is_clean(redacted) else MASK
 
     def is_clean(self, body: bytes) -> bool:
         """Tell whether no secret shows in a text, nor in what it can be decoded to.
@@ -308,7 +308,7 @@ class Redactor:
     def _remove_masked(self, body: bytes) -> bytes:
         if not (self._secrets or self._every_mask):
             return body
-        return _MASKED.sub(lambda found: _MASK_BYTES if self._is_ours(found[0]) else found[0], body)
+        return _MASKED.sub(lambda match: _MASK_BYTES if self._is_ours(match[0]) else match[0], body)
 
     def _is_ours(self, masked: bytes) -> bool:
         return self._every_mask or any(_may_be(masked, secret) for secret in self._secrets)
@@ -368,7 +368,7 @@ def _forms(secret: bytes) -> Iterable[bytes]:
     yield html.escape(text).encode()
     for quoted in (quote(text, safe=""), quote_plus(text)):
         yield quoted.encode()
-        yield re.sub("%..", lambda found: found[0].lower(), quoted).encode()
+        yield re.sub("%..", lambda match: match[0].lower(), quoted).encode()
     for before in range(3):
         # Of what stands in base64 amid other bytes, the digits that depend on the secret alone.
         padded = b"\0" * before + secret
@@ -390,9 +390,9 @@ def _remove_beginnings(beginning: bytes, body: bytes) -> bytes:
     """Return a text without the words that begin so, from there to their ends."""
     pieces = []
     at = 0
-    while (found := body.find(beginning, at)) >= 0:
-        end = _DELIMITER.search(body, found)
-        pieces += [body[at:found], _MASK_BYTES]
+    while (start := body.find(beginning, at)) >= 0:
+        end = _DELIMITER.search(body, start)
+        pieces += [body[at:start], _MASK_BYTES]
         at = len(body) if end is None else end.start()
     return b"".join([*pieces, body[at:]])
 

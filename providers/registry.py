@@ -77,8 +77,8 @@ def find(name: str) -> Kind:
     """
     if name in KINDS:
         return KINDS[name]
-    known = ", ".join(sorted({*KINDS, LOCAL}))
-    absent = f"expected one of {known}, or a kind that an installed package brings"
+    names = ", ".join(sorted({*KINDS, LOCAL}))
+    absent = f"expected one of {names}, or a kind that an installed package brings"
     where, brought = plugins.load(plugins.PROVIDERS, name, UnknownKind, absent, makes=False)
     if isinstance(brought, Profile):
         return Kind(brought)

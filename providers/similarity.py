@@ -42,7 +42,7 @@ def ranked(query: Vector, vectors: Sequence[Vector], k: int) -> list[tuple[int, 
     if not vectors or k < 1:
         return []
     (alike,) = np.clip(_units([query]) @ _units(vectors).T, -1.0, 1.0)
-    return [(int(place), float(alike[place])) for place in np.argsort(-alike, kind="stable")[:k]]
+    return [(int(index), float(alike[index])) for index in np.argsort(-alike, kind="stable")[:k]]
 
 
 def nearest(vectors: Sequence[Vector], of: Sequence[int], among: int, k: int) -> list[list[int]]:
@@ -52,14 +52,14 @@ def nearest(vectors: Sequence[Vector], of: Sequence[int], among: int, k: int) ->
     others at least.
     """
     units = _units(vectors)
-    found: list[list[int]] = []
+    neighbours: list[list[int]] = []
     for start in range(0, len(of), _BLOCK):
-        places = np.array(of[start : start + _BLOCK])
-        alike = units[places] @ units[:among].T
-        itself = np.flatnonzero(places < among)
-        alike[itself, places[itself]] = -np.inf
-        found += np.argsort(-alike, axis=1, kind="stable")[:, :k].tolist()
-    return found
+        rows = np.array(of[start : start + _BLOCK])
+        alike = units[rows] @ units[:among].T
+        itself = np.flatnonzero(rows < among)
+        alike[itself, rows[itself]] = -np.inf
+        neighbours += np.argsort(-alike, axis=1, kind="stable")[:, :k].tolist()
+    return neighbours
 
 
 def overlap(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:

@@ -115,8 +115,8 @@ async def count_charged(
     return await count_inputs(inputs, encoding or CL100K, known), encoding is not None
 
 
-def cut(item: Input, most: int, encoding: str = CL100K) -> Input:
-    """Return the first `most` tokens of an input, as a text if they stand for one.
+def cut(item: Input, max_tokens: int, encoding: str = CL100K) -> Input:
+    """Return the first `max_tokens` tokens of an input, as a text if they stand for one.
 
     A text ends with the last character that is whole within them, and has at most so many tokens
     itself. One whose first character alone has more is returned as it is.
@@ -124,15 +124,15 @@ def cut(item: Input, most: int, encoding: str = CL100K) -> Input:
     >>> cut("one two three", 2), cut("one", 2), cut((100257, 15339, 1917), 2)
     ('one two', 'one', (100257, 15339))
     """
-    if bound(item) <= most:
+    if bound(item) <= max_tokens:
         return item
     if not isinstance(item, str):
-        return as_text(item[:most], encoding)
+        return as_text(item[:max_tokens], encoding)
     tokenizer = _tokenizer(encoding)
     text = item
-    while len(ids := _first(tokenizer, text, most + 1)) > most:
+    while len(ids := _first(tokenizer, text, max_tokens + 1)) > max_tokens:
         # What is cut off may change how the end is encoded, even into more tokens than before.
-        text = tokenizer.decode_bytes(ids[:most]).decode(errors="ignore")
+        text = tokenizer.decode_bytes(ids[:max_tokens]).decode(errors="ignore")
     return text or item
 
 

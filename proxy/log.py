@@ -42,14 +42,14 @@ _ExcInfo: TypeAlias = (
 )
 
 
-def escape(text: str, most: int = MAX_MESSAGE) -> str:
-    r"""Return a text as one line of printable characters, of at most `most` characters and a note.
+def escape(text: str, max_length: int = MAX_MESSAGE) -> str:
+    r"""Return a text as one line of printable characters, of at most `max_length`, and a note.
 
     >>> print(escape("a\r\nb\x1b[31m\u202e"))
     a\r\nb\x1b[31m\u202e
     """
-    cut = f"… ({len(text) - most:,} more characters)" if len(text) > most else ""
-    text = text[:most]
+    cut = f"… ({len(text) - max_length:,} more characters)" if len(text) > max_length else ""
+    text = text[:max_length]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else _escape_sign(c) for c in text)
     return text + cut
@@ -78,11 +78,11 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as text; a traceback that another formatter has made is not used."""
-        kept, record.exc_text = record.exc_text, None
+        traceback_text, record.exc_text = record.exc_text, None
         try:
             return super().format(record)
         finally:
-            record.exc_text = kept
+            record.exc_text = traceback_text
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
         """Return the line of a record, with the number of those that were left out before it."""
@@ -127,8 +127,8 @@ class RateLimit(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether a record is written; note on it how many were not."""
         now = self._clock()
-        place = (record.pathname, record.lineno, record.levelno)
-        flow = self._flows.setdefault(place, _Flow(at=now))
+        source_line = (record.pathname, record.lineno, record.levelno)
+        flow = self._flows.setdefault(source_line, _Flow(at=now))
         flow.room = min(flow.room + (now - flow.at) / INTERVAL_S, BURST)
         flow.at = now
         if flow.room < 1:

@@ -233,9 +233,9 @@ def rule_of(name: str) -> Rule:
     (<Group.REFUSED: 'refused'>, <Group.NEUTRAL: 'neutral'>, <Group.KEY: 'key'>)
     """
     plain = _normalize(name)
-    found = RULES.get(plain)
-    if found is not None:
-        return found
+    known_rule = RULES.get(plain)
+    if known_rule is not None:
+        return known_rule
     for endings, rule in ENDINGS:
         if plain.endswith(endings):
             return rule
@@ -291,16 +291,18 @@ def canonical_fields(fields: Mapping[str, object]) -> tuple[tuple[str, bytes], .
 def _is_default(rule: Rule, value: object) -> bool:
     """Tell whether a value, or each of a list of them, asks for what the client gets anyway."""
     several = value if isinstance(value, list) else [value]
-    plain = [one.lower() if isinstance(one, str) else one for one in several]
+    plain = [item.lower() if isinstance(item, str) else item for item in several]
     # 0 equals False to Python, not to JSON.
     return bool(plain) and all(
-        any(type(one) is type(default) and one == default for default in rule.defaults)
-        for one in plain
+        any(type(item) is type(default) and item == default for default in rule.defaults)
+        for item in plain
     )
 
 
 def _refusal(rule: Rule, name: str) -> InvalidRequest:
-    own = next((one for one in OWN_FIELDS if _normalize(one) == _normalize(name)), "")
+    own = next(
+        (field_name for field_name in OWN_FIELDS if _normalize(field_name) == _normalize(name)), ""
+    )
     return InvalidRequest(rule.reason.format(name=name[:100], own=own), param=name[:100])
 
 
@@ -327,23 +329,23 @@ class SpaceWatch:
         """Take note of one request's parameters, (name, canonical JSON); warn if they are many."""
         if not parameters:
             return
-        seen = self._models.get_or_make(model, _ParameterSets)
-        if seen.is_told:
+        watched = self._models.get_or_make(model, _ParameterSets)
+        if watched.is_told:
             return
         now = self._clock()
         whole = _digest(b"".join(_digest(name.encode()) + _digest(one) for name, one in parameters))
         values = {name[:MAX_NAME]: _digest(value) for name, value in parameters[:MAX_FIELDS]}
-        seen.sets[whole] = now, values
-        seen.sets = {key: one for key, one in seen.sets.items() if one[0] >= now - WINDOW_S}
-        if len(seen.sets) > MAX_SETS:
-            seen.is_told = True
-            self._warn(model, [one for _, one in seen.sets.values()])
-            seen.sets.clear()
+        watched.sets[whole] = now, values
+        watched.sets = {key: one for key, one in watched.sets.items() if one[0] >= now - WINDOW_S}
+        if len(watched.sets) > MAX_SETS:
+            watched.is_told = True
+            self._warn(model, [one for _, one in watched.sets.values()])
+            watched.sets.clear()
 
     @staticmethod
     def _warn(model: str, sets: Sequence[dict[str, bytes]]) -> None:
-        names = sorted({name for one in sets for name in one})
-        distinct = {name: len({one.get(name) for one in sets}) for name in names}
+        names = sorted({name for values in sets for name in values})
+        distinct = {name: len({values.get(name) for values in sets}) for name in names}
         field = max(names, key=lambda name: distinct[name])
         log.warning(
             "model %s: more than %d distinct sets of request fields within %d minutes; most differ"

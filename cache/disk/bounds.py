@@ -28,14 +28,14 @@ def partition_id(sql: Sql, partition: Partition) -> int:
 
     `sql` runs statements in a transaction that may write. The space's label is in its present form.
     """
-    found = sql(_FIND, partition).fetchone()
-    if found is None:
+    row = sql(_FIND, partition).fetchone()
+    if row is None:
         partition = _shared(sql, partition)
-        found = sql(_FIND, partition).fetchone()
-    if found is None:
+        row = sql(_FIND, partition).fetchone()
+    if row is None:
         sql(_ADD, partition)
-        found = sql(_FIND, partition).fetchone()
-    return int(found[0])
+        row = sql(_FIND, partition).fetchone()
+    return int(row[0])
 
 
 def rest_of(space: str) -> str | None:
@@ -106,7 +106,7 @@ def usage_rows(
 
 
 def _is_there(sql: Sql, key: tuple[Any, ...]) -> bool:
-    found = sql(
+    row = sql(
         "SELECT 1 FROM Usage WHERE (day, partition, model, provider, client) = (?, ?, ?, ?, ?)", key
     )
-    return found.fetchone() is not None
+    return row.fetchone() is not None

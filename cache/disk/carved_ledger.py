@@ -80,13 +80,13 @@ class CarvedLedger:
 
 
 def _merged(table: _Known, index: _Known) -> _Known:
-    found: _Known = {}
+    sums: _Known = {}
     for own, other in ((table, index), (index, table)):
         for line, (is_sound, usage) in own.items():
             # A line that only a damaged page has may be another's, changed.
             if is_sound or line in other or len(other) < len(own):
-                _keep(found, line, usage, is_sound=is_sound)
-    return found
+                _keep(sums, line, usage, is_sound=is_sound)
+    return sums
 
 
 def _keep(known: _Known, line: Line, usage: Usage, *, is_sound: bool) -> None:

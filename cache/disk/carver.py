@@ -119,14 +119,14 @@ class RecordCarver:
     @property
     def usage(self) -> dict[tuple[int, LedgerKey], Usage]:
         """The sums of the ledger, by day (since 1970, UTC) and heading."""
-        found: dict[tuple[int, LedgerKey], Usage] = {}
+        sums: dict[tuple[int, LedgerKey], Usage] = {}
         for (day, number, *names), usage in self._ledger.lines():
             partition = self._partition(number)
             if self._ledger.is_of_layout_1:
                 names[0] = partition.space if partition else ""
             key = day, LedgerKey(partition or UNKNOWN, *names)
-            found[key] = found[key].plus(usage) if key in found else usage
-        return found
+            sums[key] = sums[key].plus(usage) if key in sums else usage
+        return sums
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of which no later version is seen, and that something else names."""
@@ -270,9 +270,9 @@ class RecordCarver:
             noted[at + _YIELDED] = trace
             self._report.records += 1
             partition = self._partition(number)
-            known = partition is not None and partition.dimensions == dimensions
+            is_known = partition is not None and partition.dimensions == dimensions
             when = stored / 1000 if stored and version[3] else own
-            yield Row(address, record, when, partition if known else None)
+            yield Row(address, record, when, partition if is_known else None)
 
     def _content(self, page: bytes, cell: Cell) -> tuple[bytes, bytes, float]:
         """Return a row's address, record and time; all empty if it holds no raw bytes."""
@@ -292,8 +292,8 @@ class RecordCarver:
         return cell.value(page, 1), record, float(own) if 0 < 1000 * own < self._future_ms else 0.0
 
     def _partition(self, number: int) -> Partition | None:
-        said = self._said.get(number, ())
-        return next(iter(said)) if len(said) == 1 else None
+        partitions = self._said.get(number, ())
+        return next(iter(partitions)) if len(partitions) == 1 else None
 
 
 def _read(file: int, size: int, offset: int) -> bytes:

@@ -336,14 +336,16 @@ class Database:
         is_spared = changes.records and not self.uses_last_room
         if is_spared and shutil.disk_usage(self.folder).free < FREE_BYTES:
             raise OSError("the file system is nearly full; nothing is written")
-        wanted = eviction.pages_for([len(kept.record) for kept in changes.records.values()])
+        pages_needed = eviction.pages_for(
+            [len(pending.record) for pending in changes.records.values()]
+        )
         full: StoreFull | None = None
-        with self.transaction(2 * wanted + _OTHER_PAGES) as connection:
+        with self.transaction(2 * pages_needed + _OTHER_PAGES) as connection:
             changes.delete_records(connection)
             changes.put_sums(connection)
             there_is_room = True
             try:
-                there_is_room = self._make_room(wanted, wanted, changes, recent or {})
+                there_is_room = self._make_room(pages_needed, pages_needed, changes, recent or {})
             except StoreFull as error:
                 full = error
             else:
@@ -353,22 +355,22 @@ class Database:
                 interval_ms = self._eviction.use_interval_ms(self.sql, last_ms)
                 changes.put_uses(connection, interval_ms)
             if full is None and not there_is_room:
-                self._make_room(0, wanted, changes, recent or {})
+                self._make_room(0, pages_needed, changes, recent or {})
         if full is not None:
             changes.deletions, changes.used, changes.usage = [], {}, {}
             raise full
 
     def _make_room(
-        self, wanted: int, effort: int, changes: WriteBatch, recent: Mapping[bytes, Use]
+        self, pages_needed: int, effort: int, changes: WriteBatch, recent: Mapping[bytes, Use]
     ) -> bool:
         def used_at(address: bytes) -> int:
             use = changes.used.get(address) or recent.get(address)
             return use.at if use else 0
 
-        if wanted and time.monotonic() < self._full_until:
+        if pages_needed and time.monotonic() < self._full_until:
             raise StoreFull(eviction.FULL)
         try:
-            return self._eviction.make_room(self.sql, wanted, used_at, effort)
+            return self._eviction.make_room(self.sql, pages_needed, used_at, effort)
         except StoreFull:
             # Found out at some cost, and not to change soon.
             self._full_until = time.monotonic() + FULL_SECONDS

@@ -67,9 +67,9 @@ class Eviction:
         self._transactions = 0
 
     def make_room(
-        self, sql: Sql, wanted: int, used_at: Callable[[bytes], int], effort: int = 0
+        self, sql: Sql, pages_needed: int, used_at: Callable[[bytes], int], effort: int = 0
     ) -> bool:
-        """Make room for `wanted` pages, as far as that is quick; return whether there is room.
+        """Make room for so many pages, as far as that is quick; return whether there is room.
 
         What is left to do the next transaction does. `used_at` tells, by address, of a use that is
         not in the file yet, in milliseconds, or 0: such an entry is as young as that use. `effort`
@@ -78,8 +78,8 @@ class Eviction:
         same.
         """
         limit = self._limit
-        budget = 2 * max(wanted, effort) + max(4 * _SPARE_PAGES, min(MOST_PAGES, limit // 32))
-        lacking, is_empty = _lacking(sql, limit, wanted), False
+        budget = 2 * max(pages_needed, effort) + max(4 * _SPARE_PAGES, min(MOST_PAGES, limit // 32))
+        lacking, is_empty = _lacking(sql, limit, pages_needed), False
         pinned = self._pinned_ids(sql) if lacking > 0 else ""
         self._transactions += lacking > 0
         if self._transactions % TRANSACTIONS_A_FULL_LOOK == 0:
@@ -93,11 +93,11 @@ class Eviction:
             coldest = used if coldest is None else coldest
             deleted += gone
             budget -= goal
-            before, lacking = lacking, _lacking(sql, limit, wanted)
+            before, lacking = lacking, _lacking(sql, limit, pages_needed)
             if 2 * lacking > min(before, goal) and budget > 0:
                 _move_first(sql, min(2 * lacking, budget))
                 budget -= 2 * lacking
-                lacking = _lacking(sql, limit, wanted)
+                lacking = _lacking(sql, limit, pages_needed)
             if not gone and lacking >= before:
                 break
         # Of the first look only: should the transaction fail, all is as it was then.
@@ -106,7 +106,7 @@ class Eviction:
         if pages > limit:
             # As after the limit was lowered.
             release_pages(sql, min(pages - limit, MOST_PAGES))
-        if lacking > 0 and is_empty and not deleted and self._pinned and wanted:
+        if lacking > 0 and is_empty and not deleted and self._pinned and pages_needed:
             raise StoreFull(FULL)
         return lacking <= 0
 
@@ -129,7 +129,7 @@ class Eviction:
         return ",".join(str(int(number)) for number, name in rows if name in self._pinned)
 
     def _delete_coldest(
-        self, sql: Sql, wanted: int, used_at: Callable[[bytes], int], pinned: str
+        self, sql: Sql, pages_needed: int, used_at: Callable[[bytes], int], pinned: str
     ) -> tuple[int, int, bool]:
         """Delete so many of the entries used longest ago, but for pinned ones.
 
@@ -138,8 +138,8 @@ class Eviction:
         go else; they are no longer the coldest then. Where all have one, the coldest of them go.
         """
         deleted = dated = coldest = 0
-        while deleted < wanted and dated < MAX_DATED:
-            rows = self._coldest_rows(sql, max(wanted - deleted, MIN_LOOK), pinned)
+        while deleted < pages_needed and dated < MAX_DATED:
+            rows = self._coldest_rows(sql, max(pages_needed - deleted, MIN_LOOK), pinned)
             if not rows:
                 return deleted, coldest, True
             coldest = coldest or rows[0][1]
@@ -152,7 +152,7 @@ class Eviction:
                     sql("DELETE FROM Cache WHERE rowid = ?", (row,))
                     sql("DELETE FROM Entries WHERE id = ?", (row,))
                     deleted += 1
-                if deleted >= wanted:
+                if deleted >= pages_needed:
                     break
         return deleted, coldest, False
 
@@ -169,10 +169,10 @@ class Eviction:
         return []
 
 
-def _lacking(sql: Sql, limit: int, wanted: int) -> int:
+def _lacking(sql: Sql, limit: int, pages_needed: int) -> int:
     ((pages,),) = sql("PRAGMA page_count")
     ((free,),) = sql("PRAGMA freelist_count")
-    return int(pages - free + wanted - limit)
+    return int(pages - free + pages_needed - limit)
 
 
 def _rows_of(sql: Sql, pages: int) -> int:

@@ -122,9 +122,9 @@ def _cell(page: bytes, page_size: int, at: int, *, is_table: bool) -> Cell:
     local = size
     if size > page_size - 35:
         # 1.6, "cell payload overflow": X, M and K. An index cell that is long enough is of no use.
-        least = (page_size - 12) * 32 // 255 - 23
-        local = least + (size - least) % (page_size - 4)
-        local = local if local <= page_size - 35 else least
+        min_local = (page_size - 12) * 32 // 255 - 23
+        local = min_local + (size - min_local) % (page_size - 4)
+        local = local if local <= page_size - 35 else min_local
     starts = layout.starts
     if at + local + 4 * (local < size) > len(page) or starts[0] > local or starts[-1] != size:
         raise ValueError("the lengths disagree")
@@ -145,9 +145,9 @@ def _layout(header: bytes) -> Layout:
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """Return a number (1.6) and where it ends; raises IndexError at the end of the data."""
     number = 0
-    for place in range(at, at + 8):
-        byte = data[place]
+    for offset in range(at, at + 8):
+        byte = data[offset]
         number = number << 7 | byte & 0x7F
         if byte < 0x80:
-            return number, place + 1
+            return number, offset + 1
     return number << 8 | data[at + 8], at + 9

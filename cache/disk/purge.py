@@ -64,15 +64,15 @@ def count_by_partition(
             values,
         )
         return {partition: (entries, size) for partition, entries, size in rows}
-    found: dict[int | None, tuple[int, int]] = {}
+    counts: dict[int | None, tuple[int, int]] = {}
     for partition, dimensions in _partitions(database.sql, choice):
         last: Position | None = _FIRST
         entries = 0
         while last is not None:
             rows, last = _oldest(database.sql, choice, partition, last, ENTRIES_A_READ)
             entries += len(rows)
-        found[partition] = (entries, entries * (40 + 4 * dimensions) if dimensions else 0)
-    return found
+        counts[partition] = (entries, entries * (40 + 4 * dimensions) if dimensions else 0)
+    return counts
 
 
 def is_chosen(database: ReadableFile, choice: PurgeFilter, address: bytes) -> bool:
@@ -231,11 +231,11 @@ def where(choice: PurgeFilter) -> tuple[str, dict[str, object]]:
         "used < :used": _ms(choice.used_before),
         "Cache.key = :address AND Cache.raw = 1": choice.address,
     }
-    given = {term: value for term, value in terms.items() if value is not None}
+    conditions = {term: value for term, value in terms.items() if value is not None}
     values: dict[str, object] = {
-        re.findall(":([a-z]+)", term)[0]: value for term, value in given.items()
+        re.findall(":([a-z]+)", term)[0]: value for term, value in conditions.items()
     }
-    return " AND ".join(given) or "1", values
+    return " AND ".join(conditions) or "1", values
 
 
 def _ms(seconds: float | None) -> int | None:

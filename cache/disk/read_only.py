@@ -55,7 +55,7 @@ class ReadableFile(Protocol):
 
 def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[bytes, StoredRecord]:
     """Return the records that are there, by address, but for those stored before a time."""
-    found: dict[bytes, StoredRecord] = {}
+    records: dict[bytes, StoredRecord] = {}
     for start in range(0, len(addresses), ADDRESSES_A_SELECT):
         some = addresses[start : start + ADDRESSES_A_SELECT]
         marks = ",".join("?" * len(some))
@@ -66,8 +66,8 @@ def read_many(sql: Sql, addresses: Sequence[bytes], not_before: float) -> dict[b
         )
         for key, value, stored in rows:
             if type(key) is bytes and type(value) is bytes and stored >= not_before:
-                found[key] = StoredRecord(value, stored)
-    return found
+                records[key] = StoredRecord(value, stored)
+    return records
 
 
 def read_ledger(
@@ -157,22 +157,22 @@ class DamagedFile:
 
         What is in neither is not in the file. After `close`, nothing can be looked up.
         """
-        found: dict[bytes, StoredRecord] = {}
+        records: dict[bytes, StoredRecord] = {}
         unreadable: set[bytes] = set()
         for start in range(0, len(addresses), ADDRESSES_A_SELECT):
             some = addresses[start : start + ADDRESSES_A_SELECT]
             read = self._read(some, not_before)
             if read is not None:
-                found |= read
+                records |= read
                 unreadable |= set() if self._is_whole else set(some) - read.keys()
                 continue
             for address in some:
-                one = self._read([address], not_before)
-                if one is None or not (one or self._is_whole):
+                record = self._read([address], not_before)
+                if record is None or not (record or self._is_whole):
                     unreadable.add(address)
                 else:
-                    found |= one
-        return found, unreadable
+                    records |= record
+        return records, unreadable
 
     def _read(
         self, addresses: Sequence[bytes], not_before: float
@@ -219,7 +219,7 @@ class InlineReader:
             return None
         began = self._clock()
         try:
-            found = read_many(self._connection.execute, addresses, not_before)
+            records = read_many(self._connection.execute, addresses, not_before)
         except Exception:  # noqa: BLE001 - of damage, sqlite3 makes errors of many kinds
             self._backoff.fail()
             return None
@@ -227,7 +227,7 @@ class InlineReader:
             self._backoff.fail()
         else:
             self._backoff.succeed()
-        return found
+        return records
 
     def _has_read_from_disk(self) -> bool:
         """Tell whether this thread has, since it was last asked; where nobody knows, it has."""

@@ -202,27 +202,32 @@ def _put_sums(
             return
         WriteBatch(usage=usage).put_sums(connection)
         connection.executemany(
-            "INSERT OR IGNORE INTO Salvaged (name) VALUES (?)", [(one,) for one in names]
+            "INSERT OR IGNORE INTO Salvaged (name) VALUES (?)",
+            [(folder_name,) for folder_name in names],
         )
     outcome.sums += len(usage)
 
 
 def _put_records(rows: Iterable[Row], database: Database, outcome: Outcome) -> None:
     now = time.time()
-    wanted: dict[bytes, PendingRecord] = {}
+    pending: dict[bytes, PendingRecord] = {}
     for row in rows:
         stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
         # Of two rows of one address the first is the better known.
-        wanted.setdefault(row.address, PendingRecord(row.record, row.partition, stored))
-    there = database.read_many(list(wanted))
-    bad = [(a, found.record) for a, found in there.items() if width(found.record) is None]
-    missing = {a: kept for a, kept in wanted.items() if a not in there}
-    missing |= {address: wanted[address] for address, _ in bad}
+        pending.setdefault(row.address, PendingRecord(row.record, row.partition, stored))
+    there = database.read_many(list(pending))
+    bad = [
+        (a, record_found.record)
+        for a, record_found in there.items()
+        if width(record_found.record) is None
+    ]
+    missing = {a: record for a, record in pending.items() if a not in there}
+    missing |= {address: pending[address] for address, _ in bad}
     changes = WriteBatch(records=missing, deletions=bad, keep_newer=True)
     for part in changes.parts(database.most_bytes) if missing else []:
         database.write(part)
     outcome.records += len(missing)
-    outcome.present += len(wanted) - len(missing)
+    outcome.present += len(pending) - len(missing)
 
 
 def _put_late_records(rows: Collection[Row], database: Database, outcome: Outcome) -> None:

@@ -177,9 +177,9 @@ def rename_spaces(sql: Sql) -> None:
         if not same:
             sql("UPDATE Partitions SET space = ? WHERE id = ?", (label, number))
             continue
-        ((kept,),) = same
-        sql("UPDATE Entries SET partition = ? WHERE partition = ?", (kept, number))
-        sql(_ADD_USAGE, (kept, number))
+        ((number_kept,),) = same
+        sql("UPDATE Entries SET partition = ? WHERE partition = ?", (number_kept, number))
+        sql(_ADD_USAGE, (number_kept, number))
         sql("DELETE FROM Usage WHERE partition = ?", (number,))
         sql("DELETE FROM Partitions WHERE id = ?", (number,))
     # Sums of which only the label was known when the ledger began; see `_FROM_1`.

@@ -112,26 +112,31 @@ class Store:
     async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord]:
         """Return the records that are there, by address. Never raises."""
         not_before = self._not_before
-        found = {} if self._closing else await self._reader.lookup(addresses, not_before)
-        return self._add_backlog(found, addresses, not_before)
+        records = {} if self._closing else await self._reader.lookup(addresses, not_before)
+        return self._add_backlog(records, addresses, not_before)
 
     def lookup_nowait(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord] | None:
         """Return the same for a few addresses; None if it has to be awaited. Never raises."""
         not_before = self._not_before
-        found = None if self._closing else self._reader.lookup_nowait(addresses, not_before)
-        return None if found is None else self._add_backlog(found, addresses, not_before)
+        records = None if self._closing else self._reader.lookup_nowait(addresses, not_before)
+        return None if records is None else self._add_backlog(records, addresses, not_before)
 
     def _add_backlog(
-        self, found: dict[bytes, StoredRecord], addresses: Sequence[bytes], not_before: float
+        self, records: dict[bytes, StoredRecord], addresses: Sequence[bytes], not_before: float
     ) -> dict[bytes, StoredRecord]:
         """Add what could not be written so far, and is kept in this process."""
-        if self._pending.backlog and len(found) < len(addresses):
+        if self._pending.backlog and len(records) < len(addresses):
             for address in addresses:
-                kept = self._pending.backlog.get(address)
-                stored = kept and kept.stored
-                if kept and address not in found and stored is not None and stored >= not_before:
-                    found[address] = StoredRecord(kept.record, stored)
-        return found
+                pending = self._pending.backlog.get(address)
+                stored = pending and pending.stored
+                if (
+                    pending
+                    and address not in records
+                    and stored is not None
+                    and stored >= not_before
+                ):
+                    records[address] = StoredRecord(pending.record, stored)
+        return records
 
     @property
     def _not_before(self) -> float:
@@ -143,12 +148,12 @@ class Store:
     ) -> bool:
         """Write records, all or none; return whether they are on disk. Never raises."""
         now = time.time()
-        kept = {a: PendingRecord(record, partition, now) for a, record in records.items()}
+        pending = {a: PendingRecord(record, partition, now) for a, record in records.items()}
         if self._cannot_write:
             if self._ticking is not None and not self._closing:
-                self._pending.keep_failed(WriteBatch(records=kept))
+                self._pending.keep_failed(WriteBatch(records=pending))
             return False
-        self._pending.changes.records.update(kept)
+        self._pending.changes.records.update(pending)
         return await self._writer.commit()
 
     async def delete_many(self, dead: Mapping[bytes, bytes]) -> bool:
@@ -176,11 +181,11 @@ class Store:
             self._pending.changes.count(day, heading, usage)
         else:
             self._pending.changes.count(day, heading.rest, usage)
-        known = self.counted.get(heading)
-        if known is None and len(self.counted) >= MAX_LEDGER_KEYS:
+        sums = self.counted.get(heading)
+        if sums is None and len(self.counted) >= MAX_LEDGER_KEYS:
             heading = heading.rest
-            known = self.counted.get(heading)
-        self.counted[heading] = usage if known is None else known.plus(usage)
+            sums = self.counted.get(heading)
+        self.counted[heading] = usage if sums is None else sums.plus(usage)
 
     async def flush_counts(self) -> bool:
         """Write the sums so far; return whether they are on disk. Never raises."""

@@ -66,11 +66,11 @@ class Log:
             at += len(data)
             frames = np.frombuffer(data, np.uint8).reshape(-1, size)
             head = np.ascontiguousarray(frames[:, :24]).view(">u4").astype(np.uint32)
-            given = np.concatenate([before[None], head[:-1, _CHECKSUMS]])
-            given = _checksums(np.ascontiguousarray(frames[:, :8]).view(order), given)
-            given = _checksums(frames.view(order)[:, 6:], given)
+            sums = np.concatenate([before[None], head[:-1, _CHECKSUMS]])
+            sums = _checksums(np.ascontiguousarray(frames[:, :8]).view(order), sums)
+            sums = _checksums(frames.view(order)[:, 6:], sums)
             heads.append(head)
-            continues.append((given == head[:, _CHECKSUMS]).all(axis=1))
+            continues.append((sums == head[:, _CHECKSUMS]).all(axis=1))
             before = head[-1, _CHECKSUMS]
         return np.concatenate(heads), np.concatenate(continues)
 
@@ -90,10 +90,10 @@ class Log:
 
         The checksum does not cover the salts: a frame that continues one of the run is of it.
         """
-        found = self.has_salts.copy()
-        for place in np.flatnonzero(self.continues & ~self.has_salts):
-            found[place] = place == 0 or found[place - 1]
-        return found
+        belonging = self.has_salts.copy()
+        for index in np.flatnonzero(self.continues & ~self.has_salts):
+            belonging[index] = index == 0 or belonging[index - 1]
+        return belonging
 
     def damage(self, committed: int | None = None) -> str:
         """Return how the log is damaged so that committed transactions would be lost; "" if not.
@@ -245,9 +245,9 @@ def _factors(pairs: int) -> tuple[_Words, _Words]:
     """
     factors = np.empty((2, 2 * pairs), np.uint32)
     a, b, c, d = 1, 0, 0, 1  # The matrix of that, to the power of the pairs that follow.
-    for place in range(2 * pairs - 2, -2, -2):
-        factors[:, place] = (a + b) & 0xFFFFFFFF, (c + d) & 0xFFFFFFFF
-        factors[:, place + 1] = b, d
+    for index in range(2 * pairs - 2, -2, -2):
+        factors[:, index] = (a + b) & 0xFFFFFFFF, (c + d) & 0xFFFFFFFF
+        factors[:, index + 1] = b, d
         a, b = (a + b) & 0xFFFFFFFF, (a + 2 * b) & 0xFFFFFFFF
         c, d = (c + d) & 0xFFFFFFFF, (c + 2 * d) & 0xFFFFFFFF
     return factors, np.array([[a, b], [c, d]], np.uint32)

@@ -92,15 +92,15 @@ class WriteBatch:
     usage: dict[tuple[int, LedgerKey], Usage] = field(default_factory=dict)
     """Added to the sums, by day (since 1970, UTC) and heading."""
 
-    def parts(self, most_bytes: int) -> "Iterator[WriteBatch]":
+    def parts(self, max_bytes: int) -> "Iterator[WriteBatch]":
         """Yield changes that are the same together, of at most about so many bytes each."""
         part, size = replace(self, records={}), 0
-        for address, kept in self.records.items():
-            if size and size + len(kept.record) > most_bytes:
+        for address, pending in self.records.items():
+            if size and size + len(pending.record) > max_bytes:
                 yield part
                 part, size = WriteBatch(keep_newer=self.keep_newer), 0
-            part.records[address] = kept
-            size += len(kept.record)
+            part.records[address] = pending
+            size += len(pending.record)
         yield part
 
     def count(self, day: int, heading: LedgerKey, usage: Usage) -> None:
@@ -131,18 +131,21 @@ class WriteBatch:
 
     def put_records(self, connection: Any) -> None:  # noqa: ANN401
         """Write the records, and enter them."""
-        ids = _partition_ids(connection, {kept.partition for kept in self.records.values()})
+        ids = _partition_ids(connection, {pending.partition for pending in self.records.values()})
         now = time.time()
-        times = {a: now if kept.stored is None else kept.stored for a, kept in self.records.items()}
+        times = {
+            a: now if pending.stored is None else pending.stored
+            for a, pending in self.records.items()
+        }
         connection.executemany(
             _PUT_NEWER if self.keep_newer else _PUT,
-            ((a, times[a], now, kept.record) for a, kept in self.records.items()),
+            ((a, times[a], now, pending.record) for a, pending in self.records.items()),
         )
         connection.executemany(
             _ENTER_CHANGED if self.keep_newer else _ENTER,
             (
-                (ids[kept.partition], int(1000 * times[a]), int(1000 * now), a)
-                for a, kept in self.records.items()
+                (ids[pending.partition], int(1000 * times[a]), int(1000 * now), a)
+                for a, pending in self.records.items()
             ),
         )
 

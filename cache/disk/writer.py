@@ -55,9 +55,9 @@ class AccessLog(Mapping[bytes, Use]):
             self._old, self._young = self._young, {}
             self._unwritten = {a: None for a in self._unwritten if a in self._old}
 
-    def take(self, most: int) -> dict[bytes, Use]:
-        """Return at most `most` uses that were not taken before, oldest first."""
-        taken = {address: self[address] for address in islice(self._unwritten, most)}
+    def take(self, max_uses: int) -> dict[bytes, Use]:
+        """Return at most `max_uses` uses that were not taken before, oldest first."""
+        taken = {address: self[address] for address in islice(self._unwritten, max_uses)}
         for address in taken:
             del self._unwritten[address]
         return taken
@@ -107,10 +107,14 @@ class Pending:
             # A record that failed again goes behind the others, in smaller transactions:
             # one record that can never be written must not block all others.
             self._most_records = max(1, self._most_records // 2)
-        for address, kept in changes.records.items():
+        for address, record in changes.records.items():
             older = [self.backlog.pop(address)] if address in self.backlog else []
             self._backlog_bytes -= sum(len(old.record) for old in older)
-            newer = max(*older, kept, key=lambda one: one.stored or 0.0) if older else kept
+            newer = (
+                max(*older, record, key=lambda candidate: candidate.stored or 0.0)
+                if older
+                else record
+            )
             if self._backlog_bytes + len(newer.record) <= MAX_BACKLOG_BYTES:
                 self.backlog[address] = newer
                 self._backlog_bytes += len(newer.record)

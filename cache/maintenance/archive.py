@@ -128,32 +128,32 @@ def read(file: BinaryIO, report: ArchiveReport) -> Iterator[Row]:
     format begins, and at a whole frame that no release can have written: a vector without numbers
     or with one that is not finite, a width below 1, a time that is not finite.
     """
-    known = LRUCache[bytes, tuple[Partition | None]](_RENEWED_ENTRIES)
-    kind, begun, whole, seen = None, False, True, 0
+    partitions = LRUCache[bytes, tuple[Partition | None]](_RENEWED_ENTRIES)
+    kind, begun, whole, count = None, False, True, 0
     for kind, payload in _frames(file, report):
         # A loss of whole frames leaves no damaged bytes.
         whole &= begun == (kind != _START)
         if kind == _START:
             _check_version(payload)
-            begun, seen = True, 0
+            begun, count = True, 0
         elif kind == _END:
             promised = int.from_bytes(payload, "little")
-            whole &= seen == promised
-            report.missing += max(0, promised - seen)
-            begun, seen = False, 0
+            whole &= count == promised
+            report.missing += max(0, promised - count)
+            begun, count = False, 0
         elif kind == _ENTRY:
-            seen += 1
+            count += 1
             entry = payload[_ENTRY_HEADER.size :]
             if record.width(entry) is None:
                 report.damage(_OVERHEAD + len(payload))
                 continue
             stored, address, reference = _ENTRY_HEADER.unpack_from(payload)
             _check_entry(report.entries + 1, entry, stored)
-            partition = known.get(reference)
+            partition = partitions.get(reference)
             whole &= partition is not None
             report.entries += 1
             yield Row(address, entry, stored, partition and partition[0])
-        elif kind != _PARTITION or not _note_partition(payload, known):
+        elif kind != _PARTITION or not _note_partition(payload, partitions):
             report.damage(_OVERHEAD + len(payload))
     if kind is None:
         raise ArchiveError("This is no archive of embeddings, or nothing of it is left.")
@@ -186,9 +186,9 @@ def _check_entry(number: int, entry: bytes, stored: float) -> None:
         raise ArchiveError(f"Entry {number:,} of the archive cannot be used: {problem}.")
 
 
-def _note_partition(text: bytes, known: LRUCache[bytes, tuple[Partition | None]]) -> bool:
+def _note_partition(text: bytes, partitions: LRUCache[bytes, tuple[Partition | None]]) -> bool:
     """Store a partition under its reference, in a tuple; return whether the text is one."""
-    found = None
+    partition = None
     try:
         match orjson.loads(text):
             case {"namespace": str(namespace), "space": str(space), "dimensions": int(dimensions)}:
@@ -196,12 +196,12 @@ def _note_partition(text: bytes, known: LRUCache[bytes, tuple[Partition | None]]
                     raise ArchiveError(
                         f"The archive cannot be used: it names vectors of {dimensions} dimensions."
                     )
-                found = Partition(namespace, space, dimensions)
+                partition = Partition(namespace, space, dimensions)
             case said if said is not None:
                 return False
     except orjson.JSONDecodeError:
         return False
-    known[checksum(text)] = (found,)
+    partitions[checksum(text)] = (partition,)
     return True
 
 
@@ -338,19 +338,19 @@ def import_rows(
                 sums.refused += 1
                 continue
             whole += 1
-            known = row.partition is not None and row.partition.dimensions == width
+            is_known = row.partition is not None and row.partition.dimensions == width
             stored = row.stored if math.isfinite(row.stored) and 0 <= row.stored <= now else now
             # Of two rows of one address the first is the more certain (see `disk.salvage`).
             by_address.setdefault(
-                row.address, PendingRecord(row.record, row.partition if known else None, stored)
+                row.address, PendingRecord(row.record, row.partition if is_known else None, stored)
             )
         stored_records = database.read_many(list(by_address))
         bad = [
-            (a, found.record)
-            for a, found in stored_records.items()
-            if record.width(found.record) is None
+            (a, stored_record.record)
+            for a, stored_record in stored_records.items()
+            if record.width(stored_record.record) is None
         ]
-        missing = {a: kept for a, kept in by_address.items() if a not in stored_records} | {
+        missing = {a: pending for a, pending in by_address.items() if a not in stored_records} | {
             address: by_address[address] for address, _ in bad
         }
         if missing and not dry_run:

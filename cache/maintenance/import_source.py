@@ -87,6 +87,6 @@ def listed(names: Iterable[str]) -> str:
     >>> listed({"b", "a"})
     '`a`, `b`'
     """
-    found = [f"`{name}`" for name in sorted(set(names))]
-    more = len(found) - _MOST_NAMES
-    return ", ".join(found[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    quoted = [f"`{name}`" for name in sorted(set(names))]
+    more = len(quoted) - _MOST_NAMES
+    return ", ".join(quoted[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

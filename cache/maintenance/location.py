@@ -110,11 +110,11 @@ def file_system_of(path: Path, mounts: str) -> str | None:
     >>> file_system_of(Path("/a b/c"), "x / ext4 rw 0 0\ny /a\\040b nfs4 rw 0 0\n")
     'nfs4'
     """
-    found, longest = None, 0
+    file_system, longest = None, 0
     for line in mounts.splitlines():
         _, point, kind, *_ = line.split(" ")
         point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point)
         # Of two at one point the later one is on top.
         if len(point) >= longest and path.is_relative_to(point):
-            found, longest = kind, len(point)
-    return found
+            file_system, longest = kind, len(point)
+    return file_system

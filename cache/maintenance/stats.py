@@ -95,14 +95,14 @@ class Stats:
     @property
     def entries(self) -> int:
         """All entries."""
-        return sum(one.entries for one in self.held)
+        return sum(partition.entries for partition in self.held)
 
     @property
     def usage(self) -> Usage:
         """The sums of all partitions."""
         total = Usage()
-        for one in self.held:
-            total = total.plus(one.usage)
+        for partition in self.held:
+            total = total.plus(partition.usage)
         return total
 
 
@@ -144,14 +144,14 @@ def _entries(database: ReadableFile) -> dict[int | None, _Entered]:
     """Return number, first and last purchase, and last use of the entries, by partition."""
     sums: dict[int | None, _Entered] = {}
     for after, last in id_ranges(database, ROWS_A_STEP):
-        for number, *found in database.sql(
+        for number, *columns in database.sql(
             "SELECT partition, count(*), min(stored), max(stored), max(used) FROM Entries"
             " WHERE id > ? AND id <= ? GROUP BY partition",
             (after, last),
         ):
-            one = _Entered(*found)
-            known = sums.get(number)
-            sums[number] = one if known is None else known.plus(one)
+            entered = _Entered(*columns)
+            sum_so_far = sums.get(number)
+            sums[number] = entered if sum_so_far is None else sum_so_far.plus(entered)
     return sums
 
 

@@ -129,7 +129,7 @@ def scan(database: ReadableFile, findings: Findings) -> Iterator[int]:
 
 def _scan_records(database: ReadableFile, findings: Findings) -> Iterator[int]:
     sql, pauses = database.sql, Pauses(database)
-    seen = after = not_found = 0
+    checked = after = not_found = 0
     count = ROWS_A_BATCH
     while count == ROWS_A_BATCH:
         began = time.monotonic()
@@ -153,17 +153,17 @@ def _scan_records(database: ReadableFile, findings: Findings) -> Iterator[int]:
         if is_repairable:
             _remember(findings.places, after, last)
         after = last
-        seen += count
+        checked += count
         pauses.pause(began)
-        yield seen
+        yield checked
     if not_found:
         findings.broken = f"{not_found} records are not where the index of addresses says"
 
 
-def _remember(places: list[tuple[int, int]], after: int, last: int) -> None:
-    if places and (places[-1][1] == after or len(places) == MAX_PLACES):
-        after, _ = places.pop()
-    places.append((after, last))
+def _remember(ranges: list[tuple[int, int]], after: int, last: int) -> None:
+    if ranges and (ranges[-1][1] == after or len(ranges) == MAX_PLACES):
+        after, _ = ranges.pop()
+    ranges.append((after, last))
 
 
 def _compare_indexes(database: ReadableFile, findings: Findings) -> None:
@@ -171,17 +171,17 @@ def _compare_indexes(database: ReadableFile, findings: Findings) -> None:
     sql = database.sql
     names = _indexes(sql, "Entries")
     lookups = [
-        f"SELECT {place}, count(*) FROM Entries AS own NOT INDEXED"
+        f"SELECT {number}, count(*) FROM Entries AS own NOT INDEXED"
         " WHERE id > :after AND id <= :last AND NOT EXISTS ("
         f'SELECT 1 FROM Entries AS other INDEXED BY "{name}" WHERE other.id = own.id AND '
         + " AND ".join(f"other.{column} IS own.{column}" for column in columns)
         + ")"
-        for place, (name, columns) in enumerate(names.items())
+        for number, (name, columns) in enumerate(names.items())
     ]
     missing = [0] * len(names)
     for after, last in id_ranges(database, ENTRIES_A_BATCH) if names else ():
-        for place, count in sql(" UNION ALL ".join(lookups), {"after": after, "last": last}):
-            missing[place] += count
+        for number, count in sql(" UNION ALL ".join(lookups), {"after": after, "last": last}):
+            missing[number] += count
     for name, count in zip(names, missing, strict=True):
         if count:
             findings.broken = f"{count} entries are missing from index {name}"

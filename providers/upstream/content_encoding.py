@@ -137,8 +137,8 @@ class Decoder:
 
     def __init__(self, content_encoding: str = "") -> None:
         """`content_encoding` is the header's value; it decides only where the bytes do not."""
-        names = [one.strip().lower() for one in content_encoding.split(",")]
-        self._names = [one for one in names if one not in ("", "identity", "none")]
+        names = [name.strip().lower() for name in content_encoding.split(",")]
+        self._names = [name for name in names if name not in ("", "identity", "none")]
         self._head: bytes | None = b""
         self._is_plain = False
         self._stream: _Stream | None = None

@@ -69,12 +69,14 @@ def find_duplicate_vectors(
     if len({vector[:_PREFIX] for vector in vectors.values()}) == len(vectors):
         return []
     groups: dict[Vector, list[int]] = {}
-    for place in sorted(vectors):
-        groups.setdefault(vectors[place], []).append(place)
+    for index in sorted(vectors):
+        groups.setdefault(vectors[index], []).append(index)
     return [
-        places
-        for places in groups.values()
-        if any(_are_different(inputs[places[0]], inputs[place], tokenizer) for place in places[1:])
+        indices
+        for indices in groups.values()
+        if any(
+            _are_different(inputs[indices[0]], inputs[index], tokenizer) for index in indices[1:]
+        )
     ]
 
 
@@ -116,16 +118,16 @@ def _has_own_word(text: str, other: str) -> bool:
     """Tell whether a word at the beginning of a text stands nowhere in the other."""
     plain = _folded(text[:_SEARCHED])
     end = len(_folded(text[: _length_read(text)]))
-    known = set(_WORDS.findall(_folded(other[:_SEARCHED])))
+    words = set(_WORDS.findall(_folded(other[:_SEARCHED])))
     for match in _WORDS.finditer(plain):
         if match.start() >= end:
             break
         word = match[0]
-        if len(word) > _MAX_WORD or word in known:
+        if len(word) > _MAX_WORD or word in words:
             continue
         # Of a word that is read in part, only that part is known to tell.
         part = plain[match.start() : min(match.end(), end)]
-        if part == word or not any(another.startswith(part) for another in known):
+        if part == word or not any(another.startswith(part) for another in words):
             return True
     return False
 

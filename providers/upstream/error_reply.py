@@ -192,27 +192,35 @@ def refusal(  # noqa: PLR0913 - the reply, and who gave it
     for headers that name a point in time.
     """
     now = time.time() if now is None else now
-    said = _parse(body, status, redact)
-    status = said.status
-    is_missing = status in (404, 405) and bool(url) and not said.means(ModelNotFound)
-    is_about_input, error = _is_about_input(said), _class_of(said)
-    wait = _wait(said, headers, now, is_limit=error is RateLimited)
-    said = said.hidden(hide)
-    reason = f"status {status}" if said.reason is None else f"status {status}: {said.reason}"
+    body_fields = _parse(body, status, redact)
+    status = body_fields.status
+    is_missing = status in (404, 405) and bool(url) and not body_fields.means(ModelNotFound)
+    is_about_input, error = _is_about_input(body_fields), _class_of(body_fields)
+    wait = _wait(body_fields, headers, now, is_limit=error is RateLimited)
+    body_fields = body_fields.hidden(hide)
+    reason = (
+        f"status {status}"
+        if body_fields.reason is None
+        else f"status {status}: {body_fields.reason}"
+    )
     if is_missing:
         reason = f"{reason} ({redact(_describe_url(url))})"
     if is_about_input:
-        message = said.reason if said.reason is not None else f"{provider}: status {status}"
-        kind = said.kind or "invalid_request_error"
-        return InvalidRequest(message, status=status, kind=kind, param=said.param, code=said.code)
-    told = Refusal(
+        message = (
+            body_fields.reason if body_fields.reason is not None else f"{provider}: status {status}"
+        )
+        kind = body_fields.kind or "invalid_request_error"
+        return InvalidRequest(
+            message, status=status, kind=kind, param=body_fields.param, code=body_fields.code
+        )
+    result = Refusal(
         status=_status_of(error, status),
-        message=said.reason if said.reason is not None else f"status {status}",
-        kind=said.kind,
-        code=said.code,
+        message=body_fields.reason if body_fields.reason is not None else f"status {status}",
+        kind=body_fields.kind,
+        code=body_fields.code,
         retry_after=wait,
     )
-    return error(provider, reason, told)
+    return error(provider, reason, result)
 
 
 def parse_reason(body: bytes, redact: Redact = redact_nothing) -> str | None:
@@ -231,57 +239,57 @@ def is_error(reply: object) -> bool:
     return not isinstance(reply.get("data"), list) and any(reply.get(name) for name in _REASONS)
 
 
-def _class_of(said: _ErrorBody) -> type[ProviderError]:
+def _class_of(fields: _ErrorBody) -> type[ProviderError]:
     """Return the kind of failure: as narrow as what is said allows.
 
     What a gateway passes on of a provider behind it concerns the models of that provider, and not
     the gateway's own key and credit.
     """
-    error = _named_class_of(said)
+    error = _named_class_of(fields)
     if issubclass(error, QuotaExceeded):
-        return ScopedQuotaExceeded if _is_scoped_quota(said) else error
-    if error in (AuthenticationError, PermissionDenied) and said.is_of_inner_provider:
+        return ScopedQuotaExceeded if _is_scoped_quota(fields) else error
+    if error in (AuthenticationError, PermissionDenied) and fields.is_of_inner_provider:
         return PermissionDenied
-    if error is AuthenticationError and said.param == "model" and not said.means(error):
+    if error is AuthenticationError and fields.param == "model" and not fields.means(error):
         return ModelNotFound
     return error
 
 
-def _named_class_of(said: _ErrorBody) -> type[ProviderError]:
+def _named_class_of(fields: _ErrorBody) -> type[ProviderError]:
     """Return what codes and known sentences name, else what the status means."""
     for error in CODE_WORDS:
-        if (error is QuotaExceeded or said.status in _ABOUT_THE_CALL) and said.means(error):
+        if (error is QuotaExceeded or fields.status in _ABOUT_THE_CALL) and fields.means(error):
             return error
-    return _BY_STATUS.get(said.status, UpstreamError)
+    return _BY_STATUS.get(fields.status, UpstreamError)
 
 
-def _is_scoped_quota(said: _ErrorBody) -> bool:
+def _is_scoped_quota(fields: _ErrorBody) -> bool:
     """Tell whether credit is missing for one model, one end user, or so large a call alone."""
-    if said.is_of_inner_provider or said.has_code(SCOPED_QUOTA_WORDS):
+    if fields.is_of_inner_provider or fields.has_code(SCOPED_QUOTA_WORDS):
         return True
-    if said.has_sentence(ScopedQuotaExceeded):
+    if fields.has_sentence(ScopedQuotaExceeded):
         return True
-    return said.has_code(BUDGET_WORDS) and not said.has_sentence(QuotaExceeded)
+    return fields.has_code(BUDGET_WORDS) and not fields.has_sentence(QuotaExceeded)
 
 
-def _is_about_input(said: _ErrorBody) -> bool:
+def _is_about_input(fields: _ErrorBody) -> bool:
     """Tell whether the request is refused, rather than the proxy's key or the model."""
-    if said.status in (400, 413, 422):
-        return _class_of(said) is UpstreamError
-    is_moderation = said.is_moderated or said.has_code(MODERATION_WORDS)
+    if fields.status in (400, 413, 422):
+        return _class_of(fields) is UpstreamError
+    is_moderation = fields.is_moderated or fields.has_code(MODERATION_WORDS)
     # OpenRouter names the provider behind it also where it has moderated the input itself.
-    return said.status == 403 and is_moderation and _named_class_of(said) is PermissionDenied
+    return fields.status == 403 and is_moderation and _named_class_of(fields) is PermissionDenied
 
 
 def _wait(
-    said: _ErrorBody, headers: Mapping[str, str], now: float, *, is_limit: bool
+    fields: _ErrorBody, headers: Mapping[str, str], now: float, *, is_limit: bool
 ) -> float | None:
     """Return the seconds that the upstream asks to wait, from its headers or its body; or None."""
     wait = retry_after(headers, now)
-    if wait is None and said.retry_delay is not None:
-        wait = seconds_until(said.retry_delay, now)
+    if wait is None and fields.retry_delay is not None:
+        wait = seconds_until(fields.retry_delay, now)
     if wait is None and is_limit:
-        wait = reset_after(headers, said.kind, now)
+        wait = reset_after(headers, fields.kind, now)
     return wait
 
 
@@ -322,17 +330,17 @@ def _parse(body: bytes, status: int, redact: Redact) -> _ErrorBody:
     code = _innermost(objects, "code")
     if type(code) in (int, str) and _HTTP_STATUS.fullmatch(str(code)):
         status, code = int(str(code)), None
-    delays = (detail.get("retryDelay") for one in objects for detail in _details(one))
+    delays = (detail.get("retryDelay") for content in objects for detail in _details(content))
     return _ErrorBody(
         status,
         reason=_clean(_reason(reply) or "", redact) or None,
         kind=_name(_innermost(objects, "type"), redact),
         code=_name(code, redact),
         param=_name(_innermost(objects, "param"), redact),
-        codes=tuple(dict.fromkeys(found for one in objects for found in _codes(one))),
+        codes=tuple(dict.fromkeys(found for content in objects for found in _codes(content))),
         retry_delay=next((delay for delay in delays if isinstance(delay, str)), None),
-        is_moderated=any(_is_moderated(one.get("metadata")) for one in objects),
-        is_of_inner_provider=any(_names_provider(one.get("metadata")) for one in objects),
+        is_moderated=any(_is_moderated(content.get("metadata")) for content in objects),
+        is_of_inner_provider=any(_names_provider(content.get("metadata")) for content in objects),
     )
 
 
@@ -348,7 +356,9 @@ def _error_objects(reply: object) -> Iterator[dict[str, object]]:
 
 def _innermost(objects: Sequence[Mapping[str, object]], name: str) -> object:
     """Return the value of a field in the innermost object that has it, or None."""
-    return next((one[name] for one in reversed(objects) if one.get(name) is not None), None)
+    return next(
+        (content[name] for content in reversed(objects) if content.get(name) is not None), None
+    )
 
 
 def _codes(error: Mapping[str, object]) -> Iterator[str]:
@@ -386,8 +396,8 @@ def _reason(value: object, depth: int = 0) -> str | None:
     if isinstance(value, str):
         return _unwrapped(value, depth)
     if isinstance(value, list):
-        found = [_reason(one, depth + 1) for one in value[:_MAX_PARTS]]
-        return "; ".join(one for one in found if one) or None
+        reasons = [_reason(one, depth + 1) for one in value[:_MAX_PARTS]]
+        return "; ".join(one for one in reasons if one) or None
     if not isinstance(value, dict):
         return None
     found_first = (_reason(value.get(name), depth + 1) for name in _REASONS)

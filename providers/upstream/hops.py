@@ -21,7 +21,7 @@ def parse(values: Iterable[str]) -> tuple[str, ...]:
     >>> parse(["a, b", "c"])
     ('a', 'b', 'c')
     """
-    ids = [one for value in values for part in value.split(",") if (one := part.strip())]
+    ids = [id_ for value in values for part in value.split(",") if (id_ := part.strip())]
     return tuple(ids[: MAX_HOPS + 1])
 
 

@@ -174,8 +174,8 @@ class RateLimiter:
         too_late = deadline is not None and seconds > 0 and now + seconds >= deadline
         if too_late or self._paused_for(now) > MAX_PAUSE_WAIT_S:
             message = f"its limit of calls is used up; there is room again in {seconds:.1f} s"
-            said = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
-            raise LocalQueueFull(self._provider, message, said)
+            refusal = Refusal(429, message, "requests", "rate_limit_exceeded", seconds)
+            raise LocalQueueFull(self._provider, message, refusal)
 
     def learn(self, headers: Mapping[str, str]) -> None:
         """Take over the limits in the headers of a reply; see `rate_limit_headers.allowance`.
@@ -185,10 +185,10 @@ class RateLimiter:
         """
         now, wall = self._clock(), self._wall_clock()
         for kind in ("requests", "tokens"):
-            told = allowance(headers, kind, wall)
-            if told is None:
+            learned = allowance(headers, kind, wall)
+            if learned is None:
                 continue
-            limit, remaining, per_s = told
+            limit, remaining, per_s = learned
             # The calls under way may not be counted in what remains.
             level = remaining - self._in_flight[kind]
             per_s = max(per_s, (limit - level) / MAX_WAIT)
@@ -235,13 +235,13 @@ class ProviderQueue:
 
     def _limiter_of(self, model: str) -> RateLimiter:
         """Return the learned limits of a model; each model has its own."""
-        known = self._learned.get(model)
-        if known is None:
-            known = self._learned[model] = RateLimiter(self.provider, sleep=self._sleep)
+        limiter = self._learned.get(model)
+        if limiter is None:
+            limiter = self._learned[model] = RateLimiter(self.provider, sleep=self._sleep)
             if len(self._learned) > MAX_MODELS:
                 self._learned.popitem(last=False)
         self._learned.move_to_end(model)
-        return known
+        return limiter
 
     def learn(self, model: str, headers: Mapping[str, str]) -> None:
         """Take over the limits in the headers of a reply, if configured so."""
@@ -301,8 +301,8 @@ class _Slot:
             self._leave(is_unused=True)
             if context.start_deadline is not None:
                 message = "all the calls that it takes at a time are under way"
-                said = Refusal(429, message, "requests", "rate_limit_exceeded")
-                raise LocalQueueFull(queue.provider, message, said) from error
+                refusal = Refusal(429, message, "requests", "rate_limit_exceeded")
+                raise LocalQueueFull(queue.provider, message, refusal) from error
             raise DeadlineExceeded(
                 f"the time of the request was up while it waited its turn at {queue.provider}"
             ) from error
@@ -335,9 +335,9 @@ class _Slot:
 
     def _leave(self, *, is_unused: bool) -> None:
         """Release everything; only an unmade call does not count against the limits."""
-        for one in reversed(self._held):
-            if isinstance(one, asyncio.Semaphore):
-                one.release()
+        for held in reversed(self._held):
+            if isinstance(held, asyncio.Semaphore):
+                held.release()
             else:
-                one.release(self._tokens, is_unused=is_unused)
+                held.release(self._tokens, is_unused=is_unused)
         self._held.clear()

@@ -133,11 +133,11 @@ def _parse_charge(usage: object) -> Charge | None:
     """
     if not isinstance(usage, dict):
         return None
-    told = (
+    fields = (
         _parse_whole_number(usage.get("prompt_tokens")),
         _parse_whole_number(usage.get("total_tokens")),
     )
-    tokens = next((n for n in told if n is not None and 0 < n <= _MAX_TOKENS), None)
+    tokens = next((n for n in fields if n is not None and 0 < n <= _MAX_TOKENS), None)
     cost = usage.get("cost")
     if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost <= _MAX_USD:
         return None if tokens is None else Charge(tokens)
@@ -221,7 +221,7 @@ def _find_shared_vectors(
 
 def _describe_problems(problems: Mapping[int, str]) -> str:
     """Describe the first few problems, and give the number of the others."""
-    told = list(dict.fromkeys(problems[index] for index in sorted(problems)))
-    more = len(told) - _MAX_NAMED
-    text = "; ".join(told[:_MAX_NAMED])
+    descriptions = list(dict.fromkeys(problems[index] for index in sorted(problems)))
+    more = len(descriptions) - _MAX_NAMED
+    text = "; ".join(descriptions[:_MAX_NAMED])
     return f"{text}; and {more} more" if more > 0 else text

@@ -102,7 +102,10 @@ def check_known(
         return
     label = current_label(space)
     rest = bounds.rest_of(label)
-    if not any(one in (label, rest) or one.startswith(f"{label}?") for one in spaces):
+    if not any(
+        label_of_store in (label, rest) or label_of_store.startswith(f"{label}?")
+        for label_of_store in spaces
+    ):
         entry = settings.models.get(space)
         near = [] if entry is None else [entry.as_space().label]
         raise WrongUsage(_unknown_name_message("--space", "space", space, spaces, near))
@@ -111,10 +114,12 @@ def check_known(
 def _unknown_name_message(
     option: str, what: str, name: str, known: list[str], near: list[str] | None = None
 ) -> str:
-    near = [one for one in near or () if one in known] or difflib.get_close_matches(name, known, 1)
+    near = [
+        candidate for candidate in near or () if candidate in known
+    ] or difflib.get_close_matches(name, known, 1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
-    there = f"known: {join_names(map(repr, known))}" if known else "it holds nothing yet"
-    return f"{option}: the store has no {what} {name!r}{meant}; {there}"
+    known_names = f"known: {join_names(map(repr, known))}" if known else "it holds nothing yet"
+    return f"{option}: the store has no {what} {name!r}{meant}; {known_names}"
 
 
 @cache_app.command(name="backup")
@@ -252,19 +257,19 @@ def show_stats(
 
 def _as_dict(settings: Settings, held: stats.Stats) -> dict[str, Any]:
     partitions = []
-    for one in held.held:
-        namespace, space, dimensions = one.partition
+    for partition in held.held:
+        namespace, space, dimensions = partition.partition
         partitions.append(
             {
                 "namespace": namespace,
                 "space": space,
                 "dimensions": dimensions,
-                "entries": one.entries,
-                "bytes": one.bytes,
-                "oldest": one.oldest,
-                "newest": one.newest,
-                "last_used": one.last_used,
-                **status.usage_fields(one.usage),
+                "entries": partition.entries,
+                "bytes": partition.bytes,
+                "oldest": partition.oldest,
+                "newest": partition.newest,
+                "last_used": partition.last_used,
+                **status.usage_fields(partition.usage),
             }
         )
     return {
@@ -299,24 +304,27 @@ def _print_stats(held: stats.Stats, shown: dict[str, Any]) -> None:
         "share",
     ):
         table.add_column(title, justify="right", no_wrap=True)
-    for one in shown["partitions"]:
+    for partition in shown["partitions"]:
         spans_shown = (
-            "" if one[name] is None else age(now - one[name]) for name in ("oldest", "last_used")
+            "" if partition[name] is None else age(now - partition[name])
+            for name in ("oldest", "last_used")
         )
-        asked = one["hits"] + one["joins"] + one["misses"] + one["duplicates"]
+        answered = (
+            partition["hits"] + partition["joins"] + partition["misses"] + partition["duplicates"]
+        )
         table.add_row(
-            one["namespace"] or "-",
-            one["space"],
-            str(one["dimensions"] or ""),
-            f"{one['entries']:,}",
-            size(one["bytes"]),
+            partition["namespace"] or "-",
+            partition["space"],
+            str(partition["dimensions"] or ""),
+            f"{partition['entries']:,}",
+            size(partition["bytes"]),
             *spans_shown,
-            share(asked - one["misses"], asked),
-            f"{one['tokens_saved']:,}",
-            money(one["usd_saved"]),
-            share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
+            share(answered - partition["misses"], answered),
+            f"{partition['tokens_saved']:,}",
+            money(partition["usd_saved"]),
+            share(partition["usd_saved"], partition["usd_saved"] + partition["usd_billed"]),
         )
-    longest = max((len(one["space"]) for one in shown["partitions"]), default=0)
+    longest = max((len(partition["space"]) for partition in shown["partitions"]), default=0)
     out = console(MAX_TABLE_WIDTH + longest)
     out.print(
         f"{count(held.entries, 'entry', 'entries')}: {size(held.data_bytes)} of data and"
@@ -346,17 +354,17 @@ def _print_bill(columns: Sequence[str], bill: list[dict[str, Any]]) -> None:
         table.add_column(title, no_wrap=True)
     for title in ("inputs", "bought", "tokens billed", "billed", "tokens saved", "saved", "share"):
         table.add_column(title, justify="right", no_wrap=True)
-    for one in bill:
-        inputs = one["hits"] + one["joins"] + one["misses"] + one["duplicates"]
+    for row in bill:
+        inputs = row["hits"] + row["joins"] + row["misses"] + row["duplicates"]
         table.add_row(
-            *(str(one[name] or "-") for name in columns),
+            *(str(row[name] or "-") for name in columns),
             f"{inputs:,}",
-            f"{one['misses']:,}",
-            f"{one['tokens_billed']:,}",
-            money(one["usd_billed"]),
-            f"{one['tokens_saved']:,}",
-            money(one["usd_saved"]),
-            share(one["usd_saved"], one["usd_saved"] + one["usd_billed"]),
+            f"{row['misses']:,}",
+            f"{row['tokens_billed']:,}",
+            money(row["usd_billed"]),
+            f"{row['tokens_saved']:,}",
+            money(row["usd_saved"]),
+            share(row["usd_saved"], row["usd_saved"] + row["usd_billed"]),
         )
-    longest = max((sum(len(str(one[name])) for name in columns) for one in bill), default=0)
+    longest = max((sum(len(str(row[name])) for name in columns) for row in bill), default=0)
     console(MAX_TABLE_WIDTH + longest).print(table)

@@ -91,7 +91,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
 
 def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> None:
     if as_json:
-        told = {
+        content = {
             "chosen": chosen.entries,
             "bytes": chosen.bytes,
             "usd_value": None if chosen.nanodollars is None else chosen.nanodollars / NANO,
@@ -99,8 +99,8 @@ def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> N
             "waiting": len(chosen.points),
         }
         if chosen.of_others:
-            told["of_shared_partitions"] = chosen.of_others
-        print_json({**told, "dry_run": dry_run})
+            content["of_shared_partitions"] = chosen.of_others
+        print_json({**content, "dry_run": dry_run})
         return
     done = "would be deleted" if dry_run else "deleted"
     typer.echo(f"{chosen.told}: {done}")
@@ -161,15 +161,19 @@ def _look_up(
         check_known(settings, file, namespace, space)
     choices = [
         choice,
-        *(one for one in _shared_partitions(choice) if purge.count_entries(file, one)[0]),
+        *(
+            filter_
+            for filter_ in _shared_partitions(choice)
+            if purge.count_entries(file, filter_)[0]
+        ),
     ]
-    counts = [purge.count_entries(file, one) for one in choices]
+    counts = [purge.count_entries(file, filter_) for filter_ in choices]
     entries, held = (sum(column) for column in zip(*counts, strict=True))
     points = [] if outbox is None else _pending_points(outbox, file, choices)
     of_partitions: Counter[int | None] = Counter()
-    for one in choices:
+    for filter_ in choices:
         of_partitions.update(
-            {name: number for name, (number, _) in purge.count_by_partition(file, one).items()}
+            {name: number for name, (number, _) in purge.count_by_partition(file, filter_).items()}
         )
     nano, unknown = stats.value(file, of_partitions)
     unknown += entries - of_partitions.total()
@@ -206,14 +210,14 @@ def _shared_partitions(choice: purge.PurgeFilter) -> list[purge.PurgeFilter]:
 
     See `cache.disk.bounds`. An entry there does not say which namespace or space it is of.
     """
-    found = []
+    filters = []
     rest = None if choice.space is None else bounds.rest_of(current_label(choice.space))
     if rest is not None and rest != choice.space:
-        found.append(replace(choice, space=rest))
+        filters.append(replace(choice, space=rest))
     is_chosen_by_name = choice.namespace is not None or choice.space is not None
     if is_chosen_by_name and choice.namespace != OTHER_NAMESPACE:
-        found.append(replace(choice, namespace=OTHER_NAMESPACE, space=None))
-    return found
+        filters.append(replace(choice, namespace=OTHER_NAMESPACE, space=None))
+    return filters
 
 
 @contextmanager
@@ -244,14 +248,14 @@ def _outbox_for_reading(
         yield None
         return
     with ExitStack() as stack:
-        found: OutboxFile | ReadOnlyOutbox | None
+        outbox: OutboxFile | ReadOnlyOutbox | None
         try:
-            found = stack.enter_context(closing(ReadOnlyOutbox(path.parent)))
+            outbox = stack.enter_context(closing(ReadOnlyOutbox(path.parent)))
         except sqlite3.Error as error:
             if is_damage(error):
                 raise WorkFailed(f"{path}: {error}") from error
-            found = stack.enter_context(_outbox(settings))
-        yield found
+            outbox = stack.enter_context(_outbox(settings))
+        yield outbox
 
 
 def _pending_points(
@@ -259,15 +263,15 @@ def _pending_points(
 ) -> list[OutboxEntry]:
     """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
     choice = choices[0]
-    found = select_entries(
+    selected = select_entries(
         outbox, namespace=choice.namespace, space=choice.space, address=choice.address
     )
     if choice.stored_before is None and choice.used_before is None:
-        return found
+        return selected
     return [
-        one
-        for one in found
-        if any(purge.is_chosen(file, chosen, one.address) for chosen in choices)
+        point
+        for point in selected
+        if any(purge.is_chosen(file, chosen, point.address) for chosen in choices)
     ]
 
 

@@ -89,8 +89,8 @@ def _scan(settings: Settings, *, for_writing: bool) -> Findings:
         with opener(settings) as database:
             ((total,),) = database.sql("SELECT value FROM Settings WHERE key = 'count'")
             with progress("verifying", total) as tell:
-                for seen in verify.scan(database, findings):
-                    tell(seen)
+                for checked in verify.scan(database, findings):
+                    tell(checked)
     except StoreError as error:
         if not connection.is_damaged(error):
             raise

@@ -52,11 +52,11 @@ def check(
     limit = int(cache.size_limit_gib * GIB)
     store = location.inspect(cache.directory, limit, cache.pinned_namespaces)
     with progress("asking") as tell:
-        found = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
+        checkup = asyncio.run(examine(settings, choice, offline=offline, tell=tell))
     qdrant = asyncio.run(index_check.check_qdrant(settings, offline=offline))
-    problems = [*_unset(configuration), *found.problems]
+    problems = [*_unset(configuration), *checkup.problems]
     if not model:
-        problems += provider_problems(configuration, found.providers)
+        problems += provider_problems(configuration, checkup.providers)
     if qdrant is not None and qdrant.problem:
         problems = [path_text(qdrant.problem), *problems]
     if store.problem:
@@ -66,7 +66,7 @@ def check(
             "config": None if config_file is None else path_text(config_file),
             "cache": _cache_dict(cache, store),
             "index": qdrant and {**qdrant.as_json(), "place": path_text(qdrant.place)},
-            **_found_dict(found),
+            **_found_dict(checkup),
             "problems": problems,
             "ok": not problems,
         }
@@ -74,7 +74,7 @@ def check(
     else:
         typer.echo(printable(f"configuration: {config_file or 'built in'}"))
         index_lines = [] if qdrant is None else [path_text(qdrant.line)]
-        for line in (*_cache_lines(cache, store), *index_lines, *_found_lines(found)):
+        for line in (*_cache_lines(cache, store), *index_lines, *_found_lines(checkup)):
             typer.echo(printable(line))
         _tell_problems(problems, offline=offline)
     if problems:
@@ -125,13 +125,13 @@ def _cache_lines(cache: Cache, store: Inspection) -> Iterator[str]:
         )
 
 
-def _found_dict(found: Checkup) -> dict[str, Any]:
+def _found_dict(checkup: Checkup) -> dict[str, Any]:
     return {
         "providers": {
-            name: {"state": one.state, "kind": one.kind, "why": one.why or None}
-            for name, one in found.providers.items()
+            name: {"state": status.state, "kind": status.kind, "why": status.why or None}
+            for name, status in checkup.providers.items()
         },
-        "routes": [_route_dict(one) for one in found.results],
+        "routes": [_route_dict(result) for result in checkup.results],
         "pairs": [
             {
                 "space": pair.one.space.name,
@@ -140,54 +140,55 @@ def _found_dict(found: Checkup) -> dict[str, Any]:
                 "cosine": round(pair.cosine, 9),
                 "ok": pair.ok,
             }
-            for pair in found.comparisons
+            for pair in checkup.comparisons
         ],
     }
 
 
-def _route_dict(one: RouteResult) -> dict[str, Any]:
-    probe = one.probe
+def _route_dict(result: RouteResult) -> dict[str, Any]:
+    probe = result.probe
     return {
-        "model": one.models[0],
-        "also": one.models[1:],
-        "space": one.space.name,
-        "provider": one.provider,
-        "upstream_model": one.upstream_model,
-        "ok": one.ok,
+        "model": result.models[0],
+        "also": result.models[1:],
+        "space": result.space.name,
+        "provider": result.provider,
+        "upstream_model": result.upstream_model,
+        "ok": result.ok,
         "latency_ms": probe and round(1000 * probe.seconds, 1),
-        "dimensions": one.width or None,
-        "tokens": probe.tokens if probe and one.ok else None,
-        "error": one.why or None,
+        "dimensions": result.width or None,
+        "tokens": probe.tokens if probe and result.ok else None,
+        "error": result.why or None,
     }
 
 
-def _found_lines(found: Checkup) -> Iterator[str]:
+def _found_lines(checkup: Checkup) -> Iterator[str]:
     yield ""
     yield from _align(
-        (one.state, name, one.why or f"kind {one.kind}") for name, one in found.providers.items()
+        (status.state, name, status.why or f"kind {status.kind}")
+        for name, status in checkup.providers.items()
     )
-    rows = iter(list(_align(_cells(one) for one in found.results)))
-    for space, group in groupby(found.results, key=lambda one: one.space.name):
+    rows = iter(list(_align(_cells(result) for result in checkup.results)))
+    for space, group in groupby(checkup.results, key=lambda result: result.space.name):
         here = list(group)
-        names = dict.fromkeys(name for one in here for name in one.models)
+        names = dict.fromkeys(name for result in here for name in result.models)
         yield ""
         yield f"{', '.join(names)}: space {space}"
         for _ in here:
             yield f"  {next(rows)}"
-        for pair in found.comparisons:
+        for pair in checkup.comparisons:
             if pair.one.space.name == space:
                 verdict = "agree" if pair.ok else "DISAGREE"
                 yield f"  {pair.one} and {pair.other} {verdict}: cosine {pair.cosine:.6f}"
 
 
-def _cells(one: RouteResult) -> tuple[str, ...]:
-    where = (one.provider, one.upstream_model)
-    if one.probe is None:
-        return "-", *where, one.why
-    time = f"{1000 * one.probe.seconds:.0f} ms"
-    if not one.ok:
+def _cells(result: RouteResult) -> tuple[str, ...]:
+    where = (result.provider, result.upstream_model)
+    if result.probe is None:
+        return "-", *where, result.why
+    time = f"{1000 * result.probe.seconds:.0f} ms"
+    if not result.ok:
         return "FAILED", *where, time
-    return "ok", *where, time, f"width {one.width}", f"{one.probe.tokens} tokens"
+    return "ok", *where, time, f"width {result.width}", f"{result.probe.tokens} tokens"
 
 
 def _align(rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -102,8 +102,8 @@ def compare(  # noqa: PLR0913 - one parameter an option
     names = tuple(dict.fromkeys(model or named))
     if not names:
         raise ConfigError("--model: say which; the configuration names none")
-    found = sample_texts.read(texts, pairs)
-    plan = Plan(found.inputs, rounds)
+    samples = sample_texts.read(texts, pairs)
+    plan = Plan(samples.inputs, rounds)
     budget = None if yes else ASK_ABOVE_USD
     work = _Work(settings, names, tuple(provider or ()), plan, dry_run=dry_run, budget=budget)
     trials, left_out = asyncio.run(work.do())
@@ -111,7 +111,7 @@ def compare(  # noqa: PLR0913 - one parameter an option
         if as_json:
             print_json(plan_as_dict(trials, plan))
         return
-    report = make_report(trials, found, k)
+    report = make_report(trials, samples, k)
     problems = [
         f"{name}: no route answered for all inputs"
         for name in names
@@ -120,9 +120,9 @@ def compare(  # noqa: PLR0913 - one parameter an option
     if plot_file is not None:
         plot_file.write_text(draw_plot(report), encoding="utf-8")
     if as_json:
-        print_json(as_dict(report, found, plan, left_out, problems))
+        print_json(as_dict(report, samples, plan, left_out, problems))
     else:
-        print_report(report, found, plan, left_out, problems)
+        print_report(report, samples, plan, left_out, problems)
     if problems:
         raise typer.Exit(1)
 
@@ -149,9 +149,9 @@ class _Work:
             candidates = await find_routes(self.settings, choice, stack)
             results = list(self._chosen(candidates.results))
             trials = [
-                RouteBenchmark(one, one.route, one.space, self._price(candidates, one))
-                for one in results
-                if one.route is not None
+                RouteBenchmark(result, result.route, result.space, self._price(candidates, result))
+                for result in results
+                if result.route is not None
             ]
             if not trials:
                 raise WorkFailed(candidates.routers[self.names[0]].unavailable)
@@ -161,64 +161,67 @@ class _Work:
                 with progress("asking", len(trials) * self.plan.calls) as tell:
                     await run(trials, self.plan, self.settings.server.request_timeout_s, tell)
         left_out = [
-            f"{one.models[0]} at {one.provider}: {one.why}" for one in results if not one.route
+            f"{result.models[0]} at {result.provider}: {result.why}"
+            for result in results
+            if not result.route
         ]
         return trials, left_out
 
     def _chosen(self, results: Iterable[RouteResult]) -> Iterator[RouteResult]:
         """Yield the routes of the named models at the named providers. Raises ConfigError."""
-        known = self.settings.providers
+        providers = self.settings.providers
         for name in self.providers:
-            if name not in known:
+            if name not in providers:
                 raise ConfigError(
-                    f"--provider: there is no provider {name!r}; known: {', '.join(sorted(known))}"
+                    f"--provider: there is no provider {name!r};"
+                    f" known: {', '.join(sorted(providers))}"
                 )
         missing = {*self.providers}
-        for one in results:
-            if not {*self.names}.isdisjoint(one.models):
-                missing.discard(one.provider)
-                if not self.providers or one.provider in self.providers:
-                    yield one
+        for result in results:
+            if not {*self.names}.isdisjoint(result.models):
+                missing.discard(result.provider)
+                if not self.providers or result.provider in self.providers:
+                    yield result
         if missing:
             raise ConfigError(
                 f"--provider: no route of {', '.join(self.names)} leads to"
                 f" {', '.join(sorted(missing))}; add one to its `routes`"
             )
 
-    def _price(self, candidates: Candidates, one: RouteResult) -> float | None:
+    def _price(self, candidates: Candidates, result: RouteResult) -> float | None:
         """Return USD per million tokens; None if it is not known: 0 is, on one's own machine."""
-        entry = self.settings.providers[one.provider]
-        price = candidates.models[one.models[0]].price
-        if one.route is not None and one.route.price is not None:
-            return one.route.price
+        entry = self.settings.providers[result.provider]
+        price = candidates.models[result.models[0]].price
+        if result.route is not None and result.route.price is not None:
+            return result.route.price
         return price if price or (entry and entry.key_variable is None) else None
 
     def _refuse_too_long(self, candidates: Candidates, trials: Iterable[RouteBenchmark]) -> None:
         for trial in trials:
             name = trial.result.models[0]
-            most = candidates.models[name].max_input_tokens
-            if most is None or trial.space.tokenizer is None:
+            max_tokens = candidates.models[name].max_input_tokens
+            if max_tokens is None or trial.space.tokenizer is None:
                 continue
             sizes = tokens.count(self.plan.inputs, trial.space.tokenizer)
             for text, count in zip(self.plan.inputs, sizes, strict=True):
-                if count > most:
+                if count > max_tokens:
                     raise ConfigError(
-                        f"an input has {count:,} tokens, of which {name} takes {most:,}; shorten or"
-                        f" leave out the one that begins with {text[:40]!r}"
+                        f"an input has {count:,} tokens, of which {name} takes {max_tokens:,};"
+                        f" shorten or leave out the one that begins with {text[:40]!r}"
                     )
 
     def _tell_cost(self, trials: Sequence[RouteBenchmark]) -> None:
         """Say on stderr what will be asked and what it costs. Raises ConfigError if it is much."""
         costs = [cost(trial, self.plan, UNKNOWN_USD) for trial in trials]
         count, total = (sum(each) for each in zip(*costs, strict=True))
-        told = (
+        line = (
             f"inputs: {len(self.plan.inputs):,}, routes: {len(trials)}, calls of each:"
             f" {self.plan.calls:,}; about {count:,} tokens for {money(total)}"
         )
         unknown = [name_of(trial) for trial in trials if trial.price is None]
         if unknown:
-            told += f" ({money(UNKNOWN_USD)} a million for {', '.join(unknown)}, price not known)"
-        typer.echo(printable(told), err=True)
+            line += f" ({money(UNKNOWN_USD)} a million for {', '.join(unknown)}, price not known)"
+        typer.echo(printable(line), err=True)
         if self.budget is not None and total > self.budget and not self.dry_run:
             raise ConfigError(
                 f"that is more than {money(self.budget)}: say --yes if you want it, or take fewer"
@@ -231,8 +234,10 @@ def plan_as_dict(trials: Sequence[RouteBenchmark], plan: Plan) -> dict[str, Any]
     routes = []
     for trial in trials:
         count, usd = cost(trial, plan, 0.0)
-        known = trial.price is not None
-        routes.append({"route": name_of(trial), "tokens": count, "usd": usd if known else None})
+        is_price_known = trial.price is not None
+        routes.append(
+            {"route": name_of(trial), "tokens": count, "usd": usd if is_price_known else None}
+        )
     return {"inputs": len(plan.inputs), "calls_each": plan.calls, "routes": routes}
 
 
@@ -295,12 +300,12 @@ def _route(report: ComparisonReport, row: ComparisonRow) -> dict[str, Any]:
 
 
 def _pair(pair: Likeness) -> dict[str, Any]:
-    least, mean = pair.cosine or (None, None)
+    min_cosine, mean = pair.cosine or (None, None)
     return {
         "one": pair.one.name,
         "other": pair.other.name,
         "same_space": pair.same_space,
-        "least_cosine": least,
+        "least_cosine": min_cosine,
         "mean_cosine": mean,
         "agree": pair.agree,
         "overlap": pair.overlap,
@@ -332,14 +337,14 @@ def print_report(
         table.add_row(printable(row.name), *_cells(row, with_recall=bool(samples.wanted)))
     longest = max(len(row.name) for row in report.rows)
     console(MAX_TABLE_WIDTH + longest).print(table)
-    for heading, found in (
+    for heading, best in (
         ("failures", _failures(report)),
         ("not asked", left_out),
         ("agreement", _agreement(report)),
         ("to choose", _advice(report)),
         ("problems", problems),
     ):
-        lines = list(found)
+        lines = list(best)
         if lines:
             typer.echo(f"\n{heading}:")
         for line in lines:
@@ -371,8 +376,8 @@ def _agreement(report: ComparisonReport) -> Iterator[str]:
         names = f"{pair.one.name} and {pair.other.name}"
         if pair.cosine is not None:
             verdict = "agree" if pair.agree else "DISAGREE"
-            least, mean = pair.cosine
-            yield f"{names} {verdict}: cosine {least:.6f} at least, {mean:.6f} on average"
+            min_cosine, mean = pair.cosine
+            yield f"{names} {verdict}: cosine {min_cosine:.6f} at least, {mean:.6f} on average"
         elif pair.same_space:
             widths = f"{pair.one.trial.width} and {pair.other.trial.width}"
             yield f"{names} DISAGREE: widths {widths} in one space"
@@ -407,13 +412,13 @@ def draw_plot(report: ComparisonReport) -> str:
     points = []
     for row in report.rows:
         y = row.recall if by_recall else row.usd_per_million_inputs
-        told = [
+        notes = [
             "no answer" if row.p50_ms is None else f"{row.p50_ms:,.1f} ms",
             "cost not known"
             if row.usd_per_million_inputs is None
             else f"${price(row.usd_per_million_inputs)} per million inputs",
             *([f"recall {row.recall:.3f}"] if row.recall is not None else []),
         ]
-        points.append(PlotPoint(printable(row.name), row.p50_ms, y, ", ".join(told)))
+        points.append(PlotPoint(printable(row.name), row.p50_ms, y, ", ".join(notes)))
     y_label = f"recall@{report.k}" if by_recall else "USD per million inputs"
     return svg("Embedding routes compared", "median of single calls, ms", y_label, points)

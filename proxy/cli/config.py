@@ -25,25 +25,28 @@ def show_config(
     The output is a configuration that `config show` can read. It holds no key: a secret of the file
     is shown as ${NAME}. To serve with the output, set that variable.
     """
-    found = loader.read_configuration(config_file, purpose="inspect")
-    settings = found.settings
-    values = show.values(settings, found.content, everything=everything)
+    configuration = loader.read_configuration(config_file, purpose="inspect")
+    settings = configuration.settings
+    values = show.values(settings, configuration.content, everything=everything)
     keys = show.keys_of(settings)
     if as_json:
-        told = {name: {"variable": one, "set": there} for name, (one, there) in keys.items()}
+        key_states = {
+            name: {"variable": key_variable, "set": is_set}
+            for name, (key_variable, is_set) in keys.items()
+        }
         file = None if config_file is None else path_text(config_file)
-        print_json({"config": file, "keys": told, "settings": values})
+        print_json({"config": file, "keys": key_states, "settings": values})
         return
     typer.echo(printable(f"# What applies with {path_text(config_file or loader.BUILT_IN)}"))
     left_out = len(settings.models) - len(values["models"])
     if left_out:
         typer.echo(f"# and {left_out} more models of the catalogue, which --all shows.")
-    for name, (variable, there) in keys.items():
-        state = "is set" if there else "is not set: this provider is skipped"
+    for name, (variable, is_set) in keys.items():
+        state = "is set" if is_set else "is not set: this provider is skipped"
         typer.echo(f"# {name}: {variable} {state}")
-    for line in found.unresolved:
+    for line in configuration.unresolved:
         typer.echo(printable(f"# {line}"))
-    for name in show.computed_names(values, found.content):
+    for name in show.computed_names(values, configuration.content):
         typer.echo(f"# {name} stands for a secret of that file; set this variable to serve with it")
     typer.echo(loader.dump(values), nl=False)
 

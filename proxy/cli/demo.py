@@ -124,8 +124,10 @@ def _proxy(config: Path) -> Iterator[openai.OpenAI]:
             with openai.OpenAI(base_url=url, api_key="none-is-needed") as client:
                 yield client
         except openai.OpenAIError as error:
-            told = log.read_text(errors="replace").strip()
-            raise DemoFailed(f"a request failed: {error}; the log of the proxy: {told}") from error
+            log_text = log.read_text(errors="replace").strip()
+            raise DemoFailed(
+                f"a request failed: {error}; the log of the proxy: {log_text}"
+            ) from error
         finally:
             late.cancel()
             process.terminate()
@@ -159,10 +161,10 @@ def _table(passes: list[Pass], inputs: int, price: float) -> Table:
     table.add_column("")
     for title in ("inputs", "computed", "hits", "seconds", "at OpenAI"):
         table.add_column(title, justify="right")
-    for one in passes:
-        cost = price * one.computed / inputs
-        row = (len(one.vectors), one.computed, one.hits)
-        table.add_row(one.title, *(f"{n:,}" for n in row), f"{one.seconds:.2f}", money(cost))
+    for pass_ in passes:
+        cost = price * pass_.computed / inputs
+        row = (len(pass_.vectors), pass_.computed, pass_.hits)
+        table.add_row(pass_.title, *(f"{n:,}" for n in row), f"{pass_.seconds:.2f}", money(cost))
     return table
 
 
@@ -195,8 +197,8 @@ def _judge(passes: list[Pass], inputs: int) -> None:
     first, *later = passes
     if first.computed != inputs:
         raise DemoFailed(f"the first pass computed {first.computed} of {inputs} inputs")
-    for one in later:
-        if one.hits != inputs or one.computed:
-            raise DemoFailed(f"{one.title}: {one.hits} hits of {inputs} inputs")
+    for pass_ in later:
+        if pass_.hits != inputs or pass_.computed:
+            raise DemoFailed(f"{pass_.title}: {pass_.hits} hits of {inputs} inputs")
     if not np.array_equal(first.vectors, later[0].vectors):
         raise DemoFailed("the second pass gave other vectors than the first")

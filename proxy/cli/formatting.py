@@ -38,13 +38,13 @@ def price(usd: float) -> str:
     return f"{usd:,.4f}".rstrip("0").rstrip(".")
 
 
-def count(number: int, one: str, many: str | None = None) -> str:
+def count(number: int, singular: str, plural: str | None = None) -> str:
     """Return a number with its noun, which may bring its verb; `many` is `one` and an s by default.
 
     >>> count(1, "entry", "entries"), count(2000, "record is", "records are"), count(0, "point")
     ('1 entry', '2,000 records are', '0 points')
     """
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"
 
 
 def share(part: float, whole: float) -> str:
@@ -73,15 +73,15 @@ def savings(usd_saved: float, usd_billed: float) -> str:
     return f"{money(usd_saved)} saved{percent and f' ({percent})'}"
 
 
-def join_names(names: Iterable[str], most: int = 20) -> str:
+def join_names(names: Iterable[str], max_names: int = 20) -> str:
     """Return names as a list for a message, cut where it would be long.
 
     >>> join_names("abc"), join_names("abc", 1)
     ('a, b, c', 'a and 2 more')
     """
     names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
 
 
 def size(count: float) -> str:

@@ -84,8 +84,8 @@ def serve(
     logging.getLogger().setLevel(logging.INFO)
     # The client of Qdrant would have each of its calls in the log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    given = {"host": host, "port": port, "workers": workers}
-    overrides = {name: value for name, value in given.items() if value is not None}
+    options = {"host": host, "port": port, "workers": workers}
+    overrides = {name: value for name, value in options.items() if value is not None}
     configuration = loader.read_configuration(config_file, overrides=overrides, purpose="serve")
     settings = configuration.settings
     if settings.cache.mode != "normal":
@@ -106,8 +106,8 @@ def serve(
             with handle_failures():
                 return _run(server.serve(settings, listening, ready, is_worker=count > 1))
 
-        told = work(announce) if count == 1 else run_workers(count, work, announce)
-    if told is signal.SIGINT:
+        signal_number = work(announce) if count == 1 else run_workers(count, work, announce)
+    if signal_number is signal.SIGINT:
         raise typer.Exit(EXIT_CODE)
 
 

@@ -56,9 +56,9 @@ def handle_failures() -> Iterator[None]:
     except WrongUsage as error:
         fail(str(error), 2)
     except Exception as error:
-        told = _describe_environment(error)
-        if told is not None:
-            fail(told, 1)
+        reason = _describe_environment(error)
+        if reason is not None:
+            fail(reason, 1)
         # Imported once there is a failure: what could not be imported could not fail either.
         from embedding_proxy.proxy.http.workers import WorkerFailed  # noqa: PLC0415
 
@@ -242,10 +242,10 @@ def parse_duration(text: str, option: str) -> float:
     >>> parse_duration("1.5h", "--older-than")
     5400.0
     """
-    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]+)", text.strip())
-    if not found or found[2] not in _SECONDS:
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,12})?)\s*([a-z]+)", text.strip())
+    if not match or match[2] not in _SECONDS:
         raise ConfigError(f"{option}: expected a number and one of s, min, h, d, w, as in 90d")
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def past_time(now: float, text: str | None, option: str) -> float | None:

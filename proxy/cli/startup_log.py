@@ -40,8 +40,8 @@ def check_environment(configuration: Configuration) -> None:
     except ConfigError as error:
         problems += error.problems
     settings = configuration.settings
-    asked = {} if settings.cache.mode == "frozen" else settings.providers
-    for name, entry in asked.items():
+    providers = {} if settings.cache.mode == "frozen" else settings.providers
+    for name, entry in providers.items():
         if entry is None or entry.kind == registry.LOCAL:
             continue
         try:
@@ -71,7 +71,9 @@ def report(settings: Settings) -> None:
     named = [name for name in settings.providers if not _is_local(settings, name)]
     if named and not remote:
         entries = (entry for entry in settings.providers.values() if entry is not None)
-        variables = dict.fromkeys(one.key_variable for one in entries if one.key_variable)
+        variables = dict.fromkeys(
+            provider.key_variable for provider in entries if provider.key_variable
+        )
         log.warning(
             "no remote provider is ready, so an input that is not in the cache is answered with an"
             " error%s; set %s and start again",

@@ -94,15 +94,15 @@ def _parse(value: str) -> SplitResult:
     if re.search(r"[\x00-\x20\x7f\\]", value):
         raise ValueError(f"{EXPECTED}, without spaces, line breaks and backslashes")
     authority = re.split(r"[/?#]", value.partition("://")[2], maxsplit=1)[0]
-    place = authority.rpartition("@")[2]
-    if place.startswith("["):
-        host, bracket, port = place[1:].partition("]")
+    host_and_port = authority.rpartition("@")[2]
+    if host_and_port.startswith("["):
+        host, bracket, port = host_and_port[1:].partition("]")
         if not bracket or not _is_ipv6(host) or (port and not port.startswith(":")):
             raise ValueError(f"{EXPECTED}; an IPv6 address is written http://[::1]:8000/v1")
         colon, port = port[:1], port[1:]
     else:
-        host, colon, port = place.partition(":")
-        if "[" in place or "]" in place or ":" in port:
+        host, colon, port = host_and_port.partition(":")
+        if "[" in host_and_port or "]" in host_and_port or ":" in port:
             raise ValueError(f"{EXPECTED}; an IPv6 address is written http://[::1]:8000/v1")
         if not host:
             raise ValueError(f"{EXPECTED}; its host is missing")

@@ -57,8 +57,8 @@ class Problem(NamedTuple):
 
     def is_consequence_of(self, wrong: Collection[KeyPath]) -> bool:
         """Tell whether it is a consequence of other mistakes, whose places are given."""
-        places = (self.path, *self.needs)
-        return any(place[:n] in wrong for place in places for n in range(1, len(place) + 1))
+        paths = (self.path, *self.needs)
+        return any(path[:n] in wrong for path in paths for n in range(1, len(path) + 1))
 
 
 class Problems(ValueError):
@@ -68,7 +68,8 @@ class Problems(ValueError):
         self.problems = tuple(problems)
         super().__init__(
             "; ".join(
-                f"{one.key}: {one.message}" if one.path else one.message for one in self.problems
+                f"{problem.key}: {problem.message}" if problem.path else problem.message
+                for problem in self.problems
             )
         )
 
@@ -89,27 +90,27 @@ class ConfigError(Exception):
 
 def refuse(problems: Iterable[Problem]) -> None:
     """Raise Problems if there are any."""
-    found = tuple(problems)
-    if found:
-        raise Problems(found)
+    problems_found = tuple(problems)
+    if problems_found:
+        raise Problems(problems_found)
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.7) -> str:
     """Return the known name that a name is most like; empty if it is like none.
 
     >>> nearest("opnai", ["local", "openai"]), nearest("mine", ["local", "openai"])
     ('openai', '')
     """
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), "")
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, names: Iterable[str]) -> str:
     """Return what to add to a message that a name is unknown; empty if it is like none.
 
     >>> suggestion("opnai", ["local", "openai"])
     '; did you mean openai?'
     """
-    near = nearest(name, known)
+    near = nearest(name, names)
     return f"; did you mean {near}?" if near else ""
 
 
@@ -140,15 +141,15 @@ def hide_keys(message: str) -> str:
 def _hide_in_word(word: str) -> str:
     scheme, is_address, rest = word.partition("://")
     if is_address:
-        user, at, place = rest.rpartition("@")
-        end = min((i for mark in "?#" if (i := place.find(mark)) >= 0), default=len(place))
-        return f"{scheme}://{MASK if user else user}{at}{place[:end]}{_hide_tokens(place[end:])}"
+        user, at, host = rest.rpartition("@")
+        end = min((i for mark in "?#" if (i := host.find(mark)) >= 0), default=len(host))
+        return f"{scheme}://{MASK if user else user}{at}{host[:end]}{_hide_tokens(host[end:])}"
     return word if _PATH.search(word) else _hide_tokens(word)
 
 
 def _hide_tokens(word: str) -> str:
     word = _JWT.sub(MASK, word)
-    return _TOKEN.sub(lambda found: MASK if looks_like_key(found[0]) else found[0], word)
+    return _TOKEN.sub(lambda match: MASK if looks_like_key(match[0]) else match[0], word)
 
 
 def _is_random(part: str) -> bool:

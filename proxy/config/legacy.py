@@ -58,10 +58,10 @@ class ConvertedConfig:
     """(old key, what became of it)"""
     warnings: list[str] = field(default_factory=list)
 
-    def note(self, said: OldValue | None, told: str) -> None:
+    def note(self, value: OldValue | None, outcome: str) -> None:
         """Say what became of a key, if it was there."""
-        if said is not None:
-            self.notes.append((said.path, told))
+        if value is not None:
+            self.notes.append((value.path, outcome))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ class _Model:
         """Return what our configuration must say of it beside its routes."""
         if self.name in CATALOGUE and CATALOGUE[self.name] == self.entry:
             return {}
-        known = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
-        return {key: value for key, value in known.items() if value is not None}
+        description = {"space": self.entry.space, "dimensions": self.entry.dimensions or None}
+        return {key: value for key, value in description.items() if value is not None}
 
 
 def read(content: Mapping[Any, Any], file: str) -> OldConfig:
@@ -125,13 +125,13 @@ def read(content: Mapping[Any, Any], file: str) -> OldConfig:
     return old
 
 
-def variable(said: Mapping[str, OldValue]) -> OldValue | None:
+def variable(section: Mapping[str, OldValue]) -> OldValue | None:
     """Return the name of the variable that holds a key, named or referred to."""
-    if "api_key_env" in said:
-        return said["api_key_env"]
-    given = said.get("api_key")
-    found = given and _REFERENCE.fullmatch(given.value)
-    return OldValue(given.path, found[1]) if given and found else None
+    if "api_key_env" in section:
+        return section["api_key_env"]
+    api_key = section.get("api_key")
+    reference = api_key and _REFERENCE.fullmatch(api_key.value)
+    return OldValue(api_key.path, reference[1]) if api_key and reference else None
 
 
 def _find_keys(value: object, path: str) -> Iterator[str]:
@@ -165,21 +165,21 @@ def _read_flat(llm: Mapping[Any, Any], file: str, old: OldConfig) -> None:
     # What stands there beside another service's name is not for embeddings.
     plain_one, own_one = llm.get("provider"), llm.get("embedding_provider")
     own = plain_one is None or (plain_one in registry.KINDS and own_one in (None, plain_one))
-    found = {}
+    values = {}
     for key, value in llm.items():
         plain = str(key).removeprefix("embedding_")
         plain = "dimensions" if plain == "dimension" else plain
         if str(key).startswith("embedding_") and plain in _EMBEDDING:
-            found[plain] = (key, value)
+            values[plain] = (key, value)
         elif own and plain in _EMBEDDING and plain not in ("model", "provider"):
-            found.setdefault(plain, (key, value))
+            values.setdefault(plain, (key, value))
         elif own and key == "provider":
-            found.setdefault("provider", (key, value))
-    used = {key for key, _ in found.values()}
+            values.setdefault("provider", (key, value))
+    used = {key for key, _ in values.values()}
     old.left_out += [
         (f"llm.{key}", "not of embeddings, or unknown") for key in llm if key not in used
     ]
-    for plain, (key, value) in found.items():
+    for plain, (key, value) in values.items():
         _keep(plain, OldValue(f"llm.{key}", value), file, old.embedding, old)
 
 
@@ -197,27 +197,29 @@ def _take(
     section: Mapping[Any, Any], known: Iterable[str], file: str, path: str, old: OldConfig
 ) -> dict[str, OldValue]:
     """Return what is known of a section; name the rest."""
-    found: dict[str, OldValue] = {}
+    values: dict[str, OldValue] = {}
     for key, value in section.items():
         if key in known:
-            _keep(key, OldValue(f"{path}.{key}", value), file, found, old)
+            _keep(key, OldValue(f"{path}.{key}", value), file, values, old)
         else:
             old.left_out.append((f"{path}.{key}", "unknown key"))
-    return found
+    return values
 
 
-def _keep(key: str, said: OldValue, file: str, into: dict[str, OldValue], old: OldConfig) -> None:
-    value = said.value
+def _keep(
+    key: str, old_value: OldValue, file: str, into: dict[str, OldValue], old: OldConfig
+) -> None:
+    value = old_value.value
     if value in (None, "", []):
-        old.left_out.append((said.path, "empty"))
+        old.left_out.append((old_value.path, "empty"))
         return
     if key in _TEXTS + _STORE_TEXTS and not isinstance(value, str):
-        raise ConfigError(f"{file}: {said.path}: expected a string")
+        raise ConfigError(f"{file}: {old_value.path}: expected a string")
     if key in (*_NUMBERS, "embedding_dimension") and (
         isinstance(value, bool) or not isinstance(value, int | float) or value < 0
     ):
-        raise ConfigError(f"{file}: {said.path}: expected a number")
-    into[key] = said
+        raise ConfigError(f"{file}: {old_value.path}: expected a number")
+    into[key] = old_value
 
 
 def convert(content: Mapping[Any, Any], file: str) -> ConvertedConfig:
@@ -238,17 +240,17 @@ def convert(content: Mapping[Any, Any], file: str) -> ConvertedConfig:
 
 
 def _convert_first(old: OldConfig, file: str, done: ConvertedConfig) -> _Model:
-    said = old.embedding
-    if "model" not in said:
+    section = old.embedding
+    if "model" not in section:
         raise ConfigError(f"{file}: llm.embedding.model: is missing; add it")
-    provider = said["provider"].value if "provider" in said else "openai"
-    model = _model(provider, said["model"].value)
-    _convert_provider(provider, said, file, done)
-    if "provider" not in said:
+    provider = section["provider"].value if "provider" in section else "openai"
+    model = _model(provider, section["model"].value)
+    _convert_provider(provider, section, file, done)
+    if "provider" not in section:
         done.warnings.append(f"no provider is named: {provider} is taken, as it always was")
-    done.note(said.get("provider"), f"providers.{provider}")
-    done.note(said["model"], f"models.{model.name}, asked for at {provider}")
-    model = _apply_dimensions(model, said.get("dimensions"), done)
+    done.note(section.get("provider"), f"providers.{provider}")
+    done.note(section["model"], f"models.{model.name}, asked for at {provider}")
+    model = _apply_dimensions(model, section.get("dimensions"), done)
     done.models[model.name] = {**model.describe(), "routes": [model.route]}
     return model
 
@@ -264,57 +266,60 @@ def _model(provider: str, upstream: str) -> _Model:
     return _Model(upstream, provider, upstream, ModelEntry(space, 0, 0.0, ()))
 
 
-def _apply_dimensions(model: _Model, said: OldValue | None, done: ConvertedConfig) -> _Model:
+def _apply_dimensions(model: _Model, value: OldValue | None, done: ConvertedConfig) -> _Model:
     """Return a model whose width may be what the old file says."""
     native = model.entry.dimensions
-    if said is None:
+    if value is None:
         return model
-    wanted = int(said.value)
+    dimensions = int(value.value)
     if not native:
-        done.note(said, f"models.{model.name}.dimensions")
-        return replace(model, entry=replace(model.entry, dimensions=wanted))
-    if wanted == native:
-        done.note(said, "left out: it is known of the model")
+        done.note(value, f"models.{model.name}.dimensions")
+        return replace(model, entry=replace(model.entry, dimensions=dimensions))
+    if dimensions == native:
+        done.note(value, "left out: it is known of the model")
         return model
-    done.note(said, "no counterpart: each request asks for its width, `dimensions`")
-    may = "can be cut to it" if model.entry.matryoshka and wanted < native else "has no other"
+    done.note(value, "no counterpart: each request asks for its width, `dimensions`")
+    may = "can be cut to it" if model.entry.matryoshka and dimensions < native else "has no other"
     done.warnings.append(
-        f"{said.path} is {wanted}, but {model.name} gives {native} numbers unless a request asks"
-        f" otherwise, and {may}; the original never sent this key on"
+        f"{value.path} is {dimensions}, but {model.name} gives {native} numbers unless a request"
+        f" asks otherwise, and {may}; the original never sent this key on"
     )
     return model
 
 
 def _convert_provider(
-    name: str, said: Mapping[str, OldValue], file: str, done: ConvertedConfig
+    name: str, section: Mapping[str, OldValue], file: str, done: ConvertedConfig
 ) -> None:
     """Describe a provider as far as an old file does; what was said of it first counts."""
-    given = done.providers.setdefault(name, {})
-    address, time, retries = (said.get(one) for one in ("base_url", "timeout", "max_retries"))
+    entry = done.providers.setdefault(name, {})
+    address, time = section.get("base_url"), section.get("timeout")
+    retries = section.get("max_retries")
     if name == registry.LOCAL and retries is not None:
         done.note(retries, "left out: nobody is asked, so nobody is asked again")
         retries = None
     if retries is not None:
         retries = retries._replace(value=min(int(retries.value), MAX_RETRIES))
-    key = variable(said)
+    key = variable(section)
     known = name in registry.KINDS or name == registry.LOCAL
     if not known:
         if address is None:
             raise ConfigError(
-                f"{file}: {said['provider'].path}: there is no provider {name!r}; known:"
+                f"{file}: {section['provider'].path}: there is no provider {name!r}; known:"
                 f" {', '.join(sorted((*registry.KINDS, registry.LOCAL)))}; or give the `base_url`"
                 " of one that speaks as OpenAI does"
             )
-        given.setdefault("kind", "openai_compatible")
-    told = {"base_url": address, "api_key_env": key, "timeout_s": time, "retries": retries}
-    for ours, one in told.items():
-        if one is None:
+        entry.setdefault("kind", "openai_compatible")
+    new_values = {"base_url": address, "api_key_env": key, "timeout_s": time, "retries": retries}
+    for key_name, old_value in new_values.items():
+        if old_value is None:
             continue
-        if given.setdefault(ours, one.value) == one.value:
-            done.note(one, f"providers.{name}.{ours}")
+        if entry.setdefault(key_name, old_value.value) == old_value.value:
+            done.note(old_value, f"providers.{name}.{key_name}")
         else:
-            done.note(one, f"left out: providers.{name} has another {ours} already")
-            done.warnings.append(f"{one.path}: give this provider a name and a `kind` of its own")
+            done.note(old_value, f"left out: providers.{name} has another {key_name} already")
+            done.warnings.append(
+                f"{old_value.path}: give this provider a name and a `kind` of its own"
+            )
     usual = registry.KINDS[name].profile.base_url if name in registry.KINDS else None
     if address is not None and usual is not None and address.value.rstrip("/") != usual:
         done.warnings.append(
@@ -325,20 +330,20 @@ def _convert_provider(
 
 def _convert_fallbacks(old: OldConfig, file: str, first: _Model, done: ConvertedConfig) -> None:
     """Turn old fallbacks into routes of the same space, or into models that may stand in."""
-    for said in old.fallbacks:
-        if not {"provider", "model"} <= said.keys():
+    for value in old.fallbacks:
+        if not {"provider", "model"} <= value.keys():
             raise ConfigError(f"{file}: llm.embedding.fallback_providers: an entry is empty")
-        other = _model(said["provider"].value, said["model"].value)
-        path = said["provider"].path.rpartition(".")[0]
-        _convert_provider(other.provider, said, file, done)
+        other = _model(value["provider"].value, value["model"].value)
+        path = value["provider"].path.rpartition(".")[0]
+        _convert_provider(other.provider, value, file, done)
         if other.entry.space == first.entry.space:
             routes = done.models[first.name]["routes"]
             if other.route not in routes:
                 routes.append(other.route)
-            done.note(said.get("dimensions"), "left out: it is known of the model")
+            done.note(value.get("dimensions"), "left out: it is known of the model")
             done.notes.append((path, f"models.{first.name}.routes: the same model"))
             continue
-        other = _apply_dimensions(other, said.get("dimensions"), done)
+        other = _apply_dimensions(other, value.get("dimensions"), done)
         _add_fallback(path, first, other, done)
 
 
@@ -347,16 +352,20 @@ def _add_fallback(path: str, first: _Model, other: _Model, done: ConvertedConfig
     described = done.models.setdefault(other.name, {**other.describe(), "routes": []})
     if other.route not in described["routes"]:
         described["routes"].append(other.route)
-    wanted, native = first.entry.dimensions, other.entry.dimensions
-    if not wanted or not native:
-        unknown = other.name if wanted else first.name
+    dimensions, native = first.entry.dimensions, other.entry.dimensions
+    if not dimensions or not native:
+        unknown = other.name if dimensions else first.name
         done.notes.append(
             (path, f"models.{other.name}; no fallback: the width of {unknown} is not known")
         )
         return
     space = Space(other.entry.space, native, other.entry.matryoshka)
     width = (
-        "strict" if can_give(space, wanted, "strict") else "pad" if native < wanted else "truncate"
+        "strict"
+        if can_give(space, dimensions, "strict")
+        else "pad"
+        if native < dimensions
+        else "truncate"
     )
     fallbacks = done.models[first.name].setdefault("fallback", [])
     if all(entry["model"] != other.name for entry in fallbacks):
@@ -370,33 +379,35 @@ def _add_fallback(path: str, first: _Model, other: _Model, done: ConvertedConfig
 
 
 def _convert_store(old: OldConfig, width: int | None, done: ConvertedConfig) -> None:
-    said = old.store
+    section = old.store
     names = {"api_key": "qdrant_api_key", "api_key_env": "qdrant_api_key_env"}
-    keys = {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
-    found = {"url": said.get("qdrant_url"), "api_key_env": variable(keys)}
-    for ours, one in found.items():
-        if one is not None:
-            done.qdrant[ours] = one.value
-            done.note(one, f"index.qdrant.{ours}")
-    if "collection_prefix" in said:
-        prefix = said["collection_prefix"].value.rstrip("_") + "_"
+    keys = {
+        key_name: section[old_name] for key_name, old_name in names.items() if old_name in section
+    }
+    values = {"url": section.get("qdrant_url"), "api_key_env": variable(keys)}
+    for key_name, old_value in values.items():
+        if old_value is not None:
+            done.qdrant[key_name] = old_value.value
+            done.note(old_value, f"index.qdrant.{key_name}")
+    if "collection_prefix" in section:
+        prefix = section["collection_prefix"].value.rstrip("_") + "_"
         done.qdrant["prefix"] = prefix
         done.note(
-            said["collection_prefix"],
+            section["collection_prefix"],
             f"index.qdrant.prefix: collections are {prefix}MODEL-WIDTH, old ones stay",
         )
     if done.qdrant and "url" not in done.qdrant:
         done.qdrant["url"] = "http://localhost:6333"
         done.warnings.append("index.qdrant.url: the old file names none; say where Qdrant is")
-    given = said.get("embedding_dimension")
-    done.note(given, "no counterpart: a collection has the width of its model")
-    if given is not None and width and given.value != width:
+    dimensions = section.get("embedding_dimension")
+    done.note(dimensions, "no counterpart: a collection has the width of its model")
+    if dimensions is not None and width and dimensions.value != width:
         done.warnings.append(
-            f"{given.path} is {given.value}, but the model gives {width} numbers: the collections"
-            " there were made for another model, or hold vectors that were cut"
+            f"{dimensions.path} is {dimensions.value}, but the model gives {width} numbers: the"
+            " collections there were made for another model, or hold vectors that were cut"
         )
     done.note(
-        said.get("allow_dynamic_dimensions"),
+        section.get("allow_dynamic_dimensions"),
         "no counterpart: each width has a collection of its own, none is ever changed",
     )
-    done.note(said.get("type"), "left out: Qdrant is the only store")
+    done.note(section.get("type"), "left out: Qdrant is the only store")

@@ -87,8 +87,8 @@ def load_named(path: Path | None = None) -> tuple[Settings, tuple[str, ...]]:
 
     Raises ConfigError.
     """
-    found = read_configuration(path)
-    return found.settings, found.models
+    configuration = read_configuration(path)
+    return configuration.settings, configuration.models
 
 
 def read_configuration(
@@ -107,7 +107,7 @@ def read_configuration(
     written = _mapping(source)
     source.overrides = overrides or {}
     settings, unresolved = _settings(source, _folder_of(path), purpose)
-    lines = tuple(source.line(one) for one in unresolved)
+    lines = tuple(source.line(problem) for problem in unresolved)
     return Configuration(settings, written, path, lines, source)
 
 
@@ -162,23 +162,23 @@ class _Source:
 
     def line(self, problem: Problem, line: int = 0) -> str:
         """Return a problem as `file:line: key: problem; remedy`, without what is not known."""
-        name, found = self.where(problem.path)
-        line = line or found
+        name, line_number = self.where(problem.path)
+        line = line or line_number
         if name == BUILT_IN:
             line = 0
-        place = f"{name}:{line}" if line else name
-        return ": ".join(part for part in (place, problem.key, problem.message) if part)
+        location = f"{name}:{line}" if line else name
+        return ": ".join(part for part in (location, problem.key, problem.message) if part)
 
     def mistakes(self, problems: Iterable[Problem]) -> list[tuple[int, str]]:
         """Return problems as (number of the line, what is told)."""
-        return [(self.where(one.path)[1], self.line(one)) for one in problems]
+        return [(self.where(problem.path)[1], self.line(problem)) for problem in problems]
 
     def error(self, mistakes: Iterable[tuple[int, str]]) -> ConfigError:
         """Return the error that tells of mistakes, in the order of the file's lines."""
-        found = sorted(dict.fromkeys(mistakes), key=lambda one: one[0])
-        lines = [line for _, line in found[:MAX_PROBLEMS]]
-        if len(found) > MAX_PROBLEMS:
-            lines.append(f"{self.name}: and {len(found) - MAX_PROBLEMS} more mistakes")
+        ordered = sorted(dict.fromkeys(mistakes), key=lambda mistake: mistake[0])
+        lines = [line for _, line in ordered[:MAX_PROBLEMS]]
+        if len(ordered) > MAX_PROBLEMS:
+            lines.append(f"{self.name}: and {len(ordered) - MAX_PROBLEMS} more mistakes")
         return ConfigError(*lines)
 
 
@@ -235,8 +235,8 @@ def _settings(
     """
     context = {FOLDER: folder, INSPECTED: purpose == "inspect"}
     mistakes = [
-        (one.line, source.line(Problem(one.path, one.message), one.line))
-        for one in source.file.duplicates
+        (problem.line, source.line(Problem(problem.path, problem.message), problem.line))
+        for problem in source.file.duplicates
     ]
     settings: Settings | None = None
     spared: list[Problem] = []
@@ -244,7 +244,7 @@ def _settings(
         copy = replace(source, file=version)
         try:
             resolved, needed, spared = references.resolve(copy.content(), purpose)
-            settings, problems = validate(resolved, context, [one.path for one in needed])
+            settings, problems = validate(resolved, context, [problem.path for problem in needed])
         except RecursionError as error:
             raise ConfigError(
                 f"{source.name}: an anchor holds itself; write the values out"

@@ -49,7 +49,7 @@ def _is_own(host: str, listening: str) -> bool:
         reached = _LOOPBACK[address.version] if address.is_unspecified else address
         if reached in taken:
             return True
-        if any(one.is_unspecified for one in taken) and _is_local(reached):
+        if any(own.is_unspecified for own in taken) and _is_local(reached):
             return True
     return False
 
@@ -61,8 +61,8 @@ def _resolve(host: str) -> set[_Address]:
     if host == "localhost" or host.endswith(".localhost"):
         return set(_LOOPBACK.values())
     with suppress(OSError, UnicodeError):
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        return {ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found}
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return {ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in infos}
     return set()
 
 

@@ -169,10 +169,10 @@ class ProviderConfig(Section):
         yield from self._misfits_of_the_clients_key()
         for name in self.options:
             if name not in profile.options:
-                known = ", ".join(sorted(profile.options)) or "none"
+                options = ", ".join(sorted(profile.options)) or "none"
                 yield Problem(
                     ("options", name),
-                    f"unknown option; known to this kind: {known}",
+                    f"unknown option; known to this kind: {options}",
                     hides_name=not name.isidentifier(),
                     needs=(("kind",),),
                 )
@@ -249,21 +249,21 @@ class ProviderConfig(Section):
     def as_profile(self) -> Profile:
         """Return what the kind declares, with what is said here in its place."""
         profile = registry.find(self.kind).profile
-        given = self.model_fields_set
-        fields = {name: getattr(self, name) for name in _FIELDS if name in given}
-        if "extra_fields" in given:
-            known = self.extra_fields
-            fields["extra_fields"] = None if known is None else frozenset(known)
-        neutral = self.neutral_fields if "neutral_fields" in given else profile.neutral_fields
+        keys = self.model_fields_set
+        fields = {name: getattr(self, name) for name in _FIELDS if name in keys}
+        if "extra_fields" in keys:
+            extra_fields = self.extra_fields
+            fields["extra_fields"] = None if extra_fields is None else frozenset(extra_fields)
+        neutral = self.neutral_fields if "neutral_fields" in keys else profile.neutral_fields
         # A neutral field that is declared as an extra one is sent, and stays neutral.
         fields["neutral_fields"] = frozenset(
             (*neutral, *filter(request_fields.is_neutral, self.extra_fields or ()))
         )
         limits = {name: getattr(self.limits, name) for name in self.limits.model_fields_set}
-        network = {key: getattr(self, key) for key in NETWORK if key in given}
+        network = {key: getattr(self, key) for key in NETWORK if key in keys}
         if self.ca_file is not None:
             network["ca_file"] = str(self.ca_file)
-        times = {field: getattr(self, key) for key, field in TIMEOUTS.items() if key in given}
+        times = {field: getattr(self, key) for key, field in TIMEOUTS.items() if key in keys}
         return replace(
             profile,
             base_url=self.base_url or profile.base_url,

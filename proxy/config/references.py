@@ -100,15 +100,15 @@ def _expand_home(text: str) -> Path:
         return path
     first = path.parts[0]
     try:
-        found = path.expanduser()
+        expanded = path.expanduser()
     except RuntimeError as error:
         if first == "~":
             raise ValueError("the home directory is not known; set HOME") from error
         raise ValueError(f"there is no such user: {first}") from error
     is_empty = first == "~" and os.environ.get("HOME") == ""
-    if is_empty or not found.is_absolute():
+    if is_empty or not expanded.is_absolute():
         raise ValueError("HOME is no absolute path; set it to one")
-    return found
+    return expanded
 
 
 def _variable_value(match: re.Match[str]) -> str:

@@ -294,12 +294,12 @@ class Settings(Section):
     def _over_the_catalogue(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        known = {name: from_catalogue(entry) for name, entry in CATALOGUE.items()}
-        given = {
-            name: {**known.get(name, {}), **entry} if isinstance(entry, dict) else entry
+        catalogue = {name: from_catalogue(entry) for name, entry in CATALOGUE.items()}
+        entries = {
+            name: {**catalogue.get(name, {}), **entry} if isinstance(entry, dict) else entry
             for name, entry in value.items()
         }
-        return {**known, **given}
+        return {**catalogue, **entries}
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Settings":
@@ -362,7 +362,11 @@ class Settings(Section):
 
     def _origins_for_clients(self) -> Iterator[Problem]:
         """Yield a second origin for one key: a client sends one, and it belongs to one."""
-        taking = {name: one for name, one in self.providers.items() if one and one.uses_client_key}
+        taking = {
+            name: provider
+            for name, provider in self.providers.items()
+            if provider and provider.uses_client_key
+        }
         if taking and self.passthrough_auth == "client" and self.passthrough_provider:
             taking[self.passthrough or ""] = self.passthrough_provider
         (first, *others) = taking or [""]
@@ -392,8 +396,8 @@ class Settings(Section):
                 if problem is not None:
                     path = ("models", name, "fallback")
                     facts = [
-                        ("models", one, key)
-                        for one in (name, fallback.model)
+                        ("models", model_name, key)
+                        for model_name in (name, fallback.model)
                         for key in ("space", "dimensions", "matryoshka")
                     ]
                     needs = [(*path, i, "model"), ("models", fallback.model)]
@@ -414,8 +418,8 @@ class Settings(Section):
                         f" models.{other}, of the same space {model.space}; make them equal, or"
                         " give this model a space of its own",
                         needs=tuple(
-                            ("models", one, fact)
-                            for one in (name, other)
+                            ("models", model_name, fact)
+                            for model_name in (name, other)
                             for fact in ("space", key)
                         ),
                     )

@@ -49,13 +49,15 @@ def values(settings: Settings, content: Mapping[Any, Any], *, everything: bool) 
 
 def computed_names(shown: object, content: object) -> list[str]:
     """Return the variables of what is shown that the file does not refer to, in order."""
-    known = set(_variables(content))
-    return [name for name in dict.fromkeys(_variables(shown)) if name not in known]
+    referred = set(_variables(content))
+    return [name for name in dict.fromkeys(_variables(shown)) if name not in referred]
 
 
 def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
     """Return, by provider, the variable that holds its key, and whether it is set."""
-    named = {name: one.key_variable for name, one in settings.providers.items() if one}
+    named = {
+        name: provider.key_variable for name, provider in settings.providers.items() if provider
+    }
     return {
         name: (variable, bool(os.environ.get(variable, "").strip()))
         for name, variable in named.items()
@@ -66,11 +68,11 @@ def keys_of(settings: Settings) -> dict[str, tuple[str, bool]]:
 def _variables(value: object) -> Iterator[str]:
     """Yield the names of all `${NAME}` below a value."""
     if isinstance(value, Mapping):
-        for one in value.values():
-            yield from _variables(one)
+        for item in value.values():
+            yield from _variables(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from _variables(one)
+        for item in value:
+            yield from _variables(item)
     elif isinstance(value, str):
         yield from _VARIABLE.findall(value)
 
@@ -103,16 +105,16 @@ def _provider(name: str, provider: ProviderConfig, written: object) -> dict[str,
     for header, value in provider.headers.items():
         if own.get(header) == value:
             continue  # What the kind says itself is no secret.
-        given = headers.get(header) if isinstance(headers, dict) else None
+        reference = headers.get(header) if isinstance(headers, dict) else None
         made_up = re.sub(r"[^A-Z0-9]", "_", f"{name}_{header}".upper())
-        shown["headers"][header] = _reference(given, f"HEADER_{made_up}")
+        shown["headers"][header] = _reference(reference, f"HEADER_{made_up}")
     return shown
 
 
-def _reference(given: object, made_up: str) -> str:
+def _reference(value: object, made_up: str) -> str:
     """Return what stands for a secret: the file's own reference, if it holds nothing else."""
-    if isinstance(given, str) and _WHOLE_REFERENCE.fullmatch(given) and ":-" not in given:
-        return given
+    if isinstance(value, str) and _WHOLE_REFERENCE.fullmatch(value) and ":-" not in value:
+        return value
     return f"${{{made_up}}}"
 
 
@@ -127,10 +129,11 @@ def _plain_value(value: object) -> Any:  # noqa: ANN401 - whatever YAML can hold
     if isinstance(value, Section):
         return {name: _plain_value(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Mapping):
-        return {key: _plain_value(one) for key, one in value.items()}
+        return {key: _plain_value(item) for key, item in value.items()}
     if isinstance(value, tuple | list | frozenset):
         return [
-            _plain_value(one) for one in (sorted(value) if isinstance(value, frozenset) else value)
+            _plain_value(item)
+            for item in (sorted(value) if isinstance(value, frozenset) else value)
         ]
     if isinstance(value, Path):
         return os.fsencode(value).decode(errors="replace")

@@ -71,32 +71,32 @@ def validate(
         try:
             settings = Settings.model_validate(content, context=context)
         except ValidationError as error:
-            found = list(explain(error))
-            is_last = not any(one["loc"] for one in error.errors(include_url=False))
+            problems_found = list(explain(error))
+            is_last = not any(problem["loc"] for problem in error.errors(include_url=False))
         else:
             return (None if problems or wrong else settings), problems
         lacking = {
-            (*one.path[:-1], one.meant)
-            for one in found
-            if one.meant and one.meant not in _parent(content, one.path)
+            (*problem.path[:-1], problem.meant)
+            for problem in problems_found
+            if problem.meant and problem.meant not in _parent(content, problem.path)
         }
         problems += [
-            _restore_name(one, misspelt)
-            for one in found
-            if not one.is_consequence_of(wrong | lacking)
+            _restore_name(problem, misspelt)
+            for problem in problems_found
+            if not problem.is_consequence_of(wrong | lacking)
         ]
-        places = {one.path for one in found} - wrong
-        if is_last or not places:
+        paths = {problem.path for problem in problems_found} - wrong
+        if is_last or not paths:
             break
-        for one in found:
-            if one.meant:
-                place = _rename_section(content, one)
-                if place is not None:
-                    misspelt[place] = one.path
-                    lacking.discard(place)
-        for path in places:
+        for problem in problems_found:
+            if problem.meant:
+                section_path = _rename_section(content, problem)
+                if section_path is not None:
+                    misspelt[section_path] = problem.path
+                    lacking.discard(section_path)
+        for path in paths:
             _replace(content, path)
-        wrong |= places | lacking
+        wrong |= paths | lacking
     return None, problems
 
 
@@ -129,7 +129,7 @@ def _parent(content: dict[Any, Any], path: KeyPath) -> Any:  # noqa: ANN401 - wh
 def _key(node: Any, part: str | int) -> Any:  # noqa: ANN401 - as above
     """Return the key that a part of a path stands for: pydantic tells a null or a date as text."""
     if isinstance(node, dict) and part not in node:
-        return next((one for one in node if str(one) == str(part)), part)
+        return next((key for key in node if str(key) == str(part)), part)
     return part
 
 
@@ -157,16 +157,16 @@ def _replace(content: dict[Any, Any], path: KeyPath) -> None:
 
 def _replacement(path: KeyPath) -> Any:  # noqa: ANN401 - whatever is right there
     """Return a value that is right by itself; None for what may lack."""
-    found = field_at(path)
-    if found is None:
+    section_field = field_at(path)
+    if section_field is None:
         return None
-    if isinstance(found, type):
+    if isinstance(section_field, type):
         return {
             name: _required_value(name)
-            for name, field in found.model_fields.items()
+            for name, field in section_field.model_fields.items()
             if field.is_required()
         }
-    return _required_value(str(path[-1])) if found.is_required() else None
+    return _required_value(str(path[-1])) if section_field.is_required() else None
 
 
 def _required_value(name: str) -> Any:  # noqa: ANN401 - as above
@@ -175,44 +175,44 @@ def _required_value(name: str) -> Any:  # noqa: ANN401 - as above
 
 def explain(error: ValidationError) -> Iterator[Problem]:
     """Yield the mistakes that a validation found; a path may be masked."""
-    found = error.errors(include_url=False, include_input=False)
-    paths = [tuple(part for part in one["loc"] if part != "[key]") for one in found]
-    for path, one in zip(paths, found, strict=True):
+    details = error.errors(include_url=False, include_input=False)
+    paths = [tuple(part for part in detail["loc"] if part != "[key]") for detail in details]
+    for path, detail in zip(paths, details, strict=True):
         # A list whose only entry is wrong counts as empty.
-        is_follow_up = one["type"] == "too_short" and any(
+        is_follow_up = detail["type"] == "too_short" and any(
             other[: len(path)] == path and other != path for other in paths
         )
         if not is_follow_up:
-            yield from _problems(path, one)
+            yield from _problems(path, detail)
 
 
-def _problems(path: KeyPath, one: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
-    kind = one["type"]
+def _problems(path: KeyPath, detail: Any) -> Iterator[Problem]:  # noqa: ANN401 - pydantic's ErrorDetails
+    kind = detail["type"]
     if kind == "extra_forbidden":
         yield _unknown_key(path)
     elif kind == "missing":
         yield Problem(path, f"is missing; add it{_meant_entry(path)}")
     elif kind == "value_error":
-        cause = one.get("ctx", {}).get("error")
+        cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, Problems):
             yield from (problem.add_prefix(path) for problem in cause.problems)
         else:
-            yield Problem(path, one["msg"].removeprefix("Value error, "))
+            yield Problem(path, detail["msg"].removeprefix("Value error, "))
     else:
         # With other characters it is probably a key or an address.
         hides_name = (
             kind == "string_pattern_mismatch"
-            and one["loc"][-1] == "[key]"
+            and detail["loc"][-1] == "[key]"
             and not _NEAR_NAME.fullmatch(str(path[-1]))
         )
-        expected = _EXPECTED.get(kind) or one["msg"].removeprefix("Input should be ")
+        expected = _EXPECTED.get(kind) or detail["msg"].removeprefix("Input should be ")
         yield Problem(path, f"expected {expected}", hides_name)
 
 
 def _meant_entry(path: KeyPath) -> str:
     """Return a hint for a name that lacks what is known of a similar one."""
-    known = {("providers", "kind"): KINDS, ("models", "space"): tuple(CATALOGUE)}
-    near = nearest(str(path[1]), known.get((str(path[0]), str(path[-1])), ())) if path[1:] else ""
+    names = {("providers", "kind"): KINDS, ("models", "space"): tuple(CATALOGUE)}
+    near = nearest(str(path[1]), names.get((str(path[0]), str(path[-1])), ())) if path[1:] else ""
     return f", or did you mean {near}?" if near else ""
 
 
@@ -238,26 +238,26 @@ def field_at(path: Sequence[str | int]) -> FieldInfo | type[Section] | None:
     >>> field_at(("models", "m", "routes", 0)), field_at(("server", "sport"))
     (<class 'embedding_proxy.proxy.config.models.RouteConfig'>, None)
     """
-    found: FieldInfo | type[Section] | None = Settings
+    field: FieldInfo | type[Section] | None = Settings
     is_name = False
     for part in path:
         if is_name:  # of an entry, or its position in a list
             is_name = False
             continue
-        section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
-        found = section.model_fields.get(str(part)) if section is not None else None
-        if found is None:
+        section = _section_of(field.annotation) if isinstance(field, FieldInfo) else field
+        field = section.model_fields.get(str(part)) if section is not None else None
+        if field is None:
             return None
-        is_name = _is_container(found.annotation)
-    if isinstance(found, FieldInfo) and not is_name and _is_container(found.annotation):
-        return _section_of(found.annotation)
-    return found
+        is_name = _is_container(field.annotation)
+    if isinstance(field, FieldInfo) and not is_name and _is_container(field.annotation):
+        return _section_of(field.annotation)
+    return field
 
 
 def known_keys(path: Sequence[str | int]) -> Iterator[str]:
     """Yield the keys of the section at `path`."""
-    found = field_at(path)
-    section = _section_of(found.annotation) if isinstance(found, FieldInfo) else found
+    field = field_at(path)
+    section = _section_of(field.annotation) if isinstance(field, FieldInfo) else field
     yield from section.model_fields if section is not None else ()
 
 
@@ -267,7 +267,7 @@ def _is_container(annotation: Any) -> bool:  # noqa: ANN401 - any annotation
         return False
     origin = get_origin(annotation)
     return origin in (dict, tuple) or (
-        origin is not None and any(_is_container(one) for one in get_args(annotation))
+        origin is not None and any(_is_container(argument) for argument in get_args(annotation))
     )
 
 
@@ -275,4 +275,4 @@ def _section_of(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - any 
     """Return the Section inside an annotation, as in `dict[str, Provider | None]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_of(arg))), None)
+    return next((section for arg in get_args(annotation) if (section := _section_of(arg))), None)

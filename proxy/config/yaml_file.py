@@ -82,7 +82,7 @@ def parse(text: str) -> YamlFile:
                 _version(root, i, {}, is_top=True)
                 for i in range(min(len(duplicates) + 1, MAX_VERSIONS) if duplicates else 0)
             ]
-            versions = tuple(YamlFile(loader.construct_document(one), one) for one in roots)
+            versions = tuple(YamlFile(loader.construct_document(node), node) for node in roots)
             return YamlFile(loader.construct_document(root), root, duplicates, versions)
         finally:
             loader.dispose()
@@ -147,7 +147,7 @@ def _version(node: yaml.Node, copy: int, made: dict[int, yaml.Node], *, is_top: 
     version = type(node)(node.tag, [], node.start_mark, node.end_mark)
     made[id(node)] = version
     if isinstance(node, yaml.SequenceNode):
-        version.value = [_version(one, copy, made, is_top=False) for one in node.value]
+        version.value = [_version(item, copy, made, is_top=False) for item in node.value]
         return version
     merged: list[yaml.Node] = []
     copies: dict[object, list[tuple[yaml.Node, yaml.Node]]] = {}
@@ -156,9 +156,9 @@ def _version(node: yaml.Node, copy: int, made: dict[int, yaml.Node], *, is_top: 
         copies.setdefault((key.tag, key.value) if is_name else id(key), []).append((key, value))
     for several in copies.values():
         key, value = several[min(copy, len(several) - 1)]
-        sections = [one for _, one in several if isinstance(one, yaml.MappingNode)]
+        sections = [item for _, item in several if isinstance(item, yaml.MappingNode)]
         if is_top and len(sections) == len(several) > 1:
-            entries = [entry for one in sections for entry in one.value]
+            entries = [entry for item in sections for entry in item.value]
             # Nodes are told apart by their identity, so this one has to stay.
             value = yaml.MappingNode(value.tag, entries, value.start_mark, value.end_mark)
             merged.append(value)
@@ -167,24 +167,24 @@ def _version(node: yaml.Node, copy: int, made: dict[int, yaml.Node], *, is_top: 
 
 
 def _duplicates(
-    node: yaml.Node, path: tuple[str | int, ...], seen: set[int]
+    node: yaml.Node, path: tuple[str | int, ...], visited: set[int]
 ) -> Iterator[Duplicate]:
     """Yield the keys that are written twice in one mapping; each node is looked at once."""
-    if id(node) in seen:
+    if id(node) in visited:
         return
-    seen.add(id(node))
+    visited.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for i, entry in enumerate(node.value):
-            yield from _duplicates(entry, (*path, i), seen)
+            yield from _duplicates(entry, (*path, i), visited)
     elif isinstance(node, yaml.MappingNode):
         first: dict[tuple[str, str], int] = {}
         for key, value in node.value:
-            place = path
+            key_path = path
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
-                place = (*path, key.value)
+                key_path = (*path, key.value)
                 line = key.start_mark.line + 1
                 if (key.tag, key.value) in first:
-                    yield Duplicate(place, line, first[key.tag, key.value])
+                    yield Duplicate(key_path, line, first[key.tag, key.value])
                 else:
                     first[key.tag, key.value] = line
-            yield from _duplicates(value, place, seen)
+            yield from _duplicates(value, key_path, visited)

@@ -108,18 +108,18 @@ class RouteBenchmark:
     @property
     def usd(self) -> float | None:
         """What was billed; None where the upstream did not say, and no price is known."""
-        known = self.price is not None or (self.told and self.tokens > 0)
-        return self.spent.total() / NANO if known else None
+        is_price_known = self.price is not None or (self.told and self.tokens > 0)
+        return self.spent.total() / NANO if is_price_known else None
 
     @property
     def usd_an_input(self) -> float | None:
         """What an input costs on average, however often each was asked for; None as for `usd`."""
         if self.usd is None or not self.answers:
             return None
-        each = [self.spent[place] / count for place, count in self.answers.items()]
+        each = [self.spent[index] / count for index, count in self.answers.items()]
         return math.fsum(each) / len(each) / NANO
 
-    async def ask(self, plan: Plan, places: Sequence[int], patience_s: float) -> float | None:
+    async def ask(self, plan: Plan, indices: Sequence[int], patience_s: float) -> float | None:
         """Ask for the inputs at these places; return the seconds of a good answer, else None.
 
         Asks nobody once the route is given up.
@@ -132,22 +132,22 @@ class RouteBenchmark:
         def charge(bill: Bill) -> None:
             self.tokens += sum(bill.tokens)
             self.told &= bill.told
-            for place, nano in zip(bill.places, bill.nanodollars, strict=True):
-                self.spent[places[place]] += nano
+            for index, nano in zip(bill.places, bill.nanodollars, strict=True):
+                self.spent[indices[index]] += nano
 
         context = Context(clock() + patience_s, account=account, on_charge=charge)
-        inputs = [plan.inputs[place] for place in places]
+        inputs = [plan.inputs[index] for index in indices]
         self.calls += 1
-        found = await probe(self.route, self.space, context, clock, inputs)
-        if found.failure is not None:
-            self._fail(found.failure)
+        result = await probe(self.route, self.space, context, clock, inputs)
+        if result.failure is not None:
+            self._fail(result.failure)
             return None
         self._in_a_row = 0
-        self.answers.update(places)
-        self.vectors |= zip(places, found.vectors, strict=True)
+        self.answers.update(indices)
+        self.vectors |= zip(indices, result.vectors, strict=True)
         # Whoever did not know the width knows it now, and holds the other answers to it.
-        self.space = replace(self.space, dimensions=len(found.vectors[0]) // 4)
-        return found.seconds
+        self.space = replace(self.space, dimensions=len(result.vectors[0]) // 4)
+        return result.seconds
 
     def _fail(self, failure: EmbeddingError) -> None:
         self.failures[type(failure).__name__] += 1
@@ -161,9 +161,9 @@ async def run(
 ) -> None:
     """Ask every route. `tell` is told how many calls were made, by all together."""
 
-    async def ask(trial: RouteBenchmark, places: Sequence[int]) -> float | None:
-        seconds = await trial.ask(plan, places, patience_s)
-        tell(sum(one.calls for one in trials))
+    async def ask(trial: RouteBenchmark, indices: Sequence[int]) -> float | None:
+        seconds = await trial.ask(plan, indices, patience_s)
+        tell(sum(benchmark.calls for benchmark in trials))
         return seconds
 
     for trial in trials:
@@ -175,8 +175,8 @@ async def run(
                 seconds = await ask(trial, part)
                 if seconds is not None:
                     trial.batches_s.append(seconds)
-            for place in plan.singles:
-                seconds = await ask(trial, [place])
+            for index in plan.singles:
+                seconds = await ask(trial, [index])
                 if seconds is not None:
                     trial.singles_s.append(seconds)
 

@@ -94,20 +94,20 @@ class ComparisonReport:
     @property
     def cheapest(self) -> ComparisonRow | None:
         """The route whose inputs cost least, of equals the faster one; None if no cost is known."""
-        known = [row for row in self.choices if row.usd_per_million_inputs is not None]
-        return min(known, key=lambda row: (_usd(row), _ms(row)), default=None)
+        priced = [row for row in self.choices if row.usd_per_million_inputs is not None]
+        return min(priced, key=lambda row: (_usd(row), _ms(row)), default=None)
 
     @property
     def fastest(self) -> ComparisonRow | None:
         """The route with the shortest median of single calls."""
-        known = [row for row in self.choices if row.p50_ms is not None]
-        return min(known, key=_ms, default=None)
+        timed = [row for row in self.choices if row.p50_ms is not None]
+        return min(timed, key=_ms, default=None)
 
     @property
     def best_recall(self) -> ComparisonRow | None:
         """The route that finds most, of equals the cheaper one; None without labelled pairs."""
-        known = [row for row in self.choices if row.recall is not None]
-        return max(known, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
+        judged = [row for row in self.choices if row.recall is not None]
+        return max(judged, key=lambda row: (row.recall or 0.0, -_usd(row)), default=None)
 
     def beaten_by(self, row: ComparisonRow) -> ComparisonRow | None:
         """Return a route that is as good as this one, no dearer, no slower, and better in one.
@@ -121,7 +121,7 @@ class ComparisonReport:
             if pair.agree and row in (pair.one, pair.other)
         }
         others = [other for other in self.choices if other is not row]
-        return next((one for one in others if _beats(one, row, same=one in same)), None)
+        return next((rival for rival in others if _beats(rival, row, same=rival in same)), None)
 
 
 def make_report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> ComparisonReport:
@@ -132,11 +132,11 @@ def make_report(trials: Sequence[RouteBenchmark], samples: Samples, k: int) -> C
     whole = [trial for trial in trials if len(trial.vectors) == count]
     neighbours: dict[int, list[list[int]]] = {}
     for trial in whole if samples.texts > 2 else ():
-        vectors = [trial.vectors[place] for place in range(count)]
+        vectors = [trial.vectors[index] for index in range(count)]
         neighbours[id(trial)] = nearest(vectors, range(count), samples.texts, k)
     medians = [percentile(trial.singles_s, 50) for trial in whole if trial.singles_s]
-    least = min(medians, default=None)
-    rows = [_row(trial, samples, neighbours.get(id(trial)), least) for trial in trials]
+    min_median = min(medians, default=None)
+    rows = [_row(trial, samples, neighbours.get(id(trial)), min_median) for trial in trials]
     pairs = list(_pairs(rows, samples, neighbours))
     chance = k / (samples.texts - 1) if samples.texts > 2 else None
     return ComparisonReport(rows, pairs, k, chance)
@@ -150,9 +150,9 @@ def _row(
 ) -> ComparisonRow:
     p50 = _percentile_ms(trial.singles_s, 50)
     usd = trial.usd
-    found = None
+    recalled = None
     if neighbours is not None and samples.wanted:
-        found = recall([neighbours[i] for i in samples.wanted], list(samples.wanted.values()))
+        recalled = recall([neighbours[i] for i in samples.wanted], list(samples.wanted.values()))
     return ComparisonRow(
         trial,
         name_of(trial),
@@ -167,7 +167,7 @@ def _row(
             trial.price if usd is None or not trial.tokens else usd / trial.tokens * 1e6
         ),
         usd_per_million_inputs=None if trial.usd_an_input is None else 1e6 * trial.usd_an_input,
-        recall=found,
+        recall=recalled,
     )
 
 
@@ -177,20 +177,20 @@ def _pairs(
     neighbours: Mapping[int, Sequence[Sequence[int]]],
 ) -> Iterator[Likeness]:
     texts = range(samples.texts)
-    places = range(len(samples.inputs))
-    for one, other in combinations([row for row in rows if row.complete], 2):
-        first, second = one.trial, other.trial
+    indices = range(len(samples.inputs))
+    for row_a, other in combinations([row for row in rows if row.complete], 2):
+        first, second = row_a.trial, other.trial
         both = shared = None
         if first.space.name == second.space.name:
             if first.width == second.width:
                 both = cosines(
-                    [first.vectors[place] for place in places],
-                    [second.vectors[place] for place in places],
+                    [first.vectors[index] for index in indices],
+                    [second.vectors[index] for index in indices],
                 )
         elif neighbours:
             here, there = neighbours[id(first)], neighbours[id(second)]
             shared = overlap([here[i] for i in texts], [there[i] for i in texts])
-        yield Likeness(one, other, both, shared)
+        yield Likeness(row_a, other, both, shared)
 
 
 def name_of(trial: RouteBenchmark) -> str:
@@ -248,9 +248,9 @@ def svg(title: str, x_label: str, y_label: str, points: Sequence[PlotPoint]) -> 
 
     Points are numbered as they come. Coordinates are not negative.
     """
-    known = [(point.x, point.y) for point in points if point.x is not None and point.y is not None]
-    x_end, x_ticks = _axis([x for x, _ in known])
-    y_end, y_ticks = _axis([y for _, y in known])
+    placed = [(point.x, point.y) for point in points if point.x is not None and point.y is not None]
+    x_end, x_ticks = _axis([x for x, _ in placed])
+    y_end, y_ticks = _axis([y for _, y in placed])
 
     def at(x: float, y: float) -> tuple[float, float]:
         across, up = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
@@ -280,13 +280,13 @@ def svg(title: str, x_label: str, y_label: str, points: Sequence[PlotPoint]) -> 
         f"{escape(y_label)}</text>"
     )
     for number, point in enumerate(points, 1):
-        told = escape(f"{point.name}: {point.note}")
+        label = escape(f"{point.name}: {point.note}")
         y = HEIGHT + _LINE * number - 6
-        lines.append(f'<text x="{_LEFT}" y="{y}">{number}  {told}</text>')
+        lines.append(f'<text x="{_LEFT}" y="{y}">{number}  {label}</text>')
         if point.x is not None and point.y is not None:
             x, y = at(point.x, point.y)
             lines.append(
-                f'<g><title>{told}</title><circle cx="{x}" cy="{y}" r="9" fill="#246"/>'
+                f'<g><title>{label}</title><circle cx="{x}" cy="{y}" r="9" fill="#246"/>'
                 f'<text x="{x}" y="{y + 4}" fill="white" text-anchor="middle">{number}</text></g>'
             )
     return "\n".join([*lines, "</svg>", ""])
@@ -294,8 +294,8 @@ def svg(title: str, x_label: str, y_label: str, points: Sequence[PlotPoint]) -> 
 
 def _axis(values: Sequence[float]) -> tuple[float, list[float]]:
     """Return where an axis ends, and its ticks: round numbers, the last at or past the largest."""
-    most = max(values, default=0.0) or 1.0
-    power = 10.0 ** math.floor(math.log10(most / _TICKS))
-    step = next(power * n for n in (1, 2, 5, 10) if power * n * _TICKS >= most)
+    maximum = max(values, default=0.0) or 1.0
+    power = 10.0 ** math.floor(math.log10(maximum / _TICKS))
+    step = next(power * n for n in (1, 2, 5, 10) if power * n * _TICKS >= maximum)
     ticks = [step * i for i in range(_TICKS + 1)]
     return ticks[-1], ticks

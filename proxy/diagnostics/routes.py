@@ -147,7 +147,9 @@ async def find_routes(
     """Return the routes of the chosen models; providers close with `stack`. Raises ConfigError."""
     opened = await open_providers(settings, stack)
     statuses = {name: _provider_status(settings, name, opened) for name in settings.providers}
-    usable = {name: one for name, one in opened.items() if statuses[name].state == "usable"}
+    usable = {
+        name: provider for name, provider in opened.items() if statuses[name].state == "usable"
+    }
     models = choose_models(settings, choice, usable)
     upstreams = HealthRegistry()
     routers = {
@@ -169,7 +171,9 @@ def _provider_status(settings: Settings, name: str, opened: Collection[str]) -> 
         return ProviderStatus("skipped", entry.kind, f"{entry.key_variable} is not set")
     if entry.kind == registry.LOCAL and not local.is_installed():
         return ProviderStatus("skipped", entry.kind, local.MISSING)
-    if not any(route.provider == name for one in settings.models.values() for route in one.routes):
+    if not any(
+        route.provider == name for model in settings.models.values() for route in model.routes
+    ):
         return ProviderStatus(
             "usable", entry.kind, "no model has a route to it; add one to `models`"
         )
@@ -189,20 +193,20 @@ def _route_results(
         # A width that the proxy has learned holds from then on.
         spaces[name] = replace(space, dimensions=space.dimensions or learned.get(space.name))
     order = list(dict.fromkeys(space.name for space in spaces.values()))
-    found: dict[tuple[Space, str, str], RouteResult] = {}
+    results: dict[tuple[Space, str, str], RouteResult] = {}
     for name in sorted(routers, key=lambda name: order.index(spaces[name].name)):
         routes = {(route.name, route.model): route for route in routers[name].routes}
         for entry in models[name].routes:
             here = (entry.provider, entry.model)
-            one = found.setdefault(
+            result = results.setdefault(
                 (spaces[name], *here), RouteResult([], spaces[name], *here, routes.get(here))
             )
-            if name not in one.models:
-                one.models.append(name)
-            if one.route is None:
+            if name not in result.models:
+                result.models.append(name)
+            if result.route is None:
                 status = statuses.get(entry.provider)
-                one.why = status.why if status else "the provider is not configured"
-    return list(found.values())
+                result.why = status.why if status else "the provider is not configured"
+    return list(results.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +229,11 @@ class Comparison:
 def compare(results: Sequence[RouteResult]) -> Iterator[Comparison]:
     """Compare the answers of each space with the first of them; they are one model, or two."""
     answered: defaultdict[str, list[tuple[RouteResult, Probe]]] = defaultdict(list)
-    for one in results:
-        if one.probe is not None and one.ok:
-            answered[one.space.name].append((one, one.probe))
+    for result in results:
+        if result.probe is not None and result.ok:
+            answered[result.space.name].append((result, result.probe))
     for (first, base), *others in answered.values():
-        for other, found in others:
+        for other, other_result in others:
             same = first.width == other.width
-            cosine = agreement(base.vectors, found.vectors) if same else 0.0
+            cosine = agreement(base.vectors, other_result.vectors) if same else 0.0
             yield Comparison(first, other, cosine)

@@ -43,37 +43,39 @@ def read(texts: Path | None, pairs: Path | None) -> Samples:
     Lines of `texts` are texts, or in a `….jsonl` objects with a `text`; those of `pairs` are
     objects with a `query` and a `text`. Blank and repeated ones are left out. Raises SourceError.
     """
-    given: list[str] = []
+    texts_read: list[str] = []
     if texts is not None:
-        given = (
+        texts_read = (
             [text for (text,) in _read_fields(texts, "text")]
             if is_jsonl(texts)
             else _read_lines(texts)
         )
-        if not given:
+        if not texts_read:
             raise SourceError(f"{texts} holds no text")
-    known = [] if pairs is None else list(_read_fields(pairs, "query", "text"))
-    if pairs is not None and not known:
+    query_pairs = [] if pairs is None else list(_read_fields(pairs, "query", "text"))
+    if pairs is not None and not query_pairs:
         raise SourceError(f"{pairs} holds no pair")
     if texts is None and pairs is None:
-        given = [*TEXTS, *sample_paragraphs()]
-    places = {text: i for i, text in enumerate(dict.fromkeys([*given, *(t for _, t in known)]))}
-    count = len(places)
+        texts_read = [*TEXTS, *sample_paragraphs()]
+    indices = {
+        text: i for i, text in enumerate(dict.fromkeys([*texts_read, *(t for _, t in query_pairs)]))
+    }
+    count = len(indices)
     wanted: dict[int, frozenset[int]] = {}
-    for query, text in known:
-        place = places.setdefault(query, len(places))
+    for query, text in query_pairs:
+        index = indices.setdefault(query, len(indices))
         if query != text:
-            wanted[place] = wanted.get(place, frozenset()) | {places[text]}
-    if len(places) > MAX_SAMPLES:
+            wanted[index] = wanted.get(index, frozenset()) | {indices[text]}
+    if len(indices) > MAX_SAMPLES:
         raise SourceError(
-            f"{len(places):,} different texts and queries are too many, {MAX_SAMPLES:,} are"
+            f"{len(indices):,} different texts and queries are too many, {MAX_SAMPLES:,} are"
             " compared at most; take a sample of them"
         )
-    return Samples(list(places), count, wanted)
+    return Samples(list(indices), count, wanted)
 
 
 def _read_lines(path: Path) -> list[str]:
-    found = []
+    lines_read = []
     for number, line in lines(path):
         try:
             text = "" if line is None else line.decode()
@@ -82,8 +84,8 @@ def _read_lines(path: Path) -> list[str]:
         if line is None:
             raise SourceError(f"{path}: line {number} is too long")
         if text.strip():
-            found.append(text)
-    return found
+            lines_read.append(text)
+    return lines_read
 
 
 def _read_fields(path: Path, *fields: str) -> Iterable[tuple[str, ...]]:
@@ -113,24 +115,26 @@ class Docstring:
 def standard_library() -> list[Docstring]:
     """Return all docstrings with at least four words, by module name; some thousands."""
     root = Path(sysconfig.get_path("stdlib"))
-    found: list[Docstring] = []
+    docstrings: list[Docstring] = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if not _LEFT_OUT.intersection(parts):
             module = ".".join(part for part in parts if part != "__init__")
-            found += (doc for doc in _docstrings(path, module) if len(doc.text.split()) >= 4)
-    return found
+            docstrings += (doc for doc in _docstrings(path, module) if len(doc.text.split()) >= 4)
+    return docstrings
 
 
 def sample_paragraphs() -> list[str]:
     """Return the first paragraphs of some docstrings, different ones; about sixty short texts."""
     root = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, None] = {}
+    paragraphs: dict[str, None] = {}
     for module in _A_FEW:
         docs = _docstrings(root / f"{module}.py", module)
         first = (doc.text.partition("\n\n")[0] for doc in docs)
-        found |= dict.fromkeys(islice((text for text in first if len(text.split()) >= 4), _OF_EACH))
-    return list(found)
+        paragraphs |= dict.fromkeys(
+            islice((text for text in first if len(text.split()) >= 4), _OF_EACH)
+        )
+    return list(paragraphs)
 
 
 def _docstrings(path: Path, module: str) -> Iterator[Docstring]:

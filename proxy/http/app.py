@@ -93,13 +93,15 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
     passthrough: Passthrough | None,
 ) -> None:
     models, server = Models(service, passthrough), settings.server
-    most = int(server.max_body_mib * MIB)
-    takes_keys = any(one.uses_client_key for one in settings.providers.values() if one)
+    max_bytes = int(server.max_body_mib * MIB)
+    takes_keys = any(
+        provider.uses_client_key for provider in settings.providers.values() if provider
+    )
 
     async def post_embeddings(request: web.Request) -> web.StreamResponse:
         # Of the waiting time that a client has, what is held back is worth a tenth at most.
         request[CONNECTION].hold_body(int(MIN_BYTES_PER_S * server.body_timeout_s / 10))
-        content = await request_body.read(request, most, server.body_timeout_s)
+        content = await request_body.read(request, max_bytes, server.body_timeout_s)
         caller = request[CALLER]
         if takes_keys:
             caller = caller._replace(api_key=access.own_key(request.headers))
@@ -116,8 +118,8 @@ def _add_routes(  # noqa: PLR0913, PLR0917 - what the routes lead to
         # The ids of OpenRouter's models hold slashes.
         app.router.add_get(f"{prefix}/models/{{id:.+?}}{{slash:/?}}", models.get)
     # OpenAI's first form, and Azure's.
-    for place in ("/v1/engines", "/openai/deployments"):
-        path = f"{place}/{{model:.+?}}/embeddings{{slash:/?}}"
+    for folder in ("/v1/engines", "/openai/deployments"):
+        path = f"{folder}/{{model:.+?}}/embeddings{{slash:/?}}"
         app.router.add_post(path, post_embeddings)
     if passthrough is not None:
         for prefix in PREFIXES:

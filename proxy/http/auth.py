@@ -41,8 +41,8 @@ class Authenticator:
         if self.is_open:
             # Only a loopback host may be open, so whoever asks is on this machine.
             return Client(is_admin=True)
-        given = [key for key in (_bearer(authorization or ""), *others) if key]
-        if not given:
+        keys = [key for key in (_bearer(authorization or ""), *others) if key]
+        if not keys:
             return Failure(
                 401,
                 "You didn't provide an API key: send one of this proxy's keys in the header"
@@ -51,9 +51,9 @@ class Authenticator:
                 None,
                 "invalid_api_key",
             )
-        known = [caller for key in given for caller in self._known(key)]
-        if known:
-            return known[0]
+        callers = [caller for key in keys for caller in self._known(key)]
+        if callers:
+            return callers[0]
         return Failure(
             401,
             "Incorrect API key provided: it is none of this proxy's keys.",
@@ -67,8 +67,8 @@ class Authenticator:
 
         It is in `Authorization`, or in `api-key` (Azure's clients), and none of ours.
         """
-        given = (_bearer(headers.get("Authorization", "")), headers.get("api-key", "").strip())
-        return Secret(next((key for key in given if key and not self._known(key)), ""))
+        keys = (_bearer(headers.get("Authorization", "")), headers.get("api-key", "").strip())
+        return Secret(next((key for key in keys if key and not self._known(key)), ""))
 
     def is_ours(self, value: str) -> bool:
         """Tell whether a header's value holds one of the keys: then it goes nowhere else."""
@@ -77,7 +77,11 @@ class Authenticator:
     def _known(self, key: str) -> list[Client]:
         # All are compared, so that the time tells nothing.
         digest = _digest(key)
-        return [one for kept, one in self._callers.items() if hmac.compare_digest(digest, kept)]
+        return [
+            client
+            for known_digest, client in self._callers.items()
+            if hmac.compare_digest(digest, known_digest)
+        ]
 
 
 def _bearer(authorization: str) -> str:

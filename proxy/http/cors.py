@@ -18,11 +18,11 @@ class Cors:
 
         Browsers send no key with that question.
         """
-        wanted = request.headers.get("Access-Control-Request-Method")
-        if request.method != "OPTIONS" or wanted is None or not self._allowed(request):
+        method = request.headers.get("Access-Control-Request-Method")
+        if request.method != "OPTIONS" or method is None or not self._allowed(request):
             return None
         headers = {
-            "Access-Control-Allow-Methods": wanted,
+            "Access-Control-Allow-Methods": method,
             "Access-Control-Max-Age": _DAY,
             "Vary": "Access-Control-Request-Method, Access-Control-Request-Headers",
         }

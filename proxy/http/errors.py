@@ -120,22 +120,22 @@ def failure(error: EmbeddingError) -> Failure:
     if row is None:
         return INTERNAL
     _, status, type_, code, again = row
-    said = error.refusal if isinstance(error, ProviderError) else None
-    if said is not None and isinstance(
+    refusal = error.refusal if isinstance(error, ProviderError) else None
+    if refusal is not None and isinstance(
         error, QuotaExceeded | RateLimited | ModelNotFound | PermissionDenied
     ):
         # These are for the client to act on: it gets the upstream's own words and codes.
-        status, type_, code = said.status, said.kind or type_, said.code or code
-    elif said is not None and isinstance(error, UpstreamError) and said.status in (503, 504):
-        status = said.status
+        status, type_, code = refusal.status, refusal.kind or type_, refusal.code or code
+    elif refusal is not None and isinstance(error, UpstreamError) and refusal.status in (503, 504):
+        status = refusal.status
     if isinstance(error, UpstreamError) and not is_transient(error):
         again = False
     wait = None
     if again:
-        asked = (
+        retry_after = (
             error.retry_after if isinstance(error, NoProviderAvailable | ProviderError) else None
         )
-        wait = RETRY_SECONDS if asked is None else asked
+        wait = RETRY_SECONDS if retry_after is None else retry_after
     return Failure(status, str(error), type_, error.param, code, wait)
 
 

@@ -62,26 +62,26 @@ class Metrics:
     async def _index(self) -> list[Family]:
         """Return what waits for Qdrant, which all workers share, and what this one has done."""
         indexing = self._service.indexing
-        told = await indexing.indexer.snapshot() if indexing else None
-        if told is None:
+        snapshot = await indexing.indexer.snapshot() if indexing else None
+        if snapshot is None:
             return []
         worker = {"worker": str(os.getpid())}
         points: list[Sample] = [
             ({**worker, "result": result}, count)
-            for result, count in told["since_start"].items()
+            for result, count in snapshot["since_start"].items()
             if result not in ("failures", "damaged")
         ]
-        failures: list[Sample] = [(worker, told["since_start"]["failures"])]
-        damaged: list[Sample] = [(worker, told["since_start"]["damaged"])]
+        failures: list[Sample] = [(worker, snapshot["since_start"]["failures"])]
+        damaged: list[Sample] = [(worker, snapshot["since_start"]["damaged"])]
         return [
             ("index_backlog_points", "gauge", "Points that wait for Qdrant.",
-             [({}, told["backlog_points"])]),
+             [({}, snapshot["backlog_points"])]),
             ("index_backlog_bytes", "gauge", "Bytes of the points that wait for Qdrant.",
-             [({}, told["backlog_bytes"])]),
+             [({}, snapshot["backlog_bytes"])]),
             ("index_backlog_age_seconds", "gauge", "How long the first of them has waited.",
-             [({}, told["backlog_age_s"])]),
+             [({}, snapshot["backlog_age_s"])]),
             ("index_dead_letter_points", "gauge", "Points that Qdrant refuses, put aside.",
-             [({}, told["refused_points"])]),
+             [({}, snapshot["refused_points"])]),
             ("index_points_total", "counter", "Points, by what became of them.", points),
             ("index_failures_total", "counter", "Failed attempts to send points.", failures),
             ("index_outbox_corruptions_total", "counter", "Damage found in what waits on disk.",
@@ -91,17 +91,17 @@ class Metrics:
     def _worker(self) -> list[Family]:
         worker = {"worker": str(os.getpid())}
         counters = self._service.counters
-        found = {
+        counts = {
             "memory": counters.memory_hits,
             "disk": counters.disk_hits,
             "miss": counters.misses,
         }
-        asked: list[Sample] = []
+        attempts: list[Sample] = []
         failed: list[Sample] = []
         ready: list[Sample] = []
         for name, state in self._service.upstreams.snapshot().items():
             labels = {**worker, "provider": name}
-            asked.append((labels, state["attempts"]))
+            attempts.append((labels, state["attempts"]))
             ready.append((labels, state["state"] == State.CLOSED))
             failed += [({**labels, "reason": e}, n) for e, n in sorted(state["failures"].items())]
         others: list[Sample] = [
@@ -118,13 +118,13 @@ class Metrics:
             retries.append((labels, count.retries))
             failovers.append((labels, count.failovers))
             hedges.append((labels, count.hedges))
-        lookups: list[Sample] = [({**worker, "result": tier}, n) for tier, n in found.items()]
+        lookups: list[Sample] = [({**worker, "result": tier}, n) for tier, n in counts.items()]
         return [
             ("cache_lookups_total", "counter",
              "Inputs looked up, by the tier that had them.", lookups),
             ("cache_corrupt_records_total", "counter", "Records that did not verify.",
              [(worker, counters.mismatches)]),
-            ("provider_attempts_total", "counter", "Calls of providers.", asked),
+            ("provider_attempts_total", "counter", "Calls of providers.", attempts),
             ("provider_failures_total", "counter", "Calls that failed, by reason.", failed),
             ("provider_model_mismatch_total", "counter",
              "Replies that named another model than was asked for, by that name.", others),
@@ -144,17 +144,17 @@ class Metrics:
         return [
             (
                 {
-                    "space": one["space"],
-                    "provider": one["provider"],
-                    "upstream_model": one["upstream_model"],
+                    "space": result["space"],
+                    "provider": result["provider"],
+                    "upstream_model": result["upstream_model"],
                 },
-                one["cosine"],
+                result["cosine"],
             )
-            for one in (drift_check.results if drift_check else ())
+            for result in (drift_check.results if drift_check else ())
         ]
 
 
-def _lines(name: str, kind: str, told: str, samples: list[Sample]) -> Iterator[str]:
+def _lines(name: str, kind: str, help_text: str, samples: list[Sample]) -> Iterator[str]:
     r"""Yield a family of metrics line by line.
 
     >>> print(*_lines("x_total", "counter", "All x.", [({"a": 'b"'}, 2.5)]), sep="", end="")
@@ -162,7 +162,7 @@ def _lines(name: str, kind: str, told: str, samples: list[Sample]) -> Iterator[s
     # TYPE embedding_proxy_x_total counter
     embedding_proxy_x_total{a="b\""} 2.5
     """
-    yield f"# HELP {PREFIX}{name} {told}\n"
+    yield f"# HELP {PREFIX}{name} {help_text}\n"
     yield f"# TYPE {PREFIX}{name} {kind}\n"
     for labels, value in samples:
         yield f"{PREFIX}{name}{{{_text(labels)}}} {float(value)!r}\n"

@@ -87,34 +87,36 @@ def _unreadable(body: bytes, error: orjson.JSONDecodeError) -> InvalidRequest:
     """
     try:
         if len(body) <= _MAX_EXPLAINED:
-            found = _half_pair(json.loads(body.decode("utf-8", "surrogatepass")), ())
-            if found is not None:
-                place = "".join(f"[{one}]" if type(one) is int else f".{one}" for one in found)
+            path = _half_pair(json.loads(body.decode("utf-8", "surrogatepass")), ())
+            if path is not None:
+                location = "".join(
+                    f"[{step}]" if type(step) is int else f".{step}" for step in path
+                )
                 return InvalidRequest(
-                    f"'${place}' is invalid: it holds half of a surrogate pair, which is no"
+                    f"'${location}' is invalid: it holds half of a surrogate pair, which is no"
                     " Unicode.",
-                    param=str(found[0]) if found else None,
+                    param=str(path[0]) if path else None,
                 )
     except (ValueError, RecursionError):
         pass
     return InvalidRequest(f"The request body could not be parsed as JSON: {error}.")
 
 
-def _half_pair(value: object, place: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
+def _half_pair(value: object, path: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
     """Return the place of the first text that has no UTF-8; None if each has."""
     if isinstance(value, str):
-        return None if _is_unicode(value) else place
+        return None if _is_unicode(value) else path
     if isinstance(value, list):
-        found = (_half_pair(item, (*place, i)) for i, item in enumerate(value))
+        paths = (_half_pair(item, (*path, i)) for i, item in enumerate(value))
     elif isinstance(value, dict):
         shown = ((ascii(name)[1:-1][:100], name, item) for name, item in value.items())
-        found = (
-            _half_pair(item, (*place, plain)) if _is_unicode(name) else (*place, plain)
+        paths = (
+            _half_pair(item, (*path, plain)) if _is_unicode(name) else (*path, plain)
             for plain, name, item in shown
         )
     else:
         return None
-    return next((one for one in found if one is not None), None)
+    return next((found_path for found_path in paths if found_path is not None), None)
 
 
 def _is_unicode(text: str) -> bool:
@@ -192,5 +194,5 @@ def render(
 def _openings(encoding: Encoding, start: int, count: int) -> list[bytes]:
     """Return what stands before vectors, from the place `start` on, and behind those before."""
     before, quote = _CLOSING[encoding] + b",", b'"' if encoding == "base64" else b""
-    places = range(start, start + count)
-    return [(before if place else _HEAD) + _ITEM % place + quote for place in places]
+    indices = range(start, start + count)
+    return [(before if index else _HEAD) + _ITEM % index + quote for index in indices]

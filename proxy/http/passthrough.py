@@ -156,7 +156,7 @@ def _is_below(target: str) -> bool:
     That is one of PREFIXES, or `/models/`. One that begins so only when it is decoded would be sent
     below the base URL with its prefix.
     """
-    return path_of(target).startswith(tuple(f"{one}/" for one in (*PREFIXES, "/models")))
+    return path_of(target).startswith(tuple(f"{prefix}/" for prefix in (*PREFIXES, "/models")))
 
 
 class _Upload:

@@ -48,13 +48,13 @@ async def redacted_reply(
     else:
         # A long body takes a while; others are served meanwhile.
         is_short = len(body) <= _MAX_INLINE
-        found, is_clean = (
+        redacted, is_clean = (
             _redact(body, redactor)
             if is_short
             else await asyncio.to_thread(_redact, body, redactor)
         )
-        if found != body:
-            raw = found
+        if redacted != body:
+            raw = redacted
             _drop(headers, *_OF_THE_BODY)
         if not is_clean:
             problem = "holds the key of the proxy"
@@ -141,8 +141,8 @@ async def _gather(chunks: AsyncIterator[bytes]) -> bytes | None:
 
 def _redact(body: bytes, redactor: Redactor) -> tuple[bytes, bool]:
     """Return a body without secrets that can be removed, and whether none is left."""
-    found = redactor.redact(body)
-    return found, redactor.is_clean(found)
+    redacted = redactor.redact(body)
+    return redacted, redactor.is_clean(redacted)
 
 
 def _decode(raw: bytes, encoding: str) -> bytes | None:

@@ -165,7 +165,9 @@ class PassthroughUpstream:
         """
         # A client that takes this for a forward proxy sends the whole address.
         target = path_of(request.raw_path)
-        prefix = next((one for one in PREFIXES if target.startswith(one + "/")), "")
+        prefix = next(
+            (candidate for candidate in PREFIXES if target.startswith(candidate + "/")), ""
+        )
         path = target.partition("?")[0]
         segments = set(re.split(r"[/\\]", unquote(path)))
         if not target.isascii() or segments & {".", ".."}:
@@ -185,12 +187,16 @@ class PassthroughUpstream:
         name = self._profile.key_header
         if self._by_client:
             names = dict.fromkeys(("Authorization", name))
-            given = {one: request.headers[one] for one in names if one in request.headers}
-            own = {one: value for one, value in given.items() if not self._access.is_ours(value)}
+            sent = {
+                header: request.headers[header] for header in names if header in request.headers
+            }
+            own = {
+                header: value for header, value in sent.items() if not self._access.is_ours(value)
+            }
             if not own and (key := self._access.own_key(request.headers)):
                 # In the form of another provider's clients, say Azure's.
                 own = {name: self._profile.key_prefix + key}
-            if given and not own:
+            if sent and not own:
                 raise InvalidRequest(
                     f"This call is passed to {self.name} with your own key: send that in the header"
                     f" `{name}`, and this proxy's key in `x-proxy-key`.",
@@ -216,10 +222,10 @@ class PassthroughUpstream:
         if isinstance(error, ReplyLost) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         if isinstance(error, TimeoutError):
-            place = self._profile.network.address_of(self._base_url)
+            address = self._profile.network.address_of(self._base_url)
             seconds = self._profile.timeouts.connect_s
             return UpstreamTimeout(
-                self.name, f"connection timed out to {place}, after {seconds:.1f} s"
+                self.name, f"connection timed out to {address}, after {seconds:.1f} s"
             )
         if descriptors.is_cause(error):
             descriptors.warn(f"no connection to {self.name} can be made")
@@ -269,15 +275,17 @@ def _listed_models(body: bytes) -> list[dict[str, Any]]:
     content = orjson.loads(body)
     data = content.get("data") if isinstance(content, dict) else None
     models = data if isinstance(data, list) else []
-    return [one for one in models if isinstance(one, dict) and isinstance(one.get("id"), str)]
+    return [
+        model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)
+    ]
 
 
 def request_headers(headers: CIMultiDictProxy[str], own: Mapping[str, str]) -> CIMultiDict[str]:
     """Return what an upstream is sent of a client's headers, and `own` in place of its like."""
-    kept = _filter_headers(headers, _NOT_FORWARDED, _NOT_FORWARDED_BEGINNINGS)
+    forwarded = _filter_headers(headers, _NOT_FORWARDED, _NOT_FORWARDED_BEGINNINGS)
     for name, value in own.items():
-        kept[name] = value
-    return kept
+        forwarded[name] = value
+    return forwarded
 
 
 def reply_headers(headers: CIMultiDictProxy[str], now: float | None = None) -> CIMultiDict[str]:
@@ -286,9 +294,9 @@ def reply_headers(headers: CIMultiDictProxy[str], now: float | None = None) -> C
     `now` is the present time in seconds since 1970.
     """
     now = time.time() if now is None else now
-    kept = _filter_headers(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
-    told = ((name, told_header(name.lower(), value, now)) for name, value in kept.items())
-    return CIMultiDict((name, value) for name, value in told if value is not None)
+    returned = _filter_headers(headers, _NOT_RETURNED, _NOT_RETURNED_BEGINNINGS)
+    rewritten = ((name, told_header(name.lower(), value, now)) for name, value in returned.items())
+    return CIMultiDict((name, value) for name, value in rewritten if value is not None)
 
 
 def _filter_headers(

@@ -48,7 +48,9 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
     closed with 1001 after the grace period. Raises EmbeddingError.
     """
     offered = ", ".join(request.headers.getall("Sec-WebSocket-Protocol", ())).split(",")
-    protocols = [one for one in map(str.strip, offered) if one and _may_go(origin, one)]
+    protocols = [
+        protocol for protocol in map(str.strip, offered) if protocol and _may_go(origin, protocol)
+    ]
     try:
         upstream = await origin.session.ws_connect(
             url,
@@ -84,8 +86,8 @@ async def connect(  # noqa: PLR0913, PLR0917 - both ends of a call, and its boun
 
 def _go_away(pumps: asyncio.TaskGroup, *sockets: _Socket) -> None:
     """Close both connections: the proxy stops."""
-    for one in sockets:
-        pumps.create_task(_wait_closed(one, WSCloseCode.GOING_AWAY))
+    for socket in sockets:
+        pumps.create_task(_wait_closed(socket, WSCloseCode.GOING_AWAY))
 
 
 async def _wait_closed(socket: _Socket, code: int, why: bytes = b"") -> None:
@@ -120,9 +122,9 @@ async def _pump(
         elif _is_too_large(message.data):
             log.info("passthrough: a WebSocket message larger than the limit closed a connection")
             code, why = WSCloseCode.MESSAGE_TOO_BIG, "a message is too large"
-    told = origin.redactor.redact_text(why).encode()
+    reason = origin.redactor.redact_text(why).encode()
     # What is no whole character at the end would break the frame.
-    await _wait_closed(sink, code, told[:_MAX_REASON].decode(errors="ignore").encode())
+    await _wait_closed(sink, code, reason[:_MAX_REASON].decode(errors="ignore").encode())
 
 
 def _is_too_large(error: object) -> bool:

@@ -25,7 +25,7 @@ class BodyRefused(InvalidRequest):
     """A body that was not read to its end: nothing more can be asked on its connection."""
 
 
-async def read(request: web.Request, most: int, patience_s: float) -> bytes:
+async def read(request: web.Request, max_bytes: int, patience_s: float) -> bytes:
     """Read a whole body of at most `most` bytes, decompressed.
 
     Raises BodyRefused for one that is larger, that breaks off, that arrives too slowly (`pace`,
@@ -37,21 +37,21 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     except ValueError as error:
         # Python reads no number of thousands of digits, though most of them are zeros.
         raise BodyRefused("The request's Content-Length is not a plain number.") from error
-    if announced > most:
-        raise _too_large(most)
+    if announced > max_bytes:
+        raise _too_large(max_bytes)
     pace = Pace(patience_s)
     chunks: list[bytes] = []
     size = received = 0
     try:
         while chunk := await _next(request, pace):
             received += len(chunk)
-            if received > most:
+            if received > max_bytes:
                 # What is compressed may come to nothing, and go on for ever.
-                raise _too_large(most)
+                raise _too_large(max_bytes)
             for piece in inflater.pieces(chunk):
                 size += len(piece)
-                if size > most:
-                    raise _too_large(most)
+                if size > max_bytes:
+                    raise _too_large(max_bytes)
                 chunks.append(piece)
                 if len(piece) == _PIECE:
                     await asyncio.sleep(0)
@@ -59,8 +59,8 @@ async def read(request: web.Request, most: int, patience_s: float) -> bytes:
     except TimeoutError as error:
         raise too_slow(patience_s) from error
     except (web.RequestPayloadError, OSError, zlib.error) as error:
-        told = "The request body broke off or could not be decoded."
-        raise BodyRefused(str(error) if isinstance(error, MalformedBody) else told) from error
+        message = "The request body broke off or could not be decoded."
+        raise BodyRefused(str(error) if isinstance(error, MalformedBody) else message) from error
     return b"".join(chunks)
 
 
@@ -86,8 +86,8 @@ def too_slow(timeout_s: float) -> BodyRefused:
     return BodyRefused(message, status=408)
 
 
-def _too_large(most: int) -> BodyRefused:
-    limit = f"{most / MIB:g} MiB (server.max_body_mib)"
+def _too_large(max_bytes: int) -> BodyRefused:
+    limit = f"{max_bytes / MIB:g} MiB (server.max_body_mib)"
     return BodyRefused(f"The request body is larger than {limit}.", status=413)
 
 

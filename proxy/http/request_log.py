@@ -55,13 +55,13 @@ def log_request(request: web.Request, response: web.StreamResponse) -> None:
     """
     if response.status < 400:
         return
-    given = response.headers.get(HEADER, "")
-    is_foreign = given not in ("", request[REQUEST_ID])
+    value = response.headers.get(HEADER, "")
+    is_foreign = value not in ("", request[REQUEST_ID])
     log.log(
         logging.WARNING if response.status >= 500 else logging.INFO,
         "request %s%s: %s %s, model %s: status %d, code %s",
         request[REQUEST_ID],
-        f" ({given[:_MAX_SHOWN]} upstream)" if is_foreign else "",
+        f" ({value[:_MAX_SHOWN]} upstream)" if is_foreign else "",
         request.method,
         request.path[:_MAX_SHOWN],
         request.get(MODEL, "unknown")[:_MAX_SHOWN],

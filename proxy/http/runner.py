@@ -107,7 +107,7 @@ class Runner:
     @property
     def addresses(self) -> list[tuple[str, int]]:
         """The addresses that are listened on."""
-        return [one.getsockname() for server in self._listening for one in server.sockets]
+        return [socket.getsockname() for server in self._listening for socket in server.sockets]
 
     async def setup(self) -> None:
         """Start the application."""
@@ -147,10 +147,14 @@ class Runner:
             connection.drain()
         self.limits.close_refused()
         await self._until_lost(self._shutdown_timeout)
-        told = [one.on_grace_over for one in self.connections if one.on_grace_over is not None]
-        for tell in told:
+        callbacks = [
+            open_connection.on_grace_over
+            for open_connection in self.connections
+            if open_connection.on_grace_over is not None
+        ]
+        for tell in callbacks:
             tell()
-        if told:
+        if callbacks:
             await self._until_lost(_GOODBYE_SECONDS)
         if self._server is not None:
             await self._server.shutdown(min(self._shutdown_timeout, _LAST_SECONDS))

@@ -99,14 +99,14 @@ async def serve(
     await runner.setup()
     try:
         await runner.listen(listening)
-        with _signals(is_worker=is_worker) as told_to_stop:
+        with _signals(is_worker=is_worker) as stop_signals:
             # What has been made so far stays for good: to look it all through for garbage, now and
             # then, would be a pause of tens of milliseconds for everybody.
             gc.freeze()
             announce()
-            told = await told_to_stop.get()
+            signal_number = await stop_signals.get()
         log.info("stopping: requests in progress are finished first")
-        return told
+        return signal_number
     finally:
         await runner.cleanup()
 
@@ -117,18 +117,19 @@ def _signals(*, is_worker: bool) -> Iterator[asyncio.Queue[signal.Signals]]:
 
     SIGHUP that was ignored from the start, as under `nohup`, stays ignored.
     """
-    told: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    received: asyncio.Queue[signal.Signals] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     numbers = WORKER_SIGNALS if is_worker else STOP_SIGNALS
     heeded = [
-        one
-        for one in numbers
-        if one in IMPATIENT_SIGNALS or signal.getsignal(one) is not signal.SIG_IGN
+        signal_number
+        for signal_number in numbers
+        if signal_number in IMPATIENT_SIGNALS
+        or signal.getsignal(signal_number) is not signal.SIG_IGN
     ]
     for number in heeded:
-        loop.add_signal_handler(number, told.put_nowait, number)
+        loop.add_signal_handler(number, received.put_nowait, number)
     try:
-        yield told
+        yield received
     finally:
         # The other handlers stay until the loop is closed.
         for number in () if is_worker else IMPATIENT_SIGNALS:

@@ -33,8 +33,8 @@ def path_of(target: str) -> str:
     >>> path_of("/v1/files?a=1"), path_of("HTTP://host:1/v1/files")
     ('/v1/files?a=1', '/v1/files')
     """
-    found = _HTTP.match(target)
-    return target if found is None else target[found.end() :]
+    match = _HTTP.match(target)
+    return target if match is None else target[match.end() :]
 
 
 def check(method: str, target: str) -> None:
@@ -42,12 +42,12 @@ def check(method: str, target: str) -> None:
 
     A spelling of the embeddings endpoint is let through: its 404 names the right path.
     """
-    found = _HTTP.match(target)
-    if found is None and _SCHEME.match(target):
+    match = _HTTP.match(target)
+    if match is None and _SCHEME.match(target):
         raise _refusal("its scheme is neither http nor https")
-    if found is not None and ("@" in found[1] or "\\" in found[1]):
+    if match is not None and ("@" in match[1] or "\\" in match[1]):
         raise _refusal("its host is preceded by a user name, or holds a backslash")
-    if found is None and target == "*" and method == "OPTIONS":
+    if match is None and target == "*" and method == "OPTIONS":
         return
     path = path_of(target).partition("?")[0].partition("#")[0]
     if not path.startswith("/"):
@@ -81,8 +81,8 @@ def may_be_embeddings(method: str, target: str) -> bool:
     if _CONTROL.search(plain):
         # Where a server ends the path at such a character cannot be known.
         return True
-    segments = [_plain_segment(one) for one in re.split(r"[/\\?#]", plain)]
-    segments = [one for one in segments if one]
+    segments = [_plain_segment(segment) for segment in re.split(r"[/\\?#]", plain)]
+    segments = [segment for segment in segments if segment]
     if _ENDPOINT not in segments:
         return False
     is_list = segments[-2:] == [_ENDPOINT, "models"] and segments.count(_ENDPOINT) == 1
@@ -92,7 +92,7 @@ def may_be_embeddings(method: str, target: str) -> bool:
 def decode_path(path: str) -> str:
     """Return a path with its percent-encoding undone, however often it was encoded."""
     for _ in range(_MAX_DECODINGS):
-        further = _UNICODE_ESCAPE.sub(lambda found: chr(int(found[1], 16)), unquote(path))
+        further = _UNICODE_ESCAPE.sub(lambda match: chr(int(match[1], 16)), unquote(path))
         if further == path:
             break
         path = further

@@ -59,7 +59,7 @@ def run_workers(count: int, work: Work, announce: Callable[[], None]) -> signal.
         if _await_ready(workers, ready_read, told_read):
             announce()
         while told_read not in wait([told_read, *(worker.sentinel for worker in workers)]):
-            for worker in [one for one in workers if not one.is_alive()]:
+            for worker in [process for process in workers if not process.is_alive()]:
                 log.error("worker %s ended with %s; it is replaced", worker.pid, worker.exitcode)
                 workers.remove(worker)
                 # Not at once, lest one that cannot live keeps the processor busy.
@@ -73,15 +73,15 @@ def run_workers(count: int, work: Work, announce: Callable[[], None]) -> signal.
         signal.set_wakeup_fd(-1)
 
 
-def _join(workers: list[BaseProcess], told: int) -> None:
+def _join(workers: list[BaseProcess], signal_fd: int) -> None:
     """Wait for the end of workers that were told to stop.
 
     A second signal kills them and this process, whose status then tells so.
     """
     while alive := [worker.sentinel for worker in workers if worker.is_alive()]:
-        if told not in wait([told, *alive]):
+        if signal_fd not in wait([signal_fd, *alive]):
             continue
-        number = os.read(told, 1)[0]
+        number = os.read(signal_fd, 1)[0]
         if number in _HURRY:
             for worker in workers:
                 worker.kill()
@@ -125,14 +125,14 @@ def _tell(ready: int) -> None:
     os.write(ready, _READY)
 
 
-def _await_ready(workers: list[BaseProcess], ready: int, told: int) -> bool:
+def _await_ready(workers: list[BaseProcess], ready: int, signal_fd: int) -> bool:
     """Wait until all workers answer; return False when told to stop before. Raises WorkerFailed."""
     answering = 0
     while answering < len(workers):
-        found = wait([told, ready, *(worker.sentinel for worker in workers)])
-        if told in found:
+        ready_objects = wait([signal_fd, ready, *(worker.sentinel for worker in workers)])
+        if signal_fd in ready_objects:
             return False
-        if ready in found:
+        if ready in ready_objects:
             answering += len(os.read(ready, len(workers)))
         else:
             for worker in workers:

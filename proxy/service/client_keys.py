@@ -114,16 +114,22 @@ def client_key_policy(
     `usable` are the names of the providers that can be asked.
     """
     routes = {route.provider: settings.providers.get(route.provider) for route in entry.routes}
-    asked = {name: one for name, one in routes.items() if one is not None and one.uses_client_key}
-    if not asked:
+    client_paid = {
+        name: config
+        for name, config in routes.items()
+        if config is not None and config.uses_client_key
+    }
+    if not client_paid:
         return None
     return ClientKeyPolicy(
         model=name,
         space=entry.space,
-        providers=tuple(asked),
-        origin=next(one.origin for one in asked.values()),
-        share_cache=all(one.share_cache for one in asked.values()),
-        has_other_routes=any(provider in usable for provider in routes if provider not in asked),
+        providers=tuple(client_paid),
+        origin=next(config.origin for config in client_paid.values()),
+        share_cache=all(config.share_cache for config in client_paid.values()),
+        has_other_routes=any(
+            provider in usable for provider in routes if provider not in client_paid
+        ),
     )
 
 
@@ -239,8 +245,8 @@ class Proofs:
         try:
             with os.scandir(self._folder) as files:
                 ages = sorted(((file.stat().st_mtime, file.path) for file in files), reverse=True)
-            for place, (at, path) in enumerate(ages):
-                if at < before or place >= MAX_KEYS:
+            for rank, (at, path) in enumerate(ages):
+                if at < before or rank >= MAX_KEYS:
                     Path(path).unlink(missing_ok=True)
         except OSError as error:
             log.info("%s: proofs of clients' keys are not kept: %s", self._folder, error.strerror)
@@ -325,14 +331,14 @@ class ClientKeys:
         return Credential(key, f"key-{self._digest(how.origin, key)}")
 
     def _digest(self, *parts: str) -> str:
-        told = b"".join(part(b"k", one.encode()) for one in parts)
-        return hashlib.blake2b(told, digest_size=16, key=self._secret).hexdigest()
+        message = b"".join(part(b"k", text.encode()) for text in parts)
+        return hashlib.blake2b(message, digest_size=16, key=self._secret).hexdigest()
 
     def _missing_key_error(self, how: ClientKeyPolicy) -> ClientKeyRefused:
-        ours = ", and this proxy's key in `x-proxy-key`" if self._asks_keys else ""
+        hint = ", and this proxy's key in `x-proxy-key`" if self._asks_keys else ""
         return ClientKeyRefused(
             f"You didn't provide an API key of your own, with which `{how.model}` is asked for at"
-            f" {how.providers[0]}: send it in the header `Authorization: Bearer KEY`{ours}."
+            f" {how.providers[0]}: send it in the header `Authorization: Bearer KEY`{hint}."
         )
 
 
@@ -363,7 +369,7 @@ class _KeyedRequest:
             )
         if status is KeyStatus.PROVED or not spend:
             return await self._ask_noted(inputs)
-        shortest = min(range(len(inputs)), key=lambda place: len(inputs[place]))
+        shortest = min(range(len(inputs)), key=lambda index: len(inputs[index]))
         try:
             return await embed_one_first(inputs, shortest, self._prove, self._ask_noted)
         except (NoProviderAvailable, ProviderError, InvalidRequest) as error:
@@ -410,8 +416,8 @@ class _KeyedRequest:
             if self._keys.status(self._proof) is KeyStatus.UNKNOWN:
                 if not is_late:
                     raise
-                told = f"Your key cannot be proved just now (no answer within {PROOF_S:g} s)."
-                raise NoProviderAvailable(told, RETRY_S) from error
+                problem = f"Your key cannot be proved just now (no answer within {PROOF_S:g} s)."
+                raise NoProviderAvailable(problem, RETRY_S) from error
             self._keys.proofs.defer(self._proof)
             log.info("%s is served on an older proof: %s", self._credential.name, error)
         return await self._ask_noted(inputs)

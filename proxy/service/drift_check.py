@@ -92,36 +92,36 @@ class DriftCheck:
     def results(self) -> list[DriftResult]:
         """What was found last of each route, by any worker; of MAX_ROUTES routes at most."""
         try:
-            found = [
+            rows = [
                 DriftResult(
-                    space=str(one["space"]),
-                    provider=str(one["provider"]),
-                    upstream_model=str(one["upstream_model"]),
-                    cosine=float(one["cosine"]),
-                    at=float(one["at"]),
+                    space=str(row["space"]),
+                    provider=str(row["provider"]),
+                    upstream_model=str(row["upstream_model"]),
+                    cosine=float(row["cosine"]),
+                    at=float(row["at"]),
                 )
-                for one in self._read()["routes"]
+                for row in self._read()["routes"]
             ]
         except (KeyError, ValueError, TypeError):
             return []
-        return _newest({_name(one): one for one in found}, lambda one: one["at"])
+        return _newest({_name(row): row for row in rows}, lambda row: row["at"])
 
     @property
     def _asked_by_any(self) -> dict[_RouteKey, float]:
         """When each route was asked last, by any worker, whether or not it has answered."""
-        asked = dict(self._asked)
-        told = [(_name(one), one["at"]) for one in self.results]
+        times = dict(self._asked)
+        pairs = [(_name(row), row["at"]) for row in self.results]
         try:
             rows = self._read().get("asked", [])
-            told += [
+            pairs += [
                 ((str(space), str(provider), str(model)), float(at))
                 for space, provider, model, at in rows
             ]
         except (ValueError, TypeError):
             pass
-        for key, at in told:
-            asked[key] = max(asked.get(key, -math.inf), at)
-        return asked
+        for key, at in pairs:
+            times[key] = max(times.get(key, -math.inf), at)
+        return times
 
     def _read(self) -> dict[str, Any]:
         """Return what the file holds; nothing where it cannot be read."""
@@ -166,7 +166,7 @@ class DriftCheck:
             return await self._check()
 
     async def _check(self) -> list[DriftResult]:
-        found: list[DriftResult] = []
+        results: list[DriftResult] = []
         for name, model in list(self._models.items()):
             attempts = model.router.counts.attempts
             if not model.space.dimensions or attempts <= self._attempts[name]:
@@ -174,15 +174,15 @@ class DriftCheck:
             routes = self._due(model)
             if routes:
                 some = await self._ask(model, routes)
-                found += some
+                results += some
                 # After each model, so that what was paid for is known if the next one is cut short.
                 await asyncio.to_thread(self._keep, some)
             self._attempts[name] = model.router.counts.attempts
-        return found
+        return results
 
     def _due(self, model: Model) -> list[Route]:
         """Return the routes that may be asked, and that no worker has asked for long."""
-        asked = self._asked_by_any
+        times = self._asked_by_any
         now = self._clock()
         return [
             route
@@ -191,7 +191,7 @@ class DriftCheck:
             if not route.by_client
             and self._upstreams.of(route.name).ready(route.model)
             # A clock that was put back must not silence them for years.
-            and not 0 <= now - asked.get(_key(model, route), -math.inf) < self._hours * HOUR
+            and not 0 <= now - times.get(_key(model, route), -math.inf) < self._hours * HOUR
         ]
 
     async def _ask(self, model: Model, routes: Sequence[Route]) -> list[DriftResult]:
@@ -202,7 +202,7 @@ class DriftCheck:
         except EmbeddingError as error:
             log.info("%s: the texts of the drift check could not be bought: %s", model.name, error)
             return []
-        found = []
+        results = []
         for route in routes:
             answer = await self._probe(model, route)
             if answer.failure is not None:
@@ -217,7 +217,7 @@ class DriftCheck:
                     *(route.name, route.model, cosine, SAME),
                 )
             space, provider, upstream_model = _key(model, route)
-            found.append(
+            results.append(
                 DriftResult(
                     space=space,
                     provider=provider,
@@ -226,7 +226,7 @@ class DriftCheck:
                     at=self._clock(),
                 )
             )
-        return found
+        return results
 
     async def _probe(self, model: Model, route: Route) -> Probe:
         """Ask a route past the cache. The call is billed, also if the proxy stops meanwhile."""
@@ -247,13 +247,13 @@ class DriftCheck:
         deadline = self._upstreams.clock() + TIMEOUT_S
         return Context(deadline, namespace=NAMESPACE, account=account)
 
-    def _keep(self, found: Sequence[DriftResult]) -> None:
+    def _keep(self, results: Sequence[DriftResult]) -> None:
         """Add to the file what was asked and found. For the worker that holds the lock."""
-        results = {_name(one): one for one in (*self.results, *found)}
-        asked = {key: (*key, at) for key, at in self._asked_by_any.items()}
+        by_route = {_name(result): result for result in (*self.results, *results)}
+        times = {key: (*key, at) for key, at in self._asked_by_any.items()}
         content = {
-            "routes": _newest(results, lambda one: one["at"]),
-            "asked": _newest(asked, lambda row: row[-1]),
+            "routes": _newest(by_route, lambda result: result["at"]),
+            "asked": _newest(times, lambda row: row[-1]),
         }
         try:
             atomic_file.write(self._file, orjson.dumps(content, option=orjson.OPT_INDENT_2))
@@ -265,8 +265,8 @@ def _newest(rows: Mapping[_RouteKey, T], at: Callable[[T], float]) -> list[T]:
     """Return the rows of the MAX_ROUTES routes asked last, in their order."""
     if len(rows) <= MAX_ROUTES:
         return list(rows.values())
-    kept = set(sorted(rows, key=lambda key: at(rows[key]))[-MAX_ROUTES:])
-    return [row for key, row in rows.items() if key in kept]
+    newest = set(sorted(rows, key=lambda key: at(rows[key]))[-MAX_ROUTES:])
+    return [row for key, row in rows.items() if key in newest]
 
 
 def _name(result: DriftResult) -> _RouteKey:

@@ -45,14 +45,14 @@ class Result:
         Raises ValueError for vectors that do not compare: of another space, or another width.
         """
         other = other or self
-        mine, theirs = ((one.space.label, one.dimensions) for one in (self, other))
+        mine, theirs = ((result.space.label, result.dimensions) for result in (self, other))
         if mine != theirs:
             raise ValueError(
                 "vectors of two spaces do not compare:"
                 f" {mine[0]} at {mine[1]}, {theirs[0]} at {theirs[1]}"
             )
         rows, columns = (
-            vector.derive(one.embedded.vectors, one.dimensions) for one in (self, other)
+            vector.derive(result.embedded.vectors, result.dimensions) for result in (self, other)
         )
         return similarities(rows, columns)
 

@@ -94,8 +94,8 @@ class SearchMixin(ABC):
         self, one: str, other: str, model: str, *, dimensions: int | None = None
     ) -> float:
         """Return the cosine between two texts, -1…1. Raises EmbeddingError."""
-        found = await self.embed([one, other], model, dimensions=dimensions, index=False)
-        return float(found.similarity()[0, 1])
+        result = await self.embed([one, other], model, dimensions=dimensions, index=False)
+        return float(result.similarity()[0, 1])
 
     async def nearest(
         self, query: str, texts: Sequence[str], k: int, model: str, *, dimensions: int | None = None
@@ -106,10 +106,10 @@ class SearchMixin(ABC):
         """
         if not texts:
             return []
-        found = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
-        first, *others = vector.derive(found.embedded.vectors, found.dimensions)
+        result = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
+        first, *others = vector.derive(result.embedded.vectors, result.dimensions)
         ranked = similarity.ranked(first, others, k)
-        return [Neighbour(place, texts[place], score) for place, score in ranked]
+        return [Neighbour(index, texts[index], score) for index, score in ranked]
 
     async def query(  # noqa: PLR0913 - a question's parts, by name
         self,
@@ -136,27 +136,27 @@ class SearchMixin(ABC):
             raise ConfigError(
                 "index.qdrant: is not set, so there is nothing to search; set its url"
             )
-        asked = await self.embed(
+        result = await self.embed(
             text, model, dimensions=dimensions, parameters=parameters, index=False
         )
-        if asked.fallback:
+        if result.fallback:
             raise OtherSpace(
-                f"{asked.name} stood in for {model}: its vectors compare with none of the"
+                f"{result.name} stood in for {model}: its vectors compare with none of the"
                 f" collection's; ask again when {model} answers"
             )
-        space = asked.space
+        space = result.space
         if stored is not None:
-            space = asked.model.space.with_parameters(stored)
-            if asked.space.name != space.name:
-                space = space_of(asked.model.dimension_policy, space, asked.dimensions)
+            space = result.model.space.with_parameters(stored)
+            if result.space.name != space.name:
+                space = space_of(result.model.dimension_policy, space, result.dimensions)
         qdrant = self.settings.index.qdrant
         name = collection or qdrant.collection
-        name = name or collection_of(asked.name, space, asked.dimensions, qdrant)
-        (numbers,) = vector.derive(asked.embedded.vectors, asked.dimensions)
+        name = name or collection_of(result.name, space, result.dimensions, qdrant)
+        (numbers,) = vector.derive(result.embedded.vectors, result.dimensions)
         return await search(
             await self.indexing.indexer.connection(),
             name,
-            Provenance(space.label, asked.dimensions),
+            Provenance(space.label, result.dimensions),
             numbers,
             limit=limit,
             where=where,
@@ -228,7 +228,11 @@ class EmbeddingService(SearchMixin):
             )
             stack.push_async_callback(self._registry.close)
             client_keys = None
-            if any(one.uses_client_key for one in self.settings.providers.values() if one):
+            if any(
+                provider.uses_client_key
+                for provider in self.settings.providers.values()
+                if provider
+            ):
                 client_keys = ClientKeys(self.settings, store.folder)
             self._answering = EmbeddingPipeline(self.settings, self._registry, client_keys)
             if self.settings.index.qdrant is not None:
@@ -328,9 +332,9 @@ class EmbeddingService(SearchMixin):
             return parse_input(plain, self.max_inputs)
 
         parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
-        given = {name: one for name, one in (parameters or {}).items() if one is not None}
-        further = classify(given)
-        asked = EmbeddingRequest(
+        fields = {name: value for name, value in (parameters or {}).items() if value is not None}
+        further = classify(fields)
+        embedding_request = EmbeddingRequest(
             model=model,
             inputs=parsed,
             dimensions=dimensions,
@@ -340,7 +344,9 @@ class EmbeddingService(SearchMixin):
             neutral=further.neutral,
             index=request.parse_index_options(index, len(parsed)),
         )
-        return await self.answer(asked, Client(namespace, client, Secret(api_key)), cache_control)
+        return await self.answer(
+            embedding_request, Client(namespace, client, Secret(api_key)), cache_control
+        )
 
     async def preview(
         self, inputs: Sequence[str], model: str, *, namespace: str = ""
@@ -353,18 +359,18 @@ class EmbeddingService(SearchMixin):
         )
 
     def embed_from_cache(
-        self, asked: EmbeddingRequest, caller: Client, control: str
+        self, embedding_request: EmbeddingRequest, caller: Client, control: str
     ) -> Result | None:
         """Return what `answer` would, already counted, if nothing has to be waited for; else None.
 
         Raises EmbeddingError.
         """
-        if self._answering is None or asked.index != NO_INDEX_OPTIONS:
+        if self._answering is None or embedding_request.index != NO_INDEX_OPTIONS:
             return None
-        result = self._answering.embed_from_cache(asked, caller, control)
+        result = self._answering.embed_from_cache(embedding_request, caller, control)
         if result is None or result.embedded.cached_hit is None:
             return None
-        if self.indexing is not None and not self.indexing.knows(asked.index, result):
+        if self.indexing is not None and not self.indexing.knows(embedding_request.index, result):
             return None
         result.embedded.cached_hit.count()
         return result
@@ -379,18 +385,20 @@ class EmbeddingService(SearchMixin):
             return again
         return self.indexing.reusable(again, index, result)
 
-    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str = "") -> Result:
+    async def answer(
+        self, embedding_request: EmbeddingRequest, caller: Client, control: str = ""
+    ) -> Result:
         """Answer a well-formed request, by a fallback model where no route of its own answers.
 
         What is answered is indexed where the configuration says so. `control` is its
         `Cache-Control`. Raises EmbeddingError.
         """
-        index_writes.check_index_options(self.settings, asked.index)
+        index_writes.check_index_options(self.settings, embedding_request.index)
         if self._answering is None:
             raise RuntimeError("the service is not open")
         result = await apply_dimension_strategy(
-            await self._answering.answer(asked, caller, control)
+            await self._answering.answer(embedding_request, caller, control)
         )
         if self.indexing is not None:
-            await self.indexing.take(asked.index, control, result)
+            await self.indexing.take(embedding_request.index, control, result)
         return result

@@ -47,7 +47,7 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
         return _check_token_limit(inputs, model, allow_oversize=allow_oversize)
     # Clients send cl100k ids, unless they know of another tokenizer.
     encoding = model.space.tokenizer or tokens.CL100K
-    most = model.truncate_to
+    max_tokens = model.truncate_to
 
     # What is sure to be cut or refused is not worth decoding.
     longest = (model.space.tokenizer and model.max_input_tokens) or MAX_IDS
@@ -56,9 +56,15 @@ async def prepare(inputs: Sequence[Input], model: Model, *, allow_oversize: bool
         texts = [
             tokens.as_text(item, encoding) if len(item) <= longest else item for item in inputs
         ]
-        return texts if most is None else [tokens.cut(item, most, encoding) for item in texts]
+        return (
+            texts
+            if max_tokens is None
+            else [tokens.cut(item, max_tokens, encoding) for item in texts]
+        )
 
-    work = accumulate(len(item) for item in inputs if most is not None or type(item) is not str)
+    work = accumulate(
+        len(item) for item in inputs if max_tokens is not None or type(item) is not str
+    )
     try:
         is_long = len(inputs) > _INLINE_INPUTS or any(so_far > _INLINE for so_far in work)
         changed = await asyncio.to_thread(change) if is_long else change()
@@ -122,9 +128,9 @@ async def preview_cost(
     ring = keyring(model.space, namespace)
     keys = await ring.keys(prepared)
     distinct = list(dict.fromkeys(keys))
-    found = (
+    entries = (
         await tiers.lookup(Keys.from_keys(distinct), ring.partition, CachePolicy(write=False))
     ).entries
-    there = {key for key, entry in zip(distinct, found, strict=True) if entry is not None}
+    cached = {key for key, entry in zip(distinct, entries, strict=True) if entry is not None}
     counts = await tokens.count_inputs(prepared, model.space.tokenizer or tokens.CL100K)
-    return [CostPreview(key.digest, n, key in there) for key, n in zip(keys, counts, strict=True)]
+    return [CostPreview(key.digest, n, key in cached) for key, n in zip(keys, counts, strict=True)]

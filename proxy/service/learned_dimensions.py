@@ -71,26 +71,28 @@ class LearnedDimensions:
 
     async def pin(self, space: str, width: int) -> None:
         """Keep a width that was learned. Raises InvalidAnswer when the space has another one."""
-        known = self.get(space)
-        if not known:
-            known = await asyncio.to_thread(self._pin, space, width)
+        pinned_width = self.get(space)
+        if not pinned_width:
+            pinned_width = await asyncio.to_thread(self._pin, space, width)
             if len(self._known) < MAX_WIDTHS:
-                known = self._known.setdefault(space, known)
-        if known != width:
-            raise InvalidAnswer(space, f"{width} dimensions instead of {known}, as it had before")
+                pinned_width = self._known.setdefault(space, pinned_width)
+        if pinned_width != width:
+            raise InvalidAnswer(
+                space, f"{width} dimensions instead of {pinned_width}, as it had before"
+            )
 
     def _pin(self, space: str, width: int) -> int:
         """Add a width to the file; return the one of the file where another worker was first."""
         try:
             with closing(WriterLock(self._lock_file, LOCK_TIMEOUT_S)) as lock, lock:
-                kept = self._read()
-                if space in kept:
-                    return kept[space]
-                if len(kept) >= MAX_WIDTHS:
+                widths = self._read()
+                if space in widths:
+                    return widths[space]
+                if len(widths) >= MAX_WIDTHS:
                     self._tell_full()
                     return width
-                kept[space] = width
-                atomic_file.write(self._file, orjson.dumps(kept, option=orjson.OPT_INDENT_2))
+                widths[space] = width
+                atomic_file.write(self._file, orjson.dumps(widths, option=orjson.OPT_INDENT_2))
         except OSError as error:
             log.warning("%s: learned widths cannot be kept: %s", self._file, error)
         else:
@@ -110,10 +112,10 @@ class LearnedDimensions:
     def _read_changed(self) -> dict[str, int]:
         """Return what the file holds, if it is another one than at the last call."""
         try:
-            found = self._file.stat()
+            status = self._file.stat()
         except OSError:
             return {}
-        version = (found.st_ino, found.st_mtime_ns, found.st_size)
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
         if version == self._version:
             return {}
         self._version = version
@@ -122,8 +124,8 @@ class LearnedDimensions:
     def _read(self, *, is_told: bool = False) -> dict[str, int]:
         """Return what the file holds: nothing where it cannot be read, or is not one of ours."""
         try:
-            found = orjson.loads(self._file.read_bytes())
-            return {str(space): int(width) for space, width in found.items() if int(width) > 0}
+            content = orjson.loads(self._file.read_bytes())
+            return {str(space): int(width) for space, width in content.items() if int(width) > 0}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             if is_told:
                 log.warning(
@@ -242,7 +244,7 @@ class WidthLearner:
             return self._in_flight.write(self._keep_first(space, bought, context, copies))
 
         bought = _Bought(learning.keys[0], context.on_charge, keep)
-        told = replace(
+        learning_context = replace(
             context,
             on_part=bought.take,
             on_charge=bought.charge,
@@ -251,7 +253,7 @@ class WidthLearner:
         )
         try:
             try:
-                await bought.take((0,), await source.embed(space, learning.keys, told))
+                await bought.take((0,), await source.embed(space, learning.keys, learning_context))
             except EmbeddingError:
                 # What comes when nobody waits for it any more is told as a part.
                 if bought.kept is None:
@@ -298,7 +300,7 @@ class WidthLearner:
 
 
 async def embed_one_first(
-    inputs: Sequence[Input], place: int, first: EmbedSome, others: EmbedSome
+    inputs: Sequence[Input], index: int, first: EmbedSome, others: EmbedSome
 ) -> CountedEmbeddings:
     """Ask `first` for the input at a place, and its equals, then `others` for the rest, if any.
 
@@ -311,24 +313,24 @@ async def embed_one_first(
     others_inputs: list[Input] = []
     async for some in slices(range(len(inputs))):
         for at in some:
-            if inputs[at] == inputs[place]:
+            if inputs[at] == inputs[index]:
                 same.append(at)
             else:
                 rest.append(at)
                 others_inputs.append(inputs[at])
-    for places, items, ask in (
-        (same, [inputs[place]] * len(same), first),
+    for indices, items, ask in (
+        (same, [inputs[index]] * len(same), first),
         (rest, others_inputs, others),
     ):
-        if not places:
+        if not indices:
             continue
         try:
             answer = await ask(items)
         except EmbeddingError as error:
             if error.index is None:
                 raise
-            raise name_input(error, places[error.index], len(inputs)) from error
-        parts.append((places, answer))
+            raise name_input(error, indices[error.index], len(inputs)) from error
+        parts.append((indices, answer))
         usages.append(answer.usage)
     if not rest:
         return answer
@@ -366,7 +368,7 @@ class _Bought:
         self._bills: list[Bill] = []
         self._count: OnCharge = self._bills.append
 
-    async def take(self, places: Sequence[int], part: Embedded) -> None:  # noqa: ARG002 - OnPart
+    async def take(self, indices: Sequence[int], part: Embedded) -> None:  # noqa: ARG002 - OnPart
         """Take the answer, and return when it is kept."""
         if self.kept is None:
             self._answer, self.width = part, len(part.vectors[0]) // 4

@@ -158,8 +158,8 @@ class Registry:
     def other_models(self) -> dict[str, dict[str, int]]:
         """Return, by provider, how many of its replies named another model than was asked for."""
         routes = (route for model in self.models.values() for route in model.router.routes)
-        found = {one.name: dict(getattr(one.provider, "other_models", {})) for one in routes}
-        return {name: models for name, models in sorted(found.items()) if models}
+        names = {other.name: dict(getattr(other.provider, "other_models", {})) for other in routes}
+        return {name: models for name, models in sorted(names.items()) if models}
 
     async def learn(
         self,
@@ -232,5 +232,9 @@ class Registry:
 def _neutral_fields(settings: Settings, entry: ModelConfig) -> frozenset[str]:
     """Return what the providers of a model declare as neutral; each is sent its own only."""
     providers = (settings.providers.get(route.provider) for route in entry.routes)
-    remote = (one for one in providers if one is not None and one.kind != registry.LOCAL)
-    return frozenset().union(*(one.as_profile().neutral_fields for one in remote))
+    remote = (
+        provider
+        for provider in providers
+        if provider is not None and provider.kind != registry.LOCAL
+    )
+    return frozenset().union(*(provider.as_profile().neutral_fields for provider in remote))

@@ -56,56 +56,56 @@ class EmbeddingPipeline:
         self._spaces = SpaceWatch()
 
     def embed_from_cache(
-        self, asked: EmbeddingRequest, caller: Client, control: str
+        self, request: EmbeddingRequest, caller: Client, control: str
     ) -> Result | None:
         """Return what `answer` would, if it can be given without waiting; else None.
 
         It is not counted yet. For a few short texts, at a width that needs no strategy. Raises
         EmbeddingError.
         """
-        model = self._model(asked)
+        model = self._model(request)
         if model.client_key_policy is not None or model.dimension_policy not in dimensions.BUILT_IN:
             return None
-        if model.truncate_to is not None or not are_short_texts(asked.inputs):
+        if model.truncate_to is not None or not are_short_texts(request.inputs):
             return None
         if not model.space.dimensions:
             return None
-        width = _width(model, asked)
-        space = _space(model, asked)
+        width = _width(model, request)
+        space = _space(model, request)
         allowed = to_cache_policy(self._settings.cache.mode, control)
-        account = Account(asked.model, caller.client, model.price)
-        inputs, namespace = asked.inputs, caller.namespace
+        account = Account(request.model, caller.client, model.price)
+        inputs, namespace = request.inputs, caller.namespace
         embedded = model.embedder.lookup_nowait(space, inputs, namespace, allowed, account)
         if embedded is None or embedded.cached_hit is None:
             return None
         check(space, width, embedded.vectors)
-        return make_result(model, model, space, width, asked.inputs, embedded, caller.namespace)
+        return make_result(model, model, space, width, request.inputs, embedded, caller.namespace)
 
-    def _model(self, asked: EmbeddingRequest) -> Model:
-        model = self._registry.get(asked.model)
-        if model.by_name and asked.dimensions is not None:
-            return model.with_dimensions(asked.dimensions)
+    def _model(self, request: EmbeddingRequest) -> Model:
+        model = self._registry.get(request.model)
+        if model.by_name and request.dimensions is not None:
+            return model.with_dimensions(request.dimensions)
         return model
 
-    async def answer(self, asked: EmbeddingRequest, caller: Client, control: str) -> Result:
+    async def answer(self, request: EmbeddingRequest, caller: Client, control: str) -> Result:
         """Answer a request, by a fallback model where no route of its own answers.
 
         `control` is its `Cache-Control`. Raises EmbeddingError.
         """
-        model = self._model(asked)
+        model = self._model(request)
         server = self._settings.server
         deadline = asyncio.get_running_loop().time() + server.request_timeout_s
         allowed = to_cache_policy(self._settings.cache.mode, control)
 
         async def make_context(one: Model, by: float) -> tuple[Sequence[Input], Context]:
             begun = asyncio.get_running_loop().time()
-            inputs, weigh = await prepare(asked.inputs, one, allow_oversize=server.allow_oversize)
-            account = Account(asked.model, caller.client, one.price)
-            neutral = _neutral(one, asked)
+            inputs, weigh = await prepare(request.inputs, one, allow_oversize=server.allow_oversize)
+            account = Account(request.model, caller.client, one.price)
+            neutral = _neutral(one, request)
             return inputs, Context(
                 by,
                 begun=begun,
-                user=asked.user,
+                user=request.user,
                 neutral=neutral,
                 namespace=caller.namespace,
                 terms=allowed,
@@ -115,15 +115,15 @@ class EmbeddingPipeline:
                 has_waiters=caller.is_connected,
             )
 
-        if asked.parameters:
-            self._spaces.note(model.name, _space(model, asked).parameters)
+        if request.parameters:
+            self._spaces.note(model.name, _space(model, request).parameters)
         if not model.space.dimensions:
             inputs, context = await make_context(model, deadline)
-            return await self._learn(model, asked, caller, inputs, context)
-        width = _width(model, asked)
+            return await self._learn(model, request, caller, inputs, context)
+        width = _width(model, request)
 
         async def ask(one: Model, by: float) -> Result:
-            space = _space(one, asked)
+            space = _space(one, request)
             inputs, context = await make_context(one, by)
             namespace = caller.namespace
             if one.client_key_policy is None:
@@ -140,13 +140,13 @@ class EmbeddingPipeline:
     async def _learn(
         self,
         model: Model,
-        asked: EmbeddingRequest,
+        request: EmbeddingRequest,
         caller: Client,
         inputs: Sequence[Input],
         context: Context,
     ) -> Result:
         """Answer with a model whose width the first answer tells."""
-        parameters = _parameters(model, asked)
+        parameters = _parameters(model, request)
 
         async def ask(some: Sequence[Input], context: Context) -> CountedEmbeddings:
             nonlocal model
@@ -162,7 +162,7 @@ class EmbeddingPipeline:
         else:
             embedded, namespace = await self._with_key(model, caller, inputs, context, ask)
         space = model.space.with_parameters(parameters)
-        width = _width(model, asked)
+        width = _width(model, request)
         await check_in_steps(space, width, embedded.vectors)
         return make_result(model, model, space, width, inputs, embedded, namespace)
 
@@ -175,34 +175,34 @@ class EmbeddingPipeline:
         return await self._client_keys.embed(model.client_key_policy, caller, inputs, context, ask)
 
 
-def _parameters(model: Model, asked: EmbeddingRequest) -> Mapping[str, object]:
+def _parameters(model: Model, request: EmbeddingRequest) -> Mapping[str, object]:
     """Return the fields that belong to the space: what no provider of the model calls neutral."""
     declared = model.neutral_fields
-    if not declared or declared.isdisjoint(asked.parameters):
-        return asked.parameters
-    return {name: value for name, value in asked.parameters.items() if name not in declared}
+    if not declared or declared.isdisjoint(request.parameters):
+        return request.parameters
+    return {name: value for name, value in request.parameters.items() if name not in declared}
 
 
-def _space(model: Model, asked: EmbeddingRequest) -> Space:
+def _space(model: Model, request: EmbeddingRequest) -> Space:
     """Return the space that a request is answered from. Raises InvalidRequest."""
-    parameters = _parameters(model, asked) if asked.parameters else None
+    parameters = _parameters(model, request) if request.parameters else None
     return model.space.with_parameters(parameters) if parameters else model.space
 
 
-def _neutral(model: Model, asked: EmbeddingRequest) -> tuple[tuple[str, bytes], ...]:
+def _neutral(model: Model, request: EmbeddingRequest) -> tuple[tuple[str, bytes], ...]:
     """Return the fields that a provider of the model declares as neutral. Raises InvalidRequest."""
     declared = model.neutral_fields
     if not declared:
         return ()
-    given = {**asked.parameters, **asked.neutral}
-    return request_fields.canonical_fields({n: given[n] for n in given if n in declared})
+    fields = {**request.parameters, **request.neutral}
+    return request_fields.canonical_fields({n: fields[n] for n in fields if n in declared})
 
 
-def _width(model: Model, asked: EmbeddingRequest) -> int:
+def _width(model: Model, request: EmbeddingRequest) -> int:
     """Return the width to answer with. Raises InvalidRequest."""
     refused = model.reject_dimensions
     return dimensions.choose_dimensions(
-        model.space, asked.dimensions, model.dimension_policy, refused=refused
+        model.space, request.dimensions, model.dimension_policy, refused=refused
     )
 
 
@@ -227,15 +227,15 @@ async def embed_with_fallback(
     """
     clock = asyncio.get_running_loop().time
     failure: EmbeddingError | None = None
-    for place, model in enumerate(models):
+    for index, model in enumerate(models):
         now = clock()
         try:
-            return await ask(model, now + (deadline - now) / (len(models) - place))
+            return await ask(model, now + (deadline - now) / (len(models) - index))
         except EmbeddingError as error:
             if failure is None and isinstance(error, InvalidRequest | ClientKeyRefused):
                 raise
             failure = failure or error
-            for following in models[place + 1 : place + 2]:
+            for following in models[index + 1 : index + 2]:
                 log.warning("%s: %s stands in: %s", model.name, following.name, error)
     assert failure is not None  # noqa: S101 - there is at least one model
     raise failure

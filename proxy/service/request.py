@@ -97,7 +97,7 @@ def parse_cache_control(header: str) -> CacheControl:
     >>> parse_cache_control('No-Cache, max-age="60", private="no-store"')
     CacheControl(max_age=0.0, no_store=False, only_if_cached=False)
     """
-    said: dict[str, float] = {}
+    directives: dict[str, float] = {}
     for item in _ITEM.findall(header):
         name, _, argument = item.partition("=")
         name = name.strip().lower()
@@ -106,13 +106,13 @@ def parse_cache_control(header: str) -> CacheControl:
             if digits is None:
                 continue
             # A number beyond all bounds becomes infinite, as the RFC wants it.
-            said[name] = min(float(digits[0]), said.get(name, math.inf))
+            directives[name] = min(float(digits[0]), directives.get(name, math.inf))
         else:
-            said[name] = 0.0
+            directives[name] = 0.0
     return CacheControl(
-        0.0 if "no-cache" in said else said.get("max-age", math.inf),
-        "no-store" in said,
-        "only-if-cached" in said,
+        0.0 if "no-cache" in directives else directives.get("max-age", math.inf),
+        "no-store" in directives,
+        "only-if-cached" in directives,
     )
 
 
@@ -129,13 +129,13 @@ def to_cache_policy(mode: Mode, header: str) -> CachePolicy:
     The mode is the operator's: a request may ask for less than it allows, never for more. Only
     `only-if-cached` takes what is there though the mode is `refresh`, as nothing is bought then.
     """
-    said = parse_cache_control(header)
-    reads = mode in ("normal", "frozen") or (mode == "refresh" and said.only_if_cached)
+    control = parse_cache_control(header)
+    reads = mode in ("normal", "frozen") or (mode == "refresh" and control.only_if_cached)
     return CachePolicy(
-        max_age=said.max_age if reads else 0.0,
-        write=mode != "off" and not said.no_store,
+        max_age=control.max_age if reads else 0.0,
+        write=mode != "off" and not control.no_store,
         frozen=mode == "frozen",
-        only_if_cached=said.only_if_cached,
+        only_if_cached=control.only_if_cached,
     )
 
 
@@ -207,24 +207,24 @@ def _each(value: object, name: str, inputs: int) -> Sequence[object]:
     return value
 
 
-def _id(one: object, place: int) -> PointId:
+def _id(value: object, index: int) -> PointId:
     # bool is an int to Python, not to JSON.
-    if type(one) is int and 0 <= one <= MAX_ID:
-        return one
-    if isinstance(one, UUID):
-        return one
-    if isinstance(one, str):
+    if type(value) is int and 0 <= value <= MAX_ID:
+        return value
+    if isinstance(value, UUID):
+        return value
+    if isinstance(value, str):
         try:
-            return UUID(one)
+            return UUID(value)
         except ValueError:
             pass
-    raise _index_error("must be an unsigned integer of 64 bits or a UUID", f".ids[{place}]")
+    raise _index_error("must be an unsigned integer of 64 bits or a UUID", f".ids[{index}]")
 
 
-def _object(one: object, place: int) -> Mapping[str, object]:
-    if not isinstance(one, Mapping):
-        raise _index_error("must be an object", f".payload[{place}]")
-    return one
+def _object(value: object, index: int) -> Mapping[str, object]:
+    if not isinstance(value, Mapping):
+        raise _index_error("must be an object", f".payload[{index}]")
+    return value
 
 
 def _index_error(problem: str, where: str) -> InvalidRequest:

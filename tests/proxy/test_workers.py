@@ -179,10 +179,10 @@ def test_what_a_worker_ended_with_is_what_the_start_ends_with(ended, code, has_s
 def test_a_signal_ends_a_start_that_hangs(number):
     """Workers that never answer, say for a lock that another keeps, hold nobody up."""
     code = (
-        "import signal\n"
+        "import os, signal\n"
         "from embedding_proxy.proxy.http import workers\n"
         "def work(ready):\n"
-        "    print('begun', flush=True)\n"
+        "    os.write(1, b'begun\\n')\n"
         "    signal.pause()\n"
         "print(workers.run_workers(2, work, lambda: print('announced')).name)\n"
     )
