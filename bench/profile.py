@@ -3,7 +3,7 @@
 python -m bench.profile [--only T1,T3] [--record] — py-spy, in an environment of its own, looks at
 the proxy under the load of `hits`, C code and all; what a request costs is measured without it, and
 shared out by what was seen. The stacks stay in `.bench/profile-*.txt`, as a flame graph wants them.
-`--record` puts the tables into docs/performance.md.
+`--record` puts the table of parts into docs/performance.md.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from .hits import (
 )
 from .material import Made, make, prove, say
 from .process import LOADING, proxy
+from .record import Machine
 
 SECONDS, RATE = 15, 49
 FILES = 8
@@ -46,7 +47,7 @@ PARTS = (
     ("access, headers", r"proxy/http/(auth|middleware|cors)|_headers \(proxy/"),
     ("access, headers", r"proxy/service/request\.py"),
     (
-        "what comes again",
+        "fast path",
         r"proxy/http/(connection|framing|response_cache|runner)|\(cache/cached_hit",
     ),
     ("parse", r"\(proxy/http/openai_format\.py|\(proxy/service/inputs|parse\S* \(proxy/"),
@@ -146,18 +147,25 @@ def taken(case: Case, made: Made) -> Profile:
     return Profile(case.what, micros, *shares(stacks.read_text().splitlines()))
 
 
-def tables(profiles: Sequence[Profile]) -> str:
-    """Return the tables for the page: by part, one column a case; then by file."""
+def by_part(profiles: Sequence[Profile]) -> str:
+    """Return the table for the page: a row for each part, a column for each case."""
     names = [*dict.fromkeys(part for part, _ in _KNOWN), "other"]
     names.sort(key=lambda name: -profiles[0].parts.get(name, 0.0))
     parts = [[name, *(cell(p, p.parts.get(name, 0.0)) for p in profiles)] for name in names]
     parts.append(["all", *(cell(p, 1.0) for p in profiles)])
+    return _table("part", profiles, parts)
+
+
+def by_file(profiles: Sequence[Profile]) -> str:
+    """Return the table for the terminal: a row for each file, a column for each case."""
     most = dict.fromkeys(file for p in profiles for file in list(p.files)[:FILES])
     files = [[f"`{f}`", *(f"{100 * p.files.get(f, 0.0):.0f} %" for p in profiles)] for f in most]
-    whats = [profile.what for profile in profiles]
-    rule = ["---"] * (len(profiles) + 1)
-    tables = ([["part", *whats], rule, *parts], [["file", *whats], rule, *files])
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in table) for table in tables)
+    return _table("file", profiles, files)
+
+
+def _table(title: str, profiles: Sequence[Profile], rows: Sequence[Sequence[str]]) -> str:
+    heads = [[title, *(profile.what for profile in profiles)], ["---"] * (len(profiles) + 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (*heads, *rows))
 
 
 def cell(profile: Profile, share: float) -> str:
@@ -184,11 +192,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="T1,T2,T3,T4")
     parser.add_argument("--record", action="store_true", help="into docs/performance.md")
     asked = parser.parse_args()
+    machine = Machine()
     os.sched_setaffinity(0, LOADING)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         profiles = list(profiled(Path(name), set(filter(None, asked.only.upper().split(",")))))
-    shown = tables(profiles)
-    print(shown)
+    about = machine.told(1)
+    shown = (
+        f"{about['date'][:10]}, commit {about['commit']}, {about['cpu']}, {about['cores']} cores"
+        f" ({about['cores_used_by_others']} of them used by others).\n\n{by_part(profiles)}"
+    )
+    print(shown, by_file(profiles), sep="\n\n")
     if asked.record:
         pages.put(pages.PERFORMANCE, "profile", shown)
 

@@ -121,8 +121,8 @@ def summary(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     return (
         f"{machine['date'][:10]}, commit {machine['commit']}, {machine['cpu']}, {machine['cores']}"
         f" cores ({machine['cores_used_by_others']} of them used by others), Python"
-        f" {machine['python']}: {verdicts.count(Verdict.MET)} bounds met,"
-        f" {verdicts.count(Verdict.MISS)} missed."
+        f" {machine['python']}: {verdicts.count(Verdict.MET)} targets met,"
+        f" {verdicts.count(Verdict.NOT_MET)} not met."
     )
 
 
@@ -136,10 +136,8 @@ def headline(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.verdict and row not in peers:
             own[row.target] = max(own.get(row.target, row), row, key=lambda one: one.strain)
-    lines = ["| | measured | target | |", "|---|---|---|---|"]
-    for row in (*own.values(), *peers):
-        _, *shown, verdict = cells(row)[:5]
-        lines.append(f"| {' | '.join(shown)} | {'not met' if verdict == 'MISS' else verdict} |")
+    lines = ["| figure | measured | target | result |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(cells(row)[1:5])} |" for row in (*own.values(), *peers)]
     return "\n".join(lines)
 
 

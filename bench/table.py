@@ -11,7 +11,7 @@ class Verdict(StrEnum):
     """Whether a figure is what it should be."""
 
     MET = "met"
-    MISS = "MISS"
+    NOT_MET = "not met"
     NONE = ""
 
 
@@ -36,11 +36,11 @@ class Row:
         kept = (self.least is None or self.value >= self.least) and (
             self.most is None or self.value <= self.most
         )
-        return Verdict.MET if kept else Verdict.MISS
+        return Verdict.MET if kept else Verdict.NOT_MET
 
     @property
     def strain(self) -> float:
-        """The figure as a part of its bound: past 1 it is missed."""
+        """The figure as a part of its bound: past 1 it is not met."""
         parts = [self.value / self.most] if self.most else []
         return max([*parts, *([self.least / self.value] if self.least else [])], default=0.0)
 

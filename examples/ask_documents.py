@@ -1,7 +1,7 @@
-"""Answer a question from a few documents: embeddings find the right one, chat reads it.
+"""Answer a question from a few documents: embeddings find the document, chat reads it.
 
-An ordinary application on OpenAI's client; it knows nothing of the proxy. With OPENAI_BASE_URL at
-the proxy it says the same: chat is passed on, and no document is embedded twice.
+This application uses OpenAI's client and does not know the proxy. With OPENAI_BASE_URL set to the
+proxy it prints the same. The proxy forwards the chat call, and buys each embedding once.
 
     python examples/ask_documents.py "Who may open the vault?"
 """
@@ -20,19 +20,19 @@ CHAT_MODEL = "gpt-4o-mini"
 
 
 def main(question: str) -> None:
-    """Print the document that is nearest to a question, and the answer as it is written."""
+    """Print the document that is nearest to a question, and the answer as it arrives."""
     client = OpenAI()
 
     reply = client.embeddings.create(model=EMBEDDING_MODEL, input=[question, *DOCUMENTS])
-    asked, *vectors = (item.embedding for item in reply.data)
-    nearness = [sum(a * b for a, b in zip(asked, one, strict=True)) for one in vectors]
-    document = DOCUMENTS[nearness.index(max(nearness))]
+    query, *vectors = (item.embedding for item in reply.data)
+    products = [sum(a * b for a, b in zip(query, vector, strict=True)) for vector in vectors]
+    document = DOCUMENTS[products.index(max(products))]
     print(f"From: {document}")
 
     stream = client.chat.completions.create(
         model=CHAT_MODEL,
         messages=[
-            {"role": "system", "content": f"Answer from this document alone: {document}"},
+            {"role": "system", "content": f"Answer only from this document: {document}"},
             {"role": "user", "content": question},
         ],
         stream=True,

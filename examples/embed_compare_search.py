@@ -1,9 +1,9 @@
-"""Embed some texts, compare two widths of their vectors, and search them. No server is needed.
+"""Embed some texts, compare vectors of two dimensions, and search. It needs no server.
 
     python examples/embed_compare_search.py [CONFIG]
 
-It uses `EmbeddingService`, the proxy without its HTTP: what is embedded here is in the same cache.
-The local model needs no key; with a key, put any other in MODEL.
+It uses `EmbeddingService`, the proxy without HTTP, with the same cache. The local model needs no
+key. With a key, set MODEL to any other model.
 """
 
 import asyncio
@@ -25,17 +25,17 @@ QUERIES = ["When can I eat lunch?", "Where do I park my bicycle?"]
 
 
 async def main(config: str | None = None) -> None:
-    """Print what was bought, how alike two widths are, and what is nearest to each query."""
+    """Print the cache hits, the agreement of both dimensions, and the nearest documents."""
     texts = [*DOCUMENTS, *QUERIES]
     async with EmbeddingService.from_config(config) as service:
-        # Embed. With index=False, as is right for queries, nothing of it gets into Qdrant.
+        # Embed. With index=False nothing is written to Qdrant; use it for queries.
         wide = await service.embed(texts, MODEL, index=False)
         again = await service.embed(texts, MODEL, index=False)
         narrow = await service.embed(texts, MODEL, dimensions=NARROW, index=False)
     print(f"{wide.space.name}: {wide.dimensions} numbers a text, {wide.tokens} tokens")
     print(f"the second time: {again.usage.hits} of {len(texts)} from the cache")
 
-    # Compare: of one model the narrow vectors are cut from the wide ones, and find nearly the same.
+    # Compare. The short vectors are cut from the long ones, and find nearly the same neighbours.
     asked = range(len(DOCUMENTS), len(texts))
     found = []
     for result in (wide, narrow):
@@ -44,7 +44,7 @@ async def main(config: str | None = None) -> None:
     share = similarity.overlap(*found)
     print(f"{NARROW} of {wide.dimensions} numbers: {share:.0%} of the neighbours are the same")
 
-    # Search: the nearest documents of each query, with their cosines.
+    # Search: the nearest document of each query, with its cosine.
     rows = [row.tobytes() for row in wide.vectors]
     for place, (best, *_) in zip(asked, found[0], strict=True):
         print(f"{vector.cosine(rows[place], rows[best]):.2f}  {texts[place]}  {texts[best]}")

@@ -26,6 +26,7 @@ COMMANDS = {
 INNER_PAGES = [
     ROOT / "docs" / "architecture.md",
     ROOT / "docs" / "glossary.md",
+    ROOT / "docs" / "performance.md",
     ROOT / "CONTRIBUTING.md",
 ]
 """Those that name files of the code."""
@@ -155,6 +156,13 @@ def test_the_architecture_names_every_folder():
         folders = {file.parent for file in (ROOT / package).rglob("*.py")} - {ROOT / "proxy"}
         names = [f"| `{folder.relative_to(ROOT).as_posix()}/` |" for folder in folders]
         assert [name for name in names if name not in page] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_numbers_of_targets_stay_on_their_page(page):
+    """Other pages give figures in words; only docs/performance.md numbers its targets."""
+    numbers = re.findall(r"\bT\d+\b", page.read_text(encoding="utf-8"))
+    assert bool(numbers) == (page.stem == "performance")
 
 
 def test_links_of_the_readme_name_every_page():

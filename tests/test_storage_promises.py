@@ -29,30 +29,30 @@ PROMISES = {
         "tests/test_crash.py::test_killed_right_after_a_reply",
         f"{HERE}::test_what_is_answered_at_the_limit_is_on_disk",
     ),
-    "After `kill -9` everything that was answered is there": (
+    "After `kill -9` every vector that was sent is on disk": (
         "tests/test_crash.py::test_killed_amid_purchases",
         "tests/test_crash.py::test_killed_amid_writes_of_two_processes",
     ),
-    "after a power cut the last transactions may be missing": (
+    "After a power cut the last transactions may be missing": (
         f"{HERE}::test_after_a_power_cut_the_last_transactions_are_missing_as_a_whole",
     ),
     "the file stays consistent": (
         f"{HERE}::test_after_a_power_cut_the_last_transactions_are_missing_as_a_whole",
     ),
-    "A file of an older layout is brought up to the current one": (
+    "A file of an older layout is upgraded in one transaction": (
         "tests/cache/test_schema.py::test_an_old_file_is_brought_up_where_it_lies",
         "tests/cache/test_schema.py::test_an_upgrade_that_is_killed_leaves_the_old_file_whole",
     ),
-    "one of a newer layout is refused and left as it is": (
+    "A file of a newer layout is refused and left unchanged": (
         "tests/cache/test_schema.py::test_a_newer_layout_is_refused_and_left_alone",
     ),
     # The ledger.
-    "A charge is counted the moment an upstream's answer is read": (
+    "A charge is counted when the reply of an upstream is read": (
         "tests/providers/test_bill.py::test_an_answer_that_is_no_good_is_billed_if_it_was_charged",
         "tests/cache/test_ledger.py::test_the_charges_of_a_request_that_fails_are_billed",
         "tests/cache/test_embedder.py::test_a_purchase_is_summed_though_its_buyer_is_gone",
     ),
-    "no vector is kept unbilled": (
+    "no vector is stored without its charge": (
         "tests/cache/test_ledger.py::test_a_charge_is_written_with_what_was_bought_or_before",
         f"{HERE}::test_after_a_power_cut_the_last_transactions_are_missing_as_a_whole",
     ),
@@ -64,7 +64,7 @@ PROMISES = {
         f"{HERE}::test_after_a_kill_the_charges_are_there",
         f"{HERE}::test_charges_are_written_where_records_cannot_be",
     ),
-    "Several processes add to the same rows": (
+    "**Several processes** add to the same rows": (
         "tests/test_shared_store.py::test_two_workers_count_exactly",
     ),
     "`cache purge` deletes entries, never sums": (f"{HERE}::test_a_purge_leaves_the_sums",),
@@ -72,14 +72,14 @@ PROMISES = {
         "tests/cache/test_schema.py::test_the_sums_of_layout_1_are_carried_over",
     ),
     # When something is wrong: one for each row of the table.
-    "about something else": (
+    "belongs to another key": (
         "tests/cache/test_tiers.py::test_a_record_that_does_not_verify_is_a_miss",
         "tests/cache/test_tiers.py::test_a_collision_on_disk_is_a_miss_and_counted",
     ),
-    "a record of another width than the model's": (
+    "a record has other dimensions than the model's": (
         f"{HERE}::test_a_wrong_width_in_the_configuration_costs_nothing",
     ),
-    "a file that does not open, or is found damaged": (
+    "the file does not open, or is found damaged": (
         f"{HERE}::test_a_damaged_page_costs_what_lay_on_it",
         "tests/test_page_damage.py::test_a_damaged_page_costs_what_lay_on_it",
         "tests/cache/test_disk.py::test_a_damaged_file_is_moved_aside_and_kept",
@@ -109,13 +109,13 @@ PROMISES = {
     "three failures in a row": (
         "tests/test_disk_faults.py::test_a_kept_lock_is_waited_for_three_times",
     ),
-    "the directory takes no writes at the start": (
+    "the directory accepts no writes at the start": (
         "tests/test_disk_faults.py::test_a_start_on_a_store_that_cannot_be_opened",
     ),
     "and it holds no store": (
         "tests/proxy/test_config_paths.py::test_a_folder_that_cannot_be_made_is_said_in_words",
     ),
-    "a directory stands in the place of": (
+    "a directory is in the place of": (
         "tests/proxy/test_reading_commands.py::test_a_directory_in_the_place_of_a_file_is_named",
     ),
     "other users can read the directory": (

@@ -1,6 +1,7 @@
-"""An upstream that embedding-proxy does not know, brought by a package of its own.
+"""Two kinds of provider for embedding-proxy, in a package of their own.
 
-Install it beside the proxy (`pip install ./examples/acme_provider`), and `kind: acme` works.
+After `pip install ./examples/acme_provider` in the environment of the proxy, a configuration can
+use `kind: acme` and `kind: acme_plain`.
 """
 
 from typing import ClassVar
@@ -9,7 +10,7 @@ from urllib.parse import quote
 from embedding_proxy.providers.openai_compatible import HttpProvider
 from embedding_proxy.providers.profile import Limits, Profile
 
-# What differs from OpenAI only in facts is a Profile, and needs no class.
+# An upstream that differs from OpenAI only in facts needs no class: a Profile is enough.
 PLAIN = Profile(
     base_url="https://embeddings.acme.example/v1",
     api_key_env="ACME_API_KEY",
@@ -19,7 +20,7 @@ PLAIN = Profile(
 
 
 class Acme(HttpProvider):
-    """Names the model in the path, and wants to be told which of one's projects is charged."""
+    """The API of acme names the model in the path, and needs the project to charge."""
 
     profile: ClassVar[Profile] = Profile(
         base_url="https://embeddings.acme.example/v2",
@@ -27,7 +28,7 @@ class Acme(HttpProvider):
         key_header="X-Acme-Key",
         key_prefix="",
         limits=Limits(inputs=64, tokens=20_000, concurrency=4),
-        # Names and defaults of what the configuration may say under `options`.
+        # The options that the configuration may set, with their defaults.
         options={"project": "default"},
     )
 
@@ -36,5 +37,5 @@ class Acme(HttpProvider):
         return f"/models/{quote(model, safe='')}/embeddings"
 
     def fixed_fields(self) -> dict[str, object]:
-        """Return what every request says beside the inputs. It must not change a vector."""
+        """Return fields for the body of every call. They must not change a vector."""
         return {"project": self.options["project"]}

@@ -1,6 +1,6 @@
-"""Strategies of one's own, brought by a package: a way to narrow vectors, and a way to make texts.
+"""Two strategies in a package of their own: one shortens vectors, one makes texts.
 
-Install it beside the proxy (`pip install ./examples/acme_strategies`).
+Install it in the environment of the proxy: `pip install ./examples/acme_strategies`.
 """
 
 from collections.abc import Mapping
@@ -10,22 +10,21 @@ import numpy.typing as npt
 
 
 class Projection:
-    """Projects vectors at random: angles are nearly kept, also for models that cannot be cut.
+    """A random projection of vectors. It nearly keeps angles, also for models that cannot be cut.
 
-    With `dimension_policy: acme_projection` a model of 1536 numbers gives 256 for
-    `dimensions: 256`. A matrix that was fitted to one's own texts would be better; it is used in
-    the same way.
+    With `dimension_policy: acme_projection` a model of 1536 dimensions answers `dimensions: 256`.
+    A matrix that is fitted to your own texts is better; the code is the same.
     """
 
-    # Goes into the name of the space: another one whenever the numbers change.
+    # Part of the name of the space. Change it whenever the numbers change.
     version = "1"
 
     def can_give(self, native: int, dimensions: int) -> bool:
-        """Tell whether vectors can be brought to a width."""
+        """Tell whether vectors of `native` numbers can get `dimensions` numbers."""
         return 16 <= dimensions < native
 
     def bring(self, vectors: npt.NDArray[np.float32], dimensions: int) -> npt.NDArray[np.float32]:
-        """Return the vectors at that width, at length 1. The same input gives the same numbers."""
+        """Return vectors of `dimensions` numbers, of length 1; equal for equal input."""
         native = vectors.shape[1]
         matrix = np.random.Generator(np.random.PCG64(native)).standard_normal((native, dimensions))
         narrow = vectors.astype(np.float64) @ matrix
@@ -33,16 +32,16 @@ class Projection:
 
 
 class Ticket:
-    """Makes the text of a ticket as the application does that wrote it: no template could.
+    """Makes the text of a ticket as its application does. No template can do this.
 
     `embedding-proxy migrate run tickets --to mistral-embed --text-by acme_ticket`
     """
 
-    # Another one whenever it makes other texts: a migration that is under way does not go on then.
+    # Change it whenever the texts change. A migration in progress then does not continue.
     version = "1"
 
     def text(self, payload: Mapping[str, object]) -> str | None:
-        """Return the text that a point's vector is made of; None if it has none."""
+        """Return the text of a point; None if it has none."""
         title = str(payload.get("title", "")).upper()
         about = str(payload.get("description", ""))[:500]
         return f"{title}\n\n{about}" if title or about else None

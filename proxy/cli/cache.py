@@ -45,13 +45,11 @@ from .output import (
 
 NamespaceOption = Annotated[
     str | None,
-    typer.Option(
-        help='Only this namespace; "" is that of clients without one.', callback=check_utf8
-    ),
+    typer.Option(help='Only this namespace; "" for clients without one.', callback=check_utf8),
 ]
 SpaceOption = Annotated[
     str | None,
-    typer.Option(help="Only this space, as `cache stats` shows it.", callback=check_utf8),
+    typer.Option(help="Only this space, named as in `cache stats`.", callback=check_utf8),
 ]
 
 STREAM = "-"
@@ -131,7 +129,7 @@ def backup_store(
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy all entries and the ledger to FILE, itself a store's file, while proxies go on."""
+    """Copy all entries and the ledger to FILE, while proxies run."""
     if target.exists():
         raise WorkFailed(f"{target} exists; it is not overwritten")
     if not target.parent.is_dir():
@@ -159,17 +157,15 @@ def backup_store(
 
 @cache_app.command(name="export")
 def export(  # noqa: PLR0913 - one parameter an option
-    target: Annotated[str, typer.Argument(metavar="FILE", help="- is standard output.")],
+    target: Annotated[str, typer.Argument(metavar="FILE", help="- for standard output.")],
     *,
     config_file: ConfigOption = None,
     namespace: NamespaceOption = None,
     space: SpaceOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace FILE if there is one already.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite FILE if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write entries to one file, to be carried elsewhere; such files can be joined with cat."""
+    """Write entries to one file, for another machine; `cat` joins such files."""
     settings = loader.load(config_file, purpose="inspect")
     if target != STREAM:
         _check_target(Path(target), force=force)
@@ -234,11 +230,11 @@ def show_stats(
     config_file: ConfigOption = None,
     by: Annotated[
         list[ledger.By] | None,
-        typer.Option(help="Show the bill instead, summed by this; may be given several times."),
+        typer.Option(help="Show the usage, summed by this. Can be given several times."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is kept, by namespace and space, how often it was used, and what that saved."""
+    """Show entries by namespace and space, the hit rate, and the saved cost."""
     settings = loader.load(config_file, purpose="inspect")
     columns = list(dict.fromkeys(by or ()))
     with open_store_for_reading(settings) as file:

@@ -155,36 +155,39 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A file of `cache export` (- is standard input), or text and embeddings:"
+            help="A file of `cache export` (- for standard input), or texts with embeddings:"
             " JSONL, Parquet, a folder of LangChain, qdrant://host/collection.",
         ),
     ],
     *,
     config_file: ConfigOption = None,
     model: Annotated[
-        str | None, typer.Option(help="The model of the embeddings, if SOURCE is no export.")
+        str | None, typer.Option(help="The model of the embeddings. Not for an export.")
     ] = None,
     namespace: Annotated[
-        str, typer.Option(help="Where they go, if SOURCE is no export.", callback=check_utf8)
+        str, typer.Option(help="Their namespace. Not for an export.", callback=check_utf8)
     ] = "",
     sample: Annotated[
         int,
-        typer.Option(min=0, help="Embed so many texts anew to prove the model; 0 = trust SOURCE."),
+        typer.Option(min=0, help="Texts to embed again to verify the model; 0 = trust SOURCE."),
     ] = 5,
     kind: Annotated[
         str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
     vector_field: Annotated[
-        str | None, typer.Option(help="Field or column of the embedding; a named vector.")
+        str | None, typer.Option(help="Field or column of the embedding, or a named vector.")
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="File of the texts, for LangChain's folder.")
+        Path | None, typer.Option(help="A file of the texts, for a folder of LangChain.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything; write nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Take in entries of an export, or embeddings you already own; what is there stays."""
+    """Add the entries of an export, or embeddings that you already own.
+
+    Existing entries stay.
+    """
     settings = loader.load(config_file)
     if _is_archive(source):
         if namespace:

@@ -36,27 +36,27 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     namespace: NamespaceOption = None,
     space: SpaceOption = None,
     older_than: Annotated[
-        str | None, typer.Option(help="Only what was bought longer ago: 90d, 12h, 30min.")
+        str | None, typer.Option(help="Only entries bought longer ago: 90d, 12h, 30min.")
     ] = None,
     unused_for: Annotated[
-        str | None, typer.Option(help="Only what was used last longer ago: 90d, 12h, 30min.")
+        str | None, typer.Option(help="Only entries last used longer ago: 90d, 12h, 30min.")
     ] = None,
     text: Annotated[
         str | None,
         typer.Option(
             "--input",
-            help="Only this input, in --namespace or that of clients without one; needs --model.",
+            help="Only this input, in --namespace or the default one; needs --model.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model of --input.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All entries.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be deleted.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Count only; delete nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete the entries for which all that is given holds; running proxies forget them soon.
+    """Delete the entries that match all given options, also from running proxies.
 
-    Says what they have cost, and asks. Without a terminal nobody can be asked: say --yes.
+    It shows what the entries cost, and asks. Without a terminal, --yes is required.
     """
     settings = loader.load(config_file, purpose="inspect")
     now = time.time()

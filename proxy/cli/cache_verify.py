@@ -28,25 +28,23 @@ def verify_store(
     config_file: ConfigOption = None,
     mend: Annotated[
         bool,
-        typer.Option(
-            help="Delete what is damaged; save what is whole out of a file that cannot be read."
-        ),
+        typer.Option(help="Delete damaged records; save whole records from an unreadable file."),
     ] = False,
     salvage_file: Annotated[
         Path | None,
         typer.Option(
-            "--salvage", metavar="FILE", help="Take what is whole out of a damaged cache.db."
+            "--salvage", metavar="FILE", help="Save whole records from a damaged cache.db."
         ),
     ] = None,
     add_sums: Annotated[
         bool,
         typer.Option(
-            help="Add the sums of FILE to the ledger, once; never those of a copy of this store."
+            help="Add the sums of FILE to the ledger, once. Not for a copy of this store."
         ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every record and say what is damaged. Exit code 1 if something is left that is."""
+    """Read every record and report damage. Exit code 1 if damage is left."""
     settings = loader.load(config_file, purpose="inspect")
     if add_sums and salvage_file is None:
         raise loader.ConfigError("--add-sums: is about the FILE of --salvage")

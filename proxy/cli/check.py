@@ -26,19 +26,18 @@ def check(
     config_file: ConfigOption = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Check this model and no other; may be given several times."),
+        typer.Option(help="Check only this model. Can be given several times."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Check every model that has a usable route.")
     ] = False,
-    offline: Annotated[bool, typer.Option(help="Ask no provider.")] = False,
+    offline: Annotated[bool, typer.Option(help="Call no provider.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Try the cache, Qdrant, and every provider with a real embedding, and compare the routes.
+    """Test the cache, Qdrant and every provider with a real embedding; compare the routes.
 
-    Tried are the models that the configuration names, and one of each provider that these do not
-    lead to. Exit code 1 if something does not work, or if a provider that the configuration names
-    is of no use.
+    It tests the models that the configuration names, and one model of each other provider. Exit
+    code 1 if something does not work, or if the configuration names a provider that is not usable.
     """
     configuration = loader.read_configuration(config_file)
     settings = configuration.settings

@@ -59,38 +59,42 @@ def compare(  # noqa: PLR0913 - one parameter an option
     config_file: ConfigOption = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model; several times. Else those that the configuration names."),
+        typer.Option(
+            help="A model. Can be given several times. Default: those in the configuration."
+        ),
     ] = None,
     provider: Annotated[
         list[str] | None,
-        typer.Option(help="Only routes of this provider; may be given several times."),
+        typer.Option(help="Only routes of this provider. Can be given several times."),
     ] = None,
     texts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Texts, one a line; or JSONL with a `text`."),
+        typer.Option(metavar="FILE", help="One text a line, or JSONL with a `text`."),
     ] = None,
     pairs: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSONL of a `query` and the `text` it should find."),
+        typer.Option(
+            metavar="FILE", help="JSONL with a `query` and the `text` that it should find."
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often all is measured.")] = 3,
-    k: Annotated[int, typer.Option("--k", min=1, help="How many of the nearest count.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Number of rounds.")] = 3,
+    k: Annotated[int, typer.Option("--k", min=1, help="Number of nearest neighbours.")] = 5,
     plot_file: Annotated[
         Path | None,
-        typer.Option("--plot", metavar="FILE", help="Write the figures as a plot, an SVG."),
+        typer.Option("--plot", metavar="FILE", help="Write a plot of the figures as SVG."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Only say what would be asked, and what it costs.")
+        bool, typer.Option(help="Show the texts and the cost; call no provider.")
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help=f"Spend more than {money(ASK_ABOVE_USD)}, too.")
+        bool, typer.Option("--yes", help=f"Allow a cost of more than {money(ASK_ABOVE_USD)}.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare models and providers: latency, errors, cost, storage, and whether they agree.
+    """Compare models and providers: latency, errors, cost, storage and agreement.
 
-    Every route of the models is asked for the same texts, past the cache. Exit code 1 if a model
-    has no route that answered for all of them.
+    It sends the same texts to every route of the models, without the cache. Exit code 1 if a model
+    has no route that answered for all texts.
     """
     if plot_file is not None and (plot_file.is_dir() or not plot_file.parent.is_dir()):
         raise ConfigError(f"--plot: {path_text(plot_file)} cannot be written there")

@@ -16,14 +16,14 @@ def show_config(
     *,
     config_file: ConfigOption = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="The models of the catalogue, too.")
+        bool, typer.Option("--all", help="Also the models of the catalog.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what applies: every key with its value, and which variables with keys are set.
+    """Show every key with its value, and which key variables are set.
 
-    It is a configuration that `config show` reads again. No key is in it: a secret of the file is
-    shown as ${NAME}, and to serve with it that variable has to be set.
+    The output is a configuration that `config show` can read. It holds no key: a secret of the file
+    is shown as ${NAME}. To serve with the output, set that variable.
     """
     configuration = loader.read_configuration(config_file, purpose="inspect")
     settings = configuration.settings
@@ -56,12 +56,12 @@ def convert_old(
     *,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Written there, not to stdout."),
+        typer.Option("--output", "-o", metavar="FILE", help="Write to FILE. Default: stdout."),
     ] = None,
 ) -> None:
-    """Turn an older configuration (llm.embedding, vector_store) into one of this proxy.
+    """Convert an older configuration (llm.embedding, vector_store).
 
-    What became of each key is told on stderr.
+    Messages on stderr say what became of each key.
     """
     if output is not None and output.exists():
         raise WorkFailed(f"{path_text(output)} exists; it is not overwritten")

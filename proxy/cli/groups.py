@@ -83,31 +83,28 @@ def group(help_: str, places: Mapping[str, Place], **options: Any) -> typer.Type
 
 
 cache_app = group(
-    "Look at the cache, mend it, copy it, delete from it.",
+    "Inspect, verify, copy, import and purge the cache.",
     {
         "stats": Place(
             "cache",
-            "Show what is kept, by namespace and space, how often it was used, and what that"
-            " saved.",
+            "Show entries by namespace and space, the hit rate, and the saved cost.",
         ),
-        "verify": Place("cache_verify", "Read every record and say what is damaged."),
+        "verify": Place("cache_verify", "Read every record and report damage."),
         "purge": Place(
             "cache_purge",
-            "Delete the entries for which all that is given holds; running proxies forget them"
-            " soon.",
+            "Delete the entries that match all given options, also from running proxies.",
         ),
         "backup": Place(
             "cache",
-            "Copy all entries and the ledger to FILE, itself a store's file, while proxies go on.",
+            "Copy all entries and the ledger to FILE, while proxies run.",
         ),
         "export": Place(
             "cache",
-            "Write entries to one file, to be carried elsewhere; such files can be joined with"
-            " cat.",
+            "Write entries to one file, for another machine; `cat` joins such files.",
         ),
         "import": Place(
             "cache_import",
-            "Take in entries of an export, or embeddings you already own; what is there stays.",
+            "Add the entries of an export, or embeddings that you already own.",
         ),
     },
 )
@@ -117,23 +114,22 @@ migrate_app = group(
     {
         "plan": Place(
             "migrate",
-            "Say what a migration would do, cost and take; nothing is bought, and nothing changes.",
+            "Show what a migration does, costs and needs; nothing is bought or changed.",
         ),
         "run": Place(
             "migrate",
-            "Fill new collections beside the old ones; run it again to go on after an"
-            " interruption.",
+            "Fill new collections beside the old ones, or continue after an interruption.",
         ),
-        "status": Place("migrate_cutover", "Say how far migrations are, and what comes next."),
+        "status": Place("migrate_cutover", "Show the progress of migrations and the next step."),
         "cutover": Place(
             "migrate_cutover",
-            "Verify the new collections, and let the aliases of the old ones point to them.",
+            "Verify the new collections and switch the aliases of the old ones to them.",
         ),
         "rollback": Place(
             "migrate_cutover",
-            "Let the aliases point to the old collections again; the new ones stay.",
+            "Switch the aliases back to the old collections; the new ones stay.",
         ),
-        "finalize": Place("migrate_cutover", "Delete the old collections for good. Asks twice."),
+        "finalize": Place("migrate_cutover", "Delete the old collections; asks twice."),
     },
 )
 
@@ -144,16 +140,16 @@ def _say_what_is_waited_for() -> None:
 
 
 config_app = group(
-    "Look at the configuration; convert an older one.",
+    "Show the configuration; convert an older one.",
     {
         "show": Place(
             "config",
-            "Show what applies: every key with its value, and which variables with keys are set.",
+            "Show every key with its value, and which key variables are set.",
             "show_config",
         ),
         "convert": Place(
             "config",
-            "Turn an older configuration (llm.embedding, vector_store) into one of this proxy.",
+            "Convert an older configuration (llm.embedding, vector_store).",
             "convert_old",
         ),
     },
@@ -162,12 +158,12 @@ config_app = group(
 OTHERS = {
     "check": Place(
         "check",
-        "Try the cache, Qdrant, and every provider with a real embedding, and compare the routes.",
+        "Test the cache, Qdrant and every provider with a real embedding; compare the routes.",
         "check",
     ),
     "compare": Place(
         "compare",
-        "Compare models and providers: latency, errors, cost, storage, and whether they agree.",
+        "Compare models and providers: latency, errors, cost, storage and agreement.",
         "compare",
     ),
     "reload": Place(

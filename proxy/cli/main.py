@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 app = group(
-    "A caching proxy for OpenAI-compatible embeddings: no text is paid for twice.",
+    "A caching proxy for OpenAI's embeddings API: no text is bought twice.",
     OTHERS,
     # A flag without a value is converted by typer, which imports pydantic for it.
     context_settings={"default_map": {"help": False}},
@@ -53,7 +53,9 @@ def _root(
     *,
     version: Annotated[  # noqa: ARG001 - its callback does it
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and exit."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     import logging  # noqa: PLC0415
@@ -68,9 +70,9 @@ def _root(
 @app.command()
 def serve(  # noqa: PLR0913, PLR0917 - its options
     config_file: ConfigOption = None,
-    host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
-    port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Instead of server.workers.")] = None,
+    host: Annotated[str | None, typer.Option(help="Replaces server.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Replaces server.port.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Replaces server.workers.")] = None,
     take_over: Annotated[  # noqa: FBT002 - typer's signature
         bool,
         typer.Option("--take-over", help="Take the port over from the proxy that runs; it stops."),
@@ -82,7 +84,7 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
         bool, typer.Option("--quiet", "-q", help="Log warnings and errors alone.")
     ] = False,
 ) -> None:
-    """Run the proxy until it is told to stop."""
+    """Run the proxy until SIGTERM or Ctrl-C."""
     with importing():
         import logging  # noqa: PLC0415
 
@@ -140,9 +142,9 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
         raise typer.Exit(EXIT_CODE)
 
 
-@app.command(short_help="Embed real text on the local model, twice, and show what came from cache.")
+@app.command(short_help="Embed text with the local model, twice, and show the cache hits.")
 def demo() -> None:
-    """Embed real text on the local model, twice, and show what came from the cache."""
+    """Embed text with the local model, twice, and show the cache hits."""
     try:
         with importing():
             from .demo import DemoFailed, run  # noqa: PLC0415 - needs the demo extra

@@ -74,7 +74,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a migration would do, cost and take; nothing is bought, and nothing changes."""
+    """Show what a migration does, costs and needs; nothing is bought or changed."""
     what = migrate_options.parse_options(
         config_file=config_file,
         names=names,
@@ -125,24 +125,24 @@ def run(  # noqa: PLR0913 - one parameter an option
     sample: migrate_options.SampleOption = DEFAULT.sample,
     passes: migrate_options.PassesOption = DEFAULT.passes,
     page: Annotated[
-        int, typer.Option(min=1, max=2048, help="Points read, and texts embedded, at a time.")
+        int, typer.Option(min=1, max=2048, help="Points read and embedded at a time.")
     ] = DEFAULT.page,
     ahead: Annotated[
-        int, typer.Option(min=1, max=64, help="Pages that are asked for at a time.")
+        int, typer.Option(min=1, max=64, help="Pages in progress at a time.")
     ] = DEFAULT.ahead,
     points_per_second: Annotated[
-        float | None, typer.Option(min=0.001, help="Go no faster than this.")
+        float | None, typer.Option(min=0.001, help="Maximum speed.")
     ] = None,
     restart: Annotated[
-        bool, typer.Option(help="Delete what an unfinished migration has made, and begin anew.")
+        bool, typer.Option(help="Delete the results of an unfinished migration and begin again.")
     ] = False,
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fill new collections beside the old ones; run it again to go on after an interruption.
+    """Fill new collections beside the old ones, or continue after an interruption.
 
-    Answers that are on their way when it is stopped, even by kill -9, are kept for the next run.
-    Exit code 1 if a point could not be carried, or a collection could not be migrated.
+    If it is stopped, even by kill -9, the next run uses the replies that were in progress. Exit
+    code 1 if a point or a collection could not be migrated.
     """
     what = migrate_options.parse_options(
         config_file=config_file,

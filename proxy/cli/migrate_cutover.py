@@ -43,7 +43,7 @@ from .output import (
 
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="COLLECTION...", help="As they were given to `run`."),
+    typer.Argument(metavar="COLLECTION...", help="The names that were given to `run`."),
 ]
 
 
@@ -57,9 +57,9 @@ def status_command(  # noqa: PLR0913 - one parameter an option
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how far migrations are, and what comes next.
+    """Show the progress of migrations and the next step.
 
-    Without COLLECTION, all that were begun here; Qdrant is not asked then.
+    Without COLLECTION it shows all that were begun here, without a call to Qdrant.
     """
     settings = loader.load(config_file)
     tell_store(settings)
@@ -121,10 +121,10 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
     to: migrate_options.ToOption = None,
     alias: Annotated[
         str | None,
-        typer.Option(help="Make this alias; {collection} stands for the collection's name."),
+        typer.Option(help="Create this alias; {collection} is the name of the collection."),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option(help="Go on although some points could not be carried.")
+        bool, typer.Option(help="Continue although some points could not be migrated.")
     ] = False,
     qdrant: migrate_options.QdrantOption = None,
     namespace: migrate_options.NamespaceOption = "",
@@ -133,7 +133,7 @@ def cutover_command(  # noqa: PLR0913 - one parameter an option
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify the new collections, and let the aliases of the old ones point to them."""
+    """Verify the new collections and switch the aliases of the old ones to them."""
     settings = loader.load(config_file)
     tell_store(settings)
     chosen = migrate_options.names_of(names, file)
@@ -180,7 +180,7 @@ def rollback_command(  # noqa: PLR0913 - one parameter an option
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the aliases point to the old collections again; the new ones stay."""
+    """Switch the aliases back to the old collections; the new ones stay."""
 
     async def roll_back(points: Points, journal: MigrationState) -> int:
         return (await cutover.rollback(points, journal))[1]
@@ -206,16 +206,16 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     file: migrate_options.FileOption = None,
     to: migrate_options.ToOption = None,
     take_name: Annotated[
-        bool, typer.Option(help="Let the old collection's name be an alias of the new one.")
+        bool, typer.Option(help="Make the old name an alias of the new collection.")
     ] = False,
     yes: Annotated[
-        int, typer.Option("--yes", count=True, help="Do not ask; give it twice for both questions.")
+        int, typer.Option("--yes", count=True, help="Do not ask. Give it twice for both questions.")
     ] = 0,
     qdrant: migrate_options.QdrantOption = None,
     config_file: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete the old collections for good. Asks twice."""
+    """Delete the old collections; asks twice."""
     settings = loader.load(config_file)
     chosen = migrate_options.names_of(names, file)
     tell_store(settings)

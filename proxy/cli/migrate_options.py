@@ -45,54 +45,50 @@ _KEYS = {*_TEXTS, "vector", "into"}
 
 CollectionsArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="COLLECTION...", help="Collections, or aliases of them."),
+    typer.Argument(metavar="COLLECTION...", help="Collections or aliases."),
 ]
 ToOption = Annotated[
     str | None,
-    typer.Option("--to", help="The new model; openrouter/MODEL is served by openrouter alone."),
+    typer.Option("--to", help="The new model. openrouter/MODEL uses only openrouter."),
 ]
 FromOption = Annotated[
-    str | None, typer.Option("--from", help="The model of the old vectors, if it is known.")
+    str | None, typer.Option("--from", help="The model of the old vectors, if known.")
 ]
 DimensionsOption = Annotated[
-    int | None, typer.Option(help="The new width; the model's own unless given.")
+    int | None, typer.Option(help="The new dimensions. Default: those of the model.")
 ]
 FieldOption = Annotated[
-    str | None, typer.Option(help="Field of the payload with the text: content unless given.")
+    str | None, typer.Option(help="Payload field with the text. Default: content.")
 ]
 TemplateOption = Annotated[
-    str | None, typer.Option(help='Several fields instead: "{title} {description} {tags}".')
+    str | None, typer.Option(help='A text made of several fields: "{title} {description} {tags}".')
 ]
 ByOption = Annotated[
-    str | None, typer.Option(help="What makes the texts, of a package of yours; see the guide.")
+    str | None, typer.Option(help="An entry point of a package that makes the texts.")
 ]
 FileOption = Annotated[
     Path | None,
-    typer.Option("--file", help="YAML: a text_field, template or text_by for each collection."),
+    typer.Option("--file", help="YAML with a text_field, template or text_by for each collection."),
 ]
 RegimeOption = Annotated[
-    Regime, typer.Option(help="Where the new vectors come from; auto chooses, and says why.")
+    Regime, typer.Option(help="Source of the new vectors. auto chooses and says why.")
 ]
 VectorOption = Annotated[
-    str | None, typer.Option("--vector", help="The vector to migrate, where points have several.")
+    str | None, typer.Option("--vector", help="The vector to migrate, if points have several.")
 ]
 IntoOption = Annotated[
-    str | None, typer.Option(help="Name of the new collection, for a single one.")
+    str | None, typer.Option(help="Name of the new collection, if only one is migrated.")
 ]
 QdrantOption = Annotated[
     str | None,
-    typer.Option(
-        help="URL of a server, or folder; index.qdrant unless given. Key: QDRANT_API_KEY."
-    ),
+    typer.Option(help="URL of a server, or a folder. Default: index.qdrant. Key: QDRANT_API_KEY."),
 ]
-NamespaceOption = Annotated[
-    str, typer.Option(help="The part of the cache to use.", callback=check_utf8)
-]
+NamespaceOption = Annotated[str, typer.Option(help="Namespace of the cache.", callback=check_utf8)]
 SampleOption = Annotated[
-    int, typer.Option(min=1, help="Texts embedded to verify_sample that vectors may be copied.")
+    int, typer.Option(min=1, help="Texts to embed to verify that vectors may be copied.")
 ]
 PassesOption = Annotated[
-    int, typer.Option(min=1, help="Whole comparisons with the old collection, at most.")
+    int, typer.Option(min=1, help="Maximum number of comparisons with the old collection.")
 ]
 
 

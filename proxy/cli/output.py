@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="Configuration file; built-in defaults without it.")
+    Path | None, typer.Option("--config", help="Configuration file. Default: the built-in one.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 

@@ -126,7 +126,7 @@ async def test_the_page_tells_all_metrics_and_invents_none(upstream, start_proxy
     labels = {parts.sub("", name): {label for label, _ in pairs} for name, pairs in told}
     kinds = re.findall(r"# TYPE embedding_proxy_(\S+) (\S+)", text)
     exported = {(name, kind): labels[name] for name, kind in kinds}
-    rows = _rows("What there is")
+    rows = _rows("All metrics")
     names = re.compile(r"`(\w+)`")
     assert exported == {
         (name.strip("`"), kind): set(names.findall(words)) for name, kind, words, _ in rows
