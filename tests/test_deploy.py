@@ -347,7 +347,7 @@ def test_the_statement_of_provenance_holds_the_digests(tmp_path):
     """What a signer attests: the files as sha256sum sees them, and the commit."""
     file = tmp_path / "a.whl"
     file.write_bytes(b"wheel")
-    statement = release.provenance([file], "0" * 40)
+    statement = release.provenance(ROOT, [file], "0" * 40)
     summed = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True)
     assert statement["subject"] == [
         {"name": "a.whl", "digest": {"sha256": summed.stdout.split()[0]}}

@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> int:
             case ["release"]:
                 release()
             case ["sbom", file]:
-                install(None)
-                write_sbom(Path(file))
+                install(ROOT)
+                write_sbom(ROOT, Path(file))
             case _:
                 sys.stderr.write(f"usage: {__doc__}\n")
                 return 2
@@ -60,58 +60,56 @@ def release() -> None:
         folder.mkdir(parents=True)
     archive = BUILD / "source.tar"
     _git("archive", "--output", str(archive), "HEAD")
-    shutil.unpack_archive(archive, source, filter="data")
+    _run("tar", "--extract", "--file", archive, "--directory", source)
     environ = {**os.environ, "SOURCE_DATE_EPOCH": _git("log", "-1", "--format=%ct")}
     build = ["-m", "hatchling", "build", "--directory", str(DIST)]
     _run(sys.executable, *build, cwd=source, environ=environ)
     archives = sorted(DIST.iterdir())
     _run(sys.executable, "-m", "twine", "check", "--strict", *map(str, archives))
     (wheel,) = DIST.glob("*.whl")
-    install(wheel)
-    write_sbom(DIST / SBOM)
+    install(source)
+    try_wheel(wheel)
+    write_sbom(source, DIST / SBOM)
     subjects = [*archives, DIST / SBOM]
-    statement = provenance(subjects, commit)
+    statement = provenance(source, subjects, commit)
     (DIST / PROVENANCE).write_text(json.dumps(statement, indent=2) + "\n", encoding="utf-8")
     lines = [f"{digest(file)}  {file.name}\n" for file in (*subjects, DIST / PROVENANCE)]
     (DIST / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     sys.stdout.write("".join(lines))
 
 
-def install(wheel: Path | None) -> None:
-    """Make an environment with what the image holds; with a wheel, embed a text in it.
-
-    Raises CalledProcessError.
-    """
+def install(source: Path) -> None:
+    """Make an environment with the packages of the image. Raises CalledProcessError."""
     shutil.rmtree(IMAGE, ignore_errors=True)
-    _run(sys.executable, "-m", "venv", str(IMAGE))
-    python = IMAGE / "bin" / "python"
-    for name in ("pip", "image"):
-        pins = str(ROOT / "requirements" / f"{name}.txt")
-        _run(python, "-m", "pip", "install", "--quiet", "--require-hashes", "--requirement", pins)
-    if wheel is None:
-        return
-    _run(python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel))
+    _run(sys.executable, "-m", "venv", "--without-pip", str(IMAGE))
+    pins = str(source / "requirements" / "image.txt")
+    _install("--require-hashes", "--requirement", pins)
+
+
+def try_wheel(wheel: Path) -> None:
+    """Install a wheel into that environment, and embed a text. Raises CalledProcessError."""
+    _install("--no-deps", str(wheel))
     _run(IMAGE / "bin" / "embedding-proxy", "--version", cwd=BUILD)
     store = BUILD / "store"
     shutil.rmtree(store, ignore_errors=True)
     environ = {**os.environ, "XDG_DATA_HOME": str(store)}
     # From a folder without the sources, so that it is the wheel that runs.
-    _run(python, "-c", _SMOKE_TEST, cwd=BUILD, environ=environ)
+    _run(IMAGE / "bin" / "python", "-c", _SMOKE_TEST, cwd=BUILD, environ=environ)
 
 
-def write_sbom(file: Path) -> None:
+def write_sbom(source: Path, file: Path) -> None:
     """Write what that environment holds as CycloneDX. Raises CalledProcessError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _run(
         sys.executable, "-m", "cyclonedx_py", "environment", "--pyproject",
-        str(ROOT / "pyproject.toml"), "--output-reproducible", "--spec-version", "1.6",
+        str(source / "pyproject.toml"), "--output-reproducible", "--spec-version", "1.6",
         "--output-file", str(file), str(IMAGE / "bin" / "python"),
     )  # fmt: skip
 
 
-def provenance(files: list[Path], commit: str) -> dict[str, object]:
+def provenance(source: Path, files: list[Path], commit: str) -> dict[str, object]:
     """Return an in-toto statement about files: what they are made of, and how (SLSA provenance)."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [{"name": file.name, "digest": {"sha256": digest(file)}} for file in files],
@@ -125,7 +123,7 @@ def provenance(files: list[Path], commit: str) -> dict[str, object]:
                     {"name": "source", "digest": {"gitCommit": commit}},
                     *(
                         {"name": f"requirements/{file.name}", "digest": {"sha256": digest(file)}}
-                        for file in sorted((ROOT / "requirements").glob("*.txt"))
+                        for file in sorted((source / "requirements").glob("*.txt"))
                     ),
                 ],
             },
@@ -138,6 +136,11 @@ def digest(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _install(*arguments: str) -> None:
+    pip = ["-m", "pip", "--python", str(IMAGE / "bin" / "python"), "install", "--quiet"]
+    _run(sys.executable, *pip, *arguments)
 
 
 def _run(*command: str | Path, cwd: Path = ROOT, environ: dict[str, str] | None = None) -> None:
