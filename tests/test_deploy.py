@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from embedding_proxy.proxy.config.loader import load
+from fault_server import status
 from pages import ROOT
 from qdrant_server import QdrantServer
 
@@ -210,7 +211,9 @@ async def test_every_metric_that_is_asked_for_is_exported(upstream, start_proxy)
     async with QdrantServer() as qdrant:
         sections = {"models": {"m": MODEL}, "index": {"qdrant": {"url": qdrant.url}}}
         proxy = await start_proxy(openai=upstream, **sections)
-        assert (await proxy.post({"model": "m", "input": "a"})).status == 200
+        for text, found in (("a", 200), ("b", 402)):
+            assert (await proxy.post({"model": "m", "input": text})).status == found
+            upstream.script.append(status(402))
         await proxy.service.canaries.check()
         async with proxy.http.get(proxy.url.removesuffix("/v1") + "/metrics") as response:
             exported = await response.text()
