@@ -1,12 +1,13 @@
 # make demo and make test are all a newcomer needs: both set up .venv by themselves.
 PYTHON ?= python3
 BIN = .venv/bin
+RELEASE = build/release
 SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist worksteal
 
 # Where Python is told to keep nothing compiled, each of the many processes compiles everything.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills paths clients pins client-pins clean
+.PHONY: demo quick test mypy picture slow cover serve lint bench bench-10m profile torture damage pages full outage oracle fuzz index flow slow-clients kills paths clients pins client-pins audit sbom release deploy-check clean
 
 demo: .venv/demo
 	$(BIN)/embedding-proxy demo
@@ -41,6 +42,25 @@ serve: .venv/demo
 lint: mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory audit
+
+# Known vulnerabilities in what is pinned. Where nothing can be installed or asked, it says so and passes.
+audit:
+	@$(MAKE) --silent $(RELEASE)/done >/dev/null 2>&1 || \
+		echo "audit: pip-audit cannot be installed here: nothing was checked"
+	@[ ! -e $(RELEASE)/done ] || \
+		$(RELEASE)/bin/python tools/audit.py requirements/test.txt requirements/release.txt
+
+# What the image holds, as CycloneDX; and what is released, in dist/. docs/deploy.md tells of both.
+sbom: $(RELEASE)/done
+	$(RELEASE)/bin/python tools/release.py sbom build/sbom.cdx.json
+
+release: $(RELEASE)/done
+	$(RELEASE)/bin/python tools/release.py release
+
+# The files of deploy/, by the tools that read them, as far as the machine has these.
+deploy-check:
+	$(PYTHON) tools/check_deploy.py
 
 # mypy knows no `__path__`: it is shown the packages inside embedding_proxy/, by links.
 mypy: .venv/test
@@ -168,6 +188,13 @@ endif
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/test.txt
 	touch $@
 
+# What audits and releases, in an environment of its own.
+$(RELEASE)/done: requirements/pip.txt requirements/release.txt
+	$(PYTHON) -m venv --clear $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --require-hashes -r requirements/pip.txt
+	$(RELEASE)/bin/python -m pip install --quiet --require-hashes -r requirements/release.txt
+	touch $@
+
 # Brings the pins up to date with pyproject.toml and the newest releases; needs uv.
 PIN = uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --upgrade \
@@ -176,6 +203,9 @@ pins:
 	$(PIN) pyproject.toml --extra all --extra test --extra lint --group build -o requirements/test.txt
 	$(PIN) pyproject.toml --extra demo --group build -c requirements/test.txt -o requirements/demo.txt
 	$(PIN) --group installer -o requirements/pip.txt
+	$(PIN) pyproject.toml --extra local --extra qdrant -c requirements/test.txt -o requirements/image.txt
+	$(PIN) --group build -c requirements/test.txt -o requirements/build.txt
+	$(PIN) --group build --group release -c requirements/test.txt -o requirements/release.txt
 
 # The same for the clients that are tried; needs uv, npm, go and mvn. What CI installs has its hashes; go.sum
 # and package-lock.json have their own, and for Java every version stands in pom.xml.

@@ -30,7 +30,12 @@ INNER_PAGES = [
     ROOT / "CONTRIBUTING.md",
 ]
 """Those that name files of the code."""
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "tests" / "features.md"]
+LINKED = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "tests" / "features.md",
+]
 PYTHON = fenced((ROOT / "README.md").read_text(encoding="utf-8"), "python")
 TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 MESSAGES = [

@@ -110,6 +110,8 @@ class Passthrough:
         chunks = self._chunks(request, reply, idle_timeout)
         if not (is_good or request.method == "HEAD" or reply.status == 304):
             return await redacted_reply(reply.status, reason, headers, chunks, redactor)
+        # Tells a reverse proxy to pass each part on when it comes, as is done here.
+        headers["X-Accel-Buffering"] = "no"
         response = web.StreamResponse(status=reply.status, reason=reason, headers=headers)
         await response.prepare(request)
         try:

@@ -86,7 +86,8 @@ _NOT_FORWARDED_BEGINNINGS = (
 )
 # What an upstream says of its own origin would here be said of ours.
 _NOT_RETURNED = _HOP_BY_HOP | {"alt-svc", "strict-transport-security"}
-_NOT_RETURNED_BEGINNINGS = ("access-control-",)
+# x-accel- begins orders to the upstream's own reverse proxy, which one before us would obey.
+_NOT_RETURNED_BEGINNINGS = ("access-control-", "x-accel-")
 _LIST_SECONDS = 3.0
 _LIST_BYTES = 1 << 24
 

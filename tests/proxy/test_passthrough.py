@@ -236,12 +236,15 @@ async def test_the_replys_headers_are_the_upstreams(other, start):
         response.headers["Strict-Transport-Security"] = "max-age=1"
         response.headers["Alt-Svc"] = "h3"
         response.headers["Keep-Alive"] = "timeout=5"
+        response.headers["X-Accel-Redirect"] = "/internal"
+        response.headers["X-Accel-Buffering"] = "yes"
         return response
 
     other.act = act
     proxy = await start()
     async with proxy.http.get(f"{proxy.url}/x") as response:
         assert (response.status, response.reason) == (299, "Rather Fine")
+        assert response.headers.getall("X-Accel-Buffering") == ["no"]
         assert response.headers["x-request-id"] == "req_theirs"
         assert response.headers["x-ratelimit-remaining-tokens"] == "7"
         assert response.headers["Server"] == "theirs"
@@ -252,6 +255,7 @@ async def test_the_replys_headers_are_the_upstreams(other, start):
         "strict-transport-security",
         "alt-svc",
         "keep-alive",
+        "x-accel-redirect",
     }
 
 
