@@ -135,7 +135,7 @@ def test_nothing_is_killed_before_its_time_is_up():
 def test_a_reverse_proxy_is_more_patient_than_the_proxy(tmp_path):
     """Who gives up first is the proxy, which says why; and it sees bodies that are too large."""
     settings = _settings("systemd/config.yaml", tmp_path)
-    longest = max(settings.server.request_timeout_s, settings.passthrough_idle_s)
+    longest = max(settings.server.request_timeout_s, settings.passthrough_idle_timeout_s)
     for name in ("nginx/embedding-proxy.conf", "caddy/Caddyfile"):
         text = (DEPLOY / name).read_text(encoding="utf-8")
         assert int(re.search(r"read_timeout\s+(\d+)s", text)[1]) > longest
@@ -214,7 +214,7 @@ async def test_every_metric_that_is_asked_for_is_exported(upstream, start_proxy)
         for text, found in (("a", 200), ("b", 402)):
             assert (await proxy.post({"model": "m", "input": text})).status == found
             upstream.script.append(status(402))
-        await proxy.service.canaries.check()
+        await proxy.service.drift_check.check()
         async with proxy.http.get(proxy.url.removesuffix("/v1") + "/metrics") as response:
             exported = await response.text()
         await start_proxy.stop()
