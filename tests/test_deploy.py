@@ -38,7 +38,7 @@ RULES = yaml.safe_load((MONITORING / "alerts.yml").read_text(encoding="utf-8"))
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text(encoding="utf-8"))
 METRIC = re.compile(r"\bembedding_proxy_(\w+)")
 STORAGE = (ROOT / "docs" / "storage.md").read_text(encoding="utf-8")
-PATIENCE_S = int(re.search(r"supervisor should wait\s+(\d+) seconds", STORAGE)[1])
+PATIENCE_S = int(re.search(r"supervisor should wait\s+(\d+)\s+seconds", STORAGE)[1])
 MODEL = {"space": "s/m", "dimensions": 8, "routes": [{"provider": "openai", "model": "m"}]}
 
 

@@ -226,6 +226,8 @@ class Supervisor:
             for number in set(_HEARD) - {signal.SIGTERM}:
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+            # The parent speaks to systemd; it would refuse to hear a worker.
+            os.environ.pop("NOTIFY_SOCKET", None)
             os.close(life[1])
             ours.close()
             for other in self._workers:
