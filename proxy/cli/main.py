@@ -125,7 +125,8 @@ def serve(  # noqa: PLR0913, PLR0917 - its options
             if take_over:
                 control.ask(path, control.STOP)
             listener = control.listen(path)
-            typer.echo(f"export OPENAI_BASE_URL={server.base_url(listening)}")
+            url = server.base_url(listening, is_encrypted=settings.server.tls is not None)
+            typer.echo(f"export OPENAI_BASE_URL={url}")
             return listener
 
         def work(

@@ -9,6 +9,7 @@ from embedding_proxy.providers import descriptors, local, registry
 from embedding_proxy.proxy.config.loader import ConfigError, Configuration
 from embedding_proxy.proxy.config.own_address import check_own_address
 from embedding_proxy.proxy.config.schema import Settings
+from embedding_proxy.proxy.http import tls
 from embedding_proxy.proxy.service.provider_factory import check_network, key_of
 from embedding_proxy.proxy.service.storage import GIB
 
@@ -40,6 +41,9 @@ def check_environment(configuration: Configuration) -> None:
     except ConfigError as error:
         problems += error.problems
     settings = configuration.settings
+    if settings.server.tls is not None and (found := tls.problem(settings.server.tls)) is not None:
+        key, message = found
+        problems.append(configuration.problem(("server", "tls", *filter(None, [key])), message))
     providers = {} if settings.cache.mode == "frozen" else settings.providers
     for name, entry in providers.items():
         if entry is None or entry.kind == registry.LOCAL:

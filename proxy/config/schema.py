@@ -70,12 +70,20 @@ class ClientKey(Section):
         return value
 
 
+class Tls(Section):
+    """The certificate that clients see, and its key: PEM files."""
+
+    cert: FilePath
+    key: FilePath
+
+
 class Server(Section):
     """Where clients connect, and what they may send."""
 
     host: Name = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
+    tls: Tls | None = None
     max_body_mib: Annotated[Number, Field(gt=0, le=1e5)] = 64
     allow_oversize: bool = True
     head_timeout_s: Annotated[Number, Field(gt=0)] = 10

@@ -9,6 +9,7 @@ they were sent: who wants them decompressed does so (`request_body`).
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import perf_counter
@@ -223,12 +224,19 @@ class Runner:
             server.close()
 
     async def listen(
-        self, listening: socket.socket | None = None, host: str = "127.0.0.1", port: int = 0
+        self,
+        listening: socket.socket | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Accept connections on a socket, or on an address."""
+        """Accept connections on a socket, or on an address; encrypted if `tls` is given."""
         loop = asyncio.get_running_loop()
         where = {"host": host, "port": port} if listening is None else {"sock": listening}
-        server = await loop.create_server(lambda: Connection(self), backlog=_BACKLOG, **where)
+        server = await loop.create_server(
+            lambda: Connection(self), backlog=_BACKLOG, ssl=tls, **where
+        )
         self._listening.append(server)
 
     async def cleanup(self) -> None:

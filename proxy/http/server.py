@@ -18,7 +18,7 @@ from embedding_proxy.proxy.config.errors import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http.runner import Runner
 
-from . import control
+from . import control, tls
 from .app import SERVICE, build_app
 from .control import Listener, Reply, Request, WorkerRequest
 from .status import READINESS
@@ -101,7 +101,7 @@ def take_over(settings: Settings) -> socket.socket:
     return sockets[0]
 
 
-def base_url(listening: socket.socket) -> str:
+def base_url(listening: socket.socket, *, is_encrypted: bool = False) -> str:
     """Return the base URL for clients of this machine, with the port that was really taken.
 
     A socket that listens on all addresses (0.0.0.0, ::) is reached by the loopback address.
@@ -109,7 +109,7 @@ def base_url(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     host = _LOOPBACK.get(host, host)
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}/v1"
+    return f"{'https' if is_encrypted else 'http'}://{shown}:{port}/v1"
 
 
 def unchangeable(old: Settings, new: Settings, listening: socket.socket) -> list[str]:
@@ -123,6 +123,7 @@ def unchangeable(old: Settings, new: Settings, listening: socket.socket) -> list
         ("server.host", old.server.host, new.server.host),
         ("server.port", old.server.port, new.server.port),
         ("server.workers", old.server.workers, new.server.workers),
+        ("server.tls", _on_or_off(old), _on_or_off(new)),
         ("cache.directory", old.cache.directory, new.cache.directory),
     )
     return [
@@ -131,6 +132,10 @@ def unchangeable(old: Settings, new: Settings, listening: socket.socket) -> list
         for key, before, after in pairs
         if before != after
     ]
+
+
+def _on_or_off(settings: Settings) -> str:
+    return "off" if settings.server.tls is None else "on"
 
 
 class Instance:
@@ -143,6 +148,7 @@ class Instance:
         """Signals, and what is asked through the control socket."""
         self._load = load
         self._listening = listening
+        self._tls = None if settings.server.tls is None else tls.make_context(settings.server.tls)
         self._app = build_app(settings)
         self._runner = Runner(self._app, shutdown_timeout=settings.server.grace_s)
 
@@ -150,7 +156,7 @@ class Instance:
         """Open all, and answer requests from now on. Raises StoreError, ConfigError."""
         await self._runner.setup()
         try:
-            await self._runner.listen(self._listening)
+            await self._runner.listen(self._listening, tls=self._tls)
         except BaseException:
             await self._runner.cleanup()
             raise
@@ -166,6 +172,8 @@ class Instance:
             settings = await asyncio.to_thread(self._load)
             problems = unchangeable(self.settings, settings, self._listening)
             if not problems:
+                if self._tls is not None and settings.server.tls is not None:
+                    tls.load(self._tls, settings.server.tls)
                 app = build_app(settings, self._app[SERVICE].successor(settings))
                 await self._runner.replace(app, _drain)
                 self.settings, self._app = settings, app

@@ -4,8 +4,10 @@ import asyncio
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import termios
@@ -17,24 +19,28 @@ from embedding_proxy.proxy.config.loader import load
 from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.http import control, server, systemd
 from embedding_proxy.proxy.http.server import Instance, base_url, listen
+from pages import ROOT
 from reload_trial import run
 
 GOOD = {"model": "text-embedding-3-small", "input": "a"}
 OTHER = {"model": "text-embedding-3-small", "input": "b"}
 
 
+TLS = ROOT / "tests" / "data" / "tls"
+
+
 class Running:
     """A proxy in this process, whose configuration file may be written anew."""
 
-    def __init__(self, folder, upstream):
+    def __init__(self, folder, upstream, **server_keys):
         self.folder, self.upstream = folder, upstream
         self.file = folder / "config.yaml"
-        self.write()
+        self.write(**server_keys)
         self.listening = listen(load(self.file, purpose="serve"))
         self.url = base_url(self.listening)
         self.instance = None
 
-    def write(self, text=None, **server_keys):
+    def write(self, text=None, /, **server_keys):
         content = {
             "server": {"port": 0, **server_keys},
             "cache": {"directory": str(self.folder / "cache")},
@@ -166,6 +172,46 @@ async def test_a_stopping_proxy_says_so_and_still_answers(running, session):
     assert await end is signal.SIGTERM
 
 
+async def test_a_certificate_is_renewed_by_a_reload(tmp_path, upstream, session, monkeypatch):
+    """New connections see the new one, open ones go on; a wrong pair changes nothing."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    shutil.copy(TLS / "server.crt", cert)
+    shutil.copy(TLS / "server.key", key)
+    proxy = Running(tmp_path, upstream, tls={"cert": str(cert), "key": str(key)})
+    url = base_url(proxy.listening, is_encrypted=True)
+    assert url.startswith("https://")
+
+    def seen():
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with (
+            socket.create_connection(proxy.listening.getsockname()) as plain,
+            context.wrap_socket(plain) as encrypted,
+        ):
+            return encrypted.getpeercert(binary_form=True)
+
+    async with Instance(proxy.load(), proxy.listening, proxy.load) as instance:
+        trusted = ssl.create_default_context(cafile=TLS / "ca.pem")
+        trusted.check_hostname = False
+        for _ in range(3):
+            response = await session.post(f"{url}/embeddings", json=GOOD, ssl=trusted)
+            assert response.status == 200
+        assert response.headers["x-cache"] == "hit"
+        first = await asyncio.to_thread(seen)
+        cert.write_text("no certificate")
+        reply = await instance.reload()
+        assert reply.code == 2
+        assert "are no certificate and its key" in reply.lines[0]
+        assert await asyncio.to_thread(seen) == first
+        shutil.copy(TLS / "other.crt", cert)
+        assert (await instance.reload()).code == 0
+        assert await asyncio.to_thread(seen) != first
+        assert (await session.post(f"{url}/embeddings", json=GOOD, ssl=trusted)).status == 200
+        proxy.write()
+        assert "server.tls: cannot change" in (await instance.reload()).lines[0]
+
+
 async def test_the_control_socket(running, tmp_path):
     """Reload, the listening socket, an unknown word, and the end."""
     path = control.socket_path(tmp_path / "cache", 1)
@@ -294,3 +340,13 @@ def test_the_command_reload(tmp_path):
             assert "nonsense: unknown key" in said
         finally:
             process.kill()
+
+
+def test_a_wrong_certificate_is_named_with_file_and_line(tmp_path):
+    """As all mistakes of a configuration."""
+    file = tmp_path / "config.yaml"
+    file.write_text("server:\n  port: 0\n  tls:\n    cert: none.pem\n    key: none.key\n")
+    command = [sys.executable, "-m", "embedding_proxy", "serve", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{file}:4: server.tls.cert: {tmp_path / 'none.pem'} cannot be read" in done.stderr
