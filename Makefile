@@ -77,57 +77,57 @@ picture:
 ROUNDS ?= 2000
 SEED ?= 1
 torture: .venv/test
-	PYTHONPATH=. $(BIN)/python tests/torture.py $(ROUNDS) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/torture.py $(ROUNDS) $(SEED)
 
 # Bits flipped and files cut, in copies of a small store.
 FLIPS ?= 10000
 CUTS ?= 1000
 damage: .venv/test
-	PYTHONPATH=. $(BIN)/python tests/damage.py $(FLIPS) $(CUTS) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/damage.py $(FLIPS) $(CUTS) $(SEED)
 
 # One page of the database damaged under two processes, ROUNDS times: what lay on it is lost, no more.
 # A round that failed names its seed: make pages ROUNDS=1 SEED=that.
 pages: ROUNDS = 1000
 pages: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/page_damage.py $(ROUNDS) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/page_damage.py $(ROUNDS) $(SEED)
 
 # A store of SIZE_MIB at its limit, 30 % of it pinned, under a mixed load of two workers for SECONDS,
 # beside one that has room: some twelve minutes, and 4 GiB on disk (in BENCH_DIR, if that is set).
 SECONDS ?= 600
 SIZE_MIB ?= 1024
 full: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/full_store.py $(SECONDS) $(SIZE_MIB) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/full_store.py $(SECONDS) $(SIZE_MIB) $(SEED)
 
 # The first provider killed and revived KILLS times under load; then both dead, three ways.
 KILLS ?= 100
 outage: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/outage.py flap $(KILLS)
-	PYTHONPATH=.:tests $(BIN)/python tests/outage.py dead 15
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/outage.py flap $(KILLS)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/outage.py dead 15
 
 # Mixed requests of every form by many clients at once, against an oracle.
 REQUESTS ?= 100000
 oracle: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/oracle.py $(REQUESTS) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/oracle.py $(REQUESTS) $(SEED)
 
 # Malformed requests, at the proxy with its fast path and without it: both answer alike, with errors in
 # OpenAI's shape.
 fuzz: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/fuzz.py $(REQUESTS) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/fuzz.py $(REQUESTS) $(SEED)
 
 # kill -9 amid a migration, MIGRATE_KILLS times, and the same command again; the suite does a few.
 MIGRATE_KILLS ?= 20
 kills: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/migrate_kills.py $(MIGRATE_KILLS) $(SEED)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/migrate_kills.py $(MIGRATE_KILLS) $(SEED)
 
 # Texts indexed while Qdrant is away for a while and the proxy is killed twice; with QDRANT_URL, there.
 TEXTS ?= 5000
 index: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/index_trial.py $(TEXTS)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/index_trial.py $(TEXTS)
 
 # MEGABYTES passed through the proxy, up and down: how fast, and in how much memory.
 MEGABYTES ?= 100
 flow: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/flow.py $(MEGABYTES)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/flow.py $(MEGABYTES)
 
 # CONNECTIONS that send a head or a body one byte a second, or do not read their reply: when each is closed,
 # what a healthy client notices, and the memory they take: some three minutes.
@@ -140,8 +140,8 @@ slow-clients: .venv/test
 # only these.
 CLIENTS ?=
 clients: .venv/test
-	PYTHONPATH=.:tests $(BIN)/python tests/client_trial.py $(CLIENTS)
-	PYTHONPATH=.:tests $(BIN)/python tests/client_failures.py $(CLIENTS)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/client_trial.py $(CLIENTS)
+	PYTHONPATH=.:tests:tests/trials $(BIN)/python tests/trials/client_failures.py $(CLIENTS)
 
 # The figures of this machine against their targets: all of them, or ONLY=T1,T3. ROUNDS=3 is quick and
 # rough, PEERS=litellm measures LiteLLM too, RECORD=yes puts a whole run onto the pages.

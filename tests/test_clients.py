@@ -85,7 +85,7 @@ async def test_a_client_gets_the_upstreams_vectors_and_pays_once(client, tmp_pat
     if not client_environments.is_made(client.environment):
         # CI makes it beforehand: there a client that is not tried is a failure.
         assert os.environ.get("CI") != "true", f"{client.environment} is not made"
-        pytest.skip("not installed: python tests/client_environments.py")
+        pytest.skip("not installed: python tests/trials/client_environments.py")
     found = await trial(replace(client, many=min(client.many, MOST)), tmp_path)
     assert found.wrong == []
     assert found.first == found.texts > min(client.many, MOST)

@@ -70,9 +70,10 @@ async def test_killed_amid_purchases(tmp_path, upstream):
 
 
 def _run_script(name, *arguments):
-    """Run one of the long trials beside this file, for a short time; return what it printed."""
-    script = Path(__file__).with_name(name)
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    """Run one of the long trials for a short time; return what it printed."""
+    script = Path(__file__).parent / "trials" / name
+    folders = (ROOT, ROOT / "tests", script.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

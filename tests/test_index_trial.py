@@ -1,4 +1,4 @@
-"""tests/index_trial.py scaled down: the proxy killed twice, Qdrant away for a while, in CI."""
+"""trials/index_trial.py scaled down: the proxy killed twice, Qdrant away for a while, in CI."""
 
 import index_trial
 import pytest

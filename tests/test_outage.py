@@ -1,4 +1,4 @@
-"""A few rounds of tests/outage.py: real sockets, fifty clients, providers that come and go."""
+"""A few rounds of trials/outage.py: real sockets, fifty clients, providers that come and go."""
 
 import outage
 

@@ -18,7 +18,7 @@ KINDS = 30
 
 def test_a_damaged_page_costs_what_lay_on_it():
     """Whatever kind of page it is: the other entries, the sums and the files beside it stay."""
-    path = os.pathsep.join(map(str, (SCRIPT.parents[1], SCRIPT.parent)))
+    path = os.pathsep.join(map(str, (SCRIPT.parents[2], SCRIPT.parents[1], SCRIPT.parent)))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(KINDS), "1", "2"],
         env={**os.environ, "PYTHONPATH": path},

@@ -1,7 +1,7 @@
 """The providers fail and the clients go on: what clients see, and what the providers get.
 
-python tests/outage.py flap KILLS    the first provider dies and lives again so often, under load
-python tests/outage.py dead SECONDS  both are down: a crowd, a trickle and a burst, one by one
+python outage.py flap KILLS    the first provider dies and lives again so often, under load
+python outage.py dead SECONDS  both are down: a crowd, a trickle and a burst, one by one
 
 The suite runs a few rounds of each, `make outage` a hundred. All of it goes over real sockets.
 """

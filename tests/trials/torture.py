@@ -1,6 +1,6 @@
 """kill -9 at random moments of a write load of two processes on one store, again and again.
 
-python tests/torture.py ROUNDS — the suite runs a few rounds, `make torture` two thousand. What was
+python torture.py ROUNDS — the suite runs a few rounds, `make torture` two thousand. What was
 acknowledged is noted in a log outside the store, and every round must find all of it, unharmed.
 In the end the ledger must have the charge of every record that is there.
 """

@@ -1,6 +1,6 @@
 """Bits flipped, files cut, at random: nothing wrong is served, nothing fails, the rest still hits.
 
-python tests/damage.py FLIPS CUTS SEED — the suite runs a few, `make damage` ten thousand and one
+python damage.py FLIPS CUTS SEED — the suite runs a few, `make damage` ten thousand and one
 thousand. Each round takes a good store, harms its database or its write-ahead log in one place,
 opens it, asks for everything, and writes and reads something new.
 """

@@ -1,6 +1,6 @@
 """A fault of the disk, under load, below a proxy that is a process of its own.
 
-python tests/disk_faults.py FAULT SECONDS — the suite runs some for two seconds, with the proxy's
+python disk_faults.py FAULT SECONDS — the suite runs some for two seconds, with the proxy's
 waits cut to a twentieth. Clients buy and read for a quarter of the time, then the fault begins;
 they go on for half of it, are silent for the rest, and the fault ends. No request may fail, no
 vector be wrong, nothing be bought twice, the silent proxy use no processor to speak of; and all
@@ -31,7 +31,7 @@ import aiohttp
 from embedding_proxy.cache.key import FORMAT
 from fault_server import FaultServer, vector_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = "text-embedding-3-small"
 CLIENTS = 4
 BATCH = 100

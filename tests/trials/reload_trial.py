@@ -1,6 +1,6 @@
 """Reloads, hand-overs and restarts under load: every request of every client is answered.
 
-    PYTHONPATH=.:tests python tests/reload_trial.py --reloads 100 --hand-overs 20 --workers 2
+    PYTHONPATH=.:tests:tests/trials python reload_trial.py --reloads 100 --hand-overs 20 --workers 2
 
 Clients keep their connections, and try nothing twice.
 """

@@ -1,6 +1,6 @@
 """kill -9 at random moments of `migrate run`, and the same command again, until it is through.
 
-python tests/migrate_kills.py KILLS [SEED] — the suite does a few, `make kills` twenty. A moment is
+python migrate_kills.py KILLS [SEED] — the suite does a few, `make kills` twenty. A moment is
 the arrival of a request, at Qdrant or at the provider; half of those then take effect, and half are
 lost. Nothing may be bought twice: a process that outlives the kill keeps what is on its way.
 """

@@ -1,6 +1,6 @@
 """Mixed requests of every form against an oracle: no vector is wrong, misplaced or bought twice.
 
-python tests/oracle.py REQUESTS SEED — the suite runs some hundred, `make oracle` 100,000.
+python oracle.py REQUESTS SEED — the suite runs some hundred, `make oracle` 100,000.
 Many clients at once ask one proxy, in a process of its own, for texts and token arrays, in both
 encodings, at many widths, with duplicates, with and without a parameter, from two namespaces, and
 often again in the very same bytes, which the proxy may answer without parsing anything. The
@@ -31,7 +31,7 @@ from aiohttp import web
 from fault_server import Call, FaultServer, status, vector_of
 from splintr import Tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLIENTS = 24
 NARROWEST, WIDTH = 2, 48
 TEXTS = 3000

@@ -1,6 +1,6 @@
 """Two processes that read and write one store as fast as they can: every count is exact in the end.
 
-python tests/mixed_load.py OPERATIONS SEED — the suite runs some thousand, a full run is 100,000.
+python mixed_load.py OPERATIONS SEED — the suite runs some thousand, a full run is 100,000.
 First through two workers behind one port, requests of one and of many inputs, known and new ones,
 some of them twice; then, without the proxy around it, through two processes that each have the
 store open. Nobody may meet a lock, nothing known may be bought, and nothing be counted wrong.
@@ -30,7 +30,7 @@ from embedding_proxy.cache.key import FORMAT, Partition
 from embedding_proxy.cache.ledger import LedgerKey, Usage
 from fault_server import FaultServer, tokens_of, vector_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL, WIDTH = "m", 64
 PROCESSES = 2
 CLIENTS = 12

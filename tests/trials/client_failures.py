@@ -1,6 +1,6 @@
 """How the real clients give up: directly at an upstream that fails as OpenAI does, or at the proxy.
 
-    python tests/client_failures.py [NAME...]
+    python client_failures.py [NAME...]
 
 Each client makes one embeddings request with its default retries: once at the upstream itself, once
 at a proxy in front of the same upstream. It has to give up or wait as it does directly, within

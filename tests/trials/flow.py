@@ -1,6 +1,6 @@
 """Large bodies through the proxy, up and down: how fast, and how much memory it takes.
 
-    python tests/flow.py [MEGABYTES]
+    python flow.py [MEGABYTES]
 
 The proxy is a process of its own; what is said of its memory is the peak beyond that at rest, read
 from /proc (Linux). `tests/test_flow.py` does the same with less.
@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp import web
 from any_server import AnyServer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MB = 1_000_000
 PIECE = bytes(range(250)) * 4000
 

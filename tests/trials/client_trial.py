@@ -1,6 +1,6 @@
 """The real clients, as people set them up, at the upstream itself and then twice at the proxy.
 
-    python tests/client_trial.py [NAME...]
+    python client_trial.py [NAME...]
 
 Each is a script in tests/clients/ that knows only an address and a key. What it gets through the
 proxy has to be what it gets from the upstream, to the last bit; the first time each distinct text

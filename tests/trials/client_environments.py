@@ -1,6 +1,6 @@
 """Makes the environments of the clients that are tried: in .clients/, and for Node in place.
 
-    python tests/client_environments.py [NAME...]
+    python client_environments.py [NAME...]
 
 Without a name, those that CI tries. One that was made from the same pins is left as it is. For
 those of Python and Node nothing is needed of the machine but Python: uv, Node and npm come from the
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PINS = HERE / "clients" / "pins"
 NODE = HERE / "clients" / "node"
 GO = HERE / "clients" / "go"

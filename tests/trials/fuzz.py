@@ -1,6 +1,6 @@
 """100,000 malformed requests: each gets a right answer, and both paths answer alike.
 
-python tests/fuzz.py REQUESTS SEED — the suite runs some hundred, `make fuzz` 100,000 at each path.
+python fuzz.py REQUESTS SEED — the suite runs some hundred, `make fuzz` 100,000 at each path.
 Two proxies, each a process of its own in front of an upstream of its own, get the same bytes: one
 with the fast path (`server.fast_path`), one without. Three kinds of cases: requests drawn by
 hypothesis, well-formed and malformed requests split at every byte, and what schemathesis makes of

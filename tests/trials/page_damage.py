@@ -1,6 +1,6 @@
 """One page of the database damaged under two processes that use it: only what lay on it is lost.
 
-python tests/page_damage.py ROUNDS SEED [STEP] — `make pages` a thousand rounds, the suite a few.
+python page_damage.py ROUNDS SEED [STEP] — `make pages` a thousand rounds, the suite a few.
 Each round takes a copy of a good store, has two processes read and write it at full speed, and
 damages one page in place: zeroed, filled with noise, or 64 bytes of it overwritten. In one of four
 rounds the page is damaged before the processes open the store. Then every known entry is read three
@@ -8,7 +8,7 @@ times: by the processes, by them again after the salvage, and from the store ope
 written and charged is noted in a log outside the store.
 
 The rounds have the seeds SEED, SEED + STEP and so on: a round that failed is run again alone with
-`python tests/page_damage.py 1 ITS_SEED`. Rounds of an even seed choose among all pages alike; the
+`python page_damage.py 1 ITS_SEED`. Rounds of an even seed choose among all pages alike; the
 others go through the kinds of pages by turns, so that the rare ones come up as well.
 """
 

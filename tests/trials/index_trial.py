@@ -1,6 +1,6 @@
 """Texts embedded with indexing on, while Qdrant is away for a part of the time and the proxy dies.
 
-python tests/index_trial.py TEXTS [WORKERS] — the suite runs a few, `make index` 5,000 of them.
+python index_trial.py TEXTS [WORKERS] — the suite runs a few, `make index` 5,000 of them.
 
 The proxy is killed with kill -9 twice, once while Qdrant is away and once while it is there. A
 client whose connection breaks asks again, as OpenAI's clients do; any answer but 200 is a failure.

@@ -1,6 +1,6 @@
 """A store at its limit, part of it pinned, under a mixed load: what a client and the disk see.
 
-python tests/full_store.py SECONDS SIZE_MIB SEED — `make full` takes ten minutes and 1 GiB.
+python full_store.py SECONDS SIZE_MIB SEED — `make full` takes ten minutes and 1 GiB.
 
 Two proxies with two workers each stand before one provider. The store of the one is full: 30 % of
 its limit belongs to a pinned namespace. That of the other holds the same, and has room. Clients
@@ -48,7 +48,7 @@ from fault_server import FaultServer, vector_of
 
 from tests.cache.fakes import entries_in
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL, WIDTH = "text-embedding-3-small", 1536
 ENTRY_BYTES = 6600
 """About what an entry takes in the file."""
@@ -441,7 +441,7 @@ async def through_stores(folder: Path, groups: int, size_mib: int) -> dict[str, 
     """Have two processes use a full store; return what is wrong, and some figures."""
     limit, directory = size_mib << 20, folder / "store"
     pinned = int(PINNED_SHARE * limit / ENTRY_BYTES)
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "trials")))
     wrong: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     most = 0
