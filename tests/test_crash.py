@@ -10,6 +10,7 @@ from pathlib import Path
 
 import openai
 from own_process import own_process
+from pages import ROOT
 
 MODEL = "text-embedding-3-small"
 
