@@ -83,12 +83,13 @@ class _Reuse:
 
     def __call__(self) -> bool:
         hit, tiers = self.hit, self.hit.tiers
-        now = tiers.memory.clock()
-        if tiers.memory.epoch != self.epoch or now >= self.expires:
+        memory, addresses = tiers.memory, hit.keys.addresses
+        now = memory.clock()
+        if memory.epoch != self.epoch or now >= self.expires:
             return False
         if not 0 <= now - self.noted < TOUCH_S:
             self.noted = now
-            tiers.note(hit.keys.addresses, hit.partition)
-        tiers.counters.memory_hits += len(hit.keys)
+            tiers.note(addresses, hit.partition)
+        tiers.counters.memory_hits += len(addresses)
         tiers.count(hit.heading, hit.usage)
         return True

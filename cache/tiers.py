@@ -67,7 +67,7 @@ class Tiers:
     """Entries by key. For one thread: the event loop's."""
 
     def __init__(self, memory: Memory, store: Store) -> None:
-        self._memory = memory
+        self.memory = memory
         self._store = store
         store.on_purge = memory.clear
         self.counters = TierCounters()
@@ -111,7 +111,7 @@ class Tiers:
         """
         if terms.max_age <= 0:
             return Lookup(keys, [None] * len(keys), list(range(len(keys))))
-        entries, missing = self._memory.lookup(
+        entries, missing = self.memory.lookup(
             keys, 4 * partition.dimensions, time.time() - terms.max_age, is_noted=terms.write
         )
         lookup = Lookup(keys, entries, missing)
@@ -152,7 +152,7 @@ class Tiers:
                 missing.append(index)
                 continue
             if terms.write:
-                self._memory.put(address, entry, found.stored)
+                self.memory.put(address, entry, found.stored)
             lookup.entries[index] = entry
         lookup.disk_hits = len(lookup.missing) - len(missing)
         lookup.missing = missing
@@ -176,14 +176,9 @@ class Tiers:
         else:
             self._store.touch(keys.addresses, partition)
 
-    @property
-    def memory(self) -> Memory:
-        """The first tier."""
-        return self._memory
-
     def note(self, addresses: Sequence[bytes], partition: Partition) -> None:
         """Note that entries were used."""
-        self._memory.note(addresses)
+        self.memory.note(addresses)
         self._store.touch(addresses, partition)
 
     def _warn_of_width(self, raw: bytes, dimensions: int) -> None:
@@ -211,7 +206,7 @@ class Tiers:
             records = {key.address: record.encode(entry) for key, entry in some.items()}
             await self._store.put_many(records, partition)
             for key, entry in some.items():
-                self._memory.put(key.address, entry)
+                self.memory.put(key.address, entry)
 
     def count(self, heading: LedgerKey, usage: Usage) -> None:
         """Add to the sums of what was answered."""

@@ -99,7 +99,7 @@ async def test_canaries_are_billed_at_once(upstream, start_proxy):
     proxy = await start_proxy(openai=upstream)
     assert (await proxy.post({"model": MODEL, "input": "a"})).status == 200
     await proxy.service.drift_check.check()
-    await proxy.service._registry._in_flight.close()
+    await proxy.service._registry.in_flight.close()
     bills = dict(await proxy.service.ledger([By.NAMESPACE]))
     charged = sum(map(tokens_of, upstream.inputs)) - tokens_of("a")
     assert len(upstream.calls) == 3

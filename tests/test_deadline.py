@@ -170,7 +170,7 @@ async def test_a_share_of_the_time_ends_no_call(upstream, second, start_proxy, m
     assert (await request).headers["x-embedding-provider"] == "openrouter"
     upstream.gate.set()
     await until(lambda: not under_way(proxy))
-    await proxy.service._registry._in_flight.close()
+    await proxy.service._registry.in_flight.close()
     assert (len(upstream.calls), len(second.calls)) == (1, 1)
     assert await billed(proxy) == (2 * tokens_of("a"), 1)
 
@@ -185,7 +185,7 @@ async def test_the_slower_of_two_routes_side_by_side_is_billed(upstream, second,
     assert (await ask(proxy)).headers["x-embedding-provider"] == "openrouter"
     reply.may_end.set()
     await until(lambda: not under_way(proxy))
-    await proxy.service._registry._in_flight.close()
+    await proxy.service._registry.in_flight.close()
     assert await billed(proxy) == (2 * tokens_of("a"), 1)
 
 
@@ -253,7 +253,7 @@ async def test_the_call_that_proves_a_key_is_waited_for_by_the_next_request(
     await move(REQUEST_S + 1)
     assert (await request).status == 504
     again = ask(proxy, **key, **{"Cache-Control": control})
-    in_flight = proxy.service._registry._in_flight
+    in_flight = proxy.service._registry.in_flight
     await until(lambda: any(fetch.waiters for fetch in in_flight._fetches.values()))
     await until(lambda: len(upstream.calls) == calls)
     reply.may_end.set()
@@ -367,7 +367,7 @@ async def test_a_call_that_was_not_sent_ends_at_once_when_the_proxy_stops(upstre
     first = ask(proxy)
     await until(lambda: upstream.calls)
     second = ask(proxy, "b")
-    await until(lambda: len(proxy.service._registry._in_flight) == 2)
+    await until(lambda: len(proxy.service._registry.in_flight) == 2)
     stop = await stopping(start_proxy, proxy)
     await some_turns()
     assert not stop.done()

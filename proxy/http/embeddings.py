@@ -8,7 +8,6 @@ import orjson
 from aiohttp import web
 from embedding_proxy.providers.base import Vector
 from embedding_proxy.providers.billing import NANO
-from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.proxy.http.pace import UnreadReplies
 from embedding_proxy.proxy.http.request_log import MODEL, USD
 from embedding_proxy.proxy.http.response_cache import (
@@ -96,15 +95,9 @@ class Embeddings:
             request[CONTEXT] = RequestContext(caller, control, model)
         return await self._send(request, hits, result.embedded.vectors)
 
-    def parse_sync(
-        self, body: bytes, context: RequestContext
-    ) -> tuple[EmbeddingRequest, bytes] | None:
+    def parse_sync(self, body: bytes, context: RequestContext) -> tuple[EmbeddingRequest, bytes]:
         """Return what a body asks for, and what of it decides the answer; see `SyncHandler`."""
-        try:
-            asked = openai_format.parse(body, self._max_inputs, context.model)
-        except EmbeddingError:
-            # It is raised again by whoever tells of it.
-            return None
+        asked = openai_format.parse(body, self._max_inputs, context.model)
         if len(asked.inputs) > _FEW or asked.parameters or asked.index is not NO_INDEX_OPTIONS:
             return asked, b""
         essence = (asked.model, asked.encoding, asked.dimensions, asked.inputs)
@@ -114,11 +107,7 @@ class Embeddings:
         self, asked: EmbeddingRequest, context: RequestContext
     ) -> CachedResponse | None:
         """Answer one request if nothing has to be waited for; see `SyncHandler`."""
-        try:
-            result = self._service.embed_from_cache(asked, context.caller, context.control)
-        except EmbeddingError:
-            # It is raised again by whoever tells of it.
-            return None
+        result = self._service.embed_from_cache(asked, context.caller, context.control)
         if result is None:
             return None
         hits, vectors = self._hits(asked, result), result.embedded.vectors

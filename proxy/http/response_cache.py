@@ -22,6 +22,7 @@ from aiohttp import web
 from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
+from embedding_proxy.providers.errors import EmbeddingError
 from embedding_proxy.providers.lru_cache import LRUCache
 from embedding_proxy.proxy.service.request import Client, EmbeddingRequest
 
@@ -102,14 +103,12 @@ class RequestKey:
 
 
 class SyncHandler(Protocol):
-    """Answers requests for which nothing has to be awaited."""
+    """Answers requests for which nothing has to be awaited. Raises EmbeddingError."""
 
-    def parse_sync(
-        self, body: bytes, context: RequestContext
-    ) -> tuple[EmbeddingRequest, bytes] | None:
+    def parse_sync(self, body: bytes, context: RequestContext) -> tuple[EmbeddingRequest, bytes]:
         """Return what a body asks for, and the bytes of all in it that decides the answer.
 
-        No bytes if it is too much to be answered at once. None if it is malformed.
+        No bytes if it is too much to be answered at once.
         """
 
     def handle_sync(
@@ -165,15 +164,13 @@ class ResponseCache:
         context = self.heads.get(key.head)
         if context is None or self.handler is None:
             return None
-        parsed = self.handler.parse_sync(body, context)
-        if parsed is None:
-            return None
-        key.embedding_request, essence = parsed
-        if not essence:
-            return None
-        return self._answer(
-            key, essence, partial(self.handler.handle_sync, key.embedding_request, context)
-        )
+        try:
+            request, essence = self.handler.parse_sync(body, context)
+            key.embedding_request = request
+            handle = partial(self.handler.handle_sync, request, context)
+            return self._answer(key, essence, handle) if essence else None
+        except EmbeddingError:
+            return None  # It is raised again where the client is told.
 
     def _answer(
         self, key: RequestKey, essence: bytes, handle: Callable[[], CachedResponse | None]

@@ -285,9 +285,6 @@ async def serve(
             # What has been made so far stays for good: to look it all through for garbage, now and
             # then, would be a pause of tens of milliseconds for everybody.
             gc.freeze()
-            # Kept responses are new objects, too. To look for garbage among each 700 of them, as
-            # Python does by default, takes a twentieth of the time of such a hit.
-            gc.set_threshold(10_000)
             listener = announce()
             notify("READY=1")
             watchdog = asyncio.create_task(keep_watchdog_calm()) if channel is None else None

@@ -183,7 +183,7 @@ async def test_an_entry_that_is_too_old_is_bought_anew():
 async def test_an_entry_too_old_in_memory_may_be_newer_on_disk():
     """Another process has bought it since: the disk is read before anything is bought."""
     rig = Rig(Changing())
-    rig.tiers._memory = Memory(MIB, clock=lambda: time.time() - 90)
+    rig.tiers.memory = Memory(MIB, clock=lambda: time.time() - 90)
     await ask(rig, "a")
     rig.store.stored = time.time() - 30
     assert await ask(rig, "a", context=MINUTE) == ([HIT], [0])
@@ -235,7 +235,7 @@ async def test_nothing_stays_of_a_request_without_a_trace(context):
     assert len(rig.in_flight) == 0
     rig.inner.gate.open()
     assert (await request).outcomes == [MISS, MISS, DUPLICATE]
-    assert (rig.store.records, rig.store.touched, len(rig.tiers._memory)) == ({}, set(), 0)
+    assert (rig.store.records, rig.store.touched, len(rig.tiers.memory)) == ({}, set(), 0)
     cost = tokens_of("a") + tokens_of("b")
     assert rig.store.usage._replace(nanodollars_billed=0) == Usage(
         misses=2, duplicates=1, tokens_billed=cost, tokens_saved=tokens_of("a")
@@ -263,7 +263,7 @@ async def test_no_store_is_served_what_is_known(memory):
     assert rig.store.touched == set()
     rig = Rig(rig.inner, rig.store)
     assert await ask(rig, "a", context=NO_STORE) == ([HIT], [0])
-    assert len(rig.tiers._memory) == 0
+    assert len(rig.tiers.memory) == 0
 
 
 async def test_off_reads_nothing():
@@ -306,7 +306,7 @@ async def test_the_bill_is_whole_when_a_request_without_a_trace_fails():
         await asking
     billed = tokens_of("a") + tokens_of("c")
     assert rig.store.usage._replace(nanodollars_billed=0) == Usage(misses=2, tokens_billed=billed)
-    assert (rig.store.records, len(rig.tiers._memory)) == ({}, 0)
+    assert (rig.store.records, len(rig.tiers.memory)) == ({}, 0)
 
 
 async def test_a_cancelled_request_without_a_trace_calls_its_purchase_off():
@@ -460,7 +460,7 @@ async def test_in_any_interleaving_each_request_gets_what_its_terms_allow(steps,
         for item in inputs
     }
     assert rig.store.records.keys() <= may_stay
-    assert set(rig.tiers._memory._entries) <= may_stay
+    assert set(rig.tiers.memory._entries) <= may_stay
     assert len(rig.in_flight) == 0
     if not any(task.cancelled() for task, _ in tasks):
         bought = [item for _, inputs, _ in rig.inner.calls for item in inputs]

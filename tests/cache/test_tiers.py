@@ -142,7 +142,7 @@ async def test_own_terms_hold_for_what_is_read_at_once(tiers, store, quick, term
     """Who asks for something fresh gets nothing old; who wants no trace leaves none."""
     found = await entries_in(tiers, quick, PARTITION, terms)
     assert len(found) == (3 if terms.max_age > 60 else 0)
-    assert (store.touched, len(tiers._memory)) == (set(), 0)
+    assert (store.touched, len(tiers.memory)) == (set(), 0)
 
 
 async def test_another_width_is_not_given_at_once(tiers, quick):

@@ -643,7 +643,7 @@ async def test_a_dry_run_is_not_told_to_proxies(run, start_proxy, upstream):
     await _texts_served(proxy, texts=["a"])
     await asyncio.to_thread(run, "purge", "--all", "--dry-run")
     await proxy.service._storage.tiers._store._tick(1)
-    assert len(proxy.service._storage.tiers._memory) == 1
+    assert len(proxy.service._storage.tiers.memory) == 1
     assert await _texts_served(proxy, texts=["a"]) == 1
 
 
