@@ -203,7 +203,7 @@ async def test_an_outage_delays_points_and_nothing_else(start_proxy, upstream, q
     assert status["index"]["backlog_bytes"] > 5 * 1536 * 4
     metrics = await (await proxy.http.get(proxy.url.replace("/v1", "/metrics"))).text()
     assert "embedding_proxy_index_backlog_points 5.0" in metrics
-    assert "embedding_proxy_index_backlog_age_seconds{}" in metrics
+    assert "embedding_proxy_index_backlog_age_seconds " in metrics
     await qdrant.start()
     told = await _arrived(proxy)
     assert told["since_start"]["failures"] > 0
@@ -517,7 +517,7 @@ async def test_an_outbox_that_is_damaged_meanwhile_costs_no_request(
     assert (await _ask(proxy, "a", "b", "c")).headers["x-cache"] == "hit"
     await _holds(qdrant, 3)
     async with proxy.http.get(proxy.url.removesuffix("/v1") + "/metrics") as response:
-        assert 'embedding_proxy_index_outbox_corruptions_total ' in await response.text()
+        assert "embedding_proxy_index_outbox_corruptions_total " in await response.text()
     told = await _arrived(proxy)
     assert (told["since_start"]["dropped"], told["since_start"]["damaged"]) == (0, 1)
 
