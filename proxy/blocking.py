@@ -10,12 +10,13 @@ import atexit
 import concurrent.futures.thread
 import os
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from embedding_proxy.proxy.service.embedding_result import Result
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.request import Inputs, convert_input
 
 T = TypeVar("T")
 
@@ -122,7 +123,7 @@ _services = _Services()
 
 
 def embed(  # noqa: PLR0913 - the parameters of a request
-    inputs: str | Sequence[str | int | Sequence[int]],
+    inputs: Inputs,
     model: str,
     *,
     dimensions: int | None = None,
@@ -143,10 +144,12 @@ def embed(  # noqa: PLR0913 - the parameters of a request
     The result's `vectors` are float32 of shape (number of inputs, dimensions).
     Raises ConfigError, StoreError, EmbeddingError; RuntimeError once the main thread has ended.
     """
+    # In this thread: an iterator may be of use in no other.
+    copy: Any = convert_input(inputs)
     future = _services.submit(
         config,
         lambda service: service.embed(
-            inputs,
+            copy,
             model,
             dimensions=dimensions,
             parameters=parameters,

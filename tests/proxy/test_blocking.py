@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -74,6 +75,23 @@ def test_one_text_and_fewer_dimensions(config):
     assert embedding_proxy.embed("a cat", MODEL, config=config).vectors.shape == (1, 256)
     cut = embedding_proxy.embed("a cat", MODEL, dimensions=64, config=config)
     assert cut.vectors.shape == (1, 64)
+
+
+def test_an_iterator_is_read_in_the_thread_that_gives_it(config):
+    """What makes the texts may be of use in one thread only: a cursor of SQLite."""
+    rows = sqlite3.connect(":memory:").execute("VALUES ('a cat'), ('a dog')")
+    result = embedding_proxy.embed((text for (text,) in rows), MODEL, config=config)
+    expected = embedding_proxy.embed(["a cat", "a dog"], MODEL, config=config)
+    assert expected.outcomes == ["hit", "hit"]
+    assert np.array_equal(result.vectors, expected.vectors)
+
+
+@pytest.mark.parametrize("inputs", [[b"hello"], b"hello", {"a": 1}, {"a"}, ["a", None], 5])
+def test_what_is_no_text_is_refused(inputs, config):
+    """Bytes are no token ids, and the keys of a mapping no texts: nothing is embedded or kept."""
+    with pytest.raises(Exception, match=r"^'\$\.input.*is invalid: it ") as caught:
+        embedding_proxy.embed(inputs, MODEL, config=config)
+    assert type(caught.value).__name__ == "InvalidRequest"
 
 
 def test_two_threads_share_a_service(config):

@@ -152,7 +152,7 @@ async def test_a_collection_of_another_space_is_never_searched(open_service, qdr
             with pytest.raises(OtherSpace, match=why):
                 await service.query("a", SMALL, collection=name)
     assert not any(path.endswith("/query") for _, path, _ in qdrant.requests)
-    async with open_service({"url": qdrant.url, "adopt": True}) as service:
+    async with open_service({"url": qdrant.url, "adopt_unlabeled": True}) as service:
         assert await service.query("a", SMALL, collection="mute") == []
 
 
