@@ -8,9 +8,11 @@ own is needed where an event loop runs already, as in a notebook.
 import asyncio
 import atexit
 import concurrent.futures.thread
+import contextlib
 import os
+import signal
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,12 +64,16 @@ class _Background:
 
 
 def wait(future: concurrent.futures.Future[T]) -> T:
-    """Return the result of work on the thread; Ctrl-C cancels it."""
+    """Return the result of work on the thread; Ctrl-C or SIGTERM cancels it."""
     try:
         return future.result()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated):
         future.cancel()
         raise
+
+
+class _Terminated(BaseException):
+    """SIGTERM came while the main thread waited for a result."""
 
 
 class _Services:
@@ -161,7 +167,33 @@ def embed(  # noqa: PLR0913 - the parameters of a request
             index=index,
         ),
     )
-    return wait(future)
+    with _ending_after_calls():
+        return wait(future)
+
+
+@contextlib.contextmanager
+def _ending_after_calls() -> Iterator[None]:
+    """Have SIGTERM end the process only when the calls in progress are kept; a second one at once.
+
+    In the main thread, and unless the program itself has said what the signal does.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    try:
+        signal.signal(signal.SIGTERM, interrupt)
+        yield
+    except _Terminated:
+        _services.end()
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def close() -> None:
