@@ -60,11 +60,12 @@ class CachedHit:
         if expires is None:
             return None
         epoch, clock, inputs, noted = memory.epoch, memory.clock, len(addresses), -math.inf
+        heed_purges = tiers.heed_purges
 
         def reuse() -> bool:
             nonlocal noted
             now = clock()
-            if memory.epoch != epoch or now >= expires:
+            if heed_purges() or memory.epoch != epoch or now >= expires:
                 return False
             if not 0 <= now - noted < TOUCH_S:
                 noted = now

@@ -20,6 +20,7 @@ from embedding_proxy.cache.key import FORMAT
 from . import database, ledger_reader, quarantine, schema
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
+from .purge import PurgeSignal
 from .read_only import (
     LEDGER_DAMAGED,
     DamagedFile,
@@ -309,8 +310,9 @@ class Disk:
     """One thread reads, one writes. `file` is None while no file can be opened for writing.
 
     Then `read_only` may hold one that can be read. `inline_reader` reads the file `file`, for the
-    event loop's thread. `damaged` are files that were set aside, by whatever process, and are not
-    salvaged yet: the latest first, for the reading thread.
+    event loop's thread, and `purge_signal` tells it of purges by other processes. `damaged` are
+    files that were set aside, by whatever process, and are not salvaged yet: the latest first, for
+    the reading thread.
     """
 
     def __init__(self, directory: Path, size_limit: int, pinned: Collection[str]) -> None:
@@ -319,6 +321,7 @@ class Disk:
         self._pinned = pinned
         self.file: Database | None = None
         self.inline_reader: InlineReader | None = None
+        self.purge_signal: PurgeSignal | None = None
         self.read_only: ReadOnlyFile | None = None
         self.damaged: tuple[DamagedFile, ...] = ()
         self._lock: WriterLock | None = None
@@ -411,6 +414,9 @@ class Disk:
         # Without one, everything is read by the thread, whatever it was that failed.
         with contextlib.suppress(Exception):
             self.inline_reader = await self.read(partial(InlineReader, file.path))
+        # Without it, purges are noticed at the next tick of the store.
+        with contextlib.suppress(OSError):
+            self.purge_signal = await self.read(partial(PurgeSignal, self.folder))
         await self._open_damaged()
 
     async def _open_damaged(self) -> None:
@@ -450,6 +456,9 @@ class Disk:
             reader, self.inline_reader = self.inline_reader, None
             with contextlib.suppress(*FAILURES):
                 reader.close()
+        if self.purge_signal is not None:
+            self.purge_signal.close()
+            self.purge_signal = None
         for thread in (self._reader, self._writer):
             with contextlib.suppress(*FAILURES):
                 await self._in(thread, old.close)

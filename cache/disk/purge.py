@@ -1,12 +1,20 @@
-"""Purge: deletes entries by partition, age or address, in small transactions."""
+"""Purge: deletes entries by partition, age or address, in small transactions.
+
+Running proxies hear of it: `announce` numbers it in the file, and signals the number.
+"""
 
 import contextlib
+import mmap
+import os
 import re
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from embedding_proxy.cache.private_files import FILE_MODE
 from embedding_proxy.providers.base import current_label
 
 from .database import Database
@@ -18,6 +26,10 @@ ENTRIES_A_READ = 5000
 PAGES_A_STEP = 512
 """16 MiB: given back in one transaction."""
 
+SIGNAL_NAME = "purges"
+_SIGNAL = struct.Struct("<QQ")
+"""A purge's number in the file, and its time: a file that is begun anew counts from 1 again."""
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 Position: TypeAlias = tuple[int, int]
 """When an entry was stored, in milliseconds since 1970, and its row."""
@@ -191,12 +203,55 @@ def _deleting(database: Database, *, overwrite: bool) -> Iterator[Any]:
             connection.execute("PRAGMA secure_delete = 0").fetchall()
 
 
-def announce(database: Database, entries: int) -> None:
-    """Tell running proxies that entries were deleted: they empty their memory. Raises FAILURES."""
+class PurgeSignal:
+    """The number of the last purge, in a file that every process maps: to poll takes no call.
+
+    `folder` is the store's. For one thread. Raises OSError, also where there is no room for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = os.open(folder / SIGNAL_NAME, os.O_RDWR | os.O_CREAT | _CLOEXEC, FILE_MODE)
+        try:
+            if os.fstat(file).st_size < _SIGNAL.size:
+                os.pwrite(file, bytes(_SIGNAL.size), 0)
+            self._map = mmap.mmap(file, _SIGNAL.size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(file)
+        self._last = self._map[:]
+
+    def poll(self) -> int | None:
+        """Return the number of the last purge if there was one since this was asked; else None."""
+        last = self._map[:]
+        if last == self._last:
+            return None
+        self._last = last
+        number: int = _SIGNAL.unpack(last)[0]
+        return number
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._map.close()
+
+
+def announce(database: Database, entries: int) -> bool:
+    """Tell running proxies that entries were deleted: they empty their memory. Raises FAILURES.
+
+    Returns whether they were signalled: then they serve nothing of it from now on. Else they notice
+    it at the next tick of their store.
+    """
+    at = int(1000 * time.time())
     with database.transaction() as connection:
-        connection.execute(
-            "INSERT INTO Purges (at, entries) VALUES (?, ?)", (int(1000 * time.time()), entries)
-        )
+        connection.execute("INSERT INTO Purges (at, entries) VALUES (?, ?)", (at, entries))
+    number = count_purges(database)
+    try:
+        file = os.open(database.folder / SIGNAL_NAME, os.O_RDWR | os.O_CREAT | _CLOEXEC, FILE_MODE)
+        try:
+            os.pwrite(file, _SIGNAL.pack(number, time.time_ns()), 0)
+        finally:
+            os.close(file)
+    except OSError:
+        return False
+    return True
 
 
 def count_purges(database: Database) -> int:

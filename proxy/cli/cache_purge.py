@@ -12,6 +12,7 @@ import typer
 from embedding_proxy.cache.disk import bounds, purge, salvage
 from embedding_proxy.cache.disk.database import Database, is_damage
 from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk.store import TICK_SECONDS
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
 from embedding_proxy.index.outbox import OutboxEntry, remove_entries, select_entries
@@ -27,6 +28,8 @@ from .cache import NamespaceOption, SpaceOption, check_known, open_store, open_s
 from .formatting import count, money, size
 from .groups import cache_app
 from .output import ConfigOption, JsonOption, WorkFailed, need_terminal, print_json, progress
+
+wait = time.sleep
 
 
 @cache_app.command(name="purge")
@@ -54,7 +57,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete the entries for which all that is given holds; running proxies forget them soon.
+    """Delete the entries for which all that is given holds; running proxies forget them at once.
 
     Says what they have cost, and asks. Without a terminal nobody can be asked: say --yes.
     """
@@ -196,8 +199,8 @@ def _delete(file: Database, choices: Sequence[purge.PurgeFilter], entries: int) 
                     tell(deleted)
     finally:
         # Also what an interruption cut short is to be forgotten.
-        if deleted:
-            purge.announce(file, deleted)
+        if deleted and not purge.announce(file, deleted):
+            wait(2 * TICK_SECONDS)  # By then, running proxies have noticed.
     return deleted
 
 

@@ -20,6 +20,7 @@ import pytest
 from command import Done
 from embedding_proxy.cache.disk import bounds, connection, database, purge, quarantine
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.disk.store import TICK_SECONDS
 from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, Partition, Row, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
@@ -30,7 +31,7 @@ from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.billing import NANO
-from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.cli import cache_purge, main
 from fault_server import vector_of
 
 ROOT = Path(__file__).parents[2]
@@ -618,22 +619,46 @@ def test_a_purge_that_is_not_clear_is_wrong_usage(arguments, words, run, mixed):
 
 
 async def test_a_running_proxy_forgets_what_was_purged(run, start_proxy, upstream):
-    """At its next look the proxy's memory is empty, too: purged texts are bought, others hit."""
+    """Once the command says "deleted", purged texts are bought, others hit: nobody waits."""
     upstream.widths = {"small": WIDTH, "wide": 2 * WIDTH}
     proxy = await start_proxy(upstream, models=MODELS)
-    store = proxy.service._tiers._store
     for model in ("small", "wide"):
         await _texts_served(proxy, model, ["a", "b"])
     done = await asyncio.to_thread(run, "purge", "--input", "a", "--model", "small")
     assert done.out == "1 entry, 296 B, worth about $0.000002: deleted\n"
-    await store._tick(1)
     asked = len(upstream.calls)
     assert await _texts_served(proxy, "wide", ["a", "b"]) == 2
     assert await _texts_served(proxy, "small", ["a", "b"]) == 1
     assert [call.inputs for call in upstream.calls[asked:]] == [["a"]]
     await asyncio.to_thread(run, "purge", "--all")
-    await store._tick(1)
     assert await _texts_served(proxy, "wide", ["a", "b"]) == 0
+
+
+async def test_a_running_proxy_gives_no_reply_again_that_was_purged(run, start_proxy, upstream):
+    """The same bytes are asked before and after a purge: the kept reply is not given any more."""
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    body = b'{"model": "small", "input": "a"}'
+    said = [(await proxy.post(body)).headers["x-cache"] for _ in range(3)]
+    await asyncio.to_thread(run, "purge", "--all")
+    said.append((await proxy.post(body)).headers["x-cache"])
+    assert said == ["miss", "hit", "hit", "miss"]
+
+
+async def test_without_a_signal_a_purge_waits_for_running_proxies(
+    run, start_proxy, upstream, monkeypatch
+):
+    """Where the signal cannot be given, the command ends when each proxy had its tick."""
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    await _texts_served(proxy, texts=["a"])
+    waited = []
+    monkeypatch.setattr(purge, "SIGNAL_NAME", "no-such-folder/purges")
+    monkeypatch.setattr(cache_purge, "wait", waited.append)
+    await asyncio.to_thread(run, "purge", "--all")
+    assert waited == [2 * TICK_SECONDS]
+    await proxy.service._tiers._store._tick(1)
+    assert await _texts_served(proxy, texts=["a"]) == 0
 
 
 async def test_a_dry_run_is_not_told_to_proxies(run, start_proxy, upstream):
@@ -659,7 +684,6 @@ async def test_a_proxy_writes_while_a_purge_deletes(run, start_proxy, upstream, 
         assert await _texts_served(proxy, "wide", [f"new {count}"]) == 0
         count += 1
     assert purging.result().json["deleted"] == len(TEXTS)
-    await proxy.service._tiers._store._tick(1)
     assert await _texts_served(proxy, "wide", [f"new {i}" for i in range(count)]) == count > 0
 
 
