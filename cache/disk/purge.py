@@ -12,12 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from embedding_proxy.cache.private_files import FILE_MODE
 from embedding_proxy.providers.base import current_label
 
-from .database import Database
 from .read_only import ReadableFile
 from .schema import Sql, release_pages
 
@@ -39,6 +38,16 @@ _RECORDS = (
     "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
     " LEFT JOIN Partitions ON Partitions.id = partition"
 )
+
+
+class WritableFile(ReadableFile, Protocol):
+    """A store's file as far as it is purged: a `Database`, or an `ExclusiveFile`."""
+
+    def transaction(self, pages: int = 0) -> contextlib.AbstractContextManager[Any]:
+        """Give the connection for changes that are made together; they write about so many pages.
+
+        Raises FAILURES.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ def is_chosen(database: ReadableFile, choice: PurgeFilter, address: bytes) -> bo
     )
 
 
-def delete(database: Database, choice: PurgeFilter, *, overwrite: bool = True) -> Iterator[int]:
+def delete(database: WritableFile, choice: PurgeFilter, *, overwrite: bool = True) -> Iterator[int]:
     """Delete the chosen entries, yielding after each transaction how many it deleted.
 
     What is deleted is overwritten with zeros unless told not to. Entries that are stored meanwhile
@@ -168,7 +177,9 @@ def _delete(connection: Any, rows: Sequence[tuple[int]]) -> None:  # noqa: ANN40
     connection.executemany("DELETE FROM Entries WHERE id = ?", rows)
 
 
-def _delete_records(database: Database, choice: PurgeFilter, *, overwrite: bool) -> Iterator[int]:
+def _delete_records(
+    database: WritableFile, choice: PurgeFilter, *, overwrite: bool
+) -> Iterator[int]:
     """Delete the record at an address, or all records, whatever else is known of them."""
     condition, values = where(choice)
     # A row that others move to the end of the file meanwhile is known by its time.
@@ -192,7 +203,7 @@ def _delete_records(database: Database, choice: PurgeFilter, *, overwrite: bool)
 
 
 @contextlib.contextmanager
-def _deleting(database: Database, *, overwrite: bool) -> Iterator[Any]:
+def _deleting(database: WritableFile, *, overwrite: bool) -> Iterator[Any]:
     """Give a transaction in which what is deleted is overwritten, or is not."""
     with database.transaction(ROWS_A_TRANSACTION // 4) as connection:
         connection.execute(f"PRAGMA secure_delete = {int(overwrite)}").fetchall()
@@ -233,7 +244,7 @@ class PurgeSignal:
         self._map.close()
 
 
-def announce(database: Database, entries: int) -> bool:
+def announce(database: WritableFile, entries: int) -> bool:
     """Tell running proxies that entries were deleted: they empty their memory. Raises FAILURES.
 
     Returns whether they were signalled: then they serve nothing of it from now on. Else they notice
@@ -254,13 +265,13 @@ def announce(database: Database, entries: int) -> bool:
     return True
 
 
-def count_purges(database: Database) -> int:
+def count_purges(database: ReadableFile) -> int:
     """Return the number of the last purge that was announced. Raises FAILURES."""
     ((number,),) = database.sql("SELECT coalesce(max(id), 0) FROM Purges")
     return int(number)
 
 
-def _shrink(database: Database) -> Iterator[int]:
+def _shrink(database: WritableFile) -> Iterator[int]:
     released = PAGES_A_STEP
     while released == PAGES_A_STEP:
         began = time.monotonic()

@@ -195,6 +195,12 @@ def is_current(sql: Sql) -> bool:
     return all(current_label(space) == space for (space,) in sql("SELECT space FROM Partitions"))
 
 
+def refuse_older(sql: Sql) -> None:
+    """Raise sqlite3.OperationalError for a file that has to be brought to this layout first."""
+    if not is_current(sql):
+        raise sqlite3.OperationalError("the file is of an older layout")
+
+
 def missing_steps(sql: Sql) -> Iterator[str]:
     """Yield the statements that bring a file to this layout, to be run in one transaction."""
     ((layout,),) = sql("PRAGMA user_version")

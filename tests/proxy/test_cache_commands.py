@@ -18,7 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import Done
-from embedding_proxy.cache.disk import bounds, connection, database, purge, quarantine
+from disk_faults import CannotMount, file_system, full
+from embedding_proxy.cache.disk import (
+    bounds,
+    connection,
+    database,
+    exclusive_file,
+    purge,
+    quarantine,
+)
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
 from embedding_proxy.cache.disk.store import TICK_SECONDS
 from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
@@ -685,6 +693,76 @@ async def test_a_proxy_writes_while_a_purge_deletes(run, start_proxy, upstream, 
         count += 1
     assert purging.result().json["deleted"] == len(TEXTS)
     assert await _texts_served(proxy, "wide", [f"new {i}" for i in range(count)]) == count > 0
+
+
+# purge on a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """Have the cache lie on a small file system of its own; skip where none can be mounted."""
+    monkeypatch.setattr(database, "FREE_BYTES", 0)
+    monkeypatch.setattr(exclusive_file, "BUSY_SECONDS", 0.01)
+    try:
+        with file_system(tmp_path / "cache", 8 << 20):
+            yield tmp_path / "cache"
+    except CannotMount as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("arguments", [["--all"], ["--older-than", "30d"], ["--space", "a/small"]])
+def test_a_full_disk_can_be_purged(arguments, run, small_disk, waiting, rows, fill):  # noqa: PLR0917
+    """With not a byte free a purge deletes what is chosen, and gives the room back."""
+    fill(*(_row(text, days=40) for text in TEXTS))
+    chosen = run("purge", *arguments, "--dry-run", "--json").json
+    left = set(rows()) - {row for row in rows() if _is_chosen(row, arguments)}
+    with full(small_disk):
+        assert shutil.disk_usage(small_disk).free == 0
+        done = run("purge", *arguments, "--json")
+        assert done.code == 0
+        assert "the disk is full: the store is changed in place" in done.err
+        assert done.json == {**chosen, "deleted": chosen["chosen"], "dry_run": False}
+        assert shutil.disk_usage(small_disk).free > 0
+    assert set(rows()) == left
+    assert len(waiting()) == 8 - chosen["waiting"]
+    for pragma, value in (("integrity_check", "ok"), ("journal_mode", "wal")):
+        assert _sql(small_disk / "v1" / "cache.db", f"PRAGMA {pragma}") == [(value,)]
+
+
+def _is_chosen(row, arguments):
+    if "--older-than" in arguments:
+        return row.stored < time.time() - 30 * DAY
+    return "--all" in arguments or row.partition.space.startswith("a/small")
+
+
+def test_a_full_disk_with_a_proxy_on_it_says_what_to_do(run, small_disk, mixed):
+    """A file that another process has open is not changed in place; the line says the way out."""
+    with closing(sqlite3.connect(mixed)) as other:
+        other.execute("SELECT count(*) FROM Cache").fetchall()
+        with full(small_disk):
+            done = run("purge", "--all")
+    assert done.code == 1
+    assert done.err.splitlines()[-1].endswith(
+        "stop all proxies and commands that use it and purge again, or free some space on the disk"
+    )
+
+
+def test_a_full_disk_with_a_log_says_how_much_to_free(run, small_disk, fill, rows):
+    """What a killed process has left in the log needs room in the file; nothing is lost of it."""
+    path = fill(*(_row(text) for text in TEXTS[:50]))
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE Cache SET value = zeroblob(20000)")
+        other.commit()
+        for rest in ("", "-wal"):
+            shutil.copy(f"{path}{rest}", f"{path}{rest}.kept")
+    for rest in ("", "-wal"):
+        Path(f"{path}{rest}.kept").replace(f"{path}{rest}")
+    with full(small_disk):
+        done = run("purge", "--all")
+        assert done.code == 1
+        assert f"free as much on the disk as {path}-wal takes, and purge again" in done.err
+    assert run("purge", "--all", "--json").json["deleted"] == 50
+    assert rows() == []
 
 
 # backup
