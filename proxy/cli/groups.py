@@ -94,7 +94,7 @@ cache_app = group(
         "purge": Place(
             "cache_purge",
             "Delete the entries for which all that is given holds; running proxies forget them"
-            " soon.",
+            " at once.",
         ),
         "backup": Place(
             "cache",

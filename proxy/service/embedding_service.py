@@ -139,9 +139,8 @@ class SearchMixin(ABC):
         `index.qdrant`.
         """
         if self.indexing is None or self.settings.index.qdrant is None:
-            raise ConfigError(
-                "index.qdrant: is not set, so there is nothing to search; set its url"
-            )
+            message = "is not set, so there is nothing to search; set its url"
+            raise ConfigError(self.settings.problem(("index", "qdrant"), message))
         text, limit = parse_text(text), request.parse_count("limit", limit)
         asked = await self.embed(
             text, model, dimensions=dimensions, parameters=parameters, index=False
