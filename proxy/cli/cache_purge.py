@@ -40,6 +40,7 @@ from .output import (
     ConfigOption,
     JsonOption,
     WorkFailed,
+    confirm,
     need_terminal,
     print_json,
     progress,
@@ -144,7 +145,7 @@ def _purge_in_place(
 
 def _confirm(chosen: "_Chosen", *, is_sure: bool) -> None:
     if not is_sure and (chosen.entries or chosen.points):
-        typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
+        confirm(f"Delete {chosen.told} for good?")
 
 
 def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> None:

@@ -545,6 +545,20 @@ def test_where_there_is_nothing_to_delete_nothing_is_asked(run, mixed, monkeypat
     assert run("purge", "--older-than", "41d", sure=False).code == 0
 
 
+def test_ctrl_c_at_the_question_is_130(run, mixed, monkeypatch):
+    """It is an interruption, and no answer; nothing is deleted."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embedding_proxy.proxy.cli.output.has_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr("builtins.input", interrupt)
+    monkeypatch.setattr("typer._click.termui.visible_prompt_func", interrupt)
+    done = run("purge", "--all", sure=False)
+    assert (done.code, len(_sql(mixed, "SELECT 1 FROM Cache"))) == (130, 8)
+
+
 def test_without_a_terminal_a_purge_needs_yes(run, mixed):
     """A script neither hangs nor deletes what nobody agreed to; a dry run needs nothing."""
     _failed(run("purge", "--all", sure=False), 2, "there is no terminal to ask on; say --yes")
