@@ -81,8 +81,8 @@ def open_alone(directory: Path) -> Iterator[ExclusiveFile]:
         if read_only.primary_code(error) == sqlite3.SQLITE_FULL:
             # What the log holds comes into the file before the log goes.
             log = write_ahead_log.sibling_path(folder / FILE_NAME, write_ahead_log.LOG)
-            remedy = f"free as much on the disk as {log} takes, and purge again"
+            remedy = f"free some space on the disk, as much as {log} takes, and purge again"
+        why = getattr(error, "strerror", None) or error
         raise StoreError(
-            f"{folder}: the disk is full, and the store cannot be changed in place: {error};"
-            f" {remedy}"
+            f"{folder}: the disk is full, and the store cannot be changed in place: {why}; {remedy}"
         ) from error

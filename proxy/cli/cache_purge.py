@@ -107,10 +107,6 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
             is_full = True
         if is_full:
             gc.collect()  # A file that could not be opened is open as long as the failure is kept.
-            typer.echo(
-                "the disk is full: the store is changed in place, alone; a kill may damage it",
-                err=True,
-            )
             chosen, deleted = _purge_in_place(settings, choice, is_sure=yes)
     _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
 
@@ -133,6 +129,9 @@ def _purge_in_place(
     """Do the same without room on the disk, where no proxy runs. Raises StoreError."""
     with open_alone(settings.cache.directory) as file, _outbox_for_reading(settings) as waiting:
         tell_store(settings)
+        typer.echo(
+            "the disk is full: the store is changed in place, alone; a kill may damage it", err=True
+        )
         chosen = _look_up(settings, file, waiting, choice)
         _confirm(chosen, is_sure=is_sure)
         deleted = _delete(file, chosen.choices, chosen.entries)
