@@ -28,7 +28,9 @@ TEXTS = (
     "SELECT name, COUNT(*) FROM visits GROUP BY name ORDER BY 2 DESC;",
     "今日は朝から雨が降っているので、家で本を読みます。",
 )
-"""What is asked: prose, another language, code, another script. A change begins drift checks anew."""
+"""What is asked: prose, another language, code, another script.
+
+A change begins drift checks anew."""
 
 
 @dataclass(frozen=True, slots=True)
