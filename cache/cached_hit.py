@@ -85,7 +85,7 @@ class _Reuse:
         hit, tiers = self.hit, self.hit.tiers
         memory, addresses = tiers.memory, hit.keys.addresses
         now = memory.clock()
-        if memory.epoch != self.epoch or now >= self.expires:
+        if tiers.heed_purges() or memory.epoch != self.epoch or now >= self.expires:
             return False
         if not 0 <= now - self.noted < TOUCH_S:
             self.noted = now

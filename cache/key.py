@@ -212,6 +212,8 @@ def input_part(item: Input) -> bytes:
     try:
         if isinstance(item, str):
             return part(_TEXT, item.encode())
+        if not isinstance(item, tuple | list):  # Bytes are integers, too.
+            raise InvalidRequest("An input is no text and no token array.", param="input")
         return part(_TOKENS, struct.pack(f"<{len(item)}I", *item))
     except UnicodeEncodeError as error:
         message = "A text holds half of a surrogate pair, which is no Unicode."

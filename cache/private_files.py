@@ -1,11 +1,14 @@
 """Keeps what the proxy stores from other users of the machine: files 0600, folders 0700.
 
+A folder that the proxy did not make keeps its mode.
+
 Vectors, texts that wait for Qdrant, dead letters and the ledger lie in the cache directory. SQLite
 makes its files readable by everybody (0644 less the umask), and gives a log the mode of its
 database. So databases are created here before SQLite opens them. A process's umask is not changed:
 the library runs inside the programs of others.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -19,6 +22,8 @@ FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _OF_OTHERS = 0o077
 """The bits that let the group and everybody else in."""
+
+_WRITABLE_BY_OTHERS = 0o022
 
 _OWN_NAMES = re.compile(
     r"v\d+$|v\d+\.|writer\.lock|index-outbox|index-sender|migrations$|metrics$|control-"
@@ -50,26 +55,23 @@ def opener(path: str, flags: int) -> int:
 
 
 def secure(directory: Path) -> None:
-    """Take the permissions of others from a cache directory and from what is ours in it.
+    """Take the permissions of others from what is ours in a cache directory.
 
-    What was changed is told in the log, once; so is what could not be changed. Nothing is raised.
-    Symbolic links are not followed, except that `directory` may be one.
+    The directory itself keeps its mode: it may hold files of others, and `make_folder` has made it
+    private where it was not there. A warning tells if others can change what is in it. What was
+    changed is told in the log, once; so is what could not be changed. Nothing is raised. Symbolic
+    links are not followed, except that `directory` may be one.
     """
     if os.name != "posix":
         return
     mended: list[Path] = []
     failed: list[tuple[Path, str]] = []
-    for path in (directory, *_own(directory)):
+    for path in _own(directory):
         try:
-            mode = stat.S_IMODE((path.stat() if path == directory else path.lstat()).st_mode)
-            if not mode & _OF_OTHERS:
-                continue
-            if mode & stat.S_ISVTX:
-                # As /tmp: others work in it, by intention.
-                failed.append((path, "it is a common folder"))
-                continue
-            path.chmod(mode & ~_OF_OTHERS)
-            mended.append(path)
+            mode = stat.S_IMODE(path.lstat().st_mode)
+            if mode & _OF_OTHERS:
+                path.chmod(mode & ~_OF_OTHERS)
+                mended.append(path)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -78,16 +80,22 @@ def secure(directory: Path) -> None:
         log.info(
             "%s could be read by other users; it is now its owner's alone%s",
             mended[0],
-            f", as are {len(mended) - 1} more files in it" if len(mended) > 1 else "",
+            f", as are {len(mended) - 1} more files" if len(mended) > 1 else "",
         )
     if failed:
         path, why = failed[0]
         log.warning(
-            "%s can be read by other users, and its permissions cannot be changed: %s;"
-            " use a cache.directory that is its owner's alone (chmod 700)",
-            path,
-            why,
+            "%s can be read by other users, and its permissions cannot be changed: %s; use a"
+            " cache.directory that is its owner's alone (chmod 700)",
+            *(path, why),
         )
+    with contextlib.suppress(OSError):
+        if directory.stat().st_mode & _WRITABLE_BY_OTHERS:
+            log.warning(
+                "other users can put files into %s, in the place of the cache's; use a"
+                " cache.directory that is its owner's alone (chmod 700)",
+                directory,
+            )
 
 
 def _own(directory: Path) -> Iterator[Path]:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from embedding_proxy.providers.base import NORMAL, CachePolicy
@@ -70,6 +70,8 @@ class Tiers:
         self.memory = memory
         self._store = store
         store.on_purge = memory.clear
+        self.heed_purges = store.heed_purges
+        """See `Store.heed_purges`."""
         self.counters = TierCounters()
         self._told: set[tuple[int, int]] = set()
 
@@ -95,9 +97,11 @@ class Tiers:
     async def finish(self, lookup: Lookup, partition: Partition, terms: CachePolicy) -> Lookup:
         """Return a look-up after what it awaits, counted."""
         if not lookup.is_complete:
-            addresses = lookup.keys.addresses
+            addresses, epoch = lookup.keys.addresses, self._store.purge_epoch
             records = await self._store.lookup([addresses[index] for index in lookup.missing])
-            self._add_records(lookup, records, partition.dimensions, terms)
+            # What was purged while it was read is not kept in memory.
+            kept = terms if self._is_purge_epoch(epoch) else replace(terms, write=False)
+            self._add_records(lookup, records, partition.dimensions, kept)
         self.count_lookup(lookup, partition, terms)
         if lookup.damaged and terms.spend and terms.write:
             await self._store.delete_many(lookup.damaged)
@@ -109,6 +113,7 @@ class Tiers:
         It is not counted, and nothing is noted as used on disk: `count_lookup` does both, where the
         entries are of use.
         """
+        self.heed_purges()
         if terms.max_age <= 0:
             return Lookup(keys, [None] * len(keys), list(range(len(keys))))
         entries, missing = self.memory.lookup(
@@ -204,9 +209,16 @@ class Tiers:
         pairs = iter(entries.items() if terms.write else ())
         while some := dict(islice(pairs, _MAX_WRITTEN)):
             records = {key.address: record.encode(entry) for key, entry in some.items()}
+            epoch = self._store.purge_epoch
             await self._store.put_many(records, partition)
-            for key, entry in some.items():
-                self.memory.put(key.address, entry)
+            if self._is_purge_epoch(epoch):
+                for key, entry in some.items():
+                    self.memory.put(key.address, entry)
+
+    def _is_purge_epoch(self, epoch: int) -> bool:
+        """Tell whether another process has purged nothing since that epoch."""
+        self.heed_purges()
+        return self._store.purge_epoch == epoch
 
     def count(self, heading: LedgerKey, usage: Usage) -> None:
         """Add to the sums of what was answered."""

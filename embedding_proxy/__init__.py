@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from .proxy.blocking import close, embed
 
-__all__ = ["EmbeddingService", "Result", "close", "embed"]
+    __version__: str
+
+__all__ = ["EmbeddingService", "Result", "__version__", "close", "embed"]
 
 _PLACES = {
     "EmbeddingService": "proxy.service.embedding_service",
@@ -37,9 +39,15 @@ if (_ROOT / "pyproject.toml").is_file() and not (Path(__file__).parent / "proxy"
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used: `embedding-proxy --help` needs none of them."""
-    import importlib  # noqa: PLC0415
+    import importlib.metadata  # noqa: PLC0415
 
+    if name == "__version__":
+        return importlib.metadata.version("embedding-proxy")
     place = _PLACES.get(name)
     if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{place}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -146,7 +146,7 @@ class Outcome(enum.StrEnum):
 class Embedded:
     """What an embedder gives for n inputs: n of everything, in the order of the inputs."""
 
-    vectors: Sequence[Vector]
+    vectors: Sequence[Vector] = field(repr=False)
     tokens: Sequence[int]
     """Prompt tokens of each input."""
     counted: bool

@@ -8,14 +8,17 @@ own is needed where an event loop runs already, as in a notebook.
 import asyncio
 import atexit
 import concurrent.futures.thread
+import contextlib
 import os
+import signal
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from embedding_proxy.proxy.service.embedding_result import Result
 from embedding_proxy.proxy.service.embedding_service import EmbeddingService
+from embedding_proxy.proxy.service.request import Inputs, convert_input
 
 T = TypeVar("T")
 
@@ -61,12 +64,16 @@ class _Background:
 
 
 def wait(future: concurrent.futures.Future[T]) -> T:
-    """Return the result of work on the thread; Ctrl-C cancels it."""
+    """Return the result of work on the thread; Ctrl-C or SIGTERM cancels it."""
     try:
         return future.result()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated):
         future.cancel()
         raise
+
+
+class _Terminated(BaseException):
+    """SIGTERM came while the main thread waited for a result."""
 
 
 class _Services:
@@ -122,7 +129,7 @@ _services = _Services()
 
 
 def embed(  # noqa: PLR0913 - the parameters of a request
-    inputs: str | Sequence[str | int | Sequence[int]],
+    inputs: Inputs,
     model: str,
     *,
     dimensions: int | None = None,
@@ -143,10 +150,12 @@ def embed(  # noqa: PLR0913 - the parameters of a request
     The result's `vectors` are float32 of shape (number of inputs, dimensions).
     Raises ConfigError, StoreError, EmbeddingError; RuntimeError once the main thread has ended.
     """
+    # In this thread: an iterator may be of use in no other.
+    copy: Any = convert_input(inputs)
     future = _services.submit(
         config,
         lambda service: service.embed(
-            inputs,
+            copy,
             model,
             dimensions=dimensions,
             parameters=parameters,
@@ -158,7 +167,33 @@ def embed(  # noqa: PLR0913 - the parameters of a request
             index=index,
         ),
     )
-    return wait(future)
+    with _ending_after_calls():
+        return wait(future)
+
+
+@contextlib.contextmanager
+def _ending_after_calls() -> Iterator[None]:
+    """Have SIGTERM end the process only when the calls in progress are kept; a second one at once.
+
+    In the main thread, and unless the program itself has said what the signal does.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    try:
+        signal.signal(signal.SIGTERM, interrupt)
+        yield
+    except _Terminated:
+        _services.end()
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def close() -> None:

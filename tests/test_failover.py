@@ -29,6 +29,28 @@ async def test_second_route_answers(upstream, second, start_proxy):
     assert upstream.calls, "the first route was asked first"
 
 
+@pytest.mark.parametrize("is_retry", [True, False])
+async def test_a_success_after_a_failure_is_told_in_the_log(
+    is_retry, upstream, second, start_proxy, caplog
+):
+    """A retry and a failover: who answered, in which attempt, and why. No text is shown."""
+    caplog.set_level("INFO", "embedding_proxy.router")
+    upstream.script.append(status(500))
+    upstream.always = None if is_retry else status(500)
+    proxy = await start_proxy(openai=upstream, openrouter=None if is_retry else second)
+    assert (await proxy.post({"model": MODEL, "input": ["a secret text"]})).status == 200
+    (line,) = [one.getMessage() for one in caplog.records if "answered" in one.getMessage()]
+    answered = f"openai: answered for model {MODEL}"
+    if not is_retry:
+        answered = f"openrouter: answered for model openai/{MODEL}"
+    attempt = 2 if is_retry else len(upstream.calls) + 1
+    assert line == f"{answered} in attempt {attempt}, after upstream_error at openai"
+    assert "secret text" not in caplog.text
+    caplog.clear()
+    assert (await proxy.post({"model": MODEL, "input": ["another"]})).status == 200
+    assert is_retry is ("answered" not in caplog.text)
+
+
 async def test_a_provider_without_credit_is_left_alone(upstream, second, start_proxy):
     """Row 3: later requests go straight to the second provider, of every model."""
     upstream.always = status(402)

@@ -118,9 +118,10 @@ PROMISES = {
     "a directory is in the place of": (
         "tests/proxy/test_reading_commands.py::test_a_directory_in_the_place_of_a_file_is_named",
     ),
-    "other users can read the directory": (
+    "other users can read what the proxy has put into the directory": (
         "tests/security/test_private_files.py::test_what_was_there_before_is_mended",
         "tests/security/test_private_files.py::test_what_cannot_be_mended_is_a_warning",
+        "tests/security/test_private_files.py::test_a_folder_of_the_user_keeps_its_mode",
     ),
     "`widths.json` is damaged": ("tests/test_learned.py::test_a_spoilt_file_is_learned_anew",),
     "also work where the store cannot be written": (

@@ -20,6 +20,7 @@ from embedding_proxy.cache.key import FORMAT
 from . import database, ledger_reader, quarantine, schema
 from .database import FAILURES, Database, is_damage
 from .lock import WriterLock
+from .purge import PurgeSignal
 from .read_only import (
     LEDGER_DAMAGED,
     DamagedFile,
@@ -60,6 +61,10 @@ _MIN_BYTES = 1 << 16
 
 class StoreError(Exception):
     """The directory cannot be used as a store; the message says why."""
+
+
+class DiskFull(StoreError):
+    """The disk has no room for what would be written."""
 
 
 def lock_of(directory: Path) -> WriterLock:
@@ -282,7 +287,8 @@ def _explained(folder: Path, error: BaseException, otherwise: str = "") -> Store
     if primary_code(error) == sqlite3.SQLITE_IOERR and _has_no_space(folder):
         # SQLite says no more where there is no room for the index of its log.
         remedy = _FREE_SPACE
-    return StoreError(f"{folder}: {_cause(error)}{remedy and '; '}{remedy}")
+    kind = DiskFull if remedy == _FREE_SPACE else StoreError
+    return kind(f"{folder}: {_cause(error)}{remedy and '; '}{remedy}")
 
 
 def _cause(error: BaseException) -> str:
@@ -309,8 +315,8 @@ class Disk:
     """One thread reads, one writes. `file` is None while no file can be opened for writing.
 
     Then `read_only` may hold one that can be read. `inline_reader` reads the file `file`, for the
-    event loop's thread. `damaged` are files that were set aside, by whatever process, and are not
-    salvaged yet: the latest first, for the reading thread.
+    event loop's thread, and `purge_signal` tells it of purges by other processes. `damaged` are
+    files that are set aside and not salvaged yet: the latest first, for the reading thread.
     """
 
     def __init__(self, directory: Path, size_limit: int, pinned: Collection[str]) -> None:
@@ -321,6 +327,7 @@ class Disk:
         self._evicted = 0
         """Entries that were evicted from files that are closed."""
         self.inline_reader: InlineReader | None = None
+        self.purge_signal: PurgeSignal | None = None
         self.read_only: ReadOnlyFile | None = None
         self.damaged: tuple[DamagedFile, ...] = ()
         self._lock: WriterLock | None = None
@@ -341,8 +348,7 @@ class Disk:
                 self.shut_down()
                 otherwise = _OTHER_PLACE if isinstance(error, OSError) else ""
                 raise _explained(self.folder, error, otherwise) from error
-            # No traceback: the line says it.
-            log.error("the disk tier cannot be opened, nothing new is kept: %s", error)  # noqa: TRY400
+            log.error("the disk tier cannot be opened, nothing new is kept: %s", error)  # noqa: TRY400 - said
             with contextlib.suppress(*FAILURES):
                 work = partial(ReadOnlyFile, self.folder / database.FILE_NAME)
                 self.read_only = await self.read(work)
@@ -416,9 +422,10 @@ class Disk:
 
     async def _open_file(self) -> None:
         self.file = file = await self._in(self._writer, self._open)
-        # Without one, everything is read by the thread, whatever it was that failed.
+        # Without them, everything is read by the thread, and purges are noticed at the next tick.
         with contextlib.suppress(Exception):
             self.inline_reader = await self.read(partial(InlineReader, file.path))
+            self.purge_signal = await self.read(partial(PurgeSignal, self.folder))
         await self._open_damaged()
 
     async def _open_damaged(self) -> None:
@@ -458,6 +465,9 @@ class Disk:
             reader, self.inline_reader = self.inline_reader, None
             with contextlib.suppress(*FAILURES):
                 reader.close()
+        if self.purge_signal is not None:
+            self.purge_signal.close()
+            self.purge_signal = None
         for thread in (self._reader, self._writer):
             with contextlib.suppress(*FAILURES):
                 await self._in(thread, old.close)

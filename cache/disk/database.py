@@ -50,6 +50,11 @@ FAILURES = (*STORE_FAILURES, OSError)
 """What any call here may raise."""
 
 _RAW: int = diskcache.core.MODE_RAW
+_SET = (
+    "INSERT OR REPLACE INTO Settings VALUES (?, ?)",
+    "UPDATE Settings SET value = ? WHERE key = ?",
+)
+"""By what diskcache writes a setting."""
 
 
 class RawDisk(diskcache.Disk):  # type: ignore[misc]
@@ -83,6 +88,27 @@ class RawDisk(diskcache.Disk):  # type: ignore[misc]
         if mode != _RAW:
             raise ValueError("the row holds no raw bytes; it is not read")
         return _only_bytes(value)
+
+
+class QuietCache(diskcache.Cache):  # type: ignore[misc]
+    """diskcache's cache, which writes no setting again that the file has.
+
+    Each would be a transaction of its own, all together about a MB of log at each opening.
+    """
+
+    @property
+    def _sql_retry(self) -> schema.Sql:
+        run: schema.Sql = super()._sql_retry
+
+        def run_unless_known(statement: str, parameters: Sequence[object] = ()) -> Any:  # noqa: ANN401 - a cursor
+            if statement in _SET:
+                key, value = parameters if statement == _SET[0] else reversed(parameters)
+                known = "SELECT 1 FROM Settings WHERE key = ? AND value IS ?"
+                if run(known, (key, value)).fetchall():
+                    return None
+            return run(statement, parameters)
+
+        return run_unless_known
 
 
 def _only_bytes(value: object) -> bytes:
@@ -166,7 +192,7 @@ class Database:
     def _open(self) -> diskcache.Cache:
         schema.prepare(self.path)
         schema.check(self.path, BUSY_SECONDS)
-        cache = diskcache.Cache(
+        cache = QuietCache(
             str(self.folder),
             timeout=BUSY_SECONDS,
             disk=RawDisk,

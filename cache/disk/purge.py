@@ -1,15 +1,22 @@
-"""Purge: deletes entries by partition, age or address, in small transactions."""
+"""Purge: deletes entries by partition, age or address, in small transactions.
+
+Running proxies hear of it: `announce` numbers it in the file, and signals the number.
+"""
 
 import contextlib
+import mmap
+import os
 import re
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
+from embedding_proxy.cache.private_files import FILE_MODE
 from embedding_proxy.providers.base import current_label
 
-from .database import Database
 from .read_only import ReadableFile
 from .schema import Sql, release_pages
 
@@ -18,6 +25,10 @@ ENTRIES_A_READ = 5000
 PAGES_A_STEP = 512
 """16 MiB: given back in one transaction."""
 
+SIGNAL_NAME = "purges"
+_SIGNAL = struct.Struct("<QQ")
+"""A purge's number in the file, and its time: a file that is begun anew counts from 1 again."""
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 
 Position: TypeAlias = tuple[int, int]
 """When an entry was stored, in milliseconds since 1970, and its row."""
@@ -27,6 +38,16 @@ _RECORDS = (
     "Cache LEFT JOIN Entries ON Entries.id = Cache.rowid"
     " LEFT JOIN Partitions ON Partitions.id = partition"
 )
+
+
+class WritableFile(ReadableFile, Protocol):
+    """A store's file as far as it is purged: a `Database`, or an `ExclusiveFile`."""
+
+    def transaction(self, pages: int = 0) -> contextlib.AbstractContextManager[Any]:
+        """Give the connection for changes that are made together; they write about so many pages.
+
+        Raises FAILURES.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +104,7 @@ def is_chosen(database: ReadableFile, choice: PurgeFilter, address: bytes) -> bo
     )
 
 
-def delete(database: Database, choice: PurgeFilter, *, overwrite: bool = True) -> Iterator[int]:
+def delete(database: WritableFile, choice: PurgeFilter, *, overwrite: bool = True) -> Iterator[int]:
     """Delete the chosen entries, yielding after each transaction how many it deleted.
 
     What is deleted is overwritten with zeros unless told not to. Entries that are stored meanwhile
@@ -156,7 +177,9 @@ def _delete(connection: Any, rows: Sequence[tuple[int]]) -> None:  # noqa: ANN40
     connection.executemany("DELETE FROM Entries WHERE id = ?", rows)
 
 
-def _delete_records(database: Database, choice: PurgeFilter, *, overwrite: bool) -> Iterator[int]:
+def _delete_records(
+    database: WritableFile, choice: PurgeFilter, *, overwrite: bool
+) -> Iterator[int]:
     """Delete the record at an address, or all records, whatever else is known of them."""
     condition, values = where(choice)
     # A row that others move to the end of the file meanwhile is known by its time.
@@ -180,7 +203,7 @@ def _delete_records(database: Database, choice: PurgeFilter, *, overwrite: bool)
 
 
 @contextlib.contextmanager
-def _deleting(database: Database, *, overwrite: bool) -> Iterator[Any]:
+def _deleting(database: WritableFile, *, overwrite: bool) -> Iterator[Any]:
     """Give a transaction in which what is deleted is overwritten, or is not."""
     with database.transaction(ROWS_A_TRANSACTION // 4) as connection:
         connection.execute(f"PRAGMA secure_delete = {int(overwrite)}").fetchall()
@@ -191,21 +214,64 @@ def _deleting(database: Database, *, overwrite: bool) -> Iterator[Any]:
             connection.execute("PRAGMA secure_delete = 0").fetchall()
 
 
-def announce(database: Database, entries: int) -> None:
-    """Tell running proxies that entries were deleted: they empty their memory. Raises FAILURES."""
+class PurgeSignal:
+    """The number of the last purge, in a file that every process maps: to poll takes no call.
+
+    `folder` is the store's. For one thread. Raises OSError, also where there is no room for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = os.open(folder / SIGNAL_NAME, os.O_RDWR | os.O_CREAT | _CLOEXEC, FILE_MODE)
+        try:
+            if os.fstat(file).st_size < _SIGNAL.size:
+                os.pwrite(file, bytes(_SIGNAL.size), 0)
+            self._map = mmap.mmap(file, _SIGNAL.size, access=mmap.ACCESS_READ)
+        finally:
+            os.close(file)
+        self._last = self._map[:]
+
+    def poll(self) -> int | None:
+        """Return the number of the last purge if there was one since this was asked; else None."""
+        last = self._map[:]
+        if last == self._last:
+            return None
+        self._last = last
+        number: int = _SIGNAL.unpack(last)[0]
+        return number
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._map.close()
+
+
+def announce(database: WritableFile, entries: int) -> bool:
+    """Tell running proxies that entries were deleted: they empty their memory. Raises FAILURES.
+
+    Returns whether they were signalled: then they serve nothing of it from now on. Else they notice
+    it at the next tick of their store.
+    """
+    at = int(1000 * time.time())
     with database.transaction() as connection:
-        connection.execute(
-            "INSERT INTO Purges (at, entries) VALUES (?, ?)", (int(1000 * time.time()), entries)
-        )
+        connection.execute("INSERT INTO Purges (at, entries) VALUES (?, ?)", (at, entries))
+    number = count_purges(database)
+    try:
+        file = os.open(database.folder / SIGNAL_NAME, os.O_RDWR | os.O_CREAT | _CLOEXEC, FILE_MODE)
+        try:
+            os.pwrite(file, _SIGNAL.pack(number, time.time_ns()), 0)
+        finally:
+            os.close(file)
+    except OSError:
+        return False
+    return True
 
 
-def count_purges(database: Database) -> int:
+def count_purges(database: ReadableFile) -> int:
     """Return the number of the last purge that was announced. Raises FAILURES."""
     ((number,),) = database.sql("SELECT coalesce(max(id), 0) FROM Purges")
     return int(number)
 
 
-def _shrink(database: Database) -> Iterator[int]:
+def _shrink(database: WritableFile) -> Iterator[int]:
     released = PAGES_A_STEP
     while released == PAGES_A_STEP:
         began = time.monotonic()

@@ -124,13 +124,16 @@ def check(path: Path, patience_s: float) -> None:
     """Raise NewerLayout for a file of a layout that this version does not know.
 
     Raises sqlite3.OperationalError for one that somebody keeps locked: diskcache would wait for it
-    for a minute.
+    for a minute; and sqlite3.DatabaseError for one that cannot be written for damage.
     """
     with contextlib.closing(
         sqlite3.connect(path, timeout=patience_s, isolation_level=None)
     ) as connection:
         ((layout,),) = connection.execute("PRAGMA user_version")
         connection.execute("BEGIN IMMEDIATE")
+        if 0 < layout <= LAYOUT:
+            # Some damage of the header is found by who writes alone. It does not reach the log.
+            connection.execute("INSERT OR REPLACE INTO Settings SELECT key, value FROM Settings")
         connection.execute("ROLLBACK")
     refuse_newer(path, layout)
 
@@ -193,6 +196,12 @@ def is_current(sql: Sql) -> bool:
     if sql("PRAGMA user_version").fetchall() != [(LAYOUT,)]:
         return False
     return all(current_label(space) == space for (space,) in sql("SELECT space FROM Partitions"))
+
+
+def refuse_older(sql: Sql) -> None:
+    """Raise sqlite3.OperationalError for a file that has to be brought to this layout first."""
+    if not is_current(sql):
+        raise sqlite3.OperationalError("the file is of an older layout")
 
 
 def missing_steps(sql: Sql) -> Iterator[str]:

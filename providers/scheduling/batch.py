@@ -162,6 +162,12 @@ class Batch:
         self._router.latencies.note_answer(self._route, seconds, len(inputs))
         self._budget.give_back()
         health.succeeded(self._permit, self._limit_key)
+        if (first := inputs[0]).failures:
+            *_, (failed, error, *_) = first.failures
+            log.info(
+                "%s: answered for model %s in attempt %d, after %s at %s",
+                *(self._route.name, self._route.model, len(first.story), error.reason, failed.name),
+            )
         if len(inputs) == 1:
             health.answered_alone(self._limit_key, inputs[0].input)
         for failure in inputs[0].failures:

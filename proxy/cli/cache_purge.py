@@ -1,5 +1,6 @@
 """`embedding-proxy cache purge`: entries are deleted, and what waits for Qdrant of them."""
 
+import gc
 import sqlite3
 import time
 from collections import Counter
@@ -10,8 +11,11 @@ from typing import Annotated
 
 import typer
 from embedding_proxy.cache.disk import bounds, purge, salvage
-from embedding_proxy.cache.disk.database import Database, is_damage
+from embedding_proxy.cache.disk.connection import DiskFull
+from embedding_proxy.cache.disk.database import is_damage
+from embedding_proxy.cache.disk.exclusive_file import open_alone
 from embedding_proxy.cache.disk.read_only import ReadableFile
+from embedding_proxy.cache.disk.store import TICK_SECONDS
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
 from embedding_proxy.index.outbox import OutboxEntry, remove_entries, select_entries
@@ -23,10 +27,27 @@ from embedding_proxy.proxy.config.schema import Settings
 from embedding_proxy.proxy.service.storage import GIB
 
 from . import output
-from .cache import NamespaceOption, SpaceOption, check_known, open_store, open_store_for_reading
+from .cache import (
+    NamespaceOption,
+    SpaceOption,
+    check_known,
+    open_store,
+    open_store_for_reading,
+)
 from .formatting import count, money, size
 from .groups import cache_app
-from .output import ConfigOption, JsonOption, WorkFailed, need_terminal, print_json, progress
+from .output import (
+    ConfigOption,
+    JsonOption,
+    WorkFailed,
+    confirm,
+    need_terminal,
+    print_json,
+    progress,
+    tell_store,
+)
+
+wait = time.sleep
 
 
 @cache_app.command(name="purge")
@@ -79,14 +100,51 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
         with open_store_for_reading(settings) as file, _outbox_for_reading(settings) as waiting:
             chosen = _look_up(settings, file, waiting, choice)
     else:
-        with open_store(settings) as store, _outbox(settings) as outbox:
-            chosen = _look_up(settings, store, outbox, choice)
-            if not yes and (chosen.entries or chosen.points):
-                typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
-            if outbox is not None:
-                remove_entries(outbox, chosen.points)
-            deleted = _delete(store, chosen.choices, chosen.entries)
+        is_full = False
+        try:
+            chosen, deleted = _purge(settings, choice, is_sure=yes)
+        except DiskFull:
+            is_full = True
+        if is_full:
+            gc.collect()  # A file that could not be opened is open as long as the failure is kept.
+            chosen, deleted = _purge_in_place(settings, choice, is_sure=yes)
     _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
+
+
+def _purge(
+    settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
+) -> tuple["_Chosen", int]:
+    """Delete a choice beside running proxies; return what it was, and how many entries went."""
+    with open_store(settings) as store, _outbox(settings) as outbox:
+        chosen = _look_up(settings, store, outbox, choice)
+        _confirm(chosen, is_sure=is_sure)
+        if outbox is not None:
+            remove_entries(outbox, chosen.points)
+        return chosen, _delete(store, chosen.choices, chosen.entries)
+
+
+def _purge_in_place(
+    settings: Settings, choice: purge.PurgeFilter, *, is_sure: bool
+) -> tuple["_Chosen", int]:
+    """Do the same without room on the disk, where no proxy runs. Raises StoreError."""
+    with open_alone(settings.cache.directory) as file, _outbox_for_reading(settings) as waiting:
+        tell_store(settings)
+        typer.echo(
+            "the disk is full: the store is changed in place, alone; a kill may damage it", err=True
+        )
+        chosen = _look_up(settings, file, waiting, choice)
+        _confirm(chosen, is_sure=is_sure)
+        deleted = _delete(file, chosen.choices, chosen.entries)
+    # Now there is room for its log.
+    with _outbox(settings) as outbox:
+        if outbox is not None:
+            remove_entries(outbox, chosen.points)
+    return chosen, deleted
+
+
+def _confirm(chosen: "_Chosen", *, is_sure: bool) -> None:
+    if not is_sure and (chosen.entries or chosen.points):
+        confirm(f"Delete {chosen.told} for good?")
 
 
 def _tell(chosen: "_Chosen", deleted: int, *, dry_run: bool, as_json: bool) -> None:
@@ -189,7 +247,7 @@ def _look_up(
     )
 
 
-def _delete(file: Database, choices: Sequence[purge.PurgeFilter], entries: int) -> int:
+def _delete(file: purge.WritableFile, choices: Sequence[purge.PurgeFilter], entries: int) -> int:
     """Delete what is chosen, and return how many entries that were; `entries` are expected."""
     deleted = 0
     try:
@@ -200,8 +258,8 @@ def _delete(file: Database, choices: Sequence[purge.PurgeFilter], entries: int) 
                     tell(deleted)
     finally:
         # Also what an interruption cut short is to be forgotten.
-        if deleted:
-            purge.announce(file, deleted)
+        if deleted and not purge.announce(file, deleted):
+            wait(2 * TICK_SECONDS)  # By then, running proxies have noticed.
     return deleted
 
 

@@ -34,6 +34,7 @@ from .output import (
     ConfigOption,
     JsonOption,
     WorkFailed,
+    confirm,
     need_terminal,
     print_json,
     printable,
@@ -229,9 +230,9 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     before = _each(settings, qdrant, chosen, to, count_points, lock=False)
     doomed = [f"{s.source} ({formatting.count(points, 'point')})" for s, _, points in before]
     if yes < 1:
-        typer.confirm(f"Delete {', '.join(doomed)} for good?", abort=True, err=True)
+        confirm(f"Delete {', '.join(doomed)} for good?")
     if yes < 2:
-        typer.confirm("There is no way back afterwards. Sure?", abort=True, err=True)
+        confirm("There is no way back afterwards. Sure?")
 
     async def finish(points: Points, journal: MigrationState) -> None:
         await cutover.finalize(points, journal, take_name=take_name)

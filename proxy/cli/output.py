@@ -175,6 +175,19 @@ def need_terminal(command: str, option: str, *, is_sure: bool) -> None:
         )
 
 
+def confirm(question: str) -> None:
+    """Ask on stderr, and end the command with exit code 1 for anything but yes.
+
+    Raises KeyboardInterrupt for Ctrl-C, which typer would take for a no.
+    """
+    try:
+        typer.confirm(question, abort=True, err=True)
+    except typer.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+
+
 def tell_store(settings: "Settings") -> None:
     """Say on stderr which store a command works on: the folder of the cache, as absolute path.
 

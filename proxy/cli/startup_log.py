@@ -49,16 +49,14 @@ def check_environment(configuration: Configuration) -> None:
         if entry is None or entry.kind == registry.LOCAL:
             continue
         try:
-            if not key_of(entry) and entry.key_variable:
+            if not key_of(settings, name) and entry.key_variable:
                 continue
         except ConfigError as error:
             problems += error.problems
         try:
-            check_network(name, entry)
+            check_network(settings, name)
         except ConfigError as error:
-            path = ("providers", name, "trust_env")
-            message = str(error).removeprefix(f"{'.'.join(path)}: ")
-            problems.append(configuration.problem(path, message))
+            problems += error.problems
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
 
@@ -106,7 +104,7 @@ def _ready(settings: Settings) -> Iterator[str]:
         if entry.kind == registry.LOCAL:
             if local.is_installed():
                 yield name
-        elif entry.key_variable is None or key_of(entry):
+        elif entry.key_variable is None or key_of(settings, name):
             yield name
 
 

@@ -29,6 +29,16 @@ _JWT = re.compile(r"eyJ[\w-]{8,}(?:\.[\w-]{6,}){1,2}")
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _MIN_RANDOM = 16
 _MIN_DIGITS = 2
+_NAME = re.compile(r"[\w./:@+ -]{1,64}")
+_NAME_PART = re.compile(r"[^\W_]+")
+_MAX_WORD = 24
+"""Letters of a word in a name."""
+_MAX_NUMBER = 8
+"""Characters of a part of a name that has digits: a version, a size, a date."""
+_MAX_MIXED = 3
+"""Parts of a name that have letters and digits."""
+_HUMP = re.compile(r"[a-z][A-Z]")
+_MAX_HUMPS = 3
 
 
 class Problem(NamedTuple):
@@ -125,6 +135,27 @@ def looks_like_key(name: str) -> bool:
     if _PREFIXES.match(name) or _UUID.search(name):
         return True
     return any(_is_random(part) for part in _PART.findall(name))
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name is plainly no secret: a few words, versions and sizes.
+
+    >>> [is_plain_name(name) for name in ("text-embedding-3-small", "gpt4", "BAAI/bge-m3", "llm_2")]
+    [True, True, True, True]
+    >>> [is_plain_name(name) for name in ("sk-abc", "qXvbTzKpWmNrLd", "ab12-cd34-ef56-gh78")]
+    [False, False, False]
+    """
+    parts = _NAME_PART.findall(name)
+    mixed = [part for part in parts if not part.isalpha() and not part.isdigit()]
+    return (
+        bool(_NAME.fullmatch(name))
+        and all(len(part) <= (_MAX_WORD if part.isalpha() else _MAX_NUMBER) for part in parts)
+        and len(mixed) <= _MAX_MIXED
+        and len(_HUMP.findall(name)) <= _MAX_HUMPS
+        and not name.startswith("sk-")
+        and not _PREFIXES.match(name)
+        and not _UUID.search(name)
+    )
 
 
 def hide_keys(message: str) -> str:

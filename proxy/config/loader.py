@@ -48,7 +48,6 @@ class Configuration:
     unresolved: tuple[str, ...] = ()
     """Variables of the file that are not set and that nobody needs now; a line for each, as in
     ConfigError."""
-    _source: "_Source | None" = field(default=None, repr=False)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -65,8 +64,7 @@ class Configuration:
 
     def problem(self, path: KeyPath, message: str) -> str:
         """Return a line that tells what is wrong with a key, as in ConfigError."""
-        source = self._source or _Source(_name_of(self.file))
-        return source.line(Problem(path, message))
+        return self.settings.problem(path, message)
 
 
 def load(
@@ -108,7 +106,8 @@ def read_configuration(
     source.overrides = overrides or {}
     settings, unresolved = _settings(source, _folder_of(path), purpose)
     lines = tuple(source.line(problem) for problem in unresolved)
-    return Configuration(settings, written, path, lines, source)
+    settings.set_source(source.line)
+    return Configuration(settings, written, path, lines)
 
 
 def validate_content(content: Mapping[Any, Any], name: str) -> Settings:

@@ -16,7 +16,7 @@ from embedding_proxy.proxy import request_fields
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from . import addresses
-from .errors import Problem, refuse, suggestion
+from .errors import Problem, is_plain_name, refuse, suggestion
 from .fields import (
     INSPECTED,
     BaseUrl,
@@ -33,12 +33,9 @@ MAX_RETRIES = 100
 _COUNT = Field(ge=1, le=10**9)
 
 # What the transport and HTTP itself say is not the operator's to change; the key has its own way.
+_KEY_HEADERS = {"authorization", "api-key", "x-api-key", "proxy-authorization", "cookie"}
 _OWN_HEADERS = {
-    "authorization",
-    "api-key",
-    "x-api-key",
-    "proxy-authorization",
-    "cookie",
+    *_KEY_HEADERS,
     "content-type",
     "content-length",
     "content-encoding",
@@ -173,7 +170,7 @@ class ProviderConfig(Section):
                 yield Problem(
                     ("options", name),
                     f"unknown option; known to this kind: {options}",
-                    hides_name=not name.isidentifier(),
+                    hides_name=not is_plain_name(name),
                     needs=(("kind",),),
                 )
         if self.base_url is None and profile.base_url is None:
@@ -294,12 +291,20 @@ def _wrong_headers(headers: Mapping[str, str]) -> Iterator[Problem]:
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             yield Problem((), "holds something that is no name of a header; remove it")
         elif name.lower() in _OWN_HEADERS:
-            yield Problem((name,), f"{name} is not to be set here; a key goes into api_key_env")
+            yield Problem((name,), f"{name} is not to be set here; {_header_remedy(name.lower())}")
         elif not (content.isascii() and content.isprintable()):
             yield Problem(
                 (name,),
                 f"{name}: its value holds a line break or the like; write it as plain ASCII",
             )
+
+
+def _header_remedy(name: str) -> str:
+    if name in _KEY_HEADERS:
+        return "a key goes into api_key_env"
+    if name == "host":
+        return "it is the host of base_url: set that, and remove this"
+    return "the proxy sets it itself: remove it"
 
 
 def _without(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:

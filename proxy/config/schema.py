@@ -5,7 +5,8 @@ Settings objects stay in `proxy`; the packages below it take plain arguments.
 
 import ipaddress
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from embedding_proxy.index.collection import LONGEST_NAME, FieldType, not_in_nam
 from embedding_proxy.providers import registry
 from embedding_proxy.providers.client_credential import client_key_mistake
 from embedding_proxy.providers.model_catalog import CATALOGUE
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from . import references
 from .errors import KeyPath, Problem, Problems, refuse, suggestion
@@ -269,6 +270,17 @@ class Index(Section):
     qdrant: Qdrant | None = None
 
 
+def _plain_line(problem: Problem) -> str:
+    return f"{problem.key}: {problem.message}"
+
+
+@dataclass(frozen=True)
+class SettingsSource:
+    """Where settings come from. It makes no two of them differ."""
+
+    line: Callable[[Problem], str] = field(default=_plain_line, compare=False)
+
+
 class Settings(Section):
     """A whole configuration, defaults filled in."""
 
@@ -292,6 +304,19 @@ class Settings(Section):
     passthrough_auth: Literal["provider", "client"] = "provider"
     passthrough_idle_timeout_s: Annotated[Number, Field(gt=0)] = 1800
     passthrough_max_message_mib: Annotated[Number, Field(gt=0, le=1024)] = 16
+
+    _source: SettingsSource = PrivateAttr(default_factory=SettingsSource)
+
+    def problem(self, path: KeyPath, message: str) -> str:
+        """Return a line that tells what is wrong with a key: `file:line: key: problem; remedy`.
+
+        For mistakes that show only when the settings are used.
+        """
+        return self._source.line(Problem(path, message))
+
+    def set_source(self, line: Callable[[Problem], str]) -> None:
+        """Say where the settings come from: `line` adds file and line to a problem."""
+        self._source = SettingsSource(line)
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,6 @@ to find. What only follows from a replaced value is no mistake of the file, and 
 `explain` puts pydantic's errors into words. It repeats no value of the file: it may be a key.
 """
 
-import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
@@ -16,7 +15,7 @@ from embedding_proxy.providers.model_catalog import CATALOGUE
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from .errors import KeyPath, Problem, Problems, nearest
+from .errors import KeyPath, Problem, Problems, is_plain_name, nearest
 from .fields import Section
 from .schema import KINDS, Settings
 
@@ -39,10 +38,6 @@ _EXPECTED = {
     "too_short": "at least one entry",
     "tuple_type": "a list",
 }
-_PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z_]{0,39}")
-"""An unknown key that is shown though it is like none that is known."""
-_NEAR_NAME = re.compile(r"[\w .-]{1,40}")
-"""A name that is not valid and is shown."""
 _OLD_SECTIONS = {"llm", "vector_store"}
 _MAX_ROUNDS = 20
 _REPLACEMENTS: Mapping[str, Any] = {
@@ -203,7 +198,7 @@ def _problems(path: KeyPath, detail: Any) -> Iterator[Problem]:  # noqa: ANN401 
         hides_name = (
             kind == "string_pattern_mismatch"
             and detail["loc"][-1] == "[key]"
-            and not _NEAR_NAME.fullmatch(str(path[-1]))
+            and not is_plain_name(str(path[-1]))
         )
         expected = _EXPECTED.get(kind) or detail["msg"].removeprefix("Input should be ")
         yield Problem(path, f"expected {expected}", hides_name)
@@ -224,12 +219,15 @@ def _unknown_key(path: KeyPath) -> Problem:
             "is a section of an older configuration; `embedding-proxy config convert FILE` turns"
             " that into one of this proxy",
         )
+    for section, names in (("models", CATALOGUE), ("providers", KINDS)):
+        if len(path) == 1 and name in names:
+            return Problem(path, f"unknown key; put it below `{section}:`")
     keys = sorted(known_keys(path[:-1]))
     near = nearest(name, keys, cutoff=0.5)
     if near:
         return Problem(path, f"unknown key; did you mean {near}?", meant=near)
-    hides_name = not _PLAIN_NAME.fullmatch(name)
-    return Problem(path, f"unknown key; known here: {', '.join(keys)}", hides_name)
+    message = f"unknown key; known here: {', '.join(keys)}"
+    return Problem(path, message, hides_name=not is_plain_name(name))
 
 
 def field_at(path: Sequence[str | int]) -> FieldInfo | type[Section] | None:

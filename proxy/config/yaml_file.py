@@ -15,6 +15,8 @@ _OTHER_BREAKS = re.compile(r"[\x85\u2028\u2029]")
 # What PyYAML's constructors raise for a value that looks like a date, a number or a truth value, or
 # is tagged as one, and is none.
 _UNREADABLE = (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError)
+MAX_REPEATED = 100_000
+"""Values that aliases repeat, all together: a few lines can stand for billions."""
 MAX_VERSIONS = 10
 """Copies of a key that is written several times which are looked at."""
 
@@ -76,6 +78,7 @@ def parse(text: str) -> YamlFile:
             root = loader.get_single_node()
             if root is None:
                 return YamlFile(None)
+            _check_aliases(root, {})
             # Before merge keys (`<<`) are resolved, which adds to the nodes.
             duplicates = tuple(_duplicates(root, (), set()))
             roots = [
@@ -138,6 +141,32 @@ def _step(node: yaml.Node, part: str | int) -> tuple[yaml.Node, int] | None:
         value = node.value[part]
         return value, value.start_mark.line + 1
     return None
+
+
+def _check_aliases(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return how many values a node holds, and how many of them are repeated by aliases.
+
+    Each node is looked at once. `sizes` has what is known of nodes; of one that holds itself,
+    nothing. Raises YamlError for too many.
+    """
+    if id(node) in sizes:
+        size, _ = sizes[id(node)]
+        return size, size
+    sizes[id(node)] = 0, 0
+    size, repeated = 1, 0
+    if isinstance(node, yaml.CollectionNode):
+        pairs = isinstance(node, yaml.MappingNode)
+        for one in (part for pair in node.value for part in pair) if pairs else node.value:
+            part_size, part_repeated = _check_aliases(one, sizes)
+            size += part_size
+            repeated += part_repeated
+    if repeated > MAX_REPEATED:
+        raise YamlError(
+            f"aliases repeat more than {MAX_REPEATED:,} values here; write out what is needed",
+            node.start_mark.line + 1,
+        )
+    sizes[id(node)] = size, repeated
+    return size, repeated
 
 
 def _version(node: yaml.Node, copy: int, made: dict[int, yaml.Node], *, is_top: bool) -> yaml.Node:

@@ -16,8 +16,11 @@ from embedding_proxy.proxy.request_fields import classify
 from embedding_proxy.proxy.service.request import (
     EmbeddingRequest,
     Encoding,
+    parse_dimensions,
     parse_index_options,
     parse_input,
+    parse_model,
+    parse_string,
 )
 
 CHUNK = 96 << 10
@@ -58,21 +61,18 @@ def parse(
     model = named if model is None else model
     if model is None:
         raise InvalidRequest("You must provide a model parameter.", param="model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequest("'model' must be a non-empty string.", param="model")
+    model = parse_model(model)
     if on_model is not None:
         on_model(model)
-    dimensions = fields.pop("dimensions", None)
-    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
-        raise InvalidRequest("'dimensions' must be an integer of at least 1.", param="dimensions")
+    dimensions = parse_dimensions(fields.pop("dimensions", None))
     encoding = fields.pop("encoding_format", "float")
     if encoding not in ("float", "base64"):
         raise InvalidRequest(
             "'encoding_format' must be 'float' or 'base64'.", param="encoding_format"
         )
     user = fields.pop("user", None)
-    if user is not None and not isinstance(user, str):
-        raise InvalidRequest("'user' must be a string.", param="user")
+    if user is not None:
+        user = parse_string("user", user)
     value, wish = fields.pop("input", None), fields.pop("index", None)
     further = classify(fields)
     inputs = parse_input(value, max_inputs)

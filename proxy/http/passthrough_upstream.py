@@ -127,10 +127,10 @@ class PassthroughUpstream:
         self._base_url = (self._profile.base_url or "").rstrip("/")
         self._base = BaseUrl(self._base_url)
         self._variable = entry.key_variable
-        self._key = key_of(entry)
+        self._key = key_of(settings, self.name)
         self.redactor = Redactor(*self._profile.secrets(self._key))
         """Removes the provider's key from what its upstream says."""
-        check_network(self.name, entry)
+        check_network(settings, self.name)
         self._by_client = settings.passthrough_auth == "client" or entry.uses_client_key
         self._access = access
         self._session: aiohttp.ClientSession | None = None

@@ -1,5 +1,6 @@
 """What a service gives for the inputs of a request, whoever asked."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -13,7 +14,7 @@ from embedding_proxy.providers.similarity import similarities
 from .model_registry import Model
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Result:
     """The answer to n inputs, in their order."""
 
@@ -33,6 +34,12 @@ class Result:
     """As they were embedded: token arrays as texts where they stand for some, cut if so wanted."""
     namespace: str = ""
     """The part of the cache in which they were looked up."""
+
+    def __repr__(self) -> str:
+        """Without inputs and vectors: what is printed may be long, and be read by others."""
+        shape = len(self.embedded.vectors), self.dimensions
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in Counter(self.outcomes).items())
+        return f"<Result: model {self.name!r}, vectors of shape {shape}, {counts}>"
 
     @property
     def vectors(self) -> vector.Floats:

@@ -13,7 +13,7 @@ Texts that are embedded for these are not indexed.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,12 @@ from .request import (
     Client,
     EmbeddingRequest,
     IndexOptions,
+    Inputs,
     Secret,
+    convert_input,
     parse_input,
+    parse_text,
+    parse_texts,
 )
 from .storage import Storage
 
@@ -74,7 +78,7 @@ class SearchMixin(ABC):
     @abstractmethod
     async def embed(
         self,
-        inputs: str | Sequence[str | int | Sequence[int]],
+        inputs: Inputs,
         model: str,
         *,
         dimensions: int | None = None,
@@ -87,16 +91,18 @@ class SearchMixin(ABC):
         self, one: str, other: str, model: str, *, dimensions: int | None = None
     ) -> float:
         """Return the cosine between two texts, -1…1. Raises EmbeddingError."""
-        result = await self.embed([one, other], model, dimensions=dimensions, index=False)
+        pair = [parse_text(one), parse_text(other)]
+        result = await self.embed(pair, model, dimensions=dimensions, index=False)
         return float(result.similarity()[0, 1])
 
     async def nearest(
-        self, query: str, texts: Sequence[str], k: int, model: str, *, dimensions: int | None = None
+        self, query: str, texts: Iterable[str], k: int, model: str, *, dimensions: int | None = None
     ) -> list[Neighbour]:
         """Return the k texts that are nearest to a query, the nearest first; of equals the earlier.
 
         Raises EmbeddingError.
         """
+        query, texts, k = parse_text(query), parse_texts(texts), request.parse_count("k", k, 0)
         if not texts:
             return []
         result = await self.embed([query, *texts], model, dimensions=dimensions, index=False)
@@ -126,9 +132,9 @@ class SearchMixin(ABC):
         `index.qdrant`.
         """
         if self.indexing is None or self.settings.index.qdrant is None:
-            raise ConfigError(
-                "index.qdrant: is not set, so there is nothing to search; set its url"
-            )
+            message = "is not set, so there is nothing to search; set its url"
+            raise ConfigError(self.settings.problem(("index", "qdrant"), message))
+        text, limit = parse_text(text), request.parse_count("limit", limit)
         result = await self.embed(
             text, model, dimensions=dimensions, parameters=parameters, index=False
         )
@@ -315,7 +321,7 @@ class EmbeddingService(SearchMixin):
 
     async def embed(  # noqa: PLR0913 - the parameters of a request
         self,
-        inputs: str | Sequence[str | int | Sequence[int]],
+        inputs: Inputs,
         model: str,
         *,
         dimensions: int | None = None,
@@ -337,16 +343,22 @@ class EmbeddingService(SearchMixin):
         `index` is what a client would say in the field of that name: False, or a mapping.
         Raises EmbeddingError.
         """
+        further = classify(request.parse_parameters(parameters))
+        caller = Client(
+            request.parse_string("namespace", namespace),
+            request.parse_string("client", client),
+            Secret(request.parse_string("api_key", api_key)),
+        )
+        control = request.parse_string("cache_control", cache_control)
+        model = request.parse_model(model)
+        dimensions = request.parse_dimensions(dimensions)
+        user = None if user is None else request.parse_string("user", user)
 
         def parse() -> list[Input]:
-            if isinstance(inputs, str):
-                return parse_input(inputs)
-            plain = [item if isinstance(item, str | int) else list(item) for item in inputs]
-            return parse_input(plain, self.max_inputs)
+            return parse_input(convert_input(inputs), self.max_inputs)
 
-        parsed = parse() if len(inputs) <= SLICE else await asyncio.to_thread(parse)
-        fields = {name: value for name, value in (parameters or {}).items() if value is not None}
-        further = classify(fields)
+        is_long = isinstance(inputs, list | tuple) and len(inputs) > SLICE
+        parsed = await asyncio.to_thread(parse) if is_long else parse()
         embedding_request = EmbeddingRequest(
             model=model,
             inputs=parsed,
@@ -357,18 +369,19 @@ class EmbeddingService(SearchMixin):
             neutral=further.neutral,
             index=request.parse_index_options(index, len(parsed)),
         )
-        return await self.answer(
-            embedding_request, Client(namespace, client, Secret(api_key)), cache_control
-        )
+        return await self.answer(embedding_request, caller, control)
 
     async def preview(
-        self, inputs: Sequence[str], model: str, *, namespace: str = ""
+        self, inputs: Iterable[str], model: str, *, namespace: str = ""
     ) -> list[CostPreview]:
         """Return what is known of texts before anything is bought. Raises EmbeddingError."""
         if self._registry is None or self._storage is None:
             raise RuntimeError("the service is not open")
         return await preview_cost(
-            self._registry.get(model), self._storage.tiers, inputs, Namespace(namespace)
+            self._registry.get(model),
+            self._storage.tiers,
+            parse_texts(inputs),
+            Namespace(namespace),
         )
 
     def embed_from_cache(

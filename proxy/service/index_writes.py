@@ -38,6 +38,7 @@ log = logging.getLogger("embedding_proxy.index")
 
 GIB = 1 << 30
 MIB = 1 << 20
+_QDRANT = ("index", "qdrant")
 LOOK_SECONDS = 5.0
 """How long the start waits to learn whether the collections belong to the models."""
 # Points made on the event loop; more are made in a thread.
@@ -119,7 +120,7 @@ class IndexWrites:
         try:
             await self.indexer.__aenter__()
         except QdrantFailure as error:
-            raise ConfigError(f"index.qdrant: {error}") from error
+            raise ConfigError(self._settings.problem(_QDRANT, str(error))) from error
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -134,7 +135,7 @@ class IndexWrites:
             log.warning("Qdrant at %s: %s; points wait on disk", qdrant, str(error) or "no answer")
             return
         if against:
-            raise ConfigError(f"index.qdrant: {against[0]}")
+            raise ConfigError(self._settings.problem(_QDRANT, against[0]))
 
     async def take(self, options: IndexOptions, control: str, result: Result) -> None:
         """Put what was answered into the outbox. Never raises; waits for the local disk only."""

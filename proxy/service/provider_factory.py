@@ -21,7 +21,6 @@ from embedding_proxy.providers.routing.router import Router
 from embedding_proxy.providers.scheduling.scheduler import Scheduler
 from embedding_proxy.proxy.config import models
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.providers import ProviderConfig
 from embedding_proxy.proxy.config.schema import Settings
 
 CLIENTS_PAY = (
@@ -49,13 +48,13 @@ async def open_providers(
             continue
         if entry.uses_client_key:
             log.info("provider %s: %s", name, CLIENTS_PAY)
-        variable, key = entry.key_variable, key_of(entry)
+        variable, key = entry.key_variable, key_of(settings, name)
         if variable and not key:
             # One that nobody has named is there for whoever has its key.
             level = logging.WARNING if settings.names_providers else logging.DEBUG
             log.log(level, "provider %s is skipped: %s is not set", name, variable)
             continue
-        check_network(name, entry)
+        check_network(settings, name)
         adapter = registry.find(entry.kind).adapter
         profile = entry.as_profile()
         profile = replace(profile, limits=_share(name, profile.limits, settings.server.workers))
@@ -76,23 +75,30 @@ def _share(name: str, limits: Limits, workers: int) -> Limits:
     return limits.share(workers)
 
 
-def key_of(entry: ProviderConfig) -> str:
+def key_of(settings: Settings, name: str) -> str:
     """Return a provider's key from the environment, or nothing. Raises ConfigError."""
-    variable = entry.key_variable
+    entry = settings.providers[name]
+    variable = None if entry is None else entry.key_variable
     key = os.environ.get(variable, "").strip() if variable else ""
     mistake = key_mistake(key, variable or "")
+    if mistake and settings.names_providers:
+        path = ("providers", name, "api_key_env")
+        raise ConfigError(settings.problem(path, f"{variable}: {mistake}"))
     if mistake:
         raise ConfigError(f"{variable}: {mistake}")
     return key
 
 
-def check_network(name: str, entry: ProviderConfig) -> None:
+def check_network(settings: Settings, name: str) -> None:
     """Raise ConfigError if a provider cannot be reached in the way that is configured for it."""
+    entry = settings.providers[name]
+    if entry is None:
+        return
     profile = entry.as_profile()
     try:
         profile.network.proxy_for(profile.base_url or "")
     except ValueError as error:
-        raise ConfigError(f"providers.{name}.trust_env: {error}") from error
+        raise ConfigError(settings.problem(("providers", name, "trust_env"), str(error))) from error
 
 
 def make_scheduler(router: Router, settings: Settings) -> Embedder:

@@ -12,11 +12,14 @@ The field `index` says which points are written to Qdrant, and under which ids::
     extra_body={"index": False}
 """
 
+import array
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeAlias
 from uuid import UUID
 
@@ -35,6 +38,8 @@ _SECONDS = re.compile(r"[0-9]+")
 _KEYS = ("collection", "ids", "payload")
 _TAKEN = "only text and token ids are taken"
 
+Inputs: TypeAlias = str | Iterable[str | int | Iterable[int]]
+"""One text, one token array, or several texts or token arrays, as Python code gives them."""
 MAX_INPUTS = 2048
 """At OpenAI: inputs in one request, and ids in a token array that stands alone."""
 Encoding: TypeAlias = Literal["float", "base64"]
@@ -251,6 +256,50 @@ class EmbeddingRequest:
     """What was found of the inputs, if they were looked up and could not be answered at once."""
 
 
+def convert_input(  # noqa: PLR0911 - one for each kind of value
+    value: object, where: str = "", depth: int = 2
+) -> object:
+    """Return an input given in Python as JSON would have it: a copy, for `parse_input`.
+
+    Texts and integers may be of any class; a list may be any sequence, an iterator, or an array
+    with `tolist`. Raises InvalidRequest for what would be a list of something else than is meant:
+    bytes, which are integers, a mapping, of which only the keys are, and a set, which has no order.
+    What else is no input is returned as it is, for `parse_input` to refuse.
+
+    >>> convert_input(("a", "b")), convert_input(range(3)), convert_input(iter([(1, 2)]))
+    (['a', 'b'], [0, 1, 2], [[1, 2]])
+    """
+    if isinstance(value, str):
+        return str.__str__(value)
+    number = _integer(value)
+    if number is not None:
+        return number
+    if isinstance(value, bytes | bytearray | memoryview | array.array):
+        raise _input_error("is binary data; decode it to a string", where)
+    if isinstance(value, Mapping | AbstractSet):
+        raise _input_error(
+            f"is a {type(value).__name__}; give a list of texts, in the order of the vectors", where
+        )
+    if not isinstance(value, Sequence | Iterator):
+        convert = getattr(value, "tolist", None)
+        if convert is None:
+            return value
+        value = convert()
+        if not isinstance(value, list):
+            return convert_input(value, where, depth)
+    if type(value) is list and set(map(type, value)) in ({str}, {int}):
+        return value.copy()
+    if depth == 0:
+        return value
+    return [convert_input(item, f"{where}[{i}]", depth - 1) for i, item in enumerate(value)]
+
+
+def _integer(value: object) -> int | None:
+    """Return an integer of any class as int; None for what is none, and for a truth value."""
+    # bool is an int to Python, not to JSON.
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else None
+
+
 def parse_input(
     value: Any,  # noqa: ANN401 - whatever JSON holds
     max_items: int | None = None,
@@ -282,6 +331,68 @@ def parse_input(
     if first is not int:
         raise _input_error(f"must be a string or an integer token; {_TAKEN}", "[0]")
     return [_tokens(value, "")]
+
+
+def parse_text(value: object) -> str:
+    """Return the one text that stands alone. Raises InvalidRequest."""
+    if not isinstance(value, str):
+        raise _input_error("must be a string", "")
+    return _text(str.__str__(value), "")
+
+
+def parse_texts(value: object) -> list[str]:
+    """Return a list of texts, which may be empty. Raises InvalidRequest."""
+    texts = convert_input(value)
+    if not isinstance(texts, list):
+        raise _input_error("must be an array of strings", "")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise _input_error("must be a string", f"[{i}]")
+    return texts
+
+
+def parse_dimensions(value: object) -> int | None:
+    """Return the width that is asked for; None if none is. Raises InvalidRequest.
+
+    >>> parse_dimensions(256), parse_dimensions(None)
+    (256, None)
+    """
+    if value is None:
+        return None
+    return parse_count("dimensions", value)
+
+
+def parse_count(name: str, value: object, min_value: int = 1) -> int:
+    """Return a parameter that is an integer of at least `min_value`. Raises InvalidRequest."""
+    number = _integer(value)
+    if number is not None and number >= min_value:
+        return number
+    raise InvalidRequest(f"'{name}' must be an integer of at least {min_value}.", param=name)
+
+
+def parse_string(name: str, value: object) -> str:
+    """Return a parameter that is a string. Raises InvalidRequest."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{name}' must be a string.", param=name)
+    return str.__str__(value)
+
+
+def parse_parameters(value: object) -> dict[str, object]:
+    """Return the further fields of a request; one that is None is absent. Raises InvalidRequest."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InvalidRequest(
+            "'parameters' must be a mapping from names of fields to values.", param="parameters"
+        )
+    return {name: given for name, given in value.items() if given is not None}
+
+
+def parse_model(value: object) -> str:
+    """Return the name of a model. Raises InvalidRequest."""
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest("'model' must be a non-empty string.", param="model")
+    return str.__str__(value)
 
 
 def _text(item: object, where: str) -> str:

@@ -139,10 +139,14 @@ class FakeStore:
         self.flushed = Usage()
         """What was counted when that was last written by itself."""
         self.on_purge = lambda: None
+        self.purge_epoch = 0
         self.is_quick = False
         """Whether what it holds can be read at once."""
         self.broken = False
         """Whether every read finds nothing and every write comes to nothing."""
+
+    def heed_purges(self) -> bool:
+        return False
 
     async def lookup(self, addresses: Sequence[bytes]) -> dict[bytes, StoredRecord]:
         self.reads.append(list(addresses))

@@ -275,7 +275,7 @@ def test_purges_are_numbered(tmp_path):
     with _opened(tmp_path) as database, _opened(tmp_path) as other:
         assert purge.count_purges(other) == 0
         for number in (1, 2, 3):
-            purge.announce(database, 10 * number)
+            assert purge.announce(database, 10 * number)
             assert purge.count_purges(other) == number
         rows = database.sql("SELECT entries FROM Purges ORDER BY id").fetchall()
         assert rows == [(10,), (20,), (30,)]
@@ -284,9 +284,15 @@ def test_purges_are_numbered(tmp_path):
 # What running proxies notice.
 
 
-async def test_another_proxy_hears_of_a_purge_at_its_next_tick(tmp_path):
-    """The announcement is heard once, by each proxy, and not by one that came later."""
+@pytest.mark.parametrize("is_signalled", [True, False])
+async def test_another_proxy_hears_of_a_purge_at_its_next_tick(is_signalled, tmp_path):
+    """The announcement is heard once, by each proxy, and not by one that came later.
+
+    Also where there is no signal: something is in the way of its file.
+    """
     heard = []
+    if not is_signalled:
+        (tmp_path / "v1" / purge.SIGNAL_NAME).mkdir(parents=True)
     async with (
         Store(tmp_path, GIB, on_purge=lambda: heard.append("one")) as one,
         Store(tmp_path, GIB, on_purge=lambda: heard.append("two")) as two,
@@ -294,7 +300,7 @@ async def test_another_proxy_hears_of_a_purge_at_its_next_tick(tmp_path):
         await one._tick(1)
         assert heard == []
         with _opened(tmp_path) as database:
-            purge.announce(database, 1)
+            assert purge.announce(database, 1) is is_signalled
         for store in (one, two, one, two):
             await store._tick(1)
         assert heard == ["one", "two"]
@@ -308,7 +314,7 @@ async def test_another_proxy_hears_of_a_purge_at_its_next_tick(tmp_path):
 
 
 async def test_after_a_purge_memory_serves_nothing_of_it(tmp_path):
-    """What was deleted on disk is not served from memory after the next tick."""
+    """What was deleted on disk is not served from memory once the purge was announced."""
     space = Space("m", 3)
     key, entry = key_of("x", space), entry_of("x", space)
     partition = Partition("", "m", 3)
@@ -319,13 +325,62 @@ async def test_after_a_purge_memory_serves_nothing_of_it(tmp_path):
             assert sum(purge.delete(database, PurgeFilter(space="m"))) == 1
             assert await entries_in(tiers, [key], partition) == {key: entry}
             purge.announce(database, 1)
-        await store._tick(1)
         assert await entries_in(tiers, [key], partition) == {}
         assert await store.lookup([key.address]) == {}
         await tiers.put_many({key: entry}, partition)
         assert await entries_in(tiers, [key], partition) == {key: entry}
         found = await store.lookup([key.address])
         assert found[key.address].record == encode(entry)
+
+
+async def test_what_is_read_or_written_amid_a_purge_is_not_kept_in_memory(tmp_path, monkeypatch):
+    """A look-up, or a write, that began before a purge and ends after it, leaves no entry."""
+    space = Space("m", 3)
+    key, entry = key_of("x", space), entry_of("x", space)
+    partition = Partition("", "m", 3)
+
+    def purge_all():
+        with _opened(tmp_path) as database:
+            assert sum(purge.delete(database, PurgeFilter())) == 1
+            purge.announce(database, 1)
+
+    async with Store(tmp_path, GIB) as store:
+        tiers = Tiers(Memory(1 << 20), store)
+        lookup, put_many = store.lookup, store.put_many
+
+        async def amid_lookup(addresses):
+            found = await lookup(addresses)
+            purge_all()
+            assert store.heed_purges()  # Somebody else's look-up.
+            return found
+
+        async def amid_write(records, partition):
+            kept = await put_many(records, partition)
+            purge_all()
+            assert store.heed_purges()
+            return kept
+
+        await store.put_many({key.address: encode(entry)}, partition)
+        monkeypatch.setattr(store, "lookup_nowait", lambda addresses: None)
+        monkeypatch.setattr(store, "lookup", amid_lookup)
+        assert await entries_in(tiers, [key], partition) == {key: entry}
+        monkeypatch.setattr(store, "lookup", lookup)
+        assert await entries_in(tiers, [key], partition) == {}
+        monkeypatch.setattr(store, "put_many", amid_write)
+        await tiers.put_many({key: entry}, partition)
+        assert await entries_in(tiers, [key], partition) == {}
+
+
+async def test_a_file_that_is_begun_anew_signals_its_first_purge(tmp_path):
+    """The number of a purge may be that of one of an earlier file: it counts as another one."""
+    heard = []
+    async with Store(tmp_path, GIB, on_purge=lambda: heard.append(1)) as store:
+        for _ in range(2):
+            with _opened(tmp_path) as database:
+                purge.announce(database, 1)
+                database.sql("DELETE FROM Purges")
+            assert store.heed_purges()
+        assert heard == [1, 1]
 
 
 async def test_a_listener_that_fails_is_told_again_of_the_next(tmp_path):

@@ -15,7 +15,7 @@ import diskcache
 import pytest
 from embedding_proxy.cache.disk import connection, database, purge
 from embedding_proxy.cache.disk import store as store_module
-from embedding_proxy.cache.disk.database import PAGE_BYTES, RawDisk
+from embedding_proxy.cache.disk.database import PAGE_BYTES, RawDisk, log_bytes
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.cache.disk.store import Store, StoreError
 from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
@@ -119,7 +119,7 @@ async def test_large_records_stay_inside_the_database(tmp_path):
         assert await store.put_many(records)
         assert await _read(store, list(records)) == records
         files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
-    assert files <= {"cache.db", "cache.db-wal", "cache.db-shm", "writer.lock"}
+    assert files <= {"cache.db", "cache.db-wal", "cache.db-shm", "purges", "writer.lock"}
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,30 @@ async def test_another_versions_files_are_left_alone(tmp_path):
     assert (other / "cache.db").read_bytes() == b"of another version"
 
 
-async def test_closing_leaves_one_file_and_no_thread(tmp_path):
+async def test_an_opening_beside_another_process_writes_nothing(tmp_path):
+    """The write-ahead log is as long as before: diskcache would write its settings each time."""
+    async with Store(tmp_path, GIB) as store:
+        await store.put_many(_records(range(10)))
+        log = store.folder / "cache.db-wal"
+        before = log.stat().st_size
+        for _ in range(3):
+            async with Store(tmp_path, GIB) as other:
+                assert len(await _read(other, list(_records(range(10))))) == 10
+        assert log.stat().st_size == before
+        # What differs is written: by whoever opens the file next, it is found as it was said.
+        async with Store(tmp_path, 2 * GIB):
+            pass
+        with _foreign(tmp_path) as connection:
+            rows = dict(connection.execute("SELECT key, value FROM Settings"))
+        assert rows["sqlite_journal_size_limit"] == log_bytes(2 * GIB)
+
+
+async def test_closing_leaves_no_log_and_no_thread(tmp_path):
     """After closing, the write-ahead log is merged into the file and both threads have ended."""
     async with Store(tmp_path, GIB) as store:
         await store.put_many(_records(range(100)))
         await _read(store, list(_records(range(100))))
-    assert [file.name for file in store.folder.iterdir()] == ["cache.db"]
+    assert {file.name for file in store.folder.iterdir()} == {"cache.db", "purges"}
     assert not [t.name for t in threading.enumerate() if t.name.startswith("store-")]
 
 
@@ -608,6 +626,7 @@ async def test_below_the_limit_nothing_goes(tmp_path):
 WRITER = """
 import asyncio, sys
 from pathlib import Path
+from embedding_proxy.cache.disk.database import log_bytes
 from embedding_proxy.cache.disk.store import Store
 
 async def main(directory, start):

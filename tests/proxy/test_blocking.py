@@ -4,10 +4,12 @@ import asyncio
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +53,10 @@ def run(tmp_path, config):
 
 def test_every_public_name_is_there():
     """What `__all__` names can be imported, and nothing else is invented."""
-    for name in embedding_proxy.__all__:
+    for name in set(embedding_proxy.__all__) - {"__version__"}:
         assert getattr(embedding_proxy, name).__name__ == name
+    assert embedding_proxy.__version__ == metadata.version("embedding-proxy")
+    assert set(dir(embedding_proxy)) >= {*embedding_proxy.__all__, "__name__"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = embedding_proxy.nothing
 
@@ -74,6 +78,32 @@ def test_one_text_and_fewer_dimensions(config):
     assert embedding_proxy.embed("a cat", MODEL, config=config).vectors.shape == (1, 256)
     cut = embedding_proxy.embed("a cat", MODEL, dimensions=64, config=config)
     assert cut.vectors.shape == (1, 64)
+
+
+def test_a_result_shows_neither_texts_nor_numbers(config):
+    """At a prompt, and in a log, a result takes one short line; so does what it is made of."""
+    result = embedding_proxy.embed(["a cat", "a dog"] * 50, model=MODEL, config=config)
+    assert repr(result) == (
+        f"<Result: model '{MODEL}', vectors of shape (100, 256), 2 miss, 98 duplicate>"
+    )
+    assert "\\x" not in repr(result.embedded)
+
+
+def test_an_iterator_is_read_in_the_thread_that_gives_it(config):
+    """What makes the texts may be of use in one thread only: a cursor of SQLite."""
+    rows = sqlite3.connect(":memory:").execute("VALUES ('a cat'), ('a dog')")
+    result = embedding_proxy.embed((text for (text,) in rows), MODEL, config=config)
+    expected = embedding_proxy.embed(["a cat", "a dog"], MODEL, config=config)
+    assert expected.outcomes == ["hit", "hit"]
+    assert np.array_equal(result.vectors, expected.vectors)
+
+
+@pytest.mark.parametrize("inputs", [[b"hello"], b"hello", {"a": 1}, {"a"}, ["a", None], 5])
+def test_what_is_no_text_is_refused(inputs, config):
+    """Bytes are no token ids, and the keys of a mapping no texts: nothing is embedded or kept."""
+    with pytest.raises(Exception, match=r"^'\$\.input.*is invalid: it ") as caught:
+        embedding_proxy.embed(inputs, MODEL, config=config)
+    assert type(caught.value).__name__ == "InvalidRequest"
 
 
 def test_two_threads_share_a_service(config):
@@ -258,3 +288,46 @@ def test_ctrl_c_ends_the_wait_and_the_service_stays(config, monkeypatch):
         embedding_proxy.embed("a dog", model=MODEL, config=config)
     monkeypatch.setattr(embedding_proxy.EmbeddingService, "embed", embed)
     assert embedding_proxy.embed("a cat", model=MODEL, config=config).outcomes == ["hit"]
+
+
+TERMINATED = """
+import sys
+import embedding_proxy
+
+embedding_proxy.embed("a cat", model="text-embedding-3-small", config=sys.argv[1])
+"""
+
+
+async def test_sigterm_amid_a_call_ends_the_process_when_its_entry_is_kept(
+    config, upstream, monkeypatch
+):
+    """The process ends by the signal, as ever; what was bought then is a hit afterwards."""
+    provider = f"{{kind: openai, base_url: '{upstream.url}'}}"
+    config.write_text(f"cache: {{directory: ./store}}\nproviders: {{openai: {provider}}}\n")
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    upstream.gate = asyncio.Event()
+    script = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", TERMINATED, str(config)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    while not upstream.calls:  # noqa: ASYNC110 - another process makes it
+        await asyncio.sleep(0)
+    script.terminate()
+    upstream.gate.set()
+    assert await script.wait() == -signal.SIGTERM
+    async with embedding_proxy.EmbeddingService.from_config(config) as service:
+        result = await service.embed("a cat", "text-embedding-3-small")
+    assert result.outcomes == ["hit"]
+    assert len(upstream.calls) == 1
+
+
+def test_the_programs_own_handling_of_sigterm_stays(config):
+    """After a call, and during one, SIGTERM does what the program says."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for own in (signal.SIG_IGN, signal.SIG_DFL, lambda *_: None):
+            signal.signal(signal.SIGTERM, own)
+            embedding_proxy.embed("a cat", model=MODEL, config=config)
+            assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)

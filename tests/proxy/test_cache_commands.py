@@ -18,8 +18,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import Done
-from embedding_proxy.cache.disk import bounds, connection, database, purge, quarantine
+from disk_faults import CannotMount, file_system, full
+from embedding_proxy.cache.disk import (
+    bounds,
+    connection,
+    database,
+    exclusive_file,
+    purge,
+    quarantine,
+)
 from embedding_proxy.cache.disk.schema import PAGE_BYTES
+from embedding_proxy.cache.disk.store import TICK_SECONDS
 from embedding_proxy.cache.disk.write_batch import PendingRecord, WriteBatch
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, Partition, Row, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
@@ -30,7 +39,7 @@ from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers.base import Space
 from embedding_proxy.providers.billing import NANO
-from embedding_proxy.proxy.cli import main
+from embedding_proxy.proxy.cli import cache_purge, main
 from fault_server import vector_of
 
 ROOT = Path(__file__).parents[2]
@@ -536,6 +545,20 @@ def test_where_there_is_nothing_to_delete_nothing_is_asked(run, mixed, monkeypat
     assert run("purge", "--older-than", "41d", sure=False).code == 0
 
 
+def test_ctrl_c_at_the_question_is_130(run, mixed, monkeypatch):
+    """It is an interruption, and no answer; nothing is deleted."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embedding_proxy.proxy.cli.output.has_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr("builtins.input", interrupt)
+    monkeypatch.setattr("typer._click.termui.visible_prompt_func", interrupt)
+    done = run("purge", "--all", sure=False)
+    assert (done.code, len(_sql(mixed, "SELECT 1 FROM Cache"))) == (130, 8)
+
+
 def test_without_a_terminal_a_purge_needs_yes(run, mixed):
     """A script neither hangs nor deletes what nobody agreed to; a dry run needs nothing."""
     _failed(run("purge", "--all", sure=False), 2, "there is no terminal to ask on; say --yes")
@@ -618,22 +641,46 @@ def test_a_purge_that_is_not_clear_is_wrong_usage(arguments, words, run, mixed):
 
 
 async def test_a_running_proxy_forgets_what_was_purged(run, start_proxy, upstream):
-    """At its next look the proxy's memory is empty, too: purged texts are bought, others hit."""
+    """Once the command says "deleted", purged texts are bought, others hit: nobody waits."""
     upstream.widths = {"small": WIDTH, "wide": 2 * WIDTH}
     proxy = await start_proxy(upstream, models=MODELS)
-    store = proxy.service._storage.tiers._store
     for model in ("small", "wide"):
         await _texts_served(proxy, model, ["a", "b"])
     done = await asyncio.to_thread(run, "purge", "--input", "a", "--model", "small")
     assert done.out == "1 entry, 296 B, worth about $0.000002: deleted\n"
-    await store._tick(1)
     asked = len(upstream.calls)
     assert await _texts_served(proxy, "wide", ["a", "b"]) == 2
     assert await _texts_served(proxy, "small", ["a", "b"]) == 1
     assert [call.inputs for call in upstream.calls[asked:]] == [["a"]]
     await asyncio.to_thread(run, "purge", "--all")
-    await store._tick(1)
     assert await _texts_served(proxy, "wide", ["a", "b"]) == 0
+
+
+async def test_a_running_proxy_gives_no_reply_again_that_was_purged(run, start_proxy, upstream):
+    """The same bytes are asked before and after a purge: the kept reply is not given any more."""
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    body = b'{"model": "small", "input": "a"}'
+    said = [(await proxy.post(body)).headers["x-cache"] for _ in range(3)]
+    await asyncio.to_thread(run, "purge", "--all")
+    said.append((await proxy.post(body)).headers["x-cache"])
+    assert said == ["miss", "hit", "hit", "miss"]
+
+
+async def test_without_a_signal_a_purge_waits_for_running_proxies(
+    run, start_proxy, upstream, monkeypatch
+):
+    """Where the signal cannot be given, the command ends when each proxy had its tick."""
+    upstream.widths = {"small": WIDTH}
+    proxy = await start_proxy(upstream, models=MODELS)
+    await _texts_served(proxy, texts=["a"])
+    waited = []
+    monkeypatch.setattr(purge, "SIGNAL_NAME", "no-such-folder/purges")
+    monkeypatch.setattr(cache_purge, "wait", waited.append)
+    await asyncio.to_thread(run, "purge", "--all")
+    assert waited == [2 * TICK_SECONDS]
+    await proxy.service._tiers._store._tick(1)
+    assert await _texts_served(proxy, texts=["a"]) == 0
 
 
 async def test_a_dry_run_is_not_told_to_proxies(run, start_proxy, upstream):
@@ -659,8 +706,79 @@ async def test_a_proxy_writes_while_a_purge_deletes(run, start_proxy, upstream, 
         assert await _texts_served(proxy, "wide", [f"new {count}"]) == 0
         count += 1
     assert purging.result().json["deleted"] == len(TEXTS)
-    await proxy.service._storage.tiers._store._tick(1)
     assert await _texts_served(proxy, "wide", [f"new {i}" for i in range(count)]) == count > 0
+
+
+# purge on a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """Have the cache lie on a small file system of its own; skip where none can be mounted."""
+    monkeypatch.setattr(database, "FREE_BYTES", 0)
+    monkeypatch.setattr(exclusive_file, "BUSY_SECONDS", 0.01)
+    try:
+        with file_system(tmp_path / "cache", 8 << 20):
+            yield tmp_path / "cache"
+    except CannotMount as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("arguments", [["--all"], ["--older-than", "30d"], ["--space", "a/small"]])
+def test_a_full_disk_can_be_purged(arguments, run, small_disk, waiting, rows, fill):  # noqa: PLR0917
+    """With not a byte free a purge deletes what is chosen, and gives the room back."""
+    fill(*(_row(text, days=40) for text in TEXTS))
+    chosen = run("purge", *arguments, "--dry-run", "--json").json
+    left = set(rows()) - {row for row in rows() if _is_chosen(row, arguments)}
+    with full(small_disk):
+        assert shutil.disk_usage(small_disk).free == 0
+        done = run("purge", *arguments, "--json")
+        assert done.code == 0
+        assert "the disk is full: the store is changed in place" in done.err
+        assert done.json == {**chosen, "deleted": chosen["chosen"], "dry_run": False}
+        assert shutil.disk_usage(small_disk).free > 0
+    assert set(rows()) == left
+    assert len(waiting()) == 8 - chosen["waiting"]
+    for pragma, value in (("integrity_check", "ok"), ("journal_mode", "wal")):
+        assert _sql(small_disk / "v1" / "cache.db", f"PRAGMA {pragma}") == [(value,)]
+
+
+def _is_chosen(row, arguments):
+    if "--older-than" in arguments:
+        return row.stored < time.time() - 30 * DAY
+    return "--all" in arguments or row.partition.space.startswith("a/small")
+
+
+def test_a_full_disk_with_a_proxy_on_it_says_what_to_do(run, small_disk, mixed):
+    """A file that another process has open is not changed in place; the line says the way out."""
+    with closing(sqlite3.connect(mixed)) as other:
+        other.execute("SELECT count(*) FROM Cache").fetchall()
+        with full(small_disk):
+            done = run("purge", "--all")
+    assert done.code == 1
+    assert done.err.splitlines()[-1].endswith(
+        "stop all proxies and commands that use it and purge again, or free some space on the disk"
+    )
+
+
+def test_a_full_disk_with_a_log_says_how_much_to_free(run, small_disk, fill, rows):
+    """What a killed process has left in the log needs room in the file; nothing is lost of it."""
+    path = fill(*(_row(text) for text in TEXTS[:50]))
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("UPDATE Cache SET value = zeroblob(20000)")
+        other.commit()
+        for rest in ("", "-wal"):
+            shutil.copy(f"{path}{rest}", f"{path}{rest}.kept")
+    for rest in ("", "-wal"):
+        Path(f"{path}{rest}.kept").replace(f"{path}{rest}")
+    with full(small_disk):
+        done = run("purge", "--all")
+        assert done.code == 1
+        assert (
+            f"free some space on the disk, as much as {path}-wal takes, and purge again" in done.err
+        )
+    assert run("purge", "--all", "--json").json["deleted"] == 50
+    assert rows() == []
 
 
 # backup

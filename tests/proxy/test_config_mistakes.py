@@ -6,6 +6,7 @@ import pytest
 from embedding_proxy.proxy.config import yaml_file
 from embedding_proxy.proxy.config.loader import ConfigError, load
 from embedding_proxy.proxy.config.yaml_file import YamlError
+from embedding_proxy.proxy.service.embedding_service import EmbeddingService
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -308,6 +309,89 @@ def test_what_is_wrong_beside_the_file_is_told_at_once_too(command, tmp_path, mo
     assert done.code == 2
     own, openai, mistral, mine = done.err.splitlines()
     assert f"{file}:8: providers.own.base_url: is the address that this proxy listens on" in own
-    assert "OPENAI_API_KEY: its value is no key" in openai
-    assert "MISTRAL_API_KEY: its value stands in quotes" in mistral
+    key = "api_key_env"
+    assert f"{file}:3: providers.openai.{key}: OPENAI_API_KEY: its value is no key" in openai
+    assert f"{file}:4: providers.mistral.{key}: MISTRAL_API_KEY: its value stands in" in mistral
     assert f"{file}:5: providers.mine.trust_env: the variable HTTPS_PROXY holds no address" in mine
+
+
+async def test_what_shows_when_a_service_opens_is_told_with_its_line(tmp_path, monkeypatch):
+    """Also in Python: a variable that names no proxy, a key that cannot be sent."""
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "cache: {directory: ./store}\nproviders:\n"
+        "  mine: {kind: ollama, trust_env: true, base_url: 'https://h/v1'}\n"
+    )
+    monkeypatch.setenv("HTTPS_PROXY", "nonsense")
+    line = rf"^{re.escape(str(file))}:3: providers\.mine\.trust_env: the variable HTTPS_PROXY holds"
+    with pytest.raises(ConfigError, match=line):
+        async with EmbeddingService.from_config(file):
+            pytest.fail("the service opened")
+    file.write_text("cache: {directory: ./store}\nproviders:\n  mistral: {}\n")
+    monkeypatch.setenv("MISTRAL_API_KEY", "'quoted-key'")
+    line = (
+        rf"^{re.escape(str(file))}:3: providers\.mistral\.api_key_env: MISTRAL_API_KEY: its value"
+    )
+    with pytest.raises(ConfigError, match=line):
+        async with EmbeddingService.from_config(file):
+            pytest.fail("the service opened")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("Host", "it is the host of base_url: set that, and remove this"),
+        ("Authorization", "a key goes into api_key_env"),
+        ("Content-Length", "the proxy sets it itself: remove it"),
+    ],
+)
+def test_a_header_that_is_not_to_be_set_has_a_remedy_of_its_own(name, remedy, refused):
+    """What to do instead differs: a key, the host, and what the transport says itself."""
+    found = refused(f"providers:\n  openai: {{headers: {{{name}: x}}}}\n")
+    path = f"providers.openai.headers.{name}"
+    assert found == [(2, path, f"{name} is not to be set here; {remedy}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *[(name, "unknown key; known here: ") for name in ("e5", "a4", "llm_2", "embeddings-v2")],
+        ("text-embedding-3-small", "unknown key; put it below `models:`"),
+        ("openrouter", "unknown key; put it below `providers:`"),
+        *[(name, "unknown key; known here: ") for name in ("gpt4", "acme/bge-m3", "all-mpnet")],
+    ],
+)
+def test_a_name_that_is_no_secret_is_shown(name, message, refused):
+    """Somebody who forgot a section reads which line is meant."""
+    ((line, key, told),) = refused(f"cache: {{}}\n{name}: {{}}\n")
+    assert (line, key) == (2, name)
+    assert told.startswith(message)
+
+
+def _aliases(levels: int, each: int) -> str:
+    deeper = (f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * each)}]" for i in range(1, levels + 1))
+    return "\n".join(["a0: &a0 [x]", *deeper])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _aliases(10, 9),
+        _aliases(40, 2),
+        "a0: &a0 {x: 1}\n"
+        + "\n".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 40)),
+    ],
+)
+def test_aliases_that_stand_for_billions_of_values_are_refused(text):
+    """They are counted, and not written out; the line is where they become too many."""
+    with pytest.raises(YamlError, match="aliases repeat more than 100,000 values here") as caught:
+        yaml_file.parse(text)
+    assert 1 < caught.value.line < 20
+
+
+def test_ordinary_aliases_are_read():
+    """An anchor for what several entries share is what aliases are for; merge keys, too."""
+    limits = "&limits {inputs: 10, tokens: 20}"
+    others = "\n".join(f"p{i}: {{<<: *limits, tokens: {i}}}" for i in range(1000))
+    content = yaml_file.parse(f"p: {limits}\n{others}").content
+    assert content["p999"] == {"inputs": 10, "tokens": 999}

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import disk_faults
 import pytest
 from disk_faults import CannotMount, file_system, full, locked, read_only
-from embedding_proxy.cache.disk import connection, database
+from embedding_proxy.cache.disk import connection, database, exclusive_file
 from embedding_proxy.cache.disk.write_batch import WriteBatch
 from embedding_proxy.cache.key import Namespace, Row, keyring
 from embedding_proxy.cache.ledger import LedgerKey, Usage
@@ -99,6 +99,7 @@ def _failing(error, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(connection, "Database", fail)
+        patch.setattr(exclusive_file, "ExclusiveFile", fail)
         patch.setattr("embedding_proxy.proxy.cli.cache_purge.OutboxFile", fail)
         yield
 
@@ -213,7 +214,9 @@ def test_a_full_disk_is_named_where_sqlite_says_less(run, fill, monkeypatch):
         monkeypatch.setattr(connection, "shutil", full)
         done = run("purge", "--all")
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
-    assert "disk I/O error; free some space on the disk" in done.err
+    assert "the disk is full, and the store cannot be changed in place: disk I/O error" in done.err
+    assert "stop all proxies" in done.err
+    assert "or free some space on the disk" in done.err
 
 
 @pytest.mark.parametrize(

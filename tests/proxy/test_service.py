@@ -1,6 +1,9 @@
 """EmbeddingService: what a configuration names, opened, and embedding without HTTP."""
 
+import asyncio
 import json
+from array import array
+from collections import deque
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -86,7 +89,7 @@ async def test_counters_say_what_the_tiers_saw(opened):
     assert (counters.disk_hits, counters.misses, counters.mismatches) == (1, 1, 0)
 
 
-@pytest.mark.parametrize("name", ["nope", "", "TEXT-EMBEDDING-3-SMALL", "x" * 300])
+@pytest.mark.parametrize("name", ["nope", "TEXT-EMBEDDING-3-SMALL", "x" * 300])
 async def test_an_unknown_model_is_refused_by_name(name, opened, upstream):
     """A model that is not there is a 404 that names it, cut to a bearable length."""
     async with opened(server={"unknown_models": "reject"}) as service:
@@ -114,8 +117,6 @@ async def test_widths_a_model_can_give(model, dimensions, opened):
 @pytest.mark.parametrize(
     ("model", "dimensions", "message"),
     [
-        (SMALL, 0, "at least 1 and at most 1536"),
-        (SMALL, -1, "at least 1 and at most 1536"),
         (SMALL, 1537, "'dimensions' = 1537"),
         (ADA, 256, "This model does not support specifying dimensions."),
         (ADA, 1536, "This model does not support specifying dimensions."),
@@ -187,11 +188,44 @@ async def test_token_arrays_become_the_text_they_stand_for(repeats, opened, upst
     assert again.outcomes == [Outcome.HIT]
 
 
-@pytest.mark.parametrize("inputs", ["a", ["a"], ("a",), [(64,)], [[64]]])
-async def test_inputs_come_in_any_sequence(inputs, opened, upstream):
-    """One text, or texts and token arrays in lists or tuples: the same entry each time."""
+class _Text(str):
+    """A text of another class, which shows itself as another one."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "shown"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: "a",
+        lambda: ["a"],
+        lambda: ("a",),
+        lambda: [(64,)],
+        lambda: [[64]],
+        lambda: np.str_("a"),
+        lambda: [np.str_("a")],
+        lambda: _Text("a"),
+        lambda: np.array(["a"]),
+        lambda: np.array(["a"], dtype=object),
+        lambda: deque(["a"]),
+        lambda: (text for text in "a"),
+        lambda: map(str.lower, ["A"]),
+        lambda: np.array("a"),
+        lambda: np.array([[64]], dtype=np.uint32),
+        lambda: np.array([64]),
+        lambda: [np.array([64])],
+        lambda: [(np.int64(64),)],
+        lambda: range(64, 65),
+        lambda: iter([iter([64])]),
+    ],
+)
+async def test_inputs_come_in_any_sequence(make, opened, upstream):
+    """Texts and token arrays in whatever holds them in order: the same entry each time."""
     async with opened() as service:
-        result = await service.embed(inputs, model=SMALL)
+        result = await service.embed(make(), model=SMALL)
     assert np.array_equal(result.vectors, [vector_of(SMALL, "a")])
     assert upstream.inputs == ["a"]
 
@@ -205,14 +239,105 @@ async def test_inputs_come_in_any_sequence(inputs, opened, upstream):
         ({"inputs": [(1.5,)]}, "must be an integer token"),
         ({"inputs": ["a", "\ud800"]}, "half of a surrogate pair"),
         ({"inputs": "a", "parameters": {"task": object()}}, "cannot be sent on"),
+        ({"inputs": b"a"}, "decode it to a string"),
+        ({"inputs": bytearray(b"a")}, "decode it to a string"),
+        ({"inputs": [b"a"]}, r"input\[0\]' is invalid: it is binary data; decode it"),
+        ({"inputs": ["a", bytearray(b"a")]}, r"input\[1\]' is invalid: it is binary data"),
+        ({"inputs": (text for text in [b"a"])}, "decode it to a string"),
+        ({"inputs": [memoryview(b"a")]}, "decode it to a string"),
+        ({"inputs": array("B", b"a")}, "decode it to a string"),
+        ({"inputs": np.array([b"a"])}, "decode it to a string"),
+        ({"inputs": {"a": 1}}, "is a dict; give a list"),
+        ({"inputs": [{"a": 1}]}, r"input\[0\]' is invalid: it is a dict"),
+        ({"inputs": [{64: 1}]}, r"input\[0\]' is invalid: it is a dict"),
+        ({"inputs": {"a"}}, "is a set; give a list"),
+        ({"inputs": [{64, 65}]}, r"input\[0\]' is invalid: it is a set"),
+        ({"inputs": {"a": 1}.keys()}, "is a dict_keys; give a list"),
+        ({"inputs": ["a", None]}, r"input\[1\]' is invalid: it must be a string"),
+        ({"inputs": None}, "must be a string, an array of strings"),
+        ({"inputs": 5}, "must be a string, an array of strings"),
+        ({"inputs": object()}, "must be a string, an array of strings"),
+        ({"inputs": [True]}, "must be a string or an integer token"),
+        ({"inputs": [[64, True]]}, "must be an integer token"),
+        ({"inputs": np.array([True])}, "must be a string or an integer token"),
+        ({"inputs": np.array([0.5])}, "must be a string or an integer token"),
+        ({"inputs": np.array([["a"]])}, "must be an integer token"),
+        ({"inputs": [["a"]]}, "must be an integer token"),
+        ({"inputs": [[[64]]]}, "must be an integer token"),
+        ({"inputs": (text for text in ())}, "must not be an empty array"),
+        *[
+            ({"inputs": "a", "dimensions": wrong}, "must be an integer of at least 1")
+            for wrong in (True, np.True_, "5", 0, -1, 2.5, np.float32(2), [5])
+        ],
+        ({"inputs": "a", "user": 5}, "'user' must be a string"),
+        ({"inputs": "a", "namespace": None}, "'namespace' must be a string"),
+        ({"inputs": "a", "client": b"me"}, "'client' must be a string"),
+        ({"inputs": "a", "api_key": None}, "'api_key' must be a string"),
+        ({"inputs": "a", "cache_control": ["no-store"]}, "'cache_control' must be a string"),
+        ({"inputs": "a", "parameters": [("task", "x")]}, "'parameters' must be a mapping"),
+        ({"inputs": "a", "parameters": {5: "x"}}, "'parameters' must be a mapping"),
+        ({"inputs": "a", "model": b"m"}, "'model' must be a non-empty string"),
+        ({"inputs": "a", "model": ""}, "'model' must be a non-empty string"),
+        ({"inputs": "a", "model": None}, "'model' must be a non-empty string"),
     ],
 )
 async def test_python_gets_the_same_refusals_as_http(asked, message, opened, upstream):
     """What could not come over HTTP is refused just so when it comes from Python."""
     async with opened() as service:
         with pytest.raises(InvalidRequest, match=message):
-            await service.embed(model=SMALL, **asked)
+            await service.embed(**{"model": SMALL, **asked})
     assert not upstream.calls
+
+
+async def test_numbers_and_names_of_numpy_are_taken(opened, upstream):
+    """A width and a model's name that come out of an array are what they show."""
+    async with opened() as service:
+        result = await service.embed("a", np.str_(SMALL), dimensions=np.int64(64))
+    assert result.vectors.shape == (1, 64)
+    assert type(result.model.name) is str
+    assert upstream.inputs == ["a"]
+
+
+async def test_a_list_that_is_changed_meanwhile_changes_no_request(opened, upstream):
+    """What is embedded is what the list held when `embed` began."""
+    texts = ["a", "b"]
+    async with opened() as service:
+        asked = asyncio.create_task(service.embed(texts, SMALL))
+        await asyncio.sleep(0)
+        texts[:] = ["changed", "changed"]
+        result = await asked
+        assert (await service.embed(["b", "a"], SMALL)).outcomes == [Outcome.HIT] * 2
+    assert np.array_equal(result.vectors, [vector_of(SMALL, "a"), vector_of(SMALL, "b")])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda service: service.similarity("a", b"b", SMALL),
+        lambda service: service.similarity("a", "b", SMALL, dimensions=True),
+        lambda service: service.nearest("a", "letters", 2, SMALL),
+        lambda service: service.nearest("a", {"b": 1}, 2, SMALL),
+        lambda service: service.nearest("a", ["b", 5], 2, SMALL),
+        lambda service: service.nearest(["a"], ["b"], 2, SMALL),
+        lambda service: service.nearest("a", ["b"], 2.5, SMALL),
+        lambda service: service.nearest("a", ["b"], k=True, model=SMALL),
+        lambda service: service.preview("letters", SMALL),
+        lambda service: service.preview([b"b"], SMALL),
+    ],
+)
+async def test_a_question_that_is_not_well_formed_buys_nothing(ask, opened, upstream):
+    """Similarities, searches and previews refuse what `embed` does, before they embed."""
+    async with opened() as service:
+        with pytest.raises(InvalidRequest, match=r"must be|binary data|is a dict"):
+            await ask(service)
+    assert not upstream.calls
+
+
+async def test_what_is_near_is_found_among_the_texts_of_an_iterator(opened):
+    """The texts are returned, though they can be read once only."""
+    async with opened() as service:
+        (found,) = await service.nearest("a", iter(["a"]), 2, SMALL)
+    assert (found.place, found.text) == (0, "a")
 
 
 async def test_python_is_held_to_openais_sizes_where_http_is(opened, upstream):

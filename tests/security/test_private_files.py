@@ -69,7 +69,10 @@ async def test_everything_in_the_directory_is_private(kind, umask, start_proxy, 
 
 
 async def test_what_was_there_before_is_mended(start_proxy, upstream, tmp_path, caplog):
-    """A directory of an earlier version is closed to others, with one line in the log."""
+    """Files of an earlier version are closed to others, with one line in the log.
+
+    The directory and what else is in it may be the user's own: they stay as they are.
+    """
     caplog.set_level(logging.INFO, "embedding_proxy.store")
     directory = tmp_path / "cache"
     await _use(start_proxy, upstream)
@@ -90,7 +93,7 @@ async def test_what_was_there_before_is_mended(start_proxy, upstream, tmp_path, 
     assert len(_open_to_others(directory)) > 5
     caplog.clear()
     await _use(start_proxy, upstream)
-    assert _open_to_others(directory) == ["notes.txt 644"]
+    assert _open_to_others(directory) == [". 755", "notes.txt 644"]
     assert outside.stat().st_mode & 0o044
     lines = [one.getMessage() for one in caplog.records if "other users" in one.getMessage()]
     assert len(lines) == 1
@@ -101,16 +104,18 @@ async def test_what_was_there_before_is_mended(start_proxy, upstream, tmp_path, 
     assert "other users" not in caplog.text
 
 
-@pytest.mark.parametrize("why", ["not its owner", "a common folder"])
+@pytest.mark.parametrize("why", ["not its owner", "a common folder", "a folder of the group"])
 def test_what_cannot_be_mended_is_a_warning(why, tmp_path, monkeypatch, caplog):
-    """A directory of somebody else, or one that all may use, is left as it is, and told."""
-    tmp_path.chmod(0o1777 if why == "a common folder" else 0o755)
+    """Files of somebody else, or a folder in which others may write, are left and told."""
+    modes = {"not its owner": 0o755, "a common folder": 0o1777, "a folder of the group": 0o770}
+    tmp_path.chmod(modes[why])
     before = tmp_path.stat().st_mode
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     if why == "not its owner":
+        (tmp_path / "v1").mkdir(mode=0o755)
         monkeypatch.setattr(Path, "chmod", refuse)
     private_files.secure(tmp_path)
     (record,) = caplog.records
@@ -118,6 +123,18 @@ def test_what_cannot_be_mended_is_a_warning(why, tmp_path, monkeypatch, caplog):
     assert str(tmp_path) in record.getMessage()
     assert "chmod 700" in record.getMessage()
     assert tmp_path.stat().st_mode == before
+
+
+async def test_a_folder_of_the_user_keeps_its_mode(start_proxy, upstream, tmp_path, caplog):
+    """`cache: {directory: .}` beside other files: nothing of theirs changes, or is warned of."""
+    caplog.set_level(logging.INFO, "embedding_proxy.store")
+    directory = tmp_path / "cache"
+    (directory / "mine").mkdir(parents=True)
+    (directory / "notes.txt").touch()
+    await _use(start_proxy, upstream)
+    await start_proxy.stop()
+    assert sorted(_open_to_others(directory)) == [". 755", "mine 755", "notes.txt 644"]
+    assert "other users" not in caplog.text
 
 
 def test_folders_above_are_private_too(tmp_path):

@@ -94,6 +94,11 @@ class House:
             self.seen.providers[reply.headers.get("x-embedding-provider", "none")] += 1
             return reply.status
 
+    @property
+    def answers_of_second(self) -> int:
+        """How many requests the second provider has answered."""
+        return self.seen.providers["openrouter"]
+
     async def hammer(self, until: asyncio.Event) -> None:
         """Be one client of a crowd: ask one request after another."""
         while not until.is_set():
@@ -167,7 +172,11 @@ async def flap(kills: int, seed: int = 1) -> tuple[Seen, Seen]:
         for _ in range(kills):
             await asyncio.sleep(chance.uniform(*UP))
             await stormy.first.stop()
+            served = stormy.answers_of_second
             await asyncio.sleep(chance.uniform(*DOWN))
+            # However slow the machine is, the second provider is needed before the first is back.
+            while stormy.answers_of_second == served and stormy.seen.statuses.keys() <= {200}:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
             await stormy.first.start()
         over.set()
         await crowd
