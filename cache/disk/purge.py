@@ -224,7 +224,7 @@ class PurgeSignal:
         file = os.open(folder / SIGNAL_NAME, os.O_RDWR | os.O_CREAT | _CLOEXEC, FILE_MODE)
         try:
             if os.fstat(file).st_size < _SIGNAL.size:
-                os.pwrite(file, bytes(_SIGNAL.size), 0)
+                os.write(file, bytes(_SIGNAL.size))
             self._map = mmap.mmap(file, _SIGNAL.size, access=mmap.ACCESS_READ)
         finally:
             os.close(file)
@@ -257,7 +257,7 @@ def announce(database: WritableFile, entries: int) -> bool:
     try:
         file = os.open(database.folder / SIGNAL_NAME, os.O_RDWR | os.O_CREAT | _CLOEXEC, FILE_MODE)
         try:
-            os.pwrite(file, _SIGNAL.pack(number, time.time_ns()), 0)
+            os.write(file, _SIGNAL.pack(number, time.time_ns()))
         finally:
             os.close(file)
     except OSError:

@@ -159,7 +159,8 @@ async def test_a_collection_of_another_space_is_one_line_and_code_2(tmp_path):
         out, err = await asyncio.wait_for(process.communicate(), 30)
     said = [line for line in err.decode().splitlines() if line.startswith("embedding-proxy: ")]
     assert (process.returncode, out, len(said)) == (2, b"", 1)
-    assert said[0].startswith(f"embedding-proxy: index.qdrant: the collection {MODEL}-256 holds")
+    where = f"embedding-proxy: {config}:2: index.qdrant: the collection {MODEL}-256 holds"
+    assert said[0].startswith(where)
     assert b"Traceback" not in err
 
 
