@@ -679,7 +679,7 @@ async def test_without_a_signal_a_purge_waits_for_running_proxies(
     monkeypatch.setattr(cache_purge, "wait", waited.append)
     await asyncio.to_thread(run, "purge", "--all")
     assert waited == [2 * TICK_SECONDS]
-    await proxy.service._tiers._store._tick(1)
+    await proxy.service._storage.tiers._store._tick(1)
     assert await _texts_served(proxy, texts=["a"]) == 0
 
 
