@@ -127,6 +127,7 @@ DOORS = {
     # computes the checksums of a log.
     "numpy": {
         "providers/vector.py",
+        "index/migration/vectors.py",
         "providers/similarity.py",
         "providers/local.py",
         "proxy/cli/demo.py",
@@ -137,7 +138,9 @@ DOORS = {
         "index/collection_reader.py",
         "index/client.py",
         "index/collection.py",
+        "index/migration/points.py",
         "index/migration/qdrant.py",
+        "index/migration/vectors.py",
         "index/errors.py",
         "index/sender.py",
         "index/search.py",

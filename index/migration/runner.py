@@ -19,8 +19,9 @@ verified on sampled texts.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -33,9 +34,10 @@ from embedding_proxy.providers.base import Space
 
 from . import qdrant
 from .embedding import Model, RetryingEmbedder
-from .qdrant import Points, SourceCollection
+from .points import Points
+from .qdrant import SourceCollection
 from .state import MigrationState, Phase, State
-from .text_template import Rule
+from .text_template import READINGS, Payload, Rule, TemplateError
 
 log = logging.getLogger("embedding_proxy.migrate")
 
@@ -133,6 +135,10 @@ class Pace:
 
 
 DEFAULT = Pace()
+DEFAULT_FIELD = "content"
+"""The field of the text where nothing says which it is."""
+OWN_FIELD = "text"
+"""The field of the text in a collection of the proxy's own."""
 
 
 @dataclass(slots=True)
@@ -140,7 +146,8 @@ class MigrationRequest:
     """The user's request for one collection."""
 
     collection: str
-    rule: Rule
+    rule: Rule | None = None
+    """Where the texts are; None = where the collection, or a migration under way, says."""
     regime: Regime = Regime.AUTO
     old_space: Space | None = None
     """The space of the old vectors, if the user gives it."""
@@ -215,8 +222,58 @@ def decide(old: SourceCollection, wanted: MigrationRequest, model: Model) -> Dec
         raise MigrationRefused(f"{old.name}: {error}") from error
 
 
+async def resolve_rule(
+    points: Points, old: SourceCollection, wanted: MigrationRequest, known: State | None = None
+) -> Rule:
+    """Return where the texts of a collection are. Raises MigrationRefused if no point has any.
+
+    What the user says counts most, then what a migration under way says, then the collection
+    itself: one of the proxy's own has them in `text`, if its metadata names no other template.
+    """
+    rule = wanted.rule
+    try:
+        if rule is None and known is not None and known.phase is not Phase.FINALIZED:
+            rule = Rule.read(known.rule)
+        elif rule is None and old.provenance is not None:
+            own = old.provenance.text
+            rule = Rule.field(OWN_FIELD) if own is None else Rule.read(own)
+    except TemplateError as error:
+        raise MigrationRefused(f"{old.name}: {error}; say where the texts are") from error
+    rule = rule or Rule.field(DEFAULT_FIELD)
+    payloads = [point.payload for point in await _first_points(points, old.name)]
+    if not payloads or any(rule.text(payload) is not None for payload in payloads):
+        return rule
+    fields = ", ".join(sorted({name for payload in payloads for name in payload})) or "none"
+    ready = [name for name in READINGS if _reads(Rule.brought(name), payloads)]
+    hint = f"; --text-by {ready[0]} reads them" if ready else ""
+    raise MigrationRefused(
+        f"none of {len(payloads)} points of {old.name} has a text at {rule.source}; the fields"
+        f" there: {fields}{hint}; say where the texts are: --text-field, --template or --text-by"
+    )
+
+
+def _reads(rule: Rule, payloads: Sequence[Payload]) -> bool:
+    """Tell whether a rule finds a text in some payload."""
+    with contextlib.suppress(TemplateError):
+        return any(rule.text(payload) is not None for payload in payloads)
+    return False
+
+
+async def _first_points(points: Points, name: str) -> Sequence[Point]:
+    """Return the first page of a collection, and as many points drawn at random."""
+    found = await points.sample(name, DEFAULT.page)
+    async for page in points.pages(name, DEFAULT.page):
+        return [*page.points, *found]
+    return found
+
+
+def target_of(old: SourceCollection, wanted: MigrationRequest, model: Model) -> str:
+    """Return the name of the new collection."""
+    return wanted.into or qdrant.target_name(old.name, model.name, model.dimensions)
+
+
 def state_for(
-    points: Points, old: SourceCollection, wanted: MigrationRequest, model: Model
+    points: Points, old: SourceCollection, wanted: MigrationRequest, rule: Rule, model: Model
 ) -> State:
     """Return the state of a migration that has not begun. Raises MigrationRefused."""
     decision = decide(old, wanted, model)
@@ -224,12 +281,12 @@ def state_for(
         place=str(points.qdrant),
         collection=wanted.collection,
         source=old.name,
-        target=wanted.into or qdrant.target_name(old.name, model.name, model.dimensions),
+        target=target_of(old, wanted, model),
         vector=old.vector,
         model=model.asked,
         space=model.space.label,
         dimensions=model.dimensions,
-        rule=wanted.rule.source,
+        rule=rule.source,
         regime=decision.regime,
         why=decision.why,
     )

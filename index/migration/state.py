@@ -61,6 +61,8 @@ class Counts:
     """Deleted again, since they were deleted in the old collection."""
     dead: int = 0
     """Points that could not be carried; the dead letters say why."""
+    without_vector: int = 0
+    """Written without a vector of the new model: they have no old one either, and no text."""
 
 
 @dataclass(slots=True)
@@ -96,6 +98,8 @@ class State:
     """The points whose texts were the sample."""
     aliases: list[str] = field(default_factory=list)
     """Aliases that `cutover` moved from the old collection, or made."""
+    snapshot: str | None = None
+    """The server's snapshot of the old collection, if `finalize` made one."""
     format: int = FORMAT
 
     def fingerprint(self) -> str:

@@ -281,6 +281,8 @@ async def test_what_people_read(migrate, system):
         f"{CONTEXT}: reuse (both are openai/{LARGE}, 16 numbers wide)",
         f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
         "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
+        "  text from {content}; fields: agent_id, content, created_at, memory_id, memory_type,"
+        " metadata, tags",
         "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
         "  to buy: 5 texts, 40 tokens, $0.0000052",
         "  about 1 s, an estimate: 1 s to buy (calls: 1), 0 s for Qdrant by what reading took now",
