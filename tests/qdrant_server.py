@@ -32,6 +32,7 @@ from aiohttp import web
 from leaks import WATCH
 from ports import own_port
 from pydantic import TypeAdapter, ValidationError
+from qdrant_extensions import extended, unchanged
 from qdrant_client import QdrantClient, models
 
 REAL = os.environ.get("QDRANT_URL")
@@ -86,6 +87,8 @@ class QdrantServer:
     """What the upserts among them held."""
     waits: list[str | None] = field(default_factory=list)
     """What they said of `wait`."""
+    snapshots: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Those of each collection; they stay when it is deleted."""
     port: int = field(default_factory=own_port)
     _engine: "_Engine | None" = None
     _runner: web.AppRunner | None = None
@@ -267,6 +270,10 @@ class _Engine:
                         return self._change_aliases(body)
                     case ["aliases"]:
                         return _plain(self._local.get_aliases())
+                    case ["collections", name, *rest] if (
+                        found := extended(self, method, name, rest, body)
+                    ) is not None:
+                        return found
                     case ["collections", name]:
                         return self._collection(method, name, body)
                     case ["collections", name, "exists"]:
@@ -382,16 +389,17 @@ class _Engine:
             case "POST", ["query"]:
                 query = models.QueryRequest.model_validate(body)
                 self._check_query(name, query)
-                found = local.query_points(
-                    name,
-                    query=query.query,
-                    using=query.using,
-                    query_filter=query.filter,
-                    limit=query.limit or 10,
-                    with_payload=query.with_payload or False,
-                    with_vectors=query.with_vector or False,
-                    score_threshold=query.score_threshold,
-                )
+                with unchanged(local.collections[name]):
+                    found = local.query_points(
+                        name,
+                        query=query.query,
+                        using=query.using,
+                        query_filter=query.filter,
+                        limit=query.limit or 10,
+                        with_payload=query.with_payload or False,
+                        with_vectors=query.with_vector or False,
+                        score_threshold=query.score_threshold,
+                    )
                 return _plain(found)
             case (("POST" | "PUT"), ["payload"]):
                 setting = models.SetPayload.model_validate(body)

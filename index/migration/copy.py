@@ -203,7 +203,7 @@ async def map_concurrently(
 async def _write_page(migration: Migration, page: Page, done: CarryResult) -> None:
     """Write a page, then the checkpoint after it."""
     state, counts = migration.state, migration.state.counts
-    await migration.points.write(state.target, done.points, only_new=True)
+    await migration.points.write(state.target, done.points, "insert_only")
     migration.state_file.append_dead_letters(done.letters)
     counts.points += len(page.points)
     done.add_to(counts)

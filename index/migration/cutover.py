@@ -288,8 +288,9 @@ async def _carry(
     moved = {one for one in written if not _is_same(again.get(one), new.get(one))}
     points = [point for one, point in written.items() if one not in moved]
     fresh = [one for one in points if one.id not in new]
-    await migration.points.write(state.target, fresh, only_new=True)
-    await migration.points.write(state.target, [one for one in points if one.id in new])
+    await migration.points.write(state.target, fresh, "insert_only")
+    known = [one for one in points if one.id in new]
+    await migration.points.write(state.target, known, "update_only")
     # A point without a new vector must not be found by its old one.
     await migration.points.delete(state.target, [one for one in refused if one in new])
     migration.state_file.append_dead_letters(done.letters)

@@ -16,7 +16,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from embedding_proxy.index.collection_reader import CollectionReader, Page, Point, PointId
 from embedding_proxy.index.errors import QdrantFailure, translated
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from qdrant_client.models import PointStruct
 
 T = TypeVar("T")
+
+WriteMode: TypeAlias = Literal["upsert", "insert_only", "update_only"]
+"""`insert_only` leaves alone the points that exist, `update_only` those that do not."""
 
 log = logging.getLogger("embedding_proxy.migrate")
 
@@ -155,18 +158,17 @@ class Points(CollectionReader):
         log.warning("Qdrant: %s; reading %d points at a time", error, self.max_read)
 
     async def write(
-        self, collection: str, points: Sequence[Point], *, only_new: bool = False
+        self, collection: str, points: Sequence[Point], mode: WriteMode = "upsert"
     ) -> None:
-        """Write points and return when they can be read. `only_new` keeps points that exist.
+        """Write points and return when they can be read. A write that is too large is halved.
 
-        A server before 1.17 does not support `only_new`; so callers check first which points exist.
-        A write that is too large is halved.
+        A server before 1.17 knows no mode but `upsert`; so callers check first which points exist.
         """
         from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
         # Older versions of the package lack it; then the check of the caller must do.
         modes = getattr(models, "UpdateMode", None)
-        options = {"update_mode": modes.INSERT_ONLY} if only_new and modes else {}
+        options = {"update_mode": modes(mode)} if mode != "upsert" and modes else {}
         pending = deque(_in_writes(points))
         while pending:
             some = pending.popleft()

@@ -387,11 +387,11 @@ async def test_a_checkpoint_follows_what_has_landed(server, points, made, monkey
     migration = await made(FakeModel(), pace=Pace(page=4, ahead=1))
     write, pages = points.write, []
 
-    async def once(collection, some, **options):
+    async def once(collection, some, *options):
         pages.append([point.id for point in some])
         if len(pages) == 2:
             raise Rejected("no")
-        await write(collection, some, **options)
+        await write(collection, some, *options)
 
     monkeypatch.setattr(points, "write", once)
     with pytest.raises(Rejected):
