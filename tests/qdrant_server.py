@@ -32,8 +32,8 @@ from aiohttp import web
 from leaks import WATCH
 from ports import own_port
 from pydantic import TypeAdapter, ValidationError
-from qdrant_extensions import extended, unchanged
 from qdrant_client import QdrantClient, models
+from qdrant_extensions import extended, unchanged
 
 REAL = os.environ.get("QDRANT_URL")
 REAL_KEY = os.environ.get("QDRANT_API_KEY")

@@ -19,7 +19,7 @@ from embedding_proxy.proxy.config.loader import ConfigError
 from embedding_proxy.proxy.config.schema import Settings
 from example_package import install
 from fault_server import status, vector_of
-from old_system import LARGE, MISTRAL, OldSystem
+from old_system import LARGE, MISTRAL, OldSystem, payload_of
 from qdrant_client import models
 
 CONTEXT = "hephaestus_project_context"
@@ -281,8 +281,7 @@ async def test_what_people_read(migrate, system):
         f"{CONTEXT}: reuse (both are openai/{LARGE}, 16 numbers wide)",
         f"  {CONTEXT} (16) -> {CONTEXT}__{LARGE}-16 (16)",
         "  5 points (ids: 0 numbers, 5 UUIDs), 0 without text",
-        "  text from {content}; fields: agent_id, content, created_at, memory_id, memory_type,"
-        " metadata, tags",
+        f"  text from {{content}}; fields: {', '.join(sorted(payload_of(CONTEXT, 1)))}",
         "  0 to embed: 0 distinct texts, 0 tokens; 0 are in the cache",
         "  to buy: 5 texts, 40 tokens, $0.0000052",
         "  about 1 s, an estimate: 1 s to buy (calls: 1), 0 s for Qdrant by what reading took now",
