@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from embedding_proxy.index.client import no_insert_only
-from embedding_proxy.index.collection import Provenance
+from embedding_proxy.index.collection import Provenance, origin_of
 from embedding_proxy.index.collection_reader import Point
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space
@@ -267,7 +267,8 @@ async def begin(migration: Migration) -> None:
     if lack is not None:
         log.warning("%s", lack)
     state = migration.state
-    wanted = Provenance(state.space, state.dimensions, state.rule)
+    origin = origin_of(migration.old.name, migration.old.provenance)
+    wanted = Provenance(state.space, state.dimensions, state.rule, origin=origin)
     # The collection made next is ours: so the state is saved first.
     migration.save()
     await qdrant.make_target(migration.points, migration.old, state.target, wanted)

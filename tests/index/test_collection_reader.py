@@ -251,8 +251,14 @@ def test_a_server_is_read_in_pages_with_the_key(server, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, r"the key is not accepted: HTTP 401: no \(see QDRANT_API_KEY\)$"),
-        (403, r"the key is not accepted: HTTP 403: no \(see QDRANT_API_KEY\)$"),
+        (
+            401,
+            r"the key is not accepted for reading .* of docs: HTTP 401: no \(see QDRANT_API_KEY\)$",
+        ),
+        (
+            403,
+            r"the key is not accepted for reading .* of docs: HTTP 403: no \(see QDRANT_API_KEY\)$",
+        ),
         (404, "HTTP 404: no$"),
         (500, "HTTP 500: no$"),
     ],
