@@ -9,15 +9,16 @@ somebody else had made it, and is taken only with `adopt`.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from uuid import uuid4
 
 from embedding_proxy.providers.base import current_label
 
 from .client import Connection, no_metadata
 from .collection_reader import CollectionReader
-from .errors import Exists, Missing, OtherSpace
+from .errors import Denied, Exists, Missing, OtherSpace
 
 if TYPE_CHECKING:
     from qdrant_client.models import CollectionInfo
@@ -48,14 +49,21 @@ class Provenance:
     text: str | None = None
     """How the input is made from a payload: a template as `{title} {tags}`; None = as it came."""
     version: int = VERSION
+    origin: str | None = None
+    """The collection whose place this one takes since a migration, or a chain of them."""
 
     def __post_init__(self) -> None:
         """Take a label that an earlier version wrote for the one of the same space today."""
         object.__setattr__(self, "space", current_label(self.space))
 
     def as_metadata(self) -> dict[str, object]:
-        """Return it as the metadata of a collection."""
-        return {KEY: asdict(self)}
+        """Return it as the metadata of a new collection, with an id of its own."""
+        told = {key: value for key, value in asdict(self).items() if key != "origin" or value}
+        return {KEY: {**told, "id": uuid4().hex}}
+
+    def is_comparable(self, other: "Provenance") -> bool:
+        """Tell whether vectors of both may stand in one collection."""
+        return (self.space, self.dimensions) == (other.space, other.dimensions)
 
     def __str__(self) -> str:
         return f"{self.space} at {self.dimensions}"
@@ -96,6 +104,62 @@ def not_in_names(text: str) -> str:
     """Return the first character that Qdrant allows in no name; an empty string if all are fine."""
     found = _NOT_IN_NAMES.search(text)
     return found[0] if found else ""
+
+
+class CollectionNames:
+    """The names `{prefix}{model}-{dimensions}`, and the collections that they stand for now.
+
+    A migration puts another collection in the place of one of these, and lets aliases point to it.
+    From then on it is the one for the vectors that it holds.
+    """
+
+    def __init__(self, models: Iterable[str] = (), prefix: str = "") -> None:
+        names = "|".join(re.escape(name_of(model, 0, prefix=prefix)[:-2]) for model in models)
+        self._own = re.compile(f"(?:{names})-[1-9][0-9]*(?:-[0-9a-f]{{8}})?" if names else r"(?!)")
+        self._aliases: dict[str, str] | None = None
+        self._successors: list[tuple[str, Provenance]] = []
+
+    def is_own(self, name: str) -> bool:
+        """Tell whether a name is one of these."""
+        return self._own.fullmatch(name) is not None
+
+    async def locate(self, qdrant: Connection, name: str, wanted: Provenance) -> str:
+        """Return the collection that these vectors are to be in, for `name`. Raises QdrantFailure.
+
+        Any other name stands for itself. A name that has become an alias of a migrated collection
+        with vectors of another space stands for a collection of its own, `{name}-2`.
+        """
+        if not self.is_own(name):
+            return name
+        aliases = await self._look(qdrant)
+        for real, found in self._successors:
+            if found.is_comparable(wanted):
+                return real
+        is_taken = aliases.get(name) in {real for real, _ in self._successors}
+        return f"{name}-2" if is_taken else name
+
+    async def is_replaced(self, qdrant: Connection, name: str) -> bool:
+        """Tell whether one of these names is an alias of a migrated collection."""
+        aliases = await self._look(qdrant)
+        return aliases.get(name) in {real for real, _ in self._successors}
+
+    async def _look(self, qdrant: Connection) -> dict[str, str]:
+        """Return the aliases; learn which collections took the place of one of ours."""
+        try:
+            aliases = await collection_aliases(qdrant)
+        except Denied:
+            aliases = {}  # a key with rights to some collections alone
+        if aliases != self._aliases:
+            # An alias goes with its collection, so nothing else has to be looked at again.
+            self._successors = []
+            for real in sorted({*aliases.values()}):
+                seen = await look(qdrant, real)
+                found = None if seen is None else seen[1]
+                origin = origin_of(real, found)
+                if found is not None and origin != real and self.is_own(origin):
+                    self._successors.append((real, found))
+            self._aliases = aliases
+        return aliases
 
 
 async def ensure(
@@ -159,7 +223,7 @@ def objection(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False)
             f"the collection {name} does not say whose vectors it holds; if they are of"
             f" {wanted.space}, set index.qdrant.adopt: true, else name another collection"
         )
-    if (found.space, found.dimensions) != (wanted.space, wanted.dimensions):
+    if not found.is_comparable(wanted):
         return (
             f"the collection {name} holds vectors of {found}, and not of {wanted}: they do not"
             " compare; name another collection"
@@ -181,7 +245,7 @@ def provenance_of(info: "CollectionInfo") -> Provenance | None:
     if not isinstance(said, Mapping):
         return None
     space, dimensions, text = (said.get(one) for one in ("space", "dimensions", "text"))
-    version = said.get("version")
+    version, origin = said.get("version"), said.get("origin")
     if not isinstance(space, str) or not isinstance(dimensions, int):
         return None
     return Provenance(
@@ -189,7 +253,25 @@ def provenance_of(info: "CollectionInfo") -> Provenance | None:
         dimensions,
         text if isinstance(text, str) else None,
         version if isinstance(version, int) else VERSION,
+        origin if isinstance(origin, str) else None,
     )
+
+
+def identity_of(info: "CollectionInfo") -> str:
+    """Return what tells a collection from one that is made anew under its name; "" if nothing."""
+    said = (info.config.metadata or {}).get(KEY)
+    found = said.get("id") if isinstance(said, Mapping) else None
+    return found if isinstance(found, str) else ""
+
+
+def origin_of(name: str, found: Provenance | None) -> str:
+    """Return the collection whose place a collection took by migrations; itself without any.
+
+    What earlier versions migrated has that in its own name, `{origin}__{model}-{dimensions}`.
+    """
+    if found is not None and found.origin is not None:
+        return found.origin
+    return name.partition("__")[0] or name
 
 
 async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, FieldType]) -> None:
@@ -271,6 +353,7 @@ async def conflicts(
             return []
         return await _objections_to_all(qdrant, collection, spaces, options)
     against: list[str] = []
+    own = CollectionNames(spaces, prefix)
     for model, space in spaces.items():
         head = name_of(model, 0, prefix=prefix)[:-1]
         for name in sorted(names):
@@ -279,7 +362,8 @@ async def conflicts(
             if width and seen:
                 wanted = Provenance(space, int(width[1]))
                 said = objection(name, seen, wanted, adopt=options.adopt)
-                against += [said] if said else []
+                if said and not await own.is_replaced(qdrant, name):
+                    against.append(said)
     return against
 
 

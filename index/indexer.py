@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from embedding_proxy.providers.backoff import THRESHOLD, Backoff
 
 from .client import Connection
-from .collection import CollectionOptions
+from .collection import CollectionNames, CollectionOptions
 from .errors import InUse, Unusable
 from .outbox import FAILURES, Outbox, OutboxFull
 from .point import Point, Target
@@ -51,6 +51,7 @@ class Indexer:
         on_open: Callable[[Connection], Awaitable[None]],
         size_limit: int,
         max_bytes: float,
+        names: CollectionNames | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._folder = folder
@@ -59,6 +60,7 @@ class Indexer:
         self._on_open = on_open
         self._size_limit = size_limit
         self._max_bytes = max_bytes
+        self._names = names or CollectionNames()
         self._sleep = sleep
         self._thread = ThreadPoolExecutor(1, "outbox")
         self._outbox: Outbox | None = None
@@ -97,6 +99,7 @@ class Indexer:
             self._on_disk,
             self._connect,
             self._collection_options,
+            names=self._names,
             max_bytes=self._max_bytes,
             sleep=self._sleep,
         )

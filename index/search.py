@@ -8,7 +8,7 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
 from .client import Connection
-from .collection import Provenance, collection_aliases, look, objection
+from .collection import CollectionNames, Provenance, collection_aliases, look, objection
 from .errors import Missing, OtherSpace
 
 
@@ -37,15 +37,18 @@ async def search(  # noqa: PLR0913 - what is searched for, and where
     limit: int,
     where: Mapping[str, Any] | None,
     adopt: bool,
+    names: CollectionNames,
 ) -> list[SearchHit]:
     """Return the nearest points, the nearest first; `where` is a filter in Qdrant's JSON.
 
-    `name` may be an alias. `adopt`: a collection that says nothing of its space is trusted. Raises
+    `name` may be an alias; `names` are the proxy's own, of which a migration may have replaced one.
+    `adopt`: a collection that says nothing of its space is trusted. Raises
     QdrantFailure; Missing, and OtherSpace for a collection whose vectors compare with none of
     `wanted`.
     """
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
+    name = await names.locate(qdrant, name, wanted)
     # An alias may lead elsewhere from one call to the next; a collection's own name does not.
     real = (await collection_aliases(qdrant)).get(name, name)
     seen = await look(qdrant, real)

@@ -25,7 +25,7 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
 from .client import Connection
-from .collection import CollectionOptions, Provenance, ensure
+from .collection import CollectionNames, CollectionOptions, Provenance, ensure
 from .errors import Denied, Missing, OtherSpace, QdrantFailure, Rejected, ServerFault, Unavailable
 from .outbox import FAILURES, OnDisk, Outbox
 from .point import QueuedPoint, Target, id_of
@@ -66,6 +66,7 @@ class Sender:
         connect: Callable[[], Connection],
         collection_options: CollectionOptions,
         *,
+        names: CollectionNames,
         max_bytes: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -73,6 +74,7 @@ class Sender:
         self._on_disk = on_disk
         self._connect = connect
         self._collection_options = collection_options
+        self._names = names
         self._max_bytes = max_bytes
         self._max_points = MAX_POINTS
         self._backoff = Backoff(MIN_PAUSE_S, MAX_PAUSE_S)
@@ -197,14 +199,15 @@ class Sender:
         """Write points and acknowledge them. Raises QdrantFailure for a passing failure."""
         wanted = Provenance(target.space, target.dimensions)
         try:
-            if await ensure(qdrant, target.collection, wanted, self._collection_options):
+            name = await self._names.locate(qdrant, target.collection, wanted)
+            if await ensure(qdrant, name, wanted, self._collection_options):
                 await self._on_disk(lambda outbox: outbox.forget(target.collection))
         except Missing as error:
             raise Unavailable(str(error)) from error
         except (OtherSpace, Rejected) as error:
             await self._move_to_dead_letters(batch, str(error))
             return
-        await self._write(qdrant, target.collection, batch)
+        await self._write(qdrant, name, batch)
 
     async def _write(self, qdrant: Connection, name: str, batch: Sequence[QueuedPoint]) -> None:
         try:

@@ -11,10 +11,6 @@ def extended(engine: Any, method: str, name: str, rest: list[str], body: Any) ->
     """Return the result of a call to `/collections/{name}/{rest}`; None of one unknown here."""
     done = {"operation_id": 0, "status": "completed"}
     match method, rest:
-        case "PUT", ["points", "vectors"]:
-            changes = models.UpdateVectors.model_validate(body)
-            engine._local.update_vectors(engine._real(name), changes.points)
-            return done
         case "POST", ["points", "vectors", "delete"]:
             removed = models.DeleteVectors.model_validate(body)
             selected = models.PointIdsList(points=removed.points or [])

@@ -73,7 +73,6 @@ STILL_RETIRED = {
     "cache/disk/schema.py": {"give_back"},
     "cache/maintenance/verify.py": {"mend"},
     "index/collection.py": {"objection"},
-    "index/collection_reader.py": {"place"},
     "providers/upstream/transport.py": {"place"},
     "proxy/cli/config.py": {"told"},
     "proxy/cli/demo.py": {"shown"},

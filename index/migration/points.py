@@ -4,22 +4,15 @@ A server may take fewer points in one request than are asked for: by its strict 
 rates or of bytes, its own or that of a gateway. Then requests get smaller, and stay so.
 """
 
+import asyncio
 import json
 import logging
-import re
-from collections import deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Sequence,
-)
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from embedding_proxy.index.client import BatchSize, Connection, send_in_batches
 from embedding_proxy.index.collection_reader import CollectionReader, Page, Point, PointId
-from embedding_proxy.index.errors import QdrantFailure, translated
+from embedding_proxy.index.errors import Disconnected, TooLarge, Unavailable
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Vector
 
@@ -28,8 +21,6 @@ from .vectors import numbers_in
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
     from qdrant_client.models import PointStruct
-
-T = TypeVar("T")
 
 WriteMode: TypeAlias = Literal["upsert", "insert_only", "update_only"]
 """`insert_only` leaves alone the points that exist, `update_only` those that do not."""
@@ -40,81 +31,35 @@ WRITE_BYTES = 4_000_000
 """About how many bytes of JSON one write has; servers take 32 MiB, gateways may take less."""
 _BYTES_PER_NUMBER = 12
 """About the size of a float32 in JSON."""
-_LIMIT = re.compile(r"Limit exceeded \d+ > (\d+)")
-_TOO_LARGE = ("HTTP 413", "larger than rate limiter capacity", "split your request")
-
-
-class TooLarge(QdrantFailure):
-    """Qdrant takes fewer points in one request; `limit` is how many, None where it did not say."""
-
-    def __init__(self, message: str, limit: int | None = None) -> None:
-        super().__init__(message)
-        self.limit = limit
-
-
-def _size_limit(error: QdrantFailure) -> TooLarge | None:
-    """Return the failure of a request that is too large for this server; None of another one."""
-    words = str(error)
-    found = _LIMIT.search(words)
-    if found:
-        return TooLarge(words, int(found[1]))
-    return TooLarge(words) if any(one in words for one in _TOO_LARGE) else None
-
-
-def _was_cut(error: QdrantFailure) -> bool:
-    """Tell whether the connection ended amid a call: a server does so with what is too large."""
-    source = getattr(error.__cause__, "source", None)
-    return type(source).__name__ in {"ReadError", "WriteError", "RemoteProtocolError"}
+_MAX_POINTS = 1 << 20
+"""Of one request, until a server says that it takes fewer."""
 
 
 class Points(CollectionReader):
     """Reads and writes the points of collections; `name` is that of the migrated vector."""
 
-    max_read: int | None = None
-    """Points in one read, as far as this server has told."""
-    max_write: int | None = None
-    """Points in one write, as far as this server has told."""
-
-    async def ask(
+    def __init__(
         self,
-        work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
-        payloads: Iterable[object] = (),
-        *,
-        is_divisible: bool = False,
-    ) -> T:
-        """Ask Qdrant as CollectionReader does. Raises QdrantFailure.
-
-        TooLarge at once for what is too large; if `is_divisible`, also for a cut connection.
-        """
-
-        async def call(client: "AsyncQdrantClient") -> T:
-            try:
-                return await work(client)
-            except Exception as error:
-                failure = translated(error, str(self.qdrant))
-                if isinstance(failure, QdrantFailure):
-                    failure.__cause__ = error
-                    large = _size_limit(failure)
-                    if large is None and is_divisible and _was_cut(failure):
-                        large = TooLarge(str(failure))
-                    if large is not None:
-                        raise large from error
-                raise
-
-        return await super().ask(call, payloads)
+        qdrant: Connection,
+        name: str = "",
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        super().__init__(qdrant, name, sleep)
+        self._read_size = BatchSize(_MAX_POINTS)
+        self._write_size = BatchSize(_MAX_POINTS)
 
     async def pages(
         self, collection: str, size: int, offset: PointId | None = None, *, vectors: bool = False
     ) -> AsyncIterator[Page]:
         """Yield the pages of a collection in the order of ids, each of 1…`size` points."""
         while True:
-            current = min(size, self.max_read or size)
+            current = min(size, self._read_size.max_items)
             try:
                 async for page in super().pages(collection, current, offset, vectors=vectors):
                     offset = page.after
                     yield page
             except TooLarge as error:
-                self._reduce_reads(current, error)
+                self._reduce(self._read_size, current, error)
             else:
                 return
 
@@ -125,11 +70,11 @@ class Points(CollectionReader):
         found: dict[PointId, Point] = {}
         start = 0
         while start < len(ids):
-            some = ids[start : start + (self.max_read or len(ids))]
+            some = ids[start : start + self._read_size.max_items]
             try:
                 found |= await super().get_points(collection, some, vectors=vectors)
             except TooLarge as error:
-                self._reduce_reads(len(some), error)
+                self._reduce(self._read_size, len(some), error)
             else:
                 start += len(some)
         return found
@@ -137,25 +82,28 @@ class Points(CollectionReader):
     async def sample(self, collection: str, most: int) -> list[Point]:
         """Return points drawn at random, with their vectors; fewer where a read takes fewer."""
         while True:
-            current = min(most, self.max_read or most)
+            current = min(most, self._read_size.max_items)
             try:
                 return await super().sample(collection, current)
             except TooLarge as error:
-                self._reduce_reads(current, error)
+                self._reduce(self._read_size, current, error)
 
     async def nearest(self, collection: str, to: Vector, most: int) -> list[Point]:
         """Return what a search with this vector finds, the nearest first, with their vectors."""
         while True:
-            current = min(most, self.max_read or most)
+            current = min(most, self._read_size.max_items)
             try:
                 return await super().nearest(collection, to, current)
             except TooLarge as error:
-                self._reduce_reads(current, error)
+                self._reduce(self._read_size, current, error)
 
-    def _reduce_reads(self, size: int, error: TooLarge) -> None:
-        """Read fewer points at a time from now on. Raises the error if there is no smaller read."""
-        self.max_read = _reduced(size, error)
-        log.warning("Qdrant: %s; reading %d points at a time", error, self.max_read)
+    @staticmethod
+    def _reduce(size: BatchSize, items: int, error: TooLarge) -> None:
+        """Make requests smaller from now on. Raises the error if they cannot be."""
+        if items == 1:
+            raise error
+        size.shrink(items, error)
+        log.warning("Qdrant: %s; trying %d points at a time", error, size.max_items)
 
     async def write(
         self, collection: str, points: Sequence[Point], mode: WriteMode = "upsert"
@@ -169,27 +117,24 @@ class Points(CollectionReader):
         # Older versions of the package lack it; then the check of the caller must do.
         modes = getattr(models, "UpdateMode", None)
         options = {"update_mode": modes(mode)} if mode != "upsert" and modes else {}
-        pending = deque(_in_writes(points))
-        while pending:
-            some = pending.popleft()
-            if self.max_write and len(some) > self.max_write:
-                pending.extendleft([some[self.max_write :], some[: self.max_write]])
-                continue
-            structs = [self._struct(point) for point in some]
+
+        async def send(batch: Sequence[Point]) -> None:
+            structs = [self._struct(point) for point in batch]
+            payloads = [point.payload for point in batch]
+
+            async def upsert(client: "AsyncQdrantClient") -> None:
+                await client.upsert(collection, structs, wait=True, **options)
+
             try:
-                await self.ask(
-                    lambda client, structs=structs: client.upsert(  # type: ignore[misc]
-                        collection, structs, wait=True, **options
-                    ),
-                    [point.payload for point in some],
-                    is_divisible=len(some) > 1,
-                )
-            except TooLarge as error:
-                size = _reduced(len(some), error)
-                if _size_limit(error):
-                    self.max_write = size
-                log.warning("Qdrant: %s; writing %d points at a time", error, size)
-                pending.extendleft([some[size:], some[:size]])
+                await self.qdrant.ask(upsert, payloads)
+            except Unavailable as error:
+                # A batch whose connection is cut is halved; all else is waited for.
+                if isinstance(error, Disconnected) and len(batch) > 1:
+                    raise
+                await self.ask(upsert, payloads)
+
+        for some in _in_writes(points):
+            await send_in_batches(some, self._write_size, send)
 
     async def pause(self, seconds: float) -> None:
         """Wait for so long."""
@@ -199,11 +144,11 @@ class Points(CollectionReader):
         """Delete points, and return when they are gone."""
         start = 0
         while start < len(ids):
-            some = list(ids[start : start + (self.max_write or len(ids))])
+            some = list(ids[start : start + self._write_size.max_items])
             try:
                 await self.ask(lambda client, some=some: client.delete(collection, some, wait=True))  # type: ignore[misc]
             except TooLarge as error:
-                self.max_write = _reduced(len(some), error)
+                self._reduce(self._write_size, len(some), error)
             else:
                 start += len(some)
 
@@ -215,14 +160,6 @@ class Points(CollectionReader):
             (numbers,) = vector.stack([point.vector]).tolist()
             every = {**every, self.vector_name: numbers} if every or self.vector_name else numbers
         return models.PointStruct(id=point.id, payload=dict(point.payload), vector=every)
-
-
-def _reduced(size: int, error: TooLarge) -> int:
-    """Return the size of a smaller request. Raises the error if there is none."""
-    smaller = size // 2 if error.limit is None else min(error.limit, size - 1)
-    if smaller < 1:
-        raise error
-    return smaller
 
 
 def _in_writes(points: Sequence[Point]) -> Iterator[list[Point]]:

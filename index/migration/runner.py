@@ -19,7 +19,6 @@ verified on sampled texts.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from embedding_proxy.index.client import no_insert_only
-from embedding_proxy.index.collection import Provenance
+from embedding_proxy.index.collection import Provenance, origin_of
 from embedding_proxy.index.collection_reader import Point
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space
@@ -37,7 +36,7 @@ from .embedding import Model, RetryingEmbedder
 from .points import Points
 from .qdrant import SourceCollection
 from .state import MigrationState, Phase, State
-from .text_template import READINGS, Payload, Rule, TemplateError
+from .text_template import Rule, TemplateError, readings_of
 
 log = logging.getLogger("embedding_proxy.migrate")
 
@@ -244,19 +243,12 @@ async def resolve_rule(
     if not payloads or any(rule.text(payload) is not None for payload in payloads):
         return rule
     fields = ", ".join(sorted({name for payload in payloads for name in payload})) or "none"
-    ready = [name for name in READINGS if _reads(Rule.brought(name), payloads)]
+    ready = readings_of(payloads)
     hint = f"; --text-by {ready[0]} reads them" if ready else ""
     raise MigrationRefused(
         f"none of {len(payloads)} points of {old.name} has a text at {rule.source}; the fields"
         f" there: {fields}{hint}; say where the texts are: --text-field, --template or --text-by"
     )
-
-
-def _reads(rule: Rule, payloads: Sequence[Payload]) -> bool:
-    """Tell whether a rule finds a text in some payload."""
-    with contextlib.suppress(TemplateError):
-        return any(rule.text(payload) is not None for payload in payloads)
-    return False
 
 
 async def _first_points(points: Points, name: str) -> Sequence[Point]:
@@ -324,7 +316,8 @@ async def begin(migration: Migration) -> None:
     if lack is not None:
         log.warning("%s", lack)
     state = migration.state
-    wanted = Provenance(state.space, state.dimensions, state.rule)
+    origin = origin_of(migration.old.name, migration.old.provenance)
+    wanted = Provenance(state.space, state.dimensions, state.rule, origin=origin)
     # The collection made next is ours: so the state is saved first.
     migration.save()
     await qdrant.make_target(migration.points, migration.old, state.target, wanted)

@@ -16,6 +16,7 @@ entry point of the group `embedding_proxy.texts`, or a class that makes one with
 are here already, see `READINGS`: for the payloads of LlamaIndex, LangChain and Mem0, and our own.
 """
 
+import contextlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -219,3 +220,14 @@ def _text(value: object) -> str:
     if isinstance(value, Sequence):
         return " ".join(filter(None, map(_text, value)))
     return orjson.dumps(value).decode()
+
+
+def readings_of(payloads: Sequence[Payload]) -> list[str]:
+    """Return the names of READINGS that find a text in some of these payloads."""
+    found = []
+    for name in READINGS:
+        rule = Rule.brought(name)
+        with contextlib.suppress(TemplateError):
+            if any(rule.text(payload) is not None for payload in payloads):
+                found.append(name)
+    return found

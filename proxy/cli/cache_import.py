@@ -24,6 +24,7 @@ from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.maintenance.archive import ArchiveError
 from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair, Source
 from embedding_proxy.cache.record import Entry
+from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
 from embedding_proxy.providers import tokens, vector
 from embedding_proxy.providers.base import Context, Embedder, Vector
 from embedding_proxy.providers.route_check import SAME
@@ -175,6 +176,10 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
+    text_by: Annotated[
+        str | None,
+        typer.Option(help=f"What makes the texts of Qdrant's payloads: {', '.join(READINGS)}."),
+    ] = None,
     vector_field: Annotated[
         str | None, typer.Option(help="Field or column of the embedding; a named vector.")
     ] = None,
@@ -201,7 +206,12 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
     if kind is not None and kind not in FORMATS:
         raise loader.ConfigError(f"--format: there is no {kind!r}; known: {', '.join(FORMATS)}")
     pairs = open_source(
-        source, format=kind, text_field=text_field, vector_field=vector_field, texts=texts
+        source,
+        format=kind,
+        text_field=text_field,
+        vector_field=vector_field,
+        texts=texts,
+        rule=_rule(text_by),
     )
     entry = settings.models[model]
     ring = keyring(entry.as_space(), Namespace(namespace))
@@ -231,6 +241,13 @@ def import_vectors(  # noqa: PLR0913 - one parameter an option
             typer.echo(f"  {survey.refused:,} refused in all", err=True)
     if survey.refused:
         raise typer.Exit(1)
+
+
+def _rule(text_by: str | None) -> Rule | None:
+    try:
+        return None if text_by is None else Rule.brought(text_by)
+    except TemplateError as error:
+        raise loader.ConfigError(f"--text-by: {error}") from error
 
 
 def _check_model(settings: Settings, model: str | None) -> str:

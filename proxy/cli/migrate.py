@@ -42,7 +42,6 @@ from .output import (
     WorkFailed,
     path_text,
     print_json,
-    progress,
     tell_store,
 )
 
@@ -102,9 +101,14 @@ async def _plan(
         survey = Survey(points, target, what.model.entry.price, pace, target.limits)
         plans = []
         for wanted in what.wanted:
-            old = await look(points, wanted.collection, wanted.vector)
-            points.vector_name = old.vector
-            plans.append(await survey.plan(wanted, old, progress))
+            steps = Steps()
+            try:
+                old = await look(points, wanted.collection, wanted.vector)
+                points.vector_name = old.vector
+                plans.append(await survey.plan(wanted, old, steps))
+            except QdrantFailure as error:
+                hint = migrate_options.key_hint(what.settings, place, error)
+                raise WorkFailed(f"{wanted.collection}: {error}{hint}{steps}") from error
         return plans
 
 
@@ -211,8 +215,9 @@ async def _run(  # noqa: PLR0913 - in the order of their making
                 except MigrationRefused as error:
                     why = str(error)
                 except (EmbeddingError, QdrantFailure) as error:
-                    why = f"{wanted.collection}: {error}{steps}; what was written and bought stays"
-                    why += " (run it again to go on)"
+                    hint = migrate_options.key_hint(what.settings, place, error)
+                    kept = "; what was written and bought stays (run it again to go on)"
+                    why = f"{wanted.collection}: {error}{hint}{steps}{kept}"
                     if not isinstance(error, Rejected):
                         # Nobody answers: so it would be with the next one.
                         ended.append((journal.load(), journal, why))

@@ -301,7 +301,8 @@ def _each(  # noqa: C901, PLR0913 - what all four commands share
                 except (EmbeddingError, QdrantFailure) as error:
                     state = cutover.load_state(journal)
                     now = f"now: {state.phase}; {migrate.NEXT[state.phase]}"
-                    failed.append(f"{name}: {error}{steps} ({now})")
+                    hint = migrate_options.key_hint(settings, place, error)
+                    failed.append(f"{name}: {error}{hint}{steps} ({now})")
                     if not isinstance(error, Rejected):
                         break  # Nobody answers: so it would be with the next one.
                 else:

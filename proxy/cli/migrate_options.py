@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from embedding_proxy.index.client import Connection
+from embedding_proxy.index.errors import Denied
 from embedding_proxy.index.migration.cutover import MissingLimit
 from embedding_proxy.index.migration.runner import MigrationRequest, Regime
 from embedding_proxy.index.migration.state import MigrationState
@@ -378,6 +379,18 @@ def connection(settings: Settings, place: str | None) -> Connection:
     if not (path / "meta.json").is_file():
         raise ConfigError(f"--qdrant: {place} is no URL, and no folder of Qdrant's embedded mode")
     return Connection(path=path.resolve())
+
+
+def key_hint(settings: Settings, place: str | None, error: Exception) -> str:
+    """Return where the key is that Qdrant does not accept; nothing for another failure."""
+    if not isinstance(error, Denied):
+        return ""
+    qdrant = settings.index.qdrant
+    variable = API_KEY if place is not None or qdrant is None else qdrant.api_key_env
+    if variable is None:
+        return " (index.qdrant.api_key_env names no key)"
+    has_key = bool(os.environ.get(variable))
+    return f" (the key is in {variable})" if has_key else f" ({variable} is not set)"
 
 
 def journal_of(settings: Settings, qdrant: Connection, collection: str) -> MigrationState:

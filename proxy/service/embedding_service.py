@@ -156,6 +156,7 @@ class SearchMixin(ABC):
             limit=limit,
             where=where,
             adopt=qdrant.adopt,
+            names=self.indexing.names,
         )
 
 

@@ -20,7 +20,12 @@ import orjson
 from embedding_proxy.cache.key import Key, Namespace, checksum, keyring
 from embedding_proxy.cache.ledger import Reusable
 from embedding_proxy.index.client import Connection
-from embedding_proxy.index.collection import CollectionOptions, conflicts, name_of
+from embedding_proxy.index.collection import (
+    CollectionNames,
+    CollectionOptions,
+    conflicts,
+    name_of,
+)
 from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
@@ -102,6 +107,8 @@ class IndexWrites:
     ) -> None:
         self._settings = settings
         self._qdrant = qdrant
+        # Without a collection for everything each model has its own.
+        self.names = CollectionNames(() if qdrant.collection else settings.models, qdrant.prefix)
         self.indexer = Indexer(
             folder,
             lambda: connection(qdrant),
@@ -109,6 +116,7 @@ class IndexWrites:
             on_open=self._look,
             size_limit=int(qdrant.outbox_gib * GIB),
             max_bytes=qdrant.batch_mib * MIB,
+            names=self.names,
             sleep=sleep,
         )
 

@@ -19,16 +19,20 @@ from embedding_proxy.index.collection import (
 from embedding_proxy.index.errors import (
     Denied,
     InUse,
+    LimitReached,
     Missing,
     OtherSpace,
     Rejected,
     ServerFault,
+    TooLarge,
     Unavailable,
 )
 from embedding_proxy.providers.base import Space
 from qdrant_client import models
 from qdrant_server import REAL, QdrantServer, answer, overloaded
 
+SPLIT = "request larger than rate limiter capacity, please try to split your request"
+OVER = 'Limit exceeded 200 > 100 for "upsert limit". Help: Reduce the "upsert limit" parameter'
 SMALL = Provenance("openai/text-embedding-3-small", 4)
 OTHER = Provenance("openai/text-embedding-ada-002", 4)
 WIDER = Provenance("openai/text-embedding-3-small", 8)
@@ -159,6 +163,34 @@ async def test_a_gateway_and_a_folder_say_no_version(server, tmp_path):
         (answer(403, "forbidden"), Denied, None),
         (answer(404, "Not found: Collection `x` doesn't exist!"), Missing, None),
         (answer(422, "no such thing"), Rejected, None),
+        (answer(413, "too much"), TooLarge, None),
+        (answer(429, "Write rate limit exceeded, " + SPLIT), TooLarge, None),
+        (
+            answer(400, "Payload error: JSON payload (9 bytes) is larger than allowed (limit: 8"),
+            TooLarge,
+            None,
+        ),
+        (answer(400, f"Bad request: {OVER}"), TooLarge, None),
+        (answer(403, f"Forbidden: {OVER}"), TooLarge, None),
+        (answer(507, "full"), LimitReached, None),
+        (answer(403, "Forbidden: Max points count limit of 2 reached!"), LimitReached, None),
+        (
+            answer(400, "Bad request: Max vector storage size limit of 1MB reached!"),
+            LimitReached,
+            None,
+        ),
+        (
+            answer(
+                400, "Disk usage is at 76% of total capacity, exceeding the configured limit of"
+            ),
+            LimitReached,
+            None,
+        ),
+        (
+            answer(500, "Service internal error: No space left on device: WAL buffer"),
+            LimitReached,
+            None,
+        ),
     ],
 )
 async def test_each_failure_of_a_server_has_its_own_kind(server, act, failure, wait):
@@ -176,7 +208,8 @@ async def test_a_server_that_is_away_is_unavailable_until_it_is_back(server):
     async with Connection(url=server.url) as qdrant:
         await server.stop()
         place = re.escape(server.url.removeprefix("http://"))
-        with pytest.raises(Unavailable, match=f"^connection refused by {place}$"):
+        doing = "reading the configuration of docs"
+        with pytest.raises(Unavailable, match=f"^connection refused by {place} while {doing}$"):
             await look(qdrant, "docs")
         await server.start()
         assert await look(qdrant, "docs") is None

@@ -538,7 +538,7 @@ class Meddler:
         self.calls, self.deed, self.at = 0, deed, at
         self._ask = points.ask
 
-    async def ask(self, work, payloads=(), **_):
+    async def ask(self, work, payloads=()):
         self.calls += 1
         if self.calls == self.at:
             await self.deed()
