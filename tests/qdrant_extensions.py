@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from qdrant_client import models
 
 
@@ -31,3 +32,13 @@ def unchanged(collection: Any) -> Iterator[None]:
     kept = {name: numbers.copy() for name, numbers in collection.vectors.items()}
     yield
     collection.vectors.update(kept)
+
+
+def round_stored(collection: Any) -> None:
+    """Keep the numbers of dense vectors as their type holds them; the engine keeps float32."""
+    params = collection.config.vectors
+    named = params if isinstance(params, dict) else {"": params} if params else {}
+    for name, one in named.items():
+        if one.datatype == models.Datatype.FLOAT16 and name in collection.vectors:
+            halves = collection.vectors[name].astype(np.float16)
+            collection.vectors[name] = halves.astype(np.float32)

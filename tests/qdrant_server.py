@@ -34,7 +34,7 @@ from leaks import WATCH
 from ports import own_port
 from pydantic import TypeAdapter, ValidationError
 from qdrant_client import QdrantClient, models
-from qdrant_extensions import extended, unchanged
+from qdrant_extensions import extended, round_stored, unchanged
 from qdrant_limits import denial, refusal
 
 REAL = os.environ.get("QDRANT_URL")
@@ -365,6 +365,7 @@ class _Engine:
         self, method: str, name: str, what: list[str], body: Any
     ) -> Any:
         local = self._local
+        round_stored(local.collections[name])
         self._check_limits(method, name, "".join(f"/{one}" for one in what), body)
         match method, what:
             case "PUT", []:

@@ -249,6 +249,23 @@ async def test_points_without_text_or_vector_are_carried(migrate, system):
     assert found[6]["vector"] == {}
 
 
+async def test_a_point_without_any_vector_is_carried_from_a_plain_collection(migrate, system):
+    """Its payload is all there is; beside it, a point whose text is gone is a dead letter."""
+    await _own(system, "plain", lambda number: {"content": f"text {number}"}, 3)
+    bare = models.PointStruct(id=8, payload={"note": "a folder"}, vector={})
+    textless = models.PointStruct(id=9, payload={"note": "x"}, vector=system.old_vector("x"))
+    await system.connection.ask(lambda client: client.upsert("plain", [bare, textless]))
+    done = await migrate("run", "plain", "--to", MISTRAL, "--json")
+    (state,) = done.json
+    counts = state["counts"]
+    assert (done.code, counts["dead"], counts["without_vector"]) == (1, 1, 1)
+    found = await system.qdrant.points(state["target"])
+    assert set(found) == {1, 2, 3, 8}
+    assert found[8]["payload"] == {"note": "a folder"}
+    done = await migrate("cutover", "plain", "--alias", "live", "--allow-missing", "1", "--json")
+    assert (done.code, done.json[0]["verified"]["differing"]) == (0, 0)
+
+
 # Where the texts are
 
 

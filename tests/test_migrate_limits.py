@@ -320,6 +320,38 @@ async def test_the_whole_configuration_is_carried(run, system):
     assert old[0]["wal_config"]["wal_capacity_mb"] == 16
 
 
+async def test_halves_are_compared_as_halves(run, system):
+    """Copies of float16 vectors are equal within what the type holds: nothing is written twice."""
+    half = {"distance": models.Distance.COSINE, "datatype": models.Datatype.FLOAT16}
+    params = {
+        "text": models.VectorParams(size=16, **half),
+        "image": models.VectorParams(size=16, **half),
+    }
+    await system.connection.ask(lambda client: client.create_collection("halves", params))
+    points = [
+        models.PointStruct(
+            id=number,
+            payload={"content": f"text {number}"},
+            vector={
+                "text": system.old_vector(f"text {number}"),
+                "image": system.old_vector(f"image {number}"),
+            },
+        )
+        for number in range(1, 21)
+    ]
+    await system.connection.ask(lambda client: client.upsert("halves", points))
+    model = ("--to", f"openrouter/openai/{LARGE}", "--from", LARGE, "--vector", "text")
+    done = await run("migrate", "run", "halves", *model, "--json")
+    (state,) = done.json
+    assert (done.code, state["regime"], state["counts"]["updated"]) == (0, "reuse", 0)
+    done = await run("migrate", "cutover", "halves", "--alias", "live", "--json")
+    assert (done.code, done.json[0]["verified"]["differing"]) == (0, 0)
+    old, new = [await system.qdrant.points(name) for name in ("halves", "live")]
+    for one, point in old.items():
+        for name in ("text", "image"):
+            assert new[one]["vector"][name] == pytest.approx(point["vector"][name], abs=1e-3)
+
+
 async def test_whole_numbers_are_refused_by_the_plan(run, system):
     """No model gives vectors of uint8."""
     params = models.VectorParams(

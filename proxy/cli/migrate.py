@@ -373,6 +373,6 @@ def print_verdict(found: Verdict) -> None:
     cosine = "" if found.cosine is None else f", cosine {found.cosine:.5f} at least"
     typer.echo(
         f"  verified: {found.new_points:,} of {count(found.old_points, 'point')},"
-        f" ids and payloads equal; {found.sampled} sampled{cosine};"
+        f" ids, payloads and carried vectors equal; {found.sampled} sampled{cosine};"
         f" {found.recalled} found by their own vectors"
     )

@@ -1,7 +1,9 @@
 """A migration against writers, odd collections, doubtful claims and faults."""
 
 import contextlib
+import json
 import random
+import sqlite3
 
 import numpy as np
 import pytest
@@ -762,3 +764,36 @@ async def test_an_alias_that_was_moved_elsewhere_keeps_the_old_collection(points
     with pytest.raises(MigrationRefused, match="were changed since the cutover"):
         await finalize(points, migration.state_file)
     assert await points.count("docs") == 3
+
+
+async def test_a_cutover_that_an_earlier_version_began_goes_on(server, points, made):
+    """Its snapshot has fewer columns, and its state fewer fields."""
+    await _fill(points, 4)
+    migration = await made(FakeModel())
+    await _run(migration)
+    path = migration.state_file.snapshot
+    switch = qdrant.switch
+
+    async def dies(*arguments):
+        await _put(points, _struct(2, "late"), _struct(5))
+        await _drop(points, 3)
+        await switch(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qdrant, "switch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            await cutover(migration, SAME, "live")
+    with contextlib.closing(sqlite3.connect(path)) as sql, sql:
+        sql.execute("ALTER TABLE seen DROP COLUMN vectors")
+        sql.execute("ALTER TABLE seen DROP COLUMN text")
+    content = json.loads(migration.state_file.path.read_text())
+    del content["counts"]["without_vector"], content["snapshot"]
+    migration.state_file.path.write_text(json.dumps(content))
+    migration.state = migration.state_file.load()
+    await _put(points, _struct(1, "newer"), name="live")
+    verdict = await cutover(migration, SAME, None)
+    assert (verdict.late.written, verdict.late.deleted, verdict.late.quiet) == (2, 1, True)
+    found = {one: p["payload"]["content"] for one, p in (await server.points("live")).items()}
+    assert found == {1: "newer", 2: "late", 4: "text 4", 5: "text 5"}
+    assert migration.state_file.load().phase is Phase.SWITCHED
