@@ -269,6 +269,9 @@ def state_for(
 ) -> State:
     """Return the state of a migration that has not begun. Raises MigrationRefused."""
     decision = decide(old, wanted, model)
+    space = None if old.provenance is None else old.provenance.space
+    if space is None and wanted.old_space is not None:
+        space = wanted.old_space.label
     return State(
         place=str(points.qdrant),
         collection=wanted.collection,
@@ -281,11 +284,16 @@ def state_for(
         rule=rule.source,
         regime=decision.regime,
         why=decision.why,
+        old_space=space,
+        old_dimensions=old.width,
     )
 
 
-async def begin(migration: Migration) -> None:
-    """Continue from the saved state, or begin. Raises MigrationRefused, QdrantFailure."""
+async def begin(migration: Migration, *, dual_write: bool | None = None) -> None:
+    """Continue from the saved state, or begin. Raises MigrationRefused, QdrantFailure.
+
+    `dual_write` says whether the proxy is to write to both collections; None = as before.
+    """
     known = migration.state_file.load()
     fresh = migration.state
     if known is not None and known.phase is not Phase.FINALIZED:
@@ -301,6 +309,7 @@ async def begin(migration: Migration) -> None:
                 " that one to go on, or give --restart to begin anew with an empty collection"
             )
         migration.state = known
+        known.old_space, known.old_dimensions = fresh.old_space, fresh.old_dimensions
         if known.phase is Phase.ROLLED_BACK:
             known.phase = Phase.COPYING
     elif fresh.target == fresh.source:
@@ -316,11 +325,26 @@ async def begin(migration: Migration) -> None:
     if lack is not None:
         log.warning("%s", lack)
     state = migration.state
+    if dual_write is not None:
+        state.dual_write = dual_write
+    _check_dual_write(migration)
+    state.names = await qdrant.aliases_of(migration.points, state.source)
     origin = origin_of(migration.old.name, migration.old.provenance)
     wanted = Provenance(state.space, state.dimensions, state.rule, origin=origin)
     # The collection made next is ours: so the state is saved first.
     migration.save()
     await qdrant.make_target(migration.points, migration.old, state.target, wanted)
+
+
+def _check_dual_write(migration: Migration) -> None:
+    """Raise MigrationRefused if the proxy is to write to both collections, and cannot."""
+    state = migration.state
+    if state.dual_write and (state.vector or migration.old.others):
+        raise MigrationRefused(f"{state.source}: --dual-write is for points of one unnamed vector")
+    if state.dual_write and state.old_space is None:
+        raise MigrationRefused(
+            f"{state.source}: --dual-write has to know the model of the old vectors: --from"
+        )
 
 
 async def restart(points: Points, state_file: MigrationState) -> None:

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from embedding_proxy.index.errors import QdrantFailure, Rejected
@@ -139,6 +139,7 @@ def run(  # noqa: PLR0913 - one parameter an option
     points_per_second: Annotated[
         float | None, typer.Option(min=0.001, help="Go no faster than this.")
     ] = None,
+    dual_write: migrate_options.DualOption = None,
     restart: Annotated[
         bool, typer.Option(help="Delete what an unfinished migration has made, and begin anew.")
     ] = False,
@@ -163,7 +164,8 @@ def run(  # noqa: PLR0913 - one parameter an option
     pace = Pace(page, ahead, points_per_second, sample, passes)
     life = run_detached()
     try:
-        ended = asyncio.run(_run(what, qdrant, namespace, pace, restart=restart, life=life))
+        begin = Beginning(restart, dual_write)
+        ended = asyncio.run(_run(what, qdrant, namespace, pace, begin, life))
     except asyncio.CancelledError:
         raise typer.Exit(130) from None
     failed = [why for _, _, why in ended if why is not None]
@@ -183,13 +185,21 @@ Ended = tuple[State | None, MigrationState, str | None]
 """What came of a collection: how far it is, and why it went no further."""
 
 
-async def _run(  # noqa: PLR0913 - in the order of their making
+class Beginning(NamedTuple):
+    """How a run begins."""
+
+    restart: bool
+    """Whether what an unfinished one has made is deleted."""
+    dual_write: bool | None
+    """Whether the proxy is to write to both collections; None = as before."""
+
+
+async def _run(  # noqa: PLR0913, PLR0917 - in the order of their making
     what: migrate_options.MigrationOptions,
     place: str | None,
     namespace: str,
     pace: Pace,
-    *,
-    restart: bool,
+    beginning: Beginning,
     life: int | None,
 ) -> list[Ended]:
     ended: list[Ended] = []
@@ -209,9 +219,7 @@ async def _run(  # noqa: PLR0913 - in the order of their making
                 why = None
                 try:
                     async with hold_lock(journal, target.finish):
-                        await _migrate(
-                            points, target, journal, wanted, pace, steps, restart=restart
-                        )
+                        await _migrate(points, target, journal, wanted, pace, steps, beginning)
                 except MigrationRefused as error:
                     why = str(error)
                 except (EmbeddingError, QdrantFailure) as error:
@@ -234,17 +242,16 @@ async def _migrate(  # noqa: PLR0913, PLR0917 - in the order of their making
     wanted: MigrationRequest,
     pace: Pace,
     steps: Steps,
-    *,
-    restart: bool,
+    beginning: Beginning,
 ) -> None:
-    if restart:
+    if beginning.restart:
         await runner.restart(points, journal)
     old = await look(points, wanted.collection, wanted.vector)
     points.vector_name = old.vector
     rule = await runner.resolve_rule(points, old, wanted, journal.load())
     state = runner.state_for(points, old, wanted, rule, target)
     migration = Migration(points, target, journal, rule, old, state, pace=pace, progress=steps)
-    await begin(migration)
+    await begin(migration, dual_write=beginning.dual_write)
     # What it buys is of use only with what it finds.
     await target.shield(verify_sample(migration, SAME))
     await copy(migration)
@@ -345,6 +352,8 @@ def print_state(
         typer.echo(f"  {counts.without_vector:,} have neither text nor old vector: carried without")
     for name, number in (sizes or {}).items():
         typer.echo(f"  {count(number, 'point')} in {name}")
+    if state.dual_write and state.phase is not Phase.FINALIZED:
+        typer.echo("  the proxy writes what it indexes to both")
     if state.aliases:
         typer.echo(f"  aliases: {', '.join(state.aliases)}")
     if state.snapshot:

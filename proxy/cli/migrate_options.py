@@ -18,7 +18,7 @@ from embedding_proxy.index.client import Connection
 from embedding_proxy.index.errors import Denied
 from embedding_proxy.index.migration.cutover import MissingLimit
 from embedding_proxy.index.migration.runner import MigrationRequest, Regime
-from embedding_proxy.index.migration.state import MigrationState
+from embedding_proxy.index.migration.state import FOLDER, MigrationState
 from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.base import Space, Vector
@@ -87,6 +87,13 @@ MissingOption = Annotated[
         "--allow-missing",
         metavar="N|N%",
         help="Go on though so many points, or such a share of them, could not be carried.",
+    ),
+]
+DualOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--dual-write/--no-dual-write",
+        help="Let the proxy write what it indexes to both collections, until finalize.",
     ),
 ]
 IntoOption = Annotated[
@@ -400,4 +407,4 @@ def journal_of(settings: Settings, qdrant: Connection, collection: str) -> Migra
 
 def journal_folder(settings: Settings) -> Path:
     """Return the folder of all journals: beside the store."""
-    return settings.cache.directory / "migrations"
+    return settings.cache.directory / FOLDER

@@ -39,6 +39,7 @@ from embedding_proxy.proxy.http.openai_format import EmbeddingRequest
 from . import drift_check, index_writes, request
 from .client_keys import ClientKeys
 from .drift_check import DriftCheck
+from .dual_writes import DualWrites
 from .embedding_result import Result
 from .index_writes import IndexWrites, collection_of
 from .inputs import CostPreview, preview_cost
@@ -176,6 +177,7 @@ class EmbeddingService(SearchMixin):
         self.canaries: DriftCheck | None = None
         self.indexing: IndexWrites | None = None
         """What goes to Qdrant; None where none is configured."""
+        self._dual_writes: DualWrites | None = None
         self._stack = AsyncExitStack()
         self._tiers: Tiers | None = None
         self._store: Store | None = None
@@ -233,6 +235,10 @@ class EmbeddingService(SearchMixin):
                         self.settings, self.settings.index.qdrant, cache.directory, self._sleep
                     )
                 )
+                self._dual_writes = DualWrites(
+                    self.settings, self.settings.index.qdrant, self.indexing.names, self.embed
+                )
+                stack.push_async_callback(self._dual_writes.close)
             if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
                 self.canaries = await stack.enter_async_context(
                     DriftCheck(
@@ -388,5 +394,8 @@ class EmbeddingService(SearchMixin):
             await self._answering.answer(asked, caller, control)
         )
         if self.indexing is not None:
+            is_new = not self.indexing.knows(asked.index, result)
             await self.indexing.take(asked.index, control, result)
+            if is_new and self._dual_writes is not None:
+                await self._dual_writes.take(asked.index, control, caller, result)
         return result
