@@ -155,7 +155,7 @@ class SearchMixin(ABC):
             numbers,
             limit=limit,
             where=where,
-            adopt=qdrant.adopt,
+            options=index_writes.collection_options(qdrant),
             names=self.indexing.names,
         )
 
