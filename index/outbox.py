@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from embedding_proxy.cache.key import checksum
 from embedding_proxy.providers.base import current_label
@@ -35,10 +35,14 @@ __all__ = [
     "FAILURES",
     "FILE_NAME",
     "JOURNAL",
+    "PENDING",
+    "CollectionBacklog",
     "OnDisk",
     "Outbox",
     "OutboxEntry",
     "OutboxFull",
+    "read_backlog",
+    "read_collections",
     "remove_entries",
     "select_entries",
 ]
@@ -341,15 +345,43 @@ class Outbox:
 
     def backlog(self) -> Backlog:
         """Count the points that have not arrived."""
-        points, size, oldest = self._file.sql.execute(
-            "SELECT count(*), coalesce(sum(bytes), 0), min(at) FROM waiting INDEXED BY line"
-        ).fetchone()
-        reasons = self._file.sql.execute(
-            "SELECT collection, reason, count(*) FROM dead JOIN target ON target.id = dead.target"
-            " GROUP BY collection, reason ORDER BY count(*) DESC"
-        ).fetchall()
-        dead = sum(count for *_, count in reasons)
-        return Backlog(points, size, oldest, dead, tuple(map(tuple, reasons[:20])))
+        return read_backlog(self._file.sql)
+
+
+class CollectionBacklog(NamedTuple):
+    """The points of one target, counted."""
+
+    collection: str
+    space: str
+    dimensions: int
+    waiting: int
+    refused: int
+    journaled: int
+
+
+def read_collections(sql: sqlite3.Connection) -> list[CollectionBacklog]:
+    """Count the points of each target. Raises sqlite3.Error."""
+    rows = sql.execute(
+        "SELECT collection, space, dimensions,"
+        " (SELECT count(*) FROM waiting WHERE waiting.target = target.id),"
+        " (SELECT count(*) FROM dead WHERE dead.target = target.id),"
+        " (SELECT count(*) FROM known WHERE known.target = target.id)"
+        " FROM target ORDER BY id"
+    )
+    return [CollectionBacklog(*row) for row in rows]
+
+
+def read_backlog(sql: sqlite3.Connection) -> Backlog:
+    """Count the points that have not arrived. Raises sqlite3.Error."""
+    points, size, oldest = sql.execute(
+        "SELECT count(*), coalesce(sum(bytes), 0), min(at) FROM waiting INDEXED BY line"
+    ).fetchone()
+    reasons = sql.execute(
+        "SELECT collection, reason, count(*) FROM dead JOIN target ON target.id = dead.target"
+        " GROUP BY collection, reason ORDER BY count(*) DESC"
+    ).fetchall()
+    dead = sum(count for *_, count in reasons)
+    return Backlog(points, size, oldest, dead, tuple(map(tuple, reasons[:20])))
 
 
 class OnDisk(Protocol):

@@ -93,6 +93,11 @@ def collection_options(qdrant: Qdrant) -> CollectionOptions:
     )
 
 
+def collection_names(settings: Settings, qdrant: Qdrant) -> CollectionNames:
+    """Return the names of the models' own collections; none where one is named for everything."""
+    return CollectionNames(() if qdrant.collection else settings.models, qdrant.prefix)
+
+
 def _given(section: Hnsw | Optimizers | None) -> dict[str, object]:
     return {} if section is None else section.model_dump(exclude_none=True)
 
@@ -124,8 +129,7 @@ class IndexWrites:
     ) -> None:
         self._settings = settings
         self._qdrant = qdrant
-        # Without a collection for everything each model has its own.
-        self.names = CollectionNames(() if qdrant.collection else settings.models, qdrant.prefix)
+        self.names = collection_names(settings, qdrant)
         self.indexer = Indexer(
             folder,
             lambda: connection(qdrant),
