@@ -19,6 +19,7 @@ from embedding_proxy.providers.base import current_label
 from .client import Connection, no_metadata
 from .collection_reader import CollectionReader
 from .errors import Denied, Exists, Missing, OtherSpace
+from .point import CollectionState
 
 if TYPE_CHECKING:
     from qdrant_client.models import CollectionInfo
@@ -32,8 +33,10 @@ LONGEST_NAME = 200
 
 Quantization: TypeAlias = Literal["scalar", "binary"]
 FieldType: TypeAlias = Literal[
-    "keyword", "integer", "float", "bool", "geo", "datetime", "text", "uuid"
+    "keyword", "integer", "float", "bool", "geo", "datetime", "text", "uuid", "tenant"
 ]
+"""The types of payload indexes; a tenant is a keyword by which the points lie together."""
+SparseModifier: TypeAlias = Literal["none", "idf"]
 
 # What Qdrant refuses in a name, and what would be another folder or a path of the URL.
 _NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\s]')
@@ -80,6 +83,14 @@ class CollectionOptions:
     """Fields of the payload that are filtered by, and their types."""
     adopt: bool = False
     """Whether a collection of the right width that says nothing of its space is taken for ours."""
+    vector_name: str = ""
+    """The name of our vector among those of a point; "" is the unnamed one."""
+    sparse_vectors: Mapping[str, SparseModifier] = field(default_factory=dict)
+    """Sparse vectors beside it."""
+    shard_number: int | None = None
+    replication_factor: int | None = None
+    hnsw_config: Mapping[str, object] = field(default_factory=dict)
+    optimizers_config: Mapping[str, object] = field(default_factory=dict)
 
 
 def name_of(model: str, dimensions: int, *, parameters: str = "", prefix: str = "") -> str:
@@ -164,22 +175,24 @@ class CollectionNames:
 
 async def ensure(
     qdrant: Connection, name: str, wanted: Provenance, options: CollectionOptions | None = None
-) -> bool:
+) -> CollectionState:
     """Make the collection unless it is there, and see that it is one of these vectors.
 
-    Returns whether it was made. `name` may be an alias. Raises QdrantFailure; OtherSpace if the
-    collection holds vectors of another space or width, or does not say which.
+    Returns what it is. `name` may be an alias. Raises QdrantFailure; OtherSpace if the collection
+    holds vectors of another space or width, or does not say which.
     """
     options = options or CollectionOptions()
     info = await _info(qdrant, name)
+    is_new = info is None and await _make(qdrant, name, wanted, options)
     if info is None:
-        if await _make(qdrant, name, wanted, options):
-            await index_payload(qdrant, name, options.payload_indexes)
-            return True
         info = await _info(qdrant, name)
     if info is None:
         raise Missing(f"the collection {name} was deleted just now")
-    claim = objection(name, (width_of(info), provenance_of(info)), wanted, adopt=options.adopt)
+    if is_new:
+        await index_payload(qdrant, name, options.payload_indexes)
+        return CollectionState(identity_of(info), 0, is_new)
+    seen = (width_of(info, options.vector_name), provenance_of(info))
+    claim = objection(name, seen, wanted, adopt=options.adopt, vector_name=options.vector_name)
     if claim is not None:
         raise OtherSpace(claim)
     if provenance_of(info) is None:
@@ -190,27 +203,40 @@ async def ensure(
         one: kind for one, kind in options.payload_indexes.items() if one not in info.payload_schema
     }
     await index_payload(qdrant, name, lacking)
-    return False
+    return CollectionState(identity_of(info), info.points_count or 0)
 
 
 Look: TypeAlias = tuple[int, Provenance | None]
-"""A collection's width, 0 where it has not just one unnamed vector; and whose vectors it holds."""
+"""A collection's width, 0 where it has no such single vector; and whose vectors it holds."""
 
 
-async def look(qdrant: Connection, name: str) -> Look | None:
+async def look(qdrant: Connection, name: str, vector_name: str = "") -> Look | None:
     """Return what a collection says of itself; None if there is none of that name.
 
     Raises QdrantFailure.
     """
     info = await _info(qdrant, name)
-    return None if info is None else (width_of(info), provenance_of(info))
+    return None if info is None else (width_of(info, vector_name), provenance_of(info))
 
 
-def objection(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False) -> str | None:
+async def state_of(qdrant: Connection, name: str) -> CollectionState | None:
+    """Return what a collection is now; None if there is none of that name. Raises QdrantFailure."""
+    info = await _info(qdrant, name)
+    return None if info is None else CollectionState(identity_of(info), info.points_count or 0)
+
+
+def objection(  # noqa: PLR0911 - one for each reason
+    name: str, seen: Look, wanted: Provenance, *, adopt: bool = False, vector_name: str = ""
+) -> str | None:
     """Say why the vectors may not go into a collection; None if they may."""
     width, found = seen
     if not width:
-        return f"the collection {name} has named vectors or multivectors, and not one unnamed one"
+        if vector_name:
+            return f"the collection {name} has no vector named {vector_name} (one for each point)"
+        return (
+            f"the collection {name} has named vectors or multivectors, and not one unnamed one; if"
+            " one of them is for these, name it in index.qdrant.vector_name"
+        )
     if width != wanted.dimensions:
         return (
             f"the collection {name} holds vectors of {width} dimensions, and not of"
@@ -231,12 +257,12 @@ def objection(name: str, seen: Look, wanted: Provenance, *, adopt: bool = False)
     return None
 
 
-def width_of(info: "CollectionInfo") -> int:
-    """Return how wide a collection's vectors are; 0 if it has not just one unnamed vector."""
-    vectors: Any = info.config.params.vectors
-    if vectors is None or isinstance(vectors, Mapping) or vectors.multivector_config:
-        return 0
-    return int(vectors.size)
+def width_of(info: "CollectionInfo", vector_name: str = "") -> int:
+    """Return how wide the vectors of a name are; 0 if there is none, or many for each point."""
+    found: Any = info.config.params.vectors
+    vectors = found if isinstance(found, Mapping) else {"": found}
+    one = vectors.get(vector_name)
+    return 0 if one is None or one.multivector_config else int(one.size)
 
 
 def provenance_of(info: "CollectionInfo") -> Provenance | None:
@@ -278,10 +304,16 @@ async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, Fiel
     """Index fields of the payload; the embedded mode has no such indexes. Raises QdrantFailure."""
     if qdrant.embedded:
         return
+    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
+
+    keyword = models.KeywordIndexType.KEYWORD
     for one, kind in fields.items():
+        schema: Any = kind
+        if kind == "tenant":
+            schema = models.KeywordIndexParams(type=keyword, is_tenant=True)
         await qdrant.ask(
-            lambda client, one=one, kind=kind: client.create_payload_index(  # type: ignore[misc]
-                name, one, kind, wait=True
+            lambda client, one=one, schema=schema: client.create_payload_index(  # type: ignore[misc]
+                name, one, schema, wait=True
             )
         )
 
@@ -312,14 +344,27 @@ async def _make(
     elif options.quantization == "binary":
         binary = models.BinaryQuantizationConfig(always_ram=True)
         quantization = models.BinaryQuantization(binary=binary)
-    vectors = models.VectorParams(
+    vectors: Any = models.VectorParams(
         size=wanted.dimensions, distance=models.Distance.COSINE, on_disk=options.on_disk or None
     )
+    if options.vector_name:
+        vectors = {options.vector_name: vectors}
+    sparse = {
+        one: models.SparseVectorParams(modifier=models.Modifier(kind))
+        for one, kind in options.sparse_vectors.items()
+    }
+    hnsw: Any = dict(options.hnsw_config)
+    optimizers: Any = dict(options.optimizers_config)
     try:
         await qdrant.ask(
             lambda client: client.create_collection(
                 name,
                 vectors_config=vectors,
+                sparse_vectors_config=sparse or None,
+                shard_number=options.shard_number,
+                replication_factor=options.replication_factor,
+                hnsw_config=models.HnswConfigDiff(**hnsw) if hnsw else None,
+                optimizers_config=models.OptimizersConfigDiff(**optimizers) if optimizers else None,
                 quantization_config=quantization,
                 metadata=wanted.as_metadata(),
             )
@@ -347,7 +392,11 @@ async def conflicts(
     if lack is not None:
         return [lack]
     found = await qdrant.ask(lambda client: client.get_collections())
-    names = {one.name for one in found.collections} | (await collection_aliases(qdrant)).keys()
+    try:
+        aliases = await collection_aliases(qdrant)
+    except Denied:
+        aliases = {}
+    names = {one.name for one in found.collections} | aliases.keys()
     if collection is not None:
         if collection not in names:
             return []
@@ -358,10 +407,12 @@ async def conflicts(
         head = name_of(model, 0, prefix=prefix)[:-1]
         for name in sorted(names):
             width = re.fullmatch(re.escape(head) + r"([1-9][0-9]*)", name)
-            seen = await look(qdrant, name) if width else None
+            seen = await look(qdrant, name, options.vector_name) if width else None
             if width and seen:
                 wanted = Provenance(space, int(width[1]))
-                said = objection(name, seen, wanted, adopt=options.adopt)
+                said = objection(
+                    name, seen, wanted, adopt=options.adopt, vector_name=options.vector_name
+                )
                 if said and not await own.is_replaced(qdrant, name):
                     against.append(said)
     return against
@@ -371,13 +422,13 @@ async def _objections_to_all(
     qdrant: Connection, name: str, spaces: Mapping[str, str], options: CollectionOptions
 ) -> list[str]:
     """Say what stands against every one of the spaces, if nothing may be written at all."""
-    seen = await look(qdrant, name)
+    seen = await look(qdrant, name, options.vector_name)
     if seen is None:
         return []
     width, found = seen
-    if found is None:
+    if found is None or not width:
         wanted = Provenance("the models of this configuration", width)
-        said = objection(name, seen, wanted, adopt=options.adopt)
+        said = objection(name, seen, wanted, adopt=options.adopt, vector_name=options.vector_name)
         return [said] if said else []
     if found.space.partition("?")[0] in spaces.values():
         return []

@@ -15,7 +15,7 @@ from embedding_proxy.providers.upstream.rate_limit_headers import seconds_until
 
 _LONGEST = 300
 """Characters of Qdrant's own words in a message."""
-_PASSING = frozenset({408, 425, 429, 502, 503, 504})
+_PASSING = frozenset({408, 425, 502, 503, 504})
 
 # A limit of strict mode on one request: "Limit exceeded 200 > 100 for "upsert limit"".
 _EXCEEDED = re.compile(r'Limit exceeded \d+ > (\d+) for "(?:limit|upsert limit)"')
@@ -44,6 +44,10 @@ class Unavailable(QdrantFailure):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         """Seconds after which it said to come back; None where it said nothing."""
+
+
+class Overloaded(Unavailable):
+    """It asks for fewer calls (HTTP 429)."""
 
 
 class ServerFault(Unavailable):
@@ -121,6 +125,7 @@ _BY_STATUS: dict[int, type[QdrantFailure]] = {
     507: LimitReached,
 }
 _BY_CODE: dict[str, type[QdrantFailure]] = {
+    "RESOURCE_EXHAUSTED": Overloaded,
     "INTERNAL": ServerFault,
     "UNKNOWN": ServerFault,
     "NOT_FOUND": Missing,
@@ -154,7 +159,7 @@ def translated(error: Exception, place: str = "", doing: str = "") -> Exception:
         wait = error.headers.get("retry-after")
         return _refusal(error.status_code or 0, error.content, wait, place, doing)
     if isinstance(error, ResourceExhaustedResponse):
-        return Unavailable(
+        return Overloaded(
             f"overloaded: {_short(error)}", seconds_until(str(error.retry_after_s), time.time())
         )
     if isinstance(error, ResponseHandlingException):
@@ -212,6 +217,8 @@ def _refusal(
         return found
     if status in (401, 403):
         return Denied(f"the key is not accepted{f' for {doing}' if doing else ''}: {words}")
+    if status == 429:
+        return Overloaded(words, seconds_until(wait or "", time.time()))
     if status in _PASSING:
         return Unavailable(words, seconds_until(wait or "", time.time()))
     return _BY_STATUS.get(status, Rejected)(words)

@@ -1,7 +1,8 @@
 """The indexer: writes answered vectors to Qdrant in the background.
 
 `add` never raises. It waits only for the local outbox, and only for points that are not known to be
-there: points that this process remembers cost no disk access. A point that cannot be written to the
+there: points that this process remembers cost no disk access. What names its ids or its payload is
+always written: only Qdrant knows what is under an id. A point that cannot be written to the
 outbox is not indexed now; its id stays unknown, so the next answer with it tries again.
 """
 
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 MAX_REMEMBERED = 1 << 18
 """Ids that a process remembers, some 100 bytes each; then it forgets all and begins again."""
+MEMORY_SECONDS = 3600.0
+"""For which a process remembers ids without asking the outbox."""
 _TARGET = 16
 """As many ids as a target counts for: requests name collections, and each may have few points."""
 
@@ -120,7 +123,7 @@ class Indexer:
         return self._sender is not None and self._sender.sending
 
     def knows(self, target: Target, point: bytes) -> bool:
-        """Tell whether a point whose content follows from its id is remembered as added."""
+        """Tell whether a plain point is remembered as added."""
         known = self._remembered.get(target)
         return known is not None and point in known
 
@@ -136,7 +139,7 @@ class Indexer:
     async def add(self, target: Target, points: Sequence[Point]) -> None:
         """Put points into the outbox unless they are known to be indexed. Never raises.
 
-        When it returns they are on disk. Points whose mark is 0 are remembered by their ids.
+        When it returns they are on disk. Plain points are remembered by their ids.
         """
         # Of equal ids in one request the last counts.
         wanted = {one.id: one for one in points}
@@ -162,7 +165,7 @@ class Indexer:
             log.exception("not indexed, %d points", len(wanted))
             return
         self._backoff.succeed()
-        ids = [one.id for one in wanted.values() if one.mark == 0]
+        ids = [one.id for one in wanted.values() if one.plain]
         if ids:
             if sum(_TARGET + len(known) for known in self._remembered.values()) > MAX_REMEMBERED:
                 self._forget()
@@ -202,10 +205,7 @@ class Indexer:
             "backlog_bytes": backlog.bytes,
             "backlog_age_s": round(age, 3),
             "refused_points": backlog.dead,
-            "refused": [
-                {"collection": collection, "reason": reason, "points": count}
-                for collection, reason, count in backlog.reasons
-            ],
+            "refused": backlog.refused(),
             "sending": self.sending,
             "last_failure": sender.counters.last_failure,
             "since_start": {
@@ -240,13 +240,18 @@ class Indexer:
                 await self._call(outbox.close)
 
     async def _check_forgotten_forever(self) -> None:
-        """Forget the ids that another process found to be gone from Qdrant."""
+        """Forget the ids that another process found to be gone from Qdrant, and all once an hour.
+
+        The outbox has the age of what is known, and says when it is to be written again.
+        """
+        clock = asyncio.get_running_loop().time
+        since = clock()
         while True:
             await asyncio.sleep(TICK_SECONDS)
             with suppress(*FAILURES):
                 forgotten = await self._on_disk(lambda outbox: outbox.forgotten)
-                if forgotten != self._forgotten:
-                    self._forgotten = forgotten
+                if forgotten != self._forgotten or clock() > since + MEMORY_SECONDS:
+                    self._forgotten, since = forgotten, clock()
                     self._forget()
 
 

@@ -28,7 +28,7 @@ LOCK_TIMEOUT_SECONDS = 2.0
 
 _FREE_PAGES = 2048
 """Free pages of 4 KiB that the file keeps, and that one vacuum frees."""
-_VERSION = 2
+_VERSION = 3
 _LAYOUT = """
 CREATE TABLE IF NOT EXISTS target (
     id INTEGER PRIMARY KEY, collection TEXT, space TEXT, dimensions INTEGER,
@@ -56,6 +56,28 @@ UPDATE {table} SET address = point,
 """
     for table in ("waiting", "dead")
 )
+# What is known becomes a journal: also when it was added, and what makes the point once more, given
+# its vector in the cache. `mark` is 0 where the next answer need not write the point again. Of a
+# collection there is what it was when it was last seen.
+_THIRD = """
+ALTER TABLE waiting ADD COLUMN vectors BLOB;
+ALTER TABLE waiting ADD COLUMN is_update INTEGER DEFAULT 0;
+ALTER TABLE waiting ADD COLUMN tries INTEGER DEFAULT 0;
+ALTER TABLE dead ADD COLUMN vectors BLOB;
+ALTER TABLE dead ADD COLUMN is_update INTEGER DEFAULT 0;
+ALTER TABLE dead ADD COLUMN tries INTEGER DEFAULT 1;
+ALTER TABLE dead ADD COLUMN due REAL DEFAULT 0;
+ALTER TABLE known ADD COLUMN at REAL DEFAULT 0;
+ALTER TABLE known ADD COLUMN address BLOB;
+ALTER TABLE known ADD COLUMN digest BLOB;
+ALTER TABLE known ADD COLUMN namespace TEXT;
+ALTER TABLE known ADD COLUMN payload BLOB;
+ALTER TABLE known ADD COLUMN vectors BLOB;
+ALTER TABLE known ADD COLUMN is_update INTEGER DEFAULT 0;
+UPDATE known SET at = CAST(strftime('%s', 'now') AS REAL);
+ALTER TABLE target ADD COLUMN identity TEXT;
+ALTER TABLE target ADD COLUMN points INTEGER;
+"""
 
 
 class OutboxFile:
@@ -152,7 +174,7 @@ class OutboxFile:
                 raise
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes of the file that are in use."""
         pages, free, size = (
             self.sql.execute(f"PRAGMA {name}").fetchone()[0]
@@ -221,7 +243,7 @@ def _prepared(path: Path) -> sqlite3.Connection:
         (version,) = sql.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise sqlite3.OperationalError(f"{path} is of a later version")  # noqa: TRY301
-        steps = (_LAYOUT if version < 1 else "") + (_SECOND if version < _VERSION else "")
+        steps = "".join(step for step in (_LAYOUT, _SECOND, _THIRD)[version:])
         if steps:
             # All or nothing, so that whoever is killed here begins again.
             sql.executescript(f"BEGIN; {steps} PRAGMA user_version = {_VERSION}; COMMIT;")

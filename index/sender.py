@@ -4,31 +4,51 @@ Each batch is written with `wait=True` and leaves the outbox only when Qdrant ha
 kill at any moment costs at most a repeated write of the same points. The collection is checked
 before each batch: it may be gone, or an alias may point to another one.
 
-The sender waits out what passes by itself (an outage, a limit), however long it takes. It finds a
-rejected point by bisection of the batch and moves it to the dead letters, with the reason. A point
-that makes the server fail (HTTP 500) goes to the end of the queue, alone.
+The sender waits out what passes by itself (an outage, a limit), however long it takes; what one
+collection refuses holds up no other. It finds a rejected point by bisection of the batch and moves
+it to the dead letters, with the reason; they are tried again after growing pauses. Qdrant may have
+written a part of a batch that it rejects; both halves are sent, so all of them arrive. A point that
+makes the server fail (HTTP 500) goes to the end of the queue, alone.
+
+The sender also looks at the collections from time to time. If somebody made one anew, restored it
+or deleted points, the points that are gone are forgotten, and the next answers write them again.
 """
 
 import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from embedding_proxy.cache.disk.lock import WriterLock
 from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
-from .client import Connection
-from .collection import CollectionNames, CollectionOptions, Provenance, ensure
-from .errors import Denied, Missing, OtherSpace, QdrantFailure, Rejected, ServerFault, Unavailable
+from .client import BatchSize, Connection
+from .collection import CollectionNames, CollectionOptions, Provenance, ensure, state_of
+from .errors import (
+    Denied,
+    Disconnected,
+    LimitReached,
+    Missing,
+    OtherSpace,
+    Overloaded,
+    QdrantFailure,
+    Rejected,
+    ServerFault,
+    TooLarge,
+    Unavailable,
+    UntrustedCertificate,
+)
 from .outbox import FAILURES, OnDisk, Outbox
-from .point import QueuedPoint, Target, id_of
+from .point import CollectionState, JournalEntry, QueuedPoint, Target, id_of
 
 if TYPE_CHECKING:
     from qdrant_client import models
@@ -37,11 +57,15 @@ log = logging.getLogger("embedding_proxy.index")
 
 TICK_SECONDS = 1.0
 """Interval of checks for points of other processes, and for a sender that has ended."""
+LOOK_SECONDS = 30.0
+"""Interval of looks at the collections, and at the dead letters."""
 MIN_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 MAX_WAIT_S = 300.0
 """The longest wait, whatever Qdrant asks for."""
 MAX_POINTS = 1000
+COMPARED = 1000
+"""Points whose presence is asked for in one call."""
 
 
 @dataclass(slots=True)
@@ -54,6 +78,17 @@ class Counters:
     """Failed attempts to send."""
     last_failure: str | None = None
     """The last failure of Qdrant or the outbox; None after a success."""
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What the sender knows of one target."""
+
+    backoff: Backoff = field(default_factory=lambda: Backoff(MIN_PAUSE_S, MAX_PAUSE_S))
+    size: BatchSize = field(default_factory=lambda: BatchSize(MAX_POINTS))
+    paused_until: float = 0.0
+    """In the time of the event loop."""
+    failure: str | None = None
 
 
 class Sender:
@@ -69,6 +104,7 @@ class Sender:
         names: CollectionNames,
         max_bytes: float,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._lock = WriterLock(folder / "index-sender.lock", 0)
         self._on_disk = on_disk
@@ -76,12 +112,19 @@ class Sender:
         self._collection_options = collection_options
         self._names = names
         self._max_bytes = max_bytes
-        self._max_points = MAX_POINTS
         self._backoff = Backoff(MIN_PAUSE_S, MAX_PAUSE_S)
         self._sleep = sleep
+        self._clock = clock
         self._held = AsyncExitStack()
         self._qdrant: Connection | None = None
         self._holds_lock = False
+        self._queues: defaultdict[Target, _Queue] = defaultdict(_Queue)
+        self._written: set[Target] = set()
+        self._next_look = 0.0
+        self._failure: str | None = None
+        """Of all queues."""
+        self._is_halved = False
+        """Whether the last batch failed, and the next one is smaller."""
         self.counters = Counters()
         self.wake = asyncio.Event()
         """Set when points were added."""
@@ -121,7 +164,7 @@ class Sender:
         try:
             return await self.take()
         except Unavailable as error:
-            self._failed(error, 0)
+            self._failed(error, None, 0)
             return None
 
     async def close(self) -> None:
@@ -141,77 +184,143 @@ class Sender:
                     await self._idle(pause)
                 continue
             except Unavailable as error:
-                # A bisected batch need not wait long.
-                halving = isinstance(error, ServerFault) and self._max_points > 1
-                asked = MIN_PAUSE_S if halving else error.retry_after_s or None
-                pause = self._failed(error, asked)
+                # A halved batch need not wait long.
+                asked = MIN_PAUSE_S if self._is_halved else error.retry_after_s or None
+                pause = self._failed(error, None, asked)
             except Denied as error:
-                pause = self._failed(error, MAX_PAUSE_S)
+                pause = self._failed(error, None, MAX_PAUSE_S)
             except (QdrantFailure, *FAILURES) as error:
-                pause = self._failed(error)
+                pause = self._failed(error, None)
             except Exception:
                 # Nobody awaits this task: if it ended, nothing would be sent any more.
                 log.exception("sending to Qdrant failed")
                 pause = MAX_PAUSE_S
             await self._sleep(pause)
 
-    def _failed(self, error: BaseException, pause: float | None = None) -> float:
-        """Note a failure; return the seconds to the next try.
+    def _failed(
+        self, error: BaseException, queue: _Queue | None, pause: float | None = None
+    ) -> float:
+        """Note a failure, of one target's queue or of all; return the seconds to the next try.
 
         Unless `pause` says how long, they are more each time, and never quite the same.
         """
-        own = self._backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
+        backoff = self._backoff if queue is None else queue.backoff
+        own = backoff.fail() * random.uniform(0.5, 1)  # noqa: S311 - spreads calls, hides nothing
         pause = own if pause is None else min(pause, MAX_WAIT_S)
         words = str(error) or type(error).__name__
-        if words != self.counters.last_failure:
+        if words not in (self._failure, None if queue is None else queue.failure):
             log.warning("Qdrant: %s; points wait on disk, tried again in %.1f s", words, pause)
+        if queue is None:
+            self._failure = words
+        else:
+            queue.failure = words
         self.counters.failed += 1
         self.counters.last_failure = words
         return pause
+
+    def _succeeded(self, queue: _Queue) -> None:
+        """Note that a target's points were sent."""
+        queue.backoff.succeed()
+        self._recovered(queue.failure)
+        queue.failure = None
+        self._tell_failure()
+
+    def _recovered(self, failure: str | None = None) -> None:
+        """Note that Qdrant answers; `failure` is that of the queue that it took points of."""
+        if self._failure is not None or failure is not None:
+            log.info("Qdrant answers again")
+        self._backoff.succeed()
+        self._failure = None
+        self._tell_failure()
+
+    def _tell_failure(self) -> None:
+        failures = (one.failure for one in self._queues.values() if one.failure is not None)
+        self.counters.last_failure = next(failures, None)
 
     async def _idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.wake.wait()
-        self.wake.clear()
 
     async def _step(self) -> float:
         """Send a batch; return 0, or seconds after which there may be something to do."""
+        self.wake.clear()
+        self._is_halved = False
         qdrant = await self.take()
         if qdrant is None:
             return TICK_SECONDS
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            await self._on_disk(lambda outbox: outbox.requeue_dead_letters(self._clock()))
+            pending = set(await self._on_disk(Outbox.targets))
+            known = await self._on_disk(Outbox.journaled_targets)
+            # The others are looked at when they are sent.
+            await self._look(qdrant, [one for one in known if one not in pending])
         targets = await self._on_disk(Outbox.targets)
         if not targets:
+            await self._look(qdrant, self._written)
+            self._written.clear()
             await self._on_disk(Outbox.tidy)
             return TICK_SECONDS
-        target = targets[0]
-        limits = (self._max_bytes, self._max_points)
-        batch = await self._on_disk(lambda outbox: outbox.batch(target, *limits))
-        if batch:
-            await self._send(qdrant, target, batch)
-        if self.counters.last_failure is not None:
-            log.info("Qdrant takes points again")
-        self._backoff.succeed()
-        self.counters.last_failure = None
+        ready = [one for one in targets if self._queues[one].paused_until <= now]
+        if ready:
+            await self._send_from(qdrant, ready[0])
+        else:
+            await self._wait_for(min((self._queues[one] for one in targets), key=_due))
         return 0
+
+    async def _send_from(self, qdrant: Connection, target: Target) -> None:
+        """Send a batch of a target; what only its collection refuses pauses it alone."""
+        queue = self._queues[target]
+        limits = (self._max_bytes, queue.size.max_items)
+        batch = await self._on_disk(lambda outbox: outbox.batch(target, *limits))
+        try:
+            if batch:
+                await self._send(qdrant, target, batch)
+        except UntrustedCertificate:
+            raise
+        except (Denied, LimitReached, Overloaded) as error:
+            asked = MAX_PAUSE_S if isinstance(error, Denied) else error.retry_after_s or None
+            pause = self._failed(error, queue, asked)
+            queue.paused_until = asyncio.get_running_loop().time() + pause
+            return
+        self._written.add(target)
+        self._succeeded(queue)
+
+    async def _wait_for(self, queue: _Queue) -> None:
+        """Wait until a queue is due, or until points are added."""
+        seconds = max(0.0, queue.paused_until - asyncio.get_running_loop().time())
+        pause = asyncio.ensure_future(self._sleep(seconds))
+        wake = asyncio.ensure_future(self.wake.wait())
+        try:
+            await asyncio.wait({pause, wake}, return_when=asyncio.FIRST_COMPLETED)
+            if pause.done():
+                queue.paused_until = 0.0
+        finally:
+            pause.cancel()
+            wake.cancel()
 
     async def _send(self, qdrant: Connection, target: Target, batch: Sequence[QueuedPoint]) -> None:
         """Write points and acknowledge them. Raises QdrantFailure for a passing failure."""
         wanted = Provenance(target.space, target.dimensions)
         try:
             name = await self._names.locate(qdrant, target.collection, wanted)
-            if await ensure(qdrant, name, wanted, self._collection_options):
-                await self._on_disk(lambda outbox: outbox.forget(target.collection))
+            state = await ensure(qdrant, name, wanted, self._collection_options)
         except Missing as error:
             raise Unavailable(str(error)) from error
         except (OtherSpace, Rejected) as error:
             await self._move_to_dead_letters(batch, str(error))
             return
-        await self._write(qdrant, name, batch)
+        await self._notice_losses(qdrant, target, name, state)
+        await self._write(qdrant, target, name, batch)
 
-    async def _write(self, qdrant: Connection, name: str, batch: Sequence[QueuedPoint]) -> None:
+    async def _write(
+        self, qdrant: Connection, target: Target, name: str, batch: Sequence[QueuedPoint]
+    ) -> None:
+        size = self._queues[target].size
         try:
-            await upsert(qdrant, name, batch)
+            await upsert(qdrant, name, batch, self._collection_options.vector_name)
         except Missing as error:
             # It was deleted since the check; the next attempt makes it again.
             raise Unavailable(str(error)) from error
@@ -219,39 +328,150 @@ class Sender:
             if len(batch) == 1:
                 await self._move_to_dead_letters(batch, str(error))
                 return
+            if isinstance(error, TooLarge):
+                size.shrink(len(batch), error)
+                log.warning("Qdrant: %s; the next batches have %d points", error, size.max_items)
+                return
             half = len(batch) // 2
-            await self._write(qdrant, name, batch[:half])
-            await self._write(qdrant, name, batch[half:])
+            await self._write(qdrant, target, name, batch[:half])
+            await self._write(qdrant, target, name, batch[half:])
             return
-        except ServerFault:
-            # One of these points may be the cause: the next batch is half as long.
+        except (ServerFault, Disconnected) as error:
+            # One of these points, or their size, may be the cause: the next batch is half as long.
             if len(batch) == 1:
                 await self._on_disk(lambda outbox: outbox.defer(batch))
-            self._max_points = max(1, len(batch) // 2)
+            self._is_halved = len(batch) > 1
+            size.shrink(len(batch), error)
             raise
         await self._on_disk(lambda outbox: outbox.ack(batch))
-        self._max_points = min(MAX_POINTS, 2 * self._max_points)
+        size.grow()
         self.counters.sent += len(batch)
 
     async def _move_to_dead_letters(self, batch: Sequence[QueuedPoint], reason: str) -> None:
         log.error("Qdrant refuses %d points, put aside: %s", len(batch), reason)
-        await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason))
+        now = self._clock()
+        await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason, now))
         self.counters.refused += len(batch)
 
+    async def _look(self, qdrant: Connection, targets: Iterable[Target]) -> None:
+        """Notice what somebody else did to collections. Raises QdrantFailure for an outage."""
+        is_asked = False
+        for target in targets:
+            wanted = Provenance(target.space, target.dimensions)
+            with contextlib.suppress(Denied, Rejected, Overloaded, LimitReached):
+                name = await self._names.locate(qdrant, target.collection, wanted)
+                state = await state_of(qdrant, name)
+                await self._notice_losses(qdrant, target, name, state)
+                is_asked = True
+        if is_asked:
+            self._recovered()
 
-async def upsert(qdrant: Connection, collection: str, batch: Sequence[QueuedPoint]) -> None:
-    """Write points, and return once they can be found. Raises QdrantFailure."""
-    points = await asyncio.to_thread(_structs, batch)
-    payloads = [one.payload for one in points]
-    await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
+    async def _notice_losses(
+        self, qdrant: Connection, target: Target, name: str, state: CollectionState | None
+    ) -> None:
+        """Forget the points that a collection has lost since it was last looked at."""
+        before = await self._on_disk(lambda outbox: outbox.state(target))
+        lost = 0
+        if state is None or state.is_new or (before and before.identity != state.identity):
+            lost = await self._on_disk(lambda outbox: outbox.forget(target))
+        elif before and state.points < before.points:
+            async for gone in missing_points(qdrant, self._on_disk, target, name):
+                points = [one.point for one in gone]
+                lost += await self._on_disk(
+                    lambda outbox, points=points: outbox.forget(target, points)  # type: ignore[misc]
+                )
+        if lost:
+            log.warning(
+                "%d points are no longer in %s: the next answers write them again", lost, name
+            )
+        if state is not None and (before is None or before[:2] != state[:2]):
+            await self._on_disk(lambda outbox: outbox.note_state(target, state))
 
 
-def _structs(batch: Sequence[QueuedPoint]) -> "list[models.PointStruct]":
+def _due(queue: _Queue) -> float:
+    return queue.paused_until
+
+
+async def missing_points(
+    qdrant: Connection, on_disk: OnDisk, target: Target, name: str
+) -> AsyncIterator[list[JournalEntry]]:
+    """Yield the points of the journal that a collection does not have. Raises QdrantFailure.
+
+    `name` may be of a collection that is not there; then it has none.
+    """
+    after = b""
+    while True:
+        entries = await on_disk(lambda outbox, after=after: outbox.journal(target, after, COMPARED))  # type: ignore[misc]
+        if not entries:
+            return
+        after = entries[-1].point
+        there = await present_ids(qdrant, name, [id_of(one.point) for one in entries])
+        gone = [one for one in entries if id_of(one.point) not in there]
+        if gone:
+            yield gone
+
+
+async def present_ids(qdrant: Connection, name: str, ids: Sequence[int | str]) -> set[int | str]:
+    """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
+    try:
+        found = await qdrant.ask(
+            lambda client: client.retrieve(name, list(ids), with_payload=False, with_vectors=False)
+        )
+    except Missing:
+        return set()
+    return {one.id if isinstance(one.id, int) else str(one.id) for one in found}
+
+
+async def upsert(
+    qdrant: Connection, collection: str, batch: Sequence[QueuedPoint], vector_name: str = ""
+) -> None:
+    """Write points, and return once they can be found. Raises QdrantFailure.
+
+    `vector_name` is that of their vector. Updates of points that are there keep what they do not
+    name; the others are written whole.
+    """
+    updates = [one for one in batch if one.is_update]
+    there = await present_ids(qdrant, collection, [id_of(one.id) for one in updates])
+    whole = [one for one in batch if not (one.is_update and id_of(one.id) in there)]
+    updates = [one for one in updates if id_of(one.id) in there]
+    if whole:
+        points = await asyncio.to_thread(_structs, whole, vector_name)
+        payloads = [one.payload for one in points]
+        await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
+    if updates:
+        points = await asyncio.to_thread(_structs, updates, vector_name)
+        payloads = [one.payload for one in points]
+        operations = _operations(points)
+        await qdrant.ask(
+            lambda client: client.batch_update_points(collection, operations, wait=True), payloads
+        )
+
+
+def _structs(batch: Sequence[QueuedPoint], vector_name: str) -> "list[models.PointStruct]":
     """Return points as the client takes them; every number is the float32 that it was."""
     from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
 
     numbers = vector.stack([one.vector for one in batch]).tolist()
-    return [
-        models.PointStruct(id=id_of(one.id), vector=row, payload=orjson.loads(one.payload))
-        for one, row in zip(batch, numbers, strict=True)
+    points = []
+    for one, row in zip(batch, numbers, strict=True):
+        vectors: Any = row
+        if vector_name or one.vectors:
+            others = orjson.loads(one.vectors) if one.vectors else {}
+            vectors = {**others, vector_name: row}
+        payload = orjson.loads(one.payload)
+        points.append(models.PointStruct(id=id_of(one.id), vector=vectors, payload=payload))
+    return points
+
+
+def _operations(points: "Sequence[models.PointStruct]") -> "list[models.UpdateOperation]":
+    """Return what changes points that are there: the vectors and payload fields they name."""
+    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
+
+    vectors = [models.PointVectors(id=one.id, vector=one.vector) for one in points]
+    operations: list[models.UpdateOperation] = [
+        models.UpdateVectorsOperation(update_vectors=models.UpdateVectors(points=vectors))
     ]
+    for one in points:
+        change = models.SetPayload(payload=one.payload or {}, points=[one.id])
+        operations.append(models.SetPayloadOperation(set_payload=change))
+    return operations

@@ -146,6 +146,7 @@ DOORS = {
     },
     "pydantic": {
         "proxy/config/fields.py",
+        "proxy/config/index.py",
         "proxy/config/models.py",
         "proxy/config/providers.py",
         "proxy/config/schema.py",

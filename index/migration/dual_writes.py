@@ -23,6 +23,8 @@ class DualWrite:
     space: str
     dimensions: int
     """Of the vectors that it gets."""
+    vector: str
+    """Their name in both; "" is the unnamed one."""
     origin: str
     """The collection that the migration began with."""
     is_switched: bool
@@ -86,6 +88,7 @@ def dual_write(state: State) -> DualWrite | None:
         frozenset({*state.aliases, *state.names}),
         space,
         dimensions,
+        state.vector,
         state.source,
         collection == state.target,
         *partner,

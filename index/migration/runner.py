@@ -339,8 +339,6 @@ async def begin(migration: Migration, *, dual_write: bool | None = None) -> None
 def _check_dual_write(migration: Migration) -> None:
     """Raise MigrationRefused if the proxy is to write to both collections, and cannot."""
     state = migration.state
-    if state.dual_write and (state.vector or migration.old.others):
-        raise MigrationRefused(f"{state.source}: --dual-write is for points of one unnamed vector")
     if state.dual_write and state.old_space is None:
         raise MigrationRefused(
             f"{state.source}: --dual-write has to know the model of the old vectors: --from"

@@ -14,7 +14,13 @@ from embedding_proxy.cache.disk.database import Database, is_damage
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import OTHER_NAMESPACE, Namespace, keyring
 from embedding_proxy.cache.maintenance import stats
-from embedding_proxy.index.outbox import OutboxEntry, remove_entries, select_entries
+from embedding_proxy.index.outbox import (
+    JOURNAL,
+    PENDING,
+    OutboxEntry,
+    remove_entries,
+    select_entries,
+)
 from embedding_proxy.index.outbox_db import FILE_NAME, OutboxFile, ReadOnlyOutbox
 from embedding_proxy.providers.base import current_label
 from embedding_proxy.providers.billing import NANO
@@ -84,7 +90,7 @@ def purge_entries(  # noqa: PLR0913 - one parameter an option
             if not yes and (chosen.entries or chosen.points):
                 typer.confirm(f"Delete {chosen.told} for good?", abort=True, err=True)
             if outbox is not None:
-                remove_entries(outbox, chosen.points)
+                remove_entries(outbox, [*chosen.points, *chosen.journaled])
             deleted = _delete(store, chosen.choices, chosen.entries)
     _tell(chosen, deleted, dry_run=dry_run, as_json=as_json)
 
@@ -130,6 +136,8 @@ class _Chosen:
     """Those of the entries that lie in a partition that several namespaces or spaces share."""
     points: list[OutboxEntry]
     """What waits for Qdrant."""
+    journaled: list[OutboxEntry]
+    """What the journal has of points that were sent."""
     has_outbox: bool
     nanodollars: int | None
     """About what the entries have cost; None if that is known of none."""
@@ -165,7 +173,10 @@ def _look_up(
     ]
     counts = [purge.count_entries(file, one) for one in choices]
     entries, held = (sum(column) for column in zip(*counts, strict=True))
-    points = [] if outbox is None else _pending_points(outbox, file, choices)
+    points, journaled = (
+        [] if outbox is None else _outbox_points(outbox, file, choices, tables)
+        for tables in (PENDING, JOURNAL)
+    )
     of_partitions: Counter[int | None] = Counter()
     for one in choices:
         of_partitions.update(
@@ -179,6 +190,7 @@ def _look_up(
         held,
         entries - counts[0][0],
         points,
+        journaled,
         outbox is not None,
         None if entries and unknown >= entries else nano,
         unknown,
@@ -254,13 +266,20 @@ def _outbox_for_reading(
         yield found
 
 
-def _pending_points(
-    outbox: OutboxFile | ReadOnlyOutbox, file: ReadableFile, choices: Sequence[purge.PurgeFilter]
+def _outbox_points(
+    outbox: OutboxFile | ReadOnlyOutbox,
+    file: ReadableFile,
+    choices: Sequence[purge.PurgeFilter],
+    tables: Sequence[str],
 ) -> list[OutboxEntry]:
-    """Return the points that wait of what is chosen first; by age the entry in the cache counts."""
+    """Return the points in `tables` of what is chosen first; by age the cache entry counts."""
     choice = choices[0]
     found = select_entries(
-        outbox, namespace=choice.namespace, space=choice.space, address=choice.address
+        outbox,
+        namespace=choice.namespace,
+        space=choice.space,
+        address=choice.address,
+        tables=tables,
     )
     if choice.stored_before is None and choice.used_before is None:
         return found

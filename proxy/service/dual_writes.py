@@ -9,16 +9,19 @@ the migration compares both collections.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from uuid import UUID
 
 from embedding_proxy.cache.key import Namespace, keyring
 from embedding_proxy.index.collection import CollectionNames
 from embedding_proxy.index.migration.dual_writes import DualWrite, DualWriteStates
 from embedding_proxy.index.migration.state import FOLDER
+from embedding_proxy.index.point import PointId
+from embedding_proxy.providers.base import Input
 from embedding_proxy.providers.errors import EmbeddingError
-from embedding_proxy.proxy.config.schema import Qdrant, Settings
+from embedding_proxy.proxy.config.index import Qdrant
+from embedding_proxy.proxy.config.schema import Settings
 
 from .embedding_result import Result
 from .index_writes import collection_of, connection
@@ -34,7 +37,8 @@ MAX_PENDING = 1000
 END_S = 10.0
 """How long the end of the service waits for them."""
 
-Embed = Callable[..., Awaitable[Result]]
+Embed = Callable[[Sequence[Input], str, int | None, IndexOptions, Client], Awaitable[Result]]
+"""Embeds inputs with a model at a width, None = its own, and indexes them."""
 
 
 class DualWrites:
@@ -92,6 +96,8 @@ class DualWrites:
         named = options.collection or self._qdrant.collection
         if (result.space.label, result.dimensions) != (pair.space, pair.dimensions):
             return False
+        if (self._qdrant.vector_name or "") != pair.vector:
+            return False
         if named:
             return not result.fallback and (named == pair.collection or named in pair.aliases)
         name = collection_of(result.name, result.space, result.dimensions, self._qdrant)
@@ -111,19 +117,12 @@ class DualWrites:
     ) -> None:
         native = self._settings.models[model].as_space().dimensions
         try:
-            index: Mapping[str, Any] = {
-                "collection": pair.partner,
-                "ids": await _ids(options, result),
-                **({} if options.payload is None else {"payload": list(options.payload)}),
-            }
             await self._embed(
-                list(result.inputs),
+                result.inputs,
                 model,
-                dimensions=None if pair.partner_dimensions == native else pair.partner_dimensions,
-                namespace=result.namespace,
-                client=ACCOUNT,
-                api_key=caller.api_key,
-                index=index,
+                None if pair.partner_dimensions == native else pair.partner_dimensions,
+                replace(options, collection=pair.partner, ids=await _ids(options, result)),
+                Client(result.namespace, ACCOUNT, caller.api_key),
             )
         except EmbeddingError as error:
             log.warning("not written to %s as well: %s", pair.partner, error)
@@ -131,11 +130,11 @@ class DualWrites:
             log.exception("not written to %s as well", pair.partner)
 
 
-async def _ids(options: IndexOptions, result: Result) -> list[int | str]:
+async def _ids(options: IndexOptions, result: Result) -> Sequence[PointId]:
     """Return the ids of an answer's points."""
     if options.ids is not None:
-        return [str(one) if isinstance(one, UUID) else one for one in options.ids]
+        return options.ids
     keys = result.embedded.keys
     if not keys:
         keys = await keyring(result.space, Namespace(result.namespace)).keys(result.inputs)
-    return [str(UUID(bytes=key.address)) for key in keys]
+    return [UUID(bytes=key.address) for key in keys]

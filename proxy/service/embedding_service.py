@@ -156,7 +156,7 @@ class SearchMixin(ABC):
             numbers,
             limit=limit,
             where=where,
-            adopt=qdrant.adopt,
+            options=index_writes.collection_options(qdrant),
             names=self.indexing.names,
         )
 
@@ -236,7 +236,10 @@ class EmbeddingService(SearchMixin):
                     )
                 )
                 self._dual_writes = DualWrites(
-                    self.settings, self.settings.index.qdrant, self.indexing.names, self.embed
+                    self.settings,
+                    self.settings.index.qdrant,
+                    self.indexing.names,
+                    self._embed_again,
                 )
                 stack.push_async_callback(self._dual_writes.close)
             if self.settings.server.canary_hours and cache.mode not in ("frozen", "off"):
@@ -343,6 +346,28 @@ class EmbeddingService(SearchMixin):
             index=request.parse_index_options(index, len(parsed)),
         )
         return await self.answer(asked, Client(namespace, client, Secret(api_key)), cache_control)
+
+    async def _embed_again(
+        self,
+        inputs: Sequence[Input],
+        model: str,
+        dimensions: int | None,
+        index: IndexOptions,
+        client: Client,
+    ) -> Result:
+        """Embed inputs with another model, and index them. Raises EmbeddingError."""
+        further = classify({})
+        asked = EmbeddingRequest(
+            model=model,
+            inputs=list(inputs),
+            dimensions=dimensions,
+            encoding="base64",
+            user=None,
+            parameters=further.parameters,
+            neutral=further.neutral,
+            index=index,
+        )
+        return await self.answer(asked, client)
 
     async def preview(
         self, inputs: Sequence[str], model: str, *, namespace: str = ""

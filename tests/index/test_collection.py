@@ -22,6 +22,7 @@ from embedding_proxy.index.errors import (
     LimitReached,
     Missing,
     OtherSpace,
+    Overloaded,
     Rejected,
     ServerFault,
     TooLarge,
@@ -54,8 +55,9 @@ async def qdrant(request, server, tmp_path):
 
 async def test_a_collection_is_made_once_and_says_whose_vectors_it_holds(qdrant):
     """The first call makes it with its provenance, the second finds it."""
-    assert await ensure(qdrant, "docs", SMALL)
-    assert not await ensure(qdrant, "docs", SMALL)
+    made, found = [await ensure(qdrant, "docs", SMALL) for _ in range(2)]
+    assert (made.is_new, found.is_new) == (True, False)
+    assert made.identity == found.identity != ""
     assert await look(qdrant, "docs") == (4, SMALL)
     assert await look(qdrant, "nothing") is None
 
@@ -66,7 +68,7 @@ async def test_a_collection_that_an_earlier_version_made_is_still_ours(qdrant):
     params = models.VectorParams(size=4, distance=models.Distance.COSINE)
     former = {"embedding_proxy": {"space": "m?task=%22q%22", "dimensions": 4, "version": 1}}
     await qdrant.ask(lambda client: client.create_collection("docs", params, metadata=former))
-    assert not await ensure(qdrant, "docs", Provenance(space.label, 4))
+    assert not (await ensure(qdrant, "docs", Provenance(space.label, 4))).is_new
     other = Space("m", 4).with_parameters({"task": "p"})
     with pytest.raises(OtherSpace, match="do not compare"):
         await ensure(qdrant, "docs", Provenance(other.label, 4))
@@ -86,7 +88,7 @@ async def test_somebody_elses_collection_is_taken_only_when_told_to(qdrant):
     await qdrant.ask(lambda client: client.create_collection("docs", params))
     with pytest.raises(OtherSpace, match="adopt: true"):
         await ensure(qdrant, "docs", SMALL)
-    assert not await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))
+    assert not (await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))).is_new
     with pytest.raises(OtherSpace, match="do not compare"):
         await ensure(qdrant, "docs", OTHER, CollectionOptions(adopt=True))
 
@@ -117,7 +119,7 @@ async def test_a_server_that_keeps_no_metadata_is_refused_until_told_to_adopt(se
         await ensure(qdrant, "docs", SMALL)
         with pytest.raises(OtherSpace, match="adopt"):
             await ensure(qdrant, "docs", SMALL)
-        assert not await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))
+        assert not (await ensure(qdrant, "docs", SMALL, CollectionOptions(adopt=True))).is_new
         (said,) = await conflicts(qdrant, {"m": SMALL.space}, CollectionOptions())
         assert why in said
         assert await conflicts(qdrant, {"m": SMALL.space}, CollectionOptions(adopt=True)) == []
@@ -156,8 +158,8 @@ async def test_a_gateway_and_a_folder_say_no_version(server, tmp_path):
 @pytest.mark.parametrize(
     ("act", "failure", "wait"),
     [
-        (overloaded(7), Unavailable, 7),
-        (overloaded(None), Unavailable, None),
+        (overloaded(7), Overloaded, 7),
+        (overloaded(None), Overloaded, None),
         (answer(503, "busy", **{"Retry-After": "2"}), Unavailable, 2),
         (answer(500, "panicked"), ServerFault, None),
         (answer(403, "forbidden"), Denied, None),

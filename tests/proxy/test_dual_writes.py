@@ -66,6 +66,7 @@ async def test_answers_go_to_both_until_the_end(proxy, migrate, qdrant):
 
     await ask(proxy, "c", index={"ids": [7], "payload": [{"lang": "en"}]})
     await ask(proxy, "d")
+    await holds(qdrant, 4)
     await holds(qdrant, 4, NEW)
     old = await _is_of(qdrant, COLLECTION, SMALL, 1536)
     assert await _is_of(qdrant, NEW, LARGE, 3072) == old

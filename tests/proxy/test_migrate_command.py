@@ -290,10 +290,8 @@ async def test_what_people_read(migrate, system):
     assert f"{CONTEXT}: copied; next: cutover" in done.out
     assert "5 points seen: 0 copied, 5 embedded, 5 bought" in done.out
     done = await migrate("cutover", CONTEXT, "--alias", "live", "--to", MISTRAL)
-    assert (
-        "verified: 5 of 5 points, ids, payloads and carried vectors equal; 5 sampled, cosine 1.00000"
-        in done.out
-    )
+    assert "verified: 5 of 5 points, ids, payloads and carried vectors equal" in done.out
+    assert "; 5 sampled, cosine 1.00000" in done.out
     assert "aliases: live" in done.out
     done = await migrate("rollback", CONTEXT, "--to", LARGE)
     assert (done.code, f"is migrated to {MISTRAL}, not {LARGE}" in done.err) == (1, True)
