@@ -18,7 +18,7 @@ from embedding_proxy.index.collection_reader import Point, PointId
 
 from . import qdrant, vectors
 from .copy import carry, reads_vectors
-from .points import Points
+from .points import Points, WriteMode
 from .runner import Migration, MigrationRefused
 from .snapshot import Snapshot, SnapshotRow, content_digest, other_digests
 from .state import MigrationState, Phase, State
@@ -288,9 +288,17 @@ async def _carry(
     moved = {one for one in written if not _is_same(again.get(one), new.get(one))}
     points = [point for one, point in written.items() if one not in moved]
     fresh = [one for one in points if one.id not in new]
-    await migration.points.write(state.target, fresh, "insert_only")
     known = [one for one in points if one.id in new]
-    await migration.points.write(state.target, known, "update_only")
+    modes: tuple[tuple[list[Point], WriteMode], ...] = (
+        (fresh, "insert_only"),
+        (known, "update_only"),
+    )
+    for some, mode in modes:
+        await migration.points.write(state.target, some, mode)
+        # On disk at once: what is carried twice may have been deleted by a client in between.
+        carried = {one.id: one for one in some}
+        snapshot.add((one for one in changed if one.id in carried), carried)
+        snapshot.commit()
     # A point without a new vector must not be found by its old one.
     await migration.points.delete(state.target, [one for one in refused if one in new])
     migration.state_file.append_dead_letters(done.letters)
@@ -303,6 +311,7 @@ async def _carry(
         state.target, ids, vectors=reads_vectors(migration)
     )
     snapshot.add((one for one in changed if one.id not in moved), there_now)
+    snapshot.commit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,6 +370,7 @@ async def _delete(
     late.deleted += len(mine)
     late.left += len(new) - len(mine)
     snapshot.remove(gone)
+    snapshot.commit()
 
 
 def _has_changed(old: Point, row: SnapshotRow) -> bool:
