@@ -377,6 +377,35 @@ async def test_an_import_takes_smaller_pages(run, system):
     assert (done.code, done.json["stored"]) == (0, COUNT)
 
 
+@pytest.mark.parametrize(
+    ("page", "kept"),
+    [
+        (1, "0 entries taken in before"),
+        (4, "100 entries taken in before; the same command goes on"),
+    ],
+)
+async def test_an_import_that_is_cut_says_what_it_has_kept(run, system, monkeypatch, page, kept):
+    """Pages are read three times: at the beginning, by the survey, and to be stored."""
+    monkeypatch.setattr(collection_reader, "MAX_TRIES", 1)
+    monkeypatch.setattr("embedding_proxy.proxy.importers.qdrant.PAGE", 100)
+    monkeypatch.setattr("embedding_proxy.proxy.cli.cache_import._BATCH", 50)
+    await _fill(system)
+    scrolls = itertools.count()
+
+    async def act(request):
+        if request.path.endswith("docs/points/scroll") and next(scrolls) >= page:
+            request.transport.abort()
+            return web.Response()
+        return None
+
+    system.qdrant.always = act
+    source = f"qdrant://127.0.0.1:{system.qdrant.port}/docs"
+    done = await run("cache", "import", source, "--model", LARGE, "--text-field", "content")
+    assert done.code == 1
+    assert f"127.0.0.1:{system.qdrant.port} was cut while reading points of docs" in done.err
+    assert kept in done.err
+
+
 async def test_an_import_reads_the_texts_of_other_tools(run, system):
     """By a ready reading, which is named where the field is not there."""
     params = models.VectorParams(size=system.width, distance=models.Distance.COSINE)

@@ -6,9 +6,9 @@ aliases, and after a `rollback`, everything is as it was. The order of events::
     begin     regime chosen; collection made like the old one, payload indexes first
     sample    where vectors are copied: sampled texts are embedded, and compared
     copy      the old points in the order of their ids, a checkpoint after each written page
-    compare   whole passes over both, until one finds no difference: later changes follow
+    compare   whole passes over both, until one finds little: later changes follow
     cutover   compared and verified once more, then the aliases switch in one atomic step; changes
-              that reached the old collection meanwhile are carried
+              that reached the old collection since that comparison are carried
 
 A migration that was killed at any moment continues when it is run again. What was bought is in the
 cache and not bought again; only answers that were on their way at that moment are lost.

@@ -34,7 +34,7 @@ class Phase(StrEnum):
     COPYING = "copying"
     """`run` is under way, or was interrupted."""
     COPIED = "copied"
-    """A whole pass found both collections equal."""
+    """A whole pass found little difference, and repaired it."""
     SWITCHING = "switching"
     """The aliases may point to either collection: `cutover` was interrupted."""
     SWITCHED = "switched"

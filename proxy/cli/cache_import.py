@@ -22,7 +22,12 @@ from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.cache.key import Keyring, Namespace, Row, keyring
 from embedding_proxy.cache.maintenance import archive
 from embedding_proxy.cache.maintenance.archive import ArchiveError
-from embedding_proxy.cache.maintenance.import_source import Pair, RejectedPair, Source
+from embedding_proxy.cache.maintenance.import_source import (
+    Pair,
+    RejectedPair,
+    Source,
+    SourceError,
+)
 from embedding_proxy.cache.record import Entry
 from embedding_proxy.index.migration.text_template import READINGS, Rule, TemplateError
 from embedding_proxy.providers import tokens, vector
@@ -321,17 +326,23 @@ def _put(
     settings: Settings, rows: Iterator[Row], total: int | None, *, dry_run: bool
 ) -> archive.ImportReport:
     sums = archive.ImportReport()
-    # The first is looked at before a store is made for it.
-    rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
-    with ExitStack() as stack:
-        tell = stack.enter_context(progress("importing", total))
-        database: ReadableFile
-        if dry_run:
-            database = stack.enter_context(open_store_for_reading(settings))
-        else:
-            database = stack.enter_context(open_store(settings, create=True))
-        for sums in archive.import_rows(database, rows, dry_run=dry_run):
-            tell(sums.stored + sums.present)
+    try:
+        # The first is looked at before a store is made for it.
+        rows = itertools.chain(list(itertools.islice(rows, 1)), rows)
+        with ExitStack() as stack:
+            tell = stack.enter_context(progress("importing", total))
+            database: ReadableFile
+            if dry_run:
+                database = stack.enter_context(open_store_for_reading(settings))
+            else:
+                database = stack.enter_context(open_store(settings, create=True))
+            for sums in archive.import_rows(database, rows, dry_run=dry_run):
+                tell(sums.stored + sums.present)
+    except SourceError as error:
+        raise WorkFailed(
+            f"{error} ({count(sums.stored, 'entry', 'entries')} taken in before; the same command"
+            " goes on)"
+        ) from error
     return sums
 
 
@@ -345,9 +356,12 @@ def _tell_sums(sums: archive.ImportReport, *, dry_run: bool) -> None:
 def _survey(importer: Importer, source: Source, sample: int) -> Survey:
     found = Survey()
     # The sample is drawn anew each time: nobody can prepare for it.
-    with progress("reading") as tell:
-        for found in importer.survey(source, sample, random.SystemRandom()):
-            tell(found.pairs + found.refused)
+    try:
+        with progress("reading") as tell:
+            for found in importer.survey(source, sample, random.SystemRandom()):
+                tell(found.pairs + found.refused)
+    except SourceError as error:
+        raise WorkFailed(f"{error} (0 entries taken in before)") from error
     if not found.pairs:
         why = f": {found.first_refused[0].why}" if found.first_refused else ""
         raise WorkFailed(f"{source.name}: there is nothing that could be taken in{why}")
