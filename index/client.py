@@ -31,6 +31,8 @@ from embedding_proxy.providers.client_credential import key_mistake
 from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
 
 from .errors import (
+    NO_CALL,
+    Call,
     Denied,
     Disconnected,
     NotInstalled,
@@ -57,12 +59,13 @@ INSERT_ONLY = (1, 17)
 """From which on a write can leave alone what is there."""
 
 
-_doing: ContextVar[str] = ContextVar("doing", default="")
-"""What the call asks for that runs in this context."""
+_calls: ContextVar[Call] = ContextVar("calls", default=NO_CALL)
+"""The call that runs in this context."""
 
 
 async def _note_request(request: Any) -> None:  # noqa: ANN401 - the client's own httpx
-    _doing.set(_action(request.method, request.url.path))
+    method, path = request.method, request.url.path
+    _calls.set(Call(_action(method, path), f"{method} {path}"))
 
 
 def _action(method: str, path: str) -> str:
@@ -225,17 +228,17 @@ class Connection:
 
         if self._thread is not None:
             return await self._in_thread(lambda: self._run(call), payloads)
-        token = _doing.set("")
+        token = _calls.set(NO_CALL)
         try:
             return await call()
         except Exception as error:
             raise self._translated(error, payloads) from error
         finally:
-            _doing.reset(token)
+            _calls.reset(token)
 
     def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
         """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
-        failure = translated(error, self._place, _doing.get())
+        failure = translated(error, self._place, _calls.get())
         if isinstance(failure, QdrantFailure):
             texts = (text for one in payloads for text in _texts(one))
             message = self._redactor.redact_text(str(failure))

@@ -413,6 +413,8 @@ async def missing_points(
 
 async def present_ids(qdrant: Connection, name: str, ids: Sequence[int | str]) -> set[int | str]:
     """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
+    if not ids:
+        return set()
     try:
         found = await qdrant.ask(
             lambda client: client.retrieve(name, list(ids), with_payload=False, with_vectors=False)

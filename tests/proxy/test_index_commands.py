@@ -93,6 +93,8 @@ async def test_what_was_put_aside_is_tried_again_at_once(
     sent_by = "the proxy" if is_running else "this command"
     assert (done.code, done.json["queued"], done.json["sent_by"]) == (0, 1, sent_by)
     await holds(qdrant, 2)
+    if is_running:
+        await arrived(proxy)
     done = await index("status", "--json")
     assert (done.json["backlog_points"], done.json["refused_points"]) == (0, 0)
     assert (await index("retry")).out == "0 points tried again\n"
