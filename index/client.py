@@ -77,7 +77,10 @@ def _action(method: str, path: str) -> str:
     _, found, rest = path.partition("/collections/")
     name, _, what = rest.partition("/")
     if not found:
-        return "listing collections" if path.endswith("/collections") else f"{method} {path}"
+        ends = {"/collections": "listing collections", "/aliases": "reading aliases"}
+        return next((ends[one] for one in ends if path.endswith(one)), f"{method} {path}")
+    if rest == "aliases" and method == "POST":
+        return "changing aliases"
     if what in _READS:
         return f"reading points of {name}"
     if what.startswith("points"):

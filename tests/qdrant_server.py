@@ -369,7 +369,8 @@ class _Engine:
             case "POST", ["batch"]:
                 for operation in body["operations"]:
                     ((kind, one),) = operation.items()
-                    self._points(*_OPERATIONS[kind], body=one, name=name)
+                    method, ends = _OPERATIONS[kind]
+                    self._points(method, name, ends, one)
                 return [_DONE for _ in body["operations"]]
             case "POST", []:
                 asked = models.PointRequest.model_validate(body)
