@@ -132,8 +132,9 @@ class Connection:
     def _place(self) -> str:
         """The host and port of the server."""
         url = urlsplit(self._url or "")
+        port = self._grpc_port or url.port or DEFAULT_PORT
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-        return f"{host}:{url.port or DEFAULT_PORT}"
+        return f"{host}:{port}"
 
     @property
     def embedded(self) -> bool:
@@ -216,11 +217,14 @@ class Connection:
         self,
         work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
         payloads: Iterable[object] = (),
+        *,
+        doing: str = "",
     ) -> T:
         """Return what the client's call gives. Raises QdrantFailure.
 
         `payloads` are sent by the call. The failure repeats no text of theirs: its message goes to
-        the log, the status and the outbox.
+        the log, the status and the outbox. `doing` is what the call does, in words, for where it
+        goes by gRPC; over HTTP its method and path tell.
         """
         client = self._client
         if client is None:
@@ -231,7 +235,7 @@ class Connection:
 
         if self._thread is not None:
             return await self._in_thread(lambda: self._run(call), payloads)
-        token = _calls.set(NO_CALL)
+        token = _calls.set(Call(doing))
         try:
             return await call()
         except Exception as error:
@@ -241,9 +245,11 @@ class Connection:
 
     def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
         """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
-        failure = translated(error, self._place, _calls.get())
+        call = _calls.get()
+        failure = translated(error, self._place, call)
         if isinstance(failure, QdrantFailure):
-            texts = (text for one in payloads for text in _texts(one))
+            # The collection's name may be that of the model, which is in each payload.
+            texts = (text for one in payloads for text in _texts(one) if text not in call.doing)
             message = self._redactor.redact_text(str(failure))
             failure.args = (QuotedInputs(texts).hide(message),)
         return failure

@@ -326,7 +326,10 @@ async def collection_aliases(qdrant: Connection | CollectionReader) -> dict[str,
 
 async def _info(qdrant: Connection, name: str) -> "CollectionInfo | None":
     try:
-        return await qdrant.ask(lambda client: client.get_collection(name))
+        return await qdrant.ask(
+            lambda client: client.get_collection(name),
+            doing=f"reading the configuration of {name}",
+        )
     except Missing:
         return None
 

@@ -432,6 +432,7 @@ async def upsert(
     `vector_name` is that of their vector. Updates of points that are there keep what they do not
     name; the others are written whole.
     """
+    doing = f"writing points to {collection}"
     updates = [one for one in batch if one.is_update]
     there = await present_ids(qdrant, collection, [id_of(one.id) for one in updates])
     whole = [one for one in batch if not (one.is_update and id_of(one.id) in there)]
@@ -439,13 +440,17 @@ async def upsert(
     if whole:
         points = await asyncio.to_thread(_structs, whole, vector_name)
         payloads = [one.payload for one in points]
-        await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
+        await qdrant.ask(
+            lambda client: client.upsert(collection, points, wait=True), payloads, doing=doing
+        )
     if updates:
         points = await asyncio.to_thread(_structs, updates, vector_name)
         payloads = [one.payload for one in points]
         operations = _operations(points)
         await qdrant.ask(
-            lambda client: client.batch_update_points(collection, operations, wait=True), payloads
+            lambda client: client.batch_update_points(collection, operations, wait=True),
+            payloads,
+            doing=doing,
         )
 
 
