@@ -59,7 +59,7 @@ MAX_KNOWN_AGE_S = 7 * 86_400.0
 """Seconds after which a point that is known is written again by the next answer with it."""
 MIN_PAUSE_S, MAX_PAUSE_S = 60.0, 6 * 3600.0
 """Between two tries of a dead letter; it doubles each time."""
-_PRUNED = 10_000
+_PRUNED = 500
 """Entries of the journal that are dropped at a time, where there is no room for it."""
 
 _WHOLE = (
@@ -117,7 +117,7 @@ class Outbox:
         if not points:
             return 0
         if self.size >= self._size_limit:
-            self._prune()
+            self._prune(4)
         if self.size >= self._size_limit:
             raise OutboxFull(f"{self.size / 1e6:.0f} MB wait for Qdrant")
         with self._file.change() as sql:
@@ -168,9 +168,11 @@ class Outbox:
         ).fetchone()
         return row is not None
 
-    def _prune(self) -> None:
-        """Drop the oldest entries of the journal until it leaves half of the file to what waits."""
-        while self.size > self._size_limit // 2:
+    def _prune(self, times: int) -> None:
+        """Drop the oldest entries of the journal, so that half of the file is for what waits."""
+        for _ in range(times):
+            if self.size <= self._size_limit // 2:
+                return
             with self._file.change() as sql:
                 dropped = sql.execute(
                     "DELETE FROM known WHERE (target, point) IN"
@@ -247,8 +249,7 @@ class Outbox:
 
     def tidy(self) -> None:
         """Shrink the file after an outage; for when no point is pending."""
-        if self.size > self._size_limit // 2:
-            self._prune()
+        self._prune(20)
         self._file.incremental_vacuum()
 
     def move_to_dead_letters(self, points: Iterable[QueuedPoint], reason: str, now: float) -> None:

@@ -59,6 +59,8 @@ TICK_SECONDS = 1.0
 """Interval of checks for points of other processes, and for a sender that has ended."""
 LOOK_SECONDS = 30.0
 """Interval of looks at the collections, and at the dead letters."""
+MAX_LOOKS = 50
+"""Collections in one interval; the next ones come in the next."""
 MIN_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 MAX_WAIT_S = 300.0
@@ -121,6 +123,8 @@ class Sender:
         self._queues: defaultdict[Target, _Queue] = defaultdict(_Queue)
         self._written: set[Target] = set()
         self._next_look = 0.0
+        self._looked = 0
+        """Targets of the present round that were looked at."""
         self._failure: str | None = None
         """Of all queues."""
         self._is_halved = False
@@ -256,7 +260,9 @@ class Sender:
             pending = set(await self._on_disk(Outbox.targets))
             known = await self._on_disk(Outbox.journaled_targets)
             # The others are looked at when they are sent.
-            await self._look(qdrant, [one for one in known if one not in pending])
+            await self._look(
+                qdrant, self._next_looked([one for one in known if one not in pending])
+            )
         targets = await self._on_disk(Outbox.targets)
         if not targets:
             await self._look(qdrant, self._written)
@@ -352,6 +358,12 @@ class Sender:
         now = self._clock()
         await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason, now))
         self.counters.refused += len(batch)
+
+    def _next_looked(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """Return those of the targets whose turn it is: tenants may have a collection each."""
+        start = self._looked if self._looked < len(targets) else 0
+        self._looked = start + MAX_LOOKS
+        return targets[start : self._looked]
 
     async def _look(self, qdrant: Connection, targets: Iterable[Target]) -> None:
         """Notice what somebody else did to collections. Raises QdrantFailure for an outage."""
