@@ -63,7 +63,8 @@ _PRUNED = 500
 """Entries of the journal that are dropped at a time, where there is no room for it."""
 
 _WHOLE = (
-    "target, point, bytes, at, payload, vector, sum, address, namespace, vectors, is_update, tries"
+    "target, point, bytes, at, payload, vector, sum, address, digest, namespace, vectors,"
+    " is_update, tries"
 )
 _FORGOTTEN = "UPDATE state SET forgotten = forgotten + 1"
 PENDING, JOURNAL = ("waiting", "dead"), ("known",)
@@ -130,26 +131,20 @@ class Outbox:
             here = [(number, p.id) for p in points]
             sql.executemany(
                 f"INSERT OR REPLACE INTO waiting ({_WHOLE})"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                 (
                     (
                         *(number, p.id, len(p.vector) + len(p.payload) + len(p.vectors), now),
                         *(p.payload, p.vector, _sum(p.id, p.vector, p.payload, p.vectors)),
-                        *(p.address or p.id, p.namespace, p.vectors, p.is_update),
+                        *(p.address or p.id, p.digest or None, p.namespace, p.vectors, p.is_update),
                     )
                     for p in points
                 ),
             )
+            # A reply waits for this: the rest of the journal is written when the point has arrived.
             sql.executemany(
-                "INSERT OR REPLACE INTO known (target, point, mark, at, address, digest, namespace,"
-                " payload, vectors, is_update) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    (
-                        *(number, p.id, not p.plain, now, p.address or p.id, p.digest or None),
-                        *(p.namespace, zlib.compress(p.payload, 1), p.vectors, p.is_update),
-                    )
-                    for p in points
-                ),
+                "INSERT OR REPLACE INTO known (target, point, mark, at) VALUES (?, ?, ?, ?)",
+                ((number, p.id, not p.plain, now) for p in points),
             )
             sql.executemany("DELETE FROM dead WHERE target = ? AND point = ?", here)
         return len(points)
@@ -233,8 +228,8 @@ class Outbox:
     def _drop_corrupt(self, target: Target, points: Sequence[QueuedPoint]) -> None:
         """Drop damaged points; the next answers with them add them again."""
         log.error("%d points that wait for Qdrant are damaged: not indexed", len(points))
-        self.ack(points)
         with self._file.change() as sql:
+            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
             sql.executemany(
                 "UPDATE known SET mark = 1 WHERE target = ? AND point = ?",
                 ((self._number(target), one.id) for one in points),
@@ -243,9 +238,22 @@ class Outbox:
         self.corrupt_points += len(points)
 
     def ack(self, points: Iterable[QueuedPoint]) -> None:
-        """Delete points that Qdrant confirmed; later ones of the same ids stay."""
+        """Move points that Qdrant confirmed to the journal; later ones of the same ids stay."""
         with self._file.change() as sql:
-            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
+            for one in points:
+                row = sql.execute(
+                    "DELETE FROM waiting WHERE seq = ? RETURNING target, point, payload,"
+                    " coalesce(address, point), digest, coalesce(namespace, ''), vectors,"
+                    " is_update",
+                    (one.seq,),
+                ).fetchone()
+                if row is not None:
+                    target, point, payload, *rest = row
+                    sql.execute(
+                        "UPDATE known SET payload = ?, address = ?, digest = ?, namespace = ?,"
+                        " vectors = ?, is_update = ? WHERE target = ? AND point = ?",
+                        (zlib.compress(payload, 1), *rest, target, point),
+                    )
 
     def tidy(self) -> None:
         """Shrink the file after an outage; for when no point is pending."""

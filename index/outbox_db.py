@@ -61,9 +61,11 @@ UPDATE {table} SET address = point,
 # collection there is what it was when it was last seen.
 # A default that is a constant changes no row, so a large file is brought up to date at once.
 _THIRD = """
+ALTER TABLE waiting ADD COLUMN digest BLOB;
 ALTER TABLE waiting ADD COLUMN vectors BLOB;
 ALTER TABLE waiting ADD COLUMN is_update INTEGER DEFAULT 0;
 ALTER TABLE waiting ADD COLUMN tries INTEGER DEFAULT 0;
+ALTER TABLE dead ADD COLUMN digest BLOB;
 ALTER TABLE dead ADD COLUMN vectors BLOB;
 ALTER TABLE dead ADD COLUMN is_update INTEGER DEFAULT 0;
 ALTER TABLE dead ADD COLUMN tries INTEGER DEFAULT 1;
