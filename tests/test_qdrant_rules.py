@@ -126,10 +126,14 @@ async def test_a_collection_that_is_full_says_so(qdrant):
     """That is no matter of the point; an old one may not be written again, either."""
     await _put(qdrant, _point(1), _point(2))
     await _limit(qdrant, max_points_count=2)
-    with pytest.raises(LimitReached):
+
+    async def write_again():
         # A server counts again after some writes only.
         for _ in range(100):
             await _put(qdrant, _point(1))
+
+    with pytest.raises(LimitReached):
+        await write_again()
 
 
 async def test_named_vectors_have_their_names_and_widths(qdrant):
