@@ -31,6 +31,8 @@ from embedding_proxy.providers.client_credential import key_mistake
 from embedding_proxy.providers.upstream.redaction import QuotedInputs, Redactor
 
 from .errors import (
+    NO_CALL,
+    Call,
     Denied,
     Disconnected,
     NotInstalled,
@@ -57,12 +59,13 @@ INSERT_ONLY = (1, 17)
 """From which on a write can leave alone what is there."""
 
 
-_doing: ContextVar[str] = ContextVar("doing", default="")
-"""What the call asks for that runs in this context."""
+_calls: ContextVar[Call] = ContextVar("calls", default=NO_CALL)
+"""The call that runs in this context."""
 
 
 async def _note_request(request: Any) -> None:  # noqa: ANN401 - the client's own httpx
-    _doing.set(_action(request.method, request.url.path))
+    method, path = request.method, request.url.path
+    _calls.set(Call(_action(method, path), f"{method} {path}"))
 
 
 def _action(method: str, path: str) -> str:
@@ -74,7 +77,10 @@ def _action(method: str, path: str) -> str:
     _, found, rest = path.partition("/collections/")
     name, _, what = rest.partition("/")
     if not found:
-        return "listing collections" if path.endswith("/collections") else f"{method} {path}"
+        ends = {"/collections": "listing collections", "/aliases": "reading aliases"}
+        return next((ends[one] for one in ends if path.endswith(one)), f"{method} {path}")
+    if rest == "aliases" and method == "POST":
+        return "changing aliases"
     if what in _READS:
         return f"reading points of {name}"
     if what.startswith("points"):
@@ -126,8 +132,9 @@ class Connection:
     def _place(self) -> str:
         """The host and port of the server."""
         url = urlsplit(self._url or "")
+        port = self._grpc_port or url.port or DEFAULT_PORT
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-        return f"{host}:{url.port or DEFAULT_PORT}"
+        return f"{host}:{port}"
 
     @property
     def embedded(self) -> bool:
@@ -210,11 +217,14 @@ class Connection:
         self,
         work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
         payloads: Iterable[object] = (),
+        *,
+        doing: str = "",
     ) -> T:
         """Return what the client's call gives. Raises QdrantFailure.
 
         `payloads` are sent by the call. The failure repeats no text of theirs: its message goes to
-        the log, the status and the outbox.
+        the log, the status and the outbox. `doing` is what the call does, in words, for where it
+        goes by gRPC; over HTTP its method and path tell.
         """
         client = self._client
         if client is None:
@@ -225,19 +235,21 @@ class Connection:
 
         if self._thread is not None:
             return await self._in_thread(lambda: self._run(call), payloads)
-        token = _doing.set("")
+        token = _calls.set(Call(doing))
         try:
             return await call()
         except Exception as error:
             raise self._translated(error, payloads) from error
         finally:
-            _doing.reset(token)
+            _calls.reset(token)
 
     def _translated(self, error: Exception, payloads: Iterable[object]) -> Exception:
         """Return a failure in our words, without the key: a gateway may repeat what it refuses."""
-        failure = translated(error, self._place, _doing.get())
+        call = _calls.get()
+        failure = translated(error, self._place, call)
         if isinstance(failure, QdrantFailure):
-            texts = (text for one in payloads for text in _texts(one))
+            # The collection's name may be that of the model, which is in each payload.
+            texts = (text for one in payloads for text in _texts(one) if text not in call.doing)
             message = self._redactor.redact_text(str(failure))
             failure.args = (QuotedInputs(texts).hide(message),)
         return failure

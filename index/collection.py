@@ -7,10 +7,13 @@ process has to be asked. A server before 1.16 drops metadata in silence; what it
 somebody else had made it, and is taken only with `adopt`.
 """
 
+import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from uuid import uuid4
 
@@ -23,6 +26,8 @@ from .point import CollectionState
 
 if TYPE_CHECKING:
     from qdrant_client.models import CollectionInfo
+
+log = logging.getLogger("embedding_proxy.index")
 
 KEY = "embedding_proxy"
 """Where in a collection's metadata its provenance is."""
@@ -164,7 +169,9 @@ class CollectionNames:
             # An alias goes with its collection, so nothing else has to be looked at again.
             self._successors = []
             for real in sorted({*aliases.values()}):
-                seen = await look(qdrant, real)
+                seen = None
+                with contextlib.suppress(Denied):
+                    seen = await look(qdrant, real)
                 found = None if seen is None else seen[1]
                 origin = origin_of(real, found)
                 if found is not None and origin != real and self.is_own(origin):
@@ -202,8 +209,17 @@ async def ensure(
     lacking = {
         one: kind for one, kind in options.payload_indexes.items() if one not in info.payload_schema
     }
-    await index_payload(qdrant, name, lacking)
+    try:
+        await index_payload(qdrant, name, lacking)
+    except Denied as error:
+        # Searches do without an index; points must not wait for it.
+        _tell_once(f"the payload of {name} is not indexed: {error}")
     return CollectionState(identity_of(info), info.points_count or 0)
+
+
+@lru_cache(maxsize=256)
+def _tell_once(words: str) -> None:
+    log.warning("%s", words)
 
 
 Look: TypeAlias = tuple[int, Provenance | None]
@@ -326,7 +342,10 @@ async def collection_aliases(qdrant: Connection | CollectionReader) -> dict[str,
 
 async def _info(qdrant: Connection, name: str) -> "CollectionInfo | None":
     try:
-        return await qdrant.ask(lambda client: client.get_collection(name))
+        return await qdrant.ask(
+            lambda client: client.get_collection(name),
+            doing=f"reading the configuration of {name}",
+        )
     except Missing:
         return None
 

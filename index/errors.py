@@ -8,7 +8,7 @@ first, then its status.
 import re
 import sqlite3
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from embedding_proxy.providers.upstream.rate_limit_headers import seconds_until
@@ -138,12 +138,24 @@ _BY_CODE: dict[str, type[QdrantFailure]] = {
 """Failures by the status of gRPC."""
 
 
-def translated(error: Exception, place: str = "", doing: str = "") -> Exception:  # noqa: PLR0911 - a table
+class Call(NamedTuple):
+    """What a server is asked for."""
+
+    doing: str = ""
+    """In words: "writing points to docs"."""
+    request: str = ""
+    """Method and path."""
+
+
+NO_CALL = Call()
+
+
+def translated(error: Exception, place: str = "", call: Call = NO_CALL) -> Exception:  # noqa: PLR0911 - a table
     """Return a failure in our words; an error of the caller's own code stays what it is.
 
-    `place` is the host and port of the server, `doing` what it was asked for ("writing points to
-    docs"), for a failure to reach it.
+    `place` is the host and port of the server, for a failure to reach it.
     """
+    doing = call.doing
     if isinstance(error, QdrantFailure):
         return error
     from qdrant_client.common.client_exceptions import (  # noqa: PLC0415 - an extra, and slow to import
@@ -157,7 +169,7 @@ def translated(error: Exception, place: str = "", doing: str = "") -> Exception:
 
     if isinstance(error, UnexpectedResponse):
         wait = error.headers.get("retry-after")
-        return _refusal(error.status_code or 0, error.content, wait, place, doing)
+        return _refusal(error.status_code or 0, error.content, wait, place, call)
     if isinstance(error, ResourceExhaustedResponse):
         return Overloaded(
             f"overloaded: {_short(error)}", seconds_until(str(error.retry_after_s), time.time())
@@ -200,15 +212,14 @@ def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
 
 
 def _refusal(
-    status: int, content: bytes, wait: str | None, place: str, doing: str
+    status: int, content: bytes, wait: str | None, place: str, call: Call
 ) -> QdrantFailure:
     said = _said(content)
     words = f"HTTP {status}: {said}"
-    if status == 404 and said is None:
+    if status == 404 and not said:
         return WrongAddress(
-            f"HTTP 404 from {place or 'the server'}{f' while {doing}' if doing else ''}, and not in"
-            " Qdrant's words: its url is that of something else, or has a path too much (the"
-            " dashboard's is none of the API)"
+            f"HTTP 404 from {place or 'the server'} for {call.request or 'a call'}, and not in"
+            " Qdrant's words: its url is that of something else, or has a path too much"
         )
     if said is None:
         words = f"HTTP {status}: {_short(content.decode('utf-8', 'replace'))}"
@@ -216,7 +227,9 @@ def _refusal(
     if found is not None:
         return found
     if status in (401, 403):
-        return Denied(f"the key is not accepted{f' for {doing}' if doing else ''}: {words}")
+        return Denied(
+            f"the key is not accepted{f' for {call.doing}' if call.doing else ''}: {words}"
+        )
     if status == 429:
         return Overloaded(words, seconds_until(wait or "", time.time()))
     if status in _PASSING:

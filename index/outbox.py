@@ -59,11 +59,12 @@ MAX_KNOWN_AGE_S = 7 * 86_400.0
 """Seconds after which a point that is known is written again by the next answer with it."""
 MIN_PAUSE_S, MAX_PAUSE_S = 60.0, 6 * 3600.0
 """Between two tries of a dead letter; it doubles each time."""
-_PRUNED = 10_000
+_PRUNED = 500
 """Entries of the journal that are dropped at a time, where there is no room for it."""
 
 _WHOLE = (
-    "target, point, bytes, at, payload, vector, sum, address, namespace, vectors, is_update, tries"
+    "target, point, bytes, at, payload, vector, sum, address, digest, namespace, vectors,"
+    " is_update, tries"
 )
 _FORGOTTEN = "UPDATE state SET forgotten = forgotten + 1"
 PENDING, JOURNAL = ("waiting", "dead"), ("known",)
@@ -117,7 +118,7 @@ class Outbox:
         if not points:
             return 0
         if self.size >= self._size_limit:
-            self._prune()
+            self._prune(4)
         if self.size >= self._size_limit:
             raise OutboxFull(f"{self.size / 1e6:.0f} MB wait for Qdrant")
         with self._file.change() as sql:
@@ -130,26 +131,20 @@ class Outbox:
             here = [(number, p.id) for p in points]
             sql.executemany(
                 f"INSERT OR REPLACE INTO waiting ({_WHOLE})"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                 (
                     (
                         *(number, p.id, len(p.vector) + len(p.payload) + len(p.vectors), now),
                         *(p.payload, p.vector, _sum(p.id, p.vector, p.payload, p.vectors)),
-                        *(p.address or p.id, p.namespace, p.vectors, p.is_update),
+                        *(p.address or p.id, p.digest or None, p.namespace, p.vectors, p.is_update),
                     )
                     for p in points
                 ),
             )
+            # A reply waits for this: the rest of the journal is written when the point has arrived.
             sql.executemany(
-                "INSERT OR REPLACE INTO known (target, point, mark, at, address, digest, namespace,"
-                " payload, vectors, is_update) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    (
-                        *(number, p.id, not p.plain, now, p.address or p.id, p.digest or None),
-                        *(p.namespace, zlib.compress(p.payload, 1), p.vectors, p.is_update),
-                    )
-                    for p in points
-                ),
+                "INSERT OR REPLACE INTO known (target, point, mark, at) VALUES (?, ?, ?, ?)",
+                ((number, p.id, not p.plain, now) for p in points),
             )
             sql.executemany("DELETE FROM dead WHERE target = ? AND point = ?", here)
         return len(points)
@@ -168,9 +163,11 @@ class Outbox:
         ).fetchone()
         return row is not None
 
-    def _prune(self) -> None:
-        """Drop the oldest entries of the journal until it leaves half of the file to what waits."""
-        while self.size > self._size_limit // 2:
+    def _prune(self, times: int) -> None:
+        """Drop the oldest entries of the journal, so that half of the file is for what waits."""
+        for _ in range(times):
+            if self.size <= self._size_limit // 2:
+                return
             with self._file.change() as sql:
                 dropped = sql.execute(
                     "DELETE FROM known WHERE (target, point) IN"
@@ -231,8 +228,8 @@ class Outbox:
     def _drop_corrupt(self, target: Target, points: Sequence[QueuedPoint]) -> None:
         """Drop damaged points; the next answers with them add them again."""
         log.error("%d points that wait for Qdrant are damaged: not indexed", len(points))
-        self.ack(points)
         with self._file.change() as sql:
+            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
             sql.executemany(
                 "UPDATE known SET mark = 1 WHERE target = ? AND point = ?",
                 ((self._number(target), one.id) for one in points),
@@ -241,14 +238,26 @@ class Outbox:
         self.corrupt_points += len(points)
 
     def ack(self, points: Iterable[QueuedPoint]) -> None:
-        """Delete points that Qdrant confirmed; later ones of the same ids stay."""
+        """Move points that Qdrant confirmed to the journal; later ones of the same ids stay."""
         with self._file.change() as sql:
-            sql.executemany("DELETE FROM waiting WHERE seq = ?", ((one.seq,) for one in points))
+            for one in points:
+                row = sql.execute(
+                    "DELETE FROM waiting WHERE seq = ? RETURNING target, point, payload,"
+                    " coalesce(address, point), digest, coalesce(namespace, ''), vectors,"
+                    " is_update",
+                    (one.seq,),
+                ).fetchone()
+                if row is not None:
+                    target, point, payload, *rest = row
+                    sql.execute(
+                        "UPDATE known SET payload = ?, address = ?, digest = ?, namespace = ?,"
+                        " vectors = ?, is_update = ? WHERE target = ? AND point = ?",
+                        (zlib.compress(payload, 1), *rest, target, point),
+                    )
 
     def tidy(self) -> None:
         """Shrink the file after an outage; for when no point is pending."""
-        if self.size > self._size_limit // 2:
-            self._prune()
+        self._prune(20)
         self._file.incremental_vacuum()
 
     def move_to_dead_letters(self, points: Iterable[QueuedPoint], reason: str, now: float) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from embedding_proxy.providers.base import Vector
 
 from .client import Connection
-from .collection import CollectionNames, Provenance
+from .collection import CollectionNames, Provenance, state_of
 from .outbox import OnDisk, Outbox
 from .point import JournalEntry, Point, Target
 from .sender import missing_points
@@ -32,6 +32,8 @@ class Comparison:
     """Those that will be sent."""
     unknown: int = 0
     """Those of which the cache has no vector, or the journal no payload."""
+    exists: bool = True
+    """Whether the collection is there; if not, it is compared only where it is named."""
 
 
 async def resync(  # noqa: PLR0913 - by name
@@ -53,6 +55,11 @@ async def resync(  # noqa: PLR0913 - by name
         if collection not in (None, name, target.collection):
             continue
         found = Comparison(name)
+        if collection is None and await state_of(qdrant, name) is None:
+            # Somebody deleted it, and may have meant it.
+            found.exists = False
+            yield found
+            continue
         async for gone in missing_points(qdrant, on_disk, target, name):
             found.missing += len(gone)
             points = list(_points(gone, lookup(gone, target.dimensions)))

@@ -59,6 +59,8 @@ TICK_SECONDS = 1.0
 """Interval of checks for points of other processes, and for a sender that has ended."""
 LOOK_SECONDS = 30.0
 """Interval of looks at the collections, and at the dead letters."""
+MAX_LOOKS = 50
+"""Collections in one interval; the next ones come in the next."""
 MIN_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 MAX_WAIT_S = 300.0
@@ -121,6 +123,8 @@ class Sender:
         self._queues: defaultdict[Target, _Queue] = defaultdict(_Queue)
         self._written: set[Target] = set()
         self._next_look = 0.0
+        self._looked = 0
+        """Targets of the present round that were looked at."""
         self._failure: str | None = None
         """Of all queues."""
         self._is_halved = False
@@ -256,7 +260,9 @@ class Sender:
             pending = set(await self._on_disk(Outbox.targets))
             known = await self._on_disk(Outbox.journaled_targets)
             # The others are looked at when they are sent.
-            await self._look(qdrant, [one for one in known if one not in pending])
+            await self._look(
+                qdrant, self._next_looked([one for one in known if one not in pending])
+            )
         targets = await self._on_disk(Outbox.targets)
         if not targets:
             await self._look(qdrant, self._written)
@@ -353,6 +359,12 @@ class Sender:
         await self._on_disk(lambda outbox: outbox.move_to_dead_letters(batch, reason, now))
         self.counters.refused += len(batch)
 
+    def _next_looked(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """Return those of the targets whose turn it is: tenants may have a collection each."""
+        start = self._looked if self._looked < len(targets) else 0
+        self._looked = start + MAX_LOOKS
+        return targets[start : self._looked]
+
     async def _look(self, qdrant: Connection, targets: Iterable[Target]) -> None:
         """Notice what somebody else did to collections. Raises QdrantFailure for an outage."""
         is_asked = False
@@ -413,6 +425,8 @@ async def missing_points(
 
 async def present_ids(qdrant: Connection, name: str, ids: Sequence[int | str]) -> set[int | str]:
     """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
+    if not ids:
+        return set()
     try:
         found = await qdrant.ask(
             lambda client: client.retrieve(name, list(ids), with_payload=False, with_vectors=False)
@@ -430,6 +444,7 @@ async def upsert(
     `vector_name` is that of their vector. Updates of points that are there keep what they do not
     name; the others are written whole.
     """
+    doing = f"writing points to {collection}"
     updates = [one for one in batch if one.is_update]
     there = await present_ids(qdrant, collection, [id_of(one.id) for one in updates])
     whole = [one for one in batch if not (one.is_update and id_of(one.id) in there)]
@@ -437,13 +452,17 @@ async def upsert(
     if whole:
         points = await asyncio.to_thread(_structs, whole, vector_name)
         payloads = [one.payload for one in points]
-        await qdrant.ask(lambda client: client.upsert(collection, points, wait=True), payloads)
+        await qdrant.ask(
+            lambda client: client.upsert(collection, points, wait=True), payloads, doing=doing
+        )
     if updates:
         points = await asyncio.to_thread(_structs, updates, vector_name)
         payloads = [one.payload for one in points]
         operations = _operations(points)
         await qdrant.ask(
-            lambda client: client.batch_update_points(collection, operations, wait=True), payloads
+            lambda client: client.batch_update_points(collection, operations, wait=True),
+            payloads,
+            doing=doing,
         )
 
 

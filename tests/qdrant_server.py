@@ -195,6 +195,8 @@ class QdrantServer:
         try:
             content = await self._answer(request.method, path, body, str(request.rel_url))
         except Refusal as refusal:
+            if not str(refusal):
+                return web.Response(status=refusal.status)
             return _json({"status": {"error": str(refusal)}, "time": 0.0}, refusal.status)
         return web.Response(body=content, content_type="application/json")
 
@@ -375,7 +377,8 @@ class _Engine:
             case "POST", ["batch"]:
                 for operation in body["operations"]:
                     ((kind, one),) = operation.items()
-                    self._points(*_OPERATIONS[kind], body=one, name=name)
+                    method, ends = _OPERATIONS[kind]
+                    self._points(method, name, ends, one)
                 return [_DONE for _ in body["operations"]]
             case "POST", []:
                 asked = models.PointRequest.model_validate(body)
@@ -399,6 +402,8 @@ class _Engine:
             case "POST", ["delete"]:
                 if "points" in body:
                     ids = [one for one in _ids(body["points"]) if local.retrieve(name, [one])]
+                    if not ids:
+                        return _DONE
                     selector: Any = models.PointIdsList(points=ids)
                 else:
                     selector = models.FilterSelector.model_validate(body)

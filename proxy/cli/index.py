@@ -94,7 +94,8 @@ def retry(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> N
 @index_app.command(name="resync")
 def resync_collections(
     collection: Annotated[
-        str | None, typer.Argument(help="This one alone; without it all that are known.")
+        str | None,
+        typer.Argument(help="This one alone, also if it is gone; else all that are there."),
     ] = None,
     *,
     config_file: ConfigOption = None,
@@ -121,6 +122,7 @@ def resync_collections(
         rows = [
             {
                 "collection": one.collection,
+                "exists": one.exists,
                 "missing": one.missing,
                 "queued": one.queued,
                 "not_cached": one.unknown,
@@ -132,6 +134,12 @@ def resync_collections(
         if not found:
             typer.echo("nothing was indexed so far")
         for one in found:
+            if not one.exists:
+                line = (
+                    f"{one.collection}: is not there; name it to make it and send its points again"
+                )
+                typer.echo(printable(line))
+                continue
             line = f"{one.collection}: {count(one.missing, 'point')} missing"
             if one.missing:
                 line += f", {one.queued:,} {'could be sent' if dry_run else 'sent again'}"

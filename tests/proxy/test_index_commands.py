@@ -93,6 +93,8 @@ async def test_what_was_put_aside_is_tried_again_at_once(
     sent_by = "the proxy" if is_running else "this command"
     assert (done.code, done.json["queued"], done.json["sent_by"]) == (0, 1, sent_by)
     await holds(qdrant, 2)
+    if is_running:
+        await arrived(proxy)
     done = await index("status", "--json")
     assert (done.json["backlog_points"], done.json["refused_points"]) == (0, 0)
     assert (await index("retry")).out == "0 points tried again\n"
@@ -118,8 +120,8 @@ async def test_what_is_lost_is_sent_again_from_the_cache(
     done = await index("resync", "--dry-run", "--json")
     assert (done.code, qdrant.upserts) == (0, upserts)
     rows = [
-        {"collection": COLLECTION, "missing": 2, "queued": 2, "not_cached": 0},
-        {"collection": narrow, "missing": 1, "queued": 1, "not_cached": 0},
+        {"collection": COLLECTION, "exists": True, "missing": 2, "queued": 2, "not_cached": 0},
+        {"collection": narrow, "exists": True, "missing": 1, "queued": 1, "not_cached": 0},
     ]
     assert done.json["collections"] == rows
     done = await index("resync", COLLECTION)
@@ -136,7 +138,7 @@ async def test_what_is_lost_is_sent_again_from_the_cache(
 
 
 async def test_a_deleted_collection_is_filled_whole(index, start_proxy, upstream, qdrant):
-    """It is made anew; what the cache does not have any more is written by the next answer."""
+    """It is made anew if it is named: somebody may have meant to delete it."""
     proxy = await start_proxy(upstream, index=section(qdrant))
     await ask(proxy, "a", "b", "c")
     await arrived(proxy)
@@ -148,7 +150,10 @@ async def test_a_deleted_collection_is_filled_whole(index, start_proxy, upstream
         client.close()
 
     await asyncio.to_thread(drop)
-    done = await index("resync", "--json")
+    done = await index("resync")
+    assert (done.code, f"{COLLECTION}: is not there; name it" in done.out) == (0, True)
+    assert await qdrant.points(COLLECTION) == {}
+    done = await index("resync", COLLECTION, "--json")
     assert (done.code, done.json["collections"][0]["queued"]) == (0, 3)
     assert len(await qdrant.points(COLLECTION)) == 3
 
@@ -173,7 +178,7 @@ async def test_what_the_cache_does_not_have_is_told(  # noqa: PLR0917 - fixtures
     with closing(sqlite3.connect(store)) as sql, sql:
         sql.execute("DELETE FROM Cache")
     done = await index("resync", "--json")
-    row = {"collection": COLLECTION, "missing": 1, "queued": 0, "not_cached": 1}
+    row = {"collection": COLLECTION, "exists": True, "missing": 1, "queued": 0, "not_cached": 1}
     assert (done.code, done.json["collections"]) == (0, [row])
     assert len(await qdrant.points(COLLECTION)) == 1
     await arrived(await start_proxy(upstream, index=section(qdrant)))

@@ -8,6 +8,7 @@ from embedding_proxy.index import outbox as outbox_module
 from embedding_proxy.index import sender
 from index_helpers import COLLECTION, SMALL, arrived, ask, holds, section, until
 from qdrant_client import models
+from qdrant_client.http.exceptions import UnexpectedResponse
 from qdrant_server import QdrantServer, answer
 
 OVER_BUDGET = (
@@ -171,6 +172,19 @@ async def _limit(qdrant, **limits):
     )
 
 
+async def _until_counted(qdrant):
+    """Write what is there until it is refused: a server counts again after some writes only."""
+    ((one, point),) = (await qdrant.points(COLLECTION)).items()
+    again = models.PointStruct(id=one, vector=point["vector"], payload=point["payload"])
+
+    def write(client):
+        for _ in range(100):
+            client.upsert(COLLECTION, [again], wait=True)
+
+    with pytest.raises(UnexpectedResponse):
+        await _by_others(qdrant, write)
+
+
 async def _failure(proxy):
     """Wait until the status tells a failure; return the snapshot."""
     indexer = proxy.service.indexing.indexer
@@ -188,6 +202,7 @@ async def test_a_collection_that_is_full_is_waited_for(start_proxy, upstream, qd
     await ask(proxy, "a")
     await arrived(proxy)
     await _limit(qdrant, max_points_count=1)
+    await _until_counted(qdrant)
     await ask(proxy, *"bcdef")
     told = await _failure(proxy)
     assert "limit of 1 reached" in told["last_failure"]
