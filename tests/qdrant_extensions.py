@@ -23,6 +23,10 @@ def extended(engine: Any, method: str, name: str, rest: list[str], body: Any) ->
             known = engine._server.snapshots.setdefault(engine._real(name), [])
             known.append({"name": f"{name}-{len(known)}.snapshot", "size": 1})
             return known[-1]
+        case "DELETE", ["snapshots", one]:
+            known = engine._server.snapshots[engine._real(name)]
+            known[:] = [found for found in known if found["name"] != one]
+            return True
     return None
 
 
