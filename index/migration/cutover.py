@@ -54,6 +54,9 @@ async def cutover(
     Raises MigrationRefused: then no alias has changed. Continues an interrupted cutover.
     """
     state, points = migration.state, migration.points
+    is_switched = state.phase is Phase.SWITCHED and alias in (None, *state.aliases)
+    if is_switched and await points_to(points, state.target, state.aliases):
+        return Verdict()  # by a command that was given before
     if state.phase not in (Phase.COPIED, Phase.SWITCHING):
         raise MigrationRefused(_not_now(state, "cutover"))
     there = await qdrant.aliases_of(points, state.target)
@@ -116,6 +119,8 @@ async def rollback(points: Points, state_file: MigrationState) -> State:
     Raises MigrationRefused.
     """
     state = load_state(state_file)
+    if state.phase is Phase.ROLLED_BACK and await points_to(points, state.source, state.aliases):
+        return state  # by a command that was given before
     if state.phase not in (Phase.SWITCHING, Phase.SWITCHED):
         raise MigrationRefused(_not_now(state, "rollback"))
     if not await qdrant.exists(points, state.source):
@@ -142,7 +147,7 @@ async def finalize(
 
     With `snapshot` the server keeps one of the old collection. Raises MigrationRefused.
     """
-    state = await check_finalize(points, state_file, take_name=take_name, missing=missing)
+    state = await check_finalize(points, state_file, missing)
     if state.phase is Phase.SWITCHED:
         if snapshot and await qdrant.exists(points, state.source):
             state.snapshot = await qdrant.make_snapshot(points, state.source)
@@ -156,11 +161,11 @@ async def finalize(
 
 
 async def check_finalize(
-    points: Points, state_file: MigrationState, *, take_name: bool, missing: MissingLimit
+    points: Points, state_file: MigrationState, missing: MissingLimit
 ) -> State:
-    """Return the state if the old collection may be deleted. Raises MigrationRefused."""
+    """Return the state if the old collection may be deleted, or is. Raises MigrationRefused."""
     state = load_state(state_file)
-    if state.phase is Phase.FINALIZED and take_name:
+    if state.phase is Phase.FINALIZED:
         return state
     if state.phase is not Phase.SWITCHED:
         raise MigrationRefused(_not_now(state, "finalize"))

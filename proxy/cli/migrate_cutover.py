@@ -238,7 +238,7 @@ def finalize_command(  # noqa: PLR0913 - one parameter an option
     missing = migrate_options.missing_limit(allow_missing)
 
     async def count_points(points: Points, journal: MigrationState, _: Steps) -> int:
-        state = await cutover.check_finalize(points, journal, take_name=take_name, missing=missing)
+        state = await cutover.check_finalize(points, journal, missing)
         there = await exists(points, state.source)
         return await points.count(state.source) if there else 0
 

@@ -712,12 +712,18 @@ async def test_clients_of_the_real_name(points, made):
     state = await rollback(points, journal)
     assert await count_missing(points, state.target, state.source) == 1
     assert await qdrant.aliases_of(points, state.source) == ["live"]
+    assert (await rollback(points, journal)).phase is Phase.ROLLED_BACK
+    await qdrant.switch(points, target, ["live"])
     with pytest.raises(MigrationRefused, match="rolled back"):
         await rollback(points, journal)
+    await qdrant.switch(points, state.source, ["live"])
 
     again = await made(FakeModel())
     await _run(again)
     await cutover(again, SAME, None)
+    assert not (await cutover(again, SAME, "live")).verified  # It is done already.
+    with pytest.raises(MigrationRefused, match="`cutover` has been done"):
+        await cutover(again, SAME, "other")
     with pytest.raises(MigrationRefused, match="is in use: `rollback` first"):
         await restart(points, journal)
     with pytest.raises(MigrationRefused, match="the cutover has begun"):
@@ -725,6 +731,7 @@ async def test_clients_of_the_real_name(points, made):
     state = await finalize(points, journal, take_name=True)
     assert state.phase is Phase.FINALIZED
     assert await qdrant.aliases_of(points, target) == ["docs", "live"]
+    assert (await finalize(points, journal)).phase is Phase.FINALIZED
     assert await points.count("docs") == 3
     with pytest.raises(MigrationRefused, match="it is finalized"):
         await rollback(points, journal)
