@@ -327,6 +327,14 @@ async def test_a_field_that_no_point_has_is_refused_with_those_there(migrate, sy
     assert (await migrate("cutover", "foreign", "--alias", "live")).code == 0
 
 
+async def test_one_text_among_many_points_is_found(migrate, system):
+    """A field that few points have is no wrong one, however far away the first of them is."""
+    await _own(system, "rare", lambda n: {"content": "the only one"} if n == 300 else {"n": n}, 300)
+    (plan,) = (await migrate("plan", "rare", "--to", MISTRAL, "--json")).json
+    assert (plan["points"], plan["to_embed"], plan["dead"]) == (300, 1, 299)
+    assert plan["fields"] == ["content", "n"]
+
+
 def _node(number):
     node = {
         "id_": str(number),

@@ -250,6 +250,56 @@ async def test_a_rollback_that_fails_says_how_far_it_is(run, system):
     assert (await system.aliases())["live"] == "docs"
 
 
+async def test_a_name_that_could_not_be_taken_is_taken_by_the_same_command(run, system):
+    """The old collection is deleted then, which is said, and no way back is promised."""
+    await _fill(system)
+    assert (await run("migrate", "run", "docs", *OPTIONS)).code == 0
+    assert (await run("migrate", "cutover", "docs")).code == 0
+
+    async def act(request):
+        is_switch = request.path == "/collections/aliases"
+        return await answer(400, "no")(request) if is_switch else None
+
+    system.qdrant.always = act
+    take = ("migrate", "finalize", "docs", "--take-name", "--yes", "--yes")
+    done = await run(*take)
+    assert done.code == 1
+    assert "docs is deleted, and its name is no alias yet: HTTP 400: no" in done.err
+    system.qdrant.always = None
+    assert (await run("migrate", "status", "docs", "--json")).json[0]["phase"] == "finalized"
+    assert (await run(*take)).code == 0
+    await _is_right(system, name="docs")
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+async def test_a_cutover_that_fails_after_the_switch_goes_on(run, system, after):
+    """It says that the aliases may have moved; given again, it carries what is late."""
+    await _fill(system)
+    assert (await run("migrate", "run", "docs", *OPTIONS)).code == 0
+    calls = None
+
+    async def act(request):
+        nonlocal calls
+        if request.path == "/collections/aliases":
+            point = models.PointStruct(id=500, payload={"content": "late"}, vector=[1.0] * 16)
+            await system.connection.ask(lambda client: client.upsert("docs", [point]))
+            calls = itertools.count()
+        elif calls is not None and request.method == "POST" and next(calls) >= after:
+            return await answer(400, "no")(request)
+        return None
+
+    system.qdrant.always = act
+    done = await run("migrate", "cutover", "docs")
+    assert done.code == 1
+    assert "now: switching; interrupted: cutover goes on, rollback goes back" in done.err
+    system.qdrant.always = None
+    assert (await system.aliases())["live"] != "docs"
+    done = await run("migrate", "cutover", "docs", "--json")
+    late = done.json[0]["verified"]["late"]
+    assert (done.code, late["written"], late["quiet"]) == (0, 1, True)
+    assert (await system.qdrant.points("live"))[500]["payload"] == {"content": "late"}
+
+
 @pytest.mark.parametrize("step", ["run", "cutover"])
 async def test_a_failure_names_host_and_deed_and_what_is_kept(run, system, step, monkeypatch):
     """Never "ReadError" alone."""

@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from embedding_proxy.index.collection_reader import Point, PointId
+from embedding_proxy.index.errors import QdrantFailure
 
 from . import qdrant, vectors
 from .copy import carry, reads_vectors
@@ -23,6 +24,9 @@ from .runner import Migration, MigrationRefused
 from .snapshot import Snapshot, SnapshotRow, content_digest, other_digests
 from .state import MigrationState, Phase, State
 from .verify import CatchUp, Verdict, verify
+
+DUAL_WRITE_END_S = 3.0
+"""In which a proxy learns that dual writes have ended, and its points arrive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +156,22 @@ async def finalize(
         if snapshot and await qdrant.exists(points, state.source):
             state.snapshot = await qdrant.make_snapshot(points, state.source)
             state_file.save(state)
+        if state.dual_write:
+            # The proxy sends what it has for the old collection before that is deleted.
+            state.dual_write = False
+            state_file.save(state)
+            await points.pause(DUAL_WRITE_END_S)
         await qdrant.delete(points, state.source)
+        state.phase = Phase.FINALIZED
+        state_file.save(state)
     if take_name:
-        await qdrant.switch(points, state.target, [state.source])
-    state.phase = Phase.FINALIZED
-    state_file.save(state)
+        try:
+            await qdrant.switch(points, state.target, [state.source])
+        except QdrantFailure as error:
+            raise MigrationRefused(
+                f"{state.source} is deleted, and its name is no alias yet: {error};"
+                " `finalize --take-name` again makes it one"
+            ) from error
     return state
 
 

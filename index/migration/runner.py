@@ -20,7 +20,7 @@ verified on sampled texts.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -36,7 +36,7 @@ from .embedding import Model, RetryingEmbedder
 from .points import Points
 from .qdrant import SourceCollection
 from .state import MigrationState, Phase, State
-from .text_template import Rule, TemplateError, readings_of
+from .text_template import Payload, Rule, TemplateError, readings_of
 
 log = logging.getLogger("embedding_proxy.migrate")
 
@@ -136,6 +136,7 @@ class Pace:
 DEFAULT = Pace()
 DEFAULT_FIELD = "content"
 """The field of the text where nothing says which it is."""
+MAX_NAMES = 40
 OWN_FIELD = "text"
 """The field of the text in a collection of the proxy's own."""
 
@@ -239,24 +240,31 @@ async def resolve_rule(
     except TemplateError as error:
         raise MigrationRefused(f"{old.name}: {error}; say where the texts are") from error
     rule = rule or Rule.field(DEFAULT_FIELD)
-    payloads = [point.payload for point in await _first_points(points, old.name)]
-    if not payloads or any(rule.text(payload) is not None for payload in payloads):
+    first: list[Payload] = []
+    fields: set[str] = set()
+    number = 0
+    async for page in points.pages(old.name, DEFAULT.page):
+        payloads = [point.payload for point in page.points]
+        if any(rule.text(payload) is not None for payload in payloads):
+            return rule
+        number += len(payloads)
+        fields.update(*payloads)
+        first = first or payloads
+    if not number:
         return rule
-    fields = ", ".join(sorted({name for payload in payloads for name in payload})) or "none"
-    ready = readings_of(payloads)
+    ready = readings_of(first)
     hint = f"; --text-by {ready[0]} reads them" if ready else ""
     raise MigrationRefused(
-        f"none of {len(payloads)} points of {old.name} has a text at {rule.source}; the fields"
-        f" there: {fields}{hint}; say where the texts are: --text-field, --template or --text-by"
+        f"none of {number:,} points of {old.name} has a text at {rule.source}; the fields there:"
+        f" {join_names(fields)}{hint}; say where it is: --text-field, --template or --text-by"
     )
 
 
-async def _first_points(points: Points, name: str) -> Sequence[Point]:
-    """Return the first page of a collection, and as many points drawn at random."""
-    found = await points.sample(name, DEFAULT.page)
-    async for page in points.pages(name, DEFAULT.page):
-        return [*page.points, *found]
-    return found
+def join_names(fields: Collection[str]) -> str:
+    """Return the names of fields for a message, the first MAX_NAMES of many."""
+    names = sorted(fields)
+    more = f", … ({len(names):,} in all)" if len(names) > MAX_NAMES else ""
+    return (", ".join(names[:MAX_NAMES]) or "none") + more
 
 
 def target_of(old: SourceCollection, wanted: MigrationRequest, model: Model) -> str:

@@ -292,7 +292,7 @@ def print_plans(found: Sequence[Plan], *, exact: bool) -> None:
         )
         for why, number in sorted(one.odd_vectors.items()):
             typer.echo(f"  {count(number, 'odd vector')}: {why}")
-        typer.echo(f"  text from {one.rule}; fields: {', '.join(sorted(one.fields)) or 'none'}")
+        typer.echo(f"  text from {one.rule}; fields: {runner.join_names(one.fields)}")
         if one.without_vector:
             typer.echo(
                 f"  {one.without_vector:,} without an old vector:"

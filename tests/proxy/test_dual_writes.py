@@ -43,6 +43,7 @@ def migrate(upstream, qdrant, tmp_path, command):
 async def proxy(start_proxy, upstream, qdrant, monkeypatch):
     """Give a proxy that looks into the state files for each answer."""
     monkeypatch.setattr("embedding_proxy.proxy.service.dual_writes.REFRESH_S", 0)
+    monkeypatch.setattr("embedding_proxy.index.migration.cutover.DUAL_WRITE_END_S", 0)
     return await start_proxy(upstream, index=section(qdrant))
 
 
