@@ -11,8 +11,7 @@ from functools import partial
 
 from embedding_proxy.providers.base import Vector
 
-from .client import Connection
-from .collection import CollectionNames, Provenance, state_of
+from .collection import Asked, CollectionNames, Provenance, state_of
 from .outbox import OnDisk, Outbox
 from .point import JournalEntry, Point, Target
 from .sender import missing_points
@@ -37,7 +36,7 @@ class Comparison:
 
 
 async def resync(  # noqa: PLR0913 - by name
-    qdrant: Connection,
+    qdrant: Asked,
     on_disk: OnDisk,
     names: CollectionNames,
     lookup: Lookup,

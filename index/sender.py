@@ -32,7 +32,7 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
 from .client import BatchSize, Connection
-from .collection import CollectionNames, CollectionOptions, Provenance, ensure, state_of
+from .collection import Asked, CollectionNames, CollectionOptions, Provenance, ensure, state_of
 from .errors import (
     Denied,
     Disconnected,
@@ -405,7 +405,7 @@ def _due(queue: _Queue) -> float:
 
 
 async def missing_points(
-    qdrant: Connection, on_disk: OnDisk, target: Target, name: str
+    qdrant: Asked, on_disk: OnDisk, target: Target, name: str
 ) -> AsyncIterator[list[JournalEntry]]:
     """Yield the points of the journal that a collection does not have. Raises QdrantFailure.
 
@@ -423,7 +423,7 @@ async def missing_points(
             yield gone
 
 
-async def present_ids(qdrant: Connection, name: str, ids: Sequence[int | str]) -> set[int | str]:
+async def present_ids(qdrant: Asked, name: str, ids: Sequence[int | str]) -> set[int | str]:
     """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
     if not ids:
         return set()
