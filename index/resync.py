@@ -11,7 +11,7 @@ from functools import partial
 
 from embedding_proxy.providers.base import Vector
 
-from .collection import Asked, CollectionNames, Provenance, state_of
+from .collection import AnyConnection, CollectionNames, Provenance, state_of
 from .outbox import OnDisk, Outbox
 from .point import JournalEntry, Point, Target
 from .sender import missing_points
@@ -36,7 +36,7 @@ class Comparison:
 
 
 async def resync(  # noqa: PLR0913 - by name
-    qdrant: Asked,
+    qdrant: AnyConnection,
     on_disk: OnDisk,
     names: CollectionNames,
     lookup: Lookup,
@@ -48,7 +48,7 @@ async def resync(  # noqa: PLR0913 - by name
 
     `collection` is the name that answers are indexed under, or that of the collection they are in.
     """
-    for target in await on_disk(Outbox.journaled_targets):
+    for target in await on_disk(Outbox.journal_targets):
         wanted = Provenance(target.space, target.dimensions)
         name = await names.locate(qdrant, target.collection, wanted)
         if collection not in (None, name, target.collection):

@@ -32,7 +32,14 @@ from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
 from .client import BatchSize, Connection
-from .collection import Asked, CollectionNames, CollectionOptions, Provenance, ensure, state_of
+from .collection import (
+    AnyConnection,
+    CollectionNames,
+    CollectionOptions,
+    Provenance,
+    ensure,
+    state_of,
+)
 from .errors import (
     Denied,
     Disconnected,
@@ -258,7 +265,7 @@ class Sender:
             self._next_look = now + LOOK_SECONDS
             await self._on_disk(lambda outbox: outbox.requeue_dead_letters(self._clock()))
             pending = set(await self._on_disk(Outbox.targets))
-            known = await self._on_disk(Outbox.journaled_targets)
+            known = await self._on_disk(Outbox.journal_targets)
             # The others are looked at when they are sent.
             await self._look(
                 qdrant, self._next_looked([one for one in known if one not in pending])
@@ -405,7 +412,7 @@ def _due(queue: _Queue) -> float:
 
 
 async def missing_points(
-    qdrant: Asked, on_disk: OnDisk, target: Target, name: str
+    qdrant: AnyConnection, on_disk: OnDisk, target: Target, name: str
 ) -> AsyncIterator[list[JournalEntry]]:
     """Yield the points of the journal that a collection does not have. Raises QdrantFailure.
 
@@ -423,7 +430,7 @@ async def missing_points(
             yield gone
 
 
-async def present_ids(qdrant: Asked, name: str, ids: Sequence[int | str]) -> set[int | str]:
+async def present_ids(qdrant: AnyConnection, name: str, ids: Sequence[int | str]) -> set[int | str]:
     """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
     if not ids:
         return set()

@@ -58,7 +58,7 @@ def status(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> 
             "backlog_bytes": backlog.bytes,
             "backlog_age_s": round(age, 3),
             "refused_points": backlog.dead,
-            "refused": backlog.refused(),
+            "refused": backlog.refusals(),
             "collections": [one._asdict() for one in collections],
         }
         print_json(told)

@@ -88,8 +88,8 @@ def collection_options(qdrant: Qdrant) -> CollectionOptions:
         sparse_vectors=qdrant.sparse_vectors,
         shard_number=qdrant.shard_number,
         replication_factor=qdrant.replication_factor,
-        hnsw_config=_given(qdrant.hnsw_config),
-        optimizers_config=_given(qdrant.optimizers_config),
+        hnsw_config=_set_fields(qdrant.hnsw_config),
+        optimizers_config=_set_fields(qdrant.optimizers_config),
     )
 
 
@@ -98,7 +98,7 @@ def collection_names(settings: Settings, qdrant: Qdrant) -> CollectionNames:
     return CollectionNames(() if qdrant.collection else settings.models, qdrant.prefix)
 
 
-def _given(section: Hnsw | Optimizers | None) -> dict[str, object]:
+def _set_fields(section: Hnsw | Optimizers | None) -> dict[str, object]:
     return {} if section is None else section.model_dump(exclude_none=True)
 
 
