@@ -139,7 +139,7 @@ DOORS = {
         "index/collection.py",
         "index/migration/qdrant.py",
         "index/errors.py",
-        "index/sender.py",
+        "index/upsert.py",
         "index/search.py",
     },
     "pydantic": {
