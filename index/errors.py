@@ -73,7 +73,7 @@ class Denied(QdrantFailure):
     """The key is missing, or is not allowed this: somebody has to change something."""
 
 
-class UntrustedCertificate(Denied):
+class UntrustedCertificate(QdrantFailure):
     """The certificate of the server is not trusted: somebody has to change something."""
 
 

@@ -191,7 +191,7 @@ class Sender:
                 # A halved batch need not wait long.
                 asked = MIN_PAUSE_S if self._is_halved else error.retry_after_s or None
                 pause = self._failed(error, None, asked)
-            except Denied as error:
+            except (Denied, UntrustedCertificate) as error:
                 pause = self._failed(error, None, MAX_PAUSE_S)
             except (QdrantFailure, *FAILURES) as error:
                 pause = self._failed(error, None)
@@ -284,8 +284,6 @@ class Sender:
         try:
             if batch:
                 await self._send(qdrant, target, batch)
-        except UntrustedCertificate:
-            raise
         except (Denied, LimitReached, Overloaded) as error:
             asked = MAX_PAUSE_S if isinstance(error, Denied) else error.retry_after_s or None
             pause = self._failed(error, queue, asked)

@@ -27,7 +27,7 @@ from embedding_proxy.index.collection import (
     conflicts,
     name_of,
 )
-from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable
+from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable, UntrustedCertificate
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers import vector
@@ -160,7 +160,7 @@ class IndexWrites:
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 against = await find_conflicts(self._settings, qdrant)
-        except (Unavailable, Denied, TimeoutError) as error:
+        except (Unavailable, Denied, UntrustedCertificate, TimeoutError) as error:
             log.warning("Qdrant at %s: %s; points wait on disk", qdrant, str(error) or "no answer")
             return
         if against:
