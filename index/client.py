@@ -171,7 +171,7 @@ class Connection:
         return self
 
     def _network(self) -> dict[str, object]:
-        """Return the client's options of a server. Raises UntrustedCertificate for a useless `ca_file`."""
+        """Return the client's options of a server. Raises UntrustedCertificate for `ca_file`."""
         # The certificates take some 50 ms to read, in which nobody else is served.
         verify: ssl.SSLContext | bool = not str(self._url).lower().startswith("http:")
         options: dict[str, object] = {}
