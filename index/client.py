@@ -144,7 +144,8 @@ class Connection:
     async def __aenter__(self) -> Self:
         """Open the client; a server is not asked for anything yet, a folder is read.
 
-        Raises QdrantFailure: Denied if the variable of the key is empty, NotInstalled, InUse.
+        Raises QdrantFailure: Denied if the variable of the key is empty, NotInstalled, InUse,
+        UntrustedCertificate if the file of the CA cannot be used.
         """
         key = None
         if self._url is not None and self._api_key_env:
@@ -170,7 +171,7 @@ class Connection:
         return self
 
     def _network(self) -> dict[str, object]:
-        """Return the client's options of a server. Raises Denied for a useless `ca_file`."""
+        """Return the client's options of a server. Raises UntrustedCertificate for `ca_file`."""
         # The certificates take some 50 ms to read, in which nobody else is served.
         verify: ssl.SSLContext | bool = not str(self._url).lower().startswith("http:")
         options: dict[str, object] = {}

@@ -36,6 +36,8 @@ VERSION = 1
 LONGEST_NAME = 200
 """Characters of a collection's name; a server allows 255."""
 
+AnyConnection: TypeAlias = Connection | CollectionReader
+"""What can be asked: the second waits for what passes by itself."""
 Quantization: TypeAlias = Literal["scalar", "binary"]
 FieldType: TypeAlias = Literal[
     "keyword", "integer", "float", "bool", "geo", "datetime", "text", "uuid", "tenant"
@@ -139,7 +141,7 @@ class CollectionNames:
         """Tell whether a name is one of these."""
         return self._own.fullmatch(name) is not None
 
-    async def locate(self, qdrant: Connection, name: str, wanted: Provenance) -> str:
+    async def locate(self, qdrant: AnyConnection, name: str, wanted: Provenance) -> str:
         """Return the collection that these vectors are to be in, for `name`. Raises QdrantFailure.
 
         Any other name stands for itself. A name that has become an alias of a migrated collection
@@ -159,7 +161,7 @@ class CollectionNames:
         aliases = await self._look(qdrant)
         return aliases.get(name) in {real for real, _ in self._successors}
 
-    async def _look(self, qdrant: Connection) -> dict[str, str]:
+    async def _look(self, qdrant: AnyConnection) -> dict[str, str]:
         """Return the aliases; learn which collections took the place of one of ours."""
         try:
             aliases = await collection_aliases(qdrant)
@@ -226,7 +228,7 @@ Look: TypeAlias = tuple[int, Provenance | None]
 """A collection's width, 0 where it has no such single vector; and whose vectors it holds."""
 
 
-async def look(qdrant: Connection, name: str, vector_name: str = "") -> Look | None:
+async def look(qdrant: AnyConnection, name: str, vector_name: str = "") -> Look | None:
     """Return what a collection says of itself; None if there is none of that name.
 
     Raises QdrantFailure.
@@ -235,7 +237,7 @@ async def look(qdrant: Connection, name: str, vector_name: str = "") -> Look | N
     return None if info is None else (width_of(info, vector_name), provenance_of(info))
 
 
-async def state_of(qdrant: Connection, name: str) -> CollectionState | None:
+async def state_of(qdrant: AnyConnection, name: str) -> CollectionState | None:
     """Return what a collection is now; None if there is none of that name. Raises QdrantFailure."""
     info = await _info(qdrant, name)
     return None if info is None else CollectionState(identity_of(info), info.points_count or 0)
@@ -334,13 +336,13 @@ async def index_payload(qdrant: Connection, name: str, fields: Mapping[str, Fiel
         )
 
 
-async def collection_aliases(qdrant: Connection | CollectionReader) -> dict[str, str]:
+async def collection_aliases(qdrant: AnyConnection) -> dict[str, str]:
     """Return the collections that aliases lead to, by the aliases. Raises QdrantFailure."""
     found = await qdrant.ask(lambda client: client.get_aliases())
     return {one.alias_name: one.collection_name for one in found.aliases}
 
 
-async def _info(qdrant: Connection, name: str) -> "CollectionInfo | None":
+async def _info(qdrant: AnyConnection, name: str) -> "CollectionInfo | None":
     try:
         return await qdrant.ask(
             lambda client: client.get_collection(name),

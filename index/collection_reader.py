@@ -87,12 +87,14 @@ class CollectionReader:
         self,
         work: "Callable[[AsyncQdrantClient], Awaitable[T]]",
         payloads: Iterable[object] = (),
+        *,
+        doing: str = "",
     ) -> T:
         """Ask Qdrant as `Connection.ask` does; what passes is waited for. Raises QdrantFailure."""
         backoff = Backoff(MIN_WAIT_S, MAX_WAIT_S)
         for tried in range(1, MAX_TRIES + 1):
             try:
-                return await self.qdrant.ask(work, payloads)
+                return await self.qdrant.ask(work, payloads, doing=doing)
             except Unavailable as error:
                 if tried == MAX_TRIES or isinstance(error, InUse):
                     raise

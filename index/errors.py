@@ -29,6 +29,7 @@ _LIMIT_REACHED = re.compile(
     re.IGNORECASE,
 )
 _CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED|certificate verify failed", re.IGNORECASE)
+_NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE", re.IGNORECASE)
 # What httpx calls a connection that ends before its answer.
 _CUT = frozenset({"ReadError", "WriteError", "CloseError", "RemoteProtocolError"})
 
@@ -73,7 +74,7 @@ class Denied(QdrantFailure):
     """The key is missing, or is not allowed this: somebody has to change something."""
 
 
-class UntrustedCertificate(Denied):
+class UntrustedCertificate(QdrantFailure):
     """The certificate of the server is not trusted: somebody has to change something."""
 
 
@@ -201,6 +202,10 @@ def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
         return UntrustedCertificate(
             f"the certificate of {whose} is not trusted{during}: {why}; if its CA is your own,"
             " name it in ca_file"
+        )
+    if _NO_TLS.search(why):
+        return Unavailable(
+            f"{whose} does not speak TLS{during}: its url begins with http: ({told})"
         )
     if kind.endswith("Timeout"):
         return Unavailable(f"no answer from {whose} in time{during} ({told})")

@@ -205,7 +205,7 @@ class Indexer:
             "backlog_bytes": backlog.bytes,
             "backlog_age_s": round(age, 3),
             "refused_points": backlog.dead,
-            "refused": backlog.refused(),
+            "refused": backlog.refusals(),
             "sending": self.sending,
             "last_failure": sender.counters.last_failure,
             "since_start": {

@@ -294,7 +294,7 @@ class Outbox:
             )
             return sql.execute("DELETE FROM dead WHERE due <= ?", (now,)).rowcount
 
-    def journaled_targets(self) -> list[Target]:
+    def journal_targets(self) -> list[Target]:
         """Return the targets of which the journal has points."""
         rows = self._file.sql.execute(
             "SELECT collection, space, dimensions FROM target"

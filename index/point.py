@@ -101,7 +101,7 @@ class Backlog(NamedTuple):
     reasons: tuple[tuple[str, str, int], ...]
     """Of the dead letters: collection, reason, and how many."""
 
-    def refused(self) -> list[dict[str, object]]:
+    def refusals(self) -> list[dict[str, object]]:
         """Return the reasons as they are shown."""
         return [
             {"collection": collection, "reason": reason, "points": count}

@@ -11,11 +11,13 @@ from functools import partial
 
 from embedding_proxy.providers.base import Vector
 
-from .client import Connection
-from .collection import CollectionNames, Provenance, state_of
+from .collection import AnyConnection, CollectionNames, Provenance, state_of
 from .outbox import OnDisk, Outbox
-from .point import JournalEntry, Point, Target
-from .sender import missing_points
+from .point import JournalEntry, Point, Target, id_of
+from .upsert import present_ids
+
+COMPARED = 1000
+"""Points whose presence is asked for in one call."""
 
 Lookup = Callable[[Sequence[JournalEntry], int], Sequence[Vector | None]]
 """Returns the vectors of entries at a width; None for those that are not in the cache."""
@@ -37,7 +39,7 @@ class Comparison:
 
 
 async def resync(  # noqa: PLR0913 - by name
-    qdrant: Connection,
+    qdrant: AnyConnection,
     on_disk: OnDisk,
     names: CollectionNames,
     lookup: Lookup,
@@ -49,7 +51,7 @@ async def resync(  # noqa: PLR0913 - by name
 
     `collection` is the name that answers are indexed under, or that of the collection they are in.
     """
-    for target in await on_disk(Outbox.journaled_targets):
+    for target in await on_disk(Outbox.journal_targets):
         wanted = Provenance(target.space, target.dimensions)
         name = await names.locate(qdrant, target.collection, wanted)
         if collection not in (None, name, target.collection):
@@ -98,3 +100,22 @@ def _queue(
 ) -> None:
     outbox.forget(target, [one.point for one in gone])
     outbox.add(target, points)
+
+
+async def missing_points(
+    qdrant: AnyConnection, on_disk: OnDisk, target: Target, name: str
+) -> AsyncIterator[list[JournalEntry]]:
+    """Yield the points of the journal that a collection does not have. Raises QdrantFailure.
+
+    `name` may be of a collection that is not there; then it has none.
+    """
+    after = b""
+    while True:
+        entries = await on_disk(lambda outbox, after=after: outbox.journal(target, after, COMPARED))  # type: ignore[misc]
+        if not entries:
+            return
+        after = entries[-1].point
+        there = await present_ids(qdrant, name, [id_of(one.point) for one in entries])
+        gone = [one for one in entries if id_of(one.point) not in there]
+        if gone:
+            yield gone

@@ -20,19 +20,22 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import orjson
 from embedding_proxy.cache.disk.lock import WriterLock
-from embedding_proxy.providers import vector
 from embedding_proxy.providers.backoff import Backoff
 
 from .client import BatchSize, Connection
-from .collection import CollectionNames, CollectionOptions, Provenance, ensure, state_of
+from .collection import (
+    CollectionNames,
+    CollectionOptions,
+    Provenance,
+    ensure,
+    state_of,
+)
 from .errors import (
     Denied,
     Disconnected,
@@ -48,10 +51,9 @@ from .errors import (
     UntrustedCertificate,
 )
 from .outbox import FAILURES, OnDisk, Outbox
-from .point import CollectionState, JournalEntry, QueuedPoint, Target, id_of
-
-if TYPE_CHECKING:
-    from qdrant_client import models
+from .point import CollectionState, QueuedPoint, Target
+from .resync import missing_points
+from .upsert import upsert
 
 log = logging.getLogger("embedding_proxy.index")
 
@@ -66,8 +68,6 @@ MAX_PAUSE_S = 30.0
 MAX_WAIT_S = 300.0
 """The longest wait, whatever Qdrant asks for."""
 MAX_POINTS = 1000
-COMPARED = 1000
-"""Points whose presence is asked for in one call."""
 
 
 @dataclass(slots=True)
@@ -191,7 +191,7 @@ class Sender:
                 # A halved batch need not wait long.
                 asked = MIN_PAUSE_S if self._is_halved else error.retry_after_s or None
                 pause = self._failed(error, None, asked)
-            except Denied as error:
+            except (Denied, UntrustedCertificate) as error:
                 pause = self._failed(error, None, MAX_PAUSE_S)
             except (QdrantFailure, *FAILURES) as error:
                 pause = self._failed(error, None)
@@ -258,7 +258,7 @@ class Sender:
             self._next_look = now + LOOK_SECONDS
             await self._on_disk(lambda outbox: outbox.requeue_dead_letters(self._clock()))
             pending = set(await self._on_disk(Outbox.targets))
-            known = await self._on_disk(Outbox.journaled_targets)
+            known = await self._on_disk(Outbox.journal_targets)
             # The others are looked at when they are sent.
             await self._look(
                 qdrant, self._next_looked([one for one in known if one not in pending])
@@ -284,8 +284,6 @@ class Sender:
         try:
             if batch:
                 await self._send(qdrant, target, batch)
-        except UntrustedCertificate:
-            raise
         except (Denied, LimitReached, Overloaded) as error:
             asked = MAX_PAUSE_S if isinstance(error, Denied) else error.retry_after_s or None
             pause = self._failed(error, queue, asked)
@@ -402,95 +400,3 @@ class Sender:
 
 def _due(queue: _Queue) -> float:
     return queue.paused_until
-
-
-async def missing_points(
-    qdrant: Connection, on_disk: OnDisk, target: Target, name: str
-) -> AsyncIterator[list[JournalEntry]]:
-    """Yield the points of the journal that a collection does not have. Raises QdrantFailure.
-
-    `name` may be of a collection that is not there; then it has none.
-    """
-    after = b""
-    while True:
-        entries = await on_disk(lambda outbox, after=after: outbox.journal(target, after, COMPARED))  # type: ignore[misc]
-        if not entries:
-            return
-        after = entries[-1].point
-        there = await present_ids(qdrant, name, [id_of(one.point) for one in entries])
-        gone = [one for one in entries if id_of(one.point) not in there]
-        if gone:
-            yield gone
-
-
-async def present_ids(qdrant: Connection, name: str, ids: Sequence[int | str]) -> set[int | str]:
-    """Return those ids that a collection has; none if it is not there. Raises QdrantFailure."""
-    if not ids:
-        return set()
-    try:
-        found = await qdrant.ask(
-            lambda client: client.retrieve(name, list(ids), with_payload=False, with_vectors=False)
-        )
-    except Missing:
-        return set()
-    return {one.id if isinstance(one.id, int) else str(one.id) for one in found}
-
-
-async def upsert(
-    qdrant: Connection, collection: str, batch: Sequence[QueuedPoint], vector_name: str = ""
-) -> None:
-    """Write points, and return once they can be found. Raises QdrantFailure.
-
-    `vector_name` is that of their vector. Updates of points that are there keep what they do not
-    name; the others are written whole.
-    """
-    doing = f"writing points to {collection}"
-    updates = [one for one in batch if one.is_update]
-    there = await present_ids(qdrant, collection, [id_of(one.id) for one in updates])
-    whole = [one for one in batch if not (one.is_update and id_of(one.id) in there)]
-    updates = [one for one in updates if id_of(one.id) in there]
-    if whole:
-        points = await asyncio.to_thread(_structs, whole, vector_name)
-        payloads = [one.payload for one in points]
-        await qdrant.ask(
-            lambda client: client.upsert(collection, points, wait=True), payloads, doing=doing
-        )
-    if updates:
-        points = await asyncio.to_thread(_structs, updates, vector_name)
-        payloads = [one.payload for one in points]
-        operations = _operations(points)
-        await qdrant.ask(
-            lambda client: client.batch_update_points(collection, operations, wait=True),
-            payloads,
-            doing=doing,
-        )
-
-
-def _structs(batch: Sequence[QueuedPoint], vector_name: str) -> "list[models.PointStruct]":
-    """Return points as the client takes them; every number is the float32 that it was."""
-    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
-
-    numbers = vector.stack([one.vector for one in batch]).tolist()
-    points = []
-    for one, row in zip(batch, numbers, strict=True):
-        vectors: Any = row
-        if vector_name or one.vectors:
-            others = orjson.loads(one.vectors) if one.vectors else {}
-            vectors = {**others, vector_name: row}
-        payload = orjson.loads(one.payload)
-        points.append(models.PointStruct(id=id_of(one.id), vector=vectors, payload=payload))
-    return points
-
-
-def _operations(points: "Sequence[models.PointStruct]") -> "list[models.UpdateOperation]":
-    """Return what changes points that are there: the vectors and payload fields they name."""
-    from qdrant_client import models  # noqa: PLC0415 - an extra, and slow to import
-
-    vectors = [models.PointVectors(id=one.id, vector=one.vector) for one in points]
-    operations: list[models.UpdateOperation] = [
-        models.UpdateVectorsOperation(update_vectors=models.UpdateVectors(points=vectors))
-    ]
-    for one in points:
-        change = models.SetPayload(payload=one.payload or {}, points=[one.id])
-        operations.append(models.SetPayloadOperation(set_payload=change))
-    return operations

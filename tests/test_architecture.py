@@ -141,7 +141,7 @@ DOORS = {
         "index/migration/qdrant.py",
         "index/migration/vectors.py",
         "index/errors.py",
-        "index/sender.py",
+        "index/upsert.py",
         "index/search.py",
     },
     "pydantic": {

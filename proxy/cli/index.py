@@ -11,6 +11,8 @@ import typer
 from embedding_proxy.cache import record
 from embedding_proxy.cache.disk.read_only import ReadableFile
 from embedding_proxy.index.client import Connection
+from embedding_proxy.index.collection_reader import CollectionReader
+from embedding_proxy.index.errors import QdrantFailure
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.outbox import (
     FAILURES,
@@ -56,7 +58,7 @@ def status(*, config_file: ConfigOption = None, as_json: JsonOption = False) -> 
             "backlog_bytes": backlog.bytes,
             "backlog_age_s": round(age, 3),
             "refused_points": backlog.dead,
-            "refused": backlog.refused(),
+            "refused": backlog.refusals(),
             "collections": [one._asdict() for one in collections],
         }
         print_json(told)
@@ -111,9 +113,13 @@ def resync_collections(
     with open_store_for_reading(settings) as file, _writing(settings) as outbox:
         found: list[Comparison] = []
         if outbox is not None:
-            found = asyncio.run(
-                _compare(settings, qdrant, outbox, file, collection, dry_run=dry_run)
-            )
+            try:
+                found = asyncio.run(
+                    _compare(settings, qdrant, outbox, file, collection, dry_run=dry_run)
+                )
+            except QdrantFailure as error:
+                rest = "what was queued so far is sent by the proxy, do it again for the rest"
+                raise WorkFailed(f"{error}; {rest}") from error
     if collection is not None and not found:
         raise WorkFailed(f"{collection}: nothing is known of a collection of that name")
     queued = sum(one.queued for one in found)
@@ -131,24 +137,26 @@ def resync_collections(
         ]
         print_json({"collections": rows, "dry_run": dry_run, **told.as_json()})
     else:
-        if not found:
-            typer.echo("nothing was indexed so far")
-        for one in found:
-            if not one.exists:
-                line = (
-                    f"{one.collection}: is not there; name it to make it and send its points again"
-                )
-                typer.echo(printable(line))
-                continue
-            line = f"{one.collection}: {count(one.missing, 'point')} missing"
-            if one.missing:
-                line += f", {one.queued:,} {'could be sent' if dry_run else 'sent again'}"
-            if one.unknown:
-                line += f", {one.unknown:,} not in the cache: the next answers write them"
+        for line in _comparison_lines(found, dry_run=dry_run):
             typer.echo(printable(line))
         if told.words:
             typer.echo(told.words.lstrip("; "))
     told.check()
+
+
+def _comparison_lines(found: Sequence[Comparison], *, dry_run: bool) -> Iterator[str]:
+    if not found:
+        yield "nothing was indexed so far"
+    for one in found:
+        if not one.exists:
+            yield f"{one.collection}: is not there; name it to make it and send its points again"
+            continue
+        line = f"{one.collection}: {count(one.missing, 'point')} missing"
+        if one.missing:
+            line += f", {one.queued:,} {'could be sent' if dry_run else 'sent again'}"
+        if one.unknown:
+            line += f", {one.unknown:,} not in the cache: the next answers write them"
+        yield line
 
 
 class _Sent:
@@ -249,7 +257,12 @@ async def _compare(  # noqa: PLR0913 - by name
     with progress("comparing") as tell:
         async with index_writes.connection(qdrant) as opened:
             comparisons = resync(
-                opened, on_disk, names, lookup, collection=collection, dry_run=dry_run
+                CollectionReader(opened),
+                on_disk,
+                names,
+                lookup,
+                collection=collection,
+                dry_run=dry_run,
             )
             async for one in comparisons:
                 found.append(one)

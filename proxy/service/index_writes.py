@@ -27,7 +27,7 @@ from embedding_proxy.index.collection import (
     conflicts,
     name_of,
 )
-from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable
+from embedding_proxy.index.errors import Denied, QdrantFailure, Unavailable, UntrustedCertificate
 from embedding_proxy.index.indexer import Indexer
 from embedding_proxy.index.point import Point, Target, id_bytes
 from embedding_proxy.providers import vector
@@ -88,8 +88,8 @@ def collection_options(qdrant: Qdrant) -> CollectionOptions:
         sparse_vectors=qdrant.sparse_vectors,
         shard_number=qdrant.shard_number,
         replication_factor=qdrant.replication_factor,
-        hnsw_config=_given(qdrant.hnsw_config),
-        optimizers_config=_given(qdrant.optimizers_config),
+        hnsw_config=_set_fields(qdrant.hnsw_config),
+        optimizers_config=_set_fields(qdrant.optimizers_config),
     )
 
 
@@ -98,7 +98,7 @@ def collection_names(settings: Settings, qdrant: Qdrant) -> CollectionNames:
     return CollectionNames(() if qdrant.collection else settings.models, qdrant.prefix)
 
 
-def _given(section: Hnsw | Optimizers | None) -> dict[str, object]:
+def _set_fields(section: Hnsw | Optimizers | None) -> dict[str, object]:
     return {} if section is None else section.model_dump(exclude_none=True)
 
 
@@ -160,7 +160,7 @@ class IndexWrites:
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 against = await find_conflicts(self._settings, qdrant)
-        except (Unavailable, Denied, TimeoutError) as error:
+        except (Unavailable, Denied, UntrustedCertificate, TimeoutError) as error:
             log.warning("Qdrant at %s: %s; points wait on disk", qdrant, str(error) or "no answer")
             return
         if against:

@@ -128,7 +128,7 @@ def test_the_journal_makes_a_point_once_more(outbox):
     outbox.ack(outbox.batch(DOCS, GIB, 1000))
     outbox.add(DOCS, [point(2, new=True), point(1, b'{"text": "b"}', plain=False, new=True)])
     outbox.ack(outbox.batch(DOCS, GIB, 1000)[1:])
-    assert outbox.journaled_targets() == [DOCS]
+    assert outbox.journal_targets() == [DOCS]
     (entry,) = outbox.journal(DOCS, b"", 10)
     assert (entry.point, entry.payload) == (id_bytes(1), b'{"text": "b"}')
     assert outbox.journal(DOCS, entry.point, 10) == []

@@ -4,6 +4,7 @@ import asyncio
 
 import numpy as np
 import pytest
+from embedding_proxy.index.client import Connection
 from fault_server import vector_of
 from index_helpers import COLLECTION, SMALL, arrived, ask, section
 from qdrant_client import models
@@ -134,6 +135,25 @@ async def test_a_hybrid_point_keeps_its_other_vectors_where_the_request_says_so(
     assert point["vector"].get("bm25") == (WORDS if is_update else None)
     assert point["payload"].get("lang") == ("en" if is_update else None)
     assert point["payload"]["text"] == "b"
+
+
+async def test_a_folder_has_named_and_sparse_vectors_too(start_proxy, upstream, tmp_path):
+    """And updates keep what they do not name."""
+    folder = tmp_path / "qdrant"
+    index = {"qdrant": {"path": str(folder), "vector_name": "text", "sparse_vectors": ["bm25"]}}
+    proxy = await start_proxy(upstream, index=index)
+    await ask(proxy, "a", index={"ids": [1], "sparse_vectors": [{"bm25": WORDS}]})
+    await arrived(proxy)
+    await ask(proxy, "b", index={"ids": [1], "update": True})
+    assert (await arrived(proxy))["refused"] == []
+    await start_proxy.stop()
+    async with Connection(path=folder) as connection:
+        (point,) = await connection.ask(
+            lambda client: client.retrieve(COLLECTION, [1], with_vectors=True)
+        )
+    assert _is_of(point.vector["text"], "b")
+    assert point.vector["bm25"] == models.SparseVector(**WORDS)
+    assert point.payload["text"] == "b"
 
 
 async def test_an_update_of_what_is_deleted_meanwhile_is_written_whole(

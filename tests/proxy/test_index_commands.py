@@ -186,8 +186,9 @@ async def test_what_the_cache_does_not_have_is_told(  # noqa: PLR0917 - fixtures
     await holds(qdrant, 2)
 
 
-async def test_a_qdrant_that_is_away_is_one_line(index, start_proxy, upstream, qdrant):
-    """It says where, and what was being done."""
+async def test_a_qdrant_that_is_away_is_one_line(index, start_proxy, upstream, qdrant, monkeypatch):
+    """It says where, what was being done, and what becomes of it."""
+    monkeypatch.setattr("embedding_proxy.index.collection_reader.MAX_TRIES", 1)
     proxy = await start_proxy(upstream, index=section(qdrant))
     await ask(proxy, "a")
     await arrived(proxy)
@@ -196,5 +197,6 @@ async def test_a_qdrant_that_is_away_is_one_line(index, start_proxy, upstream, q
     done = await index("resync")
     place = qdrant.url.removeprefix("http://")
     assert (done.code, f"connection refused by {place} while " in done.err) == (1, True)
+    assert "do it again for the rest" in done.err
     done = await index("resync", "nothing")
     assert done.code == 1

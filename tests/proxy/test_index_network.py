@@ -136,6 +136,14 @@ async def test_a_certificate_that_is_not_trusted_is_asked_once(name, secure):
     assert waits == []
 
 
+async def test_a_server_without_tls_is_told(start_proxy, upstream, qdrant):
+    """What to write instead."""
+    url = qdrant.url.replace("http:", "https:")
+    proxy = await start_proxy(upstream, index={"qdrant": {"url": url}})
+    await ask(proxy, "a")
+    await _failure(proxy, "does not speak TLS while reading aliases: its url begins with http:")
+
+
 # What is said of a lost connection
 
 
