@@ -77,7 +77,11 @@ def _action(method: str, path: str) -> str:
     _, found, rest = path.partition("/collections/")
     name, _, what = rest.partition("/")
     if not found:
-        ends = {"/collections": "listing collections", "/aliases": "reading aliases"}
+        ends = {
+            "/collections": "listing collections",
+            "/aliases": "reading aliases",
+            "/": "reading the version",
+        }
         return next((ends[one] for one in ends if path.endswith(one)), f"{method} {path}")
     if rest == "aliases" and method == "POST":
         return "changing aliases"

@@ -203,17 +203,16 @@ def _unreached(source: BaseException, place: str, doing: str) -> QdrantFailure:
             f"the certificate of {whose} is not trusted{during}: {why}; if its CA is your own,"
             " name it in ca_file"
         )
-    if _NO_TLS.search(why):
-        return Unavailable(
-            f"{whose} does not speak TLS{during}: its url begins with http: ({told})"
-        )
-    if kind.endswith("Timeout"):
-        return Unavailable(f"no answer from {whose} in time{during} ({told})")
     if kind in _CUT:
         return Disconnected(f"the connection to {whose} was cut{during} ({told})")
-    if kind == "ValidationError":
-        return Unavailable(f"the answer of {whose} is not one of Qdrant's{during} ({told})")
-    return Unavailable(f"no answer from {whose}{during} ({told})")
+    words = f"no answer from {whose}{during}"
+    if _NO_TLS.search(why):
+        words = f"{whose} does not speak TLS{during}: its url begins with http:"
+    elif kind.endswith("Timeout"):
+        words = f"no answer from {whose} in time{during}"
+    elif kind == "ValidationError":
+        words = f"the answer of {whose} is not one of Qdrant's{during}"
+    return Unavailable(f"{words} ({told})")
 
 
 def _refusal(
