@@ -11,7 +11,13 @@ from embedding_proxy.index.client import Connection
 from embedding_proxy.index.errors import Missing, OtherSpace, Rejected
 from embedding_proxy.index.migration import qdrant
 from embedding_proxy.index.migration.copy import copy, follow, verify_sample
-from embedding_proxy.index.migration.cutover import count_missing, cutover, finalize, rollback
+from embedding_proxy.index.migration.cutover import (
+    MissingLimit,
+    count_missing,
+    cutover,
+    finalize,
+    rollback,
+)
 from embedding_proxy.index.migration.plan import PASSES, Survey
 from embedding_proxy.index.migration.points import Points
 from embedding_proxy.index.migration.runner import (
@@ -692,6 +698,14 @@ async def test_who_goes_on_writing_by_the_old_name_is_told(points, made):
         verdict = await cutover(migration, SAME, "live")
     assert (verdict.late.written, verdict.late.quiet) == (2, False)
     assert migration.state_file.load().phase is Phase.SWITCHED
+
+
+@pytest.mark.parametrize("percent", range(101))
+def test_a_share_of_points_is_exact(percent):
+    """As many of a hundred points as it says, and not one more."""
+    limit = MissingLimit(share=percent / 100)
+    assert limit.allows(percent, 100)
+    assert not limit.allows(percent + 1, 100)
 
 
 async def test_clients_of_the_real_name(points, made):
